@@ -1,0 +1,70 @@
+"""One pre-norm block, and a stack of them as one scan: program size does not grow with depth."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from ..meshes import DEFAULT_RULES, ShardingRules
+from .attention import Attention
+from .config import ModelConfig
+from .mlp import MLP
+from .norms import make_norm
+
+Remat = Literal["none", "full", "dots"]
+"""What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls."""
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    x[B@data, T, D] -> y[B@data, T, D]; two all-reduces over `tensor` forward and two backward.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+        self.attention_norm = make_norm(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, rules=rules)
+        self.mlp_norm = make_norm(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs, rules=rules)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """x[B@data, T, D] -> y[B@data, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:
+    """Return one `Block` whose parameters have a leading dimension of layers: [L, ...], each layer drawn on its own."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(layer_rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=layer_rngs, rules=rules)
+
+    return make(rngs)
+
+
+def run_blocks(graph: Any, params_L: Any, x_BTD: jax.Array, *, remat: Remat = "none") -> jax.Array:
+    """Return x after every layer of a stack, in order.
+
+    params[L, ...], x[B@data, T, D] -> y[B@data, T, D]
+
+    Args:
+        graph: `nnx.split(block)[0]` of a stacked block.
+        params_L: its state as pure arrays, [layers, ...].
+        remat: what backward recomputes.
+    """
+
+    def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
+        return nnx.merge(graph, params)(x_BTD), None
+
+    return jax.lax.scan(_rematerialize(layer, remat), x_BTD, params_L)[0]
+
+
+def _rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    if remat == "none":
+        return layer
+    policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

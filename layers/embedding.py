@@ -1,0 +1,87 @@
+"""Token embedding with its vocabulary split over `tensor`, and learned positions."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ..meshes import DEFAULT_RULES, ShardingRules
+from .config import ModelConfig
+from .linear import INIT_STD, make_param
+
+
+class Embedding(nnx.Module):
+    """Rows of a vocabulary-parallel table, plus rows of a position table where positions are learned.
+
+    tokens[B@data, T] -> x[B@data, T, D] from table[V@tensor, D]; one all-reduce of x over `tensor` forward.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+        self.config, self.rules = config, rules
+        d = config.hidden_size
+        self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD)
+        learned = config.positions == "learned"
+        place = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD)
+        self.positions = place if learned else nnx.data(None)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """tokens[B@data, T] -> x[B@data, T, D] in the compute dtype."""
+        x_BTD = lookup(self.table[...], tokens_BT, rules=self.rules)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions[...][None, : tokens_BT.shape[1]]
+        return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "tokens", "embed"))
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = DEFAULT_RULES) -> jax.Array:
+    """Return the rows of a table whose vocabulary is split, without gathering it.
+
+    table[V@tensor, D], tokens[B@data, T] -> rows[B@data, T, D]; one all-reduce over `tensor`.
+
+    Each device looks up the tokens of its own slice and adds zeros for the others.
+    """
+    axis = rules.axis_in_context("vocab")
+    return table_VD[tokens_BT] if axis is None else _lookup_split(table_VD, tokens_BT, axis)
+
+
+# The axis is made manual because XLA's partitioner crashes on a gather from an automatically split operand inside a
+# partly manual region. The gradient is written by hand because autodiff of a nested `shard_map` gives its residuals
+# the outer region's manual axes, which does not lower (jax 0.10 to 0.12); delete when it does.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axis: str) -> jax.Array:
+    def block(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
+        rows_BTD = jnp.where(mine_BT[..., None], table_vD[jnp.where(mine_BT, local_BT, 0)], 0.0)
+        return jax.lax.psum(rows_BTD, axis)
+
+    specs = (P(axis, None), P())
+    return jax.shard_map(block, in_specs=specs, out_specs=P(), axis_names={axis})(table_VD, tokens_BT)
+
+
+def _lookup_forward(table_VD: jax.Array, tokens_BT: jax.Array, axis: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _lookup_split(table_VD, tokens_BT, axis), (table_VD, tokens_BT)
+
+
+def _lookup_backward(
+    axis: str, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
+) -> tuple[jax.Array, np.ndarray[tuple[int, ...], np.dtype[np.void]]]:
+    def block(table_vD: jax.Array, tokens_BT: jax.Array, grad_BTD: jax.Array) -> jax.Array:
+        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
+        # One past the end is dropped; a negative index would wrap to another token's row.
+        row_BT = jnp.where(mine_BT, local_BT, table_vD.shape[0])
+        return jnp.zeros_like(table_vD).at[row_BT].add(grad_BTD, mode="drop")
+
+    table_VD, tokens_BT = saved
+    specs = (P(axis, None), P(), P())
+    split = jax.shard_map(block, in_specs=specs, out_specs=P(axis, None), axis_names={axis})
+    return split(table_VD, tokens_BT, grad_BTD), np.zeros(tokens_BT.shape, jax.dtypes.float0)
+
+
+_lookup_split.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _localize(tokens_BT: jax.Array, num_rows: int, axis: str) -> tuple[jax.Array, jax.Array]:
+    local_BT = tokens_BT - jax.lax.axis_index(axis) * num_rows
+    return local_BT, (local_BT >= 0) & (local_BT < num_rows)

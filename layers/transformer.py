@@ -1,0 +1,128 @@
+"""The whole model as three parts, which is also how a pipeline cuts it: embedding, stacked blocks, head.
+
+It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/split.py` cuts it into stages.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from .block import Remat, run_blocks, stack_blocks
+from .config import ModelConfig
+from .embedding import Embedding
+from .linear import INIT_STD, make_param
+from .loss import cross_entropy
+from .norms import make_norm
+
+
+class Head(nnx.Module):
+    """Final norm and projection to the vocabulary, through the embedding table where they are tied.
+
+    x[B@data, T, D] -> logits[B@data, T, V@tensor] in float32; no communication forward.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+        self.config, self.rules = config, rules
+        self.norm = make_norm(config, rngs=rngs)
+        own = make_param(rngs.params(), (config.vocab_size, config.hidden_size), ("vocab", "embed"), std=INIT_STD)
+        self.table = own if config.embeddings == "untied" else nnx.data(None)
+
+    def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
+        """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor]."""
+        table_VD = embedding_VD if self.table is None else self.table[...]
+        x_BTD = self.norm(x_BTD)
+        logits_BTV = jnp.einsum(
+            "btd,vd->btv", x_BTD, table_VD.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
+        return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer: tokens[B@data, T] -> logits[B@data, T, V@tensor].
+
+    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=4)
+    >>> Transformer(config, rngs=nnx.Rngs(0))(jnp.zeros((2, 16), int)).shape
+    (2, 16, 256)
+
+    Args:
+        rules: where each logical dimension lives; `model_rules(config, sizes)` fits them to a mesh.
+        remat: what backward recomputes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        rules: ShardingRules = DEFAULT_RULES,
+        remat: Remat = "none",
+    ) -> None:
+        self.config, self.rules, self.remat = config, rules, remat
+        self.embed = Embedding(config, rngs=rngs, rules=rules)
+        self.blocks = stack_blocks(config, rngs=rngs, rules=rules)
+        self.head = Head(config, rngs=rngs, rules=rules)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """tokens[B@data, T] -> logits[B@data, T, V@tensor] in float32."""
+        x_BTD = self.embed(tokens_BT)
+        graph, params_L = nnx.split(self.blocks)
+        x_BTD = run_blocks(graph, params_L, x_BTD, remat=self.remat)
+        return self.head(x_BTD, embedding_VD=self.embed.table[...])
+
+    def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        """Return the weighted sum of cross-entropies; the mean where the weights sum to 1."""
+        return cross_entropy(self(tokens_BT), targets_BT, weights_BT)
+
+
+def model_rules(
+    config: ModelConfig, sizes: Mapping[str, int], *, rules: ShardingRules = DEFAULT_RULES
+) -> ShardingRules:
+    """Return the rules fitted to a model and a mesh: key/value heads fewer than the tensor axis are replicated.
+
+    Args:
+        sizes: size of each mesh axis by name, as in `mesh.shape` or `MeshSpec.sizes`.
+
+    Raises:
+        ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
+    """
+    split: list[tuple[Literal["num_heads", "ffn_size", "vocab_size"], str]] = [
+        ("num_heads", "heads"),
+        ("ffn_size", "ffn"),
+        ("vocab_size", "vocab"),
+    ]
+    for field, dim in split:
+        axis, size = rules.axis(dim), getattr(config, field)
+        parts = sizes.get(axis, 1) if axis else 1
+        if size % parts:
+            raise ModelError(
+                f"{field}={size} does not split over {axis}={parts}: {size} / {parts} = {size / parts:.2f}.",
+                fix=f"set {field}={-(-size // parts) * parts}, or choose a {axis} size that divides {size}.",
+            )
+    axis, heads = rules.axis("kv_heads"), config.num_kv_heads
+    parts = sizes.get(axis, 1) if axis else 1
+    if heads % parts == 0:
+        return rules
+    if parts % heads == 0:
+        return rules.replace(kv_heads=None)
+    raise ModelError(
+        f"num_kv_heads={heads} and {axis}={parts}: neither divides the other, so heads cannot be split or replicated "
+        "evenly.",
+        fix=f"choose a {axis} size that divides {heads} or is a multiple of it.",
+    )
+
+
+def param_dims(model: Transformer) -> dict[str, Any]:
+    """Return the logical dimensions of every parameter, in a tree shaped like the parameters; stacks lead with "layer".
+
+    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=4)
+    >>> param_dims(Transformer(config, rngs=nnx.Rngs(0)))["blocks"]["mlp"]["up"]["kernel"]
+    ('layer', 'embed', 'ffn')
+    """
+    dims = nnx.to_pure_dict(nnx.state(model, nnx.Param).map(lambda _, variable: variable.get_metadata("dims")))
+    is_dims = lambda node: isinstance(node, tuple)
+    dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=is_dims)
+    return dims

@@ -1,0 +1,41 @@
+"""Device meshes: sizes as data, devices in their place, and rules from logical dimensions to mesh axes."""
+
+from .build import abstract_mesh, build_mesh, mesh_sizes
+from .describe import ShardingRow, ShardingTable, sharding_table
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MeshError,
+    ModelError,
+    ScheduleError,
+    ShardingError,
+    TrellaxError,
+    suggest,
+)
+from .fake import use_fake_devices
+from .rules import DEFAULT_RULES, ShardingRules
+from .spec import AXES, MeshSpec
+
+__all__ = [
+    "AXES",
+    "DEFAULT_RULES",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MeshError",
+    "MeshSpec",
+    "ModelError",
+    "ScheduleError",
+    "ShardingError",
+    "ShardingRow",
+    "ShardingRules",
+    "ShardingTable",
+    "TrellaxError",
+    "abstract_mesh",
+    "build_mesh",
+    "mesh_sizes",
+    "sharding_table",
+    "suggest",
+    "use_fake_devices",
+]

@@ -1,0 +1,52 @@
+"""From sizes to devices: which device sits where in the mesh.
+
+Tensor parallelism talks most, so `tensor` runs over neighbouring devices (NVLink inside a node); pipeline stages talk
+least, so `pipe` is outermost and takes the node boundaries (Narayanan et al. 2021, section 3.2). Read `rules.py` next.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from .spec import AXES, MeshSpec
+
+
+def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with axes (pipe, data, tensor) over the visible devices, real or fake.
+
+    Devices are ordered by slice, process and id before they are laid out, so a `tensor` group is contiguous inside
+    a node whenever its size divides the node. Axes are Auto: the compiler places the tensor collectives.
+
+    >>> build_mesh(MeshSpec(data=-1)).axis_names
+    ('pipe', 'data', 'tensor')
+
+    Args:
+        devices: the devices to use; all visible ones if left out.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of devices.
+    """
+    chosen = list(jax.devices() if devices is None else devices)
+    resolved = spec.resolve(num_devices=len(chosen))
+    chosen.sort(key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
+    return jax.make_mesh(_shape(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
+    """Return the mesh of a resolved spec without devices, for shapes and shardings of machines that are not there.
+
+    Raises:
+        MeshError: the spec still holds a -1.
+    """
+    resolved = spec.resolve(num_devices=max(spec.num_devices, 1))
+    return AbstractMesh(_shape(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(mesh: Mesh | AbstractMesh) -> MeshSpec:
+    """Return the spec a mesh was built from; axes that it lacks have size 1."""
+    return MeshSpec(**{axis: mesh.shape.get(axis, 1) for axis in AXES})
+
+
+def _shape(spec: MeshSpec) -> tuple[int, ...]:
+    return tuple(spec.sizes[axis] for axis in AXES)

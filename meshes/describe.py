@@ -1,0 +1,69 @@
+"""Where every parameter lives, as a table people can read: name, shape with axes, bytes per device."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingRow:
+    """One array: its path, its shape with mesh axes (`[128, 512@tensor]`) and its bytes, whole and on one device."""
+
+    name: str
+    shape: str
+    total_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingTable:
+    """The rows of a tree of arrays; `str()` draws them with the sums below."""
+
+    rows: tuple[ShardingRow, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all arrays, each counted once."""
+        return sum(row.total_bytes for row in self.rows)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that each device holds."""
+        return sum(row.device_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [("parameter", "shape with axes", "bytes", "per device")]
+        lines += [(r.name, r.shape, f"{r.total_bytes:,}", f"{r.device_bytes:,}") for r in self.rows]
+        lines += [("total", "", f"{self.total_bytes:,}", f"{self.device_bytes:,}")]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        text = [
+            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {total:>{widths[2]}}  {device:>{widths[3]}}"
+            for name, shape, total, device in lines
+        ]
+        rule = "-" * len(text[0])
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+
+
+def sharding_table(tree: Any) -> ShardingTable:
+    """Return the table of a tree of arrays, or of `ShapeDtypeStruct`s with shardings: nothing need be allocated."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return ShardingTable(rows=tuple(_row(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves))
+
+
+def _row(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> ShardingRow:
+    sharding = x.sharding
+    item_bytes = x.dtype.itemsize
+    total = math.prod(x.shape) * item_bytes
+    if not isinstance(sharding, NamedSharding):
+        return ShardingRow(name=name, shape=str(list(x.shape)), total_bytes=total, device_bytes=total)
+    axes = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    dims = [f"{n}@{_axis_text(axis)}" if axis else f"{n}" for n, axis in zip(x.shape, axes, strict=True)]
+    held = math.prod(sharding.shard_shape(x.shape)) * item_bytes
+    return ShardingRow(name=name, shape=f"[{', '.join(dims)}]", total_bytes=total, device_bytes=held)
+
+
+def _axis_text(axis: str | tuple[str, ...]) -> str:
+    return axis if isinstance(axis, str) else "+".join(axis)

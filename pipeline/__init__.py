@@ -1,0 +1,29 @@
+"""Pipeline parallelism: schedules as data, one executor, any stage function."""
+
+from .execute import Bubbles
+from .grads import pipeline_grads, pipeline_loss
+from .lower import Tables, lower
+from .schedules import SCHEDULES, Action, Schedule, Timing, build_schedule, simulate
+from .split import PipelinedModel, check_layers, natural_order, split_transformer
+from .stage import LossAndGrads, PipelineParams, StageFns
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Bubbles",
+    "LossAndGrads",
+    "PipelineParams",
+    "PipelinedModel",
+    "Schedule",
+    "StageFns",
+    "Tables",
+    "Timing",
+    "build_schedule",
+    "check_layers",
+    "lower",
+    "natural_order",
+    "pipeline_grads",
+    "pipeline_loss",
+    "simulate",
+    "split_transformer",
+]

@@ -1,0 +1,164 @@
+"""Loss and gradients of a pipelined model, for `jax.jit`: the door to the executor.
+
+`pipeline_grads` returns both at once; `pipeline_loss` is an ordinary differentiable function for those who write
+`jax.value_and_grad` themselves. Read `execute.py` next.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ..meshes import ScheduleError, ShardingError, mesh_sizes
+from .execute import Bubbles, run_ticks, vary
+from .lower import lower
+from .schedules import Schedule
+from .sequential import run_sequence
+from .stage import LossAndGrads, PipelineParams, StageFns
+
+
+def pipeline_grads(
+    fns: StageFns,
+    *,
+    params: PipelineParams,
+    batch: Any,
+    mesh: Mesh,
+    schedule: Schedule,
+    bubbles: Bubbles = "zeros",
+) -> LossAndGrads:
+    """Return the loss of a batch and its gradients, computed as the schedule says.
+
+    params.stages [chunks, ranks@pipe, ...], params.shared replicated over pipe, batch leaves [M, B@data, ...]
+    -> loss [], gradients float32 and sharded as the parameters.
+
+    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. With a pipe axis of 1 the
+    microbatches run one after another and the schedule only gives their number.
+
+    Args:
+        bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
+
+    Raises:
+        ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
+        ShardingError: the batch does not split over `data`.
+    """
+    _check(params, batch, mesh, schedule)
+    loss, grads = _run(fns, params, batch, mesh, schedule, bubbles, wants="grads")
+    return LossAndGrads(loss=loss, grads=grads)
+
+
+def pipeline_loss(
+    fns: StageFns, *, params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule, bubbles: Bubbles = "zeros"
+) -> jax.Array:
+    """Return the loss of a batch, a float32 scalar, running only the schedule's forwards.
+
+    Differentiable in `params` (not in `batch`): under `jax.grad` it runs the whole schedule once, and gradients come
+    in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+    """
+    _check(params, batch, mesh, schedule)
+
+    @jax.custom_vjp
+    def loss_of(params: PipelineParams, batch: Any) -> jax.Array:
+        return _run(fns, params, batch, mesh, schedule, bubbles, wants="loss")[0]
+
+    def forward(params: PipelineParams, batch: Any) -> tuple[jax.Array, tuple[PipelineParams, Any]]:
+        loss, grads = _run(fns, params, batch, mesh, schedule, bubbles, wants="grads")
+        return loss, (jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), batch)
+
+    def backward(saved: tuple[PipelineParams, Any], grad: jax.Array) -> tuple[PipelineParams, Any]:
+        grads, batch = saved
+        return jax.tree.map(lambda g: g * grad.astype(g.dtype), grads), jax.tree.map(_zero_cotangent, batch)
+
+    loss_of.defvjp(forward, backward)
+    return loss_of(params, batch)
+
+
+def _run(
+    fns: StageFns,
+    params: PipelineParams,
+    batch: Any,
+    mesh: Mesh,
+    schedule: Schedule,
+    bubbles: Bubbles,
+    wants: Literal["loss", "grads"],
+) -> tuple[jax.Array, Any]:
+    is_pipelined = schedule.num_ranks > 1
+    # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
+    axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
+    tables = lower(schedule, kinds=("F", "B") if wants == "grads" else ("F",)) if is_pipelined else None
+
+    def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
+        params, batch = jax.tree.map(vary, (_own_chunks(fns, params), batch))
+        if tables is None:
+            loss, grads = run_sequence(fns, params, batch, wants=wants)
+        else:
+            loss, grads = run_ticks(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
+        return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes)
+
+    split = PipelineParams(stages=P(None, "pipe" if is_pipelined else None), shared=P())
+    return jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(split, P(None, "data" if "data" in axes else None)),
+        out_specs=(P(), split if wants == "grads" else P()),
+        axis_names=set(axes) or {"data"},
+    )(params, batch)
+
+
+def _own_chunks(fns: StageFns, params: PipelineParams) -> PipelineParams:
+    """Drop the rank dimension, of which this rank holds one entry, and cast for compute."""
+
+    def own(leaf: jax.Array) -> jax.Array:
+        leaf = leaf[:, 0]
+        is_cast = fns.compute_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(fns.compute_dtype) if is_cast else leaf
+
+    return PipelineParams(stages=jax.tree.map(own, params.stages), shared=params.shared)
+
+
+def _sum_grads(grads: PipelineParams, axes: tuple[str, ...]) -> PipelineParams:
+    """Sum over the data shards, and what the pipe shares over the ranks too: once a step."""
+    stages = _sum(grads.stages, tuple(axis for axis in axes if axis == "data"))
+    return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, axes))
+
+
+def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _zero_cotangent(leaf: Any) -> Any:
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _check(params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule) -> None:
+    sizes = mesh_sizes(mesh)
+    if schedule.num_ranks != sizes.pipe:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has pipe={sizes.pipe}.",
+            fix=f"build it with num_ranks={sizes.pipe}.",
+        )
+    want = (schedule.num_chunks, schedule.num_ranks)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
+        if leaf.shape[:2] != want:
+            raise ScheduleError(
+                f"stage parameter {jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule {schedule.name!r} "
+                f"wants leading dimensions [chunks, ranks] = {list(want)}.",
+                fix="reshape [stages, ...] to [chunks, ranks, ...].",
+            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 2 or leaf.shape[0] != schedule.num_microbatches:
+            raise ScheduleError(
+                f"batch{name} has shape {leaf.shape}, but schedule {schedule.name!r} runs "
+                f"{schedule.num_microbatches} microbatches: leaves are [microbatches, batch, ...].",
+                fix=f"reshape it to ({schedule.num_microbatches}, batch / {schedule.num_microbatches}, ...).",
+            )
+        if leaf.shape[1] % sizes.data:
+            raise ShardingError(
+                f"batch{name}: {leaf.shape[1]} sequences a microbatch do not split over data={sizes.data}.",
+                fix=f"use a microbatch size that is a multiple of {sizes.data}.",
+            )

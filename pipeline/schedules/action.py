@@ -1,0 +1,44 @@
+"""The smallest piece of a schedule: one stage does one thing to one microbatch."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ...meshes.errors import ScheduleError
+
+Kind = Literal["F", "B"]
+"""F forward, B backward (input and weight gradients together)."""
+
+_PATTERN = re.compile(r"(\d+)([A-Z])(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Action:
+    """One computation, printed as `2F0`: stage 2, forward, microbatch 0.
+
+    >>> Action.parse("2F0")
+    Action(stage=2, kind='F', microbatch=0)
+    """
+
+    stage: int
+    kind: Kind
+    microbatch: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        """Return the action written as `2F0`.
+
+        Raises:
+            ScheduleError: the text is no stage, kind and microbatch.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None or match[2] not in get_args(Kind):
+            raise ScheduleError(
+                f"{text!r} is no action; one is a stage, a kind ({' or '.join(get_args(Kind))}) and a microbatch.",
+                fix="write 2F0 for the forward of microbatch 0 on stage 2.",
+            )
+        kind: Kind = "F" if match[2] == "F" else "B"
+        return cls(stage=int(match[1]), kind=kind, microbatch=int(match[3]))
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"

@@ -1,0 +1,25 @@
+"""1F1B: each microbatch goes backward as soon as it can, so few are in flight (Narayanan et al. 2019, section 3.2).
+
+In one synchronous program a tick lasts as long as its slowest rank, so a rank runs its forward and its backward in one
+tick: a forward opposite another rank's backward would make both wait.
+"""
+
+from .action import Action
+from .grid import Schedule
+
+
+def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Return the schedule with forward k on rank r at tick k + r and its backward at tick k + 2(p - 1) - r.
+
+    In flight on rank r: min(m, 2(p - 1 - r) + 1) microbatches, whatever m is. Bubble fraction: (p - 1) / (m + p - 1).
+
+    Raises:
+        ScheduleError: a count is below 1.
+    """
+    ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
+    for rank, ticks in enumerate(ticks_of):
+        for microbatch in range(num_microbatches):
+            forward, backward = microbatch + rank, microbatch + 2 * (num_ranks - 1) - rank
+            ticks.setdefault(forward, []).insert(0, Action(stage=rank, kind="F", microbatch=microbatch))
+            ticks.setdefault(backward, []).append(Action(stage=rank, kind="B", microbatch=microbatch))
+    return Schedule.from_ticks(ticks_of, name="1f1b", num_microbatches=num_microbatches)

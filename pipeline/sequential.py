@@ -1,0 +1,33 @@
+"""The path of a single pipeline rank: plain gradient accumulation over microbatches, one at a time."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from .execute import vary
+from .stage import PipelineParams, StageFns
+
+
+def run_sequence(
+    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Literal["loss", "grads"]
+) -> tuple[jax.Array, PipelineParams | None]:
+    """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
+
+    params.stages[C, k...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data}, gradients {U:data}.
+    """
+
+    def loss_of(params: PipelineParams, microbatch: Any) -> jax.Array:
+        x = fns.first(params.shared, microbatch)
+        for chunk in range(jax.tree.leaves(params.stages)[0].shape[0]):
+            x = fns.stage(jax.tree.map(lambda leaf: leaf[chunk], params.stages), x, microbatch)
+        return vary(fns.last(params.shared, x, microbatch))
+
+    def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+        if wants == "loss":
+            return (total[0] + loss_of(params, microbatch), None), None
+        loss, grads = jax.value_and_grad(loss_of)(params, microbatch)
+        return (total[0] + loss, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[1], grads)), None
+
+    zeros = jax.tree.map(lambda p: vary(jnp.zeros(p.shape, jnp.float32)), params) if wants == "grads" else None
+    return jax.lax.scan(add, (vary(jnp.zeros((), jnp.float32)), zeros), batch)[0]
