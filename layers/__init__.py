@@ -1,7 +1,7 @@
 """Transformer layers that know logical dimensions, never mesh axes."""
 
 from .attention import Attention
-from .block import Block, Remat, run_blocks, stack_blocks
+from .block import Block, Remat, rematerialize, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding, lookup
 from .linear import ColumnLinear, RowLinear, make_param
@@ -28,6 +28,7 @@ __all__ = [
     "make_param",
     "model_rules",
     "param_dims",
+    "rematerialize",
     "rotate",
     "run_blocks",
     "stack_blocks",

@@ -59,10 +59,11 @@ def run_blocks(graph: Any, params_L: Any, x_BTD: jax.Array, *, remat: Remat = "n
     def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
         return nnx.merge(graph, params)(x_BTD), None
 
-    return jax.lax.scan(_rematerialize(layer, remat), x_BTD, params_L)[0]
+    return jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)[0]
 
 
-def _rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Return the layer with its backward recomputing what the policy says."""
     if remat == "none":
         return layer
     policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

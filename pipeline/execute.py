@@ -1,13 +1,12 @@
-"""The executor: one loop over ticks runs any schedule, inside one jitted program.
+"""The executor: one loop over turns runs any schedule, inside one jitted program.
 
-Manual over `pipe` and `data`, automatic over `tensor`. In each tick a rank looks up its row of the tables and runs a
-forward, a backward, both or nothing; then activations move one rank on and gradients one rank back. Bubbles are
-skipped by `lax.cond`, so they cost nothing. Residuals wait in ring buffers with as many slots as microbatches are in
-flight. Gradients are summed over `data` once, after the loop. `lower.py` makes the tables; `sequential.py` is the
-path of a single rank.
+Manual over `pipe` and `data`, automatic over `tensor`. In each turn a rank looks up its row of the tables and runs a
+forward, a backward or nothing; at the end of a tick activations move one rank on and gradients one rank back. What a
+rank skips costs nothing, since `lax.cond` really branches. Residuals wait in ring buffers with as many slots as
+microbatches are in flight, written and read layer by layer in place. Gradients are summed over `data` once, after the
+loop. `lower.py` makes the tables; `sequential.py` is the path of a single rank.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -15,159 +14,169 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from .lower import NONE, Tables
-from .residuals import StageVjp
+from .lower import BACKWARD, FORWARD, NONE, Tables
+from .residuals import LayerVjp
 from .stage import PipelineParams, StageFns
 
 Bubbles = Literal["zeros", "nan"]
 """What fills buffers before use and what idle ranks send; "nan" proves that none of it reaches a result."""
 
+Wants = Literal["loss", "grads"]
+Carry = dict[str, Any]
+Row = dict[str, jax.Array]
 
-def run_ticks(
-    fns: StageFns, params: PipelineParams, batch: Any, *, tables: Tables, bubbles: Bubbles, wants: Literal["loss", "grads"]
+
+def run_turns(
+    fns: StageFns, params: PipelineParams, batch: Any, *, tables: Tables, bubbles: Bubbles, wants: Wants
 ) -> tuple[jax.Array, PipelineParams | None]:
     """Return this device's share of the loss and its gradients; for use inside `shard_map` over pipe and data.
 
-    params.stages[C, k...] of this rank, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:(pipe, data)},
+    params.stages[C, k, ...] of this rank, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:(pipe, data)},
     gradients {U:data} for stages and {U:(pipe, data)} for shared. Per tick: one neighbour permute of an activation
     and one of a gradient, in ticks where somebody sends.
     """
-    machine = _Machine(fns, params, batch, tables, bubbles, wants)
-    rows = {name: jnp.asarray(column) for name, column in tables.columns.items()}
-    sends = {"forward": jnp.asarray(tables.sends_forward), "backward": jnp.asarray(tables.sends_backward)}
-    carry, _ = jax.lax.scan(machine.tick, machine.start(), (rows, sends))
+    machine = _Machine(fns, params, batch, bubbles)
+    carry = machine.start(tables, wants)
+    columns = {name: jnp.asarray(column) for name, column in tables.columns.items()}
+    carry, _ = jax.lax.scan(partial(machine.turn, wants), carry, columns)
     return carry["loss"], carry.get("grads")
 
 
 class _Machine:
-    """One rank's view of the loop; the carry is a dict of buffers."""
+    """One rank's view of the loop. The carry is a dict of buffers; a row is this rank's entry of every column."""
 
-    def __init__(
-        self,
-        fns: StageFns,
-        params: PipelineParams,
-        batch: Any,
-        tables: Tables,
-        bubbles: Bubbles,
-        wants: Literal["loss", "grads"],
-    ) -> None:
-        self.fns, self.params, self.batch = fns, params, batch
-        self.tables, self.bubbles, self.wants = tables, bubbles, wants
-        self.vjp = StageVjp(fns.stage)
+    def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, bubbles: Bubbles) -> None:
+        self.fns, self.params, self.batch, self.bubbles = fns, params, batch, bubbles
+        self.vjp = LayerVjp(fns.layer)
+        self.num_layers = jax.tree.leaves(params.stages)[0].shape[1]
 
-    def start(self) -> dict[str, Any]:
-        """The carry before the first tick: empty buffers, zero sums."""
-        x, residuals = jax.eval_shape(self._trace_stage)
-        carry: dict[str, Any] = {"loss": vary(jnp.zeros((), jnp.float32)), "inbox": self._empty(x, "inbox")}
-        if self.wants == "grads":
-            carry["grad_inbox"] = self._empty(x, "grad")
-            carry["saved"] = [self._empty(leaf, "save") for leaf in residuals]
+    def start(self, tables: Tables, wants: Wants) -> Carry:
+        """The carry before the first turn: empty buffers, zero sums."""
+        microbatch = _read(self.batch, 0)
+        x = vary(self.fns.first(self.params.shared, microbatch))
+        carry = {"loss": _zero(), "activations": self._empty(x, tables.num_activation_slots)}
+        if wants == "grads":
+            layer = _read(self.params.stages, 0, 0)
+            kept = self.vjp.plan(layer, x, microbatch)
+            carry["gradients"] = self._empty(x, tables.num_gradient_slots)
+            carry["saved"] = [self._empty(leaf, tables.num_save_slots, self.num_layers) for leaf in kept]
             carry["grads"] = jax.tree.map(lambda p: vary(jnp.zeros(p.shape, jnp.float32)), self.params)
         return carry
 
-    def tick(self, carry: dict[str, Any], row: tuple[dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[Any, None]:
-        """One turn: forward, backward, then pass on what was made."""
+    def turn(self, wants: Wants, carry: Carry, columns: Row) -> tuple[Carry, None]:
+        """Run this rank's action, then pass on what waits to be sent."""
         rank = jax.lax.axis_index("pipe")
-        columns, sends = row
-        mine = {name: column[rank] for name, column in columns.items()}
-        idle = self._fill(carry["inbox"].shape[1:], carry["inbox"].dtype)
-        carry, y = jax.lax.cond(mine["forward"] != NONE, self._forward, lambda c, _: (c, idle), carry, mine)
-        carry["inbox"] = _deliver(carry["inbox"], y, mine["arrive"], sends["forward"], step=1)
-        if self.wants == "grads":
-            carry, dx = jax.lax.cond(mine["backward"] != NONE, self._backward, lambda c, _: (c, idle), carry, mine)
-            carry["grad_inbox"] = _deliver(carry["grad_inbox"], dx, mine["arrive_grad"], sends["backward"], step=-1)
+        row = {name: column[rank] for name, column in columns.items() if column.ndim}
+        # One branch for each kind, not one switch over them: a buffer that a branch only reads is then no output of it,
+        # and XLA updates it in place; through a switch it is copied in every turn.
+        forward = self._forward if wants == "grads" else self._forward_only
+        carry = jax.lax.cond(row["kind"] == FORWARD, forward, _keep, carry, row)
+        if wants == "grads":
+            carry = jax.lax.cond(row["kind"] == BACKWARD, self._backward, _keep, carry, row)
+        carry = self._pass(carry, "activations", row["send"], row["arrive"], columns["passes_on"], step=1)
+        if wants == "grads":
+            slots = row["send_grad"], row["arrive_grad"]
+            carry = self._pass(carry, "gradients", *slots, columns["passes_back"], step=-1)
         return carry, None
 
-    def _forward(self, carry: dict[str, Any], mine: Mapping[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
-        carry = dict(carry)
-        microbatch = self._microbatch(mine["forward"])
-        x = jax.lax.cond(
-            mine["forward_input"] == NONE,
-            lambda: vary(self.fns.first(self.params.shared, microbatch)),
-            lambda: _read(carry["inbox"], mine["forward_input"]),
-        )
-        params = self._chunk(mine["forward_chunk"])
-        if self.wants == "loss":
-            y = vary(self.fns.stage(params, x, microbatch))
-            is_last = (mine["forward_chunk"] == self._num_chunks - 1) & (jax.lax.axis_index("pipe") == self._num_ranks - 1)
-            carry["loss"] += jax.lax.cond(
-                is_last,
-                lambda: vary(self.fns.last(self.params.shared, y, microbatch)),
-                lambda: vary(jnp.zeros((), jnp.float32)),
-            )
-            return carry, y
-        y, residuals = self.vjp.forward(params, x, microbatch)
-        carry["saved"] = [
-            _write(buffer, vary(leaf), mine["forward_save"])
-            for buffer, leaf in zip(carry["saved"], residuals, strict=True)
-        ]
-        ends = {name: carry[name] for name in ("loss", "grad_inbox", "grads")}
-        ends = jax.lax.cond(
-            mine["forward_grad"] == NONE, lambda ends: ends, partial(self._finish, y, microbatch, mine), ends
-        )
-        return carry | ends, vary(y)
+    def _forward(self, carry: Carry, row: Row) -> Carry:
+        microbatch = _read(self.batch, row["microbatch"])
 
-    def _finish(
-        self, y: jax.Array, microbatch: Any, mine: Mapping[str, jax.Array], ends: dict[str, Any]
-    ) -> dict[str, Any]:
+        def layer(index: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            x, saved = state
+            y, residuals = self.vjp.forward(self._layer_params(row, index), x, microbatch)
+            place = (row["save"], index)
+            return vary(y), [_write(buffer, vary(r), *place) for buffer, r in zip(saved, residuals, strict=True)]
+
+        start = (self._input(carry, row, microbatch), carry["saved"])
+        y, saved = jax.lax.fori_loop(0, self.num_layers, layer, start)
+        carry = self._leave(carry | {"saved": saved}, "activations", y, row["target"])
+        finish = partial(self._finish, y, microbatch, row)
+        return jax.lax.cond(row["loss_grad"] == NONE, lambda carry: carry, finish, carry)
+
+    def _forward_only(self, carry: Carry, row: Row) -> Carry:
+        microbatch = _read(self.batch, row["microbatch"])
+
+        def layer(index: jax.Array, x: jax.Array) -> jax.Array:
+            return vary(self.fns.layer(self._layer_params(row, index), x, microbatch))
+
+        y = jax.lax.fori_loop(0, self.num_layers, layer, self._input(carry, row, microbatch))
+        loss = jax.lax.cond(
+            row["target"] == NONE, lambda: vary(self.fns.last(self.params.shared, y, microbatch)), _zero
+        )
+        return self._leave(carry | {"loss": carry["loss"] + loss}, "activations", y, row["target"])
+
+    def _finish(self, y: jax.Array, microbatch: Any, row: Row, carry: Carry) -> Carry:
         """Loss of the last stage and its gradient at once, so that logits never wait in a buffer."""
         loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.params.shared, y, microbatch)
-        return {
-            "loss": ends["loss"] + loss,
-            "grad_inbox": _write(ends["grad_inbox"], vary(dy), mine["forward_grad"]),
-            "grads": PipelineParams(stages=ends["grads"].stages, shared=_add(ends["grads"].shared, d_shared)),
+        shared = jax.tree.map(_accumulate, carry["grads"].shared, d_shared)
+        return carry | {
+            "loss": carry["loss"] + loss,
+            "gradients": _write(carry["gradients"], vary(dy), row["loss_grad"]),
+            "grads": PipelineParams(stages=carry["grads"].stages, shared=shared),
         }
 
-    def _backward(self, carry: dict[str, Any], mine: Mapping[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
-        params = self._chunk(mine["backward_chunk"])
-        residuals = [_read(buffer, mine["backward_save"]) for buffer in carry["saved"]]
-        d_params, dx = self.vjp.backward(params, residuals, _read(carry["grad_inbox"], mine["backward_grad"]))
-        shared = jax.lax.cond(
-            mine["backward_first"] == 1,
-            partial(self._embed_backward, dx, self._microbatch(mine["backward"])),
-            lambda shared: shared,
-            carry["grads"].shared,
-        )
-        stages = self._add_chunk(carry["grads"].stages, d_params, mine["backward_chunk"])
-        return carry | {"grads": PipelineParams(stages=stages, shared=shared)}, vary(dx)
+    def _backward(self, carry: Carry, row: Row) -> Carry:
+        microbatch = _read(self.batch, row["microbatch"])
 
-    def _embed_backward(self, dx: jax.Array, microbatch: Any, shared: Any) -> Any:
+        def layer(turn: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            grad, sums = state
+            index = self.num_layers - 1 - turn
+            residuals = [_read(buffer, row["save"], index) for buffer in carry["saved"]]
+            d_params, dx = self.vjp.backward(self._layer_params(row, index), residuals, microbatch, grad)
+            add = partial(_accumulate, place=(row["chunk"], index))
+            return vary(dx), jax.tree.map(add, sums, d_params)
+
+        grad = _read(carry["gradients"], row["source"])
+        dx, stages = jax.lax.fori_loop(0, self.num_layers, layer, (grad, carry["grads"].stages))
+        first = partial(self._first_backward, dx, microbatch)
+        shared = jax.lax.cond(row["target"] == NONE, first, lambda sums: sums, carry["grads"].shared)
+        carry = carry | {"grads": PipelineParams(stages=stages, shared=shared)}
+        return self._leave(carry, "gradients", dx, row["target"])
+
+    def _first_backward(self, dx: jax.Array, microbatch: Any, sums: Any) -> Any:
         _, vjp = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.params.shared)
-        return _add(shared, vjp(dx)[0])
+        return jax.tree.map(_accumulate, sums, vjp(dx)[0])
 
-    def _trace_stage(self) -> tuple[jax.Array, list[jax.Array]]:
-        microbatch = self._microbatch(jnp.zeros((), jnp.int32))
-        x = self.fns.first(self.params.shared, microbatch)
-        return self.vjp.forward(self._chunk(jnp.zeros((), jnp.int32)), vary(x), microbatch)
+    def _input(self, carry: Carry, row: Row, microbatch: Any) -> jax.Array:
+        """What enters this stage: the microbatch itself on the first, else what arrived."""
+        return jax.lax.cond(
+            row["source"] == NONE,
+            lambda: vary(self.fns.first(self.params.shared, microbatch)),
+            lambda: _read(carry["activations"], row["source"]),
+        )
 
-    @property
-    def _num_chunks(self) -> int:
-        return jax.tree.leaves(self.params.stages)[0].shape[0]
+    def _layer_params(self, row: Row, index: jax.Array) -> Any:
+        return _read(self.params.stages, row["chunk"], index)
 
-    @property
-    def _num_ranks(self) -> int:
-        return self.tables.columns["forward"].shape[1]
+    def _leave(self, carry: Carry, buffer: str, value: jax.Array, slot: jax.Array) -> Carry:
+        """Put a result where it waits for the end of the tick, unless nobody wants it."""
+        left = jax.lax.cond(slot == NONE, lambda b: b, lambda b: _write(b, value, slot), carry[buffer])
+        return carry | {buffer: left}
 
-    def _microbatch(self, index: jax.Array) -> Any:
-        return jax.tree.map(lambda leaf: _read(leaf, index), self.batch)
+    def _pass(
+        self, carry: Carry, buffer: str, send: jax.Array, arrive: jax.Array, is_sent: jax.Array, *, step: int
+    ) -> Carry:
+        """Move what waits by `step` ranks, in turns where anybody sends."""
+        num_ranks = jax.lax.axis_size("pipe")
+        # A line, not a ring: the link from the last rank back to the first would carry nothing.
+        links = [(rank, rank + step) for rank in range(num_ranks) if 0 <= rank + step < num_ranks]
 
-    def _chunk(self, index: jax.Array) -> Any:
-        if self._num_chunks == 1:
-            return jax.tree.map(lambda leaf: leaf[0], self.params.stages)
-        return jax.tree.map(lambda leaf: _read(leaf, index), self.params.stages)
+        def exchange(slots: jax.Array) -> jax.Array:
+            value = _read(slots, jnp.maximum(send, 0))
+            if self.bubbles == "nan":
+                value = jnp.where(send == NONE, self._fill(value.shape, value.dtype), value)
+            arrived = jax.lax.ppermute(value, "pipe", links)
+            return jax.lax.cond(arrive == NONE, lambda b: b, lambda b: _write(b, arrived, arrive), slots)
 
-    def _add_chunk(self, sums: Any, grads: Any, index: jax.Array) -> Any:
-        if self._num_chunks == 1:
-            return jax.tree.map(lambda total, g: total + g[None].astype(total.dtype), sums, grads)
-        return jax.tree.map(lambda total, g: total.at[index].add(g.astype(total.dtype)), sums, grads)
+        return carry | {buffer: jax.lax.cond(is_sent == 1, exchange, lambda slots: slots, carry[buffer])}
 
-    def _empty(self, leaf: jax.ShapeDtypeStruct, buffer: Literal["inbox", "grad", "save"]) -> jax.Array:
-        slots = getattr(self.tables, f"num_{buffer}_slots")
-        return self._fill((slots, *leaf.shape), leaf.dtype)
+    def _empty(self, leaf: Any, *slots: int) -> jax.Array:
+        return self._fill((*slots, *leaf.shape), leaf.dtype)
 
     def _fill(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        poison = self.bubbles == "nan" and jnp.issubdtype(dtype, jnp.floating)
-        return vary(jnp.full(shape, jnp.nan if poison else 0, dtype))
+        is_poison = self.bubbles == "nan" and jnp.issubdtype(dtype, jnp.floating)
+        return vary(jnp.full(shape, jnp.nan if is_poison else 0, dtype))
 
 
 def vary(x: jax.Array) -> jax.Array:
@@ -179,22 +188,29 @@ def vary(x: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _deliver(buffer: jax.Array, value: jax.Array, slot: jax.Array, is_sent: jax.Array, *, step: int) -> jax.Array:
-    """Pass `value` on by `step` ranks if anybody sends in this tick, and keep what arrives in its slot."""
-    num_ranks = jax.lax.axis_size("pipe")
-    # A line, not a ring: the link from the last rank back to the first would carry nothing.
-    links = [(rank, rank + step) for rank in range(num_ranks) if 0 <= rank + step < num_ranks]
-    arrived = jax.lax.cond(is_sent, lambda v: jax.lax.ppermute(v, "pipe", links), lambda v: v, value)
-    return jax.lax.cond(slot != NONE, lambda b: _write(b, arrived, slot), lambda b: b, buffer)
+def _keep(carry: Carry, row: Row) -> Carry:
+    return carry
 
 
-def _read(buffer: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False)
+def _zero() -> jax.Array:
+    return vary(jnp.zeros((), jnp.float32))
 
 
-def _write(buffer: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+def _read(tree: Any, *place: jax.Array | int) -> Any:
+    """Return every leaf at the given position of its leading dimensions."""
+
+    def read(leaf: jax.Array) -> jax.Array:
+        starts = (*place, *[0] * (leaf.ndim - len(place)))
+        inner = leaf.shape[len(place) :]
+        return jax.lax.dynamic_slice(leaf, starts, (*[1] * len(place), *inner)).reshape(inner)
+
+    return jax.tree.map(read, tree)
 
 
-def _add(sums: Any, grads: Any) -> Any:
-    return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
+def _write(buffer: jax.Array, value: jax.Array, *place: jax.Array) -> jax.Array:
+    starts = (*place, *[0] * value.ndim)
+    return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
+
+
+def _accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array, ...] = ()) -> jax.Array:
+    return _write(sums, _read(sums, *place) + grad.astype(sums.dtype), *place)

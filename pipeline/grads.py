@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import ScheduleError, ShardingError, mesh_sizes
-from .execute import Bubbles, run_ticks, vary
+from .execute import Bubbles, run_turns, vary
 from .lower import lower
 from .schedules import Schedule
 from .sequential import run_sequence
@@ -32,7 +32,7 @@ def pipeline_grads(
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed as the schedule says.
 
-    params.stages [chunks, ranks@pipe, ...], params.shared replicated over pipe, batch leaves [M, B@data, ...]
+    params.stages [chunks, ranks@pipe, layers, ...], params.shared replicated over pipe, batch leaves [M, B@data, ...]
     -> loss [], gradients float32 and sharded as the parameters.
 
     Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. With a pipe axis of 1 the
@@ -91,11 +91,11 @@ def _run(
     tables = lower(schedule, kinds=("F", "B") if wants == "grads" else ("F",)) if is_pipelined else None
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
-        params, batch = jax.tree.map(vary, (_own_chunks(fns, params), batch))
+        params, batch = jax.tree.map(vary, (_own(params), batch))
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
-            loss, grads = run_ticks(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
+            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
         return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes)
 
     split = PipelineParams(stages=P(None, "pipe" if is_pipelined else None), shared=P())
@@ -108,15 +108,9 @@ def _run(
     )(params, batch)
 
 
-def _own_chunks(fns: StageFns, params: PipelineParams) -> PipelineParams:
-    """Drop the rank dimension, of which this rank holds one entry, and cast for compute."""
-
-    def own(leaf: jax.Array) -> jax.Array:
-        leaf = leaf[:, 0]
-        is_cast = fns.compute_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(fns.compute_dtype) if is_cast else leaf
-
-    return PipelineParams(stages=jax.tree.map(own, params.stages), shared=params.shared)
+def _own(params: PipelineParams) -> PipelineParams:
+    """Drop the rank dimension, of which this rank holds one entry."""
+    return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
 
 
 def _sum_grads(grads: PipelineParams, axes: tuple[str, ...]) -> PipelineParams:
@@ -147,7 +141,7 @@ def _check(params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule) -
             raise ScheduleError(
                 f"stage parameter {jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule {schedule.name!r} "
                 f"wants leading dimensions [chunks, ranks] = {list(want)}.",
-                fix="reshape [stages, ...] to [chunks, ranks, ...].",
+                fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
             )
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = jax.tree_util.keystr(path)

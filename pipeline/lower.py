@@ -1,139 +1,158 @@
 """From a schedule to tables of integers: which slot of which buffer every action reads and writes.
 
-The executor is one loop over the rows of these tables and knows no schedule by name. Read `execute.py` next.
+The executor is one loop over the rows of these tables and knows no schedule by name. A row is a turn: every rank runs
+one action or none. A tick is one turn or more, and its last turn ends with the exchange between neighbours. Read
+`execute.py` next.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .schedules import Action, Schedule
+from .schedules import Action, Kind, Schedule
 
 NONE = -1
-"""Table entry for "nothing to do here"."""
+"""Table entry for "not here"."""
 
-COLUMNS = (
-    "forward",  # microbatch to run forward, or NONE
-    "forward_chunk",
-    "forward_input",  # slot of the inbox that holds its input; NONE on the first stage
-    "forward_save",  # slot that keeps its residuals
-    "forward_grad",  # last stage only: slot of the gradient inbox for the loss's gradient
-    "arrive",  # slot of the inbox for the activation that arrives at the end of the tick, or NONE
-    "backward",  # microbatch to run backward, or NONE
-    "backward_chunk",
-    "backward_grad",  # slot of the gradient inbox that holds its output's gradient
-    "backward_save",  # slot that kept its residuals
-    "backward_first",  # 1 on the first stage, whose input gradient goes to the embedding
-    "arrive_grad",  # slot of the gradient inbox for the gradient that arrives at the end of the tick, or NONE
-)
+IDLE, FORWARD, BACKWARD = range(3)
+"""Values of the column `kind`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """A lowered schedule: int32 arrays [ticks, ranks] by column, and how many slots each buffer needs.
+    """A lowered schedule: int32 arrays, and how many slots each buffer needs.
 
-    `sends_forward` and `sends_backward` [ticks] say whether any rank passes something on in that tick.
+    Columns [turns, ranks] of actions:
+        kind: IDLE, FORWARD or BACKWARD.
+        microbatch, chunk: what to run it on.
+        source: slot of the activations (forward) or gradients (backward) to read; NONE for the first stage's forward.
+        target: slot to leave the result in until it is sent; NONE where nobody waits for it, at either end.
+        save: slot of the residuals, written by the forward and read by the backward.
+        loss_grad: slot of the gradients for that of the loss; NONE but in the last stage's forward.
+    Columns [turns, ranks] of the exchange, NONE but in the last turn of a tick:
+        send, arrive: slots of the activations to send on and to receive into.
+        send_grad, arrive_grad: the same of the gradients.
+    Columns [turns]:
+        passes_on, passes_back: 1 if any rank sends an activation, or a gradient, in this turn.
     """
 
-    columns: Mapping[str, np.ndarray]
-    sends_forward: np.ndarray
-    sends_backward: np.ndarray
-    num_inbox_slots: int
-    num_grad_slots: int
+    columns: dict[str, np.ndarray]
+    num_activation_slots: int
+    num_gradient_slots: int
     num_save_slots: int
 
 
-def lower(schedule: Schedule, *, kinds: Iterable[str] = ("F", "B")) -> Tables:
-    """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, packed without gaps."""
-    placed = [(tick, rank, action) for tick, rank, action in schedule.placed() if action.kind in set(kinds)]
-    placed, num_ticks = _squeeze(placed)
-    at = {action: (tick, rank) for tick, rank, action in placed}
-    columns = {name: np.full((num_ticks, schedule.num_ranks), NONE, np.int32) for name in COLUMNS}
-    inbox, grads, saves = _Slots(schedule), _Slots(schedule), _Slots(schedule)
-    for tick, rank, action in placed:
-        if action.kind == "F":
-            columns["forward"][tick, rank] = action.microbatch
-            columns["forward_chunk"][tick, rank] = action.stage // schedule.num_ranks
-        else:
-            columns["backward"][tick, rank] = action.microbatch
-            columns["backward_chunk"][tick, rank] = action.stage // schedule.num_ranks
-            columns["backward_first"][tick, rank] = int(action.stage == 0)
-    _route_forward(schedule, at, columns, inbox)
-    if "B" in set(kinds):
-        _route_backward(schedule, at, columns, grads, saves)
+def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B")) -> Tables:
+    """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between."""
+    lowering = _Lowering(schedule, kinds)
+    lowering.route_activations()
+    if "B" in kinds:
+        lowering.route_residuals()
+        lowering.route_gradients()
+    columns = lowering.columns
+    columns["passes_on"] = (columns["send"] != NONE).any(axis=1).astype(np.int32)
+    columns["passes_back"] = (columns["send_grad"] != NONE).any(axis=1).astype(np.int32)
     return Tables(
         columns=columns,
-        sends_forward=(columns["arrive"] != NONE).any(axis=1),
-        sends_backward=(columns["arrive_grad"] != NONE).any(axis=1),
-        num_inbox_slots=inbox.count,
-        num_grad_slots=grads.count,
-        num_save_slots=saves.count,
+        num_activation_slots=lowering.count("source", "target", "arrive", kind=FORWARD),
+        num_gradient_slots=lowering.count("source", "target", "arrive_grad", "loss_grad", kind=BACKWARD),
+        num_save_slots=lowering.count("save"),
     )
 
 
-def _squeeze(placed: list[tuple[int, int, Action]]) -> tuple[list[tuple[int, int, Action]], int]:
-    """Drop ticks in which nobody acts, as happens when only the forwards are kept."""
-    used = sorted({tick for tick, _, _ in placed})
-    new = {tick: i for i, tick in enumerate(used)}
-    return [(new[tick], rank, action) for tick, rank, action in placed], len(used)
+@dataclass(frozen=True, kw_only=True, order=True)
+class _Use:
+    """A slot is needed from `start` to `end` on one rank; then these (column, turn) entries are set to it."""
+
+    start: int
+    end: int
+    rank: int
+    entries: tuple[tuple[str, int], ...]
 
 
-class _Slots:
-    """Hands out the lowest slot that is free on a rank; intervals must be asked for in order of their start."""
+class _Lowering:
+    """Time runs in thirds of a turn: an action reads at 3t, writes at 3t + 1; the exchange is at 3t + 2."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._free_from: list[list[int]] = [[] for _ in range(schedule.num_ranks)]
+    def __init__(self, schedule: Schedule, kinds: Sequence[Kind]) -> None:
+        self.schedule = schedule
+        self.turn_of: dict[Action, int] = {}
+        self.last_turn_of: dict[Action, int] = {}
+        turn = 0
+        for cells in schedule.ticks:
+            kept = [[action for action in cell if action.kind in kinds] for cell in cells]
+            num_turns = max(map(len, kept))
+            for cell in kept:
+                for position, action in enumerate(cell):
+                    self.turn_of[action], self.last_turn_of[action] = turn + position, turn + num_turns - 1
+            turn += num_turns
+        names = ("kind", "microbatch", "chunk", "source", "target", "save", "loss_grad")
+        names += ("send", "arrive", "send_grad", "arrive_grad")
+        self.columns = {name: np.full((turn, schedule.num_ranks), NONE, np.int32) for name in names}
+        self.columns["kind"][:] = IDLE
+        for action, turn in self.turn_of.items():
+            rank = self.rank(action)
+            self.columns["kind"][turn, rank] = FORWARD if action.kind == "F" else BACKWARD
+            self.columns["microbatch"][turn, rank] = action.microbatch
+            self.columns["chunk"][turn, rank] = action.stage // schedule.num_ranks
 
-    def take(self, rank: int, start: int, end: int) -> int:
-        """Return a slot of `rank` that is free over the half-ticks start..end, both included."""
-        free_from = self._free_from[rank]
-        for slot, free in enumerate(free_from):
-            if free < start:
-                free_from[slot] = end
-                return slot
-        free_from.append(end)
-        return len(free_from) - 1
+    def rank(self, action: Action) -> int:
+        return action.stage % self.schedule.num_ranks
 
-    @property
-    def count(self) -> int:
-        return max(1, *map(len, self._free_from))
+    def route_activations(self) -> None:
+        """From each stage's forward to the next stage's."""
+        self._assign(self._hops(kind="F", step=1, send="send", arrive="arrive"))
 
+    def route_gradients(self) -> None:
+        """From each stage's backward to the one before, and from the loss to the last stage's own backward."""
+        uses = self._hops(kind="B", step=-1, send="send_grad", arrive="arrive_grad")
+        for microbatch in range(self.schedule.num_microbatches):
+            last = self.schedule.num_stages - 1
+            made = self.turn_of[Action(stage=last, kind="F", microbatch=microbatch)]
+            used = self.turn_of[action := Action(stage=last, kind="B", microbatch=microbatch)]
+            entries = (("loss_grad", made), ("source", used))
+            uses.append(_Use(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=entries))
+        self._assign(uses)
 
-# Time in thirds of a tick: forward at 3t, backward at 3t + 1, arrival of what the neighbours sent at 3t + 2.
-def _route_forward(
-    schedule: Schedule, at: dict[Action, tuple[int, int]], columns: dict[str, np.ndarray], inbox: _Slots
-) -> None:
-    arrivals = []
-    for action, (tick, rank) in at.items():
-        if action.kind == "F" and action.stage < schedule.num_stages - 1:
-            user = at[Action(stage=action.stage + 1, kind="F", microbatch=action.microbatch)]
-            arrivals.append((tick, user[1], user[0], rank))
-    for sent, rank, used, _ in sorted(arrivals):
-        slot = inbox.take(rank, 3 * sent + 2, 3 * used)
-        columns["arrive"][sent, rank] = slot
-        columns["forward_input"][used, rank] = slot
+    def route_residuals(self) -> None:
+        """From each forward to its own backward."""
+        uses = []
+        for forward, made in self.turn_of.items():
+            if forward.kind == "F":
+                used = self.turn_of[Action(stage=forward.stage, kind="B", microbatch=forward.microbatch)]
+                entries = (("save", made), ("save", used))
+                # The buffer is written while the forward runs and read while the backward does.
+                uses.append(_Use(start=3 * made, end=3 * used + 1, rank=self.rank(forward), entries=entries))
+        self._assign(uses)
 
+    def _hops(self, *, kind: Kind, step: int, send: str, arrive: str) -> list[_Use]:
+        uses = []
+        for action, made in self.turn_of.items():
+            user = Action(stage=max(0, action.stage + step), kind=kind, microbatch=action.microbatch)
+            if action.kind != kind or user == action or user not in self.turn_of:
+                continue
+            sent, used = self.last_turn_of[action], self.turn_of[user]
+            leave = (("target", made), (send, sent))
+            uses.append(_Use(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
+            wait = ((arrive, sent), ("source", used))
+            uses.append(_Use(start=3 * sent + 2, end=3 * used, rank=self.rank(user), entries=wait))
+        return uses
 
-def _route_backward(
-    schedule: Schedule,
-    at: dict[Action, tuple[int, int]],
-    columns: dict[str, np.ndarray],
-    grads: _Slots,
-    saves: _Slots,
-) -> None:
-    forwards = sorted((place, action) for action, place in at.items() if action.kind == "F")
-    live = []
-    for (tick, rank), action in forwards:
-        used, _ = at[Action(stage=action.stage, kind="B", microbatch=action.microbatch)]
-        slot = saves.take(rank, 3 * tick, 3 * used + 1)
-        columns["forward_save"][tick, rank] = columns["backward_save"][used, rank] = slot
-        if action.stage == schedule.num_stages - 1:
-            live.append((3 * tick, rank, used, "forward_grad"))
-    for action, (tick, _) in at.items():
-        if action.kind == "B" and action.stage > 0:
-            used, rank = at[Action(stage=action.stage - 1, kind="B", microbatch=action.microbatch)]
-            live.append((3 * tick + 2, rank, used, "arrive_grad"))
-    for start, rank, used, column in sorted(live):
-        slot = grads.take(rank, start, 3 * used + 1)
-        columns[column][start // 3, rank] = columns["backward_grad"][used, rank] = slot
+    def _assign(self, uses: list[_Use]) -> None:
+        """Give every use the lowest slot that is free: first come, first served is optimal for intervals."""
+        free_from: list[list[int]] = [[] for _ in range(self.schedule.num_ranks)]
+        for use in sorted(uses):
+            slots = free_from[use.rank]
+            slot = next((i for i, free in enumerate(slots) if free < use.start), len(slots))
+            slots[slot:] = [use.end, *slots[slot + 1 :]]
+            for column, turn in use.entries:
+                self.columns[column][turn, use.rank] = slot
+
+    def count(self, *names: str, kind: int | None = None) -> int:
+        """Number of slots used: one more than the largest entry, and at least one."""
+        tables = [np.where(self._counts(name, kind), self.columns[name], NONE) for name in names]
+        return 1 + max(0, *(int(table.max()) for table in tables))
+
+    def _counts(self, name: str, kind: int | None) -> np.ndarray:
+        is_any = kind is None or name not in ("source", "target")
+        return np.ones_like(self.columns["kind"], bool) if is_any else self.columns["kind"] == kind

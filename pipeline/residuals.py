@@ -1,34 +1,55 @@
-"""The backward pass of a stage as data: what `jax.vjp` keeps, without the parameters, ready for a ring buffer."""
+"""The backward pass of a layer as data: what `jax.vjp` must keep of each microbatch, ready for a ring buffer.
+
+Kept is only what depends on the layer's input. The rest (the weights themselves, their casts, causal masks, rotary
+tables) is made again in the backward tick from parameters and microbatch, which are at hand there.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
 
 
-class StageVjp:
-    """A stage's forward that returns its residuals as a list of arrays, and a backward that takes them back.
+class LayerVjp:
+    """A layer's forward that also returns its residuals as a list of arrays, and a backward that takes them back."""
 
-    Residuals that are the parameters themselves are left out, since the parameters are at hand in the backward tick:
-    otherwise every microbatch in flight would keep a copy of the weights.
-    """
+    def __init__(self, layer: Callable[[Any, jax.Array, Any], jax.Array]) -> None:
+        self._layer = layer
+        self._is_kept: list[bool] = []
 
-    def __init__(self, stage: Callable[[Any, jax.Array, Any], jax.Array]) -> None:
-        self._stage = stage
-        self._tree: Any = None
-        self._param_of_leaf: list[int | None] = []
+    def plan(self, params: Any, x: jax.Array, microbatch: Any) -> list[jax.ShapeDtypeStruct]:
+        """Find out which residuals depend on x, and return the shapes of those; call it before the other two."""
+
+        def residuals(params: Any, x: jax.Array, microbatch: Any) -> list[jax.Array]:
+            return self._trace(params, x, microbatch)[1]
+
+        jaxpr, shapes = jax.make_jaxpr(residuals, return_shape=True)(params, x, microbatch)
+        num_params, num_x = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
+        tainted = set(jaxpr.jaxpr.invars[num_params : num_params + num_x])
+        for equation in jaxpr.jaxpr.eqns:
+            if any(not isinstance(v, Literal) and v in tainted for v in equation.invars):
+                tainted.update(equation.outvars)
+        self._is_kept = [not isinstance(v, Literal) and v in tainted for v in jaxpr.jaxpr.outvars]
+        return [shape for shape, kept in zip(shapes, self._is_kept, strict=True) if kept]
 
     def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
-        """Return stage(params, x, microbatch) and the residuals of its gradient in params and x."""
-        y, vjp = jax.vjp(lambda params, x: self._stage(params, x, microbatch), params, x)
-        leaves, self._tree = jax.tree.flatten(vjp)
-        # By identity: a scan over layers forwards its stacked weights to the residuals unchanged.
-        place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(params))}
-        self._param_of_leaf = [place.get(id(leaf)) for leaf in leaves]
-        return y, [leaf for leaf, param in zip(leaves, self._param_of_leaf, strict=True) if param is None]
+        """Return layer(params, x, microbatch) and the residuals to keep."""
+        y, leaves, _ = self._trace(params, x, microbatch)
+        return y, [leaf for leaf, kept in zip(leaves, self._is_kept, strict=True) if kept]
 
-    def backward(self, params: Any, residuals: list[jax.Array], grad: jax.Array) -> tuple[Any, jax.Array]:
-        """Return the gradients of params and x, given that of the output; `forward` must have been traced before."""
-        weights, kept = jax.tree.leaves(params), iter(residuals)
-        leaves = [next(kept) if param is None else weights[param] for param in self._param_of_leaf]
-        return jax.tree.unflatten(self._tree, leaves)(grad)
+    def backward(
+        self, params: Any, residuals: list[jax.Array], microbatch: Any, grad: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Return the gradients of params and x, given that of the output."""
+        # x is a dummy of the same type as its gradient: whatever depends on it is replaced, so the compiler drops it.
+        _, leaves, tree = self._trace(params, jnp.zeros_like(grad), microbatch)
+        kept = iter(residuals)
+        leaves = [next(kept) if is_kept else leaf for leaf, is_kept in zip(leaves, self._is_kept, strict=True)]
+        return jax.tree.unflatten(tree, leaves)(grad)
+
+    def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
+        y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)
+        leaves, tree = jax.tree.flatten(vjp)
+        return y, leaves, tree

@@ -14,13 +14,15 @@ def run_sequence(
 ) -> tuple[jax.Array, PipelineParams | None]:
     """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
 
-    params.stages[C, k...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data}, gradients {U:data}.
+    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data}, gradients {U:data}.
     """
 
     def loss_of(params: PipelineParams, microbatch: Any) -> jax.Array:
-        x = fns.first(params.shared, microbatch)
-        for chunk in range(jax.tree.leaves(params.stages)[0].shape[0]):
-            x = fns.stage(jax.tree.map(lambda leaf: leaf[chunk], params.stages), x, microbatch)
+        def layer(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
+            return vary(fns.layer(own, x, microbatch)), None
+
+        layers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), params.stages)
+        x, _ = jax.lax.scan(layer, vary(fns.first(params.shared, microbatch)), layers)
         return vary(fns.last(params.shared, x, microbatch))
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:

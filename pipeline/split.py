@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from ..layers import Embedding, Head, ModelConfig, Remat, Transformer, cross_entropy, param_dims, run_blocks
+from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, cross_entropy, param_dims, rematerialize
 from ..meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from .stage import PipelineParams, StageFns
 
@@ -88,22 +88,22 @@ def natural_order(stages: Any) -> Any:
 
 
 def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
-    config = model.config
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
-    def stage(params: Any, x_BTD: jax.Array, microbatch: Any) -> jax.Array:
-        return run_blocks(graphs["blocks"], params, x_BTD, remat=remat)
+    def layer(params: Any, x_BTD: jax.Array, microbatch: Any) -> jax.Array:
+        block: Block = nnx.merge(graphs["blocks"], params)
+        return block(x_BTD)
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         head: Head = nnx.merge(graphs["head"], shared["head"])
         logits_BTV = head(x_BTD, embedding_VD=shared["embed"]["table"])
         return cross_entropy(logits_BTV, microbatch["targets"], microbatch["weights"])
 
-    return StageFns(first=first, stage=stage, last=last, compute_dtype=config.dtype)
+    return StageFns(first=first, layer=rematerialize(layer, remat), last=last)
 
 
 def _cut(params: dict[str, Any], num_chunks: int, num_ranks: int) -> PipelineParams:

@@ -8,31 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.typing import DTypeLike
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageFns:
-    """A model cut for a pipeline; every rank runs `stage`, the ends also run `first` and `last`.
+    """A model cut for a pipeline: a stage is a run of layers; the first and last stage also run `first` and `last`.
 
     first(shared, microbatch) -> x
-        What enters the first stage: an embedding, or just the input. Cheap: its gradient is taken from the
+        What enters the first layer: an embedding, or just the input. Cheap: its gradient is taken from the
         microbatch again, so nothing of it is kept.
-    stage(params, x, microbatch) -> x
-        One stage; `params` are its own, without the leading [chunks, ranks]. Its residuals are kept as
-        `jax.vjp` gives them: rematerialisation inside it is the author's choice.
+    layer(params, x, microbatch) -> x
+        One layer; `params` are its own, without the leading [chunks, ranks, layers]. What its backward needs is kept
+        as `jax.vjp` says: rematerialisation inside it is the author's choice. A stage that is no run of equal layers
+        is one layer.
     last(shared, x, microbatch) -> loss
         This microbatch's part of the loss, a float32 scalar. Parts are *added* over microbatches and data shards:
         for a mean, divide by the count of the whole batch, not of the microbatch.
 
     A microbatch is one slice of the batch, on this data shard: leaves [b, ...] of [M, B@data, ...].
-    x has one shape and dtype at every boundary. `compute_dtype` casts stage parameters once a step, before the loop.
+    x is one array, of one shape and dtype between all layers.
     """
 
-    stage: Callable[[Any, jax.Array, Any], jax.Array]
-    last: Callable[[Any, jax.Array, Any], jax.Array]
     first: Callable[[Any, Any], jax.Array]
-    compute_dtype: DTypeLike | None = None
+    layer: Callable[[Any, jax.Array, Any], jax.Array]
+    last: Callable[[Any, jax.Array, Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -40,8 +39,8 @@ class StageFns:
 class PipelineParams:
     """Parameters of a pipeline, also the shape of their gradients.
 
-    stages: leaves [chunks, ranks@pipe, ...]; chunk c of rank r is stage c * ranks + r, so a plain reshape of
-        [stages, ...] in natural order makes them.
+    stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r, so a plain reshape of
+        [all layers, ...] in natural order makes them.
     shared: any tree, seen by `first` and `last` (an embedding, a head, tied or not); replicated over pipe.
     """
 

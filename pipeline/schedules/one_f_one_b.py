@@ -11,7 +11,8 @@ from .grid import Schedule
 def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """Return the schedule with forward k on rank r at tick k + r and its backward at tick k + 2(p - 1) - r.
 
-    In flight on rank r: min(m, 2(p - 1 - r) + 1) microbatches, whatever m is. Bubble fraction: (p - 1) / (m + p - 1).
+    In flight on rank r: min(m, max(1, 2(p - 1 - r))) microbatches, whatever m is. Bubble fraction:
+    (p - 1) / (m + p - 1).
 
     Raises:
         ScheduleError: a count is below 1.
@@ -20,6 +21,11 @@ def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
     for rank, ticks in enumerate(ticks_of):
         for microbatch in range(num_microbatches):
             forward, backward = microbatch + rank, microbatch + 2 * (num_ranks - 1) - rank
-            ticks.setdefault(forward, []).insert(0, Action(stage=rank, kind="F", microbatch=microbatch))
+            ticks.setdefault(forward, []).append(Action(stage=rank, kind="F", microbatch=microbatch))
             ticks.setdefault(backward, []).append(Action(stage=rank, kind="B", microbatch=microbatch))
+        # Backward first: it frees the buffer that the forward then fills. The last rank cannot, since there the
+        # backward needs the forward of its own tick.
+        order = "FB" if rank == num_ranks - 1 else "BF"
+        for cell in ticks.values():
+            cell.sort(key=lambda action, order=order: order.index(action.kind))
     return Schedule.from_ticks(ticks_of, name="1f1b", num_microbatches=num_microbatches)

@@ -1,0 +1,51 @@
+# Two commands matter: `make quickstart` and `make test`. Both set themselves up in .venv the first time.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: quickstart test check slow golden lock clean
+
+quickstart: $(STAMP)  ## train a small transformer on 8 fake devices
+	@$(BIN)/trellax train configs/quickstart.toml
+
+test: check  ## linters, types and the fast tests: what CI runs
+	@$(PYTEST) -q
+
+check: $(STAMP)  ## format, lint, types and the import contract
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	@$(BIN)/lint-imports
+
+slow: $(STAMP)  ## every test, the slow ones too
+	@$(PYTEST) -q -m ""
+
+golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the diff
+	@GOLDEN=1 $(PYTEST) -q
+	@git --no-pager diff --stat -- tests/golden
+
+lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python
+	@$(PIP) uv
+	@head -n 1 requirements.lock > $(VENV)/lock.head
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra dev --no-annotate --no-header \
+	  pyproject.toml --output-file $(VENV)/lock.body > /dev/null
+	@cat $(VENV)/lock.head $(VENV)/lock.body > requirements.lock
+
+clean:  ## remove what was built here, but no run
+	rm -rf $(VENV) .cache dist build
+
+# Where Python comes without ensurepip (Debian), the machine's own pip fills the new environment.
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "trellax needs Python 3.11 or newer, and '$(PYTHON)' is not. Fix: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Setting up $(VENV) (once, a minute or two) ..."
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null && $(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --without-pip --clear $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip; }
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps -e .
+	@touch $@

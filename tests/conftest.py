@@ -1,0 +1,32 @@
+"""The ground every test stands on: eight CPU devices, strict ranks, a compilation cache, golden files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# jax reads these when it is imported, and subprocess tests inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compare text with `tests/golden/<path>`; GOLDEN=1 (`make golden`) rewrites the file instead."""
+
+    def compare(path: str, text: str) -> None:
+        file = ROOT / "tests" / "golden" / path
+        if os.environ.get("GOLDEN") == "1":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        assert file.exists(), f"{file} is missing; `make golden` writes it"
+        assert text.rstrip("\n") + "\n" == file.read_text(encoding="utf-8")
+
+    return compare

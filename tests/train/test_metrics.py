@@ -1,0 +1,95 @@
+"""What a run writes down can be read back, survives a kill and a resume, and can be drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+from trellax.train.metrics import MetricsLog, draw_loss, peak_memory_bytes, read_metrics, write_summary
+
+
+def write_steps(folder: Path, steps: range, *, resumed_step: int = 0) -> None:
+    with MetricsLog(folder, resumed_step=resumed_step) as log:
+        for step in steps:
+            log.write(step, {"loss": 5.0 / step, "val_loss": 5.5 / step if step % 2 == 0 else None})
+
+
+def test_lines_are_read_back_as_written(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3))
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
+
+
+def test_resume_drops_the_lines_that_will_come_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 6))
+    write_steps(tmp_path, range(4, 7), resumed_step=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 6))
+    write_steps(tmp_path, range(1, 2))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    write_steps(tmp_path, range(4, 5), resumed_step=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 2.0})
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_number_that_is_not_finite_becomes_null(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": float("nan"), "peak_memory_bytes": 7})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "peak_memory_bytes": 7}\n'
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_gets_its_events(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"val_loss" in events.read_bytes()
+
+
+def test_summary_says_what_became_of_the_run(tmp_path: Path) -> None:
+    path = write_summary(
+        tmp_path,
+        steps=20,
+        final_train_loss=2.5,
+        final_val_loss=None,
+        tokens_per_s=1234.56,
+        wall_time_s=9.876,
+        mesh="data=2 tensor=2 pipe=2",
+        schedule="1f1b",
+    )
+    assert json.loads(path.read_text()) == {
+        "steps": 20,
+        "final_train_loss": 2.5,
+        "final_val_loss": None,
+        "tokens_per_s": 1234.6,
+        "wall_time_s": 9.88,
+        "mesh": "data=2 tensor=2 pipe=2",
+        "schedule": "1f1b",
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_loss_is_drawn_as_a_picture(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 9))
+    path = draw_loss(tmp_path)
+    assert path == tmp_path / "loss.png"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_without_a_line_has_no_picture(tmp_path: Path) -> None:
+    assert draw_loss(tmp_path) is None
+
+
+def test_peak_memory_counts_what_the_process_held() -> None:
+    assert 50e6 < peak_memory_bytes() < 1e12

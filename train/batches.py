@@ -1,0 +1,69 @@
+"""Batches by step number: which sequences a step sees is a pure function of the seed and the step.
+
+So a run resumes from its step alone, and a run on another mesh sees the same data. Grain shuffles; read `step.py` next.
+"""
+
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from ..meshes import DataError
+
+
+class Batches:
+    """Random access to the batches of an endless, reshuffled corpus.
+
+    `batches[step]` is a dict of `tokens` and `targets` int32[M, B, T] and `weights` float32[M, B, T], where M is
+    `microbatches` and B is `batch_size / microbatches`. Weights sum to 1 over a step: the loss of a step is the sum of
+    weights x negative log-likelihood, however it is cut. An epoch covers every token; its windows do not overlap but
+    for the last, which ends where the corpus ends. Batches run on across epochs, so no sequence is left out.
+
+    >>> batches = Batches(np.arange(100, dtype=np.uint8), seq_len=8, batch_size=4, microbatches=2, seed=0)
+    >>> batches[7]["tokens"].shape
+    (2, 2, 8)
+
+    Raises:
+        DataError: the corpus has no full sequence, or the batch does not split into microbatches.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, seq_len: int, batch_size: int, microbatches: int, seed: int) -> None:
+        if tokens.size < seq_len + 1:
+            raise DataError(
+                f"{tokens.size} tokens hold no sequence of {seq_len}, which needs {seq_len + 1} with its targets.",
+                fix="use more text or a shorter data.seq_len.",
+            )
+        if microbatches < 1 or batch_size < 1 or batch_size % microbatches:
+            raise DataError(
+                f"a batch of {batch_size} sequences does not split into {microbatches} microbatches.",
+                fix="make batch_size a multiple of microbatches.",
+            )
+        windows = _Windows(tokens=tokens, seq_len=seq_len)
+        self._rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
+        self._shape = (microbatches, batch_size // microbatches, seq_len)
+        self.num_windows = len(windows)
+        """Sequences of one epoch."""
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        rows = np.asarray(self._rows[step])
+        weights = np.full(self._shape, 1 / np.prod(self._shape), np.float32)
+        return {
+            "tokens": rows[:, :-1].reshape(self._shape),
+            "targets": rows[:, 1:].reshape(self._shape),
+            "weights": weights,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """The corpus as windows of seq_len + 1 tokens: each window's targets end where the next one's tokens begin."""
+
+    tokens: np.ndarray
+    seq_len: int
+
+    def __len__(self) -> int:
+        return (self.tokens.size - 2) // self.seq_len + 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = min(index * self.seq_len, self.tokens.size - 1 - self.seq_len)
+        return self.tokens[start : start + self.seq_len + 1].astype(np.int32)

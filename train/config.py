@@ -1,0 +1,175 @@
+"""A run as one typed value, read from a TOML file and the command line.
+
+Sections are frozen pydantic models; `mesh` and `model` are the toolkit's own values. Nothing here starts a jax backend,
+so fake devices can still be asked for afterwards. What needs two sections at once is in `check.py`; read that next.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..layers import ModelConfig
+from ..meshes import MeshSpec
+from .config_errors import Mistake, list_mistakes, make_config_error
+from .config_file import ConfigFile, Override, read_config_file, read_overrides
+from .config_keys import draw_keys, list_keys
+
+
+class Section(BaseModel):
+    """What every section shares: no unknown keys, no silent conversions, no change after reading, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run lives and what it starts from."""
+
+    name: str = Field(
+        "run", pattern=r"^[^/\\]*[^/\\.][^/\\]*$", description="folder of this run; the file's name if left out"
+    )
+    seed: int = Field(0, ge=0, description="seed of the parameters and of the order of the data")
+    folder: str = Field("runs", min_length=1, description="folder that holds all runs")
+    fake_devices: int = Field(0, ge=0, description="number of fake CPU devices; 0 takes the real ones")
+
+
+class DataSection(Section):
+    """The corpus and how it is cut."""
+
+    source: Literal["stdlib", "text", "tokens"] = Field(
+        "stdlib", description="Python's own sources, text files as bytes, or arrays of token ids"
+    )
+    paths: tuple[str, ...] = Field((), description="files or globs, for source text or tokens")
+    seq_len: int = Field(gt=0, description="tokens of one sequence")
+    val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the corpus held out, from its tail")
+    token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="integer type of raw .bin token files")
+
+
+class TrainSection(Section):
+    """How long to train and how often to look."""
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(gt=0, description="sequences of one step, over all devices and microbatches")
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    eval_every: int = Field(0, ge=0, description="steps between validations; 0 validates only at the end")
+    eval_batches: int = Field(8, gt=0, description="batches of one validation")
+
+
+class OptimizerSection(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="memory of the mean gradient")
+    beta2: float = Field(0.95, ge=0, lt=1, description="memory of the squared gradient")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the squared gradient")
+    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    zero: Literal["off", "on"] = Field("off", description="split the optimizer state over data (ZeRO-1)")
+
+
+class PipelineSection(Section):
+    """How a step is cut into microbatches and stages."""
+
+    schedule: str = Field("1f1b", min_length=1, description="order of forwards and backwards")
+    microbatches: int = Field(1, gt=0, description="parts of a batch; gradient accumulation when pipe=1")
+    remat: Literal["none", "full", "dots"] = Field("none", description="what the backward recomputes")
+
+
+class CheckpointSection(Section):
+    """When to save, and whether to go on from a save."""
+
+    every: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end")
+    keep: int = Field(2, gt=0, description="newest saves to keep")
+    resume: Literal["auto", "never"] = Field("auto", description="go on from the newest save, if there is one")
+
+
+class RunConfig(Section):
+    """Everything that defines a run; `load_config` reads one from a file."""
+
+    run: RunSection = RunSection()
+    mesh: MeshSpec = MeshSpec()
+    model: ModelConfig
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    pipeline: PipelineSection = PipelineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that this run writes to."""
+        return Path(self.run.folder) / self.run.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run that a TOML file and command-line overrides describe.
+
+    >>> load_config("quickstart", ["--train.steps", "50", "--mesh.data=4"]).train.steps
+    50
+
+    Args:
+        path: a file, or the bare name of a config that comes with trellax.
+        overrides: words as on the command line, `--section.key value` or `--section.key=value`.
+
+    Raises:
+        ConfigError: one line for every mistake, each with its file and line or its override.
+    """
+    file = read_config_file(path)
+    given, mistakes = read_overrides(overrides, keys=list_keys(RunConfig))
+    values = {section: dict(v) if isinstance(v, Mapping) else v for section, v in file.values.items()}
+    for override in given:
+        section = values.setdefault(override.section, {})
+        if isinstance(section, dict):
+            section[override.key] = override.value
+    run = values.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", file.path.stem)
+    return _validate(values, file=file, overrides=given, mistakes=mistakes)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Return the run that plain nested dicts describe, for scripts without a file.
+
+    >>> values = {
+    ...     "model": {"vocab_size": 256, "num_layers": 1, "hidden_size": 8, "num_heads": 1},
+    ...     "data": {"seq_len": 16},
+    ...     "train": {"steps": 1, "batch_size": 2},
+    ...     "optimizer": {"learning_rate": 1e-3},
+    ... }
+    >>> config_from_dict(values).data.source
+    'stdlib'
+
+    Raises:
+        ConfigError: one line for every mistake.
+    """
+    return _validate(values, file=None, overrides=(), mistakes=[])
+
+
+def config_keys() -> list[str]:
+    """Return every key a run file may hold, as `section.key`."""
+    return [key.name for key in list_keys(RunConfig)]
+
+
+def render_help() -> str:
+    """Return the table of all keys with type, default and meaning, as `trellax train --help` prints it."""
+    return draw_keys(list_keys(RunConfig))
+
+
+def _validate(
+    values: Mapping[str, Any], *, file: ConfigFile | None, overrides: Sequence[Override], mistakes: list[Mistake]
+) -> RunConfig:
+    # Only in its JSON mode is pydantic strict about numbers and yet fills our dataclasses from plain tables.
+    try:
+        config = RunConfig.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        found = list_mistakes(
+            error.errors(include_url=False), file=file, overrides=overrides, keys=list_keys(RunConfig)
+        )
+        raise make_config_error([*found, *mistakes]) from None
+    if mistakes:
+        raise make_config_error(mistakes)
+    return config

@@ -1,0 +1,159 @@
+"""Reading a run file and command-line overrides into plain values that remember where each was written.
+
+`tomllib` gives no positions, so a second pass over the lines maps every key to its line. `config_errors.py` uses that.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..meshes import ConfigError, suggest
+from .config_errors import Mistake, describe_unknown_option
+from .config_keys import Key
+
+PACKAGED_CONFIGS = Path(__file__).parent.parent / "configs"
+"""The configs that come with trellax."""
+
+_TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
+_ASSIGNMENT = re.compile(r"""^\s*([\w\-."']+(?:\s*\.\s*[\w\-"']+)*)\s*=""")
+_TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A parsed run file: its values, and the line of every section and key."""
+
+    path: Path
+    shown: str
+    values: Mapping[str, Any]
+    lines: Mapping[tuple[str, ...], int]
+
+    def place(self, *names: str) -> str:
+        """Return `file:line` of a section or key, of what encloses it, or the file alone."""
+        for length in range(len(names), 0, -1):
+            if names[:length] in self.lines:
+                return f"{self.shown}:{self.lines[names[:length]]}"
+        return self.shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """One `--section.key value` of the command line."""
+
+    section: str
+    key: str
+    value: Any
+    shown: str
+
+
+def read_config_file(path: str | Path) -> ConfigFile:
+    """Return the file at `path`, or the packaged config of that name.
+
+    Raises:
+        ConfigError: no such file, no text, or no TOML.
+    """
+    found = _find(Path(path))
+    shown = _shorten(found)
+    try:
+        text = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{shown}: this is no UTF-8 text.", fix="give a TOML file.") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _toml_error(error, text=text, shown=shown) from None
+    return ConfigFile(path=found, shown=shown, values=values, lines=map_lines(text))
+
+
+def read_overrides(words: Sequence[str], *, keys: Sequence[Key]) -> tuple[list[Override], list[Mistake]]:
+    """Return the overrides that make sense, with values read as their key wants them, and the words that do not."""
+    known = {key.name: key for key in keys}
+    overrides, mistakes = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        option, equals, text = word.partition("=")
+        if not option.startswith("--"):
+            mistakes.append(Mistake(place=word, text="expected --section.key value"))
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                mistakes.append(Mistake(place=word, text="a value is missing"))
+                continue
+            text = rest.pop(0)
+        name, shown = option[2:].replace("-", "_"), f"{option} {text}"
+        if name not in known:
+            mistakes.append(Mistake(place=shown, text=describe_unknown_option(name, keys=keys)))
+            continue
+        key = known[name]
+        overrides.append(Override(section=key.section, key=key.key, value=_read_value(text, key=key), shown=shown))
+    return overrides, mistakes
+
+
+def map_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Return the line of every table and key of a TOML text, by its dotted name; lines inside a list have none."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := _TABLE.match(line):
+            table = _split_name(match[1])
+            lines.setdefault(table, number)
+        elif match := _ASSIGNMENT.match(line):
+            name = table + _split_name(match[1])
+            for length in range(len(table) + 1, len(name) + 1):
+                lines.setdefault(name[:length], number)
+    return lines
+
+
+def _split_name(text: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in text.split("."))
+
+
+def _read_value(text: str, *, key: Key) -> Any:
+    if key.kind == "list":
+        try:
+            return tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            return [part for part in text.split(",") if part]
+    for convert in {"whole": (int, float), "number": (int, float), "text": ()}[key.kind]:
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{path}: this is a folder, not a run file.", fix=f"give a file, {path}/NAME.toml.")
+    packaged = sorted(PACKAGED_CONFIGS.resolve().glob("*.toml"))
+    if len(path.parts) == 1:
+        for file in packaged:
+            if path.name in (file.stem, file.name):
+                return file
+    names = [file.stem for file in packaged]
+    nearby = sorted(str(file) for file in path.parent.glob("*.toml"))
+    raise ConfigError(
+        f"{path}: no such file.{suggest(str(path), names + nearby if len(path.parts) == 1 else nearby)}",
+        fix=f"give the path of a TOML file, or a packaged config: {', '.join(names)}.",
+    )
+
+
+def _shorten(path: Path) -> str:
+    resolved, here = path.resolve(), Path.cwd()
+    return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
+
+
+def _toml_error(error: tomllib.TOMLDecodeError, *, text: str, shown: str) -> ConfigError:
+    match = _TOML_PLACE.search(str(error))
+    line = int(match[1]) if match and match[1] else max(1, len(text.splitlines()))
+    what = _TOML_PLACE.sub("", str(error)).replace("Cannot overwrite a value", "This key is given twice")
+    return ConfigError(
+        f"{shown}:{line}: this is no TOML: {what[:1].lower()}{what[1:]}.",
+        fix='write `key = value`, text in "quotes", sections as [name].',
+    )

@@ -1,0 +1,109 @@
+"""The keys of a run file as a list: for help, for suggestions, and for the test that freezes them."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+# The mesh and the model are plain dataclasses, which have no place for a description.
+_MEANINGS = {
+    "mesh.data": "devices over which the batch is split; -1 is what is left",
+    "mesh.tensor": "devices over which heads, feed-forward and vocabulary are split",
+    "mesh.pipe": "devices over which the layers are split into stages",
+    "model.vocab_size": "number of token ids; 256 for bytes",
+    "model.num_layers": "transformer blocks",
+    "model.hidden_size": "width of the residual stream",
+    "model.num_heads": "query heads",
+    "model.num_kv_heads": "key and value heads; 0 means num_heads",
+    "model.head_size": "width of one head; 0 means hidden_size / num_heads",
+    "model.ffn_size": "width of the feed-forward; 0 derives it from hidden_size and mlp",
+    "model.max_tokens": "longest sequence",
+    "model.mlp": "kind of feed-forward",
+    "model.norm": "kind of normalisation",
+    "model.norm_epsilon": "added to the variance inside a norm",
+    "model.positions": "learned table or rotary turns",
+    "model.rope_theta": "slowest wavelength of rotary positions",
+    "model.bias": "bias of linear layers and layer norms",
+    "model.embeddings": "whether the output shares the embedding's table",
+    "model.dtype": "type to compute in; parameters are always float32",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One key of a run file: `section.key`, what it takes, its default as TOML, and what it means."""
+
+    name: str
+    kind: Literal["whole", "number", "text", "list"]
+    type_text: str
+    default: str
+    meaning: str
+
+    @property
+    def section(self) -> str:
+        """The part before the dot."""
+        return self.name.partition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """The part after the dot."""
+        return self.name.partition(".")[2]
+
+
+def list_keys(config: type[BaseModel]) -> list[Key]:
+    """Return the keys of a config class in the order they are declared, sections as fields."""
+    keys = []
+    for section, field in config.model_fields.items():
+        for name, annotation, default, meaning in _list_fields(field.annotation):
+            keys.append(
+                Key(
+                    name=f"{section}.{name}",
+                    kind=_kind(annotation),
+                    type_text=_type_text(annotation),
+                    default=_default_text(default),
+                    meaning=meaning or _MEANINGS.get(f"{section}.{name}", ""),
+                )
+            )
+    return keys
+
+
+def draw_keys(keys: list[Key]) -> str:
+    """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections."""
+    lines: list[str] = []
+    rows = [(f"--{key.name}", key.type_text, key.default, key.meaning) for key in keys]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        if i and key.section != keys[i - 1].section:
+            lines.append("")
+        name, kind, default = (cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
+        lines.append(f"  {name}  {kind}  {default}  {row[3]}".rstrip())
+    return "\n".join(lines)
+
+
+def _list_fields(section: Any) -> list[tuple[str, Any, Any, str]]:
+    if issubclass(section, BaseModel):
+        fields = section.model_fields.items()
+        return [(name, f.annotation, f.default, f.description or "") for name, f in fields]
+    hints = typing.get_type_hints(section)
+    return [(f.name, hints[f.name], f.default, "") for f in dataclasses.fields(section)]
+
+
+def _kind(annotation: Any) -> Literal["whole", "number", "text", "list"]:
+    if typing.get_origin(annotation) is tuple:
+        return "list"
+    return "whole" if annotation is int else "number" if annotation is float else "text"
+
+
+def _type_text(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(typing.get_args(annotation))
+    return {"whole": "whole", "number": "number", "text": "text", "list": "list"}[_kind(annotation)]
+
+
+def _default_text(default: Any) -> str:
+    if default is dataclasses.MISSING or default is PydanticUndefined:
+        return "required"
+    return "[]" if default == () else f"{default:g}" if isinstance(default, float) else str(default)

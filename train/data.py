@@ -1,0 +1,190 @@
+"""Corpora: text and token arrays as one row of tokens, cut into a training part and a held-out tail.
+
+The default corpus is Python's own standard library, which every machine has: no download. It differs between Python
+versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
+"""
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..meshes import DataError, suggest
+from .config import DataSection
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Token ids for training and for validation, both `[num_tokens]`, uint8 for bytes, else uint16 or uint32.
+
+    `vocab_size_needed` is the smallest vocabulary that has an id for every token.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    sha256: str
+    description: str
+    vocab_size_needed: int
+
+
+def load_corpus(data: DataSection) -> Corpus:
+    """Return the corpus that a run file asks for, its tail of `val_fraction` held out.
+
+    Token files stay on disk and are mapped; they are read once, in order, for the hash and the largest id.
+
+    Raises:
+        DataError: a file is missing or empty, a glob matches nothing, an array has another type, or a part is shorter
+            than one sequence.
+    """
+    if data.source == "stdlib":
+        return _cut(*_read_stdlib(), data=data)
+    files = _find_files(data.paths)
+    if data.source == "text":
+        tokens = np.frombuffer(b"".join(_read_bytes(file) for file in files), np.uint8)
+        return _cut(tokens, f"bytes of {_count(len(files), 'text file')}", data=data)
+    return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
+
+
+def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
+    """Raise unless the model has an embedding for every token of the corpus.
+
+    Raises:
+        DataError: a token id is at or above `vocab_size`.
+    """
+    largest = corpus.vocab_size_needed - 1
+    if largest >= vocab_size:
+        raise DataError(
+            f"the corpus holds token id {largest}, but model.vocab_size={vocab_size} knows ids 0 to {vocab_size - 1}.",
+            fix=f"set model.vocab_size={corpus.vocab_size_needed} or more, or check data.token_dtype.",
+        )
+
+
+def _read_stdlib() -> tuple[np.ndarray, str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [file.relative_to(root).as_posix() for file in root.rglob("*.py") if _is_library(file.relative_to(root))]
+    # Ordered by the hash of the name, the held-out tail is a fair sample and not the modules from u to z.
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    if not names:
+        raise DataError(
+            f"this Python has no sources of its standard library in {root}.",
+            fix="set data.source='text' and data.paths.",
+        )
+    text = b"".join((root / name).read_bytes() for name in names)
+    version = sysconfig.get_python_version()
+    return np.frombuffer(text, np.uint8), f"bytes of Python {version}'s standard library, {_count(len(names), 'file')}"
+
+
+def _is_library(name: Path) -> bool:
+    # Files of the machine's own build (sysconfig data) hold its paths, so they differ between equal Pythons.
+    built = name.name.startswith("_sysconfigdata") or name.parts[0].startswith("config-")
+    return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
+
+
+def _find_files(paths: Sequence[str]) -> list[Path]:
+    files = [file for path in paths for file in _match_files(path)]
+    if not files:
+        raise DataError("data.paths is empty, so there is nothing to read.", fix="name files or globs in data.paths.")
+    return list(dict.fromkeys(files))
+
+
+def _match_files(path: str) -> list[Path]:
+    if Path(path).is_file():
+        return [Path(path)]
+    if Path(path).is_dir():
+        raise DataError(f"data.paths: {path!r} is a folder.", fix=f"write {path.rstrip('/')}/**/*.txt for its files.")
+    if not glob.has_magic(path):
+        siblings = [str(file) for file in Path(path).parent.glob("*") if file.is_file()]
+        raise DataError(f"data.paths: {path!r} does not exist.{suggest(path, siblings)}", fix="correct data.paths.")
+    # Unlike Path.glob this takes absolute patterns too.
+    found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207
+    files = [file for file in found if file.is_file()]
+    if not files:
+        raise DataError(f"data.paths: no file matches {path!r}.", fix="paths start at the folder of the command.")
+    return files
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
+
+
+def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
+    parts = [_map_file(file, dtype=np.dtype(data.token_dtype)) for file in files]
+    # One file stays a map of the disk; several are joined in memory.
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
+    size = file.stat().st_size
+    if not size:
+        return np.empty(0, dtype)
+    if file.suffix == ".npy":
+        try:
+            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"{file}: this is no .npy array: {error}.", fix="write it with numpy.save.") from None
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+            raise DataError(
+                f"{file}: the array is {tokens.dtype}{list(tokens.shape)}; token ids are one row of whole numbers.",
+                fix="save it as uint16 or uint32 with one dimension.",
+            )
+        return tokens
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{file}: {size} bytes are no whole number of {dtype} tokens: {size} / {dtype.itemsize} = "
+            f"{size / dtype.itemsize:.2f}.",
+            fix="set data.token_dtype to the type the file was written with.",
+        )
+    return np.memmap(file, dtype, mode="r")
+
+
+def _cut(tokens: np.ndarray, description: str, *, data: DataSection) -> Corpus:
+    if not tokens.size:
+        raise DataError(
+            f"the corpus is empty: {description}, 0 tokens.", fix="name files that hold something in data.paths."
+        )
+    held_out = round(tokens.size * data.val_fraction)
+    parts = {"training": tokens[: tokens.size - held_out], "validation": tokens[tokens.size - held_out :]}
+    for name, part in parts.items():
+        if part.size < data.seq_len + 1:
+            raise DataError(
+                f"the {name} part of the corpus has {part.size} of {tokens.size} tokens, but one sequence needs "
+                f"data.seq_len + 1 = {data.seq_len + 1}.",
+                fix=f"use more text, another data.val_fraction than {data.val_fraction:g}, or a shorter data.seq_len.",
+            )
+    sha256, largest = _scan(tokens)
+    return Corpus(
+        train=parts["training"],
+        validation=parts["validation"],
+        sha256=sha256,
+        description=f"{description}, {tokens.size:,} tokens, {held_out:,} held out",
+        vocab_size_needed=256 if tokens.dtype == np.uint8 else largest + 1,
+    )
+
+
+def _scan(tokens: np.ndarray) -> tuple[str, int]:
+    digest, largest = hashlib.sha256(), 0
+    for chunk in _chunks(tokens):
+        if chunk.min() < 0:
+            raise DataError(f"the corpus holds token id {chunk.min()}; ids start at 0.", fix="save unsigned integers.")
+        largest = max(largest, int(chunk.max()))
+        digest.update(np.ascontiguousarray(chunk).data)
+    return digest.hexdigest(), largest
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, tokens.size, _CHUNK):
+        yield tokens[start : start + _CHUNK]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

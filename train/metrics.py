@@ -1,0 +1,157 @@
+"""What a run leaves behind: metrics.jsonl line by line, TensorBoard events, summary.json and loss.png.
+
+metrics.jsonl is the record; everything else is drawn from it or beside it.
+"""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+PLOT_FILE = "loss.png"
+
+
+class MetricsLog:
+    """A writer of one JSON object per logged step, and of the same numbers for TensorBoard.
+
+    Lines after `resumed_step` belong to steps that will be taken again, so they are dropped; with 0, all are.
+
+    >>> with MetricsLog(folder, resumed_step=0) as log:
+    ...     log.write(10, {"loss": 5.1, "lr": 3e-4})
+    """
+
+    def __init__(self, folder: str | Path, *, resumed_step: int = 0) -> None:
+        self._path = Path(folder) / METRICS_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
+        _replace(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append the numbers of one step; those that are None are left out, those that are not finite become null."""
+        given = {name: value for name, value in metrics.items() if value is not None}
+        line = {"step": step} | {name: _finite(value) for name, value in given.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name in given:
+            if line[name] is not None:
+                self._board.add_scalar(name, line[name], step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; none without the file, and without a last line cut off by a kill."""
+    path = Path(folder) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def write_summary(
+    folder: str | Path,
+    *,
+    steps: int,
+    final_train_loss: float,
+    final_val_loss: float | None,
+    tokens_per_s: float,
+    wall_time_s: float,
+    mesh: str,
+    schedule: str,
+) -> Path:
+    """Write what became of a run to summary.json, whole or not at all, and return its path."""
+    summary = {
+        "steps": steps,
+        "final_train_loss": _finite(final_train_loss),
+        "final_val_loss": None if final_val_loss is None else _finite(final_val_loss),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "wall_time_s": round(wall_time_s, 2),
+        "mesh": mesh,
+        "schedule": schedule,
+    }
+    path = Path(folder) / SUMMARY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(summary, indent=2) + "\n")
+    return path
+
+
+def draw_loss(folder: str | Path) -> Path | None:
+    """Draw the training and validation loss of metrics.jsonl into loss.png; None when there is nothing to draw."""
+    lines = read_metrics(folder)
+    train, validation = _curve(lines, name="loss"), _curve(lines, name="val_loss")
+    if not train and not validation:
+        return None
+    # matplotlib takes half a second to import, and only the end of a run needs it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for curve, label, colour, marker in (
+        (train, "training", "#2a6fbb", ""),
+        (validation, "validation", "#d9822b", "o"),
+    ):
+        if curve:
+            steps, losses = zip(*curve, strict=True)
+            text = f"{label}, {losses[-1]:.3f} at step {steps[-1]}"
+            axes.plot(steps, losses, label=text, color=colour, linewidth=1.6, marker=marker, markersize=4.5)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=Path(folder).name)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = Path(folder) / PLOT_FILE
+    figure.savefig(path)
+    return path
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that any local device has used, or the process where devices keep no count (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if any(peaks):
+        return max(peaks)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN; null keeps the line readable by every other tool.
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if isinstance(value, int) else number
+
+
+def _curve(lines: list[dict[str, Any]], *, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
