@@ -3,6 +3,7 @@
 from .attention import Attention
 from .block import Block, Remat, rematerialize, run_blocks, stack_blocks
 from .config import ModelConfig
+from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
 from .embedding import Embedding, lookup
 from .linear import ColumnLinear, RowLinear, make_param
 from .loss import cross_entropy
@@ -13,20 +14,26 @@ from .transformer import Head, Transformer, model_rules, param_dims
 
 __all__ = [
     "MLP",
+    "ActivationBytes",
     "Attention",
     "Block",
     "ColumnLinear",
     "Embedding",
+    "FlopCounts",
     "Head",
     "ModelConfig",
     "Remat",
+    "ParamCounts",
     "RowLinear",
     "Transformer",
+    "activation_bytes",
     "cross_entropy",
+    "flops_per_token",
     "lookup",
     "make_norm",
     "make_param",
     "model_rules",
+    "param_counts",
     "param_dims",
     "rematerialize",
     "rotate",

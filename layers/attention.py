@@ -3,6 +3,8 @@
 Query heads are column parallel, the output projection is row parallel, so a block costs one all-reduce here.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,7 +41,7 @@ class Attention(nnx.Module):
         if self.config.positions == "rotary":
             q_BTNH = rotate(q_BTNH, theta=self.config.rope_theta)
             k_BTKH = rotate(k_BTKH, theta=self.config.rope_theta)
-        mixed_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        mixed_BTNH = _attend(q_BTNH, k_BTKH, v_BTKH)
         mixed_BTNH = self.rules.constrain(mixed_BTNH, ("batch", "tokens", "heads", "head"))
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], self.config.query_size))
 
@@ -60,3 +62,10 @@ class Attention(nnx.Module):
         heads = weight.reshape(*weight.shape[:-1], self.config.num_kv_heads, 1, self.config.head_size)
         shape = (*heads.shape[:-2], copies, self.config.head_size)
         return jnp.broadcast_to(heads, shape).reshape(*weight.shape[:-1], -1)
+
+
+# Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax
+# between the two matmuls is cheap to do again.
+@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)

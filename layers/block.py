@@ -10,7 +10,7 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from .attention import Attention
 from .config import ModelConfig
 from .mlp import MLP
-from .norms import make_norm
+from .norms import make_norm, normalize
 
 Remat = Literal["none", "full", "dots"]
 """What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls."""
@@ -30,8 +30,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD))
+        return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:

@@ -3,10 +3,10 @@
 Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py` next.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
-from ..meshes import ModelError
+from ..meshes import ModelError, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class ModelConfig:
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
     Raises:
-        ModelError: sizes that are not positive or do not divide each other, each with the equation.
+        ModelError: a value of the wrong type or none of the choices, sizes that are not positive, or that do not
+            divide each other, each with the equation.
     """
 
     vocab_size: int
@@ -38,9 +39,13 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ModelError(f"{name}={getattr(self, name)}: a model needs at least 1.", fix=f"set {name}=1 or more.")
+                raise ModelError(
+                    f"{name}={getattr(self, name)}: a model needs at least 1.", fix=f"set {name}=1 or more."
+                )
         for name in ("num_kv_heads", "head_size", "ffn_size"):
             if getattr(self, name) < 0:
                 raise ModelError(
@@ -87,3 +92,13 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Width of all key (or value) heads together, num_kv_heads x head_size."""
         return self.num_kv_heads * self.head_size
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if choices := get_args(kind):
+        if value not in choices:
+            hint = suggest(str(value), choices)
+            raise ModelError(f"{name}={value!r} is no choice.{hint}", fix=f"use {' or '.join(map(repr, choices))}.")
+    elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        what = "whole number" if kind is int else "number"
+        raise ModelError(f"{name}={value!r} is not a {what}.", fix=f"give a {what}, without quotes.")

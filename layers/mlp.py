@@ -1,5 +1,7 @@
 """The feed-forward half of a block: a column-parallel layer up, a row-parallel layer down, one all-reduce."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -24,6 +26,18 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
-        up_BTF = self.up(x_BTD)
-        hidden_BTF = jax.nn.gelu(up_BTF) if self.gate is None else jax.nn.silu(self.gate(x_BTD)) * up_BTF
-        return self.down(hidden_BTF)
+        if self.gate is None:
+            return self.down(_gelu(self.up(x_BTD)))
+        return self.down(_swish_gate(self.gate(x_BTD), self.up(x_BTD)))
+
+
+# Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Kept are their
+# inputs alone; the backward does the arithmetic again, which no matrix unit notices.
+@partial(jax.checkpoint, prevent_cse=False)
+def _gelu(up_BTF: jax.Array) -> jax.Array:
+    return jax.nn.gelu(up_BTF)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _swish_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BTF) * up_BTF

@@ -123,6 +123,5 @@ def param_dims(model: Transformer) -> dict[str, Any]:
     ('layer', 'embed', 'ffn')
     """
     dims = nnx.to_pure_dict(nnx.state(model, nnx.Param).map(lambda _, variable: variable.get_metadata("dims")))
-    is_dims = lambda node: isinstance(node, tuple)
-    dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=is_dims)
+    dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return dims

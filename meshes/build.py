@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from .errors import MeshError
 from .spec import AXES, MeshSpec
 
 
@@ -39,8 +40,11 @@ def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
     Raises:
         MeshError: the spec still holds a -1.
     """
-    resolved = spec.resolve(num_devices=max(spec.num_devices, 1))
-    return AbstractMesh(_shape(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if -1 in spec.sizes.values():
+        raise MeshError(
+            f"mesh {spec} leaves an axis open, and without devices none can be inferred.", fix="give it a size."
+        )
+    return AbstractMesh(_shape(spec), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(mesh: Mesh | AbstractMesh) -> MeshSpec:

@@ -1,5 +1,7 @@
 """Fake devices: many CPU devices on one machine, on which every mesh can be tried and proved."""
 
+import os
+
 import jax
 
 from .errors import MeshError
@@ -17,6 +19,9 @@ def use_fake_devices(num_devices: int) -> None:
     """
     if num_devices < 1:
         raise MeshError(f"fake devices: {num_devices} is not a number of devices.", fix="ask for 1 or more, 8 say.")
+    # XLA sizes its one CPU thread pool by this. A device that waits for its neighbours holds a thread of the pool: with
+    # one thread a core, those that still compute would be left without help.
+    os.environ.setdefault("NPROC", str(num_devices + (os.cpu_count() or 1)))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", num_devices)

@@ -106,7 +106,9 @@ class ShardingRules:
             ShardingError: with the name of the array, the dimension and the equation.
         """
         if len(dims) != len(shape):
-            raise ShardingError(f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}.")
+            raise ShardingError(
+                f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}."
+            )
         for dim, size, axis in zip(dims, shape, self.spec(dims), strict=True):
             parts = 1 if axis is None else sizes.get(axis, 1)
             if size % parts:

@@ -188,7 +188,7 @@ def vary(x: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _keep(carry: Carry, row: Row) -> Carry:
+def _keep(carry: Carry, _: Row) -> Carry:
     return carry
 
 

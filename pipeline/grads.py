@@ -4,8 +4,8 @@
 `jax.value_and_grad` themselves. Read `execute.py` next.
 """
 
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import ScheduleError, ShardingError, mesh_sizes
-from .execute import Bubbles, run_turns, vary
+from .execute import Bubbles, Wants, run_turns, vary
 from .lower import lower
 from .schedules import Schedule
 from .sequential import run_sequence
@@ -46,7 +46,8 @@ def pipeline_grads(
         ShardingError: the batch does not split over `data`.
     """
     _check(params, batch, mesh, schedule)
-    loss, grads = _run(fns, params, batch, mesh, schedule, bubbles, wants="grads")
+    how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    loss, grads = _run(how, params, batch, wants="grads")
     return LossAndGrads(loss=loss, grads=grads)
 
 
@@ -59,13 +60,14 @@ def pipeline_loss(
     in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
     """
     _check(params, batch, mesh, schedule)
+    how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
     @jax.custom_vjp
     def loss_of(params: PipelineParams, batch: Any) -> jax.Array:
-        return _run(fns, params, batch, mesh, schedule, bubbles, wants="loss")[0]
+        return _run(how, params, batch, wants="loss")[0]
 
     def forward(params: PipelineParams, batch: Any) -> tuple[jax.Array, tuple[PipelineParams, Any]]:
-        loss, grads = _run(fns, params, batch, mesh, schedule, bubbles, wants="grads")
+        loss, grads = _run(how, params, batch, wants="grads")
         return loss, (jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), batch)
 
     def backward(saved: tuple[PipelineParams, Any], grad: jax.Array) -> tuple[PipelineParams, Any]:
@@ -76,15 +78,16 @@ def pipeline_loss(
     return loss_of(params, batch)
 
 
-def _run(
-    fns: StageFns,
-    params: PipelineParams,
-    batch: Any,
-    mesh: Mesh,
-    schedule: Schedule,
-    bubbles: Bubbles,
-    wants: Literal["loss", "grads"],
-) -> tuple[jax.Array, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    fns: StageFns
+    mesh: Mesh
+    schedule: Schedule
+    bubbles: Bubbles
+
+
+def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tuple[jax.Array, Any]:
+    fns, mesh, schedule = how.fns, how.mesh, how.schedule
     is_pipelined = schedule.num_ranks > 1
     # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
@@ -95,7 +98,7 @@ def _run(
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
-            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
+            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=how.bubbles, wants=wants)
         return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes)
 
     split = PipelineParams(stages=P(None, "pipe" if is_pipelined else None), shared=P())

@@ -1,20 +1,21 @@
 """The path of a single pipeline rank: plain gradient accumulation over microbatches, one at a time."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .execute import vary
+from .execute import Wants, vary
 from .stage import PipelineParams, StageFns
 
 
 def run_sequence(
-    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Literal["loss", "grads"]
+    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Wants
 ) -> tuple[jax.Array, PipelineParams | None]:
     """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
 
-    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data}, gradients {U:data}.
+    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data},
+    gradients {U:data}.
     """
 
     def loss_of(params: PipelineParams, microbatch: Any) -> jax.Array:

@@ -94,7 +94,7 @@ def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
-    def layer(params: Any, x_BTD: jax.Array, microbatch: Any) -> jax.Array:
+    def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
         block: Block = nnx.merge(graphs["blocks"], params)
         return block(x_BTD)
 

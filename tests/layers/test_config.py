@@ -18,6 +18,14 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "more_kv_heads_than_heads": {"num_kv_heads": 8},
     "odd_head_with_rotary": {"head_size": 15, "positions": "rotary"},
     "no_norm_epsilon": {"norm_epsilon": 0.0},
+    "unknown_mlp": {"mlp": "silu"},
+    "mistyped_norm": {"norm": "rmsnrom"},
+    "dtype_that_is_no_text": {"dtype": float},
+    "fraction_for_a_whole_number": {"num_layers": 2.5},
+    "text_for_a_whole_number": {"hidden_size": "64"},
+    "truth_for_a_whole_number": {"num_kv_heads": True},
+    "text_for_a_number": {"rope_theta": "1e4"},
+    "no_value_for_a_number": {"norm_epsilon": None},
 }
 
 
@@ -50,3 +58,7 @@ def test_given_sizes_are_kept() -> None:
 
 def test_head_size_given_frees_hidden_from_the_heads() -> None:
     assert make(num_heads=5, head_size=16).query_size == 80
+
+
+def test_whole_number_is_a_number_too() -> None:
+    assert make(rope_theta=500_000).rope_theta == 500_000

@@ -1,0 +1,127 @@
+"""A worker for a user's own model: work R1, on which other JAX pipelines were measured. Nothing of trellax.layers.
+
+8 pre-norm blocks (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128, float32, no
+embedding or head, loss = mean((y - t)^2), microbatch of 8 sequences, on a mesh of pipe=4 x data=2. Run by `pipeline.py`.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hlo import count_executions, instructions_of, matmul_flops, parse_program
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
+from worker import serve, start_devices
+
+WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS, NUM_SEQUENCES = 128, 128, 4, 512, 8, 8
+PIPE, DATA = 4, 2
+
+Remat = Literal["block", "none"]
+
+
+def block(params: Any, x_bTD: jax.Array, _: Any) -> jax.Array:
+    """x[B@data, T, D] -> y[B@data, T, D]: one pre-norm transformer block as a plain function."""
+    h_bTD = _rms_norm(x_bTD, params["norm1"])
+    b, T, D = h_bTD.shape
+    q_bTNH, k_bTNH, v_bTNH = (
+        (h_bTD @ params[name]).reshape(b, T, NUM_HEADS, D // NUM_HEADS) for name in ("query", "key", "value")
+    )
+    scores_bNTS = jnp.einsum("btnh,bsnh->bnts", q_bTNH, k_bTNH) / np.sqrt(D / NUM_HEADS).astype(np.float32)
+    scores_bNTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_bNTS, -1e30)
+    mixed_bTNH = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores_bNTS), v_bTNH)
+    x_bTD = x_bTD + mixed_bTNH.reshape(b, T, D) @ params["out"]
+    return x_bTD + jax.nn.gelu(_rms_norm(x_bTD, params["norm2"]) @ params["up"]) @ params["down"]
+
+
+def measure_memory(*, schedule: str, remat: Remat, num_microbatches: int) -> float:
+    """Return the compiled temporary bytes of loss and gradients on each device."""
+    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
+    analysis = _lower(mesh, schedule, remat, num_microbatches).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[str, float]:
+    """Run one step under the profiler; return what was executed: matmul work over the ideal, and collectives."""
+    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
+    compiled = _lower(mesh, schedule, remat, num_microbatches).compile()
+    inputs = _inputs(mesh, num_microbatches)
+    jax.block_until_ready(compiled(*inputs))
+    counts = count_executions(lambda: compiled(*inputs))
+    program = parse_program(compiled.as_text())
+    flops = matmul_flops(program)
+    if lost := [name for name in flops if not counts[name]]:
+        raise RuntimeError(f"the trace has no execution of {', '.join(lost)}")
+    # The sum of the loss is a scalar; what has dimensions is gradients.
+    gradient_sums = [i.name for i in instructions_of(program, "all-reduce") if i.shape]
+    permutes = [i.name for i in instructions_of(program, "collective-permute")]
+    return {
+        "matmul_over_ideal": sum(counts[name] * work for name, work in flops.items()) / _ideal_flops(num_microbatches),
+        "gradient_all_reduces": sum(counts[name] for name in gradient_sums) / (PIPE * DATA),
+        "permutes": sum(counts[name] for name in permutes) / (PIPE * DATA),
+    }
+
+
+def check_bubbles(*, schedule: str, num_microbatches: int) -> bool:
+    """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
+    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
+    inputs = _inputs(mesh, num_microbatches)
+    zeros, nan = (_lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan"))
+    pairs = zip(jax.tree.leaves(zeros), jax.tree.leaves(nan), strict=True)
+    arrays = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
+    return all(np.array_equal(a.view("i4"), b.view("i4")) and np.isfinite(a).all() for a, b in arrays)
+
+
+def _lower(mesh: Mesh, schedule: str, remat: Remat, num_microbatches: int, bubbles: Any = "zeros") -> Any:
+    num_values = num_microbatches * NUM_SEQUENCES * NUM_TOKENS * WIDTH
+    fns = StageFns(
+        first=lambda _, microbatch: microbatch["x"],
+        layer=jax.checkpoint(block, prevent_cse=False) if remat == "block" else block,
+        last=lambda _, y, microbatch: ((y - microbatch["t"]) ** 2).sum() / num_values,
+    )
+    grid = build_schedule(schedule, num_ranks=PIPE, num_microbatches=num_microbatches)
+
+    def step(params: PipelineParams, batch: Any) -> Any:
+        return pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid, bubbles=bubbles)
+
+    return jax.jit(step).lower(*_inputs(mesh, num_microbatches))
+
+
+def _inputs(mesh: Mesh, num_microbatches: int) -> tuple[PipelineParams, dict[str, jax.Array]]:
+    """Parameters [chunks, ranks@pipe, layers, ...] and batch [M, B@data, T, D]."""
+    random = np.random.default_rng(0)
+    square, up = (WIDTH, WIDTH), (WIDTH, FFN)
+    shapes = dict.fromkeys(("query", "key", "value", "out"), square) | {"up": up, "down": up[::-1]}
+    weights = {
+        name: random.normal(size=(1, PIPE, NUM_LAYERS // PIPE, *own)).astype("f4") * 0.05
+        for name, own in shapes.items()
+    }
+    norms = dict.fromkeys(("norm1", "norm2"), np.ones((1, PIPE, NUM_LAYERS // PIPE, WIDTH), np.float32))
+    batch_shape = (num_microbatches, NUM_SEQUENCES, NUM_TOKENS, WIDTH)
+    batch = {name: random.normal(size=batch_shape).astype("f4") for name in ("x", "t")}
+    return (
+        jax.device_put(PipelineParams(stages=weights | norms, shared={}), NamedSharding(mesh, P(None, "pipe"))),
+        jax.device_put(batch, NamedSharding(mesh, P(None, "data"))),
+    )
+
+
+def _ideal_flops(num_microbatches: int) -> int:
+    """Matmul flops that any exact algorithm without recomputation spends: forward, and twice that backward."""
+    weights = 4 * WIDTH * WIDTH + 2 * WIDTH * FFN
+    per_token = 2 * weights + 2 * 2 * NUM_TOKENS * WIDTH
+    return 3 * per_token * NUM_TOKENS * NUM_SEQUENCES * NUM_LAYERS * num_microbatches
+
+
+def _rms_norm(x_bTD: jax.Array, gain_D: jax.Array) -> jax.Array:
+    return x_bTD * jax.lax.rsqrt(jnp.mean(x_bTD * x_bTD, -1, keepdims=True) + 1e-6) * gain_D
+
+
+CALLS: dict[str, Callable[..., Any]] = {"memory": measure_memory, "work": measure_work, "bubbles": check_bubbles}
+
+if __name__ == "__main__":
+    start_devices(int(sys.argv[1]))
+    serve(CALLS)

@@ -1,0 +1,148 @@
+"""Parameters, flops and activation bytes of a model, by arithmetic on its config: no array is made, nothing is traced.
+
+A planner weighs layouts with these numbers and a training loop reports MFU with them, so they are exact: the tests
+hold them against the parameters, the matmuls and the residuals of the layers themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .block import Remat
+from .config import ModelConfig
+from .transformer import model_rules
+
+_SCORE_BYTES = 4
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamCounts:
+    """Number of parameters of every part of a model; `block` is one of `num_layers` blocks.
+
+    `head` is the final norm, and the projection to the vocabulary where that is no copy of the embedding.
+    """
+
+    embedding: int
+    positions: int
+    block: int
+    num_layers: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Number of parameters of the whole model, tied ones counted once."""
+        return self.embedding + self.positions + self.num_layers * self.block + self.head
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopCounts:
+    """Model flops for one token: what the mathematics needs. Recomputation is no part of it (Chowdhery et al. 2022, B).
+
+    `weights` counts matmuls with parameters, 2 flops for each weight a token meets, the vocabulary projection
+    included and the embedding lookup not; `scores` counts the two matmuls between tokens, over all layers.
+    """
+
+    weights: int
+    scores: int
+
+    @property
+    def forward(self) -> int:
+        """Flops of the forward pass for one token."""
+        return self.weights + self.scores
+
+    @property
+    def training(self) -> int:
+        """Flops of forward and backward for one token: each matmul has two in the backward, hence three times."""
+        return 3 * self.forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationBytes:
+    """Bytes on one device for one microbatch: `boundary` between two layers, `layer` kept by one layer for backward.
+
+    A layer keeps its input, so `layer` includes one `boundary`.
+    """
+
+    boundary: int
+    layer: int
+
+
+def param_counts(config: ModelConfig) -> ParamCounts:
+    """Return the exact number of parameters of each part.
+
+    >>> param_counts(ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)).total
+    124439808
+    """
+    d, f, has_bias = config.hidden_size, config.ffn_size, config.bias == "on"
+    norm = d * (2 if config.norm == "layernorm" and has_bias else 1)
+    num_up = 2 if config.mlp == "swiglu" else 1
+    biases = config.query_size + 2 * config.kv_size + d + num_up * f + d if has_bias else 0
+    table = config.vocab_size * d
+    return ParamCounts(
+        embedding=table,
+        positions=config.max_tokens * d if config.positions == "learned" else 0,
+        block=_block_weights(config) + biases + 2 * norm,
+        num_layers=config.num_layers,
+        head=norm + (table if config.embeddings == "untied" else 0),
+    )
+
+
+def flops_per_token(
+    config: ModelConfig, *, num_tokens: int, attention: Literal["causal", "full"] = "causal"
+) -> FlopCounts:
+    """Return the model flops of one token in a sequence of `num_tokens`.
+
+    For short sequences `training` is near 6 flops per parameter (Kaplan et al. 2020, section 2.1); the scores add
+    12 x layers x heads x head size x tokens (Chowdhery et al. 2022, appendix B), or half of that when causal.
+
+    >>> config = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)
+    >>> flops_per_token(config, num_tokens=1024).training
+    797815296
+
+    Args:
+        attention: "causal" counts half of the scores, those that the mask lets through: what a flash kernel computes;
+            "full" counts all, as papers that quote Chowdhery et al. do and as unfused attention computes.
+    """
+    weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
+    full = 2 * 2 * num_tokens * config.query_size * config.num_layers
+    return FlopCounts(weights=2 * weights, scores=full if attention == "full" else full // 2)
+
+
+def activation_bytes(
+    config: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int = 1, remat: Remat = "none"
+) -> ActivationBytes:
+    """Return what one microbatch of `num_sequences` on one device occupies between layers, and in one for its backward.
+
+    The kind of formula is that of Korthikanti et al. 2022, section 4; its terms are what our own layers keep:
+
+        full  D                                          the input x[b, T, D]
+        dots  2D + (N + 2K)H/t + (1 or 2)F/t              x and the outputs of weight matmuls, but the last one
+        none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
+
+    Args:
+        num_sequences: sequences of the microbatch on one data shard.
+        tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
+
+    Raises:
+        ModelError: heads or feed-forward features do not split over `tensor`.
+    """
+    model_rules(config, {"tensor": tensor})
+    item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
+    boundary = numbers * config.hidden_size * item_bytes
+    d, f = config.hidden_size, config.ffn_size // tensor
+    query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
+    num_up = 2 if config.mlp == "swiglu" else 1
+    width = {
+        "full": d,
+        "dots": 2 * d + query + 2 * kv + num_up * f,
+        "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f,
+    }[remat]
+    scores = numbers * num_tokens * (config.num_heads // tensor) * _SCORE_BYTES if remat == "none" else 0
+    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)
+
+
+def _block_weights(config: ModelConfig) -> int:
+    """Number of matmul weights of a block: query and output, key and value, and the feed-forward's two or three."""
+    d = config.hidden_size
+    num_ffn = 3 if config.mlp == "swiglu" else 2
+    return 2 * d * config.query_size + 2 * d * config.kv_size + num_ffn * d * config.ffn_size

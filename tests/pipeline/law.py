@@ -1,0 +1,202 @@
+"""What the tests of this folder share: small models, masked batches, the reference on one device, the comparison."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trellax.layers import ModelConfig, Remat, Transformer, model_rules
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.pipeline import (
+    LossAndGrads,
+    PipelinedModel,
+    PipelineParams,
+    build_schedule,
+    natural_order,
+    pipeline_grads,
+    split_transformer,
+)
+
+Attention = Literal["mha", "gqa", "mqa"]
+"""As many key/value heads as query heads (8), half as many, or one: fewer than any tensor axis above 1."""
+
+KV_HEADS: dict[Attention, int] = {"mha": 8, "gqa": 4, "mqa": 1}
+NUM_TOKENS = 16
+VOCAB_SIZE = 64
+
+STYLES: dict[str, dict[str, Any]] = {
+    "gpt": {"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on"},
+    "llama": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off"},
+}
+
+
+def small_model(
+    *,
+    style: str = "gpt",
+    attention: Attention = "mha",
+    embeddings: Literal["tied", "untied"] = "tied",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> ModelConfig:
+    """Eight layers of width 64: deep enough for eight stages, wide enough for eight tensor ranks."""
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        num_layers=8,
+        hidden_size=64,
+        num_heads=8,
+        num_kv_heads=KV_HEADS[attention],
+        max_tokens=NUM_TOKENS,
+        embeddings=embeddings,
+        dtype=dtype,
+        **STYLES[style],
+    )
+
+
+def mesh_of(text: str) -> Mesh:
+    """Return the mesh written as data x tensor x pipe, over the first of the fake devices."""
+    data, tensor, pipe = map(int, text.split("x"))
+    spec = MeshSpec(data=data, tensor=tensor, pipe=pipe)
+    return build_mesh(spec, devices=jax.devices()[: spec.num_devices])
+
+
+@cache
+def masked_batch(num_sequences: int) -> dict[str, np.ndarray]:
+    """Random tokens and targets, [B, T]; a third of the weights is 0, the others differ and all sum to 1."""
+    rng = np.random.default_rng(num_sequences)
+    shape = (num_sequences, NUM_TOKENS)
+    weights = rng.uniform(0.1, 1.0, shape) * (rng.uniform(size=shape) > 1 / 3)
+    return {
+        "tokens": rng.integers(0, VOCAB_SIZE, shape, np.int32),
+        "targets": rng.integers(0, VOCAB_SIZE, shape, np.int32),
+        "weights": (weights / weights.sum()).astype(np.float32),
+    }
+
+
+def microbatches(batch: dict[str, np.ndarray], *, mesh: Mesh, num_microbatches: int) -> dict[str, jax.Array]:
+    """Return the batch as [M, B@data, T] on the mesh."""
+    place = NamedSharding(mesh, P(None, "data"))
+    cut = {name: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]) for name, leaf in batch.items()}
+    return jax.device_put(cut, place)
+
+
+@cache
+def natural_params(config: ModelConfig) -> dict[str, Any]:
+    """Parameters as a plain `Transformer` holds them, in numpy; not at zeros and ones, which would hide bugs."""
+    rng = np.random.default_rng(0)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return (middle + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
+    """Return the same parameters as stages on the mesh of the model."""
+    params = natural_params(config)
+    stages = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), params["blocks"], model.params.stages)
+    shared = {"embed": params["embed"], "head": params["head"]}
+    return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Loss, global gradient norm and gradients in natural layer order, in numpy."""
+
+    loss: float
+    norm: float
+    grads: dict[str, Any]
+
+
+@cache
+def one_device(config: ModelConfig, num_sequences: int) -> Answer:
+    """What plain autodiff says of the whole batch at once: no mesh, no microbatches, nothing of `trellax.pipeline`."""
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+
+    def loss_of(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+        model: Transformer = nnx.merge(graph, params)
+        return model.loss(batch["tokens"], batch["targets"], batch["weights"])
+
+    @jax.jit
+    def step(params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any], jax.Array]:
+        loss, grads = jax.value_and_grad(loss_of)(params, batch)
+        return loss, grads, optax.global_norm(grads)
+
+    loss, grads, norm = jax.device_get(step(natural_params(config), masked_batch(num_sequences)))
+    return Answer(loss=float(loss), norm=float(norm), grads=grads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A jitted step of the pipeline with its arguments, for those who run it and those who read its program."""
+
+    model: PipelinedModel
+    run: Callable[..., tuple[LossAndGrads, jax.Array]]
+    params: PipelineParams
+    batch: dict[str, jax.Array]
+
+
+def pipeline_step(
+    config: ModelConfig,
+    *,
+    mesh: str,
+    schedule: str,
+    num_microbatches: int,
+    num_sequences: int,
+    remat: Remat = "none",
+    bubbles: Literal["zeros", "nan"] = "zeros",
+) -> Step:
+    """Return the step that computes loss, gradients and their global norm on a mesh."""
+    devices = mesh_of(mesh)
+    rules = model_rules(config, devices.shape)
+    model = split_transformer(config, mesh=devices, remat=remat, rules=rules)
+    plan = build_schedule(schedule, num_ranks=devices.shape["pipe"], num_microbatches=num_microbatches)
+    run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, bubbles=bubbles)
+
+    @jax.jit
+    def step(params: PipelineParams, batch: Any) -> tuple[LossAndGrads, jax.Array]:
+        out = run(params=params, batch=batch)
+        return out, optax.global_norm(out.grads)
+
+    batch = microbatches(masked_batch(num_sequences), mesh=devices, num_microbatches=num_microbatches)
+    return Step(model=model, run=step, params=cut_params(config, model), batch=batch)
+
+
+def answer_of(step: Step) -> Answer:
+    """Run the step and bring its results into natural order."""
+    out, norm = step.run(step.params, step.batch)
+    grads = {"blocks": natural_order(out.grads.stages), **out.grads.shared}
+    return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
+
+
+def errors_of(actual: Answer, expected: Answer) -> dict[str, float]:
+    """Return the relative error of loss, norm and every gradient, by name.
+
+    A gradient's error is its largest difference over the largest |gradient| of that leaf, but over no less than 1e-2
+    of the largest gradient of all. Only key biases come under that floor: the softmax cancels them, their gradient is
+    zero, and what is computed is the rounding of sums as large as other leaves' gradients.
+    """
+    errors = {
+        "loss": abs(actual.loss - expected.loss) / abs(expected.loss),
+        "norm": abs(actual.norm - expected.norm) / expected.norm,
+    }
+    top = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected.grads))
+    wanted = dict(jax.tree_util.tree_leaves_with_path(expected.grads))
+    found = dict(jax.tree_util.tree_leaves_with_path(actual.grads))
+    assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        scale = max(np.abs(leaf).max(), 1e-2 * top)
+        difference = np.abs(np.asarray(found[path], np.float64) - np.asarray(leaf, np.float64)).max()
+        errors[jax.tree_util.keystr(path, simple=True, separator=".")] = float(difference / scale)
+    return errors
+
+
+def beyond(errors: dict[str, float], *, tolerance: float) -> dict[str, float]:
+    """Return the errors that are not within the tolerance; NaN is not."""
+    return {name: error for name, error in errors.items() if not error <= tolerance}

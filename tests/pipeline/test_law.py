@@ -1,0 +1,128 @@
+"""The law: loss, every gradient and the global gradient norm of any mesh and schedule equal those of one device.
+
+The reference is `Transformer.loss` under plain `jax.value_and_grad` on the whole batch. The tolerance is 2e-5 relative,
+in float32: both sides add the same terms in another order (over data shards, tensor ranks and microbatches), so they
+differ by the rounding of a sum, about 1e-7 x sqrt(number of terms). With the 1024 tokens of a batch and eight layers
+that stays near 2e-6, which leaves a factor of ten. A gradient that is scaled or lacks a part is off by 1e-1 or more.
+What each gradient is compared with is said in `errors_of`.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import get_args
+
+import pytest
+from trellax.layers import ModelConfig, Remat
+
+from .law import KV_HEADS, answer_of, beyond, errors_of, one_device, pipeline_step, small_model
+
+TOLERANCE = 2e-5
+
+MESHES = ("1x1x1", "8x1x1", "1x8x1", "1x1x8", "2x2x2", "1x2x4", "4x1x2")
+"""Data x tensor x pipe."""
+
+SCHEDULES = ("naive", "gpipe", "1f1b")
+MICROBATCHES = (1, 2, 3, 8)
+
+MODELS: dict[str, ModelConfig] = {
+    "mha-tied": small_model(style="gpt", attention="mha", embeddings="tied"),
+    "mha-untied": small_model(style="llama", attention="mha", embeddings="untied"),
+    "gqa-tied": small_model(style="llama", attention="gqa", embeddings="tied"),
+    "gqa-untied": small_model(style="gpt", attention="gqa", embeddings="untied"),
+    "mqa-tied": small_model(style="gpt", attention="mqa", embeddings="tied"),
+    "mqa-untied": small_model(style="llama", attention="mqa", embeddings="untied"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    mesh: str
+    schedule: str
+    num_microbatches: int
+    model: str
+    remat: Remat = "none"
+
+    def __str__(self) -> str:
+        return f"{self.mesh}-{self.schedule}-m{self.num_microbatches}-{self.model}-{self.remat}"
+
+
+CASES = (
+    Case("1x1x1", "naive", 1, "mha-tied"),
+    Case("1x1x1", "1f1b", 3, "gqa-tied", "full"),
+    Case("8x1x1", "gpipe", 8, "gqa-untied", "dots"),
+    Case("8x1x1", "1f1b", 1, "mqa-tied"),
+    Case("1x8x1", "naive", 2, "mqa-untied"),
+    Case("1x8x1", "gpipe", 3, "gqa-tied"),
+    Case("1x1x8", "naive", 2, "gqa-untied"),
+    Case("1x1x8", "gpipe", 1, "mha-untied", "full"),
+    Case("1x1x8", "1f1b", 8, "mqa-tied"),
+    Case("2x2x2", "naive", 3, "mha-tied"),
+    Case("2x2x2", "gpipe", 2, "mqa-untied"),
+    Case("2x2x2", "1f1b", 8, "gqa-tied", "dots"),
+    Case("1x2x4", "naive", 8, "mha-untied"),
+    Case("1x2x4", "gpipe", 3, "mha-tied"),
+    Case("1x2x4", "1f1b", 2, "mqa-tied", "full"),
+    Case("4x1x2", "naive", 1, "gqa-untied"),
+    Case("4x1x2", "gpipe", 8, "mha-tied", "dots"),
+    Case("4x1x2", "1f1b", 3, "gqa-tied"),
+)
+
+REMATS = get_args(Remat)
+
+EVERY_CASE = tuple(
+    Case(mesh, schedule, num_microbatches, model, REMATS[number % len(REMATS)])
+    for number, (mesh, schedule, num_microbatches, model) in enumerate(product(MESHES, SCHEDULES, MICROBATCHES, MODELS))
+    # On one pipeline rank a schedule gives the number of microbatches alone.
+    if not mesh.endswith("x1") or schedule == "1f1b"
+)
+
+
+def wrong_by(case: Case) -> dict[str, float]:
+    num_sequences = 24 if case.num_microbatches == 3 else 64
+    config = MODELS[case.model]
+    step = pipeline_step(
+        config,
+        mesh=case.mesh,
+        schedule=case.schedule,
+        num_microbatches=case.num_microbatches,
+        num_sequences=num_sequences,
+        remat=case.remat,
+    )
+    return beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_gradients_and_norm_equal_one_device(case: Case) -> None:
+    assert wrong_by(case) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
+def test_loss_gradients_and_norm_equal_one_device_in_the_full_product(case: Case) -> None:
+    assert wrong_by(case) == {}
+
+
+def test_default_cases_hold_every_schedule_on_every_mesh_with_a_pipeline() -> None:
+    wanted = {(mesh, schedule) for mesh, schedule in product(MESHES, SCHEDULES) if not mesh.endswith("x1")}
+    assert wanted - {(case.mesh, case.schedule) for case in CASES} == set()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_default_cases_hold_every_mesh_twice(mesh: str) -> None:
+    assert sum(case.mesh == mesh for case in CASES) >= 2
+
+
+def test_default_cases_hold_every_number_of_microbatches_model_and_policy() -> None:
+    assert {case.num_microbatches for case in CASES} == set(MICROBATCHES)
+    assert {case.model for case in CASES} == set(MODELS)
+    assert {case.remat for case in CASES} == set(REMATS)
+
+
+def test_models_hold_every_kind_of_attention_tied_and_untied() -> None:
+    kinds = {(config.num_kv_heads, config.embeddings) for config in MODELS.values()}
+    assert kinds == set(product(KV_HEADS.values(), ("tied", "untied")))
+
+
+def test_default_cases_hold_fewer_kv_heads_than_tensor_ranks_in_a_pipeline() -> None:
+    few = [case for case in CASES if case.model.startswith("mqa") and case.mesh in ("2x2x2", "1x2x4")]
+    assert {case.mesh for case in few} == {"2x2x2", "1x2x4"}

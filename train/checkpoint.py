@@ -1,0 +1,143 @@
+"""Saved runs, with Orbax: layers in their natural order, so that any mesh can read what any mesh wrote.
+
+The only file that knows Orbax. A checkpoint is `<run folder>/checkpoints/<step>` with every array under its path and a
+JSON record of the config.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from ..meshes import CheckpointError
+from ..pipeline import PipelineParams, natural_order
+from .state import Setup, TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The saves of one run folder; use as a context manager, which waits for a save under way.
+
+    Args:
+        keep: how many of the newest saves to keep.
+    """
+
+    def __init__(self, run_folder: str | Path, *, keep: int) -> None:
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        # Orbax wants an absolute path. What a killed save left behind is removed here.
+        folder = (Path(run_folder) / FOLDER).absolute()
+        self._folder = folder
+        self._orbax = ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Steps taken at the newest save, or None without one."""
+        return None if self._orbax.latest is None else int(self._orbax.latest.step)
+
+    def save(self, state: TrainState, setup: Setup) -> None:
+        """Save the state under its step, over a save of the same step."""
+        arrays = jax.jit(_to_natural, out_shardings=_natural_shardings(setup))(state)
+        meta = {"config": setup.config.model_dump(mode="json")}
+        items = {"state": _by_path(arrays), "meta": meta}
+        self._orbax.save_checkpointables(int(state.step), items, overwrite=True)
+
+    def restore(self, setup: Setup) -> TrainState:
+        """Return the newest saved state, placed as this run's mesh wants it.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model or optimizer.
+        """
+        step = self.latest_step
+        if step is None:
+            raise CheckpointError(f"{self._folder} holds no checkpoint.", fix="train from the start.")
+        shapes = _natural_shapes(setup)
+        wanted = _by_path(shapes)
+        self._check(step, wanted)
+        loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        arrays = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in paths])
+        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=0)(arrays)
+
+    def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        saved = self._orbax.checkpointables_metadata(step).metadata["state"]
+        here = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+        there = {path: tuple(leaf.shape) for path, leaf in saved.items()}
+        differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
+        if differ:
+            shown = "".join(
+                f"\n  {path}: saved {_shape_text(there.get(path))}, wanted {_shape_text(here.get(path))}"
+                for path in differ[:5]
+            )
+            more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise CheckpointError(
+                f"{self._folder}/{step} is of another model or optimizer: {len(differ)} arrays differ.{shown}{more}",
+                fix="use the config it was saved with, another run.name, or --checkpoint.resume never.",
+            )
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the folder."""
+        self._orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Flat names do not depend on the classes of optax or of ours, so a save outlives their changes."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _map_params(change: Any, tree: Any) -> Any:
+    """Apply `change` to every copy of the parameter tree: the parameters and the optimizer's moments."""
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, PipelineParams)
+
+    return jax.tree.map(lambda node: change(node) if is_params(node) else node, tree, is_leaf=is_params)
+
+
+def _to_natural(state: TrainState) -> TrainState:
+    return _map_params(lambda p: PipelineParams(stages=natural_order(p.stages), shared=p.shared), state)
+
+
+def _from_natural(setup: Setup) -> Any:
+    shapes = setup.model.params.stages
+
+    def cut(params: PipelineParams) -> PipelineParams:
+        stages = jax.tree.map(lambda leaf, shape: leaf.reshape(shape.shape), params.stages, shapes)
+        return PipelineParams(stages=stages, shared=params.shared)
+
+    return lambda state: _map_params(cut, state)
+
+
+def _natural_shardings(setup: Setup) -> TrainState:
+    def merge(sharding: NamedSharding) -> NamedSharding:
+        _chunk, rank, _layer, *rest = sharding.spec
+        return NamedSharding(setup.mesh, PartitionSpec(rank, *rest))
+
+    def natural(params: PipelineParams) -> PipelineParams:
+        return PipelineParams(stages=jax.tree.map(merge, params.stages), shared=params.shared)
+
+    return _map_params(natural, setup.shardings)
+
+
+def _natural_shapes(setup: Setup) -> TrainState:
+    shapes = jax.eval_shape(_to_natural, setup.shapes)
+    return jax.tree.map(
+        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, _natural_shardings(setup)
+    )
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else str(list(np.array(shape, int).tolist()))

@@ -1,0 +1,115 @@
+"""The command line: `trellax train CONFIG` and `trellax describe CONFIG`.
+
+stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
+stopped.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from ..meshes import TrellaxError, suggest
+from .config import RunConfig, load_config, render_help
+from .loop import prepare, train
+from .report import describe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        own, overrides = _split_overrides(words)
+        args = _make_parser().parse_args(own)
+        config = load_config(args.config, overrides + _short_overrides(args))
+        return _COMMANDS[args.command](config, args)
+    except TrellaxError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _train(config: RunConfig, args: argparse.Namespace) -> int:
+    summary = train(config)
+    if args.json:
+        print(json.dumps(asdict(summary)))
+        return 0
+    print(
+        f"trained {summary.steps} steps on {summary.mesh} with {summary.schedule} in {summary.wall_time_s:.0f} s, "
+        f"{summary.tokens_per_s:,.0f} tokens/s\n"
+        f"train loss {summary.final_train_loss:.4f}   validation loss {summary.final_val_loss:.4f}\n"
+        f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
+    )
+    return 0
+
+
+def _describe(config: RunConfig, args: argparse.Namespace) -> int:
+    report = describe(prepare(config))
+    print(json.dumps(report.numbers) if args.json else report)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[RunConfig, argparse.Namespace], int]] = {"train": _train, "describe": _describe}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose mistakes are ours: nearest names, exit code 2, no usage dump."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise TrellaxError(message, fix="see `trellax --help`, or `trellax train --help` for every key.")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="trellax",
+        description="Tensor and pipeline parallel transformers in JAX.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, what in (
+        ("train", "train a model as a config says, resuming where the last run stopped"),
+        ("describe", "show mesh, shardings and schedule of a config without training"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what}.\n\nAny key of the config can be set as --section.key value.",
+            epilog=render_help(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax")
+        command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _short_overrides(args: argparse.Namespace) -> list[str]:
+    return [] if args.fake_devices is None else ["--run.fake_devices", args.fake_devices]
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part `--section.key value` from the rest, which argparse knows."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            own.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            overrides += [word, *[value for value in (next(rest, None),) if value is not None]]
+    if own and not own[0].startswith("-") and own[0] not in _COMMANDS:
+        raise TrellaxError(
+            f"unknown command {own[0]!r}; there are {', '.join(_COMMANDS)}.{suggest(own[0], _COMMANDS)}",
+            fix="see `trellax --help`.",
+        )
+    return own, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The training loop: read a config, build everything, take the steps, leave a run folder behind.
+
+The host never waits for the step it has just started: it looks at the step before, while the devices work.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from ..layers import flops_per_token
+from ..meshes import build_mesh, mesh_sizes, use_fake_devices
+from .batches import Batches
+from .check import check_run
+from .checkpoint import Checkpoints
+from .config import RunConfig
+from .data import Corpus, check_vocabulary, load_corpus
+from .metrics import MetricsLog, draw_loss, peak_memory_bytes, write_summary
+from .progress import StepProgress
+from .report import describe
+from .speed import peak_flops_per_s
+from .state import Setup, TrainState
+from .step import StepMetrics, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What became of a run, as in summary.json, and the folder that holds everything."""
+
+    steps: int
+    final_train_loss: float
+    final_val_loss: float
+    tokens_per_s: float
+    wall_time_s: float
+    mesh: str
+    schedule: str
+    folder: str
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Return the run made ready on its mesh, every check passed, before any array is made.
+
+    Raises:
+        TrellaxError: the config does not fit itself or the devices.
+    """
+    if config.run.fake_devices:
+        use_fake_devices(config.run.fake_devices)
+    spec = check_run(config, num_devices=len(jax.devices()))
+    setup = Setup(config, build_mesh(spec))
+    _ = setup.model, setup.schedule
+    return setup
+
+
+def train(config: RunConfig, *, console: Console | None = None) -> Summary:
+    """Train as the config says and return what came of it; talks on `console` (stderr if left out).
+
+    Goes on from the newest checkpoint of the run folder unless `checkpoint.resume` is "never".
+
+    Raises:
+        TrellaxError: a mistake in the config, the corpus or the checkpoint; nothing was trained.
+    """
+    start_s = time.perf_counter()
+    console = console or Console(file=sys.stderr)
+    setup = prepare(config)
+    corpus = load_corpus(config.data)
+    check_vocabulary(corpus, vocab_size=config.model.vocab_size)
+    console.print(str(describe(setup)), highlight=False, soft_wrap=True)
+    console.print(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}", highlight=False, soft_wrap=True)
+    with Checkpoints(config.run_folder, keep=config.checkpoint.keep) as checkpoints:
+        run = _Run(setup, corpus, checkpoints, console)
+        run.take_steps()
+        val_loss = run.validate()
+        return run.finish(val_loss, start_s=start_s)
+
+
+class _Run:
+    """The steps of one run, and what it remembers between them."""
+
+    def __init__(self, setup: Setup, corpus: Corpus, checkpoints: Checkpoints, console: Console) -> None:
+        self.setup, self.config, self.checkpoints, self.console = setup, setup.config, checkpoints, console
+        resumes = self.config.checkpoint.resume == "auto" and checkpoints.latest_step is not None
+        self.state: TrainState = checkpoints.restore(setup) if resumes else setup.init_state()
+        self.first_step = int(self.state.step)
+        if resumes:
+            console.print(f"resumed   at step {self.first_step} from {self.config.run_folder}", highlight=False)
+        self.train_batches, self.val_batches = (
+            Batches(
+                tokens,
+                seq_len=self.config.data.seq_len,
+                batch_size=self.config.train.batch_size,
+                microbatches=self.config.pipeline.microbatches,
+                seed=self.config.run.seed,
+            )
+            for tokens in (corpus.train, corpus.validation)
+        )
+        self.train_step = self._compile("train step", make_train_step(setup))
+        self.eval_step = self._compile("validation", make_eval_step(setup))
+        section, tokens = self.config.train, self.config.data.seq_len
+        self.tokens_per_step = section.batch_size * tokens
+        flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
+        self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
+        self.last_loss = float("nan")
+        self.tokens_per_s = 0.0
+
+    def take_steps(self) -> None:
+        """Train to the last step, logging, validating and saving on the way."""
+        steps, folder = self.config.train.steps, self.config.run_folder
+        with MetricsLog(folder, resumed_step=self.first_step) as log, self._progress() as progress:
+            waiting: tuple[int, StepMetrics] | None = None
+            pace = _Pace(self.config.train.log_every)
+            for step in range(self.first_step, steps):
+                self.state, metrics = self.train_step(self.state, self._place(self.train_batches[step]))
+                if waiting:
+                    self._log(log, progress, pace, *waiting)
+                waiting = (step + 1, metrics)
+                if self._is_due(self.config.train.eval_every, step + 1):
+                    log.write(step + 1, {"val_loss": self.validate()})
+                    pace.restart()
+                if self._is_due(self.config.checkpoint.every, step + 1):
+                    self.checkpoints.save(self.state, self.setup)
+                    pace.restart()
+            if waiting:
+                self._log(log, progress, pace, *waiting)
+
+    def validate(self) -> float:
+        """Return the mean loss of the held-out batches, the same ones every time."""
+        batches = range(self.config.train.eval_batches)
+        losses = [self.eval_step(self.state, self._place(self.val_batches[index])) for index in batches]
+        return float(np.mean(jax.device_get(losses)))
+
+    def finish(self, val_loss: float, *, start_s: float) -> Summary:
+        """Save, draw and sum up."""
+        folder, steps = self.config.run_folder, int(self.state.step)
+        if self.checkpoints.latest_step != steps:
+            self.checkpoints.save(self.state, self.setup)
+        with MetricsLog(folder, resumed_step=steps) as log:
+            log.write(steps, {"val_loss": val_loss})
+        summary = Summary(
+            steps=steps,
+            final_train_loss=self.last_loss,
+            final_val_loss=val_loss,
+            tokens_per_s=self.tokens_per_s,
+            wall_time_s=time.perf_counter() - start_s,
+            mesh=str(mesh_sizes(self.setup.mesh)),
+            schedule=self.setup.schedule.name,
+            folder=str(folder),
+        )
+        values = asdict(summary)
+        write_summary(values.pop("folder"), **values)
+        draw_loss(folder)
+        return summary
+
+    def _log(self, log: MetricsLog, progress: StepProgress, pace: "_Pace", step: int, metrics: StepMetrics) -> None:
+        self.last_loss = float(metrics.loss)
+        pace.tick()
+        progress.advance(step, loss=self.last_loss, tokens_per_s=self.tokens_per_step / pace.step_time_s)
+        if step % self.config.train.log_every and step not in (self.first_step + 1, self.config.train.steps):
+            return
+        self.tokens_per_s = self.tokens_per_step / pace.step_time_s
+        log.write(
+            step,
+            {
+                "loss": self.last_loss,
+                "grad_norm": float(metrics.grad_norm),
+                "lr": float(metrics.lr),
+                "tokens_per_s": self.tokens_per_s,
+                "step_time_s": pace.step_time_s,
+                "mfu": self.tokens_per_s * self.mfu_per_token_per_s,
+                "peak_memory_bytes": peak_memory_bytes(),
+            },
+        )
+
+    def _is_due(self, every: int, step: int) -> bool:
+        # The end has its own validation and save.
+        return every > 0 and step % every == 0 and step < self.config.train.steps
+
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        sharding = self.setup.batch_sharding
+        return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()}
+
+    def _compile(self, what: str, function: Any) -> Callable[..., Any]:
+        batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.setup.batch_sharding)
+            for name, leaf in self.train_batches[0].items()
+        }
+        start_s = time.perf_counter()
+        compiled = function.lower(self.setup.shapes, batch).compile()
+        self.console.print(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s", highlight=False)
+        return compiled
+
+    def _progress(self) -> StepProgress:
+        return StepProgress(self.console, first_step=self.first_step, steps=self.config.train.steps)
+
+
+class _Pace:
+    """Seconds per step over the last `window` steps, without pauses for validation and saving."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self.step_time_s = float("inf")
+        self._times_s: list[float] = []
+        self._last_s = time.perf_counter()
+
+    def tick(self) -> None:
+        now_s = time.perf_counter()
+        self._times_s = [*self._times_s[-self._window + 1 :], now_s - self._last_s]
+        self._last_s = now_s
+        self.step_time_s = sum(self._times_s) / len(self._times_s)
+
+    def restart(self) -> None:
+        self._last_s = time.perf_counter()

@@ -1,0 +1,83 @@
+"""AdamW with warm-up and cosine decay, clipped by the true global norm; its state may be split over `data` (ZeRO-1)."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..pipeline import PipelineParams
+from .config import OptimizerSection
+
+_DECAYED = ("kernel", "table", "positions")
+"""Names of matrices. Norm scales and biases are not pulled to zero."""
+
+_STACKED_DIMS = 3
+"""Leading dimensions [chunks, ranks, layers] of stage parameters."""
+
+
+def make_learning_rate(section: OptimizerSection, *, steps: int) -> optax.Schedule:
+    """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    return optax.warmup_cosine_decay_schedule(
+        # Not from 0: the first step would be taken for nothing.
+        init_value=section.learning_rate / (section.warmup_steps + 1),
+        peak_value=section.learning_rate,
+        warmup_steps=section.warmup_steps,
+        decay_steps=max(steps, section.warmup_steps + 1),
+        end_value=section.learning_rate * section.min_lr_ratio,
+    )
+
+
+def make_optimizer(section: OptimizerSection, *, steps: int) -> optax.GradientTransformation:
+    """Return clipping by global norm, then AdamW that decays matrices alone."""
+    adamw = optax.adamw(
+        make_learning_rate(section, steps=steps),
+        b1=section.beta1,
+        b2=section.beta2,
+        eps=section.epsilon,
+        weight_decay=section.weight_decay,
+        mask=_is_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
+
+
+def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mesh) -> PipelineParams:
+    """Return the shardings with one more dimension of every array split over `data`, where one divides evenly.
+
+    This is ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1) for optimizer state laid out like the parameters.
+    """
+
+    def split(lead: int) -> Any:
+        return lambda sharding, leaf: NamedSharding(
+            mesh, _add_data(sharding.spec, leaf.shape, mesh.shape["data"], lead)
+        )
+
+    # Never the stack dimensions: XLA then rematerializes the whole stack to slice it ("Involuntary full ...").
+    return PipelineParams(
+        stages=jax.tree.map(split(_STACKED_DIMS), shardings.stages, shapes.stages),
+        shared=jax.tree.map(split(0), shardings.shared, shapes.shared),
+    )
+
+
+def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:
+    """Return the shardings of an optax state: its copies of the parameter tree as given, all else replicated."""
+
+    def is_copy(node: Any) -> bool:
+        return isinstance(node, PipelineParams)
+
+    return jax.tree.map(
+        lambda node: like_params if is_copy(node) else NamedSharding(mesh, PartitionSpec()), state, is_leaf=is_copy
+    )
+
+
+def _is_decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in _DECAYED, params)
+
+
+def _add_data(spec: PartitionSpec, shape: tuple[int, ...], parts: int, lead: int) -> PartitionSpec:
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    for dim in range(lead, len(shape)):
+        if axes[dim] is None and shape[dim] % parts == 0:
+            axes[dim] = "data"
+            break
+    return PartitionSpec(*axes)

@@ -1,0 +1,105 @@
+"""Everything a run trains with, made from its config: model, schedule, optimizer, and the state they act on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..layers import model_rules
+from ..pipeline import PipelinedModel, PipelineParams, Schedule, build_schedule, split_transformer
+from .config import RunConfig
+from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step changes and a checkpoint holds: steps taken, parameters, optimizer state.
+
+    Also used as the tree of their shapes and of their shardings.
+    """
+
+    step: Any
+    params: PipelineParams
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run made ready on a mesh; nothing is allocated until `init_state`.
+
+    >>> setup = Setup(load_config("quickstart"), build_mesh(MeshSpec(data=-1)))
+    >>> setup.init_state().params.shared["embed"]["table"].shape
+    (256, 128)
+
+    Raises:
+        TrellaxError: model, mesh and schedule do not fit each other.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+
+    @cached_property
+    def model(self) -> PipelinedModel:
+        """The transformer cut into stages."""
+        rules = model_rules(self.config.model, self.mesh.shape)
+        return split_transformer(self.config.model, mesh=self.mesh, remat=self.config.pipeline.remat, rules=rules)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The order of forwards and backwards."""
+        section = self.config.pipeline
+        return build_schedule(
+            section.schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=section.microbatches
+        )
+
+    @cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """Step -> learning rate."""
+        return make_learning_rate(self.config.optimizer, steps=self.config.train.steps)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Clipping and AdamW."""
+        return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
+
+    @cached_property
+    def moment_shardings(self) -> PipelineParams:
+        """Where the optimizer's copies of the parameter tree live: with the parameters, or split over `data` too."""
+        own = self.model.shardings
+        return split_over_data(own, self.model.params, self.mesh) if self.config.optimizer.zero == "on" else own
+
+    @cached_property
+    def shapes(self) -> TrainState:
+        """Shapes and shardings of the whole state."""
+        shapes = jax.eval_shape(self._fresh, self.model.params)
+        return jax.tree.map(
+            lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, self.shardings
+        )
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Where the whole state lives."""
+        opt_state = jax.eval_shape(self.optimizer.init, self.model.params)
+        return TrainState(
+            step=NamedSharding(self.mesh, PartitionSpec()),
+            params=self.model.shardings,
+            opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
+        )
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Where a batch lives: [M, B@data, T]."""
+        return NamedSharding(self.mesh, PartitionSpec(None, "data", None))
+
+    def init_state(self) -> TrainState:
+        """Return the state before the first step, every device making its own part."""
+        params = self.model.init(self.config.run.seed)
+        return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
+
+    def _fresh(self, params: PipelineParams) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
