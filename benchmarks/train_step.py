@@ -17,6 +17,7 @@ from hlo import count_instructions
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
+from work_r1 import are_same_bits
 from worker import serve, start_devices
 
 CONFIG = ModelConfig(vocab_size=1024, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128)
@@ -26,7 +27,7 @@ NUM_SEQUENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepBench:
-    """One process's model, optimizer state and compiled steps; the step functions share the state."""
+    """One process's model, state and compiled steps, which all work on the same state."""
 
     model: PipelinedModel
     mesh: jax.sharding.Mesh
@@ -46,12 +47,12 @@ class StepBench:
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         }
 
-    def step(self, name: str, num_microbatches: int, num_sequences: int) -> dict[str, float]:
+    def step(self, num_microbatches: int, num_sequences: int) -> dict[str, float]:
         """Run one step (the first call compiles it and warms it up); return its wall and CPU seconds."""
         key = f"{num_microbatches} x {num_sequences}"
         if key not in self.steps:
             batch = self._batch(num_microbatches, num_sequences)
-            self.steps[key] = self._compile(name, batch), batch
+            self.steps[key] = self._compile("1f1b", batch), batch
             self._run(key)
         start, cpu_start = time.perf_counter(), time.process_time()
         self._run(key)
@@ -85,10 +86,11 @@ class StepBench:
     def _compile(self, schedule: str, batch: dict[str, np.ndarray]) -> Any:
         num_microbatches = batch["tokens"].shape[0]
         grid = build_schedule(schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=num_microbatches)
+        update: Any = self.optimizer.update
 
         def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
             out = pipeline_grads(self.model.fns, params=params, batch=batch, mesh=self.mesh, schedule=grid)
-            updates, opt_state = self.optimizer.update(out.grads, opt_state, params)
+            updates, opt_state = update(out.grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, out.loss
 
         state = self.state["params"], self.state["opt_state"]
@@ -96,19 +98,20 @@ class StepBench:
         return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings).lower(*state, batch).compile()
 
 
-def are_same_bits(left: Any, right: Any) -> bool:
-    """Tell whether two trees of float32 arrays agree bit for bit and hold no NaN."""
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    arrays = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
-    return all(np.array_equal(a.view("i4"), b.view("i4")) and np.isfinite(a).all() for a, b in arrays)
-
-
 def _open(num_devices: int) -> dict[str, Callable[..., Any]]:
     mesh = build_mesh(MeshSpec(pipe=num_devices))
     model = split_transformer(CONFIG, mesh=mesh, rules=model_rules(CONFIG, mesh.shape))
-    optimizer = optax.adamw(1e-3)
+    optimizer: Any = optax.adamw(1e-3)
     params = model.init(0)
-    state = {"params": params, "opt_state": jax.jit(optimizer.init)(params)}
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    places: Any = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        model.shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=places)(params)}
     bench = StepBench(model=model, mesh=mesh, optimizer=optimizer, state=state)
     return {"compile": bench.compile, "step": bench.step, "bubbles": bench.bubbles, "about": _about}
 

@@ -1,7 +1,8 @@
 """A worker for a user's own model: work R1, on which other JAX pipelines were measured. Nothing of trellax.layers.
 
 8 pre-norm blocks (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128, float32, no
-embedding or head, loss = mean((y - t)^2), microbatch of 8 sequences, on a mesh of pipe=4 x data=2. Run by `pipeline.py`.
+embedding or head, loss = mean((y - t)^2), microbatch of 8 sequences,
+on a mesh of pipe=4 x data=2. Run by `pipeline.py`.
 """
 
 import sys
@@ -70,8 +71,15 @@ def check_bubbles(*, schedule: str, num_microbatches: int) -> bool:
     """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
     mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
     inputs = _inputs(mesh, num_microbatches)
-    zeros, nan = (_lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan"))
-    pairs = zip(jax.tree.leaves(zeros), jax.tree.leaves(nan), strict=True)
+    zeros, nan = (
+        _lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan")
+    )
+    return are_same_bits(zeros, nan)
+
+
+def are_same_bits(left: Any, right: Any) -> bool:
+    """Tell whether two trees of float32 arrays agree bit for bit and hold only finite numbers."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     arrays = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
     return all(np.array_equal(a.view("i4"), b.view("i4")) and np.isfinite(a).all() for a, b in arrays)
 

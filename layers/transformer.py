@@ -122,6 +122,6 @@ def param_dims(model: Transformer) -> dict[str, Any]:
     >>> param_dims(Transformer(config, rngs=nnx.Rngs(0)))["blocks"]["mlp"]["up"]["kernel"]
     ('layer', 'embed', 'ffn')
     """
-    dims = nnx.to_pure_dict(nnx.state(model, nnx.Param).map(lambda _, variable: variable.get_metadata("dims")))
+    dims = nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("dims"), nnx.state(model, nnx.Param)))
     dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return dims

@@ -48,13 +48,13 @@ class _Machine:
     def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, bubbles: Bubbles) -> None:
         self.fns, self.params, self.batch, self.bubbles = fns, params, batch, bubbles
         self.vjp = LayerVjp(fns.layer)
-        self.num_layers = jax.tree.leaves(params.stages)[0].shape[1]
+        self.num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
 
     def start(self, tables: Tables, wants: Wants) -> Carry:
         """The carry before the first turn: empty buffers, zero sums."""
         microbatch = _read(self.batch, 0)
         x = vary(self.fns.first(self.params.shared, microbatch))
-        carry = {"loss": _zero(), "activations": self._empty(x, tables.num_activation_slots)}
+        carry: Carry = {"loss": _zero(), "activations": self._empty(x, tables.num_activation_slots)}
         if wants == "grads":
             layer = _read(self.params.stages, 0, 0)
             kept = self.vjp.plan(layer, x, microbatch)
@@ -159,8 +159,10 @@ class _Machine:
     ) -> Carry:
         """Move what waits by `step` ranks, in turns where anybody sends."""
         num_ranks = jax.lax.axis_size("pipe")
-        # A line, not a ring: the link from the last rank back to the first would carry nothing.
-        links = [(rank, rank + step) for rank in range(num_ranks) if 0 <= rank + step < num_ranks]
+        # A line unless there are chunks: the link from the last rank back to the first would carry nothing.
+        is_ring = self.num_chunks > 1
+        ends = [(rank, rank + step) for rank in range(num_ranks)]
+        links = [(rank, end % num_ranks) for rank, end in ends if is_ring or 0 <= end < num_ranks]
 
         def exchange(slots: jax.Array) -> jax.Array:
             value = _read(slots, jnp.maximum(send, 0))

@@ -5,7 +5,8 @@ from .check import check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig, config_from_dict, load_config
 from .data import Corpus, load_corpus
-from .loop import Summary, prepare, train
+from .loop import prepare, train
+from .metrics import Summary
 from .optimizer import make_learning_rate, make_optimizer
 from .report import Report, describe, draw_schedule
 from .state import Setup, TrainState

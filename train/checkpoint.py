@@ -29,11 +29,11 @@ class Checkpoints:
     """
 
     def __init__(self, run_folder: str | Path, *, keep: int) -> None:
-        policy = ocp.training.preservation_policies.LatestN(keep)
-        # Orbax wants an absolute path. What a killed save left behind is removed here.
-        folder = (Path(run_folder) / FOLDER).absolute()
-        self._folder = folder
-        self._orbax = ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)
+        policy: Any = ocp.training.preservation_policies.LatestN(keep)
+        # Orbax wants an absolute path.
+        self._folder = str((Path(run_folder) / FOLDER).absolute())
+        # cleanup removes what a killed save left behind.
+        self._orbax = ocp.training.Checkpointer(self._folder, preservation_policy=policy, cleanup_tmp_directories=True)
 
     @property
     def latest_step(self) -> int | None:
@@ -60,7 +60,7 @@ class Checkpoints:
         wanted = _by_path(shapes)
         self._check(step, wanted)
         loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         arrays = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in paths])
         return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=0)(arrays)
 
@@ -70,11 +70,13 @@ class Checkpoints:
         there = {path: tuple(leaf.shape) for path, leaf in saved.items()}
         differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
         if differ:
+            # The optimizer's arrays follow the parameters': they are only news where the parameters agree.
+            news = [path for path in differ if path.startswith("params")] or differ
             shown = "".join(
                 f"\n  {path}: saved {_shape_text(there.get(path))}, wanted {_shape_text(here.get(path))}"
-                for path in differ[:5]
+                for path in news[:5]
             )
-            more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
+            more = f"\n  and {len(news) - 5} more" if len(news) > 5 else ""
             raise CheckpointError(
                 f"{self._folder}/{step} is of another model or optimizer: {len(differ)} arrays differ.{shown}{more}",
                 fix="use the config it was saved with, another run.name, or --checkpoint.resume never.",
@@ -95,7 +97,11 @@ class Checkpoints:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     """Flat names do not depend on the classes of optax or of ours, so a save outlives their changes."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {_path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _path_text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _map_params(change: Any, tree: Any) -> Any:

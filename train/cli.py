@@ -40,10 +40,15 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     print(
         f"trained {summary.steps} steps on {summary.mesh} with {summary.schedule} in {summary.wall_time_s:.0f} s, "
         f"{summary.tokens_per_s:,.0f} tokens/s\n"
-        f"train loss {summary.final_train_loss:.4f}   validation loss {summary.final_val_loss:.4f}\n"
+        f"train loss {_loss_text(summary.final_train_loss)}   "
+        f"validation loss {_loss_text(summary.final_val_loss)}\n"
         f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
     )
     return 0
+
+
+def _loss_text(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"
 
 
 def _describe(config: RunConfig, args: argparse.Namespace) -> int:

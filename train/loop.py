@@ -6,8 +6,6 @@ The host never waits for the step it has just started: it looks at the step befo
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,26 +19,12 @@ from .check import check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
-from .metrics import MetricsLog, draw_loss, peak_memory_bytes, write_summary
+from .metrics import MetricsLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
 from .progress import StepProgress
 from .report import describe
 from .speed import peak_flops_per_s
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What became of a run, as in summary.json, and the folder that holds everything."""
-
-    steps: int
-    final_train_loss: float
-    final_val_loss: float
-    tokens_per_s: float
-    wall_time_s: float
-    mesh: str
-    schedule: str
-    folder: str
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -105,7 +89,11 @@ class _Run:
         self.tokens_per_step = section.batch_size * tokens
         flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
         self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
-        self.last_loss = float("nan")
+        # A run resumed at its end takes no step: its last loss is the one on record.
+        recorded = (
+            [line["loss"] for line in read_metrics(self.config.run_folder) if line.get("loss")] if resumes else []
+        )
+        self.last_loss: float | None = recorded[-1] if recorded else None
         self.tokens_per_s = 0.0
 
     def take_steps(self) -> None:
@@ -151,22 +139,21 @@ class _Run:
             schedule=self.setup.schedule.name,
             folder=str(folder),
         )
-        values = asdict(summary)
-        write_summary(values.pop("folder"), **values)
+        write_summary(summary)
         draw_loss(folder)
         return summary
 
     def _log(self, log: MetricsLog, progress: StepProgress, pace: "_Pace", step: int, metrics: StepMetrics) -> None:
-        self.last_loss = float(metrics.loss)
+        self.last_loss = loss = float(metrics.loss)
         pace.tick()
-        progress.advance(step, loss=self.last_loss, tokens_per_s=self.tokens_per_step / pace.step_time_s)
+        progress.advance(step, loss=loss, tokens_per_s=self.tokens_per_step / pace.step_time_s)
         if step % self.config.train.log_every and step not in (self.first_step + 1, self.config.train.steps):
             return
         self.tokens_per_s = self.tokens_per_step / pace.step_time_s
         log.write(
             step,
             {
-                "loss": self.last_loss,
+                "loss": loss,
                 "grad_norm": float(metrics.grad_norm),
                 "lr": float(metrics.lr),
                 "tokens_per_s": self.tokens_per_s,

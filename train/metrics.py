@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,30 +76,26 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_summary(
-    folder: str | Path,
-    *,
-    steps: int,
-    final_train_loss: float,
-    final_val_loss: float | None,
-    tokens_per_s: float,
-    wall_time_s: float,
-    mesh: str,
-    schedule: str,
-) -> Path:
-    """Write what became of a run to summary.json, whole or not at all, and return its path."""
-    summary = {
-        "steps": steps,
-        "final_train_loss": _finite(final_train_loss),
-        "final_val_loss": None if final_val_loss is None else _finite(final_val_loss),
-        "tokens_per_s": round(tokens_per_s, 1),
-        "wall_time_s": round(wall_time_s, 2),
-        "mesh": mesh,
-        "schedule": schedule,
-    }
-    path = Path(folder) / SUMMARY_FILE
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What became of a run, and the folder that holds everything it left; losses are nats per token."""
+
+    steps: int
+    final_train_loss: float | None
+    final_val_loss: float | None
+    tokens_per_s: float
+    wall_time_s: float
+    mesh: str
+    schedule: str
+    folder: str
+
+
+def write_summary(summary: Summary) -> Path:
+    """Write a summary to summary.json in its folder, whole or not at all, and return the path."""
+    values = {name: _finite(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
+    path = Path(summary.folder) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(summary, indent=2) + "\n")
+    _replace(path, json.dumps(values, indent=2) + "\n")
     return path
 
 

@@ -63,8 +63,8 @@ class Setup:
         return make_learning_rate(self.config.optimizer, steps=self.config.train.steps)
 
     @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """Clipping and AdamW."""
+    def optimizer(self) -> Any:
+        """Clipping and AdamW, an `optax.GradientTransformation`; Any, since optax's types know no dataclass trees."""
         return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
 
     @cached_property

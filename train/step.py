@@ -34,9 +34,11 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
             setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
         )
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
-        metrics = StepMetrics(loss=out.loss, grad_norm=optax.global_norm(grads), lr=setup.learning_rate(state.step))
+        metrics = StepMetrics(
+            loss=out.loss, grad_norm=optax.tree.norm(grads), lr=jax.numpy.asarray(setup.learning_rate(state.step))
+        )
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     # Without out_shardings XLA may choose others for the new state, and the next step would compile again.

@@ -49,9 +49,9 @@ def _place_once(schedule: "Schedule") -> dict[Action, Place]:
 
 
 def _check_known(schedule: "Schedule", action: Action, place: Place) -> None:
-    if action.stage >= schedule.num_stages:
+    if not 0 <= action.stage < schedule.num_stages:
         _fail(schedule, place, f"runs {action}, but the stages are 0 to {schedule.num_stages - 1}.")
-    if action.microbatch >= schedule.num_microbatches:
+    if not 0 <= action.microbatch < schedule.num_microbatches:
         _fail(schedule, place, f"runs {action}, but the microbatches are 0 to {schedule.num_microbatches - 1}.")
     home = action.stage % schedule.num_ranks
     if home != place[1]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from trellax.train.metrics import MetricsLog, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from trellax.train.metrics import MetricsLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
 
 
 def write_steps(folder: Path, steps: range, *, resumed_step: int = 0) -> None:
@@ -58,24 +58,26 @@ def test_tensorboard_gets_its_events(tmp_path: Path) -> None:
 
 
 def test_summary_says_what_became_of_the_run(tmp_path: Path) -> None:
-    path = write_summary(
-        tmp_path,
+    summary = Summary(
         steps=20,
         final_train_loss=2.5,
-        final_val_loss=None,
-        tokens_per_s=1234.56,
-        wall_time_s=9.876,
+        final_val_loss=float("nan"),
+        tokens_per_s=1234.5,
+        wall_time_s=9.75,
         mesh="data=2 tensor=2 pipe=2",
         schedule="1f1b",
+        folder=str(tmp_path),
     )
+    path = write_summary(summary)
     assert json.loads(path.read_text()) == {
         "steps": 20,
         "final_train_loss": 2.5,
         "final_val_loss": None,
-        "tokens_per_s": 1234.6,
-        "wall_time_s": 9.88,
+        "tokens_per_s": 1234.5,
+        "wall_time_s": 9.75,
         "mesh": "data=2 tensor=2 pipe=2",
         "schedule": "1f1b",
+        "folder": str(tmp_path),
     }
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 

@@ -1,6 +1,6 @@
 """Every named schedule passes the check, and whatever breaks one is refused with the grid and an arrow.
 
-A schedule is broken on purpose in thirteen ways, each drawn at random over schedules and sizes.
+A schedule is broken on purpose in fifteen ways, each drawn at random over schedules and sizes.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ def test_every_named_schedule_runs_each_action_exactly_once(name: str, num_ranks
 @given(name=st.sampled_from(list(SCHEDULES)), num_ranks=st.integers(1, 8), num_microbatches=st.integers(1, 32))
 def test_every_named_schedule_meets_its_dependencies(name: str, num_ranks: int, num_microbatches: int) -> None:
     schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    order = {action: place for place, (_, _, action) in enumerate(schedule.placed())}
+    place = {action: place for place, (_, _, action) in enumerate(schedule.placed())}
     tick = {action: tick for tick, _, action in schedule.placed()}
-    for action in order:
+    for action, own_place in place.items():
         if action.kind == "B":
-            assert order[_other(action, kind="F")] < order[action]
+            assert place[_other(action, kind="F")] < own_place
         earlier = _other(action, stage=action.stage + (1 if action.kind == "B" else -1))
         if earlier in tick:
             assert tick[earlier] < tick[action]
@@ -123,6 +123,15 @@ def join_two_of_a_kind(cells: Cells, tick: int, rank: int, position: int) -> Non
     cells[tick][rank].append(moved)
 
 
+def add_a_negative_stage(cells: Cells, tick: int, rank: int, position: int) -> None:
+    cells[tick][-1].append(Action(stage=-1, kind="F", microbatch=0))
+
+
+def add_a_negative_microbatch(cells: Cells, tick: int, rank: int, position: int) -> None:
+    cells.append([[] for _ in cells[0]])
+    cells[-1][rank].append(Action(stage=rank, kind="F", microbatch=-1))
+
+
 def lose_a_rank(cells: Cells, tick: int, rank: int, position: int) -> None:
     del cells[tick][rank]
 
@@ -140,6 +149,8 @@ MUTATIONS: tuple[Callable[[Cells, int, int, int], None], ...] = (
     run_backward_with_its_source,
     run_first_of_all,
     join_two_of_a_kind,
+    add_a_negative_stage,
+    add_a_negative_microbatch,
     lose_a_rank,
 )
 

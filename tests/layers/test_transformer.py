@@ -1,0 +1,139 @@
+"""The whole model under plain `jax.jit` on any data x tensor mesh is the model on one device."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from trellax.layers import ModelConfig, Transformer, model_rules, param_dims
+from trellax.meshes import DEFAULT_RULES, ModelError
+
+from .sharded import STYLES, Collective, collectives, differing, draw_params, mesh_of, place, small_config
+
+B, T = 8, 16
+RNG = np.random.default_rng(0)
+TOKENS, TARGETS = (RNG.integers(0, 64, (B, T)).astype(np.int32) for _ in range(2))
+MASK = RNG.integers(0, 3, (B, T)).astype(np.float32)
+BATCH = (TOKENS, TARGETS, MASK / MASK.sum())
+
+CONFIGS = {
+    "gpt": small_config("gpt"),
+    "gpt_untied": small_config("gpt", embeddings="untied", num_kv_heads=1),
+    "llama": small_config("llama", num_kv_heads=2, embeddings="untied"),
+}
+CASES = [
+    ("gpt", "tensor=2"),
+    ("llama", "tensor=4"),
+    ("llama", "data=2,tensor=4"),
+    ("gpt_untied", "data=4,tensor=2"),
+    ("gpt_untied", "tensor=8"),
+    ("gpt", "data=8"),
+]
+MISFITS: dict[str, tuple[dict[str, Any], int]] = {
+    "heads": ({"num_heads": 4}, 8),
+    "ffn": ({"ffn_size": 36}, 8),
+    "vocab": ({"vocab_size": 65}, 2),
+    "kv_heads": ({"num_heads": 12, "num_kv_heads": 6, "hidden_size": 96, "ffn_size": 96}, 4),
+}
+
+
+class Program:
+    """Loss and gradients of a config on a mesh, compiled, with parameters in place."""
+
+    def __init__(self, config: ModelConfig, mesh: str) -> None:
+        self.mesh = mesh_of(mesh)
+        rules = model_rules(config, self.mesh.shape)
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+        graph = nnx.split(model)[0]
+        self.params = place(draw_params(model), param_dims(model), mesh=self.mesh, rules=rules)
+        self.batch = [place(leaf, ("batch", "tokens"), mesh=self.mesh) for leaf in BATCH]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.params)
+        loss = jax.value_and_grad(lambda params, *batch: nnx.merge(graph, params).loss(*batch))
+        with jax.set_mesh(self.mesh):
+            step = jax.jit(loss, out_shardings=(None, shardings)).lower(self.params, *self.batch)
+            self.compiled = step.compile()
+
+    def answer(self) -> dict[str, Any]:
+        loss, grads = self.compiled(self.params, *self.batch)
+        return jax.device_get({"loss": loss, "grads": grads})
+
+    def sent(self, where: str) -> list[Collective]:
+        return [one for one in collectives(self.compiled.as_text()) if one.where == where]
+
+
+@cache
+def program(name: str, mesh: str = "tensor=1") -> Program:
+    return Program(CONFIGS[name], mesh)
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_loss_and_gradients_on_any_mesh_match_one_device(name: str, mesh: str) -> None:
+    actual, expected = program(name, mesh).answer(), program(name).answer()
+    assert abs(actual["loss"] - expected["loss"]) <= 2e-5 * abs(expected["loss"])
+    assert differing(actual["grads"], expected["grads"]) == {}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_parameter_says_its_dimensions(style: str) -> None:
+    model = nnx.eval_shape(lambda: Transformer(small_config(style), rngs=nnx.Rngs(0)))
+    shapes, dims = nnx.to_pure_dict(nnx.state(model, nnx.Param)), param_dims(model)
+    ranks = jax.tree.map(len, dims, is_leaf=lambda node: isinstance(node, tuple))
+    assert ranks == jax.tree.map(lambda leaf: leaf.ndim, shapes)
+    assert set(jax.tree.leaves(dims)) <= set(dict(DEFAULT_RULES.table))
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("gpt", "tensor=2"), ("llama", "tensor=4")])
+def test_parameters_are_born_split_the_same_on_any_mesh_and_never_whole(name: str, mesh: str) -> None:
+    params = program(name, mesh).params
+    draw = lambda: nnx.to_pure_dict(nnx.state(Transformer(CONFIGS[name], rngs=nnx.Rngs(0)), nnx.Param))
+    born = jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params)).lower().compile()
+    # Equal but for the order of operations in a normal distribution's inverse.
+    assert differing(jax.device_get(born()), jax.device_get(jax.jit(draw)()), tolerance=1e-6) == {}
+    split, whole = (
+        {leaf.shape for leaf in jax.tree.leaves(params) if any(leaf.sharding.spec) == is_split}
+        for is_split in (True, False)
+    )
+    found = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", born.as_text())}
+    assert not (split - whole) & found
+    assert {(64, 32), (2, 32, CONFIGS[name].ffn_size)} <= split - whole
+
+
+@pytest.mark.parametrize(("name", "mesh", "expected"), [("gpt", "tensor=2", 2 + 4), ("llama", "tensor=4", 2 + 5)])
+def test_layer_sends_its_activation_as_often_as_stated(name: str, mesh: str, expected: int) -> None:
+    # Forward 2. Backward one for each matrix that x enters (query, key, value, up, gate): the compiler adds their
+    # gradients of x after it has reduced each.
+    found = program(name, mesh).sent("loop")
+    assert {(one.kind, one.shape) for one in found} == {("all-reduce", (B, T, 32))}
+    assert len(found) == expected
+
+
+@pytest.mark.parametrize(("name", "mesh", "copied"), [("gpt", "tensor=2", []), ("llama", "tensor=4", [(2, 32, 8)] * 2)])
+def test_rest_of_the_step_sends_rows_numbers_per_token_and_copied_heads(
+    name: str, mesh: str, copied: list[Any]
+) -> None:
+    found = program(name, mesh).sent("once")
+    # Embedding forward, head backward; maximum, normaliser, target logit; gradients of key/value heads that are copied.
+    assert sorted(one.shape for one in found) == sorted([(B, T, 32)] * 2 + [(B, T)] * 3 + copied)
+    assert {one.kind for one in found} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_model_that_does_not_split_is_refused_with_the_equation(name: str, golden: Callable[[str, str], None]) -> None:
+    changes, tensor = MISFITS[name]
+    with pytest.raises(ModelError) as caught:
+        model_rules(small_config(**changes), {"tensor": tensor})
+    golden(f"errors/model_rules_{name}.txt", str(caught.value))
+
+
+@pytest.mark.parametrize(("num_kv_heads", "axis"), [(8, "tensor"), (4, "tensor"), (2, None), (1, None)])
+def test_key_value_heads_are_split_where_they_suffice_and_whole_where_not(num_kv_heads: int, axis: str | None) -> None:
+    assert model_rules(small_config(num_kv_heads=num_kv_heads), {"tensor": 4}).axis("kv_heads") == axis
+
+
+def test_rules_without_a_tensor_axis_need_no_divisibility() -> None:
+    rules = DEFAULT_RULES.replace(heads=None, kv_heads=None, ffn=None, vocab=None)
+    assert model_rules(small_config(num_heads=4, vocab_size=65), {"tensor": 8}, rules=rules) == rules

@@ -1,0 +1,211 @@
+"""The tables of a schedule, interpreted in plain Python: every action reads exactly what it needs.
+
+The interpreter obeys the columns alone, as the executor does, but its buffers hold names instead of arrays: ("y", s, k)
+is the output of stage s for microbatch k, ("dy", s, k) the gradient of that output. It begins with empty buffers, so
+whatever is read before it was written, after it was overwritten, or from the wrong neighbour is seen.
+"""
+
+from itertools import count, product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trellax.pipeline import SCHEDULES, Action, Schedule, build_schedule, lower, simulate
+from trellax.pipeline.lower import BACKWARD, FORWARD, IDLE, NONE, Tables
+from trellax.pipeline.schedules import Kind
+
+KINDS: tuple[Kind, ...] = ("F", "B")
+
+Name = tuple[str, int, int]
+"""What a slot holds: kind, stage and microbatch."""
+
+every_schedule = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+@st.composite
+def named_schedules(draw: st.DrawFn) -> Schedule:
+    name = draw(st.sampled_from(list(SCHEDULES)))
+    return build_schedule(name, num_ranks=draw(st.integers(2, 8)), num_microbatches=draw(st.integers(1, 16)))
+
+
+@st.composite
+def random_schedules(draw: st.DrawFn) -> Schedule:
+    """Any order that can run, with up to three chunks: in every tick each rank does some of what it could."""
+    num_ranks, num_chunks, num_microbatches = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    rng, num_stages = draw(st.randoms(use_true_random=False)), num_ranks * num_chunks
+    every = product(range(num_stages), KINDS, range(num_microbatches))
+    todo = {Action(stage=stage, kind=kind, microbatch=microbatch) for stage, kind, microbatch in every}
+    ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
+    for tick in count():
+        before = frozenset(todo)
+        for rank, kind in ((rank, kind) for rank in range(num_ranks) for kind in rng.sample(KINDS, 2)):
+            own = [action for action in sorted(todo) if action.stage % num_ranks == rank and action.kind == kind]
+            ready = [action for action in own if _is_ready(action, before=before, todo=todo)]
+            if ready and rng.random() < 0.8:
+                todo.remove(action := rng.choice(ready))
+                ticks_of[rank].setdefault(tick, []).append(action)
+        if not todo:
+            break
+    return Schedule.from_ticks(ticks_of, name="random", num_microbatches=num_microbatches, num_chunks=num_chunks)
+
+
+def _is_ready(action: Action, *, before: frozenset[Action], todo: set[Action]) -> bool:
+    stage, microbatch = action.stage, action.microbatch
+    if action.kind == "F":
+        return Action(stage=stage - 1, kind="F", microbatch=microbatch) not in before
+    is_forward_done = Action(stage=stage, kind="F", microbatch=microbatch) not in todo
+    return is_forward_done and Action(stage=stage + 1, kind="B", microbatch=microbatch) not in before
+
+
+ANY_SCHEDULE = st.one_of(named_schedules(), random_schedules())
+
+
+class Interpreter:
+    """Runs tables on names, and notes which action found which names where it looked."""
+
+    def __init__(self, tables: Tables, schedule: Schedule) -> None:
+        self.columns, self.schedule = tables.columns, schedule
+        ranks = range(schedule.num_ranks)
+        self.activations: list[list[Any]] = [[None] * tables.num_activation_slots for _ in ranks]
+        self.gradients: list[list[Any]] = [[None] * tables.num_gradient_slots for _ in ranks]
+        self.saved: list[list[Any]] = [[None] * tables.num_save_slots for _ in ranks]
+        self.read: dict[Action, tuple[Any, ...]] = {}
+        self.order: list[Action] = []
+
+    def run(self) -> "Interpreter":
+        for turn in range(len(self.columns["kind"])):
+            for rank in range(self.schedule.num_ranks):
+                self._act(turn, rank)
+            self._exchange(turn, self.activations, "send", "arrive", "passes_on", step=1)
+            self._exchange(turn, self.gradients, "send_grad", "arrive_grad", "passes_back", step=-1)
+        return self
+
+    def _act(self, turn: int, rank: int) -> None:
+        row = {name: int(column[turn, rank]) for name, column in self.columns.items() if column.ndim == 2}
+        if row["kind"] == IDLE:
+            return
+        stage, microbatch = row["chunk"] * self.schedule.num_ranks + rank, row["microbatch"]
+        if row["kind"] == FORWARD:
+            action = Action(stage=stage, kind="F", microbatch=microbatch)
+            self.read[action] = (None if row["source"] == NONE else self.activations[rank][row["source"]],)
+            _put(self.saved[rank], row["save"], ("saved", stage, microbatch))
+            _put(self.activations[rank], row["target"], ("y", stage, microbatch))
+            _put(self.gradients[rank], row["loss_grad"], ("dy", stage, microbatch))
+        else:
+            assert row["kind"] == BACKWARD
+            action = Action(stage=stage, kind="B", microbatch=microbatch)
+            self.read[action] = (self.gradients[rank][row["source"]], self.saved[rank][row["save"]])
+            _put(self.gradients[rank], row["target"], ("dy", stage - 1, microbatch))
+        self.order.append(action)
+
+    def _exchange(self, turn: int, buffers: list[list[Any]], send: str, arrive: str, passes: str, *, step: int) -> None:
+        """What nobody sends arrives as None, as the executor's permute delivers zeros or NaN."""
+        if not self.columns[passes][turn]:
+            return
+        slots = [int(slot) for slot in self.columns[send][turn]]
+        sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(slots, buffers, strict=True)]
+        num_ranks, is_ring = len(sent), self.schedule.num_chunks > 1
+        for rank, buffer in enumerate(buffers):
+            is_linked = is_ring or 0 <= rank - step < num_ranks
+            _put(buffer, int(self.columns[arrive][turn, rank]), sent[(rank - step) % num_ranks] if is_linked else None)
+
+
+def _put(buffer: list[Any], slot: int, value: Any) -> None:
+    if slot != NONE:
+        buffer[slot] = value
+
+
+def needed(action: Action, schedule: Schedule) -> tuple[Name | None, ...]:
+    """What an action must read: the previous stage's output; or its own output's gradient and its residuals."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.kind == "F":
+        return (("y", stage - 1, microbatch) if stage else None,)
+    return ("dy", stage, microbatch), ("saved", stage, microbatch)
+
+
+def interpreted(schedule: Schedule) -> Interpreter:
+    return Interpreter(lower(schedule), schedule).run()
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_every_action_reads_exactly_what_it_needs(schedule: Schedule) -> None:
+    read = interpreted(schedule).read
+    assert read == {action: needed(action, schedule) for _, _, action in schedule.placed()}
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_every_action_runs_once_in_the_order_of_its_rank(schedule: Schedule) -> None:
+    order = interpreted(schedule).order
+    for rank in range(schedule.num_ranks):
+        wanted = [action for _, own, action in schedule.placed() if own == rank]
+        assert [action for action in order if action.stage % schedule.num_ranks == rank] == wanted
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_forward_tables_read_exactly_what_they_need(schedule: Schedule) -> None:
+    read = Interpreter(lower(schedule, kinds=("F",)), schedule).run().read
+    forwards = [action for _, _, action in schedule.placed() if action.kind == "F"]
+    assert read == {action: needed(action, schedule) for action in forwards}
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_forward_tables_have_no_backward_and_no_idle_turn(schedule: Schedule) -> None:
+    kinds = lower(schedule, kinds=("F",)).columns["kind"]
+    assert set(np.unique(kinds)) <= {IDLE, FORWARD}
+    assert (kinds == FORWARD).any(axis=1).all()
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_only_the_ends_are_without_neighbours(schedule: Schedule) -> None:
+    columns = lower(schedule).columns
+    is_forward, is_backward = columns["kind"] == FORWARD, columns["kind"] == BACKWARD
+    stage = columns["chunk"] * schedule.num_ranks + np.arange(schedule.num_ranks)[None]
+    is_first, is_last = stage == 0, stage == schedule.num_stages - 1
+    assert np.array_equal(is_forward & (columns["source"] == NONE), is_forward & is_first)
+    assert np.array_equal(is_forward & (columns["target"] == NONE), is_forward & is_last)
+    assert np.array_equal(is_forward & (columns["loss_grad"] != NONE), is_forward & is_last)
+    assert np.array_equal(is_backward & (columns["target"] == NONE), is_backward & is_first)
+    assert not (is_backward & (columns["source"] == NONE)).any()
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_residuals_take_as_many_slots_as_microbatches_are_in_flight(schedule: Schedule) -> None:
+    assert lower(schedule).num_save_slots == max(simulate(schedule).peak_in_flight)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 8, 32])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_slots_of_1f1b_do_not_grow_with_the_microbatches(num_ranks: int, num_microbatches: int) -> None:
+    tables = lower(build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches))
+    slots = (tables.num_activation_slots, tables.num_gradient_slots, tables.num_save_slots)
+    assert slots == (1, 1, min(num_microbatches, 2 * (num_ranks - 1)))
+
+
+@pytest.mark.parametrize("name", ["naive", "1f1b"])
+def test_tick_with_two_actions_takes_two_turns(name: str) -> None:
+    schedule = build_schedule(name, num_ranks=2, num_microbatches=1)
+    assert schedule.num_ticks == 3
+    assert len(lower(schedule).columns["kind"]) == 4
+
+
+def test_exchange_happens_in_the_last_turn_of_a_tick() -> None:
+    schedule = Schedule.parse("0F0 0F1 0B0 0B1; . 1F0+1B0 1F1+1B1 .", name="mine", num_microbatches=2)
+    columns = lower(schedule).columns
+    assert columns["passes_on"].tolist() == [1, 0, 1, 0, 0, 0]
+    assert columns["passes_back"].tolist() == [0, 0, 1, 0, 1, 0]
+
+
+def test_columns_are_int32_of_turns_by_ranks() -> None:
+    columns = lower(build_schedule("gpipe", num_ranks=3, num_microbatches=4)).columns
+    passes = {"passes_on", "passes_back"}
+    assert {column.dtype for column in columns.values()} == {np.dtype(np.int32)}
+    assert {column.shape for name, column in columns.items() if name not in passes} == {(12, 3)}
+    assert {columns[name].shape for name in passes} == {(12,)}

@@ -1,0 +1,61 @@
+"""What one mesh saved another reads, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from trellax.meshes import CheckpointError, MeshSpec, build_mesh
+from trellax.train import Checkpoints, RunConfig, Setup
+
+Tiny = Callable[..., RunConfig]
+
+
+def make_setup(config: RunConfig, mesh: str) -> Setup:
+    return Setup(config, build_mesh(MeshSpec.parse(mesh)))
+
+
+def arrays(tree: object) -> list[np.ndarray]:
+    # The stack dimensions [chunks, ranks, layers] differ between meshes, their order does not.
+    return [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("other", ["data=8", "data=2,tensor=4", "data=4,pipe=2"])
+def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
+    config = tiny("--optimizer.zero on")
+    saved = make_setup(config, "data=2,tensor=2,pipe=2")
+    state = saved.init_state()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, saved)
+        setup = make_setup(config, other)
+        restored = checkpoints.restore(setup)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(restored), strict=True))
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == setup.shardings
+
+
+def test_only_the_newest_saves_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    setup = make_setup(tiny(), "data=8")
+    state = setup.init_state()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(type(state)(step=state.step + step, params=state.params, opt_state=state.opt_state), setup)
+        assert checkpoints.latest_step == 3
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_save_of_another_model_is_refused_with_the_arrays_that_differ(
+    tiny: Tiny, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    saved = make_setup(tiny(), "data=8")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(saved.init_state(), saved)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(make_setup(tiny("--model.num_layers 4 --model.bias on"), "data=8"))
+    golden("errors/checkpoint_other_model.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+
+
+def test_folder_without_a_save_is_refused(tiny: Tiny, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(make_setup(tiny(), "data=8"))
+    golden("errors/checkpoint_none.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))

@@ -1,0 +1,89 @@
+"""A run leaves its folder behind, and a run cut in two is the run uncut."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from trellax.train import RunConfig, train
+from trellax.train.metrics import read_metrics
+
+Tiny = Callable[..., RunConfig]
+
+MESH = "--mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 2 --train.log_every 1"
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+
+
+def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
+    config = tiny(f"{MESH} --train.steps 4 --train.eval_every 2")
+    console = quiet()
+    summary = train(config, console=console)
+    folder = config.run_folder
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+    }
+    assert json.loads((folder / "summary.json").read_text())["mesh"] == "data=2 tensor=2 pipe=2"
+    first = read_metrics(folder)[0]
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu", "peak_memory_bytes"}
+    assert first.keys() == wanted
+    assert all(first[name] > 0 for name in wanted)
+    assert [line["step"] for line in read_metrics(folder) if "val_loss" in line] == [2, 4]
+    assert summary.steps == 4
+    talk = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("mesh      data=2 tensor=2 pipe=2", "256@tensor, 32", "rank 1 |", "bubble", "step 4/4", "sha256"):
+        assert part in talk
+
+
+def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
+    whole = tiny(f"{MESH} --train.steps 6 --run.name whole")
+    cut = tiny(f"{MESH} --train.steps 6 --run.name cut --checkpoint.every 3 --checkpoint.keep 9")
+    expected = train(whole, console=quiet())
+    train(cut, console=quiet())
+    uncut = losses(cut.run_folder)
+    # Back to the save at step 3, as if the run had stopped there.
+    for path in sorted((cut.run_folder / "checkpoints" / "6").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (cut.run_folder / "checkpoints" / "6").rmdir()
+    again = train(cut, console=quiet())
+    assert losses(cut.run_folder) == uncut == losses(whole.run_folder)
+    assert again.final_val_loss == expected.final_val_loss
+
+
+def test_finished_run_takes_no_more_steps(tiny: Tiny) -> None:
+    config = tiny("--mesh.data 8 --train.steps 2")
+    first = train(config, console=quiet())
+    again = train(config, console=quiet())
+    assert (again.steps, again.final_train_loss, again.final_val_loss) == (
+        first.steps,
+        first.final_train_loss,
+        first.final_val_loss,
+    )
+
+
+def test_run_told_never_to_resume_starts_over(tiny: Tiny) -> None:
+    config = tiny("--mesh.data 8 --train.steps 2 --checkpoint.resume never --train.log_every 1")
+    train(config, console=quiet())
+    before = losses(config.run_folder)
+    train(config, console=quiet())
+    assert losses(config.run_folder) == before
+
+
+@pytest.mark.parametrize(
+    "mesh", ["--mesh.data 8", "--mesh.tensor 8 --model.num_heads 8", "--mesh.data 4 --mesh.pipe 2"]
+)
+def test_run_trains_on_any_mesh(tiny: Tiny, mesh: str) -> None:
+    config = tiny(f"{mesh} --train.steps 2 --model.dtype float32 --pipeline.remat full")
+    assert train(config, console=quiet()).steps == 2

@@ -1,0 +1,37 @@
+"""AdamW decays matrices alone, warms up, and its state follows the parameters."""
+
+import jax.numpy as jnp
+import pytest
+from trellax.pipeline import PipelineParams
+from trellax.train import load_config, make_learning_rate, make_optimizer
+
+
+def test_learning_rate_warms_up_to_its_peak_and_decays_to_its_floor() -> None:
+    section = load_config("tiny-dense").optimizer
+    rate = make_learning_rate(section, steps=20)
+    rates = [float(rate(step)) for step in range(21)]
+    assert 0 < rates[0] < rates[1] < rates[2] == pytest.approx(section.learning_rate)
+    assert rates[20] == pytest.approx(section.learning_rate * section.min_lr_ratio)
+
+
+@pytest.mark.parametrize("overrides", [["--optimizer.warmup_steps=0"], ["--optimizer.warmup_steps=20"]])
+def test_learning_rate_is_never_zero(overrides: list[str]) -> None:
+    rate = make_learning_rate(load_config("tiny-dense", overrides).optimizer, steps=20)
+    assert all(float(rate(step)) > 0 for step in range(20))
+
+
+def test_weight_decay_leaves_norms_and_biases_alone() -> None:
+    optimizer = make_optimizer(load_config("tiny-dense").optimizer, steps=20)
+    params = PipelineParams(
+        stages={"up": {"kernel": jnp.ones((1, 1, 1, 2, 2)), "bias": jnp.ones((1, 1, 1, 2))}},
+        shared={"embed": {"table": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}},
+    )
+    grads = PipelineParams(
+        stages={"up": {"kernel": jnp.zeros((1, 1, 1, 2, 2)), "bias": jnp.zeros((1, 1, 1, 2))}},
+        shared={"embed": {"table": jnp.zeros((2, 2))}, "norm": {"scale": jnp.zeros(2)}},
+    )
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)  # type: ignore[arg-type]
+    assert float(updates.stages["up"]["kernel"].max()) < 0  # type: ignore[union-attr]
+    assert float(updates.shared["embed"]["table"].max()) < 0  # type: ignore[union-attr]
+    assert float(jnp.abs(updates.stages["up"]["bias"]).max()) == 0  # type: ignore[union-attr]
+    assert float(jnp.abs(updates.shared["norm"]["scale"]).max()) == 0  # type: ignore[union-attr]
