@@ -6,7 +6,8 @@ cores, 2 with --quick.
 
 Fake devices share the cores, so waiting is free there and CPU seconds stand beside wall seconds. All workers, the one
 device too, get huge pages from malloc: glibc's default returns the temporary buffers to the system after each step and
-pays 0.2 s of page faults for the next. `--malloc default` measures without. Last results: RESULTS.md.
+pays 0.2 s of page faults for the next. `--malloc default` measures without. Other programs on the machine spoil step
+times, even as ratios: look at the load that the first line prints. Last results: RESULTS.md.
 """
 
 import argparse
@@ -62,8 +63,9 @@ def measure_all(effort: Effort, *, malloc: Malloc) -> dict[str, Any]:
         Worker("train_step.py", num_devices=1, malloc=malloc) as device,
         Worker("work_r1.py", num_devices=8, malloc=malloc) as work,
     ):
+        about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0], "malloc": malloc, **asdict(effort)}
         return {
-            "about": stages.ask("about") | {"cpu_cores": os.cpu_count(), "malloc": malloc, **asdict(effort)},
+            "about": stages.ask("about") | about,
             "step_time": [_measure_steps(stages, device, m, effort.rounds) for m in effort.step_time],
             "compile": _measure_compile(stages, effort.compile_rounds),
             "memory": _measure_memory(stages, effort.memory),

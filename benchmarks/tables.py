@@ -38,8 +38,11 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
     console = Console(width=140, highlight=False)
     about = report["about"]
     console.print(
-        f"jax {about['jax']}, Python {about['python']}, {about['cpu_cores']} cores, malloc {about['malloc']}; training "
-        "step: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, AdamW"
+        f"jax {about['jax']}, Python {about['python']}, {about['cpu_cores']} cores, load before "
+        f"{about['load_before']:.1f}, malloc {about['malloc']}"
+    )
+    console.print(
+        "Training step: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, AdamW"
     )
     for table in (
         _memory_table(report["memory"]),

@@ -3,8 +3,10 @@
 The host never waits for the step it has just started: it looks at the step before, while the devices work.
 """
 
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -90,18 +92,17 @@ class _Run:
         flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
         self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
         # A run resumed at its end takes no step: its last loss is the one on record.
-        recorded = (
-            [line["loss"] for line in read_metrics(self.config.run_folder) if line.get("loss")] if resumes else []
-        )
-        self.last_loss: float | None = recorded[-1] if recorded else None
-        self.tokens_per_s = 0.0
+        lines = read_metrics(self.config.run_folder) if resumes else []
+        self.last_loss: float | None = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+        self.pace = _Pace(section.log_every)
 
     def take_steps(self) -> None:
         """Train to the last step, logging, validating and saving on the way."""
         steps, folder = self.config.train.steps, self.config.run_folder
         with MetricsLog(folder, resumed_step=self.first_step) as log, self._progress() as progress:
             waiting: tuple[int, StepMetrics] | None = None
-            pace = _Pace(self.config.train.log_every)
+            pace = self.pace
+            pace.restart()
             for step in range(self.first_step, steps):
                 self.state, metrics = self.train_step(self.state, self._place(self.train_batches[step]))
                 if waiting:
@@ -133,7 +134,7 @@ class _Run:
             steps=steps,
             final_train_loss=self.last_loss,
             final_val_loss=val_loss,
-            tokens_per_s=self.tokens_per_s,
+            tokens_per_s=self.tokens_per_step / self.pace.mean_step_time_s,
             wall_time_s=time.perf_counter() - start_s,
             mesh=str(mesh_sizes(self.setup.mesh)),
             schedule=self.setup.schedule.name,
@@ -149,16 +150,16 @@ class _Run:
         progress.advance(step, loss=loss, tokens_per_s=self.tokens_per_step / pace.step_time_s)
         if step % self.config.train.log_every and step not in (self.first_step + 1, self.config.train.steps):
             return
-        self.tokens_per_s = self.tokens_per_step / pace.step_time_s
+        tokens_per_s = self.tokens_per_step / pace.step_time_s
         log.write(
             step,
             {
                 "loss": loss,
                 "grad_norm": float(metrics.grad_norm),
                 "lr": float(metrics.lr),
-                "tokens_per_s": self.tokens_per_s,
+                "tokens_per_s": tokens_per_s,
                 "step_time_s": pace.step_time_s,
-                "mfu": self.tokens_per_s * self.mfu_per_token_per_s,
+                "mfu": tokens_per_s * self.mfu_per_token_per_s,
                 "peak_memory_bytes": peak_memory_bytes(),
             },
         )
@@ -186,19 +187,27 @@ class _Run:
 
 
 class _Pace:
-    """Seconds per step over the last `window` steps, without pauses for validation and saving."""
+    """Seconds per step, over the last `window` steps and over all, without pauses for validation and saving."""
 
     def __init__(self, window: int) -> None:
-        self._window = window
-        self.step_time_s = float("inf")
-        self._times_s: list[float] = []
-        self._last_s = time.perf_counter()
+        self._recent_s: deque[float] = deque(maxlen=window)
+        self._total_s, self._num_steps = 0.0, 0
+        self.restart()
 
     def tick(self) -> None:
         now_s = time.perf_counter()
-        self._times_s = [*self._times_s[-self._window + 1 :], now_s - self._last_s]
+        self._recent_s.append(now_s - self._last_s)
+        self._total_s += now_s - self._last_s
+        self._num_steps += 1
         self._last_s = now_s
-        self.step_time_s = sum(self._times_s) / len(self._times_s)
 
     def restart(self) -> None:
         self._last_s = time.perf_counter()
+
+    @property
+    def step_time_s(self) -> float:
+        return sum(self._recent_s) / len(self._recent_s)
+
+    @property
+    def mean_step_time_s(self) -> float:
+        return self._total_s / self._num_steps if self._num_steps else math.inf

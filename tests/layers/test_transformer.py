@@ -27,7 +27,7 @@ CONFIGS = {
 }
 CASES = [
     ("gpt", "tensor=2"),
-    ("llama", "tensor=4"),
+    ("llama", "tensor=2"),
     ("llama", "data=2,tensor=4"),
     ("gpt_untied", "data=4,tensor=2"),
     ("gpt_untied", "tensor=8"),
@@ -86,38 +86,34 @@ def test_every_parameter_says_its_dimensions(style: str) -> None:
     assert set(jax.tree.leaves(dims)) <= set(dict(DEFAULT_RULES.table))
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("gpt", "tensor=2"), ("llama", "tensor=4")])
-def test_parameters_are_born_split_the_same_on_any_mesh_and_never_whole(name: str, mesh: str) -> None:
-    params = program(name, mesh).params
-    draw = lambda: nnx.to_pure_dict(nnx.state(Transformer(CONFIGS[name], rngs=nnx.Rngs(0)), nnx.Param))
+def test_parameters_are_born_split_the_same_on_any_mesh_and_never_whole() -> None:
+    def draw() -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(Transformer(CONFIGS["llama"], rngs=nnx.Rngs(0)), nnx.Param))
+
+    params = program("llama", "tensor=2").params
     born = jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params)).lower().compile()
     # Equal but for the order of operations in a normal distribution's inverse.
     assert differing(jax.device_get(born()), jax.device_get(jax.jit(draw)()), tolerance=1e-6) == {}
-    split, whole = (
-        {leaf.shape for leaf in jax.tree.leaves(params) if any(leaf.sharding.spec) == is_split}
-        for is_split in (True, False)
-    )
+    split = {leaf.shape for leaf in jax.tree.leaves(params) if any(leaf.sharding.spec)}
     found = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", born.as_text())}
-    assert not (split - whole) & found
-    assert {(64, 32), (2, 32, CONFIGS[name].ffn_size)} <= split - whole
+    assert not split & found
+    assert {(64, 32), (2, 32, 128)} <= split
 
 
-@pytest.mark.parametrize(("name", "mesh", "expected"), [("gpt", "tensor=2", 2 + 4), ("llama", "tensor=4", 2 + 5)])
-def test_layer_sends_its_activation_as_often_as_stated(name: str, mesh: str, expected: int) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("gpt", 2 + 4), ("llama", 2 + 5)])
+def test_layer_sends_its_activation_as_often_as_stated(name: str, expected: int) -> None:
     # Forward 2. Backward one for each matrix that x enters (query, key, value, up, gate): the compiler adds their
     # gradients of x after it has reduced each.
-    found = program(name, mesh).sent("loop")
+    found = program(name, "tensor=2").sent("loop")
     assert {(one.kind, one.shape) for one in found} == {("all-reduce", (B, T, 32))}
     assert len(found) == expected
 
 
-@pytest.mark.parametrize(("name", "mesh", "copied"), [("gpt", "tensor=2", []), ("llama", "tensor=4", [(2, 32, 8)] * 2)])
-def test_rest_of_the_step_sends_rows_numbers_per_token_and_copied_heads(
-    name: str, mesh: str, copied: list[Any]
-) -> None:
-    found = program(name, mesh).sent("once")
-    # Embedding forward, head backward; maximum, normaliser, target logit; gradients of key/value heads that are copied.
-    assert sorted(one.shape for one in found) == sorted([(B, T, 32)] * 2 + [(B, T)] * 3 + copied)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_rest_of_the_step_sends_rows_and_numbers_per_token(name: str) -> None:
+    found = program(name, "tensor=2").sent("once")
+    # Embedding forward, head backward; maximum, normaliser and target logit of the loss.
+    assert sorted(one.shape for one in found) == [(B, T)] * 3 + [(B, T, 32)] * 2
     assert {one.kind for one in found} == {"all-reduce"}
 
 

@@ -54,7 +54,7 @@ MLP = StageFns(first=_first, layer=_layer, last=_last)
 @cache
 def mlp_params() -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: (0.3 * rng.standard_normal((NUM_LAYERS, *shape))).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: (0.1 * rng.standard_normal((NUM_LAYERS, *shape))).astype(np.float32)  # noqa: E731
     return {"up": {"w": draw(WIDTH, 2 * WIDTH), "b": draw(2 * WIDTH)}, "down": draw(2 * WIDTH, WIDTH)}
 
 

@@ -1,0 +1,174 @@
+"""What a config says of parameters, flops and activations is what the layers have, compute and keep."""
+
+import math
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trellax.layers import (
+    Block,
+    ModelConfig,
+    Remat,
+    Transformer,
+    activation_bytes,
+    flops_per_token,
+    model_rules,
+    param_counts,
+    rematerialize,
+)
+from trellax.meshes import ModelError
+from trellax.pipeline.residuals import LayerVjp
+
+from .sharded import STYLES, mesh_of, small_config
+
+B, T = 3, 16
+REMATS: tuple[Remat, ...] = get_args(Remat)
+PUBLISHED = {
+    "gpt2_small": (124_439_808, {"vocab_size": 50257, "num_layers": 12, "hidden_size": 768, "num_heads": 12}),
+    "gpt2_xl": (1_557_611_200, {"vocab_size": 50257, "num_layers": 48, "hidden_size": 1600, "num_heads": 25}),
+    "llama3_8b": (
+        8_030_261_248,
+        {"vocab_size": 128256, "num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8}
+        | {"ffn_size": 14336, "embeddings": "untied"},
+    ),
+}
+CONFIGS = st.builds(
+    lambda style, kv, **sizes: small_config(style, num_heads=4, num_kv_heads=kv, **sizes),
+    st.sampled_from(list(STYLES)),
+    st.sampled_from([1, 2, 4]),
+    num_layers=st.integers(1, 3),
+    head_size=st.sampled_from([0, 16]),
+    mlp=st.sampled_from(["gelu", "swiglu"]),
+    norm=st.sampled_from(["layernorm", "rmsnorm"]),
+    bias=st.sampled_from(["on", "off"]),
+    embeddings=st.sampled_from(["tied", "untied"]),
+)
+
+
+def split(module: nnx.Module) -> tuple[Any, dict[str, Any]]:
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def dot_flops(jaxpr: Any) -> int:
+    """Flops of every matmul in a jaxpr, those in loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        inside = [sub for value in equation.params.values() for sub in jax.tree.leaves(value, is_leaf=is_jaxpr)]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(dot_flops(getattr(sub, "jaxpr", sub)) for sub in inside if is_jaxpr(sub))
+    return total
+
+
+def is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
+
+
+def traced_flops(config: ModelConfig, *, what: str, remat: Remat = "none") -> int:
+    graph, params = split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), remat=remat)))
+
+    def loss(params: Any, *batch: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params).loss(*batch)
+
+    tokens, weights = jax.ShapeDtypeStruct((B, T), "int32"), jax.ShapeDtypeStruct((B, T), "float32")
+    run = jax.grad(loss) if what == "training" else loss
+    return dot_flops(jax.make_jaxpr(run)(params, tokens, tokens, weights).jaxpr)
+
+
+def layer_vjp(config: ModelConfig, remat: Remat, *, tensor: int = 1) -> tuple[LayerVjp, Any]:
+    rules = model_rules(config, {"tensor": tensor})
+    graph, params = split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), rules=rules)))
+    return LayerVjp(rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat)), params
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name: str) -> None:
+    expected, sizes = PUBLISHED[name]
+    config = ModelConfig(max_tokens=1024, **(STYLES["gpt" if name.startswith("gpt") else "llama"] | sizes))
+    assert param_counts(config).total == expected
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(config=CONFIGS)
+def test_parameters_are_as_many_as_the_model_has_in_every_part(config: ModelConfig) -> None:
+    params = split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1]
+    counts = param_counts(config)
+    assert counts.total == count(params)
+    assert counts.embedding + counts.positions == count(params["embed"])
+    assert counts.block * config.num_layers == count(params["blocks"])
+    assert counts.head == count(params["head"])
+
+
+@settings(derandomize=True, deadline=None, max_examples=5)
+@given(config=CONFIGS)
+def test_flops_are_those_of_the_traced_matmuls(config: ModelConfig) -> None:
+    flops = flops_per_token(config, num_tokens=T, attention="full")
+    assert traced_flops(config, what="forward") == B * T * flops.forward
+    assert traced_flops(config, what="training") == B * T * flops.training
+
+
+def test_recomputation_is_no_model_flop() -> None:
+    config = small_config()
+    flops = flops_per_token(config, num_tokens=T, attention="full")
+    blocks = flops.forward - 2 * config.vocab_size * config.hidden_size
+    # The traced program runs the blocks' forward once more, but for the last matmul, whose output no gradient needs.
+    again = blocks - 2 * config.num_layers * config.ffn_size * config.hidden_size
+    assert traced_flops(config, what="training", remat="full") == B * T * (flops.training + again)
+
+
+def test_causal_scores_are_half_of_all_and_weights_are_the_same() -> None:
+    causal, full = (flops_per_token(small_config(), num_tokens=T, attention=how) for how in ("causal", "full"))
+    assert (2 * causal.scores, causal.weights) == (full.scores, full.weights)
+
+
+def test_training_is_near_six_flops_a_parameter() -> None:
+    expected, sizes = PUBLISHED["llama3_8b"]
+    config = ModelConfig(**(STYLES["llama"] | sizes))
+    matmul_params = expected - param_counts(config).embedding
+    assert flops_per_token(config, num_tokens=1).training / (6 * matmul_params) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(config=CONFIGS, dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: ModelConfig, dtype: str) -> None:
+    config = ModelConfig(**(vars(config) | {"dtype": dtype}))
+    vjp, params = layer_vjp(config, remat)
+    kept = vjp.plan(params, jax.ShapeDtypeStruct((B, T, config.hidden_size), dtype), None)
+    expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
+    assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected.layer
+    assert B * T * config.hidden_size * jnp.dtype(dtype).itemsize == expected.boundary
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize(("style", "num_kv_heads"), [("gpt", 8), ("llama", 4), ("llama", 2)])
+def test_device_keeps_as_many_bytes_as_its_part_of_the_residuals(style: str, num_kv_heads: int, remat: Remat) -> None:
+    config, mesh = small_config(style, num_kv_heads=num_kv_heads), mesh_of("tensor=4")
+    vjp, params = layer_vjp(config, remat, tensor=4)
+    x = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    with jax.set_mesh(mesh):
+        vjp.plan(params, x, None)
+        # With y, though it is not looked at: what made it would be dropped, and with it what splits the residuals.
+        forward = jax.jit(lambda params, x: vjp.forward(params, x, None))
+        shardings = forward.lower(params, x).compile().output_shardings[1]
+        shapes = jax.eval_shape(forward, params, x)[1]
+    parts = [split.shard_shape(leaf.shape) for split, leaf in zip(shardings, shapes, strict=True)]
+    expected = activation_bytes(config, num_sequences=B, num_tokens=T, tensor=4, remat=remat)
+    assert 4 * sum(map(math.prod, parts)) == expected.layer
+
+
+def test_model_that_does_not_split_has_no_activation_bytes() -> None:
+    with pytest.raises(ModelError, match="num_heads=8 does not split over tensor=3"):
+        activation_bytes(small_config(), num_sequences=1, num_tokens=T, tensor=3)
