@@ -21,7 +21,7 @@ class Attention(nnx.Module):
     x[B@data, T, D] -> y[B@data, T, D], with N@tensor in between; one all-reduce forward, one backward.
 
     With fewer key/value heads than tensor ranks, their parameters are whole on every rank and each rank computes
-    just the head that its query heads use; their gradients then cost one small all-reduce more.
+    just the head that its query heads use; their gradients then cost a small collective more.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
@@ -35,9 +35,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
-        q_BTNH = self._heads(self.query(x_BTD))
-        k_BTKH = self._heads(self._project_kv(self.key, x_BTD))
-        v_BTKH = self._heads(self._project_kv(self.value, x_BTD))
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.config.positions == "rotary":
             q_BTNH = rotate(q_BTNH, theta=self.config.rope_theta)
             k_BTKH = rotate(k_BTKH, theta=self.config.rope_theta)
@@ -45,23 +43,35 @@ class Attention(nnx.Module):
         mixed_BTNH = self.rules.constrain(mixed_BTNH, ("batch", "tokens", "heads", "head"))
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], self.config.query_size))
 
-    def _heads(self, x_BTF: jax.Array) -> jax.Array:
-        return x_BTF.reshape(*x_BTF.shape[:2], -1, self.config.head_size)
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].
 
-    def _project_kv(self, linear: ColumnLinear, x_BTD: jax.Array) -> jax.Array:
-        """x[B@data, T, D] -> heads[B@data, T, (K x copies)@tensor x H]; copies > 1 where K < tensor."""
-        copies = max(1, self.rules.parts_in_context("heads") // self.config.num_kv_heads)
-        if copies == 1:
-            return linear(x_BTD)
-        kernel_DF = self.rules.constrain(self._spread(linear.kernel[...], copies), ("embed", "heads"))
-        bias_F = None if linear.bias is None else self._spread(linear.bias[...], copies)
-        return linear.apply(x_BTD, kernel_DF, bias_F, dim="heads")
+        Where heads are split, as one matmul: three would each all-reduce their own dx in the backward. Its output is
+        in groups of query heads with the key and value head that they share; K < tensor gives some groups the same.
+        """
+        parts, linears = self.rules.parts_in_context("heads"), (self.query, self.key, self.value)
+        if parts == 1:
+            heads = (*x_BTD.shape[:2], -1, self.config.head_size)
+            q, k, v = (linear(x_BTD).reshape(heads) for linear in linears)
+            return q, k, v
+        groups = max(parts, self.config.num_kv_heads)
+        kernel_DGJH = jnp.concatenate([self._group(linear.kernel[...], groups) for linear in linears], axis=-2)
+        kernel_DGJH = self.rules.constrain(kernel_DGJH, ("embed", "heads", None, "head")).astype(self.config.dtype)
+        y_BTGJH = jnp.einsum("btd,dgjh->btgjh", x_BTD, kernel_DGJH)
+        if self.query.bias is not None:
+            biases = [self._group(linear.bias[...], groups) for linear in linears if linear.bias is not None]
+            y_BTGJH = y_BTGJH + jnp.concatenate(biases, axis=-2).astype(self.config.dtype)[None, None]
+        y_BTGJH = self.rules.constrain(y_BTGJH, ("batch", "tokens", "heads", None, "head"))
+        q_BTNH = y_BTGJH[..., :-2, :].reshape(*x_BTD.shape[:2], self.config.num_heads, self.config.head_size)
+        return q_BTNH, y_BTGJH[..., -2, :], y_BTGJH[..., -1, :]
 
-    def _spread(self, weight: jax.Array, copies: int) -> jax.Array:
-        """weight[..., K x H] -> [..., K x copies x H]: the weight, not the activation, so that no rank works twice."""
-        heads = weight.reshape(*weight.shape[:-1], self.config.num_kv_heads, 1, self.config.head_size)
-        shape = (*heads.shape[:-2], copies, self.config.head_size)
-        return jnp.broadcast_to(heads, shape).reshape(*weight.shape[:-1], -1)
+    def _group(self, weight: jax.Array, groups: int) -> jax.Array:
+        """weight[..., heads x H] -> [..., groups, heads a group, H]; fewer heads than groups are repeated."""
+        num_heads = weight.shape[-1] // self.config.head_size
+        copies = max(1, groups // num_heads)
+        heads = weight.reshape(*weight.shape[:-1], groups // copies, 1, -1, self.config.head_size)
+        repeated = jnp.broadcast_to(heads, (*heads.shape[:-3], copies, *heads.shape[-2:]))
+        return repeated.reshape(*weight.shape[:-1], groups, *heads.shape[-2:])
 
 
 # Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax

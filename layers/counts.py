@@ -116,7 +116,7 @@ def activation_bytes(
     The kind of formula is that of Korthikanti et al. 2022, section 4; its terms are what our own layers keep:
 
         full  D                                          the input x[b, T, D]
-        dots  2D + (N + 2K)H/t + (1 or 2)F/t              x and the outputs of weight matmuls, but the last one
+        dots  2D + (N + 2K)H/t + (1 or 2)F/t             x and the outputs of weight matmuls, but the last one
         none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
 
     Args:
@@ -124,7 +124,7 @@ def activation_bytes(
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
 
     Raises:
-        ModelError: heads or feed-forward features do not split over `tensor`.
+        ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
     """
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens

@@ -43,39 +43,47 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
     Each device looks up the tokens of its own slice and adds zeros for the others.
     """
     axis = rules.axis_in_context("vocab")
-    return table_VD[tokens_BT] if axis is None else _lookup_split(table_VD, tokens_BT, axis)
+    return table_VD[tokens_BT] if axis is None else _lookup_split(table_VD, tokens_BT, axis, rules)
 
 
 # The axis is made manual because XLA's partitioner crashes on a gather from an automatically split operand inside a
 # partly manual region. The gradient is written by hand because autodiff of a nested `shard_map` gives its residuals
 # the outer region's manual axes, which does not lower (jax 0.10 to 0.12); delete when it does.
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axis: str) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axis: str, rules: ShardingRules) -> jax.Array:
     def block(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
         rows_BTD = jnp.where(mine_BT[..., None], table_vD[jnp.where(mine_BT, local_BT, 0)], 0.0)
         return jax.lax.psum(rows_BTD, axis)
 
-    specs = (P(axis, None), P())
-    return jax.shard_map(block, in_specs=specs, out_specs=P(), axis_names={axis})(table_VD, tokens_BT)
+    batch = rules.axis_in_context("batch")
+    manual = {name for name in (axis, batch) if name}
+    specs = (P(axis, None), P(batch))
+    return jax.shard_map(block, in_specs=specs, out_specs=P(batch), axis_names=manual)(table_VD, tokens_BT)
 
 
-def _lookup_forward(table_VD: jax.Array, tokens_BT: jax.Array, axis: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _lookup_split(table_VD, tokens_BT, axis), (table_VD, tokens_BT)
+def _lookup_forward(
+    table_VD: jax.Array, tokens_BT: jax.Array, axis: str, rules: ShardingRules
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _lookup_split(table_VD, tokens_BT, axis, rules), (table_VD, tokens_BT)
 
 
 def _lookup_backward(
-    axis: str, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
+    axis: str, rules: ShardingRules, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
 ) -> tuple[jax.Array, np.ndarray[tuple[int, ...], np.dtype[np.void]]]:
     def block(table_vD: jax.Array, tokens_BT: jax.Array, grad_BTD: jax.Array) -> jax.Array:
         local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
         # One past the end is dropped; a negative index would wrap to another token's row.
         row_BT = jnp.where(mine_BT, local_BT, table_vD.shape[0])
-        return jnp.zeros_like(table_vD).at[row_BT].add(grad_BTD, mode="drop")
+        grad_vD = jnp.zeros_like(table_vD).at[row_BT].add(grad_BTD, mode="drop")
+        return jax.lax.psum(grad_vD, batch) if batch else grad_vD
 
+    # Manual too where the compiler splits it: left to itself it gathers the whole batch's gradients for the scatter.
+    batch = rules.axis_in_context("batch")
+    manual = {name for name in (axis, batch) if name}
     table_VD, tokens_BT = saved
-    specs = (P(axis, None), P(), P())
-    split = jax.shard_map(block, in_specs=specs, out_specs=P(axis, None), axis_names={axis})
+    specs = (P(axis, None), P(batch), P(batch))
+    split = jax.shard_map(block, in_specs=specs, out_specs=P(axis, None), axis_names=manual)
     return split(table_VD, tokens_BT, grad_BTD), np.zeros(tokens_BT.shape, jax.dtypes.float0)
 
 

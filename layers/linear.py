@@ -59,15 +59,10 @@ class ColumnLinear(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor]."""
-        bias_F = None if self.bias is None else self.bias[...]
-        return self.apply(x_BTD, self.kernel[...], bias_F, dim=self.dim)
-
-    def apply(self, x_BTD: jax.Array, kernel_DF: jax.Array, bias_F: jax.Array | None, *, dim: str) -> jax.Array:
-        """x[B@data, T, D] @ kernel[D, F@tensor] + bias[F@tensor] -> y[B@data, T, F@tensor], for a kernel made here."""
-        y_BTF = x_BTD.astype(self.dtype) @ kernel_DF.astype(self.dtype)
-        if bias_F is not None:
-            y_BTF = y_BTF + bias_F.astype(self.dtype)[None, None]
-        return self.rules.constrain(y_BTF, ("batch", "tokens", dim))
+        y_BTF = x_BTD.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
+        return self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
 
 
 class RowLinear(nnx.Module):

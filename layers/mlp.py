@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
@@ -17,6 +18,7 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+        self.rules = rules
         into = {"dim": "ffn", "bias": config.bias, "dtype": config.dtype, "rngs": rngs, "rules": rules}
         d, f = config.hidden_size, config.ffn_size
         self.up = ColumnLinear(d, f, **into)
@@ -28,7 +30,19 @@ class MLP(nnx.Module):
         """x[B@data, T, D] -> y[B@data, T, D]."""
         if self.gate is None:
             return self.down(_gelu(self.up(x_BTD)))
-        return self.down(_swish_gate(self.gate(x_BTD), self.up(x_BTD)))
+        gate_BTF, up_BTF = self._expand(self.gate, x_BTD)
+        return self.down(_swish_gate(gate_BTF, up_BTF))
+
+    def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both column-parallel products; as one where they are split, so that the backward all-reduces dx once."""
+        if self.rules.parts_in_context("ffn") == 1:
+            return gate(x_BTD), self.up(x_BTD)
+        kernel_D2F = jnp.stack([gate.kernel[...], self.up.kernel[...]], axis=1).astype(self.up.dtype)
+        y_BT2F = jnp.einsum("btd,dgf->btgf", x_BTD, self.rules.constrain(kernel_D2F, ("embed", None, "ffn")))
+        if gate.bias is not None and self.up.bias is not None:
+            y_BT2F = y_BT2F + jnp.stack([gate.bias[...], self.up.bias[...]]).astype(self.up.dtype)[None, None]
+        y_BT2F = self.rules.constrain(y_BT2F, ("batch", "tokens", None, "ffn"))
+        return y_BT2F[:, :, 0], y_BT2F[:, :, 1]
 
 
 # Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Kept are their

@@ -107,7 +107,8 @@ class ShardingRules:
         """
         if len(dims) != len(shape):
             raise ShardingError(
-                f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}."
+                f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}.",
+                fix="name every dimension once, None for one that has no rule.",
             )
         for dim, size, axis in zip(dims, shape, self.spec(dims), strict=True):
             parts = 1 if axis is None else sizes.get(axis, 1)

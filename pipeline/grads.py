@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..meshes import ScheduleError, ShardingError, mesh_sizes
+from .check import check_arguments, check_fns
 from .execute import Bubbles, Wants, run_turns, vary
 from .lower import lower
 from .schedules import Schedule
@@ -45,7 +45,7 @@ def pipeline_grads(
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
         ShardingError: the batch does not split over `data`.
     """
-    _check(params, batch, mesh, schedule)
+    check_arguments(params, batch, mesh=mesh, schedule=schedule)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
     loss, grads = _run(how, params, batch, wants="grads")
     return LossAndGrads(loss=loss, grads=grads)
@@ -59,7 +59,7 @@ def pipeline_loss(
     Differentiable in `params` (not in `batch`): under `jax.grad` it runs the whole schedule once, and gradients come
     in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
     """
-    _check(params, batch, mesh, schedule)
+    check_arguments(params, batch, mesh=mesh, schedule=schedule)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
     @jax.custom_vjp
@@ -95,6 +95,7 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
         params, batch = jax.tree.map(vary, (_own(params), batch))
+        check_fns(fns, params, batch)
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
@@ -129,33 +130,3 @@ def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
 def _zero_cotangent(leaf: Any) -> Any:
     is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
     return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
-
-
-def _check(params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule) -> None:
-    sizes = mesh_sizes(mesh)
-    if schedule.num_ranks != sizes.pipe:
-        raise ScheduleError(
-            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has pipe={sizes.pipe}.",
-            fix=f"build it with num_ranks={sizes.pipe}.",
-        )
-    want = (schedule.num_chunks, schedule.num_ranks)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
-        if leaf.shape[:2] != want:
-            raise ScheduleError(
-                f"stage parameter {jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule {schedule.name!r} "
-                f"wants leading dimensions [chunks, ranks] = {list(want)}.",
-                fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
-            )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or leaf.shape[0] != schedule.num_microbatches:
-            raise ScheduleError(
-                f"batch{name} has shape {leaf.shape}, but schedule {schedule.name!r} runs "
-                f"{schedule.num_microbatches} microbatches: leaves are [microbatches, batch, ...].",
-                fix=f"reshape it to ({schedule.num_microbatches}, batch / {schedule.num_microbatches}, ...).",
-            )
-        if leaf.shape[1] % sizes.data:
-            raise ShardingError(
-                f"batch{name}: {leaf.shape[1]} sequences a microbatch do not split over data={sizes.data}.",
-                fix=f"use a microbatch size that is a multiple of {sizes.data}.",
-            )

@@ -5,6 +5,7 @@ stopped.
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -37,9 +38,9 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(summary)))
         return 0
+    pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     print(
-        f"trained {summary.steps} steps on {summary.mesh} with {summary.schedule} in {summary.wall_time_s:.0f} s, "
-        f"{summary.tokens_per_s:,.0f} tokens/s\n"
+        f"{summary.steps} steps on {summary.mesh} with {summary.schedule} in {summary.wall_time_s:.0f} s{pace}\n"
         f"train loss {_loss_text(summary.final_train_loss)}   "
         f"validation loss {_loss_text(summary.final_val_loss)}\n"
         f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
@@ -73,6 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Tensor and pipeline parallel transformers in JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"trellax {importlib.metadata.version('trellax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, what in (
         ("train", "train a model as a config says, resuming where the last run stopped"),

@@ -5,6 +5,7 @@ so fake devices can still be asked for afterwards. What needs two sections at on
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,7 @@ class RunConfig(Section):
         return Path(self.run.folder) / self.run.name
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunConfig:
     """Return the run that a TOML file and command-line overrides describe.
 
     >>> load_config("quickstart", ["--train.steps", "50", "--mesh.data=4"]).train.steps
@@ -113,13 +114,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a file, or the bare name of a config that comes with trellax.
-        overrides: words as on the command line, `--section.key value` or `--section.key=value`.
+        overrides: words as on the command line, `--section.key value` or `--section.key=value`, or all as one text.
 
     Raises:
         ConfigError: one line for every mistake, each with its file and line or its override.
     """
     file = read_config_file(path)
-    given, mistakes = read_overrides(overrides, keys=list_keys(RunConfig))
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    given, mistakes = read_overrides(words, keys=list_keys(RunConfig))
     values = {section: dict(v) if isinstance(v, Mapping) else v for section, v in file.values.items()}
     for override in given:
         section = values.setdefault(override.section, {})

@@ -5,6 +5,7 @@ The host never waits for the step it has just started: it looks at the step befo
 
 import math
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from ..layers import flops_per_token
-from ..meshes import build_mesh, mesh_sizes, use_fake_devices
+from ..meshes import ConfigError, build_mesh, mesh_sizes, use_fake_devices
 from .batches import Batches
 from .check import check_run
 from .checkpoint import Checkpoints
@@ -54,6 +55,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> Summary:
     start_s = time.perf_counter()
     console = console or Console(file=sys.stderr)
     setup = prepare(config)
+    _open_folder(config)
     corpus = load_corpus(config.data)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     console.print(str(describe(setup)), highlight=False, soft_wrap=True)
@@ -65,6 +67,18 @@ def train(config: RunConfig, *, console: Console | None = None) -> Summary:
         return run.finish(val_loss, start_s=start_s)
 
 
+def _open_folder(config: RunConfig) -> None:
+    folder = config.run_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder} cannot be written: {error.strerror}.", fix="set run.folder to a place that can."
+        ) from None
+
+
 class _Run:
     """The steps of one run, and what it remembers between them."""
 
@@ -74,7 +88,11 @@ class _Run:
         self.state: TrainState = checkpoints.restore(setup) if resumes else setup.init_state()
         self.first_step = int(self.state.step)
         if resumes:
-            console.print(f"resumed   at step {self.first_step} from {self.config.run_folder}", highlight=False)
+            steps = self.config.train.steps
+            rest = (
+                f"{steps - self.first_step} to go" if self.first_step < steps else f"train.steps={steps}: none to take"
+            )
+            console.print(f"resumed   at step {self.first_step} of {self.config.run_folder}, {rest}", highlight=False)
         self.train_batches, self.val_batches = (
             Batches(
                 tokens,

@@ -50,8 +50,7 @@ def describe(setup: Setup) -> Report:
 def draw_schedule(schedule: Schedule) -> str:
     """Return the grid of a schedule, as wide as fits, over a line with its bubble and what it holds."""
     if schedule.num_ranks == 1:
-        many = f"{schedule.num_microbatches} microbatches one after another"
-        return f"schedule  one stage, {many}: no pipeline, no bubble"
+        return f"schedule  one stage, microbatches one after another ({schedule.num_microbatches}): no bubble"
     timing = simulate(schedule)
     head = (
         f"schedule  {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, bubble "

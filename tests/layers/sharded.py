@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def small_config(style: str = "gpt", **changes: Any) -> ModelConfig:
     """Two layers of width 32 with 8 heads: every tensor size up to 8 fits."""
-    sizes = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 8, "max_tokens": 16}
+    sizes: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 8, "max_tokens": 16}
     return ModelConfig(**(sizes | STYLES[style] | changes))
 
 
@@ -104,7 +104,7 @@ class Probe:
         """The compiled forward, as HLO text."""
         with jax.set_mesh(mesh):
             params = place(self.params, self.dims, mesh=mesh, rules=self.rules)
-            return jax.jit(self.forward).lower(params, self._split(x, mesh)).compile().as_text()
+            return text_of(jax.jit(self.forward).lower(params, self._split(x, mesh)).compile())
 
     def _split(self, x: np.ndarray, mesh: Mesh) -> jax.Array:
         return place(x, ("batch", *[None] * (x.ndim - 1)), mesh=mesh)
@@ -145,6 +145,11 @@ class Collective:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def text_of(compiled: Any) -> str:
+    """The HLO of a compiled program."""
+    return compiled.as_text() or ""
 
 
 def collectives(program: str) -> list[Collective]:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from trellax.layers import Block, Remat, run_blocks, stack_blocks
 
-from .sharded import STYLES, Probe, differing, mesh_of, normal, small_config
+from .sharded import STYLES, Probe, differing, normal, small_config
 
 REMATS: tuple[Remat, ...] = get_args(Remat)
 X = normal(2, 16, 32)
@@ -69,12 +69,6 @@ def test_layers_of_a_stack_are_drawn_one_by_one() -> None:
     kernel_LDF = stack_blocks(small_config(num_layers=3), rngs=nnx.Rngs(0)).mlp.up.kernel[...]
     assert kernel_LDF.shape == (3, 32, 128)
     assert len(np.unique(kernel_LDF[:, 0, 0])) == 3
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_block_on_a_mesh_matches_one_device(style: str) -> None:
-    block = Probe.of(lambda: Block(small_config(style), rngs=nnx.Rngs(0)))
-    assert differing(block.answer(X, mesh=mesh_of("data=2,tensor=4")), block.answer(X)) == {}
 
 
 def test_residual_branches_start_smaller_the_deeper_the_model() -> None:

@@ -27,7 +27,7 @@ from .sharded import STYLES, mesh_of, small_config
 
 B, T = 3, 16
 REMATS: tuple[Remat, ...] = get_args(Remat)
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "gpt2_small": (124_439_808, {"vocab_size": 50257, "num_layers": 12, "hidden_size": 768, "num_heads": 12}),
     "gpt2_xl": (1_557_611_200, {"vocab_size": 50257, "num_layers": 48, "hidden_size": 1600, "num_heads": 25}),
     "llama3_8b": (
@@ -146,7 +146,8 @@ def test_training_is_near_six_flops_a_parameter() -> None:
 def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: ModelConfig, dtype: str) -> None:
     config = ModelConfig(**(vars(config) | {"dtype": dtype}))
     vjp, params = layer_vjp(config, remat)
-    kept = vjp.plan(params, jax.ShapeDtypeStruct((B, T, config.hidden_size), dtype), None)
+    x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), dtype)
+    kept = vjp.plan(params, x, None)
     expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected.layer
     assert B * T * config.hidden_size * jnp.dtype(dtype).itemsize == expected.boundary
@@ -157,7 +158,7 @@ def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: M
 def test_device_keeps_as_many_bytes_as_its_part_of_the_residuals(style: str, num_kv_heads: int, remat: Remat) -> None:
     config, mesh = small_config(style, num_kv_heads=num_kv_heads), mesh_of("tensor=4")
     vjp, params = layer_vjp(config, remat, tensor=4)
-    x = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
     with jax.set_mesh(mesh):
         vjp.plan(params, x, None)
         # With y, though it is not looked at: what made it would be dropped, and with it what splits the residuals.

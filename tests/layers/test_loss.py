@@ -7,7 +7,7 @@ import optax
 import pytest
 from trellax.layers import cross_entropy
 
-from .sharded import collectives, differing, mesh_of, normal, place
+from .sharded import collectives, differing, mesh_of, normal, place, text_of
 
 B, T, V = 4, 8, 64
 TARGETS = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
@@ -57,6 +57,6 @@ def test_logits_never_cross_the_network() -> None:
     with jax.set_mesh(devices):
         split = place(LOGITS["small"], ("batch", "tokens", "vocab"), mesh=devices)
         step = jax.jit(jax.value_and_grad(cross_entropy)).lower(split, TARGETS, MASKED).compile()
-    found = collectives(step.as_text())
+    found = collectives(text_of(step))
     assert {one.kind for one in found} == {"all-reduce"}
     assert max(one.size for one in found) == B * T

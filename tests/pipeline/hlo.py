@@ -16,7 +16,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication: its kind, the computation it is in, the arrays it carries, and its groups of device numbers."""
+    """One communication: kind, the computation it is in, how many arrays it carries, groups of devices."""
 
     kind: str
     computation: str

@@ -6,8 +6,8 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -126,10 +126,15 @@ def one_device(config: ModelConfig, num_sequences: int) -> Answer:
     @jax.jit
     def step(params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any], jax.Array]:
         loss, grads = jax.value_and_grad(loss_of)(params, batch)
-        return loss, grads, optax.global_norm(grads)
+        return loss, grads, global_norm(grads)
 
     loss, grads, norm = jax.device_get(step(natural_params(config), masked_batch(num_sequences)))
     return Answer(loss=float(loss), norm=float(norm), grads=grads)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Return the 2-norm of all leaves together."""
+    return jnp.sqrt(sum(((leaf * leaf).sum() for leaf in jax.tree.leaves(tree)), start=jnp.float32(0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +167,7 @@ def pipeline_step(
     @jax.jit
     def step(params: PipelineParams, batch: Any) -> tuple[LossAndGrads, jax.Array]:
         out = run(params=params, batch=batch)
-        return out, optax.global_norm(out.grads)
+        return out, global_norm(out.grads)
 
     batch = microbatches(masked_batch(num_sequences), mesh=devices, num_microbatches=num_microbatches)
     return Step(model=model, run=step, params=cut_params(config, model), batch=batch)
@@ -200,3 +205,19 @@ def errors_of(actual: Answer, expected: Answer) -> dict[str, float]:
 def beyond(errors: dict[str, float], *, tolerance: float) -> dict[str, float]:
     """Return the errors that are not within the tolerance; NaN is not."""
     return {name: error for name, error in errors.items() if not error <= tolerance}
+
+
+def relative_distances(actual: Answer, expected: Answer) -> dict[str, float]:
+    """Return the relative error of loss and norm, and of every gradient |difference| / |gradient| in the 2-norm.
+
+    For coarse number formats, whose single entries are noise; gradients that are zero but for rounding are left out.
+    """
+    found = errors_of(actual, expected)
+    errors = {name: found[name] for name in ("loss", "norm")}
+    wanted = jax.tree_util.tree_leaves_with_path(expected.grads)
+    top = max(np.abs(leaf).max() for _, leaf in wanted)
+    for (path, leaf), other in zip(wanted, jax.tree.leaves(actual.grads), strict=True):
+        if np.abs(leaf).max() > 1e-2 * top:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            errors[name] = float(np.linalg.norm(other - leaf) / np.linalg.norm(leaf))
+    return errors

@@ -196,14 +196,16 @@ def test_nan_in_bubbles_changes_no_bit_of_a_users_model(schedule: str) -> None:
     assert bits(nan) == bits(zeros)
 
 
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+@pytest.mark.parametrize(
+    "schedule", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("naive", "gpipe")), "1f1b"]
+)
 def test_nan_in_bubbles_changes_no_bit_of_a_transformer(schedule: str) -> None:
     build = partial(pipeline_step, small_model(), mesh="1x2x4", schedule=schedule, num_microbatches=3, num_sequences=24)
     zeros, nan = build(bubbles="zeros"), build(bubbles="nan")
     assert bits(nan.run(nan.params, nan.batch)) == bits(zeros.run(zeros.params, zeros.batch))
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", "1x8x1"])
+@pytest.mark.parametrize("mesh", ["2x2x2", pytest.param("1x8x1", marks=pytest.mark.slow)])
 def test_gradients_are_float32_and_sharded_as_the_parameters(mesh: str) -> None:
     step = pipeline_step(small_model(), mesh=mesh, schedule="1f1b", num_microbatches=2, num_sequences=24)
     grads = step.run(step.params, step.batch)[0].grads

@@ -75,7 +75,7 @@ def test_natural_order_undoes_the_cut(num_ranks: int, num_chunks: int) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, back, layers))
 
 
-@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2", "1x1x8"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x8x1", marks=pytest.mark.slow), "2x2x2", "1x1x8"])
 def test_values_at_birth_do_not_depend_on_the_mesh(mesh: str) -> None:
     def natural(params: PipelineParams) -> dict[str, Any]:
         return jax.device_get({"blocks": natural_order(params.stages), **params.shared})
@@ -96,14 +96,14 @@ def test_parameters_are_those_of_the_plain_transformer() -> None:
     assert shapes_of(params) == shapes_of(natural_params(config))
 
 
-@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2", "1x1x8"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x8x1", marks=pytest.mark.slow), "2x2x2", "1x1x8"])
 def test_arrays_are_born_with_the_stated_shardings(mesh: str) -> None:
     model, params = split(mesh), born(mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == model.shardings
     assert shapes_of(params) == shapes_of(model.params)
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", "1x2x4"])
+@pytest.mark.parametrize("mesh", ["2x2x2", pytest.param("1x2x4", marks=pytest.mark.slow)])
 def test_birth_puts_on_a_device_its_own_shards_only(mesh: str) -> None:
     model = split(mesh, WIDE)
     shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(model.params)]
@@ -113,7 +113,7 @@ def test_birth_puts_on_a_device_its_own_shards_only(mesh: str) -> None:
     assert 0 <= compiled_birth(mesh).memory_analysis().output_size_in_bytes - expected <= slack
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", "1x2x4"])
+@pytest.mark.parametrize("mesh", ["2x2x2", pytest.param("1x2x4", marks=pytest.mark.slow)])
 def test_no_device_holds_a_full_array_at_birth(mesh: str) -> None:
     model = split(mesh, WIDE)
     largest_shard = max(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(model.params))

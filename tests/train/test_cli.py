@@ -89,3 +89,17 @@ def test_train_in_a_process_of_its_own_prints_its_summary(tmp_path: Path) -> Non
     first = json.loads((tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(256), abs=0.05)
     assert "step 2/2" in done.stderr
+
+
+def test_run_folder_that_cannot_be_made_is_refused(
+    golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["train", "quickstart", "--run.folder", str(tmp_path / "file")]) == 2
+    golden("errors/cli_run_folder.txt", capsys.readouterr().err.splitlines()[0].replace(str(tmp_path), "RUN"))
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("trellax ")

@@ -16,7 +16,7 @@ NUM_STEPS = 20
 
 # The largest error of any entry, over the largest entry of its array. The gradients agree to about 1e-6; an AdamW step
 # divides them by their own size plus epsilon. At the default epsilon of 1e-8 an entry whose gradient is rounding noise
-# moves a full learning rate in a random direction, on one device too when summed in another order; at 1e-3 the step is a
+# moves a full learning rate in a random direction, on one device too if summed in another order; at 1e-3 the step is a
 # smooth function of the gradient, and twenty of them keep the order of 1e-6. A sum that is missing is off by 0.1.
 SMOOTH = "--optimizer.epsilon 1e-3"
 TOLERANCE = 2e-5

@@ -1,0 +1,111 @@
+"""Checks of what a user hands to the pipeline, from shapes alone and before anything runs."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from ..meshes import MeshError, ScheduleError, ShardingError, mesh_sizes
+from .execute import vary
+from .schedules import Schedule
+from .stage import PipelineParams, StageFns
+
+
+def check_arguments(params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule) -> None:
+    """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, microbatches and data shards.
+
+    Raises:
+        MeshError: the mesh lacks an axis, or its axes are not Auto.
+        ScheduleError: a count differs, or parameters are missing.
+        ShardingError: the batch does not split over `data`.
+    """
+    _check_mesh(mesh)
+    sizes = mesh_sizes(mesh)
+    if schedule.num_ranks != sizes.pipe:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has pipe={sizes.pipe}.",
+            fix=f"build it with num_ranks={sizes.pipe}.",
+        )
+    if not jax.tree.leaves(params.stages):
+        raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
+    want = (schedule.num_chunks, schedule.num_ranks)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
+        if leaf.shape[:2] != want:
+            raise ScheduleError(
+                f"stage parameter params.stages{jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule "
+                f"{schedule.name!r} wants leading dimensions [chunks, ranks] = {list(want)}.",
+                fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
+            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 2 or leaf.shape[0] != schedule.num_microbatches:
+            raise ScheduleError(
+                f"batch{name} has shape {leaf.shape}, but schedule {schedule.name!r} runs "
+                f"{schedule.num_microbatches} microbatches: leaves are [microbatches, batch, ...].",
+                fix=f"reshape it to ({schedule.num_microbatches}, batch / {schedule.num_microbatches}, ...).",
+            )
+        if leaf.shape[1] % sizes.data:
+            raise ShardingError(
+                f"batch{name}: {leaf.shape[1]} sequences a microbatch do not split over data={sizes.data}.",
+                fix=f"use a microbatch size that is a multiple of {sizes.data}.",
+            )
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    missing = [axis for axis in ("pipe", "data") if axis not in mesh.axis_names]
+    if missing:
+        raise MeshError(
+            f"the mesh has axes {', '.join(mesh.axis_names)}, but a pipeline runs over pipe and data: "
+            f"{' and '.join(missing)} is missing.",
+            fix="make it with build_mesh(MeshSpec(...)); axes of size 1 cost nothing.",
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise MeshError(
+            f"the mesh has axis types {', '.join(str(kind) for kind in mesh.axis_types)}; a pipeline needs Auto.",
+            fix="make it with build_mesh(MeshSpec(...)): jax.make_mesh gives Explicit axes unless told otherwise.",
+        )
+
+
+def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
+    """Raise unless the three functions fit each other; for use inside `shard_map` over pipe and data.
+
+    params.stages leaves [C, k, ...], batch leaves [M, b, ...]; nothing is computed.
+
+    Raises:
+        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
+    """
+
+    # The arrays are made inside eval_shape, not given to it: so they keep their varying axes, which user code may need.
+    def microbatch() -> Any:
+        return jax.tree.map(lambda leaf: leaf[0], batch)
+
+    def first() -> jax.Array:
+        return fns.first(params.shared, microbatch())
+
+    def layer() -> jax.Array:
+        return fns.layer(jax.tree.map(lambda leaf: leaf[0, 0], params.stages), vary(first()), microbatch())
+
+    x = jax.eval_shape(first)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        raise ScheduleError(
+            f"first() returns a {type(x).__name__}; what passes between layers is one array.",
+            fix="concatenate what you need to pass on, or read it from the microbatch in every layer.",
+        )
+    y = jax.eval_shape(layer)
+    if _array_text(y) != _array_text(x):
+        raise ScheduleError(
+            f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
+            fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
+        )
+    loss = jax.eval_shape(lambda: fns.last(params.shared, layer(), microbatch()))
+    if _array_text(loss) != "float32[]":
+        raise ScheduleError(
+            f"last() returns {_array_text(loss)}; the loss is one float32 number.",
+            fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
+        )
+
+
+def _array_text(value: Any) -> str:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype}[{', '.join(map(str, value.shape))}]"

@@ -1,0 +1,192 @@
+"""The house rules that no linter knows, and a README that is true: tree, commands, scripts and pictures."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from trellax.pipeline import build_schedule
+from trellax.train import RunConfig, check_run, cli, draw_schedule
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+PACKAGES = sorted(path.name for path in (ROOT / ".src" / "trellax").iterdir() if path.name != "configs")
+FOLDERS = [*PACKAGES, "configs", "benchmarks", "tests", ".ci"]
+
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 40
+
+# Written so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt)/\w")
+REGISTRY = re.compile(r"pypi[.]|pythonhosted[.]|index[-]url|artifactor[y]|[/@]npm[.]")
+
+
+def files_of(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks_of(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def block_with(text: str) -> list[str]:
+    (block,) = (block for block in blocks_of("text") if text in block)
+    return block.splitlines()
+
+
+def tree_entries() -> list[str]:
+    """Paths of the annotated tree; a folder ends with a slash and its content is indented by two."""
+    parents: list[str] = []
+    entries = []
+    for line in block_with(".src/trellax/"):
+        word = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        entries.append("".join(parents[:depth]) + word)
+        parents = [*parents[:depth], word]
+    return entries
+
+
+PYTHON = [path for path in files_of(*PACKAGES, "benchmarks", "tests") if path.suffix == ".py"]
+TEXTS = [*(path for path in ROOT.iterdir() if path.is_file()), *files_of(*FOLDERS)]
+COMMANDS = [
+    line.partition("  #")[0].rstrip()
+    for block in blocks_of("bash")
+    for line in block.splitlines()
+    if line.startswith("trellax ")
+]
+SCRIPTS = blocks_of("python")
+
+
+def test_no_file_is_long() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PYTHON}
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_long() -> None:
+    long = {
+        f"{name_of(path)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in PYTHON
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_no_file_names_a_machine_or_a_package_registry() -> None:
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), 1)
+        if MACHINE_PATH.search(line) or REGISTRY.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "see /" + "home/me/x",
+        "cd /" + "work/main",
+        '"/' + 'tmp/x"',
+        "https://py" + "pi.org/simple",
+        "--index" + "-url=x",
+    ],
+)
+def test_machine_paths_and_registries_are_recognised(line: str) -> None:
+    assert MACHINE_PATH.search(line) or REGISTRY.search(line)
+
+
+def test_tree_of_the_readme_exists() -> None:
+    assert [entry for entry in tree_entries() if not (ROOT / entry).exists()] == []
+
+
+def test_tree_of_the_readme_has_every_file_of_the_library_with_a_phrase() -> None:
+    files = [path for path in files_of(*PACKAGES, "configs", "benchmarks") if path.suffix in {".py", ".toml"}]
+    wanted = {name_of(path) for path in files if path.name != "__init__.py"}
+    assert wanted - set(tree_entries()) == set()
+    assert [line for line in block_with(".src/trellax/") if len(line.split()) < 3] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_files_named_in_the_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"`(?:python )?([\w./-]+/[\w.-]+\.(?:py|toml|md|txt))`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_named_in_the_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make (\w+)", text, flags=re.MULTILINE)) - set(targets) == set()
+
+
+def test_schedule_in_the_readme_is_what_the_code_draws() -> None:
+    schedule = build_schedule("1f1b", num_ranks=4, num_microbatches=8)
+    assert block_with("4 ranks") == draw_schedule(schedule).splitlines()
+
+
+def test_excerpt_in_the_readme_is_what_describe_prints() -> None:
+    golden = (ROOT / "tests" / "golden" / "describe_quickstart.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in block_with("mesh      data=2") if line not in golden] == []
+
+
+class ReachedError(Exception):
+    """The command line has understood its words."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+
+def reach(config: RunConfig) -> NoReturn:
+    raise ReachedError(config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "train", reach)
+    monkeypatch.setattr(cli, "prepare", reach)
+    words = shlex.split(command)[1:]
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(words)
+        return
+    with pytest.raises(ReachedError) as caught:
+        cli.main(words)
+    config = caught.value.config
+    assert check_run(config, num_devices=config.run.fake_devices or 1)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "describe" in command])
+def test_describe_in_the_readme_runs(command: str) -> None:
+    done = run_as_user(["-m", "trellax.train.cli", *shlex.split(command)[1:]], folder=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1f1b" in done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)))
+def test_script_in_the_readme_runs(number: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPTS[number], encoding="utf-8")
+    done = run_as_user(["script.py"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout
+
+
+def run_as_user(words: list[str], *, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python as a person would, without what conftest.py sets for the tests but its compilation cache."""
+    for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
+    env = {name: value for name, value in os.environ.items() if name not in for_tests}
+    env["PYTHONPATH"] = str(ROOT / ".src")
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
