@@ -1,5 +1,6 @@
 """AdamW with warm-up and cosine decay, clipped by the true global norm; its state may be split over `data` (ZeRO-1)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ _STACKED_DIMS = 3
 """Leading dimensions [chunks, ranks, layers] of stage parameters."""
 
 
-def make_learning_rate(section: OptimizerSection, *, steps: int) -> optax.Schedule:
+def make_learning_rate(section: OptimizerSection, *, steps: int) -> Callable[[Any], Any]:
     """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak."""
     return optax.warmup_cosine_decay_schedule(
         # Not from 0: the first step would be taken for nothing.

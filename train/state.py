@@ -1,12 +1,12 @@
 """Everything a run trains with, made from its config: model, schedule, optimizer, and the state they act on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import model_rules
@@ -58,7 +58,7 @@ class Setup:
         )
 
     @cached_property
-    def learning_rate(self) -> optax.Schedule:
+    def learning_rate(self) -> Callable[[Any], Any]:
         """Step -> learning rate."""
         return make_learning_rate(self.config.optimizer, steps=self.config.train.steps)
 
