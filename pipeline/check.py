@@ -26,16 +26,7 @@ def check_arguments(params: PipelineParams, batch: Any, *, mesh: Mesh, schedule:
             f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has pipe={sizes.pipe}.",
             fix=f"build it with num_ranks={sizes.pipe}.",
         )
-    if not jax.tree.leaves(params.stages):
-        raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
-    want = (schedule.num_chunks, schedule.num_ranks)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
-        if leaf.shape[:2] != want:
-            raise ScheduleError(
-                f"stage parameter params.stages{jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule "
-                f"{schedule.name!r} wants leading dimensions [chunks, ranks] = {list(want)}.",
-                fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
-            )
+    _check_stages(params, schedule)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = jax.tree_util.keystr(path)
         if leaf.ndim < 2 or leaf.shape[0] != schedule.num_microbatches:
@@ -64,6 +55,23 @@ def _check_mesh(mesh: Mesh) -> None:
             f"the mesh has axis types {', '.join(str(kind) for kind in mesh.axis_types)}; a pipeline needs Auto.",
             fix="make it with build_mesh(MeshSpec(...)): jax.make_mesh gives Explicit axes unless told otherwise.",
         )
+
+
+def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params.stages)
+    if not leaves:
+        raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
+    num_layers = max((leaf.shape[2] for _, leaf in leaves if leaf.ndim > 2), default=0)
+    want = (schedule.num_chunks, schedule.num_ranks, max(1, num_layers))
+    for path, leaf in leaves:
+        # A leaf with fewer layers than another would be read past its end, and XLA would read its last layer again.
+        if leaf.shape[:3] != want:
+            raise ScheduleError(
+                f"stage parameter params.stages{jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule "
+                f"{schedule.name!r} and the other parameters want leading dimensions [chunks, ranks, layers] = "
+                f"{list(want)}.",
+                fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
+            )
 
 
 def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:

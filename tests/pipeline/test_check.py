@@ -26,10 +26,10 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-def run(fns: dict[str, Callable[..., Any]], mesh: Mesh) -> Any:
+def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None) -> Any:
     return pipeline_grads(
         StageFns(**fns),
-        params=PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 8))}, shared={}),
+        params=PipelineParams(stages=stages or {"w": jnp.ones((1, 2, 2, 8, 8))}, shared={}),
         batch={"x": jnp.ones((4, 8, 8))},
         mesh=mesh,
         schedule=build_schedule("1f1b", num_ranks=2, num_microbatches=4),
@@ -48,3 +48,20 @@ def test_mesh_that_is_not_ours_is_refused(name: str, axes: tuple[str, str], gold
     with pytest.raises(TrellaxError) as caught:
         run(FNS, jax.make_mesh((2, 4), axes))
     golden(f"errors/mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("unequal_layers", {"w": (1, 2, 2, 8, 8), "v": (1, 2, 3)}),
+        ("no_layer_dimension", {"w": (1, 2)}),
+        ("no_layers", {"w": (1, 2, 0, 8, 8)}),
+    ],
+)
+def test_stage_parameters_that_would_lose_a_layer_are_refused(
+    name: str, shapes: dict[str, tuple[int, ...]], golden: Callable[[str, str], None]
+) -> None:
+    stages = {leaf: jnp.ones(shape) for leaf, shape in shapes.items()}
+    with pytest.raises(TrellaxError) as caught:
+        run(FNS, build_mesh(MeshSpec(data=4, pipe=2)), stages=stages)
+    golden(f"errors/stages_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")

@@ -229,6 +229,7 @@ MISTAKES: dict[str, Callable[[Mlp], Mlp]] = {
     "scalar_stage_parameter": lambda given: replace(
         given, params=replace(given.params, stages={"scale": jnp.zeros(())})
     ),
+    "no_stage_parameters": lambda given: replace(given, params=replace(given.params, stages={})),
     "other_number_of_microbatches": lambda given: replace(
         given, batch=jax.tree.map(lambda leaf: leaf[:2], given.batch)
     ),
