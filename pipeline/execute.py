@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from .lower import BACKWARD, FORWARD, NONE, Tables
+from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from .residuals import LayerVjp
+from .split_backward import SplitBackward
 from .stage import PipelineParams, StageFns
 
 Bubbles = Literal["zeros", "nan"]
@@ -48,10 +49,12 @@ class _Machine:
     def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, bubbles: Bubbles) -> None:
         self.fns, self.params, self.batch, self.bubbles = fns, params, batch, bubbles
         self.vjp = LayerVjp(fns.layer)
+        self.has_halves = False
         self.num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
 
     def start(self, tables: Tables, wants: Wants) -> Carry:
         """The carry before the first turn: empty buffers, zero sums."""
+        self.has_halves = bool((tables.columns["kind"] == INPUT_GRAD).any())
         microbatch = _read(self.batch, 0)
         x = vary(self.fns.first(self.params.shared, microbatch))
         carry: Carry = {"loss": _zero(), "activations": self._empty(x, tables.num_activation_slots)}
@@ -59,6 +62,10 @@ class _Machine:
             layer = _read(self.params.stages, 0, 0)
             kept = self.vjp.plan(layer, x, microbatch)
             carry["gradients"] = self._empty(x, tables.num_gradient_slots)
+            if self.has_halves:
+                examples = [self._empty(leaf) for leaf in kept]
+                self.halves = SplitBackward(self.vjp, layer, examples, microbatch, x)
+                kept = [*kept, *self.halves.extra]
             carry["saved"] = [self._empty(leaf, tables.num_save_slots, self.num_layers) for leaf in kept]
             carry["grads"] = jax.tree.map(lambda p: vary(jnp.zeros(p.shape, jnp.float32)), self.params)
         return carry
@@ -71,7 +78,10 @@ class _Machine:
         # and XLA updates it in place; through a switch it is copied in every turn.
         forward = self._forward if wants == "grads" else self._forward_only
         carry = jax.lax.cond(row["kind"] == FORWARD, forward, _keep, carry, row)
-        if wants == "grads":
+        if wants == "grads" and self.has_halves:
+            carry = jax.lax.cond(row["kind"] == INPUT_GRAD, self._input_grad, _keep, carry, row)
+            carry = jax.lax.cond(row["kind"] == WEIGHT_GRAD, self._weight_grad, _keep, carry, row)
+        elif wants == "grads":
             carry = jax.lax.cond(row["kind"] == BACKWARD, self._backward, _keep, carry, row)
         carry = self._pass(carry, "activations", row["send"], row["arrive"], columns["passes_on"], step=1)
         if wants == "grads":
@@ -86,7 +96,8 @@ class _Machine:
             x, saved = state
             y, residuals = self.vjp.forward(self._layer_params(row, index), x, microbatch)
             place = (row["save"], index)
-            return vary(y), [_write(buffer, vary(r), *place) for buffer, r in zip(saved, residuals, strict=True)]
+            written = [_write(b, vary(r), *place) for b, r in zip(saved[: len(residuals)], residuals, strict=True)]
+            return vary(y), [*written, *saved[len(residuals) :]]
 
         start = (self._input(carry, row, microbatch), carry["saved"])
         y, saved = jax.lax.fori_loop(0, self.num_layers, layer, start)
@@ -129,9 +140,44 @@ class _Machine:
 
         grad = _read(carry["gradients"], row["source"])
         dx, stages = jax.lax.fori_loop(0, self.num_layers, layer, (grad, carry["grads"].stages))
+        carry = carry | {"grads": PipelineParams(stages=stages, shared=carry["grads"].shared)}
+        return self._pass_back(carry, dx, microbatch, row)
+
+    def _input_grad(self, carry: Carry, row: Row) -> Carry:
+        microbatch = _read(self.batch, row["microbatch"])
+
+        def layer(turn: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            grad, buffers = state
+            place = (row["save"], self.num_layers - 1 - turn)
+            saved = [_read(buffer, *place) for buffer in buffers[: self.halves.num_saved]]
+            dx, kept = self.halves.input_grad(self._layer_params(row, place[1]), saved, microbatch, grad)
+            old = [*saved, *[None] * len(self.halves.extra)]
+            buffers = [
+                buffer if new is before else _write(buffer, vary(new), *place)
+                for buffer, new, before in zip(buffers, kept, old, strict=True)
+            ]
+            return vary(dx), buffers
+
+        grad = _read(carry["gradients"], row["source"])
+        dx, saved = jax.lax.fori_loop(0, self.num_layers, layer, (grad, carry["saved"]))
+        return self._pass_back(carry | {"saved": saved}, dx, microbatch, row)
+
+    def _weight_grad(self, carry: Carry, row: Row) -> Carry:
+        microbatch = _read(self.batch, row["microbatch"])
+
+        def layer(index: jax.Array, sums: Any) -> Any:
+            kept = [_read(buffer, row["save"], index) for buffer in carry["saved"]]
+            grads = self.halves.weight_grad(self._layer_params(row, index), kept, microbatch)
+            return jax.tree.map(partial(_accumulate, place=(row["chunk"], index)), sums, grads)
+
+        stages = jax.lax.fori_loop(0, self.num_layers, layer, carry["grads"].stages)
+        return carry | {"grads": PipelineParams(stages=stages, shared=carry["grads"].shared)}
+
+    def _pass_back(self, carry: Carry, dx: jax.Array, microbatch: Any, row: Row) -> Carry:
+        """Leave a gradient for the rank before, or on the first stage take it through `first`."""
         first = partial(self._first_backward, dx, microbatch)
         shared = jax.lax.cond(row["target"] == NONE, first, lambda sums: sums, carry["grads"].shared)
-        carry = carry | {"grads": PipelineParams(stages=stages, shared=shared)}
+        carry = carry | {"grads": PipelineParams(stages=carry["grads"].stages, shared=shared)}
         return self._leave(carry, "gradients", dx, row["target"])
 
     def _first_backward(self, dx: jax.Array, microbatch: Any, sums: Any) -> Any:

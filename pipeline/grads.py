@@ -91,7 +91,9 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
     is_pipelined = schedule.num_ranks > 1
     # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
-    tables = lower(schedule, kinds=("F", "B") if wants == "grads" else ("F",)) if is_pipelined else None
+    tables = None
+    if is_pipelined:
+        tables = lower(schedule) if wants == "grads" else lower(schedule, kinds=("F",))
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
         params, batch = jax.tree.map(vary, (_own(params), batch))

@@ -15,8 +15,10 @@ from .schedules import Action, Kind, Schedule
 NONE = -1
 """Table entry for "not here"."""
 
-IDLE, FORWARD, BACKWARD = range(3)
+IDLE, FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = range(5)
 """Values of the column `kind`."""
+
+_CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +26,11 @@ class Tables:
     """A lowered schedule: int32 arrays, and how many slots each buffer needs.
 
     Columns [turns, ranks] of actions:
-        kind: IDLE, FORWARD or BACKWARD.
+        kind: IDLE, FORWARD, BACKWARD, INPUT_GRAD or WEIGHT_GRAD.
         microbatch, chunk: what to run it on.
         source: slot of the activations (forward) or gradients (backward) to read; NONE for the first stage's forward.
         target: slot to leave the result in until it is sent; NONE where nobody waits for it, at either end.
-        save: slot of the residuals, written by the forward and read by the backward.
+        save: slot of the residuals, written by the forward, read by the backward or by both of its halves.
         loss_grad: slot of the gradients for that of the loss; NONE but in the last stage's forward.
     Columns [turns, ranks] of the exchange, NONE but in the last turn of a tick:
         send, arrive: slots of the activations to send on and to receive into.
@@ -43,11 +45,11 @@ class Tables:
     num_save_slots: int
 
 
-def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B")) -> Tables:
+def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W")) -> Tables:
     """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between."""
     lowering = _Lowering(schedule, kinds)
     lowering.route_activations()
-    if "B" in kinds:
+    if len(kinds) > 1:
         lowering.route_residuals()
         lowering.route_gradients()
     columns = lowering.columns
@@ -55,8 +57,8 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B")) -> Tables:
     columns["passes_back"] = (columns["send_grad"] != NONE).any(axis=1).astype(np.int32)
     return Tables(
         columns=columns,
-        num_activation_slots=lowering.count("source", "target", "arrive", kind=FORWARD),
-        num_gradient_slots=lowering.count("source", "target", "arrive_grad", "loss_grad", kind=BACKWARD),
+        num_activation_slots=lowering.count("source", "target", "arrive", kinds=[FORWARD]),
+        num_gradient_slots=lowering.count("source", "target", "arrive_grad", "loss_grad", kinds=[BACKWARD, INPUT_GRAD]),
         num_save_slots=lowering.count("save"),
     )
 
@@ -86,13 +88,14 @@ class _Lowering:
                 for position, action in enumerate(cell):
                     self.turn_of[action], self.last_turn_of[action] = turn + position, turn + num_turns - 1
             turn += num_turns
+        self.has_halves = any(action.kind == "I" for action in self.turn_of)
         names = ("kind", "microbatch", "chunk", "source", "target", "save", "loss_grad")
         names += ("send", "arrive", "send_grad", "arrive_grad")
         self.columns = {name: np.full((turn, schedule.num_ranks), NONE, np.int32) for name in names}
         self.columns["kind"][:] = IDLE
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
-            self.columns["kind"][turn, rank] = FORWARD if action.kind == "F" else BACKWARD
+            self.columns["kind"][turn, rank] = _CODES[action.kind]
             self.columns["microbatch"][turn, rank] = action.microbatch
             self.columns["chunk"][turn, rank] = action.stage // schedule.num_ranks
 
@@ -105,24 +108,27 @@ class _Lowering:
 
     def route_gradients(self) -> None:
         """From each stage's backward to the one before, and from the loss to the last stage's own backward."""
-        uses = self._hops(kind="B", step=-1, send="send_grad", arrive="arrive_grad")
+        kind: Kind = "I" if self.has_halves else "B"
+        uses = self._hops(kind=kind, step=-1, send="send_grad", arrive="arrive_grad")
         for microbatch in range(self.schedule.num_microbatches):
             last = self.schedule.num_stages - 1
             made = self.turn_of[Action(stage=last, kind="F", microbatch=microbatch)]
-            used = self.turn_of[action := Action(stage=last, kind="B", microbatch=microbatch)]
+            used = self.turn_of[action := Action(stage=last, kind=kind, microbatch=microbatch)]
             entries = (("loss_grad", made), ("source", used))
             uses.append(_Use(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=entries))
         self._assign(uses)
 
     def route_residuals(self) -> None:
-        """From each forward to its own backward."""
+        """From each forward to its own backward, whole or in halves."""
+        readers: list[Kind] = ["I", "W"] if self.has_halves else ["B"]
         uses = []
         for forward, made in self.turn_of.items():
             if forward.kind == "F":
-                used = self.turn_of[Action(stage=forward.stage, kind="B", microbatch=forward.microbatch)]
-                entries = (("save", made), ("save", used))
+                stage, microbatch = forward.stage, forward.microbatch
+                used = [self.turn_of[Action(stage=stage, kind=k, microbatch=microbatch)] for k in readers]
+                entries = tuple(("save", turn) for turn in [made, *used])
                 # The buffer is written while the forward runs and read while the backward does.
-                uses.append(_Use(start=3 * made, end=3 * used + 1, rank=self.rank(forward), entries=entries))
+                uses.append(_Use(start=3 * made, end=3 * max(used) + 1, rank=self.rank(forward), entries=entries))
         self._assign(uses)
 
     def _hops(self, *, kind: Kind, step: int, send: str, arrive: str) -> list[_Use]:
@@ -148,11 +154,14 @@ class _Lowering:
             for column, turn in use.entries:
                 self.columns[column][turn, use.rank] = slot
 
-    def count(self, *names: str, kind: int | None = None) -> int:
-        """Number of slots used: one more than the largest entry, and at least one."""
-        tables = [np.where(self._counts(name, kind), self.columns[name], NONE) for name in names]
-        return 1 + max(0, *(int(table.max()) for table in tables))
+    def count(self, *names: str, kinds: Sequence[int] = ()) -> int:
+        """Number of slots used: one more than the largest entry, and at least one.
 
-    def _counts(self, name: str, kind: int | None) -> np.ndarray:
-        is_any = kind is None or name not in ("source", "target")
-        return np.ones_like(self.columns["kind"], bool) if is_any else self.columns["kind"] == kind
+        `source` and `target` name slots of either buffer, by the kind of action, so they count for these kinds only.
+        """
+        is_counted = np.isin(self.columns["kind"], kinds)
+        tables = [
+            np.where(is_counted, self.columns[name], NONE) if name in ("source", "target") else self.columns[name]
+            for name in names
+        ]
+        return 1 + max(0, *(int(table.max()) for table in tables))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
 
 _BYTES = 256
@@ -28,9 +29,9 @@ def check_run(config: RunConfig, *, num_devices: int, known_schedules: Iterable[
     except MeshError as error:
         found.append(error)
     if min(mesh.sizes.values()) > 0:
-        found += [*_check_widths(config.model, tensor=mesh.tensor), *_check_depth(config.model, pipe=mesh.pipe)]
+        found += [*_check_widths(config.model, tensor=mesh.tensor), *_check_depth(config, pipe=mesh.pipe)]
         found += _check_batch(config, data=mesh.data)
-    found += [*_check_schedule(config.pipeline.schedule, known=known_schedules), *_check_lengths(config)]
+    found += [*_check_schedule(config, pipe=mesh.pipe, known=known_schedules), *_check_lengths(config)]
     found += _check_corpus(config)
     if not found:
         return mesh
@@ -58,18 +59,23 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
         )
 
 
-def _check_depth(model: ModelConfig, *, pipe: int) -> Iterator[TrellaxError]:
-    layers = model.num_layers
-    if layers < pipe:
+def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
+    layers, chunks = config.model.num_layers, config.pipeline.chunks
+    if pipe == 1:
+        return
+    stages = pipe * chunks
+    what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} ="
+    if layers < stages:
         yield ModelError(
-            f"model.num_layers={layers} cannot fill mesh.pipe={pipe} stages: a stage has at least one layer.",
-            fix=f"set mesh.pipe={layers} or less, or model.num_layers={pipe} or more.",
+            f"model.num_layers={layers} cannot fill {what}{'' if chunks == 1 else f' {stages}'} stages: a stage has at "
+            "least one layer.",
+            fix=f"set mesh.pipe={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
         )
-    elif layers % pipe:
+    elif layers % stages:
         yield ModelError(
-            f"model.num_layers={layers} does not split into mesh.pipe={pipe} equal stages: "
-            f"{layers} / {pipe} = {layers / pipe:.2f}.",
-            fix=f"set model.num_layers={-(-layers // pipe) * pipe}, or choose a pipe size that divides {layers}.",
+            f"model.num_layers={layers} does not split into {what}{'' if chunks == 1 else f' {stages}'} equal stages: "
+            f"{layers} / {stages} = {layers / stages:.2f}.",
+            fix=f"set model.num_layers={-(-layers // stages) * stages}, or choose a pipe size that divides {layers}.",
         )
 
 
@@ -84,15 +90,24 @@ def _check_batch(config: RunConfig, *, data: int) -> Iterator[TrellaxError]:
         )
 
 
-def _check_schedule(name: str, *, known: Iterable[str] | None) -> Iterator[TrellaxError]:
-    if known is None:
-        from ..pipeline.schedules import SCHEDULES
-
-        known = SCHEDULES
-    names = sorted(known)
+def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None) -> Iterator[TrellaxError]:
+    name, chunks = config.pipeline.schedule, config.pipeline.chunks
+    names = sorted(SCHEDULES if known is None else known)
+    if name.endswith(".csv"):
+        return  # A file is read and checked when the run is set up.
     if name not in names:
         yield ScheduleError(
-            f"pipeline.schedule={name!r} is no schedule.{suggest(name, names)}", fix=f"use one of {', '.join(names)}."
+            f"pipeline.schedule={name!r} is no schedule.{suggest(name, names)}",
+            fix=f"use one of {', '.join(names)}, or a .csv of your own.",
+        )
+    elif pipe > 1 and name != "auto" and name.startswith("interleaved") != (chunks > 1):
+        wants = "2 or more" if chunks == 1 else "1"
+        other = name.removeprefix("interleaved-") if chunks == 1 else f"interleaved-{name}"
+        fix = f"set pipeline.chunks to {wants}" + (f", or pipeline.schedule={other!r}." if other in names else ".")
+        yield ScheduleError(
+            f"pipeline.schedule={name!r} with pipeline.chunks={chunks}: interleaved schedules take turns between "
+            "chunks, the others have one.",
+            fix=fix,
         )
 
 

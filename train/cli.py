@@ -1,4 +1,4 @@
-"""The command line: `trellax train CONFIG` and `trellax describe CONFIG`.
+"""The command line: `trellax train CONFIG`, `trellax describe CONFIG` and `trellax schedule NAME`.
 
 stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
 stopped.
@@ -15,6 +15,7 @@ from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
 from .loop import prepare, train
 from .report import describe
+from .schedule_command import add_schedule_arguments, run_schedule
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         own, overrides = _split_overrides(words)
         args = _make_parser().parse_args(own)
-        config = load_config(args.config, overrides + _short_overrides(args))
-        return _COMMANDS[args.command](config, args)
+        return _COMMANDS[args.command](args, overrides)
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _train(config: RunConfig, args: argparse.Namespace) -> int:
-    summary = train(config)
+def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    summary = train(_load(args, overrides))
     if args.json:
         print(json.dumps(asdict(summary)))
         return 0
@@ -52,13 +52,29 @@ def _loss_text(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.4f}"
 
 
-def _describe(config: RunConfig, args: argparse.Namespace) -> int:
-    report = describe(prepare(config))
+def _describe(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    report = describe(prepare(_load(args, overrides)))
     print(json.dumps(report.numbers) if args.json else report)
     return 0
 
 
-_COMMANDS: dict[str, Callable[[RunConfig, argparse.Namespace], int]] = {"train": _train, "describe": _describe}
+def _schedule(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise TrellaxError(
+            f"`trellax schedule` reads no config, so it takes no {overrides[0]}.", fix="see `trellax schedule --help`."
+        )
+    return run_schedule(args)
+
+
+def _load(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    return load_config(args.config, [*overrides, *_short_overrides(args)])
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
+    "train": _train,
+    "describe": _describe,
+    "schedule": _schedule,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,6 +107,8 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax")
         command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+    what = "draw, save or compare pipeline schedules"
+    add_schedule_arguments(commands.add_parser("schedule", help=what, description=f"{what}.", allow_abbrev=False))
     return parser
 
 

@@ -75,7 +75,9 @@ class OptimizerSection(Section):
 class PipelineSection(Section):
     """How a step is cut into microbatches and stages."""
 
-    schedule: str = Field("1f1b", min_length=1, description="order of forwards and backwards")
+    schedule: str = Field("1f1b", min_length=1, description="order of forwards and backwards, or a .csv of your own")
+    chunks: int = Field(1, gt=0, description="chunks of layers a rank, 2 or more for interleaved schedules")
+    max_in_flight: int = Field(0, ge=0, description="microbatches a rank may hold under schedule auto; 0 is no limit")
     microbatches: int = Field(1, gt=0, description="parts of a batch; gradient accumulation when pipe=1")
     remat: Literal["none", "full", "dots"] = Field("none", description="what the backward recomputes")
 

@@ -1,7 +1,7 @@
 """Everything a run trains with, made from its config: model, schedule, optimizer, and the state they act on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import model_rules
+from ..meshes import ScheduleError
 from ..pipeline import PipelinedModel, PipelineParams, Schedule, build_schedule, split_transformer
-from .config import RunConfig
+from ..pipeline.schedules import load_schedule
+from .config import PipelineSection, RunConfig
 from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
 
 
@@ -47,14 +49,30 @@ class Setup:
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
         rules = model_rules(self.config.model, self.mesh.shape)
-        return split_transformer(self.config.model, mesh=self.mesh, remat=self.config.pipeline.remat, rules=rules)
+        return split_transformer(
+            self.config.model,
+            mesh=self.mesh,
+            remat=self.config.pipeline.remat,
+            rules=rules,
+            num_chunks=self.schedule.num_chunks,
+        )
 
     @cached_property
     def schedule(self) -> Schedule:
         """The order of forwards and backwards."""
-        section = self.config.pipeline
+        section, num_ranks = self.config.pipeline, self.mesh.shape["pipe"]
+        if num_ranks == 1:
+            # A single rank runs its layers one after another, whatever the schedule.
+            sequence = build_schedule("gpipe", num_ranks=1, num_microbatches=section.microbatches)
+            return replace(sequence, name=section.schedule)
+        if section.schedule.endswith(".csv"):
+            return _load(section, num_ranks)
         return build_schedule(
-            section.schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=section.microbatches
+            section.schedule,
+            num_ranks=num_ranks,
+            num_microbatches=section.microbatches,
+            num_chunks=section.chunks,
+            max_in_flight=section.max_in_flight or None,
         )
 
     @cached_property
@@ -103,3 +121,15 @@ class Setup:
 
     def _fresh(self, params: PipelineParams) -> TrainState:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
+
+
+def _load(section: PipelineSection, num_ranks: int) -> Schedule:
+    """A user's own schedule, checked to be for this mesh and batch."""
+    schedule = load_schedule(section.schedule)
+    if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, section.microbatches):
+        raise ScheduleError(
+            f"{section.schedule} is for {schedule.num_ranks} ranks and {schedule.num_microbatches} microbatches, but "
+            f"mesh.pipe={num_ranks} and pipeline.microbatches={section.microbatches}.",
+            fix=f"set mesh.pipe={schedule.num_ranks} and pipeline.microbatches={schedule.num_microbatches}.",
+        )
+    return schedule

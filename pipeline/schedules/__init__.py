@@ -1,42 +1,104 @@
 """Pipeline schedules as data: no jax here. `SCHEDULES` is the one registry of the project."""
 
 from collections.abc import Callable
+from typing import Any
 
 from ...meshes.errors import ScheduleError, suggest
 from .action import Action, Kind
+from .auto import auto
+from .draw import draw_picture
+from .formula import Formula, explain_difference, find_formula
 from .gpipe import gpipe
 from .grid import Schedule
+from .interleaved import interleaved_1f1b
+from .interleaved_zero_bubble import interleaved_zb_h1
 from .naive import naive
 from .one_f_one_b import one_f_one_b
-from .simulate import Timing, simulate
+from .place import schedule_from_orders
+from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
+from .table import load_schedule, schedule_from_csv, schedule_to_csv
+from .trace import trace_from_schedule
+from .zero_bubble import zb_h1
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {"naive": naive, "gpipe": gpipe, "1f1b": one_f_one_b}
-"""Name -> builder taking `num_ranks` and `num_microbatches`."""
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "naive": naive,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved-1f1b": interleaved_1f1b,
+    "zb-h1": zb_h1,
+    "interleaved-zb-h1": interleaved_zb_h1,
+    "auto": auto,
+}
+"""Name -> builder taking `num_ranks`, `num_microbatches` and, where the name says interleaved, `num_chunks`."""
 
 
-def build_schedule(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Return the named schedule.
+def build_schedule(
+    name: str,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int = 1,
+    clock: Clock = "lockstep",
+    max_in_flight: int | None = None,
+) -> Schedule:
+    """Return the named schedule; interleaved ones have `num_chunks` chunks a rank, 2 or more.
 
     >>> build_schedule("gpipe", num_ranks=2, num_microbatches=2).num_ticks
     6
 
+    Args:
+        clock: whom the order is for: one lockstep program (what trellax runs), or separate programs, which for 1F1B
+            hold fewer microbatches.
+        max_in_flight: limit of microbatches on a rank for `auto`; None is no limit.
+
     Raises:
-        ScheduleError: the name is unknown, or a count is below 1.
+        ScheduleError: the name is unknown, a count is below 1, or the name and the number of chunks do not fit.
     """
     if name not in SCHEDULES:
         raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{suggest(name, SCHEDULES)}")
-    return SCHEDULES[name](num_ranks=num_ranks, num_microbatches=num_microbatches)
+    sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    if name == "auto":
+        return auto(**sizes, num_chunks=num_chunks, max_in_flight=max_in_flight)
+    if name.startswith("interleaved"):
+        if num_chunks < 2:
+            raise ScheduleError(
+                f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
+                fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
+            )
+        return SCHEDULES[name](**sizes, num_chunks=num_chunks)
+    if num_chunks != 1:
+        raise ScheduleError(
+            f"schedule {name!r} has one chunk a rank, not {num_chunks}.", fix="set 1 chunk, or use an interleaved one."
+        )
+    return one_f_one_b(**sizes, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes)
 
 
 __all__ = [
     "SCHEDULES",
     "Action",
+    "Clock",
+    "Formula",
     "Kind",
     "Schedule",
+    "Span",
     "Timing",
+    "auto",
     "build_schedule",
+    "count_messages",
+    "draw_picture",
+    "explain_difference",
+    "find_formula",
     "gpipe",
+    "interleaved_1f1b",
+    "interleaved_zb_h1",
+    "load_schedule",
     "naive",
     "one_f_one_b",
+    "schedule_from_csv",
+    "schedule_from_orders",
+    "schedule_to_csv",
     "simulate",
+    "time_actions",
+    "trace_from_schedule",
+    "zb_h1",
 ]

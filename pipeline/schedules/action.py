@@ -6,10 +6,11 @@ from typing import Literal, get_args
 
 from ...meshes.errors import ScheduleError
 
-Kind = Literal["F", "B"]
-"""F forward, B backward (input and weight gradients together)."""
+Kind = Literal["F", "B", "I", "W"]
+"""F forward; B backward, or in two halves I its input gradient and W its weight gradient."""
 
 _PATTERN = re.compile(r"(\d+)([A-Z])(\d+)")
+_KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -32,13 +33,12 @@ class Action:
             ScheduleError: the text is no stage, kind and microbatch.
         """
         match = _PATTERN.fullmatch(text.strip())
-        if match is None or match[2] not in get_args(Kind):
+        if match is None or match[2] not in _KINDS:
             raise ScheduleError(
-                f"{text!r} is no action; one is a stage, a kind ({' or '.join(get_args(Kind))}) and a microbatch.",
+                f"{text!r} is no action; one is a stage, a kind ({', '.join(_KINDS)}) and a microbatch.",
                 fix="write 2F0 for the forward of microbatch 0 on stage 2.",
             )
-        kind: Kind = "F" if match[2] == "F" else "B"
-        return cls(stage=int(match[1]), kind=kind, microbatch=int(match[3]))
+        return cls(stage=int(match[1]), kind=_KINDS[match[2]], microbatch=int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"

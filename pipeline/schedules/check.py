@@ -6,7 +6,7 @@ Published schedules have been wrong for a year at a time, so every schedule is c
 from typing import TYPE_CHECKING, NoReturn
 
 from ...meshes.errors import ScheduleError
-from .action import Action
+from .action import Action, Kind
 
 if TYPE_CHECKING:
     from .grid import Schedule
@@ -27,9 +27,13 @@ def check_actions(schedule: "Schedule") -> None:
             f"microbatches={schedule.num_microbatches} must each be 1 or more."
         )
     places = _place_once(schedule)
+    has_halves = any(action.kind in ("I", "W") for action in places)
+    stray = next((action for action in places if has_halves and action.kind == "B"), None)
+    if stray:
+        _fail(schedule, places[stray], f"runs {stray}, but other backwards are in halves; split all or none.")
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
-            for kind in ("F", "B"):
+            for kind in ("F", "I", "W") if has_halves else ("F", "B"):
                 _check_action(schedule, Action(stage=stage, kind=kind, microbatch=microbatch), places)
 
 
@@ -65,7 +69,8 @@ def _check_action(schedule: "Schedule", action: Action, places: dict[Action, Pla
     if action not in places:
         raise ScheduleError(f"schedule {schedule.name!r} never runs {action}.\n{_draw(schedule, None)}")
     here = places[action]
-    for needed in _needs(schedule, action):
+    halves = action.kind in ("I", "W")
+    for needed in needs(action, num_stages=schedule.num_stages, has_halves=halves):
         if needed not in places:
             raise ScheduleError(f"schedule {schedule.name!r} never runs {needed}.\n{_draw(schedule, None)}")
         there = places[needed]
@@ -75,14 +80,18 @@ def _check_action(schedule: "Schedule", action: Action, places: dict[Action, Pla
             _fail(schedule, here, f"runs {action} at tick {here[0]}, before {needed} has finished.")
 
 
-def _needs(schedule: "Schedule", action: Action) -> list[Action]:
-    def other(stage: int, kind: str) -> Action:
-        return Action(stage=stage, kind="F" if kind == "F" else "B", microbatch=action.microbatch)
+def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
+    """Return the actions that must have finished before this one, among those of a schedule with that many stages."""
+
+    def other(stage: int, kind: Kind) -> Action:
+        return Action(stage=stage, kind=kind, microbatch=action.microbatch)
 
     if action.kind == "F":
         return [other(action.stage - 1, "F")] if action.stage else []
-    is_last = action.stage == schedule.num_stages - 1
-    return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "B")])
+    if action.kind == "W":
+        return [other(action.stage, "I")]
+    is_last = action.stage == num_stages - 1
+    return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "I" if has_halves else "B")])
 
 
 def _fail(schedule: "Schedule", place: Place, what: str) -> NoReturn:

@@ -1,22 +1,28 @@
 """1F1B: each microbatch goes backward as soon as it can, so few are in flight (Narayanan et al. 2019, section 3.2).
 
 In one synchronous program a tick lasts as long as its slowest rank, so a rank runs its forward and its backward in one
-tick: a forward opposite another rank's backward would make both wait.
+tick: a forward opposite another rank's backward would make both wait. Separate programs, one a rank, need fewer
+microbatches in flight for the same speed; that order is here too, for the other clock.
 """
 
-from .action import Action
+from .action import Action, Kind
 from .grid import Schedule
+from .place import schedule_from_orders
+from .simulate import Clock
 
 
-def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
+def one_f_one_b(*, num_ranks: int, num_microbatches: int, clock: Clock = "lockstep") -> Schedule:
     """Return the schedule with forward k on rank r at tick k + r and its backward at tick k + 2(p - 1) - r.
 
     In flight on rank r: min(m, max(1, 2(p - 1 - r))) microbatches, whatever m is. Bubble fraction:
-    (p - 1) / (m + p - 1).
+    (p - 1) / (m + p - 1). For the `async` clock it is Megatron's order, with min(m, p - r) in flight.
 
     Raises:
         ScheduleError: a count is below 1.
     """
+    if clock == "async":
+        orders = [_order(rank, num_ranks, num_microbatches) for rank in range(num_ranks)]
+        return schedule_from_orders(orders, name="1f1b", num_microbatches=num_microbatches)
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
     for rank, ticks in enumerate(ticks_of):
         for microbatch in range(num_microbatches):
@@ -29,3 +35,16 @@ def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
         for cell in ticks.values():
             cell.sort(key=lambda action, order=order: order.index(action.kind))
     return Schedule.from_ticks(ticks_of, name="1f1b", num_microbatches=num_microbatches)
+
+
+def _order(rank: int, num_ranks: int, num_microbatches: int) -> list[Action]:
+    def act(kind: Kind, microbatch: int) -> Action:
+        return Action(stage=rank, kind=kind, microbatch=microbatch)
+
+    warm_up = min(num_microbatches, num_ranks - 1 - rank)
+    order = [act("F", k) for k in range(warm_up)]
+    for k in range(num_microbatches):
+        if warm_up + k < num_microbatches:
+            order.append(act("F", warm_up + k))
+        order.append(act("B", k))
+    return order

@@ -1,50 +1,139 @@
-"""How long a schedule takes and how much it holds, from the grid alone.
+"""How long a schedule takes and how much it holds, from the grid alone, by either of two clocks.
 
-The clock is `lockstep`: one jitted program, in which a tick lasts as long as its slowest rank.
+`lockstep`: one jitted program, in which a tick lasts as long as its slowest rank; what trellax runs.
+`async`: a program for every rank, which waits only for what it needs; what Megatron runs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from .action import Action
+from .check import needs
 from .grid import Schedule
+
+Clock = Literal["lockstep", "async"]
+"""Whose time it is: one program for all ranks, or a program for every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One action in time: its rank is at work on it from `start` to `end`."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What a schedule costs, in units of one rank's forward of one microbatch.
+    """What a schedule costs, in the unit of the costs given.
 
     `busy` is each rank's working time; `bubble_fraction` the share of all ranks' time that is idle;
-    `peak_in_flight` the most microbatches that each rank holds between their forward and backward.
+    `peak_in_flight` the most microbatches of a chunk that each rank holds, from a forward to the end of its backward.
     """
 
+    clock: Clock
     makespan: float
     busy: tuple[float, ...]
     bubble_fraction: float
     peak_in_flight: tuple[int, ...]
 
 
-def simulate(schedule: Schedule, *, forward: float = 1.0, backward: float = 2.0) -> Timing:
-    """Return the timing of a schedule in which a rank's forward and backward of one microbatch cost so much.
+def simulate(
+    schedule: Schedule,
+    *,
+    clock: Clock = "lockstep",
+    forward: float = 1.0,
+    input_grad: float = 1.0,
+    weight_grad: float = 1.0,
+    transfer: float = 0.0,
+) -> Timing:
+    """Return the timing of a schedule by a clock.
 
-    A chunk of v costs 1/v of its rank's whole.
+    Args:
+        forward, input_grad, weight_grad: time of one rank's whole layer set for one microbatch; a chunk of v costs 1/v,
+            a whole backward the sum of both halves.
+        transfer: time of one hop between neighbours; in lockstep every tick with a hop pays it.
     """
-    cost = {"F": forward / schedule.num_chunks, "B": backward / schedule.num_chunks}
+    spans = time_actions(
+        schedule, clock=clock, forward=forward, input_grad=input_grad, weight_grad=weight_grad, transfer=transfer
+    )
     busy = [0.0] * schedule.num_ranks
-    makespan = 0.0
-    for cells in schedule.ticks:
-        work = [sum(cost[action.kind] for action in cell) for cell in cells]
-        makespan += max(work)
-        busy = [total + share for total, share in zip(busy, work, strict=True)]
+    for span in spans:
+        busy[span.rank] += span.end - span.start
+    makespan = max(span.end for span in spans)
     return Timing(
+        clock=clock,
         makespan=makespan,
         busy=tuple(busy),
-        bubble_fraction=1 - sum(busy) / (schedule.num_ranks * makespan),
+        bubble_fraction=1 - sum(busy) / (schedule.num_ranks * makespan) if makespan else 0.0,
         peak_in_flight=_peak_in_flight(schedule),
     )
+
+
+def time_actions(
+    schedule: Schedule,
+    *,
+    clock: Clock = "lockstep",
+    forward: float = 1.0,
+    input_grad: float = 1.0,
+    weight_grad: float = 1.0,
+    transfer: float = 0.0,
+) -> tuple[Span, ...]:
+    """Return when every action starts and ends by a clock; what pictures are drawn from. Arguments as in `simulate`."""
+    whole = {"F": forward, "I": input_grad, "W": weight_grad, "B": input_grad + weight_grad}
+    cost = {kind: time / schedule.num_chunks for kind, time in whole.items()}
+    run = _run_lockstep if clock == "lockstep" else _run_async
+    return tuple(run(schedule, cost, transfer))
+
+
+def count_messages(schedule: Schedule) -> int:
+    """Return how many activations and gradients travel from one rank to another in a step."""
+    return sum(_is_sent(schedule, action) for _, _, action in schedule.placed())
+
+
+def _is_sent(schedule: Schedule, action: Action) -> bool:
+    has_next = action.stage < schedule.num_stages - 1 if action.kind == "F" else action.stage > 0
+    return schedule.num_ranks > 1 and action.kind != "W" and has_next
+
+
+def _run_lockstep(schedule: Schedule, cost: Mapping[str, float], transfer: float) -> list[Span]:
+    spans: list[Span] = []
+    now = 0.0
+    for cells in schedule.ticks:
+        tick_end = now
+        for rank, cell in enumerate(cells):
+            end = now
+            for action in cell:
+                spans.append(Span(rank=rank, action=action, start=end, end=end + cost[action.kind]))
+                end = spans[-1].end
+            tick_end = max(tick_end, end)
+        is_hop = any(_is_sent(schedule, action) for cell in cells for action in cell)
+        now = tick_end + (transfer if is_hop else 0.0)
+    return spans
+
+
+def _run_async(schedule: Schedule, cost: Mapping[str, float], transfer: float) -> list[Span]:
+    has_halves = any(action.kind == "I" for _, _, action in schedule.placed())
+    end_of: dict[Action, float] = {}
+    free_at = [0.0] * schedule.num_ranks
+    spans: list[Span] = []
+    # In the order of the grid every dependency comes first.
+    for _, rank, action in schedule.placed():
+        start = free_at[rank]
+        for needed in needs(action, num_stages=schedule.num_stages, has_halves=has_halves):
+            hop = transfer if needed.stage % schedule.num_ranks != rank else 0.0
+            start = max(start, end_of[needed] + hop)
+        free_at[rank] = end_of[action] = start + cost[action.kind]
+        spans.append(Span(rank=rank, action=action, start=start, end=free_at[rank]))
+    return spans
 
 
 def _peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     held, peak = [0] * schedule.num_ranks, [0] * schedule.num_ranks
     for _, rank, action in schedule.placed():
-        held[rank] += 1 if action.kind == "F" else -1
+        held[rank] += {"F": 1, "I": 0, "W": -1, "B": -1}[action.kind]
         peak[rank] = max(peak[rank], held[rank])
     return tuple(peak)

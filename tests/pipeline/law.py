@@ -17,6 +17,7 @@ from trellax.pipeline import (
     LossAndGrads,
     PipelinedModel,
     PipelineParams,
+    Schedule,
     build_schedule,
     natural_order,
     pipeline_grads,
@@ -151,17 +152,21 @@ def pipeline_step(
     config: ModelConfig,
     *,
     mesh: str,
-    schedule: str,
+    schedule: str | Schedule,
     num_microbatches: int,
     num_sequences: int,
+    num_chunks: int = 1,
     remat: Remat = "none",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh."""
     devices = mesh_of(mesh)
     rules = model_rules(config, devices.shape)
-    model = split_transformer(config, mesh=devices, remat=remat, rules=rules)
-    plan = build_schedule(schedule, num_ranks=devices.shape["pipe"], num_microbatches=num_microbatches)
+    model = split_transformer(config, mesh=devices, remat=remat, rules=rules, num_chunks=num_chunks)
+    num_ranks = devices.shape["pipe"]
+    plan = schedule
+    if isinstance(plan, str):
+        plan = build_schedule(plan, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, bubbles=bubbles)
 
     @jax.jit

@@ -27,6 +27,7 @@ from .law import mesh_of, pipeline_step, small_model
 Golden = Callable[[str, str], None]
 
 NUM_LAYERS, WIDTH, BATCH = 8, 16, 24
+SIX = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1")
 
 LOOPED = """
 rank 0 | 0F0 0F1   . 2F0     2F1   .       . 2B0 2B1   .       . 0B0 0B1
@@ -96,7 +97,10 @@ def mlp(*, mesh: str = "2x1x4", schedule: str | Schedule = "1f1b", num_microbatc
     devices = mesh_of(mesh)
     num_ranks = devices.shape["pipe"]
     if isinstance(schedule, str):
-        schedule = build_schedule(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
+        num_chunks = 2 if schedule.startswith("interleaved") else 1
+        schedule = build_schedule(
+            schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks
+        )
     lead = (schedule.num_chunks, num_ranks, -1)
     stages = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), mlp_params())
     batch = {key: leaf.reshape(schedule.num_microbatches, -1, *leaf.shape[1:]) for key, leaf in mlp_batch().items()}
@@ -121,7 +125,7 @@ def bits(tree: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", SIX)
 def test_a_users_own_stage_function_equals_one_device(schedule: str) -> None:
     given = mlp(schedule=schedule)
     out = jax.jit(partial(pipeline_grads, MLP, **given.kwargs()))(params=given.params, batch=given.batch)
@@ -188,7 +192,7 @@ def test_forward_only_loss_equals_one_device(mesh: str) -> None:
     assert worst(loss, np.float32(mlp_reference()[0])) <= 2e-5
 
 
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", SIX)
 def test_nan_in_bubbles_changes_no_bit_of_a_users_model(schedule: str) -> None:
     given = mlp(schedule=schedule)
     run = partial(pipeline_grads, MLP, params=given.params, batch=given.batch, **given.kwargs())
@@ -197,10 +201,12 @@ def test_nan_in_bubbles_changes_no_bit_of_a_users_model(schedule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("naive", "gpipe")), "1f1b"]
+    "schedule", [name if name == "1f1b" else pytest.param(name, marks=pytest.mark.slow) for name in SIX]
 )
 def test_nan_in_bubbles_changes_no_bit_of_a_transformer(schedule: str) -> None:
-    build = partial(pipeline_step, small_model(), mesh="1x2x4", schedule=schedule, num_microbatches=3, num_sequences=24)
+    chunks = {"num_chunks": 2 if schedule.startswith("interleaved") else 1}
+    sizes = {"num_microbatches": 3, "num_sequences": 24, **chunks}
+    build = partial(pipeline_step, small_model(), mesh="1x2x4", schedule=schedule, **sizes)
     zeros, nan = build(bubbles="zeros"), build(bubbles="nan")
     assert bits(nan.run(nan.params, nan.batch)) == bits(zeros.run(zeros.params, zeros.batch))
 

@@ -21,8 +21,12 @@ TOLERANCE = 2e-5
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "1x1x8", "2x2x2", "1x2x4", "4x1x2")
 """Data x tensor x pipe."""
 
-SCHEDULES = ("naive", "gpipe", "1f1b")
+SCHEDULES = ("naive", "gpipe", "1f1b", "zb-h1")
+CHUNKED = (("interleaved-1f1b", 2), ("interleaved-1f1b", 4), ("interleaved-zb-h1", 2), ("interleaved-zb-h1", 4))
+"""Interleaved schedules with their chunks; four chunks need eight stages, so they run on two pipeline ranks."""
+
 MICROBATCHES = (1, 2, 3, 8)
+NUM_LAYERS = 8
 
 MODELS: dict[str, ModelConfig] = {
     "mha-tied": small_model(style="gpt", attention="mha", embeddings="tied"),
@@ -41,9 +45,11 @@ class Case:
     num_microbatches: int
     model: str
     remat: Remat = "none"
+    num_chunks: int = 1
 
     def __str__(self) -> str:
-        return f"{self.mesh}-{self.schedule}-m{self.num_microbatches}-{self.model}-{self.remat}"
+        chunks = f"-v{self.num_chunks}" if self.num_chunks > 1 else ""
+        return f"{self.mesh}-{self.schedule}{chunks}-m{self.num_microbatches}-{self.model}-{self.remat}"
 
 
 CASES = (
@@ -65,15 +71,32 @@ CASES = (
     Case("4x1x2", "naive", 1, "gqa-untied"),
     Case("4x1x2", "gpipe", 2, "mha-tied", "dots"),
     Case("4x1x2", "1f1b", 3, "gqa-tied"),
+    Case("1x1x8", "zb-h1", 3, "mha-untied"),
+    Case("2x2x2", "zb-h1", 8, "mqa-untied", "dots"),
+    Case("1x2x4", "zb-h1", 8, "gqa-untied"),
+    Case("4x1x2", "zb-h1", 2, "mha-tied", "full"),
+    Case("2x2x2", "interleaved-1f1b", 3, "gqa-untied", "full", num_chunks=4),
+    Case("1x2x4", "interleaved-1f1b", 8, "mqa-tied", num_chunks=2),
+    Case("4x1x2", "interleaved-zb-h1", 3, "gqa-tied", num_chunks=4),
+    Case("1x2x4", "interleaved-zb-h1", 3, "mqa-untied", "dots", num_chunks=2),
+    Case("2x2x2", "interleaved-zb-h1", 2, "mha-tied", num_chunks=2),
 )
 
 REMATS = get_args(Remat)
 
-EVERY_CASE = tuple(
-    Case(mesh, schedule, num_microbatches, model, REMATS[number % len(REMATS)])
-    for number, (mesh, schedule, num_microbatches, model) in enumerate(product(MESHES, SCHEDULES, MICROBATCHES, MODELS))
+
+def can_run(mesh: str, schedule: str, num_chunks: int) -> bool:
+    num_ranks = int(mesh.split("x")[2])
     # On one pipeline rank a schedule gives the number of microbatches alone.
-    if not mesh.endswith("x1") or schedule == "1f1b"
+    return schedule == "1f1b" if num_ranks == 1 else num_ranks * num_chunks <= NUM_LAYERS
+
+
+EVERY_CASE = tuple(
+    Case(mesh, schedule, num_microbatches, model, REMATS[number % len(REMATS)], num_chunks)
+    for number, (mesh, (schedule, num_chunks), num_microbatches, model) in enumerate(
+        product(MESHES, (*((name, 1) for name in SCHEDULES), *CHUNKED), MICROBATCHES, MODELS)
+    )
+    if can_run(mesh, schedule, num_chunks)
 )
 
 
@@ -87,6 +110,7 @@ def wrong_by(case: Case) -> dict[str, float]:
         schedule=case.schedule,
         num_microbatches=case.num_microbatches,
         num_sequences=num_sequences,
+        num_chunks=case.num_chunks,
         remat=case.remat,
     )
     return beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE)
@@ -106,6 +130,11 @@ def test_loss_gradients_and_norm_equal_one_device_in_the_full_product(case: Case
 def test_default_cases_hold_every_schedule_on_every_mesh_with_a_pipeline() -> None:
     wanted = {(mesh, schedule) for mesh, schedule in product(MESHES, SCHEDULES) if not mesh.endswith("x1")}
     assert wanted - {(case.mesh, case.schedule) for case in CASES} == set()
+
+
+def test_default_cases_hold_interleaved_schedules_with_two_and_with_four_chunks() -> None:
+    found = {(case.schedule, case.num_chunks) for case in CASES}
+    assert set(CHUNKED) - found == set()
 
 
 @pytest.mark.parametrize("mesh", MESHES)

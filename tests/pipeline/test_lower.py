@@ -2,7 +2,8 @@
 
 The interpreter obeys the columns alone, as the executor does, but its buffers hold names instead of arrays: ("y", s, k)
 is the output of stage s for microbatch k, ("dy", s, k) the gradient of that output. It begins with empty buffers, so
-whatever is read before it was written, after it was overwritten, or from the wrong neighbour is seen.
+whatever is read before it was written, after it was overwritten, or from the wrong neighbour is seen. A
+forward's residuals are ("saved", s, k), and ("halved", s, k) once the input gradient left what the weight's needs.
 """
 
 from itertools import count, product
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trellax.pipeline import SCHEDULES, Action, Schedule, build_schedule, lower, simulate
-from trellax.pipeline.lower import BACKWARD, FORWARD, IDLE, NONE, Tables
+from trellax.pipeline import Action, Schedule, build_schedule, lower, simulate
+from trellax.pipeline.lower import BACKWARD, FORWARD, IDLE, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from trellax.pipeline.schedules import Kind
+from trellax.pipeline.schedules.check import needs
 
-KINDS: tuple[Kind, ...] = ("F", "B")
+from .schedules.sizes import named_schedules
+
+KINDS: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W"))
+"""With whole backwards, and with halves."""
 
 Name = tuple[str, int, int]
 """What a slot holds: kind, stage and microbatch."""
@@ -25,24 +30,19 @@ every_schedule = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 @st.composite
-def named_schedules(draw: st.DrawFn) -> Schedule:
-    name = draw(st.sampled_from(list(SCHEDULES)))
-    return build_schedule(name, num_ranks=draw(st.integers(2, 8)), num_microbatches=draw(st.integers(1, 16)))
-
-
-@st.composite
 def random_schedules(draw: st.DrawFn) -> Schedule:
     """Any order that can run, with up to three chunks: in every tick each rank does some of what it could."""
     num_ranks, num_chunks, num_microbatches = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
     rng, num_stages = draw(st.randoms(use_true_random=False)), num_ranks * num_chunks
-    every = product(range(num_stages), KINDS, range(num_microbatches))
+    kinds = draw(st.sampled_from(KINDS))
+    every = product(range(num_stages), kinds, range(num_microbatches))
     todo = {Action(stage=stage, kind=kind, microbatch=microbatch) for stage, kind, microbatch in every}
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
     for tick in count():
         before = frozenset(todo)
-        for rank, kind in ((rank, kind) for rank in range(num_ranks) for kind in rng.sample(KINDS, 2)):
+        for rank, kind in ((rank, kind) for rank in range(num_ranks) for kind in rng.sample(kinds, len(kinds))):
             own = [action for action in sorted(todo) if action.stage % num_ranks == rank and action.kind == kind]
-            ready = [action for action in own if _is_ready(action, before=before, todo=todo)]
+            ready = [action for action in own if _is_ready(action, num_stages, before=before, todo=todo)]
             if ready and rng.random() < 0.8:
                 todo.remove(action := rng.choice(ready))
                 ticks_of[rank].setdefault(tick, []).append(action)
@@ -51,15 +51,13 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
     return Schedule.from_ticks(ticks_of, name="random", num_microbatches=num_microbatches, num_chunks=num_chunks)
 
 
-def _is_ready(action: Action, *, before: frozenset[Action], todo: set[Action]) -> bool:
-    stage, microbatch = action.stage, action.microbatch
-    if action.kind == "F":
-        return Action(stage=stage - 1, kind="F", microbatch=microbatch) not in before
-    is_forward_done = Action(stage=stage, kind="F", microbatch=microbatch) not in todo
-    return is_forward_done and Action(stage=stage + 1, kind="B", microbatch=microbatch) not in before
+def _is_ready(action: Action, num_stages: int, *, before: frozenset[Action], todo: set[Action]) -> bool:
+    """What it needs has run: on its own stage in this tick or before, elsewhere before this tick."""
+    needed = needs(action, num_stages=num_stages, has_halves=action.kind in ("I", "W"))
+    return all(other not in (todo if other.stage == action.stage else before) for other in needed)
 
 
-ANY_SCHEDULE = st.one_of(named_schedules(), random_schedules())
+ANY_SCHEDULE = st.one_of(named_schedules(min_ranks=2, max_microbatches=16), random_schedules())
 
 
 class Interpreter:
@@ -93,11 +91,17 @@ class Interpreter:
             _put(self.saved[rank], row["save"], ("saved", stage, microbatch))
             _put(self.activations[rank], row["target"], ("y", stage, microbatch))
             _put(self.gradients[rank], row["loss_grad"], ("dy", stage, microbatch))
+        elif row["kind"] == WEIGHT_GRAD:
+            action = Action(stage=stage, kind="W", microbatch=microbatch)
+            self.read[action] = (self.saved[rank][row["save"]],)
         else:
-            assert row["kind"] == BACKWARD
-            action = Action(stage=stage, kind="B", microbatch=microbatch)
+            is_half = row["kind"] == INPUT_GRAD
+            assert is_half or row["kind"] == BACKWARD
+            action = Action(stage=stage, kind="I" if is_half else "B", microbatch=microbatch)
             self.read[action] = (self.gradients[rank][row["source"]], self.saved[rank][row["save"]])
             _put(self.gradients[rank], row["target"], ("dy", stage - 1, microbatch))
+            if is_half:
+                self.saved[rank][row["save"]] = ("halved", stage, microbatch)
         self.order.append(action)
 
     def _exchange(self, turn: int, buffers: list[list[Any]], send: str, arrive: str, passes: str, *, step: int) -> None:
@@ -118,10 +122,12 @@ def _put(buffer: list[Any], slot: int, value: Any) -> None:
 
 
 def needed(action: Action, schedule: Schedule) -> tuple[Name | None, ...]:
-    """What an action must read: the previous stage's output; or its own output's gradient and its residuals."""
+    """What an action must read: the previous stage's output; its own output's gradient and residuals; what I left."""
     stage, microbatch = action.stage, action.microbatch
     if action.kind == "F":
         return (("y", stage - 1, microbatch) if stage else None,)
+    if action.kind == "W":
+        return (("halved", stage, microbatch),)
     return ("dy", stage, microbatch), ("saved", stage, microbatch)
 
 
@@ -165,7 +171,7 @@ def test_forward_tables_have_no_backward_and_no_idle_turn(schedule: Schedule) ->
 @given(ANY_SCHEDULE)
 def test_only_the_ends_are_without_neighbours(schedule: Schedule) -> None:
     columns = lower(schedule).columns
-    is_forward, is_backward = columns["kind"] == FORWARD, columns["kind"] == BACKWARD
+    is_forward, is_backward = columns["kind"] == FORWARD, np.isin(columns["kind"], [BACKWARD, INPUT_GRAD])
     stage = columns["chunk"] * schedule.num_ranks + np.arange(schedule.num_ranks)[None]
     is_first, is_last = stage == 0, stage == schedule.num_stages - 1
     assert np.array_equal(is_forward & (columns["source"] == NONE), is_forward & is_first)
@@ -187,6 +193,23 @@ def test_slots_of_1f1b_do_not_grow_with_the_microbatches(num_ranks: int, num_mic
     tables = lower(build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches))
     slots = (tables.num_activation_slots, tables.num_gradient_slots, tables.num_save_slots)
     assert slots == (1, 1, min(num_microbatches, 2 * (num_ranks - 1)))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 8, 32])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_slots_of_zb_h1_do_not_grow_with_the_microbatches(num_ranks: int, num_microbatches: int) -> None:
+    tables = lower(build_schedule("zb-h1", num_ranks=num_ranks, num_microbatches=num_microbatches))
+    assert tables.num_save_slots == min(num_microbatches, num_ranks)
+    assert max(tables.num_activation_slots, tables.num_gradient_slots) <= 2
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_weight_gradients_touch_no_buffer_but_the_residuals(schedule: Schedule) -> None:
+    columns = lower(schedule).columns
+    is_weight_grad = columns["kind"] == WEIGHT_GRAD
+    touched = [name for name in ("source", "target", "loss_grad") if (columns[name][is_weight_grad] != NONE).any()]
+    assert touched == []
 
 
 @pytest.mark.parametrize("name", ["naive", "1f1b"])

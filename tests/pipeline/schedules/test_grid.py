@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
 from trellax.pipeline import SCHEDULES, Action, Schedule, build_schedule
+
+from .sizes import named_schedules
 
 Golden = Callable[[str, str], None]
 
@@ -19,15 +20,20 @@ NO_GRIDS = {
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(3, 4), (4, 8)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_grid_of_a_named_schedule(name: str, num_ranks: int, num_microbatches: int, golden: Golden) -> None:
-    schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    num_chunks = 2 if name.startswith("interleaved") else 1
+    schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     golden(f"schedules/{name}_{num_ranks}x{num_microbatches}.txt", str(schedule))
 
 
+def test_grid_of_1f1b_for_separate_programs(golden: Golden) -> None:
+    golden("schedules/1f1b_async_4x8.txt", str(build_schedule("1f1b", num_ranks=4, num_microbatches=8, clock="async")))
+
+
 @settings(derandomize=True, deadline=None)
-@given(name=st.sampled_from(list(SCHEDULES)), num_ranks=st.integers(1, 8), num_microbatches=st.integers(1, 12))
-def test_schedule_survives_a_round_trip_through_text(name: str, num_ranks: int, num_microbatches: int) -> None:
-    schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    assert Schedule.parse(str(schedule), name=name, num_microbatches=num_microbatches) == schedule
+@given(named_schedules(max_microbatches=12))
+def test_schedule_survives_a_round_trip_through_text(schedule: Schedule) -> None:
+    sizes = {"num_microbatches": schedule.num_microbatches, "num_chunks": schedule.num_chunks}
+    assert Schedule.parse(str(schedule), name=schedule.name, **sizes) == schedule
 
 
 def test_chunks_survive_a_round_trip_through_text() -> None:
@@ -66,8 +72,15 @@ def test_text_that_is_no_grid_is_refused(name: str, golden: Golden) -> None:
     golden(f"errors/grid_{name}.txt", str(caught.value))
 
 
-@pytest.mark.parametrize("name", ["1f1", "g-pipe", "zb-h1"])
+@pytest.mark.parametrize("name", ["1f1", "g-pipe", "zbh1"])
 def test_unknown_schedule_suggests_the_nearest(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         build_schedule(name, num_ranks=2, num_microbatches=2)
     golden(f"errors/schedule_unknown_{name}.txt", str(caught.value))
+
+
+@pytest.mark.parametrize(("name", "num_chunks"), [("interleaved-1f1b", 1), ("interleaved-zb-h1", 1), ("zb-h1", 2)])
+def test_chunks_that_do_not_fit_the_name_are_refused(name: str, num_chunks: int, golden: Golden) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        build_schedule(name, num_ranks=2, num_microbatches=2, num_chunks=num_chunks)
+    golden(f"errors/schedule_{name}_{num_chunks}_chunks.txt", str(caught.value))

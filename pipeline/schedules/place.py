@@ -1,0 +1,78 @@
+"""From each rank's order of actions to ticks: every action as early as the executor can run it."""
+
+from collections.abc import Sequence
+
+from ...meshes.errors import ScheduleError
+from .action import Action
+from .check import needs
+from .grid import Cell, Schedule
+from .simulate import simulate
+
+Orders = Sequence[Sequence[Action]]
+"""For each rank, its actions in the order in which it runs them."""
+
+
+def schedule_from_orders(orders: Orders, *, name: str, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """Return the schedule that runs these orders in the least lockstep time.
+
+    Tried are one action a tick, which suits halves of equal cost, and up to one of each kind, which suits a forward
+    beside a whole backward.
+
+    Raises:
+        ScheduleError: the orders wait for each other, or are no schedule.
+    """
+    return min(
+        (
+            Schedule(
+                name=name,
+                num_ranks=len(orders),
+                num_chunks=num_chunks,
+                num_microbatches=num_microbatches,
+                ticks=_place(orders, width=width, num_chunks=num_chunks, name=name),
+            )
+            for width in (1, 4)
+        ),
+        key=lambda schedule: simulate(schedule).makespan,
+    )
+
+
+def _place(orders: Orders, *, width: int, num_chunks: int, name: str) -> tuple[tuple[Cell, ...], ...]:
+    num_stages = len(orders) * num_chunks
+    has_halves = any(action.kind == "I" for order in orders for action in order)
+    tick_of: dict[Action, int] = {}
+    next_of = [0] * len(orders)
+    ticks: list[tuple[Cell, ...]] = []
+
+    def is_ready(action: Action, cell: Cell) -> bool:
+        needed = needs(action, num_stages=num_stages, has_halves=has_halves)
+        return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in needed)
+
+    def fill(order: Sequence[Action]) -> Cell:
+        cell: Cell = ()
+        for action in order:
+            if action.kind in {other.kind for other in cell} or not is_ready(action, cell):
+                break
+            cell = (*cell, action)
+        return cell
+
+    while any(place < len(order) for place, order in zip(next_of, orders, strict=True)):
+        cells = tuple(fill(order[place : place + width]) for place, order in zip(next_of, orders, strict=True))
+        if not any(cells):
+            raise ScheduleError(
+                _draw_deadlock(orders, next_of, name),
+                fix="move what is waited for to an earlier place in its rank's order.",
+            )
+        for rank, cell in enumerate(cells):
+            next_of[rank] += len(cell)
+            tick_of.update(dict.fromkeys(cell, len(ticks)))
+        ticks.append(cells)
+    return tuple(ticks)
+
+
+def _draw_deadlock(orders: Orders, next_of: Sequence[int], name: str) -> str:
+    lines = [
+        f"  rank {rank} | {' '.join(map(str, order[max(0, place - 4) : place]))} -> "
+        + (f"{order[place]}  <-- waits" if place < len(order) else "done")
+        for rank, (order, place) in enumerate(zip(orders, next_of, strict=True))
+    ]
+    return f"schedule {name!r} cannot run: no rank can go on.\n" + "\n".join(lines)

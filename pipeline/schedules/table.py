@@ -1,0 +1,156 @@
+"""Schedules as CSV files: a row a rank, a cell a tick, `+` between the actions of a cell, an empty cell for idle.
+
+A file gives each rank's order; blanks are only drawing. Compute-only files of torch.distributed.pipelining load, and
+a schedule with one action a cell is saved as such a file. Torch 2.5 wrote B for the input gradient where there is a W;
+those files load too.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from ...meshes.errors import ScheduleError, suggest
+from .action import Action, Kind
+from .grid import IDLE, Schedule
+from .place import schedule_from_orders
+
+_LONGEST_CELL = 24
+
+
+def load_schedule(path: str | Path) -> Schedule:
+    """Return the schedule in a CSV file, by the name of the file.
+
+    >>> load_schedule("mine.csv").num_ranks
+    4
+
+    Raises:
+        ScheduleError: the file is missing, empty, has a cell that is no action, or is an order that cannot run.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        near = suggest(path.name, [file.name for file in path.parent.glob("*") if file.is_file()])
+        raise ScheduleError(f"there is no file {str(path)!r}.{near}", fix="give the path of a CSV file.") from error
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"{str(path)!r} is no text in UTF-8.", fix="save it as CSV.") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ScheduleError(f"{str(path)!r} cannot be read: {why}.", fix="give the path of a CSV file.") from error
+    return schedule_from_csv(text, name=path.name)
+
+
+def schedule_from_csv(text: str, *, name: str) -> Schedule:
+    r"""Return the schedule that runs each row's actions in their order; ticks, chunks and microbatches are found.
+
+    >>> print(schedule_from_csv("0F0,,0B0\n,1F0,1B0\n", name="mine"))
+    rank 0 | 0F0   .   . 0B0
+    rank 1 |   . 1F0 1B0   .
+
+    Raises:
+        ScheduleError: a cell is no action, is on the wrong rank or repeats one, an action is missing, or ranks wait
+            for each other.
+    """
+    rows = _split_rows(text, name)
+    orders: list[list[Action]] = [[] for _ in rows]
+    seen: dict[Action, str] = {}
+    for rank, column, action in _spell_halves(list(_read_actions(rows, name))):
+        place = f"row {rank + 1}, column {column + 1}"
+        if action.stage % len(rows) != rank:
+            raise ScheduleError(
+                f"{name}, {place}: {action} is in the row of rank {rank}, but with {len(rows)} rows stage "
+                f"{action.stage} lives on rank {action.stage % len(rows)}.",
+                fix=f"move it to row {action.stage % len(rows) + 1}; stage s is in row s % {len(rows)} + 1.",
+            )
+        if action in seen:
+            raise ScheduleError(f"{name}, {place}: {action} a second time; the first is in {seen[action]}.")
+        seen[action] = place
+        orders[rank].append(action)
+    _check_complete(seen, name, num_ranks=len(rows))
+    return schedule_from_orders(
+        orders,
+        name=name,
+        num_microbatches=1 + max(action.microbatch for action in seen),
+        num_chunks=1 + max(action.stage for action in seen) // len(rows),
+    )
+
+
+def schedule_to_csv(schedule: Schedule) -> str:
+    r"""Return the schedule as CSV; where every cell has at most one action, torch's compute-only format.
+
+    >>> schedule_to_csv(build_schedule("gpipe", num_ranks=1, num_microbatches=2))
+    '0F0,0F1,0B0,0B1\n'
+    """
+    lines = (
+        ",".join("+".join(map(str, cells[rank])) for cells in schedule.ticks) for rank in range(schedule.num_ranks)
+    )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _split_rows(text: str, name: str) -> list[list[str]]:
+    try:
+        # A line without any character is no rank; a rank that is idle throughout has its commas.
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+    except csv.Error as error:
+        raise ScheduleError(f"{name} is no CSV: {error}.", fix="write a row a rank and a cell a tick.") from error
+    if not any(cell.strip() for row in rows for cell in row):
+        raise ScheduleError(f"{name} is empty.", fix="write a row a rank and a cell a tick, such as 0F0,,0B0.")
+    return rows
+
+
+def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[int, int, Action]]:
+    for rank, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            if cell.strip() in {"", IDLE}:
+                continue
+            for word in cell.split("+"):
+                yield rank, column, _parse_word(word, f"{name}, row {rank + 1}, column {column + 1}")
+
+
+def _spell_halves(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:
+    """Read B as the input gradient, as torch 2.5 meant it, where every B has a W and there is no I."""
+    of: dict[str, set[tuple[int, int]]] = {kind: set() for kind in get_args(Kind)}
+    for _, _, action in cells:
+        of[action.kind].add((action.stage, action.microbatch))
+    if of["I"] or not of["W"] or of["B"] != of["W"]:
+        return cells
+    return [(rank, column, replace(a, kind="I") if a.kind == "B" else a) for rank, column, a in cells]
+
+
+def _parse_word(word: str, place: str) -> Action:
+    if len(word) > _LONGEST_CELL:
+        word = f"{word[:_LONGEST_CELL]}..."
+    try:
+        return Action.parse(word)
+    except ScheduleError as error:
+        raise ScheduleError(f"{place}: {error.problem}", fix=f"{error.fix} Cells are separated by commas.") from error
+
+
+def _check_complete(seen: dict[Action, str], name: str, *, num_ranks: int) -> None:
+    """Before ticks are found, since a rank that waits for what never runs looks like one in a wrong order."""
+    halves = next((place for action, place in seen.items() if action.kind in "IW"), None)
+    whole = next((place for action, place in seen.items() if action.kind == "B"), None)
+    if halves and whole:
+        raise ScheduleError(
+            f"{name} has whole backwards ({whole}) and halves ({halves}).", fix="write B everywhere, or I and W."
+        )
+    num_stages = num_ranks * (1 + max(action.stage for action in seen) // num_ranks)
+    num_microbatches = 1 + max(action.microbatch for action in seen)
+    kinds: tuple[Kind, ...] = ("F", "I", "W") if halves else ("F", "B")
+    # Stops at the first that is missing, so numbers beyond all reason cost nothing.
+    wanted = (
+        Action(stage=stage, kind=kind, microbatch=microbatch)
+        for stage in range(num_stages)
+        for microbatch in range(num_microbatches)
+        for kind in kinds
+    )
+    missing = next((action for action in wanted if action not in seen), None)
+    if missing:
+        raise ScheduleError(
+            f"{name} never runs {missing}; {num_ranks} rows with stages to {num_stages - 1} and microbatches to "
+            f"{num_microbatches - 1} need {num_stages * num_microbatches * len(kinds)} actions, not {len(seen)}.",
+            fix=f"add {missing} to row {missing.stage % num_ranks + 1}.",
+        )

@@ -1,0 +1,146 @@
+"""A layer's backward in two: the input gradient, for which the rank before waits, and the weight gradient, which can.
+
+The backward's jaxpr is sliced by what the input gradient needs (Qi et al. 2024, section 2, for any layer function).
+What the weight gradient needs of the first half, the gradients of matmul outputs above all, is kept between the two. It
+is put where residuals were that only the first half needed, so that splitting costs next to no memory.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from .residuals import LayerVjp
+
+
+class SplitBackward:
+    """The two halves of a planned `LayerVjp`'s backward.
+
+    `saved` is the list of kept residuals. The first half returns it changed: some entries replaced, some added at the
+    end; `extra` has the shapes of those. The second half reads that list.
+    """
+
+    def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], microbatch: Any, grad: Any) -> None:
+        example = (params, residuals, microbatch, grad)
+        self._params_tree = jax.tree.structure(params)
+        self._num_before = len(jax.tree.leaves(params))
+        self.num_saved = len(residuals)
+        jaxpr = _inline(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
+        self._consts, self._jaxpr = jaxpr.consts, jaxpr.jaxpr
+        *grads, dx = self._jaxpr.outvars
+        only_dx = _needed(self._jaxpr.eqns, [dx])
+        rest = _without(self._jaxpr.eqns, only_dx)
+        # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
+        light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in _needed(rest, [grad]))]
+        self._first = _needed(self._jaxpr.eqns, [dx, *light])
+        self._second = _without(_needed(self._jaxpr.eqns, grads), self._first)
+        self._cuts = self._find_cuts(grads)
+        self._places, self.extra = self._place_cuts()
+
+    def input_grad(
+        self, params: Any, saved: list[jax.Array], microbatch: Any, grad: jax.Array
+    ) -> tuple[jax.Array, list]:
+        """Return dx, and what `weight_grad` needs in place of the saved residuals."""
+        env = self._env(params, saved, microbatch, grad)
+        _run(self._first, env)
+        kept = [*saved, *[None] * len(self.extra)]
+        for cut, place in zip(self._cuts, self._places, strict=True):
+            kept[place] = _value(env, cut)
+        return _value(env, self._jaxpr.outvars[-1]), kept
+
+    def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
+        """Return the gradients of the parameters."""
+        env = self._env(params, kept[: self.num_saved], microbatch)
+        env |= {cut: kept[place] for cut, place in zip(self._cuts, self._places, strict=True)}
+        _run(self._second, env)
+        return jax.tree.unflatten(self._params_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
+
+    def _env(self, *args: Any) -> dict[Var, Any]:
+        # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.
+        values = jax.tree.leaves(args)
+        env = dict(zip(self._jaxpr.invars[: len(values)], values, strict=True))
+        return env | dict(zip(self._jaxpr.constvars, self._consts, strict=True))
+
+    def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
+        """Values of the first half, and the output's gradient, that the second half or a result needs."""
+        made = {out for eqn in self._first for out in eqn.outvars} | {self._jaxpr.invars[-1]}
+        wanted = [v for eqn in self._second for v in eqn.invars] + list(grads)
+        return list(dict.fromkeys(v for v in wanted if isinstance(v, Var) and v in made))
+
+    def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
+        """For every cut an entry of `saved` of its shape that the second half does not read, or a new one."""
+        saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
+        read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
+        free = [(index, v.aval) for index, v in enumerate(saved) if v not in read]
+        places, extra = [], []
+        for cut in self._cuts:
+            aval: Any = cut.aval
+            match = next((entry for entry in free if _is_like(entry[1], aval)), None)
+            if match is not None:
+                free.remove(match)
+                places.append(match[0])
+            else:
+                places.append(self.num_saved + len(extra))
+                extra.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return places, extra
+
+
+_HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "custom_vjp_call"}
+"""Work worth putting off; whatever holds other work inside counts as heavy."""
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:
+    """The equations that these results depend on, in order."""
+    wanted = {v for v in outvars if isinstance(v, Var)}
+    kept = []
+    for eqn in reversed(eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if isinstance(v, Var))
+    return kept[::-1]
+
+
+def _without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:
+    gone = set(map(id, others))
+    return [eqn for eqn in eqns if id(eqn) not in gone]
+
+
+def _run(eqns: Iterable[JaxprEqn], env: dict[Var, Any]) -> None:
+    for eqn in eqns:
+        values = [_value(env, v) for v in eqn.invars]
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
+
+
+def _value(env: dict[Var, Any], v: Any) -> Any:
+    return v.val if isinstance(v, Literal) else env[v]
+
+
+# Calls are opened, since a call that computes both gradients would otherwise belong to the first half as a whole. In a
+# backward tick nothing of the forward is left that a rematerialised part could be merged with.
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+
+
+def _inline(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
+    def flat(*args: Any) -> list[Any]:
+        return _open(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+
+    return jax.make_jaxpr(flat)(*example)
+
+
+def _open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if inner is None:
+            _run([eqn], env)
+            continue
+        body, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+        results = _open(body, inner_consts, [_value(env, v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [_value(env, v) for v in jaxpr.outvars]

@@ -1,0 +1,49 @@
+"""`auto` is never worse than a named schedule under the same limit, and keeps the limit."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trellax.meshes import ScheduleError
+from trellax.pipeline.schedules import SCHEDULES, Schedule, Timing, auto, build_schedule, simulate
+
+COSTS = st.sampled_from([0.5, 1.0, 1.7, 3.0])
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    ranks=st.integers(1, 8),
+    microbatches=st.integers(1, 24),
+    chunks=st.integers(1, 3),
+    limit=st.integers(1, 12),
+    costs=st.tuples(COSTS, COSTS, COSTS),
+)
+def test_auto_is_the_best_of_all_that_fit(
+    ranks: int, microbatches: int, chunks: int, limit: int, costs: tuple[float, float, float]
+) -> None:
+    forward, input_grad, weight_grad = costs
+
+    def time(schedule: Schedule) -> Timing:
+        return simulate(schedule, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
+
+    sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
+    found = auto(**sizes, max_in_flight=limit, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
+    ours = time(found)
+    assert max(ours.peak_in_flight) <= limit * chunks
+    for name in SCHEDULES.keys() - {"auto"}:
+        if name.startswith("interleaved") == (chunks > 1):
+            theirs = time(build_schedule(name, **sizes))
+            if max(theirs.peak_in_flight) <= limit * chunks:
+                assert ours.makespan <= theirs.makespan + 1e-9
+
+
+def test_auto_without_a_limit_reaches_the_floor_of_zero_bubble() -> None:
+    found = auto(num_ranks=4, num_microbatches=8)
+    assert simulate(found).makespan == simulate(build_schedule("zb-h1", num_ranks=4, num_microbatches=8)).makespan
+
+
+def test_limit_below_one_microbatch_is_refused(golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        auto(num_ranks=4, num_microbatches=4, max_in_flight=0)
+    golden("errors/schedule_auto_without_room.txt", f"ScheduleError: {caught.value}")

@@ -1,0 +1,41 @@
+"""The executor knows no schedule by name: one written by hand, and one found by `auto`, equal one device too."""
+
+import pytest
+from trellax.pipeline import Schedule
+from trellax.pipeline.schedules import auto, schedule_from_csv
+
+from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
+
+TOLERANCE = 2e-5  # as in test_law.py, for the same reason
+
+BY_HAND = """\
+0F0,0F1,0F2,,0I0,0F3,0I1,0W1,0W0,0I2,0I3,0W2,0W3
+1F0,,1F1,1I0,1F2,1I1,1W0,1W1,1F3,1I2,1I3,1W3,1W2
+2F0,2F1,2I0,2W0,2F2,2I1,2W1,2F3,2I2,2W2,2I3,2W3
+3F0,3I0,3F1,3I1,3F2,3F3,3W0,3I3,3I2,3W2,3W1,3W3
+"""
+"""Four ranks, four microbatches, halves, and an order that no builder would give: the last rank swaps 2 and 3."""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "schedule"),
+    [
+        ("1x2x4", schedule_from_csv(BY_HAND, name="by-hand")),
+        ("2x1x4", auto(num_ranks=4, num_microbatches=4, max_in_flight=2)),
+        ("1x1x8", auto(num_ranks=8, num_microbatches=4, weight_grad=0.5)),
+        ("2x2x2", auto(num_ranks=2, num_microbatches=4, num_chunks=2)),
+    ],
+    ids=["by-hand", "auto-lean", "auto-8", "auto-chunks"],
+)
+def test_schedule_without_a_name_equals_one_device(mesh: str, schedule: Schedule) -> None:
+    config = small_model(style="gpt", attention="gqa")
+    step = pipeline_step(
+        config,
+        mesh=mesh,
+        schedule=schedule,
+        num_microbatches=schedule.num_microbatches,
+        num_sequences=16,
+        num_chunks=schedule.num_chunks,
+        bubbles="nan",
+    )
+    assert beyond(errors_of(answer_of(step), one_device(config, 16)), tolerance=TOLERANCE) == {}

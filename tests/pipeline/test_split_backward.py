@@ -1,0 +1,163 @@
+"""A backward in two halves does the work of one, none of it twice, and the first half leaves the weights alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+from trellax.layers import Remat
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.pipeline import split_transformer
+from trellax.pipeline.residuals import LayerVjp
+from trellax.pipeline.split_backward import SplitBackward
+
+from .law import NUM_TOKENS, natural_params, small_model
+
+NUM_SEQUENCES = 2
+NUM_WEIGHTS = {"gpt": 6, "llama": 7}
+"""Matmuls of a layer with a weight: query, key, value, output, up, down, and a gate in Llama's."""
+
+EVERY_LAYER = [(style, remat) for style in NUM_WEIGHTS for remat in ("none", "dots", "full")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """A layer's backward, whole and split, with arguments for both."""
+
+    vjp: LayerVjp
+    split: SplitBackward
+    params: Any
+    x: jax.Array
+    microbatch: Any
+    kept: list[jax.ShapeDtypeStruct]
+
+    def whole(self, params: Any, x: jax.Array, grad: jax.Array) -> Any:
+        """Return (gradients of params, gradient of x) as the unsplit backward has them."""
+        _, saved = self.vjp.forward(params, x, self.microbatch)
+        return self.vjp.backward(params, saved, self.microbatch, grad)
+
+    def both(self, params: Any, x: jax.Array, grad: jax.Array) -> Any:
+        """Return the same by one half after the other."""
+        _, saved = self.vjp.forward(params, x, self.microbatch)
+        dx, kept = self.split.input_grad(params, saved, self.microbatch, grad)
+        return self.split.weight_grad(params, kept, self.microbatch), dx
+
+    def second_jaxpr(self) -> Any:
+        kept = [*self.kept, *self.split.extra]
+        return jax.make_jaxpr(lambda p, k: self.split.weight_grad(p, k, self.microbatch))(self.params, kept)
+
+    def first_jaxpr(self) -> Any:
+        run = lambda p, s, g: self.split.input_grad(p, s, self.microbatch, g)  # noqa: E731
+        return jax.make_jaxpr(run)(self.params, self.kept, self.x)
+
+    def whole_jaxpr(self) -> Any:
+        run = lambda p, s, g: self.vjp.backward(p, s, self.microbatch, g)  # noqa: E731
+        return jax.make_jaxpr(run)(self.params, self.kept, self.x)
+
+
+def halves_of(layer: Callable[..., jax.Array], params: Any, x: jax.Array, microbatch: Any = None) -> Halves:
+    vjp = LayerVjp(layer)
+    kept = vjp.plan(params, x, microbatch)
+    split = SplitBackward(vjp, params, kept, microbatch, x)
+    return Halves(vjp=vjp, split=split, params=params, x=x, microbatch=microbatch, kept=kept)
+
+
+@cache
+def block(style: str, remat: Remat) -> Halves:
+    config = small_model(style=style)
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), natural_params(config)["blocks"])
+    x = np.random.default_rng(0).standard_normal((NUM_SEQUENCES, NUM_TOKENS, 64), np.float32)
+    return halves_of(split_transformer(config, mesh=mesh, remat=remat).fns.layer, params, jnp.asarray(x))
+
+
+def users_layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+    """Two matmuls by one weight, a bias, a gate from the microbatch, a scan, a parameter without influence."""
+    hidden = jnp.tanh(x @ params["w"] + params["b"][None]) @ params["w"].T
+
+    def step(carry: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.sin(carry @ params["square"]), None
+
+    looped, _ = jax.lax.scan(step, hidden, None, length=3)
+    return x + microbatch["gate"][:, None] * looped + 0.0 * params["unused"].sum()
+
+
+@cache
+def users_halves() -> Halves:
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params = {"w": draw(8, 16), "b": draw(16), "square": draw(8, 8), "unused": draw(3)}
+    return halves_of(users_layer, params, draw(6, 8), {"gate": draw(6)})
+
+
+def differences(halves: Halves) -> dict[str, float]:
+    """Return the largest difference of each gradient that is not bitwise equal."""
+    run = jax.jit(lambda p, x: (halves.both(p, x, jnp.cos(x)), halves.whole(p, x, jnp.cos(x))))
+    actual, expected = run(halves.params, halves.x)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    errors = {jax.tree_util.keystr(path): float(jnp.abs(a - b).max()) for (path, a), b in pairs}
+    return {name: error for name, error in errors.items() if error != 0}
+
+
+def num_matmuls(closed: Any) -> int:
+    """Return how many matmuls a program has, loops counted once, without those that no result needs."""
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _count(jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    inner = [value for eqn in jaxpr.eqns for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
+    own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+    return own + sum(_count(getattr(value, "jaxpr", value)) for value in inner if _is_jaxpr(value))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def passed_through(halves: Halves) -> list[bool]:
+    """Return of every parameter's gradient whether the second half gets it finished."""
+    jaxpr = halves.second_jaxpr().jaxpr
+    return [out in jaxpr.invars for out in jaxpr.outvars]
+
+
+@pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
+def test_halves_of_a_block_equal_the_whole(style: str, remat: Remat) -> None:
+    assert differences(block(style, remat)) == {}
+
+
+def test_halves_of_a_users_layer_equal_the_whole() -> None:
+    assert differences(users_halves()) == {}
+
+
+@pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
+def test_no_matmul_runs_in_both_halves(style: str, remat: Remat) -> None:
+    halves = block(style, remat)
+    programs = (halves.first_jaxpr(), halves.second_jaxpr(), halves.whole_jaxpr())
+    first, second, whole = map(num_matmuls, programs)
+    assert first + second == whole
+
+
+@pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
+def test_second_half_has_one_matmul_for_each_weight(style: str, remat: Remat) -> None:
+    # Under `dots` the output of attention is made again, and the weight gradient of the next matmul alone needs it.
+    remade = 1 if remat == "dots" else 0
+    assert num_matmuls(block(style, remat).second_jaxpr()) == NUM_WEIGHTS[style] + remade
+
+
+@pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
+def test_biases_and_norm_scales_are_done_in_the_first_half(style: str, remat: Remat) -> None:
+    halves = block(style, remat)
+    assert passed_through(halves) == [leaf.ndim == 1 for leaf in jax.tree.leaves(halves.params)]
+
+
+@pytest.mark.parametrize("style", NUM_WEIGHTS)
+def test_without_remat_three_activations_are_kept_besides_the_residuals(style: str) -> None:
+    """Gradients of matmul outputs for which no residual makes room: those of query, key and value."""
+    halves = block(style, "none")
+    assert [leaf.shape for leaf in halves.split.extra if len(leaf.shape) > 1] == [halves.x.shape] * 3
