@@ -8,9 +8,8 @@ from .place import schedule_from_orders
 def zb_h1(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """Return 1F1B with its backwards in halves, the weight gradients of rank r put off by r microbatches.
 
-    In flight: min(m, p) microbatches on every rank. With halves as long as a forward: m x 3 + (p - 1) ticks of one
-    action, so the bubble fraction is (p - 1) / (3m + p - 1), where
-    m >= p.
+    In flight: min(m, p) microbatches on every rank. With halves as long as a forward and m >= p it takes 3m + p - 1
+    ticks of one action, so the bubble fraction is (p - 1) / (3m + p - 1).
 
     Raises:
         ScheduleError: a count is below 1.
