@@ -1,10 +1,10 @@
 """The executor: one loop over turns runs any schedule, inside one jitted program.
 
 Manual over `pipe` and `data`, automatic over `tensor`. In each turn a rank looks up its row of the tables and runs a
-forward, a backward or nothing; at the end of a tick activations move one rank on and gradients one rank back. What a
-rank skips costs nothing, since `lax.cond` really branches. Residuals wait in ring buffers with as many slots as
-microbatches are in flight, written and read layer by layer in place. Gradients are summed over `data` once, after the
-loop. `lower.py` makes the tables; `sequential.py` is the path of a single rank.
+forward, a backward or half of one, or nothing; at the end of a tick activations move one rank on and gradients one rank
+back. What a rank skips costs nothing, since `lax.cond` really branches. Residuals wait in ring buffers with as many
+slots as microbatches are in flight, written and read layer by layer in place. Gradients are summed over `data` once,
+after the loop. `lower.py` makes the tables; `sequential.py` is the path of a single rank.
 """
 
 from functools import partial
