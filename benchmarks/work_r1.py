@@ -50,7 +50,7 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
     """Run one step under the profiler; return what was executed: matmul work over the ideal, and collectives."""
     mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
     compiled = _lower(mesh, schedule, remat, num_microbatches).compile()
-    inputs = _inputs(mesh, num_microbatches)
+    inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     jax.block_until_ready(compiled(*inputs))
     counts = count_executions(lambda: compiled(*inputs))
     program = parse_program(compiled.as_text())
@@ -70,7 +70,7 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
 def check_bubbles(*, schedule: str, num_microbatches: int) -> bool:
     """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
     mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
-    inputs = _inputs(mesh, num_microbatches)
+    inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     zeros, nan = (
         _lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan")
     )
@@ -91,24 +91,27 @@ def _lower(mesh: Mesh, schedule: str, remat: Remat, num_microbatches: int, bubbl
         layer=jax.checkpoint(block, prevent_cse=False) if remat == "block" else block,
         last=lambda _, y, microbatch: ((y - microbatch["t"]) ** 2).sum() / num_values,
     )
-    grid = build_schedule(schedule, num_ranks=PIPE, num_microbatches=num_microbatches)
+    chunks = _num_chunks(schedule)
+    grid = build_schedule(schedule, num_ranks=PIPE, num_microbatches=num_microbatches, num_chunks=chunks)
 
     def step(params: PipelineParams, batch: Any) -> Any:
         return pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid, bubbles=bubbles)
 
-    return jax.jit(step).lower(*_inputs(mesh, num_microbatches))
+    return jax.jit(step).lower(*_inputs(mesh, num_microbatches, chunks))
 
 
-def _inputs(mesh: Mesh, num_microbatches: int) -> tuple[PipelineParams, dict[str, jax.Array]]:
+def _num_chunks(schedule: str) -> int:
+    return 2 if schedule.startswith("interleaved") else 1
+
+
+def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int = 1) -> tuple[PipelineParams, dict[str, jax.Array]]:
     """Parameters [chunks, ranks@pipe, layers, ...] and batch [M, B@data, T, D]."""
     random = np.random.default_rng(0)
     square, up = (WIDTH, WIDTH), (WIDTH, FFN)
+    stack = (num_chunks, PIPE, NUM_LAYERS // PIPE // num_chunks)
     shapes = dict.fromkeys(("query", "key", "value", "out"), square) | {"up": up, "down": up[::-1]}
-    weights = {
-        name: random.normal(size=(1, PIPE, NUM_LAYERS // PIPE, *own)).astype("f4") * 0.05
-        for name, own in shapes.items()
-    }
-    norms = dict.fromkeys(("norm1", "norm2"), np.ones((1, PIPE, NUM_LAYERS // PIPE, WIDTH), np.float32))
+    weights = {name: random.normal(size=(*stack, *own)).astype("f4") * 0.05 for name, own in shapes.items()}
+    norms = dict.fromkeys(("norm1", "norm2"), np.ones((*stack, WIDTH), np.float32))
     batch_shape = (num_microbatches, NUM_SEQUENCES, NUM_TOKENS, WIDTH)
     batch = {name: random.normal(size=batch_shape).astype("f4") for name in ("x", "t")}
     return (
