@@ -71,7 +71,7 @@ def _measure(worker: Worker, schedule: str) -> dict[str, Any]:
 
 
 def _print_tables(rows: list[dict[str, Any]], targets: list[Target]) -> None:
-    console = Console(width=140, highlight=False)
+    console = Console(width=160, highlight=False)
     table = Table(box=MARKDOWN)
     for name in ("schedule", "chunks", *(f"MiB m={m}" for m in MICROBATCHES), "bubble m=8", "bubble m=32"):
         table.add_column(name, justify="left" if name == "schedule" else "right")
