@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
@@ -80,7 +81,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
 class _Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are ours: nearest names, exit code 2, no usage dump."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise TrellaxError(message, fix="see `trellax --help`, or `trellax train --help` for every key.")
 
 
