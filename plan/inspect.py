@@ -1,0 +1,166 @@
+"""A compiled program as a report: what it keeps, sends and computes on each device, from the program itself.
+
+`inspect_compiled` reads any jitted function's; `../train/inspect_command.py` compiles a run's training step and prints
+the report. Read `hlo.py` next.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from .buffers import Places, read_places
+from .collectives import Collective, list_collectives
+from .executions import count_executions
+from .hardware import Hardware
+from .hlo import Program
+from .memory import Memory, count_memory
+from .roofline import roofline_times_s
+from .traffic import Traffic, sum_traffic
+from .work import Work, count_work
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramReport:
+    """What a program costs on each device in one run.
+
+    `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are those of
+    the device with most. `roofline` has each class's share of the time that peaks allow, `step_bound_s` their sum;
+    both are empty without hardware. `notes` say what could only be bounded.
+    """
+
+    target: str
+    devices: int
+    memory: Memory
+    traffic: tuple[Traffic, ...]
+    flops: Mapping[str, float]
+    moved_bytes: Mapping[str, float]
+    roofline: Mapping[str, float]
+    step_bound_s: float | None
+    hlo_instructions: int
+    compile_s: float | None = None
+    model_flops: float | None = None
+    recompute_flops: float | None = None
+    bubble_fraction: float | None = None
+    notes: tuple[str, ...] = ()
+    collectives: tuple[Collective, ...] = field(default=(), repr=False)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the program fits the device; None where its capacity is not known."""
+        return None if self.memory.free is None else self.memory.free >= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {
+            "target": self.target,
+            "devices": self.devices,
+            "memory_bytes": asdict(self.memory),
+            "fits": self.fits,
+            "traffic": [asdict(row) for row in self.traffic],
+            "flops": dict(self.flops),
+            "model_flops": self.model_flops,
+            "recompute_flops": self.recompute_flops,
+            "roofline": dict(self.roofline),
+            "bubble_fraction": self.bubble_fraction,
+            "hlo_instructions": self.hlo_instructions,
+            "compile_s": self.compile_s,
+        }
+
+
+def inspect_compiled(
+    compiled: Any,
+    mesh: Mesh,
+    *,
+    parameters: Any = None,
+    optimizer: Any = None,
+    minimum_bytes: Mapping[str, float] | None = None,
+    model_flops: float | None = None,
+    hardware: Hardware | None = None,
+    devices_per_node: int | None = None,
+    bubble_fraction: float | None = None,
+    compile_s: float | None = None,
+) -> ProgramReport:
+    """Return the report of a compiled function: `jax.jit(f).lower(...).compile()`.
+
+    >>> report = inspect_compiled(compiled, mesh, parameters=params)
+    >>> report.memory.total
+    22777256
+
+    Args:
+        mesh: the mesh whose devices it was compiled for; its axes name the traffic.
+        parameters, optimizer: trees of its arguments, to tell them apart in memory; parameters tell gradients too.
+        minimum_bytes: what must be sent at least, by axes (see `minimum.py`).
+        model_flops: what one device must compute, in a step; executed products beyond it are recomputation.
+        hardware: the device, for capacity and roofline.
+        devices_per_node: all of them if left out.
+        bubble_fraction, compile_s: passed on.
+    """
+    program = Program.parse(hlo_text(compiled))
+    num_devices = mesh.devices.size
+    executions = count_executions(program, num_devices=num_devices)
+    collectives = list_collectives(program, executions, mesh=mesh)
+    work = count_work(program, executions, num_devices=num_devices)
+    times = {}
+    if hardware is not None:
+        nodes = devices_per_node or num_devices
+        times = roofline_times_s(work.operations, collectives, hardware=hardware, mesh=mesh, devices_per_node=nodes)
+    total_s = sum(times.values())
+    flops = {"matrix": float(np.mean(work.flops("matrix"))), "vector": float(np.mean(work.flops("vector")))}
+    return ProgramReport(
+        target=f"{mesh.devices.flat[0].device_kind}:{num_devices}",
+        devices=num_devices,
+        memory=count_memory(
+            compiled,
+            program,
+            places=_places_of(compiled),
+            parameters=parameters,
+            optimizer=optimizer,
+            capacity=hardware.memory_bytes if hardware else None,
+        ),
+        traffic=sum_traffic(collectives, minimum=minimum_bytes),
+        flops=flops,
+        moved_bytes={
+            "matrix": float(np.mean(work.moved_bytes("matrix"))),
+            "vector": float(np.mean(work.moved_bytes("vector"))),
+        },
+        roofline={kind: time_s / total_s for kind, time_s in times.items()} if total_s else {},
+        step_bound_s=total_s or None,
+        hlo_instructions=program.num_instructions,
+        compile_s=compile_s,
+        model_flops=model_flops,
+        recompute_flops=None if model_flops is None else flops["matrix"] - model_flops,
+        bubble_fraction=bubble_fraction,
+        notes=(*executions.notes, *_describe_uncounted(work)),
+        collectives=collectives,
+    )
+
+
+def hlo_text(compiled: Any) -> str:
+    """Return the program's HLO with all its constants, on which the tables of a pipeline schedule depend.
+
+    `compiled.as_text()` leaves large constants out; where jaxlib's printer cannot be reached, that is what is returned.
+    """
+    try:
+        from jaxlib import _hlo
+
+        options = _hlo.HloPrintOptions()
+        options.print_large_constants = True
+        (module,) = compiled.runtime_executable().hlo_modules()
+        return module.to_string(options)
+    except (ImportError, AttributeError, ValueError):
+        return compiled.as_text()
+
+
+def _places_of(compiled: Any) -> Places:
+    assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
+    if not assignment:
+        return {}
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return read_places(assignment, module.as_serialized_hlo_module_proto())
+
+
+def _describe_uncounted(work: Work) -> tuple[str, ...]:
+    return tuple(f"the flops of the library call {name!r} are not counted." for name in work.uncounted)
