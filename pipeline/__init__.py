@@ -4,7 +4,8 @@ from .execute import Bubbles
 from .grads import pipeline_grads, pipeline_loss
 from .lower import Tables, lower
 from .schedules import SCHEDULES, Action, Schedule, Timing, build_schedule, simulate
-from .split import PipelinedModel, check_layers, natural_order, split_transformer
+from .split import PipelinedModel, split_transformer
+from .stack import check_layers, natural_order, stages_from_layers
 from .stage import LossAndGrads, PipelineParams, StageFns
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "pipeline_loss",
     "simulate",
     "split_transformer",
+    "stages_from_layers",
 ]

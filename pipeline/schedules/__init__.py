@@ -14,7 +14,7 @@ from .interleaved import interleaved_1f1b
 from .interleaved_zero_bubble import interleaved_zb_h1
 from .naive import naive
 from .one_f_one_b import one_f_one_b
-from .place import schedule_from_orders
+from .place import Vocab, schedule_from_orders
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
 from .table import load_schedule, schedule_from_csv, schedule_to_csv
 from .trace import trace_from_schedule
@@ -40,6 +40,7 @@ def build_schedule(
     num_chunks: int = 1,
     clock: Clock = "lockstep",
     max_in_flight: int | None = None,
+    vocab: Vocab = "ends",
 ) -> Schedule:
     """Return the named schedule; interleaved ones have `num_chunks` chunks a rank, 2 or more.
 
@@ -49,6 +50,7 @@ def build_schedule(
     Args:
         clock: whom the order is for: one lockstep program (what trellax runs), or separate programs, which for 1F1B
             hold fewer microbatches.
+        vocab: who works on embedding and head, as given to `split_transformer`.
         max_in_flight: limit of microbatches on a rank for `auto`; None is no limit.
 
     Raises:
@@ -57,20 +59,22 @@ def build_schedule(
     if name not in SCHEDULES:
         raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{suggest(name, SCHEDULES)}")
     sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    # The others put no backward of the last stage into the tick of its forward.
+    ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
-        return auto(**sizes, num_chunks=num_chunks, max_in_flight=max_in_flight)
+        return auto(**sizes, **ends, num_chunks=num_chunks, max_in_flight=max_in_flight)
     if name.startswith("interleaved"):
         if num_chunks < 2:
             raise ScheduleError(
                 f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
                 fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
             )
-        return SCHEDULES[name](**sizes, num_chunks=num_chunks)
+        return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
     if num_chunks != 1:
         raise ScheduleError(
             f"schedule {name!r} has one chunk a rank, not {num_chunks}.", fix="set 1 chunk, or use an interleaved one."
         )
-    return one_f_one_b(**sizes, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes)
+    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
 
 
 __all__ = [
@@ -82,6 +86,7 @@ __all__ = [
     "Schedule",
     "Span",
     "Timing",
+    "Vocab",
     "auto",
     "build_schedule",
     "count_messages",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Literal
 
@@ -14,6 +15,7 @@ from .interleaved_zero_bubble import interleaved_zb_h1
 from .list_schedule import list_schedule
 from .naive import naive
 from .one_f_one_b import one_f_one_b
+from .place import Vocab
 from .simulate import simulate
 from .zero_bubble import zb_h1
 
@@ -31,6 +33,7 @@ def auto(
     input_grad: float = 1.0,
     weight_grad: float = 1.0,
     transfer: float = 0.0,
+    vocab: Vocab = "ends",
 ) -> Schedule:
     """Return the schedule of least lockstep makespan that holds at most `max_in_flight` microbatches on any rank.
 
@@ -47,7 +50,7 @@ def auto(
     limit = num_microbatches if max_in_flight is None else max_in_flight
     costs = {"forward": forward, "input_grad": input_grad, "weight_grad": weight_grad, "transfer": transfer}
     ranked = []
-    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit):
+    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, vocab):
         timing = simulate(schedule, **costs)
         held = max(timing.peak_in_flight)
         if held <= limit * num_chunks:
@@ -61,13 +64,13 @@ def auto(
     return replace(min(ranked, key=lambda entry: entry[:2])[2], name="auto")
 
 
-def _candidates(num_ranks: int, num_microbatches: int, num_chunks: int, limit: int) -> Iterator[Schedule]:
+def _candidates(num_ranks: int, num_microbatches: int, num_chunks: int, limit: int, vocab: Vocab) -> Iterator[Schedule]:
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
-    named: list[Callable[..., Schedule]] = [interleaved_1f1b, interleaved_zb_h1]
+    named: list[Callable[..., Schedule]] = [partial(interleaved_1f1b, vocab=vocab), interleaved_zb_h1]
     if num_chunks > 1:
         sizes["num_chunks"] = num_chunks
     else:
-        named = [naive, gpipe, one_f_one_b, zb_h1]
+        named = [naive, gpipe, partial(one_f_one_b, vocab=vocab), partial(zb_h1, vocab=vocab)]
     for build in named:
         yield build(**sizes)
     most = limit * num_chunks
