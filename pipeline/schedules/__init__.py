@@ -16,6 +16,7 @@ from .naive import naive
 from .one_f_one_b import one_f_one_b
 from .place import schedule_from_orders
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
+from .stage_cost import StageCost
 from .table import load_schedule, schedule_from_csv, schedule_to_csv
 from .trace import trace_from_schedule
 from .zero_bubble import zb_h1
@@ -81,6 +82,7 @@ __all__ = [
     "Kind",
     "Schedule",
     "Span",
+    "StageCost",
     "Timing",
     "auto",
     "build_schedule",
