@@ -23,6 +23,7 @@ from trellax.pipeline.schedules.stage_cost import is_even
 from .sizes import named_schedules
 
 COST = st.sampled_from((0.5, 1.0, 2.0, 3.0))
+TRANSFER = st.sampled_from((0.0, 0.25))
 CLOCK = st.sampled_from(("lockstep", "async"))
 
 every_size = settings(derandomize=True, deadline=None)
@@ -37,11 +38,11 @@ def layers(*counts: float) -> tuple[StageCost, ...]:
 
 
 @every_size
-@given(schedule=named_schedules(), clock=CLOCK, f=COST, i=COST, w=COST, transfer=st.sampled_from((0.0, 0.25)))
+@given(schedule=named_schedules(), clock=CLOCK, times=st.tuples(COST, COST, COST), transfer=TRANSFER)
 def test_equal_stages_are_the_times_of_a_rank_over_its_chunks(
-    schedule: Schedule, clock: Clock, f: float, i: float, w: float, transfer: float
+    schedule: Schedule, clock: Clock, times: tuple[float, float, float], transfer: float
 ) -> None:
-    v = schedule.num_chunks
+    (f, i, w), v = times, schedule.num_chunks
     stages = [StageCost(forward=f / v, input_grad=i / v, weight_grad=w / v)] * schedule.num_stages
     plain = simulate(schedule, clock=clock, forward=f, input_grad=i, weight_grad=w, transfer=transfer)
     assert simulate(schedule, clock=clock, stages=stages, transfer=transfer) == plain
