@@ -11,7 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import model_rules
 from ..meshes import ScheduleError
-from ..pipeline import PipelinedModel, PipelineParams, Schedule, build_schedule, split_transformer
+from ..pipeline import (
+    PipelinedModel,
+    PipelineParams,
+    Schedule,
+    StageCost,
+    build_schedule,
+    resolve_layers,
+    split_transformer,
+    stage_costs,
+)
 from ..pipeline.schedules import load_schedule
 from .config import PipelineSection, RunConfig
 from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
@@ -55,6 +64,32 @@ class Setup:
             remat=self.config.pipeline.remat,
             rules=rules,
             num_chunks=self.schedule.num_chunks,
+            layers_per_stage=self.layers_per_stage if self.mesh.shape["pipe"] > 1 else None,
+            vocab=self.config.pipeline.vocab,
+        )
+
+    @cached_property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every stage, first to last: those of the config, or balanced ones."""
+        if self.mesh.shape["pipe"] == 1:
+            return (self.config.model.num_layers,)
+        return resolve_layers(
+            self.config.model,
+            num_ranks=self.mesh.shape["pipe"],
+            num_chunks=self.schedule.num_chunks,
+            layers_per_stage=self.config.pipeline.layers_per_stage,
+            num_tokens=self.config.data.seq_len,
+            vocab=self.config.pipeline.vocab,
+        )
+
+    @cached_property
+    def stage_costs(self) -> tuple[StageCost, ...]:
+        """Time of every stage for one microbatch, in units of one layer's forward."""
+        return stage_costs(
+            self.config.model,
+            layers_per_stage=self.layers_per_stage,
+            num_tokens=self.config.data.seq_len,
+            vocab=self.config.pipeline.vocab,
         )
 
     @cached_property
@@ -73,6 +108,7 @@ class Setup:
             num_microbatches=section.microbatches,
             num_chunks=section.chunks,
             max_in_flight=section.max_in_flight or None,
+            vocab=section.vocab,
         )
 
     @cached_property
