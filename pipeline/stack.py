@@ -62,12 +62,7 @@ def check_layers(
     what = f"{num_ranks} ranks" if num_chunks == 1 else f"{num_ranks} ranks x {num_chunks} chunks"
     if layers_per_stage is not None:
         counts = tuple(layers_per_stage)
-        if len(counts) != num_stages or min(counts) < 1 or sum(counts) != num_layers:
-            raise ScheduleError(
-                f"layers_per_stage={list(counts)} for num_layers={num_layers} on {what}: these are {len(counts)} "
-                f"stages of {num_stages}, with {sum(counts)} layers of {num_layers}.",
-                fix=f"give {num_stages} numbers of 1 or more that add up to {num_layers}.",
-            )
+        _check_counts(counts, num_layers=num_layers, num_stages=num_stages, what=what)
         return counts
     if num_layers < num_stages or num_layers % num_stages:
         raise ScheduleError(
@@ -77,6 +72,29 @@ def check_layers(
             f"{num_layers}, or say how many layers each stage has.",
         )
     return (num_layers // num_stages,) * num_stages
+
+
+def _check_counts(counts: tuple[int, ...], *, num_layers: int, num_stages: int, what: str) -> None:
+    asked = f"layers_per_stage={','.join(map(str, counts))}"
+    if len(counts) != num_stages:
+        raise ScheduleError(
+            f"{asked} is for {len(counts)} stages, but {what} make {num_stages}.",
+            fix=f"give {num_stages} numbers, from the first stage to the last, or 'auto'.",
+        )
+    for stage, count in enumerate(counts):
+        if count < 1:
+            raise ScheduleError(
+                f"{asked} has {count} layers for stage {stage}; a stage has at least one.",
+                fix=f"give every stage 1 or more, {num_layers} in all, or 'auto'.",
+            )
+    # Megatron-LM once built 28 of 30 layers and trained on (its issue 1304).
+    if sum(counts) != num_layers:
+        gap = sum(counts) - num_layers
+        raise ScheduleError(
+            f"{asked} adds up to {sum(counts)} layers, {abs(gap)} {'more' if gap > 0 else 'fewer'} than "
+            f"num_layers={num_layers}.",
+            fix=f"make it add up to {num_layers}, set num_layers={sum(counts)}, or use 'auto'.",
+        )
 
 
 def _places(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -1,6 +1,6 @@
 """Pipeline schedules as data: no jax here. `SCHEDULES` is the one registry of the project."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...meshes.errors import ScheduleError, suggest
@@ -16,6 +16,7 @@ from .naive import naive
 from .one_f_one_b import one_f_one_b
 from .place import Vocab, schedule_from_orders
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
+from .stage_cost import StageCost
 from .table import load_schedule, schedule_from_csv, schedule_to_csv
 from .trace import trace_from_schedule
 from .zero_bubble import zb_h1
@@ -41,6 +42,7 @@ def build_schedule(
     clock: Clock = "lockstep",
     max_in_flight: int | None = None,
     vocab: Vocab = "ends",
+    stages: Sequence[StageCost] | None = None,
 ) -> Schedule:
     """Return the named schedule; interleaved ones have `num_chunks` chunks a rank, 2 or more.
 
@@ -52,6 +54,7 @@ def build_schedule(
             hold fewer microbatches.
         vocab: who works on embedding and head, as given to `split_transformer`.
         max_in_flight: limit of microbatches on a rank for `auto`; None is no limit.
+        stages: times of the stages for `auto`; it takes them for equal if left out.
 
     Raises:
         ScheduleError: the name is unknown, a count is below 1, or the name and the number of chunks do not fit.
@@ -62,7 +65,7 @@ def build_schedule(
     # The others put no backward of the last stage into the tick of its forward.
     ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
-        return auto(**sizes, **ends, num_chunks=num_chunks, max_in_flight=max_in_flight)
+        return auto(**sizes, **ends, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
     if name.startswith("interleaved"):
         if num_chunks < 2:
             raise ScheduleError(
@@ -85,6 +88,7 @@ __all__ = [
     "Kind",
     "Schedule",
     "Span",
+    "StageCost",
     "Timing",
     "Vocab",
     "auto",
