@@ -1,5 +1,6 @@
 """Checks of what a user hands to the pipeline, from shapes alone and before anything runs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,31 +95,7 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
     Raises:
         ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
     """
-    # The arrays are made inside eval_shape, not given to it: so they keep their varying axes, which user code may need.
-    is_together = fns.shared_specs is not None
-    varies: dict[str, bool] = {}
-
-    def microbatch(axes: tuple[str, ...] = ("pipe", "data")) -> Any:
-        return jax.tree.map(lambda leaf: vary(leaf[0], axes), batch)
-
-    def shared() -> Any:
-        return params.shared if is_together else jax.tree.map(vary, params.shared)
-
-    def end(name: str, *args: Any) -> jax.Array:
-        y = getattr(fns, name)(shared(), *args, microbatch(("data",) if is_together else ("pipe", "data")))
-        varies[name] = is_together and isinstance(y, jax.Array) and "pipe" in jax.typeof(y).mat.varying
-        return y
-
-    def first() -> jax.Array:
-        return end("first")
-
-    def layer() -> jax.Array:
-        own = jax.tree.map(lambda leaf: vary(leaf[0, 0]), params.stages)
-        return fns.layer(own, vary(first()), microbatch())
-
-    def last() -> jax.Array:
-        return end("last", first() if is_together else layer())
-
+    first, layer, last, varies = _probe(fns, params, batch)
     x = jax.eval_shape(first)
     if not isinstance(x, jax.ShapeDtypeStruct):
         raise ScheduleError(
@@ -138,6 +115,38 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
         )
     _check_summed(varies)
+
+
+def _probe(
+    fns: StageFns, params: PipelineParams, batch: Any
+) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any], dict[str, bool]]:
+    """The three functions on what they are given, and, once they ran, whether the ends differ between ranks.
+
+    The arrays are made inside them, so that under eval_shape they keep their varying axes, which user code may need.
+    """
+    is_together = fns.shared_specs is not None
+    varies: dict[str, bool] = {}
+
+    def microbatch(axes: tuple[str, ...]) -> Any:
+        return jax.tree.map(lambda leaf: vary(leaf[0], axes), batch)
+
+    def end(name: str, *args: Any) -> jax.Array:
+        shared = params.shared if is_together else jax.tree.map(vary, params.shared)
+        y = getattr(fns, name)(shared, *args, microbatch(("data",) if is_together else ("pipe", "data")))
+        varies[name] = is_together and isinstance(y, jax.Array) and "pipe" in jax.typeof(y).mat.varying
+        return y
+
+    def first() -> jax.Array:
+        return end("first")
+
+    def layer() -> jax.Array:
+        own = jax.tree.map(lambda leaf: vary(leaf[0, 0]), params.stages)
+        return fns.layer(own, vary(first()), microbatch(("pipe", "data")))
+
+    def last() -> jax.Array:
+        return end("last", first() if is_together else layer())
+
+    return first, layer, last, varies
 
 
 def _check_summed(varies: dict[str, bool]) -> None:

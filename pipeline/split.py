@@ -5,7 +5,8 @@ together, or each rank holds them whole over pipe and the end stages work on the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,29 +67,27 @@ def split_transformer(
     if vocab == "split" and num_ranks > 1:
         rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
 
-    def born(seed: jax.Array) -> PipelineParams:
-        model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)), rules=rules)
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        blocks = stages_from_layers(
-            params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts
-        )
-        return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
-
+    born = partial(_born, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32"))
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    fns = replace(
-        _stage_fns(model, remat),
-        layers_per_stage=counts if len(set(counts)) > 1 else None,
-        shared_specs=_shared_specs(dims.shared, rules) if "pipe" in rules.axes("vocab") else None,
-    )
+    fns = _stage_fns(model, remat, counts, _shared_specs(dims.shared, rules))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
 
 
-def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
+def _born(
+    config: ModelConfig, num_ranks: int, num_chunks: int, counts: tuple[int, ...], seed: jax.Array
+) -> PipelineParams:
+    model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    blocks = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
+    return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+
+
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared_specs: Any) -> StageFns:
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
@@ -104,7 +103,13 @@ def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
         logits_BTV = head(x_BTD, embedding_VD=shared["embed"]["table"])
         return cross_entropy(logits_BTV, microbatch["targets"], microbatch["weights"], rules=head.rules)
 
-    return StageFns(first=first, layer=rematerialize(layer, remat), last=last)
+    return StageFns(
+        first=first,
+        layer=rematerialize(layer, remat),
+        last=last,
+        layers_per_stage=counts if len(set(counts)) > 1 else None,
+        shared_specs=shared_specs,
+    )
 
 
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
@@ -113,7 +118,9 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
 
 
 def _shared_specs(dims: dict[str, Any], rules: ShardingRules) -> Any:
-    """Over pipe alone, for `shard_map`: the compiler knows about the other axes."""
+    """Over pipe alone, for `shard_map`: the compiler knows about the other axes. None if no table is split over it."""
+    if "pipe" not in rules.axes("vocab"):
+        return None
 
     def spec(own: tuple[str, ...]) -> PartitionSpec:
         return PartitionSpec(*("pipe" if "pipe" in rules.axes(dim) else None for dim in own))

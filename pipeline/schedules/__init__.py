@@ -66,18 +66,22 @@ def build_schedule(
     ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
         return auto(**sizes, **ends, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
-    if name.startswith("interleaved"):
-        if num_chunks < 2:
-            raise ScheduleError(
-                f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
-                fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
-            )
+    _check_chunks(name, num_chunks)
+    if num_chunks > 1:
         return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
-    if num_chunks != 1:
+    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
+
+
+def _check_chunks(name: str, num_chunks: int) -> None:
+    if name.startswith("interleaved") and num_chunks < 2:
+        raise ScheduleError(
+            f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
+            fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
+        )
+    if not name.startswith("interleaved") and num_chunks != 1:
         raise ScheduleError(
             f"schedule {name!r} has one chunk a rank, not {num_chunks}.", fix="set 1 chunk, or use an interleaved one."
         )
-    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
 
 
 __all__ = [

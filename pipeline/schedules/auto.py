@@ -1,6 +1,6 @@
 """The best schedule we can find for given costs and memory: every named one, and what a list scheduler makes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -17,7 +17,6 @@ from .naive import naive
 from .one_f_one_b import one_f_one_b
 from .place import Vocab
 from .simulate import simulate
-from .stage_cost import StageCost
 from .zero_bubble import zb_h1
 
 _PRIORITIES: tuple[tuple[Kind, ...], ...] = (("I", "F", "W"), ("I", "W", "F"), ("F", "I", "W"))
@@ -30,12 +29,8 @@ def auto(
     num_microbatches: int,
     num_chunks: int = 1,
     max_in_flight: int | None = None,
-    forward: float = 1.0,
-    input_grad: float = 1.0,
-    weight_grad: float = 1.0,
-    transfer: float = 0.0,
-    stages: Sequence[StageCost] | None = None,
     vocab: Vocab = "ends",
+    **costs: Any,
 ) -> Schedule:
     """Return the schedule of least lockstep makespan that holds at most `max_in_flight` microbatches on any rank.
 
@@ -44,14 +39,12 @@ def auto(
 
     Args:
         max_in_flight: limit in whole microbatches; a microbatch of one of v chunks counts 1/v. None is no limit.
-        forward, input_grad, weight_grad, transfer, stages: costs as in `simulate`.
+        costs: those of `simulate`, from `forward` to `stages`.
 
     Raises:
         ScheduleError: a count is below 1, or nothing runs under the limit.
     """
     limit = num_microbatches if max_in_flight is None else max_in_flight
-    costs: dict[str, Any] = {"forward": forward, "input_grad": input_grad, "weight_grad": weight_grad}
-    costs |= {"transfer": transfer, "stages": stages}
     ranked = []
     for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, vocab):
         timing = simulate(schedule, **costs)

@@ -1,13 +1,12 @@
 """A schedule as a picture: ranks down, time across, a colour for each kind of action, bubbles hatched."""
 
 import io
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .action import Kind
 from .grid import Schedule
 from .simulate import Clock, Span, simulate, time_actions
-from .stage_cost import StageCost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,22 +36,21 @@ def draw_picture(
     *,
     format: Literal["png", "svg"] = "png",  # noqa: A002
     clock: Clock = "lockstep",
-    stages: Sequence[StageCost] | None = None,
-    **costs: float,
+    **costs: Any,
 ) -> bytes:
     """Return a PNG or SVG of the schedule by a clock, with bubble and peak in flight in the title.
 
     >>> Path("zb.svg").write_bytes(draw_picture(schedule, format="svg", clock="async", weight_grad=0.8))
 
     Args:
-        stages, costs: as in `simulate`; costs are forward, input_grad, weight_grad and transfer.
+        costs: those of `simulate`, from `forward` to `stages`.
     """
     # Half a second to import, and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    timing = simulate(schedule, clock=clock, stages=stages, **costs)
-    spans = time_actions(schedule, clock=clock, stages=stages, **costs)
+    timing = simulate(schedule, clock=clock, **costs)
+    spans = time_actions(schedule, clock=clock, **costs)
     narrowest = min(length for span in spans if (length := span.end - span.start))
     width = min(_WIDEST, max(8.0, 1.2 + _INCHES_PER_CELL * timing.makespan / narrowest))
     height = min(_TALLEST, 1.5 + _INCHES_PER_RANK * schedule.num_ranks)

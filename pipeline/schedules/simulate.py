@@ -67,16 +67,8 @@ def simulate(
     Raises:
         ScheduleError: `stages` are not as many as the schedule's, or `shared_loss` is given to the async clock.
     """
-    spans = time_actions(
-        schedule,
-        clock=clock,
-        forward=forward,
-        input_grad=input_grad,
-        weight_grad=weight_grad,
-        transfer=transfer,
-        stages=stages,
-        shared_loss=shared_loss,
-    )
+    stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
+    spans = _run(schedule, clock, stages, transfer, shared_loss)
     busy = [schedule.num_microbatches * shared_loss] * schedule.num_ranks
     for span in spans:
         busy[span.rank] += span.end - span.start
@@ -105,24 +97,36 @@ def time_actions(
 
     Arguments and errors as in `simulate`. A shared loss is no action: it is a gap between spans.
     """
+    stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
+    return tuple(_run(schedule, clock, stages, transfer, shared_loss))
+
+
+def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: StageCost) -> Sequence[StageCost]:
+    """The given times, or those of equal stages that together take a rank's."""
     if stages is None:
         v = schedule.num_chunks
-        stage = StageCost(forward=forward / v, input_grad=input_grad / v, weight_grad=weight_grad / v)
-        stages = [stage] * schedule.num_stages
-    elif len(stages) != schedule.num_stages:
+        chunk = StageCost(forward=rank.forward / v, input_grad=rank.input_grad / v, weight_grad=rank.weight_grad / v)
+        return [chunk] * schedule.num_stages
+    if len(stages) != schedule.num_stages:
         raise ScheduleError(
             f"schedule {schedule.name!r} of {schedule.num_ranks} ranks x {schedule.num_chunks} chunks has "
             f"{schedule.num_stages} stages, but the times of {len(stages)} are given.",
             fix=f"give {schedule.num_stages} of them, from the first stage to the last.",
         )
+    return stages
+
+
+def _run(
+    schedule: Schedule, clock: Clock, stages: Sequence[StageCost], transfer: float, shared_loss: float
+) -> list[Span]:
     if clock == "lockstep":
-        return tuple(_run_lockstep(schedule, stages, transfer, shared_loss))
+        return _run_lockstep(schedule, stages, transfer, shared_loss)
     if shared_loss:
         raise ScheduleError(
             f"shared_loss={shared_loss:g} by the async clock: only one program for all ranks computes a loss together.",
             fix="use clock='lockstep', or leave shared_loss out.",
         )
-    return tuple(_run_async(schedule, stages, transfer))
+    return _run_async(schedule, stages, transfer)
 
 
 def count_messages(schedule: Schedule) -> int:

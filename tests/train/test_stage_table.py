@@ -48,12 +48,23 @@ def test_equal_stages_have_the_bytes_of_the_sharding_table() -> None:
     assert (first.parameter_bytes, last.parameter_bytes) == (layers + embed, layers + head)
 
 
+def test_a_split_vocabulary_is_a_part_of_every_rank() -> None:
+    setup = setup_of("--mesh.tensor 2 --mesh.pipe 2 --model.num_layers 6 --pipeline.vocab split")
+    sizes = {row.name: row.device_bytes for row in sharding_table(setup.model.params).rows}
+    layers = sum(size for name, size in sizes.items() if name.startswith("stages."))
+    tables = sum(size for name, size in sizes.items() if name.endswith(".table"))
+    norm = sum(size for name, size in sizes.items() if name.startswith("shared.head.norm."))
+    first, last = tabulate_stages(setup).rows
+    wanted = layers + tables + sizes.get("shared.embed.positions", 0), layers + tables + norm
+    assert (first.parameter_bytes, last.parameter_bytes) == wanted
+
+
 def test_activations_are_those_of_the_microbatches_in_flight() -> None:
     setup = setup_of(f"{FOUR} --pipeline.remat full")
     rows = tabulate_stages(setup).rows
-    assert tuple(row.in_flight for row in rows) == simulate(setup.schedule).peak_in_flight == (6, 4, 2, 1)
+    assert tuple(row.in_flight for row in rows) == simulate(setup.schedule).peak_in_flight == (7, 5, 3, 1)
     # 32 sequences over data=2 and 8 microbatches; full remat keeps x[2, 128, 128] in float32.
-    assert [row.activation_bytes for row in rows] == [n * 2 * 128 * 128 * 4 for n in (6 * 1, 4 * 2, 2 * 2, 1 * 2)]
+    assert [row.activation_bytes for row in rows] == [n * 2 * 128 * 128 * 4 for n in (7 * 1, 5 * 2, 3 * 2, 1 * 2)]
 
 
 def test_chunks_of_a_rank_are_counted_at_the_same_moment() -> None:
