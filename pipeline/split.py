@@ -51,19 +51,16 @@ def split_transformer(
     Batches are dicts of tokens, targets and weights, each [M, B@data, T].
 
     Args:
-        layers_per_stage: number of layers of each stage; equal if left out. Unequal stages are padded with zeros.
-        vocab: whether the tables of embedding and head are split over pipe too, and all ranks work on them together; or
-            the first and the last stage do so alone. Make the schedule with the same word.
+        layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
+        vocab: as the schedule was made with: tables split over pipe too for all ranks, or for the end stages alone.
         rules: fitted to model and mesh by `layers.model_rules`.
 
     Raises:
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    num_ranks = mesh.shape["pipe"]
-    counts = check_layers(
-        config.num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage
-    )
+    num_ranks, num_layers = mesh.shape["pipe"], config.num_layers
+    counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
         rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
 
