@@ -32,11 +32,12 @@ class AloneEnds:
 
     def enter(self, carry: Carry, row: Row, microbatch: Any) -> jax.Array:
         """Return what enters a stage: the microbatch itself on the first, else what arrived."""
-        return jax.lax.cond(
-            row["source"] == NONE,
-            lambda: vary(self.fns.first(self.shared, microbatch)),
-            lambda: read(carry["activations"], row["source"]),
-        )
+
+        @jax.named_scope("first")
+        def first() -> jax.Array:
+            return vary(self.fns.first(self.shared, microbatch))
+
+        return jax.lax.cond(row["source"] == NONE, first, lambda: read(carry["activations"], row["source"]))
 
     def leave(self, carry: Carry, y: jax.Array, row: Row, microbatch: Any) -> Carry:
         """Pass on what a stage made; the last stage makes the loss of it."""
@@ -49,6 +50,7 @@ class AloneEnds:
     def leave_back(self, carry: Carry, dx: jax.Array, row: Row, microbatch: Any) -> Carry:
         """Pass back the gradient of a stage's input; the first stage takes it through `first`."""
 
+        @jax.named_scope("first_back")
         def through_first(sums: Any) -> Any:
             _, vjp = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
             return jax.tree.map(accumulate, sums, vjp(dx)[0])
@@ -60,9 +62,11 @@ class AloneEnds:
         """Nothing to do for all ranks after an action."""
         return carry
 
+    @jax.named_scope("last")
     def _evaluate(self, y: jax.Array, microbatch: Any, carry: Carry) -> Carry:
         return carry | {"loss": carry["loss"] + vary(self.fns.last(self.shared, y, microbatch))}
 
+    @jax.named_scope("last")
     def _differentiate(self, y: jax.Array, microbatch: Any, row: Row, carry: Carry) -> Carry:
         """Loss of the last stage and its gradient at once, so that logits never wait in a buffer."""
         loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, y, microbatch)
@@ -88,6 +92,7 @@ class TogetherEnds:
     def before(self, carry: Carry, row: Row, columns: Row) -> Carry:
         """Make the activations of the microbatch that the first stage is about to run."""
 
+        @jax.named_scope("first")
         def first(carry: Carry) -> Carry:
             x = self.fns.first(self.shared, read(self.batch, columns["first"]))
             return leave(carry, "activations", vary(x), row["first_slot"])
@@ -115,6 +120,7 @@ class TogetherEnds:
         first_back = partial(self._first_back, row=row, columns=columns)
         return jax.lax.cond(columns["first_back"] == NONE, lambda carry: carry, first_back, carry)
 
+    @jax.named_scope("last")
     def _last(self, carry: Carry, *, row: Row, columns: Row) -> Carry:
         microbatch = read(self.batch, columns["last"])
         is_here = row["last_slot"] != NONE
@@ -129,6 +135,7 @@ class TogetherEnds:
             "shared_grads": jax.tree.map(accumulate, carry["shared_grads"], d_shared),
         }
 
+    @jax.named_scope("first_back")
     def _first_back(self, carry: Carry, *, row: Row, columns: Row) -> Carry:
         microbatch = read(self.batch, columns["first_back"])
         dx = _broadcast(carry["gradients"], row["first_back_slot"])

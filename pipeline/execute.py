@@ -44,7 +44,10 @@ def run_turns(
 
 
 class _Machine:
-    """One rank's view of the loop. The carry is a dict of buffers; a row is this rank's entry of every column."""
+    """One rank's view of the loop. The carry is a dict of buffers; a row is this rank's entry of every column.
+
+    Named scopes say in profiles and in the compiled program which action an instruction belongs to.
+    """
 
     def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, bubbles: Bubbles, wants: Wants) -> None:
         self.fns, self.bubbles, self.wants = fns, bubbles, wants
@@ -98,6 +101,7 @@ class _Machine:
             carry = self._pass(carry, "gradients", *slots, columns["passes_back"], step=-1)
         return carry, None
 
+    @jax.named_scope("forward")
     def _forward(self, carry: Carry, row: Row) -> Carry:
         microbatch = read(self.batch, row["microbatch"])
 
@@ -112,6 +116,7 @@ class _Machine:
         y, saved = jax.lax.fori_loop(0, self._num_own_layers(row), layer, start)
         return self.ends.leave(carry | {"saved": saved}, y, row, microbatch)
 
+    @jax.named_scope("forward")
     def _forward_only(self, carry: Carry, row: Row) -> Carry:
         microbatch = read(self.batch, row["microbatch"])
 
@@ -121,6 +126,7 @@ class _Machine:
         y = jax.lax.fori_loop(0, self._num_own_layers(row), layer, self.ends.enter(carry, row, microbatch))
         return self.ends.leave(carry, y, row, microbatch)
 
+    @jax.named_scope("backward")
     def _backward(self, carry: Carry, row: Row) -> Carry:
         microbatch, num_layers = read(self.batch, row["microbatch"]), self._num_own_layers(row)
 
@@ -136,6 +142,7 @@ class _Machine:
         dx, sums = jax.lax.fori_loop(0, num_layers, layer, (grad, carry["stage_grads"]))
         return self.ends.leave_back(carry | {"stage_grads": sums}, dx, row, microbatch)
 
+    @jax.named_scope("input_grad")
     def _input_grad(self, carry: Carry, row: Row) -> Carry:
         microbatch, num_layers = read(self.batch, row["microbatch"]), self._num_own_layers(row)
 
@@ -155,6 +162,7 @@ class _Machine:
         dx, saved = jax.lax.fori_loop(0, num_layers, layer, (grad, carry["saved"]))
         return self.ends.leave_back(carry | {"saved": saved}, dx, row, microbatch)
 
+    @jax.named_scope("weight_grad")
     def _weight_grad(self, carry: Carry, row: Row) -> Carry:
         microbatch = read(self.batch, row["microbatch"])
 
@@ -176,6 +184,7 @@ class _Machine:
     def _layer_params(self, row: Row, index: jax.Array) -> Any:
         return read(self.stages, row["chunk"], index)
 
+    @jax.named_scope("exchange")
     def _pass(
         self, carry: Carry, buffer: str, send: jax.Array, arrive: jax.Array, is_sent: jax.Array, *, step: int
     ) -> Carry:
