@@ -62,7 +62,9 @@ class Checkpoints:
         loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
         paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         arrays = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in paths])
-        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=0)(arrays)
+        # Padded stages are larger than what they are made of, so they cannot take its place in memory.
+        donated = () if setup.model.fns.layers_per_stage else (0,)
+        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=donated)(arrays)
 
     def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         saved = self._orbax.checkpointables_metadata(step).metadata["state"]
