@@ -60,7 +60,8 @@ def _build(name: str, args: argparse.Namespace, *, num_chunks: int | None) -> Sc
     if name == "auto":
         sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks or 1}
         stages = _stages(name, args, num_ranks=args.ranks, num_chunks=num_chunks or 1)
-        return SCHEDULES[name](**sizes, **_rank_costs(args), stages=stages, max_in_flight=args.max_in_flight)
+        more = {"stages": stages, "clock": args.clock, "max_in_flight": args.max_in_flight}
+        return SCHEDULES[name](**sizes, **_rank_costs(args), **more)
     return build_schedule(
         name,
         num_ranks=args.ranks,

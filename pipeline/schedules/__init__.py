@@ -65,7 +65,7 @@ def build_schedule(
     # The others put no backward of the last stage into the tick of its forward.
     ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
-        return auto(**sizes, **ends, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
+        return auto(**sizes, **ends, clock=clock, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
     _check_chunks(name, num_chunks)
     if num_chunks > 1:
         return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)

@@ -16,7 +16,7 @@ from .list_schedule import list_schedule
 from .naive import naive
 from .one_f_one_b import one_f_one_b
 from .place import Vocab
-from .simulate import simulate
+from .simulate import Clock, simulate
 from .zero_bubble import zb_h1
 
 _PRIORITIES: tuple[tuple[Kind, ...], ...] = (("I", "F", "W"), ("I", "W", "F"), ("F", "I", "W"))
@@ -29,10 +29,11 @@ def auto(
     num_microbatches: int,
     num_chunks: int = 1,
     max_in_flight: int | None = None,
+    clock: Clock = "lockstep",
     vocab: Vocab = "ends",
     **costs: Any,
 ) -> Schedule:
-    """Return the schedule of least lockstep makespan that holds at most `max_in_flight` microbatches on any rank.
+    """Return the schedule of least makespan by a clock that holds at most `max_in_flight` microbatches on any rank.
 
     It is never worse than the named schedules of as many chunks under the same limit; of equals, the one that holds
     less.
@@ -46,8 +47,8 @@ def auto(
     """
     limit = num_microbatches if max_in_flight is None else max_in_flight
     ranked = []
-    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, vocab):
-        timing = simulate(schedule, **costs)
+    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, clock=clock, vocab=vocab):
+        timing = simulate(schedule, clock=clock, **costs)
         held = max(timing.peak_in_flight)
         if held <= limit * num_chunks:
             ranked.append((timing.makespan, held, schedule))
@@ -60,13 +61,15 @@ def auto(
     return replace(min(ranked, key=lambda entry: entry[:2])[2], name="auto")
 
 
-def _candidates(num_ranks: int, num_microbatches: int, num_chunks: int, limit: int, vocab: Vocab) -> Iterator[Schedule]:
+def _candidates(
+    num_ranks: int, num_microbatches: int, num_chunks: int, limit: int, *, clock: Clock, vocab: Vocab
+) -> Iterator[Schedule]:
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
     named: list[Callable[..., Schedule]] = [partial(interleaved_1f1b, vocab=vocab), interleaved_zb_h1]
     if num_chunks > 1:
         sizes["num_chunks"] = num_chunks
     else:
-        named = [naive, gpipe, partial(one_f_one_b, vocab=vocab), partial(zb_h1, vocab=vocab)]
+        named = [naive, gpipe, partial(one_f_one_b, clock=clock, vocab=vocab), partial(zb_h1, vocab=vocab)]
     for build in named:
         yield build(**sizes)
     most = limit * num_chunks
