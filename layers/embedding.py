@@ -40,56 +40,66 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
 
     table[V@tensor, D], tokens[B@data, T] -> rows[B@data, T, D]; one all-reduce over `tensor`.
 
-    Each device looks up the tokens of its own slice and adds zeros for the others.
+    Each device looks up the tokens of its own slice and adds zeros for the others. Where an axis of the vocabulary is
+    manual, the table is this device's block of it and the rows are summed over that axis too.
     """
-    axis = rules.axis_in_context("vocab")
-    return table_VD[tokens_BT] if axis is None else _lookup_split(table_VD, tokens_BT, axis, rules)
+    auto, manual = rules.auto_axes("vocab"), rules.manual_axes("vocab")
+    if manual:
+        tokens_BT = tokens_BT - jax.lax.axis_index(manual) * table_VD.shape[0]
+    if auto:
+        rows_BTD = _lookup_split(table_VD, tokens_BT, auto, rules)
+    elif manual:
+        is_mine_BT = (tokens_BT >= 0) & (tokens_BT < table_VD.shape[0])
+        rows_BTD = jnp.where(is_mine_BT[..., None], table_VD[jnp.where(is_mine_BT, tokens_BT, 0)], 0.0)
+    else:
+        rows_BTD = table_VD[tokens_BT]
+    return jax.lax.psum(rows_BTD, manual) if manual else rows_BTD
 
 
 # The axis is made manual because XLA's partitioner crashes on a gather from an automatically split operand inside a
 # partly manual region. The gradient is written by hand because autodiff of a nested `shard_map` gives its residuals
 # the outer region's manual axes, which does not lower (jax 0.10 to 0.12); delete when it does.
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axis: str, rules: ShardingRules) -> jax.Array:
+def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], rules: ShardingRules) -> jax.Array:
     def block(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
+        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axes)
         rows_BTD = jnp.where(mine_BT[..., None], table_vD[jnp.where(mine_BT, local_BT, 0)], 0.0)
-        return jax.lax.psum(rows_BTD, axis)
+        return jax.lax.psum(rows_BTD, axes)
 
-    batch = rules.axis_in_context("batch")
-    manual = {name for name in (axis, batch) if name}
-    specs = (P(axis, None), P(batch))
-    return jax.shard_map(block, in_specs=specs, out_specs=P(batch), axis_names=manual)(table_VD, tokens_BT)
+    batch = rules.auto_axes("batch")
+    manual = {*axes, *batch}
+    specs = (P(axes, None), P(batch or None))
+    return jax.shard_map(block, in_specs=specs, out_specs=P(batch or None), axis_names=manual)(table_VD, tokens_BT)
 
 
 def _lookup_forward(
-    table_VD: jax.Array, tokens_BT: jax.Array, axis: str, rules: ShardingRules
+    table_VD: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], rules: ShardingRules
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _lookup_split(table_VD, tokens_BT, axis, rules), (table_VD, tokens_BT)
+    return _lookup_split(table_VD, tokens_BT, axes, rules), (table_VD, tokens_BT)
 
 
 def _lookup_backward(
-    axis: str, rules: ShardingRules, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
+    axes: tuple[str, ...], rules: ShardingRules, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
 ) -> tuple[jax.Array, np.ndarray[tuple[int, ...], np.dtype[np.void]]]:
     def block(table_vD: jax.Array, tokens_BT: jax.Array, grad_BTD: jax.Array) -> jax.Array:
-        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axis)
+        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axes)
         # One past the end is dropped; a negative index would wrap to another token's row.
         row_BT = jnp.where(mine_BT, local_BT, table_vD.shape[0])
         grad_vD = jnp.zeros_like(table_vD).at[row_BT].add(grad_BTD, mode="drop")
         return jax.lax.psum(grad_vD, batch) if batch else grad_vD
 
     # Manual too where the compiler splits it: left to itself it gathers the whole batch's gradients for the scatter.
-    batch = rules.axis_in_context("batch")
-    manual = {name for name in (axis, batch) if name}
+    batch = rules.auto_axes("batch")
+    manual = {*axes, *batch}
     table_VD, tokens_BT = saved
-    specs = (P(axis, None), P(batch), P(batch))
-    split = jax.shard_map(block, in_specs=specs, out_specs=P(axis, None), axis_names=manual)
+    specs = (P(axes, None), P(batch or None), P(batch or None))
+    split = jax.shard_map(block, in_specs=specs, out_specs=P(axes, None), axis_names=manual)
     return split(table_VD, tokens_BT, grad_BTD), np.zeros(tokens_BT.shape, jax.dtypes.float0)
 
 
 _lookup_split.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _localize(tokens_BT: jax.Array, num_rows: int, axis: str) -> tuple[jax.Array, jax.Array]:
-    local_BT = tokens_BT - jax.lax.axis_index(axis) * num_rows
+def _localize(tokens_BT: jax.Array, num_rows: int, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    local_BT = tokens_BT - jax.lax.axis_index(axes) * num_rows
     return local_BT, (local_BT >= 0) & (local_BT < num_rows)

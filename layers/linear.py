@@ -25,6 +25,16 @@ def make_param(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *,
     return nnx.Param(value, dims=dims)
 
 
+def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return x, the same on all devices of some manual axes, for work that differs between them.
+
+    It costs nothing; its gradient is summed over the axes, one all-reduce, in float32: XLA's CPU backend aborts on
+    bfloat16 sums over manual axes.
+    """
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
+
+
 class ColumnLinear(nnx.Module):
     """A linear layer whose output features are split over the axis of `dim`.
 

@@ -3,6 +3,7 @@
 It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/split.py` cuts it into stages.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
-from .linear import INIT_STD, make_param
+from .linear import INIT_STD, make_param, spread
 from .loss import cross_entropy
 from .norms import make_norm
 
@@ -32,9 +33,12 @@ class Head(nnx.Module):
         self.table = own if config.embeddings == "untied" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
-        """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor]."""
+        """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor].
+
+        Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
+        """
         table_VD = embedding_VD if self.table is None else self.table[...]
-        x_BTD = self.norm(x_BTD)
+        x_BTD = spread(self.norm(x_BTD), self.rules.manual_axes("vocab"))
         logits_BTV = jnp.einsum(
             "btd,vd->btv", x_BTD, table_VD.astype(self.config.dtype), preferred_element_type=jnp.float32
         )
@@ -75,7 +79,7 @@ class Transformer(nnx.Module):
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         """Return the weighted sum of cross-entropies; the mean where the weights sum to 1."""
-        return cross_entropy(self(tokens_BT), targets_BT, weights_BT)
+        return cross_entropy(self(tokens_BT), targets_BT, weights_BT, rules=self.rules)
 
 
 def model_rules(
@@ -95,15 +99,15 @@ def model_rules(
         ("vocab_size", "vocab"),
     ]
     for field, dim in split:
-        axis, size = rules.axis(dim), getattr(config, field)
-        parts = sizes.get(axis, 1) if axis else 1
+        axis, parts = _parts(rules, dim, sizes)
+        size = getattr(config, field)
         if size % parts:
             raise ModelError(
                 f"{field}={size} does not split over {axis}={parts}: {size} / {parts} = {size / parts:.2f}.",
                 fix=f"set {field}={-(-size // parts) * parts}, or choose a {axis} size that divides {size}.",
             )
-    axis, heads = rules.axis("kv_heads"), config.num_kv_heads
-    parts = sizes.get(axis, 1) if axis else 1
+    axis, parts = _parts(rules, "kv_heads", sizes)
+    heads = config.num_kv_heads
     if heads % parts == 0:
         return rules
     if parts % heads == 0:
@@ -113,6 +117,12 @@ def model_rules(
         "evenly.",
         fix=f"choose a {axis} size that divides {heads} or is a multiple of it.",
     )
+
+
+def _parts(rules: ShardingRules, dim: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """The axes of a dimension as text, and into how many parts they split it."""
+    axes = rules.axes(dim)
+    return " x ".join(axes), math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def param_dims(model: Transformer) -> dict[str, Any]:

@@ -1,19 +1,23 @@
-"""Sharding rules: which mesh axis each logical dimension is split over.
+"""Sharding rules: which mesh axis, or axes, each logical dimension is split over.
 
 Layers say what a dimension *is* ("heads"); this table says where it *lives* ("tensor"). Change the table and the
 model moves, without touching a layer. Read `describe.py` next, or `../layers/linear.py` for the use.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import ShardingError, suggest
 from .spec import AXES
 
-_DEFAULT = {
+Axes = str | tuple[str, ...] | None
+"""What a dimension is split over: an axis, several with the first outermost, or nothing."""
+
+_DEFAULT: dict[str, Axes] = {
     "batch": "data",
     "tokens": None,
     "embed": None,
@@ -32,44 +36,47 @@ _DEFAULT = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """An immutable table from logical dimension to mesh axis, or to None for "not split".
+    """An immutable table from logical dimension to mesh axis, to several, or to None for "not split".
 
     >>> DEFAULT_RULES.spec(("embed", "ffn"))
     PartitionSpec(None, 'tensor')
+    >>> DEFAULT_RULES.replace(vocab=("pipe", "tensor")).spec(("vocab", "embed"))
+    PartitionSpec(('pipe', 'tensor'), None)
 
     Raises:
         ShardingError: a rule names an axis that no mesh has.
     """
 
-    table: tuple[tuple[str, str | None], ...]
+    table: tuple[tuple[str, Axes], ...]
 
     def __post_init__(self) -> None:
-        for dim, axis in self.table:
-            if axis is not None and axis not in AXES:
-                raise ShardingError(
-                    f"rule {dim!r} -> {axis!r}: unknown mesh axis {axis!r}; a mesh has data, tensor, pipe."
-                    f"{suggest(axis, AXES)}"
-                )
+        for dim, value in self.table:
+            for axis in _as_tuple(value):
+                if axis not in AXES:
+                    raise ShardingError(
+                        f"rule {dim!r} -> {axis!r}: unknown mesh axis {axis!r}; a mesh has data, tensor, pipe."
+                        f"{suggest(axis, AXES)}"
+                    )
 
-    def replace(self, **axes: str | None) -> "ShardingRules":
+    def replace(self, **axes: Axes) -> "ShardingRules":
         """Return the rules with the given dimensions moved to other axes, or added."""
         return ShardingRules(table=tuple((dict(self.table) | axes).items()))
 
-    def axis(self, dim: str | None) -> str | None:
-        """Return the mesh axis that a logical dimension is split over, or None.
+    def axes(self, dim: str | None) -> tuple[str, ...]:
+        """Return the mesh axes that a logical dimension is split over, the outermost first; mostly one or none.
 
         Raises:
             ShardingError: no rule has this name.
         """
         if dim is None:
-            return None
+            return ()
         table = dict(self.table)
         if dim not in table:
             raise ShardingError(
                 f"unknown dimension {dim!r}; the rules have {', '.join(table)}.{suggest(dim, table)}",
                 fix=f"add it with rules.replace({dim}=None) or with a mesh axis.",
             )
-        return table[dim]
+        return _as_tuple(table[dim])
 
     def spec(self, dims: Sequence[str | None]) -> PartitionSpec:
         """Return the partition spec of an array with these logical dimensions.
@@ -77,16 +84,16 @@ class ShardingRules:
         Raises:
             ShardingError: two dimensions want the same mesh axis, or one has no rule.
         """
-        axes = [self.axis(dim) for dim in dims]
-        for i, axis in enumerate(axes):
-            if axis is not None and axis in axes[:i]:
-                other = dims[axes.index(axis)]
+        axes = [self.axes(dim) for dim in dims]
+        for i, own in enumerate(axes):
+            twice = [(dims[j], axis) for j in range(i) for axis in axes[j] if axis in own]
+            for other, axis in twice:
                 raise ShardingError(
                     f"dimensions {other!r} and {dims[i]!r} of {tuple(dims)} are both split over {axis!r}; "
                     "an axis can split an array once.",
                     fix=f"map one of them to None with rules.replace({dims[i]}=None).",
                 )
-        return PartitionSpec(*axes)
+        return PartitionSpec(*map(_as_entry, axes))
 
     def sharding(
         self, dims: Sequence[str | None], *, shape: Sequence[int], mesh: Mesh, name: str = "array"
@@ -110,11 +117,11 @@ class ShardingRules:
                 f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}.",
                 fix="name every dimension once, None for one that has no rule.",
             )
-        for dim, size, axis in zip(dims, shape, self.spec(dims), strict=True):
-            parts = 1 if axis is None else sizes.get(axis, 1)
+        for dim, size, axes in zip(dims, shape, map(self.axes, dims), strict=True):
+            parts = math.prod(sizes.get(axis, 1) for axis in axes)
             if size % parts:
                 raise ShardingError(
-                    f"{name}: dimension {dim!r} of size {size} is split over {axis}={parts}, "
+                    f"{name}: dimension {dim!r} of size {size} is split over {' x '.join(axes)}={parts}, "
                     f"but {size} / {parts} = {size / parts:.2f}.",
                     fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",
                 )
@@ -124,24 +131,34 @@ class ShardingRules:
 
         Axes that are manual here (inside `shard_map`) or of size 1 are left out: on them x is already a block.
         """
-        spec = [self.axis_in_context(dim) for dim in dims]
+        spec = [_as_entry(self.auto_axes(dim)) for dim in dims]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
-    def axis_in_context(self, dim: str | None) -> str | None:
-        """Return the axis of `dim` if the mesh of the context leaves it to the compiler and it has several devices."""
-        axis, mesh = self.axis(dim), jax.sharding.get_abstract_mesh()
-        return axis if axis in _auto_axes(mesh) and mesh.shape[axis] > 1 else None
+    def auto_axes(self, dim: str | None) -> tuple[str, ...]:
+        """Return the axes of `dim` that the mesh of the context leaves to the compiler, those of several devices."""
+        return self._axes_in_context(dim, AxisType.Auto)
+
+    def manual_axes(self, dim: str | None) -> tuple[str, ...]:
+        """Return the axes of `dim` over which an array is already a block here, inside `shard_map`."""
+        return self._axes_in_context(dim, AxisType.Manual)
 
     def parts_in_context(self, dim: str) -> int:
         """Return into how many parts the compiler splits `dim` on the mesh of the context; 1 without a mesh."""
-        axis = self.axis_in_context(dim)
-        return 1 if axis is None else jax.sharding.get_abstract_mesh().shape[axis]
+        return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in self.auto_axes(dim))
+
+    def _axes_in_context(self, dim: str | None, wanted: AxisType) -> tuple[str, ...]:
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == wanted and mesh.shape[axis] > 1)
 
 
-def _auto_axes(mesh: AbstractMesh) -> set[str]:
-    if mesh.empty:
-        return set()
-    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+def _as_tuple(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _as_entry(axes: tuple[str, ...]) -> Axes:
+    """An entry of a partition spec."""
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 DEFAULT_RULES = ShardingRules(table=tuple(_DEFAULT.items()))

@@ -1,10 +1,12 @@
 """Pipeline parallelism: schedules as data, one executor, any stage function."""
 
+from .balance import balance_layers, resolve_layers, stage_costs
 from .execute import Bubbles
 from .grads import pipeline_grads, pipeline_loss
 from .lower import Tables, lower
-from .schedules import SCHEDULES, Action, Schedule, Timing, build_schedule, simulate
-from .split import PipelinedModel, check_layers, natural_order, split_transformer
+from .schedules import SCHEDULES, Action, Schedule, StageCost, Timing, build_schedule, simulate
+from .split import PipelinedModel, split_transformer
+from .stack import check_layers, natural_order, stages_from_layers
 from .stage import LossAndGrads, PipelineParams, StageFns
 
 __all__ = [
@@ -15,15 +17,20 @@ __all__ = [
     "PipelineParams",
     "PipelinedModel",
     "Schedule",
+    "StageCost",
     "StageFns",
     "Tables",
     "Timing",
+    "balance_layers",
     "build_schedule",
     "check_layers",
     "lower",
     "natural_order",
     "pipeline_grads",
     "pipeline_loss",
+    "resolve_layers",
     "simulate",
     "split_transformer",
+    "stage_costs",
+    "stages_from_layers",
 ]

@@ -1,18 +1,19 @@
 """Checks of what a user hands to the pipeline, from shapes alone and before anything runs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from ..meshes import MeshError, ScheduleError, ShardingError, mesh_sizes
-from .execute import vary
+from .buffers import vary
 from .schedules import Schedule
 from .stage import PipelineParams, StageFns
 
 
-def check_arguments(params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule) -> None:
-    """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, microbatches and data shards.
+def check_arguments(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule) -> None:
+    """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, layers, microbatches and data shards.
 
     Raises:
         MeshError: the mesh lacks an axis, or its axes are not Auto.
@@ -27,6 +28,8 @@ def check_arguments(params: PipelineParams, batch: Any, *, mesh: Mesh, schedule:
             fix=f"build it with num_ranks={sizes.pipe}.",
         )
     _check_stages(params, schedule)
+    if fns.layers_per_stage is not None:
+        _check_counts(fns.layers_per_stage, params, schedule)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = jax.tree_util.keystr(path)
         if leaf.ndim < 2 or leaf.shape[0] != schedule.num_microbatches:
@@ -74,6 +77,16 @@ def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
             )
 
 
+def _check_counts(counts: tuple[int, ...], params: PipelineParams, schedule: Schedule) -> None:
+    slots = jax.tree.leaves(params.stages)[0].shape[2]
+    if len(counts) != schedule.num_stages or min(counts) < 1 or max(counts) != slots:
+        raise ScheduleError(
+            f"layers_per_stage={list(counts)} does not fit {schedule.num_stages} stages whose parameters have room for "
+            f"{slots} layers each.",
+            fix="give every stage 1 layer or more, and make the parameters with stages_from_layers().",
+        )
+
+
 def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
     """Raise unless the three functions fit each other; for use inside `shard_map` over pipe and data.
 
@@ -82,17 +95,7 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
     Raises:
         ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
     """
-
-    # The arrays are made inside eval_shape, not given to it: so they keep their varying axes, which user code may need.
-    def microbatch() -> Any:
-        return jax.tree.map(lambda leaf: leaf[0], batch)
-
-    def first() -> jax.Array:
-        return fns.first(params.shared, microbatch())
-
-    def layer() -> jax.Array:
-        return fns.layer(jax.tree.map(lambda leaf: leaf[0, 0], params.stages), vary(first()), microbatch())
-
+    first, layer, last, varies = _probe(fns, params, batch)
     x = jax.eval_shape(first)
     if not isinstance(x, jax.ShapeDtypeStruct):
         raise ScheduleError(
@@ -105,11 +108,52 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
             f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
             fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
         )
-    loss = jax.eval_shape(lambda: fns.last(params.shared, layer(), microbatch()))
+    loss = jax.eval_shape(last)
     if _array_text(loss) != "float32[]":
         raise ScheduleError(
             f"last() returns {_array_text(loss)}; the loss is one float32 number.",
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
+        )
+    _check_summed(varies)
+
+
+def _probe(
+    fns: StageFns, params: PipelineParams, batch: Any
+) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any], dict[str, bool]]:
+    """The three functions on what they are given, and, once they ran, whether the ends differ between ranks.
+
+    The arrays are made inside them, so that under eval_shape they keep their varying axes, which user code may need.
+    """
+    is_together = fns.shared_specs is not None
+    varies: dict[str, bool] = {}
+
+    def microbatch(axes: tuple[str, ...]) -> Any:
+        return jax.tree.map(lambda leaf: vary(leaf[0], axes), batch)
+
+    def end(name: str, *args: Any) -> jax.Array:
+        shared = params.shared if is_together else jax.tree.map(vary, params.shared)
+        y = getattr(fns, name)(shared, *args, microbatch(("data",) if is_together else ("pipe", "data")))
+        varies[name] = is_together and isinstance(y, jax.Array) and "pipe" in jax.typeof(y).mat.varying
+        return y
+
+    def first() -> jax.Array:
+        return end("first")
+
+    def layer() -> jax.Array:
+        own = jax.tree.map(lambda leaf: vary(leaf[0, 0]), params.stages)
+        return fns.layer(own, vary(first()), microbatch(("pipe", "data")))
+
+    def last() -> jax.Array:
+        return end("last", first() if is_together else layer())
+
+    return first, layer, last, varies
+
+
+def _check_summed(varies: dict[str, bool]) -> None:
+    for name in (name for name, is_varying in varies.items() if is_varying):
+        raise ScheduleError(
+            f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it together.",
+            fix='sum what each rank made: jax.lax.psum(..., "pipe").',
         )
 
 

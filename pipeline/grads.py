@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .check import check_arguments, check_fns
-from .execute import Bubbles, Wants, run_turns, vary
+from .ends import Wants
+from .execute import Bubbles, run_turns
 from .lower import lower
-from .schedules import Schedule
+from .schedules import Kind, Schedule
 from .sequential import run_sequence
 from .stage import LossAndGrads, PipelineParams, StageFns
 
@@ -32,10 +33,11 @@ def pipeline_grads(
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed as the schedule says.
 
-    params.stages [chunks, ranks@pipe, layers, ...], params.shared replicated over pipe, batch leaves [M, B@data, ...]
-    -> loss [], gradients float32 and sharded as the parameters.
+    params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
+    batch leaves [M, B@data, ...] -> loss [], gradients float32 and sharded as the parameters.
 
-    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. With a pipe axis of 1 the
+    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
+    all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
     microbatches run one after another and the schedule only gives their number.
 
     Args:
@@ -45,7 +47,7 @@ def pipeline_grads(
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
         ShardingError: the batch does not split over `data`.
     """
-    check_arguments(params, batch, mesh=mesh, schedule=schedule)
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
     loss, grads = _run(how, params, batch, wants="grads")
     return LossAndGrads(loss=loss, grads=grads)
@@ -59,7 +61,7 @@ def pipeline_loss(
     Differentiable in `params` (not in `batch`): under `jax.grad` it runs the whole schedule once, and gradients come
     in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
     """
-    check_arguments(params, batch, mesh=mesh, schedule=schedule)
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
     @jax.custom_vjp
@@ -92,19 +94,24 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
     # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
     tables = None
+    is_together = is_pipelined and fns.shared_specs is not None
     if is_pipelined:
-        tables = lower(schedule) if wants == "grads" else lower(schedule, kinds=("F",))
+        kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if wants == "grads" else ("F",)
+        tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
-        params, batch = jax.tree.map(vary, (_own(params), batch))
+        params = _own(params)
         check_fns(fns, params, batch)
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
             loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=how.bubbles, wants=wants)
-        return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes)
+        # Ends that ran together have summed over the ranks what had to be.
+        shared_axes = tuple(axis for axis in axes if axis == "data") if is_together else axes
+        return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes, shared_axes)
 
-    split = PipelineParams(stages=P(None, "pipe" if is_pipelined else None), shared=P())
+    stages = P(None, "pipe" if is_pipelined else None)
+    split = PipelineParams(stages=stages, shared=fns.shared_specs if is_together else P())
     return jax.shard_map(
         region,
         mesh=mesh,
@@ -119,10 +126,10 @@ def _own(params: PipelineParams) -> PipelineParams:
     return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
 
 
-def _sum_grads(grads: PipelineParams, axes: tuple[str, ...]) -> PipelineParams:
-    """Sum over the data shards, and what the pipe shares over the ranks too: once a step."""
+def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[str, ...]) -> PipelineParams:
+    """Sum over the data shards, and what every rank holds whole over the ranks too: once a step."""
     stages = _sum(grads.stages, tuple(axis for axis in axes if axis == "data"))
-    return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, axes))
+    return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, shared_axes))
 
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -7,6 +7,7 @@ one action or none. A tick is one turn or more, and its last turn ends with the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,15 +29,20 @@ class Tables:
     Columns [turns, ranks] of actions:
         kind: IDLE, FORWARD, BACKWARD, INPUT_GRAD or WEIGHT_GRAD.
         microbatch, chunk: what to run it on.
-        source: slot of the activations (forward) or gradients (backward) to read; NONE for the first stage's forward.
-        target: slot to leave the result in until it is sent; NONE where nobody waits for it, at either end.
+        source: slot of the activations (forward) or gradients (backward) to read; NONE for the first stage's forward,
+            unless the ends run together.
+        target: slot to leave the result in until it is taken; NONE where nobody waits for it, at either end alone.
         save: slot of the residuals, written by the forward, read by the backward or by both of its halves.
         loss_grad: slot of the gradients for that of the loss; NONE but in the last stage's forward.
+        first_slot, last_slot, first_back_slot: where the ends together leave what enters the first stage and take what
+            left the last, and the gradient that left the first; NONE on other ranks.
     Columns [turns, ranks] of the exchange, NONE but in the last turn of a tick:
         send, arrive: slots of the activations to send on and to receive into.
         send_grad, arrive_grad: the same of the gradients.
     Columns [turns]:
         passes_on, passes_back: 1 if any rank sends an activation, or a gradient, in this turn.
+        first, last, first_back: the microbatch that all ranks run the ends of; NONE in most turns, and always NONE for
+            ends alone. `first` comes before the actions of the turn, the others after them.
     """
 
     columns: dict[str, np.ndarray]
@@ -45,19 +51,25 @@ class Tables:
     num_save_slots: int
 
 
-def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W")) -> Tables:
-    """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between."""
+def lower(
+    schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Literal["alone", "together"] = "alone"
+) -> Tables:
+    """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between.
+
+    Args:
+        ends: whether the first and last stage run the ends of the model themselves, or all ranks together.
+    """
     lowering = _Lowering(schedule, kinds)
-    lowering.route_activations()
+    lowering.route_activations(ends)
     if len(kinds) > 1:
         lowering.route_residuals()
-        lowering.route_gradients()
+        lowering.route_gradients(ends)
     columns = lowering.columns
     columns["passes_on"] = (columns["send"] != NONE).any(axis=1).astype(np.int32)
     columns["passes_back"] = (columns["send_grad"] != NONE).any(axis=1).astype(np.int32)
     return Tables(
         columns=columns,
-        num_activation_slots=lowering.count("source", "target", "arrive", kinds=[FORWARD]),
+        num_activation_slots=lowering.count("source", "target", "arrive", "first_slot", kinds=[FORWARD]),
         num_gradient_slots=lowering.count("source", "target", "arrive_grad", "loss_grad", kinds=[BACKWARD, INPUT_GRAD]),
         num_save_slots=lowering.count("save"),
     )
@@ -74,7 +86,10 @@ class _Use:
 
 
 class _Lowering:
-    """Time runs in thirds of a turn: an action reads at 3t, writes at 3t + 1; the exchange is at 3t + 2."""
+    """Time runs in thirds of a turn: an action reads at 3t, writes at 3t + 1; the exchange is at 3t + 2.
+
+    Ends together make what enters the first stage at 3t - 1, and take what left a stage at 3t + 1.
+    """
 
     def __init__(self, schedule: Schedule, kinds: Sequence[Kind]) -> None:
         self.schedule = schedule
@@ -90,8 +105,11 @@ class _Lowering:
             turn += num_turns
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
         names = ("kind", "microbatch", "chunk", "source", "target", "save", "loss_grad")
-        names += ("send", "arrive", "send_grad", "arrive_grad")
-        self.columns = {name: np.full((turn, schedule.num_ranks), NONE, np.int32) for name in names}
+        names += ("send", "arrive", "send_grad", "arrive_grad", "first_slot", "last_slot", "first_back_slot")
+        self.columns: dict[str, np.ndarray] = {
+            name: np.full((turn, schedule.num_ranks), NONE, np.int32) for name in names
+        }
+        self.columns |= {name: np.full(turn, NONE, np.int32) for name in ("first", "last", "first_back")}
         self.columns["kind"][:] = IDLE
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
@@ -102,14 +120,20 @@ class _Lowering:
     def rank(self, action: Action) -> int:
         return action.stage % self.schedule.num_ranks
 
-    def route_activations(self) -> None:
-        """From each stage's forward to the next stage's."""
-        self._assign(self._hops(kind="F", step=1, send="send", arrive="arrive"))
+    def route_activations(self, ends: Literal["alone", "together"]) -> None:
+        """From each stage's forward to the next stage's; together, from and to what all ranks run."""
+        uses = self._hops(kind="F", step=1, send="send", arrive="arrive")
+        if ends == "together":
+            uses += self._enters(column="first", stage=0)
+            uses += self._leaves(kind="F", column="last", stage=self.schedule.num_stages - 1)
+        self._assign(uses)
 
-    def route_gradients(self) -> None:
+    def route_gradients(self, ends: Literal["alone", "together"]) -> None:
         """From each stage's backward to the one before, and from the loss to the last stage's own backward."""
         kind: Kind = "I" if self.has_halves else "B"
         uses = self._hops(kind=kind, step=-1, send="send_grad", arrive="arrive_grad")
+        if ends == "together":
+            uses += self._leaves(kind=kind, column="first_back", stage=0)
         for microbatch in range(self.schedule.num_microbatches):
             last = self.schedule.num_stages - 1
             made = self.turn_of[Action(stage=last, kind="F", microbatch=microbatch)]
@@ -142,6 +166,26 @@ class _Lowering:
             uses.append(_Use(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
             wait = ((arrive, sent), ("source", used))
             uses.append(_Use(start=3 * sent + 2, end=3 * used, rank=self.rank(user), entries=wait))
+        return uses
+
+    def _enters(self, *, column: str, stage: int) -> list[_Use]:
+        """What all ranks make just before a stage's forward, at that stage's rank."""
+        uses = []
+        for microbatch in range(self.schedule.num_microbatches):
+            turn = self.turn_of[action := Action(stage=stage, kind="F", microbatch=microbatch)]
+            self.columns[column][turn] = microbatch
+            entries = ((f"{column}_slot", turn), ("source", turn))
+            uses.append(_Use(start=3 * turn - 1, end=3 * turn, rank=self.rank(action), entries=entries))
+        return uses
+
+    def _leaves(self, *, kind: Kind, column: str, stage: int) -> list[_Use]:
+        """What all ranks take just after a stage's action, from that stage's rank."""
+        uses = []
+        for microbatch in range(self.schedule.num_microbatches):
+            turn = self.turn_of[action := Action(stage=stage, kind=kind, microbatch=microbatch)]
+            self.columns[column][turn] = microbatch
+            entries = (("target", turn), (f"{column}_slot", turn))
+            uses.append(_Use(start=3 * turn + 1, end=3 * turn + 1, rank=self.rank(action), entries=entries))
         return uses
 
     def _assign(self, uses: list[_Use]) -> None:

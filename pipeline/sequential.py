@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .execute import Wants, vary
+from .buffers import vary, zeros_for
+from .ends import Wants
 from .stage import PipelineParams, StageFns
 
 
@@ -14,9 +15,10 @@ def run_sequence(
 ) -> tuple[jax.Array, PipelineParams | None]:
     """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
 
-    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[] {U:data},
-    gradients {U:data}.
+    params.stages[C, k, ...] whole and without padding, params.shared whole; batch leaves [M, b, ...] -> loss[]
+    {U:data}, gradients {U:data}.
     """
+    params, batch = jax.tree.map(vary, (params, batch))
 
     def loss_of(params: PipelineParams, microbatch: Any) -> jax.Array:
         def layer(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
@@ -32,5 +34,5 @@ def run_sequence(
         loss, grads = jax.value_and_grad(loss_of)(params, microbatch)
         return (total[0] + loss, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total[1], grads)), None
 
-    zeros = jax.tree.map(lambda p: vary(jnp.zeros(p.shape, jnp.float32)), params) if wants == "grads" else None
+    zeros = jax.tree.map(zeros_for, params) if wants == "grads" else None
     return jax.lax.scan(add, (vary(jnp.zeros((), jnp.float32)), zeros), batch)[0]

@@ -1,15 +1,22 @@
-"""Our transformer as pipeline stages: embedding first, equal runs of blocks, head last."""
+"""Our transformer as pipeline stages: embedding first, runs of blocks, head last.
 
-from collections.abc import Callable, Mapping
+Embedding and head are the ends of the pipeline; their tables are split over pipe x tensor, and all ranks work on them
+together, or each rank holds them whole over pipe and the end stages work on them alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, cross_entropy, param_dims, rematerialize
-from ..meshes import DEFAULT_RULES, ScheduleError, ShardingRules
+from ..meshes import DEFAULT_RULES, ShardingRules
+from .schedules import Vocab
+from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
 
 
@@ -31,63 +38,53 @@ def split_transformer(
     *,
     mesh: Mesh,
     num_chunks: int = 1,
+    layers_per_stage: Sequence[int] | None = None,
+    vocab: Vocab = "ends",
     remat: Remat = "none",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
-    """Return the transformer of `config` cut into num_chunks x pipe stages of equally many layers.
+    """Return the transformer of `config` cut into num_chunks x pipe stages.
 
-    Stage parameters are [chunks, ranks@pipe, layers, ...]; embedding and head are shared, replicated over pipe.
-    The values that `init` draws do not depend on the mesh.
+    Stage parameters are [chunks, ranks@pipe, layers, ...]; embedding and head are shared, replicated over pipe, but for
+    tables [V@pipe+tensor, D] if `vocab` is "split". The values that `init` draws do not depend on the mesh.
 
     Batches are dicts of tokens, targets and weights, each [M, B@data, T].
 
     Args:
+        layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
+        vocab: as the schedule was made with: tables split over pipe too for all ranks, or for the end stages alone.
         rules: fitted to model and mesh by `layers.model_rules`.
 
     Raises:
-        ScheduleError: the layers do not divide into the stages.
-        ShardingError: a parameter does not split over its axis.
+        ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
+        ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    num_ranks = mesh.shape["pipe"]
-    check_layers(config.num_layers, num_ranks=num_ranks, num_chunks=num_chunks)
+    num_ranks, num_layers = mesh.shape["pipe"], config.num_layers
+    counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
+    if vocab == "split" and num_ranks > 1:
+        rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
 
-    def born(seed: jax.Array) -> PipelineParams:
-        model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)), rules=rules)
-        return _cut(nnx.to_pure_dict(nnx.state(model, nnx.Param)), num_chunks, num_ranks)
-
+    born = partial(_born, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32"))
-    shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh)
+    dims = _cut_dims(param_dims(model))
+    shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    return PipelinedModel(
-        fns=_stage_fns(model, remat), params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed))
-    )
+    fns = _stage_fns(model, remat, counts, _shared_specs(dims.shared, rules))
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
 
 
-def check_layers(num_layers: int, *, num_ranks: int, num_chunks: int = 1) -> None:
-    """Raise unless the layers divide into the stages: none may be dropped.
-
-    Raises:
-        ScheduleError: with the equation.
-    """
-    num_stages = num_ranks * num_chunks
-    if num_layers < num_stages or num_layers % num_stages:
-        what = f"{num_ranks} ranks" if num_chunks == 1 else f"{num_ranks} ranks x {num_chunks} chunks"
-        raise ScheduleError(
-            f"num_layers={num_layers} on {what} = {num_stages} stages: {num_layers} / {num_stages} = "
-            f"{num_layers / num_stages:.2f} layers a stage.",
-            fix=f"set num_layers={-(-num_layers // num_stages) * num_stages}, or choose a pipe size that divides "
-            f"{num_layers}.",
-        )
+def _born(
+    config: ModelConfig, num_ranks: int, num_chunks: int, counts: tuple[int, ...], seed: jax.Array
+) -> PipelineParams:
+    model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    blocks = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
+    return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def natural_order(stages: Any) -> Any:
-    """Return stage parameters [chunks, ranks, layers, ...] as [all layers, ...] in the order of the model."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), stages)
-
-
-def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared_specs: Any) -> StageFns:
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
@@ -101,19 +98,31 @@ def _stage_fns(model: Transformer, remat: Remat) -> StageFns:
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         head: Head = nnx.merge(graphs["head"], shared["head"])
         logits_BTV = head(x_BTD, embedding_VD=shared["embed"]["table"])
-        return cross_entropy(logits_BTV, microbatch["targets"], microbatch["weights"])
+        return cross_entropy(logits_BTV, microbatch["targets"], microbatch["weights"], rules=head.rules)
 
-    return StageFns(first=first, layer=rematerialize(layer, remat), last=last)
-
-
-def _cut(params: dict[str, Any], num_chunks: int, num_ranks: int) -> PipelineParams:
-    blocks = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, num_ranks, -1, *leaf.shape[1:]), params["blocks"])
-    return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    return StageFns(
+        first=first,
+        layer=rematerialize(layer, remat),
+        last=last,
+        layers_per_stage=counts if len(set(counts)) > 1 else None,
+        shared_specs=shared_specs,
+    )
 
 
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     blocks = jax.tree.map(lambda own: ("chunk", "stage", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
+
+
+def _shared_specs(dims: dict[str, Any], rules: ShardingRules) -> Any:
+    """Over pipe alone, for `shard_map`: the compiler knows about the other axes. None if no table is split over it."""
+    if "pipe" not in rules.axes("vocab"):
+        return None
+
+    def spec(own: tuple[str, ...]) -> PartitionSpec:
+        return PartitionSpec(*("pipe" if "pipe" in rules.axes(dim) else None for dim in own))
+
+    return jax.tree.map(spec, dims, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _shardings(dims: PipelineParams, shapes: PipelineParams, rules: ShardingRules, mesh: Mesh) -> PipelineParams:

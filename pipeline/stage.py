@@ -27,11 +27,19 @@ class StageFns:
 
     A microbatch is one slice of the batch, on this data shard: leaves [b, ...] of [M, B@data, ...].
     x is one array, of one shape and dtype between all layers.
+
+    Args:
+        layers_per_stage: number of layers of each stage in the order of the model, where they are not all alike.
+        shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). Given, all
+            ranks run `first` and `last` together on one microbatch, each with its part of `shared`, inside `shard_map`:
+            what differs between ranks must be summed over "pipe" before it is returned.
     """
 
     first: Callable[[Any, Any], jax.Array]
     layer: Callable[[Any, jax.Array, Any], jax.Array]
     last: Callable[[Any, jax.Array, Any], jax.Array]
+    layers_per_stage: tuple[int, ...] | None = None
+    shared_specs: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +47,10 @@ class StageFns:
 class PipelineParams:
     """Parameters of a pipeline, also the shape of their gradients.
 
-    stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r, so a plain reshape of
-        [all layers, ...] in natural order makes them.
-    shared: any tree, seen by `first` and `last` (an embedding, a head, tied or not); replicated over pipe.
+    stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r. `stages_from_layers`
+        makes them of [all layers, ...] in natural order; for equal stages it is a plain reshape.
+    shared: any tree, seen by `first` and `last` (an embedding, a head, tied or not); replicated over pipe, unless
+        `StageFns.shared_specs` says otherwise.
     """
 
     stages: Any

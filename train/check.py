@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..pipeline import resolve_layers
 from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
 
@@ -29,7 +30,9 @@ def check_run(config: RunConfig, *, num_devices: int, known_schedules: Iterable[
     except MeshError as error:
         found.append(error)
     if min(mesh.sizes.values()) > 0:
-        found += [*_check_widths(config.model, tensor=mesh.tensor), *_check_depth(config, pipe=mesh.pipe)]
+        found += _check_widths(config.model, tensor=mesh.tensor)
+        found += _check_vocab(config, tensor=mesh.tensor, pipe=mesh.pipe)
+        found += _check_depth(config, pipe=mesh.pipe)
         found += _check_batch(config, data=mesh.data)
     found += [*_check_schedule(config, pipe=mesh.pipe, known=known_schedules), *_check_lengths(config)]
     found += _check_corpus(config)
@@ -39,16 +42,14 @@ def check_run(config: RunConfig, *, num_devices: int, known_schedules: Iterable[
 
 
 def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
-    for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is"), ("vocab_size", "the table is")):
+    for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
         size = getattr(model, name)
         if size % tensor:
             larger = -(-size // tensor) * tensor
-            padded = f"pad it: model.{name}={larger}, whose last {larger - size} ids no text uses"
-            fix = padded if name == "vocab_size" else f"set model.{name}={larger}"
             yield ModelError(
                 f"model.{name}={size} does not split over mesh.tensor={tensor}: {what} divided evenly, "
                 f"but {size} / {tensor} = {size / tensor:.2f}.",
-                fix=f"{fix}, or choose a tensor size that divides {size}.",
+                fix=f"set model.{name}={larger}, or choose a tensor size that divides {size}.",
             )
     kv = model.num_kv_heads
     if kv % tensor and tensor % kv:
@@ -59,24 +60,46 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
         )
 
 
+def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[TrellaxError]:
+    size = config.model.vocab_size
+    is_split = pipe > 1 and config.pipeline.vocab == "split"
+    parts, axes = (tensor * pipe, f"mesh.pipe={pipe} x mesh.tensor={tensor}") if is_split else (tensor, "")
+    if size % parts:
+        larger = -(-size // parts) * parts
+        padded = f"pad it: model.vocab_size={larger}, whose last {larger - size} ids no text uses"
+        other = [] if size % tensor == 0 else [f"choose a tensor size that divides {size}"]
+        if is_split:
+            other.append("set pipeline.vocab='ends', which splits it over tensor alone")
+        yield ModelError(
+            f"model.vocab_size={size} does not split over {axes or f'mesh.tensor={tensor}'}: the table is divided "
+            f"evenly, but {size} / {parts} = {size / parts:.2f}.",
+            fix=f"{padded}, or {' and '.join(other)}.",
+        )
+
+
 def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
     layers, chunks = config.model.num_layers, config.pipeline.chunks
     if pipe == 1:
         return
     stages = pipe * chunks
-    what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} ="
+    what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} = {stages}"
     if layers < stages:
         yield ModelError(
-            f"model.num_layers={layers} cannot fill {what}{'' if chunks == 1 else f' {stages}'} stages: a stage has at "
-            "least one layer.",
+            f"model.num_layers={layers} cannot fill {what} stages: a stage has at least one layer.",
             fix=f"set mesh.pipe={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
         )
-    elif layers % stages:
-        yield ModelError(
-            f"model.num_layers={layers} does not split into {what}{'' if chunks == 1 else f' {stages}'} equal stages: "
-            f"{layers} / {stages} = {layers / stages:.2f}.",
-            fix=f"set model.num_layers={-(-layers // stages) * stages}, or choose a pipe size that divides {layers}.",
-        )
+    elif not config.pipeline.schedule.endswith(".csv"):  # A file has chunks of its own, known once it is read.
+        try:
+            resolve_layers(
+                config.model,
+                num_ranks=pipe,
+                num_chunks=chunks,
+                layers_per_stage=config.pipeline.layers_per_stage,
+                num_tokens=config.data.seq_len,
+                vocab=config.pipeline.vocab,
+            )
+        except ScheduleError as error:
+            yield error
 
 
 def _check_batch(config: RunConfig, *, data: int) -> Iterator[TrellaxError]:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from ..meshes import CheckpointError
-from ..pipeline import PipelineParams, natural_order
+from ..pipeline import PipelineParams, natural_order, stages_from_layers
 from .state import Setup, TrainState
 
 FOLDER = "checkpoints"
@@ -42,7 +42,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, setup: Setup) -> None:
         """Save the state under its step, over a save of the same step."""
-        arrays = jax.jit(_to_natural, out_shardings=_natural_shardings(setup))(state)
+        arrays = jax.jit(_to_natural(setup), out_shardings=_natural_shardings(setup))(state)
         meta = {"config": setup.config.model_dump(mode="json")}
         items = {"state": _by_path(arrays), "meta": meta}
         self._orbax.save_checkpointables(int(state.step), items, overwrite=True)
@@ -62,7 +62,9 @@ class Checkpoints:
         loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
         paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         arrays = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in paths])
-        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=0)(arrays)
+        # Padded stages are larger than what they are made of, so they cannot take its place in memory.
+        donated = () if setup.model.fns.layers_per_stage else (0,)
+        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=donated)(arrays)
 
     def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         saved = self._orbax.checkpointables_metadata(step).metadata["state"]
@@ -113,33 +115,47 @@ def _map_params(change: Any, tree: Any) -> Any:
     return jax.tree.map(lambda node: change(node) if is_params(node) else node, tree, is_leaf=is_params)
 
 
-def _to_natural(state: TrainState) -> TrainState:
-    return _map_params(lambda p: PipelineParams(stages=natural_order(p.stages), shared=p.shared), state)
+def _to_natural(setup: Setup) -> Any:
+    counts = setup.model.fns.layers_per_stage
+
+    def merge(params: PipelineParams) -> PipelineParams:
+        return PipelineParams(stages=natural_order(params.stages, layers_per_stage=counts), shared=params.shared)
+
+    return lambda state: _map_params(merge, state)
 
 
 def _from_natural(setup: Setup) -> Any:
-    shapes = setup.model.params.stages
+    num_chunks, num_ranks = jax.tree.leaves(setup.model.params.stages)[0].shape[:2]
+    counts = setup.model.fns.layers_per_stage
 
     def cut(params: PipelineParams) -> PipelineParams:
-        stages = jax.tree.map(lambda leaf, shape: leaf.reshape(shape.shape), params.stages, shapes)
+        stages = stages_from_layers(params.stages, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
         return PipelineParams(stages=stages, shared=params.shared)
 
     return lambda state: _map_params(cut, state)
 
 
 def _natural_shardings(setup: Setup) -> TrainState:
-    def merge(sharding: NamedSharding) -> NamedSharding:
-        _chunk, rank, _layer, *rest = sharding.spec
-        return NamedSharding(setup.mesh, PartitionSpec(rank, *rest))
+    num_ranks = setup.mesh.shape["pipe"]
 
-    def natural(params: PipelineParams) -> PipelineParams:
-        return PipelineParams(stages=jax.tree.map(merge, params.stages), shared=params.shared)
+    def merge(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
+        if setup.config.model.num_layers % num_ranks == 0:
+            return NamedSharding(setup.mesh, PartitionSpec(rank, *rest))
+        # As many layers as these no axis of the mesh divides: another dimension is split over pipe in their place.
+        free = [dim for dim, axis in enumerate(rest) if axis is None and leaf.shape[3 + dim] % num_ranks == 0]
+        rest = ["pipe" if dim == min(free, default=-1) else axis for dim, axis in enumerate(rest)]
+        return NamedSharding(setup.mesh, PartitionSpec(None, *rest))
+
+    def natural(shardings: PipelineParams) -> PipelineParams:
+        stages = jax.tree.map(merge, shardings.stages, setup.model.params.stages)
+        return PipelineParams(stages=stages, shared=shardings.shared)
 
     return _map_params(natural, setup.shardings)
 
 
 def _natural_shapes(setup: Setup) -> TrainState:
-    shapes = jax.eval_shape(_to_natural, setup.shapes)
+    shapes = jax.eval_shape(_to_natural(setup), setup.shapes)
     return jax.tree.map(
         lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, _natural_shardings(setup)
     )

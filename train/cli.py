@@ -16,7 +16,8 @@ from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
 from .loop import prepare, train
 from .report import describe
-from .schedule_command import add_schedule_arguments, run_schedule
+from .schedule_arguments import add_schedule_arguments
+from .schedule_command import run_schedule
 
 
 def main(argv: Sequence[str] | None = None) -> int:

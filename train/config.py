@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
@@ -80,6 +81,22 @@ class PipelineSection(Section):
     max_in_flight: int = Field(0, ge=0, description="microbatches a rank may hold under schedule auto; 0 is no limit")
     microbatches: int = Field(1, gt=0, description="parts of a batch; gradient accumulation when pipe=1")
     remat: Literal["none", "full", "dots"] = Field("none", description="what the backward recomputes")
+    layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
+        "auto", description="layers of every stage, first to last, such as 3,3,2; auto balances their time"
+    )
+    vocab: Literal["split", "ends"] = Field(
+        "split", description="embedding and head split over pipe x tensor, or whole on the end stages"
+    )
+
+    @field_validator("layers_per_stage", mode="before")
+    @classmethod
+    def _read_layers(cls, value: Any) -> Any:
+        # pydantic alone would tell of one mistake twice, once for "auto" and once for the list.
+        if isinstance(value, list | tuple) and all(type(count) is int for count in value):
+            return tuple(value)
+        if value != "auto":
+            raise PydanticCustomError("auto_or_list", "expected 'auto' or a list of whole numbers")
+        return value
 
 
 class CheckpointSection(Section):

@@ -113,12 +113,20 @@ def _split_name(text: str) -> tuple[str, ...]:
 
 
 def _read_value(text: str, *, key: Key) -> Any:
+    if key.kind == "auto or list":
+        return text if text == "auto" else [_read_number(part.strip(), int) for part in text.strip("[]").split(",")]
     if key.kind == "list":
         try:
             return tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             return [part for part in text.split(",") if part]
-    for convert in {"whole": (int, float), "number": (int, float), "text": ()}[key.kind]:
+    if key.kind == "text":
+        return text
+    return _read_number(text, int, float) if key.kind == "whole" else _read_number(text, float)
+
+
+def _read_number(text: str, *types: type[int] | type[float]) -> int | float | str:
+    for convert in types:
         try:
             return convert(text)
         except ValueError:

@@ -1,6 +1,7 @@
 """The keys of a run file as a list: for help, for suggestions, and for the test that freezes them."""
 
 import dataclasses
+import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,12 +33,16 @@ _MEANINGS = {
 }
 
 
+Kind = Literal["whole", "number", "text", "list", "auto or list"]
+"""How the text of an override is read; "auto or list" is the word auto, or whole numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """One key of a run file: `section.key`, what it takes, its default as TOML, and what it means."""
 
     name: str
-    kind: Literal["whole", "number", "text", "list"]
+    kind: Kind
     type_text: str
     default: str
     meaning: str
@@ -91,7 +96,9 @@ def _list_fields(section: Any) -> list[tuple[str, Any, Any, str]]:
     return [(f.name, hints[f.name], f.default, "") for f in dataclasses.fields(section)]
 
 
-def _kind(annotation: Any) -> Literal["whole", "number", "text", "list"]:
+def _kind(annotation: Any) -> Kind:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return "auto or list"
     if typing.get_origin(annotation) is tuple:
         return "list"
     return "whole" if annotation is int else "number" if annotation is float else "text"
@@ -100,7 +107,8 @@ def _kind(annotation: Any) -> Literal["whole", "number", "text", "list"]:
 def _type_text(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "|".join(typing.get_args(annotation))
-    return {"whole": "whole", "number": "number", "text": "text", "list": "list"}[_kind(annotation)]
+    kind = _kind(annotation)
+    return "auto|list" if kind == "auto or list" else kind
 
 
 def _default_text(default: Any) -> str:

@@ -1,9 +1,12 @@
 """What a run tells people before it starts: mesh, parameters with their shardings, schedule with its bubble."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..meshes import mesh_sizes, sharding_table
-from ..pipeline import Schedule, simulate
+from ..pipeline import Schedule, StageCost, simulate
+from ..pipeline.schedules.stage_cost import is_even
+from .stage_table import tabulate_stages
 from .state import Setup
 
 _WIDEST_GRID = 100
@@ -15,23 +18,26 @@ class Report:
 
     mesh: str
     parameters: str
+    stages: str
     schedule: str
     numbers: dict[str, object]
 
     def __str__(self) -> str:
-        return f"{self.mesh}\n\n{self.parameters}\n\n{self.schedule}"
+        return "\n\n".join(part for part in (self.mesh, self.parameters, self.stages, self.schedule) if part)
 
 
 def describe(setup: Setup) -> Report:
     """Return what a run will do, from shapes alone: nothing is allocated."""
     table = sharding_table(setup.model.params)
-    timing = simulate(setup.schedule)
+    stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
+    timing = simulate(setup.schedule, stages=setup.stage_costs)
     devices = setup.mesh.devices.ravel()
     sizes = mesh_sizes(setup.mesh)
     return Report(
         mesh=f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         parameters=str(table),
-        schedule=draw_schedule(setup.schedule),
+        stages=str(stages) if stages else "",
+        schedule=draw_schedule(setup.schedule, stages=setup.stage_costs),
         numbers={
             "mesh": str(sizes),
             "devices": len(devices),
@@ -40,6 +46,7 @@ def describe(setup: Setup) -> Report:
                 for r in table.rows
             ],
             "device_bytes": table.device_bytes,
+            "stages": stages.numbers if stages else [],
             "schedule": setup.schedule.name,
             "bubble_fraction": timing.bubble_fraction,
             "peak_in_flight": list(timing.peak_in_flight),
@@ -47,14 +54,20 @@ def describe(setup: Setup) -> Report:
     )
 
 
-def draw_schedule(schedule: Schedule) -> str:
-    """Return the grid of a schedule, as wide as fits, over a line with its bubble and what it holds."""
+def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None) -> str:
+    """Return the grid of a schedule, as wide as fits, over a line with its bubble and what it holds.
+
+    Args:
+        stages: time of every stage; left out, all take the same.
+    """
     if schedule.num_ranks == 1:
         return f"schedule  one stage, microbatches one after another ({schedule.num_microbatches}): no bubble"
-    timing = simulate(schedule)
+    timing = simulate(schedule, stages=stages)
+    uneven = "" if stages is None or is_even(stages) else " with these stages"
+    peaks = ", ".join(map(str, timing.peak_in_flight))
     head = (
         f"schedule  {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, bubble "
-        f"{timing.bubble_fraction:.1%} of the time, in flight per rank {', '.join(map(str, timing.peak_in_flight))}"
+        f"{timing.bubble_fraction:.1%} of the time{uneven}, in flight per rank {peaks}"
     )
     lines = str(schedule).splitlines()
     is_wide = len(lines[0]) > _WIDEST_GRID

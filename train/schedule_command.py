@@ -2,21 +2,20 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ..meshes.errors import ScheduleError, suggest
+from ..meshes.errors import ScheduleError
 from ..pipeline.schedules import (
     SCHEDULES,
-    Clock,
     Formula,
     Schedule,
+    StageCost,
     Timing,
     build_schedule,
     count_messages,
@@ -29,42 +28,9 @@ from ..pipeline.schedules import (
     trace_from_schedule,
 )
 from ..pipeline.schedules.draw import peak_text
+from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
-_CLOCKS = get_args(Clock)
-_MOST_RANKS = 256
-_MOST_CELLS = 20_000
-_COSTS = ("forward", "input_grad", "weight_grad", "transfer")
-
-
-def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    """Teach a parser the words of `trellax schedule`."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
-    parser.add_argument("--file", metavar="CSV", help="a schedule of your own: a row a rank, cells such as 2F0")
-    parser.add_argument("--compare", action="store_true", help="a table of all schedules")
-    parser.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks")
-    parser.add_argument("--microbatches", type=int, metavar="M", help="microbatches in a step")
-    parser.add_argument("--chunks", type=int, metavar="V", help="chunks a rank, if interleaved (default 2)")
-    parser.add_argument("--forward", type=float, default=1.0, metavar="F", help="time of a rank's forward (default 1)")
-    parser.add_argument("--input-grad", type=float, default=1.0, metavar="I", help="of its input gradient (default 1)")
-    parser.add_argument(
-        "--weight-grad", type=float, default=1.0, metavar="W", help="of its weight gradient (default 1)"
-    )
-    parser.add_argument("--transfer", type=float, default=0.0, metavar="T", help="of a hop to a neighbour (default 0)")
-    parser.add_argument(
-        "--clock",
-        metavar="|".join(_CLOCKS),
-        default="lockstep",
-        help="lockstep: one program for all ranks, as trellax runs it (default); async: a program for every rank",
-    )
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    for suffix, what in (
-        ("png", "a picture"),
-        ("svg", "a picture"),
-        ("csv", "the schedule"),
-        ("trace", "a trace for Perfetto"),
-    ):
-        parser.add_argument(f"--{suffix}", metavar="FILE", help=f"write {what}")
 
 
 def run_schedule(args: argparse.Namespace) -> int:
@@ -73,12 +39,12 @@ def run_schedule(args: argparse.Namespace) -> int:
     Raises:
         ScheduleError: what was asked does not fit together, or a file cannot be read or written.
     """
-    _check_arguments(args)
+    check_schedule_arguments(args)
     if args.compare:
         _compare(args)
         return 0
     schedule = load_schedule(args.file) if args.file else _build(args.name, args, num_chunks=args.chunks)
-    timing = simulate(schedule, clock=args.clock, **_costs(args))
+    timing = _simulate(schedule, args)
     is_saved = _save(schedule, args)
     if args.json:
         print(json.dumps(_numbers(schedule, timing, args)))
@@ -90,62 +56,12 @@ def run_schedule(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    given = [
-        word for word, is_given in (("NAME", args.name), ("--file", args.file), ("--compare", args.compare)) if is_given
-    ]
-    if len(given) != 1:
-        raise ScheduleError(
-            f"`trellax schedule` takes one of NAME, --file and --compare, not {' and '.join(given) or 'none'}.",
-            fix="write `trellax schedule 1f1b --ranks 4 --microbatches 8`.",
-        )
-    if args.name and args.name not in SCHEDULES:
-        raise ScheduleError(
-            f"unknown schedule {args.name!r}; there are {', '.join(SCHEDULES)}.{suggest(args.name, SCHEDULES)}",
-            fix="take one of these, or read one of your own with --file.",
-        )
-    if args.clock not in _CLOCKS:
-        raise ScheduleError(
-            f"--clock is {args.clock!r}; there are {' and '.join(_CLOCKS)}.{suggest(args.clock, _CLOCKS)}"
-        )
-    _check_sizes(args)
-    for name in _COSTS:
-        value, least = getattr(args, name), "0 or more" if name == "transfer" else "above 0"
-        if not math.isfinite(value) or value < 0 or (value == 0 and name != "transfer"):
-            raise ScheduleError(f"--{name.replace('_', '-')} is {value:g}; a time is {least}.")
-    written = [f"--{option}" for option in _WRITERS if getattr(args, option)]
-    if args.compare and written:
-        raise ScheduleError(f"--compare has nothing for {' and '.join(written)}.", fix="name one schedule.")
-
-
-def _check_sizes(args: argparse.Namespace) -> None:
-    sizes = {"ranks": args.ranks, "microbatches": args.microbatches, "chunks": args.chunks}
-    given = [f"--{name}" for name, size in sizes.items() if size is not None]
-    if args.file:
-        if given:
-            raise ScheduleError(
-                f"a file says its own sizes, so --file takes no {' and '.join(given)}.", fix="leave it out."
-            )
-        return
-    missing = [f"--{name}" for name in ("ranks", "microbatches") if sizes[name] is None]
-    if missing:
-        raise ScheduleError(f"a schedule needs {' and '.join(missing)}.", fix="add --ranks 4 --microbatches 8.")
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ScheduleError(f"--{name} is {size}; it must be 1 or more.")
-    cells = args.ranks * args.microbatches * (args.chunks or 1)
-    if args.ranks > _MOST_RANKS or cells > _MOST_CELLS:
-        raise ScheduleError(
-            f"{args.ranks} ranks and {cells:,} ranks x chunks x microbatches are too many to look at; "
-            f"{_MOST_RANKS} and {_MOST_CELLS:,} are the most.",
-            fix="ask for fewer microbatches: the pattern repeats.",
-        )
-
-
 def _build(name: str, args: argparse.Namespace, *, num_chunks: int | None) -> Schedule:
     if name == "auto":
         sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks or 1}
-        return SCHEDULES[name](**sizes, **_costs(args))
+        stages = _stages(name, args, num_ranks=args.ranks, num_chunks=num_chunks or 1)
+        more = {"stages": stages, "clock": args.clock, "max_in_flight": args.max_in_flight}
+        return SCHEDULES[name](**sizes, **_rank_costs(args), **more)
     return build_schedule(
         name,
         num_ranks=args.ranks,
@@ -159,8 +75,39 @@ def _is_interleaved(name: str) -> bool:
     return name.startswith("interleaved")
 
 
-def _costs(args: argparse.Namespace) -> dict[str, float]:
-    return {name: getattr(args, name) for name in _COSTS}
+def _rank_costs(args: argparse.Namespace) -> dict[str, float]:
+    return {name: getattr(args, name) for name in COSTS}
+
+
+def _costs(schedule: Schedule, args: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"num_ranks": schedule.num_ranks, "num_chunks": schedule.num_chunks}
+    return _rank_costs(args) | {"stages": _stages(schedule.name, args, **sizes)}
+
+
+def _stages(name: str, args: argparse.Namespace, *, num_ranks: int, num_chunks: int) -> list[StageCost] | None:
+    """The times of stages of these sizes, of which the mean rank takes what the options say; None if all are alike."""
+    if args.layers is None:
+        return None
+    layers = read_layers(args.layers)
+    if len(layers) != num_ranks * num_chunks:
+        raise ScheduleError(
+            f"--layers {args.layers} has {len(layers)} numbers, but {name} of {num_ranks} ranks x "
+            f"{num_chunks} chunks has {num_ranks * num_chunks} stages.",
+            fix=f"write {num_ranks * num_chunks} numbers, from the first stage to the last.",
+        )
+    mean = sum(layers) / num_ranks
+    return [
+        StageCost(
+            forward=args.forward * size / mean,
+            input_grad=args.input_grad * size / mean,
+            weight_grad=args.weight_grad * size / mean,
+        )
+        for size in layers
+    ]
+
+
+def _simulate(schedule: Schedule, args: argparse.Namespace) -> Timing:
+    return simulate(schedule, clock=args.clock, **_costs(schedule, args))
 
 
 def _find_formula(schedule: Schedule, args: argparse.Namespace) -> Formula | None:
@@ -171,10 +118,10 @@ def _find_formula(schedule: Schedule, args: argparse.Namespace) -> Formula | Non
 
 
 _WRITERS: dict[str, Callable[[Schedule, argparse.Namespace], bytes]] = {
-    "png": lambda schedule, args: draw_picture(schedule, format="png", clock=args.clock, **_costs(args)),
-    "svg": lambda schedule, args: draw_picture(schedule, format="svg", clock=args.clock, **_costs(args)),
+    "png": lambda schedule, args: draw_picture(schedule, format="png", clock=args.clock, **_costs(schedule, args)),
+    "svg": lambda schedule, args: draw_picture(schedule, format="svg", clock=args.clock, **_costs(schedule, args)),
     "csv": lambda schedule, _: schedule_to_csv(schedule).encode(),
-    "trace": lambda schedule, args: trace_from_schedule(schedule, clock=args.clock, **_costs(args)).encode(),
+    "trace": lambda schedule, args: trace_from_schedule(schedule, clock=args.clock, **_costs(schedule, args)).encode(),
 }
 
 
@@ -200,6 +147,7 @@ def _numbers(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> di
         "ranks": schedule.num_ranks,
         "chunks": schedule.num_chunks,
         "microbatches": schedule.num_microbatches,
+        "layers": list(read_layers(args.layers)) if args.layers else None,
         "clock": timing.clock,
         "makespan": timing.makespan,
         "bubble_fraction": timing.bubble_fraction,
@@ -249,15 +197,16 @@ def _append_cell(text: Text, word: str) -> None:
 
 def _describe(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> str:
     chunks = f" x {schedule.num_chunks} chunks" if schedule.num_chunks > 1 else ""
+    layers = f", stages of {', '.join(args.layers.split(','))}" if args.layers else ""
     size = f"{schedule.num_ranks} ranks{chunks}, {schedule.num_microbatches} microbatches"
     peaks = peak_text(timing.peak_in_flight)
     lines = [
-        f"{schedule.name}: {size}, {timing.clock} clock",
+        f"{schedule.name}: {size}, {timing.clock} clock{layers}",
         f"bubble {_percent(timing.bubble_fraction)} of the time, makespan {timing.makespan:g}, peak in flight {peaks}",
     ]
     formula = _find_formula(schedule, args)
     if formula:
-        why = explain_difference(schedule, formula, timing, **_costs(args))
+        why = explain_difference(schedule, formula, timing, **_costs(schedule, args))
         lines.append(
             f"formula {formula.bubble_fraction:.1%} = {formula.text} ({formula.source})"
             + (f": {why}" if why else ", as simulated")
@@ -291,7 +240,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
     schedule = _build(name, args, num_chunks=args.chunks if _is_interleaved(name) or name == "auto" else 1)
-    timing = simulate(schedule, clock=args.clock, **_costs(args))
+    timing = _simulate(schedule, args)
     return _numbers(schedule, timing, args) | {"messages": count_messages(schedule)}
 
 

@@ -11,7 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import model_rules
 from ..meshes import ScheduleError
-from ..pipeline import PipelinedModel, PipelineParams, Schedule, build_schedule, split_transformer
+from ..pipeline import (
+    PipelinedModel,
+    PipelineParams,
+    Schedule,
+    StageCost,
+    build_schedule,
+    resolve_layers,
+    split_transformer,
+    stage_costs,
+)
 from ..pipeline.schedules import load_schedule
 from .config import PipelineSection, RunConfig
 from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
@@ -54,7 +63,40 @@ class Setup:
             mesh=self.mesh,
             remat=self.config.pipeline.remat,
             rules=rules,
-            num_chunks=self.schedule.num_chunks,
+            num_chunks=self.num_chunks,
+            layers_per_stage=self.layers_per_stage if self.mesh.shape["pipe"] > 1 else None,
+            vocab=self.config.pipeline.vocab,
+        )
+
+    @cached_property
+    def num_chunks(self) -> int:
+        """Chunks of layers a rank: one without a pipeline; a schedule of the user's own says it itself."""
+        if self.mesh.shape["pipe"] == 1:
+            return 1
+        return self._own_schedule.num_chunks if self._own_schedule else self.config.pipeline.chunks
+
+    @cached_property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every stage, first to last: those of the config, or balanced ones."""
+        if self.mesh.shape["pipe"] == 1:
+            return (self.config.model.num_layers,)
+        return resolve_layers(
+            self.config.model,
+            num_ranks=self.mesh.shape["pipe"],
+            num_chunks=self.num_chunks,
+            layers_per_stage=self.config.pipeline.layers_per_stage,
+            num_tokens=self.config.data.seq_len,
+            vocab=self.config.pipeline.vocab,
+        )
+
+    @cached_property
+    def stage_costs(self) -> tuple[StageCost, ...]:
+        """Time of every stage for one microbatch, in units of one layer's forward."""
+        return stage_costs(
+            self.config.model,
+            layers_per_stage=self.layers_per_stage,
+            num_tokens=self.config.data.seq_len,
+            vocab=self.config.pipeline.vocab,
         )
 
     @cached_property
@@ -65,15 +107,20 @@ class Setup:
             # A single rank runs its layers one after another, whatever the schedule.
             sequence = build_schedule("gpipe", num_ranks=1, num_microbatches=section.microbatches)
             return replace(sequence, name=section.schedule)
-        if section.schedule.endswith(".csv"):
-            return _load(section, num_ranks)
-        return build_schedule(
+        return self._own_schedule or build_schedule(
             section.schedule,
             num_ranks=num_ranks,
             num_microbatches=section.microbatches,
             num_chunks=section.chunks,
             max_in_flight=section.max_in_flight or None,
+            vocab=section.vocab,
+            stages=self.stage_costs,
         )
+
+    @cached_property
+    def _own_schedule(self) -> Schedule | None:
+        section = self.config.pipeline
+        return _load(section, self.mesh.shape["pipe"]) if section.schedule.endswith(".csv") else None
 
     @cached_property
     def learning_rate(self) -> Callable[[Any], Any]:
@@ -125,7 +172,7 @@ class Setup:
 
 def _load(section: PipelineSection, num_ranks: int) -> Schedule:
     """A user's own schedule, checked to be for this mesh and batch."""
-    schedule = load_schedule(section.schedule)
+    schedule = load_schedule(section.schedule, vocab=section.vocab)
     if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, section.microbatches):
         raise ScheduleError(
             f"{section.schedule} is for {schedule.num_ranks} ranks and {schedule.num_microbatches} microbatches, but "

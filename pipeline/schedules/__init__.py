@@ -1,6 +1,6 @@
 """Pipeline schedules as data: no jax here. `SCHEDULES` is the one registry of the project."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...meshes.errors import ScheduleError, suggest
@@ -14,8 +14,9 @@ from .interleaved import interleaved_1f1b
 from .interleaved_zero_bubble import interleaved_zb_h1
 from .naive import naive
 from .one_f_one_b import one_f_one_b
-from .place import schedule_from_orders
+from .place import Vocab, schedule_from_orders
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
+from .stage_cost import StageCost
 from .table import load_schedule, schedule_from_csv, schedule_to_csv
 from .trace import trace_from_schedule
 from .zero_bubble import zb_h1
@@ -40,6 +41,8 @@ def build_schedule(
     num_chunks: int = 1,
     clock: Clock = "lockstep",
     max_in_flight: int | None = None,
+    vocab: Vocab = "ends",
+    stages: Sequence[StageCost] | None = None,
 ) -> Schedule:
     """Return the named schedule; interleaved ones have `num_chunks` chunks a rank, 2 or more.
 
@@ -49,7 +52,9 @@ def build_schedule(
     Args:
         clock: whom the order is for: one lockstep program (what trellax runs), or separate programs, which for 1F1B
             hold fewer microbatches.
+        vocab: who works on embedding and head, as given to `split_transformer`.
         max_in_flight: limit of microbatches on a rank for `auto`; None is no limit.
+        stages: times of the stages for `auto`; it takes them for equal if left out.
 
     Raises:
         ScheduleError: the name is unknown, a count is below 1, or the name and the number of chunks do not fit.
@@ -57,20 +62,26 @@ def build_schedule(
     if name not in SCHEDULES:
         raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{suggest(name, SCHEDULES)}")
     sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    # The others put no backward of the last stage into the tick of its forward.
+    ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
-        return auto(**sizes, num_chunks=num_chunks, max_in_flight=max_in_flight)
-    if name.startswith("interleaved"):
-        if num_chunks < 2:
-            raise ScheduleError(
-                f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
-                fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
-            )
-        return SCHEDULES[name](**sizes, num_chunks=num_chunks)
-    if num_chunks != 1:
+        return auto(**sizes, **ends, clock=clock, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
+    _check_chunks(name, num_chunks)
+    if num_chunks > 1:
+        return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
+    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
+
+
+def _check_chunks(name: str, num_chunks: int) -> None:
+    if name.startswith("interleaved") and num_chunks < 2:
+        raise ScheduleError(
+            f"schedule {name!r} with {num_chunks} chunks a rank has nothing to interleave.",
+            fix=f"set 2 chunks or more, or use {name.removeprefix('interleaved-')!r}.",
+        )
+    if not name.startswith("interleaved") and num_chunks != 1:
         raise ScheduleError(
             f"schedule {name!r} has one chunk a rank, not {num_chunks}.", fix="set 1 chunk, or use an interleaved one."
         )
-    return one_f_one_b(**sizes, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes)
 
 
 __all__ = [
@@ -81,7 +92,9 @@ __all__ = [
     "Kind",
     "Schedule",
     "Span",
+    "StageCost",
     "Timing",
+    "Vocab",
     "auto",
     "build_schedule",
     "count_messages",

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from ...meshes.errors import ScheduleError
 from .action import Kind
@@ -14,7 +15,8 @@ from .interleaved_zero_bubble import interleaved_zb_h1
 from .list_schedule import list_schedule
 from .naive import naive
 from .one_f_one_b import one_f_one_b
-from .simulate import simulate
+from .place import Vocab
+from .simulate import Clock, simulate
 from .zero_bubble import zb_h1
 
 _PRIORITIES: tuple[tuple[Kind, ...], ...] = (("I", "F", "W"), ("I", "W", "F"), ("F", "I", "W"))
@@ -27,28 +29,26 @@ def auto(
     num_microbatches: int,
     num_chunks: int = 1,
     max_in_flight: int | None = None,
-    forward: float = 1.0,
-    input_grad: float = 1.0,
-    weight_grad: float = 1.0,
-    transfer: float = 0.0,
+    clock: Clock = "lockstep",
+    vocab: Vocab = "ends",
+    **costs: Any,
 ) -> Schedule:
-    """Return the schedule of least lockstep makespan that holds at most `max_in_flight` microbatches on any rank.
+    """Return the schedule of least makespan by a clock that holds at most `max_in_flight` microbatches on any rank.
 
     It is never worse than the named schedules of as many chunks under the same limit; of equals, the one that holds
     less.
 
     Args:
         max_in_flight: limit in whole microbatches; a microbatch of one of v chunks counts 1/v. None is no limit.
-        forward, input_grad, weight_grad, transfer: costs as in `simulate`.
+        costs: those of `simulate`, from `forward` to `stages`.
 
     Raises:
         ScheduleError: a count is below 1, or nothing runs under the limit.
     """
     limit = num_microbatches if max_in_flight is None else max_in_flight
-    costs = {"forward": forward, "input_grad": input_grad, "weight_grad": weight_grad, "transfer": transfer}
     ranked = []
-    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit):
-        timing = simulate(schedule, **costs)
+    for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, clock=clock, vocab=vocab):
+        timing = simulate(schedule, clock=clock, **costs)
         held = max(timing.peak_in_flight)
         if held <= limit * num_chunks:
             ranked.append((timing.makespan, held, schedule))
@@ -61,13 +61,15 @@ def auto(
     return replace(min(ranked, key=lambda entry: entry[:2])[2], name="auto")
 
 
-def _candidates(num_ranks: int, num_microbatches: int, num_chunks: int, limit: int) -> Iterator[Schedule]:
+def _candidates(
+    num_ranks: int, num_microbatches: int, num_chunks: int, limit: int, *, clock: Clock, vocab: Vocab
+) -> Iterator[Schedule]:
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
-    named: list[Callable[..., Schedule]] = [interleaved_1f1b, interleaved_zb_h1]
+    named: list[Callable[..., Schedule]] = [partial(interleaved_1f1b, vocab=vocab), interleaved_zb_h1]
     if num_chunks > 1:
         sizes["num_chunks"] = num_chunks
     else:
-        named = [naive, gpipe, one_f_one_b, zb_h1]
+        named = [naive, gpipe, partial(one_f_one_b, clock=clock, vocab=vocab), partial(zb_h1, vocab=vocab)]
     for build in named:
         yield build(**sizes)
     most = limit * num_chunks

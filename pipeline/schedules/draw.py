@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .action import Kind
 from .grid import Schedule
@@ -36,14 +36,14 @@ def draw_picture(
     *,
     format: Literal["png", "svg"] = "png",  # noqa: A002
     clock: Clock = "lockstep",
-    **costs: float,
+    **costs: Any,
 ) -> bytes:
     """Return a PNG or SVG of the schedule by a clock, with bubble and peak in flight in the title.
 
     >>> Path("zb.svg").write_bytes(draw_picture(schedule, format="svg", clock="async", weight_grad=0.8))
 
     Args:
-        costs: forward, input_grad, weight_grad and transfer as in `simulate`.
+        costs: those of `simulate`, from `forward` to `stages`.
     """
     # Half a second to import, and only pictures need it.
     from matplotlib import rc_context
@@ -51,7 +51,7 @@ def draw_picture(
 
     timing = simulate(schedule, clock=clock, **costs)
     spans = time_actions(schedule, clock=clock, **costs)
-    narrowest = min(span.end - span.start for span in spans)
+    narrowest = min(length for span in spans if (length := span.end - span.start))
     width = min(_WIDEST, max(8.0, 1.2 + _INCHES_PER_CELL * timing.makespan / narrowest))
     height = min(_TALLEST, 1.5 + _INCHES_PER_RANK * schedule.num_ranks)
     title = (

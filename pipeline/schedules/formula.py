@@ -1,9 +1,11 @@
 """The bubble that the papers promise, beside which a simulated one is shown, and why the two may differ."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .grid import Schedule
 from .simulate import Clock, Timing
+from .stage_cost import StageCost, is_even
 
 _P_OF_M = ("(p-1) / (m+p-1)", "Narayanan et al. 2021, section 2.2")
 _HALVES = "(p-1)(F+I-W) / (m(F+I+W) + (p-1)(F+I-W))"
@@ -70,6 +72,7 @@ def explain_difference(
     input_grad: float = 1.0,
     weight_grad: float = 1.0,
     transfer: float = 0.0,
+    stages: Sequence[StageCost] | None = None,
 ) -> str | None:
     """Return in a phrase why the simulated bubble is not the formula's, None where they agree.
 
@@ -78,6 +81,8 @@ def explain_difference(
     """
     if abs(timing.bubble_fraction - formula.bubble_fraction) < 1e-9:
         return None
+    if stages is not None and not is_even(stages):
+        return "the formula is for stages of equal time"
     if transfer:
         return "the formula counts no transfer"
     if schedule.num_chunks > 1 and schedule.num_microbatches % schedule.num_ranks:

@@ -2,21 +2,24 @@
 
 from .action import Action
 from .grid import Schedule
+from .place import Vocab
 
 
-def interleaved_1f1b(*, num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> Schedule:
+def interleaved_1f1b(*, num_ranks: int, num_microbatches: int, num_chunks: int = 2, vocab: Vocab = "ends") -> Schedule:
     """Return 1F1B over num_ranks x num_chunks stages, stage s on rank s % p; chunks take turns of p microbatches.
 
     Bubble fraction: (p - 1) / (v m + p - 1) where p divides m; a smaller last group leaves some turns empty. In flight
     on rank r: at most v p + p - 2 - 2r microbatches of a chunk, one more on the last rank, whatever m is. Costs v times
-    the point-to-point traffic, and a link from the last rank to the first.
+    the point-to-point traffic, and a link from the last rank to the first. With a split vocabulary every backward comes
+    a tick later, in the same time.
 
     Raises:
         ScheduleError: a count is below 1.
     """
     turns = turns_of(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     # The first backward, of the last chunk, comes right after that chunk's first forward on the last rank.
-    first_backward = num_ranks * num_chunks - 1
+    delay = 1 if vocab == "split" else 0
+    first_backward = num_ranks * num_chunks - 1 + delay
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
     for rank, ticks in enumerate(ticks_of):
         for turn, chunk, microbatch in turns:
@@ -25,7 +28,7 @@ def interleaved_1f1b(*, num_ranks: int, num_microbatches: int, num_chunks: int =
             ticks.setdefault(forward, []).append(Action(stage=there, kind="F", microbatch=microbatch))
             ticks.setdefault(backward, []).append(Action(stage=back, kind="B", microbatch=microbatch))
         # As in 1F1B: backward first, but on the last rank, where it may need the forward of its own tick.
-        order = "FB" if rank == num_ranks - 1 else "BF"
+        order = "FB" if rank == num_ranks - 1 and not delay else "BF"
         for cell in ticks.values():
             cell.sort(key=lambda action, order=order: order.index(action.kind))
     return Schedule.from_ticks(

@@ -1,6 +1,7 @@
 """From each rank's order of actions to ticks: every action as early as the executor can run it."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from ...meshes.errors import ScheduleError
 from .action import Action
@@ -11,8 +12,17 @@ from .simulate import simulate
 Orders = Sequence[Sequence[Action]]
 """For each rank, its actions in the order in which it runs them."""
 
+Vocab = Literal["ends", "split"]
+"""Who works on embedding and head: the end stages alone, or all ranks together, each with its part of the vocabulary.
 
-def schedule_from_orders(orders: Orders, *, name: str, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+Together, all ranks meet after each forward of the last stage. There they wait for each other least if they all run
+forwards then, so the last stage's backward comes a tick after its forward.
+"""
+
+
+def schedule_from_orders(
+    orders: Orders, *, name: str, num_microbatches: int, num_chunks: int = 1, vocab: Vocab = "ends"
+) -> Schedule:
     """Return the schedule that runs these orders in the least lockstep time.
 
     Tried are one action a tick, which suits halves of equal cost, and up to one of each kind, which suits a forward
@@ -28,7 +38,7 @@ def schedule_from_orders(orders: Orders, *, name: str, num_microbatches: int, nu
                 num_ranks=len(orders),
                 num_chunks=num_chunks,
                 num_microbatches=num_microbatches,
-                ticks=_place(orders, width=width, num_chunks=num_chunks, name=name),
+                ticks=_place(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
             )
             for width in (1, 4)
         ),
@@ -36,7 +46,7 @@ def schedule_from_orders(orders: Orders, *, name: str, num_microbatches: int, nu
     )
 
 
-def _place(orders: Orders, *, width: int, num_chunks: int, name: str) -> tuple[tuple[Cell, ...], ...]:
+def _place(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Vocab) -> tuple[tuple[Cell, ...], ...]:
     num_stages = len(orders) * num_chunks
     has_halves = any(action.kind == "I" for order in orders for action in order)
     tick_of: dict[Action, int] = {}
@@ -45,6 +55,8 @@ def _place(orders: Orders, *, width: int, num_chunks: int, name: str) -> tuple[t
 
     def is_ready(action: Action, cell: Cell) -> bool:
         needed = needs(action, num_stages=num_stages, has_halves=has_halves)
+        if vocab == "split" and action.stage == num_stages - 1 and action.kind in ("B", "I"):
+            cell = ()
         return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in needed)
 
     def fill(order: Sequence[Action]) -> Cell:

@@ -4,13 +4,15 @@
 `async`: a program for every rank, which waits only for what it needs; what Megatron runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...meshes.errors import ScheduleError
 from .action import Action
 from .check import needs
 from .grid import Schedule
+from .stage_cost import StageCost
 
 Clock = Literal["lockstep", "async"]
 """Whose time it is: one program for all ranks, or a program for every rank."""
@@ -49,6 +51,8 @@ def simulate(
     input_grad: float = 1.0,
     weight_grad: float = 1.0,
     transfer: float = 0.0,
+    stages: Sequence[StageCost] | None = None,
+    shared_loss: float = 0.0,
 ) -> Timing:
     """Return the timing of a schedule by a clock.
 
@@ -56,11 +60,16 @@ def simulate(
         forward, input_grad, weight_grad: time of one rank's whole layer set for one microbatch; a chunk of v costs 1/v,
             a whole backward the sum of both halves.
         transfer: time of one hop between neighbours; in lockstep every tick with a hop pays it.
+        stages: time of every stage for one microbatch, in place of the three times above.
+        shared_loss: time that all ranks spend together on the loss of a microbatch, once the turn of its last forward
+            is over; for a vocabulary that is split over all ranks, and in lockstep alone.
+
+    Raises:
+        ScheduleError: `stages` are not as many as the schedule's, or `shared_loss` is given to the async clock.
     """
-    spans = time_actions(
-        schedule, clock=clock, forward=forward, input_grad=input_grad, weight_grad=weight_grad, transfer=transfer
-    )
-    busy = [0.0] * schedule.num_ranks
+    stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
+    spans = _run(schedule, clock, stages, transfer, shared_loss)
+    busy = [schedule.num_microbatches * shared_loss] * schedule.num_ranks
     for span in spans:
         busy[span.rank] += span.end - span.start
     makespan = max(span.end for span in spans)
@@ -81,12 +90,43 @@ def time_actions(
     input_grad: float = 1.0,
     weight_grad: float = 1.0,
     transfer: float = 0.0,
+    stages: Sequence[StageCost] | None = None,
+    shared_loss: float = 0.0,
 ) -> tuple[Span, ...]:
-    """Return when every action starts and ends by a clock; what pictures are drawn from. Arguments as in `simulate`."""
-    whole = {"F": forward, "I": input_grad, "W": weight_grad, "B": input_grad + weight_grad}
-    cost = {kind: time / schedule.num_chunks for kind, time in whole.items()}
-    run = _run_lockstep if clock == "lockstep" else _run_async
-    return tuple(run(schedule, cost, transfer))
+    """Return when every action starts and ends by a clock; what pictures are drawn from.
+
+    Arguments and errors as in `simulate`. A shared loss is no action: it is a gap between spans.
+    """
+    stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
+    return tuple(_run(schedule, clock, stages, transfer, shared_loss))
+
+
+def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: StageCost) -> Sequence[StageCost]:
+    """The given times, or those of equal stages that together take a rank's."""
+    if stages is None:
+        v = schedule.num_chunks
+        chunk = StageCost(forward=rank.forward / v, input_grad=rank.input_grad / v, weight_grad=rank.weight_grad / v)
+        return [chunk] * schedule.num_stages
+    if len(stages) != schedule.num_stages:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} of {schedule.num_ranks} ranks x {schedule.num_chunks} chunks has "
+            f"{schedule.num_stages} stages, but the times of {len(stages)} are given.",
+            fix=f"give {schedule.num_stages} of them, from the first stage to the last.",
+        )
+    return stages
+
+
+def _run(
+    schedule: Schedule, clock: Clock, stages: Sequence[StageCost], transfer: float, shared_loss: float
+) -> list[Span]:
+    if clock == "lockstep":
+        return _run_lockstep(schedule, stages, transfer, shared_loss)
+    if shared_loss:
+        raise ScheduleError(
+            f"shared_loss={shared_loss:g} by the async clock: only one program for all ranks computes a loss together.",
+            fix="use clock='lockstep', or leave shared_loss out.",
+        )
+    return _run_async(schedule, stages, transfer)
 
 
 def count_messages(schedule: Schedule) -> int:
@@ -99,23 +139,30 @@ def _is_sent(schedule: Schedule, action: Action) -> bool:
     return schedule.num_ranks > 1 and action.kind != "W" and has_next
 
 
-def _run_lockstep(schedule: Schedule, cost: Mapping[str, float], transfer: float) -> list[Span]:
+def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: float, shared_loss: float) -> list[Span]:
     spans: list[Span] = []
     now = 0.0
     for cells in schedule.ticks:
-        tick_end = now
-        for rank, cell in enumerate(cells):
-            end = now
-            for action in cell:
-                spans.append(Span(rank=rank, action=action, start=end, end=end + cost[action.kind]))
-                end = spans[-1].end
-            tick_end = max(tick_end, end)
+        ends = [now] * schedule.num_ranks
+        for turn in range(max(map(len, cells))):
+            actions = [(rank, cell[turn]) for rank, cell in enumerate(cells) if turn < len(cell)]
+            for rank, action in actions:
+                end = ends[rank] + stages[action.stage].time_of(action.kind)
+                spans.append(Span(rank=rank, action=action, start=ends[rank], end=end))
+                ends[rank] = end
+            if shared_loss and any(_is_last_forward(schedule, action) for _, action in actions):
+                # All ranks meet here, so those whose turn was shorter wait.
+                ends = [max(ends) + shared_loss] * schedule.num_ranks
         is_hop = any(_is_sent(schedule, action) for cell in cells for action in cell)
-        now = tick_end + (transfer if is_hop else 0.0)
+        now = max(ends) + (transfer if is_hop else 0.0)
     return spans
 
 
-def _run_async(schedule: Schedule, cost: Mapping[str, float], transfer: float) -> list[Span]:
+def _is_last_forward(schedule: Schedule, action: Action) -> bool:
+    return action.kind == "F" and action.stage == schedule.num_stages - 1
+
+
+def _run_async(schedule: Schedule, stages: Sequence[StageCost], transfer: float) -> list[Span]:
     has_halves = any(action.kind == "I" for _, _, action in schedule.placed())
     end_of: dict[Action, float] = {}
     free_at = [0.0] * schedule.num_ranks
@@ -126,7 +173,7 @@ def _run_async(schedule: Schedule, cost: Mapping[str, float], transfer: float) -
         for needed in needs(action, num_stages=schedule.num_stages, has_halves=has_halves):
             hop = transfer if needed.stage % schedule.num_ranks != rank else 0.0
             start = max(start, end_of[needed] + hop)
-        free_at[rank] = end_of[action] = start + cost[action.kind]
+        free_at[rank] = end_of[action] = start + stages[action.stage].time_of(action.kind)
         spans.append(Span(rank=rank, action=action, start=start, end=free_at[rank]))
     return spans
 

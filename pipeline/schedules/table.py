@@ -15,12 +15,12 @@ from typing import get_args
 from ...meshes.errors import ScheduleError, suggest
 from .action import Action, Kind
 from .grid import IDLE, Schedule
-from .place import schedule_from_orders
+from .place import Vocab, schedule_from_orders
 
 _LONGEST_CELL = 24
 
 
-def load_schedule(path: str | Path) -> Schedule:
+def load_schedule(path: str | Path, *, vocab: Vocab = "ends") -> Schedule:
     """Return the schedule in a CSV file, by the name of the file.
 
     >>> load_schedule("mine.csv").num_ranks
@@ -40,10 +40,10 @@ def load_schedule(path: str | Path) -> Schedule:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ScheduleError(f"{str(path)!r} cannot be read: {why}.", fix="give the path of a CSV file.") from error
-    return schedule_from_csv(text, name=path.name)
+    return schedule_from_csv(text, name=path.name, vocab=vocab)
 
 
-def schedule_from_csv(text: str, *, name: str) -> Schedule:
+def schedule_from_csv(text: str, *, name: str, vocab: Vocab = "ends") -> Schedule:
     r"""Return the schedule that runs each row's actions in their order; ticks, chunks and microbatches are found.
 
     >>> print(schedule_from_csv("0F0,,0B0\n,1F0,1B0\n", name="mine"))
@@ -75,6 +75,7 @@ def schedule_from_csv(text: str, *, name: str) -> Schedule:
         name=name,
         num_microbatches=1 + max(action.microbatch for action in seen),
         num_chunks=1 + max(action.stage for action in seen) // len(rows),
+        vocab=vocab,
     )
 
 

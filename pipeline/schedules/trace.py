@@ -1,22 +1,26 @@
 """A simulated schedule as a trace that Perfetto and chrome://tracing open: a thread a rank, a slice an action."""
 
 import json
+from collections.abc import Sequence
 
 from .grid import Schedule
 from .simulate import Clock, time_actions
+from .stage_cost import StageCost
 
 _MICROSECONDS = 1000
 _COLOURS = {"F": "thread_state_iowait", "B": "thread_state_running", "I": "rail_response", "W": "rail_animation"}
 _NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
-def trace_from_schedule(schedule: Schedule, *, clock: Clock = "lockstep", **costs: float) -> str:
+def trace_from_schedule(
+    schedule: Schedule, *, clock: Clock = "lockstep", stages: Sequence[StageCost] | None = None, **costs: float
+) -> str:
     """Return Chrome trace JSON, in which a unit of cost lasts a millisecond.
 
     >>> Path("gpipe.json").write_text(trace_from_schedule(schedule, clock="async", forward=0.8))
 
     Args:
-        costs: forward, input_grad, weight_grad and transfer as in `simulate`.
+        stages, costs: as in `simulate`; costs are forward, input_grad, weight_grad and transfer.
     """
     events: list[dict[str, object]] = [
         {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": f"{schedule.name} ({clock})"}}
@@ -24,7 +28,7 @@ def trace_from_schedule(schedule: Schedule, *, clock: Clock = "lockstep", **cost
     for rank in range(schedule.num_ranks):
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_sort_index", "args": {"sort_index": rank}})
-    for span in time_actions(schedule, clock=clock, **costs):
+    for span in time_actions(schedule, clock=clock, stages=stages, **costs):
         action = span.action
         events.append(
             {

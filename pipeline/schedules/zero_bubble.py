@@ -2,10 +2,10 @@
 
 from .action import Action
 from .grid import Schedule
-from .place import schedule_from_orders
+from .place import Vocab, schedule_from_orders
 
 
-def zb_h1(*, num_ranks: int, num_microbatches: int) -> Schedule:
+def zb_h1(*, num_ranks: int, num_microbatches: int, vocab: Vocab = "ends") -> Schedule:
     """Return 1F1B with its backwards in halves, the weight gradients of rank r put off by r microbatches.
 
     In flight: min(m, p) microbatches on every rank. With halves as long as a forward and m >= p it takes 3m + p - 1
@@ -15,7 +15,7 @@ def zb_h1(*, num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: a count is below 1.
     """
     orders = [_order(rank, num_ranks=num_ranks, num_microbatches=num_microbatches) for rank in range(num_ranks)]
-    return schedule_from_orders(orders, name="zb-h1", num_microbatches=num_microbatches)
+    return schedule_from_orders(orders, name="zb-h1", num_microbatches=num_microbatches, vocab=vocab)
 
 
 def _order(rank: int, *, num_ranks: int, num_microbatches: int) -> list[Action]:

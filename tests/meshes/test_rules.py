@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import AXES, DEFAULT_RULES, MeshSpec, ShardingError, ShardingRules, build_mesh
@@ -14,7 +15,7 @@ MESH = build_mesh(MeshSpec(data=2, tensor=4))
 MISTAKES: dict[str, Callable[[], Any]] = {
     "collision": lambda: DEFAULT_RULES.spec(("heads", "ffn")),
     "unknown_dim": lambda: DEFAULT_RULES.spec(("embed", "head_count")),
-    "mistyped_dim": lambda: DEFAULT_RULES.axis("vocabulary"),
+    "mistyped_dim": lambda: DEFAULT_RULES.axes("vocabulary"),
     "unknown_axis": lambda: DEFAULT_RULES.replace(ffn="tenso"),
     "does_not_divide": lambda: DEFAULT_RULES.sharding(("embed", "ffn"), shape=(32, 30), mesh=MESH, name="mlp.up"),
     "missing_names": lambda: DEFAULT_RULES.sharding(("embed",), shape=(32, 30), mesh=MESH, name="mlp.up"),
@@ -45,7 +46,7 @@ def test_default_rules_place_every_kind_of_array(dims: tuple[str, ...], expected
 
 def test_replacing_a_rule_makes_new_rules_and_leaves_the_old() -> None:
     moved = DEFAULT_RULES.replace(ffn=None, expert="data")
-    assert (moved.axis("ffn"), moved.axis("expert"), DEFAULT_RULES.axis("ffn")) == (None, "data", "tensor")
+    assert (moved.axes("ffn"), moved.axes("expert"), DEFAULT_RULES.axes("ffn")) == ((), ("data",), ("tensor",))
 
 
 def test_rules_are_values_that_compare_and_hash() -> None:
@@ -83,10 +84,20 @@ def test_constraint_leaves_out_axes_that_are_manual_or_of_size_one() -> None:
     seen: dict[str, Any] = {}
 
     def body(x: jax.Array) -> jax.Array:
-        seen["axes"] = [DEFAULT_RULES.axis_in_context(dim) for dim in ("batch", "ffn", "stage", "embed", None)]
+        seen["axes"] = [DEFAULT_RULES.auto_axes(dim) for dim in ("batch", "ffn", "stage", "embed", None)]
+        seen["manual"] = [DEFAULT_RULES.manual_axes(dim) for dim in ("batch", "ffn", "stage")]
         seen["parts"] = [DEFAULT_RULES.parts_in_context(dim) for dim in ("batch", "ffn", "stage")]
         return DEFAULT_RULES.constrain(x, ("batch", "ffn"))
 
     x = jnp.ones((8, 32))
     jax.jit(jax.shard_map(body, mesh=MESH, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}))(x)
-    assert seen == {"axes": [None, "tensor", None, None, None], "parts": [1, 4, 1]}
+    assert seen == {"axes": [(), ("tensor",), (), (), ()], "manual": [("data",), (), ()], "parts": [1, 4, 1]}
+
+
+def test_a_dimension_may_be_split_over_two_axes_the_first_outermost() -> None:
+    rules = DEFAULT_RULES.replace(vocab=("data", "tensor"))
+    x = jax.device_put(jnp.arange(16), rules.sharding(("vocab",), shape=(16,), mesh=MESH))
+    sizes = MESH.shape["data"], MESH.shape["tensor"]
+    for (*_, data, tensor), device in np.ndenumerate(MESH.devices):
+        (shard,) = [shard for shard in x.addressable_shards if shard.device == device]
+        assert int(shard.data[0]) == (data * sizes[1] + tensor) * 16 // (sizes[0] * sizes[1])

@@ -22,7 +22,9 @@ from trellax.pipeline import (
     natural_order,
     pipeline_grads,
     split_transformer,
+    stages_from_layers,
 )
+from trellax.pipeline.schedules import Vocab
 
 Attention = Literal["mha", "gqa", "mqa"]
 """As many key/value heads as query heads (8), half as many, or one: fewer than any tensor axis above 1."""
@@ -101,7 +103,9 @@ def natural_params(config: ModelConfig) -> dict[str, Any]:
 def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
     """Return the same parameters as stages on the mesh of the model."""
     params = natural_params(config)
-    stages = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), params["blocks"], model.params.stages)
+    num_chunks, num_ranks = jax.tree.leaves(model.params.stages)[0].shape[:2]
+    counts = model.fns.layers_per_stage
+    stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
     shared = {"embed": params["embed"], "head": params["head"]}
     return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
 
@@ -156,17 +160,28 @@ def pipeline_step(
     num_microbatches: int,
     num_sequences: int,
     num_chunks: int = 1,
+    layers_per_stage: tuple[int, ...] | None = None,
+    vocab: Vocab = "ends",
     remat: Remat = "none",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh."""
     devices = mesh_of(mesh)
     rules = model_rules(config, devices.shape)
-    model = split_transformer(config, mesh=devices, remat=remat, rules=rules, num_chunks=num_chunks)
+    model = split_transformer(
+        config,
+        mesh=devices,
+        remat=remat,
+        rules=rules,
+        num_chunks=num_chunks,
+        layers_per_stage=layers_per_stage,
+        vocab=vocab,
+    )
     num_ranks = devices.shape["pipe"]
     plan = schedule
     if isinstance(plan, str):
-        plan = build_schedule(plan, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
+        sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+        plan = build_schedule(plan, **sizes, vocab=vocab)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, bubbles=bubbles)
 
     @jax.jit
@@ -181,7 +196,8 @@ def pipeline_step(
 def answer_of(step: Step) -> Answer:
     """Run the step and bring its results into natural order."""
     out, norm = step.run(step.params, step.batch)
-    grads = {"blocks": natural_order(out.grads.stages), **out.grads.shared}
+    stages = natural_order(out.grads.stages, layers_per_stage=step.model.fns.layers_per_stage)
+    grads = {"blocks": stages, **out.grads.shared}
     return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
 
 

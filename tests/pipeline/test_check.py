@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
 
@@ -23,12 +24,15 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
     "layer_returns_a_pair": {"layer": lambda params, x, microbatch: (x, x)},
     "last_returns_an_array": {"last": lambda shared, x, microbatch: x.sum(-1)},
     "last_returns_bfloat16": {"last": lambda shared, x, microbatch: x.sum().astype(jnp.bfloat16)},
+    "first_together_is_not_summed": {"first": lambda shared, microbatch: microbatch["x"] + jax.lax.axis_index("pipe")},
+    "last_together_is_not_summed": {"last": lambda shared, x, microbatch: (x + jax.lax.axis_index("pipe")).sum()},
 }
 
 
-def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None) -> Any:
+def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None, **more: Any) -> Any:
+    functions: dict[str, Any] = fns | more
     return pipeline_grads(
-        StageFns(**fns),
+        StageFns(**functions),
         params=PipelineParams(stages=stages or {"w": jnp.ones((1, 2, 2, 8, 8))}, shared={}),
         batch={"x": jnp.ones((4, 8, 8))},
         mesh=mesh,
@@ -38,9 +42,19 @@ def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None) -
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_functions_that_do_not_fit_each_other_are_refused(name: str, golden: Callable[[str, str], None]) -> None:
+    more = {"shared_specs": P()} if "together" in name else {}
     with pytest.raises(TrellaxError) as caught:
-        run(FNS | MISTAKES[name], build_mesh(MeshSpec(data=4, pipe=2)))
+        run(FNS | MISTAKES[name], build_mesh(MeshSpec(data=4, pipe=2)), **more)
     golden(f"errors/fns_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+
+
+@pytest.mark.parametrize(("name", "counts"), [("too_few", (2,)), ("too_large", (1, 3)), ("empty", (2, 0))])
+def test_counts_that_do_not_fit_the_parameters_are_refused(
+    name: str, counts: tuple[int, ...], golden: Callable[[str, str], None]
+) -> None:
+    with pytest.raises(TrellaxError) as caught:
+        run(FNS, build_mesh(MeshSpec(data=4, pipe=2)), layers_per_stage=counts)
+    golden(f"errors/counts_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize(("name", "axes"), [("other_axes", ("stage", "dp")), ("explicit_axes", ("pipe", "data"))])

@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 from trellax.layers import ModelConfig, Remat
+from trellax.pipeline.schedules import Vocab
 
 from .law import KV_HEADS, answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 
@@ -46,10 +47,14 @@ class Case:
     model: str
     remat: Remat = "none"
     num_chunks: int = 1
+    vocab: Vocab = "ends"
+    layers: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         chunks = f"-v{self.num_chunks}" if self.num_chunks > 1 else ""
-        return f"{self.mesh}-{self.schedule}{chunks}-m{self.num_microbatches}-{self.model}-{self.remat}"
+        stages = f"-layers{'_'.join(map(str, self.layers))}" if self.layers else ""
+        ends = "-split" if self.vocab == "split" else ""
+        return f"{self.mesh}-{self.schedule}{chunks}-m{self.num_microbatches}-{self.model}-{self.remat}{ends}{stages}"
 
 
 CASES = (
@@ -59,30 +64,40 @@ CASES = (
     Case("8x1x1", "1f1b", 1, "mqa-tied"),
     Case("1x8x1", "naive", 2, "mqa-untied"),
     Case("1x8x1", "gpipe", 3, "gqa-tied"),
-    Case("1x1x8", "naive", 2, "gqa-untied"),
+    Case("1x1x8", "naive", 2, "gqa-untied", vocab="split"),
     Case("1x1x8", "gpipe", 1, "mha-untied", "full"),
-    Case("1x1x8", "1f1b", 8, "mqa-tied"),
+    Case("1x1x8", "1f1b", 8, "mqa-tied", vocab="split"),
     Case("2x2x2", "naive", 3, "mha-tied"),
     Case("2x2x2", "gpipe", 2, "mqa-untied"),
-    Case("2x2x2", "1f1b", 8, "gqa-tied", "dots"),
+    Case("2x2x2", "1f1b", 8, "gqa-tied", "dots", vocab="split"),
     Case("1x2x4", "naive", 8, "mha-untied"),
-    Case("1x2x4", "gpipe", 3, "mha-tied"),
-    Case("1x2x4", "1f1b", 2, "mqa-tied", "full"),
+    Case("1x2x4", "gpipe", 3, "mha-tied", vocab="split"),
+    Case("1x2x4", "1f1b", 2, "mqa-tied", "full", vocab="split"),
     Case("4x1x2", "naive", 1, "gqa-untied"),
-    Case("4x1x2", "gpipe", 2, "mha-tied", "dots"),
+    Case("4x1x2", "gpipe", 2, "mha-tied", "dots", vocab="split"),
     Case("4x1x2", "1f1b", 3, "gqa-tied"),
     Case("1x1x8", "zb-h1", 3, "mha-untied"),
-    Case("2x2x2", "zb-h1", 8, "mqa-untied", "dots"),
-    Case("1x2x4", "zb-h1", 8, "gqa-untied"),
+    Case("2x2x2", "zb-h1", 8, "mqa-untied", "dots", vocab="split"),
+    Case("1x2x4", "zb-h1", 8, "gqa-untied", vocab="split"),
     Case("4x1x2", "zb-h1", 2, "mha-tied", "full"),
-    Case("2x2x2", "interleaved-1f1b", 3, "gqa-untied", "full", num_chunks=4),
+    Case("2x2x2", "interleaved-1f1b", 3, "gqa-untied", "full", num_chunks=4, vocab="split"),
     Case("1x2x4", "interleaved-1f1b", 8, "mqa-tied", num_chunks=2),
     Case("4x1x2", "interleaved-zb-h1", 3, "gqa-tied", num_chunks=4),
-    Case("1x2x4", "interleaved-zb-h1", 3, "mqa-untied", "dots", num_chunks=2),
+    Case("1x2x4", "interleaved-zb-h1", 3, "mqa-untied", "dots", num_chunks=2, vocab="split"),
     Case("2x2x2", "interleaved-zb-h1", 2, "mha-tied", num_chunks=2),
+    Case("1x2x4", "1f1b", 8, "mqa-untied", vocab="ends", layers=(1, 3, 2, 2)),
+    Case("2x2x2", "gpipe", 3, "gqa-tied", "full", vocab="split", layers=(5, 3)),
+    Case("1x2x4", "zb-h1", 3, "mha-tied", vocab="split", layers=(2, 3, 2, 1)),
+    Case("4x1x2", "interleaved-1f1b", 3, "mha-untied", "dots", num_chunks=2, vocab="split", layers=(1, 3, 2, 2)),
+    Case("2x2x2", "interleaved-zb-h1", 2, "gqa-tied", num_chunks=2, layers=(2, 1, 4, 1)),
+    Case("2x2x2", "auto", 3, "mha-untied", vocab="split", layers=(3, 5)),
 )
 
 REMATS = get_args(Remat)
+VOCABS = get_args(Vocab)
+
+UNEVEN: dict[int, tuple[int, ...]] = {2: (5, 3), 4: (1, 3, 3, 1)}
+"""Eight layers on so many stages."""
 
 
 def can_run(mesh: str, schedule: str, num_chunks: int) -> bool:
@@ -92,11 +107,20 @@ def can_run(mesh: str, schedule: str, num_chunks: int) -> bool:
 
 
 EVERY_CASE = tuple(
-    Case(mesh, schedule, num_microbatches, model, REMATS[number % len(REMATS)], num_chunks)
+    Case(mesh, schedule, num_microbatches, model, REMATS[number % 3], num_chunks, VOCABS[number // 3 % 2])
     for number, (mesh, (schedule, num_chunks), num_microbatches, model) in enumerate(
         product(MESHES, (*((name, 1) for name in SCHEDULES), *CHUNKED), MICROBATCHES, MODELS)
     )
     if can_run(mesh, schedule, num_chunks)
+)
+
+
+EVERY_UNEVEN_CASE = tuple(
+    Case(mesh, schedule, num_microbatches, "gqa-untied", "none", num_chunks, VOCABS[number % 2], layers)
+    for number, (mesh, (schedule, num_chunks), num_microbatches) in enumerate(
+        product(("2x2x2", "1x2x4", "4x1x2"), (*((name, 1) for name in SCHEDULES), *CHUNKED), MICROBATCHES)
+    )
+    if (layers := UNEVEN.get(int(mesh.split("x")[2]) * num_chunks))
 )
 
 
@@ -112,6 +136,8 @@ def wrong_by(case: Case) -> dict[str, float]:
         num_sequences=num_sequences,
         num_chunks=case.num_chunks,
         remat=case.remat,
+        vocab=case.vocab,
+        layers_per_stage=case.layers,
     )
     return beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE)
 
@@ -122,7 +148,7 @@ def test_loss_gradients_and_norm_equal_one_device(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
+@pytest.mark.parametrize("case", [*EVERY_CASE, *EVERY_UNEVEN_CASE], ids=str)
 def test_loss_gradients_and_norm_equal_one_device_in_the_full_product(case: Case) -> None:
     assert wrong_by(case) == {}
 
@@ -146,6 +172,13 @@ def test_default_cases_hold_every_number_of_microbatches_model_and_policy() -> N
     assert {case.num_microbatches for case in CASES} == set(MICROBATCHES)
     assert {case.model for case in CASES} == set(MODELS)
     assert {case.remat for case in CASES} == set(REMATS)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_default_cases_hold_every_schedule_and_unequal_stages_with_either_vocabulary(vocab: Vocab) -> None:
+    found = [case for case in CASES if case.vocab == vocab and not case.mesh.endswith("x1")]
+    assert {name for name, _ in CHUNKED} | set(SCHEDULES) <= {case.schedule for case in found}
+    assert any(case.layers for case in found)
 
 
 def test_models_hold_every_kind_of_attention_tied_and_untied() -> None:

@@ -4,6 +4,7 @@ The interpreter obeys the columns alone, as the executor does, but its buffers h
 is the output of stage s for microbatch k, ("dy", s, k) the gradient of that output. It begins with empty buffers, so
 whatever is read before it was written, after it was overwritten, or from the wrong neighbour is seen. A
 forward's residuals are ("saved", s, k), and ("halved", s, k) once the input gradient left what the weight's needs.
+Ends that run together make ("y", -1, k) and take the last stage's output and ("dy", -1, k).
 """
 
 from itertools import count, product
@@ -71,11 +72,14 @@ class Interpreter:
         self.saved: list[list[Any]] = [[None] * tables.num_save_slots for _ in ranks]
         self.read: dict[Action, tuple[Any, ...]] = {}
         self.order: list[Action] = []
+        self.taken: list[Any] = []
 
     def run(self) -> "Interpreter":
         for turn in range(len(self.columns["kind"])):
+            self._enter(turn)
             for rank in range(self.schedule.num_ranks):
                 self._act(turn, rank)
+            self._leave(turn)
             self._exchange(turn, self.activations, "send", "arrive", "passes_on", step=1)
             self._exchange(turn, self.gradients, "send_grad", "arrive_grad", "passes_back", step=-1)
         return self
@@ -90,7 +94,8 @@ class Interpreter:
             self.read[action] = (None if row["source"] == NONE else self.activations[rank][row["source"]],)
             _put(self.saved[rank], row["save"], ("saved", stage, microbatch))
             _put(self.activations[rank], row["target"], ("y", stage, microbatch))
-            _put(self.gradients[rank], row["loss_grad"], ("dy", stage, microbatch))
+            if self.columns["last"][turn] == NONE:
+                _put(self.gradients[rank], row["loss_grad"], ("dy", stage, microbatch))
         elif row["kind"] == WEIGHT_GRAD:
             action = Action(stage=stage, kind="W", microbatch=microbatch)
             self.read[action] = (self.saved[rank][row["save"]],)
@@ -103,6 +108,22 @@ class Interpreter:
             if is_half:
                 self.saved[rank][row["save"]] = ("halved", stage, microbatch)
         self.order.append(action)
+
+    def _enter(self, turn: int) -> None:
+        microbatch = int(self.columns["first"][turn])
+        for rank, buffer in enumerate(self.activations):
+            _put(buffer, int(self.columns["first_slot"][turn, rank]), ("y", -1, microbatch))
+
+    def _leave(self, turn: int) -> None:
+        for name, buffers in (("last", self.activations), ("first_back", self.gradients)):
+            microbatch = int(self.columns[name][turn])
+            slots = self.columns[f"{name}_slot"][turn]
+            assert (slots != NONE).sum() == (microbatch != NONE)
+            found = [buffer[slot] for buffer, slot in zip(buffers, slots, strict=True) if slot != NONE]
+            self.taken += [(name, microbatch, *value) for value in found]
+        if self.columns["last"][turn] != NONE:
+            loss_grad = ("dy", self.schedule.num_stages - 1, int(self.columns["last"][turn]))
+            _put(self.gradients[-1], int(self.columns["loss_grad"][turn, -1]), loss_grad)
 
     def _exchange(self, turn: int, buffers: list[list[Any]], send: str, arrive: str, passes: str, *, step: int) -> None:
         """What nobody sends arrives as None, as the executor's permute delivers zeros or NaN."""
@@ -140,6 +161,20 @@ def interpreted(schedule: Schedule) -> Interpreter:
 def test_every_action_reads_exactly_what_it_needs(schedule: Schedule) -> None:
     read = interpreted(schedule).read
     assert read == {action: needed(action, schedule) for _, _, action in schedule.placed()}
+
+
+@every_schedule
+@given(ANY_SCHEDULE)
+def test_ends_run_together_on_every_microbatch_with_what_they_need(schedule: Schedule) -> None:
+    done = Interpreter(lower(schedule, ends="together"), schedule).run()
+    # The first stage's forward finds what the ranks made together; all else is as it is alone.
+    for _, _, action in schedule.placed():
+        is_first = action.kind == "F" and action.stage == 0
+        wanted = (("y", -1, action.microbatch),) if is_first else needed(action, schedule)
+        assert done.read[action] == wanted
+    every = range(schedule.num_microbatches)
+    last = [("last", k, "y", schedule.num_stages - 1, k) for k in every]
+    assert sorted(done.taken) == sorted([*last, *(("first_back", k, "dy", -1, k) for k in every)])
 
 
 @every_schedule
@@ -197,6 +232,15 @@ def test_slots_of_1f1b_do_not_grow_with_the_microbatches(num_ranks: int, num_mic
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 8, 32])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_slots_of_1f1b_with_a_split_vocabulary_are_one_more(num_ranks: int, num_microbatches: int) -> None:
+    schedule = build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches, vocab="split")
+    tables = lower(schedule, ends="together")
+    assert tables.num_save_slots == min(num_microbatches, 2 * (num_ranks - 1) + 1)
+    assert max(tables.num_activation_slots, tables.num_gradient_slots) <= 2
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 8, 32])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_slots_of_zb_h1_do_not_grow_with_the_microbatches(num_ranks: int, num_microbatches: int) -> None:
     tables = lower(build_schedule("zb-h1", num_ranks=num_ranks, num_microbatches=num_microbatches))
     assert tables.num_save_slots == min(num_microbatches, num_ranks)
@@ -228,7 +272,7 @@ def test_exchange_happens_in_the_last_turn_of_a_tick() -> None:
 
 def test_columns_are_int32_of_turns_by_ranks() -> None:
     columns = lower(build_schedule("gpipe", num_ranks=3, num_microbatches=4)).columns
-    passes = {"passes_on", "passes_back"}
+    passes = {"passes_on", "passes_back", "first", "last", "first_back"}
     assert {column.dtype for column in columns.values()} == {np.dtype(np.int32)}
     assert {column.shape for name, column in columns.items() if name not in passes} == {(12, 3)}
     assert {columns[name].shape for name in passes} == {(12,)}

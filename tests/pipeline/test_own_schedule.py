@@ -1,8 +1,13 @@
-"""The executor knows no schedule by name: one written by hand, and one found by `auto`, equal one device too."""
+"""The executor knows no schedule by name: one written by hand, and one found by `auto`, equal one device too.
+
+They do so with either vocabulary and with stages of unequal depth.
+"""
+
+from dataclasses import replace
 
 import pytest
 from trellax.pipeline import Schedule
-from trellax.pipeline.schedules import auto, schedule_from_csv
+from trellax.pipeline.schedules import Vocab, auto, schedule_from_csv
 
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 
@@ -18,16 +23,19 @@ BY_HAND = """\
 
 
 @pytest.mark.parametrize(
-    ("mesh", "schedule"),
+    ("mesh", "schedule", "vocab", "layers"),
     [
-        ("1x2x4", schedule_from_csv(BY_HAND, name="by-hand")),
-        ("2x1x4", auto(num_ranks=4, num_microbatches=4, max_in_flight=2)),
-        ("1x1x8", auto(num_ranks=8, num_microbatches=4, weight_grad=0.5)),
-        ("2x2x2", auto(num_ranks=2, num_microbatches=4, num_chunks=2)),
+        ("1x2x4", schedule_from_csv(BY_HAND, name="by-hand"), "ends", None),
+        ("2x1x4", schedule_from_csv(BY_HAND, name="by-hand", vocab="split"), "split", (2, 1, 4, 1)),
+        ("2x1x4", auto(num_ranks=4, num_microbatches=4, max_in_flight=2), "ends", (1, 2, 2, 3)),
+        ("1x1x8", auto(num_ranks=8, num_microbatches=4, weight_grad=0.5, vocab="split"), "split", None),
+        ("2x2x2", auto(num_ranks=2, num_microbatches=4, num_chunks=2), "split", (1, 4, 1, 2)),
     ],
-    ids=["by-hand", "auto-lean", "auto-8", "auto-chunks"],
+    ids=["by-hand", "by-hand-uneven", "auto-lean", "auto-8", "auto-chunks"],
 )
-def test_schedule_without_a_name_equals_one_device(mesh: str, schedule: Schedule) -> None:
+def test_schedule_without_a_name_equals_one_device(
+    mesh: str, schedule: Schedule, vocab: Vocab, layers: tuple[int, ...] | None
+) -> None:
     config = small_model(style="gpt", attention="gqa")
     step = pipeline_step(
         config,
@@ -36,6 +44,24 @@ def test_schedule_without_a_name_equals_one_device(mesh: str, schedule: Schedule
         num_microbatches=schedule.num_microbatches,
         num_sequences=16,
         num_chunks=schedule.num_chunks,
+        layers_per_stage=layers,
+        vocab=vocab,
         bubbles="nan",
     )
     assert beyond(errors_of(answer_of(step), one_device(config, 16)), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_eight_stages_of_unequal_depth_equal_one_device(schedule: str) -> None:
+    config = replace(small_model(style="llama", embeddings="untied"), num_layers=11)
+    step = pipeline_step(
+        config,
+        mesh="1x1x8",
+        schedule=schedule,
+        num_microbatches=3,
+        num_sequences=24,
+        layers_per_stage=(1, 1, 1, 1, 2, 2, 2, 1),
+        vocab="split",
+        bubbles="nan",
+    )
+    assert beyond(errors_of(answer_of(step), one_device(config, 24)), tolerance=TOLERANCE) == {}

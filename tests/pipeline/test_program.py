@@ -1,15 +1,17 @@
 """What the compiler made of a step: where it communicates, how large it is and how much memory it takes.
 
-A mesh of 2x2x2 with 1F1B, and with ZB-H1, whose backwards are in halves; the size of a microbatch stays, only their
-number changes.
+A mesh of 2x2x2 with 1F1B, and with ZB-H1, whose backwards are in halves, and with a vocabulary split over pipe; the
+size of a microbatch stays, only their number changes.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import jax
 import pytest
 from trellax.pipeline import build_schedule, pipeline_grads
+from trellax.pipeline.schedules import Vocab
 
 from .hlo import Collective, Program
 from .law import Step, mesh_of, pipeline_step, small_model
@@ -19,31 +21,44 @@ NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS = 1
 
 
 every_schedule = pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+either_vocabulary = pytest.mark.parametrize("vocab", ["ends", "split"])
 
 
 @cache
-def step_of(schedule: str, num_microbatches: int) -> Step:
+def step_of(schedule: str, num_microbatches: int, vocab: Vocab = "ends", num_layers: int = 8) -> Step:
     return pipeline_step(
-        small_model(),
+        replace(small_model(), num_layers=num_layers),
         mesh="2x2x2",
         schedule=schedule,
         num_microbatches=num_microbatches,
         num_sequences=4 * num_microbatches,
+        num_chunks=num_chunks_of(schedule),
+        vocab=vocab,
     )
 
 
+def num_chunks_of(schedule: str) -> int:
+    return 2 if schedule.startswith("interleaved") else 1
+
+
 @cache
-def compiled(schedule: str, num_microbatches: int) -> Any:
+def compiled(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Any:
     """The step without the gradient norm, whose sums over the mesh are not the pipeline's."""
-    step = step_of(schedule, num_microbatches)
-    plan = build_schedule(schedule, num_ranks=2, num_microbatches=num_microbatches)
+    step = step_of(schedule, num_microbatches, vocab)
+    plan = build_schedule(
+        schedule,
+        num_ranks=2,
+        num_microbatches=num_microbatches,
+        num_chunks=num_chunks_of(schedule),
+        vocab=vocab,
+    )
     run = partial(pipeline_grads, step.model.fns, mesh=mesh_of("2x2x2"), schedule=plan)
     return jax.jit(run).lower(params=step.params, batch=step.batch).compile()
 
 
 @cache
-def program(schedule: str, num_microbatches: int) -> Program:
-    return Program(compiled(schedule, num_microbatches).as_text())
+def program(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Program:
+    return Program(compiled(schedule, num_microbatches, vocab).as_text())
 
 
 def crosses_data(collective: Collective) -> bool:
@@ -51,16 +66,18 @@ def crosses_data(collective: Collective) -> bool:
     return any(len({device >> 1 & 1 for device in group}) > 1 for group in collective.groups)
 
 
+@either_vocabulary
 @every_schedule
-def test_nothing_crosses_data_inside_the_loop_over_turns(schedule: str) -> None:
-    found = program(schedule, 4)
+def test_nothing_crosses_data_inside_the_loop_over_turns(schedule: str, vocab: Vocab) -> None:
+    found = program(schedule, 4, vocab)
     in_loops = found.in_loops()
     assert [c for c in found.collectives() if c.computation in in_loops and crosses_data(c)] == []
 
 
+@either_vocabulary
 @every_schedule
-def test_every_gradient_is_summed_over_data_exactly_once(schedule: str) -> None:
-    sums = [c for c in program(schedule, 4).collectives() if crosses_data(c)]
+def test_every_gradient_is_summed_over_data_exactly_once(schedule: str, vocab: Vocab) -> None:
+    sums = [c for c in program(schedule, 4, vocab).collectives() if crosses_data(c)]
     num_gradients = len(jax.tree.leaves(step_of(schedule, 4).params))
     assert {c.kind for c in sums} == {"all-reduce"}
     assert sum(c.num_arrays for c in sums) == num_gradients + NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS
@@ -97,15 +114,46 @@ def test_activations_and_gradients_pass_between_neighbours_alone(schedule: str) 
     assert sorted(permutes) == [((0, 4), (1, 5), (2, 6), (3, 7)), ((4, 0), (5, 1), (6, 2), (7, 3))]
 
 
-@every_schedule
-def test_nothing_is_gathered(schedule: str) -> None:
-    assert {c.kind for c in program(schedule, 4).collectives()} == {"all-reduce", "collective-permute"}
+def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None:
+    found = program("1f1b", 4, "split")
+    in_loops = found.in_loops()
+    over_pipe = ((0, 4), (1, 5), (2, 6), (3, 7))
+    sums = [c for c in found.collectives() if c.computation in in_loops and c.groups == over_pipe]
+    # What enters the first stage, what left the last, and the gradients of both; of the loss three of [b, T] each:
+    # the maximum, and the normalizer with the target's logit.
+    assert sum(c.num_arrays for c in sums if c.kind == "all-reduce") == 4 + 3
 
 
+@either_vocabulary
 @every_schedule
-def test_program_does_not_grow_with_the_microbatches(schedule: str) -> None:
+def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
+    assert {c.kind for c in program(schedule, 4, vocab).collectives()} == {"all-reduce", "collective-permute"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "vocab"),
+    [("1f1b", "ends"), ("zb-h1", "ends"), ("1f1b", "split"), ("gpipe", "split"), ("interleaved-1f1b", "split")],
+)
+def test_program_does_not_grow_with_the_microbatches(schedule: str, vocab: Vocab) -> None:
+    few, many = (program(schedule, m, vocab).num_instructions for m in (4, 64))
+    assert many / few <= 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["naive", "interleaved-zb-h1", "auto"])
+def test_other_programs_do_not_grow_either(schedule: str) -> None:
     few, many = (program(schedule, m).num_instructions for m in (4, 64))
     assert many / few <= 1.05
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved-zb-h1"])
+def test_program_does_not_grow_with_the_layers(schedule: str) -> None:
+    def num_instructions(num_layers: int) -> int:
+        step = step_of(schedule, 4, "split", num_layers)
+        text: Any = jax.jit(step.run).lower(step.params, step.batch).compile().as_text()
+        return Program(text).num_instructions
+
+    assert num_instructions(96) / num_instructions(12) <= 1.05
 
 
 @every_schedule

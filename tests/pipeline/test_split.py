@@ -12,16 +12,26 @@ import numpy as np
 import pytest
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import ScheduleError
-from trellax.pipeline import PipelinedModel, PipelineParams, check_layers, natural_order, split_transformer
+from trellax.pipeline import (
+    PipelinedModel,
+    PipelineParams,
+    check_layers,
+    natural_order,
+    split_transformer,
+    stages_from_layers,
+)
 
 from .law import mesh_of, natural_params, small_model
 
 Golden = Callable[[str, str], None]
 
-MISFITS: dict[str, dict[str, int]] = {
+MISFITS: dict[str, dict[str, Any]] = {
     "fewer_layers_than_ranks": {"num_layers": 2, "num_ranks": 4},
     "layers_over_ranks": {"num_layers": 30, "num_ranks": 4},
     "layers_over_chunks": {"num_layers": 12, "num_ranks": 4, "num_chunks": 2},
+    "layers_dropped": {"num_layers": 30, "num_ranks": 4, "layers_per_stage": (7, 7, 7, 7)},
+    "too_few_stages": {"num_layers": 30, "num_ranks": 4, "layers_per_stage": (15, 15)},
+    "empty_stage": {"num_layers": 30, "num_ranks": 4, "layers_per_stage": (0, 10, 10, 10)},
 }
 
 
@@ -67,12 +77,30 @@ def test_stage_parameters_lead_with_chunks_ranks_and_layers(mesh: str, num_chunk
     assert leading == {(num_chunks, num_ranks, 8 // num_chunks // num_ranks)}
 
 
+LAYERS = {"kernel": jnp.arange(1, 8 * 3 + 1).reshape(8, 3), "bias": jnp.arange(1, 9)}
+
+
 @pytest.mark.parametrize(("num_ranks", "num_chunks"), [(1, 1), (4, 1), (2, 2)])
-def test_natural_order_undoes_the_cut(num_ranks: int, num_chunks: int) -> None:
-    layers = {"kernel": jnp.arange(8 * 3).reshape(8, 3), "bias": jnp.arange(8)}
-    stages = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, num_ranks, -1, *leaf.shape[1:]), layers)
-    back = natural_order(stages)
-    assert jax.tree.all(jax.tree.map(np.array_equal, back, layers))
+def test_equal_stages_are_a_reshape_of_the_natural_order(num_ranks: int, num_chunks: int) -> None:
+    stages = stages_from_layers(LAYERS, num_ranks=num_ranks, num_chunks=num_chunks)
+    reshaped = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, num_ranks, -1, *leaf.shape[1:]), LAYERS)
+    assert jax.tree.all(jax.tree.map(np.array_equal, stages, reshaped))
+    assert jax.tree.all(jax.tree.map(np.array_equal, natural_order(stages), LAYERS))
+
+
+@pytest.mark.parametrize(("num_ranks", "num_chunks", "counts"), [(3, 1, (3, 4, 1)), (2, 2, (1, 2, 2, 3))])
+def test_unequal_stages_hold_every_layer_once_and_zeros(
+    num_ranks: int, num_chunks: int, counts: tuple[int, ...]
+) -> None:
+    stages = stages_from_layers(LAYERS, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
+    found = []
+    for stage, count in enumerate(counts):
+        bias = stages["bias"][stage // num_ranks, stage % num_ranks]
+        found += bias[:count].tolist()
+        assert not bias[count:].any()
+    assert found == list(range(1, 9))
+    back = natural_order(stages, layers_per_stage=counts)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, LAYERS))
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("1x8x1", marks=pytest.mark.slow), "2x2x2", "1x1x8"])

@@ -17,7 +17,12 @@ MISTAKES = {
     "vocab_over_tensor": "--mesh.data=2 --mesh.tensor=4 --model.vocab_size=257",
     "kv_heads_over_tensor": "--mesh.tensor=4 --mesh.data=2 --model.num_heads=12 --model.num_kv_heads=6",
     "fewer_layers_than_stages": "--mesh.pipe=4 --mesh.data=2",
-    "layers_over_stages": "--mesh.pipe=2 --mesh.data=4 --model.num_layers=3",
+    "layers_lost": "--mesh.pipe=2 --mesh.data=4 --model.num_layers=6 --pipeline.layers_per_stage=3,2",
+    "layers_of_other_stages": "--mesh.pipe=2 --mesh.data=4 --model.num_layers=6 --pipeline.layers_per_stage=2,2,2",
+    "stage_without_layers": "--mesh.pipe=2 --mesh.data=4 --pipeline.layers_per_stage=2,0",
+    "vocab_over_pipe": "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=260",
+    "vocab_over_pipe_and_tensor": "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=257",
+    "whole_vocab_over_tensor": "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=257 --pipeline.vocab=ends",
     "batch_over_data_and_microbatches": "--mesh.data=8 --pipeline.microbatches=3",
     "unknown_schedule": "--mesh.data=8 --pipeline.schedule=1b1f",
     "sequence_too_long": "--mesh.data=8 --data.seq_len=64",
@@ -41,6 +46,23 @@ def test_contradiction_is_told_with_its_numbers(name: str, golden: Callable[[str
 def test_fitting_run_gets_its_mesh_filled_in() -> None:
     config = load_config("quickstart", ["--mesh.data=-1"])
     assert check_run(config, num_devices=8, known_schedules=SCHEDULES) == MeshSpec(data=2, tensor=2, pipe=2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--mesh.pipe=2 --model.num_layers=3",
+        "--mesh.pipe=2 --model.num_layers=3 --pipeline.layers_per_stage=2,1",
+        "--mesh.pipe=2 --pipeline.chunks=2 --pipeline.schedule=auto --model.num_layers=5",
+        "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=260 --pipeline.vocab=ends",
+        # One rank has all layers, and a file of one's own says its chunks when it is read.
+        "--pipeline.layers_per_stage=2,1",
+        "--mesh.pipe=2 --model.num_layers=4 --pipeline.layers_per_stage=1,1,1,1 --pipeline.schedule=my.csv",
+    ],
+)
+def test_stages_need_not_be_equal(words: str) -> None:
+    config = load_config("tiny-dense", words)
+    assert check_run(config, num_devices=config.mesh.pipe * config.mesh.tensor) == config.mesh
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
-from trellax.train import Checkpoints, RunConfig, Setup
+from trellax.pipeline import natural_order
+from trellax.train import Checkpoints, RunConfig, Setup, TrainState
 
 Tiny = Callable[..., RunConfig]
 
@@ -21,6 +22,12 @@ def arrays(tree: object) -> list[np.ndarray]:
     return [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
 
 
+def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
+    counts = setup.model.fns.layers_per_stage
+    stages = natural_order(state.params.stages, layers_per_stage=counts)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((stages, state.params.shared))]
+
+
 @pytest.mark.parametrize("other", ["data=8", "data=2,tensor=4", "data=4,pipe=2"])
 def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
     config = tiny("--optimizer.zero on")
@@ -32,6 +39,30 @@ def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Pa
         restored = checkpoints.restore(setup)
     assert all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(restored), strict=True))
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == setup.shardings
+
+
+UNEVEN = {
+    "by hand": ("data=2,tensor=2,pipe=2", "--pipeline.layers_per_stage 5,2"),
+    "chunks": ("data=2,tensor=2,pipe=2", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"),
+    "balanced": ("data=2,pipe=4", ""),
+    "whole vocabulary": ("tensor=2,pipe=4", "--pipeline.vocab ends"),
+    "one rank": ("data=8", ""),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_seven_layers_move_between_stages_of_any_depth(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    saved = make_setup(tiny("--model.num_layers 7 --optimizer.zero on"), "data=2,pipe=4")
+    mesh, words = UNEVEN[name]
+    setup = make_setup(tiny(f"--model.num_layers 7 {words}"), mesh)
+    state = saved.init_state()
+    with Checkpoints(tmp_path / "there", keep=1) as there, Checkpoints(tmp_path / "back", keep=1) as back:
+        there.save(state, saved)
+        moved = there.restore(setup)
+        back.save(moved, setup)
+        again = back.restore(saved)
+    assert all(np.array_equal(a, b) for a, b in zip(natural(saved, state), natural(setup, moved), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(again), strict=True))
 
 
 def test_only_the_newest_saves_are_kept(tiny: Tiny, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ MISTAKES = {
     "no_steps": GOOD.replace("steps = 20", "steps = 0"),
     "negative_learning_rate": GOOD.replace("1e-2", "-1e-2"),
     "infinite_learning_rate": GOOD.replace("1e-2", "inf"),
+    "layers_per_stage_in_words": GOOD + '\n[pipeline]\nlayers_per_stage = ["3", 3.0]\n',
+    "layers_per_stage_unknown_word": GOOD + '\n[pipeline]\nlayers_per_stage = "even"\n',
+    "unknown_vocab": GOOD + '\n[pipeline]\nvocab = "spilt"\n',
     "no_microbatches": GOOD + "\n[pipeline]\nmicrobatches = 0\n",
     "val_fraction_of_one": GOOD.replace("seq_len = 32", "seq_len = 32\nval_fraction = 1.0"),
     "name_with_a_slash": GOOD + '\n[run]\nname = "a/b"\n',
@@ -162,6 +165,39 @@ def test_last_of_two_overrides_wins() -> None:
 def test_list_override_may_be_toml() -> None:
     words = ["--data.source", "text", "--data.paths", '["a,b.txt"]']
     assert load_config("tiny-dense", words).data.paths == ("a,b.txt",)
+
+
+@pytest.mark.parametrize("text", ["3,3,2", "[3,3,2]", "[3, 3, 2]", "3, 3, 2"])
+def test_layers_per_stage_may_be_numbers_or_a_list(text: str) -> None:
+    assert load_config("tiny-dense", ["--pipeline.layers_per_stage", text]).pipeline.layers_per_stage == (3, 3, 2)
+
+
+def test_layers_per_stage_of_a_file_are_kept_or_balanced(folder: Path) -> None:
+    Path("mine.toml").write_text(GOOD + "\n[pipeline]\nlayers_per_stage = [1, 1]\n", encoding="utf-8")
+    assert load_config("mine.toml").pipeline.layers_per_stage == (1, 1)
+    assert load_config("mine.toml", "--pipeline.layers-per-stage=2").pipeline.layers_per_stage == (2,)
+    assert load_config("mine.toml", "--pipeline.layers-per-stage=auto").pipeline.layers_per_stage == "auto"
+    assert load_config("tiny-dense").pipeline.layers_per_stage == "auto"
+
+
+@pytest.mark.parametrize("text", ["3,x", "3,,2", "3.5", "even", "[3,[2]]"])
+def test_layers_per_stage_in_words_are_told_as_they_were_typed(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny-dense", ["--pipeline.layers_per_stage", text])
+    start = f"--pipeline.layers_per_stage {text}: expected 'auto' or a list of whole numbers, got ["
+    assert str(caught.value).startswith(start)
+
+
+def test_layers_per_stage_of_a_dict_may_be_a_tuple() -> None:
+    values = {
+        "model": {"vocab_size": 256, "num_layers": 5, "hidden_size": 32, "num_heads": 4},
+        "data": {"seq_len": 32},
+        "train": {"steps": 20, "batch_size": 8},
+        "optimizer": {"learning_rate": 1e-2},
+        "pipeline": {"layers_per_stage": (2, 3), "vocab": "ends"},
+    }
+    section = config_from_dict(values).pipeline
+    assert (section.layers_per_stage, section.vocab) == ((2, 3), "ends")
 
 
 @pytest.mark.parametrize("name", ["quickstart", "gpt2-124m", "llama3-8b-8gpu", "tiny-dense", "tiny-llama"])

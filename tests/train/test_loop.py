@@ -43,7 +43,7 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     assert [line["step"] for line in read_metrics(folder) if "val_loss" in line] == [2, 4]
     assert summary.steps == 4
     talk = talk_file.getvalue()
-    for part in ("mesh      data=2 tensor=2 pipe=2", "256@tensor, 32", "rank 1 |", "bubble", "step 4/4", "sha256"):
+    for part in ("mesh      data=2 tensor=2 pipe=2", "256@pipe+tensor, 32", "rank 1 |", "bubble", "step 4/4", "sha256"):
         assert part in talk
 
 

@@ -27,6 +27,14 @@ MISTAKES = {
     "unknown_clock": "1f1b --ranks 2 --microbatches 4 --clock asynch",
     "negative_cost": "1f1b --ranks 2 --microbatches 4 --forward -1",
     "cost_is_no_number": "1f1b --ranks 2 --microbatches 4 --weight-grad nan",
+    "layers_in_words": "1f1b --ranks 2 --microbatches 4 --layers 8,six",
+    "layers_of_nothing": "1f1b --ranks 2 --microbatches 4 --layers 8,0",
+    "layers_without_a_stage": "1f1b --ranks 4 --microbatches 4 --layers 8,8,6",
+    "layers_of_chunks": "interleaved-1f1b --ranks 2 --microbatches 4 --layers 8,8",
+    "compare_with_layers": "--compare --ranks 2 --microbatches 4 --layers 8,6",
+    "limit_of_1f1b": "1f1b --ranks 2 --microbatches 4 --max-in-flight 2",
+    "limit_of_a_comparison": "--compare --ranks 2 --microbatches 4 --max-in-flight 2",
+    "limit_of_none": "auto --ranks 2 --microbatches 4 --max-in-flight 0",
     "unknown_option": "1f1b --ranks 2 --microbatches 4 --pgn x.png",
     "override": "1f1b --ranks 2 --microbatches 4 --mesh.pipe 2",
     "file_with_sizes": "--file mine.csv --ranks 2",
@@ -71,6 +79,54 @@ def test_terminal_gets_colours_and_lines_of_its_width(
 
 def test_difference_from_the_formula_is_explained(golden: Golden, capsys: Capture) -> None:
     golden("schedule_difference.txt", run("zb-h1 --ranks 4 --microbatches 8 --input-grad 1.5", capsys))
+
+
+def test_uneven_stages_are_drawn_with_their_own_bubble(golden: Golden, capsys: Capture) -> None:
+    golden("schedule_layers.txt", run("1f1b --ranks 4 --microbatches 8 --layers 8,8,8,6", capsys))
+
+
+def test_uneven_stages_come_as_json_too(capsys: Capture) -> None:
+    numbers = json.loads(run("1f1b --ranks 3 --microbatches 2 --layers 3,3,2 --json", capsys))
+    assert numbers["layers"] == [3, 3, 2]
+    # 30 x 3 of time and 48 of work, as summed by hand for layers of time 1; here a mean rank takes 1.
+    assert numbers["makespan"] == pytest.approx(30 * 3 / 8)
+    assert numbers["bubble_fraction"] == pytest.approx(1 - 48 / 90)
+
+
+def test_mean_rank_takes_the_time_given(capsys: Capture) -> None:
+    words = "--ranks 2 --microbatches 1 --forward 2 --input-grad 3 --weight-grad 4 --json"
+    whole = json.loads(run(f"naive {words}", capsys))
+    uneven = json.loads(run(f"naive {words} --layers 1,3", capsys))
+    assert uneven["makespan"] == pytest.approx(whole["makespan"]) == pytest.approx(2 * (2 + 3 + 4))
+
+
+def test_chunks_have_a_size_each(capsys: Capture) -> None:
+    words = "interleaved-1f1b --ranks 2 --microbatches 4 --json"
+    even = json.loads(run(words, capsys))
+    assert json.loads(run(f"{words} --layers 7,7,7,7", capsys)) == even | {"layers": [7, 7, 7, 7]}
+    assert json.loads(run(f"{words} --layers 7,7,7,8", capsys))["bubble_fraction"] > even["bubble_fraction"]
+
+
+def test_uneven_stages_of_a_file_are_written_as_pictures_and_traces(capsys: Capture) -> None:
+    Path("mine.csv").write_text("0F0,,0B0\n,1F0+1B0,\n")
+    run("--file mine.csv --layers 3,1 --svg a.svg --trace a.json", capsys)
+    # Ticks of 1.5, 0.5 + 1 and 3; the ranks work 4.5 and 1.5 of these 6.
+    assert "bubble 50.0%" in Path("a.svg").read_text()
+    spans = [event["dur"] for event in json.loads(Path("a.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert spans == [1500, 500, 1000, 3000]
+
+
+def test_limit_makes_auto_hold_less(capsys: Capture) -> None:
+    free = json.loads(run("auto --ranks 4 --microbatches 8 --json", capsys))
+    tight = json.loads(run("auto --ranks 4 --microbatches 8 --max-in-flight 2 --json", capsys))
+    assert max(free["peak_in_flight"]) > 2 >= max(tight["peak_in_flight"])
+    assert tight["makespan"] > free["makespan"]
+
+
+def test_auto_knows_the_costs(capsys: Capture) -> None:
+    words = "--ranks 4 --microbatches 8 --weight-grad 0.1 --json"
+    best = json.loads(run(f"auto {words}", capsys))["makespan"]
+    assert best <= min(json.loads(run(f"{name} {words}", capsys))["makespan"] for name in ("1f1b", "zb-h1", "gpipe"))
 
 
 @pytest.mark.parametrize("clock", ["lockstep", "async"])

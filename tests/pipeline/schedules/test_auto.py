@@ -1,12 +1,13 @@
 """`auto` is never worse than a named schedule under the same limit, and keeps the limit."""
 
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
-from trellax.pipeline.schedules import SCHEDULES, Schedule, Timing, auto, build_schedule, simulate
+from trellax.pipeline.schedules import SCHEDULES, Clock, Schedule, Timing, auto, build_schedule, simulate
 
 COSTS = st.sampled_from([0.5, 1.0, 1.7, 3.0])
 
@@ -18,22 +19,23 @@ COSTS = st.sampled_from([0.5, 1.0, 1.7, 3.0])
     chunks=st.integers(1, 3),
     limit=st.integers(1, 12),
     costs=st.tuples(COSTS, COSTS, COSTS),
+    clock=st.sampled_from(get_args(Clock)),
 )
 def test_auto_is_the_best_of_all_that_fit(
-    ranks: int, microbatches: int, chunks: int, limit: int, costs: tuple[float, float, float]
+    *, ranks: int, microbatches: int, chunks: int, limit: int, costs: tuple[float, float, float], clock: Clock
 ) -> None:
-    forward, input_grad, weight_grad = costs
+    times: dict[str, Any] = dict(zip(("forward", "input_grad", "weight_grad"), costs, strict=True))
 
     def time(schedule: Schedule) -> Timing:
-        return simulate(schedule, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
+        return simulate(schedule, clock=clock, **times)
 
     sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
-    found = auto(**sizes, max_in_flight=limit, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
+    found = auto(**sizes, max_in_flight=limit, clock=clock, **times)
     ours = time(found)
     assert max(ours.peak_in_flight) <= limit * chunks
     for name in SCHEDULES.keys() - {"auto"}:
         if name.startswith("interleaved") == (chunks > 1):
-            theirs = time(build_schedule(name, **sizes))
+            theirs = time(build_schedule(name, **sizes, clock=clock))
             if max(theirs.peak_in_flight) <= limit * chunks:
                 assert ours.makespan <= theirs.makespan + 1e-9
 

@@ -1,5 +1,7 @@
 """The formulas of the papers beside the simulation: equal where they speak of the same thing, else with a reason."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +69,7 @@ def test_equal_costs_in_whole_groups_reach_every_formula_in_lockstep(name: str, 
     ],
 )
 def test_difference_has_a_reason(
-    name: str, microbatches: int, clock: Clock, costs: dict[str, float], reason: str
+    name: str, microbatches: int, clock: Clock, costs: dict[str, Any], reason: str
 ) -> None:
     schedule = build(name, 4, microbatches, clock)
     formula = find_formula(schedule, **{key: value for key, value in costs.items() if key != "transfer"})

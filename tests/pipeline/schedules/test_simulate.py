@@ -19,6 +19,12 @@ def near(value: float) -> object:
     return pytest.approx(value, rel=1e-12, abs=1e-12)
 
 
+def idle_over_work(schedule: Schedule) -> float:
+    timing = simulate(schedule)
+    work = sum(timing.busy)
+    return (schedule.num_ranks * timing.makespan - work) / work
+
+
 @every_size
 @given(name=st.sampled_from(("gpipe", "1f1b")), p=RANKS, m=MICROBATCHES, i=COST, w=COST)
 def test_gpipe_and_1f1b_have_the_textbook_bubble(name: str, p: int, m: int, i: float, w: float) -> None:
@@ -40,6 +46,19 @@ def test_1f1b_of_separate_programs_has_the_textbook_bubble(p: int, m: int, i: fl
 def test_naive_leaves_all_but_one_rank_idle(p: int, m: int, i: float, w: float) -> None:
     schedule = build_schedule("naive", num_ranks=p, num_microbatches=m)
     assert simulate(schedule, input_grad=i, weight_grad=w).bubble_fraction == near((p - 1) / p)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_four_ranks_idle_for_three_of_32_microbatches(name: str) -> None:
+    schedule = build_schedule(name, num_ranks=4, num_microbatches=32)
+    assert idle_over_work(schedule) == near(3 / 32)
+
+
+@every_size
+@given(name=st.sampled_from(("gpipe", "1f1b")), p=RANKS, m=MICROBATCHES)
+def test_gpipe_and_1f1b_idle_for_p_minus_1_microbatches(name: str, p: int, m: int) -> None:
+    schedule = build_schedule(name, num_ranks=p, num_microbatches=m)
+    assert idle_over_work(schedule) == near((p - 1) / m)
 
 
 @every_size

@@ -1,0 +1,155 @@
+"""What every stage of a pipeline has: its layers, its share of the time, its parameters and its activations."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from ..layers import activation_bytes, param_counts
+from ..meshes import mesh_sizes
+from ..pipeline import Schedule, simulate
+from .state import Setup
+
+_PARAM_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """One stage, and what it occupies on each device of its rank.
+
+    `time_share` is its part of all stages' time, by matmuls. `parameters` are whole, those of the vocabulary where they
+    live; a tied table counts once, with the embedding. `in_flight` are the microbatches it holds at its rank's fullest
+    moment, and `activation_bytes` what their layers keep for the backward.
+    """
+
+    stage: int
+    rank: int
+    layers: int
+    time_share: float
+    parameters: int
+    parameter_bytes: int
+    in_flight: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTable:
+    """The rows of all stages; `str()` draws them, with what one program for all ranks means for memory below."""
+
+    rows: tuple[StageRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The rows as dicts, for scripts."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        lines = [("stage", "rank", "layers", "time", "parameters", "bytes/device", "in flight", "activations/device")]
+        lines += [
+            (
+                str(row.stage),
+                str(row.rank),
+                str(row.layers),
+                f"{row.time_share:.1%}",
+                f"{row.parameters:,}",
+                f"{row.parameter_bytes:,}",
+                str(row.in_flight),
+                f"{row.activation_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:], *self.notes])
+
+
+def tabulate_stages(setup: Setup) -> StageTable:
+    """Return the table of a run's stages, from shapes alone; for several ranks."""
+    config, sizes, layers = setup.config, mesh_sizes(setup.mesh), setup.layers_per_stage
+    total = sum(cost.total for cost in setup.stage_costs)
+    held = held_at_peak(setup.schedule, layers_per_stage=layers)
+    kept = activation_bytes(
+        config.model,
+        num_sequences=config.train.batch_size // (config.pipeline.microbatches * sizes.data),
+        num_tokens=config.data.seq_len,
+        tensor=sizes.tensor,
+        remat=config.pipeline.remat,
+    ).layer
+    block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
+    rows = []
+    for stage, cost in enumerate(setup.stage_costs):
+        end, end_bytes = _count_ends(setup, stage)
+        rows.append(
+            StageRow(
+                stage=stage,
+                rank=stage % sizes.pipe,
+                layers=layers[stage],
+                time_share=cost.total / total,
+                parameters=layers[stage] * block + end,
+                parameter_bytes=layers[stage] * layer_bytes + end_bytes,
+                in_flight=held[stage],
+                activation_bytes=held[stage] * layers[stage] * kept,
+            )
+        )
+    return StageTable(rows=tuple(rows), notes=_write_notes(setup, kept=kept))
+
+
+def held_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...]) -> tuple[int, ...]:
+    """Return, stage by stage, the microbatches held when the layers that its rank holds of all its stages are most.
+
+    With a chunk a rank it is the peak in flight; with more, the stages of a rank are counted at the same moment, so
+    their activations add up to what the rank needs.
+    """
+    held: Counter[int] = Counter()
+    at_peak, most = [0] * schedule.num_stages, [0] * schedule.num_ranks
+    for _, rank, action in schedule.placed():
+        held[action.stage] += {"F": 1, "I": 0, "W": -1, "B": -1}[action.kind]
+        own = range(rank, schedule.num_stages, schedule.num_ranks)
+        num_layers = sum(held[stage] * layers_per_stage[stage] for stage in own)
+        if num_layers > most[rank]:
+            most[rank] = num_layers
+            for stage in own:
+                at_peak[stage] = held[stage]
+    return tuple(at_peak)
+
+
+def _count_layer_bytes(setup: Setup) -> int:
+    """Bytes of one layer's parameters on one device, from leaves [chunks, ranks@pipe, slots, ...]."""
+    total = 0
+    for leaf in jax.tree.leaves(setup.model.params.stages):
+        chunks, _, slots = leaf.shape[:3]
+        own = leaf.sharding.shard_shape(leaf.shape)
+        total += leaf.dtype.itemsize * math.prod(own) // (chunks * slots)
+    return total
+
+
+def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
+    """Parameters of embedding and head that belong to a stage, and their bytes on each of its devices."""
+    config, sizes = setup.config.model, mesh_sizes(setup.mesh)
+    counts, last = param_counts(config), setup.schedule.num_stages - 1
+    table = counts.embedding
+    is_untied = config.embeddings == "untied"
+    norm = counts.head - (table if is_untied else 0)
+    whole = (counts.positions if stage == 0 else 0) + (norm if stage == last else 0)
+    if setup.config.pipeline.vocab == "split":
+        # Every rank has its part, counted with its first stage.
+        part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
+        return whole + part, _PARAM_BYTES * (whole + part // sizes.tensor)
+    own = table if stage == 0 or (stage == last and is_untied) else 0
+    # A tied table is one parameter, and yet the last stage needs it too.
+    used = table if stage in (0, last) else 0
+    return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
+
+
+def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
+    most, slots = max(setup.layers_per_stage), max(simulate(setup.schedule).peak_in_flight)
+    room = (
+        f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight,\n"
+        f"{slots * most * kept:,} bytes of activations"
+    )
+    if setup.config.pipeline.vocab == "split":
+        return f"{room}.", "The vocabulary's time is no stage's: all ranks share it."
+    return (f"{room}, and for embedding and head, wherever they are used.",)
