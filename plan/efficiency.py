@@ -1,0 +1,54 @@
+"""How long one device takes for a matrix product, for traffic to its memory, and for fused attention.
+
+Three curves, the same for every accelerator; only peaks, cores and the share of the peak differ (`topologies.toml`).
+- A product is cut into tiles, which are dealt to the cores in waves: the last wave may be partly idle (wave
+  quantisation), smaller tiles reuse less, and short inner dimensions spend their time on filling the pipeline.
+  Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
+- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth, seen by gpt-fast on A100: 1.7 of 2.04 TB/s.
+Read `layer_time.py` next.
+"""
+
+import math
+
+from .topology import Accelerator
+
+MEMORY_SHARE = 0.83
+"""Share of the memory bandwidth of the data sheet that long streams reach."""
+
+_TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
+_SHORT_INNER = 150
+_FLASH_FORWARD_SHARE = 0.6
+_FLASH_BACKWARD_SHARE = 0.5
+
+
+def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str) -> float:
+    """Return the seconds of `batch` products [m, k] x [k, n]; as long as their traffic takes where that is longer."""
+    if min(m, n, k, batch) <= 0:
+        return 0.0
+    waves = min(_wave_area(accelerator.cores, m=m, n=n, batch=batch, tile=tile) for tile in _TILES)
+    flops = 2 * waves * (k + _SHORT_INNER)
+    item = 4 if dtype == "float32" else 2
+    traffic = item * batch * (m * k + k * n + m * n)
+    peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
+    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic))
+
+
+def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
+    """Return the seconds that a stream of bytes from and to memory takes, reads and writes counted alike."""
+    return num_bytes / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
+
+
+def flash_time_s(accelerator: Accelerator, *, flops: float, is_backward: int, dtype: str) -> float:
+    """Return the seconds of fused attention: `flops` of its matrix products, those of the backward with recomputation."""
+    share = _FLASH_BACKWARD_SHARE if is_backward else _FLASH_FORWARD_SHARE
+    return flops / (accelerator.peak_flops_per_s(dtype) * share)
+
+
+def _wave_area(cores: int, *, m: float, n: float, batch: float, tile: tuple[int, int, float]) -> float:
+    """Output elements that could have been made while the waves of one tile size ran."""
+    rows, columns, reuse = tile
+    num_tiles = batch * min(
+        math.ceil(m / rows) * math.ceil(n / columns),
+        math.ceil(m / columns) * math.ceil(n / rows),
+    )
+    return math.ceil(num_tiles / cores) * cores * rows * columns / reuse

@@ -1,0 +1,57 @@
+"""What kind of program runs a layout: the traits that decide its cost and that no layout names.
+
+trellax compiles one program for all ranks; Megatron runs an eager program on each. Both are priced by one model.
+Read `layouts.py` next.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..pipeline.schedules import Clock, Vocab
+
+Switch = Literal["on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Traits of a training program.
+
+    `clock` and `vocab` as in `trellax.pipeline`; `attention` keeps all scores in memory or none; `sequence_parallel`
+    splits norms and residuals over tensor too (Korthikanti et al. 2022, section 4.2.2); `tensor_overlap` hides
+    collectives of the input gradient behind the weight gradient, `pipe_overlap` hops behind other microbatches, and
+    `data_overlap` gradients behind the backward; `scatter_hops` sends 1/tensor of an activation and gathers it again
+    (Narayanan et al. 2021, section 4.1). `host_layer_s` is the least that a forward of one layer takes when a host
+    launches its operations one by one. `gradient_bytes` are those of one number in the sum over data, `sum_bytes` in
+    the array that microbatches add to.
+    """
+
+    clock: Clock = "lockstep"
+    vocab: Vocab = "split"
+    attention: Literal["scores", "fused"] = "scores"
+    score_bytes: int = 4
+    dropout: Switch = "off"
+    sequence_parallel: Switch = "off"
+    tensor_overlap: Switch = "off"
+    pipe_overlap: Switch = "off"
+    data_overlap: Switch = "off"
+    scatter_hops: Switch = "off"
+    gradient_bytes: int = 4
+    sum_bytes: int = 4
+    optimizer_bytes: int = 32
+    host_layer_s: float = 0.0
+
+
+TRELLAX = Program()
+"""The step that trellax compiles: lockstep, the vocabulary split over pipe x tensor, scores in float32."""
+
+MEGATRON = Program(
+    clock="async",
+    vocab="ends",
+    score_bytes=2,
+    dropout="on",
+    tensor_overlap="on",
+    gradient_bytes=2,
+    optimizer_bytes=40,
+    host_layer_s=0.9e-3,
+)
+"""Megatron-LM of 2021: eager, unfused attention, dropout, nothing of the data axis hidden."""
