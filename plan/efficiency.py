@@ -4,7 +4,8 @@ Three curves, the same for every accelerator; only peaks, cores and the share of
 - A product is cut into tiles, which are dealt to the cores in waves: the last wave may be partly idle (wave
   quantisation), smaller tiles reuse less, and short inner dimensions spend their time on filling the pipeline.
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
-- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth, seen by gpt-fast on A100: 1.7 of 2.04 TB/s.
+- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth in long streams, seen by gpt-fast on A100: 1.7 of 2.04 TB/s;
+  `KERNEL_SHARE` in the kernels between products, fitted on Korthikanti et al. 2022, Table 4 (five rows).
 Read `layer_time.py` next.
 """
 
@@ -14,6 +15,9 @@ from .topology import Accelerator
 
 MEMORY_SHARE = 0.83
 """Share of the memory bandwidth of the data sheet that long streams reach."""
+
+KERNEL_SHARE = 0.74
+"""Share of that bandwidth that norms, softmax, dropout and the like reach."""
 
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 _SHORT_INNER = 150
@@ -36,6 +40,11 @@ def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, bat
 def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
     """Return the seconds that a stream of bytes from and to memory takes, reads and writes counted alike."""
     return num_bytes / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
+
+
+def kernel_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
+    """Return the seconds that kernels between products take for this traffic."""
+    return num_bytes / (KERNEL_SHARE * accelerator.memory_bytes_per_s)
 
 
 def flash_time_s(accelerator: Accelerator, *, flops: float, is_backward: int, dtype: str) -> float:

@@ -75,7 +75,7 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, program: Program) -
     yield _residual(whole, item, program)
     # Microbatches add their weight gradients to one array.
     weights = block_weights(model) / t
-    yield Stream(part="weights", forward_bytes=0, backward_bytes=2 * program.sum_bytes * weights)
+    yield Stream(part="weights", forward_bytes=0, backward_bytes=program.sum_traffic_bytes * weights)
 
 
 def item_bytes(model: ModelConfig) -> int:

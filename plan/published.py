@@ -6,7 +6,7 @@ Read `published_case.py` next.
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """One measurement: `inputs` and `outputs` by name, `unstated` the inputs that its source does not give."""
+    """One measurement: `inputs` and `outputs` by name, `unstated` the inputs that its source does not give.
+
+    `has_sequence_parallel` tells whether any row of the source uses it, which dates the code that was measured.
+    """
 
     source: str
     id: str
@@ -29,6 +32,7 @@ class PublishedRow:
     outputs: Mapping[str, Any]
     derived: Mapping[str, Any]
     unstated: tuple[str, ...]
+    has_sequence_parallel: bool
 
     @property
     def step_time_s(self) -> float | None:
@@ -72,8 +76,11 @@ def _read_file(file: Path) -> Iterator[PublishedRow]:
     if content.get("schema") != 1:
         raise DataError(f"{file} has schema {content.get('schema')!r}; 1 is read.", fix="set schema = 1.")
     source = content.get("source", {}).get("id", file.stem)
-    for place, row in enumerate(content.get("row", [])):
-        yield _make_row(row, source=source, name=str(row.get("id", f"row {place}")))
+    rows = content.get("row", [])
+    is_dated = any(row.get("in", {}).get("seq_parallel") for row in rows)
+    for place, row in enumerate(rows):
+        made = _make_row(row, source=source, name=str(row.get("id", f"row {place}")))
+        yield replace(made, has_sequence_parallel=is_dated)
     for name, table in content.items():
         if isinstance(table, dict) and {"columns", "data"} <= table.keys():
             yield from _read_table(table, source=f"{source}/{name}")
@@ -90,6 +97,7 @@ def _make_row(row: Mapping[str, Any], *, source: str, name: str) -> PublishedRow
         outputs=row.get("out", {}),
         derived=row.get("derived", {}),
         unstated=tuple(row.get("unstated", ())),
+        has_sequence_parallel=False,
     )
 
 

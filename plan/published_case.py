@@ -6,14 +6,13 @@ attention, sharded optimizers by their names. Read `published.py` first.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from ..layers import ModelConfig
 from ..meshes.errors import TargetError, TrellaxError
 from .layouts import Layout, PlanRemat
-from .program import MEGATRON, Program, Switch
+from .program import MEGATRON, MEGATRON_2021, Program, Switch
 from .published import PublishedRow
 from .topology import Accelerator, Topology, find_accelerator
 
@@ -48,7 +47,7 @@ def train_case(row: PublishedRow) -> TrainCase:
         raise RowSkipped("mixture of experts is not modelled")
     model = row_model(row)
     topology = row_topology(row)
-    program = _program(inputs, topology.accelerator)
+    program = _program(row, topology.accelerator)
     try:
         layout = _layout(row)
     except TrellaxError as error:
@@ -192,8 +191,12 @@ def _remats(row: PublishedRow) -> tuple[PlanRemat, ...]:
     return ("full",) if text.startswith("full") else ("selective",) if text.startswith("selective") else ("none",)
 
 
-def _program(inputs: Mapping[str, Any], accelerator: Accelerator) -> Program:
-    """Traits by what rows state; fused attention came with Llama shapes, with FSDP and with Hopper."""
+def _program(row: PublishedRow, accelerator: Accelerator) -> Program:
+    """Traits by what rows state; fused attention came with Llama shapes, with FSDP and with Hopper.
+
+    Collectives behind weight gradients came to Megatron with sequence parallelism.
+    """
+    inputs = row.inputs
     stated = str(inputs.get("attention", ""))
     is_new = accelerator.key in _MODERN or "swiglu" in str(inputs.get("mlp")) or bool(inputs.get("fsdp_only"))
     is_fused = "unfused" not in stated and (is_new or "flash" in stated)
@@ -205,13 +208,13 @@ def _program(inputs: Mapping[str, Any], accelerator: Accelerator) -> Program:
         return "on" if value else "off"
 
     return replace(
-        MEGATRON,
+        MEGATRON if is_fused or row.has_sequence_parallel else MEGATRON_2021,
         attention="fused" if is_fused else "scores",
         dropout=switch(not is_fused),
         sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
-        tensor_overlap=switch(is_overlapped),
+        tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
         pipe_overlap=switch(is_fused and is_overlapped and inputs.get("vpp", 1) > 1),
         data_overlap=switch(inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (sharded and is_fused))),
-        scatter_hops=switch(inputs.get("scatter_gather")),
+        scatter_hops=switch(inputs.get("scatter_gather", True)),
         gradient_bytes=4 if "fp32 grad" in precision or is_fused else 2,
     )
