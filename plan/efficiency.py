@@ -10,19 +10,27 @@ Read `layer_time.py` next.
 """
 
 import math
+from typing import Literal
 
 from .topology import Accelerator
 
 MEMORY_SHARE = 0.83
 """Share of the memory bandwidth of the data sheet that long streams reach."""
 
+FlashKernel = Literal["vendor", "portable"]
+"""Whose fused attention runs."""
+
 KERNEL_SHARE = 0.74
 """Share of that bandwidth that norms, softmax, dropout and the like reach."""
 
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 _SHORT_INNER = 150
-_FLASH_FORWARD_SHARE = 0.6
-_FLASH_BACKWARD_SHARE = 0.5
+_ALIGNED = 8
+_MISALIGNED_SHARE = 0.1
+_FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
+# A portable kernel leaves the asynchronous matrix units of Hopper and later alone.
+_SYNCHRONOUS_SHARE = 0.65
+_ASYNCHRONOUS = ("h100", "h100-pcie", "h200", "b200", "gb200")
 
 
 def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str) -> float:
@@ -34,6 +42,9 @@ def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, bat
     item = 4 if dtype == "float32" else 2
     traffic = item * batch * (m * k + k * n + m * n)
     peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
+    if batch > 1 and (k % _ALIGNED or n % _ALIGNED):
+        # Rows of heads that do not start at 16 bytes keep the matrix units idle (BLOOM chronicles, 02-20 to 02-26).
+        flops, peak = 2 * batch * m * n * k, accelerator.peak_flops_per_s(dtype) * _MISALIGNED_SHARE
     return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic))
 
 
@@ -47,9 +58,18 @@ def kernel_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
     return num_bytes / (KERNEL_SHARE * accelerator.memory_bytes_per_s)
 
 
-def flash_time_s(accelerator: Accelerator, *, flops: float, is_backward: int, dtype: str) -> float:
-    """Return the seconds of fused attention: `flops` of its matrix products, those of the backward with recomputation."""
-    share = _FLASH_BACKWARD_SHARE if is_backward else _FLASH_FORWARD_SHARE
+def flash_time_s(
+    accelerator: Accelerator, *, flops: float, direction: Literal["forward", "backward"], kernel: FlashKernel, dtype: str
+) -> float:
+    """Return the seconds of fused attention: `flops` of its matrix products, those of the backward with recomputation.
+
+    Args:
+        kernel: the vendor's library, or a portable one (Triton, FlashAttention 2), which reaches a third of the peak
+            on Hopper where the vendor's and FlashAttention 3 reach two thirds (Shah et al. 2024, section 4).
+    """
+    share = _FLASH_SHARES[kernel][direction == "backward"]
+    if kernel == "portable" and accelerator.key in _ASYNCHRONOUS:
+        share *= _SYNCHRONOUS_SHARE
     return flops / (accelerator.peak_flops_per_s(dtype) * share)
 
 

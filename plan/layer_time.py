@@ -5,6 +5,7 @@ Read `stage_time.py` next.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..layers import ModelConfig
 from .collective_time import collective_time_s, make_group
@@ -53,7 +54,7 @@ def layer_time(
     queries = num_tokens / layout.context
     size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
     operations = layer_operations(model, size=size, program=program)
-    works = [_time_operation(operation, topology.accelerator, model.dtype) for operation in operations]
+    works = [_time_operation(operation, topology.accelerator, program, model.dtype) for operation in operations]
     forward, input_grad, weight_grad = (sum(getattr(work, name) for work in works) for name in _PASSES)
     again = _sum_recomputed(works, layout)
     comm = _tensor_comm_s(model, size=size, layout=layout, program=program, topology=topology)
@@ -70,12 +71,13 @@ def layer_time(
     )
 
 
-def _time_operation(operation: Operation, accelerator: Accelerator, dtype: str) -> _Work:
+def _time_operation(operation: Operation, accelerator: Accelerator, program: Program, dtype: str) -> _Work:
     if isinstance(operation, Flash):
+        more: dict[str, Any] = {"kernel": program.flash, "dtype": dtype}
         return _Work(
             part="core",
-            forward=flash_time_s(accelerator, flops=operation.flops, is_backward=0, dtype=dtype),
-            input_grad=flash_time_s(accelerator, flops=2.5 * operation.flops, is_backward=1, dtype=dtype),
+            forward=flash_time_s(accelerator, flops=operation.flops, direction="forward", **more),
+            input_grad=flash_time_s(accelerator, flops=2.5 * operation.flops, direction="backward", **more),
         )
     if not isinstance(operation, Product):
         forward, backward = (

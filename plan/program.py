@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..pipeline.schedules import Clock, Vocab
+from .efficiency import FlashKernel
 
 Switch = Literal["on", "off"]
 
@@ -30,6 +31,7 @@ class Program:
     vocab: Vocab = "split"
     attention: Literal["scores", "fused"] = "scores"
     score_bytes: int = 4
+    flash: FlashKernel = "vendor"
     dropout: Switch = "off"
     sequence_parallel: Switch = "off"
     tensor_overlap: Switch = "off"

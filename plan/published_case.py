@@ -210,6 +210,7 @@ def _program(row: PublishedRow, accelerator: Accelerator) -> Program:
     return replace(
         MEGATRON if is_fused or row.has_sequence_parallel else MEGATRON_2021,
         attention="fused" if is_fused else "scores",
+        flash="portable" if inputs.get("fsdp_only") and "JAX" not in str(inputs.get("framework")) else "vendor",
         dropout=switch(not is_fused),
         sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
         tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
