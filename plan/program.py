@@ -56,7 +56,7 @@ MEGATRON_2021 = Program(
     gradient_bytes=2,
     sum_traffic_bytes=12,
     optimizer_bytes=64,
-    host_layer_s=0.9e-3,
+    host_layer_s=0.85e-3,
 )
 """Megatron-LM as of Narayanan et al. 2021 and its DeepSpeed fork: eager, unfused attention, dropout, nothing hidden.
 
