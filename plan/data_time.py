@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..layers import ModelConfig
 from .collective_time import collective_time_s, make_group
-from .efficiency import kernel_time_s
+from .efficiency import memory_time_s
 from .layouts import Layout
 from .minimum import block_params, vocabulary_params
 from .program import Program
@@ -72,7 +72,7 @@ def data_time(
         gather=gather,
         reduce=reduce,
         tied=_tied_s(model, layout=layout, program=program, topology=topology),
-        optimizer=kernel_time_s(topology.accelerator, num_bytes=moved),
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
     )
 
 

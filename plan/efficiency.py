@@ -4,8 +4,8 @@ Three curves, the same for every accelerator; only peaks, cores and the share of
 - A product is cut into tiles, which are dealt to the cores in waves: the last wave may be partly idle (wave
   quantisation), smaller tiles reuse less, and short inner dimensions spend their time on filling the pipeline.
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
-- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth in long streams, seen by gpt-fast on A100: 1.7 of 2.04 TB/s;
-  `KERNEL_SHARE` in the kernels between products, fitted on Korthikanti et al. 2022, Table 4 (five rows).
+- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five rows);
+  gpt-fast's decoding of a 7B model on one A100 (0.69 with its gaps between kernels) agrees.
 Read `layer_time.py` next.
 """
 
@@ -14,17 +14,15 @@ from typing import Literal
 
 from .topology import Accelerator
 
-MEMORY_SHARE = 0.83
-"""Share of the memory bandwidth of the data sheet that long streams reach."""
+MEMORY_SHARE = 0.74
+"""Share of the data sheet's memory bandwidth that kernels reach."""
 
 FlashKernel = Literal["vendor", "portable"]
 """Whose fused attention runs."""
 
-KERNEL_SHARE = 0.74
-"""Share of that bandwidth that norms, softmax, dropout and the like reach."""
-
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 _SHORT_INNER = 150
+_LONG_INNER = 512
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
 _FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
@@ -37,8 +35,7 @@ def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, bat
     """Return the seconds of `batch` products [m, k] x [k, n]; as long as their traffic takes where that is longer."""
     if min(m, n, k, batch) <= 0:
         return 0.0
-    waves = min(_wave_area(accelerator.cores, m=m, n=n, batch=batch, tile=tile) for tile in _TILES)
-    flops = 2 * waves * (k + _SHORT_INNER)
+    flops = min(_wave_flops(accelerator.cores, m=m, n=n, k=k, batch=batch, tile=tile) for tile in _TILES)
     item = 4 if dtype == "float32" else 2
     traffic = item * batch * (m * k + k * n + m * n)
     peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
@@ -49,13 +46,8 @@ def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, bat
 
 
 def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
-    """Return the seconds that a stream of bytes from and to memory takes, reads and writes counted alike."""
+    """Return the seconds that a kernel takes for this traffic, reads and writes counted alike."""
     return num_bytes / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
-
-
-def kernel_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
-    """Return the seconds that kernels between products take for this traffic."""
-    return num_bytes / (KERNEL_SHARE * accelerator.memory_bytes_per_s)
 
 
 def flash_time_s(
@@ -73,11 +65,16 @@ def flash_time_s(
     return flops / (accelerator.peak_flops_per_s(dtype) * share)
 
 
-def _wave_area(cores: int, *, m: float, n: float, batch: float, tile: tuple[int, int, float]) -> float:
-    """Output elements that could have been made while the waves of one tile size ran."""
+def _wave_flops(cores: int, *, m: float, n: float, k: float, batch: float, tile: tuple[int, int, float]) -> float:
+    """Flops that the cores could have done while the waves of one tile size ran.
+
+    Where tiles are fewer than cores the inner dimension is split too, as libraries do for products with few rows.
+    """
     rows, columns, reuse = tile
     num_tiles = batch * min(
         math.ceil(m / rows) * math.ceil(n / columns),
         math.ceil(m / columns) * math.ceil(n / rows),
     )
-    return math.ceil(num_tiles / cores) * cores * rows * columns / reuse
+    splits = max(1, min(int(cores // num_tiles), int(k // _LONG_INNER))) if num_tiles < cores else 1
+    waves = math.ceil(num_tiles * splits / cores)
+    return 2 * waves * cores * rows * columns / reuse * (k / splits + _SHORT_INNER)

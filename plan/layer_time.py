@@ -9,7 +9,7 @@ from typing import Any
 
 from ..layers import ModelConfig
 from .collective_time import collective_time_s, make_group
-from .efficiency import flash_time_s, matmul_time_s, kernel_time_s
+from .efficiency import flash_time_s, matmul_time_s, memory_time_s
 from .layouts import Layout
 from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
 from .program import Program
@@ -81,7 +81,7 @@ def _time_operation(operation: Operation, accelerator: Accelerator, program: Pro
         )
     if not isinstance(operation, Product):
         forward, backward = (
-            kernel_time_s(accelerator, num_bytes=count) for count in (operation.forward_bytes, operation.backward_bytes)
+            memory_time_s(accelerator, num_bytes=count) for count in (operation.forward_bytes, operation.backward_bytes)
         )
         if operation.part == "weights":
             return _Work(part="weights", forward=forward, input_grad=0.0, weight_grad=backward)

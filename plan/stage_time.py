@@ -10,7 +10,7 @@ from ..layers import ModelConfig
 from ..pipeline import balance_layers
 from ..pipeline.schedules import StageCost
 from .collective_time import collective_time_s, make_group
-from .efficiency import matmul_time_s, kernel_time_s
+from .efficiency import matmul_time_s, memory_time_s
 from .layer_time import LayerTime
 from .layouts import Layout
 from .operations import item_bytes
@@ -90,9 +90,9 @@ def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: T
     summed = collective_time_s("all_reduce", num_bytes=item * numbers, group=group, topology=topology)
     device = topology.accelerator
     return StageCost(
-        forward=kernel_time_s(device, num_bytes=3 * item * numbers) + summed,
+        forward=memory_time_s(device, num_bytes=3 * item * numbers) + summed,
         input_grad=0.0,
-        weight_grad=kernel_time_s(device, num_bytes=(item + 2 * _FLOAT32) * numbers),
+        weight_grad=memory_time_s(device, num_bytes=(item + 2 * _FLOAT32) * numbers),
     )
 
 
@@ -110,8 +110,8 @@ def _head(
     summed = collective_time_s("all_reduce", num_bytes=item_bytes(model) * tokens * d, group=group, topology=topology)
     logits = tokens * columns
     return StageCost(
-        forward=forward + kernel_time_s(device, num_bytes=_LOSS_FORWARD_BYTES * logits),
-        input_grad=input_grad + summed + kernel_time_s(device, num_bytes=_LOSS_BACKWARD_BYTES * logits),
+        forward=forward + memory_time_s(device, num_bytes=_LOSS_FORWARD_BYTES * logits),
+        input_grad=input_grad + summed + memory_time_s(device, num_bytes=_LOSS_BACKWARD_BYTES * logits),
         weight_grad=weight_grad,
     )
 
