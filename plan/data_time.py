@@ -6,7 +6,7 @@ Read `step_time.py` next.
 from dataclasses import dataclass
 
 from ..layers import ModelConfig
-from .collective_time import collective_time_s, make_group
+from .collective_time import Group, collective_time_s, make_group
 from .efficiency import memory_time_s
 from .layouts import Layout
 from .minimum import block_params, vocabulary_params
@@ -51,6 +51,8 @@ def data_time(
     """Return the seconds of sums and optimizer on the first rank, which ends last and holds `num_layers` layers."""
     params = device_params(model, layout=layout, program=program, num_layers=num_layers, stage=0)
     group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
+    if program.shard_overlap == "off" and group.num_nodes > 1:
+        group = Group(size=group.size, per_node=1)
     shards = layout.replicas if layout.zero else 1
 
     def time_of(kind: str, num_bytes: float) -> float:

@@ -60,14 +60,17 @@ def layer_time(
     comm = _tensor_comm_s(model, size=size, layout=layout, program=program, topology=topology)
     comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
     hidden = _hidden_comm_s(comm, weight_grad, program)
-    again_comm = comm if layout.remat == "full" else 0.0
-    host = program.host_layer_s
+    again += comm if layout.remat == "full" else 0.0
+    input_grad += comm - hidden
+    # A host that is slower than the device makes it wait, forward and backward, each as a whole.
+    passes = 3 if layout.remat == "full" else 2
+    waiting = max(0.0, passes * program.host_layer_s - (again + input_grad + weight_grad))
     return LayerTime(
-        forward=max(forward + comm, host),
-        recompute=max(again + again_comm, host) if layout.remat == "full" else again,
-        input_grad=max(input_grad + comm - hidden, host),
-        weight_grad=max(weight_grad, host),
-        exposed=2 * comm - hidden + again_comm,
+        forward=max(forward + comm, program.host_layer_s),
+        recompute=again,
+        input_grad=input_grad + waiting / 2,
+        weight_grad=weight_grad + waiting / 2,
+        exposed=2 * comm - hidden + (comm if layout.remat == "full" else 0.0),
     )
 
 

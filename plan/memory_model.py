@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ..layers import ModelConfig
-from ..pipeline.schedules import Clock, Vocab, build_schedule, simulate
+from ..pipeline.schedules import Clock, Vocab, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .data_time import device_params
 from .layouts import Layout
 from .operations import item_bytes
+from .pipeline_time import plan_schedule
 from .program import TRELLAX, Program
 from .stage_time import split_layers
 
@@ -88,7 +89,7 @@ def peak_in_flight(
     if schedule == "gpipe":
         return (num_microbatches * num_chunks,) * num_ranks
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
-    grid = build_schedule(
+    grid = plan_schedule(
         schedule, num_ranks=num_ranks, num_microbatches=few, num_chunks=num_chunks, clock=clock, vocab=vocab
     )
     peaks = simulate(grid, clock=clock).peak_in_flight

@@ -20,7 +20,8 @@ class Program:
     `clock` and `vocab` as in `trellax.pipeline`; `attention` keeps all scores in memory or none; `sequence_parallel`
     splits norms and residuals over tensor too (Korthikanti et al. 2022, section 4.2.2); `tensor_overlap` hides
     collectives of the input gradient behind the weight gradient, `pipe_overlap` hops behind other microbatches, and
-    `data_overlap` gradients behind the backward; `scatter_hops` sends 1/tensor of an activation and gathers it again
+    `data_overlap` gradients behind the backward, `shard_overlap` gathers of sharded parameters (off: they also use one
+    adapter of a node, as DeepSpeed's ZeRO-3 did in Narayanan et al. 2021, Table 2); `scatter_hops` sends 1/tensor of an activation and gathers it again
     (Narayanan et al. 2021, section 4.1). `host_layer_s` is the least that a forward of one layer takes when a host
     launches its operations one by one. `gradient_bytes` are those of one number in the sum over data;
     `sum_traffic_bytes` what adding a microbatch's gradient moves for a weight, `optimizer_bytes` what a step moves for
@@ -38,6 +39,7 @@ class Program:
     pipe_overlap: Switch = "off"
     data_overlap: Switch = "off"
     scatter_hops: Switch = "off"
+    shard_overlap: Switch = "on"
     gradient_bytes: int = 4
     sum_traffic_bytes: int = 12
     optimizer_bytes: int = 32

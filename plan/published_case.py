@@ -47,14 +47,15 @@ def train_case(row: PublishedRow) -> TrainCase:
         raise RowSkipped("mixture of experts is not modelled")
     model = row_model(row)
     topology = row_topology(row)
-    program = _program(row, topology.accelerator)
+    program = _program(row)
     try:
         layout = _layout(row)
     except TrellaxError as error:
         raise RowSkipped(error.problem) from error
     if layout.num_devices != topology.num_devices:
         raise RowSkipped(f"dp x fsdp x tp x pp x cp = {layout.num_devices}, but gpus = {topology.num_devices}")
-    if layout.num_stages > model.num_layers:
+    # A stage may hold the embedding or the head alone.
+    if layout.num_stages > model.num_layers + (2 if (model.num_layers + 2) % layout.num_stages == 0 else 0):
         raise RowSkipped(f"{layout.num_stages} stages for {model.num_layers} layers")
     remats = _remats(row)
     return TrainCase(
@@ -154,7 +155,8 @@ def _layout(row: PublishedRow) -> Layout:
     sequences, microbatches = _need(row, "mbs"), inputs.get("num_microbatches")
     if microbatches is None:
         microbatches = _need(row, "gbs") // (data * fsdp * sequences)
-    sharded = "distributed optimizer" in str(inputs.get("optimizer", ""))
+    # Megatron Core and NeMo shard the optimizer; what came before had to be asked for.
+    sharded = "distributed optimizer" in str(inputs.get("optimizer", "")) or is_modern(row)
     return Layout(
         data=data,
         tensor=inputs.get("tp", 1),
@@ -191,17 +193,23 @@ def _remats(row: PublishedRow) -> tuple[PlanRemat, ...]:
     return ("full",) if text.startswith("full") else ("selective",) if text.startswith("selective") else ("none",)
 
 
-def _program(row: PublishedRow, accelerator: Accelerator) -> Program:
+def is_modern(row: PublishedRow) -> bool:
+    """Return whether attention is fused: where it is stated, else on Hopper and later, with Llama shapes, with FSDP."""
+    inputs = row.inputs
+    stated = str(inputs.get("attention", ""))
+    gpu = row_topology(row).accelerator.key
+    is_new = gpu in _MODERN or "swiglu" in str(inputs.get("mlp")) or bool(inputs.get("fsdp_only"))
+    return "unfused" not in stated and (is_new or "flash" in stated)
+
+
+def _program(row: PublishedRow) -> Program:
     """Traits by what rows state; fused attention came with Llama shapes, with FSDP and with Hopper.
 
     Collectives behind weight gradients came to Megatron with sequence parallelism.
     """
     inputs = row.inputs
-    stated = str(inputs.get("attention", ""))
-    is_new = accelerator.key in _MODERN or "swiglu" in str(inputs.get("mlp")) or bool(inputs.get("fsdp_only"))
-    is_fused = "unfused" not in stated and (is_new or "flash" in stated)
+    is_fused = is_modern(row)
     is_overlapped = inputs.get("comm_overlap", True)
-    sharded = "distributed optimizer" in str(inputs.get("optimizer", ""))
     precision = str(inputs.get("precision", ""))
 
     def switch(value: object) -> Switch:
@@ -215,7 +223,8 @@ def _program(row: PublishedRow, accelerator: Accelerator) -> Program:
         sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
         tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
         pipe_overlap=switch(is_fused and is_overlapped and inputs.get("vpp", 1) > 1),
-        data_overlap=switch(inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (sharded and is_fused))),
+        data_overlap=switch(inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))),
+        shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
         scatter_hops=switch(inputs.get("scatter_gather", True)),
-        gradient_bytes=4 if "fp32 grad" in precision or is_fused else 2,
+        gradient_bytes=4 if "fp32 grad" in precision else 2,
     )

@@ -89,6 +89,8 @@ def _exposed_data_s(
 ) -> float:
     """Seconds of sums over data that no computation hides."""
     if layout.fsdp > 1 or layout.zero == 3:
+        if program.shard_overlap == "off":
+            return data.gather + data.reduce + data.tied
         # Gathers run one layer ahead: whatever is longer sets the pace.
         return max(0.0, data.gather + data.reduce - pipeline_s) + data.tied
     whole = data.gather + data.reduce

@@ -1,0 +1,190 @@
+"""What the planner predicts for a published row, quantity by quantity, beside what was measured.
+
+Read `published_case.py` for how a row becomes a question, `accuracy.py` for the errors.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+from ..pipeline.schedules import simulate
+from .collective_time import CollectiveKind, collective_time_s, make_group
+from .efficiency import matmul_time_s
+from .layer_time import layer_time
+from .memory_model import fullest, step_memory
+from .pipeline_time import plan_schedule
+from .published import PublishedRow
+from .published_case import RowSkipped, TrainCase, row_topology, train_case
+from .published_infer import infer_case, infer_predictions
+from .stage_time import split_layers
+from .step_time import step_time
+
+_GIB, _GB = 2.0**30, 1e9
+_PEAKS = {"peak_alloc_gib": _GIB, "peak_mem_gb": _GB, "peak_mem_gb_nvidia_smi": _GB, "peak_memory_bytes": 1.0}
+_BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
+_PASSES = ("forward", "input_grad", "weight_grad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One number measured and predicted, in the same unit."""
+
+    quantity: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, minus 1."""
+        return self.predicted / self.measured - 1
+
+
+def predict_row(row: PublishedRow) -> list[Prediction]:
+    """Return a prediction for every quantity of a row that the planner knows.
+
+    Raises:
+        RowSkipped: with the reason.
+    """
+    if row.provenance.startswith("recalled"):
+        raise RowSkipped("recalled, not seen")
+    if row.value_kind in ("error-only", "vendor-spec"):
+        raise RowSkipped(f"{row.value_kind}: no measurement")
+    if row.kind not in _KINDS:
+        raise RowSkipped(f"nothing predicts a row of kind {row.kind!r}")
+    found = _KINDS[row.kind](row)
+    if not found:
+        raise RowSkipped("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
+    return found
+
+
+def resolve_remat(case: TrainCase) -> TrainCase:
+    """Return the case with the least recomputation of those possible that fits in memory."""
+    for remat in case.remats:
+        layout = replace(case.layout, remat=remat)
+        needs = fullest(step_memory(case.model, layout=layout, num_tokens=case.num_tokens, program=case.program))
+        if needs.total <= case.topology.accelerator.memory_bytes:
+            return replace(case, layout=layout)
+    return replace(case, layout=replace(case.layout, remat=case.remats[-1]))
+
+
+def _train(row: PublishedRow) -> list[Prediction]:
+    known = row.step_time_s is not None or any(name in row.outputs for name in _PEAKS)
+    if not known:
+        raise RowSkipped("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
+    case = resolve_remat(train_case(row))
+    found = []
+    if row.step_time_s is not None:
+        step = step_time(
+            case.model,
+            layout=case.layout,
+            topology=case.topology,
+            num_tokens=case.num_tokens,
+            program=case.program,
+        )
+        found.append(Prediction(quantity="step_time", measured=row.step_time_s, predicted=step.time_s))
+    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, program=case.program)
+    for name, unit in _PEAKS.items():
+        if name in row.outputs:
+            measured = unit * row.outputs[name]
+            found.append(Prediction(quantity="memory", measured=measured, predicted=fullest(ranks).total))
+    return found
+
+
+def _memory(row: PublishedRow) -> list[Prediction]:
+    return [prediction for prediction in _train(row) if prediction.quantity == "memory"]
+
+
+def _layer(row: PublishedRow) -> list[Prediction]:
+    case = train_case(row)
+    layer = layer_time(
+        case.model, layout=case.layout, program=case.program, topology=case.topology, num_tokens=case.num_tokens
+    )
+    times = {"forward_ms": layer.forward, "backward_ms": layer.backward, "combined_ms": layer.forward + layer.backward}
+    return [
+        Prediction(quantity=f"layer_{name.removesuffix('_ms')}", measured=row.outputs[name] / 1e3, predicted=value)
+        for name, value in times.items()
+        if name in row.outputs
+    ]
+
+
+def _stage(row: PublishedRow) -> list[Prediction]:
+    """Times of a middle stage, which has no part of the vocabulary."""
+    case = train_case(replace(row, inputs={"vocab": 51200, **row.inputs}))
+    layer = layer_time(
+        case.model, layout=case.layout, program=case.program, topology=case.topology, num_tokens=case.num_tokens
+    )
+    layers = max(split_layers(case.model.num_layers, num_stages=case.layout.num_stages))
+    times = dict(zip(("tf_ms", "tb_ms", "tw_ms"), (getattr(layer, name) for name in _PASSES), strict=True))
+    return [
+        Prediction(quantity="stage_time", measured=row.outputs[name] / 1e3, predicted=layers * value)
+        for name, value in times.items()
+        if name in row.outputs
+    ]
+
+
+def _bubble(row: PublishedRow) -> list[Prediction]:
+    inputs = row.inputs
+    if "tf_ms" not in inputs:
+        raise RowSkipped("times of the stages are not stated")
+    ranks, chunks = inputs["pp"], (inputs["layers"] + 2) // inputs["pp"]
+    costs = {name: inputs[key] for name, key in zip(_PASSES, ("tf_ms", "tb_ms", "tw_ms"), strict=True)}
+    found = []
+    for key, name in _BUBBLES.items():
+        if key not in row.outputs:
+            continue
+        schedule = plan_schedule(
+            name,
+            num_ranks=ranks,
+            num_microbatches=inputs["num_microbatches"],
+            num_chunks=chunks if name.startswith("interleaved") else 1,
+            clock="async",
+        )
+        timing = simulate(schedule, clock="async", transfer=inputs.get("tcomm_ms", 0.0), **costs)
+        quantity = f"bubble {name}"
+        found.append(Prediction(quantity=quantity, measured=row.outputs[key], predicted=timing.bubble_fraction))
+    return found
+
+
+def _infer(row: PublishedRow) -> list[Prediction]:
+    if not set(row.outputs) & {"latency_ms", "total_ms", "prefill_ms", "decode_ms_per_token", "tokens_per_s"}:
+        raise RowSkipped("no latency: " + ", ".join(sorted(row.outputs)))
+    found = infer_predictions(infer_case(row), row)
+    return [Prediction(quantity=name, measured=pair[0], predicted=pair[1]) for name, pair in found.items()]
+
+
+def _collective(row: PublishedRow) -> list[Prediction]:
+    inputs = row.inputs
+    if "ranks" not in inputs:
+        raise RowSkipped("ranks are not stated")
+    nodes = inputs.get("nodes", 1)
+    topology = row_topology(replace(row, inputs={"gpus_per_node": inputs["ranks"] // nodes, **inputs, "gpus": inputs["ranks"]}))
+    ranks, num_bytes = inputs["ranks"], inputs["bytes"]
+    kind = cast(CollectiveKind, inputs["collective"])
+    group = make_group(topology, size=ranks, stride=1)
+    predicted = collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
+    wire = (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks * num_bytes
+    return [Prediction(quantity="collective", measured=wire / (1e9 * row.outputs["busbw_gbs"]), predicted=predicted)]
+
+
+def _gemm(row: PublishedRow) -> list[Prediction]:
+    name = str(row.inputs["name"]).removeprefix("NVIDIA ")
+    if row.inputs.get("dtype") not in ("bf16", "fp16"):
+        raise RowSkipped("products in 8 bit are not modelled")
+    case = row_topology(replace(row, inputs={"gpu": name, "gpus": 1}))
+    m, n, k = (int(size) for size in str(row.inputs["shape_mnk"]).split("x"))
+    predicted = matmul_time_s(case.accelerator, m=m, n=n, k=k, dtype="bfloat16")
+    measured = 2 * m * n * k / (1e12 * row.outputs["max_achieved_tflops"])
+    return [Prediction(quantity="product", measured=measured, predicted=predicted)]
+
+
+_KINDS: Mapping[str, Callable[[PublishedRow], list[Prediction]]] = {
+    "train": _train,
+    "memory": _memory,
+    "layer_time": _layer,
+    "stage_time": _stage,
+    "bubble": _bubble,
+    "infer": _infer,
+    "collective": _collective,
+    "gemm": _gemm,
+}
+
