@@ -10,6 +10,7 @@
      +-- CheckpointError    a saved run that is missing or of another shape
      +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
      +-- ProgramError       a program that the compiler rejects
+     +-- PlanError          a request that no layout can meet
 
 Read `spec.py` next.
 """
@@ -65,6 +66,10 @@ class TargetError(TrellaxError):
 
 class ProgramError(TrellaxError):
     """A program that the compiler rejects."""
+
+
+class PlanError(TrellaxError):
+    """A request that no layout can meet."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

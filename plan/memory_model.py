@@ -82,12 +82,21 @@ def peak_in_flight(
     """Return the microbatches of a chunk that each rank holds at its peak.
 
     More than a few microbatches a rank change nothing but for gpipe, which holds all. In lockstep one program holds
-    the largest number everywhere.
+    the largest number everywhere, and for schedules of a formula (see their files) no grid is built.
     """
     if num_ranks == 1:
         return (1,)
+    everything = num_microbatches * num_chunks
     if schedule == "gpipe":
-        return (num_microbatches * num_chunks,) * num_ranks
+        return (everything,) * num_ranks
+    if clock == "lockstep" and schedule in ("1f1b", "zb-h1", "interleaved-1f1b"):
+        later = 1 if vocab == "split" else 0
+        most = {
+            "1f1b": 2 * (num_ranks - 1) + later,
+            "zb-h1": num_ranks,
+            "interleaved-1f1b": (num_chunks + 1) * num_ranks - 2 + later,
+        }[schedule]
+        return (min(everything, most),) * num_ranks
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
     grid = plan_schedule(
         schedule, num_ranks=num_ranks, num_microbatches=few, num_chunks=num_chunks, clock=clock, vocab=vocab

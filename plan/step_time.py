@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ..layers import ModelConfig, flops_per_token
 from .data_time import DataTime, data_time
-from .layer_time import layer_time
+from .layer_time import LayerTime, layer_time
 from .layouts import Layout
 from .pipeline_time import pipeline_time_s
 from .program import TRELLAX, Program
-from .stage_time import EndCosts, end_costs, split_layers, stage_times
+from .stage_time import end_costs, split_layers, stage_times
 from .topology import Topology
 
 PipelineClock = Callable[..., float]
@@ -44,13 +44,16 @@ def step_time(
     num_tokens: int,
     program: Program = TRELLAX,
     pipeline: PipelineClock = pipeline_time_s,
+    layer: LayerTime | None = None,
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
     Args:
         pipeline: `pipeline_time_s`, the simulator; a search may screen with `screen_pipeline_s`.
+        layer: the layer's time if it is known already; many layouts share one.
     """
-    layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
+    if layer is None:
+        layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     layers = split_layers(model.num_layers, num_stages=layout.num_stages)
     stages = stage_times(layer, layers=layers, ends=ends, program=program)
@@ -99,5 +102,3 @@ def _exposed_data_s(
     # Hidden behind the last microbatch's backward, but for the first layer's share.
     return max(whole - backward, whole / 16) + data.tied
 
-
-__all__ = ["EndCosts", "StepTime", "step_time"]
