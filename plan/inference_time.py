@@ -50,7 +50,7 @@ _PREFILL = Program(clock="async", vocab="ends", attention="scores", score_bytes=
 class InferenceTime:
     """Seconds of a batch of requests: all prompts, one decoding step, and the whole; tokens/s of the machine.
 
-    `tokens_per_s` counts generated tokens with a group of requests in flight on every stage.
+    `tokens_per_s` counts generated tokens of such batches one after another, stages being full all the time.
     """
 
     prefill_s: float
@@ -76,19 +76,22 @@ def inference_time(
         prompt, generated: tokens of each request.
     """
     sizes: dict[str, Any] = {"layout": layout, "topology": topology, "server": server}
-    prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=g, **sizes) for g in _groups(layout, batch))
+    ways = _groups(layout, batch)
+    prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=way, **sizes) for way in ways)
+    # A machine that is never without requests does not wait for its stages to fill.
+    busy = min(
+        way * _prefill_s(model, batch=math.ceil(batch / way), num_tokens=prompt, **sizes) / layout.pipe for way in ways
+    )
     # Groups that follow each other through the stages take turns; as many as stages cost no time.
     groups = min(layout.pipe, batch)
     context = prompt + generated / 2
     step = decode_time_s(model, batch=math.ceil(batch / groups), context=context, **sizes)
-    # With as many groups as stages every stage is at work, each group at its own token.
-    whole = _prefill_s(model, batch=batch, num_tokens=prompt, **sizes) / layout.pipe
-    whole += generated * decode_time_s(model, batch=batch, context=context, **sizes) / layout.pipe
+    latency = prefill + generated * step
     return InferenceTime(
         prefill_s=prefill,
         decode_s=step,
-        latency_s=prefill + generated * step,
-        tokens_per_s=layout.data * batch * generated / whole,
+        latency_s=latency,
+        tokens_per_s=layout.data * batch * generated / (busy + generated * step),
     )
 
 
@@ -153,7 +156,7 @@ def _hops_s(message: float, *, layout: Layout, topology: Topology) -> float:
 
 def _groups(layout: Layout, batch: int) -> set[int]:
     """Into how many groups prompts may be cut: none, or enough to keep the stages at work."""
-    return {1, min(batch, layout.pipe), min(batch, 2 * layout.pipe)}
+    return {1} | {min(batch, times * layout.pipe) for times in (1, 2, 4, 8)}
 
 
 def _piped_prefill_s(

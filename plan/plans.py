@@ -106,7 +106,7 @@ def explain_plans(plans: Sequence[Plan], *, objective: str) -> list[Plan]:
 
 
 def name_layout(layout: Layout) -> str:
-    """Return a layout's axes in few words."""
+    """Return a layout's axes of more than one device in few words."""
     sizes = [f"{name}={size}" for name, size in layout.mesh.sizes.items() if size > 1]
     return " ".join(sizes) or "one device"
 
@@ -118,7 +118,8 @@ def _praise(first: Plan, second: Plan | None, objective: str) -> str:
         saved = (second.memory.total - first.memory.total) / _GB
         return f"least memory: {saved:.1f} GB a device below the next."
     part, saved = _largest(second.costs, first.costs)
-    return f"{_how_much(second, first, objective)} than {name_layout(second.layout)}, most of it in {part} ({_s(saved)})."
+    share = _how_much(second, first, objective).replace("slower", "faster")
+    return f"{share} than {name_layout(second.layout)}, most of it in {part} ({_s(saved)} less)."
 
 
 def _blame(plan: Plan, first: Plan, objective: str) -> str:
@@ -145,8 +146,7 @@ def _how_much(slower: Plan, faster: Plan, objective: str) -> str:
         assert slower.inference is not None
         assert faster.inference is not None
         share = slower.inference.latency_s / faster.inference.latency_s - 1
-    word = "slower" if slower.why == "" and faster is not slower else "slower"
-    return f"{share:.1%} {word}"
+    return f"{share:.1%} slower"
 
 
 def _s(time_s: float) -> str:

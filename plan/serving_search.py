@@ -1,0 +1,196 @@
+"""The search for an inference layout: the latency of one request, or the throughput of many.
+
+Every stage has its own group of requests in turn, so a pipeline needs as many groups as stages to be busy. Read
+`inference_time.py` for the times, `plans.py` for what comes out.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ..layers import ModelConfig, flops_per_token, param_counts
+from ..meshes.errors import PlanError
+from .inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
+from .layouts import Layout, legal_meshes
+from .memory_model import MemoryUse
+from .plans import Plan, explain_plans
+from .search import MEMORY_RESERVE
+from .topology import Topology
+
+_TOP = 5
+_GB = 1e9
+_WORKING_TOKENS = 4096
+_MOST_REQUESTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeQuestion:
+    """What is to be served where: `requests` at a time, each with `prompt` tokens read and `generated` written.
+
+    With `requests=0` every layout serves as many as it can hold, up to 4,096.
+    """
+
+    model: ModelConfig
+    topology: Topology
+    requests: int = 0
+    prompt: int = 512
+    generated: int = 128
+    server: Server = COMPILED
+
+    @property
+    def memory_limit(self) -> float:
+        """Bytes that a plan may use of each device."""
+        return (1 - MEMORY_RESERVE) * self.topology.accelerator.memory_bytes
+
+
+def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) -> list[Plan]:
+    """Return the best plans, best first, each with the reason for its place.
+
+    Args:
+        objective: "latency" of one request alone, "throughput" of all together in tokens/s, "memory" of the fullest
+            device, or "balanced": the least latency times seconds a token.
+
+    Raises:
+        PlanError: nothing fits, with what would.
+    """
+    asked = replace(question, requests=1) if objective == "latency" else question
+    plans = [plan for plan in _price_all(asked) if plan.memory.total <= asked.memory_limit]
+    if not plans:
+        raise _nothing_fits(asked)
+    plans.sort(key=lambda plan: _rank(plan, objective))
+    return explain_plans(plans[:top], objective="memory" if objective == "memory" else _by(objective))
+
+
+def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
+    """Return what the fullest device of a layout keeps: weights, the cache of all its requests, working space."""
+    model = question.model
+    layers = math.ceil(model.num_layers / layout.pipe)
+    requests = math.ceil(question.requests / layout.data)
+    tokens = requests * (question.prompt + question.generated)
+    cache = tokens * layers * kv_bytes_per_token(model, tensor=layout.tensor)
+    width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * model.vocab_size / layout.tensor / 8
+    return MemoryUse(
+        weights=weight_bytes(model, layout=layout, server=question.server),
+        gradients=0.0,
+        optimizer=0.0,
+        activations=2.0 * min(_WORKING_TOKENS, requests * question.prompt) * width,
+        temporary=0.0,
+        kv_cache=cache,
+    )
+
+
+def most_requests(question: ServeQuestion, layout: Layout) -> int:
+    """Return how many requests at a time the caches of a layout can hold, 1 at least and 4,096 at most."""
+    one, two = (serving_memory(replace(question, requests=n * layout.data), layout) for n in (1, 2))
+    free = question.memory_limit - one.total
+    each = two.kv_cache - one.kv_cache
+    return max(1, min(_MOST_REQUESTS, layout.data * (1 + int(max(0.0, free - two.activations) / each))))
+
+
+def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
+    """Return the plan of one inference layout, whether or not it fits."""
+    if not question.requests:
+        question = replace(question, requests=most_requests(question, layout))
+    model, topology = question.model, question.topology
+    batch = math.ceil(question.requests / layout.data)
+    timing = inference_time(
+        model,
+        layout=layout,
+        topology=topology,
+        batch=batch,
+        prompt=question.prompt,
+        generated=question.generated,
+        server=question.server,
+    )
+    timing = replace(timing, tokens_per_s=timing.tokens_per_s * question.requests / (batch * layout.data))
+    return Plan(
+        layout=layout,
+        memory=serving_memory(question, layout),
+        traffic_bytes=_decode_traffic(model, layout=layout, batch=math.ceil(batch / layout.pipe)),
+        costs=_costs(question, layout, timing),
+        inference=timing,
+        mfu=_mfu(question, timing.tokens_per_s),
+        bubble_fraction=1 - min(1.0, batch / layout.pipe),
+    )
+
+
+def _price_all(question: ServeQuestion) -> Iterable[Plan]:
+    topology = question.topology
+    counts = sorted({topology.num_devices, topology.devices_per_node, 1})
+    for count in counts:
+        for mesh in legal_meshes(question.model, num_devices=count, vocab="ends"):
+            if mesh.data <= (question.requests or mesh.data):
+                yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
+
+
+def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
+    assert plan.inference is not None
+    latency, pace = plan.inference.latency_s, 1 / plan.inference.tokens_per_s
+    first = {
+        "latency": latency,
+        "throughput": pace,
+        "memory": plan.memory.total,
+        "balanced": latency * pace,
+    }[objective]
+    return (first, plan.layout.num_devices)
+
+
+def _by(objective: str) -> str:
+    return "throughput" if objective == "throughput" else "latency"
+
+
+def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> dict[str, float]:
+    """Seconds of a request by what they are spent on; communication is what links of no time would save."""
+    fast = replace(question.topology.accelerator, link_bytes_per_s=1e18, network_bytes_per_s=1e18, curve="")
+    free = inference_time(
+        question.model,
+        layout=layout,
+        topology=replace(question.topology, accelerator=fast, devices_per_node=layout.num_devices),
+        batch=math.ceil(question.requests / layout.data),
+        prompt=question.prompt,
+        generated=question.generated,
+        server=replace(question.server, all_reduce="nccl"),
+    )
+    sent = max(0.0, timing.latency_s - free.latency_s)
+    return {
+        "communication": sent,
+        "reading prompts": timing.prefill_s,
+        "reading weights and cache": timing.latency_s - timing.prefill_s - sent,
+    }
+
+
+def _decode_traffic(model: ModelConfig, *, layout: Layout, batch: int) -> dict[str, float]:
+    """Bytes that a device sends for one token of each request of a group."""
+    message, t = 2.0 * batch * model.hidden_size, layout.tensor
+    layers = math.ceil(model.num_layers / layout.pipe)
+    found = {"tensor": 2 * layers * 2 * (t - 1) / t * message, "pipe": message if layout.pipe > 1 else 0.0}
+    return {axis: sent for axis, sent in found.items() if sent}
+
+
+def _mfu(question: ServeQuestion, tokens_per_s: float) -> float:
+    """Flops of prompts and generated tokens over the machine's peak."""
+    whole = question.prompt + question.generated
+    flops = flops_per_token(question.model, num_tokens=whole).forward * whole / question.generated
+    peak = question.topology.accelerator.peak_flops_per_s("bfloat16") * question.topology.num_devices
+    return tokens_per_s * flops / peak
+
+
+def _nothing_fits(question: ServeQuestion) -> PlanError:
+    topology, model = question.topology, question.model
+    plans = list(_price_all(question))
+    asked = f"{param_counts(model).total / _GB:.1f} billion parameters on {topology.name}"
+    if not plans:
+        return PlanError(f"no layout of {asked}: heads and features split over no mesh.", fix="change the devices.")
+    least = min(plans, key=lambda plan: plan.memory.total)
+    without = least.memory.total - least.memory.kv_cache
+    count = topology.num_devices * math.ceil(least.memory.total / question.memory_limit)
+    fixes = [f"use {count} or more devices"]
+    if without < question.memory_limit:
+        share = (question.memory_limit - without) / least.memory.kv_cache
+        fixes.append(f"serve {max(1, int(question.requests * share))} requests at a time or fewer")
+    return PlanError(
+        f"nothing fits: {asked} needs at least {least.memory.total / _GB:.1f} GB a device "
+        f"({least.memory.weights / _GB:.1f} weights, {least.memory.kv_cache / _GB:.1f} cache), and "
+        f"{question.memory_limit / _GB:.1f} GB may be used.",
+        fix=", or ".join(fixes) + ".",
+    )
