@@ -21,6 +21,7 @@ _TOP = 5
 _GB = 1e9
 _WORKING_TOKENS = 4096
 _MOST_REQUESTS = 4096
+_SAMPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,9 @@ def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
 
 def most_requests(question: ServeQuestion, layout: Layout) -> int:
     """Return how many requests at a time the caches of a layout can hold, 1 at least and 4,096 at most."""
-    one, two = (serving_memory(replace(question, requests=n * layout.data), layout) for n in (1, 2))
-    free = question.memory_limit - one.total
-    each = two.kv_cache - one.kv_cache
-    return max(1, min(_MOST_REQUESTS, layout.data * (1 + int(max(0.0, free - two.activations) / each))))
+    many = serving_memory(replace(question, requests=_SAMPLE * layout.data), layout)
+    free = question.memory_limit - (many.total - many.kv_cache)
+    return max(1, min(_MOST_REQUESTS, layout.data * int(max(0.0, free) * _SAMPLE / many.kv_cache)))
 
 
 def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
