@@ -5,7 +5,7 @@ Every stage has its own group of requests in turn, so a pipeline needs as many g
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..layers import ModelConfig, flops_per_token, param_counts
@@ -49,7 +49,7 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
 
     Args:
         objective: "latency" of one request alone, "throughput" of all together in tokens/s, "memory" of the fullest
-            device, or "balanced": the least latency times seconds a token.
+            device, or "balanced": nearest to the best of both, see `balance_plans`.
 
     Raises:
         PlanError: nothing fits, with what would.
@@ -58,8 +58,32 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
     plans = [plan for plan in _price_all(asked) if plan.memory.total <= asked.memory_limit]
     if not plans:
         raise _nothing_fits(asked)
+    if objective == "balanced":
+        return explain_plans(balance_plans(asked, plans)[:top], objective="throughput")
     plans.sort(key=lambda plan: _rank(plan, objective))
-    return explain_plans(plans[:top], objective="memory" if objective == "memory" else _by(objective))
+    return explain_plans(plans[:top], objective=objective)
+
+
+def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:
+    """Return the plans that no other beats in both latency and throughput, nearest to the best of both first.
+
+    Latency is that of one request alone, throughput that of a full machine. Distances are in logarithms, so that
+    losing a factor counts alike everywhere, each over its range on this front.
+    """
+    alone = [price_serving(replace(question, requests=1), replace(plan.layout, data=1)) for plan in plans]
+    both = [(plan, one.inference.latency_s, plan.tokens_per_s) for plan, one in zip(plans, alone, strict=True) if one.inference]
+    front = [
+        (plan, math.log(latency), -math.log(pace))
+        for plan, latency, pace in both
+        if not any(other[1] <= latency and other[2] > pace or other[1] < latency and other[2] >= pace for other in both)
+    ]
+    lows, highs = ([pick(point[axis] for point in front) for axis in (1, 2)] for pick in (min, max))
+
+    def distance(point: tuple[Plan, float, float]) -> float:
+        spans = [max(high - low, 1e-9) for low, high in zip(lows, highs, strict=True)]
+        return math.hypot(*((value - low) / span for value, low, span in zip(point[1:], lows, spans, strict=True)))
+
+    return [plan for plan, *_ in sorted(front, key=distance)]
 
 
 def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
@@ -125,18 +149,12 @@ def _price_all(question: ServeQuestion) -> Iterable[Plan]:
 
 def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
     assert plan.inference is not None
-    latency, pace = plan.inference.latency_s, 1 / plan.inference.tokens_per_s
     first = {
-        "latency": latency,
-        "throughput": pace,
+        "latency": plan.inference.latency_s,
+        "throughput": 1 / plan.inference.tokens_per_s,
         "memory": plan.memory.total,
-        "balanced": latency * pace,
     }[objective]
     return (first, plan.layout.num_devices)
-
-
-def _by(objective: str) -> str:
-    return "throughput" if objective == "throughput" else "latency"
 
 
 def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> dict[str, float]:
