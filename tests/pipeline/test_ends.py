@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.pipeline import (
     PipelineParams,
+    Schedule,
     StageFns,
     build_schedule,
     natural_order,
@@ -112,6 +113,28 @@ def test_a_loss_alone_is_the_loss_with_gradients(mesh: str, vocab: Vocab, layers
     assert abs(alone - one_device(config, 16).loss) <= TOLERANCE * abs(alone)
     for actual, expected in zip(jax.tree.leaves((loss, grads)), jax.tree.leaves((out.loss, out.grads)), strict=True):
         assert np.array_equal(actual, expected)
+
+
+def test_unequal_chunks_of_a_single_rank_equal_one_device() -> None:
+    mesh, (params, batch) = mesh_of("2x1x1"), arrays()
+    # An order for one rank with two chunks: it gives the number of microbatches and of chunks alone.
+    schedule = Schedule.parse("0F0 1F0 1B0 0B0 0F1 1F1 1B1 0B1", name="mine", num_microbatches=2, num_chunks=2)
+    whole = StageFns(
+        first=lambda shared, microbatch: microbatch["x"] @ shared["in"],
+        layer=layer,
+        last=lambda shared, x, microbatch: (
+            (((x * shared["scale"][None]) @ shared["out"]["w"] - microbatch["y"]) ** 2).sum() / (BATCH * FEATURES)
+        ),
+        layers_per_stage=(2, 5),
+    )
+    stages = stages_from_layers(jnp.asarray(params.stages), num_ranks=1, num_chunks=2, layers_per_stage=(2, 5))
+    cut = {key: leaf.reshape(2, -1, *leaf.shape[1:]) for key, leaf in batch.items()}
+    there = PipelineParams(stages=stages, shared=params.shared)
+    out = jax.jit(lambda p, b: pipeline_grads(whole, params=p, batch=b, mesh=mesh, schedule=schedule))(there, cut)
+    loss, grads = jax.value_and_grad(loss_on_one_device)(params, batch)
+    ours = natural_order(out.grads.stages, layers_per_stage=(2, 5))
+    assert abs(float(out.loss) - float(loss)) <= TOLERANCE * float(loss)
+    assert np.abs(ours - grads.stages).max() <= TOLERANCE * np.abs(grads.stages).max()
 
 
 def test_padding_has_no_gradient() -> None:
