@@ -17,8 +17,8 @@ import numpy as np
 from hlo import count_executions, instructions_of, matmul_flops, parse_program
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.meshes import MeshSpec, build_mesh
 from scopes import naive_halves, time_scopes
+from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
 from worker import serve, start_devices
 
