@@ -36,6 +36,16 @@ class Instruction:
         return _numbers(DIMENSIONS, self.type)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One instruction at work on one device."""
+
+    name: str
+    device: int
+    start_s: float
+    end_s: float
+
+
 Program = dict[str, dict[str, Instruction]]
 """Computation name -> instruction name -> instruction."""
 
@@ -82,15 +92,16 @@ def count_executions(run: Callable[[], Any]) -> Counter[str]:
     return Counter(event.name for event in _trace(run))
 
 
-def time_executions(run: Callable[[], Any], names: Collection[str]) -> Counter[tuple[int, str]]:
-    """Return the nanoseconds that each of the named instructions took during run(), by device and name."""
-    durations: Counter[tuple[int, str]] = Counter()
+def list_executions(run: Callable[[], Any], names: Collection[str]) -> list[Execution]:
+    """Return every execution of the named instructions during run(), in order of start."""
+    found = []
     for event in _trace(run):
         if event.name in names:
             device = dict(event.stats).get("device_ordinal")
             if device is not None:
-                durations[device, event.name] += event.duration_ns
-    return durations
+                start_s, end_s = event.start_ns * 1e-9, event.end_ns * 1e-9
+                found.append(Execution(name=event.name, device=device, start_s=start_s, end_s=end_s))
+    return sorted(found, key=lambda execution: execution.start_s)
 
 
 def _trace(run: Callable[[], Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+from schedule_times import SHARES
 from tables import MIB, Target
 
 
@@ -53,16 +54,16 @@ def _memory_table(rows: list[dict[str, Any]]) -> Table:
 def _action_title(about: dict[str, Any]) -> str:
     return (
         "Work R1, 4 ranks x 1 data shard: milliseconds of one action of a rank's layers, one rank acting at a time, "
-        f"medians of {about['traces']} traced steps"
+        f"medians over the actions of {about['traces']} traced steps, means over ranks"
     )
 
 
 def _action_table(actions: dict[str, Any]) -> Table:
-    table = _table("backward", "F", "B", "I", "W", "all", "in no action")
+    table = _table("backward", "F", "B", "I", "W", "all", "in no action", "of two ranks at once", "outside the loop")
     for name, own in actions.items():
         seconds = own["seconds"]
         times = (f"{seconds[kind] * 1e3:.2f}" if kind in seconds else "" for kind in "FBIW")
-        table.add_row(name, *times, f"{sum(seconds.values()) * 1e3:.2f}", f"{own['unknown_share']:.1%}")
+        table.add_row(name, *times, f"{sum(seconds.values()) * 1e3:.2f}", *(f"{own[s]:.1%}" for s in SHARES))
     return table
 
 

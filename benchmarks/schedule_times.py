@@ -15,6 +15,9 @@ from worker import Worker
 
 RANKS = 4
 VOCABS: tuple[Vocab, ...] = ("ends", "split")
+SHARES = ("unknown_share", "overlap_share", "once_share")
+"""Of traced time: in no action, of several ranks at once, outside the loop over turns."""
+
 _KINDS = {"F": "forward", "B": "backward", "I": "input_grad", "W": "weight_grad"}
 
 
@@ -35,8 +38,8 @@ def measure_actions(worker: Worker, *, num_microbatches: int, rounds: int) -> di
     traced = worker.ask("actions", num_microbatches=num_microbatches, rounds=rounds)
     return {
         name: {
-            "unknown_share": traced[program]["unknown_share"],
-            "seconds": {kind: _action_s(traced[program]["seconds"], _KINDS[kind], num_microbatches) for kind in kinds},
+            **{share: traced[program][share] for share in SHARES},
+            "seconds": {kind: _action_s(traced[program]["seconds"], _KINDS[kind]) for kind in kinds},
         }
         for name, program, kinds in (("whole", "naive", "FB"), ("halves", "naive-halves", "FIW"))
     }
@@ -90,7 +93,7 @@ def measure_vocabulary(worker: Worker, *, m: int, rounds: int, traces: int) -> d
     traced = worker.ask("actions", num_microbatches=m, rounds=traces)
     times = _time_vocabulary(traced["seconds"], m)
     rows = {vocab: row | steps[vocab] | times["ticks"][vocab] for vocab, row in rows.items()}
-    return {"num_microbatches": m, "rows": rows, "unknown_share": traced["unknown_share"]} | times["shares"]
+    return {"num_microbatches": m, "rows": rows} | {share: traced[share] for share in SHARES} | times["means"]
 
 
 def tell(progress: str) -> None:
@@ -98,10 +101,9 @@ def tell(progress: str) -> None:
     print(progress, file=sys.stderr, flush=True)
 
 
-def _action_s(seconds: Mapping[str, list[float]], action: str, num_microbatches: int) -> float:
-    """Mean seconds of one action over ranks and microbatches, with the ends inside it."""
-    total = sum(sum(own) for scope, own in seconds.items() if scope.split("/")[0] == action)
-    return total / (RANKS * num_microbatches)
+def _action_s(seconds: Mapping[str, list[float]], action: str) -> float:
+    """Seconds of one action, the ends inside it too: the mean over ranks."""
+    return sum(sum(own) for scope, own in seconds.items() if scope.split("/")[0] == action) / RANKS
 
 
 def _time_rounds(
@@ -126,7 +128,7 @@ def _time_rounds(
 def _time_vocabulary(seconds: Mapping[str, list[float]], m: int) -> dict[str, Any]:
     """Ticks of 1F1B both ways, from one trace: split, the measured head and embedding divide evenly over ranks."""
     scopes = ("forward", "forward/first", "forward/last", "backward", "backward/first_back")
-    ranks = list(zip(*([one / m for one in seconds.get(scope, [0.0] * RANKS)] for scope in scopes), strict=True))
+    ranks = list(zip(*(seconds.get(scope, [0.0] * RANKS) for scope in scopes), strict=True))
     layers = [StageCost(forward=f, input_grad=b, weight_grad=0.0) for f, _, _, b, _ in ranks]
     whole = [
         StageCost(forward=f + first + last, input_grad=b + back, weight_grad=0.0) for f, first, last, b, back in ranks
@@ -142,4 +144,4 @@ def _time_vocabulary(seconds: Mapping[str, list[float]], m: int) -> dict[str, An
         ticks[vocab] = {"ticks_s": timing.makespan, "ticks_busy": 1 - timing.bubble_fraction}
         ticks[vocab] |= {"last_over_mean": timing.busy[-1] / mean}
     layers_s = sum(cost.total for cost in layers) / RANKS
-    return {"ticks": ticks, "shares": {"head_s": head_s, "embedding_s": embedding_s, "layers_of_a_stage_s": layers_s}}
+    return {"ticks": ticks, "means": {"head_s": head_s, "embedding_s": embedding_s, "layers_of_a_stage_s": layers_s}}

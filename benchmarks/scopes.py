@@ -8,59 +8,64 @@ an event lasts as long as its work only while no other rank works: time schedule
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from hlo import Instruction, Program, parse_program, time_executions
+from hlo import Execution, Instruction, Program, list_executions, parse_program
 from trellax.pipeline import Action, Schedule, build_schedule
 
 ONCE, UNKNOWN = "once a step", "unknown"
 """Scopes of what runs outside the loop over turns, and of what in it belongs to no action."""
 
-MAX_UNKNOWN = 0.1
-"""The largest share of the loop's time that may belong to no action."""
+MAX_SHARE = 0.1
+"""The largest share of the loop's time that may belong to no action, or in which several ranks may work at once."""
 
-_NAMES = {"forward", "backward", "input_grad", "weight_grad", "first", "last", "first_back", "exchange"}
+_ACTIONS = {"forward", "backward", "input_grad", "weight_grad"}
+_NAMES = _ACTIONS | {"first", "last", "first_back", "exchange"}
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONTROL = {"conditional", "while", "call"}
 _COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter")
 
-Seconds = dict[str, list[float]]
-"""Scope -> seconds in one step on each rank. An end inside an action is `forward/last`."""
-
 
 def naive_halves(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Return `naive` with its backwards in halves, both in one tick.
+    """Return `naive` with its backwards in halves; each weight gradient waits for the next microbatch's input gradient.
 
-    A rank waits for another only at the end of a tick in which something is sent: with a tick of its own, a weight
-    gradient would run beside the next rank's input gradient.
+    In that tick it comes first. A rank waits for another only where something is sent, and what a weight gradient makes
+    is not: put last in its tick or in one of its own, it would run beside the next rank's input gradient, as those of
+    the last microbatch do here.
     """
     naive = build_schedule("naive", num_ranks=num_ranks, num_microbatches=num_microbatches)
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
     for tick, rank, action in naive.placed():
-        for kind in ("I", "W") if action.kind == "B" else ("F",):
-            half = Action(stage=action.stage, kind=kind, microbatch=action.microbatch)
-            ticks_of[rank].setdefault(tick, []).append(half)
+        cell, k = ticks_of[rank].setdefault(tick, []), action.microbatch
+        if action.kind == "F":
+            cell.append(action)
+            continue
+        if k:
+            cell.append(Action(stage=rank, kind="W", microbatch=k - 1))
+        cell.append(Action(stage=rank, kind="I", microbatch=k))
+    for rank, ticks in enumerate(ticks_of):
+        ticks[naive.num_ticks + rank] = [Action(stage=rank, kind="W", microbatch=num_microbatches - 1)]
     return Schedule.from_ticks(ticks_of, name="naive-halves", num_microbatches=num_microbatches)
 
 
 def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[str, Any]:
-    """Trace steps of several programs in turns; return for each the median seconds by scope and rank.
+    """Trace steps of several programs in turns; return for each the median seconds of an action by scope and rank.
 
     Args:
         steps: name -> compiled program and its arguments, warmed up; device r of the mesh is rank r.
 
     Raises:
-        RuntimeError: more than a tenth of the loop's time belongs to no action.
+        RuntimeError: more than a tenth of the loop's time belongs to no action, or two ranks work at once for longer.
     """
     scopes = {name: scopes_of(parse_program(compiled.as_text())) for name, (compiled, _) in steps.items()}
-    rounds_of: dict[str, list[Seconds]] = {name: [] for name in steps}
+    traces: dict[str, list[list[Execution]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (compiled, inputs) in steps.items():
-            rounds_of[name].append(_time_step(lambda c=compiled, i=inputs: c(*i), scopes[name]))
-    return {name: _summarize(name, own) for name, own in rounds_of.items()}
+            traces[name].append(list_executions(lambda c=compiled, i=inputs: c(*i), scopes[name]))
+    return {name: _summarize(name, own, scopes[name]) for name, own in traces.items()}
 
 
 def scopes_of(program: Program) -> dict[str, str]:
@@ -116,29 +121,55 @@ def _named_scope(instruction: Instruction) -> str:
     return "/".join(list(dict.fromkeys(words))[:2]) or UNKNOWN
 
 
-def _time_step(run: Callable[[], Any], scopes: Mapping[str, str]) -> Seconds:
-    durations = time_executions(run, scopes)
-    devices = sorted({device for device, _ in durations})
-    seconds: Seconds = {}
-    for (device, name), nanoseconds in durations.items():
-        own = seconds.setdefault(scopes[name], [0.0] * len(devices))
-        own[devices.index(device)] += nanoseconds * 1e-9
-    return seconds
-
-
-def _summarize(name: str, rounds: list[Seconds]) -> dict[str, Any]:
-    """Medians over rounds by scope and rank, and the share of the loop's time that belongs to no action."""
-    scopes = sorted({scope for own in rounds for scope in own})
-    num_ranks = max(len(own) for own in rounds[0].values())
-    seconds = {
-        scope: [
-            statistics.median(own.get(scope, [0.0] * num_ranks)[rank] for own in rounds) for rank in range(num_ranks)
-        ]
-        for scope in scopes
+def _summarize(name: str, traces: list[list[Execution]], scopes: Mapping[str, str]) -> dict[str, Any]:
+    """Medians of actions, and the shares of time that say whether to trust them."""
+    num_ranks = 1 + max(one.device for one in traces[0])
+    found: dict[str, list[list[float]]] = {}
+    busy = {ONCE: 0.0, UNKNOWN: 0.0, "loop": 0.0, "ranks": 0.0, "all": 0.0}
+    for trace in traces:
+        in_loop = [one for one in trace if scopes[one.name] != ONCE]
+        at_work = [one for one in in_loop if scopes[one.name] != UNKNOWN]
+        busy[ONCE] += sum(one.end_s - one.start_s for one in trace if scopes[one.name] == ONCE)
+        busy[UNKNOWN] += sum(one.end_s - one.start_s for one in in_loop if scopes[one.name] == UNKNOWN)
+        busy["loop"] += sum(one.end_s - one.start_s for one in in_loop)
+        busy["all"] += _busy_s(at_work)
+        for rank in range(num_ranks):
+            own = [one for one in at_work if one.device == rank]
+            busy["ranks"] += _busy_s(own)
+            for action in _group_actions(own, scopes):
+                for scope, executions in action.items():
+                    found.setdefault(scope, [[] for _ in range(num_ranks)])[rank].append(_busy_s(executions))
+    seconds = {scope: [statistics.median(own or [0.0]) for own in ranks] for scope, ranks in sorted(found.items())}
+    shares = {
+        "unknown_share": busy[UNKNOWN] / busy["loop"],
+        "overlap_share": busy["ranks"] / busy["all"] - 1,
+        "once_share": busy[ONCE] / (busy[ONCE] + busy["loop"]),
     }
-    loop_s = sum(sum(own) for scope, own in seconds.items() if scope != ONCE)
-    once_s, unknown_s = (sum(seconds.pop(scope, [0.0])) for scope in (ONCE, UNKNOWN))
-    share = unknown_s / loop_s
-    if share > MAX_UNKNOWN:
-        raise RuntimeError(f"{share:.1%} of the loop's time in {name} belongs to no action")
-    return {"seconds": seconds, "unknown_share": share, "once_s": once_s, "loop_s": loop_s}
+    if max(shares["unknown_share"], shares["overlap_share"]) > MAX_SHARE:
+        raise RuntimeError(f"{name}: too much time in no action, or of several ranks at once: {shares}")
+    return {"seconds": seconds} | shares
+
+
+def _group_actions(executions: list[Execution], scopes: Mapping[str, str]) -> list[dict[str, list[Execution]]]:
+    """Split one rank's executions into actions, each by scope; no two actions of one kind follow each other."""
+    actions: list[dict[str, list[Execution]]] = []
+    before = ""
+    for one in executions:
+        scope = scopes[one.name]
+        kind = scope.split("/")[0]
+        if kind not in _ACTIONS:
+            continue
+        if kind != before:
+            actions.append({})
+        actions[-1].setdefault(scope, []).append(one)
+        before = kind
+    return actions
+
+
+def _busy_s(executions: list[Execution]) -> float:
+    """Seconds in which at least one of these, in order of start, was running: some run beside each other."""
+    total, until = 0.0, float("-inf")
+    for one in executions:
+        total += max(0.0, one.end_s - max(one.start_s, until))
+        until = max(until, one.end_s)
+    return total
