@@ -39,6 +39,7 @@ def measure_actions(worker: Worker, *, num_microbatches: int, rounds: int) -> di
     return {
         name: {
             **{share: traced[program][share] for share in SHARES},
+            "costliest": {kind: traced[program]["costliest"][_KINDS[kind]] for kind in kinds},
             "seconds": {kind: _action_s(traced[program]["seconds"], _KINDS[kind]) for kind in kinds},
         }
         for name, program, kinds in (("whole", "naive", "FB"), ("halves", "naive-halves", "FIW"))

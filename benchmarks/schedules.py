@@ -21,7 +21,7 @@ from schedule_tables import print_report
 from schedule_times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
 from tables import MIB, Target
 from trellax.pipeline.schedules import simulate
-from verdicts import compare_schedules, compare_vocabularies
+from verdicts import compare_schedules, compare_vocabularies, explain_actions
 from worker import Worker
 
 SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1", "auto")
@@ -35,11 +35,10 @@ class Effort:
     memory: tuple[int, ...] = MICROBATCHES
     steps: dict[int, int] = field(default_factory=lambda: {8: 9, 16: 5, 32: 3})
     traces: int = 7
-    trace_microbatches: int = 8
     vocabulary_rounds: int = 7
 
 
-QUICK = Effort(memory=(8,), steps={8: 3}, traces=3, trace_microbatches=4, vocabulary_rounds=3)
+QUICK = Effort(memory=(8,), steps={8: 3}, traces=3, vocabulary_rounds=3)
 
 
 def main() -> int:
@@ -62,7 +61,7 @@ def measure_all(effort: Effort) -> dict[str, Any]:
     with Worker("work_r1.py", num_devices=8) as worker:
         rows = [_measure(worker, schedule, effort.memory) for schedule in SCHEDULES]
     with Worker("work_r1.py", num_devices=4) as worker:
-        actions = measure_actions(worker, num_microbatches=effort.trace_microbatches, rounds=effort.traces)
+        actions = measure_actions(worker, num_microbatches=8, rounds=effort.traces)
         times = [
             measure_times(worker, SCHEDULES, m=m, rounds=rounds, actions=actions) for m, rounds in effort.steps.items()
         ]
@@ -74,7 +73,7 @@ def measure_all(effort: Effort) -> dict[str, Any]:
         "actions": actions,
         "times": times,
         "vocabulary": vocabulary,
-        "verdicts": [line for own in times for line in compare_schedules(own, actions)],
+        "verdicts": explain_actions(actions) + [line for own in times for line in compare_schedules(own, actions)],
         "vocabulary_verdict": compare_vocabularies(vocabulary),
     }
 

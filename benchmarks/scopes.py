@@ -7,7 +7,7 @@ an event lasts as long as its work only while no other rank works: time schedule
 
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -147,7 +147,19 @@ def _summarize(name: str, traces: list[list[Execution]], scopes: Mapping[str, st
     }
     if max(shares["unknown_share"], shares["overlap_share"]) > MAX_SHARE:
         raise RuntimeError(f"{name}: too much time in no action, or of several ranks at once: {shares}")
-    return {"seconds": seconds} | shares
+    costliest = {kind: _find_costliest(traces, scopes, kind) for kind in {scope.split("/")[0] for scope in seconds}}
+    return {"seconds": seconds, "costliest": costliest} | shares
+
+
+def _find_costliest(traces: list[list[Execution]], scopes: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """The instruction that takes the most of a kind of action: one slow fusion of the compiler can decide a race."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for trace in traces:
+        for one in trace:
+            if scopes[one.name].split("/")[0] == kind:
+                total[one.name] += one.end_s - one.start_s
+    name = max(total, key=total.__getitem__)
+    return {"name": name, "share": total[name] / sum(total.values())}
 
 
 def _group_actions(executions: list[Execution], scopes: Mapping[str, str]) -> list[dict[str, list[Execution]]]:

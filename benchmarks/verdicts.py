@@ -13,6 +13,15 @@ CLOCKS = {
 Row = Mapping[str, Any]
 
 
+def explain_actions(actions: Mapping[str, Any]) -> list[str]:
+    """Return which single instruction takes the most of each action: it belongs to this compiler, not to a schedule."""
+    return [
+        f"{name} backwards, the costliest instruction of each action: "
+        + ", ".join(f"{kind} {one['share']:.0%} ({one['name']})" for kind, one in own["costliest"].items())
+        for name, own in actions.items()
+    ]
+
+
 def compare_schedules(rows: list[Row], actions: Mapping[str, Any]) -> list[str]:
     """Return the verdicts on one number of microbatches: the order by each clock, then every schedule against 1F1B."""
     m = rows[0]["num_microbatches"]
