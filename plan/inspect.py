@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from .buffers import Places, read_places
 from .collectives import Collective, list_collectives
 from .executions import count_executions
 from .hardware import Hardware
@@ -19,7 +18,7 @@ from .hlo import Program
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
 from .traffic import Traffic, sum_traffic
-from .work import Work, count_work
+from .work import CLASSES, Work, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +114,13 @@ def inspect_compiled(
         memory=count_memory(
             compiled,
             program,
-            places=_places_of(compiled),
             parameters=parameters,
             optimizer=optimizer,
             capacity=hardware.memory_bytes if hardware else None,
         ),
         traffic=sum_traffic(collectives, minimum=minimum_bytes),
         flops=flops,
-        moved_bytes={
-            "matrix": float(np.mean(work.moved_bytes("matrix"))),
-            "vector": float(np.mean(work.moved_bytes("vector"))),
-        },
+        moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},
         roofline={kind: time_s / total_s for kind, time_s in times.items()} if total_s else {},
         step_bound_s=total_s or None,
         hlo_instructions=program.num_instructions,
@@ -152,14 +147,6 @@ def hlo_text(compiled: Any) -> str:
         return module.to_string(options)
     except (ImportError, AttributeError, ValueError):
         return compiled.as_text()
-
-
-def _places_of(compiled: Any) -> Places:
-    assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
-    if not assignment:
-        return {}
-    (module,) = compiled.runtime_executable().hlo_modules()
-    return read_places(assignment, module.as_serialized_hlo_module_proto())
 
 
 def _describe_uncounted(work: Work) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def runs_of_dots(compiled: Any, num_devices: int = 1) -> list[list[int]]:
     return sorted(operation.count.tolist() for operation in operations if operation.kind == "matrix")
 
 
-def compile_for(x: jax.Array, function: Any) -> Any:
+def compile_for(x: Any, function: Any) -> Any:
     return jax.jit(function).lower(x).compile()
 
 
@@ -62,7 +62,7 @@ def test_loops_multiply() -> None:
 
 
 def test_branches_chosen_by_a_table_are_counted_exactly() -> None:
-    table = np.random.default_rng(0).integers(0, 3, 40)
+    table: Any = np.random.default_rng(0).integers(0, 3, 40)
 
     def step(x: jax.Array, kind: jax.Array) -> tuple[jax.Array, None]:
         branches = [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x]
