@@ -145,6 +145,8 @@ def _open_gpus(target: Target) -> Machine:
             f"target {target}: {target.num_devices} devices do not fill nodes of {per_node}.",
             fix=f"say how many a node has, {target.name}:{target.num_devices}/4 say.",
         )
+    # The plugin tells stderr about programs that do not fit, which the report says better.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Only to compile: with GPUs left out, a machine without them starts, and one with them is not disturbed.
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies

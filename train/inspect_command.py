@@ -6,7 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
-from ..meshes import ConfigError, build_mesh, mesh_sizes
+from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
 from ..plan.tables import align, format_bytes
 from .check import check_run
@@ -16,6 +16,7 @@ from .inspect_step import compile_step, report_step, step_sizes
 from .state import Setup
 
 _MOST_KNOBS = 5
+_KEPT_BACK = 0.25
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict()))
     else:
         print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
-        if not report.fits:
-            print(_describe_knobs(report, setup))
+        print(_describe_verdict(report, setup, machine), end="")
     if args.hlo:
         Path(args.hlo).write_text(hlo_text(compiled), encoding="utf-8")
         print(f"wrote {args.hlo}", file=sys.stderr)
@@ -70,6 +70,11 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
         raise ConfigError(
             f"mesh {config.mesh} leaves an axis open, and target {target} does not say how many devices there are.",
             fix=f"write --target {target}:8, say.",
+        )
+    if needed and num_devices != needed and -1 not in sizes:
+        raise TargetError(
+            f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
+            fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
         )
     spec = check_run(config, num_devices=num_devices)
     machine = open_target(target, num_devices=num_devices)
@@ -96,6 +101,20 @@ def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> 
         f"compiled  in {report.compile_s:.1f} s, {report.hlo_instructions:,} instructions; this process took "
         f"{format_bytes(peak_bytes)}"
     )
+
+
+def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
+    """What to know beyond "fits" or "does not fit"."""
+    free = report.memory.free
+    if free is None or free < 0:
+        return f"\n{_describe_knobs(report, setup)}\n"
+    is_gpu = machine.devices[0].platform != "cpu"
+    if is_gpu and free < _KEPT_BACK * machine.hardware.memory_bytes:
+        return (
+            f"\njax gives a process {1 - _KEPT_BACK:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
+            "otherwise; this step needs more.\n"
+        )
+    return ""
 
 
 def _describe_knobs(report: ProgramReport, setup: Setup) -> str:

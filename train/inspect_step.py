@@ -4,6 +4,7 @@ The program is the one that `train` runs, from the same `make_train_step`; nothi
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -60,17 +61,21 @@ def report_step(
 ) -> ProgramReport:
     """Return the report of a compiled training step of this run."""
     config = setup.config
-    num_tokens = config.train.batch_size * config.data.seq_len
-    flops = flops_per_token(config.model, num_tokens=config.data.seq_len, attention="full").training
-    return inspect_compiled(
+    num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
+    model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len, attention="full").training
+    report = inspect_compiled(
         compiled,
         setup.mesh,
         parameters=setup.shapes.params,
         optimizer=setup.shapes.opt_state,
         minimum_bytes=minimum_bytes(step_sizes(setup)),
-        model_flops=flops * num_tokens / setup.mesh.devices.size,
         hardware=hardware,
         devices_per_node=devices_per_node,
+    )
+    return replace(
+        report,
+        model_flops=model_flops,
+        recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule).bubble_fraction if setup.schedule.num_ranks > 1 else 0.0,
         compile_s=compile_s,
     )
