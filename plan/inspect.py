@@ -18,7 +18,7 @@ from .hlo import Program
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
 from .traffic import Traffic, sum_traffic
-from .work import CLASSES, Class, Work, count_work
+from .work import CLASSES, UNITS, Class, Work, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,30 +82,27 @@ def inspect_compiled(
 ) -> ProgramReport:
     """Return the report of a compiled function: `jax.jit(f).lower(...).compile()`.
 
-    >>> report = inspect_compiled(compiled, mesh, parameters=params)
-    >>> report.memory.total
+    >>> inspect_compiled(compiled, mesh, parameters=params).memory.total
     22777256
 
     Args:
         mesh: the mesh whose devices it was compiled for; its axes name the traffic.
-        parameters, optimizer: trees of its arguments, to tell them apart in memory; parameters tell gradients too.
+        parameters, optimizer: trees of its arguments, to tell them and gradients apart in memory.
         minimum_bytes: what must be sent at least, by axes (see `minimum.py`).
         hardware: the device, for capacity and roofline.
         devices_per_node: all of them if left out.
     """
     program = Program.parse(hlo_text(compiled))
-    num_devices = mesh.devices.size
-    executions = count_executions(program, num_devices=num_devices)
+    executions = count_executions(program, num_devices=mesh.devices.size)
     collectives = list_collectives(program, executions, mesh=mesh)
-    work = count_work(program, executions, num_devices=num_devices)
+    work = count_work(program, executions, num_devices=mesh.devices.size)
     times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
-    capacity = hardware.memory_bytes if hardware else None
     return ProgramReport(
-        target=f"{mesh.devices.flat[0].device_kind}:{num_devices}",
-        devices=num_devices,
-        memory=count_memory(compiled, program, parameters=parameters, optimizer=optimizer, capacity=capacity),
+        target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
+        devices=mesh.devices.size,
+        memory=count_memory(compiled, program, parameters=parameters, optimizer=optimizer, hardware=hardware),
         traffic=sum_traffic(collectives, minimum=minimum_bytes),
-        flops={"matrix": float(np.mean(work.flops("matrix"))), "vector": float(np.mean(work.flops("vector")))},
+        flops={unit: float(np.mean(work.flops(unit))) for unit in UNITS},
         moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},
         roofline={kind: time_s / sum(times_s.values()) for kind, time_s in times_s.items()},
         step_bound_s=sum(times_s.values()) or None,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from .evaluate import is_invariant
+from .hardware import Hardware
 from .hlo import Array, Instruction, Program
 
 
@@ -46,7 +47,7 @@ class Memory:
 
 
 def count_memory(
-    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, capacity: int | None = None
+    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
 ) -> Memory:
     """Return the memory of a compiled program, one device's.
 
@@ -61,6 +62,7 @@ def count_memory(
         "optimizer": device_bytes(optimizer),
         "activations": activations,
     }
+    capacity = None if hardware is None else hardware.memory_bytes
     return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity)
 
 

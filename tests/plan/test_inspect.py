@@ -1,6 +1,7 @@
 """The report of a training step against the compiler's own numbers and against counting by hand."""
 
 import jax
+import numpy as np
 import pytest
 from trellax.plan import inspect_compiled
 from trellax.plan.memory import device_bytes, total_bytes
@@ -55,6 +56,17 @@ def test_full_rematerialisation_recomputes_the_blocks() -> None:
     # All products of a block's forward but the last, whose result no backward needs; the scores of 32 tokens.
     again = 2 * (4 * width**2 + 4 * width**2) + 2 * 2 * 32 * width
     assert report.recompute_flops == layers * tokens_per_device * again
+
+
+def test_traffic_belongs_to_its_axis_in_any_order_of_devices() -> None:
+    devices = np.array(jax.devices()[:8])[[5, 0, 3, 6, 1, 7, 2, 4]].reshape(4, 2)
+    mesh = jax.sharding.Mesh(devices, ("rows", "columns"))
+    x = jax.ShapeDtypeStruct((64, 64), "float32", sharding=jax.NamedSharding(mesh, jax.P("rows", "columns")))
+    compiled = jax.jit(lambda x: (x.sum(0), x.sum(1))).lower(x).compile()
+    report = inspect_compiled(compiled, mesh)
+    sent = {row.axis: row.bytes for row in report.traffic if row.kind == "all kinds"}
+    # Sums of 32 numbers over four rows, of 16 over two columns.
+    assert sent == {"rows": 2 * 3 / 4 * 32 * 4, "columns": 2 * 1 / 2 * 16 * 4}
 
 
 def test_report_of_a_users_own_function_needs_no_more_than_its_mesh() -> None:
