@@ -29,19 +29,28 @@ def plugin_is_missing() -> bool:
 pytestmark = pytest.mark.skipif(plugin_is_missing(), reason="needs the CUDA plugin: pip install 'trellax[cuda]'")
 
 
+RUN = """
+import argparse, sys
+from trellax.train import load_config
+from trellax.train.inspect_command import run_inspect
+config, target, *overrides = sys.argv[1:]
+run_inspect(load_config(config, overrides), argparse.Namespace(target=target, json=True, hlo=None, png=None))
+"""
+
+
 def inspect(words: str) -> dict[str, object]:
     """The command's JSON, from a process of its own: a target is chosen before jax starts."""
     for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
     env["PYTHONPATH"] = str(ROOT / ".src")
-    run = f"import sys; from trellax.train.cli import main; sys.exit(main({['inspect', *words.split(), '--json']!r}))"
-    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", RUN, *words.split()]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_a_small_step_on_h200() -> None:
-    report = inspect("quickstart --target h200:8")
+    report = inspect("quickstart h200:8")
     assert report["target"] == "NVIDIA H200 141GB HBM3e:8"
     memory = report["memory_bytes"]
     assert isinstance(memory, dict)
@@ -58,9 +67,9 @@ def test_a_small_step_on_h200() -> None:
 @pytest.mark.parametrize(
     ("words", "limit_s"),
     [
-        ("llama3-8b-8gpu --target h200:8", 300),
-        ("llama3-70b-64gpu --target h100:64/8", 300),
-        (f"llama3-70b-64gpu --target h200:1024 {LLAMA_405B}", 300),
+        ("llama3-8b-8gpu h200:8", 300),
+        ("llama3-70b-64gpu h100:64/8", 300),
+        (f"llama3-70b-64gpu h200:1024 {LLAMA_405B}", 300),
     ],
     ids=["8B on 8", "70B on 64", "405B on 1024"],
 )
