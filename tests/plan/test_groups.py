@@ -36,7 +36,8 @@ GROUPS: dict[str, tuple[Groups | None, str]] = {
     "several axes": (((0, 2, 4, 6), (1, 3, 5, 7)), "pipe+data"),
     "all": (((0, 1, 2, 3, 4, 5, 6, 7),), "pipe+data+tensor"),
     "a diagonal": (((0, 3), (1, 2), (4, 7), (5, 6)), "unattributed"),
-    "some lines only": (((0, 1), (2, 3)), "unattributed"),
+    "some lines only": (((0, 1), (2, 3)), "part of tensor"),
+    "lines of several axes": (((0, 1), (2, 6)), "unattributed"),
     "single devices": (((0,), (1,)), "unattributed"),
     "strangers": (((0, 8),), "unattributed"),
     "not read": (None, "unattributed"),
@@ -49,8 +50,8 @@ def test_groups_belong_to_axes(name: str) -> None:
     assert axis_of_groups(groups, **AXES) == axis
 
 
-def test_half_an_axis_is_no_axis() -> None:
-    assert axis_of_groups(((0, 1), (2, 3)), axes=("data",), shape=(4,)) == "unattributed"
+def test_half_an_axis_is_said_to_be_a_part() -> None:
+    assert axis_of_groups(((0, 1), (2, 3)), axes=("data",), shape=(4,)) == "part of data"
 
 
 def test_pairs_belong_to_the_axis_on_which_they_move() -> None:
