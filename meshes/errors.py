@@ -8,6 +8,8 @@
      +-- ConfigError        a run file or an override that is wrong
      +-- DataError          a corpus that is missing, empty or does not fit the model
      +-- CheckpointError    a saved run that is missing or of another shape
+     +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
+     +-- ProgramError       a program that the compiler rejects
 
 Read `spec.py` next.
 """
@@ -55,6 +57,14 @@ class DataError(TrellaxError):
 
 class CheckpointError(TrellaxError):
     """A saved run that is missing or has another shape."""
+
+
+class TargetError(TrellaxError):
+    """A machine to compile for that is not known, or cannot be compiled for here."""
+
+
+class ProgramError(TrellaxError):
+    """A program that the compiler rejects."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

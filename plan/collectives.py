@@ -1,0 +1,101 @@
+"""What a program sends: every collective with its mesh axis, how often each device runs it, and bytes on the wire.
+
+Bytes are what one device sends in the bandwidth-optimal algorithm (Thakur et al. 2005; NCCL's rings), in a group of n:
+
+    all-reduce          2 (n - 1) / n x operand
+    all-gather          (n - 1) x operand, a shard
+    reduce-scatter      (n - 1) / n x operand
+    all-to-all          (n - 1) / n x operand
+    collective-permute  the operand, from devices that are a source and not their own target
+    broadcast           the operand
+
+A real implementation may send more, never less. Read `traffic.py` next.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from .executions import Executions
+from .groups import Groups, axis_of_groups, axis_of_pairs, read_groups
+from .hlo import Instruction, Program
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
+"""Opcodes of collectives; `-start` is counted for its pair, `-done` is not."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Collective:
+    """One collective instruction of a program.
+
+    `count` and `sent_bytes` are for a whole step, [devices]; `operand_bytes` for one run; `op_name` says where in the
+    user's program it comes from; `axis` is `data`, `pipe+data`, `part of tensor` or the like, or `unattributed`.
+    """
+
+    name: str
+    kind: str
+    axis: str
+    op_name: str
+    operand_bytes: int
+    count: np.ndarray
+    sent_bytes: np.ndarray
+
+
+def list_collectives(program: Program, executions: Executions, *, mesh: Mesh) -> tuple[Collective, ...]:
+    """Return all collectives that some device runs.
+
+    Partition i of the program must be the i-th device of the mesh in row-major order, as `jax.jit` has it.
+    """
+    return tuple(_find(program, executions, mesh))
+
+
+def _find(program: Program, executions: Executions, mesh: Mesh) -> Iterator[Collective]:
+    num_devices = mesh.devices.size
+    for computation, instruction in program.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        count = np.broadcast_to(executions.of(computation), (num_devices,))
+        if kind not in KINDS or not count.any():
+            continue
+        groups = read_groups(instruction, num_devices=num_devices)
+        operand_bytes = computation.operand_bytes(instruction)
+        find_axis = axis_of_pairs if kind == "collective-permute" else axis_of_groups
+        factor = _factors(kind, groups, num_devices)
+        yield Collective(
+            name=instruction.name,
+            kind=kind,
+            axis=find_axis(groups, axes=mesh.axis_names, shape=mesh.devices.shape),
+            op_name=_op_name(instruction),
+            operand_bytes=operand_bytes,
+            count=count,
+            sent_bytes=count * factor * operand_bytes,
+        )
+
+
+def _factors(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
+    """How many operands each device sends in one run."""
+    if kind == "collective-permute":
+        sources = [pair[0] for pair in groups or () if pair[0] != pair[1]]
+        return np.isin(np.arange(num_devices), sources).astype(float)
+    # Groups that could not be read may be as large as the whole mesh.
+    sizes = np.full(num_devices, float(num_devices) if groups is None else 1.0)
+    for group in groups or ():
+        sizes[[device for device in group if device < num_devices]] = len(group)
+    return {
+        "all-reduce": 2 * (sizes - 1) / sizes,
+        "all-gather": sizes - 1,
+        "collective-broadcast": (sizes > 1).astype(float),
+    }.get(kind, (sizes - 1) / sizes)
+
+
+def _op_name(instruction: Instruction) -> str:
+    return instruction.op_name or f"({instruction.opcode})"

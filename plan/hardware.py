@@ -1,0 +1,122 @@
+"""What a device can do: memory, peak flops and bandwidths, from XLA's own description of it or measured here.
+
+A description is XLA's `GpuTargetConfigProto` as text (xla/stream_executor/device_description.proto). It gives memory,
+memory bandwidth, cores, clocks and the multiply-adds a clock of vector and matrix units by element type. It does not
+give the speed of links between devices: that is from the vendors' data sheets below. Read `roofline.py` next.
+"""
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
+"""One NVLink in one direction, by CUDA major version: data sheets of P100, V100, A100, H100 and H200, B200."""
+
+NETWORK_BYTES_PER_S = {8: 25e9, 9: 50e9, 10: 50e9}
+"""Network of one GPU in one direction: DGX A100 has a 200 Gb/s adapter for each GPU, DGX H100 and B200 400 Gb/s."""
+
+_TYPES = {10: "f16", 11: "f32", 12: "f64", 16: "bf16"}
+_RATE = re.compile(r"key: (\d+)\s+value \{\s+clock_rate_ghz: ([\d.]+)\s+units_per_core: (\d+)\s+ops_per_clock: (\d+)")
+_PROBE_ELEMENTS = 1 << 23
+_PROBE_SIZE = 768
+_HOST_MATRIX_DTYPE = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Peaks of one device, per second; flops by element type as HLO names it. 0 stands for not known.
+
+    `link_bytes_per_s` is what a device can send to others of its node, `network_bytes_per_s` beyond it.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    matrix_flops_per_s: Mapping[str, float]
+    vector_flops_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+
+    def matrix_peak(self, dtype: str) -> float:
+        """Return the matrix peak for an element type, that of float32 where it is not listed."""
+        peaks = self.matrix_flops_per_s
+        return peaks.get(dtype) or peaks.get("f32") or self.vector_flops_per_s
+
+
+def hardware_from_description(text: str) -> Hardware:
+    """Return what XLA's description of a GPU says, and the data sheets about its links.
+
+    float32 products run on the matrix units as TF32, jax's default precision on GPUs.
+    """
+    cores = int(_field(text, "core_count"))
+    scalar, _, matrix = text.partition("matrix_unit_description")
+    vector = _rates(scalar.partition("scalar_unit_description")[2], cores).get("f32", 0.0)
+    clock_hz = 1e9 * _field(text, "clock_rate_ghz")
+    major = int(_field(text.partition("cuda_compute_capability")[2], "major"))
+    return Hardware(
+        name=re.findall(r'device_description_str: "([^"]*)"', text)[0],
+        memory_bytes=int(_field(text, "device_memory_size")),
+        memory_bytes_per_s=_field(text, "memory_bandwidth"),
+        matrix_flops_per_s=_rates(matrix, cores),
+        vector_flops_per_s=vector or 2 * cores * _field(text, "fpus_per_core") * clock_hz,
+        link_bytes_per_s=_link_bytes_per_s(text, major),
+        network_bytes_per_s=NETWORK_BYTES_PER_S.get(major, 0.0),
+    )
+
+
+def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
+    """Return what one of several fake devices on this machine gets when all work: measured now, in about 0.1 s.
+
+    Matrix flops from a float32 product, vector flops from a sum in cache, bandwidth from a copy; a message between
+    fake devices is a copy too. Memory and peaks are shared evenly.
+    """
+    matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), _HOST_MATRIX_DTYPE)
+    long, short = np.ones(_PROBE_ELEMENTS, np.float32), np.ones(1 << 14, np.float32)
+    target, sums = np.empty_like(long), np.empty_like(short)
+    matrix_flops = 2 * _PROBE_SIZE**3 / _time_s(lambda: matrix @ matrix)
+    vector_flops = 100 * short.size / _time_s(lambda: [np.add(short, short, out=sums) for _ in range(100)])
+    copied = 2 * long.nbytes / _time_s(lambda: np.copyto(target, long))
+    share = 1 / num_devices
+    return Hardware(
+        name="cpu",
+        memory_bytes=memory_bytes // num_devices,
+        memory_bytes_per_s=copied * share,
+        matrix_flops_per_s={"f32": matrix_flops * share},
+        vector_flops_per_s=vector_flops * share,
+        link_bytes_per_s=copied * share / 2,
+        network_bytes_per_s=copied * share / 2,
+    )
+
+
+def _link_bytes_per_s(text: str, major: int) -> float:
+    """All NVLinks together, or PCI Express where there is none; 0 where the description names neither."""
+    # The A100's description names no links: its data sheet has 12, on the SXM4 module only.
+    num_links = _field(text, "active_links") or (12 if "SXM4" in text else 0)
+    return num_links * LINK_BYTES_PER_S.get(major, 0.0) or _field(text, "pcie_bandwidth")
+
+
+def _rates(text: str, cores: int) -> dict[str, float]:
+    """Flops per second by element type: a multiply-add is two."""
+    return {
+        _TYPES[int(key)]: 2e9 * cores * float(clock) * int(units) * int(ops)
+        for key, clock, units, ops in _RATE.findall(text)
+        if int(key) in _TYPES
+    }
+
+
+def _field(text: str, name: str) -> float:
+    found = re.search(rf"\b{name}: ([\d.]+)", text)
+    return float(found[1]) if found else 0.0
+
+
+def _time_s(run: object) -> float:
+    assert callable(run)
+    times_s = []
+    for _ in range(4):
+        start_s = time.perf_counter()
+        run()
+        times_s.append(time.perf_counter() - start_s)
+    return min(times_s[1:])

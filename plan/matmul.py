@@ -1,0 +1,75 @@
+"""Flops of matrix products, however the compiler writes them: dots, convolutions, and calls to libraries."""
+
+import math
+import re
+
+from .hlo import Array, Computation, Instruction, leaves
+
+_GEMM = ("__cublas$", "__onednn$matmul", "__triton_gemm")
+_CONVOLUTIONS = {  # library call: which of (first operand, second operand, result) are the output and the kernel
+    "__cudnn$convForward": (2, 1),
+    "__cudnn$convBiasActivationForward": (2, 1),
+    "__cudnn$convBackwardInput": (0, 1),
+    "__cudnn$convBackwardFilter": (1, 2),
+}
+
+
+def matrix_flops(instruction: Instruction, computation: Computation) -> int:
+    """Return the flops of one run of an instruction on the matrix units: 2 for each multiply and add; 0 for others."""
+    opcode = instruction.opcode
+    if opcode in ("dot", "ragged-dot", "scaled-dot"):
+        return _dot(instruction, computation, instruction.numbers("lhs_contracting_dims"))
+    if opcode == "convolution":
+        return _convolution(instruction, computation, output=2, kernel=1)
+    return _library_flops(instruction, computation) if opcode == "custom-call" else 0
+
+
+def _library_flops(instruction: Instruction, computation: Computation) -> int:
+    target = instruction.text("custom_call_target")
+    if target in _CONVOLUTIONS:
+        output, kernel = _CONVOLUTIONS[target]
+        return _convolution(instruction, computation, output=output, kernel=kernel)
+    if not target.startswith(_GEMM):
+        return 0
+    if found := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes):
+        return _dot(instruction, computation, tuple(map(int, re.findall(r"\d+", found[1]))))
+    return _guess_dot(instruction, computation)
+
+
+def matrix_dtype(instruction: Instruction, computation: Computation) -> str:
+    """Return the element type of the first operand, by which matrix units differ in speed."""
+    return next((leaf.dtype for type_ in computation.operand_types(instruction) for leaf in leaves(type_)), "f32")
+
+
+def _dot(instruction: Instruction, computation: Computation, contracting: tuple[int, ...]) -> int:
+    left = _operand(instruction, computation, 0)
+    return 2 * _result(instruction).num_elements * math.prod(left.dims[dim] for dim in contracting)
+
+
+def _guess_dot(instruction: Instruction, computation: Computation) -> int:
+    """A library's product [..., m, k] x [..., k, n], in whatever order of its dimensions: k from the sizes alone."""
+    left, right, result = (
+        _operand(instruction, computation, 0),
+        _operand(instruction, computation, 1),
+        _result(instruction),
+    )
+    batch = math.prod(result.dims[:-2])
+    squared = left.num_elements * right.num_elements // (result.num_elements * batch)
+    return 2 * result.num_elements * math.isqrt(squared)
+
+
+def _convolution(instruction: Instruction, computation: Computation, *, output: int, kernel: int) -> int:
+    """Every output element meets every kernel element of its feature."""
+    arrays = [_operand(instruction, computation, 0), _operand(instruction, computation, 1), _result(instruction)]
+    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
+    features = arrays[kernel].dims[labels[1].index("o")] if labels else 1
+    return 2 * arrays[output].num_elements * arrays[kernel].num_elements // features
+
+
+def _operand(instruction: Instruction, computation: Computation, index: int) -> Array:
+    return next(leaves(computation.operand_types(instruction)[index]))
+
+
+def _result(instruction: Instruction) -> Array:
+    """A library call returns its workspace beside the result."""
+    return next(leaves(instruction.type))

@@ -1,0 +1,146 @@
+"""What a program keeps on each device, by purpose, adding up to what the compiler says it takes.
+
+The total is exact, and so are parameters and optimizer state, from their shardings. Gradients and in-flight activations
+are read from what the loops carry from one iteration to the next. An outermost loop carries the sums of the gradients,
+one float32 array of each parameter's shape; all else that it carries and changes are activations, and so is what a loop
+of the forward inside it adds: a pipeline's ring buffers in the first case, the stacked residuals of a scan over layers
+in the second. What XLA keeps beside that is temporary.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from .evaluate import is_invariant
+from .hardware import Hardware
+from .hlo import Array, Instruction, Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest device; `capacity` is None where it is not known.
+
+    `temporary` holds everything that is none of the others: also the batch, and outputs that reuse no input.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    total: int
+    capacity: int | None
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The parts that add up to the total."""
+        return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity")}
+
+    @property
+    def free(self) -> int | None:
+        """Bytes left on the device, negative if the program does not fit."""
+        return None if self.capacity is None else self.capacity - self.total
+
+
+def count_memory(
+    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
+) -> Memory:
+    """Return the memory of a compiled program, one device's.
+
+    Args:
+        parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
+    """
+    total = total_bytes(compiled.memory_analysis())
+    gradients, activations = count_carried(program, parameters=parameters)
+    held = {
+        "parameters": device_bytes(parameters),
+        "gradients": gradients,
+        "optimizer": device_bytes(optimizer),
+        "activations": activations,
+    }
+    capacity = None if hardware is None else hardware.memory_bytes
+    return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity)
+
+
+def total_bytes(stats: Any) -> int:
+    """Return what a program takes while it runs: arguments, temporaries, outputs that reuse no argument, its code."""
+    return (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    return sum(math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
+    """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
+    inside = _inside_loops(program)
+    loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
+    outer = [array for is_inside, loop in loops if not is_inside for array in _carried(program, loop)]
+    left = Counter(_plain(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
+    gradients = activations = 0
+    for array in outer:
+        dims = _plain(array.dims)
+        if array.dtype == "f32" and dims and left[dims]:
+            left[dims] -= 1
+            gradients += array.num_bytes
+        else:
+            activations += array.num_bytes
+    # What a loop hands on to the one inside it has the same type there. jax names the backward of a loop "transpose".
+    forward = [loop for is_inside, loop in loops if is_inside and "transpose(" not in loop.op_name]
+    added = [sum(array.num_bytes for array in _without(_carried(program, loop), outer)) for loop in forward]
+    return gradients, activations + max(added, default=0)
+
+
+def _carried(program: Program, loop: Instruction) -> list[Array]:
+    """The arrays that a loop changes and hands on."""
+    if isinstance(loop.type, Array):
+        return []
+    body = program.computations[loop.called()["body"][0]]
+    elements = enumerate(loop.type)
+    return [array for index, array in elements if isinstance(array, Array) and not is_invariant(body, index)]
+
+
+def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:
+    left = Counter(others)
+    for array in arrays:
+        if left[array]:
+            left[array] -= 1
+        else:
+            yield array
+
+
+def _inside_loops(program: Program) -> set[str]:
+    """The computations that some loop runs."""
+    called = {
+        name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
+        for name, computation in program.computations.items()
+    }
+    left = [body for _, i in program.instructions() if i.opcode == "while" for body in i.called()["body"]]
+    found: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += called[name]
+    return found
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return tuple(leaf.shape) if sharding is None else tuple(sharding.shard_shape(leaf.shape))
+
+
+def _plain(dims: Any) -> tuple[int, ...]:
+    """A shape without dimensions of 1, which loops may leave out, and sorted: layouts may turn dimensions round."""
+    return tuple(sorted(size for size in dims if size != 1))

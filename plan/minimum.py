@@ -1,0 +1,148 @@
+"""The least that a training step of our transformer must send, by arithmetic: what its traffic is held against.
+
+In the conventions of `collectives.py`: bytes that the busiest device sends in a step, by mesh axes. Gradients are
+summed over data once, in float32 (2 (d - 1) / d each, as one all-reduce or as ZeRO's reduce-scatter and all-gather).
+Tensor parallelism all-reduces an activation twice a layer forward and twice backward (Shoeybi et al. 2019, section 3).
+A pipeline boundary takes an activation forward and its gradient back. The vocabulary's part stands apart below.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ..layers import ModelConfig, param_counts
+from ..meshes import AXES, MeshSpec
+
+Vocabulary = Literal["replicated", "pipe"]
+"""Where embedding and head live beside tensor: a copy on every pipeline rank, or split over the ranks."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """The sizes of a training step that decide what must be sent; sequences are those of one microbatch and data shard.
+
+    >>> StepSizes(model=config, mesh=MeshSpec(data=2), num_microbatches=4, num_sequences=1, num_tokens=128).boundary
+    65536
+    """
+
+    model: ModelConfig
+    mesh: MeshSpec
+    num_microbatches: int
+    num_sequences: int
+    num_tokens: int
+    num_chunks: int = 1
+    vocabulary: Vocabulary = "replicated"
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of one microbatch's activation between two layers, in the compute dtype: x[b, T, D]."""
+        return self.tokens * self.model.hidden_size * _ITEM_BYTES[self.model.dtype]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one microbatch on one data shard."""
+        return self.num_sequences * self.num_tokens
+
+    @property
+    def layers_per_rank(self) -> int:
+        """Layers of one pipeline rank, over all its chunks."""
+        return self.model.num_layers // self.mesh.pipe
+
+
+def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
+    """Return by mesh axes (`data`, `tensor`, `pipe`, `pipe+data`) the least bytes that the busiest device sends a step.
+
+    >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
+    262144
+    """
+    found: dict[str, float] = {}
+    for rank in range(sizes.mesh.pipe):
+        of_rank: dict[str, float] = {}
+        for part in (_gradients(sizes), _layers(sizes), _hops(sizes, rank), _vocabulary(sizes, rank)):
+            for axes, sent_bytes in part:
+                of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
+        found = {axes: max(found.get(axes, 0), of_rank.get(axes, 0)) for axes in found | of_rank}
+    return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
+
+
+def _gradients(sizes: StepSizes) -> Iterator[tuple[str, float]]:
+    """The stage's own gradients over data."""
+    num_params = sizes.layers_per_rank * block_params(sizes.model, tensor=sizes.mesh.tensor)
+    yield "data", _FLOAT32 * num_params * _all_reduce(sizes.mesh.data)
+
+
+def _layers(sizes: StepSizes) -> Iterator[tuple[str, float]]:
+    """Attention and feed-forward, forward and backward."""
+    num_runs = 4 * sizes.layers_per_rank * sizes.num_microbatches
+    yield "tensor", num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
+
+
+def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """One activation to the next stage, one gradient to the stage before, where there is one on another rank."""
+    pipe, chunks = sizes.mesh.pipe, sizes.num_chunks
+    if pipe == 1:
+        return
+    is_first, is_last = rank == 0, rank == pipe - 1
+    num_hops = (chunks - is_last) + (chunks - is_first)
+    yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
+
+
+def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
+    model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
+    table, whole = vocabulary_params(model, tensor=mesh.tensor)
+    is_copied = sizes.vocabulary == "replicated"
+    num_first = sizes.boundary * runs  # x of the embedding, summed over the slices of the table
+    num_last = num_first + 3 * sizes.tokens * _FLOAT32 * runs  # dy of the head; maximum, normaliser, target logit
+    yield _over_copies(mesh), _FLOAT32 * (whole + table * is_copied) * _all_reduce(mesh.pipe * mesh.data)
+    if is_copied:
+        num_sent = num_first * (rank == 0) + num_last * (rank == mesh.pipe - 1)
+        yield "tensor", num_sent * _all_reduce(mesh.tensor)
+        return
+    yield "data", _FLOAT32 * table / mesh.pipe * _all_reduce(mesh.data)
+    yield "tensor", (num_first + num_last) * _all_reduce(mesh.tensor)
+    yield "pipe", runs * _split_vocabulary(sizes)
+
+
+def _split_vocabulary(sizes: StepSizes) -> float:
+    """Bytes over pipe for one microbatch: x summed, y broadcast, dy summed, dx broadcast, all in float32; loss sums."""
+    pipe = sizes.mesh.pipe
+    x_bytes = sizes.tokens * sizes.model.hidden_size * _FLOAT32
+    sums = 2 * x_bytes + 3 * sizes.tokens * _FLOAT32
+    broadcasts = 2 * x_bytes
+    return sums * _all_reduce(pipe) + broadcasts * (pipe > 1)
+
+
+def block_params(model: ModelConfig, *, tensor: int) -> int:
+    """Return the number of parameters of one block on one device.
+
+    Heads and features are split; norms, output biases, and key and value heads fewer than `tensor` are whole.
+    """
+    d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
+    num_up = 2 if model.mlp == "swiglu" else 1
+    has_bias = model.bias == "on"
+    split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
+    columns = q // tensor + 2 * kv // split_kv + num_up * f // tensor
+    weights = d * columns + (q + f) // tensor * d
+    norms = 2 * d * (2 if model.norm == "layernorm" and has_bias else 1)
+    return weights + norms + (columns + 2 * d if has_bias else 0)
+
+
+def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
+    """Return the parameters of embedding and head on one device: those split over the vocabulary, and those whole."""
+    counts = param_counts(model)
+    tables = counts.embedding * (1 if model.embeddings == "tied" else 2)
+    norm = counts.head - (counts.embedding if model.embeddings == "untied" else 0)
+    return tables // tensor, counts.positions + norm
+
+
+def _all_reduce(size: int) -> float:
+    return 2 * (size - 1) / size
+
+
+def _over_copies(mesh: MeshSpec) -> str:
+    """The axes over which a replicated parameter has copies with gradients of their own."""
+    return "+".join(axis for axis in AXES if axis != "tensor" and mesh.sizes[axis] > 1) or "data"

@@ -1,0 +1,264 @@
+"""What a program computes: for every instruction its class, flops, bytes moved and how often each device runs it.
+
+Flops of matrix products count every multiply and add; vector flops one for every element of an arithmetic operation on
+floating-point numbers, transcendental functions too. Bytes are what an instruction reads and writes in main memory:
+operands and result of a fusion, but not what stays inside; of a buffer that is sliced or updated in place, the part.
+Read `roofline.py` next.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+from .collectives import KINDS
+from .executions import Executions
+from .hlo import Array, Computation, Instruction, Program, leaves
+from .matmul import matrix_dtype, matrix_flops
+
+Class = Literal["matrix", "vector", "communication", "control"]
+"""What an instruction keeps busy; control is what steers: loops, branches, tuples, single numbers."""
+
+Unit = Literal["matrix", "vector"]
+"""What flops run on."""
+
+UNITS: tuple[Unit, ...] = ("matrix", "vector")
+"""In the order of tables."""
+
+CLASSES: tuple[Class, ...] = ("matrix", "vector", "communication", "control")
+"""In the order of tables."""
+
+SMALL_ELEMENTS = 64
+"""Instructions without a product whose results are no larger steer the program."""
+
+_CONTROL = {
+    *("while", "conditional", "call", "tuple", "get-tuple-element", "parameter", "constant", "bitcast", "partition-id"),
+    *("replica-id", "after-all", "add-dependency", "optimization-barrier", "opt-barrier", "domain", "iota"),
+}
+_ARITHMETIC = {
+    *("add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum", "negate", "abs", "sign", "floor"),
+    *(
+        "ceil",
+        "round-nearest-afz",
+        "round-nearest-even",
+        "compare",
+        "select",
+        "clamp",
+        "power",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+    ),
+    *(
+        "exponential",
+        "exponential-minus-one",
+        "log",
+        "log-plus-one",
+        "logistic",
+        "tanh",
+        "tan",
+        "sine",
+        "cosine",
+        "erf",
+    ),
+    *("atan2", "convert"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operation:
+    """One instruction: its class, what one run costs, and its runs on every device, [devices]."""
+
+    name: str
+    op_name: str
+    kind: Class
+    dtype: str
+    matrix_flops: int
+    vector_flops: int
+    moved_bytes: int
+    count: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """All operations of a program; `uncounted` names library calls whose flops are not known."""
+
+    operations: tuple[Operation, ...]
+    uncounted: tuple[str, ...]
+
+    def flops(self, unit: Unit) -> np.ndarray:
+        """Return the flops of a step on every device, [devices]."""
+        costs = [(getattr(o, f"{unit}_flops"), o.count) for o in self.operations]
+        return np.sum([cost * count for cost, count in costs if cost] or [np.zeros(1)], axis=0)
+
+    def moved_bytes(self, kind: Class) -> np.ndarray:
+        """Return the bytes that operations of a class move in a step on every device, [devices]."""
+        return np.sum([o.moved_bytes * o.count for o in self.operations if o.kind == kind] or [np.zeros(1)], axis=0)
+
+
+def count_work(program: Program, executions: Executions, *, num_devices: int) -> Work:
+    """Return what a program computes in one run."""
+    costs = _Costs(program)
+    return Work(
+        operations=tuple(_list(program, executions, costs, num_devices)),
+        uncounted=tuple(dict.fromkeys(costs.uncounted)),
+    )
+
+
+def _list(program: Program, executions: Executions, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
+    inside = {name for _, i in program.instructions() if i.opcode.startswith("fusion") for name in _calls(i)}
+    for computation, instruction in program.instructions():
+        count = np.broadcast_to(executions.of(computation), (num_devices,))
+        # The first half of an asynchronous pair stands for both; the code of a fusion belongs to the fusion.
+        if computation.name in inside or not count.any() or instruction.opcode.endswith(("-done", "-update")):
+            continue
+        kind = costs.kind(instruction, computation)
+        is_moved = kind != "control" or instruction.opcode not in _CONTROL
+        yield Operation(
+            name=instruction.name,
+            op_name=instruction.op_name,
+            kind=kind,
+            dtype=costs.dtype(instruction, computation),
+            matrix_flops=costs.matrix(instruction, computation),
+            vector_flops=costs.vector(instruction, computation),
+            moved_bytes=costs.moved(instruction, computation) if is_moved else 0,
+            count=count,
+        )
+
+
+class _Costs:
+    """What one run of an instruction costs; sums over a fusion's code are kept."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.uncounted: list[str] = []
+        self.inner_matrix = cache(lambda name: self._sum(name, self.matrix))
+        self.inner_vector = cache(lambda name: self._sum(name, self.vector))
+
+    def kind(self, instruction: Instruction, computation: Computation) -> Class:
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in KINDS or any(i.opcode in KINDS for name in _calls(instruction) for i in self._own(name)):
+            return "communication"
+        if opcode in _CONTROL or opcode.startswith("async"):
+            return "control"
+        if self.matrix(instruction, computation):
+            return "matrix"
+        operand_elements = [leaf.num_elements for t in computation.operand_types(instruction) for leaf in leaves(t)]
+        largest = max([leaf.num_elements for leaf in leaves(instruction.type)] + operand_elements, default=0)
+        return "control" if largest <= SMALL_ELEMENTS else "vector"
+
+    def matrix(self, instruction: Instruction, computation: Computation) -> int:
+        if instruction.opcode.startswith("fusion"):
+            return sum(map(self.inner_matrix, _calls(instruction)))
+        flops = matrix_flops(instruction, computation)
+        if instruction.opcode == "custom-call" and not flops:
+            self.uncounted.append(instruction.text("custom_call_target"))
+        return flops
+
+    def dtype(self, instruction: Instruction, computation: Computation) -> str:
+        """Of the products, if there are any."""
+        for name in _calls(instruction):
+            within = self.program.computations[name]
+            for inner in within.instructions.values():
+                if self.matrix(inner, within):
+                    return self.dtype(inner, within)
+        return matrix_dtype(instruction, computation)
+
+    def vector(self, instruction: Instruction, computation: Computation) -> int:
+        opcode = instruction.opcode
+        if opcode.startswith("fusion"):
+            return sum(map(self.inner_vector, _calls(instruction)))
+        result = next(leaves(instruction.type), None)
+        if result is None or not result.dtype.startswith(("f", "bf")):
+            return 0
+        if opcode in _ARITHMETIC:
+            return result.num_elements
+        if opcode == "reduce":
+            return _elements(computation.operand_types(instruction)[0])
+        if opcode == "scatter":
+            return _elements(computation.operand_types(instruction)[-1])
+        return 0
+
+    def moved(self, instruction: Instruction, computation: Computation) -> int:
+        if instruction.opcode.startswith("fusion"):
+            (name,) = _calls(instruction)
+            return _moved_by_fusion(self.program.computations[name])
+        return _moved_by_one(instruction, computation)
+
+    def _sum(self, name: str, cost: object) -> int:
+        computation = self.program.computations[name]
+        assert callable(cost)
+        return sum(cost(instruction, computation) for instruction in computation.instructions.values())
+
+    def _own(self, name: str) -> Iterable[Instruction]:
+        return self.program.computations[name].instructions.values()
+
+
+def _calls(instruction: Instruction) -> tuple[str, ...]:
+    return instruction.called().get("calls", ()) if "calls=" in instruction.attributes else ()
+
+
+def _moved_by_one(instruction: Instruction, computation: Computation) -> int:
+    opcode = instruction.opcode
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        return 2 * instruction.num_bytes
+    if opcode == "dynamic-update-slice":
+        return 2 * _operand_bytes(instruction, computation, 1)
+    if opcode == "scatter":
+        return 3 * _operand_bytes(instruction, computation, -1)
+    return computation.operand_bytes(instruction) + _result_bytes(instruction)
+
+
+def _moved_by_fusion(code: Computation) -> int:
+    """Parameters that are only sliced are read in part; a root that updates a parameter in place writes the update."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in code.instructions.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    read = sum(
+        _read_of(instruction, users, code)
+        for instruction in code.instructions.values()
+        if instruction.opcode == "parameter"
+    )
+    roots = [code.instructions[name] for name in code.root.operands] if code.root.opcode == "tuple" else [code.root]
+    return read + sum(_written_by(root, code) for root in roots)
+
+
+def _read_of(parameter: Instruction, users: Mapping[str, list[Instruction]], code: Computation) -> int:
+    read = 0
+    for user in users.get(parameter.name, []):
+        if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == parameter.name:
+            read += user.num_bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue
+        elif user.opcode in ("bitcast", "copy", "convert", "reshape"):
+            read += min(_read_of(user, users, code), parameter.num_bytes)
+        else:
+            return parameter.num_bytes
+    return min(read, parameter.num_bytes)
+
+
+def _written_by(root: Instruction, code: Computation) -> int:
+    made = root
+    while made.opcode in ("bitcast", "copy", "convert") and made.operands:
+        made = code.instructions[made.operands[0]]
+    return _operand_bytes(made, code, 1) if made.opcode == "dynamic-update-slice" else root.num_bytes
+
+
+def _operand_bytes(instruction: Instruction, computation: Computation, index: int) -> int:
+    return sum(leaf.num_bytes for leaf in leaves(computation.operand_types(instruction)[index]))
+
+
+def _result_bytes(instruction: Instruction) -> int:
+    """Of an asynchronous start the last part: the first repeats the operands."""
+    type_ = instruction.type
+    if isinstance(type_, Array) or not instruction.opcode.endswith("-start"):
+        return instruction.num_bytes
+    return sum(leaf.num_bytes for leaf in leaves(type_[1]))
+
+
+def _elements(type_: object) -> int:
+    assert isinstance(type_, Array)
+    return type_.num_elements
