@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..layers import Remat, activation_bytes
 from ..meshes import MeshSpec, TrellaxError
-from ..pipeline import build_schedule, lower
+from ..pipeline import build_schedule, lower, resolve_layers
 from ..plan import Memory, StepSizes
 from ..plan.minimum import block_params, vocabulary_params
 from .check import check_run
@@ -77,19 +77,37 @@ def _with(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
 def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
     num_microbatches = config.pipeline.microbatches
     num_sequences = config.train.batch_size // (num_microbatches * mesh.data)
-    return replace(sizes, mesh=mesh, num_microbatches=num_microbatches, num_sequences=num_sequences)
+    is_piped = mesh.pipe > 1
+    layers = resolve_layers(
+        config.model,
+        num_ranks=mesh.pipe,
+        num_chunks=sizes.num_chunks if is_piped else 1,
+        num_tokens=sizes.num_tokens,
+        vocab=config.pipeline.vocab,
+    )
+    return replace(
+        sizes,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        num_sequences=num_sequences,
+        layers_per_stage=layers,
+        vocabulary="pipe" if is_piped and config.pipeline.vocab == "split" else "replicated",
+    )
 
 
 class _Estimate:
     """What a config is estimated to keep on a device, in arbitrary but common units for activations."""
 
     def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
-        blocks = sizes.layers_per_rank * block_params(config.model, tensor=mesh.tensor)
-        self.num_params = blocks + sum(vocabulary_params(config.model, tensor=mesh.tensor))
+        # Every rank has room for as many layers a stage as the largest has.
+        room = sizes.num_layer_slots
+        parts = mesh.pipe if sizes.vocabulary == "pipe" else 1
+        table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
+        self.num_params = room * block_params(config.model, tensor=mesh.tensor) + table / parts + rest
         self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)
         layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
-        self.activations = layer * sizes.layers_per_rank * _num_slots(config, mesh) / config.pipeline.chunks
-        logits = sizes.tokens * config.model.vocab_size // mesh.tensor * _FLOAT32
+        self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
+        logits = sizes.tokens * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
         self.working = _WORKING_COPIES * (whole + logits)
 
     def total(self, memory: Memory, before: "_Estimate") -> int:
@@ -124,5 +142,6 @@ def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
         num_microbatches=section.microbatches,
         num_chunks=section.chunks,
         max_in_flight=section.max_in_flight or None,
+        vocab=section.vocab,
     )
     return lower(schedule).num_save_slots

@@ -76,7 +76,9 @@ def report_step(
         report,
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
-        bubble_fraction=simulate(setup.schedule).bubble_fraction if setup.schedule.num_ranks > 1 else 0.0,
+        bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction
+        if setup.schedule.num_ranks > 1
+        else 0.0,
         compile_s=compile_s,
     )
 
@@ -91,7 +93,9 @@ def step_sizes(setup: Setup) -> StepSizes:
         num_microbatches=num_microbatches,
         num_sequences=config.train.batch_size // (num_microbatches * mesh.data),
         num_tokens=config.data.seq_len,
-        num_chunks=setup.schedule.num_chunks,
+        num_chunks=setup.num_chunks,
+        layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
+        vocabulary="pipe" if mesh.pipe > 1 and config.pipeline.vocab == "split" else "replicated",
     )
 
 

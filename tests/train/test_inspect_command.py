@@ -79,6 +79,7 @@ def knobs_of(config: RunConfig, **memory: int) -> dict[str, int]:
 
 
 LARGE = "--mesh.data 4 --mesh.pipe 2 --pipeline.microbatches 4 --train.batch_size 64 --model.num_layers 8"
+LARGE += " --pipeline.vocab ends"
 
 
 def test_zero_saves_most_of_the_optimizer_state() -> None:
