@@ -61,16 +61,25 @@ class StepSizes:
         return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
 
 
-def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
+def minimum_bytes(sizes: StepSizes, *, merges_sums: bool = False) -> dict[str, float]:
     """Return by mesh axes (`data`, `tensor`, `pipe`, `pipe+data`) the least bytes that the busiest device sends a step.
 
     >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
     262144
+
+    Args:
+        merges_sums: whether a split vocabulary's sums over tensor and then over pipe are one sum over `pipe+tensor`, as
+            XLA makes them on GPUs; together they send less than one after the other.
     """
     found: dict[str, float] = {}
     for rank in range(sizes.mesh.pipe):
         of_rank: dict[str, float] = {}
-        for part in (_gradients(sizes, rank), _layers(sizes, rank), _hops(sizes, rank), _vocabulary(sizes, rank)):
+        for part in (
+            _gradients(sizes, rank),
+            _layers(sizes, rank),
+            _hops(sizes, rank),
+            _vocabulary(sizes, rank, merges_sums),
+        ):
             for axes, sent_bytes in part:
                 of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
         found = {axes: max(found.get(axes, 0), of_rank.get(axes, 0)) for axes in found | of_rank}
@@ -99,7 +108,7 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
 
 
-def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+def _vocabulary(sizes: StepSizes, rank: int, merges_sums: bool) -> Iterator[tuple[str, float]]:
     """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
@@ -113,17 +122,15 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
     yield "data", _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
+    # In float32: x of the embedding and dy of the head summed, with three numbers a token; y and dx broadcast.
+    x_bytes = sizes.tokens * model.hidden_size * _FLOAT32
+    sums, broadcasts = runs * (2 * x_bytes + 3 * sizes.tokens * _FLOAT32), runs * 2 * x_bytes
+    yield "pipe", broadcasts * (mesh.pipe > 1)
+    if merges_sums:
+        yield "pipe+tensor", sums * _all_reduce(mesh.pipe * mesh.tensor)
+        return
     yield "tensor", (num_first + num_last) * _all_reduce(mesh.tensor)
-    yield "pipe", runs * _split_vocabulary(sizes)
-
-
-def _split_vocabulary(sizes: StepSizes) -> float:
-    """Bytes over pipe for one microbatch: x summed, y broadcast, dy summed, dx broadcast, all in float32; loss sums."""
-    pipe = sizes.mesh.pipe
-    x_bytes = sizes.tokens * sizes.model.hidden_size * _FLOAT32
-    sums = 2 * x_bytes + 3 * sizes.tokens * _FLOAT32
-    broadcasts = 2 * x_bytes
-    return sums * _all_reduce(pipe) + broadcasts * (pipe > 1)
+    yield "pipe", sums * _all_reduce(mesh.pipe)
 
 
 def block_params(model: ModelConfig, *, tensor: int) -> int:

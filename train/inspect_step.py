@@ -14,6 +14,7 @@ from ..layers import flops_per_token
 from ..meshes import ProgramError, mesh_sizes
 from ..pipeline import simulate
 from ..plan import Hardware, ProgramReport, StepSizes, inspect_compiled, minimum_bytes
+from ..plan.traffic import sum_traffic
 from .state import Setup
 from .step import Batch, make_train_step
 
@@ -68,12 +69,14 @@ def report_step(
         setup.mesh,
         parameters=setup.shapes.params,
         optimizer=setup.shapes.opt_state,
-        minimum_bytes=minimum_bytes(step_sizes(setup)),
         hardware=hardware,
         devices_per_node=devices_per_node,
     )
+    sizes = step_sizes(setup)
+    merges_sums = any(c.axis == "pipe+tensor" and c.operand_bytes >= sizes.boundary for c in report.collectives)
     return replace(
         report,
+        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes, merges_sums=merges_sums)),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction
