@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: quickstart test check slow golden lock clean
+.PHONY: quickstart test check slow test-cuda golden lock clean
 
 quickstart: $(STAMP)  ## train a small transformer on 8 fake devices
 	@$(BIN)/trellax train configs/quickstart.toml
@@ -23,6 +23,9 @@ check: $(STAMP)  ## format, lint, types and the import contract
 
 slow: $(STAMP)  ## every test, the slow ones too
 	@$(PYTEST) -q -m ""
+
+test-cuda: $(STAMP)  ## compile for GPUs that are not there; skipped without the extra `cuda`
+	@$(PYTEST) -q -m "" tests/plan/test_cuda.py
 
 golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the diff
 	@GOLDEN=1 $(PYTEST) -q

@@ -1,14 +1,15 @@
 """Reads compiled programs and their traces: how many instructions there are, and what was really executed.
 
 The CPU runtime records an event for every executed instruction, under the instruction's name in the compiled HLO. So
-counting events, times the flops of the matrix products behind each name, measures the executed work.
+counting events, times the flops of the matrix products behind each name, measures the executed work. Read `scopes.py`
+next, which sums the durations of events by action.
 """
 
 import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ class Instruction:
     def shape(self) -> list[int]:
         """The dimensions of the result, of the first array if it is a tuple."""
         return _numbers(DIMENSIONS, self.type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One instruction at work on one device."""
+
+    name: str
+    device: int
+    start_s: float
+    end_s: float
 
 
 Program = dict[str, dict[str, Instruction]]
@@ -78,12 +89,31 @@ def instructions_of(program: Program, opcode: str) -> list[Instruction]:
 
 def count_executions(run: Callable[[], Any]) -> Counter[str]:
     """Return how often each instruction ran on all devices together during run(), by name."""
+    return Counter(event.name for event in _trace(run))
+
+
+def list_executions(run: Callable[[], Any], names: Collection[str]) -> list[Execution]:
+    """Return every execution of the named instructions during run(), in order of start."""
+    found = []
+    for event in _trace(run):
+        if event.name in names:
+            device = dict(event.stats).get("device_ordinal")
+            if device is not None:
+                start_s, end_s = event.start_ns * 1e-9, event.end_ns * 1e-9
+                found.append(Execution(name=event.name, device=device, start_s=start_s, end_s=end_s))
+    return sorted(found, key=lambda execution: execution.start_s)
+
+
+def _trace(run: Callable[[], Any]) -> Iterator[Any]:
+    """Yield the events of all threads during run()."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         (path,) = Path(folder).rglob("*.xplane.pb")
         data: Any = jax.profiler.ProfileData.from_file(str(path))
-        return Counter(event.name for plane in data.planes for line in plane.lines for event in line.events)
+        for plane in data.planes:
+            for line in plane.lines:
+                yield from line.events
 
 
 def _dot_flops(dot: Instruction, own: dict[str, Instruction]) -> int:

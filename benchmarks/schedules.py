@@ -1,66 +1,107 @@
-"""What each schedule costs: `python benchmarks/schedules.py [--json]`, about 4 minutes on two cores.
+"""What each schedule costs, and who wins: `python benchmarks/schedules.py [--quick] [--json]`.
 
-On work R1 (see `work_r1.py`) without remat, 4 ranks x 2 data shards: compiled temporary memory, which may grow with
-microbatches for GPipe alone; matmul work executed, counted in a profiler trace, over the ideal; permutes; and the
-bubble that the lockstep clock predicts. Nothing is timed: fake devices share the cores, so bubbles cost them nothing.
+On work R1 (see `work_r1.py`) without remat and 4 ranks. With 2 data shards: compiled temporary memory, which may grow
+with microbatches for GPipe alone; matmul work executed, counted in a profiler trace, over the ideal; permutes; and the
+bubble that the lockstep clock predicts. With 1 data shard: times of actions, the ticks of every schedule by these, and
+whole steps; see `schedule_times.py`. Last, a transformer with a heavy vocabulary, on the ends or split over all ranks.
+
+Fake devices share the cores, so a bubble costs a measured step nothing; ticks are the time of ranks with a device of
+their own. Verdicts say where the two disagree. Tables go to stdout, progress to stderr; the exit code is 1 if a promise
+is missed. About 8 minutes on two quiet cores, 2 with --quick. Other programs on the machine spoil times.
 """
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
+from schedule_tables import print_report
+from schedule_times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
 from tables import MIB, Target
-from trellax.pipeline.schedules import build_schedule, simulate
+from trellax.pipeline.schedules import simulate
+from verdicts import compare_schedules, compare_vocabularies, explain_actions
 from worker import Worker
 
 SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1", "auto")
 MICROBATCHES = (4, 8, 16, 32)
-RANKS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much to measure; `steps` are rounds by number of microbatches."""
+
+    memory: tuple[int, ...] = MICROBATCHES
+    steps: dict[int, int] = field(default_factory=lambda: {8: 9, 16: 5, 32: 3})
+    traces: int = 7
+    vocabulary_rounds: int = 7
+
+
+QUICK = Effort(memory=(8,), steps={8: 3}, traces=3, vocabulary_rounds=3)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="8 microbatches alone and fewer rounds")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
-    with Worker("work_r1.py", num_devices=8) as worker:
-        rows = [_measure(worker, schedule) for schedule in SCHEDULES]
-    targets = judge(rows)
+    report = measure_all(QUICK if arguments.quick else Effort())
+    targets = judge(report["rows"])
     if arguments.json:
-        print(json.dumps({"rows": rows, "targets": [asdict(target) for target in targets]}, indent=2))
+        print(json.dumps(report | {"targets": [asdict(target) for target in targets]}, indent=2))
     else:
-        _print_tables(rows, targets)
+        print_report(report, targets)
     return 0 if all(target.is_met for target in targets) else 1
+
+
+def measure_all(effort: Effort) -> dict[str, Any]:
+    """Return all measurements as plain data, and the verdicts on them."""
+    about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0]} | asdict(effort)
+    with Worker("work_r1.py", num_devices=8) as worker:
+        rows = [_measure(worker, schedule, effort.memory) for schedule in SCHEDULES]
+    with Worker("work_r1.py", num_devices=4) as worker:
+        actions = measure_actions(worker, num_microbatches=8, rounds=effort.traces)
+        times = [
+            measure_times(worker, SCHEDULES, m=m, rounds=rounds, actions=actions) for m, rounds in effort.steps.items()
+        ]
+    with Worker("vocabulary.py", num_devices=4) as worker:
+        vocabulary = measure_vocabulary(worker, m=8, rounds=effort.vocabulary_rounds, traces=effort.traces)
+    return {
+        "about": about,
+        "rows": rows,
+        "actions": actions,
+        "times": times,
+        "vocabulary": vocabulary,
+        "verdicts": explain_actions(actions) + [line for own in times for line in compare_schedules(own, actions)],
+        "vocabulary_verdict": compare_vocabularies(vocabulary),
+    }
 
 
 def judge(rows: list[dict[str, Any]]) -> list[Target]:
     """Return every promise about schedules with what was measured for it."""
-    bounded = [row for row in rows if row["schedule"] != "gpipe"]
-    growth = max(row["temp_mib"][32] / row["temp_mib"][8] for row in bounded)
-    (zb_h1,) = (row for row in rows if row["schedule"] == "zb-h1")
-    return [
-        Target.at_most("memory, m=32 over m=8, all but gpipe", growth, 1.02),
-        Target.at_most("zb-h1 memory, MiB, largest over m", max(zb_h1["temp_mib"].values()), 110),
+    of = {row["schedule"]: row for row in rows}
+    growth = [r["temp_mib"][32] / r["temp_mib"][8] for n, r in of.items() if n != "gpipe" and 32 in r["temp_mib"]]
+    targets = [Target.at_most("memory, m=32 over m=8, all but gpipe", max(growth), 1.02)] if growth else []
+    targets += [
+        Target.at_most("zb-h1 memory, MiB, largest over m", max(of["zb-h1"]["temp_mib"].values()), 110),
         Target.at_most("matmul work over ideal, all", max(row["matmul_over_ideal"] for row in rows), 1.0),
     ]
+    for name in ("zb-h1", "interleaved-1f1b"):
+        for m in (8, 32):
+            ratio = of[name]["makespan"][m] / of["1f1b"]["makespan"][m]
+            targets.append(Target.below(f"{name} simulated makespan over 1f1b's, F = I = W, m={m}", ratio, 1.0))
+    return targets
 
 
-def _measure(worker: Worker, schedule: str) -> dict[str, Any]:
-    print(f"{schedule} ...", file=sys.stderr)
-    chunks = 2 if schedule.startswith("interleaved") else 1
-    timings = {
-        m: simulate(build_schedule(schedule, num_ranks=RANKS, num_microbatches=m, num_chunks=chunks))
-        for m in MICROBATCHES
-    }
-    memory = {m: worker.ask("memory", schedule=schedule, remat="none", num_microbatches=m) / MIB for m in MICROBATCHES}
+def _measure(worker: Worker, schedule: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    tell(f"memory and work: {schedule}")
+    timings = {m: simulate(build(schedule, m)) for m in MICROBATCHES}
+    memory = {m: worker.ask("memory", schedule=schedule, remat="none", num_microbatches=m) / MIB for m in counts}
     work = worker.ask("work", schedule=schedule, remat="none", num_microbatches=8)
     return {
         "schedule": schedule,
-        "chunks": chunks,
+        "chunks": num_chunks(schedule),
         "temp_mib": memory,
         "bubble_fraction": {m: timing.bubble_fraction for m, timing in timings.items()},
         "makespan": {m: timing.makespan for m, timing in timings.items()},
@@ -68,25 +109,6 @@ def _measure(worker: Worker, schedule: str) -> dict[str, Any]:
         "matmul_over_ideal": work["matmul_over_ideal"],
         "permutes": work["permutes"],
     }
-
-
-def _print_tables(rows: list[dict[str, Any]], targets: list[Target]) -> None:
-    console = Console(width=180, highlight=False)
-    table = Table(box=MARKDOWN)
-    for name in ("schedule", "chunks", *(f"MiB m={m}" for m in MICROBATCHES), "bubble m=8", "bubble m=32"):
-        table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
-    for name in ("in flight m=8", "work m=8", "permutes m=8"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        bubbles = (f"{row['bubble_fraction'][m]:.1%}" for m in (8, 32))
-        sizes = (f"{row['temp_mib'][m]:.1f}" for m in MICROBATCHES)
-        held = ", ".join(map(str, row["peak_in_flight"]))
-        work = f"{row['matmul_over_ideal']:.3f}"
-        table.add_row(row["schedule"], str(row["chunks"]), *sizes, *bubbles, held, work, f"{row['permutes']:.0f}")
-    console.print(table)
-    for target in targets:
-        verdict = "met" if target.is_met else "MISSED"
-        console.print(f"{verdict}: {target.name}: {target.measured:.3f}, at most {target.limit:g}")
 
 
 if __name__ == "__main__":

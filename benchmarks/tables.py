@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -25,12 +25,18 @@ class Target:
     measured: float
     limit: float
     is_met: bool
+    bound: Literal["at most", "below"] = "at most"
 
     @classmethod
     def at_most(cls, name: str, measured: float, limit: float) -> Self:
         """Return the verdict on measured <= limit, but for rounding in float64."""
         is_met = measured <= limit or math.isclose(measured, limit, rel_tol=1e-9)
         return cls(name=name, measured=measured, limit=limit, is_met=is_met)
+
+    @classmethod
+    def below(cls, name: str, measured: float, limit: float) -> Self:
+        """Return the verdict on measured < limit."""
+        return cls(name=name, measured=measured, limit=limit, is_met=measured < limit, bound="below")
 
 
 def print_report(report: dict[str, Any], targets: list[Target]) -> None:

@@ -1,12 +1,14 @@
 """A worker for a user's own model: work R1, on which other JAX pipelines were measured. Nothing of trellax.layers.
 
 8 pre-norm blocks (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128, float32, no
-embedding or head, loss = mean((y - t)^2), microbatch of 8 sequences,
-on a mesh of pipe=4 x data=2. Run by `pipeline.py`.
+embedding or head, loss = mean((y - t)^2), on a mesh of pipe=4 and, with 8 devices, data=2. A microbatch has 4 sequences
+for every data shard, so a device does the same on either mesh. Run by `pipeline.py` and `schedules.py`.
 """
 
 import sys
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -15,12 +17,15 @@ import numpy as np
 from hlo import count_executions, instructions_of, matmul_flops, parse_program
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from scopes import naive_halves, time_scopes
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
 from worker import serve, start_devices
 
-WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS, NUM_SEQUENCES = 128, 128, 4, 512, 8, 8
-PIPE, DATA = 4, 2
+WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8
+NUM_SEQUENCES = 4
+"""In each microbatch, for every data shard."""
+PIPE = 4
 
 Remat = Literal["block", "none"]
 
@@ -41,15 +46,12 @@ def block(params: Any, x_bTD: jax.Array, _: Any) -> jax.Array:
 
 def measure_memory(*, schedule: str, remat: Remat, num_microbatches: int) -> float:
     """Return the compiled temporary bytes of loss and gradients on each device."""
-    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
-    analysis = _lower(mesh, schedule, remat, num_microbatches).compile().memory_analysis()
-    return analysis.temp_size_in_bytes
+    return _compile(schedule, remat, num_microbatches).memory_analysis().temp_size_in_bytes
 
 
 def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[str, float]:
     """Run one step under the profiler; return what was executed: matmul work over the ideal, and collectives."""
-    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
-    compiled = _lower(mesh, schedule, remat, num_microbatches).compile()
+    mesh, compiled = _mesh(), _compile(schedule, remat, num_microbatches)
     inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     jax.block_until_ready(compiled(*inputs))
     counts = count_executions(lambda: compiled(*inputs))
@@ -60,16 +62,35 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
     # The sum of the loss is a scalar; what has dimensions is gradients.
     gradient_sums = [i.name for i in instructions_of(program, "all-reduce") if i.shape]
     permutes = [i.name for i in instructions_of(program, "collective-permute")]
+    done = sum(counts[name] * work for name, work in flops.items())
     return {
-        "matmul_over_ideal": sum(counts[name] * work for name, work in flops.items()) / _ideal_flops(num_microbatches),
-        "gradient_all_reduces": sum(counts[name] for name in gradient_sums) / (PIPE * DATA),
-        "permutes": sum(counts[name] for name in permutes) / (PIPE * DATA),
+        "matmul_over_ideal": done / _ideal_flops(num_microbatches * _num_sequences(mesh)),
+        "gradient_all_reduces": sum(counts[name] for name in gradient_sums) / mesh.size,
+        "permutes": sum(counts[name] for name in permutes) / mesh.size,
     }
+
+
+def measure_actions(*, num_microbatches: int, rounds: int) -> dict[str, Any]:
+    """Return seconds by scope and rank with whole backwards and with halves, one rank acting at a time."""
+    inputs = _inputs(_mesh(), num_microbatches, 1)
+    steps = {name: (_compile(name, "none", num_microbatches), inputs) for name in ("naive", "naive-halves")}
+    for compiled, _ in steps.values():
+        jax.block_until_ready(compiled(*inputs))
+    return time_scopes(steps, rounds=rounds)
+
+
+def measure_step(*, schedule: str, num_microbatches: int) -> dict[str, float]:
+    """Run one step without remat; return its wall and CPU seconds. Call it once before, to compile and warm up."""
+    compiled = _compile(schedule, "none", num_microbatches)
+    inputs = _inputs(_mesh(), num_microbatches, _num_chunks(schedule))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    jax.block_until_ready(compiled(*inputs))
+    return {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
 
 
 def check_bubbles(*, schedule: str, num_microbatches: int) -> bool:
     """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
-    mesh = build_mesh(MeshSpec(data=DATA, pipe=PIPE))
+    mesh = _mesh()
     inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     zeros, nan = (
         _lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan")
@@ -84,27 +105,48 @@ def are_same_bits(left: Any, right: Any) -> bool:
     return all(np.array_equal(a.view("i4"), b.view("i4")) and np.isfinite(a).all() for a, b in arrays)
 
 
+def _mesh() -> Mesh:
+    return build_mesh(MeshSpec(data=jax.device_count() // PIPE, pipe=PIPE))
+
+
+def _num_sequences(mesh: Mesh) -> int:
+    return NUM_SEQUENCES * mesh.shape["data"]
+
+
+@cache
+def _compile(schedule: str, remat: Remat, num_microbatches: int) -> Any:
+    """Compile once for all questions about a program."""
+    return _lower(_mesh(), schedule, remat, num_microbatches).compile()
+
+
 def _lower(mesh: Mesh, schedule: str, remat: Remat, num_microbatches: int, bubbles: Any = "zeros") -> Any:
-    num_values = num_microbatches * NUM_SEQUENCES * NUM_TOKENS * WIDTH
+    num_values = num_microbatches * _num_sequences(mesh) * NUM_TOKENS * WIDTH
     fns = StageFns(
         first=lambda _, microbatch: microbatch["x"],
         layer=jax.checkpoint(block, prevent_cse=False) if remat == "block" else block,
         last=lambda _, y, microbatch: ((y - microbatch["t"]) ** 2).sum() / num_values,
     )
-    chunks = _num_chunks(schedule)
-    grid = build_schedule(schedule, num_ranks=PIPE, num_microbatches=num_microbatches, num_chunks=chunks)
+    grid = _build_schedule(schedule, num_microbatches)
 
     def step(params: PipelineParams, batch: Any) -> Any:
         return pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid, bubbles=bubbles)
 
-    return jax.jit(step).lower(*_inputs(mesh, num_microbatches, chunks))
+    return jax.jit(step).lower(*_inputs(mesh, num_microbatches, grid.num_chunks))
+
+
+def _build_schedule(schedule: str, num_microbatches: int) -> Schedule:
+    sizes = {"num_ranks": PIPE, "num_microbatches": num_microbatches}
+    if schedule == "naive-halves":
+        return naive_halves(**sizes)
+    return build_schedule(schedule, **sizes, num_chunks=_num_chunks(schedule))
 
 
 def _num_chunks(schedule: str) -> int:
     return 2 if schedule.startswith("interleaved") else 1
 
 
-def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int = 1) -> tuple[PipelineParams, dict[str, jax.Array]]:
+@cache
+def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int) -> tuple[PipelineParams, dict[str, jax.Array]]:
     """Parameters [chunks, ranks@pipe, layers, ...] and batch [M, B@data, T, D]."""
     random = np.random.default_rng(0)
     square, up = (WIDTH, WIDTH), (WIDTH, FFN)
@@ -112,7 +154,7 @@ def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int = 1) -> tuple[Pip
     shapes = dict.fromkeys(("query", "key", "value", "out"), square) | {"up": up, "down": up[::-1]}
     weights = {name: random.normal(size=(*stack, *own)).astype("f4") * 0.05 for name, own in shapes.items()}
     norms = dict.fromkeys(("norm1", "norm2"), np.ones((*stack, WIDTH), np.float32))
-    batch_shape = (num_microbatches, NUM_SEQUENCES, NUM_TOKENS, WIDTH)
+    batch_shape = (num_microbatches, _num_sequences(mesh), NUM_TOKENS, WIDTH)
     batch = {name: random.normal(size=batch_shape).astype("f4") for name in ("x", "t")}
     return (
         jax.device_put(PipelineParams(stages=weights | norms, shared={}), NamedSharding(mesh, P(None, "pipe"))),
@@ -120,18 +162,24 @@ def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int = 1) -> tuple[Pip
     )
 
 
-def _ideal_flops(num_microbatches: int) -> int:
+def _ideal_flops(num_sequences: int) -> int:
     """Matmul flops that any exact algorithm without recomputation spends: forward, and twice that backward."""
     weights = 4 * WIDTH * WIDTH + 2 * WIDTH * FFN
     per_token = 2 * weights + 2 * 2 * NUM_TOKENS * WIDTH
-    return 3 * per_token * NUM_TOKENS * NUM_SEQUENCES * NUM_LAYERS * num_microbatches
+    return 3 * per_token * NUM_TOKENS * NUM_LAYERS * num_sequences
 
 
 def _rms_norm(x_bTD: jax.Array, gain_D: jax.Array) -> jax.Array:
     return x_bTD * jax.lax.rsqrt(jnp.mean(x_bTD * x_bTD, -1, keepdims=True) + 1e-6) * gain_D
 
 
-CALLS: dict[str, Callable[..., Any]] = {"memory": measure_memory, "work": measure_work, "bubbles": check_bubbles}
+CALLS: dict[str, Callable[..., Any]] = {
+    "memory": measure_memory,
+    "work": measure_work,
+    "bubbles": check_bubbles,
+    "actions": measure_actions,
+    "step": measure_step,
+}
 
 if __name__ == "__main__":
     start_devices(int(sys.argv[1]))

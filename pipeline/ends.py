@@ -81,7 +81,8 @@ class TogetherEnds:
     """The ends of all stages, run by all ranks at once, each with its part of the parameters.
 
     Per microbatch four all-reduces of one activation over `pipe`, in float32: what `first` makes, what `last` is
-    given, and the gradients of both. Nobody waits longer for them: in a turn all ranks do the same kind of action.
+    given, and the gradients of both. Ranks meet there at the end of a turn; where all actions of a turn are of one
+    kind, as in the schedules made for it, nobody waits for that.
     """
 
     def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, wants: Wants) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .buffers import vary, zeros_for
 from .ends import Wants
+from .stack import natural_order
 from .stage import PipelineParams, StageFns
 
 
@@ -15,7 +16,7 @@ def run_sequence(
 ) -> tuple[jax.Array, PipelineParams | None]:
     """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
 
-    params.stages[C, k, ...] whole and without padding, params.shared whole; batch leaves [M, b, ...] -> loss[]
+    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[]
     {U:data}, gradients {U:data}.
     """
     params, batch = jax.tree.map(vary, (params, batch))
@@ -24,7 +25,8 @@ def run_sequence(
         def layer(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
             return vary(fns.layer(own, x, microbatch)), None
 
-        layers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), params.stages)
+        stages = jax.tree.map(lambda leaf: leaf[:, None], params.stages)
+        layers = natural_order(stages, layers_per_stage=fns.layers_per_stage)
         x, _ = jax.lax.scan(layer, vary(fns.first(params.shared, microbatch)), layers)
         return vary(fns.last(params.shared, x, microbatch))
 

@@ -39,7 +39,7 @@ class Collective:
     """One collective instruction of a program.
 
     `count` and `sent_bytes` are for a whole step, [devices]; `operand_bytes` for one run; `op_name` says where in the
-    user's program it comes from; `axis` is `data`, `pipe+data` or the like, or `unattributed`.
+    user's program it comes from; `axis` is `data`, `pipe+data`, `part of tensor` or the like, or `unattributed`.
     """
 
     name: str

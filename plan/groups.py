@@ -42,7 +42,7 @@ def read_groups(instruction: Instruction, *, num_devices: int) -> Groups | None:
 def axis_of_groups(groups: Groups | None, *, axes: Sequence[str], shape: Sequence[int]) -> str:
     """Return the mesh axes along which groups run, as `data` or `pipe+data`; `unattributed` if along none.
 
-    They must be all the lines (planes, ...) of these axes: half a line is no axis.
+    They must be all the lines (planes, ...) of these axes. Pieces of lines of one axis are `part of data`.
 
     Args:
         axes, shape: names and sizes of the mesh's axes; device i is number i in row-major order.
@@ -50,8 +50,9 @@ def axis_of_groups(groups: Groups | None, *, axes: Sequence[str], shape: Sequenc
     moving = _moving_axes(groups, axes, shape)
     if groups is None or not moving:
         return UNATTRIBUTED
-    is_whole = set(map(frozenset, groups)) == _lines([axes.index(axis) for axis in moving], shape)
-    return "+".join(moving) if is_whole else UNATTRIBUTED
+    if set(map(frozenset, groups)) == _lines([axes.index(axis) for axis in moving], shape):
+        return "+".join(moving)
+    return f"part of {moving[0]}" if len(moving) == 1 else UNATTRIBUTED
 
 
 def axis_of_pairs(pairs: Groups | None, *, axes: Sequence[str], shape: Sequence[int]) -> str:

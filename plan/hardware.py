@@ -2,7 +2,7 @@
 
 A description is XLA's `GpuTargetConfigProto` as text (xla/stream_executor/device_description.proto). It gives memory,
 memory bandwidth, cores, clocks and the multiply-adds a clock of vector and matrix units by element type. It does not
-give the links between devices: those are the vendors' data sheets below. Read `roofline.py` next.
+give the speed of links between devices: that is from the vendors' data sheets below. Read `roofline.py` next.
 """
 
 import re
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LINK_BYTES_PER_S = {8: 300e9, 9: 450e9, 10: 900e9}
-"""NVLink of one GPU in one direction, by CUDA major version: data sheets of A100, H100 and H200, B200."""
+LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
+"""One NVLink in one direction, by CUDA major version: data sheets of P100, V100, A100, H100 and H200, B200."""
 
 NETWORK_BYTES_PER_S = {8: 25e9, 9: 50e9, 10: 50e9}
 """Network of one GPU in one direction: DGX A100 has a 200 Gb/s adapter for each GPU, DGX H100 and B200 400 Gb/s."""
@@ -62,7 +62,7 @@ def hardware_from_description(text: str) -> Hardware:
         memory_bytes_per_s=_field(text, "memory_bandwidth"),
         matrix_flops_per_s=_rates(matrix, cores),
         vector_flops_per_s=vector or 2 * cores * _field(text, "fpus_per_core") * clock_hz,
-        link_bytes_per_s=LINK_BYTES_PER_S.get(major, 0.0),
+        link_bytes_per_s=_link_bytes_per_s(text, major),
         network_bytes_per_s=NETWORK_BYTES_PER_S.get(major, 0.0),
     )
 
@@ -89,6 +89,13 @@ def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
         link_bytes_per_s=copied * share / 2,
         network_bytes_per_s=copied * share / 2,
     )
+
+
+def _link_bytes_per_s(text: str, major: int) -> float:
+    """All NVLinks together, or PCI Express where there is none; 0 where the description names neither."""
+    # The A100's description names no links: its data sheet has 12, on the SXM4 module only.
+    num_links = _field(text, "active_links") or (12 if "SXM4" in text else 0)
+    return num_links * LINK_BYTES_PER_S.get(major, 0.0) or _field(text, "pcie_bandwidth")
 
 
 def _rates(text: str, cores: int) -> dict[str, float]:

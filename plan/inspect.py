@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from .buffers import Places, read_places
 from .collectives import Collective, list_collectives
 from .executions import count_executions
 from .hardware import Hardware
@@ -19,7 +18,7 @@ from .hlo import Program
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
 from .traffic import Traffic, sum_traffic
-from .work import Work, count_work
+from .work import CLASSES, UNITS, Class, Work, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,8 @@ class ProgramReport:
 
     `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are those of
     the device with most. `roofline` has each class's share of the time that peaks allow, `step_bound_s` their sum;
-    both are empty without hardware. `notes` say what could only be bounded.
+    both are empty without hardware. `notes` say what could only be bounded. What a program cannot know of itself (model
+    flops, bubble, compile time) is None until somebody fills it in.
     """
 
     target: str
@@ -77,65 +77,50 @@ def inspect_compiled(
     parameters: Any = None,
     optimizer: Any = None,
     minimum_bytes: Mapping[str, float] | None = None,
-    model_flops: float | None = None,
     hardware: Hardware | None = None,
     devices_per_node: int | None = None,
-    bubble_fraction: float | None = None,
-    compile_s: float | None = None,
 ) -> ProgramReport:
     """Return the report of a compiled function: `jax.jit(f).lower(...).compile()`.
 
-    >>> report = inspect_compiled(compiled, mesh, parameters=params)
-    >>> report.memory.total
+    >>> inspect_compiled(compiled, mesh, parameters=params).memory.total
     22777256
 
     Args:
         mesh: the mesh whose devices it was compiled for; its axes name the traffic.
-        parameters, optimizer: trees of its arguments, to tell them apart in memory; parameters tell gradients too.
+        parameters, optimizer: trees of its arguments, to tell them and gradients apart in memory.
         minimum_bytes: what must be sent at least, by axes (see `minimum.py`).
-        model_flops: what one device must compute, in a step; executed products beyond it are recomputation.
         hardware: the device, for capacity and roofline.
         devices_per_node: all of them if left out.
-        bubble_fraction, compile_s: passed on.
     """
     program = Program.parse(hlo_text(compiled))
-    num_devices = mesh.devices.size
-    executions = count_executions(program, num_devices=num_devices)
+    executions = count_executions(program, num_devices=mesh.devices.size)
     collectives = list_collectives(program, executions, mesh=mesh)
-    work = count_work(program, executions, num_devices=num_devices)
-    times = {}
-    if hardware is not None:
-        nodes = devices_per_node or num_devices
-        times = roofline_times_s(work.operations, collectives, hardware=hardware, mesh=mesh, devices_per_node=nodes)
-    total_s = sum(times.values())
-    flops = {"matrix": float(np.mean(work.flops("matrix"))), "vector": float(np.mean(work.flops("vector")))}
+    work = count_work(program, executions, num_devices=mesh.devices.size)
+    times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
     return ProgramReport(
-        target=f"{mesh.devices.flat[0].device_kind}:{num_devices}",
-        devices=num_devices,
-        memory=count_memory(
-            compiled,
-            program,
-            places=_places_of(compiled),
-            parameters=parameters,
-            optimizer=optimizer,
-            capacity=hardware.memory_bytes if hardware else None,
-        ),
+        target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
+        devices=mesh.devices.size,
+        memory=count_memory(compiled, program, parameters=parameters, optimizer=optimizer, hardware=hardware),
         traffic=sum_traffic(collectives, minimum=minimum_bytes),
-        flops=flops,
-        moved_bytes={
-            "matrix": float(np.mean(work.moved_bytes("matrix"))),
-            "vector": float(np.mean(work.moved_bytes("vector"))),
-        },
-        roofline={kind: time_s / total_s for kind, time_s in times.items()} if total_s else {},
-        step_bound_s=total_s or None,
+        flops={unit: float(np.mean(work.flops(unit))) for unit in UNITS},
+        moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},
+        roofline={kind: time_s / sum(times_s.values()) for kind, time_s in times_s.items()},
+        step_bound_s=sum(times_s.values()) or None,
         hlo_instructions=program.num_instructions,
-        compile_s=compile_s,
-        model_flops=model_flops,
-        recompute_flops=None if model_flops is None else flops["matrix"] - model_flops,
-        bubble_fraction=bubble_fraction,
         notes=(*executions.notes, *_describe_uncounted(work)),
         collectives=collectives,
     )
+
+
+def _bound_times(
+    work: Work, collectives: tuple[Collective, ...], hardware: Hardware | None, mesh: Mesh, devices_per_node: int | None
+) -> dict[Class, float]:
+    """Seconds by class, nothing without hardware or where nothing takes time."""
+    if hardware is None:
+        return {}
+    nodes = devices_per_node or mesh.devices.size
+    times = roofline_times_s(work.operations, collectives, hardware=hardware, mesh=mesh, devices_per_node=nodes)
+    return times if sum(times.values()) else {}
 
 
 def hlo_text(compiled: Any) -> str:
@@ -152,14 +137,6 @@ def hlo_text(compiled: Any) -> str:
         return module.to_string(options)
     except (ImportError, AttributeError, ValueError):
         return compiled.as_text()
-
-
-def _places_of(compiled: Any) -> Places:
-    assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
-    if not assignment:
-        return {}
-    (module,) = compiled.runtime_executable().hlo_modules()
-    return read_places(assignment, module.as_serialized_hlo_module_proto())
 
 
 def _describe_uncounted(work: Work) -> tuple[str, ...]:

@@ -1,21 +1,23 @@
 """What a program keeps on each device, by purpose, adding up to what the compiler says it takes.
 
-The total is exact. Parameters and optimizer state are counted from their shardings. Gradients and in-flight activations
-are what the loops carry in temporary memory: gradients are the sums that an outermost loop carries, float32 and one for
-each parameter's shape; activations are the rest, but not what loops carry that jax calls `transpose`, the backward of
-a loop. Everything else is temporary.
+The total is exact, and so are parameters and optimizer state, from their shardings. Gradients and in-flight activations
+are read from what the loops carry from one iteration to the next. An outermost loop carries the sums of the gradients,
+one float32 array of each parameter's shape; all else that it carries and changes are activations, and so is what a loop
+of the forward inside it adds: a pipeline's ring buffers in the first case, the stacked residuals of a scan over layers
+in the second. What XLA keeps beside that is temporary.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
-from .buffers import CarriedBuffer, Place, Places, list_carried, measure
-from .hlo import Program
+from .evaluate import is_invariant
+from .hardware import Hardware
+from .hlo import Array, Instruction, Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,48 +47,23 @@ class Memory:
 
 
 def count_memory(
-    compiled: Any,
-    program: Program,
-    *,
-    places: Places,
-    parameters: Any,
-    optimizer: Any = None,
-    capacity: int | None = None,
+    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
 ) -> Memory:
     """Return the memory of a compiled program, one device's.
 
     Args:
-        places: where values live, by `read_places`; empty where XLA does not tell, then gradients and activations are
-            counted as temporary.
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
     """
-    stats = compiled.memory_analysis()
-    total = total_bytes(stats)
-    shapes = Counter(_plain(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(parameters))
-    gradients, forward = _part_carried(list(list_carried(program, places)), shapes)
+    total = total_bytes(compiled.memory_analysis())
+    gradients, activations = count_carried(program, parameters=parameters)
     held = {
         "parameters": device_bytes(parameters),
-        "gradients": measure(gradients),
+        "gradients": gradients,
         "optimizer": device_bytes(optimizer),
-        "activations": measure([*forward, *gradients]) - measure(gradients),
+        "activations": activations,
     }
+    capacity = None if hardware is None else hardware.memory_bytes
     return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity)
-
-
-def _part_carried(
-    carried: Sequence[CarriedBuffer], shapes: Counter[tuple[int, ...]]
-) -> tuple[list[Place], list[Place]]:
-    """Part what loops carry into the places of gradients and of activations."""
-    gradients: list[Place] = []
-    seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for buffer in carried:
-        dims = _plain(buffer.array.dims)
-        is_like = buffer.depth == "outer" and buffer.array.dtype == "f32" and dims != ()
-        if is_like and seen[buffer.loop, dims] < shapes[dims]:
-            seen[buffer.loop, dims] += 1
-            gradients.append(buffer.place)
-    forward = [buffer.place for buffer in carried if "transpose(" not in buffer.op_name]
-    return gradients, [place for place in forward if place not in gradients]
 
 
 def total_bytes(stats: Any) -> int:
@@ -102,14 +79,68 @@ def total_bytes(stats: Any) -> int:
 
 def device_bytes(tree: Any) -> int:
     """Return the bytes of a tree of arrays, or of shapes with shardings, on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        if getattr(leaf, "sharding", None) is not None
-        else math.prod(leaf.shape) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
+    """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
+    inside = _inside_loops(program)
+    loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
+    outer = [array for is_inside, loop in loops if not is_inside for array in _carried(program, loop)]
+    left = Counter(_plain(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
+    gradients = activations = 0
+    for array in outer:
+        dims = _plain(array.dims)
+        if array.dtype == "f32" and dims and left[dims]:
+            left[dims] -= 1
+            gradients += array.num_bytes
+        else:
+            activations += array.num_bytes
+    # What a loop hands on to the one inside it has the same type there. jax names the backward of a loop "transpose".
+    forward = [loop for is_inside, loop in loops if is_inside and "transpose(" not in loop.op_name]
+    added = [sum(array.num_bytes for array in _without(_carried(program, loop), outer)) for loop in forward]
+    return gradients, activations + max(added, default=0)
+
+
+def _carried(program: Program, loop: Instruction) -> list[Array]:
+    """The arrays that a loop changes and hands on."""
+    if isinstance(loop.type, Array):
+        return []
+    body = program.computations[loop.called()["body"][0]]
+    elements = enumerate(loop.type)
+    return [array for index, array in elements if isinstance(array, Array) and not is_invariant(body, index)]
+
+
+def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:
+    left = Counter(others)
+    for array in arrays:
+        if left[array]:
+            left[array] -= 1
+        else:
+            yield array
+
+
+def _inside_loops(program: Program) -> set[str]:
+    """The computations that some loop runs."""
+    called = {
+        name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
+        for name, computation in program.computations.items()
+    }
+    left = [body for _, i in program.instructions() if i.opcode == "while" for body in i.called()["body"]]
+    found: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += called[name]
+    return found
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return tuple(leaf.shape) if sharding is None else tuple(sharding.shard_shape(leaf.shape))
 
 
 def _plain(dims: Any) -> tuple[int, ...]:
-    """A shape without dimensions of size 1, which the loops may leave out."""
-    return tuple(size for size in dims if size != 1)
+    """A shape without dimensions of 1, which loops may leave out, and sorted: layouts may turn dimensions round."""
+    return tuple(sorted(size for size in dims if size != 1))

@@ -34,6 +34,7 @@ class StepSizes:
     num_sequences: int
     num_tokens: int
     num_chunks: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
     vocabulary: Vocabulary = "replicated"
 
     @property
@@ -46,37 +47,54 @@ class StepSizes:
         """Tokens of one microbatch on one data shard."""
         return self.num_sequences * self.num_tokens
 
-    @property
-    def layers_per_rank(self) -> int:
+    def layers_of(self, rank: int) -> int:
         """Layers of one pipeline rank, over all its chunks."""
-        return self.model.num_layers // self.mesh.pipe
+        if self.layers_per_stage is None:
+            return self.model.num_layers // self.mesh.pipe
+        return sum(self.layers_per_stage[rank :: self.mesh.pipe])
+
+    @property
+    def num_layer_slots(self) -> int:
+        """Layers that every rank has room for: as many a stage as the largest has."""
+        if self.layers_per_stage is None:
+            return self.layers_of(0)
+        return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
 
 
-def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
+def minimum_bytes(sizes: StepSizes, *, merges_sums: bool = False) -> dict[str, float]:
     """Return by mesh axes (`data`, `tensor`, `pipe`, `pipe+data`) the least bytes that the busiest device sends a step.
 
     >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
     262144
+
+    Args:
+        merges_sums: whether a split vocabulary's sums over tensor and then over pipe are one sum over `pipe+tensor`, as
+            XLA makes them on GPUs; together they send less than one after the other.
     """
     found: dict[str, float] = {}
     for rank in range(sizes.mesh.pipe):
         of_rank: dict[str, float] = {}
-        for part in (_gradients(sizes), _layers(sizes), _hops(sizes, rank), _vocabulary(sizes, rank)):
+        for part in (
+            _gradients(sizes, rank),
+            _layers(sizes, rank),
+            _hops(sizes, rank),
+            _vocabulary(sizes, rank, merges_sums),
+        ):
             for axes, sent_bytes in part:
                 of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
         found = {axes: max(found.get(axes, 0), of_rank.get(axes, 0)) for axes in found | of_rank}
     return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
 
 
-def _gradients(sizes: StepSizes) -> Iterator[tuple[str, float]]:
+def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """The stage's own gradients over data."""
-    num_params = sizes.layers_per_rank * block_params(sizes.model, tensor=sizes.mesh.tensor)
+    num_params = sizes.layers_of(rank) * block_params(sizes.model, tensor=sizes.mesh.tensor)
     yield "data", _FLOAT32 * num_params * _all_reduce(sizes.mesh.data)
 
 
-def _layers(sizes: StepSizes) -> Iterator[tuple[str, float]]:
+def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Attention and feed-forward, forward and backward."""
-    num_runs = 4 * sizes.layers_per_rank * sizes.num_microbatches
+    num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
     yield "tensor", num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
 
 
@@ -90,30 +108,29 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
 
 
-def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+def _vocabulary(sizes: StepSizes, rank: int, merges_sums: bool) -> Iterator[tuple[str, float]]:
     """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
     is_copied = sizes.vocabulary == "replicated"
     num_first = sizes.boundary * runs  # x of the embedding, summed over the slices of the table
     num_last = num_first + 3 * sizes.tokens * _FLOAT32 * runs  # dy of the head; maximum, normaliser, target logit
-    yield _over_copies(mesh), _FLOAT32 * (whole + table * is_copied) * _all_reduce(mesh.pipe * mesh.data)
     if is_copied:
+        yield _over_copies(mesh), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
         num_sent = num_first * (rank == 0) + num_last * (rank == mesh.pipe - 1)
         yield "tensor", num_sent * _all_reduce(mesh.tensor)
         return
-    yield "data", _FLOAT32 * table / mesh.pipe * _all_reduce(mesh.data)
+    # Run by all ranks together, norm and positions have the same gradient on each.
+    yield "data", _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
+    # In float32: x of the embedding and dy of the head summed, with three numbers a token; y and dx broadcast.
+    x_bytes = sizes.tokens * model.hidden_size * _FLOAT32
+    sums, broadcasts = runs * (2 * x_bytes + 3 * sizes.tokens * _FLOAT32), runs * 2 * x_bytes
+    yield "pipe", broadcasts * (mesh.pipe > 1)
+    if merges_sums:
+        yield "pipe+tensor", sums * _all_reduce(mesh.pipe * mesh.tensor)
+        return
     yield "tensor", (num_first + num_last) * _all_reduce(mesh.tensor)
-    yield "pipe", runs * _split_vocabulary(sizes)
-
-
-def _split_vocabulary(sizes: StepSizes) -> float:
-    """Bytes over pipe for one microbatch: x summed, y broadcast, dy summed, dx broadcast, all in float32; loss sums."""
-    pipe = sizes.mesh.pipe
-    x_bytes = sizes.tokens * sizes.model.hidden_size * _FLOAT32
-    sums = 2 * x_bytes + 3 * sizes.tokens * _FLOAT32
-    broadcasts = 2 * x_bytes
-    return sums * _all_reduce(pipe) + broadcasts * (pipe > 1)
+    yield "pipe", sums * _all_reduce(mesh.pipe)
 
 
 def block_params(model: ModelConfig, *, tensor: int) -> int:

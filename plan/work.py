@@ -21,6 +21,12 @@ from .matmul import matrix_dtype, matrix_flops
 Class = Literal["matrix", "vector", "communication", "control"]
 """What an instruction keeps busy; control is what steers: loops, branches, tuples, single numbers."""
 
+Unit = Literal["matrix", "vector"]
+"""What flops run on."""
+
+UNITS: tuple[Unit, ...] = ("matrix", "vector")
+"""In the order of tables."""
+
 CLASSES: tuple[Class, ...] = ("matrix", "vector", "communication", "control")
 """In the order of tables."""
 
@@ -82,7 +88,7 @@ class Work:
     operations: tuple[Operation, ...]
     uncounted: tuple[str, ...]
 
-    def flops(self, unit: Literal["matrix", "vector"]) -> np.ndarray:
+    def flops(self, unit: Unit) -> np.ndarray:
         """Return the flops of a step on every device, [devices]."""
         costs = [(getattr(o, f"{unit}_flops"), o.count) for o in self.operations]
         return np.sum([cost * count for cost, count in costs if cost] or [np.zeros(1)], axis=0)

@@ -158,6 +158,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "train", reach)
     monkeypatch.setattr(cli, "prepare", reach)
+    monkeypatch.setattr(cli, "run_inspect", lambda config, args: reach(config))
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
@@ -169,7 +170,9 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
     with pytest.raises(ReachedError) as caught:
         cli.main(words)
     config = caught.value.config
-    assert check_run(config, num_devices=config.run.fake_devices or 1)
+    # A target has as many devices as the mesh needs.
+    num_devices = config.mesh.num_devices if words[0] == "inspect" else config.run.fake_devices or 1
+    assert check_run(config, num_devices=num_devices)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "describe" in command])

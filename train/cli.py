@@ -1,4 +1,4 @@
-"""The command line: `trellax train CONFIG`, `trellax describe CONFIG` and `trellax schedule NAME`.
+"""The command line: `trellax train`, `describe` and `inspect` of a CONFIG, and `trellax schedule NAME`.
 
 stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
 stopped.
@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
+from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
 from .report import describe
 from .schedule_arguments import add_schedule_arguments
@@ -60,6 +61,10 @@ def _describe(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _inspect(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return run_inspect(_load(args, overrides), args)
+
+
 def _schedule(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise TrellaxError(
@@ -75,6 +80,7 @@ def _load(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": _train,
     "describe": _describe,
+    "inspect": _inspect,
     "schedule": _schedule,
 }
 
@@ -97,6 +103,7 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, what in (
         ("train", "train a model as a config says, resuming where the last run stopped"),
         ("describe", "show mesh, shardings and schedule of a config without training"),
+        ("inspect", "compile the step of a config for any machine and show what it keeps, sends and computes"),
     ):
         command = commands.add_parser(
             name,
@@ -109,6 +116,8 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax")
         command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name == "inspect":
+            add_inspect_arguments(command)
     what = "draw, save or compare pipeline schedules"
     add_schedule_arguments(commands.add_parser("schedule", help=what, description=f"{what}.", allow_abbrev=False))
     return parser

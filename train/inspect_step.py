@@ -4,6 +4,7 @@ The program is the one that `train` runs, from the same `make_train_step`; nothi
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from ..layers import flops_per_token
 from ..meshes import ProgramError, mesh_sizes
 from ..pipeline import simulate
 from ..plan import Hardware, ProgramReport, StepSizes, inspect_compiled, minimum_bytes
+from ..plan.traffic import sum_traffic
 from .state import Setup
 from .step import Batch, make_train_step
 
@@ -60,18 +62,26 @@ def report_step(
 ) -> ProgramReport:
     """Return the report of a compiled training step of this run."""
     config = setup.config
-    num_tokens = config.train.batch_size * config.data.seq_len
-    flops = flops_per_token(config.model, num_tokens=config.data.seq_len, attention="full").training
-    return inspect_compiled(
+    num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
+    model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len, attention="full").training
+    report = inspect_compiled(
         compiled,
         setup.mesh,
         parameters=setup.shapes.params,
         optimizer=setup.shapes.opt_state,
-        minimum_bytes=minimum_bytes(step_sizes(setup)),
-        model_flops=flops * num_tokens / setup.mesh.devices.size,
         hardware=hardware,
         devices_per_node=devices_per_node,
-        bubble_fraction=simulate(setup.schedule).bubble_fraction if setup.schedule.num_ranks > 1 else 0.0,
+    )
+    sizes = step_sizes(setup)
+    merges_sums = any(c.axis == "pipe+tensor" and c.operand_bytes >= sizes.boundary for c in report.collectives)
+    return replace(
+        report,
+        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes, merges_sums=merges_sums)),
+        model_flops=model_flops,
+        recompute_flops=report.flops["matrix"] - model_flops,
+        bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction
+        if setup.schedule.num_ranks > 1
+        else 0.0,
         compile_s=compile_s,
     )
 
@@ -86,7 +96,9 @@ def step_sizes(setup: Setup) -> StepSizes:
         num_microbatches=num_microbatches,
         num_sequences=config.train.batch_size // (num_microbatches * mesh.data),
         num_tokens=config.data.seq_len,
-        num_chunks=setup.schedule.num_chunks,
+        num_chunks=setup.num_chunks,
+        layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
+        vocabulary="pipe" if mesh.pipe > 1 and config.pipeline.vocab == "split" else "replicated",
     )
 
 

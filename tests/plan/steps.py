@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from trellax.meshes import build_mesh
 from trellax.plan import ProgramReport, hlo_text
 from trellax.plan.collectives import Collective, list_collectives
@@ -16,14 +17,17 @@ from trellax.plan.hlo import Program
 from trellax.train import Setup, load_config
 from trellax.train.inspect_step import compile_step, report_step
 
-SIZES = "--model.num_layers 4 --data.seq_len 16 --train.batch_size 16 --pipeline.microbatches 4"
-"""Four sequences a microbatch, 16 tokens each, width 32, 4 heads."""
+SPLIT = "--pipeline.vocab split"
+
+SIZES = "--model.num_layers 4 --data.seq_len 32 --train.batch_size 32 --pipeline.microbatches 4"
+"""Eight sequences a microbatch, 32 tokens each, width 32, 4 heads; a boundary of 32 KiB over all data shards."""
 
 
 @cache
 def setup_of(mesh: str, extra: str = "", config: str = "tiny-dense") -> Setup:
-    """The run of a config on a mesh written as data x tensor x pipe."""
+    """The run of a config on a mesh written as data x tensor x pipe; the vocabulary on the ends unless `extra` says."""
     data, tensor, pipe = mesh.split("x")
+    extra = extra if "pipeline.vocab" in extra else f"{extra} --pipeline.vocab ends"
     words = f"{SIZES} --mesh.data {data} --mesh.tensor {tensor} --mesh.pipe {pipe} {extra}"
     run = load_config(config, words)
     return Setup(run, build_mesh(run.mesh, devices=jax.devices()[: run.mesh.num_devices]))
@@ -57,3 +61,8 @@ def really_executed(run: Callable[[], Any]) -> Counter[str]:
         (path,) = Path(folder).rglob("*.xplane.pb")
         data: Any = jax.profiler.ProfileData.from_file(str(path))
         return Counter(event.name for plane in data.planes for line in plane.lines for event in line.events)
+
+
+def place_zeros(shapes: Any) -> Any:
+    """Arrays of zeros for a tree of shapes with shardings."""
+    return jax.tree.map(lambda shape: jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding), shapes)

@@ -1,0 +1,187 @@
+"""Which action of a schedule every executed instruction belongs to, and how long actions take.
+
+The executor names the scope of each action, and names survive in the compiled program. Fake devices share the cores, so
+an event lasts as long as its work only while no other rank works: time schedules in which one rank acts at a time,
+`naive` for whole backwards and `naive_halves` for halves.
+"""
+
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from hlo import Execution, Instruction, Program, list_executions, parse_program
+from trellax.pipeline import Action, Schedule, build_schedule
+
+ONCE, UNKNOWN = "once a step", "unknown"
+"""Scopes of what runs outside the loop over turns, and of what in it belongs to no action."""
+
+MAX_SHARE = 0.1
+"""The largest share of the loop's time that may belong to no action, or in which several ranks may work at once."""
+
+_ACTIONS = {"forward", "backward", "input_grad", "weight_grad"}
+_NAMES = _ACTIONS | {"first", "last", "first_back", "exchange"}
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONTROL = {"conditional", "while", "call"}
+_COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter")
+
+
+def naive_halves(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """Return `naive` with its backwards in halves; each weight gradient waits for the next microbatch's input gradient.
+
+    In that tick it comes first. A rank waits for another only where something is sent, and what a weight gradient makes
+    is not: put last in its tick or in one of its own, it would run beside the next rank's input gradient, as those of
+    the last microbatch do here.
+    """
+    naive = build_schedule("naive", num_ranks=num_ranks, num_microbatches=num_microbatches)
+    ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
+    for tick, rank, action in naive.placed():
+        cell, k = ticks_of[rank].setdefault(tick, []), action.microbatch
+        if action.kind == "F":
+            cell.append(action)
+            continue
+        if k:
+            cell.append(Action(stage=rank, kind="W", microbatch=k - 1))
+        cell.append(Action(stage=rank, kind="I", microbatch=k))
+    for rank, ticks in enumerate(ticks_of):
+        ticks[naive.num_ticks + rank] = [Action(stage=rank, kind="W", microbatch=num_microbatches - 1)]
+    return Schedule.from_ticks(ticks_of, name="naive-halves", num_microbatches=num_microbatches)
+
+
+def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[str, Any]:
+    """Trace steps of several programs in turns; return for each the median seconds of an action by scope and rank.
+
+    Args:
+        steps: name -> compiled program and its arguments, warmed up; device r of the mesh is rank r.
+
+    Raises:
+        RuntimeError: more than a tenth of the loop's time belongs to no action, or two ranks work at once for longer.
+    """
+    scopes = {name: scopes_of(parse_program(compiled.as_text())) for name, (compiled, _) in steps.items()}
+    traces: dict[str, list[list[Execution]]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (compiled, inputs) in steps.items():
+            traces[name].append(list_executions(lambda c=compiled, i=inputs: c(*i), scopes[name]))
+    return {name: _summarize(name, own, scopes[name]) for name, own in traces.items()}
+
+
+def scopes_of(program: Program) -> dict[str, str]:
+    """Return the scope of every instruction that does work: no collective, and none that only runs others.
+
+    One without a name of its own belongs where most of its computation does, or else to what runs that computation.
+    """
+    callers = {called: (name, i) for name, own in program.items() for i in own.values() for called in _called(i)}
+
+    @cache
+    def home(computation: str) -> str:
+        if computation not in callers:
+            return ONCE
+        names = [_named_scope(i) for i in program[computation].values() if "op_name=" in i.rest]
+        place, caller = callers[computation]
+        (scope, count), *_ = Counter(names).most_common(1) or [(UNKNOWN, 0)]
+        if home(place) == ONCE:
+            return UNKNOWN if caller.opcode == "while" else ONCE
+        if scope != UNKNOWN and 2 * count > len(names):
+            return scope
+        return scope_in(place, caller)
+
+    def scope_in(computation: str, instruction: Instruction) -> str:
+        named = _named_scope(instruction)
+        return home(computation) if named == UNKNOWN or home(computation) == ONCE else named
+
+    return {
+        i.name: scope_in(name, i)
+        for name, own in program.items()
+        for i in own.values()
+        if i.opcode not in _CONTROL and not _COLLECTIVE.search(i.opcode)
+    }
+
+
+def count_in_loop(program: Program, counts: Counter[str], opcode: str) -> int:
+    """Return how often instructions of one kind ran inside the loop over turns."""
+    called = {name for own in program.values() for i in own.values() for name in _called(i)}
+    return sum(
+        counts[i.name] for name, own in program.items() if name in called for i in own.values() if i.opcode == opcode
+    )
+
+
+def _called(instruction: Instruction) -> list[str]:
+    branches = _BRANCHES.search(instruction.rest)
+    listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+    return [*_CALLED.findall(instruction.rest), *listed]
+
+
+def _named_scope(instruction: Instruction) -> str:
+    """The scope in an instruction's own name: an action, an end or both, outermost first."""
+    match = re.search(r'op_name="([^"]*)"', instruction.rest)
+    words = [word for word in re.split(r"[/()]", match[1]) if word in _NAMES] if match else []
+    return "/".join(list(dict.fromkeys(words))[:2]) or UNKNOWN
+
+
+def _summarize(name: str, traces: list[list[Execution]], scopes: Mapping[str, str]) -> dict[str, Any]:
+    """Medians of actions, and the shares of time that say whether to trust them."""
+    num_ranks = 1 + max(one.device for one in traces[0])
+    found: dict[str, list[list[float]]] = {}
+    busy = {ONCE: 0.0, UNKNOWN: 0.0, "loop": 0.0, "ranks": 0.0, "all": 0.0}
+    for trace in traces:
+        in_loop = [one for one in trace if scopes[one.name] != ONCE]
+        at_work = [one for one in in_loop if scopes[one.name] != UNKNOWN]
+        busy[ONCE] += sum(one.end_s - one.start_s for one in trace if scopes[one.name] == ONCE)
+        busy[UNKNOWN] += sum(one.end_s - one.start_s for one in in_loop if scopes[one.name] == UNKNOWN)
+        busy["loop"] += sum(one.end_s - one.start_s for one in in_loop)
+        busy["all"] += _busy_s(at_work)
+        for rank in range(num_ranks):
+            own = [one for one in at_work if one.device == rank]
+            busy["ranks"] += _busy_s(own)
+            for action in _group_actions(own, scopes):
+                for scope, executions in action.items():
+                    found.setdefault(scope, [[] for _ in range(num_ranks)])[rank].append(_busy_s(executions))
+    seconds = {scope: [statistics.median(own or [0.0]) for own in ranks] for scope, ranks in sorted(found.items())}
+    shares = {
+        "unknown_share": busy[UNKNOWN] / busy["loop"],
+        "overlap_share": busy["ranks"] / busy["all"] - 1,
+        "once_share": busy[ONCE] / (busy[ONCE] + busy["loop"]),
+    }
+    if max(shares["unknown_share"], shares["overlap_share"]) > MAX_SHARE:
+        raise RuntimeError(f"{name}: too much time in no action, or of several ranks at once: {shares}")
+    costliest = {kind: _find_costliest(traces, scopes, kind) for kind in {scope.split("/")[0] for scope in seconds}}
+    return {"seconds": seconds, "costliest": costliest} | shares
+
+
+def _find_costliest(traces: list[list[Execution]], scopes: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """The instruction that takes the most of a kind of action: one slow fusion of the compiler can decide a race."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for trace in traces:
+        for one in trace:
+            if scopes[one.name].split("/")[0] == kind:
+                total[one.name] += one.end_s - one.start_s
+    name = max(total, key=total.__getitem__)
+    return {"name": name, "share": total[name] / sum(total.values())}
+
+
+def _group_actions(executions: list[Execution], scopes: Mapping[str, str]) -> list[dict[str, list[Execution]]]:
+    """Split one rank's executions into actions, each by scope; no two actions of one kind follow each other."""
+    actions: list[dict[str, list[Execution]]] = []
+    before = ""
+    for one in executions:
+        scope = scopes[one.name]
+        kind = scope.split("/")[0]
+        if kind not in _ACTIONS:
+            continue
+        if kind != before:
+            actions.append({})
+        actions[-1].setdefault(scope, []).append(one)
+        before = kind
+    return actions
+
+
+def _busy_s(executions: list[Execution]) -> float:
+    """Seconds in which at least one of these, in order of start, was running: some run beside each other."""
+    total, until = 0.0, float("-inf")
+    for one in executions:
+        total += max(0.0, one.end_s - max(one.start_s, until))
+        until = max(until, one.end_s)
+    return total

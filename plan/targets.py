@@ -1,0 +1,184 @@
+"""The machine to compile for: fake CPU devices, or GPUs that are not there.
+
+GPU programs are compiled by jax's CUDA plugin, without a GPU. XLA's descriptions of GPUs are read from the plugin that
+is installed, so that names and numbers are always those of the compiler at hand. Read `hardware.py` next.
+"""
+
+import importlib.util
+import mmap
+import os
+import pkgutil
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from ..meshes import TargetError, suggest, use_fake_devices
+from .hardware import Hardware, hardware_from_description, measure_host
+
+MAX_DEVICES = 1024
+"""Devices of the largest target that is compiled for."""
+
+DEVICES_PER_NODE = 8
+"""GPUs of a node where the target does not say."""
+
+_SYNTAX = re.compile(r"([a-z0-9][a-z0-9.\-]*)(?::(\d+))?(?:/(\d+))?$")
+_DESCRIPTION = re.compile(rb'device_description_str: "([^"]*)"')
+_MAKERS = ("nvidia", "tesla")
+_VARIANTS = ("pcie", "mig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A machine as asked for: `cpu`, `h200:8`, `h100:64/8` (8 a node); 0 devices are as many as the mesh needs.
+
+    Raises:
+        TargetError: the text is no target, or asks for too many devices or uneven nodes.
+    """
+
+    name: str
+    num_devices: int = 0
+    devices_per_node: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Return the target written as `name`, `name:devices` or `name:devices/devices a node`."""
+        found = _SYNTAX.match(text.strip().lower())
+        if found is None:
+            raise TargetError(f"{text!r} is no target.", fix="write cpu, h200:8, or h100:64/8 for 8 GPUs a node.")
+        return cls(name=found[1], num_devices=int(found[2] or 0), devices_per_node=int(found[3] or 0))
+
+    def __post_init__(self) -> None:
+        if self.num_devices > MAX_DEVICES:
+            raise TargetError(
+                f"target {self} has {self.num_devices:,} devices; at most {MAX_DEVICES:,} are compiled for.",
+                fix="inspect a smaller mesh: per device, data parallelism changes little but its own traffic.",
+            )
+        if self.num_devices and self.devices_per_node and self.num_devices % self.devices_per_node:
+            raise TargetError(
+                f"target {self}: {self.num_devices} devices do not fill nodes of {self.devices_per_node}.",
+                fix=f"ask for a multiple of {self.devices_per_node}.",
+            )
+
+    def __str__(self) -> str:
+        count = f":{self.num_devices}" if self.num_devices else ""
+        return f"{self.name}{count}" + (f"/{self.devices_per_node}" if self.devices_per_node else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A target made ready: devices to build a mesh on, and what they can do."""
+
+    devices: Sequence[jax.Device]
+    hardware: Hardware
+    devices_per_node: int
+
+
+def open_target(target: Target, *, num_devices: int) -> Machine:
+    """Return the devices of a target; GPUs are only described, CPU devices are made.
+
+    Args:
+        num_devices: for targets that do not say.
+
+    Raises:
+        TargetError: an unknown GPU, no plugin to compile for it, or devices that do not fill nodes.
+        MeshError: jax has already started with another number of CPU devices.
+    """
+    target = Target(
+        name=target.name, num_devices=target.num_devices or num_devices, devices_per_node=target.devices_per_node
+    )
+    if target.name == "cpu":
+        use_fake_devices(target.num_devices)
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        hardware = measure_host(num_devices=target.num_devices, memory_bytes=memory_bytes)
+        return Machine(devices=jax.devices(), hardware=hardware, devices_per_node=target.num_devices)
+    return _open_gpus(target)
+
+
+def list_gpus() -> dict[str, str]:
+    """Return XLA's descriptions of GPUs by name (`h200-141gb-hbm3e`), from the CUDA plugin that is installed.
+
+    Raises:
+        TargetError: no CUDA plugin is installed.
+    """
+    library = _find_plugin()
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        places = [(found.start(), found.end(), found[1].decode()) for found in _DESCRIPTION.finditer(content)]
+        texts = {
+            name: content[content.rfind(b"\0", 0, start) + 1 : content.find(b"\0", end)].decode()
+            for start, end, name in places
+        }
+    return {"-".join(_words(name)): text for name, text in texts.items() if 'platform_name: "CUDA"' in text}
+
+
+def choose_gpu(name: str, known: Sequence[str]) -> str:
+    """Return the known name that a short one stands for: `h200`, `a100-80`; PCIe cards and slices only if asked for.
+
+    >>> choose_gpu("h100", ["h100-80gb-hbm3", "h100-pcie", "h200-141gb-hbm3e"])
+    'h100-80gb-hbm3'
+
+    Raises:
+        TargetError: none, or several, with their names.
+    """
+    wanted = name.split("-")
+    fitting = [one for one in known if all(_is_named(word, one.split("-")) for word in wanted)]
+    plain = [one for one in fitting if not any(variant in one.split("-") for variant in _VARIANTS)]
+    found = [name] if name in known else plain or fitting
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TargetError(f"target {name!r} could be {' or '.join(found)}.", fix=f"write {found[-1]}, say.")
+    nearest = suggest(name, sorted({*known, *(one.split("-")[0] for one in known)}))
+    raise TargetError(
+        f"unknown target {name!r}; the CUDA plugin knows {', '.join(sorted(known))}.{nearest}", fix="use one, or cpu."
+    )
+
+
+def _open_gpus(target: Target) -> Machine:
+    known = list_gpus()
+    text = known[choose_gpu(target.name, list(known))]
+    per_node = target.devices_per_node or min(DEVICES_PER_NODE, target.num_devices)
+    if target.num_devices % per_node:
+        raise TargetError(
+            f"target {target}: {target.num_devices} devices do not fill nodes of {per_node}.",
+            fix=f"say how many a node has, {target.name}:{target.num_devices}/4 say.",
+        )
+    # The plugin tells stderr about programs that do not fit, which the report says better.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Only to compile: with GPUs left out, a machine without them starts, and one with them is not disturbed.
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        topology=f"1x{target.num_devices // per_node}x{per_node}",
+        target_config=text,
+    )
+    hardware = hardware_from_description(text)
+    return Machine(devices=topology.devices, hardware=hardware, devices_per_node=per_node)
+
+
+def _find_plugin() -> Path:
+    """The shared library of jax's CUDA plugin."""
+    spec = importlib.util.find_spec("jax_plugins")
+    for path in (spec.submodule_search_locations if spec else None) or ():
+        for module in pkgutil.iter_modules([path]):
+            if module.name.startswith("xla_cuda"):
+                for library in sorted(Path(path, module.name).glob("*.so")):
+                    return library
+    raise TargetError(
+        "a GPU target is compiled by jax's CUDA plugin, which is not installed.",
+        fix="pip install 'trellax[cuda]' (no GPU is needed), or use --target cpu.",
+    )
+
+
+def _words(name: str) -> list[str]:
+    words = re.findall(r"[a-z0-9.]+", name.lower())
+    return [word for word in words if word not in _MAKERS]
+
+
+def _is_named(word: str, words: Sequence[str]) -> bool:
+    return word in words or f"{word}gb" in words

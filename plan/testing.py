@@ -1,0 +1,74 @@
+"""Assertions about compiled programs, for tests of your own: a step that starts to send more, or to keep more, fails.
+
+    def test_my_step_is_lean():
+        report = inspect_compiled(jax.jit(step).lower(state, batch).compile(), mesh, parameters=state.params)
+        assert_fits(report, memory_bytes=80 * 10**9)
+        assert_sends_at_most(report, over="tensor", max_bytes=2**30)
+
+A failure prints the table, so that one sees what grew.
+"""
+
+from .inspect import ProgramReport
+from .tables import align, describe_memory, describe_traffic, format_bytes
+from .traffic import EVERY_KIND
+
+_MOST_LINES = 8
+
+
+def assert_fits(report: ProgramReport, *, memory_bytes: float) -> None:
+    """Fail unless one device needs at most `memory_bytes` for the program.
+
+    Raises:
+        AssertionError: with the memory by purpose.
+    """
+    __tracebackhide__ = True
+    total = report.memory.total
+    if total > memory_bytes:
+        raise AssertionError(
+            f"the program takes {format_bytes(total)} ({total:,} bytes) of each device, "
+            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{describe_memory(report)}"
+        )
+
+
+def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) -> None:
+    """Fail unless the busiest device sends at most `max_bytes` over these mesh axes (`tensor`, `pipe+data`) in a run.
+
+    Raises:
+        AssertionError: with the traffic, and the largest collectives over these axes by the names of the program.
+    """
+    __tracebackhide__ = True
+    sent = sum(row.bytes for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND))
+    if sent > max_bytes:
+        raise AssertionError(
+            f"the program sends {sent:,.0f} bytes over {over} from the busiest device, more than {max_bytes:,.0f}.\n"
+            f"{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+        )
+
+
+def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: float = 1.02) -> None:
+    """Fail unless the traffic over these axes is at most `max_ratio` of the minimum that the report was given.
+
+    Raises:
+        AssertionError: with the traffic and the largest collectives; or if the report has no minimum for these axes.
+    """
+    __tracebackhide__ = True
+    ratios = [row.ratio for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND)]
+    if not ratios or ratios[0] is None or ratios[0] > max_ratio:
+        is_known = ratios and ratios[0] is not None
+        what = (
+            f"sends {ratios[0]:.3f} of the minimum over {over}, more than {max_ratio}"
+            if is_known
+            else (f"has no minimum over {over}")
+        )
+        raise AssertionError(
+            f"the program {what}.\n{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+        )
+
+
+def _describe_largest(report: ProgramReport, axis: str) -> str:
+    """The collectives over an axis that send most, with where they come from."""
+    found = [collective for collective in report.collectives if collective.axis == axis]
+    found.sort(key=lambda collective: -collective.sent_bytes.max())
+    lines = [("largest", "count", "bytes", "from")]
+    lines += [(c.name, f"{c.count.max():,}", f"{c.sent_bytes.max():,.0f}", c.op_name) for c in found[:_MOST_LINES]]
+    return align([(name, source, count, size) for name, count, size, source in lines], left=2)

@@ -1,0 +1,134 @@
+"""`trellax inspect`: the compiled training step of a config, on devices that need not be there."""
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+
+from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
+from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
+from ..plan.tables import align, format_bytes
+from .check import check_run
+from .config import RunConfig
+from .inspect_advice import Knob, list_knobs
+from .inspect_step import compile_step, report_step, step_sizes
+from .state import Setup
+
+_MOST_KNOBS = 5
+_KEPT_BACK = 0.25
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of the command, beside CONFIG and --json."""
+    parser.add_argument(
+        "--target",
+        metavar="NAME[:N[/M]]",
+        default="cpu",
+        help="cpu, or GPUs that need not be there: h200:8, a100-80:16, h100:64/8 for 8 a node (cpu)",
+    )
+    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
+    parser.add_argument("--png", metavar="FILE", help="draw memory against the device and traffic against the minimum")
+
+
+def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
+    """Compile, print the report, write the files that were asked for.
+
+    Raises:
+        TrellaxError: the target is not known, the config does not fit it, or the compiler rejects the step.
+    """
+    _check_files(args)
+    machine, setup = _prepare(config, Target.parse(args.target))
+    compiled, compile_s = compile_step(setup)
+    report = report_step(
+        compiled,
+        setup,
+        hardware=machine.hardware,
+        devices_per_node=machine.devices_per_node,
+        compile_s=compile_s,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
+        print(_describe_verdict(report, setup, machine), end="")
+    if args.hlo:
+        Path(args.hlo).write_text(hlo_text(compiled), encoding="utf-8")
+        print(f"wrote {args.hlo}", file=sys.stderr)
+    if args.png:
+        Path(args.png).write_bytes(draw_report(report))
+        print(f"wrote {args.png}", file=sys.stderr)
+    return 0
+
+
+def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
+    """The target's devices and the run made ready on them; the config is checked before a device is made."""
+    sizes = config.mesh.sizes.values()
+    needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
+    num_devices = target.num_devices or needed
+    if not num_devices:
+        raise ConfigError(
+            f"mesh {config.mesh} leaves an axis open, and target {target} does not say how many devices there are.",
+            fix=f"write --target {target}:8, say.",
+        )
+    if needed and num_devices != needed and -1 not in sizes:
+        raise TargetError(
+            f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
+            fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
+        )
+    spec = check_run(config, num_devices=num_devices)
+    machine = open_target(target, num_devices=num_devices)
+    setup = Setup(config, build_mesh(spec, devices=machine.devices))
+    _ = setup.model, setup.schedule
+    return machine, setup
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """A compile may take minutes: find out first that its results cannot be written."""
+    for path in (args.hlo, args.png):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no such folder.", fix="name a folder that is there.")
+
+
+def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> str:
+    nodes = len(machine.devices) // machine.devices_per_node
+    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    schedule = setup.schedule
+    return (
+        f"target    {machine.hardware.name}: {report.devices} devices, {nodes} x {machine.devices_per_node}; "
+        f"{mesh_sizes(setup.mesh)}\n"
+        f"schedule  {schedule.name}, {schedule.num_microbatches} microbatches, bubble {report.bubble_fraction:.1%}\n"
+        f"compiled  in {report.compile_s:.1f} s, {report.hlo_instructions:,} instructions; this process took "
+        f"{format_bytes(peak_bytes)}"
+    )
+
+
+def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
+    """What to know beyond "fits" or "does not fit"."""
+    free = report.memory.free
+    if free is None or free < 0:
+        return f"\n{_describe_knobs(report, setup)}\n"
+    is_gpu = machine.devices[0].platform != "cpu"
+    if is_gpu and free < _KEPT_BACK * machine.hardware.memory_bytes:
+        return (
+            f"\njax gives a process {1 - _KEPT_BACK:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
+            "otherwise; this step needs more.\n"
+        )
+    return ""
+
+
+def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
+    knobs = list_knobs(setup.config, mesh=mesh_sizes(setup.mesh), sizes=step_sizes(setup), memory=report.memory)
+    if not knobs:
+        return "no single change of microbatches, remat, ZeRO, tensor or pipe is estimated to save memory."
+    lines = [
+        ("what would help (estimated)", "saves", "then", "devices"),
+        *(_row(k, report) for k in knobs[:_MOST_KNOBS]),
+    ]
+    return align(lines)
+
+
+def _row(knob: Knob, report: ProgramReport) -> tuple[str, ...]:
+    total = report.memory.total - knob.saved_bytes
+    verdict = "fits" if report.memory.capacity is None or total <= report.memory.capacity else "does not fit"
+    return knob.overrides, format_bytes(knob.saved_bytes), f"{format_bytes(total)}, {verdict}", str(knob.devices)
