@@ -20,6 +20,7 @@ class Layout:
 
     `sequences` are those of one microbatch on one data shard. `zero` splits over data: 0 nothing, 1 the optimizer
     state, 3 parameters and gradients too (with the `fsdp` axis that is always so). `context` splits each sequence.
+    `layers_per_stage` None stands for stages as even as can be.
     """
 
     data: int = 1
@@ -33,6 +34,7 @@ class Layout:
     sequences: int = 1
     remat: PlanRemat = "none"
     zero: Literal[0, 1, 3] = 0
+    layers_per_stage: tuple[int, ...] | None = None
 
     @property
     def mesh(self) -> MeshSpec:

@@ -15,7 +15,7 @@ from .layouts import Layout
 from .operations import item_bytes
 from .pipeline_time import plan_schedule
 from .program import TRELLAX, Program
-from .stage_time import split_layers
+from .stage_time import stage_layers
 
 _FLOAT32 = 4
 _WORKSPACE_BYTES = 1 << 28
@@ -47,7 +47,7 @@ def step_memory(
     model: ModelConfig, *, layout: Layout, num_tokens: int, program: Program = TRELLAX
 ) -> tuple[MemoryUse, ...]:
     """Return what a training step keeps on a device of every pipeline rank; the fullest decides whether it fits."""
-    layers = split_layers(model.num_layers, num_stages=layout.num_stages)
+    layers = stage_layers(model, layout)
     in_flight = peak_in_flight(
         layout.schedule,
         num_ranks=layout.pipe,

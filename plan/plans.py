@@ -9,6 +9,7 @@ from .inference_time import InferenceTime
 from .layouts import Layout
 from .memory_model import MemoryUse
 from .minimum import StepSizes, minimum_bytes
+from .stage_time import stage_layers
 from .step_time import StepTime
 
 _GB = 1e9
@@ -79,6 +80,7 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int) -> dict
         num_sequences=layout.sequences,
         num_tokens=num_tokens,
         num_chunks=layout.chunks,
+        layers_per_stage=stage_layers(model, layout),
         vocabulary="pipe" if layout.pipe > 1 else "replicated",
     )
     return minimum_bytes(sizes)
@@ -113,7 +115,9 @@ def name_layout(layout: Layout) -> str:
 
 def _praise(first: Plan, second: Plan | None, objective: str) -> str:
     if second is None:
-        return "the only layout that fits."
+        return "the only mesh that fits."
+    if objective == "balanced":
+        return f"{_both(first)}: nearest to the best of both."
     if objective == "memory":
         saved = (second.memory.total - first.memory.total) / _GB
         return f"least memory: {saved:.1f} GB a device below the next."
@@ -127,10 +131,17 @@ def _blame(plan: Plan, first: Plan, objective: str) -> str:
         more = {name: size - first.memory.classes[name] for name, size in plan.memory.classes.items()}
         part = max(more, key=lambda name: more[name])
         return f"{(plan.memory.total - first.memory.total) / _GB:.1f} GB more a device, most of it {part}."
+    if objective == "balanced":
+        return f"{_both(plan)}: farther from the best of both."
     part, lost = _largest(plan.costs, first.costs)
     if lost <= 0:
         return f"{_how_much(plan, first, objective)}; the two spend their time alike."
     return f"{_how_much(plan, first, objective)}: {_s(lost)} more on {part}."
+
+
+def _both(plan: Plan) -> str:
+    assert plan.inference is not None
+    return f"{_s(plan.inference.latency_s)} for one request alone, {plan.tokens_per_s:,.0f} tokens/s when full"
 
 
 def _largest(costs: dict[str, float], base: dict[str, float]) -> tuple[str, float]:

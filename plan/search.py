@@ -4,8 +4,9 @@ Every layout is priced with the pipeline in closed form; the best of each mesh a
 what comes out, `serving_search.py` for inference.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..layers import ModelConfig
 from ..meshes.errors import PlanError
@@ -20,6 +21,9 @@ from .topology import Topology
 
 MEMORY_RESERVE = 0.06
 """Share of a device's memory left to the driver, to collectives and to gaps between buffers."""
+
+Clockwork = Literal["simulate", "screen"]
+"""Whether a schedule is simulated or its time taken from the closed form."""
 
 _TOP = 5
 _SIMULATED_ACTIONS = 10_000
@@ -54,21 +58,44 @@ def search_train(question: TrainQuestion, *, objective: str = "train", top: int 
     Raises:
         PlanError: nothing fits, with what would.
     """
-    plans = [price_layout(question, layout, how="screen") for layout in _fitting(question)]
-    if not plans:
-        raise _nothing_fits(question)
+    plans = screen_train(question)
     best = _best_of_meshes(plans, objective)[: top + 2]
-    priced = sorted((_simulate(question, plan) for plan in best), key=lambda plan: _rank(plan, objective))
+    priced = sorted((price_layout(question, plan.layout) for plan in best), key=lambda plan: _rank(plan, objective))
     return explain_plans(priced[:top], objective=objective)
 
 
-def price_layout(question: TrainQuestion, layout: Layout, *, how: str = "simulate") -> Plan:
-    """Return the plan of one layout, whether or not it fits.
+def screen_train(question: TrainQuestion) -> list[Plan]:
+    """Return every layout that fits, priced in closed form, in no order.
 
-    Args:
-        how: "simulate" runs the schedule, "screen" takes the closed form.
+    Raises:
+        PlanError: nothing fits, with what would.
     """
-    return _price(question, layout, how=how, layer=None, memory=layout_memory(question, layout))
+    layers: dict[tuple[object, ...], LayerTime] = {}
+    plans = []
+    for layout, memory in _fitting(question):
+        # Layouts of one width, microbatch and rematerialisation share their layer's time.
+        key = (layout.tensor, layout.sequences, layout.remat, layout.context)
+        if key not in layers:
+            layers[key] = layer_time(
+                question.model,
+                layout=layout,
+                program=question.program,
+                topology=question.topology,
+                num_tokens=question.num_tokens,
+            )
+        plans.append(_price(question, layout, how="screen", layer=layers[key], memory=memory))
+    if not plans:
+        raise _nothing_fits(question)
+    return plans
+
+
+def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
+    """Return the plan of one layout, whether or not it fits, with its schedule simulated where that is quick."""
+    memory = layout_memory(question, layout)
+    actions = 6 * layout.pipe**2 * layout.chunks
+    how: Clockwork = "simulate" if actions <= _SIMULATED_ACTIONS else "screen"
+    priced = _price(question, layout, how=how, layer=None, memory=memory)
+    return replace(priced, traffic_bytes=step_traffic(question.model, layout=layout, num_tokens=question.num_tokens))
 
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
@@ -85,14 +112,14 @@ def smallest_fitting(question: TrainQuestion) -> int | None:
     while count <= 1 << 16:
         topology = replace(question.topology, num_devices=count, devices_per_node=min(node, count))
         wider = replace(question, topology=topology)
-        if _least(wider, counts=(count,)) is not None:
+        if any(layout_memory(wider, layout).total <= wider.memory_limit for layout in _candidates(wider, (count,))):
             return count
         count *= 2
     return None
 
 
 def _price(
-    question: TrainQuestion, layout: Layout, *, how: str, layer: LayerTime | None, memory: MemoryUse
+    question: TrainQuestion, layout: Layout, *, how: Clockwork, layer: LayerTime | None, memory: MemoryUse
 ) -> Plan:
     step = step_time(
         question.model,
@@ -114,10 +141,11 @@ def _price(
     )
 
 
-def _fitting(question: TrainQuestion) -> Iterable[Layout]:
+def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
     for layout in _candidates(question, _device_counts(question)):
-        if layout_memory(question, layout).total <= question.memory_limit:
-            yield layout
+        memory = layout_memory(question, layout)
+        if memory.total <= question.memory_limit:
+            yield layout, memory
 
 
 def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layout]:
@@ -145,26 +173,6 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
     """What is to be small; of equals the fewest devices."""
     first = plan.memory.total if objective == "memory" else -plan.tokens_per_s
     return (first, plan.time_s, plan.layout.num_devices)
-
-
-def _simulate(question: TrainQuestion, plan: Plan) -> Plan:
-    layout = plan.layout
-    actions = 6 * layout.pipe**2 * layout.chunks
-    how = "simulate" if actions <= _SIMULATED_ACTIONS else "screen"
-    priced = _price(question, layout, how=how, layer=None, memory=plan.memory)
-    traffic = step_traffic(question.model, layout=layout, num_tokens=question.num_tokens)
-    return replace(priced, traffic_bytes=traffic)
-
-
-def _least(question: TrainQuestion, *, counts: Sequence[int]) -> Plan | None:
-    """The layout of least memory if it fits."""
-    fitting = (
-        layout
-        for layout in _candidates(question, counts)
-        if layout_memory(question, layout).total <= question.memory_limit
-    )
-    layout = next(iter(fitting), None)
-    return None if layout is None else price_layout(question, layout, how="screen")
 
 
 def _nothing_fits(question: TrainQuestion) -> PlanError:

@@ -59,7 +59,7 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
     if not plans:
         raise _nothing_fits(asked)
     if objective == "balanced":
-        return explain_plans(balance_plans(asked, plans)[:top], objective="throughput")
+        return explain_plans(balance_plans(asked, plans)[:top], objective="balanced")
     plans.sort(key=lambda plan: _rank(plan, objective))
     return explain_plans(plans[:top], objective=objective)
 
@@ -67,15 +67,19 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
 def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:
     """Return the plans that no other beats in both latency and throughput, nearest to the best of both first.
 
-    Latency is that of one request alone, throughput that of a full machine. Distances are in logarithms, so that
+    Latency is that of one request alone, throughput that of a full machine; the plans carry both. Distances are in logarithms, so that
     losing a factor counts alike everywhere, each over its range on this front.
     """
     alone = [price_serving(replace(question, requests=1), replace(plan.layout, data=1)) for plan in plans]
-    both = [(plan, one.inference.latency_s, plan.tokens_per_s) for plan, one in zip(plans, alone, strict=True) if one.inference]
+    both = [
+        (_join(plan, one), one.inference.latency_s, plan.tokens_per_s)
+        for plan, one in zip(plans, alone, strict=True)
+        if one.inference
+    ]
     front = [
         (plan, math.log(latency), -math.log(pace))
         for plan, latency, pace in both
-        if not any(other[1] <= latency and other[2] > pace or other[1] < latency and other[2] >= pace for other in both)
+        if not any(a <= latency and b >= pace and (a, b) != (latency, pace) for _, a, b in both)
     ]
     lows, highs = ([pick(point[axis] for point in front) for axis in (1, 2)] for pick in (min, max))
 
@@ -145,6 +149,14 @@ def _price_all(question: ServeQuestion) -> Iterable[Plan]:
         for mesh in legal_meshes(question.model, num_devices=count, vocab="ends"):
             if mesh.data <= (question.requests or mesh.data):
                 yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
+
+
+def _join(full: Plan, alone: Plan) -> Plan:
+    """The plan of a full machine with the times of one request alone."""
+    assert full.inference is not None
+    assert alone.inference is not None
+    timing = replace(alone.inference, tokens_per_s=full.inference.tokens_per_s)
+    return replace(full, inference=timing)
 
 
 def _rank(plan: Plan, objective: str) -> tuple[float, ...]:

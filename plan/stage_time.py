@@ -45,6 +45,11 @@ def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
     return balance_layers(num_layers, num_stages=num_stages)
 
 
+def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
+    """Return the layers of every stage of a layout: those it names, or those of `split_layers`."""
+    return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
+
+
 def end_costs(
     model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
 ) -> EndCosts:

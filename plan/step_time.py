@@ -12,7 +12,7 @@ from .layer_time import LayerTime, layer_time
 from .layouts import Layout
 from .pipeline_time import pipeline_time_s
 from .program import TRELLAX, Program
-from .stage_time import end_costs, split_layers, stage_times
+from .stage_time import end_costs, stage_layers, stage_times
 from .topology import Topology
 
 PipelineClock = Callable[..., float]
@@ -55,7 +55,7 @@ def step_time(
     if layer is None:
         layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
-    layers = split_layers(model.num_layers, num_stages=layout.num_stages)
+    layers = stage_layers(model, layout)
     stages = stage_times(layer, layers=layers, ends=ends, program=program)
     pipeline_s = pipeline(
         stages,

@@ -1,4 +1,4 @@
-"""The command line: `trellax train`, `describe` and `inspect` of a CONFIG, and `trellax schedule NAME`.
+"""The command line: `trellax train`, `describe`, `inspect` and `plan` of a CONFIG, and `trellax schedule NAME`.
 
 stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
 stopped.
@@ -16,6 +16,7 @@ from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
+from .plan_command import add_plan_arguments, run_plan
 from .report import describe
 from .schedule_arguments import add_schedule_arguments
 from .schedule_command import run_schedule
@@ -65,6 +66,10 @@ def _inspect(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return run_inspect(_load(args, overrides), args)
 
 
+def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return run_plan(_load(args, overrides), args)
+
+
 def _schedule(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise TrellaxError(
@@ -81,6 +86,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": _train,
     "describe": _describe,
     "inspect": _inspect,
+    "plan": _plan,
     "schedule": _schedule,
 }
 
@@ -104,6 +110,7 @@ def _make_parser() -> argparse.ArgumentParser:
         ("train", "train a model as a config says, resuming where the last run stopped"),
         ("describe", "show mesh, shardings and schedule of a config without training"),
         ("inspect", "compile the step of a config for any machine and show what it keeps, sends and computes"),
+        ("plan", "rank meshes, schedules and rematerialisation of a config on any machine, with reasons"),
     ):
         command = commands.add_parser(
             name,
@@ -118,6 +125,8 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         if name == "inspect":
             add_inspect_arguments(command)
+        if name == "plan":
+            add_plan_arguments(command)
     what = "draw, save or compare pipeline schedules"
     add_schedule_arguments(commands.add_parser("schedule", help=what, description=f"{what}.", allow_abbrev=False))
     return parser

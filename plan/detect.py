@@ -1,0 +1,31 @@
+"""The machine that this process runs on, as a topology. Read `topology.py` for what that is."""
+
+import jax
+
+from ..meshes.errors import TargetError
+from .topology import Topology, find_accelerator
+
+
+def detect_topology() -> Topology | None:
+    """Return the visible devices as a topology, None where they are CPUs or nothing the planner has figures of.
+
+    Devices of one process share a node.
+    """
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        return None
+    words = kind.removeprefix("NVIDIA ").replace("_", "-").split()
+    for end in range(len(words), 0, -1):
+        for name in ("-".join(words[:end]), " ".join(words[:end])):
+            try:
+                accelerator = find_accelerator(name)
+            except TargetError:
+                continue
+            return Topology(
+                name=f"this machine: {len(devices)} x {kind}",
+                accelerator=accelerator,
+                num_devices=len(devices),
+                devices_per_node=min(len(devices), jax.local_device_count()),
+            )
+    return None

@@ -1,0 +1,217 @@
+"""Common mistakes of a layout, each with the number that makes it true and what to do instead.
+
+Read `search.py` for how layouts are priced.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .layouts import Layout
+from .plans import Plan
+from .search import TrainQuestion, layout_memory, price_layout
+from .stage_time import stage_layers
+
+Severity = Literal["error", "warning", "note"]
+
+_GB = 1e9
+_IDLE_SHARE = 0.2
+_EXPECTED_SHARE = 0.02
+_UNEVEN_SHARE = 1.1
+_TENSOR_SHARE = 0.3
+_DATA_SHARE = 0.2
+_SAVED_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A mistake by name: `number` is what makes it true, in the unit that the message says."""
+
+    name: str
+    severity: Severity
+    number: float
+    message: str
+    fix: str
+
+
+def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
+    """Return what is wrong with a training plan, or wasteful; nothing for a sound one."""
+    found = [diagnosis for check in _CHECKS for diagnosis in check(question, plan)]
+    order = ("error", "warning", "note")
+    return sorted(found, key=lambda diagnosis: order.index(diagnosis.severity))
+
+
+def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    limit = question.memory_limit
+    if plan.memory.total > limit:
+        yield Diagnosis(
+            name="out-of-memory",
+            severity="error",
+            number=plan.memory.total / _GB,
+            message=f"needs {plan.memory.total / _GB:.1f} GB a device, and {limit / _GB:.1f} GB may be used",
+            fix=_less_memory(question, plan),
+        )
+
+
+def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    topology, tensor = question.topology, plan.layout.tensor
+    if tensor == 1 or plan.step is None:
+        return
+    share = plan.step.tensor_s / plan.time_s
+    node = topology.devices_per_node
+    if tensor > node or node % tensor:
+        where = f"tensor={tensor} spans nodes of {node}" if tensor > node else f"groups of tensor={tensor} straddle nodes"
+        name = "tensor-across-nodes" if tensor > node else "slow-axis-on-fast-link"
+        yield Diagnosis(
+            name=name,
+            severity="warning",
+            number=share,
+            message=f"{where}: {share:.0%} of the step waits for its collectives on the network",
+            fix=f"set mesh.tensor to a divisor of {node}, and let pipe or data cross nodes.",
+        )
+    elif topology.accelerator.link == "pcie":
+        yield Diagnosis(
+            name="tensor-over-pcie",
+            severity="warning",
+            number=share,
+            message=f"tensor={tensor} talks over PCIe: {share:.0%} of the step waits for its collectives",
+            fix="set mesh.tensor=1 and use pipe, which sends one activation where tensor sends four sums a layer.",
+        )
+
+
+def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    tensor, node = plan.layout.tensor, question.topology.devices_per_node
+    if plan.step is None or tensor == 1 or tensor > node or question.topology.accelerator.link == "pcie":
+        return
+    share = plan.step.tensor_s / plan.time_s
+    if share > _TENSOR_SHARE:
+        yield Diagnosis(
+            name="tensor-too-wide",
+            severity="warning",
+            number=share,
+            message=f"tensor={tensor} is wide for hidden size {question.model.hidden_size}: {share:.0%} of the step is "
+            "its communication",
+            fix=f"set mesh.tensor={tensor // 2} and double data or pipe.",
+        )
+
+
+def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    layout, idle = plan.layout, plan.bubble_fraction
+    if layout.pipe == 1:
+        return
+    if idle > _IDLE_SHARE:
+        yield Diagnosis(
+            name="too-few-microbatches",
+            severity="warning",
+            number=idle,
+            message=f"{layout.microbatches} microbatches leave {layout.pipe} ranks idle {idle:.0%} of the time",
+            fix=f"set pipeline.microbatches={4 * layout.pipe} or more, or a schedule with chunks.",
+        )
+    elif idle > _EXPECTED_SHARE:
+        yield Diagnosis(
+            name="bubble-in-expectation",
+            severity="note",
+            number=layout.pipe * (1 - idle),
+            message=f"pipe={layout.pipe} does the work of {layout.pipe * (1 - idle):.1f} devices: {idle:.1%} is bubble",
+            fix=f"expect {layout.pipe * (1 - idle):.1f} times one device, not {layout.pipe}.",
+        )
+
+
+def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    layout = plan.layout
+    if layout.pipe == 1:
+        return
+    layers = stage_layers(question.model, layout)
+    ranks = [sum(layers[rank :: layout.pipe]) for rank in range(layout.pipe)]
+    uneven = max(ranks) * layout.pipe / sum(ranks)
+    if uneven > _UNEVEN_SHARE:
+        yield Diagnosis(
+            name="unbalanced-stages",
+            severity="warning",
+            number=uneven,
+            message=f"the largest rank has {max(ranks)} layers where the mean has {sum(ranks) / layout.pipe:.1f}: every "
+            f"tick lasts {uneven:.2f} times as long",
+            fix=f"choose a pipe size that divides {question.model.num_layers}.",
+        )
+
+
+def _check_data(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    if plan.step is None or plan.layout.data == 1:
+        return
+    share = plan.step.data_s / plan.time_s
+    if share > _DATA_SHARE:
+        shard = plan.layout.microbatches * plan.layout.sequences
+        yield Diagnosis(
+            name="batch-too-small",
+            severity="warning",
+            number=share,
+            message=f"{shard} sequences on each of data={plan.layout.data}: {share:.0%} of the step sums gradients",
+            fix="raise train.batch_size, or lower mesh.data.",
+        )
+
+
+def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    layout = plan.layout
+    if layout.tensor == layout.pipe == 1 or question.batch_size % layout.num_devices:
+        return
+    alone = Layout(
+        data=layout.num_devices,
+        microbatches=question.batch_size // layout.num_devices,
+        remat=layout.remat,
+        zero=layout.zero,
+    )
+    needs = layout_memory(question, alone).total
+    if needs > question.memory_limit:
+        return
+    other = price_layout(question, alone)
+    if other.time_s <= plan.time_s:
+        yield Diagnosis(
+            name="needless-parallelism",
+            severity="warning",
+            number=needs / _GB,
+            message=f"the model fits one device ({needs / _GB:.1f} GB), and data={layout.num_devices} alone is "
+            f"{plan.time_s / other.time_s:.2f} times as fast",
+            fix=f"set mesh.tensor=1, mesh.pipe=1, mesh.data={layout.num_devices}.",
+        )
+
+
+def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    if plan.layout.remat != "none":
+        return
+    full = layout_memory(question, replace(plan.layout, remat="full"))
+    saved = plan.memory.total - full.total
+    if saved > _SAVED_SHARE * question.memory_limit:
+        yield Diagnosis(
+            name="remat-would-save",
+            severity="note",
+            number=saved / _GB,
+            message=f"activations take {plan.memory.activations / _GB:.1f} GB; remat full would save {saved / _GB:.1f} GB",
+            fix="set pipeline.remat='full' or 'dots', and use the memory for larger microbatches.",
+        )
+
+
+def _less_memory(question: TrainQuestion, plan: Plan) -> str:
+    """The change of one key that saves most, with what it saves."""
+    layout = plan.layout
+    changes: dict[str, Layout] = {
+        "pipeline.remat='full'": replace(layout, remat="full"),
+        "optimizer.zero='on'": replace(layout, zero=1),
+    }
+    if layout.sequences > 1:
+        smaller = replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences)
+        changes[f"pipeline.microbatches={smaller.microbatches}"] = smaller
+    saved = {word: plan.memory.total - layout_memory(question, other).total for word, other in changes.items()}
+    best = max(saved, key=lambda word: saved[word])
+    return f"set {best}: {saved[best] / _GB:.1f} GB less." if saved[best] > 0 else "use more tensor or pipe."
+
+
+_CHECKS: tuple[Callable[[TrainQuestion, Plan], Iterator[Diagnosis]], ...] = (
+    _check_fit,
+    _check_tensor_links,
+    _check_tensor_width,
+    _check_bubble,
+    _check_balance,
+    _check_data,
+    _check_need,
+    _check_remat,
+)

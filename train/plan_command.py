@@ -1,0 +1,230 @@
+"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. Read `../plan/search.py` next."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..layers import param_counts
+from ..meshes import ConfigError, PlanError, suggest
+from ..pipeline.schedules import SCHEDULES
+from ..plan.detect import detect_topology
+from ..plan.diagnoses import Diagnosis, diagnose
+from ..plan.front import draw_front
+from ..plan.inference_time import COMPILED
+from ..plan.layouts import Layout
+from ..plan.plans import Plan
+from ..plan.program import TRELLAX
+from ..plan.search import TrainQuestion, price_layout, screen_train, search_train
+from ..plan.serving_search import ServeQuestion, search_serving
+from ..plan.tables import align
+from ..plan.topology import Topology, read_topology
+from .config import RunConfig
+from .plan_write import write_plan
+
+OBJECTIVES = ("train", "latency", "throughput", "balanced", "memory")
+
+_GB = 1e9
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options of the command, beside CONFIG and --json."""
+    parser.add_argument("--topology", metavar="T", help="h100x8, h100x64/8 for 8 a node, or a TOML file (this machine)")
+    parser.add_argument("--objective", metavar="O", default="train", help=f"one of {', '.join(OBJECTIVES)} (train)")
+    parser.add_argument("--this", action="store_true", help="price the config as it stands")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="served at a time (as many as fit)")
+    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens read for each request (512)")
+    parser.add_argument("--generate", type=int, default=128, metavar="N", help="tokens written for each (128)")
+    parser.add_argument("--png", metavar="FILE", help="draw time against memory of all layouts")
+    parser.add_argument("--write", metavar="FILE", help="write the config with the first plan's mesh")
+
+
+def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
+    """Print the plans or the price of the config as it stands, and write the files that were asked for.
+
+    Raises:
+        TrellaxError: the machine or the objective is not known, or nothing fits.
+    """
+    _check_words(args)
+    topology = _topology(args)
+    question = _question(config, topology)
+    plans = _plans(config, question, args)
+    diagnoses = diagnose(question, plans[0]) if plans[0].step is not None else []
+    if args.json:
+        print(json.dumps(_numbers(plans, diagnoses, topology, args)))
+    else:
+        print(_describe(config, plans, diagnoses, topology, args))
+    if args.png:
+        title = f"{config.run.name} on {topology.name}"
+        _write_bytes(args.png, draw_front(screen_train(question), limit_bytes=question.memory_limit, title=title))
+    if args.write:
+        _write_bytes(args.write, write_plan(args.config, plans[0].layout).encode())
+    return 0
+
+
+def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
+    """Return the layout that a config describes on so many devices.
+
+    Raises:
+        TrellaxError: the mesh does not fit the devices, the batch does not split, or the schedule is a file.
+    """
+    mesh, pipeline = config.mesh.resolve(num_devices=num_devices), config.pipeline
+    shards = mesh.data * pipeline.microbatches
+    if config.train.batch_size % shards:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} does not split into pipeline.microbatches="
+            f"{pipeline.microbatches} over mesh.data={mesh.data}.",
+            fix=f"set train.batch_size={-(-config.train.batch_size // shards) * shards}.",
+        )
+    if pipeline.schedule not in SCHEDULES:
+        raise PlanError(
+            f"pipeline.schedule={pipeline.schedule!r} is a file, and only named schedules are priced.",
+            fix="use `trellax schedule --file` for its bubble, or a named schedule.",
+        )
+    given = pipeline.layers_per_stage
+    return Layout(
+        data=mesh.data,
+        tensor=mesh.tensor,
+        pipe=mesh.pipe,
+        schedule="1f1b" if pipeline.schedule == "auto" else pipeline.schedule,
+        chunks=pipeline.chunks if mesh.pipe > 1 else 1,
+        microbatches=pipeline.microbatches,
+        sequences=config.train.batch_size // shards,
+        remat=pipeline.remat,
+        zero=1 if config.optimizer.zero == "on" else 0,
+        layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
+    )
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    if args.objective not in OBJECTIVES:
+        raise PlanError(
+            f"unknown objective {args.objective!r}; there are {', '.join(OBJECTIVES)}."
+            f"{suggest(args.objective, OBJECTIVES)}",
+            fix="write --objective train, say.",
+        )
+    if args.write and (args.this or _is_serving(args)):
+        raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
+    for path in (args.png, args.write):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no such folder.", fix="name a folder that is there.")
+
+
+def _is_serving(args: argparse.Namespace) -> bool:
+    return args.objective in ("latency", "throughput", "balanced")
+
+
+def _topology(args: argparse.Namespace) -> Topology:
+    if args.topology:
+        return read_topology(args.topology)
+    found = detect_topology()
+    if found is None:
+        raise PlanError(
+            "this machine has no accelerator that the planner has figures of.",
+            fix="name one: --topology h100x8, or a TOML file of your own.",
+        )
+    return found
+
+
+def _question(config: RunConfig, topology: Topology) -> TrainQuestion:
+    return TrainQuestion(
+        model=config.model,
+        topology=topology,
+        batch_size=config.train.batch_size,
+        num_tokens=config.data.seq_len,
+        program=replace(TRELLAX, vocab=config.pipeline.vocab),
+    )
+
+
+def _plans(config: RunConfig, question: TrainQuestion, args: argparse.Namespace) -> list[Plan]:
+    if args.this:
+        layout = layout_of(config, num_devices=question.topology.num_devices)
+        plan = price_layout(question, layout)
+        return [replace(plan, why="the config as it stands.")]
+    if not _is_serving(args):
+        return search_train(question, objective=args.objective)
+    serving = ServeQuestion(
+        model=replace(config.model, dtype="bfloat16"),
+        topology=question.topology,
+        requests=args.requests,
+        prompt=args.prompt,
+        generated=args.generate,
+        server=COMPILED,
+    )
+    return search_serving(serving, objective=args.objective)
+
+
+def _numbers(
+    plans: Sequence[Plan], diagnoses: Sequence[Diagnosis], topology: Topology, args: argparse.Namespace
+) -> dict[str, Any]:
+    return {
+        "objective": "this" if args.this else args.objective,
+        "topology": topology.name,
+        "plans": [plan.numbers for plan in plans],
+        "diagnoses": [asdict(diagnosis) for diagnosis in diagnoses],
+    }
+
+
+def _describe(
+    config: RunConfig,
+    plans: Sequence[Plan],
+    diagnoses: Sequence[Diagnosis],
+    topology: Topology,
+    args: argparse.Namespace,
+) -> str:
+    device = topology.accelerator
+    billions = param_counts(config.model).total / _GB
+    head = [
+        f"{config.run.name}: {billions:.3g} billion parameters, {config.train.batch_size} x {config.data.seq_len} tokens "
+        "a step"
+        if not _is_serving(args)
+        else f"{config.run.name}: {billions:.3g} billion parameters in 16 bit, {args.prompt} tokens read and "
+        f"{args.generate} written for each request",
+        f"{topology.name}: {topology.num_devices} x {device.name}, {topology.num_nodes} nodes of "
+        f"{topology.devices_per_node}, {device.memory_bytes / _GB:.0f} GB each",
+        "",
+        align([_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))]),
+        "",
+        *(f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)),
+    ]
+    lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in diagnoses]
+    return "\n".join([*head, *([""] if lines else []), *lines])
+
+
+def _head(plan: Plan) -> tuple[str, ...]:
+    sizes = ("", "data", "tensor", "pipe")
+    if plan.step is None:
+        return (*sizes, "token", "request", "tokens/s", "MFU", "GB", "weights", "cache")
+    words = ("schedule", "microbatches", "remat", "ZeRO", "step", "tokens/s", "MFU", "bubble")
+    return (*sizes, *words, "GB", "weights", "gradients", "optimizer", "activations")
+
+
+def _row(number: int, plan: Plan) -> tuple[str, ...]:
+    layout, memory = plan.layout, plan.memory
+    sizes = (str(number), str(layout.data), str(layout.tensor), str(layout.pipe))
+    pace = (f"{plan.tokens_per_s:,.0f}", f"{plan.mfu:.1%}")
+    if plan.step is None:
+        assert plan.inference is not None
+        times = (f"{1e3 * plan.time_s:.1f} ms", f"{plan.inference.latency_s:.2f} s")
+        kept = (memory.total, memory.weights, memory.kv_cache)
+        return (*sizes, *times, *pace, *(f"{part / _GB:.1f}" for part in kept))
+    chunks = f" x {layout.chunks}" if layout.chunks > 1 else ""
+    words = (
+        f"{layout.schedule}{chunks}" if layout.pipe > 1 else "none",
+        f"{layout.microbatches} of {layout.sequences}",
+        layout.remat,
+        "on" if layout.zero else "off",
+        f"{plan.time_s:.3g} s",
+    )
+    kept = (memory.total, memory.weights, memory.gradients, memory.optimizer, memory.activations)
+    return (*sizes, *words, *pace, f"{plan.bubble_fraction:.1%}", *(f"{part / _GB:.1f}" for part in kept))
+
+
+def _write_bytes(path: str, content: bytes) -> None:
+    Path(path).write_bytes(content)
+    print(f"wrote {path}", file=sys.stderr)
+
+
