@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, or JSON, and return the exit code."""
     parser = argparse.ArgumentParser(description="The planner's error against published measurements.")
     parser.add_argument("folder", help="folder of TOML files of the published schema")
-    parser.add_argument("--json", action="store_true", help="print JSON: source -> used, skipped, mape, bias, worst, ...")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: source -> used, skipped, mape, bias, worst, ..."
+    )
     parser.add_argument("--rows", metavar="SOURCE", help="print every row of one source")
     args = parser.parse_args(argv)
     try:

@@ -9,7 +9,7 @@ from statistics import mean
 
 from .predictions import Prediction, predict_row
 from .published import PublishedRow
-from .published_case import RowSkipped
+from .published_case import RowSkippedError
 
 CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},
@@ -84,7 +84,7 @@ def _price(rows: Iterable[PublishedRow]) -> tuple[list[RowError], dict[str, int]
     for row in rows:
         try:
             predictions = predict_row(row)
-        except RowSkipped as reason:
+        except RowSkippedError as reason:
             skipped[str(reason)] = skipped.get(str(reason), 0) + 1
             continue
         errors += [

@@ -16,7 +16,7 @@ _FLOAT32 = 4
 def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int) -> float:
     """Return the bytes that a layer keeps of one microbatch, by the layout's rematerialisation.
 
-    >>> layer_activation_bytes(gpt, layout=Layout(tensor=8), program=MEGATRON, num_tokens=2048)  # s b h (10 + 24/t + ..)
+    >>> layer_activation_bytes(gpt, layout=Layout(tensor=8), program=MEGATRON, num_tokens=2048)
     """
     if program.clock == "async":
         return _megatron_bytes(model, layout=layout, program=program, num_tokens=num_tokens)

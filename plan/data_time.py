@@ -45,9 +45,7 @@ def device_params(model: ModelConfig, *, layout: Layout, program: Program, num_l
     return blocks + (table + whole if stage in (0, -1) else 0)
 
 
-def data_time(
-    model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_layers: int
-) -> DataTime:
+def data_time(model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_layers: int) -> DataTime:
     """Return the seconds of sums and optimizer on the first rank, which ends last and holds `num_layers` layers."""
     params = device_params(model, layout=layout, program=program, num_layers=num_layers, stage=0)
     group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)

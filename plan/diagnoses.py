@@ -16,7 +16,7 @@ Severity = Literal["error", "warning", "note"]
 
 _GB = 1e9
 _IDLE_SHARE = 0.2
-_EXPECTED_SHARE = 0.02
+_EXPECTED_SHARE = 0.05
 _UNEVEN_SHARE = 1.1
 _TENSOR_SHARE = 0.3
 _DATA_SHARE = 0.2
@@ -60,7 +60,9 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
     share = plan.step.tensor_s / plan.time_s
     node = topology.devices_per_node
     if tensor > node or node % tensor:
-        where = f"tensor={tensor} spans nodes of {node}" if tensor > node else f"groups of tensor={tensor} straddle nodes"
+        where = (
+            f"tensor={tensor} spans nodes of {node}" if tensor > node else f"groups of tensor={tensor} straddle nodes"
+        )
         name = "tensor-across-nodes" if tensor > node else "slow-axis-on-fast-link"
         yield Diagnosis(
             name=name,
@@ -95,7 +97,7 @@ def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
         )
 
 
-def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
@@ -112,7 +114,7 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="bubble-in-expectation",
             severity="note",
             number=layout.pipe * (1 - idle),
-            message=f"pipe={layout.pipe} does the work of {layout.pipe * (1 - idle):.1f} devices: {idle:.1%} is bubble",
+            message=f"pipe={layout.pipe} does the work of {layout.pipe * (1 - idle):.1f} ranks: {idle:.1%} is bubble",
             fix=f"expect {layout.pipe * (1 - idle):.1f} times one device, not {layout.pipe}.",
         )
 
@@ -129,13 +131,13 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="unbalanced-stages",
             severity="warning",
             number=uneven,
-            message=f"the largest rank has {max(ranks)} layers where the mean has {sum(ranks) / layout.pipe:.1f}: every "
-            f"tick lasts {uneven:.2f} times as long",
+            message=f"the largest rank has {max(ranks)} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
+            f"lasts {uneven:.2f} times as long",
             fix=f"choose a pipe size that divides {question.model.num_layers}.",
         )
 
 
-def _check_data(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     if plan.step is None or plan.layout.data == 1:
         return
     share = plan.step.data_s / plan.time_s
@@ -185,7 +187,8 @@ def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="remat-would-save",
             severity="note",
             number=saved / _GB,
-            message=f"activations take {plan.memory.activations / _GB:.1f} GB; remat full would save {saved / _GB:.1f} GB",
+            message=f"activations take {plan.memory.activations / _GB:.1f} GB, of which remat full would save "
+            f"{saved / _GB:.1f} GB",
             fix="set pipeline.remat='full' or 'dots', and use the memory for larger microbatches.",
         )
 

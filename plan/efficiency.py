@@ -51,7 +51,12 @@ def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
 
 
 def flash_time_s(
-    accelerator: Accelerator, *, flops: float, direction: Literal["forward", "backward"], kernel: FlashKernel, dtype: str
+    accelerator: Accelerator,
+    *,
+    flops: float,
+    direction: Literal["forward", "backward"],
+    kernel: FlashKernel,
+    dtype: str,
 ) -> float:
     """Return the seconds of fused attention: `flops` of its matrix products, those of the backward with recomputation.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from .plans import Plan, name_layout
 
 _GB = 1e9
+_LABEL_SHARE = 0.06
 
 
 def pareto_front(plans: Sequence[Plan]) -> list[Plan]:
@@ -21,6 +22,7 @@ def draw_front(plans: Sequence[Plan], *, limit_bytes: float, title: str) -> byte
     """Return a PNG of all plans as points, the front as a line, and the memory limit."""
     # matplotlib takes half a second to import, and few calls draw.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -33,20 +35,34 @@ def draw_front(plans: Sequence[Plan], *, limit_bytes: float, title: str) -> byte
         color="tab:blue",
         label="beaten by none in both",
     )
-    for plan in front[:8]:
+    for plan in _spread(front):
         axes.annotate(
-            f"{name_layout(plan.layout)}, {plan.layout.remat}",
+            f"{name_layout(plan.layout)}, remat {plan.layout.remat}",
             (plan.time_s, plan.memory.total / _GB),
-            xytext=(4, 4),
+            xytext=(5, 5),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=8,
         )
     axes.axhline(limit_bytes / _GB, color="tab:red", linewidth=1, label="memory that may be used")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("seconds a step")
     axes.set_ylabel("GB on the fullest device")
     axes.set_title(title)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def _spread(front: Sequence[Plan]) -> list[Plan]:
+    """Those of the front whose names have room above each other."""
+    if not front:
+        return []
+    room = _LABEL_SHARE * (front[0].memory.total - front[-1].memory.total)
+    named: list[Plan] = []
+    for plan in front:
+        if not named or named[-1].memory.total - plan.memory.total >= room:
+            named.append(plan)
+    return named

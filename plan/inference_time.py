@@ -187,4 +187,3 @@ def _prefill_s(
     layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
     head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
     return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)
-

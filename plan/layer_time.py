@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..layers import ModelConfig
-from .collective_time import collective_time_s, make_group
+from .collective_time import CollectiveKind, collective_time_s, make_group
 from .efficiency import flash_time_s, matmul_time_s, memory_time_s
 from .layouts import Layout
 from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
@@ -115,10 +115,8 @@ def _tensor_comm_s(
     """Seconds of the collectives of one pass: two all-reduces, or as many gathers and scatters."""
     group = make_group(topology, size=layout.tensor, stride=1)
     num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
-    if program.sequence_parallel == "on":
-        kinds = ("all_gather", "reduce_scatter") * 2
-    else:
-        kinds = ("all_reduce",) * 2
+    is_split = program.sequence_parallel == "on"
+    kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
     return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
 
 

@@ -131,7 +131,7 @@ def _rank_memory(
 
 
 def _state_bytes(layout: Layout, program: Program) -> dict[str, float]:
-    """Bytes a parameter: 16-bit weights with float32 copies in the optimizer (Megatron), or float32 weights (trellax)."""
+    """Bytes a parameter: Megatron has 16-bit weights and float32 copies in the optimizer, trellax float32 weights."""
     is_eager = program.clock == "async"
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
     whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
@@ -140,9 +140,7 @@ def _state_bytes(layout: Layout, program: Program) -> dict[str, float]:
     return {"weights": weights / whole, "gradients": gradients / whole, "optimizer": moments / shards}
 
 
-def _end_bytes(
-    model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int, held: int
-) -> float:
+def _end_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int, held: int) -> float:
     """What the ends keep: masks of the embedding's dropout, the final norm's and the head's input."""
     if program.clock == "lockstep":
         return 0.0
@@ -151,9 +149,7 @@ def _end_bytes(
     return masks + (2 * boundary if rank == layout.pipe - 1 else 0.0)
 
 
-def _temporary_bytes(
-    model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int
-) -> float:
+def _temporary_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int) -> float:
     """Logits of one microbatch and their gradient where the head runs, and what one layer's backward works with."""
     is_split = program.vocab == "split" and layout.pipe > 1
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)

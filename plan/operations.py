@@ -46,7 +46,7 @@ class Flash:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSize:
-    """What one device has of a layer: `sequences` of `queries` tokens each that look at `keys`; widths over `tensor`."""
+    """What one device has of a layer: `sequences` of `queries` tokens that look at `keys`; widths over `tensor`."""
 
     sequences: int
     queries: float
@@ -121,6 +121,4 @@ def _norm(numbers: float, item: int) -> Stream:
 def _residual(numbers: float, item: int, program: Program) -> Stream:
     mask = 1 if program.dropout == "on" else 0
     # Backward: the mask is applied to the gradient, the bias sums it, and both branches' gradients are added.
-    return Stream(
-        part="vector", forward_bytes=(3 * item + mask) * numbers, backward_bytes=(6 * item + mask) * numbers
-    )
+    return Stream(part="vector", forward_bytes=(3 * item + mask) * numbers, backward_bytes=(6 * item + mask) * numbers)

@@ -84,9 +84,7 @@ def plan_schedule(
 ) -> Schedule:
     """Return the grid of a schedule by the clock it is for."""
     if schedule == "interleaved-1f1b" and clock == "async":
-        return megatron_interleaved(
-            num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks
-        )
+        return megatron_interleaved(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     return build_schedule(
         schedule,
         num_ranks=num_ranks,

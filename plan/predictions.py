@@ -14,7 +14,7 @@ from .layer_time import layer_time
 from .memory_model import fullest, step_memory
 from .pipeline_time import plan_schedule
 from .published import PublishedRow
-from .published_case import RowSkipped, TrainCase, row_topology, train_case
+from .published_case import RowSkippedError, TrainCase, row_topology, train_case
 from .published_infer import infer_case, infer_predictions
 from .stage_time import split_layers
 from .step_time import step_time
@@ -43,17 +43,17 @@ def predict_row(row: PublishedRow) -> list[Prediction]:
     """Return a prediction for every quantity of a row that the planner knows.
 
     Raises:
-        RowSkipped: with the reason.
+        RowSkippedError: with the reason.
     """
     if row.provenance.startswith("recalled"):
-        raise RowSkipped("recalled, not seen")
+        raise RowSkippedError("recalled, not seen")
     if row.value_kind in ("error-only", "vendor-spec"):
-        raise RowSkipped(f"{row.value_kind}: no measurement")
+        raise RowSkippedError(f"{row.value_kind}: no measurement")
     if row.kind not in _KINDS:
-        raise RowSkipped(f"nothing predicts a row of kind {row.kind!r}")
+        raise RowSkippedError(f"nothing predicts a row of kind {row.kind!r}")
     found = _KINDS[row.kind](row)
     if not found:
-        raise RowSkipped("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
+        raise RowSkippedError("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
     return found
 
 
@@ -70,7 +70,7 @@ def resolve_remat(case: TrainCase) -> TrainCase:
 def _train(row: PublishedRow) -> list[Prediction]:
     known = row.step_time_s is not None or any(name in row.outputs for name in _PEAKS)
     if not known:
-        raise RowSkipped("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
+        raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
     case = resolve_remat(train_case(row))
     found = []
     if row.step_time_s is not None:
@@ -125,7 +125,7 @@ def _stage(row: PublishedRow) -> list[Prediction]:
 def _bubble(row: PublishedRow) -> list[Prediction]:
     inputs = row.inputs
     if "tf_ms" not in inputs:
-        raise RowSkipped("times of the stages are not stated")
+        raise RowSkippedError("times of the stages are not stated")
     ranks, chunks = inputs["pp"], (inputs["layers"] + 2) // inputs["pp"]
     costs = {name: inputs[key] for name, key in zip(_PASSES, ("tf_ms", "tb_ms", "tw_ms"), strict=True)}
     found = []
@@ -147,7 +147,7 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
 
 def _infer(row: PublishedRow) -> list[Prediction]:
     if not set(row.outputs) & {"latency_ms", "total_ms", "prefill_ms", "decode_ms_per_token", "tokens_per_s"}:
-        raise RowSkipped("no latency: " + ", ".join(sorted(row.outputs)))
+        raise RowSkippedError("no latency: " + ", ".join(sorted(row.outputs)))
     found = infer_predictions(infer_case(row), row)
     return [Prediction(quantity=name, measured=pair[0], predicted=pair[1]) for name, pair in found.items()]
 
@@ -155,11 +155,13 @@ def _infer(row: PublishedRow) -> list[Prediction]:
 def _collective(row: PublishedRow) -> list[Prediction]:
     inputs = row.inputs
     if "ranks" not in inputs:
-        raise RowSkipped("ranks are not stated")
+        raise RowSkippedError("ranks are not stated")
     nodes = inputs.get("nodes", 1)
-    topology = row_topology(replace(row, inputs={"gpus_per_node": inputs["ranks"] // nodes, **inputs, "gpus": inputs["ranks"]}))
+    topology = row_topology(
+        replace(row, inputs={"gpus_per_node": inputs["ranks"] // nodes, **inputs, "gpus": inputs["ranks"]})
+    )
     ranks, num_bytes = inputs["ranks"], inputs["bytes"]
-    kind = cast(CollectiveKind, inputs["collective"])
+    kind = cast("CollectiveKind", inputs["collective"])
     group = make_group(topology, size=ranks, stride=1)
     predicted = collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
     wire = (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks * num_bytes
@@ -169,7 +171,7 @@ def _collective(row: PublishedRow) -> list[Prediction]:
 def _gemm(row: PublishedRow) -> list[Prediction]:
     name = str(row.inputs["name"]).removeprefix("NVIDIA ")
     if row.inputs.get("dtype") not in ("bf16", "fp16"):
-        raise RowSkipped("products in 8 bit are not modelled")
+        raise RowSkippedError("products in 8 bit are not modelled")
     case = row_topology(replace(row, inputs={"gpu": name, "gpus": 1}))
     m, n, k = (int(size) for size in str(row.inputs["shape_mnk"]).split("x"))
     predicted = matmul_time_s(case.accelerator, m=m, n=n, k=k, dtype="bfloat16")
@@ -187,4 +189,3 @@ _KINDS: Mapping[str, Callable[[PublishedRow], list[Prediction]]] = {
     "collective": _collective,
     "gemm": _gemm,
 }
-

@@ -17,15 +17,16 @@ Switch = Literal["on", "off"]
 class Program:
     """Traits of a training program.
 
-    `clock` and `vocab` as in `trellax.pipeline`; `attention` keeps all scores in memory or none; `sequence_parallel`
-    splits norms and residuals over tensor too (Korthikanti et al. 2022, section 4.2.2); `tensor_overlap` hides
-    collectives of the input gradient behind the weight gradient, `pipe_overlap` hops behind other microbatches, and
-    `data_overlap` gradients behind the backward, `shard_overlap` gathers of sharded parameters (off: they also use one
-    adapter of a node, as DeepSpeed's ZeRO-3 did in Narayanan et al. 2021, Table 2); `scatter_hops` sends 1/tensor of an activation and gathers it again
-    (Narayanan et al. 2021, section 4.1). `host_layer_s` is the least that a forward of one layer takes when a host
-    launches its operations one by one. `gradient_bytes` are those of one number in the sum over data;
-    `sum_traffic_bytes` what adding a microbatch's gradient moves for a weight, `optimizer_bytes` what a step moves for
-    a parameter.
+    `clock` and `vocab` as in `trellax.pipeline`; `attention` keeps all scores in memory or none.
+    `sequence_parallel` splits norms and residuals over tensor too (Korthikanti et al. 2022, section 4.2.2).
+    Hidden are, where they are on: with `tensor_overlap` collectives of the input gradient behind the weight gradient,
+    with `pipe_overlap` hops behind other microbatches, with `data_overlap` sums of gradients behind the backward, with
+    `shard_overlap` gathers of sharded parameters; where that is off they also use one adapter of a node, as
+    DeepSpeed's ZeRO-3 did (Narayanan et al. 2021, Table 2).
+    `scatter_hops` sends 1/tensor of an activation and gathers it again (the same, section 4.1).
+    `host_layer_s` is the least that a forward of a layer takes when a host starts its operations one by one.
+    `gradient_bytes` are those of one number in the sum over data, `sum_traffic_bytes` what adding a microbatch's
+    gradient moves for a weight, `optimizer_bytes` what a step moves for a parameter.
     """
 
     clock: Clock = "lockstep"

@@ -20,7 +20,7 @@ _MODERN = ("h100", "h100-pcie", "h200", "b200", "gb200", "mi300x")
 _NETWORK = re.compile(r"(?:(\d+)x)?[^\d]*?(\d+(?:\.\d+)?) ?Gb/s(?: x(\d+))?(.*)")
 
 
-class RowSkipped(Exception):
+class RowSkippedError(Exception):
     """A row that cannot be priced, with the reason."""
 
 
@@ -40,23 +40,23 @@ def train_case(row: PublishedRow) -> TrainCase:
     """Return the question that a training row answers.
 
     Raises:
-        RowSkipped: an input is missing or unlike anything that trellax models.
+        RowSkippedError: an input is missing or unlike anything that trellax models.
     """
     inputs = row.inputs
     if inputs.get("moe") or "ep" in inputs:
-        raise RowSkipped("mixture of experts is not modelled")
+        raise RowSkippedError("mixture of experts is not modelled")
     model = row_model(row)
     topology = row_topology(row)
     program = _program(row)
     try:
         layout = _layout(row)
     except TrellaxError as error:
-        raise RowSkipped(error.problem) from error
+        raise RowSkippedError(error.problem) from error
     if layout.num_devices != topology.num_devices:
-        raise RowSkipped(f"dp x fsdp x tp x pp x cp = {layout.num_devices}, but gpus = {topology.num_devices}")
+        raise RowSkippedError(f"dp x fsdp x tp x pp x cp = {layout.num_devices}, but gpus = {topology.num_devices}")
     # A stage may hold the embedding or the head alone.
     if layout.num_stages > model.num_layers + (2 if (model.num_layers + 2) % layout.num_stages == 0 else 0):
-        raise RowSkipped(f"{layout.num_stages} stages for {model.num_layers} layers")
+        raise RowSkippedError(f"{layout.num_stages} stages for {model.num_layers} layers")
     remats = _remats(row)
     return TrainCase(
         model=model,
@@ -72,7 +72,7 @@ def row_model(row: PublishedRow) -> ModelConfig:
     """Return the model of a row.
 
     Raises:
-        RowSkipped: a size is missing, or the sizes contradict each other.
+        RowSkippedError: a size is missing, or the sizes contradict each other.
     """
     inputs = row.inputs
     is_gated = "swiglu" in str(inputs.get("mlp", "gelu"))
@@ -94,14 +94,14 @@ def row_model(row: PublishedRow) -> ModelConfig:
             dtype="bfloat16",
         )
     except TrellaxError as error:
-        raise RowSkipped(error.problem) from error
+        raise RowSkippedError(error.problem) from error
 
 
 def row_topology(row: PublishedRow) -> Topology:
     """Return the machine of a row, with the network that it states.
 
     Raises:
-        RowSkipped: the accelerator is not known.
+        RowSkippedError: the accelerator is not known.
     """
     inputs = row.inputs
     accelerator = _accelerator(str(inputs.get("gpu", "")))
@@ -116,25 +116,25 @@ def row_topology(row: PublishedRow) -> Topology:
             name=str(inputs["gpu"]), accelerator=accelerator, num_devices=gpus, devices_per_node=min(node, gpus)
         )
     except TargetError as error:
-        raise RowSkipped(error.problem) from error
+        raise RowSkippedError(error.problem) from error
 
 
 def _need(row: PublishedRow, key: str) -> int:
     value = row.inputs.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RowSkipped(f"{key} is not stated")
+        raise RowSkippedError(f"{key} is not stated")
     return value
 
 
 def _accelerator(text: str) -> Accelerator:
     """The accelerator of the longest known name in a text, read from left to right."""
-    words = text.split(" (")[0].split(",")[0].strip()
+    words = re.split(r" \(|,", text, maxsplit=1)[0].strip()
     for end in range(len(words), 0, -1):
         try:
             return find_accelerator(words[:end].rstrip("- "))
         except TargetError:
             continue
-    raise RowSkipped(f"accelerator {text!r} is not known")
+    raise RowSkippedError(f"accelerator {text!r} is not known")
 
 
 def _network_bytes_per_s(text: str, *, devices_per_node: int) -> float | None:
@@ -150,7 +150,7 @@ def _network_bytes_per_s(text: str, *, devices_per_node: int) -> float | None:
 def _layout(row: PublishedRow) -> Layout:
     inputs = row.inputs
     if "dp" not in inputs:
-        raise RowSkipped("dp is not stated")
+        raise RowSkippedError("dp is not stated")
     data, fsdp, chunks = inputs["dp"], inputs.get("fsdp", 1), inputs.get("vpp", 1)
     sequences, microbatches = _need(row, "mbs"), inputs.get("num_microbatches")
     if microbatches is None:
@@ -167,7 +167,7 @@ def _layout(row: PublishedRow) -> Layout:
         chunks=chunks,
         microbatches=microbatches,
         sequences=sequences,
-        zero=cast(Literal[0, 1, 3], inputs.get("zero", 1 if sharded else 0)),
+        zero=cast("Literal[0, 1, 3]", inputs.get("zero", 1 if sharded else 0)),
     )
 
 
@@ -175,11 +175,11 @@ def _schedule(row: PublishedRow, chunks: int) -> str:
     text = str(row.inputs.get("schedule", "1f1b"))
     for name in ("vpp", "schedule (interleaved or not)"):
         if name in row.unstated:
-            raise RowSkipped(f"{name} is not stated")
+            raise RowSkippedError(f"{name} is not stated")
     if chunks > 1:
         return "interleaved-1f1b"
     if "zb-v" in text or "memory limit 2p" in text:
-        raise RowSkipped(f"trellax has no schedule like {text!r}")
+        raise RowSkippedError(f"trellax has no schedule like {text!r}")
     # With a limit of p microbatches the search of Qi et al. finds what ZB-H1 is (their Table 5).
     return "zb-h1" if "zero-bubble" in text or "zb-h1" in text else "gpipe" if "gpipe" in text else "1f1b"
 
@@ -189,7 +189,7 @@ def _remats(row: PublishedRow) -> tuple[PlanRemat, ...]:
     if any("recompute" in name or "remat" in name for name in row.unstated) or not text:
         return ("none", "selective", "full")
     if text.startswith("microbatch"):
-        raise RowSkipped("recomputation by microbatch is not modelled")
+        raise RowSkippedError("recomputation by microbatch is not modelled")
     return ("full",) if text.startswith("full") else ("selective",) if text.startswith("selective") else ("none",)
 
 
@@ -223,7 +223,9 @@ def _program(row: PublishedRow) -> Program:
         sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
         tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
         pipe_overlap=switch(is_fused and is_overlapped and inputs.get("vpp", 1) > 1),
-        data_overlap=switch(inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))),
+        data_overlap=switch(
+            inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))
+        ),
         shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
         scatter_hops=switch(inputs.get("scatter_gather", True)),
         gradient_bytes=4 if "fp32 grad" in precision else 2,

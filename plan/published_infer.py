@@ -9,7 +9,7 @@ from ..layers import ModelConfig
 from .inference_time import COMPILED, EAGER, Server, inference_time
 from .layouts import Layout
 from .published import PublishedRow
-from .published_case import RowSkipped, row_model, row_topology
+from .published_case import RowSkippedError, row_model, row_topology
 from .topology import Topology
 
 # gpt-fast generates 200 tokens unless told otherwise; its rows do not say.
@@ -35,15 +35,15 @@ def infer_case(row: PublishedRow) -> InferCase:
     """Return the question that an inference row answers.
 
     Raises:
-        RowSkipped: an input is missing or unlike anything that is modelled.
+        RowSkippedError: an input is missing or unlike anything that is modelled.
     """
     inputs = row.inputs
     if "-megatron-" in row.id:
-        raise RowSkipped("served by Megatron in PyTorch, which recomputes and starts kernels as in training")
+        raise RowSkippedError("served by Megatron in PyTorch, which recomputes and starts kernels as in training")
     if str(inputs.get("gpu", "")).startswith("TPU"):
-        raise RowSkipped("weights split over two axes of a torus are not modelled")
+        raise RowSkippedError("weights split over two axes of a torus are not modelled")
     if "batch" not in inputs:
-        raise RowSkipped("batch is not stated")
+        raise RowSkippedError("batch is not stated")
     model = row_model(replace(row, inputs={"vocab": 51200, **inputs, "seq": 1 << 16}))
     gpus = inputs.get("gpus", inputs.get("tp", 1) * inputs.get("pp", 1))
     topology = row_topology(replace(row, inputs={**inputs, "gpus": gpus}))
@@ -81,4 +81,3 @@ def _server(row: PublishedRow) -> Server:
         if precision.startswith(name):
             return replace(server, weight_bytes=size, expand_share=share)
     return server
-

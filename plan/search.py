@@ -100,9 +100,7 @@ def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
     """Return what the fullest device of a layout needs."""
-    return fullest(
-        step_memory(question.model, layout=layout, num_tokens=question.num_tokens, program=question.program)
-    )
+    return fullest(step_memory(question.model, layout=layout, num_tokens=question.num_tokens, program=question.program))
 
 
 def smallest_fitting(question: TrainQuestion) -> int | None:

@@ -67,8 +67,8 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
 def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:
     """Return the plans that no other beats in both latency and throughput, nearest to the best of both first.
 
-    Latency is that of one request alone, throughput that of a full machine; the plans carry both. Distances are in logarithms, so that
-    losing a factor counts alike everywhere, each over its range on this front.
+    Latency is that of one request alone, throughput that of a full machine; the plans carry both. Distances are in
+    logarithms, so that losing a factor counts alike everywhere, each over its range on this front.
     """
     alone = [price_serving(replace(question, requests=1), replace(plan.layout, data=1)) for plan in plans]
     both = [
@@ -81,11 +81,11 @@ def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:
         for plan, latency, pace in both
         if not any(a <= latency and b >= pace and (a, b) != (latency, pace) for _, a, b in both)
     ]
-    lows, highs = ([pick(point[axis] for point in front) for axis in (1, 2)] for pick in (min, max))
+    latencies, paces = [latency for _, latency, _ in front], [pace for _, _, pace in front]
 
     def distance(point: tuple[Plan, float, float]) -> float:
-        spans = [max(high - low, 1e-9) for low, high in zip(lows, highs, strict=True)]
-        return math.hypot(*((value - low) / span for value, low, span in zip(point[1:], lows, spans, strict=True)))
+        _, latency, pace = point
+        return math.hypot(_place(latency, latencies), _place(pace, paces))
 
     return [plan for plan, *_ in sorted(front, key=distance)]
 
@@ -149,6 +149,11 @@ def _price_all(question: ServeQuestion) -> Iterable[Plan]:
         for mesh in legal_meshes(question.model, num_devices=count, vocab="ends"):
             if mesh.data <= (question.requests or mesh.data):
                 yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
+
+
+def _place(value: float, values: Sequence[float]) -> float:
+    """Where a value lies between the least and the largest, from 0 to 1."""
+    return (value - min(values)) / max(max(values) - min(values), 1e-9)
 
 
 def _join(full: Plan, alone: Plan) -> Plan:

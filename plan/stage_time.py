@@ -18,7 +18,7 @@ from .program import Program
 from .topology import Topology
 
 _FLOAT32 = 4
-# Float32 logits: written, and read for their maximum, the sum of exponentials and the target's; the gradient is written.
+# Float32 logits: written, read for their maximum, the sum of exponentials and the target's; the gradient is written.
 _LOSS_FORWARD_BYTES = 20
 _LOSS_BACKWARD_BYTES = 10
 
@@ -50,9 +50,7 @@ def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
     return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
 
 
-def end_costs(
-    model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
-) -> EndCosts:
+def end_costs(model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int) -> EndCosts:
     """Return what the ends of the model cost a microbatch, by who works on the vocabulary."""
     tokens = layout.sequences * num_tokens / layout.context
     head = _head(model, tokens=tokens, layout=layout, program=program, topology=topology)
@@ -68,9 +66,7 @@ def end_costs(
     return EndCosts(embedding=embedding, head=none, shared_loss=shared, hop=hop)
 
 
-def stage_times(
-    layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, program: Program
-) -> tuple[StageCost, ...]:
+def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, program: Program) -> tuple[StageCost, ...]:
     """Return the seconds of every stage for one microbatch; recomputation belongs to the input gradient."""
     last = len(layers) - 1
     hop = ends.hop if program.pipe_overlap == "off" and program.clock == "async" else 0.0
@@ -101,9 +97,7 @@ def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: T
     )
 
 
-def _head(
-    model: ModelConfig, *, tokens: float, layout: Layout, program: Program, topology: Topology
-) -> StageCost:
+def _head(model: ModelConfig, *, tokens: float, layout: Layout, program: Program, topology: Topology) -> StageCost:
     is_split = program.vocab == "split" and layout.pipe > 1
     columns = model.vocab_size / (layout.tensor * (layout.pipe if is_split else 1))
     device, d = topology.accelerator, model.hidden_size

@@ -70,7 +70,9 @@ def step_time(
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
     of_rank = sum(layers[:: layout.pipe])
     data = data_time(model, layout=layout, program=program, topology=topology, num_layers=of_rank)
-    data_s = _exposed_data_s(data, layout=layout, program=program, pipeline_s=pipeline_s, backward=of_rank * layer.backward)
+    data_s = _exposed_data_s(
+        data, layout=layout, program=program, pipeline_s=pipeline_s, backward=of_rank * layer.backward
+    )
     time_s = pipeline_s + data_s + data.optimizer
     tokens = layout.batch_size * num_tokens
     flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
@@ -87,9 +89,7 @@ def step_time(
     )
 
 
-def _exposed_data_s(
-    data: DataTime, *, layout: Layout, program: Program, pipeline_s: float, backward: float
-) -> float:
+def _exposed_data_s(data: DataTime, *, layout: Layout, program: Program, pipeline_s: float, backward: float) -> float:
     """Seconds of sums over data that no computation hides."""
     if layout.fsdp > 1 or layout.zero == 3:
         if program.shard_overlap == "off":
@@ -101,4 +101,3 @@ def _exposed_data_s(
         return whole + data.tied
     # Hidden behind the last microbatch's backward, but for the first layer's share.
     return max(whole - backward, whole / 16) + data.tied
-

@@ -163,7 +163,9 @@ def _read_file(path: Path) -> Topology:
         raise TargetError(f"topology {path} cannot be read: {error}.", fix="name a TOML file of a machine.") from error
     for key in ("accelerator", "devices"):
         if key not in table:
-            raise TargetError(f"topology {path} has no key {key!r}.", fix='start with accelerator = "h100", devices = 8.')
+            raise TargetError(
+                f"topology {path} has no key {key!r}.", fix='start with accelerator = "h100", devices = 8.'
+            )
     given = table["accelerator"]
     try:
         accelerator = _make_accelerator(path.stem, given) if isinstance(given, dict) else find_accelerator(given)
@@ -187,7 +189,9 @@ def _override(accelerator: Accelerator, table: Mapping[str, Any]) -> Accelerator
         if key in ("accelerator", "devices", "devices_per_node"):
             continue
         if own not in names:
-            raise TargetError(f"topology key {key!r} is not known.{suggest(key, names)}", fix="see plan/topologies.toml.")
+            raise TargetError(
+                f"topology key {key!r} is not known.{suggest(key, names)}", fix="see plan/topologies.toml."
+            )
         changes[own] = _GIGA * value if own != key else value
     return replace(accelerator, **changes)
 

@@ -176,22 +176,22 @@ def _describe(
     args: argparse.Namespace,
 ) -> str:
     device = topology.accelerator
-    billions = param_counts(config.model).total / _GB
-    head = [
-        f"{config.run.name}: {billions:.3g} billion parameters, {config.train.batch_size} x {config.data.seq_len} tokens "
-        "a step"
-        if not _is_serving(args)
-        else f"{config.run.name}: {billions:.3g} billion parameters in 16 bit, {args.prompt} tokens read and "
-        f"{args.generate} written for each request",
+    machine = (
         f"{topology.name}: {topology.num_devices} x {device.name}, {topology.num_nodes} nodes of "
-        f"{topology.devices_per_node}, {device.memory_bytes / _GB:.0f} GB each",
-        "",
-        align([_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))]),
-        "",
-        *(f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)),
-    ]
+        f"{topology.devices_per_node}, {device.memory_bytes / _GB:.0f} GB each"
+    )
+    table = align([_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))])
+    reasons = [f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)]
+    head = [_describe_work(config, args), machine, "", table, "", *reasons]
     lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in diagnoses]
     return "\n".join([*head, *([""] if lines else []), *lines])
+
+
+def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
+    size = f"{config.run.name}: {param_counts(config.model).total / _GB:.3g} billion parameters"
+    if _is_serving(args):
+        return f"{size} in 16 bit, {args.prompt} tokens read and {args.generate} written for each request"
+    return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step"
 
 
 def _head(plan: Plan) -> tuple[str, ...]:
@@ -226,5 +226,3 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
 def _write_bytes(path: str, content: bytes) -> None:
     Path(path).write_bytes(content)
     print(f"wrote {path}", file=sys.stderr)
-
-
