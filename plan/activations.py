@@ -24,7 +24,25 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
     counted = activation_bytes(
         model, num_sequences=layout.sequences, num_tokens=num_tokens, tensor=layout.tensor, remat=remat
     )
-    return counted.layer / layout.context
+    halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.schedule.endswith("zb-h1") else 0.0
+    return (counted.layer + halves) / layout.context
+
+
+def _halves_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> float:
+    """Bytes more that a backward in two halves keeps: inputs and output gradients of products, till the second half.
+
+    Gradients take the place of residuals of their shape that only the first half reads (see `split_backward.py`).
+    """
+    t, d = layout.tensor, model.hidden_size
+    query, kv, f = model.query_size / t, max(model.kv_size / t, model.head_size), model.ffn_size / t
+    up = (2 if model.mlp == "swiglu" else 1) * f
+    inputs, gradients = 2 * d + query + f, 2 * d + query + 2 * kv + up
+    width = {
+        "none": query + 2 * kv,
+        "dots": inputs + gradients - query - 2 * kv - up + 2 * d,
+        "full": inputs + gradients - d,
+    }["dots" if layout.remat == "selective" else layout.remat]
+    return layout.sequences * num_tokens * width * item_bytes(model)
 
 
 def boundary_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int) -> float:

@@ -10,6 +10,7 @@ import tomllib
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -117,6 +118,9 @@ def _curves() -> dict[str, dict[int, tuple[tuple[float, float], ...]]]:
     """Measured (bytes, bytes/s) by curve and number of ranks."""
     found: dict[str, dict[int, tuple[tuple[float, float], ...]]] = {}
     for row in tomllib.loads(_DATA.read_text())["all_reduce"]:
-        points = tuple((_MIB * mib, 1e9 * speed) for mib, speed in zip(row["mib"], row["bus_gb_per_s"], strict=True))
+        sizes = [_MIB * mib for mib in row["mib"]]
+        times = [size / (1e9 * speed) for size, speed in zip(sizes, row["bus_gb_per_s"], strict=True)]
+        # Noise makes some small messages slower than larger ones; no message waits for less than a smaller one.
+        points = tuple((size, size / time) for size, time in zip(sizes, accumulate(times, max), strict=True))
         found.setdefault(row["curve"], {})[row["ranks"]] = points
     return found

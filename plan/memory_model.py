@@ -141,10 +141,15 @@ def _state_bytes(layout: Layout, program: Program) -> dict[str, float]:
 
 
 def _end_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int, held: int) -> float:
-    """What the ends keep: masks of the embedding's dropout, the final norm's and the head's input."""
-    if program.clock == "lockstep":
-        return 0.0
+    """What is kept beside layers: in lockstep what arrives and leaves, else what embedding and head keep.
+
+    trellax holds an arriving activation, an arriving gradient and one on its way; gpipe all gradients of the last stage.
+    Megatron holds masks of the embedding's dropout, the final norm's input and the head's.
+    """
     boundary = boundary_bytes(model, layout=layout, program=program, num_tokens=num_tokens)
+    if program.clock == "lockstep":
+        waiting = layout.microbatches + 2 if layout.schedule == "gpipe" else 3
+        return boundary * (waiting if layout.pipe > 1 else 1)
     masks = boundary / item_bytes(model) * held if rank == 0 and program.dropout == "on" else 0.0
     return masks + (2 * boundary if rank == layout.pipe - 1 else 0.0)
 

@@ -176,7 +176,7 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 def _nothing_fits(question: TrainQuestion) -> PlanError:
     topology, limit = question.topology, question.memory_limit
     asked = f"{question.model.num_layers} layers of width {question.model.hidden_size} on {topology.name}"
-    layouts = list(_candidates(question, _device_counts(question)))
+    layouts = list(_candidates(question, (topology.num_devices,)))
     if not layouts:
         meshes = list(legal_meshes(question.model, num_devices=topology.num_devices))
         datas = sorted({mesh.data for mesh in meshes})

@@ -1,0 +1,97 @@
+"""The planner against other people's measurements: bounds that hold today, so that no change makes it worse unseen.
+
+The files lie beside the repository; PUBLISHED names another folder. Without them these tests are skipped.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+from trellax.layers import flops_per_token, param_counts
+from trellax.plan.accuracy import Accuracy, measure_accuracy
+from trellax.plan.published import PublishedRow, read_published
+from trellax.plan.published_case import row_model
+from trellax.plan.ranking import rank_sweeps
+
+FOLDER = Path(os.environ.get("PUBLISHED", Path(__file__).parents[3] / "shared" / "published"))
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no published measurements here")
+
+BOUNDS = {
+    ("korthikanti2022", "step_time"): 0.04,
+    ("narayanan2021", "step_time"): 0.08,
+    ("vtrain2024", "step_time"): 0.13,
+    ("dgxc_benchmarking", "step_time"): 0.06,
+    ("gpt_fast", "decode"): 0.15,
+    ("fastertransformer", "latency"): 0.15,
+    ("kipply_13b", "latency"): 0.15,
+    ("simumax_b200_a100", "memory"): 0.03,
+    ("simumax_b200_a100", "step_time"): 0.12,
+    ("llm_foundry", "step_time"): 0.17,
+    ("bigscience_bloom", "step_time"): 0.22,
+    ("zero_bubble2024", "bubble interleaved-1f1b"): 0.05,
+}
+
+
+@cache
+def published() -> dict[str, list[PublishedRow]]:
+    return read_published(FOLDER)
+
+
+@cache
+def accuracy_of(source: str) -> tuple[Accuracy, ...]:
+    return tuple(measure_accuracy({source: published()[source]}))
+
+
+@pytest.mark.parametrize(("source", "quantity"), BOUNDS)
+def test_mean_error_stays_within_its_bound(source: str, quantity: str) -> None:
+    (found,) = (one for one in accuracy_of(source) if one.quantity == quantity)
+    assert found.used > 0
+    assert found.mape <= BOUNDS[source, quantity]
+
+
+def test_no_row_of_korthikanti_table_5_is_9_percent_off() -> None:
+    (found,) = (one for one in accuracy_of("korthikanti2022") if one.quantity == "step_time")
+    assert abs(found.worst_error) <= 0.09
+
+
+def test_bubbles_of_zero_bubble_table_5_are_equal_to_the_printed_digit() -> None:
+    for one in accuracy_of("zero_bubble2024"):
+        if one.quantity in ("bubble 1f1b", "bubble zb-h1"):
+            for error in one.errors:
+                assert round(error.prediction.predicted, 4) == error.prediction.measured
+
+
+@pytest.mark.slow
+def test_single_node_sweep_of_vtrain_stays_within_15_percent() -> None:
+    (found,) = (one for one in accuracy_of("vtrain2024/single_node") if one.quantity == "step_time")
+    assert found.held_out_mape is not None
+    assert found.held_out_mape <= 0.15
+
+
+@pytest.mark.parametrize(("source", "worst", "share"), [("vtrain2024", 0.12, 0.75), ("bigscience_bloom", 0.18, 0.8)])
+def test_first_layout_of_a_sweep_is_near_the_best_measured(source: str, worst: float, share: float) -> None:
+    (ranking,) = rank_sweeps(accuracy_of(source))
+    assert ranking.worst_regret <= worst
+    assert ranking.within >= share * ranking.groups
+
+
+def test_parameters_and_flops_of_table_models_are_the_papers() -> None:
+    for row in published()["narayanan2021"]:
+        if not row.id.startswith("table1"):
+            continue
+        model, inputs = row_model(row), row.inputs
+        # The paper's formula has 12 l h^2 (1 + 13 / (12 h) + (V + s) / (12 l h)) parameters (Narayanan 2021, eq. 2).
+        layers, width, vocab, tokens = (inputs[key] for key in ("layers", "hidden", "vocab", "seq"))
+        formula = 12 * layers * width**2 * (1 + 13 / (12 * width) + (vocab + tokens) / (12 * layers * width))
+        # It leaves out the last norm.
+        assert param_counts(model).total - 2 * width == pytest.approx(formula, rel=1e-12)
+        flops = 72 * layers * width**2 * (1 + tokens / (6 * width) + vocab / (12 * layers * width))
+        assert flops_per_token(model, num_tokens=tokens, attention="full").training == pytest.approx(flops, rel=1e-12)
+
+
+def test_rows_without_inputs_are_skipped_with_reasons() -> None:
+    (found,) = accuracy_of("gpipe2019")
+    assert found.used == 0
+    assert sum(found.skipped.values()) == len(published()["gpipe2019"])

@@ -1,0 +1,54 @@
+"""Every mistake is found where it is made, with its number, and a sound layout has none."""
+
+import pytest
+from trellax.plan.diagnoses import Diagnosis, diagnose
+from trellax.plan.layouts import Layout
+from trellax.plan.search import TrainQuestion, price_layout
+from trellax.plan.topology import read_topology
+
+from .models import GPT2, LLAMA_8B
+
+CASES = {
+    "tensor-over-pcie": ("a100-pciex8", Layout(tensor=8, microbatches=64, remat="full")),
+    "tensor-across-nodes": ("h100x16/4", Layout(tensor=8, data=2, microbatches=32, remat="full", zero=1)),
+    "slow-axis-on-fast-link": ("h100x12/6", Layout(tensor=4, pipe=3, microbatches=64, remat="full")),
+    "too-few-microbatches": ("h100x8", Layout(pipe=8, microbatches=4, sequences=16, remat="full")),
+    "bubble-in-expectation": ("h100x8", Layout(pipe=8, microbatches=64, remat="full")),
+    "unbalanced-stages": ("h100x8", Layout(pipe=2, data=4, microbatches=16, remat="full", layers_per_stage=(20, 12))),
+    "out-of-memory": ("h100x8", Layout(data=8, microbatches=8)),
+    "remat-would-save": ("h200x8", Layout(tensor=2, data=2, pipe=2, microbatches=32, zero=1)),
+}
+
+
+def found(machine: str, layout: Layout, model: object = LLAMA_8B, num_tokens: int = 8192) -> dict[str, Diagnosis]:
+    question = TrainQuestion(
+        model=model, topology=read_topology(machine), batch_size=layout.batch_size, num_tokens=num_tokens
+    )
+    return {one.name: one for one in diagnose(question, price_layout(question, layout))}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_found_with_its_number(name: str) -> None:
+    diagnosis = found(*CASES[name])[name]
+    assert diagnosis.number > 0
+    assert diagnosis.fix.endswith(".")
+
+
+def test_tensor_too_wide_for_the_hidden_size() -> None:
+    layout = Layout(tensor=4, data=2, microbatches=8, sequences=1)
+    assert found("h100x8", layout, GPT2, 1024)["tensor-too-wide"].number > 0.3
+
+
+def test_batch_too_small_for_the_data_axis() -> None:
+    layout = Layout(data=64, remat="full", zero=1)
+    assert found("h100x64/8", layout, GPT2, 128)["batch-too-small"].number > 0.2
+
+
+def test_needless_parallelism_of_a_model_that_fits_one_device() -> None:
+    layout = Layout(tensor=2, pipe=4, microbatches=64)
+    assert "needless-parallelism" in found("h100x8", layout, GPT2, 1024)
+
+
+def test_sound_layout_has_no_warning() -> None:
+    layout = Layout(data=8, microbatches=4, sequences=8, remat="dots")
+    assert not [one for one in found("h100x8", layout, GPT2, 1024).values() if one.severity != "note"]

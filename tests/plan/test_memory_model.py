@@ -1,0 +1,95 @@
+"""Predicted memory against formulas of the literature, and against what compiled programs keep."""
+
+from dataclasses import replace
+
+import pytest
+from trellax.layers import ModelConfig
+from trellax.plan.activations import layer_activation_bytes
+from trellax.plan.layouts import Layout
+from trellax.plan.memory_model import fullest, peak_in_flight, step_memory
+from trellax.plan.pipeline_time import plan_schedule
+from trellax.plan.program import MEGATRON, TRELLAX
+from trellax.pipeline.schedules import simulate
+from trellax.train.plan_command import layout_of
+
+from .steps import report_of, setup_of
+
+S, B, H, A = 2048, 4, 6144, 64
+GPT_22B = ModelConfig(vocab_size=51200, num_layers=48, hidden_size=H, num_heads=A, max_tokens=S, dtype="bfloat16")
+
+# Korthikanti et al. 2022, Table 2: bytes of a layer.
+FORMULAS = [
+    (1, "off", "none", S * B * H * (34 + 5 * A * S / H)),
+    (8, "off", "none", S * B * H * (10 + 24 / 8 + 5 * A * S / (H * 8))),
+    (8, "on", "none", S * B * H * (34 / 8 + 5 * A * S / (H * 8))),
+    (8, "off", "selective", S * B * H * (10 + 24 / 8)),
+    (8, "on", "selective", S * B * H * 34 / 8),
+    (8, "off", "full", 2 * S * B * H),
+]
+
+
+@pytest.mark.parametrize(("tensor", "sequence_parallel", "remat", "expected"), FORMULAS)
+def test_activations_of_a_layer_are_korthikantis_to_the_byte(
+    tensor: int, sequence_parallel: str, remat: str, expected: float
+) -> None:
+    layout = Layout(tensor=tensor, sequences=B, remat=remat)
+    program = replace(MEGATRON, sequence_parallel=sequence_parallel)
+    assert layer_activation_bytes(GPT_22B, layout=layout, program=program, num_tokens=S) == round(expected)
+
+
+@pytest.mark.parametrize("vocab", ["split", "ends"])
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
+)
+def test_formulas_of_microbatches_in_flight_are_what_the_simulator_counts(name: str, chunks: int, vocab: str) -> None:
+    for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):
+        sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
+        peaks = peak_in_flight(name, **sizes, clock="lockstep", vocab=vocab)
+        schedule = plan_schedule(name, **sizes, clock="lockstep", vocab=vocab)
+        assert max(peaks) == max(simulate(schedule).peak_in_flight)
+
+
+SIZES = "--data.seq_len 64 --model.max_tokens 64 --model.hidden_size 64 --model.num_layers 8"
+QUICK = [("2x2x2", ""), ("1x1x4", "--pipeline.remat dots"), ("2x2x1", "--optimizer.zero on")]
+MORE = [
+    ("1x1x1", ""),
+    ("2x1x1", "--pipeline.remat dots"),
+    ("1x2x1", ""),
+    ("4x1x1", ""),
+    ("1x1x2", ""),
+    ("1x1x2", "--pipeline.remat dots"),
+    ("1x2x2", ""),
+    ("2x1x2", "--optimizer.zero on"),
+    ("1x1x4", ""),
+    ("2x1x4", ""),
+    ("1x2x4", ""),
+    ("1x2x4", "--pipeline.remat dots"),
+    ("1x1x2", "--pipeline.schedule gpipe"),
+    ("1x2x2", "--pipeline.schedule gpipe"),
+    ("1x1x2", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"),
+    ("1x1x4", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"),
+    ("1x1x4", "--pipeline.schedule zb-h1"),
+    ("1x1x2", "--pipeline.schedule zb-h1"),
+]
+
+
+def error_of(mesh: str, extra: str) -> float:
+    setup, memory = setup_of(mesh, f"{SIZES} {extra}"), report_of(mesh, f"{SIZES} {extra}").memory
+    config = setup.config
+    layout = layout_of(config, num_devices=config.mesh.num_devices)
+    program = replace(TRELLAX, vocab=config.pipeline.vocab)
+    found = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, program=program))
+    assert found.weights == memory.parameters
+    compiled = memory.parameters + memory.optimizer + memory.activations
+    return (found.weights + found.optimizer + found.activations) / compiled - 1
+
+
+@pytest.mark.parametrize(("mesh", "extra"), QUICK)
+def test_memory_is_within_5_percent_of_compiled_programs(mesh: str, extra: str) -> None:
+    assert abs(error_of(mesh, extra)) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "extra"), MORE)
+def test_memory_is_within_5_percent_of_more_compiled_programs(mesh: str, extra: str) -> None:
+    assert abs(error_of(mesh, extra)) < 0.05

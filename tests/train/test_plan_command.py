@@ -1,0 +1,78 @@
+"""`trellax plan`: its table, its JSON, the files it writes and its mistakes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trellax.train import check_run, load_config
+from trellax.train.cli import main
+
+ASK = "plan llama3-8b-8gpu --topology h100x8"
+
+PLAN_KEYS = (
+    "mesh schedule chunks microbatches remat zero step_time_s tokens_per_s mfu memory_bytes bubble_fraction "
+    "traffic_bytes why"
+)
+
+MISTAKES = {
+    "objective": f"{ASK} --objective speed",
+    "topology": "plan llama3-8b-8gpu --topology h10x8",
+    "no_topology": "plan llama3-8b-8gpu",
+    "this_devices": "plan llama3-8b-8gpu --topology h100x16 --this",
+    "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
+    "write_serving": f"{ASK} --objective latency --write x.toml",
+    "no_folder": f"{ASK} --png nowhere/x.png",
+}
+
+
+def ask(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words.split()) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["train", "memory", "latency", "throughput", "balanced"])
+def test_json_has_these_keys(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = json.loads(ask(f"{ASK} --objective {objective} --json", capsys))
+    assert list(numbers) == ["objective", "topology", "plans", "diagnoses"]
+    assert 1 <= len(numbers["plans"]) <= 5
+    for plan in numbers["plans"]:
+        assert set(PLAN_KEYS.split()) <= set(plan)
+        assert plan["why"].endswith(".")
+        assert plan["memory_bytes"]["total"] < 80.8e9
+
+
+def test_table_gives_a_reason_for_every_plan(
+    capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
+) -> None:
+    golden("plan_llama3_8b.txt", ask(ASK, capsys))
+
+
+def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "planned.toml"
+    best = json.loads(ask(f"{ASK} --json --write {file}", capsys))["plans"][0]
+    before, after = load_config("llama3-8b-8gpu"), load_config(file)
+    assert after.mesh.sizes == best["mesh"]
+    assert (after.pipeline.schedule, after.pipeline.microbatches) == (best["schedule"], best["microbatches"])
+    assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
+    check_run(after, num_devices=8)
+    assert file.read_text().splitlines()[0].startswith("#")
+
+
+def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = json.loads(ask("plan llama3-8b-8gpu --topology a100-pciex8 --this --json", capsys))
+    (plan,) = numbers["plans"]
+    assert plan["mesh"] == load_config("llama3-8b-8gpu").mesh.sizes
+    assert "tensor-over-pcie" in {diagnosis["name"] for diagnosis in numbers["diagnoses"]}
+
+
+def test_picture_is_a_png(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "front.png"
+    ask(f"{ASK} --png {file}", capsys)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
+    assert main(MISTAKES[name].split()) == 2
+    golden(f"errors/plan_command_{name}.txt", capsys.readouterr().err)
