@@ -61,15 +61,16 @@ class StepSizes:
         return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
 
 
-def minimum_bytes(sizes: StepSizes, *, merges_sums: bool = False) -> dict[str, float]:
+def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]:
     """Return by mesh axes (`data`, `tensor`, `pipe`, `pipe+data`) the least bytes that the busiest device sends a step.
 
     >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
     262144
 
     Args:
-        merges_sums: whether a split vocabulary's sums over tensor and then over pipe are one sum over `pipe+tensor`, as
-            XLA makes them on GPUs; together they send less than one after the other.
+        merged_sums: how many of a split vocabulary's two sums of an activation, over tensor and then over pipe, are one
+            sum over `pipe+tensor`: XLA makes that of them on GPUs, but not where a bfloat16 lies between. If any is,
+            those of the loss are too. Together they send less than one after the other.
     """
     found: dict[str, float] = {}
     for rank in range(sizes.mesh.pipe):
@@ -78,7 +79,7 @@ def minimum_bytes(sizes: StepSizes, *, merges_sums: bool = False) -> dict[str, f
             _gradients(sizes, rank),
             _layers(sizes, rank),
             _hops(sizes, rank),
-            _vocabulary(sizes, rank, merges_sums),
+            _vocabulary(sizes, rank, merged_sums),
         ):
             for axes, sent_bytes in part:
                 of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
@@ -108,7 +109,7 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
 
 
-def _vocabulary(sizes: StepSizes, rank: int, merges_sums: bool) -> Iterator[tuple[str, float]]:
+def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple[str, float]]:
     """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
@@ -122,15 +123,13 @@ def _vocabulary(sizes: StepSizes, rank: int, merges_sums: bool) -> Iterator[tupl
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
     yield "data", _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
-    # In float32: x of the embedding and dy of the head summed, with three numbers a token; y and dx broadcast.
-    x_bytes = sizes.tokens * model.hidden_size * _FLOAT32
-    sums, broadcasts = runs * (2 * x_bytes + 3 * sizes.tokens * _FLOAT32), runs * 2 * x_bytes
-    yield "pipe", broadcasts * (mesh.pipe > 1)
-    if merges_sums:
-        yield "pipe+tensor", sums * _all_reduce(mesh.pipe * mesh.tensor)
-        return
-    yield "tensor", (num_first + num_last) * _all_reduce(mesh.tensor)
-    yield "pipe", sums * _all_reduce(mesh.pipe)
+    # Over pipe all in float32: x of the embedding and dy of the head summed, three numbers a token, y and dx broadcast.
+    x_bytes, loss = sizes.tokens * model.hidden_size * _FLOAT32, 3 * sizes.tokens * _FLOAT32
+    apart, loss_apart = 2 - merged_sums, 0 if merged_sums else loss
+    yield "pipe+tensor", runs * (merged_sums * x_bytes + loss - loss_apart) * _all_reduce(mesh.pipe * mesh.tensor)
+    yield "tensor", runs * (apart * sizes.boundary + loss_apart) * _all_reduce(mesh.tensor)
+    yield "pipe", runs * (apart * x_bytes + loss_apart) * _all_reduce(mesh.pipe)
+    yield "pipe", runs * 2 * x_bytes * (mesh.pipe > 1)
 
 
 def block_params(model: ModelConfig, *, tensor: int) -> int:

@@ -151,7 +151,7 @@ def test_vocabulary_over_pipe_moves_its_gradients_to_data_and_its_sums_to_pipe()
     x, loss = X // 2, LOSS // 2
     assert split["data"] == minimum_bytes(copied)["data"] + 4 * (whole + table / 2)
     assert "pipe+data" not in split
-    merged = minimum_bytes(replace(copied, vocabulary="pipe"), merges_sums=True)
+    merged = minimum_bytes(replace(copied, vocabulary="pipe"), merged_sums=2)
     assert merged["pipe+tensor"] == M * (2 * x + 3 * loss) * 1.5
     assert merged["pipe"] == minimum_bytes(copied)["pipe"] + M * 2 * x
     assert sum(merged.values()) < sum(split.values())
