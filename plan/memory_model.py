@@ -143,7 +143,7 @@ def _state_bytes(layout: Layout, program: Program) -> dict[str, float]:
 def _end_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int, rank: int, held: int) -> float:
     """What is kept beside layers: in lockstep what arrives and leaves, else what embedding and head keep.
 
-    trellax holds an arriving activation, an arriving gradient and one on its way; gpipe all gradients of the last stage.
+    trellax holds an arriving activation, an arriving gradient and one on its way; gpipe all of the last stage's.
     Megatron holds masks of the embedding's dropout, the final norm's input and the head's.
     """
     boundary = boundary_bytes(model, layout=layout, program=program, num_tokens=num_tokens)

@@ -23,6 +23,7 @@ from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
 from .metrics import MetricsLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from .plan_warnings import warn_of_layout
 from .progress import StepProgress
 from .report import describe
 from .speed import peak_flops_per_s
@@ -59,6 +60,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> Summary:
     corpus = load_corpus(config.data)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     console.print(str(describe(setup)), highlight=False, soft_wrap=True)
+    for warning in warn_of_layout(config):
+        console.print(warning, highlight=False, soft_wrap=True)
     console.print(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}", highlight=False, soft_wrap=True)
     with Checkpoints(config.run_folder, keep=config.checkpoint.keep) as checkpoints:
         run = _Run(setup, corpus, checkpoints, console)

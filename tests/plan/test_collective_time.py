@@ -1,7 +1,7 @@
 """Collectives by size, width and links: never faster for more."""
 
 import pytest
-from trellax.plan.collective_time import collective_time_s, make_group
+from trellax.plan.collective_time import CollectiveKind, collective_time_s, make_group
 from trellax.plan.topology import read_topology
 
 SIZES = [1 << power for power in range(10, 35, 2)]
@@ -9,7 +9,7 @@ SIZES = [1 << power for power in range(10, 35, 2)]
 
 @pytest.mark.parametrize("machine", ["a100x8", "h100x8", "b200x8", "a100-pciex8", "mi300xx8", "tpu-v4x64", "a100x64"])
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "send"])
-def test_more_bytes_never_take_less_time(machine: str, kind: str) -> None:
+def test_more_bytes_never_take_less_time(machine: str, kind: CollectiveKind) -> None:
     topology = read_topology(machine)
     group = make_group(topology, size=topology.num_devices, stride=1)
     times = [collective_time_s(kind, num_bytes=size, group=group, topology=topology) for size in SIZES]

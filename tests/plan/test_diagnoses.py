@@ -1,6 +1,7 @@
 """Every mistake is found where it is made, with its number, and a sound layout has none."""
 
 import pytest
+from trellax.layers import ModelConfig
 from trellax.plan.diagnoses import Diagnosis, diagnose
 from trellax.plan.layouts import Layout
 from trellax.plan.search import TrainQuestion, price_layout
@@ -20,7 +21,7 @@ CASES = {
 }
 
 
-def found(machine: str, layout: Layout, model: object = LLAMA_8B, num_tokens: int = 8192) -> dict[str, Diagnosis]:
+def found(machine: str, layout: Layout, model: ModelConfig = LLAMA_8B, num_tokens: int = 8192) -> dict[str, Diagnosis]:
     question = TrainQuestion(
         model=model, topology=read_topology(machine), batch_size=layout.batch_size, num_tokens=num_tokens
     )

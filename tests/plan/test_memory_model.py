@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 from trellax.layers import ModelConfig
+from trellax.pipeline.schedules import simulate
 from trellax.plan.activations import layer_activation_bytes
-from trellax.plan.layouts import Layout
+from trellax.plan.layouts import Layout, PlanRemat
 from trellax.plan.memory_model import fullest, peak_in_flight, step_memory
 from trellax.plan.pipeline_time import plan_schedule
-from trellax.plan.program import MEGATRON, TRELLAX
-from trellax.pipeline.schedules import simulate
+from trellax.plan.program import MEGATRON, TRELLAX, Switch
 from trellax.train.plan_command import layout_of
 
 from .steps import report_of, setup_of
@@ -30,7 +30,7 @@ FORMULAS = [
 
 @pytest.mark.parametrize(("tensor", "sequence_parallel", "remat", "expected"), FORMULAS)
 def test_activations_of_a_layer_are_korthikantis_to_the_byte(
-    tensor: int, sequence_parallel: str, remat: str, expected: float
+    tensor: int, sequence_parallel: Switch, remat: PlanRemat, expected: float
 ) -> None:
     layout = Layout(tensor=tensor, sequences=B, remat=remat)
     program = replace(MEGATRON, sequence_parallel=sequence_parallel)

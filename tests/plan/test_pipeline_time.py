@@ -1,7 +1,7 @@
 """Pipelines of many microbatches: a few simulated and the rest continued give what simulating all gives."""
 
 import pytest
-from trellax.pipeline.schedules import StageCost, simulate
+from trellax.pipeline.schedules import Clock, StageCost, simulate
 from trellax.plan.pipeline_time import pipeline_time_s, plan_schedule, screen_pipeline_s
 
 NAMES = [("1f1b", 1), ("zb-h1", 1), ("gpipe", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3)]
@@ -16,7 +16,7 @@ def uneven(count: int) -> list[StageCost]:
 
 @pytest.mark.parametrize("clock", ["async", "lockstep"])
 @pytest.mark.parametrize(("name", "chunks"), NAMES)
-def test_time_continues_with_the_slope_of_the_steady_state(name: str, chunks: int, clock: str) -> None:
+def test_time_continues_with_the_slope_of_the_steady_state(name: str, chunks: int, clock: Clock) -> None:
     stages = uneven(4 * chunks)
     sizes = {"num_ranks": 4, "num_microbatches": 32}
     schedule = plan_schedule(name, **sizes, num_chunks=chunks, clock=clock)
