@@ -12,7 +12,7 @@ from .layer_time import LayerTime, layer_time
 from .layouts import Layout
 from .pipeline_time import pipeline_time_s
 from .program import TRELLAX, Program
-from .stage_time import end_costs, stage_layers, stage_times
+from .stage_time import EndCosts, end_costs, stage_layers, stage_times
 from .topology import Topology
 
 PipelineClock = Callable[..., float]
@@ -56,23 +56,11 @@ def step_time(
         layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     layers = stage_layers(model, layout)
-    stages = stage_times(layer, layers=layers, ends=ends, program=program)
-    pipeline_s = pipeline(
-        stages,
-        schedule=layout.schedule,
-        num_ranks=layout.pipe,
-        num_microbatches=layout.microbatches,
-        clock=program.clock,
-        vocab=program.vocab,
-        transfer=ends.hop if program.clock == "lockstep" or program.pipe_overlap == "on" else 0.0,
-        shared_loss=ends.shared_loss,
-    )
-    busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
+    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, pipeline=pipeline)
     of_rank = sum(layers[:: layout.pipe])
     data = data_time(model, layout=layout, program=program, topology=topology, num_layers=of_rank)
-    data_s = _exposed_data_s(
-        data, layout=layout, program=program, pipeline_s=pipeline_s, backward=of_rank * layer.backward
-    )
+    hiding = of_rank * layer.backward
+    data_s = _exposed_data_s(data, layout=layout, program=program, pipeline_s=pipeline_s, backward=hiding)
     time_s = pipeline_s + data_s + data.optimizer
     tokens = layout.batch_size * num_tokens
     flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
@@ -87,6 +75,31 @@ def step_time(
         tokens_per_s=tokens / time_s,
         mfu=tokens * flops / (time_s * peak),
     )
+
+
+def _pipeline_s(
+    layer: LayerTime,
+    ends: EndCosts,
+    layers: tuple[int, ...],
+    *,
+    layout: Layout,
+    program: Program,
+    pipeline: PipelineClock,
+) -> tuple[float, float]:
+    """Seconds of the pipeline, and those in which the mean rank is at work."""
+    stages = stage_times(layer, layers=layers, ends=ends, program=program)
+    pipeline_s = pipeline(
+        stages,
+        schedule=layout.schedule,
+        num_ranks=layout.pipe,
+        num_microbatches=layout.microbatches,
+        clock=program.clock,
+        vocab=program.vocab,
+        transfer=ends.hop if program.clock == "lockstep" or program.pipe_overlap == "on" else 0.0,
+        shared_loss=ends.shared_loss,
+    )
+    busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
+    return pipeline_s, busy
 
 
 def _exposed_data_s(data: DataTime, *, layout: Layout, program: Program, pipeline_s: float, backward: float) -> float:

@@ -159,6 +159,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
     monkeypatch.setattr(cli, "train", reach)
     monkeypatch.setattr(cli, "prepare", reach)
     monkeypatch.setattr(cli, "run_inspect", lambda config, args: reach(config))
+    monkeypatch.setattr(cli, "run_plan", lambda config, args: reach(config))
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
@@ -171,7 +172,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
         cli.main(words)
     config = caught.value.config
     # A target has as many devices as the mesh needs.
-    num_devices = config.mesh.num_devices if words[0] == "inspect" else config.run.fake_devices or 1
+    num_devices = config.mesh.num_devices if words[0] in ("inspect", "plan") else config.run.fake_devices or 1
     assert check_run(config, num_devices=num_devices)
 
 

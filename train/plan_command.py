@@ -177,8 +177,8 @@ def _describe(
 ) -> str:
     device = topology.accelerator
     machine = (
-        f"{topology.name}: {topology.num_devices} x {device.name}, {topology.num_nodes} nodes of "
-        f"{topology.devices_per_node}, {device.memory_bytes / _GB:.0f} GB each"
+        f"{topology.name}: {topology.num_devices} x {device.name} of {device.memory_bytes / _GB:.0f} GB, "
+        f"{topology.devices_per_node} in each of {topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
     )
     table = align([_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))])
     reasons = [f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)]
