@@ -84,8 +84,13 @@ def _price(rows: Iterable[PublishedRow]) -> tuple[list[RowError], dict[str, int]
     for row in rows:
         try:
             predictions = predict_row(row)
-        except RowSkippedError as reason:
-            skipped[str(reason)] = skipped.get(str(reason), 0) + 1
+        except RowSkippedError as skip:
+            skipped[str(skip)] = skipped.get(str(skip), 0) + 1
+            continue
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            # A file never seen may hold anything; a row that cannot be read must not hide the others.
+            reason = f"cannot be read: {type(error).__name__} {error}".splitlines()[0]
+            skipped[reason] = skipped.get(reason, 0) + 1
             continue
         errors += [
             RowError(row=row, prediction=one, is_calibrating=is_calibrating(row, one.quantity)) for one in predictions

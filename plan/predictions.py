@@ -1,10 +1,13 @@
 """What the planner predicts for a published row, quantity by quantity, beside what was measured.
 
+A vocabulary that a source does not state is swept, as is recomputation; anything else that is missing skips the row.
+
 Read `published_case.py` for how a row becomes a question, `accuracy.py` for the errors.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import cast
 
 from ..pipeline.schedules import simulate
@@ -22,6 +25,7 @@ from .step_time import step_time
 _GIB, _GB = 2.0**30, 1e9
 _PEAKS = {"peak_alloc_gib": _GIB, "peak_mem_gb": _GB, "peak_mem_gb_nvidia_smi": _GB, "peak_memory_bytes": 1.0}
 _BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
+_SWEPT_VOCABS = (32000, 51200)
 _PASSES = ("forward", "input_grad", "weight_grad")
 
 
@@ -68,6 +72,8 @@ def resolve_remat(case: TrainCase) -> TrainCase:
 
 
 def _train(row: PublishedRow) -> list[Prediction]:
+    if "vocab" in row.unstated and "vocab" not in row.inputs:
+        return _sweep(row)
     known = row.step_time_s is not None or any(name in row.outputs for name in _PEAKS)
     if not known:
         raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
@@ -88,6 +94,14 @@ def _train(row: PublishedRow) -> list[Prediction]:
             measured = unit * row.outputs[name]
             found.append(Prediction(quantity="memory", measured=measured, predicted=fullest(ranks).total))
     return found
+
+
+def _sweep(row: PublishedRow) -> list[Prediction]:
+    """The means over vocabularies that a source without one may have had, GPT-2's and Llama's; GPT shapes alone."""
+    if "swiglu" in str(row.inputs.get("mlp")):
+        raise RowSkippedError("vocab is not stated")
+    swept = [_train(replace(row, inputs={**row.inputs, "vocab": size})) for size in _SWEPT_VOCABS]
+    return [replace(each[0], predicted=mean(one.predicted for one in each)) for each in zip(*swept, strict=True)]
 
 
 def _memory(row: PublishedRow) -> list[Prediction]:

@@ -4,10 +4,13 @@ The files lie beside the repository; PUBLISHED names another folder. Without the
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trellax.layers import flops_per_token, param_counts
 from trellax.plan.accuracy import Accuracy, measure_accuracy
 from trellax.plan.published import PublishedRow, read_published
@@ -30,6 +33,8 @@ BOUNDS = {
     ("simumax_b200_a100", "step_time"): 0.12,
     ("llm_foundry", "step_time"): 0.17,
     ("bigscience_bloom", "step_time"): 0.22,
+    ("zero_bubble2024", "step_time"): 0.08,
+    ("zero_bubble2024", "memory"): 0.05,
     ("zero_bubble2024", "bubble interleaved-1f1b"): 0.05,
 }
 
@@ -89,6 +94,17 @@ def test_parameters_and_flops_of_table_models_are_the_papers() -> None:
         assert param_counts(model).total - 2 * width == pytest.approx(formula, rel=1e-12)
         flops = 72 * layers * width**2 * (1 + tokens / (6 * width) + vocab / (12 * layers * width))
         assert flops_per_token(model, num_tokens=tokens, attention="full").training == pytest.approx(flops, rel=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(data=st.data())
+def test_rows_that_lack_anything_never_stop_the_rest(data: st.DataObject) -> None:
+    rows = [row for of_source in published().values() for row in of_source[:4]]
+    row = data.draw(st.sampled_from(rows))
+    gone = data.draw(st.sets(st.sampled_from(sorted(row.inputs)), max_size=3)) if row.inputs else set()
+    poorer = replace(row, inputs={key: value for key, value in row.inputs.items() if key not in gone})
+    (first, *_) = measure_accuracy({row.source: [poorer]})
+    assert first.used + sum(first.skipped.values()) >= 1
 
 
 def test_rows_without_inputs_are_skipped_with_reasons() -> None:
