@@ -50,7 +50,8 @@ class TrainQuestion:
 def search_train(question: TrainQuestion, *, objective: str = "train", top: int = _TOP) -> list[Plan]:
     """Return the best plans, one for each mesh, best first, each with the reason for its place.
 
-    Meshes of all devices, of one node and of one device are tried, so the answer may be that fewer are enough.
+    Meshes of all devices, of a power of two of them, of one node and of one device are tried, so the answer may be
+    that fewer are enough.
 
     Args:
         objective: "train" for tokens/s, "memory" for the least memory of the fullest device.
@@ -154,8 +155,10 @@ def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layo
 
 
 def _device_counts(question: TrainQuestion) -> tuple[int, ...]:
+    """All devices, the largest power of two of them, which batches divide by more often, one node, one device."""
     topology = question.topology
-    return tuple(sorted({topology.num_devices, topology.devices_per_node, 1}))
+    power = 1 << topology.num_devices.bit_length() - 1
+    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
 
 
 def _best_of_meshes(plans: Iterable[Plan], objective: str) -> list[Plan]:

@@ -144,7 +144,8 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
 
 def _price_all(question: ServeQuestion) -> Iterable[Plan]:
     topology = question.topology
-    counts = sorted({topology.num_devices, topology.devices_per_node, 1})
+    power = 1 << topology.num_devices.bit_length() - 1
+    counts = sorted({topology.num_devices, power, topology.devices_per_node, 1})
     for count in counts:
         for mesh in legal_meshes(question.model, num_devices=count, vocab="ends"):
             if mesh.data <= (question.requests or mesh.data):

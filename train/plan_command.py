@@ -188,7 +188,9 @@ def _describe(
 
 
 def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
-    size = f"{config.run.name}: {param_counts(config.model).total / _GB:.3g} billion parameters"
+    count = param_counts(config.model).total
+    size = f"{config.run.name}: " + (f"{count / _GB:.3g} billion" if count >= _GB else f"{count / 1e6:.3g} million")
+    size += " parameters"
     if _is_serving(args):
         return f"{size} in 16 bit, {args.prompt} tokens read and {args.generate} written for each request"
     return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step"
