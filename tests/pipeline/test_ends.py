@@ -70,7 +70,7 @@ SPECS = {"in": P("pipe"), "out": P(None, "pipe"), "scale": P()}
 FNS = StageFns(first=first, layer=layer, last=last, layers_per_stage=COUNTS, shared_specs=SPECS)
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
+@pytest.mark.parametrize("name", [pytest.param("gpipe", marks=pytest.mark.slow), "1f1b", "zb-h1"])
 def test_ends_of_ones_own_that_run_together_equal_one_device(name: str) -> None:
     mesh, (params, batch) = mesh_of("2x1x4"), arrays()
     schedule = build_schedule(name, num_ranks=4, num_microbatches=3, vocab="split")

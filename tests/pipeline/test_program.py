@@ -132,7 +132,13 @@ def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "vocab"),
-    [("1f1b", "ends"), ("zb-h1", "ends"), ("1f1b", "split"), ("gpipe", "split"), ("interleaved-1f1b", "split")],
+    [
+        ("1f1b", "ends"),
+        ("zb-h1", "ends"),
+        ("1f1b", "split"),
+        pytest.param("gpipe", "split", marks=pytest.mark.slow),
+        pytest.param("interleaved-1f1b", "split", marks=pytest.mark.slow),
+    ],
 )
 def test_program_does_not_grow_with_the_microbatches(schedule: str, vocab: Vocab) -> None:
     few, many = (program(schedule, m, vocab).num_instructions for m in (4, 64))
@@ -146,7 +152,7 @@ def test_other_programs_do_not_grow_either(schedule: str) -> None:
     assert many / few <= 1.05
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved-zb-h1"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved-zb-h1", marks=pytest.mark.slow)])
 def test_program_does_not_grow_with_the_layers(schedule: str) -> None:
     def num_instructions(num_layers: int) -> int:
         step = step_of(schedule, 4, "split", num_layers)
