@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+# A process a core, and each test file in one process: files share what they compile.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test check slow test-cuda golden lock clean
 
@@ -13,7 +15,7 @@ quickstart: $(STAMP)  ## train a small transformer on 8 fake devices
 	@$(BIN)/trellax train configs/quickstart.toml
 
 test: check  ## linters, types and the fast tests: what CI runs
-	@$(PYTEST) -q
+	@$(PYTEST) -q $(PARALLEL)
 
 check: $(STAMP)  ## format, lint, types and the import contract
 	@$(BIN)/ruff format --check .
@@ -22,13 +24,13 @@ check: $(STAMP)  ## format, lint, types and the import contract
 	@$(BIN)/lint-imports
 
 slow: $(STAMP)  ## every test, the slow ones too
-	@$(PYTEST) -q -m ""
+	@$(PYTEST) -q $(PARALLEL) -m ""
 
 test-cuda: $(STAMP)  ## compile for GPUs that are not there; skipped without the extra `cuda`
 	@$(PYTEST) -q -m "" tests/plan/test_cuda.py
 
 golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the diff
-	@GOLDEN=1 $(PYTEST) -q
+	@GOLDEN=1 $(PYTEST) -q $(PARALLEL)
 	@git --no-pager diff --stat -- tests/golden
 
 lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python

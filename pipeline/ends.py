@@ -2,7 +2,8 @@
 
 Alone, the first and last stage run `first` and `last` inside their own actions, with parameters that every rank holds.
 Together, all ranks run them on one microbatch between two actions, each with its part of the parameters: no rank has
-more to hold or to do than another (Yeung et al. 2024, section 4). The executor drives either through the same hooks.
+more to hold or to do than another ("Balancing Pipeline Parallelism with Vocabulary Parallelism", Yeung et al. 2024).
+The executor drives either through the same hooks.
 """
 
 from functools import partial

@@ -15,7 +15,10 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("NPROC", "10")  # threads for eight devices that wait and two cores that work
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+# A cache for each process of pytest-xdist: jax writes entries in place, so another process could read half of one. The
+# processes inherit what the first one sets, hence the second name.
+_CACHES = os.environ.setdefault("TRELLAX_TEST_CACHES", str(ROOT / ".cache" / "jax"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHES}/{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
