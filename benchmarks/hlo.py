@@ -1,12 +1,10 @@
-"""Reads compiled programs and their traces: how many instructions there are, and what was really executed.
+"""What was really executed: traces of compiled programs, and the matrix products in them.
 
 The CPU runtime records an event for every executed instruction, under the instruction's name in the compiled HLO. So
 counting events, times the flops of the matrix products behind each name, measures the executed work. Read `scopes.py`
 next, which sums the durations of events by action.
 """
 
-import math
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -15,25 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\([^)]*\)|\S+) ([\w\-]+)\((.*)$")
-DIMENSIONS = re.compile(r"\[([\d,]*)\]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instruction:
-    """One line of compiled HLO: `%name = type opcode(rest`."""
-
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-    @property
-    def shape(self) -> list[int]:
-        """The dimensions of the result, of the first array if it is a tuple."""
-        return _numbers(DIMENSIONS, self.type)
+from trellax.plan.hlo import Instruction, Program
+from trellax.plan.matmul import matrix_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,45 +27,26 @@ class Execution:
     end_s: float
 
 
-Program = dict[str, dict[str, Instruction]]
-"""Computation name -> instruction name -> instruction."""
-
-
-def parse_program(text: str) -> Program:
-    """Return the instructions of compiled HLO text by computation."""
-    program: Program = {}
-    own: dict[str, Instruction] = {}
-    for line in text.splitlines():
-        if header := COMPUTATION.match(line):
-            own = program.setdefault(header[1], {})
-        elif match := INSTRUCTION.match(line):
-            own[match[1]] = Instruction(name=match[1], type=match[2], opcode=match[3], rest=match[4])
-    return program
-
-
-def count_instructions(text: str) -> int:
-    """Return the number of instructions in all computations of compiled HLO text."""
-    return sum(len(own) for own in parse_program(text).values())
-
-
 def matmul_flops(program: Program) -> dict[str, int]:
-    """Return the flops of one execution of every instruction that holds matrix products, fusions included."""
-    dots = {name: sum(_dot_flops(i, own) for i in own.values()) for name, own in program.items()}
-    fused = {_called(i) for own in program.values() for i in own.values() if i.opcode == "fusion"}
+    """Return the flops of one execution of every instruction that holds matrix products, fusions included.
+
+    Raises:
+        RuntimeError: a library call is named after a product, and its flops are not known.
+    """
+    fused = {name for _, i in program.instructions() if i.opcode == "fusion" for name in i.called()["calls"]}
+    inside = {name: sum(_flops(program, name).values()) for name in fused}
     flops: dict[str, int] = {}
-    for name, own in program.items():
-        if name in fused:
-            continue
-        for instruction in own.values():
-            inside = dots.get(_called(instruction), 0) if instruction.opcode == "fusion" else 0
-            if work := inside + _dot_flops(instruction, own):
-                flops[instruction.name] = work
-    return flops
+    for name in program.computations.keys() - fused:
+        flops |= _flops(program, name)
+        for instruction in program.computations[name].instructions.values():
+            if instruction.opcode == "fusion":
+                flops[instruction.name] = sum(inside[called] for called in instruction.called()["calls"])
+    return {name: work for name, work in flops.items() if work}
 
 
 def instructions_of(program: Program, opcode: str) -> list[Instruction]:
     """Return all instructions of one kind."""
-    return [i for own in program.values() for i in own.values() if i.opcode == opcode]
+    return [instruction for _, instruction in program.instructions() if instruction.opcode == opcode]
 
 
 def count_executions(run: Callable[[], Any]) -> Counter[str]:
@@ -116,21 +78,10 @@ def _trace(run: Callable[[], Any]) -> Iterator[Any]:
                 yield from line.events
 
 
-def _dot_flops(dot: Instruction, own: dict[str, Instruction]) -> int:
-    if dot.opcode == "custom-call" and "matmul" in dot.rest:
-        raise RuntimeError(f"a matrix product in a library call is not counted: {dot.name}")
-    if dot.opcode != "dot":
-        return 0
-    (lhs,) = re.findall(r"%([\w.\-]+)", dot.rest)[:1]
-    contracting = _numbers(re.compile(r"lhs_contracting_dims=\{([\d,]*)\}"), dot.rest)
-    return 2 * math.prod(dot.shape) * math.prod(own[lhs].shape[dim] for dim in contracting)
-
-
-def _called(instruction: Instruction) -> str:
-    match = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
-    return match[1] if match else ""
-
-
-def _numbers(pattern: re.Pattern[str], text: str) -> list[int]:
-    match = pattern.search(text)
-    return [int(number) for number in match[1].split(",") if number] if match else []
+def _flops(program: Program, name: str) -> dict[str, int]:
+    computation = program.computations[name]
+    found = {i.name: matrix_flops(i, computation) for i in computation.instructions.values()}
+    for instruction in computation.instructions.values():
+        if "matmul" in instruction.text("custom_call_target") and not found[instruction.name]:
+            raise RuntimeError(f"a matrix product in a library call is not counted: {instruction.name}")
+    return found

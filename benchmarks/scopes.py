@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from hlo import Execution, Instruction, Program, list_executions, parse_program
+from hlo import Execution, list_executions
 from trellax.pipeline import Action, Schedule, build_schedule
+from trellax.plan.collectives import KINDS
+from trellax.plan.hlo import Instruction, Program
 
 ONCE, UNKNOWN = "once a step", "unknown"
 """Scopes of what runs outside the loop over turns, and of what in it belongs to no action."""
@@ -23,10 +25,7 @@ MAX_SHARE = 0.1
 
 _ACTIONS = {"forward", "backward", "input_grad", "weight_grad"}
 _NAMES = _ACTIONS | {"first", "last", "first_back", "exchange"}
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONTROL = {"conditional", "while", "call"}
-_COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter")
 
 
 def naive_halves(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -60,7 +59,7 @@ def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[st
     Raises:
         RuntimeError: more than a tenth of the loop's time belongs to no action, or two ranks work at once for longer.
     """
-    scopes = {name: scopes_of(parse_program(compiled.as_text())) for name, (compiled, _) in steps.items()}
+    scopes = {name: scopes_of(Program.parse(compiled.as_text())) for name, (compiled, _) in steps.items()}
     traces: dict[str, list[list[Execution]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (compiled, inputs) in steps.items():
@@ -73,13 +72,13 @@ def scopes_of(program: Program) -> dict[str, str]:
 
     One without a name of its own belongs where most of its computation does, or else to what runs that computation.
     """
-    callers = {called: (name, i) for name, own in program.items() for i in own.values() for called in _called(i)}
+    callers = {called: (at.name, i) for at, i in program.instructions() for called in _called(i)}
 
     @cache
     def home(computation: str) -> str:
         if computation not in callers:
             return ONCE
-        names = [_named_scope(i) for i in program[computation].values() if "op_name=" in i.rest]
+        names = [_named_scope(i) for i in program.computations[computation].instructions.values() if i.op_name]
         place, caller = callers[computation]
         (scope, count), *_ = Counter(names).most_common(1) or [(UNKNOWN, 0)]
         if home(place) == ONCE:
@@ -93,31 +92,25 @@ def scopes_of(program: Program) -> dict[str, str]:
         return home(computation) if named == UNKNOWN or home(computation) == ONCE else named
 
     return {
-        i.name: scope_in(name, i)
-        for name, own in program.items()
-        for i in own.values()
-        if i.opcode not in _CONTROL and not _COLLECTIVE.search(i.opcode)
+        i.name: scope_in(at.name, i)
+        for at, i in program.instructions()
+        if i.opcode not in _CONTROL and i.opcode.removesuffix("-start").removesuffix("-done") not in KINDS
     }
 
 
 def count_in_loop(program: Program, counts: Counter[str], opcode: str) -> int:
     """Return how often instructions of one kind ran inside the loop over turns."""
-    called = {name for own in program.values() for i in own.values() for name in _called(i)}
-    return sum(
-        counts[i.name] for name, own in program.items() if name in called for i in own.values() if i.opcode == opcode
-    )
+    called = {name for _, i in program.instructions() for name in _called(i)}
+    return sum(counts[i.name] for at, i in program.instructions() if at.name in called and i.opcode == opcode)
 
 
 def _called(instruction: Instruction) -> list[str]:
-    branches = _BRANCHES.search(instruction.rest)
-    listed = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-    return [*_CALLED.findall(instruction.rest), *listed]
+    return [name for names in instruction.called().values() for name in names]
 
 
 def _named_scope(instruction: Instruction) -> str:
     """The scope in an instruction's own name: an action, an end or both, outermost first."""
-    match = re.search(r'op_name="([^"]*)"', instruction.rest)
-    words = [word for word in re.split(r"[/()]", match[1]) if word in _NAMES] if match else []
+    words = [word for word in re.split(r"[/()]", instruction.op_name) if word in _NAMES]
     return "/".join(list(dict.fromkeys(words))[:2]) or UNKNOWN
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from hlo import count_instructions
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
+from trellax.plan.hlo import Program
 from work_r1 import are_same_bits
 from worker import serve, start_devices
 
@@ -43,7 +43,7 @@ class StepBench:
         return {
             "wall_s": wall_s,
             "cpu_s": cpu_s,
-            "instructions": count_instructions(compiled.as_text()),
+            "instructions": Program.parse(compiled.as_text()).num_instructions,
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from hlo import count_executions, parse_program
+from hlo import count_executions, instructions_of
 from scopes import count_in_loop, time_scopes
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
@@ -28,6 +28,7 @@ from trellax.pipeline import (
     split_transformer,
 )
 from trellax.pipeline.schedules import Vocab
+from trellax.plan.hlo import Program
 from worker import serve, start_devices
 
 CONFIG = ModelConfig(
@@ -80,8 +81,8 @@ class VocabBench:
         """Return the all-reduces that a device runs: in the loop over turns for a microbatch, and once a step."""
         compiled = self._compile("1f1b", vocab, num_microbatches)
         counts = count_executions(lambda: compiled(self.params[vocab], self._batch(num_microbatches)))
-        program = parse_program(compiled.as_text())
-        names = [i.name for own in program.values() for i in own.values() if i.opcode == "all-reduce"]
+        program = Program.parse(compiled.as_text())
+        names = [i.name for i in instructions_of(program, "all-reduce")]
         in_loop = count_in_loop(program, counts, "all-reduce")
         once = sum(counts[name] for name in names) - in_loop
         return {"a_microbatch": in_loop / self.mesh.size / num_microbatches, "once_a_step": once / self.mesh.size}

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hlo import count_executions, instructions_of, matmul_flops, parse_program
+from hlo import count_executions, instructions_of, matmul_flops
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scopes import naive_halves, time_scopes
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
+from trellax.plan.hlo import Program, leaves
 from worker import serve, start_devices
 
 WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8
@@ -55,12 +56,13 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
     inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     jax.block_until_ready(compiled(*inputs))
     counts = count_executions(lambda: compiled(*inputs))
-    program = parse_program(compiled.as_text())
+    program = Program.parse(compiled.as_text())
     flops = matmul_flops(program)
     if lost := [name for name in flops if not counts[name]]:
         raise RuntimeError(f"the trace has no execution of {', '.join(lost)}")
     # The sum of the loss is a scalar; what has dimensions is gradients.
-    gradient_sums = [i.name for i in instructions_of(program, "all-reduce") if i.shape]
+    sums = instructions_of(program, "all-reduce")
+    gradient_sums = [i.name for i in sums if any(array.dims for array in leaves(i.type))]
     permutes = [i.name for i in instructions_of(program, "collective-permute")]
     done = sum(counts[name] * work for name, work in flops.items())
     return {

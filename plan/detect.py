@@ -3,7 +3,7 @@
 import jax
 
 from ..meshes.errors import TargetError
-from .topology import Topology, find_accelerator
+from .topology import Accelerator, Topology, find_accelerator
 
 
 def detect_topology() -> Topology | None:
@@ -12,20 +12,28 @@ def detect_topology() -> Topology | None:
     Devices of one process share a node.
     """
     devices = jax.devices()
-    kind = devices[0].device_kind
-    if devices[0].platform == "cpu":
+    accelerator = match_accelerator(devices[0].device_kind)
+    if devices[0].platform == "cpu" or accelerator is None:
         return None
-    words = kind.removeprefix("NVIDIA ").replace("_", "-").split()
+    return Topology(
+        name=f"this machine: {len(devices)} x {devices[0].device_kind}",
+        accelerator=accelerator,
+        num_devices=len(devices),
+        devices_per_node=min(len(devices), jax.local_device_count()),
+    )
+
+
+def match_accelerator(device_kind: str) -> Accelerator | None:
+    """Return the known accelerator that jax calls by this name, the most specific; None if there is none.
+
+    >>> match_accelerator("NVIDIA H200 141GB HBM3e").key
+    'h200'
+    """
+    words = device_kind.removeprefix("NVIDIA ").replace("_", "-").split()
     for end in range(len(words), 0, -1):
         for name in ("-".join(words[:end]), " ".join(words[:end])):
             try:
-                accelerator = find_accelerator(name)
+                return find_accelerator(name)
             except TargetError:
                 continue
-            return Topology(
-                name=f"this machine: {len(devices)} x {kind}",
-                accelerator=accelerator,
-                num_devices=len(devices),
-                devices_per_node=min(len(devices), jax.local_device_count()),
-            )
     return None

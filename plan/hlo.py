@@ -158,6 +158,21 @@ class Program:
         """Number of lines in all computations."""
         return sum(len(computation.instructions) for computation in self.computations.values())
 
+    def in_loops(self) -> set[str]:
+        """Return the names of the computations that some loop runs, in its body or below."""
+        called = {
+            name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
+            for name, computation in self.computations.items()
+        }
+        left = [one for _, i in self.instructions() if i.opcode == "while" for one in i.called()["body"]]
+        found: set[str] = set()
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += called[name]
+        return found
+
     def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
         """Yield every instruction with the computation it is in."""
         for computation in self.computations.values():

@@ -84,7 +84,7 @@ def device_bytes(tree: Any) -> int:
 
 def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
     """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
-    inside = _inside_loops(program)
+    inside = program.in_loops()
     loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
     outer = [array for is_inside, loop in loops if not is_inside for array in _carried(program, loop)]
     left = Counter(_plain(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
@@ -118,22 +118,6 @@ def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:
             left[array] -= 1
         else:
             yield array
-
-
-def _inside_loops(program: Program) -> set[str]:
-    """The computations that some loop runs."""
-    called = {
-        name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
-        for name, computation in program.computations.items()
-    }
-    left = [body for _, i in program.instructions() if i.opcode == "while" for body in i.called()["body"]]
-    found: set[str] = set()
-    while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            left += called[name]
-    return found
 
 
 def _shard_shape(leaf: Any) -> tuple[int, ...]:

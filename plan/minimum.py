@@ -8,13 +8,10 @@ A pipeline boundary takes an activation forward and its gradient back. The vocab
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from ..layers import ModelConfig, param_counts
 from ..meshes import AXES, MeshSpec
-
-Vocabulary = Literal["replicated", "pipe"]
-"""Where embedding and head live beside tensor: a copy on every pipeline rank, or split over the ranks."""
+from ..pipeline.schedules import Vocab
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -35,7 +32,7 @@ class StepSizes:
     num_tokens: int
     num_chunks: int = 1
     layers_per_stage: tuple[int, ...] | None = None
-    vocabulary: Vocabulary = "replicated"
+    vocab: Vocab = "ends"
 
     @property
     def boundary(self) -> int:
@@ -113,7 +110,7 @@ def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple
     """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
-    is_copied = sizes.vocabulary == "replicated"
+    is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     num_first = sizes.boundary * runs  # x of the embedding, summed over the slices of the table
     num_last = num_first + 3 * sizes.tokens * _FLOAT32 * runs  # dy of the head; maximum, normaliser, target logit
     if is_copied:

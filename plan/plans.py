@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..layers import ModelConfig
+from ..pipeline.schedules import Vocab
 from .inference_time import InferenceTime
 from .layouts import Layout
 from .memory_model import MemoryUse
@@ -71,7 +72,7 @@ class Plan:
         return found
 
 
-def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int) -> dict[str, float]:
+def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vocab) -> dict[str, float]:
     """Return the bytes that the busiest device sends in a training step, by mesh axes."""
     sizes = StepSizes(
         model=model,
@@ -81,7 +82,7 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int) -> dict
         num_tokens=num_tokens,
         num_chunks=layout.chunks,
         layers_per_stage=stage_layers(model, layout),
-        vocabulary="pipe" if layout.pipe > 1 else "replicated",
+        vocab=vocab,
     )
     return minimum_bytes(sizes)
 

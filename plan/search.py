@@ -96,7 +96,9 @@ def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
     actions = 6 * layout.pipe**2 * layout.chunks
     how: Clockwork = "simulate" if actions <= _SIMULATED_ACTIONS else "screen"
     priced = _price(question, layout, how=how, layer=None, memory=memory)
-    return replace(priced, traffic_bytes=step_traffic(question.model, layout=layout, num_tokens=question.num_tokens))
+    vocab = question.program.vocab
+    traffic = step_traffic(question.model, layout=layout, num_tokens=question.num_tokens, vocab=vocab)
+    return replace(priced, traffic_bytes=traffic)
 
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:

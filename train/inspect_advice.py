@@ -91,7 +91,7 @@ def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
         num_microbatches=num_microbatches,
         num_sequences=num_sequences,
         layers_per_stage=layers,
-        vocabulary="pipe" if is_piped and config.pipeline.vocab == "split" else "replicated",
+        vocab=config.pipeline.vocab,
     )
 
 
@@ -101,7 +101,7 @@ class _Estimate:
     def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
         # Every rank has room for as many layers a stage as the largest has.
         room = sizes.num_layer_slots
-        parts = mesh.pipe if sizes.vocabulary == "pipe" else 1
+        parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
         self.num_params = room * block_params(config.model, tensor=mesh.tensor) + table / parts + rest
         self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)

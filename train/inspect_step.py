@@ -99,7 +99,7 @@ def step_sizes(setup: Setup) -> StepSizes:
         num_tokens=config.data.seq_len,
         num_chunks=setup.num_chunks,
         layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
-        vocabulary="pipe" if mesh.pipe > 1 and config.pipeline.vocab == "split" else "replicated",
+        vocab=config.pipeline.vocab,
     )
 
 

@@ -12,8 +12,9 @@ import jax
 import pytest
 from trellax.pipeline import build_schedule, pipeline_grads
 from trellax.pipeline.schedules import Vocab
+from trellax.plan.hlo import Program
 
-from .hlo import Collective, Program
+from .hlo import Collective, collectives_of
 from .law import Step, mesh_of, pipeline_step, small_model
 
 NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS = 1
@@ -58,7 +59,7 @@ def compiled(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Any
 
 @cache
 def program(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Program:
-    return Program(compiled(schedule, num_microbatches, vocab).as_text())
+    return Program.parse(compiled(schedule, num_microbatches, vocab).as_text())
 
 
 def crosses_data(collective: Collective) -> bool:
@@ -70,14 +71,13 @@ def crosses_data(collective: Collective) -> bool:
 @every_schedule
 def test_nothing_crosses_data_inside_the_loop_over_turns(schedule: str, vocab: Vocab) -> None:
     found = program(schedule, 4, vocab)
-    in_loops = found.in_loops()
-    assert [c for c in found.collectives() if c.computation in in_loops and crosses_data(c)] == []
+    assert [c for c in collectives_of(found) if c.is_in_loop and crosses_data(c)] == []
 
 
 @either_vocabulary
 @every_schedule
 def test_every_gradient_is_summed_over_data_exactly_once(schedule: str, vocab: Vocab) -> None:
-    sums = [c for c in program(schedule, 4, vocab).collectives() if crosses_data(c)]
+    sums = [c for c in collectives_of(program(schedule, 4, vocab)) if crosses_data(c)]
     num_gradients = len(jax.tree.leaves(step_of(schedule, 4).params))
     assert {c.kind for c in sums} == {"all-reduce"}
     assert sum(c.num_arrays for c in sums) == num_gradients + NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS
@@ -86,7 +86,7 @@ def test_every_gradient_is_summed_over_data_exactly_once(schedule: str, vocab: V
 @every_schedule
 def test_gradients_are_summed_in_two_all_reduces(schedule: str) -> None:
     """One of the stages' over data, one of what the pipe shares over pipe and data."""
-    sums = [c for c in program(schedule, 4).collectives() if crosses_data(c)]
+    sums = [c for c in collectives_of(program(schedule, 4)) if crosses_data(c)]
     assert sorted(c.groups for c in sums) == [((0, 2), (1, 3), (4, 6), (5, 7)), ((0, 2, 4, 6), (1, 3, 5, 7))]
 
 
@@ -94,31 +94,28 @@ def test_gradients_are_summed_in_two_all_reduces(schedule: str) -> None:
 def test_tensor_ranks_talk_inside_the_loop(schedule: str) -> None:
     """The reading of loops works: what must be there is found there."""
     found = program(schedule, 4)
-    in_loops = found.in_loops()
-    pairs = {c.groups for c in found.collectives() if c.kind == "all-reduce" and c.computation in in_loops}
+    pairs = {c.groups for c in collectives_of(found) if c.kind == "all-reduce" and c.is_in_loop}
     assert pairs == {((0, 1), (2, 3), (4, 5), (6, 7))}
 
 
 def test_halves_sum_over_tensor_as_often_as_a_whole_backward() -> None:
     def num_sums(schedule: str) -> int:
         found = program(schedule, 4)
-        in_loops = found.in_loops()
-        return sum(c.num_arrays for c in found.collectives() if c.kind == "all-reduce" and c.computation in in_loops)
+        return sum(c.num_arrays for c in collectives_of(found) if c.kind == "all-reduce" and c.is_in_loop)
 
     assert num_sums("zb-h1") == num_sums("1f1b")
 
 
 @every_schedule
 def test_activations_and_gradients_pass_between_neighbours_alone(schedule: str) -> None:
-    permutes = [c.groups for c in program(schedule, 4).collectives() if c.kind == "collective-permute"]
+    permutes = [c.groups for c in collectives_of(program(schedule, 4)) if c.kind == "collective-permute"]
     assert sorted(permutes) == [((0, 4), (1, 5), (2, 6), (3, 7)), ((4, 0), (5, 1), (6, 2), (7, 3))]
 
 
 def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None:
     found = program("1f1b", 4, "split")
-    in_loops = found.in_loops()
     over_pipe = ((0, 4), (1, 5), (2, 6), (3, 7))
-    sums = [c for c in found.collectives() if c.computation in in_loops and c.groups == over_pipe]
+    sums = [c for c in collectives_of(found) if c.is_in_loop and c.groups == over_pipe]
     # What enters the first stage, what left the last, and the gradients of both; of the loss three of [b, T] each:
     # the maximum, and the normalizer with the target's logit.
     assert sum(c.num_arrays for c in sums if c.kind == "all-reduce") == 4 + 3
@@ -127,7 +124,7 @@ def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None
 @either_vocabulary
 @every_schedule
 def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
-    assert {c.kind for c in program(schedule, 4, vocab).collectives()} == {"all-reduce", "collective-permute"}
+    assert {c.kind for c in collectives_of(program(schedule, 4, vocab))} == {"all-reduce", "collective-permute"}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +154,7 @@ def test_program_does_not_grow_with_the_layers(schedule: str) -> None:
     def num_instructions(num_layers: int) -> int:
         step = step_of(schedule, 4, "split", num_layers)
         text: Any = jax.jit(step.run).lower(step.params, step.batch).compile().as_text()
-        return Program(text).num_instructions
+        return Program.parse(text).num_instructions
 
     assert num_instructions(96) / num_instructions(12) <= 1.05
 

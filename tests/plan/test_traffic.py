@@ -146,12 +146,12 @@ def test_minimum_of_interleaved_chunks_counts_every_boundary() -> None:
 
 def test_vocabulary_over_pipe_moves_its_gradients_to_data_and_its_sums_to_pipe() -> None:
     copied = step_sizes(setup_of("2x2x2"))
-    split = minimum_bytes(replace(copied, vocabulary="pipe"))
+    split = minimum_bytes(replace(copied, vocab="split"))
     table, whole = vocabulary_params(copied.model, tensor=2)
     x, loss = X // 2, LOSS // 2
     assert split["data"] == minimum_bytes(copied)["data"] + 4 * (whole + table / 2)
     assert "pipe+data" not in split
-    merged = minimum_bytes(replace(copied, vocabulary="pipe"), merged_sums=2)
+    merged = minimum_bytes(replace(copied, vocab="split"), merged_sums=2)
     assert merged["pipe+tensor"] == M * (2 * x + 3 * loss) * 1.5
     assert merged["pipe"] == minimum_bytes(copied)["pipe"] + M * 2 * x
     assert sum(merged.values()) < sum(split.values())
