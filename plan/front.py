@@ -19,7 +19,10 @@ def pareto_front(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def draw_front(plans: Sequence[Plan], *, limit_bytes: float, title: str) -> bytes:
-    """Return a PNG of all plans as points, the front as a line, and the memory limit."""
+    """Return a PNG of all plans as points, the front as a line, and the memory limit.
+
+    Time is that of a training step, or of a decoded token.
+    """
     # matplotlib takes half a second to import, and few calls draw.
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
@@ -37,7 +40,7 @@ def draw_front(plans: Sequence[Plan], *, limit_bytes: float, title: str) -> byte
     )
     for plan in _spread(front):
         axes.annotate(
-            f"{name_layout(plan.layout)}, remat {plan.layout.remat}",
+            name_layout(plan.layout) + (f", remat {plan.layout.remat}" if plan.step else ""),
             (plan.time_s, plan.memory.total / _GB),
             xytext=(5, 5),
             textcoords="offset points",
@@ -47,7 +50,7 @@ def draw_front(plans: Sequence[Plan], *, limit_bytes: float, title: str) -> byte
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
-    axes.set_xlabel("seconds a step")
+    axes.set_xlabel("seconds a step" if any(plan.step for plan in plans) else "seconds a token")
     axes.set_ylabel("GB on the fullest device")
     axes.set_title(title)
     axes.legend(fontsize=8, loc="upper right")

@@ -29,6 +29,9 @@ class ServeQuestion:
     """What is to be served where: `requests` at a time, each with `prompt` tokens read and `generated` written.
 
     With `requests=0` every layout serves as many as it can hold, up to 4,096.
+
+    Raises:
+        PlanError: fewer than one token, or a negative number of requests.
     """
 
     model: ModelConfig
@@ -37,6 +40,11 @@ class ServeQuestion:
     prompt: int = 512
     generated: int = 128
     server: Server = COMPILED
+
+    def __post_init__(self) -> None:
+        for name, least in (("requests", 0), ("prompt", 1), ("generated", 1)):
+            if getattr(self, name) < least:
+                raise PlanError(f"{name}={getattr(self, name)} is below {least}.", fix=f"give {least} or more.")
 
     @property
     def memory_limit(self) -> float:
@@ -55,13 +63,23 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
         PlanError: nothing fits, with what would.
     """
     asked = replace(question, requests=1) if objective == "latency" else question
-    plans = [plan for plan in _price_all(asked) if plan.memory.total <= asked.memory_limit]
-    if not plans:
-        raise _nothing_fits(asked)
+    plans = screen_serving(asked)
     if objective == "balanced":
         return explain_plans(balance_plans(asked, plans)[:top], objective="balanced")
     plans.sort(key=lambda plan: _rank(plan, objective))
     return explain_plans(plans[:top], objective=objective)
+
+
+def screen_serving(question: ServeQuestion) -> list[Plan]:
+    """Return the plan of every mesh that fits, in no order.
+
+    Raises:
+        PlanError: nothing fits, with what would.
+    """
+    plans = [plan for plan in _price_all(question) if plan.memory.total <= question.memory_limit]
+    if not plans:
+        raise _nothing_fits(question)
+    return plans
 
 
 def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:

@@ -7,10 +7,20 @@ accelerators are in `topologies.toml`, each with its source. Read `collective_ti
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from ..meshes.errors import TargetError, suggest
 
@@ -129,30 +139,67 @@ def find_accelerator(name: str) -> Accelerator:
 
 @lru_cache
 def _accelerators() -> dict[str, Accelerator]:
-    tables = tomllib.loads(_DATA.read_text())["accelerators"]
     found = {}
-    for key, table in tables.items():
+    for key, table in _tables().items():
         accelerator = _make_accelerator(key, table)
         for name in (key, table["name"], *table.get("aliases", ())):
             found[name.lower()] = accelerator
     return found
 
 
+@lru_cache
+def _tables() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(_DATA.read_text())["accelerators"]
+
+
+class _Peaks(BaseModel):
+    """Dense matrix peaks in 10^12 flops/s; 0 where a device has no such units."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    bfloat16: PositiveFloat
+    float32: PositiveFloat
+    float16: NonNegativeFloat = 0
+    float8: NonNegativeFloat = 0
+
+
+class _Figures(BaseModel):
+    """The table of an accelerator in a file, as `topologies.toml` writes it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    aliases: list[str] = []
+    tflops: _Peaks
+    memory_bytes: PositiveInt
+    memory_gb_per_s: PositiveFloat
+    cores: PositiveInt
+    matmul_share: float = Field(gt=0, le=1)
+    link: Literal["nvlink", "pcie", "ici", "xgmi"]
+    link_gb_per_s: PositiveFloat
+    devices_per_node: PositiveInt
+    network_gb_per_s: PositiveFloat
+    curve: str = ""
+    source: str = "the user's own file"
+    notes: str = ""
+
+
 def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
+    figures = _Figures.model_validate(table)
     return Accelerator(
         key=key,
-        name=table["name"],
-        flops_per_s={dtype: 1e12 * peak for dtype, peak in table["tflops"].items()},
-        memory_bytes=int(table["memory_bytes"]),
-        memory_bytes_per_s=_GIGA * table["memory_gb_per_s"],
-        cores=table["cores"],
-        matmul_share=table["matmul_share"],
-        link=table["link"],
-        link_bytes_per_s=_GIGA * table["link_gb_per_s"],
-        devices_per_node=table["devices_per_node"],
-        network_bytes_per_s=_GIGA * table["network_gb_per_s"],
-        curve=table.get("curve", ""),
-        source=table["source"],
+        name=figures.name,
+        flops_per_s={dtype: 1e12 * peak for dtype, peak in figures.tflops},
+        memory_bytes=figures.memory_bytes,
+        memory_bytes_per_s=_GIGA * figures.memory_gb_per_s,
+        cores=figures.cores,
+        matmul_share=figures.matmul_share,
+        link=figures.link,
+        link_bytes_per_s=_GIGA * figures.link_gb_per_s,
+        devices_per_node=figures.devices_per_node,
+        network_bytes_per_s=_GIGA * figures.network_gb_per_s,
+        curve=figures.curve,
+        source=figures.source,
     )
 
 
@@ -166,34 +213,39 @@ def _read_file(path: Path) -> Topology:
             raise TargetError(
                 f"topology {path} has no key {key!r}.", fix='start with accelerator = "h100", devices = 8.'
             )
-    given = table["accelerator"]
+    given = table.pop("accelerator")
+    devices, node = _read_count(path, table, "devices"), _read_count(path, table, "devices_per_node")
+    known: Mapping[str, Any] = given if isinstance(given, dict) else _tables()[find_accelerator(str(given)).key]
     try:
-        accelerator = _make_accelerator(path.stem, given) if isinstance(given, dict) else find_accelerator(given)
-        accelerator = _override(accelerator, table)
-    except KeyError as error:
-        raise TargetError(
-            f"topology {path}: its [accelerator] has no {error}.",
-            fix="give every figure that plan/topologies.toml gives, or the name of a known accelerator.",
-        ) from error
-    devices = table["devices"]
-    node = table.get("devices_per_node", min(devices, accelerator.devices_per_node))
+        accelerator = _make_accelerator(path.stem if isinstance(given, dict) else str(given), known | table)
+    except ValidationError as error:
+        raise _explain(path, error) from None
+    node = node or min(devices, accelerator.devices_per_node)
     return Topology(name=path.stem, accelerator=accelerator, num_devices=devices, devices_per_node=node)
 
 
-def _override(accelerator: Accelerator, table: Mapping[str, Any]) -> Accelerator:
-    """The accelerator with the figures that the file sets beside its name."""
-    names = {field.name for field in fields(Accelerator)}
-    changes: dict[str, Any] = {}
-    for key, value in table.items():
-        own = key.replace("_gb_per_s", "_bytes_per_s")
-        if key in ("accelerator", "devices", "devices_per_node"):
-            continue
-        if own not in names:
-            raise TargetError(
-                f"topology key {key!r} is not known.{suggest(key, names)}", fix="see plan/topologies.toml."
-            )
-        changes[own] = _GIGA * value if own != key else value
-    return replace(accelerator, **changes)
+def _read_count(path: Path, table: dict[str, Any], key: str) -> int:
+    """A number of devices, taken out of the table; 0 where it is left out."""
+    count = table.pop(key, 0)
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TargetError(f"topology {path}: {key}={count!r} is not a whole number.", fix=f"write {key} = 8, say.")
+    return count
+
+
+def _explain(path: Path, error: ValidationError) -> TargetError:
+    """All that is wrong with a file's figures."""
+    own = {"missing": "is not given", "model_type": "is a table, such as { bfloat16 = 989, float32 = 67 }"}
+    lines = []
+    for one in error.errors():
+        key = ".".join(map(str, one["loc"]))
+        what = own.get(one["type"], one["msg"].lower())
+        if one["type"] == "extra_forbidden":
+            what = f"is no figure of an accelerator.{suggest(key, _Figures.model_fields)}"
+        lines.append(f"\n  {key}: {what}")
+    return TargetError(
+        f"topology {path}: {len(lines)} of its figures cannot be used.{''.join(lines)}",
+        fix="see plan/topologies.toml, which describes every known accelerator in these keys.",
+    )
 
 
 def _divisor(topology: Topology) -> int:

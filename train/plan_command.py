@@ -19,7 +19,7 @@ from ..plan.layouts import Layout
 from ..plan.plans import Plan
 from ..plan.program import TRELLAX
 from ..plan.search import TrainQuestion, price_layout, screen_train, search_train
-from ..plan.serving_search import ServeQuestion, search_serving
+from ..plan.serving_search import ServeQuestion, screen_serving, search_serving
 from ..plan.tables import align
 from ..plan.topology import Topology, read_topology
 from .config import RunConfig
@@ -58,8 +58,9 @@ def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
     else:
         print(_describe(config, plans, diagnoses, topology, args))
     if args.png:
+        shown = screen_serving(_serving(question, args)) if _is_serving(args) else screen_train(question)
         title = f"{config.run.name} on {topology.name}"
-        _write_bytes(args.png, draw_front(screen_train(question), limit_bytes=question.memory_limit, title=title))
+        _write_bytes(args.png, draw_front(shown, limit_bytes=question.memory_limit, title=title))
     if args.write:
         _write_bytes(args.write, write_plan(args.config, plans[0].layout).encode())
     return 0
@@ -146,15 +147,18 @@ def _plans(config: RunConfig, question: TrainQuestion, args: argparse.Namespace)
         return [replace(plan, why="the config as it stands.")]
     if not _is_serving(args):
         return search_train(question, objective=args.objective)
-    serving = ServeQuestion(
-        model=replace(config.model, dtype="bfloat16"),
+    return search_serving(_serving(question, args), objective=args.objective)
+
+
+def _serving(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion:
+    return ServeQuestion(
+        model=replace(question.model, dtype="bfloat16"),
         topology=question.topology,
-        requests=args.requests,
+        requests=1 if args.objective == "latency" else args.requests,
         prompt=args.prompt,
         generated=args.generate,
         server=COMPILED,
     )
-    return search_serving(serving, objective=args.objective)
 
 
 def _numbers(

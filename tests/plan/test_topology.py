@@ -47,3 +47,23 @@ def test_mistake_is_told(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TargetError) as caught:
         read_topology(MISTAKES[name])
     golden(f"errors/topology_{name}.txt", str(caught.value))
+
+
+FILES = {
+    "text_for_devices": 'accelerator = "h100"\ndevices = "8"',
+    "figures": 'accelerator = "h100"\ndevices = 8\nmemory_gb_per_s = "fast"\nmemory_bytes = -1\nlinks = "x"\nlink = ""',
+    "own_table": 'devices = 8\n[accelerator]\nname = "X"\ntflops = 3',
+    "no_devices": 'accelerator = "h100"',
+    "not_toml": "accelerator: h100",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mistake_in_a_file_is_told(
+    name: str, tmp_path: Path, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(FILES[name])
+    with pytest.raises(TargetError) as caught:
+        read_topology("mine.toml")
+    golden(f"errors/topology_file_{name}.txt", str(caught.value))

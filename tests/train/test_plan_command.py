@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from trellax.train import check_run, load_config
 from trellax.train.cli import main
+from trellax.train.config_file import PACKAGED_CONFIGS
 
 ASK = "plan llama3-8b-8gpu --topology h100x8"
 
@@ -23,6 +24,7 @@ MISTAKES = {
     "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
     "write_serving": f"{ASK} --objective latency --write x.toml",
     "no_folder": f"{ASK} --png nowhere/x.png",
+    "no_prompt": f"{ASK} --objective latency --prompt 0",
 }
 
 
@@ -59,6 +61,27 @@ def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.Captur
     assert file.read_text().splitlines()[0].startswith("#")
 
 
+def test_written_config_drops_what_belongs_to_the_old_stages(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    uneven, planned = tmp_path / "uneven.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    uneven.write_text(text.replace("[pipeline]", "[pipeline]\nlayers_per_stage = [20, 12]"))
+    ask(f"plan {uneven} --topology h100x8 --write {planned}", capsys)
+    check_run(load_config(planned), num_devices=8)
+
+
+def test_config_with_inline_sections_is_refused_rather_than_broken(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    inline, planned = tmp_path / "inline.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    inline.write_text("mesh = { tensor = 4, pipe = 2 }\n" + text.replace("[mesh]\ntensor = 4\npipe = 2\n", ""))
+    assert main(f"plan {inline} --topology h100x8 --write {planned}".split()) == 2
+    golden("errors/plan_command_inline.txt", capsys.readouterr().err.replace(str(tmp_path), "..."))
+    assert not planned.exists()
+
+
 def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = json.loads(ask("plan llama3-8b-8gpu --topology a100-pciex8 --this --json", capsys))
     (plan,) = numbers["plans"]
@@ -66,9 +89,10 @@ def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.Capture
     assert "tensor-over-pcie" in {diagnosis["name"] for diagnosis in numbers["diagnoses"]}
 
 
-def test_picture_is_a_png(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["train", "throughput"])
+def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "front.png"
-    ask(f"{ASK} --png {file}", capsys)
+    ask(f"{ASK} --objective {objective} --png {file}", capsys)
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
