@@ -215,7 +215,7 @@ def _read_file(path: Path) -> Topology:
             )
     given = table.pop("accelerator")
     devices, node = _read_count(path, table, "devices"), _read_count(path, table, "devices_per_node")
-    known: Mapping[str, Any] = given if isinstance(given, dict) else _tables()[find_accelerator(str(given)).key]
+    known: dict[str, Any] = given if isinstance(given, dict) else _tables()[find_accelerator(str(given)).key]
     try:
         accelerator = _make_accelerator(path.stem if isinstance(given, dict) else str(given), known | table)
     except ValidationError as error:

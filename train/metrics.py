@@ -44,9 +44,9 @@ class MetricsLog:
         line = {"step": step} | {name: _finite(value) for name, value in given.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name in given:
-            if line[name] is not None:
-                self._board.add_scalar(name, line[name], step)
+        for name, value in given.items():
+            if _finite(value) is not None:
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish both files."""
