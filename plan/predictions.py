@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import cast
 
-from ..pipeline.schedules import simulate
+from ..pipeline.schedules import StageCost, simulate
 from .collective_time import CollectiveKind, collective_time_s, make_group
 from .efficiency import matmul_time_s
 from .layer_time import layer_time
+from .megatron_order import qi_bubble
 from .memory_model import fullest, step_memory
 from .pipeline_time import plan_schedule
 from .published import PublishedRow
@@ -140,22 +141,22 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
     inputs = row.inputs
     if "tf_ms" not in inputs:
         raise RowSkippedError("times of the stages are not stated")
-    ranks, chunks = inputs["pp"], (inputs["layers"] + 2) // inputs["pp"]
+    ranks, transfer = inputs["pp"], inputs.get("tcomm_ms", 0.0)
     costs = {name: inputs[key] for name, key in zip(_PASSES, ("tf_ms", "tb_ms", "tw_ms"), strict=True)}
     found = []
     for key, name in _BUBBLES.items():
         if key not in row.outputs:
             continue
+        chunks = (inputs["layers"] + 2) // ranks if name.startswith("interleaved") else 1
         schedule = plan_schedule(
-            name,
-            num_ranks=ranks,
-            num_microbatches=inputs["num_microbatches"],
-            num_chunks=chunks if name.startswith("interleaved") else 1,
-            clock="async",
+            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, clock="async"
         )
-        timing = simulate(schedule, clock="async", transfer=inputs.get("tcomm_ms", 0.0), **costs)
-        quantity = f"bubble {name}"
-        found.append(Prediction(quantity=quantity, measured=row.outputs[key], predicted=timing.bubble_fraction))
+        if chunks > 1:
+            stage = StageCost(**{name: cost / chunks for name, cost in costs.items()})
+            predicted = qi_bubble(schedule, stage=stage, transfer=transfer)
+        else:
+            predicted = simulate(schedule, clock="async", transfer=transfer, **costs).bubble_fraction
+        found.append(Prediction(quantity=f"bubble {name}", measured=row.outputs[key], predicted=predicted))
     return found
 
 
