@@ -24,7 +24,7 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
     counted = activation_bytes(
         model, num_sequences=layout.sequences, num_tokens=num_tokens, tensor=layout.tensor, remat=remat
     )
-    halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.schedule.endswith("zb-h1") else 0.0
+    halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.is_backward_split else 0.0
     return (counted.layer + halves) / layout.context
 
 

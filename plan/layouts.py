@@ -20,7 +20,8 @@ class Layout:
 
     `sequences` are those of one microbatch on one data shard. `zero` splits over data: 0 nothing, 1 the optimizer
     state, 3 parameters and gradients too (with the `fsdp` axis that is always so). `context` splits each sequence.
-    `layers_per_stage` None stands for stages as even as can be.
+    `layers_per_stage` None stands for stages as even as can be. `max_in_flight` limits the microbatches that a rank
+    holds under schedule "auto"; None is no limit.
     """
 
     data: int = 1
@@ -35,6 +36,7 @@ class Layout:
     remat: PlanRemat = "none"
     zero: Literal[0, 1, 3] = 0
     layers_per_stage: tuple[int, ...] | None = None
+    max_in_flight: int | None = None
 
     @property
     def mesh(self) -> MeshSpec:
@@ -55,6 +57,11 @@ class Layout:
     def batch_size(self) -> int:
         """Sequences of one step."""
         return self.replicas * self.microbatches * self.sequences
+
+    @property
+    def is_backward_split(self) -> bool:
+        """Whether backwards run in two halves; of what "auto" may choose, the best nearly always does."""
+        return self.schedule.endswith("zb-h1") or self.schedule == "auto"
 
     @property
     def num_stages(self) -> int:

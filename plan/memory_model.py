@@ -13,7 +13,7 @@ from .activations import boundary_bytes, layer_activation_bytes
 from .data_time import device_params
 from .layouts import Layout
 from .operations import item_bytes
-from .pipeline_time import plan_schedule
+from .pipeline_time import AutoTerms, auto_terms, is_auto_built_whole, plan_schedule
 from .program import TRELLAX, Program
 from .stage_time import stage_layers
 
@@ -55,6 +55,7 @@ def step_memory(
         num_chunks=layout.chunks,
         clock=program.clock,
         vocab=program.vocab,
+        auto=auto_terms(model, layout=layout, num_tokens=num_tokens, vocab=program.vocab),
     )
     return tuple(
         _rank_memory(
@@ -77,12 +78,19 @@ def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:
 
 @lru_cache(maxsize=4096)
 def peak_in_flight(
-    schedule: str, *, num_ranks: int, num_microbatches: int, num_chunks: int, clock: Clock, vocab: Vocab
+    schedule: str,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int,
+    clock: Clock,
+    vocab: Vocab,
+    auto: AutoTerms | None = None,
 ) -> tuple[int, ...]:
     """Return the microbatches of a chunk that each rank holds at its peak.
 
-    More than a few microbatches a rank change nothing but for gpipe, which holds all. In lockstep one program holds
-    the largest number everywhere, and for schedules of a formula (see their files) no grid is built.
+    More than a few microbatches a rank change nothing but for gpipe, which holds all, and auto, which may. In lockstep
+    one program holds the largest number everywhere, and for schedules of a formula (see their files) no grid is built.
     """
     if num_ranks == 1:
         return (1,)
@@ -98,10 +106,12 @@ def peak_in_flight(
         }[schedule]
         return (min(everything, most),) * num_ranks
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
-    grid = plan_schedule(
-        schedule, num_ranks=num_ranks, num_microbatches=few, num_chunks=num_chunks, clock=clock, vocab=vocab
-    )
-    peaks = simulate(grid, clock=clock).peak_in_flight
+    if is_auto_built_whole(schedule, num_stages=num_ranks * num_chunks, num_microbatches=num_microbatches):
+        few = num_microbatches
+    sizes = {"num_ranks": num_ranks, "num_microbatches": few, "num_chunks": num_chunks}
+    peaks = simulate(plan_schedule(schedule, **sizes, clock=clock, vocab=vocab, auto=auto), clock=clock).peak_in_flight
+    if schedule == "auto" and max(peaks) == few * num_chunks:
+        return (everything,) * num_ranks
     return peaks if clock == "async" else (max(peaks),) * num_ranks
 
 

@@ -10,7 +10,7 @@ from ..layers import ModelConfig, flops_per_token
 from .data_time import DataTime, data_time
 from .layer_time import LayerTime, layer_time
 from .layouts import Layout
-from .pipeline_time import pipeline_time_s
+from .pipeline_time import AutoTerms, auto_terms, pipeline_time_s
 from .program import TRELLAX, Program
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
 from .topology import Topology
@@ -56,7 +56,8 @@ def step_time(
         layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     layers = stage_layers(model, layout)
-    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, pipeline=pipeline)
+    auto = auto_terms(model, layout=layout, num_tokens=num_tokens, vocab=program.vocab)
+    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, pipeline=pipeline, auto=auto)
     of_rank = sum(layers[:: layout.pipe])
     data = data_time(model, layout=layout, program=program, topology=topology, num_layers=of_rank)
     hiding = of_rank * layer.backward
@@ -85,6 +86,7 @@ def _pipeline_s(
     layout: Layout,
     program: Program,
     pipeline: PipelineClock,
+    auto: AutoTerms | None,
 ) -> tuple[float, float]:
     """Seconds of the pipeline, and those in which the mean rank is at work."""
     stages = stage_times(layer, layers=layers, ends=ends, program=program)
@@ -97,6 +99,7 @@ def _pipeline_s(
         vocab=program.vocab,
         transfer=ends.hop if program.clock == "lockstep" or program.pipe_overlap == "on" else 0.0,
         shared_loss=ends.shared_loss,
+        auto=auto,
     )
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
     return pipeline_s, busy

@@ -90,13 +90,14 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         data=mesh.data,
         tensor=mesh.tensor,
         pipe=mesh.pipe,
-        schedule="1f1b" if pipeline.schedule == "auto" else pipeline.schedule,
+        schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
         microbatches=pipeline.microbatches,
         sequences=config.train.batch_size // shards,
         remat=pipeline.remat,
         zero=1 if config.optimizer.zero == "on" else 0,
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
+        max_in_flight=pipeline.max_in_flight or None,
     )
 
 

@@ -1,8 +1,13 @@
 """Pipelines of many microbatches: a few simulated and the rest continued give what simulating all gives."""
 
 import pytest
+from trellax.pipeline import build_schedule
 from trellax.pipeline.schedules import Clock, StageCost, simulate
-from trellax.plan.pipeline_time import pipeline_time_s, plan_schedule, screen_pipeline_s
+from trellax.plan.layouts import Layout
+from trellax.plan.megatron_order import megatron_interleaved, qi_bubble
+from trellax.plan.pipeline_time import AutoTerms, auto_terms, pipeline_time_s, plan_schedule, screen_pipeline_s
+
+from .models import GPT2
 
 NAMES = [("1f1b", 1), ("zb-h1", 1), ("gpipe", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3)]
 
@@ -36,3 +41,36 @@ def test_closed_form_is_exact_on_equal_stages_without_transfer(name: str, chunks
 def test_one_rank_has_no_bubble() -> None:
     stages = [StageCost(forward=1.0, input_grad=2.0, weight_grad=3.0)]
     assert pipeline_time_s(stages, schedule="1f1b", num_ranks=1, num_microbatches=5, clock="lockstep") == 30
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("clock", ["async", "lockstep"])
+def test_auto_is_priced_as_what_training_builds(limit: int | None, clock: Clock) -> None:
+    stages, sizes = uneven(4), {"num_ranks": 4, "num_microbatches": 16}
+    layout = Layout(pipe=4, microbatches=16, schedule="auto", max_in_flight=limit)
+    terms = auto_terms(GPT2, layout=layout, num_tokens=1024, vocab="split")
+    assert terms is not None
+    built = build_schedule("auto", **sizes, clock=clock, vocab="split", max_in_flight=limit, stages=terms.stages)
+    whole = simulate(built, clock=clock, stages=stages, transfer=0.05)
+    more = {"clock": clock, "vocab": "split", "transfer": 0.05}
+    assert pipeline_time_s(stages, schedule="auto", **sizes, **more, auto=terms) == whole.makespan
+    assert limit is None or max(whole.peak_in_flight) <= limit
+
+
+def test_auto_of_many_microbatches_continues_near_what_building_all_gives() -> None:
+    stages = uneven(4)
+    terms = AutoTerms(stages=tuple(stages), max_in_flight=4)
+    found = pipeline_time_s(stages, schedule="auto", num_ranks=4, num_microbatches=300, clock="async", auto=terms)
+    grid = plan_schedule("auto", num_ranks=4, num_microbatches=300, num_chunks=1, clock="async", auto=terms)
+    assert found == pytest.approx(simulate(grid, clock="async", stages=stages).makespan, rel=1e-3)
+
+
+def test_qi_et_al_count_as_many_hops_less_as_there_are_ranks() -> None:
+    schedule = megatron_interleaved(num_ranks=4, num_microbatches=12, num_chunks=3)
+    stage = StageCost(forward=1.0, input_grad=1.0, weight_grad=1.0)
+    costs = {"forward": 3.0, "input_grad": 3.0, "weight_grad": 3.0}
+    assert qi_bubble(schedule, stage=stage, transfer=0.0) == pytest.approx(
+        simulate(schedule, clock="async", **costs).bubble_fraction
+    )
+    whole = simulate(schedule, clock="async", transfer=0.01, **costs)
+    assert qi_bubble(schedule, stage=stage, transfer=0.01) == pytest.approx(1 - 12 * 9 / (whole.makespan - 4 * 0.01))
