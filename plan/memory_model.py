@@ -146,7 +146,7 @@ def _state_bytes(layout: Layout, program: Program) -> dict[str, float]:
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
     whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
     weights, moments = (2.0, 12.0) if is_eager else (4.0, 8.0)
-    gradients = float(program.gradient_bytes)
+    gradients = float(program.gradient_bytes + program.fresh_gradient_bytes)
     return {"weights": weights / whole, "gradients": gradients / whole, "optimizer": moments / shards}
 
 

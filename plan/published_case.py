@@ -229,4 +229,6 @@ def _program(row: PublishedRow) -> Program:
         shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
         scatter_hops=switch(inputs.get("scatter_gather", True)),
         gradient_bytes=4 if "fp32 grad" in precision else 2,
+        # Where rows speak of accumulation, sums come beside the 16-bit gradients; else products write the sums.
+        fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,
     )
