@@ -15,7 +15,7 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},
     "hardware": {"mamf": "largest share of the peak"},
     "korthikanti2022": {"table4": "share of the memory bandwidth"},
-    "vtrain2024/single_node": {"gpus2-": "what a host needs for a layer"},
+    "vtrain2024/single_node": {"gpus2-": "what a host needs for a layer, an optimizer's bytes"},
     "bigscience_bloom": {"L704": "heads that are not aligned", "L740": "heads that are not aligned"},
     "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, through one adapter"},
     "simumax_b200_a100": {"memory": "which temporary buffers are alive together"},

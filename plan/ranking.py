@@ -64,6 +64,7 @@ def _group(errors: Sequence[RowError]) -> list[list[RowError]]:
 
 
 def _regret(group: Sequence[RowError]) -> tuple[float, str]:
-    first = min(group, key=lambda error: error.prediction.predicted)
+    """Regret of the first layout; of one measured more than once the fastest, as for the best."""
+    first = min(group, key=lambda error: (error.prediction.predicted, error.prediction.measured))
     best = min(error.prediction.measured for error in group)
     return first.prediction.measured / best - 1, first.row.id

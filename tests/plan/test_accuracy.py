@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import given, settings
@@ -22,19 +23,20 @@ FOLDER = Path(os.environ.get("PUBLISHED", Path(__file__).parents[3] / "shared" /
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no published measurements here")
 
 BOUNDS = {
-    ("korthikanti2022", "step_time"): 0.04,
+    ("korthikanti2022", "step_time"): 0.025,
     ("narayanan2021", "step_time"): 0.08,
-    ("vtrain2024", "step_time"): 0.13,
-    ("dgxc_benchmarking", "step_time"): 0.06,
-    ("gpt_fast", "decode"): 0.15,
-    ("fastertransformer", "latency"): 0.15,
-    ("kipply_13b", "latency"): 0.15,
-    ("simumax_b200_a100", "memory"): 0.03,
-    ("simumax_b200_a100", "step_time"): 0.12,
-    ("llm_foundry", "step_time"): 0.17,
-    ("bigscience_bloom", "step_time"): 0.22,
-    ("zero_bubble2024", "step_time"): 0.08,
-    ("zero_bubble2024", "memory"): 0.05,
+    ("vtrain2024", "step_time"): 0.07,
+    ("dgxc_benchmarking", "step_time"): 0.042,
+    ("gpt_fast", "decode"): 0.07,
+    ("fastertransformer", "latency"): 0.10,
+    ("kipply_13b", "latency"): 0.12,
+    ("simumax_b200_a100", "memory"): 0.01,
+    ("simumax_b200_a100", "step_time"): 0.08,
+    ("llm_foundry", "step_time"): 0.16,
+    ("bigscience_bloom", "step_time"): 0.205,
+    ("bigscience_bloom", "memory"): 0.19,
+    ("zero_bubble2024", "step_time"): 0.065,
+    ("zero_bubble2024", "memory"): 0.04,
 }
 
 
@@ -69,10 +71,29 @@ def test_bubbles_of_zero_bubble_table_5_are_equal_to_the_printed_digit(schedule:
 
 
 @pytest.mark.slow
-def test_single_node_sweep_of_vtrain_stays_within_15_percent() -> None:
+def test_single_node_sweep_of_vtrain_stays_within_9_percent_and_ranks_as_before() -> None:
     (found,) = (one for one in accuracy_of("vtrain2024/single_node") if one.quantity == "step_time")
     assert found.held_out_mape is not None
-    assert found.held_out_mape <= 0.15
+    assert found.held_out_mape <= 0.09
+    (ranking,) = rank_sweeps([found])
+    assert (ranking.groups, ranking.worst_regret < 0.27) == (144, True)
+    assert ranking.within >= 121
+
+
+def test_single_node_rows_of_vtrain_that_differ_in_layers_alone_lie_on_a_line() -> None:
+    # Why 144 rankings hang on few measurements: see benchmarks/PLANNER.md.
+    lines: dict[tuple[int, ...], list[tuple[int, float]]] = {}
+    for row in published()["vtrain2024/single_node"]:
+        key = tuple(row.inputs[name] for name in ("gpus", "gbs", "mbs", "hidden", "tp", "dp", "pp"))
+        assert row.step_time_s is not None
+        lines.setdefault(key, []).append((row.inputs["layers"], row.step_time_s))
+    off = []
+    for points in lines.values():
+        (x0, y0), (x1, y1), (x2, y2), (x3, y3) = sorted(points)
+        slope = (y3 - y0) / (x3 - x0)
+        off += [abs(y0 + slope * (x - x0) - y) / y for x, y in ((x1, y1), (x2, y2))]
+    assert len(lines) == 360
+    assert median(off) < 1e-4
 
 
 @pytest.mark.parametrize(("source", "worst", "share"), [("vtrain2024", 0.12, 0.75), ("bigscience_bloom", 0.18, 0.8)])
