@@ -52,8 +52,8 @@ def test_auto_is_priced_as_what_training_builds(limit: int | None, clock: Clock)
     assert terms is not None
     built = build_schedule("auto", **sizes, clock=clock, vocab="split", max_in_flight=limit, stages=terms.stages)
     whole = simulate(built, clock=clock, stages=stages, transfer=0.05)
-    more = {"clock": clock, "vocab": "split", "transfer": 0.05}
-    assert pipeline_time_s(stages, schedule="auto", **sizes, **more, auto=terms) == whole.makespan
+    found = pipeline_time_s(stages, schedule="auto", **sizes, clock=clock, vocab="split", transfer=0.05, auto=terms)
+    assert found == whole.makespan
     assert limit is None or max(whole.peak_in_flight) <= limit
 
 
