@@ -101,7 +101,18 @@ def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
-    if idle > _IDLE_SHARE:
+    least = (layout.pipe - 1) / (layout.microbatches + layout.pipe - 1)
+    if layout.is_backward_split and idle > max(_IDLE_SHARE, 2 * least):
+        # In one program every rank waits for the longest turn, and a recomputed half is longer than a forward.
+        yield Diagnosis(
+            name="uneven-turns",
+            severity="warning",
+            number=idle,
+            message=f"schedule {layout.schedule!r} leaves {layout.pipe} ranks idle {idle:.0%} of the time: a turn lasts as "
+            f"long as its longest action; 1f1b's equal stages are idle {least:.0%}",
+            fix="set pipeline.schedule='1f1b', or a pipeline.remat that recomputes less.",
+        )
+    elif idle > _IDLE_SHARE:
         yield Diagnosis(
             name="too-few-microbatches",
             severity="warning",
