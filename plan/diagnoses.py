@@ -108,8 +108,8 @@ def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="uneven-turns",
             severity="warning",
             number=idle,
-            message=f"schedule {layout.schedule!r} leaves {layout.pipe} ranks idle {idle:.0%} of the time: a turn lasts as "
-            f"long as its longest action; 1f1b's equal stages are idle {least:.0%}",
+            message=f"schedule {layout.schedule!r} leaves {layout.pipe} ranks idle {idle:.0%} of the time: a turn "
+            f"lasts as long as its longest action; 1f1b's equal stages are idle {least:.0%}",
             fix="set pipeline.schedule='1f1b', or a pipeline.remat that recomputes less.",
         )
     elif idle > _IDLE_SHARE:
