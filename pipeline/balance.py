@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..layers import ModelConfig, flops_per_token
+from ..layers import ModelConfig, Remat, flops_per_token
 from ..meshes import ScheduleError
 from .schedules import StageCost, Vocab
 from .stack import check_layers
@@ -98,19 +98,28 @@ def resolve_layers(
 
 
 def stage_costs(
-    config: ModelConfig, *, layers_per_stage: Sequence[int], num_tokens: int, vocab: Vocab = "split"
+    config: ModelConfig,
+    *,
+    layers_per_stage: Sequence[int],
+    num_tokens: int,
+    vocab: Vocab = "split",
+    remat: Remat = "none",
 ) -> tuple[StageCost, ...]:
     """Return the time of every stage for one microbatch, in units of one layer's forward.
 
-    Each gradient of a layer takes as long as its forward; recomputation is not counted. With vocab="split" the
-    vocabulary is no stage's: all ranks share it.
+    Each gradient of a layer takes as long as its forward. What is recomputed comes before the input gradient: all of a
+    layer with remat="full", its scores with "dots". With vocab="split" the vocabulary is no stage's: all ranks share
+    it.
     """
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
+    flops = flops_per_token(config, num_tokens=num_tokens, attention="full")
+    scores = flops.scores / config.num_layers / _layer_flops(config, num_tokens=num_tokens)
+    again = {"none": 0.0, "dots": scores, "full": 1.0}[remat]
     last = len(layers_per_stage) - 1
     return tuple(
         StageCost(
             forward=layers + (ends.embedding if stage == 0 else 0) + (ends.head if stage == last else 0),
-            input_grad=layers + (ends.embedding_grad if stage == 0 else 0),
+            input_grad=(1 + again) * layers + (ends.embedding_grad if stage == 0 else 0),
             weight_grad=layers,
         )
         for stage, layers in enumerate(layers_per_stage)
@@ -127,11 +136,16 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
     """
     if vocab == "split":
         return EndTimes(embedding=0.0, embedding_grad=0.0, head=0.0)
-    flops = flops_per_token(config, num_tokens=num_tokens, attention="full")
     projection = 2 * config.vocab_size * config.hidden_size
-    layer = (flops.forward - projection) / config.num_layers
+    layer = _layer_flops(config, num_tokens=num_tokens)
     row = config.hidden_size * _ITEM_BYTES * _FLOPS_PER_BYTE
     return EndTimes(embedding=2 * row / layer, embedding_grad=3 * row / layer, head=3 * projection / layer)
+
+
+def _layer_flops(config: ModelConfig, *, num_tokens: int) -> float:
+    """Flops of a layer's forward for one token, all scores counted."""
+    flops = flops_per_token(config, num_tokens=num_tokens, attention="full")
+    return (flops.forward - 2 * config.vocab_size * config.hidden_size) / config.num_layers
 
 
 def _check_depth(num_layers: int, *, num_stages: int, what: str) -> None:

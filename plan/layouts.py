@@ -60,8 +60,8 @@ class Layout:
 
     @property
     def is_backward_split(self) -> bool:
-        """Whether backwards run in two halves; of what "auto" may choose, the best nearly always does."""
-        return self.schedule.endswith("zb-h1") or self.schedule == "auto"
+        """Whether backwards run in two halves: "auto" nearly always does, unless one half recomputes whole layers."""
+        return self.schedule.endswith("zb-h1") or (self.schedule == "auto" and self.remat != "full")
 
     @property
     def num_stages(self) -> int:

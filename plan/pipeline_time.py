@@ -31,7 +31,13 @@ def auto_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vo
     """Return what training builds a layout's schedule for, so that the same is priced; None for all but "auto"."""
     if layout.schedule != "auto" or layout.pipe == 1:
         return None
-    stages = stage_costs(model, layers_per_stage=stage_layers(model, layout), num_tokens=num_tokens, vocab=vocab)
+    stages = stage_costs(
+        model,
+        layers_per_stage=stage_layers(model, layout),
+        num_tokens=num_tokens,
+        vocab=vocab,
+        remat="dots" if layout.remat == "selective" else layout.remat,
+    )
     return AutoTerms(stages=stages, max_in_flight=layout.max_in_flight)
 
 

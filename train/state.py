@@ -97,6 +97,7 @@ class Setup:
             layers_per_stage=self.layers_per_stage,
             num_tokens=self.config.data.seq_len,
             vocab=self.config.pipeline.vocab,
+            remat=self.config.pipeline.remat,
         )
 
     @cached_property

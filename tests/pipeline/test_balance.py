@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig, flops_per_token
 from trellax.meshes import ScheduleError
-from trellax.pipeline import StageCost, balance_layers, resolve_layers, stage_costs
+from trellax.pipeline import StageCost, balance_layers, build_schedule, resolve_layers, simulate, stage_costs
 from trellax.pipeline.balance import end_times
 
 EXTRA = st.one_of(st.just(0.0), st.floats(0, 15), st.integers(0, 12).map(float))
@@ -81,6 +81,25 @@ def test_whole_vocabulary_is_work_of_the_end_stages() -> None:
 def test_split_vocabulary_is_no_stages_work() -> None:
     costs = stage_costs(GPT2, layers_per_stage=(6, 6), num_tokens=1024, vocab="split")
     assert costs == (StageCost(forward=6, input_grad=6, weight_grad=6),) * 2
+
+
+def test_what_is_recomputed_comes_before_the_input_gradient() -> None:
+    sizes = {"layers_per_stage": (6, 6), "num_tokens": 1024}
+    full, _ = stage_costs(GPT2, **sizes, remat="full")
+    dots, _ = stage_costs(GPT2, **sizes, remat="dots")
+    assert full == StageCost(forward=6, input_grad=12, weight_grad=6)
+    # By hand: 4 T D flops of scores in 24 D D + 4 T D of a layer.
+    assert dots.input_grad == pytest.approx(6 * (1 + 4 * 1024 / (24 * 768 + 4 * 1024)), rel=1e-12)
+
+
+def test_auto_schedule_knows_that_recomputation_makes_halves_uneven() -> None:
+    stages = stage_costs(GPT2, layers_per_stage=(3, 3, 3, 3), num_tokens=1024, remat="full")
+
+    def time_of(name: str) -> float:
+        schedule = build_schedule(name, num_ranks=4, num_microbatches=16, vocab="split", stages=stages)
+        return simulate(schedule, stages=stages).makespan
+
+    assert time_of("auto") <= time_of("1f1b") < time_of("zb-h1")
 
 
 @settings(derandomize=True, deadline=None)

@@ -14,7 +14,7 @@ CASES = {
     "tensor-across-nodes": ("h100x16/4", Layout(tensor=8, data=2, microbatches=32, remat="full", zero=1)),
     "slow-axis-on-fast-link": ("h100x12/6", Layout(tensor=4, pipe=3, microbatches=64, remat="full")),
     "too-few-microbatches": ("h100x8", Layout(pipe=8, microbatches=4, sequences=16, remat="full")),
-    "uneven-turns": ("h100x8", Layout(pipe=4, tensor=2, schedule="auto", microbatches=64, remat="full")),
+    "uneven-turns": ("h100x8", Layout(pipe=4, tensor=2, schedule="zb-h1", microbatches=64, remat="full")),
     "bubble-in-expectation": ("h100x8", Layout(pipe=8, microbatches=64, remat="full")),
     "unbalanced-stages": ("h100x8", Layout(pipe=2, data=4, microbatches=16, remat="full", layers_per_stage=(20, 12))),
     "out-of-memory": ("h100x8", Layout(data=8, microbatches=8)),
