@@ -8,8 +8,8 @@ from .embedding import Embedding, lookup
 from .linear import ColumnLinear, RowLinear, make_param
 from .loss import cross_entropy
 from .mlp import MLP
-from .norms import make_norm
-from .rotary import rotate
+from .norms import make_head_norm, make_norm, normalize
+from .rotary import rope_frequencies, rotate
 from .transformer import Head, Transformer, model_rules, param_dims
 
 __all__ = [
@@ -30,12 +30,15 @@ __all__ = [
     "cross_entropy",
     "flops_per_token",
     "lookup",
+    "make_head_norm",
     "make_norm",
     "make_param",
     "model_rules",
+    "normalize",
     "param_counts",
     "param_dims",
     "rematerialize",
+    "rope_frequencies",
     "rotate",
     "run_blocks",
     "stack_blocks",

@@ -12,6 +12,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
 from .linear import INIT_STD, ColumnLinear, RowLinear
+from .norms import make_head_norm, normalize
 from .rotary import rotate
 
 
@@ -26,22 +27,48 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        into = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs, "rules": rules}
-        d = config.hidden_size
-        self.query = ColumnLinear(d, config.query_size, dim="heads", **into)
-        self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", **into)
-        self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", **into)
-        self.out = RowLinear(config.query_size, d, dim="heads", std=INIT_STD / (2 * config.num_layers) ** 0.5, **into)
+        into = {"dtype": config.dtype, "rngs": rngs, "rules": rules}
+        d, std = config.hidden_size, INIT_STD / (2 * config.num_layers) ** 0.5
+        self.query = ColumnLinear(d, config.query_size, dim="heads", bias=config.qkv_bias, **into)
+        self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
+        self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
+        self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **into)
+        is_normed = config.qk_norm == "on"
+        self.query_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
+        self.key_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        return self.combine(_attend(q_BTNH, k_BTKH, v_BTKH, self.config.attention_window))
+
+    def project(
+        self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values as attention compares them: normalized and turned where the config says so.
+
+        x[B@data, T, D] -> q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H]; no communication forward.
+
+        With fewer key/value heads than tensor ranks, keys and values have a head for each rank.
+
+        Args:
+            positions_BT: where the tokens stand; 0 to T - 1 if left out.
+        """
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTKH = normalize(self.query_norm, q_BTNH), normalize(self.key_norm, k_BTKH)
         if self.config.positions == "rotary":
-            q_BTNH = rotate(q_BTNH, theta=self.config.rope_theta)
-            k_BTKH = rotate(k_BTKH, theta=self.config.rope_theta)
-        mixed_BTNH = _attend(q_BTNH, k_BTKH, v_BTKH)
+            q_BTNH = rotate(q_BTNH, config=self.config, positions_BT=positions_BT)
+            k_BTKH = rotate(k_BTKH, config=self.config, positions_BT=positions_BT)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def combine(self, mixed_BTNH: jax.Array) -> jax.Array:
+        """Return the output projection of what the heads mixed; one all-reduce.
+
+        mixed[B@data, T, N@tensor, H] -> y[B@data, T, D]
+        """
         mixed_BTNH = self.rules.constrain(mixed_BTNH, ("batch", "tokens", "heads", "head"))
-        return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], self.config.query_size))
+        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], self.config.query_size))
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].
@@ -76,6 +103,7 @@ class Attention(nnx.Module):
 
 # Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax
 # between the two matmuls is cheap to do again.
-@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
-def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=3)
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
+    seen = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen)

@@ -11,10 +11,14 @@ from ..meshes import ModelError, suggest
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: GPT-2 and Llama shapes and what lies between.
+    """A decoder-only transformer: GPT-2, Llama, Qwen and Mistral shapes and what lies between.
 
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
+
+    `bias` "qkv" is Qwen 2's: queries, keys and values alone have one. `qk_norm` is Qwen 3's: an RMSNorm over the
+    features of every query and key head. `attention_window` is how many tokens a token sees, itself and those before
+    it; 0 is all. `rope_scaling` is told in `rotary.py`.
 
     Raises:
         ModelError: a value of the wrong type or none of the choices, sizes that are not positive, or that do not
@@ -34,26 +38,21 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    bias: Literal["on", "off"] = "on"
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_tokens: int = 0
+    attention_window: int = 0
+    qk_norm: Literal["on", "off"] = "off"
+    bias: Literal["on", "qkv", "off"] = "on"
     embeddings: Literal["tied", "untied"] = "tied"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ModelError(
-                    f"{name}={getattr(self, name)}: a model needs at least 1.", fix=f"set {name}=1 or more."
-                )
-        for name in ("num_kv_heads", "head_size", "ffn_size"):
-            if getattr(self, name) < 0:
-                raise ModelError(
-                    f"{name}={getattr(self, name)} is negative.", fix=f"leave {name} out (0) to have it derived."
-                )
-        for name in ("norm_epsilon", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ModelError(f"{name}={getattr(self, name)} must be above 0.", fix=f"leave {name} out.")
+        self._check_sizes()
         self._derive()
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
@@ -66,6 +65,58 @@ class ModelConfig:
                 f"head_size={self.head_size} is odd, and rotary positions turn pairs of features.",
                 fix=f"set head_size={self.head_size + 1}, or positions='learned'.",
             )
+        if self.attention_window < 0:
+            raise ModelError(
+                f"attention_window={self.attention_window} is negative.", fix="set 0, for attention to all before it."
+            )
+        self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        kind = self.rope_scaling
+        if kind == "none":
+            if self.rope_factor != 1:
+                raise ModelError(
+                    f"rope_factor={self.rope_factor} says to scale rotary positions, but rope_scaling='none'.",
+                    fix="set rope_scaling='linear' or 'llama3', or leave rope_factor out.",
+                )
+            return
+        if self.positions != "rotary":
+            raise ModelError(
+                f"rope_scaling={kind!r}, but positions={self.positions!r} are not rotary.",
+                fix="set positions='rotary', or leave rope_scaling out.",
+            )
+        if kind == "llama3":
+            self._check_llama3()
+
+    def _check_llama3(self) -> None:
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        if not 0 < low < high:
+            raise ModelError(
+                f"rope_low_frequency_factor={low} and rope_high_frequency_factor={high}: between them lie the "
+                f"wavelengths that are scaled in part, so 0 < {low} < {high} must hold.",
+                fix="leave both out for Llama 3's 1 and 4.",
+            )
+        if self.rope_original_tokens < 1:
+            raise ModelError(
+                f"rope_original_tokens={self.rope_original_tokens}: rope_scaling='llama3' compares wavelengths with "
+                "the length that the model was first trained on.",
+                fix="set rope_original_tokens, 8192 for Llama 3.",
+            )
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ModelError(
+                    f"{name}={getattr(self, name)}: a model needs at least 1.", fix=f"set {name}=1 or more."
+                )
+        for name in ("num_kv_heads", "head_size", "ffn_size"):
+            if getattr(self, name) < 0:
+                raise ModelError(
+                    f"{name}={getattr(self, name)} is negative.", fix=f"leave {name} out (0) to have it derived."
+                )
+        for name in ("norm_epsilon", "rope_theta", "rope_factor"):
+            if not getattr(self, name) > 0:
+                raise ModelError(f"{name}={getattr(self, name)} must be above 0.", fix=f"leave {name} out.")
 
     def _derive(self) -> None:
         if not self.head_size:
@@ -82,6 +133,16 @@ class ModelConfig:
             wide = 4 * self.hidden_size
             thin = -(-8 * self.hidden_size // 3 // 64) * 64
             object.__setattr__(self, "ffn_size", wide if self.mlp == "gelu" else thin)
+
+    @property
+    def qkv_bias(self) -> Literal["on", "off"]:
+        """Whether the projections to queries, keys and values have a bias."""
+        return "off" if self.bias == "off" else "on"
+
+    @property
+    def other_bias(self) -> Literal["on", "off"]:
+        """Whether all other linear layers, and LayerNorms, have a bias."""
+        return "on" if self.bias == "on" else "off"
 
     @property
     def query_size(self) -> int:

@@ -73,15 +73,18 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     >>> param_counts(ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)).total
     124439808
     """
-    d, f, has_bias = config.hidden_size, config.ffn_size, config.bias == "on"
+    d, f, has_bias = config.hidden_size, config.ffn_size, config.other_bias == "on"
     norm = d * (2 if config.norm == "layernorm" and has_bias else 1)
     num_up = 2 if config.mlp == "swiglu" else 1
-    biases = config.query_size + 2 * config.kv_size + d + num_up * f + d if has_bias else 0
+    biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
+    if has_bias:
+        biases += d + num_up * f + d
+    head_norms = 2 * config.head_size if config.qk_norm == "on" else 0
     table = config.vocab_size * d
     return ParamCounts(
         embedding=table,
         positions=config.max_tokens * d if config.positions == "learned" else 0,
-        block=_block_weights(config) + biases + 2 * norm,
+        block=_block_weights(config) + biases + 2 * norm + head_norms,
         num_layers=config.num_layers,
         head=norm + (table if config.embeddings == "untied" else 0),
     )
@@ -101,11 +104,15 @@ def flops_per_token(
 
     Args:
         attention: "causal" counts half of the scores, those that the mask lets through: what a flash kernel computes;
-            "full" counts all, as papers that quote Chowdhery et al. do and as unfused attention computes.
+            fewer yet with a window. "full" counts all, as papers that quote Chowdhery et al. do and as unfused
+            attention computes.
     """
     weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
-    return FlopCounts(weights=2 * weights, scores=full if attention == "full" else full // 2)
+    window = min(config.attention_window or num_tokens, num_tokens)
+    # Of the T x T scores, w (2T - w) / 2 are seen: a triangle less a smaller one.
+    causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
+    return FlopCounts(weights=2 * weights, scores=full if attention == "full" else causal)
 
 
 def activation_bytes(
@@ -118,6 +125,8 @@ def activation_bytes(
         full  D                                          the input x[b, T, D]
         dots  2D + (N + 2K)H/t + (1 or 2)F/t             x and the outputs of weight matmuls, but the last one
         none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
+
+    and (N + K)H/t more under "none" where queries and keys are normalized.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -135,7 +144,7 @@ def activation_bytes(
     width = {
         "full": d,
         "dots": 2 * d + query + 2 * kv + num_up * f,
-        "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f,
+        "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f + (query + kv if config.qk_norm == "on" else 0),
     }[remat]
     scores = numbers * num_tokens * (config.num_heads // tensor) * _SCORE_BYTES if remat == "none" else 0
     return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)

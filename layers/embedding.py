@@ -27,11 +27,17 @@ class Embedding(nnx.Module):
         place = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD)
         self.positions = place if learned else nnx.data(None)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """tokens[B@data, T] -> x[B@data, T, D] in the compute dtype."""
+    def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None) -> jax.Array:
+        """tokens[B@data, T] -> x[B@data, T, D] in the compute dtype.
+
+        Args:
+            positions_BT: where the tokens stand; 0 to T - 1 if left out.
+        """
         x_BTD = lookup(self.table[...], tokens_BT, rules=self.rules)
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions[...][None, : tokens_BT.shape[1]]
+            place_PD = self.positions[...]
+            own_BTD = place_PD[None, : tokens_BT.shape[1]] if positions_BT is None else place_PD[positions_BT]
+            x_BTD = x_BTD + own_BTD
         return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "tokens", "embed"))
 
 

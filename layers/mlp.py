@@ -19,7 +19,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.rules = rules
-        into = {"dim": "ffn", "bias": config.bias, "dtype": config.dtype, "rngs": rngs, "rules": rules}
+        into = {"dim": "ffn", "bias": config.other_bias, "dtype": config.dtype, "rngs": rngs, "rules": rules}
         d, f = config.hidden_size, config.ffn_size
         self.up = ColumnLinear(d, f, **into)
         self.gate = ColumnLinear(d, f, **into) if config.mlp == "swiglu" else nnx.data(None)

@@ -18,12 +18,23 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.hidden_size, scale_metadata=named, **shared)
     return nnx.LayerNorm(
-        config.hidden_size, use_bias=config.bias == "on", scale_metadata=named, bias_metadata=named, **shared
+        config.hidden_size, use_bias=config.other_bias == "on", scale_metadata=named, bias_metadata=named, **shared
+    )
+
+
+def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Return the RMSNorm of query or key heads, over the features of each; its scale is whole on every tensor rank."""
+    return nnx.RMSNorm(
+        config.head_size,
+        epsilon=config.norm_epsilon,
+        dtype=config.dtype,
+        scale_metadata={"dims": ("head",)},
+        rngs=rngs,
     )
 
 
 def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D].
+    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D], or heads alike.
 
     Plain autodiff would keep four arrays of that size more, to save a few operations on each number.
     """

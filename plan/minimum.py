@@ -136,12 +136,14 @@ def block_params(model: ModelConfig, *, tensor: int) -> int:
     """
     d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
     num_up = 2 if model.mlp == "swiglu" else 1
-    has_bias = model.bias == "on"
     split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
-    columns = q // tensor + 2 * kv // split_kv + num_up * f // tensor
+    heads = q // tensor + 2 * kv // split_kv
+    columns = heads + num_up * f // tensor
     weights = d * columns + (q + f) // tensor * d
-    norms = 2 * d * (2 if model.norm == "layernorm" and has_bias else 1)
-    return weights + norms + (columns + 2 * d if has_bias else 0)
+    norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
+    head_norms = 2 * model.head_size if model.qk_norm == "on" else 0
+    biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
+    return weights + norms + head_norms + biases
 
 
 def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:

@@ -64,6 +64,8 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, program: Program) -
     d, query, kv = model.hidden_size, model.query_size / t, max(model.kv_size / t, model.head_size)
     yield _norm(whole, item)
     yield Product(part="weights", m=tokens, n=query + 2 * kv, k=d)
+    if model.qk_norm == "on":
+        yield _norm(tokens * (query + kv), item)
     if model.positions == "rotary":
         turned = tokens * (query + kv)
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)

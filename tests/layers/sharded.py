@@ -21,6 +21,8 @@ TOLERANCE = 2e-5
 STYLES: dict[str, dict[str, Any]] = {
     "gpt": {"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on"},
     "llama": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off"},
+    "qwen": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "qkv", "qk_norm": "on"}
+    | {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_tokens": 64, "attention_window": 5},
 }
 
 

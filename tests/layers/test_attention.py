@@ -21,6 +21,8 @@ CASES = [  # key/value heads split evenly, copied twice, copied to all; both kin
     ("llama", "grouped", "tensor=2"),
     ("llama", "grouped", "tensor=8"),
     ("llama", "multi_query", "tensor=2"),
+    ("qwen", "grouped", "tensor=2"),
+    ("qwen", "multi_query", "data=2,tensor=4"),
 ]
 
 
@@ -41,19 +43,40 @@ def by_definition(config: ModelConfig, params: dict[str, Any], x: np.ndarray) ->
         return x @ params[name]["kernel"].astype(np.float64) + params[name].get("bias", 0)
 
     h, share = config.head_size, config.num_heads // config.num_kv_heads
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        if name not in params:
+            return x
+        heads = x.reshape(*x.shape[:2], -1, h)
+        root = np.sqrt((heads**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        return (heads / root * params[name]["scale"]).reshape(x.shape)
+
     query, key, value = (linear(name, x) for name in ("query", "key", "value"))
+    query, key = norm("query_norm", query), norm("key_norm", key)
     mixed = np.zeros((*x.shape[:2], config.query_size))
     for b, n, t in np.ndindex(x.shape[0], config.num_heads, x.shape[1]):
         own, kv = slice(n * h, (n + 1) * h), slice(n // share * h, (n // share + 1) * h)
-        scores = key[b, : t + 1, kv] @ query[b, t, own] / np.sqrt(h)
+        seen = slice(max(0, t + 1 - config.attention_window) if config.attention_window else 0, t + 1)
+        scores = key[b, seen, kv] @ query[b, t, own] / np.sqrt(h)
         weights = np.exp(scores - scores.max())
-        mixed[b, t, own] = weights / weights.sum() @ value[b, : t + 1, kv]
+        mixed[b, t, own] = weights / weights.sum() @ value[b, seen, kv]
     return linear("out", mixed)
 
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"attention_window": 5},
+    "window_of_one": {"attention_window": 1},
+    "window_past_the_end": {"attention_window": 100},
+    "qk_norm": {"qk_norm": "on", "norm_epsilon": 0.1},
+    "qkv_bias": {"bias": "qkv"},
+}
+
+
 @pytest.mark.parametrize("kv", KV_HEADS)
-def test_attention_is_its_definition(kv: str) -> None:
-    config = small_config(num_kv_heads=KV_HEADS[kv], head_size=8)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_attention_is_its_definition(feature: str, kv: str) -> None:
+    config = small_config(num_kv_heads=KV_HEADS[kv], head_size=8, **FEATURES[feature])
     attention = probe(config)
     assert differing(attention.answer(X)["y"], by_definition(config, attention.params, X)) == {}
 
@@ -62,6 +85,19 @@ def test_attention_is_its_definition(kv: str) -> None:
 def test_attention_on_any_mesh_matches_one_device(style: str, kv: str, mesh: str) -> None:
     split = probe(small_config(style, num_kv_heads=KV_HEADS[kv]), mesh=mesh)
     assert differing(split.answer(X, mesh=mesh_of(mesh)), one_device(style, kv)) == {}
+
+
+def test_bias_of_queries_keys_and_values_alone() -> None:
+    attention = probe(small_config("qwen"))
+    assert {name for name, layer in attention.params.items() if "bias" in layer} == {"query", "key", "value"}
+
+
+def test_projection_at_given_positions_is_that_of_the_whole_sequence() -> None:
+    attention = nnx.merge(probe(config := small_config("qwen", num_kv_heads=2)).graph, probe(config).params)
+    order = np.stack([np.roll(np.arange(T), b) for b in range(B)])
+    moved = attention.project(np.take_along_axis(X, order[..., None], axis=1), positions_BT=order)
+    for name, whole, part in zip("qkv", attention.project(X), moved, strict=True):
+        assert differing({name: part}, {name: np.take_along_axis(whole, order[..., None, None], axis=1)}) == {}
 
 
 def test_no_token_sees_a_later_one() -> None:

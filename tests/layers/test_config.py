@@ -17,6 +17,13 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "kv_heads_do_not_divide_heads": {"num_kv_heads": 3},
     "more_kv_heads_than_heads": {"num_kv_heads": 8},
     "odd_head_with_rotary": {"head_size": 15, "positions": "rotary"},
+    "negative_window": {"attention_window": -1},
+    "rope_factor_without_scaling": {"positions": "rotary", "rope_factor": 8.0},
+    "rope_factor_of_zero": {"positions": "rotary", "rope_scaling": "linear", "rope_factor": 0.0},
+    "rope_scaling_of_learned_positions": {"rope_scaling": "linear", "rope_factor": 2.0},
+    "llama3_without_original_tokens": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0},
+    "llama3_with_factors_crossed": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0}
+    | {"rope_original_tokens": 8192, "rope_low_frequency_factor": 4.0, "rope_high_frequency_factor": 1.0},
     "no_norm_epsilon": {"norm_epsilon": 0.0},
     "unknown_mlp": {"mlp": "silu"},
     "mistyped_norm": {"norm": "rmsnrom"},

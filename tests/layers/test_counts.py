@@ -44,7 +44,8 @@ CONFIGS = st.builds(
     head_size=st.sampled_from([0, 16]),
     mlp=st.sampled_from(["gelu", "swiglu"]),
     norm=st.sampled_from(["layernorm", "rmsnorm"]),
-    bias=st.sampled_from(["on", "off"]),
+    bias=st.sampled_from(["on", "qkv", "off"]),
+    qk_norm=st.sampled_from(["on", "off"]),
     embeddings=st.sampled_from(["tied", "untied"]),
 )
 
@@ -133,6 +134,15 @@ def test_causal_scores_are_half_of_all_and_weights_are_the_same() -> None:
     assert (2 * causal.scores, causal.weights) == (full.scores, full.weights)
 
 
+@pytest.mark.parametrize(("window", "pairs"), [(0, 128), (16, 128), (5, 67.5), (1, 15.5)])
+def test_window_counts_the_scores_it_lets_through(window: int, pairs: float) -> None:
+    full, seen = (
+        flops_per_token(small_config(attention_window=window), num_tokens=T, attention=how)
+        for how in ("full", "causal")
+    )
+    assert seen.scores == int(full.scores * pairs / T**2)
+
+
 def test_training_is_near_six_flops_a_parameter() -> None:
     expected, sizes = PUBLISHED["llama3_8b"]
     config = ModelConfig(**(STYLES["llama"] | sizes))
@@ -154,7 +164,7 @@ def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: M
 
 
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize(("style", "num_kv_heads"), [("gpt", 8), ("llama", 4), ("llama", 2)])
+@pytest.mark.parametrize(("style", "num_kv_heads"), [("gpt", 8), ("llama", 4), ("llama", 2), ("qwen", 4)])
 def test_device_keeps_as_many_bytes_as_its_part_of_the_residuals(style: str, num_kv_heads: int, remat: Remat) -> None:
     config, mesh = small_config(style, num_kv_heads=num_kv_heads), mesh_of("tensor=4")
     vjp, params = layer_vjp(config, remat, tensor=4)

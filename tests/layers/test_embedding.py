@@ -81,3 +81,11 @@ def test_learned_positions_are_added_and_rotary_ones_are_not() -> None:
     added = learned.answer(tokens)["y"] - learned.params["table"][tokens]
     assert differing(added[0], learned.params["positions"][:8]) == {}
     assert differing(rotary.answer(tokens)["y"], rotary.params["table"][tokens]) == {}
+
+
+def test_learned_positions_may_be_given() -> None:
+    embed = Probe.of(lambda: Embedding(small_config("gpt"), rngs=nnx.Rngs(0)))
+    places = np.array([[3, 1, 9, 0], [15, 15, 2, 7]])
+    params, tokens = embed.params, np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    actual = nnx.merge(embed.graph, params)(tokens, positions_BT=jnp.asarray(places))
+    assert differing(actual, params["table"][tokens] + params["positions"][places]) == {}

@@ -38,6 +38,12 @@ MODELS: dict[str, ModelConfig] = {
     "mqa-untied": small_model(style="llama", attention="mqa", embeddings="untied"),
 }
 
+FEATURES: dict[str, ModelConfig] = {
+    "gqa-qwen": small_model(style="qwen", attention="gqa", embeddings="untied"),
+    "mqa-qwen": small_model(style="qwen", attention="mqa", embeddings="tied"),
+}
+"""Biases on queries, keys and values alone, norms of heads, scaled rotary positions, a window: all at once."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -93,6 +99,11 @@ CASES = (
     Case("2x2x2", "auto", 3, "mha-untied", vocab="split", layers=(3, 5)),
 )
 
+FEATURE_CASES = (
+    Case("2x2x2", "zb-h1", 3, "mqa-qwen"),
+    Case("1x2x4", "1f1b", 3, "gqa-qwen", "dots", vocab="split"),
+)
+
 REMATS = get_args(Remat)
 VOCABS = get_args(Vocab)
 
@@ -127,7 +138,7 @@ EVERY_UNEVEN_CASE = tuple(
 def wrong_by(case: Case) -> dict[str, float]:
     num_data = int(case.mesh.split("x")[0])
     num_sequences = 24 if case.num_microbatches == 3 else max(16, case.num_microbatches * num_data)
-    config = MODELS[case.model]
+    config = (MODELS | FEATURES)[case.model]
     step = pipeline_step(
         config,
         mesh=case.mesh,
@@ -142,7 +153,7 @@ def wrong_by(case: Case) -> dict[str, float]:
     return beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FEATURE_CASES], ids=str)
 def test_loss_gradients_and_norm_equal_one_device(case: Case) -> None:
     assert wrong_by(case) == {}
 

@@ -19,8 +19,8 @@ from trellax.pipeline.split_backward import SplitBackward
 from .law import NUM_TOKENS, natural_params, small_model
 
 NUM_SEQUENCES = 2
-NUM_WEIGHTS = {"gpt": 6, "llama": 7}
-"""Matmuls of a layer with a weight: query, key, value, output, up, down, and a gate in Llama's."""
+NUM_WEIGHTS = {"gpt": 6, "llama": 7, "qwen": 7}
+"""Matmuls of a layer with a weight: query, key, value, output, up, down, and a gate in Llama's and Qwen's."""
 
 EVERY_LAYER = [(style, remat) for style in NUM_WEIGHTS for remat in ("none", "dots", "full")]
 

@@ -89,10 +89,13 @@ def test_pipe_traffic_of_a_split_vocabulary_by_hand() -> None:
     assert found == {x: 2 * (M + 2) + 3 * M, x + loss: M, loss: 2 * M}
 
 
-@pytest.mark.parametrize("config", ["tiny-dense", "tiny-llama"])
+@pytest.mark.parametrize(
+    ("config", "extra"),
+    [("tiny-dense", ""), ("tiny-llama", ""), ("tiny-llama", "--model.bias qkv --model.qk_norm on")],
+)
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_parameters_of_one_device_are_those_of_the_shardings(config: str, tensor: int) -> None:
-    setup = setup_of(f"1x{tensor}x1", config=config)
+def test_parameters_of_one_device_are_those_of_the_shardings(config: str, extra: str, tensor: int) -> None:
+    setup = setup_of(f"1x{tensor}x1", extra, config)
     shapes = setup.model.params
     sizes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(shapes)]
     total = sum(_product(size) for size in sizes)
