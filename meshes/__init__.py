@@ -14,6 +14,7 @@ from .errors import (
     ShardingError,
     TargetError,
     TrellaxError,
+    WeightsError,
     suggest,
 )
 from .fake import use_fake_devices
@@ -38,6 +39,7 @@ __all__ = [
     "ShardingTable",
     "TargetError",
     "TrellaxError",
+    "WeightsError",
     "abstract_mesh",
     "build_mesh",
     "mesh_sizes",

@@ -8,6 +8,7 @@
      +-- ConfigError        a run file or an override that is wrong
      +-- DataError          a corpus that is missing, empty or does not fit the model
      +-- CheckpointError    a saved run that is missing or of another shape
+     +-- WeightsError       files of a Hugging Face model that cannot be read or written
      +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
      +-- ProgramError       a program that the compiler rejects
      +-- PlanError          a request that no layout can meet
@@ -58,6 +59,10 @@ class DataError(TrellaxError):
 
 class CheckpointError(TrellaxError):
     """A saved run that is missing or has another shape."""
+
+
+class WeightsError(TrellaxError):
+    """Files of a Hugging Face model that cannot be read or written."""
 
 
 class TargetError(TrellaxError):
