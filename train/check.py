@@ -151,10 +151,15 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
 
 def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
     source, paths, vocab_size = config.data.source, config.data.paths, config.model.vocab_size
-    if source != "tokens" and vocab_size < _BYTES:
+    if source != "tokens" and config.data.tokenizer == "bytes" and vocab_size < _BYTES:
         yield ModelError(
             f"model.vocab_size={vocab_size} is too small for data.source={source!r}, whose tokens are bytes, 0 to 255.",
             fix=f"set model.vocab_size={_BYTES}.",
+        )
+    if source == "tokens" and config.data.tokenizer != "bytes":
+        yield ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} is given, but data.source='tokens' reads ids, not text.",
+            fix="set data.source='text', or leave data.tokenizer out.",
         )
     if source != "stdlib" and not paths:
         yield ConfigError(

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ..meshes import CheckpointError
 from ..pipeline import PipelineParams, natural_order, stages_from_layers
+from .config import RunConfig
 from .state import Setup, TrainState
 
 FOLDER = "checkpoints"
@@ -53,11 +54,11 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, or it is of another model or optimizer.
         """
-        step = self.latest_step
-        if step is None:
-            raise CheckpointError(f"{self._folder} holds no checkpoint.", fix="train from the start.")
         shapes = _natural_shapes(setup)
         wanted = _by_path(shapes)
+        step = self._newest()
+        if not any(path.startswith("opt_state.") for path in self._saved_paths(step)):
+            return setup.state_of(params_from_natural(setup, self.restore_params(shapes.params)))
         self._check(step, wanted)
         loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
         paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
@@ -66,8 +67,48 @@ class Checkpoints:
         donated = () if setup.model.fns.layers_per_stage else (0,)
         return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=donated)(arrays)
 
+    def save_params(self, params: PipelineParams, config: RunConfig) -> None:
+        """Save parameters in natural order, blocks [L, ...], as those of a run before its first step.
+
+        `restore` gives such a run a fresh optimizer.
+        """
+        meta = {"config": config.model_dump(mode="json")}
+        self._orbax.save_checkpointables(0, {"state": _by_path({"params": params}), "meta": meta}, overwrite=True)
+
+    def restore_params(self, shapes: PipelineParams) -> PipelineParams:
+        """Return the parameters alone of the newest save, in natural order, as these shapes and shardings say.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
+        step, wanted = self._newest(), _by_path({"params": shapes})
+        self._check(step, wanted)
+        only_these = ocp.Context()
+        only_these.pytree.loading.partial_load = True
+        with only_these:
+            loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+        return jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in wanted])
+
+    def saved_config(self) -> dict[str, Any]:
+        """Return the config that the newest save was made with, as plain nested dicts.
+
+        Raises:
+            CheckpointError: there is no save.
+        """
+        return self._orbax.load_checkpointables(self._newest(), {"meta": None})["meta"]["config"]
+
+    def _newest(self) -> int:
+        if (step := self.latest_step) is None:
+            raise CheckpointError(f"{self._folder} holds no checkpoint.", fix="train from the start.")
+        return step
+
+    def _saved_paths(self, step: int) -> Mapping[str, Any]:
+        return self._orbax.checkpointables_metadata(step).metadata["state"]
+
     def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        saved = self._orbax.checkpointables_metadata(step).metadata["state"]
+        saved = self._saved_paths(step)
+        if all(path.startswith("params.") for path in wanted):
+            saved = {path: leaf for path, leaf in saved.items() if path.startswith("params.")}
         here = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
         there = {path: tuple(leaf.shape) for path, leaf in saved.items()}
         differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
@@ -122,6 +163,17 @@ def _to_natural(setup: Setup) -> Any:
         return PipelineParams(stages=natural_order(params.stages, layers_per_stage=counts), shared=params.shared)
 
     return lambda state: _map_params(merge, state)
+
+
+def natural_params(setup: Setup) -> PipelineParams:
+    """Return shapes and shardings of a run's parameters as checkpoints have them: in natural order, stages [L, ...]."""
+    return _natural_shapes(setup).params
+
+
+def params_from_natural(setup: Setup, params: PipelineParams) -> PipelineParams:
+    """Return parameters of natural order cut into the run's stages; they are given up."""
+    donated = () if setup.model.fns.layers_per_stage else (0,)
+    return jax.jit(_from_natural(setup), out_shardings=setup.model.shardings, donate_argnums=donated)(params)
 
 
 def _from_natural(setup: Setup) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `trellax train`, `describe`, `inspect` and `plan` of a CONFIG, and `trellax schedule NAME`.
+"""The command line: `trellax train`, `describe`, `inspect` and `plan` of a CONFIG, and commands without one.
 
 stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
 stopped.
@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
+from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
 from .plan_command import add_plan_arguments, run_plan
@@ -70,12 +71,16 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return run_plan(_load(args, overrides), args)
 
 
-def _schedule(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if overrides:
-        raise TrellaxError(
-            f"`trellax schedule` reads no config, so it takes no {overrides[0]}.", fix="see `trellax schedule --help`."
-        )
-    return run_schedule(args)
+def _without_config(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace, Sequence[str]], int]:
+    def checked(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+        if overrides:
+            what = f"`trellax {args.command}`"
+            raise TrellaxError(
+                f"{what} reads no config, so it takes no {overrides[0]}.", fix=f"see {what[:-1]} --help`."
+            )
+        return run(args)
+
+    return checked
 
 
 def _load(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
@@ -87,7 +92,9 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "describe": _describe,
     "inspect": _inspect,
     "plan": _plan,
-    "schedule": _schedule,
+    "schedule": _without_config(run_schedule),
+    "import-hf": _without_config(run_import),
+    "export-hf": _without_config(run_export),
 }
 
 
@@ -127,8 +134,12 @@ def _make_parser() -> argparse.ArgumentParser:
             add_inspect_arguments(command)
         if name == "plan":
             add_plan_arguments(command)
-    what = "draw, save or compare pipeline schedules"
-    add_schedule_arguments(commands.add_parser("schedule", help=what, description=f"{what}.", allow_abbrev=False))
+    for name, what, add_arguments in (
+        ("schedule", "draw, save or compare pipeline schedules", add_schedule_arguments),
+        ("import-hf", "make a run folder of a Hugging Face model", add_import_arguments),
+        ("export-hf", "write the weights of a run folder for transformers", add_export_arguments),
+    ):
+        add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
     return parser
 
 

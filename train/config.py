@@ -41,9 +41,12 @@ class DataSection(Section):
     """The corpus and how it is cut."""
 
     source: Literal["stdlib", "text", "tokens"] = Field(
-        "stdlib", description="Python's own sources, text files as bytes, or arrays of token ids"
+        "stdlib", description="Python's own sources, text files, or arrays of token ids"
     )
     paths: tuple[str, ...] = Field((), description="files or globs, for source text or tokens")
+    tokenizer: str = Field(
+        "bytes", min_length=1, description="text to tokens: bytes, or a tokenizer.json, or a folder that has one"
+    )
     seq_len: int = Field(gt=0, description="tokens of one sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the corpus held out, from its tail")
     token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="integer type of raw .bin token files")
@@ -57,6 +60,9 @@ class TrainSection(Section):
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     eval_every: int = Field(0, ge=0, description="steps between validations; 0 validates only at the end")
     eval_batches: int = Field(8, gt=0, description="batches of one validation")
+    init_from: str = Field(
+        "", description="Hugging Face or run folder whose weights to begin with; drawn at random if left out"
+    )
 
 
 class OptimizerSection(Section):

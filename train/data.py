@@ -15,6 +15,7 @@ import numpy as np
 
 from ..meshes import DataError, suggest
 from .config import DataSection
+from .tokenizer import ModelTokenizer, load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CHUNK = 1 << 24
@@ -34,22 +35,30 @@ class Corpus:
     vocab_size_needed: int
 
 
-def load_corpus(data: DataSection) -> Corpus:
+def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
     """Return the corpus that a run file asks for, its tail of `val_fraction` held out.
 
     Token files stay on disk and are mapped; they are read once, in order, for the hash and the largest id.
 
+    Args:
+        vocab_size: that of the model, to know before text is tokenized that every id fits.
+        cache: folder that keeps tokenized text.
+
     Raises:
-        DataError: a file is missing or empty, a glob matches nothing, an array has another type, or a part is shorter
-            than one sequence.
+        DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter
+            than one sequence, or the tokenizer is none or has more ids than the model.
     """
-    if data.source == "stdlib":
-        return _cut(*_read_stdlib(), data=data)
-    files = _find_files(data.paths)
-    if data.source == "text":
-        tokens = np.frombuffer(b"".join(_read_bytes(file) for file in files), np.uint8)
-        return _cut(tokens, f"bytes of {_count(len(files), 'text file')}", data=data)
-    return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
+    if data.source == "tokens":
+        files = _find_files(data.paths)
+        return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
+    if data.tokenizer == "bytes":
+        documents, what = _read_documents(data)
+        tokens = np.frombuffer(b"".join(text for _, text in documents), np.uint8)
+        return _cut(tokens, f"bytes of {what}", data=data)
+    tokenizer = load_tokenizer(data.tokenizer)
+    _check_tokenizer(tokenizer, vocab_size=vocab_size)
+    documents, what = _read_documents(data)
+    return _cut(tokenize(documents, tokenizer, cache=cache), f"{what} by {tokenizer.file}", data=data)
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -66,7 +75,24 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
         )
 
 
-def _read_stdlib() -> tuple[np.ndarray, str]:
+def _check_tokenizer(tokenizer: ModelTokenizer, *, vocab_size: int | None) -> None:
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.file} gives ids 0 to {tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size} knows "
+            f"ids 0 to {vocab_size - 1}.",
+            fix=f"take the model's own tokenizer, or set model.vocab_size={tokenizer.vocab_size} or more.",
+        )
+
+
+def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
+    """Names and contents of all files, and what they are."""
+    if data.source == "stdlib":
+        return _read_stdlib()
+    files = _find_files(data.paths)
+    return [(str(file), _read_bytes(file)) for file in files], _count(len(files), "text file")
+
+
+def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root).as_posix() for file in root.rglob("*.py") if _is_library(file.relative_to(root))]
     # Ordered by the hash of the name, the held-out tail is a fair sample and not the modules from u to z.
@@ -76,9 +102,8 @@ def _read_stdlib() -> tuple[np.ndarray, str]:
             f"this Python has no sources of its standard library in {root}.",
             fix="set data.source='text' and data.paths.",
         )
-    text = b"".join((root / name).read_bytes() for name in names)
-    version = sysconfig.get_python_version()
-    return np.frombuffer(text, np.uint8), f"bytes of Python {version}'s standard library, {_count(len(names), 'file')}"
+    documents = [(name, (root / name).read_bytes()) for name in names]
+    return documents, f"Python {sysconfig.get_python_version()}'s standard library, {_count(len(names), 'file')}"
 
 
 def _is_library(name: Path) -> bool:

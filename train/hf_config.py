@@ -1,6 +1,7 @@
 """config.json of a Hugging Face model as a `ModelConfig`, and back; whatever trellax cannot compute is listed at once.
 
-Keys that change no logits of a trained model (dropout, initial values, caches) are passed over. Read `hf_names.py` next.
+Keys that change no logits of a trained model (dropout, initial values, caches) are passed over. Read `hf_names.py`
+next.
 """
 
 import json
@@ -64,7 +65,8 @@ def read_hub_model(folder: str | Path) -> HubModel:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(
-            f"{folder} has no config.json.", fix="name the folder of a Hugging Face model, as save_pretrained writes it."
+            f"{folder} has no config.json.",
+            fix="name a Hugging Face model's folder, as save_pretrained writes it.",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"{file} cannot be read: {error}.", fix="check the file.") from None
@@ -130,7 +132,7 @@ def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[
     return _write_gpt2(config) if name == "gpt2" else _write_llama(config, name)
 
 
-def _required(is_gpt2: bool) -> list[str]:  # noqa: FBT001
+def _required(is_gpt2: bool) -> list[str]:
     sizes = _GPT2_SIZES if is_gpt2 else _SIZES
     return [key for key in sizes.values() if key not in ("n_positions", "max_position_embeddings")]
 
@@ -199,12 +201,16 @@ def _read_llama(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _read_gpt2(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {own: values[key] for own, key in _GPT2_SIZES.items() if key in values}
-    return {"max_tokens": 1024} | sizes | {
-        "ffn_size": values.get("n_inner") or 4 * values["n_embd"],
-        "norm_epsilon": values.get("layer_norm_epsilon", 1e-5),
-        "embeddings": "tied" if values.get("tie_word_embeddings", True) else "untied",
-        "dtype": _dtype(values),
-    }
+    return (
+        {"max_tokens": 1024}
+        | sizes
+        | {
+            "ffn_size": values.get("n_inner") or 4 * values["n_embd"],
+            "norm_epsilon": values.get("layer_norm_epsilon", 1e-5),
+            "embeddings": "tied" if values.get("tie_word_embeddings", True) else "untied",
+            "dtype": _dtype(values),
+        }
+    )
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

@@ -60,7 +60,11 @@ def open_tensor_files(folder: str | Path) -> TensorFiles:
             tensor = opened.get_slice(name)
             shapes[name], dtypes[name], slices[name] = tuple(tensor.get_shape()), tensor.get_dtype(), tensor.__getitem__
         mistakes += [f"{name} is not in {file}, where the index says" for name in wanted if name not in slices]
-    found = [f"{name} is of type {kind}; read are {', '.join(_DTYPES)}" for name, kind in dtypes.items() if kind not in _DTYPES]
+    found = [
+        f"{name} is of type {kind}; read are {', '.join(_DTYPES)}"
+        for name, kind in dtypes.items()
+        if kind not in _DTYPES
+    ]
     return TensorFiles(shapes=shapes, dtypes=dtypes, slices=slices, mistakes=(*mistakes, *found))
 
 

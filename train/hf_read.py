@@ -1,4 +1,4 @@
-"""Hugging Face weights straight onto a mesh: every device reads its own slices, and the model is never whole on the host.
+"""Hugging Face weights straight onto a mesh: every device reads its own slices; the host never holds the model.
 
 Headers are checked against the wanted shapes first, and all that is wrong is said at once. Read `hf_write.py` next.
 """
@@ -42,7 +42,7 @@ def read_weights(folder: str | Path, shapes: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder whose tensors are known to be those of a model: where each parameter lives, and what names begin with."""
+    """A folder whose tensors are those of a model: where each parameter lives, and what names begin with."""
 
     files: TensorFiles
     homes: dict[str, Home]
@@ -67,9 +67,7 @@ def open_weights(folder: str | Path, shapes: Any) -> Source:
     return Source(files=files, homes=homes, prefix=prefix)
 
 
-def _compare(
-    files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes: Any, prefix: str
-) -> Iterator[str]:
+def _compare(files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes: Any, prefix: str) -> Iterator[str]:
     wanted = _wanted_shapes(homes, shapes, prefix)
     # What a file lacks that is damaged or missing itself is no news.
     if not files.mistakes:

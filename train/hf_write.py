@@ -55,7 +55,7 @@ def write_weights(
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name
     tensors = _list_tensors(params, values["model_type"], kind)
-    part = _open_folder(Path(folder))
+    part = _make_part(Path(folder))
     try:
         _write_files(part, tensors, params, kind, max_file_bytes)
         (part / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -63,7 +63,9 @@ def write_weights(
             shutil.copyfile(file, part / file.name)
         part.replace(folder)
     except OSError as error:
-        raise WeightsError(f"{folder} cannot be written: {error.strerror}.", fix="make room, or name another.") from None
+        raise WeightsError(
+            f"{folder} cannot be written: {error.strerror}.", fix="make room, or name another."
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return values
@@ -142,10 +144,21 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _open_folder(folder: Path) -> Path:
-    """Return a new folder beside the wanted one, which takes its name when all is written."""
+def refuse_existing(folder: Path) -> None:
+    """Raise if a folder is there and holds anything.
+
+    Raises:
+        WeightsError: it does.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder} is already there, and nothing is written over it.", fix="name another, or move it.")
+        raise WeightsError(
+            f"{folder} is already there, and nothing is written over it.", fix="name another, or move it."
+        )
+
+
+def _make_part(folder: Path) -> Path:
+    """Return a new folder beside the wanted one, which takes its name when all is written."""
+    refuse_existing(folder)
     part = folder.absolute().with_name(f"{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)

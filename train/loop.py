@@ -26,9 +26,11 @@ from .metrics import MetricsLog, Summary, draw_loss, peak_memory_bytes, read_met
 from .plan_warnings import warn_of_layout
 from .progress import StepProgress
 from .report import describe
+from .run_weights import check_initial_weights, initial_state
 from .speed import peak_flops_per_s
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
+from .tokenizer import keep_tokenizer
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -56,8 +58,10 @@ def train(config: RunConfig, *, console: Console | None = None) -> Summary:
     start_s = time.perf_counter()
     console = console or Console(file=sys.stderr)
     setup = prepare(config)
+    check_initial_weights(setup)
     _open_folder(config)
-    corpus = load_corpus(config.data)
+    keep_tokenizer(config.data.tokenizer, config.run_folder)
+    corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     console.print(str(describe(setup)), highlight=False, soft_wrap=True)
     for warning in warn_of_layout(config):
@@ -88,8 +92,10 @@ class _Run:
     def __init__(self, setup: Setup, corpus: Corpus, checkpoints: Checkpoints, console: Console) -> None:
         self.setup, self.config, self.checkpoints, self.console = setup, setup.config, checkpoints, console
         resumes = self.config.checkpoint.resume == "auto" and checkpoints.latest_step is not None
-        self.state: TrainState = checkpoints.restore(setup) if resumes else setup.init_state()
+        self.state: TrainState = checkpoints.restore(setup) if resumes else initial_state(setup)
         self.first_step = int(self.state.step)
+        if self.config.train.init_from and not resumes:
+            console.print(f"weights   of {self.config.train.init_from}", highlight=False, soft_wrap=True)
         if resumes:
             steps = self.config.train.steps
             rest = (

@@ -164,7 +164,10 @@ class Setup:
 
     def init_state(self) -> TrainState:
         """Return the state before the first step, every device making its own part."""
-        params = self.model.init(self.config.run.seed)
+        return self.state_of(self.model.init(self.config.run.seed))
+
+    def state_of(self, params: PipelineParams) -> TrainState:
+        """Return the state before the first step with these parameters, which are given up."""
         return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def _fresh(self, params: PipelineParams) -> TrainState:

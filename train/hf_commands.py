@@ -1,0 +1,163 @@
+"""`trellax import-hf DIR OUT` and `trellax export-hf CHECKPOINT OUT`: Hugging Face folders to run folders and back."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..layers import ModelConfig, param_counts
+from ..meshes import MeshSpec, WeightsError, build_mesh, mesh_sizes, use_fake_devices
+from .config import RunConfig, load_config
+from .hf_config import ARCHITECTURES, HubModel, hub_values, read_hub_model
+from .hf_read import open_weights, read_weights
+from .hf_write import refuse_existing, write_weights
+from .run_weights import load_params, save_params, saved_config, weight_shapes
+from .state import Setup
+from .tokenizer import ORIGIN, TOKENIZER, TOKENIZER_FILES, copy_tokenizer, read_origin
+
+_SEQ_LEN = 1024
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of the config.json that a model came with which it has on its way back."""
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """Teach a parser the words of `trellax import-hf`."""
+    parser.add_argument("source", metavar="DIR", help="folder with config.json and safetensors")
+    parser.add_argument("out", metavar="OUT", help="run folder to make; must not be there yet")
+    _add_shared_arguments(parser)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Teach a parser the words of `trellax export-hf`."""
+    parser.add_argument("source", metavar="CHECKPOINT", help="run folder, as train or import-hf leaves it")
+    parser.add_argument("out", metavar="OUT", help="folder to make; must not be there yet")
+    parser.add_argument("--architecture", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default model.dtype)")
+    _add_shared_arguments(parser)
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Make a run folder of a Hugging Face folder and return the exit code.
+
+    Raises:
+        TrellaxError: the folder cannot be read, or OUT is there.
+    """
+    source, out = Path(args.source), Path(args.out)
+    model = read_hub_model(source)
+    refuse_existing(out)
+    mesh = _build_mesh(args)
+    part = out.absolute().with_name(f"{out.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        config = _write_run_folder(part, out, source, model)
+        shapes = weight_shapes(Setup(config, mesh))
+        open_weights(source, shapes)
+        _say(f"reading   {source}: {model.architecture}, {_count(model.config)} parameters, on {mesh_sizes(mesh)}")
+        save_params(part, read_weights(source, shapes), config)
+        part.replace(out)
+    except OSError as error:
+        raise WeightsError(f"{out} cannot be written: {error.strerror}.", fix="make room, or name another.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return _finish(args, model.architecture, model.config, files=["config.toml", "checkpoints", *_tokenizer_files(out)])
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write the newest weights of a run folder as a Hugging Face folder and return the exit code.
+
+    Raises:
+        TrellaxError: there is no save, no architecture holds the model, or OUT is there.
+    """
+    source, out = Path(args.source), Path(args.out)
+    config, origin = saved_config(source), read_origin(source)
+    values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
+    refuse_existing(out)
+    mesh = _build_mesh(args)
+    _say(f"reading   {source}: {_count(config.model)} parameters, on {mesh_sizes(mesh)}")
+    write_weights(
+        load_params(source, Setup(config, mesh)),
+        config.model,
+        out,
+        architecture=values["model_type"],
+        dtype=args.dtype or config.model.dtype,
+        extra_values={key: origin[key] for key in _SPECIAL_IDS if key in origin},
+        extra_files=[source / name for name in _tokenizer_files(source)],
+    )
+    return _finish(args, values["model_type"], config.model, files=sorted(file.name for file in out.iterdir()))
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", default="data=1", metavar="SIZES", help="split the weights, by tensor=2,pipe=2 say")
+    parser.add_argument("--fake-devices", type=int, metavar="N", help="on N fake CPU devices")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _build_mesh(args: argparse.Namespace) -> Mesh:
+    spec = MeshSpec.parse(args.mesh)
+    if args.fake_devices is not None:
+        use_fake_devices(args.fake_devices)
+    devices = jax.devices()
+    # A file is read on as many devices as are asked for, one of eight too.
+    return build_mesh(spec, devices=devices if -1 in spec.sizes.values() else devices[: spec.num_devices])
+
+
+def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> RunConfig:
+    """Write config.toml and what belongs to the tokenizer, and return the run."""
+    copy_tokenizer(source, part)
+    (part / ORIGIN).write_text(json.dumps(model.values, indent=2) + "\n", encoding="utf-8")
+    (part / "config.toml").write_text(_config_text(source, out, model), encoding="utf-8")
+    return load_config(part / "config.toml")
+
+
+def _config_text(source: Path, out: Path, model: HubModel) -> str:
+    config = model.config
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": out.name, "folder": str(out.parent)},
+        "model": {
+            field.name: getattr(config, field.name)
+            for field in fields(ModelConfig)
+            if getattr(config, field.name) != field.default
+        },
+        "data": {"seq_len": min(config.max_tokens, _SEQ_LEN)},
+        "train": {"steps": 1000, "batch_size": 8},
+        "optimizer": {"learning_rate": 1e-5, "warmup_steps": 100},
+    }
+    if (source / TOKENIZER).is_file():
+        values["data"]["tokenizer"] = str(out)
+    sections = [
+        "\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())])
+        for section, keys in values.items()
+    ]
+    head = (
+        f"# {ARCHITECTURES[model.architecture]}, from `trellax import-hf`; its weights are in {out}/checkpoints.\n"
+        f"# Command:  trellax train {out}/config.toml --data.source text --data.paths 'notes/*.txt'"
+    )
+    return "\n\n".join([head, *sections]) + "\n"
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _count(config: ModelConfig) -> str:
+    return f"{param_counts(config).total:,}"
+
+
+def _finish(args: argparse.Namespace, architecture: str, config: ModelConfig, *, files: list[str]) -> int:
+    if args.json:
+        numbers = {"folder": args.out, "architecture": architecture, "parameters": param_counts(config).total}
+        print(json.dumps(numbers | {"model": asdict(config), "files": files}))
+        return 0
+    print(f"{architecture}, {_count(config)} parameters\n{args.out}: {', '.join(files)}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

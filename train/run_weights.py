@@ -1,0 +1,111 @@
+"""Parameters in the order of the model, between run folders and whoever reads or writes them: import, export, training.
+
+Here a model's parameters are a tree {"embed", "blocks", "head"} as a `Transformer` has it, blocks [L, ...].
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..layers import ModelConfig
+from ..meshes import CheckpointError, ConfigError
+from ..pipeline import PipelineParams
+from .checkpoint import FOLDER, Checkpoints, natural_params, params_from_natural
+from .config import RunConfig, config_from_dict
+from .hf_config import model_differences, read_hub_model
+from .hf_read import open_weights, read_weights
+from .state import Setup, TrainState
+
+
+def is_run_folder(folder: str | Path) -> bool:
+    """Return whether a folder is one that `trellax train` or `import-hf` leaves."""
+    return (Path(folder) / FOLDER).is_dir()
+
+
+def weight_shapes(setup: Setup) -> dict[str, Any]:
+    """Return shapes, types and shardings of a run's parameters in the order of the model."""
+    return _as_model(natural_params(setup))
+
+
+def load_params(folder: str | Path, setup: Setup) -> dict[str, Any]:
+    """Return the newest parameters of a run folder, or those of a Hugging Face folder, on the mesh of `setup`.
+
+    Raises:
+        CheckpointError: the run folder has none, or of another model.
+        WeightsError: the Hugging Face folder is not whole, or of another model.
+    """
+    if not is_run_folder(folder):
+        return read_weights(folder, weight_shapes(setup))
+    with Checkpoints(folder, keep=1) as checkpoints:
+        return _as_model(checkpoints.restore_params(natural_params(setup)))
+
+
+def save_params(folder: str | Path, params: dict[str, Any], config: RunConfig) -> None:
+    """Save parameters as those of a run before its first step."""
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save_params(as_pipeline(params), config)
+
+
+def saved_config(folder: str | Path) -> RunConfig:
+    """Return the config of the newest save of a run folder.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    if not is_run_folder(folder):
+        raise CheckpointError(f"{folder} is no run folder: it has no {FOLDER}.", fix="name one that trellax wrote.")
+    with Checkpoints(folder, keep=1) as checkpoints:
+        return config_from_dict(checkpoints.saved_config())
+
+
+def model_of(folder: str | Path) -> ModelConfig:
+    """Return the model whose weights a run folder or a Hugging Face folder holds.
+
+    Raises:
+        CheckpointError: the run folder has no save.
+        WeightsError: the Hugging Face folder holds no model that trellax has.
+    """
+    return saved_config(folder).model if is_run_folder(folder) else read_hub_model(folder).config
+
+
+def check_initial_weights(setup: Setup) -> None:
+    """Raise unless `train.init_from` holds the weights of this run's model; nothing but headers is read.
+
+    Raises:
+        TrellaxError: there are none, or they are of another model, with all that differs.
+    """
+    source, config = setup.config.train.init_from, setup.config
+    if not source or _resumes(config):
+        return
+    model = model_of(source)
+    if differing := model_differences(config.model, model):
+        lines = [f"model.{name}={getattr(config.model, name)!r}, there {getattr(model, name)!r}" for name in differing]
+        raise ConfigError(
+            "\n  ".join([f"train.init_from={source!r} holds another model than this config has:", *lines]),
+            fix="set these keys as they are there.",
+        )
+    if not is_run_folder(source):
+        open_weights(source, weight_shapes(setup))
+
+
+def initial_state(setup: Setup) -> TrainState:
+    """Return the state before the first step: parameters drawn, or those of `train.init_from`; a fresh optimizer."""
+    source = setup.config.train.init_from
+    if not source:
+        return setup.init_state()
+    return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, setup))))
+
+
+def _resumes(config: RunConfig) -> bool:
+    if config.checkpoint.resume != "auto" or not is_run_folder(config.run_folder):
+        return False
+    with Checkpoints(config.run_folder, keep=config.checkpoint.keep) as checkpoints:
+        return checkpoints.latest_step is not None
+
+
+def _as_model(params: PipelineParams) -> dict[str, Any]:
+    return {"blocks": params.stages, **params.shared}
+
+
+def as_pipeline(params: dict[str, Any]) -> PipelineParams:
+    """Return the same parameters as a pipeline groups them, still in natural order."""
+    return PipelineParams(stages=params["blocks"], shared={"embed": params["embed"], "head": params["head"]})

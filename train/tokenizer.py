@@ -1,0 +1,177 @@
+"""A model's own tokenizer: text files as token ids, kept beside the run so that the next start reads them from disk.
+
+tokenizer.json is read by the library that wrote it. Read `data.py` next.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..meshes import DataError
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""What belongs to a tokenizer in the folder of a model; copied along with weights."""
+
+ORIGIN = "hf_config.json"
+"""The config.json that a run folder's model came with."""
+
+_BATCH = 256
+_FOLDER = "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTokenizer:
+    """A tokenizer, how many ids it may give, and the id that ends a document, None where nothing says so."""
+
+    tokenizer: Any
+    file: Path
+    vocab_size: int
+    end_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens around it."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_tokenizer(path: str | Path) -> ModelTokenizer:
+    """Return the tokenizer of a tokenizer.json, or of a folder that has one.
+
+    The end of a document is the `eos_token` of tokenizer_config.json beside it, or `eos_token_id` of config.json.
+
+    Raises:
+        DataError: there is none, or it is broken.
+    """
+    file = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataError(
+            f"{file} is no tokenizer: there is no such file.",
+            fix="name a tokenizer.json or the folder of a model that has one.",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no class of its own
+        raise DataError(f"{file} is no tokenizer: {error}.", fix="name a tokenizer.json.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return ModelTokenizer(tokenizer=tokenizer, file=file, vocab_size=size, end_id=_find_end(file.parent, tokenizer))
+
+
+def keep_tokenizer(path: str, folder: Path) -> None:
+    """Copy the tokenizer of a run into its folder, so that whoever serves or exports the run finds it; bytes need none.
+
+    Raises:
+        DataError: there is none, or it is broken.
+    """
+    if path != "bytes":
+        copy_tokenizer(load_tokenizer(path).file.parent, folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what belongs to a tokenizer from one folder to another, if it is not there yet."""
+    for name in (*TOKENIZER_FILES, ORIGIN):
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Return the config.json that a run folder's model came with; empty where it came from none."""
+    return _read_json(folder / ORIGIN)
+
+
+def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, *, cache: Path | None) -> np.ndarray:
+    """Return the ids of documents (name, UTF-8 text) one after another, each ended by `end_id` where there is one.
+
+    uint16 where the vocabulary allows, else uint32. With a folder as `cache` they are kept there, under a hash of text
+    and tokenizer, and mapped from there the next time.
+
+    Raises:
+        DataError: a document is no UTF-8.
+    """
+    if cache is None:
+        return _encode(documents, tokenizer)
+    file = cache / _FOLDER / f"{_hash(documents, tokenizer)}.npy"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".part-{os.getpid()}")
+        with part.open("wb") as stream:
+            np.save(stream, _encode(documents, tokenizer))
+        part.replace(file)
+    return np.load(file, mmap_mode="r")
+
+
+def _encode(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> np.ndarray:
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    end = np.array([] if tokenizer.end_id is None else [tokenizer.end_id], dtype)
+    parts = []
+    for batch in _batches(documents):
+        for encoding in tokenizer.tokenizer.encode_batch(batch, add_special_tokens=False):
+            parts += [np.array(encoding.ids, dtype), end]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _batches(documents: Sequence[tuple[str, bytes]]) -> Iterator[list[str]]:
+    for start in range(0, len(documents), _BATCH):
+        yield [_decode(name, text) for name, text in documents[start : start + _BATCH]]
+
+
+def _decode(name: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: this is no UTF-8 text: {error.reason} at byte {error.start}.",
+            fix="convert it, or set data.tokenizer='bytes'.",
+        ) from None
+
+
+def _hash(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> str:
+    digest = hashlib.sha256(tokenizer.file.read_bytes())
+    digest.update(str(tokenizer.end_id).encode())
+    for _, text in documents:
+        # The length too: the same bytes cut into other documents are other tokens.
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
+
+
+def _find_end(folder: Path, tokenizer: Tokenizer) -> int | None:
+    token = _read_json(folder / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if isinstance(text, str) and (found := tokenizer.token_to_id(text)) is not None:
+        return found
+    for name in ("generation_config.json", "config.json", ORIGIN):
+        ids = _read_json(folder / name).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int):
+            return first
+    return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
