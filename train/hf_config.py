@@ -96,9 +96,10 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
     is_gpt2 = name == "gpt2"
     found = list(_unsupported_gpt2(values) if is_gpt2 else _unsupported_llama(values, name))
     found += _unsupported_anywhere(values)
-    found += [f"{key} is missing" for key in _required(is_gpt2) if not isinstance(values.get(key), int)]
+    found += _missing_sizes(values, is_gpt2)
     if found:
-        raise WeightsError(_listed(f"{len(found)} of its settings are not supported:", found))
+        are = "is" if len(found) == 1 else "are"
+        raise WeightsError(_listed(f"{len(found)} of its settings {are} not supported:", found))
     try:
         config = ModelConfig(**(_read_gpt2(values) if is_gpt2 else _read_llama(values, name)))
     except ModelError as error:
@@ -132,9 +133,13 @@ def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[
     return _write_gpt2(config) if name == "gpt2" else _write_llama(config, name)
 
 
-def _required(is_gpt2: bool) -> list[str]:
-    sizes = _GPT2_SIZES if is_gpt2 else _SIZES
-    return [key for key in sizes.values() if key not in ("n_positions", "max_position_embeddings")]
+def _missing_sizes(values: Mapping[str, Any], is_gpt2: bool) -> Iterator[str]:
+    for key in (_GPT2_SIZES if is_gpt2 else _SIZES).values():
+        if key not in values:
+            if key not in ("n_positions", "max_position_embeddings"):
+                yield f"{key} is missing"
+        elif type(values[key]) is not int:
+            yield f"{key}={values[key]!r} is no whole number"
 
 
 def _unsupported_anywhere(values: Mapping[str, Any]) -> Iterator[str]:

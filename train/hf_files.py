@@ -16,20 +16,20 @@ from ..meshes import WeightsError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFiles:
     """Every tensor of a folder: its shape, its type as safetensors names it, and how to read a slice of it.
 
-    `mistakes` is what is wrong with the files themselves, a line each.
+    `mistakes` is what is wrong with the files themselves, a line each; `lost` are the tensors that those should hold.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     slices: Mapping[str, Callable[[tuple[slice, ...]], np.ndarray]]
     mistakes: tuple[str, ...]
+    lost: frozenset[str]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return a slice of a tensor; no other byte of the file is read."""
@@ -47,25 +47,22 @@ def open_tensor_files(folder: str | Path) -> TensorFiles:
     dtypes: dict[str, str] = {}
     slices: dict[str, Any] = {}
     mistakes: list[str] = []
+    lost: list[str] = []
     for file, wanted in _find_files(folder).items():
         try:
             opened: Any = safe_open(folder / file, framework="np")
-        except FileNotFoundError:
-            mistakes.append(f"{file} is missing" + (f", with {len(wanted)} tensors" if wanted else ""))
-            continue
         except (SafetensorError, OSError) as error:
-            mistakes.append(f"{file} is no whole safetensors file: {error}")
+            is_missing = isinstance(error, FileNotFoundError)
+            problem = f"{file} is missing" if is_missing else f"{file} is no whole safetensors file: {error}"
+            if not wanted:
+                raise WeightsError(f"{folder}: {problem}.", fix="copy the file again.") from None
+            mistakes.append(f"{problem}; {len(wanted)} tensors are lost")
+            lost += wanted
             continue
         for name in opened.keys():  # noqa: SIM118 - it is no dict
             tensor = opened.get_slice(name)
             shapes[name], dtypes[name], slices[name] = tuple(tensor.get_shape()), tensor.get_dtype(), tensor.__getitem__
-        mistakes += [f"{name} is not in {file}, where the index says" for name in wanted if name not in slices]
-    found = [
-        f"{name} is of type {kind}; read are {', '.join(_DTYPES)}"
-        for name, kind in dtypes.items()
-        if kind not in _DTYPES
-    ]
-    return TensorFiles(shapes=shapes, dtypes=dtypes, slices=slices, mistakes=(*mistakes, *found))
+    return TensorFiles(shapes=shapes, dtypes=dtypes, slices=slices, mistakes=tuple(mistakes), lost=frozenset(lost))
 
 
 def _find_files(folder: Path) -> dict[str, list[str]]:
@@ -90,5 +87,5 @@ def _read_index(file: Path) -> dict[str, list[str]]:
             # A name with a folder in it would read from elsewhere.
             files.setdefault(Path(part).name, []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise WeightsError(f"{file} is no index of weights: {error!r}.", fix="copy it again.") from None
+        raise WeightsError(f"{file} is no index of weights: {error}.", fix="copy it again.") from None
     return files

@@ -17,6 +17,7 @@ from .hf_files import TensorFiles, open_tensor_files
 from .hf_names import NAMINGS, Home, Naming, named
 
 _SHOWN = 20
+_DTYPES = ("F32", "BF16", "F16")
 
 
 def read_weights(folder: str | Path, shapes: Any) -> Any:
@@ -58,23 +59,26 @@ def open_weights(folder: str | Path, shapes: Any) -> Source:
     naming = NAMINGS[read_hub_model(folder).architecture]
     files = open_tensor_files(folder)
     homes = named(naming, shapes)
-    prefix = naming.prefix if any(name.startswith(naming.prefix) for name in files.shapes) else ""
+    has_prefix = any(name.startswith(naming.prefix) for name in (*files.shapes, *files.lost))
+    prefix = naming.prefix if has_prefix else ""
     mistakes = [*files.mistakes, *_compare(files, naming, homes, shapes, prefix)]
     if mistakes:
         more = [f"and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []
-        lines = [f"{folder}: the weights are not those of its config.json:", *mistakes[:_SHOWN], *more]
+        lines = [f"{folder} does not hold what its config.json says:", *mistakes[:_SHOWN], *more]
         raise WeightsError("\n  ".join(lines), fix="copy the folder again, whole.")
     return Source(files=files, homes=homes, prefix=prefix)
 
 
 def _compare(files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes: Any, prefix: str) -> Iterator[str]:
     wanted = _wanted_shapes(homes, shapes, prefix)
-    # What a file lacks that is damaged or missing itself is no news.
-    if not files.mistakes:
-        yield from (f"{name} {list(wanted[name])} is missing" for name in sorted(wanted.keys() - files.shapes.keys()))
+    # That tensors of a damaged file are missing is no news.
+    for name in sorted(wanted.keys() - files.shapes.keys() - files.lost):
+        yield f"{name} {list(wanted[name])} is missing"
     for name in sorted(wanted.keys() & files.shapes.keys()):
         if files.shapes[name] != wanted[name]:
             yield f"{name} is {list(files.shapes[name])}, not {list(wanted[name])}"
+        if files.dtypes[name] not in _DTYPES:
+            yield f"{name} is of type {files.dtypes[name]}, not {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
     for name in sorted(files.shapes.keys() - wanted.keys()):
         is_known = name.endswith(naming.ignored) if naming.ignored else False
         # Tied models may hold the table a second time.

@@ -1,0 +1,131 @@
+"""Text becomes the ids of a model's own tokenizer, documents end where they end, and a second run reads what was kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from trellax.meshes import DataError
+from trellax.train import tokenizer as module
+from trellax.train.config import DataSection
+from trellax.train.data import load_corpus
+from trellax.train.tokenizer import load_tokenizer, tokenize
+
+TEXTS = ["the cat sat on the mat\n" * 20, "a cat is a cat, é 猫\n" * 20]
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of 300 ids, whose id 0 ends a document."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two texts, to work in."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in zip(("a.txt", "b.txt"), TEXTS, strict=True):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def section(source: Path | str, **changes: Any) -> DataSection:
+    values: dict[str, Any] = {"source": "text", "paths": ("*.txt",), "seq_len": 8, "tokenizer": str(source)}
+    return DataSection(**(values | changes))
+
+
+def test_ids_decode_to_the_text_whatever_length_the_tokenizer_would_cut_it_to(source: Path) -> None:
+    tokenizer = load_tokenizer(source)
+    assert len(tokenizer.encode(TEXTS[1])) > 5
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+
+
+def test_corpus_is_every_document_with_its_end(source: Path, here: Path) -> None:
+    tokenizer = load_tokenizer(source)
+    corpus = load_corpus(section(source))
+    expected = [*tokenizer.encode(TEXTS[0]), 0, *tokenizer.encode(TEXTS[1]), 0]
+    assert [*corpus.train, *corpus.validation] == expected
+    assert corpus.train.dtype == np.uint16
+    assert corpus.vocab_size_needed <= VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "end"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<end>"}, 0),
+        ("tokenizer_config.json", {"eos_token": "<other>"}, None),
+        ("config.json", {"eos_token_id": 3}, 3),
+        ("generation_config.json", {"eos_token_id": [5, 3]}, 5),
+        ("config.json", {}, None),
+    ],
+)
+def test_end_of_a_document_is_what_the_model_says(
+    name: str, values: dict[str, Any], end: int | None, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (tmp_path / name).write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.end_id == end
+    ids = tokenize([("one", b"cat"), ("two", b"mat")], tokenizer, cache=None)
+    assert list(ids).count(end) == (2 if end is not None else 0)
+
+
+def test_kept_tokens_are_read_and_other_text_is_tokenized_anew(
+    source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_corpus(section(source), cache=here / "run")
+    encode, calls = module._encode, []
+    monkeypatch.setattr(module, "_encode", lambda *args: calls.append(1) or encode(*args))
+    again = load_corpus(section(source), cache=here / "run")
+    assert (again.sha256, calls) == (first.sha256, [])
+    (here / "b.txt").write_text("another cat\n" * 20)
+    assert load_corpus(section(source), cache=here / "run").sha256 != first.sha256
+    assert calls == [1]
+
+
+def test_standard_library_is_text_that_a_tokenizer_reads(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_encode", lambda documents, _: np.arange(len(documents), dtype=np.uint16))
+    corpus = load_corpus(DataSection(seq_len=8, tokenizer=str(source)))
+    assert corpus.train.size > 300
+    assert "standard library" in corpus.description
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "missing": {"tokenizer": "nowhere"},
+    "folder_without": {"tokenizer": "."},
+    "no_tokenizer": {"tokenizer": "a.txt"},
+    "no_utf8": {"paths": ("latin.txt",)},
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_says_how_to_fix_it(
+    name: str, source: Path, here: Path, golden: Callable[[str, str], None]
+) -> None:
+    Path("latin.txt").write_bytes("é".encode("latin-1") * 100)
+    with pytest.raises(DataError) as caught:
+        load_corpus(section(source, **MISTAKES[name]))
+    golden(f"errors/tokenizer_{name}.txt", str(caught.value))
+
+
+def test_tokenizer_of_a_larger_model_is_refused_before_a_file_is_read(
+    source: Path, here: Path, golden: Callable[[str, str], None]
+) -> None:
+    Path("tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    with pytest.raises(DataError) as caught:
+        load_corpus(section("tokenizer.json", paths=("nowhere.txt",)), vocab_size=256)
+    golden("errors/tokenizer_too_large.txt", str(caught.value))
