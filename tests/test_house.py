@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from trellax.meshes import MeshSpec
 from trellax.pipeline import build_schedule
 from trellax.train import RunConfig, check_run, cli, draw_schedule
 
@@ -167,6 +168,11 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
         return
     if words[0] == "schedule":
         assert cli.main(words) == 0
+        return
+    if words[0].endswith("-hf"):
+        # The folders are the reader's.
+        args = cli._make_parser().parse_args(words)
+        assert MeshSpec.parse(args.mesh).num_devices >= 1
         return
     with pytest.raises(ReachedError) as caught:
         cli.main(words)

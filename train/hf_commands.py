@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,11 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, param_counts
-from ..meshes import MeshSpec, WeightsError, build_mesh, mesh_sizes, use_fake_devices
+from ..meshes import MeshSpec, build_mesh, mesh_sizes, use_fake_devices
 from .config import RunConfig, load_config
 from .hf_config import ARCHITECTURES, HubModel, hub_values, read_hub_model
 from .hf_read import open_weights, read_weights
-from .hf_write import refuse_existing, write_weights
+from .hf_write import write_weights
+from .new_folder import new_folder, refuse_existing
 from .run_weights import load_params, save_params, saved_config, weight_shapes
 from .state import Setup
 from .tokenizer import ORIGIN, TOKENIZER, TOKENIZER_FILES, copy_tokenizer, read_origin
@@ -53,19 +52,12 @@ def run_import(args: argparse.Namespace) -> int:
     model = read_hub_model(source)
     refuse_existing(out)
     mesh = _build_mesh(args)
-    part = out.absolute().with_name(f"{out.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
+    with new_folder(out) as part:
         config = _write_run_folder(part, out, source, model)
         shapes = weight_shapes(Setup(config, mesh))
         open_weights(source, shapes)
         _say(f"reading   {source}: {model.architecture}, {_count(model.config)} parameters, on {mesh_sizes(mesh)}")
         save_params(part, read_weights(source, shapes), config)
-        part.replace(out)
-    except OSError as error:
-        raise WeightsError(f"{out} cannot be written: {error.strerror}.", fix="make room, or name another.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return _finish(args, model.architecture, model.config, files=["config.toml", "checkpoints", *_tokenizer_files(out)])
 
 

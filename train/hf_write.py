@@ -5,7 +5,6 @@ The folder appears under its name when it is whole. Read `hf_commands.py` next.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..layers import ModelConfig
-from ..meshes import WeightsError
 from .hf_config import hub_values
 from .hf_files import INDEX, SINGLE
 from .hf_names import NAMINGS, named
+from .new_folder import new_folder
 
 _MAX_FILE_BYTES = 5_000_000_000
 _TORCH = {"format": "pt"}
@@ -44,9 +43,9 @@ def write_weights(
         folder: must not be there yet, or be empty.
         architecture: needed where the model fits several.
         dtype: of the tensors; that of the parameters if left out.
-        extra_values: keys of config.json that say nothing of the weights, such as ids of special tokens.
+        extra_values: more keys of config.json, such as ids of special tokens.
         extra_files: to be copied, such as a tokenizer's.
-        max_file_bytes: tensors go to several files with an index where they are more than this.
+        max_file_bytes: more than this goes to several files with an index.
 
     Raises:
         WeightsError: the folder is there, cannot be written, or no architecture holds the model.
@@ -55,19 +54,11 @@ def write_weights(
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name
     tensors = _list_tensors(params, values["model_type"], kind)
-    part = _make_part(Path(folder))
-    try:
+    with new_folder(folder) as part:
         _write_files(part, tensors, params, kind, max_file_bytes)
-        (part / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_json(part / "config.json", values)
         for file in extra_files:
             shutil.copyfile(file, part / file.name)
-        part.replace(folder)
-    except OSError as error:
-        raise WeightsError(
-            f"{folder} cannot be written: {error.strerror}.", fix="make room, or name another."
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return values
 
 
@@ -114,8 +105,11 @@ def _write_files(part: Path, tensors: list[_Tensor], params: Any, dtype: np.dtyp
         index |= {tensor.name: name for tensor in group}
     if len(groups) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-        (part / INDEX).write_text(text + "\n", encoding="utf-8")
+        _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_Tensor]]:
@@ -142,26 +136,3 @@ def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) ->
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise if a folder is there and holds anything.
-
-    Raises:
-        WeightsError: it does.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(
-            f"{folder} is already there, and nothing is written over it.", fix="name another, or move it."
-        )
-
-
-def _make_part(folder: Path) -> Path:
-    """Return a new folder beside the wanted one, which takes its name when all is written."""
-    refuse_existing(folder)
-    part = folder.absolute().with_name(f"{folder.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise WeightsError(f"{part} cannot be made: {error.strerror}.", fix="name a folder that can.") from None
-    return part

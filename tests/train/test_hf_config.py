@@ -101,9 +101,9 @@ def test_biases_on_all_linear_layers_of_a_llama() -> None:
 
 
 def model(**changes: Any) -> ModelConfig:
-    sizes: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 16, "num_heads": 4}
-    llama = {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"}
-    return ModelConfig(**(sizes | llama | changes))
+    values: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 16, "num_heads": 4}
+    values |= {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"}
+    return ModelConfig(**(values | changes))
 
 
 @pytest.mark.parametrize(
