@@ -74,7 +74,7 @@ def run_export(args: argparse.Namespace) -> int:
     mesh = _build_mesh(args)
     _say(f"reading   {source}: {_count(config.model)} parameters, on {mesh_sizes(mesh)}")
     write_weights(
-        load_params(source, Setup(config, mesh)),
+        load_params(source, weight_shapes(Setup(config, mesh))),
         config.model,
         out,
         architecture=values["model_type"],

@@ -279,7 +279,6 @@ def _write_llama(config: ModelConfig, name: str) -> dict[str, Any]:
         "tie_word_embeddings": config.embeddings == "tied",
         "dtype": config.dtype,
     }
-    # Both spellings: transformers 5 reads the first, 4 the other two.
     rope: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
     if config.rope_scaling != "none":
         rope["factor"] = config.rope_factor
@@ -287,7 +286,9 @@ def _write_llama(config: ModelConfig, name: str) -> dict[str, Any]:
         rope["low_freq_factor"] = config.rope_low_frequency_factor
         rope["high_freq_factor"] = config.rope_high_frequency_factor
         rope["original_max_position_embeddings"] = config.rope_original_tokens
+    # transformers 5 writes the first; 4 knows the other two, which 5 reads too.
     values["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
+    values |= {"rope_theta": config.rope_theta, "rope_scaling": None if config.rope_scaling == "none" else rope}
     if name == "llama":
         values |= {"attention_bias": config.bias == "on", "mlp_bias": config.bias == "on"}
     window = config.attention_window or None

@@ -26,17 +26,20 @@ def weight_shapes(setup: Setup) -> dict[str, Any]:
     return _as_model(natural_params(setup))
 
 
-def load_params(folder: str | Path, setup: Setup) -> dict[str, Any]:
-    """Return the newest parameters of a run folder, or those of a Hugging Face folder, on the mesh of `setup`.
+def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the newest parameters of a run folder, or those of a Hugging Face folder, each device reading its part.
+
+    Args:
+        shapes: the parameters wanted, as `jax.ShapeDtypeStruct` with shardings; of `weight_shapes(setup)` for a run.
 
     Raises:
         CheckpointError: the run folder has none, or of another model.
         WeightsError: the Hugging Face folder is not whole, or of another model.
     """
     if not is_run_folder(folder):
-        return read_weights(folder, weight_shapes(setup))
+        return read_weights(folder, shapes)
     with Checkpoints(folder, keep=1) as checkpoints:
-        return _as_model(checkpoints.restore_params(natural_params(setup)))
+        return _as_model(checkpoints.restore_params(as_pipeline(shapes)))
 
 
 def save_params(folder: str | Path, params: dict[str, Any], config: RunConfig) -> None:
@@ -92,7 +95,7 @@ def initial_state(setup: Setup) -> TrainState:
     source = setup.config.train.init_from
     if not source:
         return setup.init_state()
-    return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, setup))))
+    return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, weight_shapes(setup)))))
 
 
 def _resumes(config: RunConfig) -> bool:

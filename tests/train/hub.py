@@ -86,7 +86,7 @@ def _forward(config: ModelConfig, mesh: str) -> Any:
 def logits_of(folder: Path, mesh: str) -> np.ndarray:
     """Logits [B, T, V] of a folder's model, read onto a mesh without pipe."""
     setup = setup_of(read_hub_model(folder).config, mesh)
-    params = load_params(folder, setup)
+    params = load_params(folder, weight_shapes(setup))
     with jax.set_mesh(setup.mesh):
         return np.asarray(_forward(setup.config.model, mesh)(params, tokens_of()))
 
@@ -94,7 +94,7 @@ def logits_of(folder: Path, mesh: str) -> np.ndarray:
 def token_losses_of(folder: Path, mesh: str) -> np.ndarray:
     """The pipeline's loss of each token alone, [B, T], where the target is the token itself."""
     setup = setup_of(read_hub_model(folder).config, mesh)
-    params = params_from_natural(setup, as_pipeline(load_params(folder, setup)))
+    params = params_from_natural(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
     tokens = tokens_of().reshape(setup.config.pipeline.microbatches, -1, T)
 
     @jax.jit
