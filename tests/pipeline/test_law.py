@@ -99,9 +99,12 @@ CASES = (
     Case("2x2x2", "auto", 3, "mha-untied", vocab="split", layers=(3, 5)),
 )
 
-FEATURE_CASES = (
-    Case("2x2x2", "zb-h1", 3, "mqa-qwen"),
+FEATURE_CASES = (Case("2x2x2", "zb-h1", 3, "mqa-qwen"),)
+MORE_FEATURE_CASES = (
     Case("1x2x4", "1f1b", 3, "gqa-qwen", "dots", vocab="split"),
+    Case("4x1x2", "gpipe", 2, "mqa-qwen", "full", vocab="split"),
+    Case("1x8x1", "naive", 2, "gqa-qwen"),
+    Case("1x2x4", "zb-h1", 3, "gqa-qwen", "dots"),
 )
 
 REMATS = get_args(Remat)
@@ -159,7 +162,7 @@ def test_loss_gradients_and_norm_equal_one_device(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*EVERY_CASE, *EVERY_UNEVEN_CASE], ids=str)
+@pytest.mark.parametrize("case", [*EVERY_CASE, *EVERY_UNEVEN_CASE, *MORE_FEATURE_CASES], ids=str)
 def test_loss_gradients_and_norm_equal_one_device_in_the_full_product(case: Case) -> None:
     assert wrong_by(case) == {}
 
