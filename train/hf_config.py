@@ -88,22 +88,18 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
         WeightsError: it asks for what trellax does not have, all of which is listed.
     """
     name = values.get("model_type") if isinstance(values, Mapping) else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise WeightsError(
             f"model_type={name!r} is no architecture that trellax has.{suggest(str(name), ARCHITECTURES)}",
             fix=f"use a model of {', '.join(ARCHITECTURES)}.",
         )
-    is_gpt2 = name == "gpt2"
-    found = list(_unsupported_gpt2(values) if is_gpt2 else _unsupported_llama(values, name))
-    found += _unsupported_anywhere(values)
-    found += _missing_sizes(values, is_gpt2)
-    if found:
-        are = "is" if len(found) == 1 else "are"
-        raise WeightsError(_listed(f"{len(found)} of its settings {are} not supported:", found))
     try:
-        config = ModelConfig(**(_read_gpt2(values) if is_gpt2 else _read_llama(values, name)))
+        config = _read_model(values, name)
     except ModelError as error:
         raise WeightsError(error.problem, fix="correct config.json.") from None
+    except (TypeError, AttributeError) as error:
+        # Lists where numbers belong, and the like: nothing that transformers writes.
+        raise WeightsError(f"a setting is of another type than it should be: {error}.", fix="copy it again.") from None
     return HubModel(config=config, architecture=name, values=values)
 
 
@@ -131,6 +127,17 @@ def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[
     if lacks[name]:
         raise WeightsError(_listed(f"{name} cannot hold this model:", lacks[name]))
     return _write_gpt2(config) if name == "gpt2" else _write_llama(config, name)
+
+
+def _read_model(values: Mapping[str, Any], name: str) -> ModelConfig:
+    is_gpt2 = name == "gpt2"
+    found = list(_unsupported_gpt2(values) if is_gpt2 else _unsupported_llama(values, name))
+    found += _unsupported_anywhere(values)
+    found += _missing_sizes(values, is_gpt2)
+    if found:
+        are = "is" if len(found) == 1 else "are"
+        raise WeightsError(_listed(f"{len(found)} of its settings {are} not supported:", found))
+    return ModelConfig(**(_read_gpt2(values) if is_gpt2 else _read_llama(values, name)))
 
 
 def _missing_sizes(values: Mapping[str, Any], is_gpt2: bool) -> Iterator[str]:

@@ -108,7 +108,7 @@ def _gpt2_homes() -> dict[str, Home]:
 
 
 _LLAMA = Naming(prefix="model.", homes=_llama_homes(), ignored=("rotary_emb.inv_freq",))
-_GPT2 = Naming(prefix="transformer.", homes=_gpt2_homes(), ignored=("attn.bias", "attn.masked_bias"))
+_GPT2 = Naming(prefix="transformer.", homes=_gpt2_homes(), ignored=(".attn.bias", ".attn.masked_bias"))
 
 NAMINGS: dict[str, Naming] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
 """By `model_type` of config.json."""

@@ -37,6 +37,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "quantization_config": {"bits": 4}},
     "windows_that_differ": LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
     "sizes_that_contradict": LLAMA | {"num_key_value_heads": 3},
+    "rope_of_a_list": LLAMA | {"rope_scaling": ["llama3"]},
+    "architecture_of_a_list": {"model_type": ["llama"]},
     "gpt2": GPT2 | {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
 }
 

@@ -131,6 +131,14 @@ def test_tables_that_older_versions_saved_along_are_passed_over(name: str, extra
     assert open_weights(own, shapes_of(own)).files.mistakes == ()
 
 
+def test_tensor_of_a_layer_too_many_is_told(tmp_path: Path) -> None:
+    own = Path(shutil.copytree(GOLDEN / "gpt2", tmp_path / "model"))
+    name = "transformer.h.2.attn.c_attn.bias"
+    merge(own, lambda tensors: tensors.update({name: np.zeros(48, np.float32)}))
+    with pytest.raises(WeightsError, match=f"{name} \\[48\\] is not known"):
+        open_weights(own, shapes_of(own))
+
+
 def truncate(folder: Path) -> None:
     second_file(folder).write_bytes(second_file(folder).read_bytes()[:-100])
 
