@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .block import Block, Remat, rematerialize, run_blocks, stack_blocks
+from .cache import CacheDtype, KVCache, NewTokens, bytes_per_device, cache_shapes
 from .config import ModelConfig
 from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
 from .embedding import Embedding, lookup
@@ -17,16 +18,21 @@ __all__ = [
     "ActivationBytes",
     "Attention",
     "Block",
+    "CacheDtype",
     "ColumnLinear",
     "Embedding",
     "FlopCounts",
     "Head",
+    "KVCache",
     "ModelConfig",
+    "NewTokens",
     "ParamCounts",
     "Remat",
     "RowLinear",
     "Transformer",
     "activation_bytes",
+    "bytes_per_device",
+    "cache_shapes",
     "cross_entropy",
     "flops_per_token",
     "lookup",

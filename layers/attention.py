@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .cache import KVCache, NewTokens, attend
 from .config import ModelConfig
 from .linear import INIT_STD, ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
@@ -68,7 +69,22 @@ class Attention(nnx.Module):
         mixed[B@data, T, N@tensor, H] -> y[B@data, T, D]
         """
         mixed_BTNH = self.rules.constrain(mixed_BTNH, ("batch", "tokens", "heads", "head"))
-        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], self.config.query_size))
+        return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
+
+    def extend(
+        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array, new: NewTokens
+    ) -> tuple[jax.Array, KVCache]:
+        """Return what new tokens read of all tokens up to their own, and the cache with their keys and values.
+
+        x[B@data, T, D] -> y[B@data, T, D]; one all-reduce. For inference, inside `shard_map` over all axes: each device
+        has its own heads, of queries as of keys and values. One token (decoding) and a chunk of a prompt are the same.
+        """
+        positions_BT = new.positions(x_BTD.shape[1])
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT)
+        cache = cache.append(layer, new, k_BTKH, v_BTKH)
+        keys_BSKH, values_BSKH = cache.read(layer, new)
+        window = self.config.attention_window
+        return self.combine(attend(q_BTNH, keys_BSKH, values_BSKH, positions_BT, window=window)), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].

@@ -8,6 +8,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .attention import Attention
+from .cache import KVCache, NewTokens
 from .config import ModelConfig
 from .mlp import MLP
 from .norms import make_norm, normalize
@@ -32,6 +33,14 @@ class Block(nnx.Module):
         """x[B@data, T, D] -> y[B@data, T, D]."""
         x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD))
         return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
+
+    def extend(
+        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array, new: NewTokens
+    ) -> tuple[jax.Array, KVCache]:
+        """Return new tokens after this block, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
+        attended_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), cache=cache, layer=layer, new=new)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:

@@ -81,6 +81,7 @@ class RowLinear(nnx.Module):
     x[B@data, T, F@tensor] @ kernel[F@tensor, D] + bias[D] -> y[B@data, T, D]
 
     Each device holds a partial sum, so forward costs one all-reduce of y over `tensor`; backward costs nothing.
+    Where the axis is manual (inside `shard_map`, for inference), x is this device's block of it.
 
     >>> down = RowLinear(512, 128, dim="ffn", rngs=nnx.Rngs(0))
     >>> down(jnp.ones((2, 16, 512))).shape
@@ -103,13 +104,14 @@ class RowLinear(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
-        self.dtype, self.rules = dtype, rules
+        self.dim, self.dtype, self.rules = dim, dtype, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std)
         self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D]."""
         y_BTD = x_BTF.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        y_BTD = self.rules.constrain(y_BTD, ("batch", "tokens", "embed"))
+        axes = self.rules.manual_axes(self.dim)
+        y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, ("batch", "tokens", "embed"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(self.dtype)[None, None]

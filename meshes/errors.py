@@ -12,6 +12,7 @@
      +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
      +-- ProgramError       a program that the compiler rejects
      +-- PlanError          a request that no layout can meet
+     +-- ServeError         a request, or an engine, that cannot be served
 
 Read `spec.py` next.
 """
@@ -75,6 +76,10 @@ class ProgramError(TrellaxError):
 
 class PlanError(TrellaxError):
     """A request that no layout can meet."""
+
+
+class ServeError(TrellaxError):
+    """A request, or an engine, that cannot be served."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,18 @@
+"""Inference: prefill, pipelined decode, sampling and continuous batching over the mesh that the model was trained on."""
+
+from .check import check_model, check_request
+from .engine import Completion, Engine, Usage
+from .params import param_shapes
+from .requests import FinishReason, Request, Sequence
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "FinishReason",
+    "Request",
+    "Sequence",
+    "Usage",
+    "check_model",
+    "check_request",
+    "param_shapes",
+]

@@ -1,0 +1,56 @@
+"""The checks of an engine and of its requests, from numbers alone: before devices are touched or weights are read."""
+
+from collections.abc import Mapping
+
+from ..layers import ModelConfig, model_rules
+from ..meshes import ServeError
+from .params import layers_of_stages
+from .requests import Request
+from .state import MAX_STOPS
+
+
+def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: int) -> None:
+    """Raise unless a model can be served on a mesh of these sizes with a cache of so many tokens.
+
+    Raises:
+        ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
+        ScheduleError: there are fewer layers than stages.
+        ServeError: the cache is longer than what the model can read.
+    """
+    model_rules(config, sizes)
+    layers_of_stages(config, num_ranks=sizes["pipe"])
+    if max_tokens > config.max_tokens:
+        raise ServeError(
+            f"max_tokens={max_tokens} is more than the {config.max_tokens} tokens that the model can read.",
+            fix=f"set max_tokens={config.max_tokens} or less.",
+        )
+
+
+def check_request(request: Request, config: ModelConfig, *, max_tokens: int) -> None:
+    """Raise unless a request fits the cache and the vocabulary.
+
+    Raises:
+        ServeError: prompt and answer together are longer than a row of the cache, a token is not in the vocabulary, or
+            there are too many stop tokens.
+    """
+    prompt, new = len(request.prompt), request.max_new_tokens
+    if prompt + new > max_tokens:
+        room = max_tokens - prompt
+        raise ServeError(
+            f"a prompt of {prompt} tokens and max_new_tokens={new} are {prompt + new} tokens, but the cache has "
+            f"max_tokens={max_tokens} for each sequence.",
+            fix=f"set max_new_tokens={room} or less, or max_tokens={prompt + new}."
+            if room > 0
+            else f"shorten the prompt to less than {max_tokens} tokens, or set max_tokens={prompt + new}.",
+        )
+    for token in (*request.prompt, *request.stop):
+        if not 0 <= token < config.vocab_size:
+            raise ServeError(
+                f"token id {token} is not in the vocabulary of {config.vocab_size}, ids 0 to {config.vocab_size - 1}.",
+                fix="encode the text with the tokenizer of this model.",
+            )
+    if len(request.stop) > MAX_STOPS:
+        raise ServeError(
+            f"a request has {len(request.stop)} stop tokens, and an engine looks for {MAX_STOPS} at most.",
+            fix=f"give {MAX_STOPS} or fewer.",
+        )

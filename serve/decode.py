@@ -1,0 +1,117 @@
+"""Decoding as one program: groups of sequences follow each other through the stages, a token further each round.
+
+In a tick every rank runs its stage for one group; then activations move one rank on, and the token that the last rank
+chose moves round the ring to the first. A round has as many ticks as there are groups, or ranks if those are more: with
+as many groups as ranks no stage waits. What is between stages stays there between calls. One rank is the same program.
+Read `prefill.py` for how a sequence begins.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..layers import NewTokens
+from ..pipeline.buffers import vary
+from .sampling import Choice, ends
+from .stage import Stage, rows_of
+from .state import ServeState, Sizes
+
+NOTHING = -1
+"""In place of a token: there is none, since the slot was not in use."""
+
+_LAST = -2
+
+
+def decode(
+    stage: Stage, sizes: Sizes, params: Any, state: ServeState, choice: Choice, num_rounds: jax.Array
+) -> tuple[ServeState, jax.Array]:
+    """Return the state after some rounds, and what the last rank chose; inside `shard_map` over all axes.
+
+    -> tokens and reasons [1, rounds, slots of this shard, 2], of which the last rank's are true; NOTHING where a slot
+    had none. Costs a tick one permute of x[b, 1, D] and one of [b] over `pipe`.
+    """
+    ticks = ticks_of_round(sizes, stage.num_ranks)
+    chosen = vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
+    machine = _Machine(stage, sizes, params, choice, ticks)
+    return jax.lax.fori_loop(0, num_rounds * ticks, machine.tick, (state, chosen))
+
+
+def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
+    """Return the ticks in which every group passes every rank once."""
+    return max(sizes.groups, num_ranks)
+
+
+class _Machine:
+    """One rank's view of the loop."""
+
+    def __init__(self, stage: Stage, sizes: Sizes, params: Any, choice: Choice, ticks: int) -> None:
+        self.stage, self.sizes, self.params, self.choice, self.ticks = stage, sizes, params, choice, ticks
+        self.last = stage.num_ranks - 1
+
+    def tick(self, tick: jax.Array, carry: tuple[ServeState, jax.Array]) -> tuple[ServeState, jax.Array]:
+        """Run this rank's stage for the group that is here, if it holds a token, then pass on."""
+        state, chosen = carry
+        size = self.sizes.group_size
+        group = jnp.remainder(tick - self.stage.rank, self.ticks)
+        row = jnp.minimum(group, self.sizes.groups - 1) * size
+        has_group = group < self.sizes.groups
+        is_full_B = self.stage.on_rank(0, lambda: rows_of(state.is_open[0], row, size), lambda: state.is_full[0])
+        is_full_B = vary(is_full_B & has_group)
+        idle = (state.x, vary(jnp.full(size, NOTHING, jnp.int32)), chosen)
+
+        def work(state: ServeState) -> tuple[ServeState, Any]:
+            return self._work(state, chosen, is_full_B, row, tick // self.ticks)
+
+        state, (x, message_B, chosen) = jax.lax.cond(is_full_B.any(), work, lambda state: (state, idle), state)
+        return self._exchange(state, x, message_B, tick), chosen
+
+    def _work(
+        self, state: ServeState, chosen: jax.Array, is_full_B: jax.Array, row: jax.Array, turn: jax.Array
+    ) -> tuple[ServeState, Any]:
+        """Run the stage for one group: its x, and its message: that a slot holds a token, or which token comes next."""
+        size = self.sizes.group_size
+        starts_B = rows_of(state.cache.lengths[0], row, size)
+        new = NewTokens(row=row, starts_B=starts_B, counts_B=is_full_B.astype(jnp.int32))
+        tokens_B1 = rows_of(state.next_token[0], row, size)[:, None]
+        x = self.stage.on_rank(
+            0, lambda: self.stage.embed(self.params, tokens_B1, starts_B[:, None]), lambda: state.x[0]
+        )
+        x, cache = self.stage.run_layers(self.params, x, cache=state.cache, new=new)
+
+        def finish() -> tuple[jax.Array, jax.Array]:
+            own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.choice)
+            token_B = self.stage.choose(self.params, x, own, position_B=starts_B + 1)
+            reason_B = ends(token_B, own, length_B=starts_B + 2)
+            said = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
+            message_B = jnp.where(reason_B > 0, _LAST, token_B)
+            return jax.lax.dynamic_update_slice(chosen, said[None, None], (0, turn, row, 0)), vary(message_B)
+
+        chosen, message_B = self.stage.on_rank(self.last, finish, lambda: (chosen, vary(jnp.zeros(size, jnp.int32))))
+        state = replace(state, cache=cache, busy=state.busy + 1)
+        return state, (x[None], jnp.where(is_full_B, message_B, NOTHING), chosen)
+
+    @jax.named_scope("exchange")
+    def _exchange(self, state: ServeState, x: jax.Array, message_B: jax.Array, tick: jax.Array) -> ServeState:
+        """Pass x to the next rank; on the first rank, take note of the tokens that come back from the last."""
+        size = self.sizes.group_size
+        message_B = self.stage.pass_on(message_B, shape="ring")
+        state = replace(state, x=self.stage.pass_on(x, shape="line"), is_full=(message_B != NOTHING)[None])
+        group = jnp.remainder(tick - self.last, self.ticks)
+        row = jnp.minimum(group, self.sizes.groups - 1) * size
+
+        def note(state: ServeState) -> ServeState:
+            token_B = rows_of(state.next_token[0], row, size)
+            is_open_B = rows_of(state.is_open[0], row, size)
+            token_B = jnp.where(message_B >= 0, message_B, token_B)
+            # A slot that was not in use when its group went by may have been taken meanwhile: its entry stays.
+            is_open_B = jnp.where(message_B == NOTHING, is_open_B, message_B >= 0)
+            place = (0, row)
+            return replace(
+                state,
+                next_token=jax.lax.dynamic_update_slice(state.next_token, token_B[None], place),
+                is_open=jax.lax.dynamic_update_slice(state.is_open, is_open_B[None], place),
+            )
+
+        return self.stage.on_rank(0, lambda: note(state), lambda: state)

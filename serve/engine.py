@@ -1,0 +1,236 @@
+"""An engine: a model on a mesh that answers many requests at once, each as if it were alone.
+
+Requests come and go between calls of two compiled programs; none of them stops the others or compiles anything. Start
+with `Engine.generate`; `submit` and `step` are for those who have requests that arrive one after another.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ..layers import CacheDtype, ModelConfig, bytes_per_device
+from .check import check_model, check_request
+from .decode import NOTHING, ticks_of_round
+from .params import stage_params, stage_shapes
+from .prefill import Chunks
+from .programs import compile_programs
+from .requests import Chunk, FinishReason, Request, Schedule, Sequence
+from .sampling import Choice
+from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
+
+OnToken = Callable[[Sequence, int], None]
+"""What is called with a sequence and each token it has just got, in order."""
+
+_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a request got: its new tokens, without a stop token, and why it ended."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Ticks of decoding so far, in how many of them each device row [P, data] had work, and ticks of prefill."""
+
+    decode_ticks: int
+    prefill_ticks: int
+    busy: np.ndarray
+
+    @property
+    def idle_share(self) -> float:
+        """Share of all ticks in which a stage had nothing to do, mean over stages: filling and emptying included."""
+        ticks = self.decode_ticks + self.prefill_ticks
+        return 1 - float(self.busy.mean()) / ticks if ticks else 0.0
+
+
+class Engine:
+    """Prefill, pipelined decode and continuous batching on any mesh.
+
+    >>> engine = Engine(config, params, mesh=mesh, slots=4, max_tokens=128)
+    >>> engine.generate([Request(prompt=(72, 105), max_new_tokens=8)])[0].tokens
+
+    Args:
+        params: natural order, as `param_shapes(config, mesh=mesh)` says; given up to the engine.
+        slots: sequences at a time, over all data shards.
+        max_tokens: tokens of a sequence, prompt and answer, at most; what the cache has room for.
+        groups: parts of a data shard's slots that follow each other through the stages; as many as stages if left out.
+        cache_dtype: of keys and values; the compute dtype if left out.
+        chunk: tokens of a prompt that are read at once.
+        chunks_per_step: chunks that a step reads at most before it decodes, so that long prompts do not stop others.
+        rounds: tokens of each sequence that a step decodes at most before it looks at the queue.
+        on_token: called with every new token as soon as the host has it.
+        fill: "nan" poisons the cache before use, to prove that nothing of it leaks.
+
+    Raises:
+        TrellaxError: model, mesh and sizes do not fit each other; nothing was allocated.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        *,
+        mesh: Mesh,
+        slots: int = 8,
+        max_tokens: int | None = None,
+        groups: int | None = None,
+        cache_dtype: CacheDtype | None = None,
+        chunk: int = 64,
+        chunks_per_step: int = 16,
+        rounds: int = 8,
+        on_token: OnToken | None = None,
+        fill: Fill = "zeros",
+    ) -> None:
+        self.config, self.mesh, self.on_token = config, mesh, on_token
+        self.sizes = Sizes(
+            slots=slots,
+            max_tokens=max_tokens or config.max_tokens,
+            groups=groups or mesh.shape["pipe"],
+            num_shards=mesh.shape["data"],
+            chunk=chunk,
+            items=chunks_per_step,
+            rounds=rounds,
+        )
+        check_model(config, mesh.shape, max_tokens=self.sizes.max_tokens)
+        self.shapes = state_shapes(config, self.sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype)
+        self.programs = compile_programs(config, self.sizes, mesh=mesh, state=self.shapes)
+        self.schedule = Schedule(
+            num_shards=self.sizes.num_shards, groups=self.sizes.groups, group_size=self.sizes.group_size
+        )
+        self._params = stage_params(params, config=config, mesh=mesh)
+        self._state = empty_state(self.shapes, fill=fill)
+        self._choice = _empty_choice(slots)
+        self._decode_ticks = self._prefill_ticks = 0
+
+    @property
+    def cache_bytes_per_device(self) -> int:
+        """Bytes of keys, values and lengths that each device holds."""
+        return bytes_per_device(self.shapes.cache)
+
+    @property
+    def param_bytes_per_device(self) -> int:
+        """Bytes of parameters that each device holds."""
+        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh))
+
+    @property
+    def usage(self) -> Usage:
+        """How busy the stages have been."""
+        return Usage(
+            decode_ticks=self._decode_ticks, prefill_ticks=self._prefill_ticks, busy=np.asarray(self._state.busy)
+        )
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Return the answers to some requests, in their order; all of them are checked before any is run.
+
+        Raises:
+            ServeError: a request does not fit the cache or the vocabulary.
+        """
+        requests = list(requests)
+        for request in requests:
+            check_request(request, self.config, max_tokens=self.sizes.max_tokens)
+        sequences = [self.submit(request) for request in requests]
+        while any(sequence.finish_reason is None for sequence in sequences):
+            self.step()
+        return [Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length") for s in sequences]
+
+    def submit(self, request: Request) -> Sequence:
+        """Put a request in the queue and return its sequence, which `step` fills.
+
+        Raises:
+            ServeError: it does not fit the cache or the vocabulary.
+        """
+        check_request(request, self.config, max_tokens=self.sizes.max_tokens)
+        return self.schedule.submit(request)
+
+    def step(self) -> list[Sequence]:
+        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended."""
+        for sequence in self.schedule.admit():
+            self._write_choice(sequence)
+        ended = self._read_prompts()
+        return ended + self._decode()
+
+    def _read_prompts(self) -> list[Sequence]:
+        chunks = self.schedule.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
+        num_chunks = max(map(len, chunks))
+        if not num_chunks:
+            return []
+        args = self._params, self._state, self._choice, self._pack(chunks), np.int32(num_chunks)
+        self._state, said = self.programs.prefill(*args)
+        self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
+        first = np.asarray(said)[-1]
+        pairs = [(chunk.sequence, first[s, i]) for s, own in enumerate(chunks) for i, chunk in enumerate(own) if chunk.is_last]
+        return [sequence for sequence, (token, reason) in pairs if self._note(sequence, int(token), int(reason))]
+
+    def _decode(self) -> list[Sequence]:
+        decoding = {s.slot: s for s in self.schedule.decoding}
+        if not decoding:
+            return []
+        longest = max(self._num_left(sequence) for sequence in decoding.values())
+        num_rounds = min(self.sizes.rounds, longest)
+        self._state, said = self.programs.decode(self._params, self._state, self._choice, np.int32(num_rounds))
+        self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.mesh.shape["pipe"])
+        ended = []
+        for turn in np.asarray(said)[-1, :num_rounds]:
+            for slot, (token, reason) in enumerate(turn.tolist()):
+                if token != NOTHING and self._note(decoding[slot], token, reason):
+                    ended.append(decoding[slot])
+        return ended
+
+    def _num_left(self, sequence: Sequence) -> int:
+        """Rounds until a sequence ends: one more where its token may be between two stages."""
+        return sequence.request.max_new_tokens - len(sequence.tokens) + (self.mesh.shape["pipe"] > 1)
+
+    def _note(self, sequence: Sequence, token: int, reason: int) -> bool:
+        """Take note of a token, and return whether its sequence ends with it."""
+        if _REASONS.get(reason) != "stop":
+            sequence.tokens.append(token)
+            if self.on_token:
+                self.on_token(sequence, token)
+        if reason:
+            self.schedule.finish(sequence, _REASONS[reason])
+        return bool(reason)
+
+    def _write_choice(self, sequence: Sequence) -> None:
+        request, slot = sequence.request, sequence.slot
+        self._choice.temperature[slot] = request.temperature
+        self._choice.top_k[slot] = request.top_k
+        self._choice.top_p[slot] = request.top_p
+        self._choice.seed[slot] = request.seed
+        self._choice.limit[slot] = len(request.prompt) + request.max_new_tokens
+        self._choice.stops[slot] = [*request.stop, *[-1] * (MAX_STOPS - len(request.stop))]
+
+    def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
+        """Chunks as arrays; what is left over counts no tokens."""
+        sizes = self.sizes
+        shape = (sizes.num_shards, sizes.items)
+        tokens = np.zeros((*shape, sizes.chunk), np.int32)
+        slot, start, count = (np.zeros(shape, np.int32) for _ in range(3))
+        is_last = np.zeros(shape, np.bool_)
+        for s, own in enumerate(chunks):
+            for i, chunk in enumerate(own):
+                assert chunk.sequence.slot is not None
+                tokens[s, i, : len(chunk.tokens)] = chunk.tokens
+                slot[s, i] = chunk.sequence.slot % sizes.slots_per_shard
+                start[s, i], count[s, i], is_last[s, i] = chunk.start, len(chunk.tokens), chunk.is_last
+        return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+
+
+def _empty_choice(slots: int) -> Choice:
+    return Choice(
+        temperature=np.zeros(slots, np.float32),
+        top_k=np.zeros(slots, np.int32),
+        top_p=np.ones(slots, np.float32),
+        seed=np.zeros(slots, np.uint32),
+        limit=np.zeros(slots, np.int32),
+        stops=np.full((slots, MAX_STOPS), -1, np.int32),
+    )
+
+

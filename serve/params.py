@@ -1,0 +1,131 @@
+"""Parameters for inference: what a reader fills, in the order of the model, and how the devices then hold it.
+
+A reader (of a run folder, of Hugging Face files) is given `param_shapes` and returns arrays of these, each device having
+read its part. `stage_params` turns them into stages, once. Everything is held in the compute dtype, so that no step
+casts a weight. Read `stage.py` next.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
+from ..meshes import ShardingRules
+from ..pipeline import balance_layers, stages_from_layers
+
+_KV = ("key", "value")
+
+
+def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -> Any:
+    """Return shapes and shardings of a `Transformer`'s parameters as a reader must deliver them.
+
+    A tree {"embed", "blocks", "head"} in natural order, blocks [L@pipe, ...]. Where pipe does not divide the layers,
+    another dimension is split over it, if one can be.
+
+    Args:
+        dtype: of all parameters; the compute dtype of the config if left out.
+
+    Raises:
+        ModelError: heads, feed-forward features or vocabulary do not split over the mesh.
+        ScheduleError: there are fewer layers than pipe stages.
+    """
+    rules = model_rules(config, mesh.shape)
+    layers_of_stages(config, num_ranks=mesh.shape["pipe"])
+    model = _abstract_model(config, rules)
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        own = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=name)
+        if dims[0] == "layer":
+            own = _split_over_pipe(own, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or config.dtype, sharding=own)
+
+    return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
+
+
+def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -> Any:
+    """Return shapes and shardings of the parameters as the devices hold them: blocks [P@pipe, layers, ...].
+
+    Embedding and head are whole over pipe: only the first and the last stage use theirs.
+    """
+    rules = model_rules(config, mesh.shape).replace(kv_heads="tensor")
+    shapes = jax.eval_shape(partial(_to_stages, config, mesh), param_shapes(config, mesh=mesh, dtype=dtype))
+    dims = param_dims(_abstract_model(config, rules))
+    dims["blocks"] = jax.tree.map(lambda own: ("stage", *own), dims["blocks"], is_leaf=_is_dims)
+
+    def place(own: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.sharding(own, shape=leaf.shape, mesh=mesh))
+
+    return jax.tree.map(place, dims, shapes, is_leaf=_is_dims)
+
+
+def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
+    """Return the parameters a reader delivered as stages; they are given up, so that no device holds both.
+
+    Unequal stages are padded with zeros; key/value heads that are fewer than `tensor` devices are repeated, one a device.
+    """
+    dtype = jax.tree.leaves(params)[0].dtype
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, stage_shapes(config, mesh=mesh, dtype=dtype))
+    # A change of shape cannot reuse its memory; jax would warn.
+    donated = () if _changes_shape(config, mesh) else (0,)
+    return jax.jit(partial(_to_stages, config, mesh), out_shardings=shardings, donate_argnums=donated)(params)
+
+
+def served_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """Return the model as the devices see it: at least one key/value head for each of a tensor group."""
+    return replace(config, num_kv_heads=max(config.num_kv_heads, mesh.shape["tensor"]))
+
+
+def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
+    """Return how many layers each stage has, so that the bytes a token reads are spread evenly.
+
+    Raises:
+        ScheduleError: there are fewer layers than stages.
+    """
+    # Decoding waits for memory: the head weighs as many layers as its table has bytes of a layer's weights.
+    head = config.vocab_size * config.hidden_size / param_counts(config).block
+    return balance_layers(config.num_layers, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
+
+
+def _to_stages(config: ModelConfig, mesh: Mesh, params: Any) -> Any:
+    num_ranks = mesh.shape["pipe"]
+    counts = layers_of_stages(config, num_ranks=num_ranks)
+    copies = served_config(config, mesh).num_kv_heads // config.num_kv_heads
+
+    def repeat(path: Any, leaf: jax.Array) -> jax.Array:
+        if copies == 1 or not any(getattr(key, "key", None) in _KV for key in path):
+            return leaf
+        heads = leaf.reshape(*leaf.shape[:-1], config.num_kv_heads, config.head_size)
+        return jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
+
+    blocks = jax.tree_util.tree_map_with_path(repeat, params["blocks"])
+    stages = stages_from_layers(blocks, num_ranks=num_ranks, layers_per_stage=counts)
+    return params | {"blocks": jax.tree.map(lambda leaf: leaf[0], stages)}
+
+
+def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:
+    counts = layers_of_stages(config, num_ranks=mesh.shape["pipe"])
+    return len(set(counts)) > 1 or served_config(config, mesh) != config
+
+
+def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a stack of layers with one of its dimensions over pipe too: the layers, if they divide."""
+    num_ranks, spec = own.mesh.shape["pipe"], [*own.spec, *[None] * (len(shape) - len(own.spec))]
+    free = [dim for dim, axis in enumerate(spec) if axis is None and shape[dim] % num_ranks == 0]
+    if free:
+        spec[free[0]] = "pipe"
+    return NamedSharding(own.mesh, PartitionSpec(*spec))
+
+
+def _abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+
+
+def _is_dims(node: Any) -> bool:
+    return isinstance(node, tuple)

@@ -1,0 +1,100 @@
+"""One rank's part of the model on new tokens: embedding, its own layers over the cache, head and choice.
+
+For use inside `shard_map` over all mesh axes: every collective is one that is written here or in the layers, two
+all-reduces a layer over `tensor`. Read `decode.py` next.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..meshes import DEFAULT_RULES
+from ..pipeline.buffers import read, vary
+from .params import layers_of_stages, served_config
+from .sampling import Choice, choose
+
+
+class Stage:
+    """The model as the ranks of a mesh run it; holds no arrays.
+
+    Params are as `stage_shapes` has them, this device's block: blocks [1, layers, ...].
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        self.config, self.num_ranks = served_config(config, mesh), mesh.shape["pipe"]
+        self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
+        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
+        self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
+
+    @property
+    def rank(self) -> jax.Array | int:
+        """This device's place along `pipe`."""
+        return jax.lax.axis_index("pipe") if self.num_ranks > 1 else 0
+
+    def on_rank(self, rank: int, work: Any, otherwise: Any) -> Any:
+        """Return what `work()` gives on one rank and `otherwise()` on the others, each doing just its own."""
+        if self.num_ranks == 1:
+            return work()
+        return jax.lax.cond(self.rank == rank, work, otherwise)
+
+    @jax.named_scope("embed")
+    def embed(self, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """tokens[b, T] at positions [b, T] -> x[b, T, D]; one all-reduce of x over `tensor`."""
+        embed: Embedding = nnx.merge(self._graphs["embed"], params["embed"])
+        return vary(embed(tokens_BT, positions_BT=positions_BT))
+
+    @jax.named_scope("layers")
+    def run_layers(
+        self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens
+    ) -> tuple[jax.Array, KVCache]:
+        """Return x after this rank's layers, and the cache with the new tokens: two all-reduces a layer."""
+
+        def layer(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            x_BTD, cache = carry
+            block: Block = nnx.merge(self._graphs["blocks"], read(params["blocks"], 0, index))
+            x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
+            return vary(x_BTD), cache
+
+        x_BTD, cache = jax.lax.fori_loop(0, self._num_own_layers(), layer, (x_BTD, cache))
+        end_B = new.starts_B + new.counts_B
+        kept_B = jax.lax.dynamic_slice(cache.lengths, (0, new.row), (1, end_B.shape[0]))[0]
+        length_B = jnp.where(new.counts_B > 0, end_B, kept_B)
+        lengths = jax.lax.dynamic_update_slice(cache.lengths, length_B[None], (0, new.row))
+        return x_BTD, KVCache(keys=cache.keys, values=cache.values, lengths=lengths)
+
+    @jax.named_scope("choose")
+    def choose(self, params: Any, x_B1D: jax.Array, choice: Choice, *, position_B: jax.Array) -> jax.Array:
+        """x[b, 1, D] of the last tokens -> the next ones, tokens[b], for places `position_B` of their sequences."""
+        head: Head = nnx.merge(self._graphs["head"], params["head"])
+        logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
+        axes = DEFAULT_RULES.manual_axes("vocab")
+        return vary(choose(logits_B1V[:, 0], choice, position_B=position_B, axes=axes))
+
+    def pass_on(self, x: jax.Array, *, shape: str) -> jax.Array:
+        """Return what the rank before had: shape "line" leaves out the way from the last rank back to the first."""
+        if self.num_ranks == 1:
+            return x
+        links = [(rank, (rank + 1) % self.num_ranks) for rank in range(self.num_ranks)]
+        return jax.lax.ppermute(x, "pipe", links if shape == "ring" else links[:-1])
+
+    def _num_own_layers(self) -> jax.Array | int:
+        return self.counts[0] if len(set(self.counts)) == 1 else jnp.asarray(self.counts)[self.rank]
+
+
+def block_specs(shapes: Any, mesh: Mesh) -> Any:
+    """Return the specs of sharded shapes for a `shard_map`, without the axes of one device: on these nothing differs."""
+
+    def keep(entry: Any) -> Any:
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        kept = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return jax.tree.map(lambda leaf: PartitionSpec(*map(keep, leaf.sharding.spec)), shapes)
+
+
+rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)
