@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
@@ -25,8 +26,9 @@ CacheDtype = Literal["float32", "bfloat16"]
 class KVCache:
     """Keys and values of every layer, and how many tokens of each row are there.
 
-    keys, values [L@pipe, B@data, S, K@tensor, H]; lengths [P@pipe, B@data]: in a pipeline each stage has its own, since
-    a token reaches the stages one after another. Also used as the tree of their shapes.
+    keys, values [L@pipe, B@data, K@tensor, S, H]; lengths [P@pipe, B@data]: in a pipeline each stage has its own, since
+    a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16: XLA's CPU backend would
+    scatter it in float32, a copy of the whole cache for each token. Also used as the tree of their shapes.
     """
 
     keys: Any
@@ -36,23 +38,25 @@ class KVCache:
     def append(self, layer: jax.Array, new: "NewTokens", k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
         """Return the cache with the keys and values of new tokens in one layer; in place where it is donated."""
         num_tokens = k_BTKH.shape[1]
-        row_BT = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None]
+        row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
+        head_11K = jnp.arange(k_BTKH.shape[2])[None, None]
         # One past the end is dropped: so are the tokens that only fill a chunk, and those of rows that are not in use.
         is_real_BT = jnp.arange(num_tokens)[None] < new.counts_B[:, None]
-        place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[2])
+        place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[3])
 
         def put(stored: jax.Array, own: jax.Array) -> jax.Array:
-            return stored.at[layer, row_BT, place_BT].set(own.astype(stored.dtype), mode="drop", unique_indices=False)
+            place = (layer, row_BT1, head_11K, place_BT[..., None])
+            return stored.at[place].set(_encode(own, stored.dtype), mode="drop")
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
     def read(self, layer: jax.Array, new: "NewTokens") -> tuple[jax.Array, jax.Array]:
-        """Return keys and values of one layer in the rows of the new tokens: two of [B, S, K, H]."""
+        """Return keys and values of one layer in the rows of the new tokens: two of [B, K, S, H]."""
 
         def take(stored: jax.Array) -> jax.Array:
             _, _, *inner = stored.shape
             start = (layer, new.row, 0, 0, 0)
-            return jax.lax.dynamic_slice(stored, start, (1, new.starts_B.shape[0], *inner))[0]
+            return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts_B.shape[0], *inner))[0])
 
         return take(self.keys), take(self.values)
 
@@ -75,27 +79,30 @@ class NewTokens:
 
 
 def attend(
-    q_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, positions_BT: jax.Array, *, window: int = 0
+    q_BTNH: jax.Array, keys_BKSH: jax.Array, values_BKSH: jax.Array, positions_BT: jax.Array, *, window: int = 0
 ) -> jax.Array:
     """Return what each new token reads of the cache: cached token s is seen from positions s on.
 
-    q[B@data, T, N@tensor, H], keys and values [B@data, S, K@tensor, H] -> y[B@data, T, N@tensor, H]; no communication.
+    q[B@data, T, N@tensor, H], keys and values [B@data, K@tensor, S, H] -> y[B@data, T, N@tensor, H]; no communication.
     Scores are float32. Unused places of `keys` may hold anything, those of `values` any finite number.
 
     Args:
         window: how many tokens a token sees, itself and those before it; 0 is all.
     """
     num_rows, num_tokens, _, size = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(num_rows, num_tokens, keys_BSKH.shape[2], -1, size)
-    keys_BSKH, values_BSKH = (stored.astype(q_BTNH.dtype) for stored in (keys_BSKH, values_BSKH))
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, keys_BSKH, preferred_element_type=jnp.float32)
-    place_S = jnp.arange(keys_BSKH.shape[1])
+    num_kv, num_cached = keys_BKSH.shape[1:3]
+    # Queries of one key/value head side by side: then both products are plain ones for each row and head.
+    q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
+    keys_BKSH, values_BKSH = (stored.astype(q_BTNH.dtype) for stored in (keys_BKSH, values_BKSH))
+    scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
+    place_S = jnp.arange(num_cached)
     is_seen_BTS = place_S[None, None] <= positions_BT[..., None]
     if window:
         is_seen_BTS &= place_S[None, None] > positions_BT[..., None] - window
     scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(size), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, values_BSKH).reshape(q_BTNH.shape)
+    mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, values_BKSH)
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def cache_shapes(
@@ -121,10 +128,10 @@ def cache_shapes(
     sizes: Mapping[str, int] = mesh.shape
     room = layers_per_stage or -(-config.num_layers // sizes["pipe"])
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
-    shape = (room * sizes["pipe"], num_rows, max_tokens, heads, config.head_size)
-    own = rules.sharding(("stage", "batch", None, "heads", None), shape=shape, mesh=mesh, name="the cache")
+    shape = (room * sizes["pipe"], num_rows, heads, max_tokens, config.head_size)
+    own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
     lengths = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    stored = jax.ShapeDtypeStruct(shape, dtype, sharding=own)
+    stored = jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
     return KVCache(
         keys=stored,
         values=stored,
@@ -140,3 +147,15 @@ def bytes_per_device(shapes: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
 
     return sum(map(one, jax.tree.leaves(shapes)))
+
+
+_STORED = {"float32": jnp.float32, "bfloat16": jnp.uint16}
+
+
+def _encode(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    is_bits = dtype == jnp.uint16
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if is_bits else x.astype(dtype)
+
+
+def _decode(stored: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored

@@ -125,12 +125,14 @@ def choice_shapes(sizes: Sizes, *, mesh: Mesh) -> Choice:
     )
 
 
+_NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0}
+
+
 def empty_state(shapes: ServeState, *, fill: Fill = "zeros") -> ServeState:
     """Return a state in which no slot is in use, every device making its own part."""
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        is_poison = fill == "nan" and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.full(leaf.shape, jnp.nan if is_poison else 0, leaf.dtype)
+        return jnp.full(leaf.shape, _NAN.get(str(leaf.dtype), 0) if fill == "nan" else 0, leaf.dtype)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return jax.jit(lambda: jax.tree.map(make, shapes), out_shardings=shardings)()
