@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .config import RunConfig, load_config, render_help
+from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
@@ -95,6 +96,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "schedule": _without_config(run_schedule),
     "import-hf": _without_config(run_import),
     "export-hf": _without_config(run_export),
+    "generate": _without_config(run_generate),
 }
 
 
@@ -138,6 +140,7 @@ def _make_parser() -> argparse.ArgumentParser:
         ("schedule", "draw, save or compare pipeline schedules", add_schedule_arguments),
         ("import-hf", "make a run folder of a Hugging Face model", add_import_arguments),
         ("export-hf", "write the weights of a run folder for transformers", add_export_arguments),
+        ("generate", "answer prompts with a trained model, on any mesh", add_generate_arguments),
     ):
         add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
     return parser

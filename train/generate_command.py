@@ -1,0 +1,244 @@
+"""`trellax generate`: prompts in, text out as it comes. Read `../serve/engine.py` for what answers them."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from ..layers import ModelConfig
+from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
+from ..serve import Engine, Request, Sequence, check_model, check_request, param_shapes
+from .serving_source import Source, open_source
+from .text_stream import TextStream, Tokenizer
+
+DTYPES = ("float32", "bfloat16")
+
+_DEFAULT_SLOTS = 8
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the words of the command."""
+    parser.add_argument("folder", metavar="FOLDER", help="a run of `trellax train`, or a Hugging Face model")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompts-file", metavar="FILE", help="a prompt on each line")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens of an answer at most (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt; counted up from there")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer")
+    add_engine_arguments(parser)
+    parser.add_argument("--slots", type=int, default=0, metavar="N", help="prompts answered at a time (at most 8)")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="of prompt and answer (what is needed)")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the words that say on what a model is served."""
+    parser.add_argument("--mesh", default="", metavar="SIZES", help="tensor=2,pipe=2 say (one device)")
+    parser.add_argument("--fake-devices", type=int, default=0, metavar="N", help="run on N fake CPU devices")
+    parser.add_argument("--dtype", metavar="T", help="float32 or bfloat16, to compute in (the model's)")
+    parser.add_argument("--cache-dtype", metavar="T", help="float32 or bfloat16, of keys and values (the model's)")
+    parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens of a prompt read at once (64)")
+    parser.add_argument("--groups", type=int, default=0, metavar="N", help="groups in flight (one for each stage)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Answer the prompts; stdout gets the answers, stderr the talk.
+
+    Raises:
+        TrellaxError: model, mesh and prompts do not fit each other; no weight was read.
+    """
+    prompts = _read_prompts(args)
+    start_devices(args)
+    source = open_source(args.folder)
+    config = served_model(source.config, args)
+    requests = _make_requests(prompts, args, source)
+    sizes = _engine_sizes(args, config, requests)
+    spec = MeshSpec.parse(args.mesh)
+    check_fit(config, spec, max_tokens=sizes["max_tokens"])
+    for request in requests:
+        check_request(request, config, max_tokens=sizes["max_tokens"])
+    mesh = open_mesh(spec)
+    start_s = time.perf_counter()
+    printer = _Printer(source.tokenizer, prompts, sys.stdout) if not args.json else None
+    engine = Engine(
+        config,
+        source.read(param_shapes(config, mesh=mesh)),
+        mesh=mesh,
+        slots=_num_slots(args, len(requests), spec),
+        on_token=printer.add if printer else None,
+        **sizes,
+    )
+    print(_describe(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
+    start_s = time.perf_counter()
+    sequences = [engine.submit(request) for request in requests]
+    while not engine.schedule.is_idle:
+        for sequence in engine.step():
+            if printer:
+                printer.end(sequence)
+    if args.json:
+        print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
+    print(_sum_up(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
+    return 0
+
+
+def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """Return the model as the words say to compute it.
+
+    Raises:
+        ConfigError: a type that is none.
+    """
+    for name in (args.dtype, args.cache_dtype):
+        if name is not None and name not in DTYPES:
+            raise ConfigError(f"unknown type {name!r}.{suggest(name, DTYPES)}", fix=f"use {' or '.join(DTYPES)}.")
+    return replace(config, dtype=args.dtype or config.dtype)
+
+
+def check_fit(config: ModelConfig, spec: MeshSpec, *, max_tokens: int) -> None:
+    """Raise unless a model can be served on a mesh, no device being touched.
+
+    Raises:
+        TrellaxError: it does not divide, or the cache would be longer than the model can read.
+    """
+    if -1 not in spec.sizes.values():
+        check_model(config, spec.sizes, max_tokens=max_tokens)
+
+
+def start_devices(args: argparse.Namespace) -> None:
+    """Make the fake devices that were asked for; before a save is looked at, since that starts jax.
+
+    Raises:
+        MeshError: it has already started with others.
+    """
+    if args.fake_devices:
+        use_fake_devices(args.fake_devices)
+
+
+def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
+    """Return the mesh on the first of the devices; an open axis takes all of them.
+
+    Raises:
+        MeshError: there are fewer devices than the mesh has.
+    """
+    devices = jax.devices()
+    is_open = -1 in spec.sizes.values()
+    return build_mesh(spec, devices=devices if is_open else devices[: spec.num_devices])
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file:
+        try:
+            text = Path(args.prompts_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
+        prompts += [line for line in text.splitlines() if line]
+    if not prompts:
+        raise ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')
+    return prompts
+
+
+def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source) -> list[Request]:
+    stops = [_stop_token(text, source.tokenizer) for text in args.stop]
+    return [
+        Request(
+            prompt=tuple(source.tokenizer.encode(prompt)),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed + index,
+            stop=tuple(stops),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _stop_token(text: str, tokenizer: Tokenizer) -> int:
+    # A shell has no easy way to write a line end.
+    tokens = tokenizer.encode(text.replace("\\n", "\n"))
+    if len(tokens) != 1:
+        raise ServeError(
+            f"--stop {text!r} is {len(tokens)} tokens; an answer ends with a single one.", fix="give one, '\\n' say."
+        )
+    return tokens[0]
+
+
+def _engine_sizes(args: argparse.Namespace, config: ModelConfig, requests: list[Request]) -> dict[str, Any]:
+    needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    return {
+        "max_tokens": args.max_tokens or min(needed, config.max_tokens),
+        "groups": args.groups or None,
+        "chunk": args.chunk,
+        "cache_dtype": args.cache_dtype,
+    }
+
+
+def _num_slots(args: argparse.Namespace, num_prompts: int, spec: MeshSpec) -> int:
+    """As many as there are prompts, up to 8, and then what divides."""
+    parts = spec.data * (args.groups or spec.pipe)
+    return args.slots or -(-min(num_prompts, _DEFAULT_SLOTS) // parts) * parts
+
+
+class _Printer:
+    """Answers on a terminal, in the order of the prompts: the first that is not done appears as it comes."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[str], out: TextIO) -> None:
+        self._out = out
+        self._streams = [TextStream(tokenizer) for _ in prompts]
+        self._waiting = list(prompts)
+        self._has_ended = [False] * len(prompts)
+        self._first = 0
+
+    def add(self, sequence: Sequence, token: int) -> None:
+        """Show a token, or keep it until its prompt's turn."""
+        self._waiting[sequence.id] += self._streams[sequence.id].add(token)
+        self._show()
+
+    def end(self, sequence: Sequence) -> None:
+        """Show the rest of an answer, and what has come of those behind it."""
+        self._waiting[sequence.id] += self._streams[sequence.id].finish() + "\n"
+        self._has_ended[sequence.id] = True
+        while self._first < len(self._waiting) and self._has_ended[self._first]:
+            self._show()
+            self._first += 1
+        if self._first < len(self._waiting):
+            self._show()
+
+    def _show(self) -> None:
+        self._out.write(self._waiting[self._first])
+        self._out.flush()
+        self._waiting[self._first] = ""
+
+
+def _numbers(prompt: str, sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "completion": tokenizer.decode(sequence.tokens),
+        "token_ids": sequence.tokens,
+        "finish_reason": sequence.finish_reason,
+    }
+
+
+def _describe(engine: Engine, spec: MeshSpec, seconds: float) -> str:
+    sizes, mib = engine.sizes, 2**20
+    return (
+        f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
+        f"device    {engine.param_bytes_per_device / mib:,.1f} MiB of weights, "
+        f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache\n"
+        f"ready     in {seconds:.1f} s"
+    )
+
+
+def _sum_up(engine: Engine, sequences: list[Sequence], seconds: float) -> str:
+    num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+    return (
+        f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "
+        f"stages idle {engine.usage.idle_share:.0%} of the ticks"
+    )

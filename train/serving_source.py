@@ -1,0 +1,100 @@
+"""What can be served: a folder with a model in it, its config and tokenizer read first, its weights only when asked.
+
+A run of `trellax train` or `trellax import-hf`, or a Hugging Face model as it is. Read `generate_command.py` next.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ..layers import ModelConfig
+from ..meshes import CheckpointError, DataError
+from ..serve import param_shapes
+from .checkpoint import Checkpoints
+from .hf_config import read_hub_model
+from .hf_read import read_weights
+from .run_weights import as_pipeline, is_run_folder, saved_config
+from .text_stream import ByteTokenizer, Tokenizer
+from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
+
+_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model that is not read yet: `read(shapes)` returns parameters of the shapes and shardings it is given.
+
+    `end_id` is the token that ends a document, None where nothing says so.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    end_id: int | None
+    read: Callable[[Any], Any]
+
+
+def open_source(path: str | Path) -> Source:
+    """Return the model in a folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or a run without a save or without a tokenizer.
+        WeightsError: the Hugging Face folder holds no model that trellax has.
+        DataError: its tokenizer is missing, broken, or has more ids than the model.
+    """
+    folder = Path(path)
+    if is_run_folder(folder):
+        return _open_run(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder, so there is no model in it.",
+            fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
+        )
+    model = read_hub_model(folder)
+    tokenizer = load_tokenizer(folder)
+    _check_ids(tokenizer, model.config)
+    return Source(
+        config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(read_weights, folder)
+    )
+
+
+def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) -> tuple[Source, Any]:
+    """Return the model in a folder and its parameters on a mesh, each device having read its own part.
+
+    Raises:
+        TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
+    """
+    source = open_source(path)
+    return source, source.read(param_shapes(source.config, mesh=mesh, dtype=dtype))
+
+
+def _open_run(folder: Path) -> Source:
+    run, read = saved_config(folder), partial(_read_run, folder)
+    if (folder / TOKENIZER).is_file():
+        tokenizer = load_tokenizer(folder)
+        _check_ids(tokenizer, run.model)
+        return Source(config=run.model, tokenizer=tokenizer, end_id=tokenizer.end_id, read=read)
+    if run.data.source == "tokens" or run.data.tokenizer != "bytes" or run.model.vocab_size < _BYTES:
+        raise CheckpointError(
+            f"{folder} was trained on token ids, and holds no {TOKENIZER} that says what text they are.",
+            fix=f"copy the model's {TOKENIZER} there, or use trellax.serve.Engine with token ids of your own.",
+        )
+    return Source(config=run.model, tokenizer=ByteTokenizer(), end_id=None, read=read)
+
+
+def _read_run(folder: Path, shapes: Any) -> Any:
+    with Checkpoints(folder, keep=1) as checkpoints:
+        params = checkpoints.restore_params(as_pipeline(shapes))
+    return {"blocks": params.stages, **params.shared}
+
+
+def _check_ids(tokenizer: ModelTokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{tokenizer.file} gives ids 0 to {tokenizer.vocab_size - 1}, but the model has vocab_size="
+            f"{config.vocab_size}.",
+            fix="take the model's own tokenizer.",
+        )
