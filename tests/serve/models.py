@@ -1,0 +1,112 @@
+"""What the tests of this folder share: small models, their answers by full recomputation, and engines."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from trellax.layers import ModelConfig, Transformer
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.serve import Engine, Request, param_shapes
+from trellax.serve.sampling import Choice, choose
+
+MAX_TOKENS = 24
+
+STYLES: dict[str, dict[str, Any]] = {
+    "gpt": {"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on", "embeddings": "tied"},
+    "llama": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"},
+}
+"""The first with as many key/value heads as heads, the second with one for each four."""
+
+
+@cache
+def model_of(style: str, **changes: Any) -> ModelConfig:
+    """Four layers of width 32 with 8 heads: every tensor size up to 8 and every pipe size up to 4 fits."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "num_layers": 4, "hidden_size": 32, "num_heads": 8}
+    sizes |= {"num_kv_heads": 8 if style == "gpt" else 2, "max_tokens": MAX_TOKENS}
+    return ModelConfig(**(sizes | STYLES[style] | changes))
+
+
+@cache
+def mesh_of(text: str) -> Mesh:
+    """The mesh `data=2,tensor=4` says, on the first of the eight fake devices."""
+    spec = MeshSpec.parse(text)
+    return build_mesh(spec, devices=jax.devices()[: spec.num_devices])
+
+
+@cache
+def numbers_of(config: ModelConfig) -> Any:
+    """Parameters in numpy, drawn so large that logits differ clearly and attention is no mere mean."""
+    rng = np.random.default_rng(1)
+    shapes = param_shapes(config, mesh=mesh_of("data=1"))
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        is_scale, is_table = "scale" in str(path), "table" in str(path) or "positions" in str(path)
+        size = 0.1 if is_scale else 1.0 if is_table else 1.5 / leaf.shape[-2] ** 0.5 if leaf.ndim > 1 else 0.1
+        return (rng.standard_normal(leaf.shape) * size + is_scale).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def params_on(config: ModelConfig, mesh: Mesh) -> Any:
+    """The same parameters on a mesh, as a reader delivers them."""
+    put = lambda leaf, shape: jax.device_put(leaf.astype(shape.dtype), shape.sharding)  # noqa: E731
+    return jax.tree.map(put, numbers_of(config), param_shapes(config, mesh=mesh))
+
+
+def engine_on(mesh: str, style: str = "llama", *, changes: tuple[tuple[str, Any], ...] = (), **sizes: Any) -> Engine:
+    """An engine with a poisoned cache and small chunks."""
+    config = model_of(style, **dict(changes))
+    own = mesh_of(mesh)
+    wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "fill": "nan"}
+    return Engine(config, params_on(config, own), mesh=own, **(wanted | sizes))
+
+
+@cache
+def _full(config: ModelConfig) -> Any:
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
+
+
+def logits_of(config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
+    """All logits by the training path on one device, without any cache: [B, T, V]."""
+    padded = np.zeros((len(tokens_BT), config.max_tokens), np.int32)
+    padded[:, : tokens_BT.shape[1]] = tokens_BT
+    return np.asarray(_full(config)(numbers_of(config), padded))[:, : tokens_BT.shape[1]]
+
+
+_choose = jax.jit(lambda logits, choice, position: choose(logits, choice, position_B=position, axes=()))
+
+
+@cache
+def answer_of(config: ModelConfig, request: Request) -> tuple[tuple[int, ...], str]:
+    """What a request must get: every token by recomputing the whole sequence, with the same rule of choice."""
+    tokens, new = list(request.prompt), []
+    one = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p, "seed": request.seed}
+    types = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, "seed": jnp.uint32}
+    choice = Choice(limit=0, stops=0, **{name: jnp.asarray([value], types[name]) for name, value in one.items()})
+    while len(new) < request.max_new_tokens:
+        logits_1V = logits_of(config, np.asarray([tokens]))[:, -1]
+        token = int(_choose(logits_1V, choice, np.asarray([len(tokens)], np.int32))[0])
+        if token in request.stop:
+            return tuple(new), "stop"
+        new.append(token)
+        tokens.append(token)
+    return tuple(new), "length"
+
+
+def requests_of(kind: str, count: int = 10) -> list[Request]:
+    """Requests of mixed lengths: prompts of 1 to 13 tokens, answers of 1 to 10."""
+    rng = np.random.default_rng(3)
+    found = []
+    for index in range(count):
+        how: dict[str, Any] = {}
+        if kind == "sampled":
+            how = {"temperature": 0.7 + 0.1 * (index % 4), "seed": index, "top_k": [0, 5, 0, 12][index % 4]}
+            how["top_p"] = [1.0, 1.0, 0.8, 0.9][index % 4]
+        prompt = tuple(rng.integers(0, 64, int(rng.integers(1, 14))).tolist())
+        found.append(Request(prompt=prompt, max_new_tokens=int(rng.integers(1, 11)), **how))
+    return found

@@ -1,0 +1,156 @@
+"""An engine gives each request what it would get alone, on any mesh and in any company."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trellax.serve import Engine, Request
+
+from .models import MAX_TOKENS, answer_of, engine_on, model_of, requests_of
+
+REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8)]
+
+STOPPING = Request(prompt=(5, 6, 7), max_new_tokens=12, temperature=1.0, seed=3, stop=tuple(range(0, 64, 9)))
+
+
+shared = cache(engine_on)
+"""Engines that several tests use, one after another: compiling takes longer than answering."""
+
+
+def check_answers(engine: Engine, style: str, requests: list[Request]) -> None:
+    """Each request gets just what recomputing everything gives it alone."""
+    found = engine.generate(requests)
+    expected = [answer_of(model_of(style), request) for request in requests]
+    assert [(completion.tokens, completion.finish_reason) for completion in found] == expected
+
+
+SAMPLE = [
+    ("data=1", "llama", {"slots": 3}),
+    ("tensor=4", "llama", {}),
+    ("pipe=4", "gpt", {"slots": 4}),
+    ("data=2,tensor=2,pipe=2", "llama", {}),
+    ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
+]
+MORE = [
+    ("data=2", "gpt", {}),
+    ("tensor=2", "gpt", {}),
+    ("pipe=2", "llama", {"groups": 4}),
+    ("data=2,pipe=4", "gpt", {"groups": 2}),
+    ("tensor=2,pipe=4", "llama", {"groups": 8}),
+    ("data=4,tensor=2", "llama", {"slots": 4}),
+    ("tensor=8", "llama", {"chunk": 1}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "style", "sizes"), SAMPLE)
+def test_answers_are_those_of_one_device_without_a_cache(mesh: str, style: str, sizes: dict[str, int]) -> None:
+    check_answers(shared(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "style", "sizes"), MORE)
+def test_answers_are_those_of_one_device_on_more_meshes(mesh: str, style: str, sizes: dict[str, int]) -> None:
+    check_answers(engine_on(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
+
+
+@pytest.fixture(scope="module")
+def busy_engine() -> Engine:
+    """Two stages, two data shards, three groups of one slot: requests must wait, and groups are no multiple of ranks."""
+    return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What jax compiles meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=16
+    )
+)
+def test_requests_that_come_at_any_time_get_what_they_get_alone(
+    busy_engine: Engine, arrivals: list[tuple[int, int]]
+) -> None:
+    """Each arrival is a request and the number of steps after which it comes; the engine is the same all the time."""
+    sequences = []
+    with compilations() as compiled:
+        for index, steps in arrivals:
+            for _ in range(steps):
+                busy_engine.step()
+            sequences.append(busy_engine.submit(REQUESTS[index]))
+        while not busy_engine.schedule.is_idle:
+            busy_engine.step()
+    expected = [answer_of(model_of("llama"), REQUESTS[index]) for index, _ in arrivals]
+    assert [(tuple(s.tokens), s.finish_reason) for s in sequences] == expected
+    assert compiled == []
+
+
+def test_compilations_are_noticed() -> None:
+    with compilations() as compiled:
+        jax.jit(lambda x: x * 3 + 1)(np.ones(5))
+    assert compiled
+
+
+def test_tokens_are_told_as_they_come() -> None:
+    heard: list[tuple[int, int]] = []
+    engine = shared("data=1", "llama", slots=3)
+    engine.on_token = lambda sequence, token: heard.append((sequence.id, token))
+    sequences = [engine.submit(request) for request in REQUESTS[:4]]
+    while not engine.schedule.is_idle:
+        engine.step()
+    engine.on_token = None
+    told = [[token for id, token in heard if id == sequence.id] for sequence in sequences]
+    assert told == [sequence.tokens for sequence in sequences]
+
+
+def test_a_full_row_of_the_cache_can_be_used_to_its_end() -> None:
+    request = Request(prompt=tuple(range(1, 10)), max_new_tokens=MAX_TOKENS - 9)
+    check_answers(shared("data=1", "llama", slots=3), "llama", [request])
+
+
+def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> None:
+    engine = shared("data=1", "llama", slots=3)
+    sequences = [engine.submit(request) for request in REQUESTS[:3]]
+    engine.step()
+    state = engine._state
+    poisoned = replace(state.cache, values=state.cache.values * np.nan, keys=state.cache.keys * np.nan)
+    engine._state = replace(state, cache=poisoned)
+    while not engine.schedule.is_idle:
+        engine.step()
+    assert all(sequence.finish_reason for sequence in sequences)
+    check_answers(engine, "llama", REQUESTS[2:6])
+
+
+def test_stages_are_busy_when_there_are_as_many_groups() -> None:
+    requests = [Request(prompt=(index, 2, 3), max_new_tokens=20) for index in range(4)]
+    idle, work = [], []
+    for groups in (4, 1):
+        engine = shared("pipe=4", "gpt", slots=groups, **({"groups": 1} if groups == 1 else {}))
+        before = engine.usage
+        check_answers(engine, "gpt", requests)
+        after = engine.usage
+        busy, ticks = after.busy - before.busy, after.decode_ticks - before.decode_ticks
+        idle.append(1 - busy.mean() / (ticks + after.prefill_ticks - before.prefill_ticks))
+        work.append(int(busy.sum()))
+    assert idle[0] < 0.25
+    assert idle[1] == pytest.approx(0.75, abs=0.02)
+    assert work[0] == work[1]

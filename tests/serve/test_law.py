@@ -1,0 +1,102 @@
+"""The law of inference: decoding with a cache equals recomputing everything on one device, at every position."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from trellax.layers import Head, NewTokens, cache_shapes
+from trellax.pipeline.buffers import vary
+from trellax.serve.params import stage_params, stage_shapes
+from trellax.serve.stage import Stage, block_specs
+from trellax.serve.state import empty_state
+
+from .models import logits_of, mesh_of, model_of, params_on
+
+TOLERANCE = 2e-5
+"""Relative to the largest logit, in float32: sums over devices, and over a row of the cache, in another order."""
+
+CUTS = (0, 5, 6, 7, 10)
+"""A chunk of a prompt, two tokens one by one, another chunk."""
+
+MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=2,tensor=2", "tensor=2,pipe=2"]
+LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt": ("gpt", {}),
+    "llama": ("llama", {}),
+    "one_kv_head": ("llama", {"num_kv_heads": 1}),
+    "qwen3_with_window": ("llama", {"qk_norm": "on", "attention_window": 6}),
+    "unequal_stages": ("gpt", {"num_layers": 5}),
+}
+SAMPLE = [
+    ("data=1", "qwen3_with_window"),
+    ("tensor=2", "llama"),
+    ("tensor=4", "one_kv_head"),
+    ("pipe=2", "unequal_stages"),
+    ("pipe=4", "llama"),
+    ("data=2,tensor=2,pipe=2", "gpt"),
+]
+
+
+def cached_logits(style: str, changes: dict[str, Any], *, mesh_text: str, tokens_BT: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
+    config, mesh = model_of(style, **changes), mesh_of(mesh_text)
+    stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
+    shapes = cache_shapes(
+        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype="float32", layers_per_stage=max(stage.counts)
+    )
+
+    def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:
+        found = []
+        for start, end in pairwise(CUTS):
+            size = end - start
+            new = NewTokens(
+                row=0, starts_B=vary(jnp.full(len(tokens_bT), start)), counts_B=vary(jnp.full(len(tokens_bT), size))
+            )
+            x = stage.embed(params, vary(tokens_bT[:, start:end]), new.positions(size))
+            for rank in range(num_ranks):
+                work = partial(stage.run_layers, params, x, cache=cache, new=new)
+                x, cache = stage.on_rank(rank, work, lambda x=x, cache=cache: (x, cache))
+                x = stage.pass_on(x, shape="ring")
+            # Round the ring: the first rank has it now.
+            head: Head = nnx.merge(stage._graphs["head"], params["head"])
+            logits = head(x, embedding_VD=params["embed"]["table"])
+            found.append(jnp.where(stage.rank == 0, logits, 0))
+        whole = jnp.concatenate(found, axis=1)
+        return jax.lax.psum(whole, "pipe") if num_ranks > 1 else whole
+
+    params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
+    specs = block_specs((stage_shapes(config, mesh=mesh), shapes), mesh)
+    data = "data" if mesh.shape["data"] > 1 else None
+    tensor = "tensor" if mesh.shape["tensor"] > 1 else None
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(*specs, P(data)), out_specs=P(data, None, tensor), axis_names=set(mesh.axis_names)
+    )
+    tokens = jax.device_put(tokens_BT, NamedSharding(mesh, P(data)))
+    return np.asarray(jax.jit(mapped)(params, empty_state(shapes), tokens))
+
+
+def check(mesh: str, kind: str) -> None:
+    style, changes = KINDS[kind]
+    tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
+    actual = cached_logits(style, changes, mesh_text=mesh, tokens_BT=tokens_BT)
+    expected = logits_of(model_of(style, **changes), tokens_BT)
+    assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("mesh", "kind"), SAMPLE)
+def test_decoding_equals_full_recomputation_at_every_position(mesh: str, kind: str) -> None:
+    check(mesh, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mesh", MESHES + LARGE)
+def test_decoding_equals_full_recomputation_on_all_meshes(mesh: str, kind: str) -> None:
+    check(mesh, kind)
