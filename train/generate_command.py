@@ -31,7 +31,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt; counted up from there")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer, beside the model's own")
     add_engine_arguments(parser)
     parser.add_argument("--slots", type=int, default=0, metavar="N", help="prompts answered at a time (at most 8)")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="of prompt and answer (what is needed)")
@@ -146,6 +146,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source) -> list[Request]:
     stops = [_stop_token(text, source.tokenizer) for text in args.stop]
+    stops += [] if source.end_id is None else [source.end_id]
     return [
         Request(
             prompt=tuple(source.tokenizer.encode(prompt)),

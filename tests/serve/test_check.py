@@ -1,0 +1,65 @@
+"""Mistakes of engines and requests: what was asked, what is true, and a way out; before anything is allocated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from trellax.meshes import TrellaxError
+from trellax.serve import Engine, Request, check_model, check_request, param_shapes
+from trellax.serve.state import Sizes
+
+from .models import mesh_of, model_of
+
+CONFIG = model_of("llama", max_tokens=64)
+SIZES: dict[str, Any] = {"slots": 8, "max_tokens": 64, "groups": 2, "num_shards": 2, "chunk": 4, "items": 2, "rounds": 2}
+
+
+def ask(*prompt: int, max_tokens: int = 16, **changes: Any) -> None:
+    """Check one request."""
+    check_request(Request(prompt=prompt or (1, 2, 3), **changes), CONFIG, max_tokens=max_tokens)
+
+
+MISTAKES: dict[str, Callable[[], Any]] = {
+    "empty_prompt": lambda: Request(prompt=()),
+    "no_new_tokens": lambda: Request(prompt=(1,), max_new_tokens=0),
+    "negative_temperature": lambda: Request(prompt=(1,), temperature=-0.5),
+    "top_p_of_zero": lambda: Request(prompt=(1,), top_p=0.0),
+    "negative_top_k": lambda: Request(prompt=(1,), top_k=-1),
+    "seed_too_large": lambda: Request(prompt=(1,), seed=2**32),
+    "answer_longer_than_the_cache": lambda: ask(max_new_tokens=14),
+    "prompt_longer_than_the_cache": lambda: ask(*range(20), max_new_tokens=4),
+    "token_not_in_vocabulary": lambda: ask(1, 64, max_new_tokens=4),
+    "too_many_stops": lambda: ask(max_new_tokens=4, stop=tuple(range(9))),
+    "cache_longer_than_the_model": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 1}, max_tokens=65),
+    "heads_over_tensor": lambda: check_model(CONFIG, {"data": 1, "tensor": 3, "pipe": 1}, max_tokens=64),
+    "layers_over_pipe": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 5}, max_tokens=64),
+    "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
+    "no_chunk": lambda: Sizes(**SIZES | {"chunk": 0}),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_has_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(TrellaxError) as caught:
+        MISTAKES[name]()
+    golden(f"errors/serve_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+
+
+def test_an_engine_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trellax.serve.engine.compile_programs", lambda *args, **kwargs: pytest.fail("compiled"))
+    with pytest.raises(TrellaxError, match="max_tokens=99"):
+        Engine(CONFIG, None, mesh=mesh_of("data=1"), max_tokens=99)
+
+
+def test_one_request_that_does_not_fit_stops_all_before_any_is_run() -> None:
+    config = CONFIG
+    engine = object.__new__(Engine)
+    engine.config, engine.sizes = config, Sizes(**SIZES)
+    engine.step = lambda: pytest.fail("ran")  # type: ignore[method-assign]
+    with pytest.raises(TrellaxError, match="max_new_tokens=64"):
+        engine.generate([Request(prompt=(1,), max_new_tokens=2), Request(prompt=(1,), max_new_tokens=64)])
+
+
+def test_shapes_are_asked_for_only_where_the_model_fits() -> None:
+    with pytest.raises(TrellaxError, match="num_heads=8"):
+        param_shapes(CONFIG, mesh=mesh_of("tensor=3"))
