@@ -4,6 +4,7 @@ from .check import check_model, check_request
 from .engine import Completion, Engine, Usage
 from .params import param_shapes
 from .requests import FinishReason, Request, Sequence
+from .state import Sizes
 
 __all__ = [
     "Completion",
@@ -11,6 +12,7 @@ __all__ = [
     "FinishReason",
     "Request",
     "Sequence",
+    "Sizes",
     "Usage",
     "check_model",
     "check_request",

@@ -35,13 +35,13 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int) -> 
     """
     prompt, new = len(request.prompt), request.max_new_tokens
     if prompt + new > max_tokens:
-        room = max_tokens - prompt
+        room, is_model = max_tokens - prompt, prompt + new > config.max_tokens
+        who = f"the model reads {config.max_tokens}" if is_model else f"the cache has max_tokens={max_tokens}"
+        fix = f"set max_new_tokens={room} or less" if room > 0 else f"shorten the prompt to less than {max_tokens} tokens"
         raise ServeError(
-            f"a prompt of {prompt} tokens and max_new_tokens={new} are {prompt + new} tokens, but the cache has "
-            f"max_tokens={max_tokens} for each sequence.",
-            fix=f"set max_new_tokens={room} or less, or max_tokens={prompt + new}."
-            if room > 0
-            else f"shorten the prompt to less than {max_tokens} tokens, or set max_tokens={prompt + new}.",
+            f"a prompt of {prompt} tokens and max_new_tokens={new} are {prompt + new} tokens, but {who} for each "
+            "sequence.",
+            fix=f"{fix}." if is_model else f"{fix}, or set max_tokens={prompt + new}.",
         )
     for token in (*request.prompt, *request.stop):
         if not 0 <= token < config.vocab_size:

@@ -12,7 +12,7 @@ import jax
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
-from ..serve import Engine, Request, Sequence, check_model, check_request, param_shapes
+from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
 
@@ -55,13 +55,14 @@ def run_generate(args: argparse.Namespace) -> int:
         TrellaxError: model, mesh and prompts do not fit each other; no weight was read.
     """
     prompts = _read_prompts(args)
-    start_devices(args)
+    spec = resolve_mesh(args)
     source = open_source(args.folder)
     config = served_model(source.config, args)
     requests = _make_requests(prompts, args, source)
-    sizes = _engine_sizes(args, config, requests)
-    spec = MeshSpec.parse(args.mesh)
-    check_fit(config, spec, max_tokens=sizes["max_tokens"])
+    sizes = _engine_sizes(args, config, requests, spec)
+    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"])
+    own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
+    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # it checks itself
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"])
     mesh = open_mesh(spec)
@@ -71,7 +72,6 @@ def run_generate(args: argparse.Namespace) -> int:
         config,
         source.read(param_shapes(config, mesh=mesh)),
         mesh=mesh,
-        slots=_num_slots(args, len(requests), spec),
         on_token=printer.add if printer else None,
         **sizes,
     )
@@ -100,35 +100,26 @@ def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     return replace(config, dtype=args.dtype or config.dtype)
 
 
-def check_fit(config: ModelConfig, spec: MeshSpec, *, max_tokens: int) -> None:
-    """Raise unless a model can be served on a mesh, no device being touched.
+def resolve_mesh(args: argparse.Namespace) -> MeshSpec:
+    """Return the mesh that was asked for, once the fake devices are made: an open axis takes all devices.
 
     Raises:
-        TrellaxError: it does not divide, or the cache would be longer than the model can read.
+        MeshError: the words are no mesh, or jax has already started with other devices.
     """
-    if -1 not in spec.sizes.values():
-        check_model(config, spec.sizes, max_tokens=max_tokens)
-
-
-def start_devices(args: argparse.Namespace) -> None:
-    """Make the fake devices that were asked for; before a save is looked at, since that starts jax.
-
-    Raises:
-        MeshError: it has already started with others.
-    """
+    spec = MeshSpec.parse(args.mesh)
+    # Before a save is looked at, since that starts jax.
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
+    return spec.resolve(num_devices=len(jax.devices())) if -1 in spec.sizes.values() else spec
 
 
 def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
-    """Return the mesh on the first of the devices; an open axis takes all of them.
+    """Return the mesh on the first of the devices.
 
     Raises:
         MeshError: there are fewer devices than the mesh has.
     """
-    devices = jax.devices()
-    is_open = -1 in spec.sizes.values()
-    return build_mesh(spec, devices=devices if is_open else devices[: spec.num_devices])
+    return build_mesh(spec, devices=jax.devices()[: spec.num_devices])
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -171,20 +162,20 @@ def _stop_token(text: str, tokenizer: Tokenizer) -> int:
     return tokens[0]
 
 
-def _engine_sizes(args: argparse.Namespace, config: ModelConfig, requests: list[Request]) -> dict[str, Any]:
+def _engine_sizes(
+    args: argparse.Namespace, config: ModelConfig, requests: list[Request], spec: MeshSpec
+) -> dict[str, Any]:
     needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    groups = args.groups or spec.pipe
+    parts = spec.data * groups
     return {
+        # As many as there are prompts, up to 8, and then what divides.
+        "slots": args.slots or -(-min(len(requests), _DEFAULT_SLOTS) // parts) * parts,
         "max_tokens": args.max_tokens or min(needed, config.max_tokens),
-        "groups": args.groups or None,
+        "groups": groups,
         "chunk": args.chunk,
         "cache_dtype": args.cache_dtype,
     }
-
-
-def _num_slots(args: argparse.Namespace, num_prompts: int, spec: MeshSpec) -> int:
-    """As many as there are prompts, up to 8, and then what divides."""
-    parts = spec.data * (args.groups or spec.pipe)
-    return args.slots or -(-min(num_prompts, _DEFAULT_SLOTS) // parts) * parts
 
 
 class _Printer:
