@@ -67,7 +67,7 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
 
 def _memory_table(rows: list[dict[str, Any]]) -> Table:
     counts = sorted({row["num_microbatches"] for row in rows})
-    table = _table("Training step on 4 stages: compiled temporary memory, MiB a device", "schedule", *_m(counts))
+    table = make_table("Training step on 4 stages: compiled temporary memory, MiB a device", "schedule", *_m(counts))
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         own = {row["num_microbatches"]: row["temp_bytes"] for row in rows if row["schedule"] == schedule}
         table.add_row(schedule, *(f"{own[m] / MIB:.1f}" for m in counts))
@@ -80,10 +80,10 @@ def _step_tables(rows: list[dict[str, Any]], rounds: int) -> list[Table]:
         "accumulation": "one device, accumulation",
         "full_batch": "one device, full batch",
     }
-    seconds = _table(
+    seconds = make_table(
         f"Training step: seconds, median (minimum) of {rounds} interleaved rounds", "m", "clock", *ways.values()
     )
-    ratios = _table("4 stages over the better of one device", "m", "wall, medians", "wall, minimums", "CPU, medians")
+    ratios = make_table("4 stages over the better of one device", "m", "wall, medians", "wall, minimums", "CPU, medians")
     for row in rows:
         m = str(row["num_microbatches"])
         for clock, name in {"wall_s": "wall", "cpu_s": "CPU"}.items():
@@ -94,7 +94,7 @@ def _step_tables(rows: list[dict[str, Any]], rounds: int) -> list[Table]:
 
 def _compile_table(rows: list[dict[str, Any]], rounds: int) -> Table:
     title = f"Training step, 1F1B on 4 stages: tracing and compiling, minimum of {rounds} interleaved rounds"
-    table = _table(title, "m", "wall s", "CPU s", "HLO instructions")
+    table = make_table(title, "m", "wall s", "CPU s", "HLO instructions")
     for row in rows:
         table.add_row(
             str(row["num_microbatches"]), f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", str(row["instructions"])
@@ -105,7 +105,7 @@ def _compile_table(rows: list[dict[str, Any]], rounds: int) -> Table:
 def _work_memory_table(rows: list[dict[str, Any]]) -> Table:
     counts = sorted({row["num_microbatches"] for row in rows})
     title = "Work R1 (own model, pipe=4 x data=2): compiled temporary memory, MiB a device"
-    table = _table(title, "executor", "remat", *_m(counts))
+    table = make_table(title, "executor", "remat", *_m(counts))
     for schedule, remat in dict.fromkeys((row["schedule"], row["remat"]) for row in rows):
         own = {
             row["num_microbatches"]: row["temp_bytes"] / MIB
@@ -121,7 +121,7 @@ def _work_memory_table(rows: list[dict[str, Any]]) -> Table:
 def _work_table(rows: list[dict[str, Any]]) -> Table:
     title = "Work R1, 1F1B: executed in one step, counted in a profiler trace (collectives a device)"
     heads = ("m", "remat", "matmul work / ideal without recomputation", "gradient all-reduces", "permutes", "2(m+3)")
-    table = _table(title, *heads)
+    table = make_table(title, *heads)
     for row in rows:
         m, work = row["num_microbatches"], f"{row['matmul_over_ideal']:.3f}"
         collectives = f"{row['gradient_all_reduces']:g}", f"{row['permutes']:g}"
@@ -130,7 +130,7 @@ def _work_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _bubble_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Bubbles filled with NaN: loss and gradients against zeros", "model", "schedule", "m", "result")
+    table = make_table("Bubbles filled with NaN: loss and gradients against zeros", "model", "schedule", "m", "result")
     for row in rows:
         result = "same bits" if row["is_same"] else "DIFFERENT"
         table.add_row(row["model"], row["schedule"], str(row["num_microbatches"]), result)
@@ -138,13 +138,14 @@ def _bubble_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _target_table(targets: list[Target]) -> Table:
-    table = _table("Targets", "what", "measured", "at most", "verdict")
+    table = make_table("Targets", "what", "measured", "at most", "verdict")
     for target in targets:
         table.add_row(target.name, f"{target.measured:.3f}", f"{target.limit:g}", "met" if target.is_met else "MISSED")
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """Return an empty Markdown table, numbers to the right."""
     table = Table(title=title, box=MARKDOWN)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
