@@ -1,9 +1,9 @@
 """Pipelined decoding with a group for every stage against one group: `python benchmarks/decode.py [--quick] [--json]`.
 
-A Llama of 8 layers and width 256 on 4 stages answers 200 requests of mixed lengths twice, in groups of 4 slots: with one
-group in flight, where three stages of four wait at any time, and with four. Counted are ticks, the time of devices that
-are there; fake devices share the cores, so waiting costs them nothing, and seconds of CPU time show that the work is the
-same. The programs are compiled before the requests come; whatever is compiled afterwards is counted too.
+A Llama of 8 layers and width 256 on 4 stages answers 200 requests of mixed lengths twice, in groups of 4 slots: with
+one group in flight, where three stages of four wait at any time, and with four. Counted are ticks, the time of devices
+that are there; fake devices share the cores, so waiting costs them nothing, and seconds of CPU time show that the work
+is the same. The programs are compiled before the requests come; whatever is compiled afterwards is counted too.
 
 Tables go to stdout, progress to stderr; the exit code is 1 if a promise is missed. About a minute on two cores.
 """
@@ -25,7 +25,8 @@ from rich.console import Console
 from tables import Target, make_table
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.serve import Engine, Request, param_shapes
+from trellax.serve import Engine, Request
+from trellax.serve.measure import draw_params
 
 STAGES, GROUP_SIZE, MAX_TOKENS = 4, 4, 128
 MODEL = ModelConfig(
@@ -78,7 +79,7 @@ def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
     mesh = build_mesh(MeshSpec(pipe=STAGES))
     engine = Engine(
         MODEL,
-        draw_params(mesh),
+        draw_params(MODEL, mesh),
         mesh=mesh,
         slots=groups * GROUP_SIZE,
         groups=groups,
@@ -111,18 +112,7 @@ def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
     }
 
 
-def draw_params(mesh: jax.sharding.Mesh) -> Any:
-    """Return random parameters where the engine wants them."""
-    rng = np.random.default_rng(1)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        value = rng.standard_normal(leaf.shape) * 0.05 + ("scale" in str(path))
-        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(draw, param_shapes(MODEL, mesh=mesh))
-
-
-def judge(one: dict[str, Any], all_: dict[str, Any], *, is_same: bool) -> list[Target]:  # noqa: FBT001
+def judge(one: dict[str, Any], all_: dict[str, Any], *, is_same: bool) -> list[Target]:
     """Return every promise with what was measured for it."""
     gain = all_["tokens_per_tick"] / one["tokens_per_tick"]
     return [
@@ -150,11 +140,15 @@ def show(report: dict[str, Any], targets: list[Target]) -> None:
     }
     table = make_table("", "what", *(f"{row['groups']} in flight" for row in report["rows"]))
     for key, name in names.items():
-        table.add_row(name, *(f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for row in report["rows"]))
+        table.add_row(
+            name, *(f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for row in report["rows"])
+        )
     console.print(table)
     verdicts = make_table("", "promise", "measured", "at most", "verdict")
     for target in targets:
-        verdicts.add_row(target.name, f"{target.measured:.3f}", f"{target.limit:.3f}", "met" if target.is_met else "MISSED")
+        verdicts.add_row(
+            target.name, f"{target.measured:.3f}", f"{target.limit:.3f}", "met" if target.is_met else "MISSED"
+        )
     console.print(verdicts)
 
 

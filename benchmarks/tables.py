@@ -83,7 +83,9 @@ def _step_tables(rows: list[dict[str, Any]], rounds: int) -> list[Table]:
     seconds = make_table(
         f"Training step: seconds, median (minimum) of {rounds} interleaved rounds", "m", "clock", *ways.values()
     )
-    ratios = make_table("4 stages over the better of one device", "m", "wall, medians", "wall, minimums", "CPU, medians")
+    ratios = make_table(
+        "4 stages over the better of one device", "m", "wall, medians", "wall, minimums", "CPU, medians"
+    )
     for row in rows:
         m = str(row["num_microbatches"])
         for clock, name in {"wall_s": "wall", "cpu_s": "CPU"}.items():

@@ -41,7 +41,7 @@ class KVCache:
         row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
         head_11K = jnp.arange(k_BTKH.shape[2])[None, None]
         # One past the end is dropped: so are the tokens that only fill a chunk, and those of rows that are not in use.
-        is_real_BT = jnp.arange(num_tokens)[None] < new.counts_B[:, None]
+        is_real_BT = jnp.arange(num_tokens)[None] < new.counts[:, None]
         place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[3])
 
         def put(stored: jax.Array, own: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class KVCache:
         def take(stored: jax.Array) -> jax.Array:
             _, _, *inner = stored.shape
             start = (layer, new.row, 0, 0, 0)
-            return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts_B.shape[0], *inner))[0])
+            return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts.shape[0], *inner))[0])
 
         return take(self.keys), take(self.values)
 
@@ -64,18 +64,18 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """Where T new tokens of each of B rows belong: rows `row` to `row + B`, positions `starts_B` on.
+    """Where T new tokens of each of B rows belong: rows `row` to `row + B`, positions `starts` on.
 
-    Of the T tokens of a row `counts_B` are real; the others are computed, but leave no trace in the cache.
+    Of the T tokens of a row `counts` are real; the others are computed, but leave no trace in the cache.
     """
 
     row: Any
-    starts_B: Any
-    counts_B: Any
+    starts: Any
+    counts: Any
 
     def positions(self, num_tokens: int) -> jax.Array:
         """Return the position of every token in its sequence: [B, T]."""
-        return self.starts_B[:, None] + jnp.arange(num_tokens)[None]
+        return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""Inference: prefill, pipelined decode, sampling and continuous batching over the mesh that the model was trained on."""
+"""Inference: prefill, pipelined decode, sampling and continuous batching, on the mesh a model was trained on."""
 
 from .check import check_model, check_request
 from .engine import Completion, Engine, Usage

@@ -37,7 +37,9 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int) -> 
     if prompt + new > max_tokens:
         room, is_model = max_tokens - prompt, prompt + new > config.max_tokens
         who = f"the model reads {config.max_tokens}" if is_model else f"the cache has max_tokens={max_tokens}"
-        fix = f"set max_new_tokens={room} or less" if room > 0 else f"shorten the prompt to less than {max_tokens} tokens"
+        fix = (
+            f"set max_new_tokens={room} or less" if room > 0 else f"shorten the prompt to less than {max_tokens} tokens"
+        )
         raise ServeError(
             f"a prompt of {prompt} tokens and max_new_tokens={new} are {prompt + new} tokens, but {who} for each "
             "sequence.",

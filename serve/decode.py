@@ -25,7 +25,7 @@ _LAST = -2
 
 
 def decode(
-    stage: Stage, sizes: Sizes, params: Any, state: ServeState, choice: Choice, num_rounds: jax.Array
+    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, choice: Choice, num_rounds: jax.Array
 ) -> tuple[ServeState, jax.Array]:
     """Return the state after some rounds, and what the last rank chose; inside `shard_map` over all axes.
 
@@ -73,7 +73,7 @@ class _Machine:
         """Run the stage for one group: its x, and its message: that a slot holds a token, or which token comes next."""
         size = self.sizes.group_size
         starts_B = rows_of(state.cache.lengths[0], row, size)
-        new = NewTokens(row=row, starts_B=starts_B, counts_B=is_full_B.astype(jnp.int32))
+        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32))
         tokens_B1 = rows_of(state.next_token[0], row, size)[:, None]
         x = self.stage.on_rank(
             0, lambda: self.stage.embed(self.params, tokens_B1, starts_B[:, None]), lambda: state.x[0]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -166,8 +165,13 @@ class Engine:
         self._state, said = self.programs.prefill(*args)
         self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
         first = np.asarray(said)[-1]
-        pairs = [(chunk.sequence, first[s, i]) for s, own in enumerate(chunks) for i, chunk in enumerate(own) if chunk.is_last]
-        return [sequence for sequence, (token, reason) in pairs if self._note(sequence, int(token), int(reason))]
+        ended = []
+        for shard, own in enumerate(chunks):
+            for item, chunk in enumerate(own):
+                token, reason = first[shard, item].tolist()
+                if chunk.is_last and self._note(chunk.sequence, token, reason):
+                    ended.append(chunk.sequence)
+        return ended
 
     def _decode(self) -> list[Sequence]:
         decoding = {s.slot: s for s in self.schedule.decoding}
@@ -232,5 +236,3 @@ def _empty_choice(slots: int) -> Choice:
         limit=np.zeros(slots, np.int32),
         stops=np.full((slots, MAX_STOPS), -1, np.int32),
     )
-
-

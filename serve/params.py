@@ -1,8 +1,8 @@
 """Parameters for inference: what a reader fills, in the order of the model, and how the devices then hold it.
 
-A reader (of a run folder, of Hugging Face files) is given `param_shapes` and returns arrays of these, each device having
-read its part. `stage_params` turns them into stages, once. Everything is held in the compute dtype, so that no step
-casts a weight. Read `stage.py` next.
+A reader (of a run folder, of Hugging Face files) is given `param_shapes` and returns arrays of these, each device
+having read its part. `stage_params` turns them into stages, once. Everything is held in the compute dtype, so that no
+step casts a weight. Read `stage.py` next.
 """
 
 from dataclasses import replace
@@ -68,7 +68,7 @@ def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -
 def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
     """Return the parameters a reader delivered as stages; they are given up, so that no device holds both.
 
-    Unequal stages are padded with zeros; key/value heads that are fewer than `tensor` devices are repeated, one a device.
+    Unequal stages are padded with zeros; key/value heads that are fewer than `tensor` devices are repeated.
     """
     dtype = jax.tree.leaves(params)[0].dtype
     shardings = jax.tree.map(lambda leaf: leaf.sharding, stage_shapes(config, mesh=mesh, dtype=dtype))

@@ -46,13 +46,11 @@ def chunk_shapes(sizes: Sizes, *, mesh: Mesh) -> Chunks:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
 
     number = leaf(jnp.int32)
-    return Chunks(
-        tokens=leaf(jnp.int32, sizes.chunk), slot=number, start=number, count=number, is_last=leaf(jnp.bool_)
-    )
+    return Chunks(tokens=leaf(jnp.int32, sizes.chunk), slot=number, start=number, count=number, is_last=leaf(jnp.bool_))
 
 
 def prefill(
-    stage: Stage, params: Any, state: ServeState, choice: Choice, chunks: Chunks, num_chunks: jax.Array
+    state: ServeState, *, stage: Stage, params: Any, choice: Choice, chunks: Chunks, num_chunks: jax.Array
 ) -> tuple[ServeState, jax.Array]:
     """Return the state with the chunks read, and the first token of each prompt that ends; inside `shard_map`.
 
@@ -70,7 +68,7 @@ def prefill(
         is_here = (item >= 0) & (item < num_chunks) & (chunk.count > 0)
 
         def work(carry: Any) -> Any:
-            return _work(stage, params, choice, chunk, item, carry)
+            return _work(carry, stage=stage, params=params, choice=choice, chunk=chunk, item=item)
 
         state, x, said = jax.lax.cond(vary(is_here), work, lambda carry: carry, carry)
         return state, stage.pass_on(x, shape="line"), said
@@ -81,10 +79,10 @@ def prefill(
     return _open(state, chunks, said), jnp.where(chunks.is_last[:, None], said, NOTHING)[None]
 
 
-def _work(stage: Stage, params: Any, choice: Choice, chunk: Chunks, item: jax.Array, carry: Any) -> Any:
+def _work(carry: Any, *, stage: Stage, params: Any, choice: Choice, chunk: Chunks, item: jax.Array) -> Any:
     """Run one chunk through this rank's layers; the last rank chooses the next token where the prompt ends."""
     state, x, said = carry
-    new = NewTokens(row=chunk.slot, starts_B=chunk.start[None], counts_B=chunk.count[None])
+    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None])
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
     x, cache = stage.run_layers(params, x, cache=_wiped(state.cache, chunk), new=new)

@@ -38,11 +38,11 @@ def compile_programs(config: ModelConfig, sizes: Sizes, *, mesh: Mesh, state: Se
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
     def run_prefill(params: Any, state: ServeState, choice: Choice, chunks: Any, num_chunks: jax.Array) -> Any:
-        state, said = prefill(stage, params, state, choice, chunks, num_chunks)
+        state, said = prefill(state, stage=stage, params=params, choice=choice, chunks=chunks, num_chunks=num_chunks)
         return state, said[None]
 
     def run_decode(params: Any, state: ServeState, choice: Choice, num_rounds: jax.Array) -> Any:
-        return decode(stage, sizes, params, state, choice, num_rounds)
+        return decode(state, stage=stage, sizes=sizes, params=params, choice=choice, num_rounds=num_rounds)
 
     return Programs(
         prefill=_compile(run_prefill, mesh, (params, state, choice, chunks, number), P(pipe, data)),

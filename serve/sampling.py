@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -63,7 +62,7 @@ def choose(logits_BV: jax.Array, choice: Choice, *, position_B: jax.Array, axes:
 
 
 def _noise(like_BV: jax.Array, choice: Choice, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Gumbel noise, whose largest sum with logits is a draw from their softmax; this device's block of the vocabulary."""
+    """Gumbel noise for this device's block: the largest sum of logits and noise is a draw from their softmax."""
     size = like_BV.shape[-1]
     num_tokens = size * (jax.lax.axis_size(axes) if axes else 1)
 
@@ -111,5 +110,3 @@ def ends(token_B: jax.Array, choice: Choice, *, length_B: jax.Array) -> jax.Arra
     """Return why each sequence ends with a token, [B]: 0 it does not, 1 a stop token, 2 its length."""
     is_stop_B = (choice.stops == token_B[:, None]).any(-1)
     return jnp.where(is_stop_B, 1, jnp.where(length_B >= choice.limit, 2, 0)).astype(jnp.int32)
-
-

@@ -29,11 +29,13 @@ class Stage:
         self.config, self.num_ranks = served_config(config, mesh), mesh.shape["pipe"]
         self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
         model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
-        self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
+        self._graphs: dict[str, Any] = {
+            name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")
+        }
 
     @property
     def rank(self) -> jax.Array | int:
-        """This device's place along `pipe`."""
+        """The place of this device along `pipe`."""
         return jax.lax.axis_index("pipe") if self.num_ranks > 1 else 0
 
     def on_rank(self, rank: int, work: Any, otherwise: Any) -> Any:
@@ -49,9 +51,7 @@ class Stage:
         return vary(embed(tokens_BT, positions_BT=positions_BT))
 
     @jax.named_scope("layers")
-    def run_layers(
-        self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens
-    ) -> tuple[jax.Array, KVCache]:
+    def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
         """Return x after this rank's layers, and the cache with the new tokens: two all-reduces a layer."""
 
         def layer(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
@@ -61,9 +61,9 @@ class Stage:
             return vary(x_BTD), cache
 
         x_BTD, cache = jax.lax.fori_loop(0, self._num_own_layers(), layer, (x_BTD, cache))
-        end_B = new.starts_B + new.counts_B
+        end_B = new.starts + new.counts
         kept_B = jax.lax.dynamic_slice(cache.lengths, (0, new.row), (1, end_B.shape[0]))[0]
-        length_B = jnp.where(new.counts_B > 0, end_B, kept_B)
+        length_B = jnp.where(new.counts > 0, end_B, kept_B)
         lengths = jax.lax.dynamic_update_slice(cache.lengths, length_B[None], (0, new.row))
         return x_BTD, KVCache(keys=cache.keys, values=cache.values, lengths=lengths)
 
@@ -87,7 +87,7 @@ class Stage:
 
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:
-    """Return the specs of sharded shapes for a `shard_map`, without the axes of one device: on these nothing differs."""
+    """Return the specs of sharded shapes for a `shard_map`, without axes of one device: on these nothing differs."""
 
     def keep(entry: Any) -> Any:
         axes = (entry,) if isinstance(entry, str) else entry or ()

@@ -89,7 +89,9 @@ def state_shapes(config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: 
     num_ranks = mesh.shape["pipe"]
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_ranks, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec("pipe", "data")))
+        return jax.ShapeDtypeStruct(
+            (num_ranks, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec("pipe", "data"))
+        )
 
     moving = sizes.group_size * sizes.num_shards
     return ServeState(
@@ -128,7 +130,7 @@ def choice_shapes(sizes: Sizes, *, mesh: Mesh) -> Choice:
 _NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0}
 
 
-def empty_state(shapes: ServeState, *, fill: Fill = "zeros") -> ServeState:
+def empty_state(shapes: Any, *, fill: Fill = "zeros") -> Any:
     """Return a state in which no slot is in use, every device making its own part."""
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:

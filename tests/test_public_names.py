@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["meshes", "layers", "pipeline", "pipeline/schedules", "plan", "train"]
+PACKAGES = ["meshes", "layers", "pipeline", "pipeline/schedules", "plan", "serve", "train"]
 
 
 def exported(package: str) -> list[str]:

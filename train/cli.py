@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from ..meshes import TrellaxError, suggest
+from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
 from .config import RunConfig, load_config, render_help
 from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
@@ -97,6 +98,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "import-hf": _without_config(run_import),
     "export-hf": _without_config(run_export),
     "generate": _without_config(run_generate),
+    "bench-decode": _without_config(run_bench_decode),
 }
 
 
@@ -141,6 +143,7 @@ def _make_parser() -> argparse.ArgumentParser:
         ("import-hf", "make a run folder of a Hugging Face model", add_import_arguments),
         ("export-hf", "write the weights of a run folder for transformers", add_export_arguments),
         ("generate", "answer prompts with a trained model, on any mesh", add_generate_arguments),
+        ("bench-decode", "time the answers of a model over meshes and batch sizes", add_bench_decode_arguments),
     ):
         add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
     return parser

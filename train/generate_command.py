@@ -31,7 +31,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt; counted up from there")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer, beside the model's own")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token that ends an answer, beside the model's own",
+    )
+    parser.add_argument("--mesh", default="", metavar="SIZES", help="tensor=2,pipe=2 say (one device)")
     add_engine_arguments(parser)
     parser.add_argument("--slots", type=int, default=0, metavar="N", help="prompts answered at a time (at most 8)")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="of prompt and answer (what is needed)")
@@ -39,7 +46,6 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the words that say on what a model is served."""
-    parser.add_argument("--mesh", default="", metavar="SIZES", help="tensor=2,pipe=2 say (one device)")
     parser.add_argument("--fake-devices", type=int, default=0, metavar="N", help="run on N fake CPU devices")
     parser.add_argument("--dtype", metavar="T", help="float32 or bfloat16, to compute in (the model's)")
     parser.add_argument("--cache-dtype", metavar="T", help="float32 or bfloat16, of keys and values (the model's)")
@@ -55,7 +61,10 @@ def run_generate(args: argparse.Namespace) -> int:
         TrellaxError: model, mesh and prompts do not fit each other; no weight was read.
     """
     prompts = _read_prompts(args)
-    spec = resolve_mesh(args)
+    # Before a save is looked at, since that starts jax.
+    if args.fake_devices:
+        use_fake_devices(args.fake_devices)
+    spec = resolve_mesh(args.mesh)
     source = open_source(args.folder)
     config = served_model(source.config, args)
     requests = _make_requests(prompts, args, source)
@@ -100,16 +109,13 @@ def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     return replace(config, dtype=args.dtype or config.dtype)
 
 
-def resolve_mesh(args: argparse.Namespace) -> MeshSpec:
-    """Return the mesh that was asked for, once the fake devices are made: an open axis takes all devices.
+def resolve_mesh(text: str) -> MeshSpec:
+    """Return the mesh that was asked for; an open axis takes all devices.
 
     Raises:
-        MeshError: the words are no mesh, or jax has already started with other devices.
+        MeshError: the words are no mesh.
     """
-    spec = MeshSpec.parse(args.mesh)
-    # Before a save is looked at, since that starts jax.
-    if args.fake_devices:
-        use_fake_devices(args.fake_devices)
+    spec = MeshSpec.parse(text)
     return spec.resolve(num_devices=len(jax.devices())) if -1 in spec.sizes.values() else spec
 
 

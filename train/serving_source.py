@@ -56,9 +56,7 @@ def open_source(path: str | Path) -> Source:
     model = read_hub_model(folder)
     tokenizer = load_tokenizer(folder)
     _check_ids(tokenizer, model.config)
-    return Source(
-        config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(read_weights, folder)
-    )
+    return Source(config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(read_weights, folder))
 
 
 def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) -> tuple[Source, Any]:

@@ -13,7 +13,7 @@ class Tokenizer(Protocol):
         """Return the token ids of a text."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], /) -> str:
         """Return the text of token ids; what is no text becomes a replacement character."""
         ...
 

@@ -57,9 +57,9 @@ def params_on(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree.map(put, numbers_of(config), param_shapes(config, mesh=mesh))
 
 
-def engine_on(mesh: str, style: str = "llama", *, changes: tuple[tuple[str, Any], ...] = (), **sizes: Any) -> Engine:
+def engine_on(mesh: str, style: str = "llama", **sizes: Any) -> Engine:
     """An engine with a poisoned cache and small chunks."""
-    config = model_of(style, **dict(changes))
+    config = model_of(style)
     own = mesh_of(mesh)
     wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "fill": "nan"}
     return Engine(config, params_on(config, own), mesh=own, **(wanted | sizes))

@@ -11,7 +11,15 @@ from trellax.serve.state import Sizes
 from .models import mesh_of, model_of
 
 CONFIG = model_of("llama", max_tokens=64)
-SIZES: dict[str, Any] = {"slots": 8, "max_tokens": 64, "groups": 2, "num_shards": 2, "chunk": 4, "items": 2, "rounds": 2}
+SIZES: dict[str, Any] = {
+    "slots": 8,
+    "max_tokens": 64,
+    "groups": 2,
+    "num_shards": 2,
+    "chunk": 4,
+    "items": 2,
+    "rounds": 2,
+}
 
 
 def ask(*prompt: int, max_tokens: int = 16, **changes: Any) -> None:

@@ -62,7 +62,7 @@ def test_answers_are_those_of_one_device_on_more_meshes(mesh: str, style: str, s
 
 @pytest.fixture(scope="module")
 def busy_engine() -> Engine:
-    """Two stages, two data shards, three groups of one slot: requests must wait, and groups are no multiple of ranks."""
+    """Two stages, two data shards, three groups of one slot: requests must wait, groups are no multiple of ranks."""
     return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2)
 
 
@@ -82,11 +82,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    arrivals=st.lists(
-        st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=16
-    )
-)
+@given(arrivals=st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=16))
 def test_requests_that_come_at_any_time_get_what_they_get_alone(
     busy_engine: Engine, arrivals: list[tuple[int, int]]
 ) -> None:
@@ -118,7 +114,7 @@ def test_tokens_are_told_as_they_come() -> None:
     while not engine.schedule.is_idle:
         engine.step()
     engine.on_token = None
-    told = [[token for id, token in heard if id == sequence.id] for sequence in sequences]
+    told = [[token for own, token in heard if own == sequence.id] for sequence in sequences]
     assert told == [sequence.tokens for sequence in sequences]
 
 

@@ -57,7 +57,7 @@ def cached_logits(style: str, changes: dict[str, Any], *, mesh_text: str, tokens
         for start, end in pairwise(CUTS):
             size = end - start
             new = NewTokens(
-                row=0, starts_B=vary(jnp.full(len(tokens_bT), start)), counts_B=vary(jnp.full(len(tokens_bT), size))
+                row=0, starts=vary(jnp.full(len(tokens_bT), start)), counts=vary(jnp.full(len(tokens_bT), size))
             )
             x = stage.embed(params, vary(tokens_bT[:, start:end]), new.positions(size))
             for rank in range(num_ranks):

@@ -16,7 +16,9 @@ SLOTS, CHUNK = 8, 16
 FLOAT = 4
 
 
-def build(mesh_text: str, *, max_tokens: int = 64, cache: Any = "float32", **changes: Any) -> tuple[Programs, ServeState]:
+def build(
+    mesh_text: str, *, max_tokens: int = 64, cache: Any = "float32", **changes: Any
+) -> tuple[Programs, ServeState]:
     """Both programs, compiled over shapes alone."""
     config, mesh = model_of("llama", max_tokens=max_tokens, **changes), mesh_of(mesh_text)
     sizes = Sizes(

@@ -34,7 +34,7 @@ class Play:
         assert all(0 <= slot < self.num_slots for slot in self.schedule.running)
         for shard, chunks in enumerate(self.schedule.take_chunks(size=self.size, limit=self.limit)):
             assert len(chunks) <= self.limit
-            assert all(chunk.sequence.slot // self.shard_size == shard for chunk in chunks)
+            assert all((chunk.sequence.slot or 0) // self.shard_size == shard for chunk in chunks)
             self.chunks += chunks
         for sequence in self.schedule.decoding:
             sequence.tokens.append(0)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.serve.sampling import Choice, _cut, choose, ends
+from trellax.serve.sampling import Choice, _cut, ends
+from trellax.serve.sampling import choose as choose_arrays
 
 from .models import mesh_of
 
@@ -19,11 +20,13 @@ def choice_of(rows: int = 6, **changes: Any) -> Choice:
     """The same choice for every row."""
     given: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "limit": 100, "stops": [-1, -1]}
     types = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint32}
-    return Choice(
-        **{name: np.broadcast_to(np.asarray(value, types.get(name, np.int32)), (rows, *np.shape(value)))
-           if np.ndim(value) < 1 or name == "stops" else np.asarray(value, types.get(name, np.int32))
-           for name, value in (given | changes).items()}
-    )  # fmt: skip
+    arrays = {name: np.asarray(value, types.get(name, np.int32)) for name, value in (given | changes).items()}
+    return Choice(**{name: np.broadcast_to(value, (rows, *value.shape)) for name, value in arrays.items()})
+
+
+def choose(logits: Any, choice: Choice, *, position_B: Any, axes: tuple[str, ...]) -> jax.Array:
+    """The choice of what numpy has."""
+    return choose_arrays(jnp.asarray(logits), choice, position_B=jnp.asarray(position_B), axes=axes)
 
 
 def kept(logits_V: np.ndarray, *, top_k: int, top_p: float) -> set[int]:
@@ -31,19 +34,23 @@ def kept(logits_V: np.ndarray, *, top_k: int, top_p: float) -> set[int]:
     order = np.argsort(-logits_V, kind="stable")[: top_k or None]
     share = np.exp(logits_V[order].astype(np.float64))
     share /= share.sum()
-    return set(order[: int(np.searchsorted(np.cumsum(share), top_p)) + 1].tolist()) if top_p < 1 else set(order.tolist())
+    return (
+        set(order[: int(np.searchsorted(np.cumsum(share), top_p)) + 1].tolist()) if top_p < 1 else set(order.tolist())
+    )
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (V + 9, 1.0), (0, 0.3), (0, 0.95), (6, 0.7), (0, 1e-6)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (V + 9, 1.0), (0, 0.3), (0, 0.95), (6, 0.7), (0, 1e-6)]
+)
 def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float) -> None:
-    cut_BV = np.asarray(_cut(jnp.asarray(LOGITS_BV), choice_of(top_k=top_k, top_p=top_p), np.ones(6, bool), ()))
+    cut_BV = np.asarray(_cut(jnp.asarray(LOGITS_BV), choice_of(top_k=top_k, top_p=top_p), jnp.ones(6, bool), ()))
     found = [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in cut_BV]
     assert found == [kept(row, top_k=top_k, top_p=top_p) for row in LOGITS_BV]
 
 
 def test_ties_with_the_last_one_in_stay_in() -> None:
     logits = jnp.asarray([[1.0, 0.0, 1.0, 1.0, -2.0]])
-    cut = _cut(logits, choice_of(1, top_k=2), np.ones(1, bool), ())
+    cut = _cut(logits, choice_of(1, top_k=2), jnp.ones(1, bool), ())
     assert np.isfinite(np.asarray(cut[0])).tolist() == [True, False, True, True, False]
 
 

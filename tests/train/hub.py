@@ -123,3 +123,22 @@ def wrong_by(folder: Path, mesh: str, logits: np.ndarray) -> float:
 def shapes_of(folder: Path, mesh: str = "data=1") -> Any:
     """What `read_weights` is asked for."""
     return weight_shapes(setup_of(read_hub_model(folder).config, mesh))
+
+
+def build_longer(name: str, folder: Path, *, num_tokens: int, monkeypatch: Any) -> np.ndarray:
+    """Save a model with room for more positions, and return how transformers goes on from `tokens_of`: [B, new]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from . import make_hf_goldens
+
+    room = "n_positions" if MODELS[name]["model_type"] == "gpt2" else "max_position_embeddings"
+    monkeypatch.setitem(MODELS, name, MODELS[name] | {room: T + num_tokens})
+    make_hf_goldens.save(name, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = torch.tensor(tokens_of(), dtype=torch.long)
+    # Written out: generate() would stop at the end of a text.
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[:, T:].numpy()

@@ -1,4 +1,4 @@
-"""`trellax generate`: text on stdout, talk on stderr, the same answers on any mesh, and mistakes before weights are read."""
+"""`trellax generate`: text on stdout, talk on stderr, the same on any mesh, and mistakes before weights are read."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,8 @@ def ask(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
 
     def run(*words: str, folder: str | Path = run_folder) -> tuple[int, str, str]:
         code = main(["generate", str(folder), *words])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return run
 
