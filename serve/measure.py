@@ -8,11 +8,9 @@ fullest device needs for that is the roofline (Pope et al. 2022, section 2.1). P
 import statistics
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
@@ -100,9 +98,9 @@ def draw_params(config: ModelConfig, mesh: Mesh) -> Any:
     shapes = param_shapes(config, mesh=mesh)
     leaves, tree = jax.tree.flatten(shapes)
 
-    def draw(leaf: jax.ShapeDtypeStruct, index: int) -> jax.Array:
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), index), leaf.shape, leaf.dtype)
-        return (noise * 0.02).astype(jnp.dtype(leaf.dtype))
+    def draw() -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        return [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
 
-    drawn = [jax.jit(partial(draw, leaf, i), out_shardings=leaf.sharding)() for i, leaf in enumerate(leaves)]
+    drawn = jax.jit(draw, out_shardings=[leaf.sharding for leaf in leaves])()
     return jax.tree.unflatten(tree, drawn)

@@ -33,12 +33,12 @@ def check_answers(engine: Engine, style: str, requests: list[Request]) -> None:
 
 SAMPLE = [
     ("data=1", "llama", {"slots": 3}),
-    ("tensor=4", "llama", {}),
     ("pipe=4", "gpt", {"slots": 4}),
     ("data=2,tensor=2,pipe=2", "llama", {}),
     ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
 ]
 MORE = [
+    ("tensor=4", "llama", {}),
     ("data=2", "gpt", {}),
     ("tensor=2", "gpt", {}),
     ("pipe=2", "llama", {"groups": 4}),

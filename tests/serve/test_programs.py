@@ -1,5 +1,6 @@
 """What the compiled programs keep and send: the cache in place, two all-reduces a layer, one hop a tick."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ SLOTS, CHUNK = 8, 16
 FLOAT = 4
 
 
+@cache
 def build(
     mesh_text: str, *, max_tokens: int = 64, cache: Any = "float32", **changes: Any
 ) -> tuple[Programs, ServeState]:

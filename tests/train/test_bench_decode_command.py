@@ -4,10 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
-from trellax.serve.engine import Engine
-from trellax.serve.measure import read_bytes
-from trellax.train import bench_decode_command
+from trellax.layers import param_counts
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.serve import Engine, Sizes
+from trellax.serve.measure import DecodeTimes, read_bytes
+from trellax.serve.state import state_shapes
+from trellax.train import bench_decode_command, load_config
 from trellax.train.cli import main
 
 SMALL = ["bench-decode", "tiny-llama", "--prompt-tokens", "8", "--new-tokens", "8", "--fake-devices", "8"]
@@ -16,31 +20,34 @@ SMALL = ["bench-decode", "tiny-llama", "--prompt-tokens", "8", "--new-tokens", "
 def test_rows_have_latency_throughput_idle_share_and_roofline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--batch", "1,3", "--meshes", "data=1;pipe=2", "--json", "--png", str(tmp_path / "curve.png")]
+    words = ["--batch", "1", "--meshes", "data=1;pipe=2", "--json", "--png", str(tmp_path / "curve.png")]
     assert main([*SMALL, *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    rows = found["rows"]
-    assert [(row["mesh"], row["batch"]) for row in rows] == [
-        ("data=1 tensor=1 pipe=1", 1),
-        ("data=1 tensor=1 pipe=1", 3),
-        ("data=1 tensor=1 pipe=2", 1),
-        ("data=1 tensor=1 pipe=2", 3),
-    ]
-    assert all(row["first_token_s"] > 0 < row["per_token_s"] and row["roofline_share"] > 0 for row in rows)
-    assert rows[0]["idle_share"] == 0
+    one, two = found["rows"]
+    assert (one["mesh"], two["mesh"]) == ("data=1 tensor=1 pipe=1", "data=1 tensor=1 pipe=2")
+    for row in (one, two):
+        assert row["first_token_s"] > 0 < row["per_token_s"]
+        assert row["tokens_per_s"] > 0 < row["roofline_share"]
     # One request can be in one of two stages.
-    assert rows[2]["idle_share"] >= 0.5 > rows[3]["idle_share"]
+    assert one["idle_share"] == 0
+    assert two["idle_share"] >= 0.5
     assert "copy on this machine" in found["memory"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--batch", "2", "--meshes", "tensor=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "8 tokens read and 8 written for each request"
-    assert lines[1].split()[:2] == ["mesh", "requests"]
-    assert lines[2].split()[:4] == ["data=1", "tensor=2", "pipe=1", "2"]
-    assert lines[3].startswith("memory: ")
+def test_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = DecodeTimes(first_token_s=0.25, per_token_s=0.01, tokens_per_s=1234.5, idle_share=0.5, read_bytes=1e6)
+    monkeypatch.setattr(bench_decode_command, "measure_decode", lambda *args, **kwargs: times)
+    for name in ("Engine", "draw_params"):
+        monkeypatch.setattr(bench_decode_command, name, lambda *args, **kwargs: None)
+    assert main([*SMALL, "--batch", "2,4", "--meshes", "tensor=2"]) == 0
+    head, names, *rows, memory = capsys.readouterr().out.splitlines()
+    assert head == "8 tokens read and 8 written for each request"
+    assert names.split()[:2] == ["mesh", "requests"]
+    assert [row.split()[:7] for row in rows] == [
+        ["data=1", "tensor=2", "pipe=1", batch, "250.0", "10.00", "1,234.5"] for batch in ("2", "4")
+    ]
+    assert memory.startswith("memory: ")
 
 
 MISTAKES = {
@@ -68,13 +75,12 @@ def test_mistake_is_told_before_anything_is_allocated(
 
 
 def test_bytes_of_a_token_are_weights_and_what_is_cached() -> None:
-    from tests.serve.models import mesh_of, model_of, numbers_of, params_on  # a model of known size
-
-    config = model_of("llama")
-    engine = Engine(config, params_on(config, mesh_of("data=1")), mesh=mesh_of("data=1"), slots=4)
-    numbers = numbers_of(config)
-    import jax
-
-    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(numbers["blocks"]))
-    cached = 2 * 4 * 3 * 10 * 2 * 4 * 4  # keys and values, layers, rows, tokens, heads, head size, bytes
-    assert read_bytes(engine, batch=3, context=10) == blocks + numbers["head"]["table"].nbytes + cached
+    config, mesh = load_config("tiny-llama").model, build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    engine = object.__new__(Engine)
+    engine.config, engine.mesh = config, mesh
+    engine.sizes = Sizes(slots=4, max_tokens=32, groups=1, num_shards=1, chunk=4, items=1, rounds=1)
+    engine.shapes = state_shapes(config, engine.sizes, mesh=mesh, cache_dtype="bfloat16")
+    counts = param_counts(config)
+    weights = 4 * (2 * counts.block + config.vocab_size * config.hidden_size)
+    cached = 2 * 2 * 3 * 10 * config.kv_size * 2  # keys and values, layers, rows, tokens, features, bytes
+    assert read_bytes(engine, batch=3, context=10) == weights + cached

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Engine, Request, param_shapes
+from trellax.serve import Completion, Engine, Request, param_shapes
 from trellax.train import load_config
 from trellax.train.checkpoint import Checkpoints
 from trellax.train.cli import main
 from trellax.train.run_weights import save_params
 from trellax.train.serving_source import load_for_serving
+from trellax.train.text_stream import ByteTokenizer
 
 PROMPTS = ["def f(", "é = 1", "x"]
 
@@ -43,46 +44,55 @@ def ask(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
     return run
 
 
-def words_of(prompts: list[str]) -> list[str]:
-    return [word for prompt in prompts for word in ("--prompt", prompt)]
+HOW = ["--max-new-tokens", "8", "--temperature", "0.9", "--seed", "5"]
+HOW += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 
 
-def test_json_has_prompt_completion_and_tokens_the_same_on_any_mesh(ask: Any, run_folder: Path) -> None:
-    how = [*words_of(PROMPTS), "--max-new-tokens", "8", "--temperature", "0.9", "--seed", "5", "--json"]
-    code, out, err = ask(*how)
-    assert code == 0
-    found = json.loads(out)
-    assert [sorted(one) for one in found] == [["completion", "finish_reason", "prompt", "token_ids"]] * 3
-    assert [one["prompt"] for one in found] == PROMPTS
-    assert "tokens/s" in err
-    assert json.loads(ask(*how, "--mesh", "tensor=2,pipe=2", "--fake-devices", "8", "--chunk", "2")[1]) == found
+@pytest.fixture(scope="module")
+def answers(run_folder: Path) -> list[Completion]:
+    """What `HOW` must give, by the Python side of it on one device."""
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
     source, params = load_for_serving(run_folder, mesh=mesh)
     engine = Engine(source.config, params, mesh=mesh, slots=1, max_tokens=16)
-    requests = [
-        Request(prompt=tuple(prompt.encode()), max_new_tokens=8, temperature=0.9, seed=5 + index)
-        for index, prompt in enumerate(PROMPTS)
-    ]
-    assert [one["token_ids"] for one in found] == [list(one.tokens) for one in engine.generate(requests)]
+    tokens = [tuple(source.tokenizer.encode(prompt)) for prompt in PROMPTS]
+    return engine.generate(
+        Request(prompt=prompt, max_new_tokens=8, temperature=0.9, seed=5 + i) for i, prompt in enumerate(tokens)
+    )
 
 
-def test_terminal_shows_prompts_with_their_answers_in_order(ask: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]) + "\n", encoding="utf-8")
-    how = ["--prompt", PROMPTS[0], "--prompts-file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "9"]
-    found = json.loads(ask(*how, "--json")[1])
-    code, out, _ = ask(*how, "--slots", "2")
+def test_json_has_prompt_completion_and_tokens_the_same_on_any_mesh(ask: Any, answers: list[Completion]) -> None:
+    code, out, err = ask(*HOW, "--json", "--mesh", "tensor=2,pipe=2", "--fake-devices", "8", "--chunk", "2")
     assert code == 0
-    assert out == "".join(f"{one['prompt']}{one['completion']}\n" for one in found)
+    assert "tokens/s" in err
+    assert json.loads(out) == [
+        {
+            "prompt": prompt,
+            "completion": ByteTokenizer().decode(answer.tokens),
+            "token_ids": list(answer.tokens),
+            "finish_reason": "length",
+        }
+        for prompt, answer in zip(PROMPTS, answers, strict=True)
+    ]
 
 
-def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any) -> None:
-    how = ["--prompt", "def f(", "--max-new-tokens", "12", "--temperature", "2", "--json"]
-    whole = json.loads(ask(*how)[1])[0]
-    ascii_at = next(i for i, token in enumerate(whole["token_ids"]) if token < 128)
-    first = whole["token_ids"].index(whole["token_ids"][ascii_at])
-    cut = json.loads(ask(*how, "--stop", chr(whole["token_ids"][ascii_at]))[1])[0]
-    assert cut["finish_reason"] == "stop"
-    assert cut["token_ids"] == whole["token_ids"][:first]
+def test_terminal_shows_prompts_with_their_answers_in_order(
+    ask: Any, answers: list[Completion], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]) + "\n", encoding="utf-8")
+    words = [*HOW[:6], "--prompt", PROMPTS[0], "--prompts-file", str(tmp_path / "prompts.txt"), "--slots", "2"]
+    code, out, _ = ask(*words)
+    assert code == 0
+    texts = [ByteTokenizer().decode(answer.tokens) for answer in answers]
+    assert out == "".join(f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True))
+
+
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: list[Completion]) -> None:
+    tokens = [list(answer.tokens) for answer in answers]
+    stop = next(token for token in tokens[0] + tokens[1] + tokens[2] if token < 128)
+    found = json.loads(ask(*HOW, "--json", "--stop", chr(stop))[1])
+    wanted = [own[: own.index(stop)] if stop in own else own for own in tokens]
+    assert [one["token_ids"] for one in found] == wanted
+    assert [one["finish_reason"] for one in found] == ["stop" if stop in own else "length" for own in tokens]
 
 
 MISTAKES: dict[str, list[str]] = {

@@ -14,7 +14,7 @@ from trellax.train.hf_read import read_weights
 
 from .hub import GOLDEN, MODELS, build_longer, tokens_of
 
-SAMPLE = [("llama3", "tensor=2,pipe=2"), ("mistral", "data=1"), ("gpt2", "pipe=2"), ("qwen3", "tensor=4")]
+SAMPLE = [("llama3", "tensor=2,pipe=2"), ("gpt2", "data=1")]
 MESHES = ["data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2", "data=2,tensor=2,pipe=2"]
 
 
