@@ -14,10 +14,8 @@ from jax.sharding import Mesh
 from ..layers import ModelConfig
 from ..meshes import CheckpointError, DataError
 from ..serve import param_shapes
-from .checkpoint import Checkpoints
 from .hf_config import read_hub_model
-from .hf_read import read_weights
-from .run_weights import as_pipeline, is_run_folder, saved_config
+from .run_weights import is_run_folder, load_params, saved_config
 from .text_stream import ByteTokenizer, Tokenizer
 from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
 
@@ -56,7 +54,7 @@ def open_source(path: str | Path) -> Source:
     model = read_hub_model(folder)
     tokenizer = load_tokenizer(folder)
     _check_ids(tokenizer, model.config)
-    return Source(config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(read_weights, folder))
+    return Source(config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(load_params, folder))
 
 
 def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) -> tuple[Source, Any]:
@@ -70,7 +68,7 @@ def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) 
 
 
 def _open_run(folder: Path) -> Source:
-    run, read = saved_config(folder), partial(_read_run, folder)
+    run, read = saved_config(folder), partial(load_params, folder)
     if (folder / TOKENIZER).is_file():
         tokenizer = load_tokenizer(folder)
         _check_ids(tokenizer, run.model)
@@ -81,12 +79,6 @@ def _open_run(folder: Path) -> Source:
             fix=f"copy the model's {TOKENIZER} there, or use trellax.serve.Engine with token ids of your own.",
         )
     return Source(config=run.model, tokenizer=ByteTokenizer(), end_id=None, read=read)
-
-
-def _read_run(folder: Path, shapes: Any) -> Any:
-    with Checkpoints(folder, keep=1) as checkpoints:
-        params = checkpoints.restore_params(as_pipeline(shapes))
-    return {"blocks": params.stages, **params.shared}
 
 
 def _check_ids(tokenizer: ModelTokenizer, config: ModelConfig) -> None:
