@@ -13,6 +13,7 @@ from .metrics import Summary
 from .optimizer import make_learning_rate, make_optimizer
 from .report import Report, describe, draw_schedule
 from .run_weights import load_params, saved_config
+from .serving_source import load_for_serving
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .tokenizer import ModelTokenizer, load_tokenizer
@@ -35,6 +36,7 @@ __all__ = [
     "draw_schedule",
     "load_config",
     "load_corpus",
+    "load_for_serving",
     "load_params",
     "load_tokenizer",
     "make_eval_step",

@@ -86,15 +86,20 @@ def run_generate(args: argparse.Namespace) -> int:
     )
     print(_describe(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     start_s = time.perf_counter()
+    sequences = _answer(engine, requests, printer)
+    if args.json:
+        print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
+    print(_sum_up(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
+    return 0
+
+
+def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[Sequence]:
     sequences = [engine.submit(request) for request in requests]
     while not engine.schedule.is_idle:
         for sequence in engine.step():
             if printer:
                 printer.end(sequence)
-    if args.json:
-        print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
-    print(_sum_up(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
-    return 0
+    return sequences
 
 
 def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
