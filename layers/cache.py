@@ -5,7 +5,7 @@ know their own lengths, and new tokens are written behind them. `attention.py` r
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ CacheDtype = Literal["float32", "bfloat16"]
 class KVCache:
     """Keys and values of every layer, and how many tokens of each row are there.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H]; lengths [P@pipe, B@data]: in a pipeline each stage has its own, since
+    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]: in a pipeline each stage has its own, since
     a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16: XLA's CPU backend would
     scatter it in float32, a copy of the whole cache for each token. Also used as the tree of their shapes.
     """
@@ -113,6 +113,7 @@ def cache_shapes(
     max_tokens: int,
     dtype: CacheDtype,
     layers_per_stage: int | None = None,
+    stacks: Sequence[int] | None = None,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> KVCache:
     """Return shapes and shardings of an empty cache.
@@ -121,6 +122,7 @@ def cache_shapes(
 
     Args:
         layers_per_stage: layers that every stage has room for; an even share if left out.
+        stacks: given, keys and values are tuples of arrays, each of so many layers a stage.
 
     Raises:
         ShardingError: rows do not split over `data`.
@@ -128,10 +130,14 @@ def cache_shapes(
     sizes: Mapping[str, int] = mesh.shape
     room = layers_per_stage or -(-config.num_layers // sizes["pipe"])
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
-    shape = (room * sizes["pipe"], num_rows, heads, max_tokens, config.head_size)
-    own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
+
+    def stack(layers: int) -> jax.ShapeDtypeStruct:
+        shape = (layers * sizes["pipe"], num_rows, heads, max_tokens, config.head_size)
+        own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
+        return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
+
     lengths = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    stored = jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
+    stored = stack(room) if stacks is None else tuple(map(stack, stacks))
     return KVCache(
         keys=stored,
         values=stored,

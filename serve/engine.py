@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ..layers import CacheDtype, ModelConfig, bytes_per_device
 from .check import check_model, check_request
 from .decode import NOTHING, ticks_of_round
-from .params import stage_params, stage_shapes
+from .params import Layers, stage_params, stage_shapes
 from .prefill import Chunks
 from .programs import compile_programs
 from .requests import Chunk, FinishReason, Request, Schedule, Sequence
@@ -64,6 +64,7 @@ class Engine:
         cache_dtype: of keys and values; the compute dtype if left out.
         chunk: tokens of a prompt that are read at once.
         chunks_per_step: chunks that a step reads at most before it decodes, so that long prompts do not stop others.
+        layers: one loop over a rank's layers, or code for each; if left out, a loop on CPUs, where nothing is gained.
         rounds: tokens of each sequence that a step decodes at most before it looks at the queue.
         on_token: called with every new token as soon as the host has it.
         fill: "nan" poisons the cache before use, to prove that nothing of it leaks.
@@ -85,6 +86,7 @@ class Engine:
         chunk: int = 64,
         chunks_per_step: int = 16,
         rounds: int = 8,
+        layers: Layers | None = None,
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
@@ -99,12 +101,15 @@ class Engine:
             rounds=rounds,
         )
         check_model(config, mesh.shape, max_tokens=self.sizes.max_tokens)
-        self.shapes = state_shapes(config, self.sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype)
-        self.programs = compile_programs(config, self.sizes, mesh=mesh, state=self.shapes)
+        self.layers: Layers = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
+        self.shapes = state_shapes(
+            config, self.sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype, layers=self.layers
+        )
+        self.programs = compile_programs(config, self.sizes, mesh=mesh, state=self.shapes, layers=self.layers)
         self.schedule = Schedule(
             num_shards=self.sizes.num_shards, groups=self.sizes.groups, group_size=self.sizes.group_size
         )
-        self._params = stage_params(params, config=config, mesh=mesh)
+        self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
         self._state = empty_state(self.shapes, fill=fill)
         self._choice = _empty_choice(slots)
         self._decode_ticks = self._prefill_ticks = 0

@@ -7,7 +7,7 @@ step casts a weight. Read `stage.py` next.
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
 from ..meshes import ShardingRules
 from ..pipeline import balance_layers, stages_from_layers
+
+Layers = Literal["loop", "unrolled"]
+"""Whether a rank's layers are one loop over one array, or each has arrays and code of its own.
+
+A GPU's matrix products cannot read a slice of an array whose place is known only when they run: in a loop XLA copies
+every layer's weights first, which makes decoding three times as long. A loop compiles in the time of one layer.
+"""
 
 _KV = ("key", "value")
 
@@ -49,32 +56,48 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
 
 
-def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -> Any:
-    """Return shapes and shardings of the parameters as the devices hold them: blocks [P@pipe, layers, ...].
+def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, layers: Layers = "loop") -> Any:
+    """Return shapes and shardings of the parameters as the devices hold them: blocks, a tuple of [P@pipe, layers, ...].
 
     Embedding and head are whole over pipe: only the first and the last stage use theirs.
     """
     rules = model_rules(config, mesh.shape).replace(kv_heads="tensor")
-    shapes = jax.eval_shape(partial(_to_stages, config, mesh), param_shapes(config, mesh=mesh, dtype=dtype))
-    dims = param_dims(_abstract_model(config, rules))
-    dims["blocks"] = jax.tree.map(lambda own: ("stage", *own), dims["blocks"], is_leaf=_is_dims)
+    natural = param_shapes(config, mesh=mesh, dtype=dtype)
+    dims = param_dims(_abstract_model(config, rules))["blocks"]
 
     def place(own: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.sharding(own, shape=leaf.shape, mesh=mesh))
+        sharding = rules.sharding(("stage", *own), shape=leaf.shape, mesh=mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, dims, shapes, is_leaf=_is_dims)
+    stacks = jax.eval_shape(partial(_to_stacks, config, mesh, layers), natural["blocks"])
+    return natural | {"blocks": tuple(jax.tree.map(place, dims, stack, is_leaf=_is_dims) for stack in stacks)}
 
 
-def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh) -> Any:
-    """Return the parameters a reader delivered as stages; they are given up, so that no device holds both.
+def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: Layers = "loop") -> Any:
+    """Return the parameters a reader delivered as stages; blocks are given up, so that no device holds both.
 
     Unequal stages are padded with zeros; key/value heads that are fewer than `tensor` devices are repeated.
     """
     dtype = jax.tree.leaves(params)[0].dtype
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, stage_shapes(config, mesh=mesh, dtype=dtype))
-    # A change of shape cannot reuse its memory; jax would warn.
-    donated = () if _changes_shape(config, mesh) else (0,)
-    return jax.jit(partial(_to_stages, config, mesh), out_shardings=shardings, donate_argnums=donated)(params)
+    shapes = stage_shapes(config, mesh=mesh, dtype=dtype, layers=layers)["blocks"]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    if layers == "loop" and not _changes_shape(config, mesh):
+        cut = jax.jit(partial(_to_stacks, config, mesh, layers), out_shardings=shardings, donate_argnums=0)
+        return params | {"blocks": cut(params["blocks"])}
+    # Other shapes cannot take the place of what they are made of: parameter by parameter, little is there twice.
+    paths, tree = jax.tree_util.tree_flatten_with_path(params["blocks"])
+    columns = []
+    for (path, leaf), *own in zip(paths, *map(jax.tree.leaves, shardings), strict=True):
+        cut = jax.jit(partial(_cut, config, mesh, layers, path), out_shardings=tuple(own))
+        columns.append(cut(leaf))
+        leaf.delete()
+    return params | {"blocks": tuple(jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True))}
+
+
+def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: Layers) -> tuple[int, ...]:
+    """Return how many layers of a stage each array of parameters holds: all of them, or one."""
+    room = max(layers_of_stages(config, num_ranks=num_ranks))
+    return (room,) if layers == "loop" else (1,) * room
 
 
 def served_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
@@ -93,20 +116,24 @@ def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
     return balance_layers(config.num_layers, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
 
 
-def _to_stages(config: ModelConfig, mesh: Mesh, params: Any) -> Any:
+def _to_stacks(config: ModelConfig, mesh: Mesh, layers: Layers, blocks: Any) -> tuple[Any, ...]:
+    cut = jax.tree_util.tree_map_with_path(partial(_cut, config, mesh, layers), blocks)
+    is_cut = lambda node: isinstance(node, tuple)  # noqa: E731
+    count = len(jax.tree.leaves(cut, is_leaf=is_cut)[0])
+    return tuple(jax.tree.map(lambda leaf: leaf[index], cut, is_leaf=is_cut) for index in range(count))  # noqa: B023
+
+
+def _cut(config: ModelConfig, mesh: Mesh, layers: Layers, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """One parameter of all layers [L, ...] as arrays [P, layers, ...]."""
     num_ranks = mesh.shape["pipe"]
-    counts = layers_of_stages(config, num_ranks=num_ranks)
     copies = served_config(config, mesh).num_kv_heads // config.num_kv_heads
-
-    def repeat(path: Any, leaf: jax.Array) -> jax.Array:
-        if copies == 1 or not any(getattr(key, "key", None) in _KV for key in path):
-            return leaf
+    if copies > 1 and any(getattr(key, "key", None) in _KV for key in path):
         heads = leaf.reshape(*leaf.shape[:-1], config.num_kv_heads, config.head_size)
-        return jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
-
-    blocks = jax.tree_util.tree_map_with_path(repeat, params["blocks"])
-    stages = stages_from_layers(blocks, num_ranks=num_ranks, layers_per_stage=counts)
-    return params | {"blocks": jax.tree.map(lambda leaf: leaf[0], stages)}
+        leaf = jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
+    counts = layers_of_stages(config, num_ranks=num_ranks)
+    stages = stages_from_layers(leaf, num_ranks=num_ranks, layers_per_stage=counts)[0]
+    sizes = stack_sizes(config, num_ranks=num_ranks, layers=layers)
+    return tuple(stages[:, index * size : (index + 1) * size] for index, size in enumerate(sizes))
 
 
 def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:

@@ -108,7 +108,9 @@ def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
         empty = vary(jnp.zeros((num_layers, 1, *inner), values.dtype), tuple(jax.typeof(values).mat.varying))
         return jax.lax.dynamic_update_slice(values, empty, (0, chunk.slot, 0, 0, 0))
 
-    values = jax.lax.cond(chunk.start == 0, wipe, lambda values: values, cache.values)
+    values = jax.lax.cond(
+        chunk.start == 0, lambda values: tuple(map(wipe, values)), lambda values: values, cache.values
+    )
     return KVCache(keys=cache.keys, values=values, lengths=cache.lengths)
 
 

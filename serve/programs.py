@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..layers import ModelConfig
 from .decode import decode
-from .params import stage_shapes
+from .params import Layers, stage_shapes
 from .prefill import chunk_shapes, prefill
 from .sampling import Choice
 from .stage import Stage, block_specs
@@ -30,9 +30,11 @@ class Programs:
     decode: Any
 
 
-def compile_programs(config: ModelConfig, sizes: Sizes, *, mesh: Mesh, state: ServeState) -> Programs:
+def compile_programs(
+    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, state: ServeState, layers: Layers = "loop"
+) -> Programs:
     """Return both programs for parameters as `stage_shapes` and a state of these shapes has them."""
-    stage, params = Stage(config, mesh), stage_shapes(config, mesh=mesh)
+    stage, params = Stage(config, mesh), stage_shapes(config, mesh=mesh, layers=layers)
     choice, chunks = choice_shapes(sizes, mesh=mesh), chunk_shapes(sizes, mesh=mesh)
     pipe, data = ("pipe" if mesh.shape["pipe"] > 1 else None), ("data" if mesh.shape["data"] > 1 else None)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))

@@ -22,7 +22,7 @@ from .sampling import Choice, choose
 class Stage:
     """The model as the ranks of a mesh run it; holds no arrays.
 
-    Params are as `stage_shapes` has them, this device's block: blocks [1, layers, ...].
+    Params are as `stage_shapes` has them, this device's block: blocks, a tuple of [1, layers, ...].
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
@@ -54,18 +54,35 @@ class Stage:
     def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
         """Return x after this rank's layers, and the cache with the new tokens: two all-reduces a layer."""
 
-        def layer(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-            x_BTD, cache = carry
-            block: Block = nnx.merge(self._graphs["blocks"], read(params["blocks"], 0, index))
-            x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
-            return vary(x_BTD), cache
-
-        x_BTD, cache = jax.lax.fori_loop(0, self._num_own_layers(), layer, (x_BTD, cache))
+        keys, values, first = [], [], 0
+        for stack, own_keys, own_values in zip(params["blocks"], cache.keys, cache.values, strict=True):
+            own = KVCache(keys=own_keys, values=own_values, lengths=cache.lengths)
+            x_BTD, own = self._run_stack(stack, x_BTD, own, new, first=first)
+            keys.append(own.keys)
+            values.append(own.values)
+            first += jax.tree.leaves(stack)[0].shape[1]
         end_B = new.starts + new.counts
         kept_B = jax.lax.dynamic_slice(cache.lengths, (0, new.row), (1, end_B.shape[0]))[0]
         length_B = jnp.where(new.counts > 0, end_B, kept_B)
         lengths = jax.lax.dynamic_update_slice(cache.lengths, length_B[None], (0, new.row))
-        return x_BTD, KVCache(keys=cache.keys, values=cache.values, lengths=lengths)
+        return x_BTD, KVCache(keys=tuple(keys), values=tuple(values), lengths=lengths)
+
+    def _run_stack(
+        self, stack: Any, x_BTD: jax.Array, cache: KVCache, new: NewTokens, *, first: int
+    ) -> tuple[jax.Array, KVCache]:
+        """The layers of one array of parameters; those that only fill up a shorter stage are not run."""
+
+        def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            x_BTD, cache = carry
+            block: Block = nnx.merge(self._graphs["blocks"], read(stack, 0, index))
+            x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
+            return vary(x_BTD), cache
+
+        size = jax.tree.leaves(stack)[0].shape[1]
+        if first + size <= min(self.counts):
+            return layer(0, (x_BTD, cache)) if size == 1 else jax.lax.fori_loop(0, size, layer, (x_BTD, cache))
+        own = jnp.clip(jnp.asarray(self.counts)[self.rank] - first, 0, size)
+        return jax.lax.fori_loop(0, own, layer, (x_BTD, cache))
 
     @jax.named_scope("choose")
     def choose(self, params: Any, x_B1D: jax.Array, choice: Choice, *, position_B: jax.Array) -> jax.Array:
@@ -81,9 +98,6 @@ class Stage:
             return x
         links = [(rank, (rank + 1) % self.num_ranks) for rank in range(self.num_ranks)]
         return jax.lax.ppermute(x, "pipe", links if shape == "ring" else links[:-1])
-
-    def _num_own_layers(self) -> jax.Array | int:
-        return self.counts[0] if len(set(self.counts)) == 1 else jnp.asarray(self.counts)[self.rank]
 
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:

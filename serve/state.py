@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import CacheDtype, KVCache, ModelConfig, cache_shapes
 from ..meshes import ServeError
-from .params import layers_of_stages
+from .params import Layers, stack_sizes
 from .sampling import Choice
 
 MAX_STOPS = 8
@@ -84,7 +84,9 @@ class Sizes:
         return self.slots_per_shard // self.groups
 
 
-def state_shapes(config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: CacheDtype) -> ServeState:
+def state_shapes(
+    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: CacheDtype, layers: Layers = "loop"
+) -> ServeState:
     """Return shapes and shardings of the state."""
     num_ranks = mesh.shape["pipe"]
 
@@ -101,7 +103,7 @@ def state_shapes(config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: 
             num_rows=sizes.slots,
             max_tokens=sizes.max_tokens,
             dtype=cache_dtype,
-            layers_per_stage=max(layers_of_stages(config, num_ranks=num_ranks)),
+            stacks=stack_sizes(config, num_ranks=num_ranks, layers=layers),
         ),
         next_token=leaf((sizes.slots,), jnp.int32),
         is_open=leaf((sizes.slots,), jnp.bool_),

@@ -19,6 +19,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "gpt": {"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on", "embeddings": "tied"},
     "llama": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"},
 }
+STYLES["uneven"] = STYLES["llama"] | {"num_layers": 3}
 """The first with as many key/value heads as heads, the second with one for each four."""
 
 

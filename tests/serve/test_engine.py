@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ SAMPLE = [
     ("pipe=4", "gpt", {"slots": 4}),
     ("data=2,tensor=2,pipe=2", "llama", {}),
     ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
+    ("pipe=2", "uneven", {"layers": "unrolled", "slots": 4}),
 ]
 MORE = [
     ("tensor=4", "llama", {}),
@@ -50,13 +52,13 @@ MORE = [
 
 
 @pytest.mark.parametrize(("mesh", "style", "sizes"), SAMPLE)
-def test_answers_are_those_of_one_device_without_a_cache(mesh: str, style: str, sizes: dict[str, int]) -> None:
+def test_answers_are_those_of_one_device_without_a_cache(mesh: str, style: str, sizes: dict[str, Any]) -> None:
     check_answers(shared(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "style", "sizes"), MORE)
-def test_answers_are_those_of_one_device_on_more_meshes(mesh: str, style: str, sizes: dict[str, int]) -> None:
+def test_answers_are_those_of_one_device_on_more_meshes(mesh: str, style: str, sizes: dict[str, Any]) -> None:
     check_answers(engine_on(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
 
 
@@ -128,7 +130,8 @@ def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> No
     sequences = [engine.submit(request) for request in REQUESTS[:3]]
     engine.step()
     state = engine._state
-    poisoned = replace(state.cache, values=state.cache.values * np.nan, keys=state.cache.keys * np.nan)
+    keys, values = ((stack[0] * np.nan,) for stack in (state.cache.keys, state.cache.values))
+    poisoned = replace(state.cache, values=values, keys=keys)
     engine._state = replace(state, cache=poisoned)
     while not engine.schedule.is_idle:
         engine.step()

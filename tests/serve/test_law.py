@@ -51,7 +51,7 @@ def cached_logits(
     config, mesh = model_of(style, **changes), mesh_of(mesh_text)
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
-        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, layers_per_stage=max(stage.counts)
+        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
     )
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def test_every_device_has_a_head_where_there_are_fewer() -> None:
     cache = cache_shapes(config, mesh=mesh, num_rows=2, max_tokens=8, dtype="float32")
     assert cache.keys.sharding.shard_shape(cache.keys.shape) == (4, 2, 1, 8, 4)
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
-    kernel = params["blocks"]["attention"]["key"]["kernel"]
+    kernel = params["blocks"][0]["attention"]["key"]["kernel"]
     own = numbers_of(config)["blocks"]["attention"]["key"]["kernel"]
     for shard in kernel.addressable_shards:
         assert np.array_equal(shard.data[0], own)
@@ -51,7 +51,7 @@ def test_layers_go_to_stages_in_order_and_none_is_lost() -> None:
     counts = layers_of_stages(config, num_ranks=2)
     assert sum(counts) == 5
     own = numbers_of(config)["blocks"]["mlp"]["up"]["kernel"]
-    held = stage_params(params_on(config, mesh), config=config, mesh=mesh)["blocks"]["mlp"]["up"]["kernel"]
+    held = stage_params(params_on(config, mesh), config=config, mesh=mesh)["blocks"][0]["mlp"]["up"]["kernel"]
     assert np.array_equal(held[0, : counts[0]], own[: counts[0]])
     assert np.array_equal(held[1, : counts[1]], own[counts[0] :])
 
