@@ -36,7 +36,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
-    ("tensor=2", "llama"),
     ("tensor=4", "one_kv_head"),
     ("pipe=2", "unequal_stages"),
     ("pipe=4", "llama"),

@@ -1,0 +1,68 @@
+"""The programs for a GPU that is not there, compiled by jax's CUDA plugin; skipped where it is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trellax.meshes import TargetError
+from trellax.plan import list_gpus
+
+ROOT = Path(__file__).parents[2]
+
+
+def plugin_is_missing() -> bool:
+    try:
+        return not list_gpus()
+    except TargetError:
+        return True
+
+
+pytestmark = pytest.mark.skipif(plugin_is_missing(), reason="needs the CUDA plugin: pip install 'trellax[cuda]'")
+
+# Two layers of Llama 3 8B.
+COMPILE = """
+import json, sys
+from trellax.layers import ModelConfig
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.plan import Target, open_target
+from trellax.serve.programs import compile_programs
+from trellax.serve.state import Sizes, state_shapes
+
+tensor, layers = int(sys.argv[1]), sys.argv[2]
+machine = open_target(Target.parse(f"h200:{tensor}"), num_devices=tensor)
+mesh = build_mesh(MeshSpec(tensor=tensor), devices=machine.devices)
+config = ModelConfig(
+    vocab_size=128256, num_layers=2, hidden_size=4096, num_heads=32, num_kv_heads=8, ffn_size=14336, max_tokens=2048,
+    mlp="swiglu", norm="rmsnorm", positions="rotary", bias="off", embeddings="untied", dtype="bfloat16",
+)
+sizes = Sizes(slots=1, max_tokens=2048, groups=1, num_shards=1, chunk=256, items=2, rounds=2)
+state = state_shapes(config, sizes, mesh=mesh, cache_dtype="bfloat16", layers=layers)
+programs = compile_programs(config, sizes, mesh=mesh, state=state, layers=layers)
+print(json.dumps(programs.decode.memory_analysis().temp_size_in_bytes))
+"""
+
+
+def temporary_bytes(tensor: int, layers: str) -> int:
+    """Of decoding, from a process of its own: a target is chosen before jax starts."""
+    for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
+    env = {name: value for name, value in os.environ.items() if name not in for_tests}
+    env["PYTHONPATH"] = str(ROOT / ".src")
+    command = [sys.executable, "-c", COMPILE, str(tensor), layers]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_decoding_on_a_gpu_copies_no_weights(tensor: int) -> None:
+    layer = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336) // tensor
+    assert temporary_bytes(tensor, "unrolled") < 0.1 * layer
+
+
+def test_a_loop_over_layers_would_copy_them() -> None:
+    """Why engines on GPUs do not loop; when this fails they may."""
+    layer = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    assert temporary_bytes(1, "loop") > 0.5 * layer
