@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array, new: NewTokens
+        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
         """Return what new tokens read of all tokens up to their own, and the cache with their keys and values.
 

@@ -35,7 +35,7 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array, new: NewTokens
+        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
         """Return new tokens after this block, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
         attended_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), cache=cache, layer=layer, new=new)

@@ -35,7 +35,7 @@ class KVCache:
     values: Any
     lengths: Any
 
-    def append(self, layer: jax.Array, new: "NewTokens", k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
+    def append(self, layer: jax.Array | int, new: "NewTokens", k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
         """Return the cache with the keys and values of new tokens in one layer; in place where it is donated."""
         num_tokens = k_BTKH.shape[1]
         row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
@@ -50,7 +50,7 @@ class KVCache:
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
-    def read(self, layer: jax.Array, new: "NewTokens") -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array | int, new: "NewTokens") -> tuple[jax.Array, jax.Array]:
         """Return keys and values of one layer in the rows of the new tokens: two of [B, K, S, H]."""
 
         def take(stored: jax.Array) -> jax.Array:

@@ -53,7 +53,6 @@ class Stage:
     @jax.named_scope("layers")
     def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
         """Return x after this rank's layers, and the cache with the new tokens: two all-reduces a layer."""
-
         keys, values, first = [], [], 0
         for stack, own_keys, own_values in zip(params["blocks"], cache.keys, cache.values, strict=True):
             own = KVCache(keys=own_keys, values=own_values, lengths=cache.lengths)
