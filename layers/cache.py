@@ -26,9 +26,10 @@ CacheDtype = Literal["float32", "bfloat16"]
 class KVCache:
     """Keys and values of every layer, and how many tokens of each row are there.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]: in a pipeline each stage has its own, since
-    a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16: XLA's CPU backend would
-    scatter it in float32, a copy of the whole cache for each token. Also used as the tree of their shapes.
+    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]: in a pipeline each stage
+    has its own, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16: XLA's
+    CPU backend would scatter it in float32, a copy of the whole cache for each token. Also used as the tree of their
+    shapes.
     """
 
     keys: Any
