@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ..layers import ModelConfig
 from ..meshes import CheckpointError, DataError
 from ..serve import param_shapes
+from .checkpoint import FOLDER
 from .hf_config import read_hub_model
 from .run_weights import is_run_folder, load_params, saved_config
 from .text_stream import ByteTokenizer, Tokenizer
@@ -39,7 +40,7 @@ def open_source(path: str | Path) -> Source:
     """Return the model in a folder.
 
     Raises:
-        CheckpointError: there is no such folder, or a run without a save or without a tokenizer.
+        CheckpointError: there is no such folder, no model in it, or a run without a save or without a tokenizer.
         WeightsError: the Hugging Face folder holds no model that trellax has.
         DataError: its tokenizer is missing, broken, or has more ids than the model.
     """
@@ -50,6 +51,11 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(
             f"{folder} is no folder, so there is no model in it.",
             fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
+        )
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds no model: neither {FOLDER} of a run nor the config.json of a Hugging Face model.",
+            fix="train into it first, or name another folder.",
         )
     model = read_hub_model(folder)
     tokenizer = load_tokenizer(folder)
