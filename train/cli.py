@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
@@ -156,6 +156,11 @@ def _make_parser() -> argparse.ArgumentParser:
             add_inspect_arguments(command)
         if name == "plan":
             add_plan_arguments(command)
+    _add_commands_without_config(commands)
+    return parser
+
+
+def _add_commands_without_config(commands: Any) -> None:
     for name, what, add_arguments in (
         ("schedule", "draw, save or compare pipeline schedules", add_schedule_arguments),
         ("checkpoints", "list the saves of a run folder, with sizes; verify them", add_checkpoints_arguments),
@@ -165,7 +170,6 @@ def _make_parser() -> argparse.ArgumentParser:
         ("bench-decode", "time the answers of a model over meshes and batch sizes", add_bench_decode_arguments),
     ):
         add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
-    return parser
 
 
 def _add_train_arguments(command: argparse.ArgumentParser) -> None:
