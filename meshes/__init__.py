@@ -10,6 +10,7 @@ from .errors import (
     ModelError,
     PlanError,
     ProgramError,
+    RunError,
     ScheduleError,
     ServeError,
     ShardingError,
@@ -19,6 +20,7 @@ from .errors import (
     suggest,
 )
 from .fake import use_fake_devices
+from .processes import Processes, coordination_client, find_processes, join_processes, num_processes
 from .rules import DEFAULT_RULES, ShardingRules
 from .spec import AXES, MeshSpec
 
@@ -32,7 +34,9 @@ __all__ = [
     "MeshSpec",
     "ModelError",
     "PlanError",
+    "Processes",
     "ProgramError",
+    "RunError",
     "ScheduleError",
     "ServeError",
     "ShardingError",
@@ -44,7 +48,11 @@ __all__ = [
     "WeightsError",
     "abstract_mesh",
     "build_mesh",
+    "coordination_client",
+    "find_processes",
+    "join_processes",
     "mesh_sizes",
+    "num_processes",
     "sharding_table",
     "suggest",
     "use_fake_devices",

@@ -7,7 +7,8 @@
      +-- ScheduleError      a pipeline schedule that cannot run
      +-- ConfigError        a run file or an override that is wrong
      +-- DataError          a corpus that is missing, empty or does not fit the model
-     +-- CheckpointError    a saved run that is missing or of another shape
+     +-- CheckpointError    a saved run that is missing, damaged or of another shape
+     +-- RunError           a run that cannot start, or cannot go on
      +-- WeightsError       files of a Hugging Face model that cannot be read or written
      +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
      +-- ProgramError       a program that the compiler rejects
@@ -59,7 +60,11 @@ class DataError(TrellaxError):
 
 
 class CheckpointError(TrellaxError):
-    """A saved run that is missing or has another shape."""
+    """A saved run that is missing, damaged or has another shape."""
+
+
+class RunError(TrellaxError):
+    """A run that cannot start in its folder, or cannot go on."""
 
 
 class WeightsError(TrellaxError):

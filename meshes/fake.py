@@ -5,26 +5,37 @@ import os
 import jax
 
 from .errors import MeshError
+from .processes import num_processes
 
 
 def use_fake_devices(num_devices: int) -> None:
-    """Make this process see `num_devices` CPU devices; the first line of a script, before any array is made.
+    """Make this program see `num_devices` CPU devices; the first line of a script, before any array is made.
+
+    Of many processes that have joined each makes its equal part.
 
     >>> use_fake_devices(8)
     >>> len(jax.devices())
     8
 
     Raises:
-        MeshError: the number is not positive, or jax has already started with other devices.
+        MeshError: the number is not positive or does not divide by the processes, or jax has already started with
+            other devices.
     """
     if num_devices < 1:
         raise MeshError(f"fake devices: {num_devices} is not a number of devices.", fix="ask for 1 or more, 8 say.")
+    count = num_processes()
+    if num_devices % count:
+        raise MeshError(
+            f"fake devices: {num_devices} do not divide by {count} processes.",
+            fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
+        )
+    local = num_devices // count
     # XLA sizes its one CPU thread pool by this. A device that waits for its neighbours holds a thread of the pool: with
     # one thread a core, those that still compute would be left without help.
-    os.environ.setdefault("NPROC", str(num_devices + (os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", str(local + (os.cpu_count() or 1)))
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_devices)
+        jax.config.update("jax_num_cpu_devices", local)
     except RuntimeError:
         # Once a backend runs the count is fixed: asking again for the same is no mistake.
         pass

@@ -18,6 +18,8 @@ class Batches:
     `microbatches` and B is `batch_size / microbatches`. Weights sum to 1 over a step: the loss of a step is the sum of
     weights x negative log-likelihood, however it is cut. An epoch covers every token; its windows do not overlap but
     for the last, which ends where the corpus ends. Batches run on across epochs, so no sequence is left out.
+    `first_sequence` is where in that endless row batch 0 starts; it is not 0, and may be negative, for a run that went
+    on with batches of another size.
 
     >>> batches = Batches(np.arange(100, dtype=np.uint8), seq_len=8, batch_size=4, microbatches=2, seed=0)
     >>> batches[7]["tokens"].shape
@@ -27,7 +29,16 @@ class Batches:
         DataError: the corpus has no full sequence, or the batch does not split into microbatches.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int, batch_size: int, microbatches: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        seq_len: int,
+        batch_size: int,
+        microbatches: int,
+        seed: int,
+        first_sequence: int = 0,
+    ) -> None:
         if tokens.size < seq_len + 1:
             raise DataError(
                 f"{tokens.size} tokens hold no sequence of {seq_len}, which needs {seq_len + 1} with its targets.",
@@ -39,13 +50,19 @@ class Batches:
                 fix="make batch_size a multiple of microbatches.",
             )
         windows = _Windows(tokens=tokens, seq_len=seq_len)
-        self._rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
+        self._rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
         self._shape = (microbatches, batch_size // microbatches, seq_len)
+        self._batch_size, self._first_sequence = batch_size, first_sequence
         self.num_windows = len(windows)
         """Sequences of one epoch."""
 
+    def num_sequences(self, step: int) -> int:
+        """Return how many sequences of the endless row come before batch `step`."""
+        return self._first_sequence + step * self._batch_size
+
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        rows = np.asarray(self._rows[step])
+        start = self.num_sequences(step)
+        rows = np.stack([np.asarray(self._rows[start + row]) for row in range(self._batch_size)])
         weights = np.full(self._shape, 1 / np.prod(self._shape), np.float32)
         return {
             "tokens": rows[:, :-1].reshape(self._shape),

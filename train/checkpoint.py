@@ -1,133 +1,251 @@
-"""Saved runs, with Orbax: layers in their natural order, so that any mesh can read what any mesh wrote.
+"""The saves of a run folder: written in the background, sealed, kept by policy, restored on any mesh.
 
-The only file that knows Orbax. A checkpoint is `<run folder>/checkpoints/<step>` with every array under its path and a
-JSON record of the config.
+A save is `<run folder>/checkpoints/<step>`: every array in the natural order of the layers, and the seal. `natural.py`
+says how a state is cut, `seal.py` how damage is found, `save_folder.py` what the names mean.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
 from ..meshes import CheckpointError
-from ..pipeline import PipelineParams, natural_order, stages_from_layers
+from ..pipeline import PipelineParams
+from .array_store import explain_failure, load_arrays, save_arrays
+from .checksum import checksums
 from .config import RunConfig
+from .natural import Arrays, Shapes, by_path, natural_state
+from .save_folder import FOLDER, SaveFolder
+from .seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_seal, write_seal
 from .state import Setup, TrainState
+from .together import gather_texts, is_first, text_of_first
 
-FOLDER = "checkpoints"
+Damaged = Literal["set aside", "pass over"]
+
+
+def _ignore(_told: object) -> None:
+    pass
 
 
 class Checkpoints:
     """The saves of one run folder; use as a context manager, which waits for a save under way.
 
+    Opening changes nothing on the disk. Of many processes all call each method, at the same steps.
+
     Args:
         keep: how many of the newest saves to keep.
+        keep_every: keep also each save whose step is a multiple of this; 0 keeps none.
+        say: told what a person should know, such as a damaged save.
     """
 
-    def __init__(self, run_folder: str | Path, *, keep: int) -> None:
-        policy: Any = ocp.training.preservation_policies.LatestN(keep)
-        # Orbax wants an absolute path.
-        self._folder = str((Path(run_folder) / FOLDER).absolute())
-        # cleanup removes what a killed save left behind.
-        self._orbax = ocp.training.Checkpointer(self._folder, preservation_policy=policy, cleanup_tmp_directories=True)
+    def __init__(
+        self,
+        run_folder: str | Path,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        say: Callable[[str], object] = _ignore,
+    ) -> None:
+        self.folder = SaveFolder((Path(run_folder) / FOLDER).absolute())
+        self.last_step: int | None = None
+        """Steps taken at the last save made or restored here."""
+        self._keep, self._keep_every, self._say = keep, keep_every, say
+        self._saving: _Saving | None = None
 
-    @property
-    def latest_step(self) -> int | None:
-        """Steps taken at the newest save, or None without one."""
-        return None if self._orbax.latest is None else int(self._orbax.latest.step)
+    def save(self, state: TrainState, setup: Setup, *, data: Mapping[str, Any] | None = None) -> None:
+        """Start to save the state under its step, over a save of the same step; waits for the save before.
 
-    def save(self, state: TrainState, setup: Setup) -> None:
-        """Save the state under its step, over a save of the same step."""
-        arrays = jax.jit(_to_natural(setup), out_shardings=_natural_shardings(setup))(state)
-        meta = {"config": setup.config.model_dump(mode="json")}
-        items = {"state": _by_path(arrays), "meta": meta}
-        self._orbax.save_checkpointables(int(state.step), items, overwrite=True)
+        Returns as soon as the state may be changed. What fails later is raised by the next `save`, `wait` or `close`.
 
-    def restore(self, setup: Setup) -> TrainState:
-        """Return the newest saved state, placed as this run's mesh wants it.
+        Args:
+            data: what the seal says of the stream of batches.
+
+        Raises:
+            CheckpointError: this save cannot be started, or the one before failed.
+        """
+        arrays = natural_state(setup).from_state(state)
+        self._start(int(state.step), arrays, config=setup.config, data=data or {})
+
+    def save_params(self, params: PipelineParams, config: RunConfig) -> None:
+        """Start to save parameters in natural order, blocks [L, ...], as those of a run before its first step.
+
+        `restore` gives such a run a fresh optimizer.
+
+        Raises:
+            CheckpointError: it cannot be started.
+        """
+        self._start(0, by_path({"params": params}), config=config, data={})
+
+    def wait(self) -> None:
+        """Return when the save under way is whole.
+
+        Raises:
+            CheckpointError: it failed; what was saved before is still there.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.join()) is not None:
+            raise self._failure(saving.step, error) from error
+
+    def newest(self, *, damaged: Damaged = "pass over", without: Collection[int] = ()) -> Seal | None:
+        """Return the seal of the newest save whose files are what was written, or None; reads every file once.
+
+        Args:
+            without: steps that are not looked at.
+
+        Raises:
+            CheckpointError: another format of trellax wrote it.
+        """
+        tried = set(without)
+        while step := text_of_first(str(max(set(self.folder.steps) - tried, default=""))):
+            tried.add(int(step))
+            seal, problem = self._examine(int(step))
+            if problem is None:
+                return seal
+            self._pass_by(int(step), problem, damaged=damaged)
+        return None
+
+    def restore(self, setup: Setup, *, accept: Callable[[Seal], object] = _ignore) -> TrainState:
+        """Return the newest whole save, placed as this run's mesh wants it; damaged ones are set aside.
+
+        Parameters that were saved alone get a fresh optimizer.
+
+        Args:
+            accept: told of the save before its arrays are read; raises to refuse it.
 
         Raises:
             CheckpointError: there is none, or it is of another model or optimizer.
         """
-        shapes = _natural_shapes(setup)
-        wanted = _by_path(shapes)
-        step = self._newest()
-        if not any(path.startswith("opt_state.") for path in self._saved_paths(step)):
-            return setup.state_of(params_from_natural(setup, self.restore_params(shapes.params)))
-        self._check(step, wanted)
-        loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
-        paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-        arrays = jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in paths])
-        # Padded stages are larger than what they are made of, so they cannot take its place in memory.
-        donated = () if setup.model.fns.layers_per_stage else (0,)
-        return jax.jit(_from_natural(setup), out_shardings=setup.shardings, donate_argnums=donated)(arrays)
-
-    def save_params(self, params: PipelineParams, config: RunConfig) -> None:
-        """Save parameters in natural order, blocks [L, ...], as those of a run before its first step.
-
-        `restore` gives such a run a fresh optimizer.
-        """
-        meta = {"config": config.model_dump(mode="json")}
-        self._orbax.save_checkpointables(0, {"state": _by_path({"params": params}), "meta": meta}, overwrite=True)
+        natural = natural_state(setup)
+        seal, arrays = self._read(natural.shapes, accept=accept, damaged="set aside")
+        if seal.has_params_alone:
+            return setup.state_of(natural.to_params(_params_like(natural.params, arrays)))
+        return natural.to_state(arrays)
 
     def restore_params(self, shapes: PipelineParams) -> PipelineParams:
-        """Return the parameters alone of the newest save, in natural order, as these shapes and shardings say.
+        """Return the parameters alone of the newest whole save, in natural order; changes nothing on the disk.
+
+        Args:
+            shapes: types and shardings, of `natural_params(setup)` for a run.
 
         Raises:
             CheckpointError: there is none, or it is of another model.
         """
-        step, wanted = self._newest(), _by_path({"params": shapes})
-        self._check(step, wanted)
-        only_these = ocp.Context()
-        only_these.pytree.loading.partial_load = True
-        with only_these:
-            loaded = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
-        return jax.tree.unflatten(jax.tree.structure(shapes), [loaded[path] for path in wanted])
+        _, arrays = self._read(by_path({"params": shapes}), damaged="pass over")
+        return _params_like(shapes, arrays)
 
-    def saved_config(self) -> dict[str, Any]:
-        """Return the config that the newest save was made with, as plain nested dicts.
+    def saved_config(self) -> Mapping[str, Any]:
+        """Return the config that the newest whole save was made with, as plain nested dicts.
 
         Raises:
             CheckpointError: there is no save.
         """
-        return self._orbax.load_checkpointables(self._newest(), {"meta": None})["meta"]["config"]
-
-    def _newest(self) -> int:
-        if (step := self.latest_step) is None:
-            raise CheckpointError(f"{self._folder} holds no checkpoint.", fix="train from the start.")
-        return step
-
-    def _saved_paths(self, step: int) -> Mapping[str, Any]:
-        return self._orbax.checkpointables_metadata(step).metadata["state"]
-
-    def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        saved = self._saved_paths(step)
-        if all(path.startswith("params.") for path in wanted):
-            saved = {path: leaf for path, leaf in saved.items() if path.startswith("params.")}
-        here = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
-        there = {path: tuple(leaf.shape) for path, leaf in saved.items()}
-        differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
-        if differ:
-            # The optimizer's arrays follow the parameters': they are only news where the parameters agree.
-            news = [path for path in differ if path.startswith("params")] or differ
-            shown = "".join(
-                f"\n  {path}: saved {_shape_text(there.get(path))}, wanted {_shape_text(here.get(path))}"
-                for path in news[:5]
-            )
-            more = f"\n  and {len(news) - 5} more" if len(news) > 5 else ""
-            raise CheckpointError(
-                f"{self._folder}/{step} is of another model or optimizer: {len(differ)} arrays differ.{shown}{more}",
-                fix="use the config it was saved with, another run.name, or --checkpoint.resume never.",
-            )
+        if (seal := self.newest()) is None:
+            raise self._nothing_there(was_empty=self.folder.is_empty)
+        return seal.config
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the folder."""
-        self._orbax.close()
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self.wait()
+
+    def _start(self, step: int, arrays: Arrays, *, config: RunConfig, data: Mapping[str, Any]) -> None:
+        self.wait()
+        sums = checksums(arrays)
+        try:
+            wait = save_arrays(self.folder.part(step), arrays)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        described = {path: (str(leaf.dtype), tuple(leaf.shape), sums[path]) for path, leaf in arrays.items()}
+        values, is_sealed_here = config.model_dump(mode="json"), is_first()
+
+        def finish() -> None:
+            wait()
+            if is_sealed_here:
+                self._seal(step, arrays=described, config=values, data=dict(data))
+
+        self._saving = _Saving(step, finish)
+        self.last_step = step
+
+    def _seal(self, step: int, **record: Any) -> None:
+        """Seal what all processes have written, give it its name, and remove what is no longer kept."""
+        part, now = self.folder.part(step), datetime.now(UTC).isoformat(timespec="seconds")
+        write_seal(part, Seal(step=step, saved_at=now, files=hash_files(part), **record))
+        self.folder.publish(step)
+        self.folder.prune(keep=self._keep, keep_every=self._keep_every)
+
+    def _read(
+        self, wanted: Shapes, *, accept: Callable[[Seal], object] = _ignore, damaged: Damaged
+    ) -> tuple[Seal, Arrays]:
+        was_empty, wrong = self.folder.is_empty, set[int]()
+        while (seal := self.newest(damaged=damaged, without=wrong)) is not None:
+            accept(seal)
+            shapes = wanted
+            if seal.has_params_alone:
+                shapes = {path: leaf for path, leaf in wanted.items() if path.startswith("params.")}
+            _check_shapes(self.folder / seal.step, seal, shapes)
+            arrays, problem = _load(self.folder / seal.step, seal, shapes)
+            if problem is None:
+                self.last_step = seal.step
+                return seal, arrays
+            self._pass_by(seal.step, problem, damaged=damaged)
+            wrong.add(seal.step)
+        raise self._nothing_there(was_empty=was_empty)
+
+    def _nothing_there(self, *, was_empty: bool) -> CheckpointError:
+        if was_empty:
+            return CheckpointError(f"{self.folder.path} holds no checkpoint.", fix="train from the start.")
+        return CheckpointError(
+            f"{self.folder.path} holds no whole checkpoint: what is there is damaged.",
+            fix="put a copy back in its place, or start over with --fresh --force, which keeps what is there.",
+        )
+
+    def _examine(self, step: int) -> tuple[Seal | None, str | None]:
+        """Look at the files of a save, each process at its share; all come to the same answer."""
+        folder = self.folder / step
+        seal, problem = read_seal(folder)
+        if seal is not None and seal.format != SEAL_FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {seal.format}; this trellax reads format {SEAL_FORMAT}.",
+                fix="use the trellax it was saved with.",
+            )
+        if seal is not None:
+            problem = "; ".join(find_damage(folder, seal, share=(jax.process_index(), jax.process_count()))[:3])
+        return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem)))) or None
+
+    def _pass_by(self, step: int, problem: str, *, damaged: Damaged) -> None:
+        what = f"checkpoint {step} is damaged: {problem}."
+        if damaged == "pass over":
+            self._say(f"{what} The one before is used.")
+            return
+        aside = ""
+        if is_first():
+            try:
+                aside = self.folder.set_aside(step).name
+            except OSError as error:
+                raise CheckpointError(
+                    f"{what} It cannot be set aside: {error.strerror}.", fix=f"make {self.folder.path} writable."
+                ) from None
+        self._say(f"{what} It is kept as {text_of_first(aside)}, and the one before is used.")
+
+    def kept_text(self) -> str:
+        """Return a sentence on what is saved, for the end of an error."""
+        steps = self.folder.steps
+        return f"The save of step {steps[-1]} is still there." if steps else "Nothing was saved yet."
+
+    def _failure(self, step: int, error: BaseException) -> CheckpointError:
+        if is_first():
+            self.folder.drop_unfinished(step)
+        return CheckpointError(
+            f"step {step} could not be saved in {self.folder.path}: {explain_failure(error)}. {self.kept_text()}",
+            fix="make room, or let it be written, then give the same command again.",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -135,83 +253,66 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError:
+            # Of two errors the first is the one to tell of.
+            if kind is None:
+                raise
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Flat names do not depend on the classes of optax or of ours, so a save outlives their changes."""
-    return {_path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+class _Saving:
+    """A save under way, finished by a thread of its own."""
+
+    def __init__(self, step: int, finish: Callable[[], None]) -> None:
+        self.step, self._finish = step, finish
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"save of step {step}", daemon=True)
+        self._thread.start()
+
+    def join(self) -> BaseException | None:
+        """Wait, and return what went wrong."""
+        self._thread.join()
+        return self._error
+
+    def _run(self) -> None:
+        try:
+            self._finish()
+        except BaseException as error:
+            self._error = error
 
 
-def _path_text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _load(folder: Path, seal: Seal, shapes: Shapes) -> tuple[Arrays, str | None]:
+    """Return the arrays, and what is wrong with them: their checksums say whether they are those that were saved."""
+    try:
+        arrays = load_arrays(folder, shapes)
+    except Exception as error:
+        return {}, explain_failure(error)
+    sums = checksums(arrays)
+    wrong = [path for path in arrays if sums[path] != seal.arrays[path][2]]
+    return arrays, f"{wrong[0]} is not what was saved" if wrong else None
 
 
-def _map_params(change: Any, tree: Any) -> Any:
-    """Apply `change` to every copy of the parameter tree: the parameters and the optimizer's moments."""
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, PipelineParams)
-
-    return jax.tree.map(lambda node: change(node) if is_params(node) else node, tree, is_leaf=is_params)
+def _params_like(shapes: PipelineParams, arrays: Arrays) -> PipelineParams:
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in by_path({"params": shapes})])
 
 
-def _to_natural(setup: Setup) -> Any:
-    counts = setup.model.fns.layers_per_stage
-
-    def merge(params: PipelineParams) -> PipelineParams:
-        return PipelineParams(stages=natural_order(params.stages, layers_per_stage=counts), shared=params.shared)
-
-    return lambda state: _map_params(merge, state)
-
-
-def natural_params(setup: Setup) -> PipelineParams:
-    """Return shapes and shardings of a run's parameters as checkpoints have them: in natural order, stages [L, ...]."""
-    return _natural_shapes(setup).params
-
-
-def params_from_natural(setup: Setup, params: PipelineParams) -> PipelineParams:
-    """Return parameters of natural order cut into the run's stages; they are given up."""
-    donated = () if setup.model.fns.layers_per_stage else (0,)
-    return jax.jit(_from_natural(setup), out_shardings=setup.model.shardings, donate_argnums=donated)(params)
-
-
-def _from_natural(setup: Setup) -> Any:
-    num_chunks, num_ranks = jax.tree.leaves(setup.model.params.stages)[0].shape[:2]
-    counts = setup.model.fns.layers_per_stage
-
-    def cut(params: PipelineParams) -> PipelineParams:
-        stages = stages_from_layers(params.stages, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
-        return PipelineParams(stages=stages, shared=params.shared)
-
-    return lambda state: _map_params(cut, state)
-
-
-def _natural_shardings(setup: Setup) -> TrainState:
-    num_ranks = setup.mesh.shape["pipe"]
-
-    def merge(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
-        if setup.config.model.num_layers % num_ranks == 0:
-            return NamedSharding(setup.mesh, PartitionSpec(rank, *rest))
-        # As many layers as these no axis of the mesh divides: another dimension is split over pipe in their place.
-        free = [dim for dim, axis in enumerate(rest) if axis is None and leaf.shape[3 + dim] % num_ranks == 0]
-        rest = ["pipe" if dim == min(free, default=-1) else axis for dim, axis in enumerate(rest)]
-        return NamedSharding(setup.mesh, PartitionSpec(None, *rest))
-
-    def natural(shardings: PipelineParams) -> PipelineParams:
-        stages = jax.tree.map(merge, shardings.stages, setup.model.params.stages)
-        return PipelineParams(stages=stages, shared=shardings.shared)
-
-    return _map_params(natural, setup.shardings)
-
-
-def _natural_shapes(setup: Setup) -> TrainState:
-    shapes = jax.eval_shape(_to_natural(setup), setup.shapes)
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, _natural_shardings(setup)
+def _check_shapes(folder: Path, seal: Seal, wanted: Shapes) -> None:
+    """The saved arrays must be those wanted; where parameters alone are wanted, the others are not looked at."""
+    is_part = all(path.startswith("params.") for path in wanted)
+    here = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in wanted.items()}
+    saved = {path: f"{dtype}{list(shape)}" for path, (dtype, shape, _) in seal.arrays.items()}
+    there = {path: text for path, text in saved.items() if not is_part or path.startswith("params.")}
+    differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
+    if not differ:
+        return
+    # The optimizer's arrays follow the parameters': they are only news where the parameters agree.
+    news = [path for path in differ if path.startswith("params")] or differ
+    shown = "".join(
+        f"\n  {path}: saved {there.get(path, 'nothing')}, wanted {here.get(path, 'nothing')}" for path in news[:5]
     )
-
-
-def _shape_text(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else str(list(np.array(shape, int).tolist()))
+    more = f"\n  and {len(news) - 5} more" if len(news) > 5 else ""
+    raise CheckpointError(
+        f"{folder} is of another model or optimizer: {len(differ)} arrays differ.{shown}{more}",
+        fix="use the config it was saved with, another run.name, or start over with --fresh --force.",
+    )

@@ -1,7 +1,7 @@
 """The command line: `trellax train`, `describe`, `inspect` and `plan` of a CONFIG, and commands without one.
 
-stdout is the result, stderr the talk. Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130
-stopped.
+stdout is the result, stderr the talk. Exit codes: 0 done or stopped as asked, 1 a fault of ours or a damaged save, 2 a
+mistake in what was asked or a run that cannot go on, 75 another process was lost, 130 interrupted.
 """
 
 import argparse
@@ -10,19 +10,23 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..meshes import TrellaxError, suggest
 from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
+from .checkpoints_command import add_checkpoints_arguments, run_checkpoints
 from .config import RunConfig, load_config, render_help
 from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
 from .plan_command import add_plan_arguments, run_plan
+from .processes import add_process_arguments, join_run
 from .report import describe
+from .run_folder import Start
 from .schedule_arguments import add_schedule_arguments
 from .schedule_command import run_schedule
+from .together import is_first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    summary = train(_load(args, overrides))
+    config = _load(args, overrides)
+    start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
+    with join_run(args, silence_s=config.run.silence_s):
+        summary = train(config, start=start, changes="accept" if args.override else "refuse")
+    if not is_first():
+        return 0
     if args.json:
         print(json.dumps(asdict(summary)))
+        return 0
+    if summary.ended != "done":
+        print(
+            f"stopped by {summary.ended} after step {summary.steps}, saved in {summary.folder}; "
+            "the same command goes on"
+        )
         return 0
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     print(
@@ -99,6 +114,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "export-hf": _without_config(run_export),
     "generate": _without_config(run_generate),
     "bench-decode": _without_config(run_bench_decode),
+    "checkpoints": _without_config(run_checkpoints),
 }
 
 
@@ -134,19 +150,33 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax")
         command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name == "train":
+            _add_train_arguments(command)
         if name == "inspect":
             add_inspect_arguments(command)
         if name == "plan":
             add_plan_arguments(command)
+    _add_commands_without_config(commands)
+    return parser
+
+
+def _add_commands_without_config(commands: Any) -> None:
     for name, what, add_arguments in (
         ("schedule", "draw, save or compare pipeline schedules", add_schedule_arguments),
+        ("checkpoints", "list the saves of a run folder, with sizes; verify them", add_checkpoints_arguments),
         ("import-hf", "make a run folder of a Hugging Face model", add_import_arguments),
         ("export-hf", "write the weights of a run folder for transformers", add_export_arguments),
         ("generate", "answer prompts with a trained model, on any mesh", add_generate_arguments),
         ("bench-decode", "time the answers of a model over meshes and batch sizes", add_bench_decode_arguments),
     ):
         add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
-    return parser
+
+
+def _add_train_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fresh", action="store_true", help="start over; refuses where something is saved")
+    command.add_argument("--force", action="store_true", help="with --fresh: move what is saved into a folder beside")
+    command.add_argument("--override", action="store_true", help="go on although the config differs in what matters")
+    add_process_arguments(command)
 
 
 def _short_overrides(args: argparse.Namespace) -> list[str]:

@@ -35,6 +35,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="seed of the parameters and of the order of the data")
     folder: str = Field("runs", min_length=1, description="folder that holds all runs")
     fake_devices: int = Field(0, ge=0, description="number of fake CPU devices; 0 takes the real ones")
+    silence_s: int = Field(30, ge=5, le=50, description="seconds without a word after which a process counts as lost")
 
 
 class DataSection(Section):
@@ -63,6 +64,8 @@ class TrainSection(Section):
     init_from: str = Field(
         "", description="Hugging Face or run folder whose weights to begin with; drawn at random if left out"
     )
+    bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or a spike")
+    spike_ratio: float = Field(0.0, ge=0, description="loss over its running mean that is a spike; 0 is none")
 
 
 class OptimizerSection(Section):
@@ -106,11 +109,11 @@ class PipelineSection(Section):
 
 
 class CheckpointSection(Section):
-    """When to save, and whether to go on from a save."""
+    """When to save, and what to keep."""
 
     every: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end")
     keep: int = Field(2, gt=0, description="newest saves to keep")
-    resume: Literal["auto", "never"] = Field("auto", description="go on from the newest save, if there is one")
+    keep_every: int = Field(0, ge=0, description="keep also the save of every so many steps; 0 keeps none")
 
 
 class RunConfig(Section):

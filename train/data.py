@@ -7,8 +7,8 @@ versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ _CHUNK = 1 << 24
 class Corpus:
     """Token ids for training and for validation, both `[num_tokens]`, uint8 for bytes, else uint16 or uint32.
 
-    `vocab_size_needed` is the smallest vocabulary that has an id for every token.
+    `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the files that are read
+    while the run goes on, with their sizes.
     """
 
     train: np.ndarray
@@ -33,6 +34,7 @@ class Corpus:
     sha256: str
     description: str
     vocab_size_needed: int
+    mapped: Mapping[Path, int] = field(default_factory=dict)
 
 
 def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
@@ -50,7 +52,8 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     """
     if data.source == "tokens":
         files = _find_files(data.paths)
-        return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
+        corpus = _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
+        return replace(corpus, mapped={files[0]: files[0].stat().st_size}) if len(files) == 1 else corpus
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
         tokens = np.frombuffer(b"".join(text for _, text in documents), np.uint8)
@@ -59,6 +62,23 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     _check_tokenizer(tokenizer, vocab_size=vocab_size)
     documents, what = _read_documents(data)
     return _cut(tokenize(documents, tokenizer, cache=cache), f"{what} by {tokenizer.file}", data=data)
+
+
+def check_files(corpus: Corpus) -> None:
+    """Raise if a file that the run still reads has gone or changed its size: reading what is not there kills a process.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for file, size in corpus.mapped.items():
+        try:
+            here = file.stat().st_size
+        except OSError as error:
+            raise DataError(f"{file}: lost while the run read it: {error.strerror}.", fix="bring it back.") from None
+        if here != size:
+            raise DataError(
+                f"{file}: changed while the run read it: {here:,} bytes, not {size:,}.", fix="bring the old file back."
+            )
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:

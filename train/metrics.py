@@ -62,6 +62,21 @@ class MetricsLog:
         self.close()
 
 
+class NoLog:
+    """The log of a process that leaves the run folder to another one: takes what `MetricsLog` takes, writes nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl; none without the file, and without a last line cut off by a kill."""
     path = Path(folder) / METRICS_FILE
@@ -78,8 +93,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What became of a run, and the folder that holds everything it left; losses are nats per token."""
+    """What became of a run, and the folder that holds everything it left; losses are nats per token.
 
+    `ended` is "done", or the signal that stopped the run; a run that was stopped is not validated.
+    """
+
+    ended: str
     steps: int
     final_train_loss: float | None
     final_val_loss: float | None

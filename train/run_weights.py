@@ -9,10 +9,12 @@ from typing import Any
 from ..layers import ModelConfig
 from ..meshes import CheckpointError, ConfigError
 from ..pipeline import PipelineParams
-from .checkpoint import FOLDER, Checkpoints, natural_params, params_from_natural
+from .checkpoint import Checkpoints
 from .config import RunConfig, config_from_dict
 from .hf_config import model_differences, read_hub_model
 from .hf_read import open_weights, read_weights
+from .natural import natural_params, params_from_natural
+from .save_folder import FOLDER
 from .state import Setup, TrainState
 
 
@@ -99,10 +101,7 @@ def initial_state(setup: Setup) -> TrainState:
 
 
 def _resumes(config: RunConfig) -> bool:
-    if config.checkpoint.resume != "auto" or not is_run_folder(config.run_folder):
-        return False
-    with Checkpoints(config.run_folder, keep=config.checkpoint.keep) as checkpoints:
-        return checkpoints.latest_step is not None
+    return not Checkpoints(config.run_folder).folder.is_empty
 
 
 def _as_model(params: PipelineParams) -> dict[str, Any]:

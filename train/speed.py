@@ -19,7 +19,7 @@ def peak_flops_per_s(mesh: jax.sharding.Mesh) -> float:
     devices = mesh.devices.ravel()
     if known := match_accelerator(devices[0].device_kind):
         return known.peak_flops_per_s("bfloat16") * len(devices)
-    measured = _measure_matmul(devices[0])
+    measured = _measure_matmul(mesh.local_devices[0])
     return measured if devices[0].platform == "cpu" else measured * len(devices)
 
 

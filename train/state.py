@@ -23,20 +23,23 @@ from ..pipeline import (
 )
 from ..pipeline.schedules import load_schedule
 from .config import PipelineSection, RunConfig
+from .health import Health, healthy
 from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a step changes and a checkpoint holds: steps taken, parameters, optimizer state.
+    """What a step changes and a checkpoint holds: steps taken, parameters, optimizer state, health.
 
-    Also used as the tree of their shapes and of their shardings.
+    `step` is also the position in the data: batches are a function of seed and step. The optimizer counts its updates
+    itself; they are fewer by the batches that were left out. Also used as the tree of shapes and of shardings.
     """
 
     step: Any
     params: PipelineParams
     opt_state: Any
+    health: Health
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,12 @@ class Setup:
     def shardings(self) -> TrainState:
         """Where the whole state lives."""
         opt_state = jax.eval_shape(self.optimizer.init, self.model.params)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
         return TrainState(
-            step=NamedSharding(self.mesh, PartitionSpec()),
+            step=everywhere,
             params=self.model.shardings,
             opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
+            health=Health(skipped=everywhere, mean_loss=everywhere, halted=everywhere),
         )
 
     @property
@@ -171,7 +176,8 @@ class Setup:
         return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def _fresh(self, params: PipelineParams) -> TrainState:
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
+        opt_state = self.optimizer.init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=healthy())
 
 
 def _load(section: PipelineSection, num_ranks: int) -> Schedule:

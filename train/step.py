@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..pipeline import pipeline_grads, pipeline_loss
+from .health import is_good, next_health
 from .state import Setup, TrainState
 
 Batch = dict[str, jax.Array]
@@ -15,31 +17,42 @@ Batch = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Replicated float32 scalars of one step: loss, norm of the whole gradient before clipping, learning rate."""
+    """Replicated scalars of one step: loss, norm of the whole gradient before clipping, learning rate, all float32.
+
+    `taken` is false where loss or gradient were bad and the update was left out.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
     lr: jax.Array
+    taken: jax.Array
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return a jitted step (state, batch) -> (state, metrics) that consumes the state it is given.
 
     Batch leaves are [M, B@data, T]: tokens, targets, and weights that sum to 1. Gradients come from `pipeline_grads`;
-    with ZeRO-1 each data rank then updates its own part, and the new parameters are gathered.
+    with ZeRO-1 each data rank then updates its own part, and the new parameters are gathered. A bad step (`health.py`)
+    leaves parameters and optimizer as they were.
     """
+    section = setup.config.train
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         out = pipeline_grads(
             setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
         )
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
-        metrics = StepMetrics(
-            loss=out.loss, grad_norm=optax.tree.norm(grads), lr=jax.numpy.asarray(setup.learning_rate(state.step))
-        )
+        grad_norm = optax.tree.norm(grads)
+        good = is_good(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
+        lr = jnp.asarray(setup.learning_rate(state.step - state.health.skipped))
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        # The old value goes through untouched, bit by bit, where the step is bad.
+        params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
+        moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
+        health = next_health(state.health, good=good, loss=out.loss, section=section)
+        state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
+        return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good)
 
     # Without out_shardings XLA may choose others for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))

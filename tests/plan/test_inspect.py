@@ -26,11 +26,11 @@ def test_memory_adds_up_to_what_the_compiler_says(mesh: str) -> None:
 @on_five_meshes
 def test_state_and_batch_are_the_arguments(mesh: str) -> None:
     memory, setup = report_of(mesh).memory, setup_of(mesh)
-    step_counter = setup.shapes.step.dtype.itemsize
+    counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves((setup.shapes.step, setup.shapes.health)))
     # Each device holds its part of the batch.
     batch = device_bytes(batch_shapes(setup))
     stats = compiled_step(mesh).memory_analysis()
-    assert memory.parameters + memory.optimizer + step_counter + batch == stats.argument_size_in_bytes
+    assert memory.parameters + memory.optimizer + counters + batch == stats.argument_size_in_bytes
 
 
 def test_gradients_of_a_pipeline_are_as_large_as_the_parameters() -> None:

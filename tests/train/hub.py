@@ -12,8 +12,8 @@ from trellax.layers import ModelConfig, Transformer, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import pipeline_loss
 from trellax.train import Setup, config_from_dict
-from trellax.train.checkpoint import params_from_natural
 from trellax.train.hf_config import read_hub_model
+from trellax.train.natural import params_from_natural
 from trellax.train.run_weights import as_pipeline, load_params, weight_shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"

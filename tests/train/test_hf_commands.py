@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from trellax.train import load_config, loop
+from trellax.train import load_config, run
 from trellax.train.cli import main
 from trellax.train.hf_read import read_weights
 
@@ -67,7 +67,7 @@ def test_training_begins_with_the_weights_and_the_tokenizer_that_are_named(
         raise ReadyError
 
     # Compiling the step takes most of the time, and is tested elsewhere.
-    monkeypatch.setattr(loop._Run, "_compile", stop)
+    monkeypatch.setattr(run.Run, "_compile", stop)
     with pytest.raises(ReadyError):
         main(f"train runs/mine/config.toml --run.name other --train.init_from model {TEXT}".split())
     err = capsys.readouterr().err

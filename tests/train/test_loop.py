@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from trellax.meshes import RunError
 from trellax.train import RunConfig, train
 from trellax.train.metrics import read_metrics
 
@@ -30,6 +32,7 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     folder = config.run_folder
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
+        "lock",
         "loss.png",
         "metrics.jsonl",
         "summary.json",
@@ -54,9 +57,7 @@ def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
     train(cut, console=quiet())
     uncut = losses(cut.run_folder)
     # Back to the save at step 3, as if the run had stopped there.
-    for path in sorted((cut.run_folder / "checkpoints" / "6").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (cut.run_folder / "checkpoints" / "6").rmdir()
+    shutil.rmtree(cut.run_folder / "checkpoints" / "6")
     again = train(cut, console=quiet())
     assert losses(cut.run_folder) == uncut == losses(whole.run_folder)
     assert again.final_val_loss == expected.final_val_loss
@@ -73,12 +74,16 @@ def test_finished_run_takes_no_more_steps(tiny: Tiny) -> None:
     )
 
 
-def test_run_told_never_to_resume_starts_over(tiny: Tiny) -> None:
-    config = tiny("--mesh.data 8 --train.steps 2 --checkpoint.resume never --train.log_every 1")
+def test_fresh_run_is_the_run_again_and_the_old_one_is_kept(tiny: Tiny) -> None:
+    config = tiny("--mesh.data 8 --train.steps 2 --train.log_every 1")
     train(config, console=quiet())
     before = losses(config.run_folder)
-    train(config, console=quiet())
+    with pytest.raises(RunError, match=r"already holds saves of steps 2"):
+        train(config, console=quiet(), start="fresh")
     assert losses(config.run_folder) == before
+    train(config, console=quiet(), start="replace")
+    assert losses(config.run_folder) == before == losses(config.run_folder / "aside")
+    assert (config.run_folder / "aside" / "checkpoints" / "2" / "seal.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_tensorboard_gets_its_events(tmp_path: Path) -> None:
 
 def test_summary_says_what_became_of_the_run(tmp_path: Path) -> None:
     summary = Summary(
+        ended="done",
         steps=20,
         final_train_loss=2.5,
         final_val_loss=float("nan"),
@@ -70,6 +71,7 @@ def test_summary_says_what_became_of_the_run(tmp_path: Path) -> None:
     )
     path = write_summary(summary)
     assert json.loads(path.read_text()) == {
+        "ended": "done",
         "steps": 20,
         "final_train_loss": 2.5,
         "final_val_loss": None,

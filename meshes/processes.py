@@ -1,0 +1,142 @@
+"""Many processes as one program: who they are under SLURM, Open MPI or plain starts, and how they join.
+
+The engine is `jax.distributed`: process 0 hosts its coordinator, and afterwards `jax.devices()` are those of all
+processes. Read `build.py` for which of them sits where.
+"""
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from .errors import MeshError
+
+_PORTS = (61_440, 4_096)
+"""First port and number of ports for coordinators that nobody gave an address; jax takes the same range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes of one program as one of them sees them; `local_` counts those on its machine.
+
+    Raises:
+        MeshError: the numbers contradict each other.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    local_count: int = 1
+    local_index: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise MeshError(
+                f"--process-id {self.index} of --num-processes {self.count}: ids are 0 to {self.count - 1}.",
+                fix="give every process an id of its own in that range.",
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise MeshError(
+                f"--coordinator {self.coordinator}: this is no HOST:PORT.",
+                fix="give the host of process 0 and a free port there, node1:61440 say.",
+            )
+
+
+def find_processes(
+    *, coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str] = os.environ
+) -> Processes | None:
+    """Return what was asked for, filled up by what SLURM or Open MPI say; None for a program of one process.
+
+    Raises:
+        MeshError: something is missing, or the numbers contradict each other.
+    """
+    found = _find_slurm(environ) or _find_open_mpi(environ)
+    given = {"coordinator": coordinator, "count": count, "index": index}
+    values: dict[str, Any] = found | {name: value for name, value in given.items() if value is not None}
+    if not values or (values.get("count") == 1 and coordinator is None):
+        return None
+    options = {"coordinator": "--coordinator HOST:PORT", "count": "--num-processes N", "index": "--process-id I"}
+    missing = [option for name, option in options.items() if values.get(name) is None]
+    if missing:
+        raise MeshError(
+            f"many processes need to know of each other; not given: {', '.join(missing)}.",
+            fix="give all three, or start under srun or mpirun, which say the rest.",
+        )
+    return Processes(**values)
+
+
+def join_processes(processes: Processes, *, silence_s: int) -> None:
+    """Connect this process to the others; before anything makes an array.
+
+    Args:
+        silence_s: seconds after which jax itself gives up on a process that says nothing.
+
+    Raises:
+        MeshError: the coordinator cannot be reached.
+    """
+    # One GPU a process where several share a machine, unless the launcher has already given each its own.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    shares = processes.local_count > 1 and (not visible or "," in visible)
+    try:
+        jax.distributed.initialize(
+            processes.coordinator,
+            processes.count,
+            processes.index,
+            local_device_ids=[processes.local_index] if shares else None,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=silence_s,
+            shutdown_timeout_seconds=silence_s,
+        )
+    except RuntimeError as error:
+        raise MeshError(
+            f"process {processes.index} of {processes.count} cannot join at {processes.coordinator}: "
+            f"{str(error).splitlines()[0][:200]}",
+            fix="start all processes, with the same --coordinator: a free port on the machine of process 0.",
+        ) from None
+
+
+def num_processes() -> int:
+    """Return how many processes have joined, without starting a backend."""
+    return distributed.global_state.num_processes or 1
+
+
+def coordination_client() -> Any:
+    """Return the client of the coordinator's key-value store. jax has no public name for it."""
+    return distributed.global_state.client
+
+
+def _find_slurm(environ: Mapping[str, str]) -> dict[str, Any]:
+    # Without a step (in an sbatch script before srun) there is one process, whatever SLURM_NTASKS says.
+    if not all(f"SLURM_{name}" in environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
+        return {}
+    nodes = environ["SLURM_STEP_NODELIST"]
+    first, _, rest = nodes.partition("[")
+    # "node[001-015,020],other", "node1,node2" or "node1"
+    host = first.partition(",")[0]
+    if "," not in first and rest:
+        host += rest.replace("-", ",").replace("]", ",").partition(",")[0]
+    count, num_nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return {
+        "coordinator": f"{host}:{_PORTS[0] + int(environ['SLURM_JOB_ID']) % _PORTS[1]}",
+        "count": count,
+        "index": int(environ["SLURM_PROCID"]),
+        "local_count": -(-count // num_nodes),
+        "local_index": int(environ["SLURM_LOCALID"]),
+    }
+
+
+def _find_open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
+    names = {"count": "SIZE", "index": "RANK", "local_count": "LOCAL_SIZE", "local_index": "LOCAL_RANK"}
+    if not all(f"OMPI_COMM_WORLD_{name}" in environ for name in names.values()):
+        return {}
+    found: dict[str, Any] = {key: int(environ[f"OMPI_COMM_WORLD_{name}"]) for key, name in names.items()}
+    if found["local_count"] == found["count"]:
+        # All on this machine: the launcher's job, the same for all of them, says the port.
+        job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
+        found["coordinator"] = f"127.0.0.1:{_PORTS[0] + zlib.crc32(job.encode()) % _PORTS[1]}"
+    return found

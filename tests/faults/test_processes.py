@@ -1,0 +1,135 @@
+"""Many processes on one machine: the same run as in one, and when one is lost the others stop and say which.
+
+Between processes gloo sums in another order than within one, so losses agree to 1e-5 of their size.
+"""
+
+import json
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import losses
+from .zygote import Child, Zygote
+
+SILENCE_S = 6
+LOST = 75
+
+
+def start(zygote: Zygote, words: str, *, count: int) -> list[Child]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = f"{words} --coordinator 127.0.0.1:{port} --num-processes {count}"
+    return [zygote.start(f"{common} --process-id {index}") for index in range(count)]
+
+
+def wait_for_step(child: Child, run_folder: Path, step: int, *, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while max(losses(run_folder), default=0) < step:
+        assert time.monotonic() < end, child.said()
+        time.sleep(0.1)
+
+
+def checked(zygote: Zygote, survivors: list[Child], *, culprit: int, count: int) -> None:
+    """The survivors end within a minute, not as if nothing were wrong, and name the culprit."""
+    end = time.monotonic() + 60
+    codes = [zygote.wait(child, seconds=end - time.monotonic()) for child in survivors]
+    assert 0 not in codes
+    for child in survivors:
+        # A witness speaks a moment after its process has ended.
+        while f"process {culprit} of {count}" not in child.said():
+            assert time.monotonic() < end, child.said()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def words(tiny_words: str) -> str:
+    return (
+        f"{tiny_words} --train.steps 4000 --model.num_layers 4 --pipeline.microbatches 2 --checkpoint.every 5 "
+        f"--run.silence_s {SILENCE_S} --optimizer.learning_rate 1e-3"
+    )
+
+
+def test_one_process_then_two_of_which_one_is_killed_then_one(zygote: Zygote, folder: Path, words: str) -> None:
+    words = f"{words} --mesh.pipe 2 --mesh.tensor 2 --fake-devices 4"
+    uncut, moved = folder / "uncut", folder / "moved"
+    alone = zygote.start(f"{words} --checkpoint.keep_every 5 --run.name uncut")
+    wait_for_step(alone, uncut, 30)
+    alone.kill()
+    zygote.wait(alone)
+    shutil.copytree(uncut / "checkpoints" / "5", moved / "checkpoints" / "5")
+
+    both = start(zygote, f"{words} --run.name moved", count=2)
+    wait_for_step(both[0], moved, 17)
+    both[1].kill()
+    zygote.wait(both[1])
+    checked(zygote, both[:1], culprit=1, count=2)
+    assert "resumed   at step 5 of" in both[0].said()
+    # Only process 0 talks.
+    assert both[1].out.read_text() == ""
+    assert "step" not in both[1].said()
+
+    again = zygote.start(f"{words} --run.name moved")
+    again.wait_for("resumed ")
+    wait_for_step(again, moved, max(losses(moved)) + 3)
+    again.kill(signal.SIGTERM)
+    assert zygote.wait(again) == 0, again.said()
+    expected, here = losses(uncut), losses(moved)
+    last = min(max(expected), max(here))
+    assert sorted(here)[: last - 5] == list(range(6, last + 1))
+    steps = range(6, last + 1)
+    np.testing.assert_allclose([here[i] for i in steps], [expected[i] for i in steps], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("culprit", [2, 0])
+def test_four_processes_lose_one_and_go_on_with_fewer(
+    fault: signal.Signals, culprit: int, zygote: Zygote, folder: Path, words: str
+) -> None:
+    name = f"four-{fault.name}-{culprit}"
+    four = start(zygote, f"{words} --mesh.pipe 4 --mesh.tensor 2 --fake-devices 8 --run.name {name}", count=4)
+    wait_for_step(four[0], folder / name, 12)
+    four[culprit].kill(fault)
+    checked(zygote, [child for child in four if child is not four[culprit]], culprit=culprit, count=4)
+    four[culprit].kill()
+    zygote.wait(four[culprit])
+    fewer, mesh = (3, "--mesh.data 3 --fake-devices 3") if culprit else (2, "--mesh.pipe 2 --fake-devices 2")
+    # Three processes share a batch of eight only if it is another one.
+    batch = "--train.batch_size 12 --override" if fewer == 3 else ""
+    rest = start(zygote, f"{words} {mesh} {batch} --run.name {name}", count=fewer)
+    rest[0].wait_for("resumed ")
+    wait_for_step(rest[0], folder / name, max(losses(folder / name)) + 3)
+    # Any of them may be asked; all stop after the same step.
+    rest[1].kill(signal.SIGTERM)
+    assert [zygote.wait(child) for child in rest] == [0] * fewer, rest[0].said()
+    assert "stopped by SIGTERM" in rest[0].out.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_processes_train_like_one(zygote: Zygote, folder: Path, tiny_words: str) -> None:
+    words = f"{tiny_words} --train.steps 12 --model.num_layers 4 --pipeline.microbatches 2 --mesh.pipe 4 --mesh.data 2"
+    words += " --fake-devices 8 --json"
+    code, alone = zygote.run(f"{words} --run.name one")
+    assert code == 0, alone.said()
+    four = start(zygote, f"{words} --run.name four", count=4)
+    assert [zygote.wait(child, seconds=300) for child in four] == [0] * 4, four[0].said()
+    expected, here = losses(folder / "one"), losses(folder / "four")
+    np.testing.assert_allclose(list(here.values()), list(expected.values()), rtol=1e-5)
+    assert json.loads(four[0].out.read_text())["steps"] == 12
+    assert [child.out.read_text() for child in four[1:]] == [""] * 3
+
+
+@pytest.mark.slow
+def test_mistake_of_all_is_told_once(zygote: Zygote, words: str) -> None:
+    both = start(zygote, f"{words} --mesh.pipe 2 --mesh.tensor 3 --fake-devices 2 --run.name wrong", count=2)
+    assert [zygote.wait(child) for child in both] == [2, 2]
+    assert "needs data 1 x tensor 3 x pipe 2 = 6 devices, but 2 are visible" in both[0].said()
+    assert both[1].said() == ""

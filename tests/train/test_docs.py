@@ -1,0 +1,68 @@
+"""The scripts of docs/ run: with a `srun` and a `trellax` that only write down what they are told."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from trellax.train import RunConfig, cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def stub(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Run the command line with its words up to where training would start; return the config."""
+    seen: list[RunConfig] = []
+
+    class EndError(Exception):
+        pass
+
+    def end(config: RunConfig, **_: object) -> None:
+        seen.append(config)
+        raise EndError
+
+    monkeypatch.setattr(cli, "train", end)
+    monkeypatch.setattr(cli, "join_run", lambda args, silence_s: open(os.devnull))  # noqa: PTH123, SIM115
+    with pytest.raises(EndError):
+        cli.main(words)
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "requeued"), [(0, "done", False), (0, "SIGTERM", True), (75, "", True), (2, "", False)]
+)
+def test_slurm_script_trains_and_requeues_itself(
+    code: int, ended: str, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(tmp_path, "srun", 'exec "$@"')
+    stub(tmp_path, "scontrol", 'echo "$@" > requeued')
+    stub(tmp_path, "trellax", f'printf "%s\\n" "$@" > words; echo \'{{"ended": "{ended}"}}\'; exit {code}')
+    done = subprocess.run(
+        ["bash", ROOT / "docs" / "slurm.sh", "llama3-8b-8gpu", "--mesh.pipe", "4"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        check=False,
+    )
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    config = understood((tmp_path / "words").read_text().splitlines(), monkeypatch)
+    assert (config.mesh.pipe, config.run.folder) == (4, str(tmp_path / "runs"))
+
+
+def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "kubernetes.yaml").read_text()
+    command = re.search(r"exec (trellax train .*?)\n +resources:", text, flags=re.DOTALL)
+    assert command
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    config = understood(shlex.split(os.path.expandvars(command[1]))[1:], monkeypatch)
+    pods = int(re.findall(r"completions: (\d+)", text)[0])
+    gpus = int(re.findall(r"nvidia.com/gpu: (\d+)", text)[0])
+    assert config.mesh.num_devices == pods * gpus
+    assert f"--num-processes {pods}" in command[1]

@@ -1,0 +1,50 @@
+"""Arrays to files and back: the only file that knows Orbax.
+
+A folder of arrays is written in the background and appears whole. Every process writes and reads its own shards alone.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+_ITEM = "state"
+_LARGE_BYTES = 1 << 24
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+):", re.IGNORECASE)
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], None]:
+    """Start to write arrays into a new folder; returns once they may be changed, with a function that waits.
+
+    What is written so far has another name than `folder`, so a killed process leaves nothing under it.
+    """
+    # Orbax also logs what it raises, with every thread's traceback.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    context: Any = ocp.Context()
+    # Cutting an array so that each of its copies writes a part compiles a program a slice: only for large ones.
+    context.array.saving.min_slice_bytes_for_replica_parallel = _LARGE_BYTES
+    with context:
+        return ocp.save_checkpointables_async(str(folder), {_ITEM: dict(arrays)}).result
+
+
+def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Return the arrays of these names, each with the sharding its shape asks for; others in the folder stay there."""
+    context: Any = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load_checkpointables(str(folder), {_ITEM: dict(shapes)})[_ITEM]
+
+
+def explain_failure(error: BaseException) -> str:
+    """Return what went wrong in a few words: libraries wrap the system's error in pages of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip()
+    if found := _OS_ERROR.search(text):
+        return os.strerror(int(found[1] or found[2]))
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

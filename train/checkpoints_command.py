@@ -1,0 +1,107 @@
+"""`trellax checkpoints DIR`: what a run folder holds, how large it is, and whether it is what was written.
+
+It starts no backend and changes nothing, so it may look at a run that is under way.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..meshes import CheckpointError, suggest
+from .save_folder import FOLDER, SaveFolder
+from .seal import SEAL_FORMAT, Seal, find_damage, read_seal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRow:
+    """One line of the list; `problem` is "" where nothing is wrong as far as was looked."""
+
+    name: str
+    state: str
+    num_bytes: int
+    saved_at: str
+    layout: str
+    problem: str
+
+
+def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words of the command."""
+    parser.add_argument("folder", metavar="DIR", help="a run folder, or the checkpoints in it")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+
+
+def run_checkpoints(args: argparse.Namespace) -> int:
+    """Print the list; the exit code is 1 where a finished save is damaged.
+
+    Raises:
+        CheckpointError: there is no such folder, or nothing was saved in it.
+    """
+    folder = _find_folder(Path(args.folder))
+    rows = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
+    if not rows:
+        raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")
+    print(json.dumps([asdict(row) for row in rows]) if args.json else _draw(folder, rows, verified=args.verify))
+    return int(any(row.state == "damaged" for row in rows))
+
+
+def _find_folder(path: Path) -> SaveFolder:
+    for folder in (path / FOLDER, path):
+        if folder.name == FOLDER and folder.is_dir():
+            return SaveFolder(folder)
+    siblings = [str(other) for other in path.parent.glob("*") if (other / FOLDER).is_dir()]
+    raise CheckpointError(
+        f"{path} is no run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
+        fix="give the folder that `trellax train` wrote, runs/NAME say.",
+    )
+
+
+def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
+    path = folder.path / name
+    if not name.isdigit():
+        state = "set aside" if ".damaged" in name else "unfinished"
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return SaveRow(name=name, state=state, num_bytes=size, saved_at="", layout="", problem="")
+    seal, problem = read_seal(path)
+    if seal is None:
+        return SaveRow(name=name, state="damaged", num_bytes=0, saved_at="", layout="", problem=problem)
+    if seal.format != SEAL_FORMAT:
+        problem = f"format {seal.format}; this trellax reads {SEAL_FORMAT}"
+        return SaveRow(name=name, state="other format", num_bytes=0, saved_at="", layout="", problem=problem)
+    found = find_damage(path, seal) if verify else []
+    return SaveRow(
+        name=name,
+        state="damaged" if found else "verified" if verify else "sealed",
+        num_bytes=seal.num_bytes,
+        saved_at=seal.saved_at,
+        layout=_layout(seal),
+        problem="; ".join(found),
+    )
+
+
+def _layout(seal: Seal) -> str:
+    config: Mapping[str, Any] = seal.config
+    mesh = " ".join(f"{axis}={size}" for axis, size in config.get("mesh", {}).items())
+    return f"{mesh} {config.get('pipeline', {}).get('schedule', '')}".strip()
+
+
+def _draw(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
+    cells = [("step", "state", "bytes", "saved at", "saved on")]
+    cells += [(row.name, row.state, f"{row.num_bytes:,}", row.saved_at, row.layout) for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    lines = [
+        f"{name:>{widths[0]}}  {state:<{widths[1]}}  {size:>{widths[2]}}  {when:<{widths[3]}}  {where}".rstrip()
+        for name, state, size, when, where in cells
+    ]
+    lines += [f"{row.name}: {row.problem}" for row in rows if row.problem]
+    total = f"{sum(row.num_bytes for row in rows):,} bytes in {folder.path}"
+    lines.append(total if verified else f"{total}; --verify reads them")
+    return "\n".join(lines)
+
+
+def _number(name: str) -> tuple[int, str]:
+    number = name.partition(".")[0]
+    return (int(number) if number.isdigit() else -1, name)

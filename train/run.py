@@ -1,0 +1,281 @@
+"""One run between its first step and its last: what it does every step, every so many, and when something is wrong."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from ..layers import flops_per_token
+from ..meshes import DataError, RunError, mesh_sizes
+from .batches import Batches
+from .changes import Changes, check_changes
+from .checkpoint import Checkpoints
+from .data import Corpus, check_files
+from .metrics import MetricsLog, NoLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from .progress import StepProgress
+from .run_weights import initial_state
+from .seal import Seal
+from .speed import peak_flops_per_s
+from .state import Setup, TrainState
+from .step import StepMetrics, make_eval_step, make_train_step
+from .stop import StopRequest
+from .together import is_first
+
+_MOST_BAD_STEPS = 10
+"""Bad steps in a row that are left out; more are no accident of the data."""
+
+
+class Run:
+    """The steps of one run, and what it remembers between them; resumes from what its checkpoints hold."""
+
+    def __init__(
+        self, setup: Setup, corpus: Corpus, checkpoints: Checkpoints, *, console: Console, changes: Changes
+    ) -> None:
+        self.setup, self.config, self.checkpoints, self.console = setup, setup.config, checkpoints, console
+        self.corpus = corpus
+        seal = self._load_state(changes)
+        self.first_step = int(self.state.step)
+        batch_size = self.config.train.batch_size
+        # Where batches had another size, the first one starts where the last one ended.
+        seen = seal.data.get("sequences") if seal else None
+        first_sequence = 0 if seen is None else seen - self.first_step * batch_size
+        self.train_batches, self.val_batches = (
+            Batches(
+                tokens,
+                seq_len=self.config.data.seq_len,
+                batch_size=batch_size,
+                microbatches=self.config.pipeline.microbatches,
+                seed=self.config.run.seed,
+                first_sequence=first,
+            )
+            for tokens, first in ((corpus.train, first_sequence), (corpus.validation, 0))
+        )
+        self.train_step = self._compile("train step", make_train_step(setup))
+        self.eval_step = self._compile("validation", make_eval_step(setup))
+        section, tokens = self.config.train, self.config.data.seq_len
+        self.tokens_per_step = section.batch_size * tokens
+        flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
+        self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
+        # A run resumed at its end takes no step: its last loss is the one on record.
+        lines = read_metrics(self.config.run_folder) if seal else []
+        self.last_loss: float | None = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+        self.pace = _Pace(section.log_every)
+        self._bad_in_a_row = 0
+
+    def take_steps(self, stop: StopRequest) -> None:
+        """Train to the last step or until asked to stop, logging, validating and saving on the way.
+
+        Raises:
+            DataError: a file of the corpus is lost; the state is saved.
+            RunError: the loss is not finite or spikes; the last good state is saved.
+        """
+        with self._open_log() as log, self._progress() as progress:
+            look = _Look(self, log, progress)
+            self.pace.restart()
+            for step in range(self.first_step, self.config.train.steps):
+                if stop.is_due(step):
+                    break
+                batch = self._next_batch(step, look)
+                self.state, metrics = self.train_step(self.state, batch)
+                look.at_waiting()
+                look.waiting = (step + 1, metrics)
+                if self._is_due(self.config.train.eval_every, step + 1):
+                    log.write(step + 1, {"val_loss": self.validate()})
+                    self.pace.restart()
+                if self._is_due(self.config.checkpoint.every, step + 1):
+                    # First the line of this step: a kill after the save must not lose it.
+                    look.at_waiting()
+                    self.save()
+                    self.pace.restart()
+            look.at_waiting()
+
+    def validate(self) -> float:
+        """Return the mean loss of the held-out batches, the same ones every time."""
+        batches = range(self.config.train.eval_batches)
+        losses = [self.eval_step(self.state, self._place(self.val_batches[index])) for index in batches]
+        return float(np.mean(jax.device_get(losses)))
+
+    def save(self) -> None:
+        """Start to save the state as it is, unless it is saved already."""
+        step = int(self.state.step)
+        if step != self.checkpoints.last_step:
+            sequences = self.train_batches.num_sequences(step)
+            data = {"batches": step, "sequences": sequences, "corpus": self.corpus.sha256}
+            self.checkpoints.save(self.state, self.setup, data=data)
+
+    def finish(self, stop: StopRequest, *, start_s: float) -> Summary:
+        """Save, draw and sum up."""
+        folder, steps = self.config.run_folder, int(self.state.step)
+        self.save()
+        val_loss = None if stop.signal_name else self.validate()
+        self.checkpoints.wait()
+        summary = Summary(
+            ended=stop.signal_name or "done",
+            steps=steps,
+            final_train_loss=self.last_loss,
+            final_val_loss=val_loss,
+            tokens_per_s=self.tokens_per_step / self.pace.mean_step_time_s,
+            wall_time_s=time.perf_counter() - start_s,
+            mesh=str(mesh_sizes(self.setup.mesh)),
+            schedule=self.setup.schedule.name,
+            folder=str(folder),
+        )
+        if is_first():
+            with MetricsLog(folder, resumed_step=steps) as log:
+                log.write(steps, {"val_loss": val_loss})
+            write_summary(summary)
+            draw_loss(folder)
+        return summary
+
+    def look_at(self, step: int, metrics: StepMetrics, log: MetricsLog | NoLog, progress: StepProgress) -> None:
+        """Log a step that is done, and stop the run if it was bad.
+
+        Raises:
+            RunError: it was bad, and bad steps stop the run or were too many; the last good state is saved.
+        """
+        loss, is_taken = float(metrics.loss), bool(metrics.taken)
+        self.pace.tick()
+        tokens_per_s = self.tokens_per_step / self.pace.step_time_s
+        progress.advance(step, loss=loss, tokens_per_s=tokens_per_s)
+        self._bad_in_a_row = 0 if is_taken else self._bad_in_a_row + 1
+        if is_taken:
+            self.last_loss = loss
+        is_logged = step % self.config.train.log_every == 0 or step in (self.first_step + 1, self.config.train.steps)
+        if is_logged or not is_taken:
+            log.write(
+                step,
+                {
+                    "loss": loss,
+                    "grad_norm": float(metrics.grad_norm),
+                    "lr": float(metrics.lr),
+                    "tokens_per_s": tokens_per_s,
+                    "step_time_s": self.pace.step_time_s,
+                    "mfu": tokens_per_s * self.mfu_per_token_per_s,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    "skipped": None if is_taken else 1,
+                },
+            )
+        if not is_taken:
+            self._stop_or_skip(step, metrics)
+
+    def _stop_or_skip(self, step: int, metrics: StepMetrics) -> None:
+        what = f"step {step}: the loss is {float(metrics.loss):.4g}, the gradient's norm {float(metrics.grad_norm):.4g}"
+        if self.config.train.bad_step == "skip" and self._bad_in_a_row <= _MOST_BAD_STEPS:
+            self.console.print(f"{what}; the batch is left out", highlight=False, soft_wrap=True)
+            return
+        self.save()
+        self.checkpoints.wait()
+        again = f", and {self._bad_in_a_row - 1} steps before it were bad too" if self._bad_in_a_row > 1 else ""
+        raise RunError(
+            f"{what}{again}. Its update was left out; the state before it is saved as step "
+            f"{self.checkpoints.last_step} in {self.config.run_folder}.",
+            fix="go on with a lower --optimizer.learning_rate and --override, or with --train.bad_step skip, which "
+            "leaves such batches out.",
+        )
+
+    def _next_batch(self, step: int, look: "_Look") -> dict[str, jax.Array]:
+        try:
+            check_files(self.corpus)
+            return self._place(self.train_batches[step])
+        except DataError as error:
+            look.at_waiting()
+            self.save()
+            self.checkpoints.wait()
+            raise DataError(f"{error.problem} Step {step} is saved.", fix=error.fix) from None
+
+    def _load_state(self, changes: Changes) -> Seal | None:
+        """Set the state: that of the newest save, or a fresh one where nothing is saved."""
+        found: list[Seal] = []
+
+        def accept(seal: Seal) -> None:
+            # A model that was never trained here has no run yet that could be changed.
+            if not seal.has_params_alone:
+                was, corpus = seal.data.get("corpus"), self.corpus.sha256
+                check_changes(seal.config, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
+            found.append(seal)
+
+        if self.checkpoints.folder.is_empty:
+            self.state: TrainState = initial_state(self.setup)
+            if self.config.train.init_from:
+                text = f"weights   of {self.config.train.init_from}"
+                self.console.print(text, highlight=False, soft_wrap=True)
+            return None
+        self.state = self.checkpoints.restore(self.setup, accept=accept)
+        step, steps = int(self.state.step), self.config.train.steps
+        rest = f"{steps - step} to go" if step < steps else f"train.steps={steps}: none to take"
+        text = f"resumed   at step {step} of {self.config.run_folder}, {rest}"
+        self.console.print(text, highlight=False, soft_wrap=True)
+        return found[-1]
+
+    def _is_due(self, every: int, step: int) -> bool:
+        # The end has its own validation and save.
+        return every > 0 and step % every == 0 and step < self.config.train.steps
+
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        sharding = self.setup.batch_sharding
+        # Every process has the whole batch in its hands and places its devices' part of it.
+        return {
+            name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__) for name, leaf in batch.items()
+        }
+
+    def _compile(self, what: str, function: Any) -> Callable[..., Any]:
+        batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.setup.batch_sharding)
+            for name, leaf in self.train_batches[0].items()
+        }
+        start_s = time.perf_counter()
+        compiled = function.lower(self.setup.shapes, batch).compile()
+        self.console.print(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s", highlight=False)
+        return compiled
+
+    def _open_log(self) -> MetricsLog | NoLog:
+        return MetricsLog(self.config.run_folder, resumed_step=self.first_step) if is_first() else NoLog()
+
+    def _progress(self) -> StepProgress:
+        return StepProgress(self.console, first_step=self.first_step, steps=self.config.train.steps)
+
+
+class _Look:
+    """The step that the devices may still be at; it is looked at when the next one is under way."""
+
+    def __init__(self, run: Run, log: MetricsLog | NoLog, progress: StepProgress) -> None:
+        self._run, self._log, self._progress = run, log, progress
+        self.waiting: tuple[int, StepMetrics] | None = None
+
+    def at_waiting(self) -> None:
+        """Look at the step that waits, once."""
+        waiting, self.waiting = self.waiting, None
+        if waiting:
+            self._run.look_at(*waiting, self._log, self._progress)
+
+
+class _Pace:
+    """Seconds per step, over the last `window` steps and over all, without pauses for validation and saving."""
+
+    def __init__(self, window: int) -> None:
+        self._recent_s: deque[float] = deque(maxlen=window)
+        self._total_s, self._num_steps = 0.0, 0
+        self.restart()
+
+    def tick(self) -> None:
+        now_s = time.perf_counter()
+        self._recent_s.append(now_s - self._last_s)
+        self._total_s += now_s - self._last_s
+        self._num_steps += 1
+        self._last_s = now_s
+
+    def restart(self) -> None:
+        self._last_s = time.perf_counter()
+
+    @property
+    def step_time_s(self) -> float:
+        return sum(self._recent_s) / len(self._recent_s)
+
+    @property
+    def mean_step_time_s(self) -> float:
+        return self._total_s / self._num_steps if self._num_steps else math.inf
