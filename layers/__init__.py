@@ -7,7 +7,7 @@ from .config import ModelConfig
 from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
 from .embedding import Embedding, lookup
 from .linear import ColumnLinear, RowLinear, make_param
-from .loss import cross_entropy
+from .loss import cross_entropy, projected_cross_entropy
 from .mlp import MLP
 from .norms import make_head_norm, make_norm, normalize
 from .rotary import rope_frequencies, rotate
@@ -43,6 +43,7 @@ __all__ = [
     "normalize",
     "param_counts",
     "param_dims",
+    "projected_cross_entropy",
     "rematerialize",
     "rope_frequencies",
     "rotate",

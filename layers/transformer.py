@@ -16,7 +16,7 @@ from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
 from .linear import INIT_STD, make_param, spread
-from .loss import cross_entropy
+from .loss import projected_cross_entropy
 from .norms import make_norm
 
 
@@ -37,12 +37,20 @@ class Head(nnx.Module):
 
         Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
         """
-        table_VD = embedding_VD if self.table is None else self.table[...]
+        table_VD = self._table(embedding_VD).astype(self.config.dtype)
         x_BTD = spread(self.norm(x_BTD), self.rules.manual_axes("vocab"))
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv", x_BTD, table_VD.astype(self.config.dtype), preferred_element_type=jnp.float32
-        )
+        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
+
+    def loss(
+        self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
+    ) -> jax.Array:
+        """Return the weighted sum of cross-entropies, without holding the logits of all tokens (see `loss.py`)."""
+        table_VD = self._table(embedding_VD)
+        return projected_cross_entropy(self.norm(x_BTD), table_VD, targets_BT, weights_BT, rules=self.rules)
+
+    def _table(self, embedding_VD: jax.Array) -> jax.Array:
+        return embedding_VD if self.table is None else self.table[...]
 
 
 class Transformer(nnx.Module):
@@ -72,14 +80,16 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """tokens[B@data, T] -> logits[B@data, T, V@tensor] in float32."""
-        x_BTD = self.embed(tokens_BT)
-        graph, params_L = nnx.split(self.blocks)
-        x_BTD = run_blocks(graph, params_L, x_BTD, remat=self.remat)
-        return self.head(x_BTD, embedding_VD=self.embed.table[...])
+        return self.head(self._run_blocks(tokens_BT), embedding_VD=self.embed.table[...])
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         """Return the weighted sum of cross-entropies; the mean where the weights sum to 1."""
-        return cross_entropy(self(tokens_BT), targets_BT, weights_BT, rules=self.rules)
+        x_BTD = self._run_blocks(tokens_BT)
+        return self.head.loss(x_BTD, targets_BT, weights_BT, embedding_VD=self.embed.table[...])
+
+    def _run_blocks(self, tokens_BT: jax.Array) -> jax.Array:
+        graph, params_L = nnx.split(self.blocks)
+        return run_blocks(graph, params_L, self.embed(tokens_BT), remat=self.remat)
 
 
 def model_rules(

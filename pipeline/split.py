@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, cross_entropy, param_dims, rematerialize
+from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims, rematerialize
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .schedules import Vocab
 from .stack import check_layers, stages_from_layers
@@ -97,8 +97,8 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         head: Head = nnx.merge(graphs["head"], shared["head"])
-        logits_BTV = head(x_BTD, embedding_VD=shared["embed"]["table"])
-        return cross_entropy(logits_BTV, microbatch["targets"], microbatch["weights"], rules=head.rules)
+        table_VD = shared["embed"]["table"]
+        return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
 
     return StageFns(
         first=first,

@@ -20,8 +20,19 @@ from trellax.pipeline import (
     stages_from_layers,
 )
 from trellax.pipeline.schedules import Vocab
+from trellax.plan.hlo import Program, leaves
 
-from .law import mesh_of, one_device, pipeline_step, small_model
+from .law import (
+    NUM_TOKENS,
+    VOCAB_SIZE,
+    answer_of,
+    beyond,
+    errors_of,
+    mesh_of,
+    one_device,
+    pipeline_step,
+    small_model,
+)
 
 NUM_LAYERS, WIDTH, FEATURES, BATCH = 7, 16, 32, 24
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
@@ -113,6 +124,27 @@ def test_a_loss_alone_is_the_loss_with_gradients(mesh: str, vocab: Vocab, layers
     assert abs(alone - one_device(config, 16).loss) <= TOLERANCE * abs(alone)
     for actual, expected in zip(jax.tree.leaves((loss, grads)), jax.tree.leaves((out.loss, out.grads)), strict=True):
         assert np.array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "vocab", "embeddings"),
+    [("2x2x2", "split", "tied"), ("1x2x4", "ends", "untied"), ("2x2x1", "ends", "tied")],
+)
+def test_chunks_of_the_loss_equal_all_logits_at_once(
+    mesh: str, vocab: Vocab, embeddings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 tokens of a microbatch and 64 features: two chunks."""
+    monkeypatch.setattr("trellax.layers.loss.CHUNK_TOKENS", 1)
+    data, tensor, pipe = map(int, mesh.split("x"))
+    config, num_sequences = small_model(style="llama", embeddings=embeddings), 8 * data * 2
+    sizes: dict[str, Any] = {"num_microbatches": 2, "num_sequences": num_sequences}
+    step = pipeline_step(config, mesh=mesh, schedule="1f1b", vocab=vocab, **sizes)
+    assert beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE) == {}
+    program = Program.parse(step.run.lower(step.params, step.batch).compile().as_text())
+    parts = tensor * pipe if vocab == "split" else tensor
+    arrays = {leaf.dims for _, i in program.instructions() for leaf in leaves(i.type)}
+    assert (8, 8, VOCAB_SIZE // parts) in arrays
+    assert (8, NUM_TOKENS, VOCAB_SIZE // parts) not in arrays
 
 
 def test_unequal_chunks_of_a_single_rank_equal_one_device() -> None:

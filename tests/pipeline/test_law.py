@@ -1,10 +1,10 @@
 """The law: loss, every gradient and the global gradient norm of any mesh and schedule equal those of one device.
 
-The reference is `Transformer.loss` under plain `jax.value_and_grad` on the whole batch. The tolerance is 2e-5 relative,
-in float32: both sides add the same terms in another order (over data shards, tensor ranks and microbatches), so they
-differ by the rounding of a sum, about 1e-7 x sqrt(number of terms). With the 256 tokens or more of a batch and eight
-layers that stays near 2e-6, a factor of ten below. A gradient that is scaled or lacks a part is off by 1e-1 or
-more. What each gradient is compared with is said in `errors_of`.
+The reference is `cross_entropy` of all logits under plain `jax.value_and_grad` on the whole batch. The tolerance is
+2e-5 relative, in float32: both sides add the same terms in another order (over data shards, tensor ranks and
+microbatches), so they differ by the rounding of a sum, about 1e-7 x sqrt(number of terms). With the 256 tokens or more
+of a batch and eight layers that stays near 2e-6, a factor of ten below. A gradient that is scaled or lacks a part is
+off by 1e-1 or more. What each gradient is compared with is said in `errors_of`.
 """
 
 from dataclasses import dataclass

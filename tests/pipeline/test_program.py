@@ -12,6 +12,7 @@ import jax
 import pytest
 from trellax.pipeline import build_schedule, pipeline_grads
 from trellax.pipeline.schedules import Vocab
+from trellax.plan.groups import Groups
 from trellax.plan.hlo import Program
 
 from .hlo import Collective, collectives_of
@@ -114,11 +115,16 @@ def test_activations_and_gradients_pass_between_neighbours_alone(schedule: str) 
 
 def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None:
     found = program("1f1b", 4, "split")
-    over_pipe = ((0, 4), (1, 5), (2, 6), (3, 7))
-    sums = [c for c in collectives_of(found) if c.is_in_loop and c.groups == over_pipe]
-    # What enters the first stage, what left the last, and the gradients of both; of the loss three of [b, T] each:
-    # the maximum, and the normalizer with the target's logit.
-    assert sum(c.num_arrays for c in sums if c.kind == "all-reduce") == 4 + 3
+    over_pipe, over_pipe_and_tensor = ((0, 4), (1, 5), (2, 6), (3, 7)), ((0, 1, 4, 5), (2, 3, 6, 7))
+
+    def num_sums(groups: Groups) -> int:
+        sums = [c for c in collectives_of(found) if c.is_in_loop and c.groups == groups and c.kind == "all-reduce"]
+        return sum(c.num_arrays for c in sums)
+
+    # What enters the first stage, what left the last, and the gradient of the former.
+    assert num_sums(over_pipe) == 3
+    # The gradient of the latter, and of the loss three of [b, T] each: maximum, normalizer and the target's logit.
+    assert num_sums(over_pipe_and_tensor) == 1 + 3
 
 
 @either_vocabulary
