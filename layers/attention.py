@@ -3,8 +3,6 @@
 Query heads are column parallel, the output projection is row parallel, so a block costs one all-reduce here.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +10,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .config import ModelConfig
+from .flash import attend
 from .linear import INIT_STD, ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
 from .rotary import rotate
@@ -41,7 +40,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        return self.combine(_attend(q_BTNH, k_BTKH, v_BTKH, self.config.attention_window))
+        return self.combine(attend(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
 
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
@@ -115,11 +114,3 @@ class Attention(nnx.Module):
         heads = weight.reshape(*weight.shape[:-1], groups // copies, 1, -1, self.config.head_size)
         repeated = jnp.broadcast_to(heads, (*heads.shape[:-3], copies, *heads.shape[-2:]))
         return repeated.reshape(*weight.shape[:-1], groups, *heads.shape[-2:])
-
-
-# Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax
-# between the two matmuls is cheap to do again.
-@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=3)
-def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
-    seen = (window - 1, 0) if window else None
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen)

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args
 
 from ..meshes import ModelError, suggest
 
+LARGEST_FUSED_HEAD = 128
+"""Features of the largest head that cuDNN's flash attention takes forward and backward on every GPU from Ampere on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -18,7 +21,7 @@ class ModelConfig:
 
     `bias` "qkv" is Qwen 2's: queries, keys and values alone have one. `qk_norm` is Qwen 3's: an RMSNorm over the
     features of every query and key head. `attention_window` is how many tokens a token sees, itself and those before
-    it; 0 is all. `rope_scaling` is told in `rotary.py`.
+    it; 0 is all. `attention` is what computes it, see `flash.py`; `rope_scaling` is told in `rotary.py`.
 
     Raises:
         ModelError: a value of the wrong type or none of the choices, sizes that are not positive, or that do not
@@ -43,6 +46,7 @@ class ModelConfig:
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_tokens: int = 0
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
     attention_window: int = 0
     qk_norm: Literal["on", "off"] = "off"
     bias: Literal["on", "qkv", "off"] = "on"
@@ -69,7 +73,16 @@ class ModelConfig:
             raise ModelError(
                 f"attention_window={self.attention_window} is negative.", fix="set 0, for attention to all before it."
             )
+        self._check_attention()
         self._check_rope_scaling()
+
+    def _check_attention(self) -> None:
+        if self.attention == "cudnn" and not self.can_be_fused:
+            raise ModelError(
+                f"attention='cudnn' with dtype={self.dtype!r} and head_size={self.head_size}: cuDNN's flash attention "
+                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
+                fix="set attention='auto', dtype='bfloat16', or another head_size.",
+            )
 
     def _check_rope_scaling(self) -> None:
         kind = self.rope_scaling
@@ -143,6 +156,11 @@ class ModelConfig:
     def other_bias(self) -> Literal["on", "off"]:
         """Whether all other linear layers, and LayerNorms, have a bias."""
         return "on" if self.bias == "on" else "off"
+
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether cuDNN has flash attention of this type and these heads, on every GPU from Ampere on."""
+        return self.dtype == "bfloat16" and self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
 
     @property
     def query_size(self) -> int:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .buffers import Carry, Row, accumulate, read, vary, write, zeros_for
 from .ends import AloneEnds, TogetherEnds, Wants
 from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
-from .residuals import LayerVjp
+from .residuals import Layers, LayerVjp
 from .split_backward import SplitBackward
 from .stage import PipelineParams, StageFns
 
@@ -104,16 +104,8 @@ class _Machine:
     @jax.named_scope("forward")
     def _forward(self, carry: Carry, row: Row) -> Carry:
         microbatch = read(self.batch, row["microbatch"])
-
-        def layer(index: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-            x, saved = state
-            y, residuals = self.vjp.forward(self._layer_params(row, index), x, microbatch)
-            place = (row["save"], index)
-            written = [write(b, vary(r), *place) for b, r in zip(saved[: len(residuals)], residuals, strict=True)]
-            return vary(y), [*written, *saved[len(residuals) :]]
-
-        start = (self.ends.enter(carry, row, microbatch), carry["saved"])
-        y, saved = jax.lax.fori_loop(0, self._num_own_layers(row), layer, start)
+        x = self.ends.enter(carry, row, microbatch)
+        y, saved = self.vjp.forward_stack(self._layers(row), x, carry["saved"], microbatch, slot=(row["save"],))
         return self.ends.leave(carry | {"saved": saved}, y, row, microbatch)
 
     @jax.named_scope("forward")
@@ -128,18 +120,10 @@ class _Machine:
 
     @jax.named_scope("backward")
     def _backward(self, carry: Carry, row: Row) -> Carry:
-        microbatch, num_layers = read(self.batch, row["microbatch"]), self._num_own_layers(row)
-
-        def layer(turn: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            grad, sums = state
-            index = num_layers - 1 - turn
-            residuals = [read(buffer, row["save"], index) for buffer in carry["saved"]]
-            d_params, dx = self.vjp.backward(self._layer_params(row, index), residuals, microbatch, grad)
-            add = partial(accumulate, place=(row["chunk"], index))
-            return vary(dx), jax.tree.map(add, sums, d_params)
-
-        grad = read(carry["gradients"], row["source"])
-        dx, sums = jax.lax.fori_loop(0, num_layers, layer, (grad, carry["stage_grads"]))
+        microbatch, grad = read(self.batch, row["microbatch"]), read(carry["gradients"], row["source"])
+        dx, sums = self.vjp.backward_stack(
+            self._layers(row), grad, carry["saved"], microbatch, carry["stage_grads"], slot=(row["save"],)
+        )
         return self.ends.leave_back(carry | {"stage_grads": sums}, dx, row, microbatch)
 
     @jax.named_scope("input_grad")
@@ -180,6 +164,9 @@ class _Machine:
         if counts is None or len(set(counts)) == 1:
             return self.num_layers
         return jnp.asarray(counts)[row["chunk"] * jax.lax.axis_size("pipe") + jax.lax.axis_index("pipe")]
+
+    def _layers(self, row: Row) -> Layers:
+        return Layers(stages=self.stages, chunk=row["chunk"], count=self._num_own_layers(row))
 
     def _layer_params(self, row: Row, index: jax.Array) -> Any:
         return read(self.stages, row["chunk"], index)

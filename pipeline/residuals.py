@@ -5,11 +5,32 @@ tables) is made again in the backward tick from parameters and microbatch, which
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+
+from .buffers import accumulate, read, vary, write
+
+
+Place = tuple[jax.Array | int, ...]
+"""Positions of the leading dimensions of a buffer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The layers of one stage of this rank: chunk `chunk` of `stages` [C, k, ...], the first `count` of its k."""
+
+    stages: Any
+    chunk: jax.Array | int
+    count: jax.Array | int
+
+    def own(self, index: jax.Array) -> Any:
+        """Return the parameters of one layer."""
+        return read(self.stages, self.chunk, index)
 
 
 class LayerVjp:
@@ -48,6 +69,35 @@ class LayerVjp:
         kept = iter(residuals)
         leaves = [next(kept) if is_kept else leaf for leaf, is_kept in zip(leaves, self._is_kept, strict=True)]
         return jax.tree.unflatten(tree, leaves)(grad)
+
+    def forward_stack(
+        self, layers: Layers, x: jax.Array, saved: list[jax.Array], microbatch: Any, *, slot: Place
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Run layers in order; return what comes out, and the buffers with what each keeps at [*slot, layer]."""
+
+        def layer(index: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            x, saved = state
+            y, residuals = self.forward(layers.own(index), x, microbatch)
+            kept = zip(saved, residuals, strict=False)
+            written = [write(buffer, vary(leaf), *slot, index) for buffer, leaf in kept]
+            return vary(y), [*written, *saved[len(residuals) :]]
+
+        return jax.lax.fori_loop(0, layers.count, layer, (x, saved))
+
+    def backward_stack(
+        self, layers: Layers, grad: jax.Array, saved: list[jax.Array], microbatch: Any, sums: Any, *, slot: Place
+    ) -> tuple[jax.Array, Any]:
+        """Run the backward of layers in reverse; return dx, and the sums with their gradients added in place."""
+
+        def layer(turn: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            grad, sums = state
+            index = layers.count - 1 - turn
+            residuals = [read(buffer, *slot, index) for buffer in saved]
+            d_params, dx = self.backward(layers.own(index), residuals, microbatch, grad)
+            add = partial(accumulate, place=(layers.chunk, index))
+            return vary(dx), jax.tree.map(add, sums, d_params)
+
+        return jax.lax.fori_loop(0, layers.count, layer, (grad, sums))
 
     def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
         y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)

@@ -32,6 +32,7 @@ _MEANINGS = {
     "model.rope_low_frequency_factor": "llama3: turns within rope_original_tokens below which a pair is stretched",
     "model.rope_high_frequency_factor": "llama3: turns within rope_original_tokens above which it is not",
     "model.rope_original_tokens": "llama3: longest sequence before stretching",
+    "model.attention": "what computes attention: flash attention where it can be (auto), or always this",
     "model.attention_window": "tokens that a token sees, itself included; 0 means all before it",
     "model.qk_norm": "RMSNorm of every query and key head",
     "model.bias": "bias of linear layers and layer norms; qkv for that of query, key and value alone",

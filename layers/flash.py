@@ -1,0 +1,129 @@
+"""Causal attention that holds no [T, T] array of scores: cuDNN's flash attention, where the machine has it.
+
+Elsewhere (other devices, float32, odd head sizes) XLA's own attention runs. Which one is decided while tracing, from
+the devices of the mesh at hand, so programs for GPUs that are not there get what the GPUs would. The algorithm is that
+of Dao 2023 ("FlashAttention-2", section 3); kept for the backward are inputs, output and one number for every query.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ..meshes import ModelError, ShardingRules
+from .config import ModelConfig
+
+Kernel = Literal["xla", "cudnn"]
+"""What runs the attention."""
+
+
+def choose_kernel(config: ModelConfig) -> Kernel:
+    """Return what runs the attention of this model on the devices of the context's mesh, or jax's own without one.
+
+    Raises:
+        ModelError: the config asks for cuDNN, and the devices are no NVIDIA GPUs.
+    """
+    kind = _device_kind()
+    is_there = kind.startswith("NVIDIA")
+    if config.attention == "cudnn" and not is_there:
+        raise ModelError(
+            f"attention='cudnn' needs NVIDIA GPUs, but the devices are {kind!r}.", fix="set model.attention='auto'."
+        )
+    return "cudnn" if config.attention != "xla" and is_there and config.can_be_fused else "xla"
+
+
+def attend(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig, rules: ShardingRules
+) -> jax.Array:
+    """Return what every head mixes of the values of its tokens: the causal ones, of the last `attention_window`.
+
+    q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
+
+    Raises:
+        ModelError: the config asks for a kernel that the devices do not have.
+    """
+    if choose_kernel(config) == "xla":
+        return _attend_plainly(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window, rules)
+
+
+def _attend(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int, implementation: Kernel
+) -> jax.Array:
+    seen = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation=implementation
+    )
+
+
+# Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax
+# between the two matmuls is cheap to do again.
+@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=3)
+def _attend_plainly(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
+    return _attend(q_BTNH, k_BTKH, v_BTKH, window=window, implementation="xla")
+
+
+# All axes are manual around the kernel: jax's own partitioning of it does not lower inside a partly manual region. The
+# gradient is written by hand because autodiff of a nested `shard_map` does not lower there either (see embedding.py).
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend_flash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
+) -> jax.Array:
+    flash = partial(_attend, window=window, implementation="cudnn")
+    axes, heads = _axes(), _specs(rules)[4]
+    return jax.shard_map(flash, in_specs=(heads,) * 3, out_specs=heads, axis_names=axes)(q_BTNH, k_BTKH, v_BTKH)
+
+
+def _flash_forward(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
+) -> tuple[jax.Array, Any]:
+    flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
+
+    def block(*qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        y_BTNH, vjp = jax.vjp(flash, *qkv)
+        return y_BTNH, [leaf for leaf in jax.tree.leaves(vjp) if leaf.size]
+
+    kept = jax.eval_shape(lambda *qkv: jax.tree.leaves(jax.vjp(flash, *qkv)[1]), q_BTNH, k_BTKH, v_BTKH)
+    out_specs = specs[4], [specs[leaf.ndim] for leaf in kept if leaf.size]
+    return jax.shard_map(block, in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes())(
+        q_BTNH, k_BTKH, v_BTKH
+    )
+
+
+def _flash_backward(
+    window: int, rules: ShardingRules, saved: list[jax.Array], grad_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
+
+    def block(saved: list[jax.Array], grad_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # As in pipeline/residuals.py: the forward traced here gives only the structure, and the compiler drops it.
+        _, vjp = jax.vjp(flash, *saved[:3])
+        leaves, tree = jax.tree.flatten(vjp)
+        kept = iter(saved)
+        return jax.tree.unflatten(tree, [next(kept) if leaf.size else leaf for leaf in leaves])(grad_BTNH)
+
+    in_specs = [specs[leaf.ndim] for leaf in saved], specs[4]
+    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(saved, grad_BTNH)
+
+
+_attend_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _axes() -> set[str]:
+    """The axes that the compiler would split over, those of size 1 too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis for axis, kind in kinds if kind == AxisType.Auto}
+
+
+def _specs(rules: ShardingRules) -> dict[int, P]:
+    """Of [B, T, heads, H], and of the [B, heads, T] numbers that the kernel keeps for its backward."""
+    batch, heads = rules.auto_axes("batch") or None, rules.auto_axes("heads") or None
+    return {4: P(batch, None, heads), 3: P(batch, heads)}
+
+
+def _device_kind() -> str:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
