@@ -115,7 +115,7 @@ class _Machine:
         def layer(index: jax.Array, x: jax.Array) -> jax.Array:
             return vary(self.fns.layer(self._layer_params(row, index), x, microbatch))
 
-        y = jax.lax.fori_loop(0, self._num_own_layers(row), layer, self.ends.enter(carry, row, microbatch))
+        y = self._layers(row).loop(layer, self.ends.enter(carry, row, microbatch))
         return self.ends.leave(carry, y, row, microbatch)
 
     @jax.named_scope("backward")
@@ -143,7 +143,7 @@ class _Machine:
             return vary(dx), buffers
 
         grad = read(carry["gradients"], row["source"])
-        dx, saved = jax.lax.fori_loop(0, num_layers, layer, (grad, carry["saved"]))
+        dx, saved = self._layers(row).loop(layer, (grad, carry["saved"]))
         return self.ends.leave_back(carry | {"saved": saved}, dx, row, microbatch)
 
     @jax.named_scope("weight_grad")
@@ -155,7 +155,7 @@ class _Machine:
             grads = self.halves.weight_grad(self._layer_params(row, index), kept, microbatch)
             return jax.tree.map(partial(accumulate, place=(row["chunk"], index)), sums, grads)
 
-        sums = jax.lax.fori_loop(0, self._num_own_layers(row), layer, carry["stage_grads"])
+        sums = self._layers(row).loop(layer, carry["stage_grads"])
         return carry | {"stage_grads": sums}
 
     def _num_own_layers(self, row: Row) -> jax.Array | int:
@@ -166,7 +166,8 @@ class _Machine:
         return jnp.asarray(counts)[row["chunk"] * jax.lax.axis_size("pipe") + jax.lax.axis_index("pipe")]
 
     def _layers(self, row: Row) -> Layers:
-        return Layers(stages=self.stages, chunk=row["chunk"], count=self._num_own_layers(row))
+        count, unroll = self._num_own_layers(row), self.fns.unroll
+        return Layers(stages=self.stages, chunk=row["chunk"], count=count, unroll=unroll)
 
     def _layer_params(self, row: Row, index: jax.Array) -> Any:
         return read(self.stages, row["chunk"], index)

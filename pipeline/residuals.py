@@ -7,14 +7,13 @@ tables) is made again in the backward tick from parameters and microbatch, which
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import Literal as Constant
 
 from .buffers import accumulate, read, vary, write
-
 
 Place = tuple[jax.Array | int, ...]
 """Positions of the leading dimensions of a buffer."""
@@ -27,10 +26,16 @@ class Layers:
     stages: Any
     chunk: jax.Array | int
     count: jax.Array | int
+    unroll: Literal["off", "on"] = "off"
 
     def own(self, index: jax.Array) -> Any:
         """Return the parameters of one layer."""
         return read(self.stages, self.chunk, index)
+
+    def loop(self, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+        """Return the state after body(0, ...) to body(count - 1, ...)."""
+        is_written_out = self.unroll == "on" and isinstance(self.count, int)
+        return jax.lax.fori_loop(0, self.count, body, state, unroll=is_written_out or None)
 
 
 class LayerVjp:
@@ -50,9 +55,9 @@ class LayerVjp:
         num_params, num_x = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
         tainted = set(jaxpr.jaxpr.invars[num_params : num_params + num_x])
         for equation in jaxpr.jaxpr.eqns:
-            if any(not isinstance(v, Literal) and v in tainted for v in equation.invars):
+            if any(not isinstance(v, Constant) and v in tainted for v in equation.invars):
                 tainted.update(equation.outvars)
-        self._is_kept = [not isinstance(v, Literal) and v in tainted for v in jaxpr.jaxpr.outvars]
+        self._is_kept = [not isinstance(v, Constant) and v in tainted for v in jaxpr.jaxpr.outvars]
         return [shape for shape, kept in zip(shapes, self._is_kept, strict=True) if kept]
 
     def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
@@ -82,7 +87,7 @@ class LayerVjp:
             written = [write(buffer, vary(leaf), *slot, index) for buffer, leaf in kept]
             return vary(y), [*written, *saved[len(residuals) :]]
 
-        return jax.lax.fori_loop(0, layers.count, layer, (x, saved))
+        return layers.loop(layer, (x, saved))
 
     def backward_stack(
         self, layers: Layers, grad: jax.Array, saved: list[jax.Array], microbatch: Any, sums: Any, *, slot: Place
@@ -97,7 +102,7 @@ class LayerVjp:
             add = partial(accumulate, place=(layers.chunk, index))
             return vary(dx), jax.tree.map(add, sums, d_params)
 
-        return jax.lax.fori_loop(0, layers.count, layer, (grad, sums))
+        return layers.loop(layer, (grad, sums))
 
     def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
         y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)

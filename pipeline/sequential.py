@@ -2,9 +2,10 @@
 
 As in the executor, what a layer keeps for its backward goes into buffers that all microbatches share, and gradients are
 added to their sums layer by layer. Autodiff of a scan over layers would make such buffers anew for every microbatch,
-and a second copy of all gradients (20% of the traffic of a GPT-2 step on an H200, by `trellax inspect`).
+and a second copy of all gradients. Layers that are written out need no buffers: each keeps arrays of its own.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +41,9 @@ class _Sequence:
         self.fns, self.shared, self.vjp = fns, params.shared, LayerVjp(fns.layer)
         num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
         counts = fns.layers_per_stage or (self.num_layers,) * num_chunks
-        self.chunks = [Layers(stages=params.stages, chunk=i, count=count) for i, count in enumerate(counts)]
+        self.chunks = [
+            Layers(stages=params.stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)
+        ]
 
     def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
         """Run one microbatch forward."""
@@ -50,27 +53,46 @@ class _Sequence:
             def layer(index: jax.Array, x: jax.Array, chunk: Layers = chunk) -> jax.Array:
                 return vary(self.fns.layer(chunk.own(index), x, microbatch))
 
-            x = jax.lax.fori_loop(0, chunk.count, layer, x)
+            x = chunk.loop(layer, x)
         return loss + vary(self.fns.last(self.shared, x, microbatch)), None
 
     def buffers(self, microbatch: Any) -> list[jax.Array]:
-        """Room for what all layers keep of one microbatch, [chunks, layers, ...]."""
+        """Room for what all layers keep of one microbatch, [chunks, layers, ...]; none where they are written out."""
         x = jax.eval_shape(self.fns.first, self.shared, microbatch)
         kept = self.vjp.plan(self.chunks[0].own(jnp.int32(0)), vary(jnp.zeros(x.shape, x.dtype)), microbatch)
+        if self.fns.unroll == "on":
+            return []
         lead = len(self.chunks), self.num_layers
         return [vary(jnp.zeros((*lead, *leaf.shape), leaf.dtype)) for leaf in kept]
 
     def add_grads(self, carry: Any, microbatch: Any) -> tuple[Any, None]:
         """Run one microbatch forward and backward."""
         loss, sums, saved = carry
-        x = vary(self.fns.first(self.shared, microbatch))
-        for chunk in self.chunks:
-            x, saved = self.vjp.forward_stack(chunk, x, saved, microbatch, slot=(chunk.chunk,))
+        x, saved = self._forward(vary(self.fns.first(self.shared, microbatch)), saved, microbatch)
         own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, x, microbatch)
-        dx, stages = vary(dx), sums.stages
-        for chunk in reversed(self.chunks):
-            dx, stages = self.vjp.backward_stack(chunk, dx, saved, microbatch, stages, slot=(chunk.chunk,))
+        dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
         _, first_back = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
         shared = jax.tree.map(accumulate, sums.shared, d_shared)
         shared = jax.tree.map(accumulate, shared, first_back(dx)[0])
         return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
+
+    def _forward(self, x: jax.Array, saved: list[Any], microbatch: Any) -> tuple[jax.Array, list[Any]]:
+        for chunk in self.chunks:
+            if self.fns.unroll == "off":
+                x, saved = self.vjp.forward_stack(chunk, x, saved, microbatch, slot=(chunk.chunk,))
+                continue
+            for index in range(chunk.count):
+                y, kept = self.vjp.forward(chunk.own(index), x, microbatch)
+                x, saved = vary(y), [*saved, kept]
+        return x, saved
+
+    def _backward(self, dx: jax.Array, saved: list[Any], microbatch: Any, sums: Any) -> tuple[jax.Array, Any, list]:
+        for chunk in reversed(self.chunks):
+            if self.fns.unroll == "off":
+                dx, sums = self.vjp.backward_stack(chunk, dx, saved, microbatch, sums, slot=(chunk.chunk,))
+                continue
+            for index in reversed(range(chunk.count)):
+                *saved, kept = saved
+                grads, dx = self.vjp.backward(chunk.own(index), kept, microbatch, dx)
+                dx, sums = vary(dx), jax.tree.map(partial(accumulate, place=(chunk.chunk, index)), sums, grads)
+        return dx, sums, saved

@@ -5,9 +5,9 @@ together, or each rank holds them whole over pipe and the end stages work on the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -41,6 +41,7 @@ def split_transformer(
     layers_per_stage: Sequence[int] | None = None,
     vocab: Vocab = "ends",
     remat: Remat = "none",
+    unroll: Literal["off", "on"] = "off",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages.
@@ -53,6 +54,7 @@ def split_transformer(
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         vocab: as the schedule was made with: tables split over pipe too for all ranks, or for the end stages alone.
+        unroll: whether the layers of a stage are written out, for speed, or looped over, for compile time.
         rules: fitted to model and mesh by `layers.model_rules`.
 
     Raises:
@@ -71,7 +73,7 @@ def split_transformer(
     shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    fns = _stage_fns(model, remat, counts, _shared_specs(dims.shared, rules))
+    fns = replace(_stage_fns(model, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
 
 
@@ -106,7 +108,20 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared
         last=last,
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         shared_specs=shared_specs,
+        prepare=None if model.config.dtype == "float32" else partial(_cast_kernels, model.config.dtype),
     )
+
+
+def _cast_kernels(dtype: str, stages: Any) -> Any:
+    """Return stage parameters with their matrices in the compute dtype: once a step, not in every layer and microbatch.
+
+    All else is small, and norms compute in float32.
+    """
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, stages)
 
 
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -33,6 +33,9 @@ class StageFns:
         shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). Given, all
             ranks run `first` and `last` together on one microbatch, each with its part of `shared`, inside `shard_map`:
             what differs between ranks must be summed over "pipe" before it is returned.
+        prepare: stage parameters -> what layers are given instead of them, made once a step: the same but for rounding,
+            casts say. Gradients are those of what it returns, summed in float32.
+        unroll: whether the layers of a stage are written out one after another instead of looped over.
     """
 
     first: Callable[[Any, Any], jax.Array]
@@ -40,6 +43,8 @@ class StageFns:
     last: Callable[[Any, jax.Array, Any], jax.Array]
     layers_per_stage: tuple[int, ...] | None = None
     shared_specs: Any = None
+    prepare: Callable[[Any], Any] | None = None
+    unroll: Literal["off", "on"] = "off"
 
 
 @jax.tree_util.register_dataclass

@@ -65,6 +65,7 @@ class Setup:
             self.config.model,
             mesh=self.mesh,
             remat=self.config.pipeline.remat,
+            unroll=self.config.pipeline.unroll,
             rules=rules,
             num_chunks=self.num_chunks,
             layers_per_stage=self.layers_per_stage if self.mesh.shape["pipe"] > 1 else None,

@@ -165,6 +165,7 @@ def pipeline_step(
     layers_per_stage: tuple[int, ...] | None = None,
     vocab: Vocab = "ends",
     remat: Remat = "none",
+    unroll: Literal["off", "on"] = "off",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh."""
@@ -174,6 +175,7 @@ def pipeline_step(
         config,
         mesh=devices,
         remat=remat,
+        unroll=unroll,
         rules=rules,
         num_chunks=num_chunks,
         layers_per_stage=layers_per_stage,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from trellax.pipeline import (
     pipeline_loss,
 )
 
-from .law import mesh_of, pipeline_step, small_model
+from .law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
 
 Golden = Callable[[str, str], None]
 
@@ -251,3 +251,14 @@ def test_mistake_is_refused_before_anything_runs(name: str, entry: Callable[...,
     with pytest.raises(TrellaxError) as caught:
         entry(MLP, params=given.params, batch=given.batch, **given.kwargs())
     golden(f"errors/grads_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+
+
+@pytest.mark.parametrize("mesh", ["2x2x1", "1x2x2"])
+def test_layers_written_out_equal_layers_looped_over(mesh: str) -> None:
+    config, sizes = replace(small_model(), num_layers=4), {"num_microbatches": 2, "num_sequences": 16}
+    choices: tuple[Literal["off", "on"], ...] = ("off", "on")
+    steps = [pipeline_step(config, mesh=mesh, schedule="1f1b", unroll=unroll, **sizes) for unroll in choices]
+    looped, written = (answer_of(step) for step in steps)
+    assert beyond(errors_of(written, looped), tolerance=2e-5) == {}  # as in test_law.py, for the same reason
+    counts = [step.run.lower(step.params, step.batch).as_text().count("stablehlo.while") for step in steps]
+    assert counts[1] < counts[0]

@@ -1,0 +1,88 @@
+"""Settings of XLA that trellax chooses for GPUs, each with its reason, and the cache of compiled programs.
+
+A user's own `XLA_FLAGS` win: what they name is left alone. Programs for GPUs that are not there are compiled with the
+same settings, so that `trellax inspect` reads the program that would run.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CompilerOption = bool | int | str
+"""Value of a setting, as `Lowered.compile` takes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A setting of XLA, and why it is set."""
+
+    name: str
+    value: CompilerOption
+    why: str
+
+
+GPU_SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        name="xla_gpu_enable_latency_hiding_scheduler",
+        value=True,
+        why="moves the start of a collective up and its end down, so that products run while it does",
+    ),
+    Setting(
+        name="xla_gpu_enable_highest_priority_async_stream",
+        value=True,
+        why="a collective that waits for a product to leave the device is not hidden behind it",
+    ),
+    Setting(
+        name="xla_gpu_all_reduce_combine_threshold_bytes",
+        value=256 << 20,
+        why="gradients are summed once a step: few large sums instead of many of the default's 30 MB",
+    ),
+    Setting(
+        name="xla_gpu_enable_command_buffer",
+        value="FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+        why="the body of a loop is launched as one graph; collectives stay out, or they would not overlap",
+    ),
+)
+"""In the order of tables."""
+
+MEMORY_FRACTION = 0.92
+"""Share of a GPU that jax may take: 0.75, its default, leaves 35 GB of an H200 idle; the rest is for libraries."""
+
+
+def compile_for(lowered: Any, *, platform: str) -> Any:
+    """Return the compiled program, with the settings for its platform that this XLA knows.
+
+    >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
+    Array(0., dtype=float32, ...)
+    """
+    options = choose_options(platform)
+    while True:
+        try:
+            return lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            # Names come and go with XLA's versions; one that is not known is told before anything is compiled.
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if unknown is None or options.pop(unknown[1], None) is None:
+                raise
+
+
+def choose_options(platform: str) -> dict[str, CompilerOption]:
+    """Return the settings for a platform (`gpu`, `cpu`) that the user's XLA_FLAGS leave open."""
+    if platform not in ("gpu", "cuda"):
+        return {}
+    named = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
+    return {setting.name: setting.value for setting in GPU_SETTINGS if setting.name not in named}
+
+
+def prepare_backend(folder: Path) -> None:
+    """Set what must be set before jax starts: the share of GPU memory, and the cache of compiled programs in a folder.
+
+    What the environment or jax's own configuration says already is left alone.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
