@@ -48,7 +48,9 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
     with join_run(args, silence_s=config.run.silence_s):
-        summary = train(config, start=start, changes="accept" if args.override else "refuse")
+        summary = train(
+            config, start=start, changes="accept" if args.override else "refuse", profile_steps=args.profile
+        )
     if not is_first():
         return 0
     if args.json:
@@ -176,7 +178,15 @@ def _add_train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fresh", action="store_true", help="start over; refuses where something is saved")
     command.add_argument("--force", action="store_true", help="with --fresh: move what is saved into a folder beside")
     command.add_argument("--override", action="store_true", help="go on although the config differs in what matters")
+    command.add_argument("--profile", metavar="N", type=_steps, default=0, help="trace N steps, once warm")
     add_process_arguments(command)
+
+
+def _steps(text: str) -> int:
+    """A number of steps; argparse turns the error into one of ours."""
+    if (steps := int(text)) < 1:
+        raise ValueError
+    return steps
 
 
 def _short_overrides(args: argparse.Namespace) -> list[str]:

@@ -17,6 +17,7 @@ from ..plan import Hardware, ProgramReport, StepSizes, inspect_compiled, minimum
 from ..plan.traffic import sum_traffic
 from .state import Setup
 from .step import Batch, make_train_step
+from .xla import compile_for
 
 
 def inspect_step(
@@ -42,7 +43,8 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     start_s = time.perf_counter()
     step: Any = make_train_step(setup)
     try:
-        compiled = step.lower(setup.shapes, batch_shapes(setup)).compile()
+        lowered = step.lower(setup.shapes, batch_shapes(setup))
+        compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ProgramError(

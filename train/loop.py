@@ -18,6 +18,7 @@ from .config import RunConfig
 from .data import check_vocabulary, load_corpus
 from .metrics import Summary
 from .plan_warnings import warn_of_layout
+from .profile import StepProfile
 from .report import describe
 from .run import Run
 from .run_folder import Start, open_run_folder
@@ -26,6 +27,7 @@ from .state import Setup
 from .stop import StopRequest
 from .together import first_does, is_first
 from .tokenizer import keep_tokenizer
+from .xla import prepare_backend
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -43,7 +45,12 @@ def prepare(config: RunConfig) -> Setup:
 
 
 def train(
-    config: RunConfig, *, console: Console | None = None, start: Start = "resume", changes: Changes = "refuse"
+    config: RunConfig,
+    *,
+    console: Console | None = None,
+    start: Start = "resume",
+    changes: Changes = "refuse",
+    profile_steps: int = 0,
 ) -> Summary:
     """Train as the config says and return what came of it; talks on `console` (stderr if left out).
 
@@ -52,12 +59,14 @@ def train(
     Args:
         start: whether to go on from what is saved, or to start over.
         changes: whether a config may go on that differs in what matters from the one that was saved.
+        profile_steps: steps to trace, see `profile.py`.
 
     Raises:
         TrellaxError: a mistake in the config, the corpus or the saves, or a run that cannot go on; what was saved
             before is still there.
     """
     start_s = time.perf_counter()
+    prepare_backend(config.run_folder)
     setup = prepare(config)
     check_initial_weights(setup)
     console = console or Console(file=sys.stderr)
@@ -76,7 +85,8 @@ def train(
         say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         with Checkpoints(config.run_folder, keep=keep, keep_every=keep_every, say=say) as checkpoints:
-            run = Run(setup, corpus, checkpoints, console=console, changes=changes)
+            profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
+            run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
             try:
                 run.take_steps(stop)
                 return run.finish(stop, start_s=start_s)

@@ -1,8 +1,6 @@
 """One run between its first step and its last: what it does every step, every so many, and when something is wrong."""
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,9 @@ from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
 from .metrics import MetricsLog, NoLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from .pace import Pace
+from .prefetch import Prefetch
+from .profile import StepProfile
 from .progress import StepProgress
 from .run_weights import initial_state
 from .seal import Seal
@@ -25,6 +26,7 @@ from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
 from .together import is_first
+from .xla import compile_for
 
 _MOST_BAD_STEPS = 10
 """Bad steps in a row that are left out; more are no accident of the data."""
@@ -34,7 +36,14 @@ class Run:
     """The steps of one run, and what it remembers between them; resumes from what its checkpoints hold."""
 
     def __init__(
-        self, setup: Setup, corpus: Corpus, checkpoints: Checkpoints, *, console: Console, changes: Changes
+        self,
+        setup: Setup,
+        corpus: Corpus,
+        checkpoints: Checkpoints,
+        *,
+        console: Console,
+        changes: Changes,
+        profile: StepProfile,
     ) -> None:
         self.setup, self.config, self.checkpoints, self.console = setup, setup.config, checkpoints, console
         self.corpus = corpus
@@ -64,7 +73,8 @@ class Run:
         # A run resumed at its end takes no step: its last loss is the one on record.
         lines = read_metrics(self.config.run_folder) if seal else []
         self.last_loss: float | None = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
-        self.pace = _Pace(section.log_every)
+        self.pace, self.profile = Pace(window=section.log_every), profile
+        profile.begin_after(self.first_step)
         self._bad_in_a_row = 0
 
     def take_steps(self, stop: StopRequest) -> None:
@@ -74,14 +84,18 @@ class Run:
             DataError: a file of the corpus is lost; the state is saved.
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
-        with self._open_log() as log, self._progress() as progress:
+        self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
+        with self._open_log() as log, self._progress() as progress, self._ahead:
             look = _Look(self, log, progress)
             self.pace.restart()
             for step in range(self.first_step, self.config.train.steps):
                 if stop.is_due(step):
                     break
                 batch = self._next_batch(step, look)
+                self.profile.before(step, self.state)
                 self.state, metrics = self.train_step(self.state, batch)
+                if self.profile.after(step, self.state, self.train_step, num_devices=self.setup.mesh.devices.size):
+                    self.pace.restart()
                 look.at_waiting()
                 look.waiting = (step + 1, metrics)
                 if self._is_due(self.config.train.eval_every, step + 1):
@@ -93,6 +107,7 @@ class Run:
                     self.save()
                     self.pace.restart()
             look.at_waiting()
+        self.profile.close()
 
     def validate(self) -> float:
         """Return the mean loss of the held-out batches, the same ones every time."""
@@ -138,7 +153,8 @@ class Run:
         Raises:
             RunError: it was bad, and bad steps stop the run or were too many; the last good state is saved.
         """
-        loss, is_taken = float(metrics.loss), bool(metrics.taken)
+        with self.pace.waiting("device"):
+            loss, is_taken = float(metrics.loss), bool(metrics.taken)
         self.pace.tick()
         tokens_per_s = self.tokens_per_step / self.pace.step_time_s
         progress.advance(step, loss=loss, tokens_per_s=tokens_per_s)
@@ -155,6 +171,7 @@ class Run:
                     "lr": float(metrics.lr),
                     "tokens_per_s": tokens_per_s,
                     "step_time_s": self.pace.step_time_s,
+                    **self.pace.parts_s,
                     "mfu": tokens_per_s * self.mfu_per_token_per_s,
                     "peak_memory_bytes": peak_memory_bytes(),
                     "skipped": None if is_taken else 1,
@@ -178,10 +195,14 @@ class Run:
             "leaves such batches out.",
         )
 
+    def _make_batch(self, step: int) -> dict[str, jax.Array]:
+        check_files(self.corpus)
+        return self._place(self.train_batches[step])
+
     def _next_batch(self, step: int, look: "_Look") -> dict[str, jax.Array]:
         try:
-            check_files(self.corpus)
-            return self._place(self.train_batches[step])
+            with self.pace.waiting("input"):
+                return self._ahead[step]
         except DataError as error:
             look.at_waiting()
             self.save()
@@ -229,7 +250,8 @@ class Run:
             for name, leaf in self.train_batches[0].items()
         }
         start_s = time.perf_counter()
-        compiled = function.lower(self.setup.shapes, batch).compile()
+        platform = self.setup.mesh.devices.flat[0].platform
+        compiled = compile_for(function.lower(self.setup.shapes, batch), platform=platform)
         self.console.print(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s", highlight=False)
         return compiled
 
@@ -252,30 +274,3 @@ class _Look:
         waiting, self.waiting = self.waiting, None
         if waiting:
             self._run.look_at(*waiting, self._log, self._progress)
-
-
-class _Pace:
-    """Seconds per step, over the last `window` steps and over all, without pauses for validation and saving."""
-
-    def __init__(self, window: int) -> None:
-        self._recent_s: deque[float] = deque(maxlen=window)
-        self._total_s, self._num_steps = 0.0, 0
-        self.restart()
-
-    def tick(self) -> None:
-        now_s = time.perf_counter()
-        self._recent_s.append(now_s - self._last_s)
-        self._total_s += now_s - self._last_s
-        self._num_steps += 1
-        self._last_s = now_s
-
-    def restart(self) -> None:
-        self._last_s = time.perf_counter()
-
-    @property
-    def step_time_s(self) -> float:
-        return sum(self._recent_s) / len(self._recent_s)
-
-    @property
-    def mean_step_time_s(self) -> float:
-        return self._total_s / self._num_steps if self._num_steps else math.inf

@@ -1,0 +1,58 @@
+"""Settings of XLA: for GPUs alone, never against the user, and unknown ones are left out."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from trellax.train import xla
+from trellax.train.xla import GPU_SETTINGS, choose_options, compile_for, prepare_backend
+
+
+def test_gpus_get_every_setting_and_cpus_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert choose_options("gpu") == {setting.name: setting.value for setting in GPU_SETTINGS}
+    assert choose_options("cpu") == {}
+
+
+def test_flags_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *rest = GPU_SETTINGS
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/nowhere --{first.name}=false")
+    assert choose_options("gpu") == {setting.name: setting.value for setting in rest}
+
+
+def test_every_setting_has_a_reason() -> None:
+    assert all(setting.why for setting in GPU_SETTINGS)
+
+
+def test_a_setting_that_this_xla_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, Any] = {"xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setattr(xla, "choose_options", lambda _: {"xla_gpu_of_another_day": True} | known)
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(()))
+    assert float(compile_for(lowered, platform="gpu")(jnp.ones(()))) == 2.0
+
+
+def test_other_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "choose_options", lambda _: {"xla_llvm_disable_expensive_passes": "perhaps"})
+    with pytest.raises(Exception, match="perhaps"):
+        compile_for(jax.jit(lambda x: x).lower(1.0), platform="gpu")
+
+
+def test_cache_and_memory_share_of_the_user_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    prepare_backend(tmp_path)
+    assert jax.config.jax_compilation_cache_dir == before
+    assert __import__("os").environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+def test_a_run_has_its_own_cache_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        prepare_backend(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,44 @@
+"""Batches made and placed while the devices are at the step before: the next one is there when it is due."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+Batch = TypeVar("Batch")
+
+
+class Prefetch(Generic[Batch]):
+    """Random access to what `make(step)` returns, the following step made ahead by a thread; use as a context manager.
+
+    What `make` raises for a step is raised when that step is asked for, not before.
+
+    >>> with Prefetch(lambda step: step**2, end=10) as squares:
+    ...     [squares[step] for step in range(3)]
+    [0, 1, 4]
+
+    Args:
+        end: first step that nobody will ask for.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], *, end: int) -> None:
+        self._make, self._end = make, end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def __getitem__(self, step: int) -> Batch:
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == step else self._start(step)
+        batch = ready.result()
+        self._ahead = (step + 1, self._start(step + 1)) if step + 1 < self._end else None
+        return batch
+
+    def _start(self, step: int) -> "Future[Batch]":
+        return self._thread.submit(self._make, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)

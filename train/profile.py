@@ -1,0 +1,57 @@
+"""`trellax train --profile N`: a trace of a few steps for TensorBoard (xprof) and for Perfetto, and its gist."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..plan.trace import format_operations, list_operations
+
+WARM_UP_STEPS = 3
+"""Steps before the first that is traced: the first ones load programs and fill caches."""
+
+
+class StepProfile:
+    """Traces `num_steps` steps of a run, once it is warm, and says where their time went.
+
+    Args:
+        folder: of the run; the trace goes into its `profile`.
+        num_steps: 0 traces nothing.
+        say: takes the text.
+    """
+
+    def __init__(self, folder: Path, *, num_steps: int, say: Callable[[str], None]) -> None:
+        self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
+        self._start, self._is_on = WARM_UP_STEPS, False
+
+    def begin_after(self, first_step: int) -> None:
+        """Say with which step the run begins."""
+        self._start = first_step + WARM_UP_STEPS
+
+    def before(self, step: int, state: Any) -> None:
+        """Begin with the first step to trace, once the devices have done what was asked of them."""
+        if self._num_steps and step == self._start:
+            jax.block_until_ready(state)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            self._is_on = True
+
+    def after(self, step: int, state: Any, compiled: Any, *, num_devices: int) -> bool:
+        """End with the last step to trace and say what was seen; return whether that was now, and took its time."""
+        if not self._is_on or step + 1 < self._start + self._num_steps:
+            return False
+        self._is_on = False
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        operations = list_operations(self._folder, compiled, num_devices=num_devices)
+        self._say(
+            f"\nprofile   {self._num_steps} steps in {self._folder}: for TensorBoard's profile tab and ui.perfetto.dev"
+        )
+        self._say(format_operations(operations, num_steps=self._num_steps))
+        return True
+
+    def close(self) -> None:
+        """Drop a trace that the end of the run cut off."""
+        if self._is_on:
+            jax.profiler.stop_trace()
