@@ -19,13 +19,13 @@ Kernel = Literal["xla", "cudnn"]
 """What runs the attention."""
 
 
-def choose_kernel(config: ModelConfig) -> Kernel:
-    """Return what runs the attention of this model on the devices of the context's mesh, or jax's own without one.
+def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Kernel:
+    """Return what runs the attention of this model on some devices: those of the context's mesh if left out.
 
     Raises:
         ModelError: the config asks for cuDNN, and the devices are no NVIDIA GPUs.
     """
-    kind = _device_kind()
+    kind = device_kind or _device_kind()
     is_there = kind.startswith("NVIDIA")
     if config.attention == "cudnn" and not is_there:
         raise ModelError(
@@ -80,32 +80,42 @@ def _flash_forward(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
 ) -> tuple[jax.Array, Any]:
     flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
-
-    def block(*qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        y_BTNH, vjp = jax.vjp(flash, *qkv)
-        return y_BTNH, [leaf for leaf in jax.tree.leaves(vjp) if leaf.size]
-
-    kept = jax.eval_shape(lambda *qkv: jax.tree.leaves(jax.vjp(flash, *qkv)[1]), q_BTNH, k_BTKH, v_BTKH)
-    out_specs = specs[4], [specs[leaf.ndim] for leaf in kept if leaf.size]
-    return jax.shard_map(block, in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes())(
-        q_BTNH, k_BTKH, v_BTKH
-    )
+    # The output is kept too, and handed out once: what follows keeps the same array.
+    kept = jax.eval_shape(lambda *qkv: _split_saved(*_run(flash, *qkv))[1], q_BTNH, k_BTKH, v_BTKH)
+    out_specs = specs[4], [specs[leaf.ndim] for leaf in kept]
+    y_BTNH, saved = jax.shard_map(
+        lambda *qkv: _split_saved(*_run(flash, *qkv)), in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes()
+    )(q_BTNH, k_BTKH, v_BTKH)
+    return y_BTNH, (saved, y_BTNH)
 
 
 def _flash_backward(
-    window: int, rules: ShardingRules, saved: list[jax.Array], grad_BTNH: jax.Array
+    window: int, rules: ShardingRules, kept: tuple[list[jax.Array], jax.Array], grad_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
 
-    def block(saved: list[jax.Array], grad_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def block(saved: list[jax.Array], y_BTNH: jax.Array, grad_BTNH: jax.Array) -> tuple[jax.Array, ...]:
         # As in pipeline/residuals.py: the forward traced here gives only the structure, and the compiler drops it.
-        _, vjp = jax.vjp(flash, *saved[:3])
-        leaves, tree = jax.tree.flatten(vjp)
-        kept = iter(saved)
-        return jax.tree.unflatten(tree, [next(kept) if leaf.size else leaf for leaf in leaves])(grad_BTNH)
+        traced_BTNH, leaves, tree = _run(flash, *saved[:3])
+        rest = iter(saved)
+        leaves = [y_BTNH if leaf is traced_BTNH else next(rest) if leaf.size else leaf for leaf in leaves]
+        return jax.tree.unflatten(tree, leaves)(grad_BTNH)
 
-    in_specs = [specs[leaf.ndim] for leaf in saved], specs[4]
-    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(saved, grad_BTNH)
+    saved, y_BTNH = kept
+    in_specs = [specs[leaf.ndim] for leaf in saved], specs[4], specs[4]
+    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(
+        saved, y_BTNH, grad_BTNH
+    )
+
+
+def _run(flash: Any, *qkv: jax.Array) -> tuple[jax.Array, list[jax.Array], Any]:
+    y_BTNH, vjp = jax.vjp(flash, *qkv)
+    return y_BTNH, *jax.tree.flatten(vjp)
+
+
+def _split_saved(y_BTNH: jax.Array, leaves: list[jax.Array], _: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """Part the output from what else the backward needs: q, k, v and a number for every query."""
+    return y_BTNH, [leaf for leaf in leaves if leaf.size and leaf is not y_BTNH]
 
 
 _attend_flash.defvjp(_flash_forward, _flash_backward)

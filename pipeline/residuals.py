@@ -1,7 +1,8 @@
 """The backward pass of a layer as data: what `jax.vjp` must keep of each microbatch, ready for a ring buffer.
 
-Kept is only what depends on the layer's input. The rest (the weights themselves, their casts, causal masks, rotary
-tables) is made again in the backward tick from parameters and microbatch, which are at hand there.
+Kept is only what depends on the layer's input, and each array once, however often it is reshaped. The rest (the weights
+themselves, their casts, causal masks, rotary tables) is made again in the backward tick from parameters and microbatch,
+which are at hand there.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core import Literal as Constant
 
 from .buffers import accumulate, read, vary, write
@@ -44,6 +46,7 @@ class LayerVjp:
     def __init__(self, layer: Callable[[Any, jax.Array, Any], jax.Array]) -> None:
         self._layer = layer
         self._is_kept: list[bool] = []
+        self._copies: dict[int, _Copy] = {}
 
     def plan(self, params: Any, x: jax.Array, microbatch: Any) -> list[jax.ShapeDtypeStruct]:
         """Find out which residuals depend on x, and return the shapes of those; call it before the other two."""
@@ -57,7 +60,10 @@ class LayerVjp:
         for equation in jaxpr.jaxpr.eqns:
             if any(not isinstance(v, Constant) and v in tainted for v in equation.invars):
                 tainted.update(equation.outvars)
-        self._is_kept = [not isinstance(v, Constant) and v in tainted for v in jaxpr.jaxpr.outvars]
+        outvars = jaxpr.jaxpr.outvars
+        depends = [not isinstance(v, Constant) and v in tainted for v in outvars]
+        self._copies = _find_copies(jaxpr.jaxpr, [index for index, on_x in enumerate(depends) if on_x])
+        self._is_kept = [on_x and index not in self._copies for index, on_x in enumerate(depends)]
         return [shape for shape, kept in zip(shapes, self._is_kept, strict=True) if kept]
 
     def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
@@ -73,6 +79,8 @@ class LayerVjp:
         _, leaves, tree = self._trace(params, jnp.zeros_like(grad), microbatch)
         kept = iter(residuals)
         leaves = [next(kept) if is_kept else leaf for leaf, is_kept in zip(leaves, self._is_kept, strict=True)]
+        for index, copy in self._copies.items():
+            leaves[index] = copy.make(leaves)
         return jax.tree.unflatten(tree, leaves)(grad)
 
     def forward_stack(
@@ -108,3 +116,36 @@ class LayerVjp:
         y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)
         leaves, tree = jax.tree.flatten(vjp)
         return y, leaves, tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Copy:
+    """A residual that is another one, `source`, in another shape: the steps from there to here."""
+
+    source: int
+    steps: tuple[JaxprEqn, ...]
+
+    def make(self, leaves: list[jax.Array]) -> jax.Array:
+        value = leaves[self.source]
+        for step in self.steps:
+            value = step.primitive.bind(value, **step.params)
+        return value
+
+
+_SAME = ("reshape", "sharding_constraint")
+"""Operations that change no number."""
+
+
+def _find_copies(jaxpr: Jaxpr, candidates: list[int]) -> dict[int, _Copy]:
+    """Of some outputs, those that are another one in another shape."""
+    makers = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _SAME}
+    place = {jaxpr.outvars[index]: index for index in reversed(candidates)}
+    copies: dict[int, _Copy] = {}
+    for index in candidates:
+        var, steps = jaxpr.outvars[index], []
+        while place.get(var) in (None, index) and (maker := makers.get(var)) is not None:
+            steps.append(maker)
+            var = maker.invars[0]
+        if (source := place.get(var, index)) != index and source not in copies:
+            copies[index] = _Copy(source=source, steps=tuple(reversed(steps)))
+    return copies

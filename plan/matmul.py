@@ -5,6 +5,9 @@ import re
 
 from .hlo import Array, Computation, Instruction, leaves
 
+_FLASH = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+"""Products of flash attention, all of [T, S] scores with [S, H]: the backward makes the scores again."""
+
 _GEMM = ("__cublas$", "__onednn$matmul", "__triton_gemm")
 _CONVOLUTIONS = {  # library call: which of (first operand, second operand, result) are the output and the kernel
     "__cudnn$convForward": (2, 1),
@@ -29,11 +32,31 @@ def _library_flops(instruction: Instruction, computation: Computation) -> int:
     if target in _CONVOLUTIONS:
         output, kernel = _CONVOLUTIONS[target]
         return _convolution(instruction, computation, output=output, kernel=kernel)
+    if target in _FLASH:
+        return _FLASH[target] * _flash_product(instruction, computation)
     if not target.startswith(_GEMM):
         return 0
     if found := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes):
         return _dot(instruction, computation, tuple(map(int, re.findall(r"\d+", found[1]))))
     return _guess_dot(instruction, computation)
+
+
+def _flash_product(instruction: Instruction, computation: Computation) -> int:
+    """Flops of one product of flash attention, which leaves out what its mask hides: the later half, or a window."""
+    head_size = _operand(instruction, computation, 0).dims[-1]
+    found = re.search(
+        r'"intermediate_tensor_shape":\s*{"element_type":\s*"\w+",\s*"dimensions":\s*\[([^\]]*)\]',
+        instruction.attributes,
+    )
+    if found is None:
+        return 0
+    *batch, queries, keys = map(int, re.findall(r"\d+", found[1]))
+    pairs = queries * keys
+    if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', instruction.attributes):
+        window = re.search(r'"sliding_window_length":\s*"?(\d+)', instruction.attributes)
+        seen = int(window[1]) if window and int(window[1]) else keys
+        pairs = pairs // 2 if seen >= keys else seen * queries - seen * (seen - 1) // 2
+    return 2 * math.prod(batch) * pairs * head_size
 
 
 def matrix_dtype(instruction: Instruction, computation: Computation) -> str:

@@ -125,3 +125,18 @@ def test_block_with_dots_keeps_less_than_without_remat() -> None:
         return sum(leaf.size for leaf in LayerVjp(layer).plan(params, x, None))
 
     assert num_kept("full") < num_kept("dots") < num_kept("none")
+
+
+def test_one_array_in_two_shapes_is_kept_once() -> None:
+    def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+        y = x @ params["w"]
+        flat = y.reshape(-1)
+        return y * y[::-1] + (flat * flat[::-1]).reshape(x.shape)
+
+    kept = [leaf.shape for leaf in LayerVjp(layer).plan(PARAMS, jnp.asarray(X), MICROBATCH)]
+    plain = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: layer(PARAMS, x, None), jnp.asarray(X))[1])]
+    # y and flat are one array; both reversed are others.
+    assert len(plain) - len(kept) >= 1
+    assert (plain.count((48,)), kept.count((48,))) == (2, 1)
+    actual, expected = both_ways(layer, PARAMS, jnp.asarray(X), MICROBATCH)
+    assert jax.tree.all(jax.tree.map(np.array_equal, actual, expected))
