@@ -30,7 +30,7 @@ def roofline_times_s(
     times = {kind: np.zeros(mesh.devices.size) for kind in CLASSES}
     for operation in operations:
         if operation.kind != "communication":
-            times[operation.kind] = times[operation.kind] + operation.count * _time_s(operation, hardware)
+            times[operation.kind] = times[operation.kind] + operation.count * bound_time_s(operation, hardware)
     for collective in collectives:
         crosses = _crosses_nodes(collective.axis, mesh, devices_per_node)
         speed = hardware.network_bytes_per_s if crosses else hardware.link_bytes_per_s
@@ -40,7 +40,8 @@ def roofline_times_s(
     return {kind: float(time[slowest]) for kind, time in times.items()}
 
 
-def _time_s(operation: Operation, hardware: Hardware) -> float:
+def bound_time_s(operation: Operation, hardware: Hardware) -> float:
+    """Return the least that one run of an operation takes on this device."""
     costs = [
         (operation.matrix_flops, hardware.matrix_peak(operation.dtype)),
         (operation.vector_flops, hardware.vector_flops_per_s),

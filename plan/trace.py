@@ -12,29 +12,38 @@ from typing import Any
 import jax
 
 from .executions import count_executions
+from .hardware import Hardware
 from .hlo import Program
 from .inspect import hlo_text
+from .roofline import bound_time_s
 from .work import CLASSES, Class, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedOperation:
-    """An instruction, its class, how often it ran and how long in all, on all devices together."""
+    """An instruction, its class, how often it ran and how long in all, on all devices together.
+
+    `bound_s` is the least that all runs would have taken by the device's peaks; 0 without them.
+    """
 
     name: str
     op_name: str
     kind: Class
     count: int
     time_s: float
+    bound_s: float = 0.0
 
 
-def list_operations(folder: str | Path, compiled: Any, *, num_devices: int) -> tuple[TimedOperation, ...]:
+def list_operations(
+    folder: str | Path, compiled: Any, *, num_devices: int, hardware: Hardware | None = None
+) -> tuple[TimedOperation, ...]:
     """Return the operations of a compiled program that a profile has seen, the longest first.
 
     Loops, branches and calls are left out: their time is that of what is inside.
 
     Args:
         folder: what `jax.profiler.trace` wrote to; the newest profile in it is read.
+        hardware: one device, for the bounds.
     """
     program = Program.parse(hlo_text(compiled))
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
@@ -46,7 +55,14 @@ def list_operations(folder: str | Path, compiled: Any, *, num_devices: int) -> t
             total[0] += 1
             total[1] += time_s
     found = [
-        TimedOperation(name=name, op_name=known[name].op_name, kind=known[name].kind, count=int(count), time_s=time_s)
+        TimedOperation(
+            name=name,
+            op_name=known[name].op_name,
+            kind=known[name].kind,
+            count=int(count),
+            time_s=time_s,
+            bound_s=count * bound_time_s(known[name], hardware) if hardware else 0.0,
+        )
         for name, (count, time_s) in totals.items()
     ]
     return tuple(sorted(found, key=lambda operation: -operation.time_s))

@@ -1,0 +1,162 @@
+"""A worker of `gpu.py`: trellax's own training step of one shape on one device, timed, weighed and profiled.
+
+Arguments: shape, tokens of a sequence, steps to time, then overrides of the config. The answer is one line of JSON.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from gpu_shapes import SHAPES, Shape
+from trellax.train import RunConfig, load_config
+from trellax.train.xla import prepare_backend
+
+PEAK_SIZE = 8192
+"""Rows of the square matrices whose product measures the peak."""
+
+
+def config_of(shape: Shape, seq_len: int, overrides: list[str], folder: str) -> RunConfig:
+    """The run of a shape, as a user would write it."""
+    names = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size")
+    lines = [
+        "[model]",
+        *(f"{name} = {getattr(shape, name)}" for name in names),
+        f"max_tokens = {seq_len}",
+        'mlp = "swiglu"\nnorm = "rmsnorm"\npositions = "rotary"',
+        'bias = "off"\nembeddings = "untied"\ndtype = "bfloat16"',
+        f"[data]\nseq_len = {seq_len}",
+        f"[train]\nsteps = 100\nbatch_size = {shape.tokens // seq_len}",
+        "[optimizer]\nlearning_rate = 3e-4",
+        f"[pipeline]\nmicrobatches = {shape.tokens // shape.microbatch_tokens}",
+    ]
+    file = Path(folder, "gpu.toml")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return load_config(file, overrides)
+
+
+def main() -> None:
+    name, seq_len, num_steps, *overrides = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(SHAPES[name], int(seq_len), overrides, folder)
+        prepare_backend(Path(os.environ.get("TRELLAX_GPU_CACHE", folder)))
+        print(json.dumps(measure(config, num_steps=int(num_steps), folder=Path(folder))), flush=True)
+
+
+def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any]:
+    """Compile, run, time and profile the step of a run on the first device."""
+    import jax
+    from trellax.meshes import MeshSpec, build_mesh
+    from trellax.train.inspect_step import compile_step, report_step
+    from trellax.train.state import Setup
+
+    device = jax.devices()[0]
+    setup = Setup(config, build_mesh(MeshSpec(), devices=[device]))
+    compiled, compile_s = compile_step(setup)
+    hardware = find_hardware(device)
+    report = report_step(compiled, setup, hardware=hardware)
+    peak = measure_peak(512 if device.platform == "cpu" else PEAK_SIZE)
+    state, batch = setup.init_state(), make_batch(setup)
+    for _ in range(3):
+        state, metrics = compiled(state, batch)
+    loss = float(metrics.loss)
+    times_s = []
+    for _ in range(num_steps):
+        start_s = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        times_s.append(time.perf_counter() - start_s)
+    peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    jax.profiler.start_trace(str(folder / "profile"))
+    for _ in range(2):
+        state, metrics = compiled(state, batch)
+    jax.block_until_ready(state)
+    jax.profiler.stop_trace()
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "loss_after_3": loss,
+        "compile_s": compile_s,
+        "step_s": statistics.median(times_s),
+        "step_min_s": min(times_s),
+        "peak_flops_per_s": peak,
+        "predicted_bytes": report.memory.total,
+        "peak_bytes": peak_bytes,
+        "roofline_s": report.step_bound_s,
+        "recompute_flops": report.recompute_flops,
+        **describe_profile(folder / "profile", compiled, hardware, num_steps=2),
+    }
+
+
+def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: int) -> dict[str, Any]:
+    """Seconds a step by class, the longest operations, and where most is lost against the roofline."""
+    from trellax.plan.trace import list_operations, sum_classes
+
+    found = list_operations(folder, compiled, num_devices=1, hardware=hardware)
+    lost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for one in found:
+        # Instructions that one line of the model makes in every layer are one loss.
+        key = f"{one.kind}: {'/'.join(one.op_name.split('/')[-3:]) or one.name.rstrip('.0123456789')}"
+        lost[key][0] += one.time_s / num_steps
+        lost[key][1] += one.bound_s / num_steps
+    losses = sorted(lost.items(), key=lambda item: item[1][1] - item[1][0])
+    return {
+        "classes_s": {kind: time_s / num_steps for kind, time_s in sum_classes(found).items()},
+        "top": [
+            {"name": one.name, "kind": one.kind, "op_name": one.op_name[-80:], "ms": 1e3 * one.time_s / num_steps}
+            for one in found[:10]
+        ],
+        "losses": [{"what": key, "ms": 1e3 * time_s, "bound_ms": 1e3 * bound} for key, (time_s, bound) in losses[:3]],
+    }
+
+
+def find_hardware(device: Any) -> Any:
+    """The peaks of the device by XLA's description of it, or measured."""
+    from trellax.plan import hardware_from_description, list_gpus, measure_host
+
+    if device.platform == "cpu":
+        return measure_host(num_devices=1, memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    words = device.device_kind.lower().removeprefix("nvidia ").split()
+    known = list_gpus()
+    name = next((name for name in known if name.split("-")[0] == words[0] and len(name.split("-")) == len(words)), None)
+    name = name or next(name for name in known if name.startswith(words[0]))
+    return hardware_from_description(known[name])
+
+
+def measure_peak(size: int) -> float:
+    """The best of a few bfloat16 products of square matrices, flop/s."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jnp.ones((size, size), jnp.bfloat16)
+    # A chain, so that launching is no part of it.
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, y: (y @ x) * jnp.bfloat16(1 / size), x))
+    jax.block_until_ready(multiply(matrix))
+    times_s = []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        jax.block_until_ready(multiply(matrix))
+        times_s.append(time.perf_counter() - start_s)
+    return 10 * 2 * size**3 / min(times_s)
+
+
+def make_batch(setup: Any) -> Any:
+    """Random tokens in the shape of the run's batches, on the device."""
+    import jax
+    import numpy as np
+    from trellax.train.inspect_step import batch_shapes
+
+    shapes, config = batch_shapes(setup), setup.config
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shapes["tokens"].shape, dtype=np.int32)
+    weights = np.full(tokens.shape, 1 / tokens.size, np.float32)
+    leaves = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=-1), "weights": weights}
+    return {key: jax.device_put(leaf, shapes[key].sharding) for key, leaf in leaves.items()}
+
+
+if __name__ == "__main__":
+    main()
