@@ -13,6 +13,7 @@ from .config import ModelConfig
 from .flash import attend
 from .linear import INIT_STD, ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
+from .product import multiply
 from .rotary import rotate
 
 
@@ -27,7 +28,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        into = {"dtype": config.dtype, "rngs": rngs, "rules": rules}
+        into = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
         d, std = config.hidden_size, INIT_STD / (2 * config.num_layers) ** 0.5
         self.query = ColumnLinear(d, config.query_size, dim="heads", bias=config.qkv_bias, **into)
         self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
@@ -98,8 +99,8 @@ class Attention(nnx.Module):
             return q, k, v
         groups = max(parts, self.config.num_kv_heads)
         kernel_DGJH = jnp.concatenate([self._group(linear.kernel[...], groups) for linear in linears], axis=-2)
-        kernel_DGJH = self.rules.constrain(kernel_DGJH, ("embed", "heads", None, "head")).astype(self.config.dtype)
-        y_BTGJH = jnp.einsum("btd,dgjh->btgjh", x_BTD, kernel_DGJH)
+        kernel_DGJH = self.rules.constrain(kernel_DGJH, ("embed", "heads", None, "head"))
+        y_BTGJH = multiply(x_BTD, kernel_DGJH, dtype=self.config.dtype, matmuls=self.config.matmuls)
         if self.query.bias is not None:
             biases = [self._group(linear.bias[...], groups) for linear in linears if linear.bias is not None]
             y_BTGJH = y_BTGJH + jnp.concatenate(biases, axis=-2).astype(self.config.dtype)[None, None]

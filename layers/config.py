@@ -52,6 +52,7 @@ class ModelConfig:
     bias: Literal["on", "qkv", "off"] = "on"
     embeddings: Literal["tied", "untied"] = "tied"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmuls: Literal["plain", "fp8"] = "plain"
 
     def __post_init__(self) -> None:
         for field in fields(self):

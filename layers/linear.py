@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .product import Matmuls, multiply
 
 INIT_STD = 0.02
 
@@ -49,6 +50,7 @@ class ColumnLinear(nnx.Module):
     Args:
         dim: logical name of the output features ("ffn", "heads", "kv_heads").
         dtype: compute dtype; parameters stay float32.
+        matmuls: what the product is computed in, see `product.py`.
     """
 
     def __init__(
@@ -61,15 +63,16 @@ class ColumnLinear(nnx.Module):
         bias: Literal["on", "off"] = "on",
         std: float = INIT_STD,
         dtype: DTypeLike = jnp.float32,
+        matmuls: Matmuls = "plain",
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
-        self.dim, self.dtype, self.rules = dim, dtype, rules
+        self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std)
         self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0) if bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor]."""
-        y_BTF = x_BTD.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y_BTF = multiply(x_BTD, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
         return self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
@@ -90,6 +93,7 @@ class RowLinear(nnx.Module):
     Args:
         dim: logical name of the input features ("ffn", "heads").
         dtype: compute dtype; parameters stay float32.
+        matmuls: what the product is computed in, see `product.py`.
     """
 
     def __init__(
@@ -102,15 +106,16 @@ class RowLinear(nnx.Module):
         bias: Literal["on", "off"] = "on",
         std: float = INIT_STD,
         dtype: DTypeLike = jnp.float32,
+        matmuls: Matmuls = "plain",
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
-        self.dim, self.dtype, self.rules = dim, dtype, rules
+        self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std)
         self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D]."""
-        y_BTD = x_BTF.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
         axes = self.rules.manual_axes(self.dim)
         y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, ("batch", "tokens", "embed"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.

@@ -9,6 +9,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
 from .linear import INIT_STD, ColumnLinear, RowLinear
+from .product import multiply
 
 
 class MLP(nnx.Module):
@@ -19,7 +20,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.rules = rules
-        into = {"dim": "ffn", "bias": config.other_bias, "dtype": config.dtype, "rngs": rngs, "rules": rules}
+        into = {"dim": "ffn", "bias": config.other_bias, "dtype": config.dtype, "matmuls": config.matmuls}
+        into |= {"rngs": rngs, "rules": rules}
         d, f = config.hidden_size, config.ffn_size
         self.up = ColumnLinear(d, f, **into)
         self.gate = ColumnLinear(d, f, **into) if config.mlp == "swiglu" else nnx.data(None)
@@ -38,7 +40,8 @@ class MLP(nnx.Module):
         if self.rules.parts_in_context("ffn") == 1:
             return gate(x_BTD), self.up(x_BTD)
         kernel_D2F = jnp.stack([gate.kernel[...], self.up.kernel[...]], axis=1).astype(self.up.dtype)
-        y_BT2F = jnp.einsum("btd,dgf->btgf", x_BTD, self.rules.constrain(kernel_D2F, ("embed", None, "ffn")))
+        kernel_D2F = self.rules.constrain(kernel_D2F, ("embed", None, "ffn"))
+        y_BT2F = multiply(x_BTD, kernel_D2F, dtype=self.up.dtype, matmuls=self.up.matmuls)
         if gate.bias is not None and self.up.bias is not None:
             y_BT2F = y_BT2F + jnp.stack([gate.bias[...], self.up.bias[...]]).astype(self.up.dtype)[None, None]
         y_BT2F = self.rules.constrain(y_BT2F, ("batch", "tokens", None, "ffn"))

@@ -38,6 +38,7 @@ _MEANINGS = {
     "model.bias": "bias of linear layers and layer norms; qkv for that of query, key and value alone",
     "model.embeddings": "whether the output shares the embedding's table",
     "model.dtype": "type to compute in; parameters are always float32",
+    "model.matmuls": "what weights are multiplied in: the compute dtype (plain), or eight bits (needs qwix)",
 }
 
 

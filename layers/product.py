@@ -1,0 +1,80 @@
+"""The product of activations and weights, in the compute dtype or in eight bits (Micikevicius et al. 2022, section 3).
+
+In eight bits both factors are scaled by their largest number of the moment ("current scaling") and rounded: e4m3 in the
+forward, e5m2 for the gradient that arrives in the backward. Sums are in float32. Quantization is qwix's.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ..meshes import ModelError
+
+Matmuls = Literal["plain", "fp8"]
+"""What weights are multiplied in: the compute dtype, or eight bits."""
+
+_VALUE, _GRADIENT = "float8_e4m3fn", "float8_e5m2"
+
+
+def multiply(x_BTD: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain") -> jax.Array:
+    """Return x[B, T, D] @ kernel[D, ...] -> y[B, T, ...] in `dtype`.
+
+    With "fp8" the residual of the backward is x in eight bits, half of what bfloat16 keeps.
+
+    Raises:
+        ModelError: "fp8" without the package qwix.
+    """
+    x_BTD, kernel = x_BTD.astype(dtype), kernel.astype(dtype)
+    if matmuls == "plain":
+        return jax.lax.dot_general(x_BTD, kernel, (((2,), (0,)), ((), ())))
+    return _multiply_fp8(x_BTD, kernel)
+
+
+@jax.custom_vjp
+def _multiply_fp8(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _forward(x_BTD, kernel)[0]
+
+
+def _forward(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    x, w = _quantize(x_BTD, _VALUE), _quantize(kernel, _VALUE)
+    return _dot(x, w, ((2,), (0,)), x_BTD.dtype), (x, w)
+
+
+def _backward(saved: tuple[Any, Any], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    g = _quantize(grad, _GRADIENT)
+    features = tuple(range(2, grad.ndim))
+    d_x = _dot(g, w, (features, tuple(range(1, grad.ndim - 1))), grad.dtype)
+    d_kernel = _dot(x, g, ((0, 1), (0, 1)), grad.dtype)
+    return d_x, _match(d_kernel, w.qvalue)
+
+
+_multiply_fp8.defvjp(_forward, _backward)
+
+
+def _match(grad: jax.Array, like: jax.Array) -> jax.Array:
+    """Sum a gradient over manual axes on which what it belongs to is the same."""
+    axes = tuple(axis for axis in jax.typeof(grad).mat.varying if axis not in jax.typeof(like).mat.varying)
+    return jax.lax.psum(grad, axes) if axes else grad
+
+
+def _quantize(array: jax.Array, qtype: str) -> Any:
+    return _qwix().quantize(array, qtype, scale_dtype=jnp.float32)
+
+
+def _dot(left: Any, right: Any, contracting: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any) -> jax.Array:
+    dot = partial(_qwix().dot_general, preferred_element_type=jnp.float32)
+    return dot(left, right, (contracting, ((), ()))).astype(dtype)
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError:
+        raise ModelError(
+            "model.matmuls='fp8' needs qwix, which is not installed.", fix="pip install 'trellax[quant]'."
+        ) from None
+    return qwix
