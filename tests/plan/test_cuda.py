@@ -5,11 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from trellax.meshes import TargetError
 from trellax.plan import list_gpus
+from trellax.plan.collectives import KINDS
+from trellax.plan.hlo import Computation, Instruction, Program, leaves
+from trellax.plan.matmul import matrix_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,17 +37,17 @@ RUN = """
 import argparse, sys
 from trellax.train import load_config
 from trellax.train.inspect_command import run_inspect
-config, target, *overrides = sys.argv[1:]
-run_inspect(load_config(config, overrides), argparse.Namespace(target=target, json=True, hlo=None, png=None))
+hlo, config, target, *overrides = sys.argv[1:]
+run_inspect(load_config(config, overrides), argparse.Namespace(target=target, json=True, hlo=hlo or None, png=None))
 """
 
 
-def inspect(words: str) -> dict[str, object]:
+def inspect(words: str, *, hlo: str = "") -> dict[str, object]:
     """The command's JSON, from a process of its own: a target is chosen before jax starts."""
     for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
     env["PYTHONPATH"] = str(ROOT / ".src")
-    command = [sys.executable, "-c", RUN, *words.split()]
+    command = [sys.executable, "-c", RUN, hlo, *words.split()]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -61,6 +65,83 @@ def test_a_small_step_on_h200() -> None:
     assert isinstance(traffic, list)
     ratios = {row["axis"]: round(row["ratio"], 2) for row in traffic if row["ratio"]}
     assert ratios == {"data": 1.0, "pipe": 1.0, "pipe+tensor": 1.0, "tensor": 1.0}
+
+
+SEQ, VOCAB = 1280, 8192
+FLASH = (
+    f"--model.dtype bfloat16 --model.vocab_size {VOCAB} --model.max_tokens {SEQ} --data.seq_len {SEQ} "
+    "--train.batch_size 64 --pipeline.microbatches 4"
+)
+"""Sequences of a microbatch: 8 on a data shard of 2x2x2, 16 on one device."""
+
+MESHES = {"2x2x2": "quickstart h200:8", "1x1x1": "quickstart h200:1 --mesh.data 1 --mesh.tensor 1 --mesh.pipe 1"}
+NUM_SEQUENCES, VOCAB_PARTS = {"2x2x2": 8, "1x1x1": 16}, {"2x2x2": 4, "1x1x1": 1}
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Program]:
+    """A mesh, and the training step of a bfloat16 model on it."""
+    file = tmp_path_factory.mktemp("hlo") / "step.hlo"
+    inspect(f"{MESHES[request.param]} {FLASH}", hlo=str(file))
+    return request.param, Program.parse(file.read_text())
+
+
+def arrays_of(program: Program) -> set[tuple[int, ...]]:
+    return {leaf.dims for _, i in program.instructions() for leaf in leaves(i.type)}
+
+
+def test_attention_is_fused_and_no_scores_are_held(step: tuple[str, Program]) -> None:
+    _, program = step
+    targets = {i.text("custom_call_target") for _, i in program.instructions() if i.opcode == "custom-call"}
+    assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= targets
+    # [T, T] is no weight, activation or chunk of logits here: hidden 128, feed-forward 512, words 2048 or 8192.
+    assert [dims for dims in arrays_of(program) if dims[-2:] == (SEQ, SEQ)] == []
+
+
+def test_no_logits_of_a_whole_microbatch_are_held(step: tuple[str, Program]) -> None:
+    mesh, program = step
+    num_tokens, words = NUM_SEQUENCES[mesh] * SEQ, VOCAB // VOCAB_PARTS[mesh]
+    with_words = [dims for dims in arrays_of(program) if words in dims]
+    largest = max(math.prod(dims) for dims in with_words)
+    assert largest < num_tokens * words
+    # Those of a chunk are there.
+    assert any(math.prod(dims) == 1024 * words for dims in with_words)
+
+
+def test_collectives_overlap_with_products(step: tuple[str, Program]) -> None:
+    mesh, program = step
+    if mesh == "1x1x1":
+        return
+    hidden = {kind for kind, between in list_asynchronous(program) if between}
+    assert "all-reduce" in hidden
+    assert {kind for kind, _ in list_asynchronous(program)} >= {"all-reduce", "collective-permute"}
+
+
+def list_asynchronous(program: Program) -> Iterator[tuple[str, list[str]]]:
+    """Every collective in two halves, with the matrix products that are started between them."""
+    for computation in program.computations.values():
+        order = list(computation.instructions.values())
+        place = {instruction.name: index for index, instruction in enumerate(order)}
+        for index, done in enumerate(order):
+            if not done.opcode.endswith("-done") or done.operands[0] not in place:
+                continue
+            start = order[place[done.operands[0]]]
+            inside = [i.opcode for name in start.called().get("calls", ()) for i in own(program, name)]
+            kind = next((k for k in KINDS if k in (start.opcode.removesuffix("-start"), *inside)), None)
+            if kind is not None:
+                between = order[place[start.name] + 1 : index]
+                yield kind, [i.name for i in between if is_product(program, i, computation)]
+
+
+def own(program: Program, name: str) -> Iterator[Instruction]:
+    yield from program.computations[name].instructions.values()
+
+
+def is_product(program: Program, instruction: Instruction, computation: Computation) -> bool:
+    if matrix_flops(instruction, computation):
+        return True
+    called = instruction.called().get("calls", ()) if instruction.opcode == "fusion" else ()
+    return any(matrix_flops(i, program.computations[name]) for name in called for i in own(program, name))
 
 
 @pytest.mark.slow

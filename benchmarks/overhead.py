@@ -1,0 +1,110 @@
+"""What the toolkit costs on a CPU, in one run: `python benchmarks/overhead.py [--rounds 7] [--quick]`.
+
+trellax's layers on a 1x1x1 mesh against the same GPT in plain Flax (the whole batch), its executor with one stage
+against plain Flax with gradients accumulated over microbatches, and four stages against one device and, where torch is
+installed, against `torch.distributed.pipelining` with four processes. All take turns; medians count. Fake devices share
+the cores, so bubbles are free and CPU seconds stand beside wall seconds. Last results: RESULTS.md.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from tables import Target
+from worker import Worker
+
+Times = dict[str, float]
+Ways = Mapping[str, Callable[[], Times]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="m=8 alone")
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
+    with ExitStack() as stack:
+        flax = stack.enter_context(Worker("plain_flax.py", num_devices=1))
+        stages = stack.enter_context(Worker("train_step.py", num_devices=4))
+        device = stack.enter_context(Worker("train_step.py", num_devices=1))
+        has_torch = importlib.util.find_spec("torch") is not None
+        torch = stack.enter_context(Worker("torch_pipeline.py", num_devices=4)) if has_torch else None
+        targets = [*measure_layers(flax, arguments.rounds), *measure_executor(flax, arguments.rounds)]
+        for m in (8,) if arguments.quick else (8, 16):
+            targets += measure_stages(stages, device, torch, m, arguments.rounds)
+    for target in targets:
+        print(f"{'met' if target.is_met else 'MISSED'}: {target.name}: {target.measured:.3f}, at most {target.limit:g}")
+    return 0 if all(target.is_met for target in targets) else 1
+
+
+def measure_layers(flax: Worker, rounds: int) -> list[Target]:
+    """The layers alone, on 16 sequences at once."""
+    ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=4) for way in ("layers", "plain")}
+    times = take_turns("layers against plain Flax", ways, rounds)
+    return judge("layers on 1x1x1 over plain Flax", times, "layers", "plain", 1.01)
+
+
+def measure_executor(flax: Worker, rounds: int) -> list[Target]:
+    """One stage, 8 microbatches."""
+    names = ("executor", "plain_accumulation")
+    ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=8) for way in names}
+    times = take_turns("executor with one stage against plain accumulation", ways, rounds)
+    return judge("executor, one stage, m=8, over plain accumulation", times, *names, 1.03)
+
+
+def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int, rounds: int) -> list[Target]:
+    """Four stages, one device both ways, and torch."""
+    ways: dict[str, Callable[[], Times]] = {
+        "4 stages": lambda: stages.ask("step", num_microbatches=m, num_sequences=4),
+        "one device, accumulation": lambda: device.ask("step", num_microbatches=m, num_sequences=4),
+        "one device, full batch": lambda: device.ask("step", num_microbatches=1, num_sequences=4 * m),
+    }
+    if torch is not None:
+        ways["torch, 4 processes"] = lambda: torch.ask("step", num_microbatches=m)
+    times = take_turns(f"four stages, m={m}", ways, rounds)
+    best = min(list(ways)[1:3], key=lambda way: median(times[way], "wall_s"))
+    found = judge(f"4 stages over one device, m={m}", times, "4 stages", best, 0.99)
+    if torch is not None:
+        found += judge(f"4 stages over torch's pipelining, m={m}", times, "4 stages", "torch, 4 processes", 1.0)
+    return found
+
+
+def take_turns(title: str, ways: Ways, rounds: int) -> dict[str, list[Times]]:
+    """Measure all ways in every round, each round beginning with another; the first warms up. Prints a table."""
+    names, times = list(ways), {way: [] for way in ways}
+    for turn in range(-1, rounds):
+        print(f"{title}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+        start = turn % len(names)
+        for way in (*names[start:], *names[:start]):
+            measured = ways[way]()
+            if turn >= 0:
+                times[way].append(measured)
+    print(f"\n**{title}: seconds, median (minimum) of {rounds} interleaved rounds**\n")
+    print("| | wall | CPU |\n|---|---|---|")
+    for way, own in times.items():
+        cells = (f"{median(own, c):.3f} ({min(one[c] for one in own):.3f})" for c in ("wall_s", "cpu_s"))
+        print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
+    return times
+
+
+def judge(name: str, times: dict[str, list[Times]], ours: str, theirs: str, limit: float) -> list[Target]:
+    """The median over rounds of the ratio in each: what slows a round slows both."""
+    wall, cpu = (
+        statistics.median(a[clock] / b[clock] for a, b in zip(times[ours], times[theirs], strict=True))
+        for clock in ("wall_s", "cpu_s")
+    )
+    print(f"\n{name}: wall {wall:.3f}, CPU {cpu:.3f} (medians of the ratios in each round)")
+    return [Target.at_most(f"{name}, wall", wall, limit)]
+
+
+def median(own: list[Any], clock: str) -> float:
+    return statistics.median(one[clock] for one in own)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
