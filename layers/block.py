@@ -10,11 +10,13 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from .attention import Attention
 from .cache import KVCache, NewTokens
 from .config import ModelConfig
+from .flash import FLASH_OUTPUTS
 from .mlp import MLP
 from .norms import make_norm, normalize
 
 Remat = Literal["none", "full", "dots"]
-"""What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls."""
+"""What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls and of flash
+attention."""
 
 
 class Block(nnx.Module):
@@ -75,6 +77,9 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     """Return the layer with its backward recomputing what the policy says."""
     if remat == "none":
         return layer
-    policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    keep_flash = policies.save_only_these_names(FLASH_OUTPUTS)
+    keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_flash)
+    policy = None if remat == "full" else keep_dots
     # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

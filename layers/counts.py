@@ -9,6 +9,7 @@ from typing import Literal
 
 from .block import Remat
 from .config import ModelConfig
+from .flash import Kernel
 from .transformer import model_rules
 
 _SCORE_BYTES = 4
@@ -116,7 +117,13 @@ def flops_per_token(
 
 
 def activation_bytes(
-    config: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int = 1, remat: Remat = "none"
+    config: ModelConfig,
+    *,
+    num_sequences: int,
+    num_tokens: int,
+    tensor: int = 1,
+    remat: Remat = "none",
+    kernel: Kernel = "xla",
 ) -> ActivationBytes:
     """Return what one microbatch of `num_sequences` on one device occupies between layers, and in one for its backward.
 
@@ -126,11 +133,13 @@ def activation_bytes(
         dots  2D + (N + 2K)H/t + (1 or 2)F/t             x and the outputs of weight matmuls, but the last one
         none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
 
-    and (N + K)H/t more under "none" where queries and keys are normalized.
+    and (N + K)H/t more under "none" where queries and keys are normalized. Flash attention keeps a float32 number for
+    every query and head instead of the scores, under "dots" too, and there N H/t for its output.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
+        kernel: what runs the attention, see `choose_kernel`.
 
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
@@ -143,10 +152,12 @@ def activation_bytes(
     num_up = 2 if config.mlp == "swiglu" else 1
     width = {
         "full": d,
-        "dots": 2 * d + query + 2 * kv + num_up * f,
+        "dots": 2 * d + query + 2 * kv + num_up * f + (query if kernel == "cudnn" else 0),
         "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f + (query + kv if config.qk_norm == "on" else 0),
     }[remat]
-    scores = numbers * num_tokens * (config.num_heads // tensor) * _SCORE_BYTES if remat == "none" else 0
+    scores = numbers * (config.num_heads // tensor) * _SCORE_BYTES * (1 if kernel == "cudnn" else num_tokens)
+    if remat == "full" or (remat == "dots" and kernel == "xla"):
+        scores = 0
     return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)
 
 

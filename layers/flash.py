@@ -5,10 +5,12 @@ the devices of the mesh at hand, so programs for GPUs that are not there get wha
 of Dao 2023 ("FlashAttention-2", section 3); kept for the backward are inputs, output and one number for every query.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +19,9 @@ from .config import ModelConfig
 
 Kernel = Literal["xla", "cudnn"]
 """What runs the attention."""
+
+FLASH_OUTPUTS = "flash_outputs"
+"""By this name rematerialisation keeps what the kernel made, so that the backward does not run its forward again."""
 
 
 def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Kernel:
@@ -80,42 +85,45 @@ def _flash_forward(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
 ) -> tuple[jax.Array, Any]:
     flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
-    # The output is kept too, and handed out once: what follows keeps the same array.
-    kept = jax.eval_shape(lambda *qkv: _split_saved(*_run(flash, *qkv))[1], q_BTNH, k_BTKH, v_BTKH)
-    out_specs = specs[4], [specs[leaf.ndim] for leaf in kept]
-    y_BTNH, saved = jax.shard_map(
-        lambda *qkv: _split_saved(*_run(flash, *qkv)), in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes()
-    )(q_BTNH, k_BTKH, v_BTKH)
-    return y_BTNH, (saved, y_BTNH)
+
+    def block(*qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        y_BTNH, vjp = jax.vjp(flash, *qkv)
+        return y_BTNH, [leaf for leaf in jax.tree.leaves(vjp) if leaf.size and not _is_among(leaf, (*qkv, y_BTNH))]
+
+    made = jax.eval_shape(lambda *qkv: block(*qkv)[1], q_BTNH, k_BTKH, v_BTKH)
+    out_specs = specs[4], [specs[leaf.ndim] for leaf in made]
+    y_BTNH, made = checkpoint_name(
+        jax.shard_map(block, in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes())(q_BTNH, k_BTKH, v_BTKH),
+        FLASH_OUTPUTS,
+    )
+    return y_BTNH, ((q_BTNH, k_BTKH, v_BTKH, y_BTNH), made)
 
 
 def _flash_backward(
-    window: int, rules: ShardingRules, kept: tuple[list[jax.Array], jax.Array], grad_BTNH: jax.Array
+    window: int, rules: ShardingRules, saved: tuple[tuple[jax.Array, ...], list[jax.Array]], grad_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
 
-    def block(saved: list[jax.Array], y_BTNH: jax.Array, grad_BTNH: jax.Array) -> tuple[jax.Array, ...]:
+    def block(
+        known: tuple[jax.Array, ...], made: list[jax.Array], grad_BTNH: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # As in pipeline/residuals.py: the forward traced here gives only the structure, and the compiler drops it.
-        traced_BTNH, leaves, tree = _run(flash, *saved[:3])
-        rest = iter(saved)
-        leaves = [y_BTNH if leaf is traced_BTNH else next(rest) if leaf.size else leaf for leaf in leaves]
+        *qkv, y_BTNH = known
+        traced_BTNH, vjp = jax.vjp(flash, *qkv)
+        leaves, tree = jax.tree.flatten(vjp)
+        rest = iter(made)
+        leaves = [
+            y_BTNH if leaf is traced_BTNH else leaf if not leaf.size or _is_among(leaf, qkv) else next(rest)
+            for leaf in leaves
+        ]
         return jax.tree.unflatten(tree, leaves)(grad_BTNH)
 
-    saved, y_BTNH = kept
-    in_specs = [specs[leaf.ndim] for leaf in saved], specs[4], specs[4]
-    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(
-        saved, y_BTNH, grad_BTNH
-    )
+    in_specs = (specs[4],) * 4, [specs[leaf.ndim] for leaf in saved[1]], specs[4]
+    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(*saved, grad_BTNH)
 
 
-def _run(flash: Any, *qkv: jax.Array) -> tuple[jax.Array, list[jax.Array], Any]:
-    y_BTNH, vjp = jax.vjp(flash, *qkv)
-    return y_BTNH, *jax.tree.flatten(vjp)
-
-
-def _split_saved(y_BTNH: jax.Array, leaves: list[jax.Array], _: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """Part the output from what else the backward needs: q, k, v and a number for every query."""
-    return y_BTNH, [leaf for leaf in leaves if leaf.size and leaf is not y_BTNH]
+def _is_among(leaf: jax.Array, arrays: Iterable[jax.Array]) -> bool:
+    return any(leaf is one for one in arrays)
 
 
 _attend_flash.defvjp(_flash_forward, _flash_backward)

@@ -22,7 +22,12 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
         return _megatron_bytes(model, layout=layout, program=program, num_tokens=num_tokens)
     remat = "dots" if layout.remat == "selective" else layout.remat
     counted = activation_bytes(
-        model, num_sequences=layout.sequences, num_tokens=num_tokens, tensor=layout.tensor, remat=remat
+        model,
+        num_sequences=layout.sequences,
+        num_tokens=num_tokens,
+        tensor=layout.tensor,
+        remat=remat,
+        kernel="cudnn" if program.attention == "fused" else "xla",
     )
     halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.is_backward_split else 0.0
     return (counted.layer + halves) / layout.context

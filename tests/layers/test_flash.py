@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from trellax.layers import ModelConfig, flash
+from trellax.layers import Block, ModelConfig, Remat, activation_bytes, flash, rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
+from trellax.pipeline.residuals import LayerVjp
 
 from .sharded import differing, mesh_of, normal, place, small_config
 
@@ -115,3 +117,18 @@ def on_devices(kind: str) -> Any:
     sizes = MeshSpec().sizes
     axes = AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, abstract_device=device)
     return jax.sharding.use_abstract_mesh(axes)
+
+
+@pytest.mark.usefixtures("has_flash")
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+def test_layers_keep_what_is_counted_and_dots_keep_what_the_kernel_made(remat: Remat, style: str) -> None:
+    config = small_config(style, num_kv_heads=4)
+    graph, params = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    layer = rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat)
+    x = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    with jax.sharding.use_abstract_mesh(mesh_of("tensor=1").abstract_mesh):
+        kept = LayerVjp(layer).plan(params, x, None)
+    counted = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat, kernel="cudnn")
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) == counted.layer
+    assert [leaf.shape for leaf in kept if leaf.ndim == 4 and leaf.shape[-2:] == (T, T)] == []
