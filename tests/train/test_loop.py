@@ -41,8 +41,10 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     assert json.loads((folder / "summary.json").read_text())["mesh"] == "data=2 tensor=2 pipe=2"
     first = read_metrics(folder)[0]
     wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu", "peak_memory_bytes"}
-    assert first.keys() == wanted
+    parts = {"device_s", "input_s", "host_s"}
+    assert first.keys() == wanted | parts
     assert all(first[name] > 0 for name in wanted)
+    assert sum(first[name] for name in parts) == pytest.approx(first["step_time_s"])
     assert [line["step"] for line in read_metrics(folder) if "val_loss" in line] == [2, 4]
     assert summary.steps == 4
     talk = talk_file.getvalue()
@@ -61,6 +63,24 @@ def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
     again = train(cut, console=quiet())
     assert losses(cut.run_folder) == uncut == losses(whole.run_folder)
     assert again.final_val_loss == expected.final_val_loss
+
+
+def test_profile_is_written_and_its_gist_said(tiny: Tiny) -> None:
+    config = tiny("--mesh.data 8 --train.steps 6")
+    talk = io.StringIO()
+    train(config, console=Console(file=talk), profile_steps=2)
+    names = {path.name.partition(".")[2] or path.name for path in (config.run_folder / "profile").rglob("*.*")}
+    assert {"xplane.pb", "trace.json.gz"} <= names
+    assert any((config.run_folder / "profile").rglob("perfetto_trace.json.gz"))
+    assert "profile   2 steps in" in talk.getvalue()
+    assert "matrix" in talk.getvalue()
+
+
+def test_profile_longer_than_the_run_is_dropped(tiny: Tiny) -> None:
+    config = tiny("--mesh.data 8 --train.steps 4")
+    talk = io.StringIO()
+    assert train(config, console=Console(file=talk), profile_steps=9).steps == 4
+    assert "profile   9" not in talk.getvalue()
 
 
 def test_finished_run_takes_no_more_steps(tiny: Tiny) -> None:

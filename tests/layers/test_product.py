@@ -1,0 +1,83 @@
+"""Products in eight bits are products within the format's rounding, forward and backward; without qwix it is said."""
+
+import builtins
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trellax.layers.product import Matmuls, multiply
+from trellax.meshes import ModelError
+
+from .sharded import mesh_of, normal, place
+
+B, T, D = 4, 8, 32
+X, KERNEL, GRAD = normal(B, T, D), normal(D, 2, 16, seed=1), normal(B, T, 2, 16, seed=2)
+
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs trellax[quant]")
+
+
+def run(x: Any, kernel: Any, grad: Any, *, matmuls: Matmuls) -> Any:
+    y, vjp = jax.vjp(lambda x, kernel: multiply(x, kernel, dtype="bfloat16", matmuls=matmuls), x, kernel)
+    return y, *vjp(grad.astype(y.dtype))
+
+
+def distance(actual: Any, expected: Any) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def test_plain_product_is_the_product() -> None:
+    y = multiply(jnp.asarray(X), jnp.asarray(KERNEL), dtype="float32")
+    assert distance(y, np.einsum("btd,dgf->btgf", X, KERNEL)) < 1e-6
+
+
+@needs_qwix
+def test_eight_bits_are_within_their_rounding_and_no_better() -> None:
+    """e4m3 has 4 bits of mantissa, e5m2 has 3: a rounding of up to 2^-4 and 2^-3, of which half is usual."""
+    exact = np.einsum("btd,dgf->btgf", X, KERNEL), np.einsum("btgf,dgf->btd", GRAD, KERNEL)
+    exact = (*exact, np.einsum("btd,btgf->dgf", X, GRAD))
+    found = jax.jit(lambda *args: run(*args, matmuls="fp8"))(X, KERNEL, GRAD)
+    errors = [distance(a, b) for a, b in zip(found, exact, strict=True)]
+    assert 0.01 < errors[0] < 0.06
+    assert all(0.02 < error < 0.12 for error in errors[1:])
+    assert [leaf.dtype for leaf in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+@needs_qwix
+def test_eight_bits_on_a_mesh_are_those_of_one_device() -> None:
+    """Scales are of whole arrays, so only sums in float32 are split; their rounding may move a number to its neighbour
+    in bfloat16, 2^-8."""
+    devices = mesh_of("data=2,tensor=4")
+    one = jax.jit(lambda *args: run(*args, matmuls="fp8"))(X, KERNEL, GRAD)
+    with jax.set_mesh(devices):
+        args = [
+            place(X, ("batch", None, None), mesh=devices),
+            place(KERNEL, (None, None, "ffn"), mesh=devices),
+            place(GRAD, ("batch", None, None, "ffn"), mesh=devices),
+        ]
+        many = jax.jit(lambda *args: run(*args, matmuls="fp8"))(*args)
+    assert max(distance(a, b) for a, b in zip(many, one, strict=True)) < 2**-8
+
+
+@needs_qwix
+def test_backward_keeps_its_input_in_eight_bits() -> None:
+    _, vjp = jax.vjp(lambda x: multiply(x, KERNEL, dtype="bfloat16", matmuls="fp8"), jnp.asarray(X))
+    assert [leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.shape == X.shape] == [jnp.float8_e4m3fn]
+
+
+def test_without_qwix_the_fix_is_told(monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "qwix":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModelError) as error:
+        multiply(jnp.asarray(X), jnp.asarray(KERNEL), dtype="bfloat16", matmuls="fp8")
+    golden("errors/fp8_without_qwix.txt", str(error.value))
