@@ -61,20 +61,12 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
     hardware = find_hardware(device)
     report = report_step(compiled, setup, hardware=hardware)
     peak = measure_peak(512 if device.platform == "cpu" else PEAK_SIZE)
-    state, batch = setup.init_state(), make_batch(setup)
-    for _ in range(3):
-        state, metrics = compiled(state, batch)
-    loss = float(metrics.loss)
-    times_s = []
-    for _ in range(num_steps):
-        start_s = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready(metrics)
-        times_s.append(time.perf_counter() - start_s)
+    batch = make_batch(setup)
+    state, loss, times_s = time_steps(compiled, setup.init_state(), batch, num_steps=num_steps)
     peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
     jax.profiler.start_trace(str(folder / "profile"))
     for _ in range(2):
-        state, metrics = compiled(state, batch)
+        state, _ = compiled(state, batch)
     jax.block_until_ready(state)
     jax.profiler.stop_trace()
     return {
@@ -91,6 +83,20 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
         "recompute_flops": report.recompute_flops,
         **describe_profile(folder / "profile", compiled, hardware, num_steps=2),
     }
+
+
+def time_steps(compiled: Any, state: Any, batch: Any, *, num_steps: int) -> tuple[Any, float, list[float]]:
+    """Return the state after three steps to warm up and those that are timed, the loss of the third, and the times."""
+    import jax
+
+    loss, times_s = 0.0, []
+    for step in range(3 + num_steps):
+        start_s = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        times_s.append(time.perf_counter() - start_s)
+        loss = float(metrics.loss) if step == 2 else loss
+    return state, loss, times_s[3:]
 
 
 def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: int) -> dict[str, Any]:

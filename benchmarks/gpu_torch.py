@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 from gpu_shapes import SHAPES, Shape
@@ -68,6 +69,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def run_step(model: Model, loss_of: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), device=tokens.device)
+    for microbatch in tokens:
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            loss = loss_of(microbatch[:, :-1], microbatch[:, 1:]) / len(tokens)
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
 def main() -> None:
     name, seq_len, num_steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     shape, device = SHAPES[name], "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,22 +94,8 @@ def main() -> None:
     tokens = torch.randint(shape.vocab_size, (num_microbatches, shape.microbatch_tokens // seq_len, seq_len + 1))
     tokens = tokens.to(device)
 
-    def step() -> torch.Tensor:
-        total = torch.zeros((), device=device)
-        for microbatch in tokens:
-            with torch.autocast(device, torch.bfloat16):
-                loss = loss_of(microbatch[:, :-1], microbatch[:, 1:]) / num_microbatches
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    step = partial(run_step, model, loss_of, optimizer, tokens)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     start_s = time.perf_counter()
     for _ in range(3):
         loss = step()

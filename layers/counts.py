@@ -133,13 +133,13 @@ def activation_bytes(
         dots  2D + (N + 2K)H/t + (1 or 2)F/t             x and the outputs of weight matmuls, but the last one
         none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
 
-    and (N + K)H/t more under "none" where queries and keys are normalized. Flash attention keeps a float32 number for
-    every query and head instead of the scores, under "dots" too, and there N H/t for its output.
+    and (N + K)H/t more under "none" where queries and keys are normalized. Flash attention keeps a float32 number for a
+    query and head instead of scores, under "dots" too, and there N H/t for its output.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
-        kernel: what runs the attention, see `choose_kernel`.
+        kernel: what runs the attention.
 
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
@@ -147,18 +147,22 @@ def activation_bytes(
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     boundary = numbers * config.hidden_size * item_bytes
+    width = _kept_width(config, tensor=tensor, remat=remat, kernel=kernel)
+    row = {"xla": {"none": num_tokens}, "cudnn": {"none": 1, "dots": 1}}[kernel].get(remat, 0)
+    scores = numbers * (config.num_heads // tensor) * row * _SCORE_BYTES
+    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)
+
+
+def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat, kernel: Kernel) -> int:
+    """Numbers of the compute dtype that a layer keeps of a token."""
     d, f = config.hidden_size, config.ffn_size // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
-    width = {
+    return {
         "full": d,
         "dots": 2 * d + query + 2 * kv + num_up * f + (query if kernel == "cudnn" else 0),
         "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f + (query + kv if config.qk_norm == "on" else 0),
     }[remat]
-    scores = numbers * (config.num_heads // tensor) * _SCORE_BYTES * (1 if kernel == "cudnn" else num_tokens)
-    if remat == "full" or (remat == "dots" and kernel == "xla"):
-        scores = 0
-    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)
 
 
 def _block_weights(config: ModelConfig) -> int:

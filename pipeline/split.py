@@ -54,7 +54,7 @@ def split_transformer(
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         vocab: as the schedule was made with: tables split over pipe too for all ranks, or for the end stages alone.
-        unroll: whether the layers of a stage are written out, for speed, or looped over, for compile time.
+        unroll: whether the layers of a stage are written out or looped over.
         rules: fitted to model and mesh by `layers.model_rules`.
 
     Raises:
@@ -65,14 +65,13 @@ def split_transformer(
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
         rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
-
     born = partial(_born, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32"))
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
     fns = replace(_stage_fns(model, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
 

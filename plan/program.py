@@ -7,8 +7,10 @@ Read `layouts.py` next.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..layers import ModelConfig
 from ..pipeline.schedules import Clock, Vocab
 from .efficiency import FlashKernel
+from .topology import Accelerator
 
 Switch = Literal["on", "off"]
 
@@ -50,7 +52,10 @@ class Program:
 
 
 TRELLAX = Program()
-"""The step that trellax compiles: lockstep, the vocabulary split over pipe x tensor, scores in float32."""
+"""The step that trellax compiles: lockstep, the vocabulary split over pipe x tensor, scores in float32.
+
+Where attention is fused `trellax_program` says so.
+"""
 
 MEGATRON_2021 = Program(
     clock="async",
@@ -74,3 +79,12 @@ MEGATRON = replace(MEGATRON_2021, tensor_overlap="on", sum_traffic_bytes=8, opti
 
 The optimizer's bytes a parameter: gradients cleared, copied, unscaled, measured and clipped 30, Adam 28, weights 6.
 """
+
+_FUSED_ON = ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090")
+"""Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
+
+
+def trellax_program(model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab) -> Program:
+    """Return the traits of the step that trellax compiles for a model on some devices."""
+    is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
+    return replace(TRELLAX, vocab=vocab, attention="fused" if is_fused else "scores")

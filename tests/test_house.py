@@ -150,7 +150,7 @@ class ReachedError(Exception):
         self.config = config
 
 
-def reach(config: RunConfig) -> NoReturn:
+def reach(config: RunConfig, **_: object) -> NoReturn:
     raise ReachedError(config)
 
 

@@ -17,7 +17,7 @@ from ..plan.front import draw_front
 from ..plan.inference_time import COMPILED
 from ..plan.layouts import Layout
 from ..plan.plans import Plan
-from ..plan.program import TRELLAX
+from ..plan.program import trellax_program
 from ..plan.search import TrainQuestion, price_layout, screen_train, search_train
 from ..plan.serving_search import ServeQuestion, screen_serving, search_serving
 from ..plan.tables import align
@@ -137,7 +137,7 @@ def _question(config: RunConfig, topology: Topology) -> TrainQuestion:
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        program=replace(TRELLAX, vocab=config.pipeline.vocab),
+        program=trellax_program(config.model, topology.accelerator, vocab=config.pipeline.vocab),
     )
 
 

@@ -1,11 +1,10 @@
 """What the planner would say about a run, told before it starts. Read `../plan/diagnoses.py` for the mistakes."""
 
-from dataclasses import replace
 
 from ..meshes import TrellaxError
 from ..plan.detect import detect_topology
 from ..plan.diagnoses import diagnose
-from ..plan.program import TRELLAX
+from ..plan.program import trellax_program
 from ..plan.search import TrainQuestion, price_layout
 from ..plan.topology import Topology
 from .config import RunConfig
@@ -26,7 +25,7 @@ def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> li
         topology=machine,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        program=replace(TRELLAX, vocab=config.pipeline.vocab),
+        program=trellax_program(config.model, machine.accelerator, vocab=config.pipeline.vocab),
     )
     try:
         plan = price_layout(question, layout_of(config, num_devices=machine.num_devices))

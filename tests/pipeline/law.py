@@ -171,16 +171,8 @@ def pipeline_step(
     """Return the step that computes loss, gradients and their global norm on a mesh."""
     devices = mesh_of(mesh)
     rules = model_rules(config, devices.shape)
-    model = split_transformer(
-        config,
-        mesh=devices,
-        remat=remat,
-        unroll=unroll,
-        rules=rules,
-        num_chunks=num_chunks,
-        layers_per_stage=layers_per_stage,
-        vocab=vocab,
-    )
+    cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
+    model = split_transformer(config, mesh=devices, remat=remat, unroll=unroll, rules=rules, **cut)
     num_ranks = devices.shape["pipe"]
     plan = schedule
     if isinstance(plan, str):
