@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -69,7 +70,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def run_step(model: Model, loss_of: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> torch.Tensor:
+def run_step(
+    model: Model, loss_of: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, tokens: torch.Tensor
+) -> torch.Tensor:
     total = torch.zeros((), device=tokens.device)
     for microbatch in tokens:
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -88,7 +91,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model = Model(shape, seq_len).to(device)
-    loss_of = torch.compile(model) if device == "cuda" else model
+    loss_of: Callable[..., torch.Tensor] = torch.compile(model) if device == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     num_microbatches = shape.tokens // shape.microbatch_tokens
     tokens = torch.randint(shape.vocab_size, (num_microbatches, shape.microbatch_tokens // seq_len, seq_len + 1))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ class Rank:
     def _run(self, num_microbatches: int) -> None:
         tokens = torch.zeros(num_microbatches * NUM_SEQUENCES, TOKENS, dtype=torch.long)
         first = (tokens,) if self.rank == 0 else ()
-        last = {"target": tokens} if self.rank == self.num_ranks - 1 else {}
+        last: dict[str, Any] = {"target": tokens} if self.rank == self.num_ranks - 1 else {}
         self.schedules[num_microbatches].step(*first, **last)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

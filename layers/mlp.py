@@ -1,6 +1,7 @@
 """The feed-forward half of a block: a column-parallel layer up, a row-parallel layer down, one all-reduce."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,12 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.rules = rules
-        into = {"dim": "ffn", "bias": config.other_bias, "dtype": config.dtype, "matmuls": config.matmuls}
+        into: dict[str, Any] = {
+            "dim": "ffn",
+            "bias": config.other_bias,
+            "dtype": config.dtype,
+            "matmuls": config.matmuls,
+        }
         into |= {"rngs": rngs, "rules": rules}
         d, f = config.hidden_size, config.ffn_size
         self.up = ColumnLinear(d, f, **into)

@@ -44,7 +44,7 @@ def write(buffer: jax.Array, value: jax.Array, *place: jax.Array | int) -> jax.A
     return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
 
 
-def accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array, ...] = ()) -> jax.Array:
+def accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
     """Return the sums with a gradient added at the given position, in the precision of the sums."""
     return write(sums, read(sums, *place) + grad.astype(sums.dtype), *place)
 

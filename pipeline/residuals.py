@@ -30,7 +30,7 @@ class Layers:
     count: jax.Array | int
     unroll: Literal["off", "on"] = "off"
 
-    def own(self, index: jax.Array) -> Any:
+    def own(self, index: jax.Array | int) -> Any:
         """Return the parameters of one layer."""
         return read(self.stages, self.chunk, index)
 
@@ -138,11 +138,13 @@ _SAME = ("reshape", "sharding_constraint")
 
 def _find_copies(jaxpr: Jaxpr, candidates: list[int]) -> dict[int, _Copy]:
     """Of some outputs, those that are another one in another shape."""
-    makers = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _SAME}
+    makers: dict[Any, JaxprEqn] = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _SAME}
     place = {jaxpr.outvars[index]: index for index in reversed(candidates)}
     copies: dict[int, _Copy] = {}
+    outvars: list[Any] = list(jaxpr.outvars)
     for index in candidates:
-        var, steps = jaxpr.outvars[index], []
+        steps: list[JaxprEqn] = []
+        var = outvars[index]
         while place.get(var) in (None, index) and (maker := makers.get(var)) is not None:
             steps.append(maker)
             var = maker.invars[0]

@@ -76,15 +76,17 @@ class _Sequence:
         shared = jax.tree.map(accumulate, shared, first_back(dx)[0])
         return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
 
-    def _forward(self, x: jax.Array, saved: list[Any], microbatch: Any) -> tuple[jax.Array, list[Any]]:
+    def _forward(self, x: jax.Array, buffers: list[jax.Array], microbatch: Any) -> tuple[jax.Array, list[Any]]:
+        own: list[Any] = []
         for chunk in self.chunks:
             if self.fns.unroll == "off":
-                x, saved = self.vjp.forward_stack(chunk, x, saved, microbatch, slot=(chunk.chunk,))
+                x, buffers = self.vjp.forward_stack(chunk, x, buffers, microbatch, slot=(chunk.chunk,))
                 continue
             for index in range(chunk.count):
                 y, kept = self.vjp.forward(chunk.own(index), x, microbatch)
-                x, saved = vary(y), [*saved, kept]
-        return x, saved
+                x = vary(y)
+                own.append(kept)
+        return x, [*buffers, *own]
 
     def _backward(self, dx: jax.Array, saved: list[Any], microbatch: Any, sums: Any) -> tuple[jax.Array, Any, list]:
         for chunk in reversed(self.chunks):

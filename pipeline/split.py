@@ -61,14 +61,13 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    num_ranks, num_layers = mesh.shape["pipe"], config.num_layers
-    counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
+    num_ranks, layers = mesh.shape["pipe"], config.num_layers
+    counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
         rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
     born = partial(_born, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    shapes = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32"))
-    dims = _cut_dims(param_dims(model))
+    shapes, dims = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)

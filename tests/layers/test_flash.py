@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -62,7 +63,7 @@ def test_blocks_of_the_kernel_and_their_gradients_equal_attention_as_a_whole(
     mesh: str, kv_heads: int, window: int
 ) -> None:
     config, devices = small_config(num_kv_heads=kv_heads, attention_window=window), mesh_of(mesh)
-    q, k, v, grad = (normal(B, T, n, H, seed=s) for s, n in enumerate((8, kv_heads, kv_heads, 8)))
+    q, k, v, grad = (jnp.asarray(normal(B, T, n, H, seed=s)) for s, n in enumerate((8, kv_heads, kv_heads, 8)))
 
     def run(attend: Any, *qkv: jax.Array) -> Any:
         y, vjp = jax.vjp(attend, *qkv)
@@ -70,12 +71,12 @@ def test_blocks_of_the_kernel_and_their_gradients_equal_attention_as_a_whole(
 
     expected = run(partial(plain, window=window), q, k, v)
     with jax.set_mesh(devices):
-        qkv = [place(x, ("batch", None, "heads", None), mesh=devices) for x in (q, k, v)]
+        qkv = [place(x, ("batch", None, "heads", None), mesh=devices) for x in map(np.asarray, (q, k, v))]
         actual = jax.jit(partial(run, partial(flash.attend, config=config, rules=DEFAULT_RULES)))(*qkv)
     assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
 
 
-LLAMA = {"vocab_size": 64, "num_layers": 1, "hidden_size": 64, "num_heads": 1, "dtype": "bfloat16"}
+LLAMA: dict[str, Any] = {"vocab_size": 64, "num_layers": 1, "hidden_size": 64, "num_heads": 1, "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_layers_keep_what_is_counted_and_dots_keep_what_the_kernel_made(remat: R
     config = small_config(style, num_kv_heads=4)
     graph, params = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
     layer = rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat)
-    x = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    x = jnp.zeros((B, T, config.hidden_size))
     with jax.sharding.use_abstract_mesh(mesh_of("tensor=1").abstract_mesh):
         kept = LayerVjp(layer).plan(params, x, None)
     counted = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat, kernel="cudnn")

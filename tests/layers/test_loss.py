@@ -76,7 +76,7 @@ def project(x: jax.Array, table: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def project_plainly(x: jax.Array, table: jax.Array, weights: jax.Array) -> jax.Array:
-    return reference(jnp.einsum("btd,vd->btv", x, table), TARGETS, weights)
+    return reference(jnp.einsum("btd,vd->btv", x, table), jnp.asarray(TARGETS), weights)
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_no_logits_of_all_tokens_and_none_computed_twice() -> None:
 
 
 def test_gradient_of_a_scaled_loss_is_scaled() -> None:
-    once, thrice = (jax.grad(lambda x, k=k: k * project(x, jnp.asarray(TABLE), MASKED))(jnp.asarray(X)) for k in (1, 3))
+    table, weights = jnp.asarray(TABLE), jnp.asarray(MASKED)
+    once, thrice = (jax.grad(lambda x, k=k: k * project(x, table, weights))(jnp.asarray(X)) for k in (1, 3))
     assert differing(3 * once, thrice) == {}
 
 

@@ -140,7 +140,8 @@ def test_chunks_of_the_loss_equal_all_logits_at_once(
     sizes: dict[str, Any] = {"num_microbatches": 2, "num_sequences": num_sequences}
     step = pipeline_step(config, mesh=mesh, schedule="1f1b", vocab=vocab, **sizes)
     assert beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE) == {}
-    program = Program.parse(step.run.lower(step.params, step.batch).compile().as_text())
+    run: Any = step.run
+    program = Program.parse(run.lower(step.params, step.batch).compile().as_text())
     parts = tensor * pipe if vocab == "split" else tensor
     arrays = {leaf.dims for _, i in program.instructions() for leaf in leaves(i.type)}
     assert (8, 8, VOCAB_SIZE // parts) in arrays

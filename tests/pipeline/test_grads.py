@@ -260,5 +260,7 @@ def test_layers_written_out_equal_layers_looped_over(mesh: str) -> None:
     steps = [pipeline_step(config, mesh=mesh, schedule="1f1b", unroll=unroll, **sizes) for unroll in choices]
     looped, written = (answer_of(step) for step in steps)
     assert beyond(errors_of(written, looped), tolerance=2e-5) == {}  # as in test_law.py, for the same reason
-    counts = [step.run.lower(step.params, step.batch).as_text().count("stablehlo.while") for step in steps]
+    runs: list[Any] = [step.run for step in steps]
+    texts = [run.lower(step.params, step.batch).as_text() for run, step in zip(runs, steps, strict=True)]
+    counts = [text.count("stablehlo.while") for text in texts]
     assert counts[1] < counts[0]

@@ -40,19 +40,19 @@ def test_other_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cache_and_memory_share_of_the_user_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.read("jax_compilation_cache_dir")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     prepare_backend(tmp_path)
-    assert jax.config.jax_compilation_cache_dir == before
+    assert jax.config.read("jax_compilation_cache_dir") == before
     assert __import__("os").environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
 
 
 def test_a_run_has_its_own_cache_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.read("jax_compilation_cache_dir")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         prepare_backend(tmp_path)
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+        assert jax.config.read("jax_compilation_cache_dir") == str(tmp_path / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
