@@ -10,7 +10,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .config import ModelConfig
-from .flash import attend
+from .flash import attend_causally
 from .linear import INIT_STD, ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
 from .product import multiply
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        return self.combine(attend(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
+        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
 
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None

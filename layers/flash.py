@@ -39,7 +39,7 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
     return "cudnn" if config.attention != "xla" and is_there and config.can_be_fused else "xla"
 
 
-def attend(
+def attend_causally(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig, rules: ShardingRules
 ) -> jax.Array:
     """Return what every head mixes of the values of its tokens: the causal ones, of the last `attention_window`.

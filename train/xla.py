@@ -75,5 +75,6 @@ def prepare_backend(folder: Path) -> None:
     What the environment or jax's own configuration says already is left alone.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    if jax.config.read("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None:
+        config.update("jax_compilation_cache_dir", str(folder / "xla"))
