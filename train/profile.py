@@ -46,9 +46,6 @@ class StepProfile:
         jax.profiler.stop_trace()
         operations = list_operations(self._folder, compiled, num_devices=num_devices)
         self._say(f"\nprofile   {self._num_steps} steps in {self._folder}, for TensorBoard and ui.perfetto.dev")
-        self._say(
-            f"\nprofile   {self._num_steps} steps in {self._folder}: for TensorBoard's profile tab and ui.perfetto.dev"
-        )
         self._say(format_operations(operations, num_steps=self._num_steps))
         return True
 
