@@ -6,6 +6,8 @@ The host never waits for the step it has just started: it looks at the step befo
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import jax
 from rich.console import Console
@@ -15,7 +17,7 @@ from .changes import Changes
 from .check import check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig
-from .data import check_vocabulary, load_corpus
+from .data import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
@@ -62,8 +64,7 @@ def train(
         profile_steps: steps to trace, see `profile.py`.
 
     Raises:
-        TrellaxError: a mistake in the config, the corpus or the saves, or a run that cannot go on; what was saved
-            before is still there.
+        TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
     start_s = time.perf_counter()
     prepare_backend(config.run_folder)
@@ -72,19 +73,11 @@ def train(
     console = console or Console(file=sys.stderr)
     console.quiet = not is_first()
 
-    def say(text: object) -> None:
-        console.print(str(text), highlight=False, soft_wrap=True)
-
+    say = partial(_say, console)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
-        first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
-        corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
-        check_vocabulary(corpus, vocab_size=config.model.vocab_size)
-        say(describe(setup))
-        for warning in warn_of_layout(config):
-            say(warning)
-        say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")
-        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        with Checkpoints(config.run_folder, keep=keep, keep_every=keep_every, say=say) as checkpoints:
+        corpus = _open_corpus(setup, say)
+        kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+        with Checkpoints(config.run_folder, **kept, say=say) as checkpoints:
             profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
             run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
             try:
@@ -92,6 +85,23 @@ def train(
                 return run.finish(stop, start_s=start_s)
             except OSError as error:
                 raise _refused(error, config, checkpoints) from error
+
+
+def _say(console: Console, text: object) -> None:
+    console.print(str(text), highlight=False, soft_wrap=True)
+
+
+def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
+    """Return the corpus of a run, and say what the run is."""
+    config = setup.config
+    first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
+    corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
+    check_vocabulary(corpus, vocab_size=config.model.vocab_size)
+    say(describe(setup))
+    for warning in warn_of_layout(config):
+        say(warning)
+    say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")
+    return corpus
 
 
 def _refused(error: OSError, config: RunConfig, checkpoints: Checkpoints) -> RunError:

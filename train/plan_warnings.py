@@ -1,6 +1,5 @@
 """What the planner would say about a run, told before it starts. Read `../plan/diagnoses.py` for the mistakes."""
 
-
 from ..meshes import TrellaxError
 from ..plan.detect import detect_topology
 from ..plan.diagnoses import diagnose

@@ -74,7 +74,6 @@ class Run:
         lines = read_metrics(self.config.run_folder) if seal else []
         self.last_loss: float | None = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
         self.pace, self.profile = Pace(window=section.log_every), profile
-        profile.begin_after(self.first_step)
         self._bad_in_a_row = 0
 
     def take_steps(self, stop: StopRequest) -> None:
@@ -87,6 +86,7 @@ class Run:
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
         with self._open_log() as log, self._progress() as progress, self._ahead:
             look = _Look(self, log, progress)
+            self.profile.begin_after(self.first_step)
             self.pace.restart()
             for step in range(self.first_step, self.config.train.steps):
                 if stop.is_due(step):
