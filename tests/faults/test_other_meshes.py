@@ -32,7 +32,6 @@ OTHERS = {
     "gpipe": "--mesh.pipe 2 --mesh.tensor 4 --pipeline.schedule gpipe --pipeline.remat full",
     "tensor and gpipe": "--mesh.pipe 4 --mesh.tensor 2 --pipeline.schedule gpipe --pipeline.microbatches 4",
 }
-QUICK = {("interleaved", "on")}
 
 
 def quiet() -> Console:
@@ -60,14 +59,9 @@ def uncut(make: Callable[..., RunConfig]) -> Path:
     return config.run_folder
 
 
-@pytest.mark.parametrize(
-    ("name", "zero"),
-    [
-        pytest.param(name, zero, marks=() if (name, zero) in QUICK else pytest.mark.slow)
-        for name in OTHERS
-        for zero in ("off", "on")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["off", "on"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_run_goes_on_the_same_on_another_mesh(
     name: str, zero: str, uncut: Path, make: Callable[..., RunConfig], folder: Path
 ) -> None:

@@ -42,7 +42,7 @@ def distances(*, mesh: str, schedule: str, style: str, vocab: str) -> dict[str, 
 @pytest.mark.parametrize(
     ("mesh", "schedule", "style", "vocab"),
     [
-        ("2x2x2", "1f1b", "gpt", "ends"),
+        pytest.param("2x2x2", "1f1b", "gpt", "ends", marks=pytest.mark.slow),
         ("1x2x4", "zb-h1", "llama", "split"),
         pytest.param("4x1x2", "gpipe", "llama", "split", marks=pytest.mark.slow),
         pytest.param("1x2x4", "naive", "gpt", "split", marks=pytest.mark.slow),

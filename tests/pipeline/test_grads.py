@@ -253,7 +253,7 @@ def test_mistake_is_refused_before_anything_runs(name: str, entry: Callable[...,
     golden(f"errors/grads_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
-@pytest.mark.parametrize("mesh", ["2x2x1", "1x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("2x2x1", marks=pytest.mark.slow), "1x2x2"])
 def test_layers_written_out_equal_layers_looped_over(mesh: str) -> None:
     config, sizes = replace(small_model(), num_layers=4), {"num_microbatches": 2, "num_sequences": 16}
     choices: tuple[Literal["off", "on"], ...] = ("off", "on")

@@ -27,7 +27,13 @@ BY_HAND = """\
     [
         ("1x2x4", schedule_from_csv(BY_HAND, name="by-hand"), "ends", None),
         ("2x1x4", schedule_from_csv(BY_HAND, name="by-hand", vocab="split"), "split", (2, 1, 4, 1)),
-        ("2x1x4", auto(num_ranks=4, num_microbatches=4, max_in_flight=2), "ends", (1, 2, 2, 3)),
+        pytest.param(
+            "2x1x4",
+            auto(num_ranks=4, num_microbatches=4, max_in_flight=2),
+            "ends",
+            (1, 2, 2, 3),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "1x1x8",
             auto(num_ranks=8, num_microbatches=4, weight_grad=0.5, vocab="split"),
@@ -57,7 +63,7 @@ def test_schedule_without_a_name_equals_one_device(
     assert beyond(errors_of(answer_of(step), one_device(config, 16)), tolerance=TOLERANCE) == {}
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "zb-h1"])
 def test_eight_stages_of_unequal_depth_equal_one_device(schedule: str) -> None:
     config = replace(small_model(style="llama", embeddings="untied"), num_layers=11)
     step = pipeline_step(

@@ -35,7 +35,9 @@ def compile_for(x: Any, function: Any) -> Any:
 SQUARE = np.ones((32, 32), np.float32)
 
 
-@pytest.mark.parametrize(("mesh", "schedule"), [("2x2x2", "1f1b"), ("1x1x4", "zb-h1")])
+@pytest.mark.parametrize(
+    ("mesh", "schedule"), [("2x2x2", "1f1b"), pytest.param("1x1x4", "zb-h1", marks=pytest.mark.slow)]
+)
 def test_the_step_runs_what_is_counted(mesh: str, schedule: str) -> None:
     extra = f"--pipeline.schedule {schedule}"
     setup, compiled = setup_of(mesh, extra), compiled_step(mesh, extra)

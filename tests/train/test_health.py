@@ -42,7 +42,10 @@ def same(ours: Any, theirs: Any) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
 
 
-@pytest.mark.parametrize(("weight", "mesh"), [(float("nan"), "data=2,pipe=2"), (float("inf"), "data=1")])
+@pytest.mark.parametrize(
+    ("weight", "mesh"),
+    [(float("nan"), "data=2,pipe=2"), pytest.param(float("inf"), "data=1", marks=pytest.mark.slow)],
+)
 def test_skipped_batch_leaves_no_trace_in_the_weights(tiny: Tiny, batches: Any, weight: float, mesh: str) -> None:
     config = tiny("--pipeline.microbatches 2 --train.bad_step skip --optimizer.zero on")
     batch = batches(config)

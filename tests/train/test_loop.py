@@ -76,6 +76,7 @@ def test_profile_is_written_and_its_gist_said(tiny: Tiny) -> None:
     assert "matrix" in talk.getvalue()
 
 
+@pytest.mark.slow
 def test_profile_longer_than_the_run_is_dropped(tiny: Tiny) -> None:
     config = tiny("--mesh.data 8 --train.steps 4")
     talk = io.StringIO()
@@ -107,7 +108,12 @@ def test_fresh_run_is_the_run_again_and_the_old_one_is_kept(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", ["--mesh.data 8", "--mesh.tensor 8 --model.num_heads 8", "--mesh.data 4 --mesh.pipe 2"]
+    "mesh",
+    [
+        "--mesh.data 8",
+        pytest.param("--mesh.tensor 8 --model.num_heads 8", marks=pytest.mark.slow),
+        pytest.param("--mesh.data 4 --mesh.pipe 2", marks=pytest.mark.slow),
+    ],
 )
 def test_run_trains_on_any_mesh(tiny: Tiny, mesh: str) -> None:
     config = tiny(f"{mesh} --train.steps 2 --model.dtype float32 --pipeline.remat full")

@@ -60,12 +60,14 @@ def test_twenty_steps_give_the_same_parameters_on_three_meshes(tiny: Tiny) -> No
         assert largest_difference(reference, state) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_twenty_losses_are_the_same_at_the_default_epsilon(tiny: Tiny) -> None:
     _, _, expected = train_on(tiny(), MESHES[0], num_steps=NUM_STEPS)
     _, _, losses = train_on(tiny(), MESHES[1], num_steps=NUM_STEPS)
     assert losses == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_changes_nothing(tiny: Tiny) -> None:
     mesh = "data=2,tensor=2,pipe=2"
     _, whole, _ = train_on(tiny(SMOOTH), mesh, num_steps=5)
