@@ -27,7 +27,7 @@ slow: $(STAMP)  ## every test, the slow ones too
 	@$(PYTEST) -q $(PARALLEL) -m ""
 
 test-cuda: $(STAMP)  ## compile for GPUs that are not there; skipped without the extra `cuda`
-	@$(PYTEST) -q -m "" tests/plan/test_cuda.py tests/serve/test_cuda.py
+	@$(PYTEST) -q -m cuda
 
 golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the diff
 	@GOLDEN=1 $(PYTEST) -q $(PARALLEL)

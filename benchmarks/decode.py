@@ -10,12 +10,9 @@ Tables go to stdout, progress to stderr; the exit code is 1 if a promise is miss
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +22,7 @@ from rich.console import Console
 from tables import Target, make_table
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
+from trellax.plan import compilations
 from trellax.serve import Engine, Request
 from trellax.serve.measure import draw_params
 
@@ -150,23 +148,6 @@ def show(report: dict[str, Any], targets: list[Target]) -> None:
             target.name, f"{target.measured:.3f}", f"{target.limit:.3f}", "met" if target.is_met else "MISSED"
         )
     console.print(verdicts)
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Collect what jax compiles meanwhile."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("jax._src.interpreters.pxla")
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with jax.log_compiles():
-            yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = True
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .serving_search import ServeQuestion, search_serving
 from .step_time import StepTime, step_time
 from .tables import describe_report
 from .targets import Machine, Target, list_gpus, open_target
-from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum
+from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum, compilations
 from .topology import Accelerator, Topology, read_topology
 from .traffic import Traffic
 
@@ -41,6 +41,7 @@ __all__ = [
     "assert_fits",
     "assert_sends_at_most",
     "assert_sends_near_minimum",
+    "compilations",
     "describe_report",
     "detect_topology",
     "diagnose",

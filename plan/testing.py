@@ -5,8 +5,14 @@
         assert_fits(report, memory_bytes=80 * 10**9)
         assert_sends_at_most(report, over="tensor", max_bytes=2**30)
 
-A failure prints the table, so that one sees what grew.
+A failure prints the table, so that one sees what grew. `compilations` tells what a loop compiles that should be done.
 """
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
 
 from .inspect import ProgramReport
 from .tables import align, describe_memory, describe_traffic, format_bytes
@@ -63,6 +69,39 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
         raise AssertionError(
             f"the program {what}.\n{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yield a list that grows by a line for each program that jax compiles inside.
+
+    >>> with compilations() as compiled:
+    ...     jax.jit(jnp.sin)(1.0)
+    >>> len(compiled) > 0
+    True
+    """
+    compiled: list[str] = []
+    handler = _Collector(compiled)
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield compiled
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+class _Collector(logging.Handler):
+    """A handler that keeps messages in a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
 
 
 def _describe_largest(report: ProgramReport, axis: str) -> str:

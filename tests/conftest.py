@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,23 @@ _CACHES = os.environ.setdefault("TRELLAX_TEST_CACHES", str(ROOT / ".cache" / "ja
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHES}/{os.environ.get('PYTEST_XDIST_WORKER', 'gw0')}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what compiles for GPUs where jax's plugin for them is not installed."""
+    if item.get_closest_marker("cuda") and _plugin_is_missing():
+        pytest.skip("needs the CUDA plugin: pip install 'trellax[cuda]'")
+
+
+@cache
+def _plugin_is_missing() -> bool:
+    from trellax.meshes import TargetError
+    from trellax.plan import list_gpus
+
+    try:
+        return not list_gpus()
+    except TargetError:
+        return True
 
 
 @pytest.fixture

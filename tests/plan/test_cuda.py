@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trellax.meshes import TargetError
-from trellax.plan import list_gpus
 from trellax.plan.collectives import KINDS
 from trellax.plan.hlo import Computation, Instruction, Program, leaves
 from trellax.plan.matmul import matrix_flops
@@ -23,14 +21,7 @@ LLAMA_405B = (
 )
 
 
-def plugin_is_missing() -> bool:
-    try:
-        return not list_gpus()
-    except TargetError:
-        return True
-
-
-pytestmark = pytest.mark.skipif(plugin_is_missing(), reason="needs the CUDA plugin: pip install 'trellax[cuda]'")
+pytestmark = pytest.mark.cuda
 
 
 RUN = """

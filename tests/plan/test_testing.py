@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 from trellax.plan import (
     Hardware,
@@ -10,6 +12,7 @@ from trellax.plan import (
     assert_fits,
     assert_sends_at_most,
     assert_sends_near_minimum,
+    compilations,
     describe_report,
     draw_report,
 )
@@ -58,6 +61,16 @@ def test_a_program_that_sends_more_fails_with_its_largest_collectives() -> None:
     sizes = [int(row.split()[-1].replace(",", "")) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 0
+
+
+def test_what_is_compiled_is_told_and_what_was_before_is_not() -> None:
+    double = jax.jit(lambda x: 2 * x)
+    with compilations() as first:
+        double(np.ones(5, np.float32))
+    with compilations() as second:
+        double(np.ones(5, np.float32))
+    assert any("lambda" in line for line in first)
+    assert second == []
 
 
 def test_a_program_above_its_minimum_fails() -> None:

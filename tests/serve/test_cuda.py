@@ -7,20 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from trellax.meshes import TargetError
-from trellax.plan import list_gpus
 
 ROOT = Path(__file__).parents[2]
 
 
-def plugin_is_missing() -> bool:
-    try:
-        return not list_gpus()
-    except TargetError:
-        return True
-
-
-pytestmark = pytest.mark.skipif(plugin_is_missing(), reason="needs the CUDA plugin: pip install 'trellax[cuda]'")
+pytestmark = pytest.mark.cuda
 
 # Two layers of Llama 3 8B.
 COMPILE = """
