@@ -16,8 +16,10 @@ set -uo pipefail
 srun trellax train "$@" --run.folder "${RUNS:-$PWD/runs}" --json > "trellax-$SLURM_JOB_ID.json"
 code=$?
 
-# Told to stop before its end, or a process was lost (75): the same job again, from its newest save.
-if [ "$code" -eq 75 ] || { [ "$code" -eq 0 ] && ! grep -q '"ended": "done"' "trellax-$SLURM_JOB_ID.json"; }; then
+# Told to stop before its end, or a process was lost (75): the same job again, from its newest save. srun's code is the
+# highest of all tasks, so where a process was killed it is that one's (above 128); what kills every time ends at last.
+if [ "$code" -eq 75 ] || { [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 40 ]; } ||
+  { [ "$code" -eq 0 ] && ! grep -q '"ended": "done"' "trellax-$SLURM_JOB_ID.json"; }; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..meshes import RunError
-from .config import RunConfig, config_keys
+from .config import RunConfig, config_from_dict, config_keys
 
 Changes = Literal["refuse", "accept"]
 """What to do about a config that differs in what matters from the one a run was saved with."""
@@ -35,13 +35,12 @@ def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
         saved: the config of a save, as plain values; a key that it lacks had its default.
     """
     here, found = config.model_dump(mode="json"), []
+    given = {section: {key: here[section][key] for key in here[section].keys() & saved[section]} for section in saved}
+    then = config_from_dict(given).model_dump(mode="json")
     for name in config_keys():
         section, _, key = name.partition(".")
-        is_free = name in _FREE or section in _FREE_SECTIONS
-        if is_free or key not in saved.get(section, {}):
-            continue
-        was, now = saved[section][key], here[section][key]
-        if was != now:
+        was, now = saved[section].get(key, then[section][key]), here[section][key]
+        if was != now and name not in _FREE and section not in _FREE_SECTIONS:
             found.append(f"{name}: was {was}, is {now}")
     return found
 

@@ -57,9 +57,9 @@ class Checkpoints:
         self._saving: _Saving | None = None
 
     def save(self, state: TrainState, setup: Setup, *, data: Mapping[str, Any] | None = None) -> None:
-        """Start to save the state under its step, over a save of the same step; waits for the save before.
+        """Start to save the state under its step, which has no save yet; waits for the save before.
 
-        Returns as soon as the state may be changed. What fails later is raised by the next `save`, `wait` or `close`.
+        Returns as soon as the state may be changed. What fails later is raised by the next `save` or `wait`.
 
         Args:
             data: what the seal says of the stream of batches.
@@ -81,14 +81,18 @@ class Checkpoints:
         self._start(0, by_path({"params": params}), config=config, data={})
 
     def wait(self) -> None:
-        """Return when the save under way is whole.
+        """Return when the save under way is whole, on every process.
 
         Raises:
-            CheckpointError: it failed; what was saved before is still there.
+            CheckpointError: it failed on one of them; what was saved before is still there.
         """
         saving, self._saving = self._saving, None
-        if saving is not None and (error := saving.join()) is not None:
-            raise self._failure(saving.step, error) from error
+        if saving is None:
+            return
+        error = saving.join()
+        # The first process has the files of all to seal: another that left before it is done would end it, too.
+        if problem := _join(gather_texts(explain_failure(error) if error else "")):
+            raise self._failure(saving.step, problem) from error
 
     def newest(self, *, damaged: Damaged = "pass over", without: Collection[int] = ()) -> Seal | None:
         """Return the seal of the newest save whose files are what was written, or None; reads every file once.
@@ -103,7 +107,7 @@ class Checkpoints:
         while step := text_of_first(str(max(set(self.folder.steps) - tried, default=""))):
             tried.add(int(step))
             seal, problem = self._examine(int(step))
-            if problem is None:
+            if not problem:
                 return seal
             self._pass_by(int(step), problem, damaged=damaged)
         return None
@@ -147,21 +151,13 @@ class Checkpoints:
             raise self._nothing_there(was_empty=self.folder.is_empty)
         return seal.config
 
-    def close(self) -> None:
-        """Wait for the save under way.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        self.wait()
-
     def _start(self, step: int, arrays: Arrays, *, config: RunConfig, data: Mapping[str, Any]) -> None:
         self.wait()
         sums = checksums(arrays)
         try:
             wait = save_arrays(self.folder.part(step), arrays)
         except Exception as error:
-            raise self._failure(step, error) from error
+            raise self._failure(step, explain_failure(error)) from error
         described = {path: (str(leaf.dtype), tuple(leaf.shape), sums[path]) for path, leaf in arrays.items()}
         values, is_sealed_here = config.model_dump(mode="json"), is_first()
 
@@ -190,8 +186,9 @@ class Checkpoints:
             if seal.has_params_alone:
                 shapes = {path: leaf for path, leaf in wanted.items() if path.startswith("params.")}
             _check_shapes(self.folder / seal.step, seal, shapes)
-            arrays, problem = _load(self.folder / seal.step, seal, shapes)
-            if problem is None:
+            arrays = _load(self.folder / seal.step, shapes)
+            problem = _compare(arrays, seal)
+            if not problem:
                 self.last_step = seal.step
                 return seal, arrays
             self._pass_by(seal.step, problem, damaged=damaged)
@@ -206,7 +203,7 @@ class Checkpoints:
             fix="put a copy back in its place, or start over with --fresh --force, which keeps what is there.",
         )
 
-    def _examine(self, step: int) -> tuple[Seal | None, str | None]:
+    def _examine(self, step: int) -> tuple[Seal | None, str]:
         """Look at the files of a save, each process at its share; all come to the same answer."""
         folder = self.folder / step
         seal, problem = read_seal(folder)
@@ -217,7 +214,7 @@ class Checkpoints:
             )
         if seal is not None:
             problem = "; ".join(find_damage(folder, seal, share=(jax.process_index(), jax.process_count()))[:3])
-        return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem)))) or None
+        return seal, _join(gather_texts(problem))
 
     def _pass_by(self, step: int, problem: str, *, damaged: Damaged) -> None:
         what = f"checkpoint {step} is damaged: {problem}."
@@ -239,11 +236,11 @@ class Checkpoints:
         steps = self.folder.steps
         return f"The save of step {steps[-1]} is still there." if steps else "Nothing was saved yet."
 
-    def _failure(self, step: int, error: BaseException) -> CheckpointError:
+    def _failure(self, step: int, problem: str) -> CheckpointError:
         if is_first():
             self.folder.drop_unfinished(step)
         return CheckpointError(
-            f"step {step} could not be saved in {self.folder.path}: {explain_failure(error)}. {self.kept_text()}",
+            f"step {step} could not be saved in {self.folder.path}: {problem}. {self.kept_text()}",
             fix="make room, or let it be written, then give the same command again.",
         )
 
@@ -253,12 +250,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            # Of two errors the first is the one to tell of.
-            if kind is None:
-                raise
+        if kind is None:
+            self.wait()
+        elif self._saving is not None:
+            # The other processes may be elsewhere, and of two errors the first is the one to tell of.
+            self._saving.join()
 
 
 class _Saving:
@@ -282,15 +278,26 @@ class _Saving:
             self._error = error
 
 
-def _load(folder: Path, seal: Seal, shapes: Shapes) -> tuple[Arrays, str | None]:
-    """Return the arrays, and what is wrong with them: their checksums say whether they are those that were saved."""
+def _load(folder: Path, shapes: Shapes) -> Arrays:
     try:
-        arrays = load_arrays(folder, shapes)
+        return load_arrays(folder, shapes)
     except Exception as error:
-        return {}, explain_failure(error)
+        # Its files are what was written, so it is no damage: memory may be short, or a disk away for a moment.
+        raise CheckpointError(
+            f"{folder} is whole, but cannot be loaded: {explain_failure(error)}.",
+            fix="give it more memory or devices, then the same command again; to do without it, move it elsewhere.",
+        ) from error
+
+
+def _compare(arrays: Arrays, seal: Seal) -> str:
+    """Return what is wrong with loaded arrays: their checksums say whether they are those that were saved."""
     sums = checksums(arrays)
-    wrong = [path for path in arrays if sums[path] != seal.arrays[path][2]]
-    return arrays, f"{wrong[0]} is not what was saved" if wrong else None
+    return next((f"{path} is not what was saved" for path in arrays if sums[path] != seal.arrays[path][2]), "")
+
+
+def _join(problems: list[str]) -> str:
+    """What any of the processes found, each thing once."""
+    return "; ".join(dict.fromkeys(filter(None, problems)))
 
 
 def _params_like(shapes: PipelineParams, arrays: Arrays) -> PipelineParams:

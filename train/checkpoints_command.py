@@ -4,6 +4,7 @@ It starts no backend and changes nothing, so it may look at a run that is under 
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -41,7 +42,9 @@ def run_checkpoints(args: argparse.Namespace) -> int:
         CheckpointError: there is no such folder, or nothing was saved in it.
     """
     folder = _find_folder(Path(args.folder))
-    rows = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
+    looked = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
+    # A run that is under way removes and renames what is here: what has gone meanwhile is not damaged.
+    rows = [row for row in looked if (folder.path / row.name).exists()]
     if not rows:
         raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")
     print(json.dumps([asdict(row) for row in rows]) if args.json else _draw(folder, rows, verified=args.verify))
@@ -63,8 +66,7 @@ def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
     path = folder.path / name
     if not name.isdigit():
         state = "set aside" if ".damaged" in name else "unfinished"
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return SaveRow(name=name, state=state, num_bytes=size, saved_at="", layout="", problem="")
+        return SaveRow(name=name, state=state, num_bytes=_measure(path), saved_at="", layout="", problem="")
     seal, problem = read_seal(path)
     if seal is None:
         return SaveRow(name=name, state="damaged", num_bytes=0, saved_at="", layout="", problem=problem)
@@ -80,6 +82,14 @@ def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
         layout=_layout(seal),
         problem="; ".join(found),
     )
+
+
+def _measure(path: Path) -> int:
+    size = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in path.rglob("*"):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def _layout(seal: Seal) -> str:

@@ -174,7 +174,7 @@ def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
         return np.empty(0, dtype)
     if file.suffix == ".npy":
         try:
-            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+            tokens = np.lib.format.open_memmap(file, mode="r")
         except ValueError as error:
             raise DataError(f"{file}: this is no .npy array: {error}.", fix="write it with numpy.save.") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "ui":

@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
+from .array_store import explain_failure
 from .changes import Changes
 from .check import check_run
 from .checkpoint import Checkpoints
@@ -70,21 +71,30 @@ def train(
     prepare_backend(config.run_folder)
     setup = prepare(config)
     check_initial_weights(setup)
-    console = console or Console(file=sys.stderr)
+    console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 
     say = partial(_say, console)
+    kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+    checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
-        corpus = _open_corpus(setup, say)
-        kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-        with Checkpoints(config.run_folder, **kept, say=say) as checkpoints:
-            profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
-            run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
-            try:
+        try:
+            corpus = _open_corpus(setup, say)
+            with checkpoints:
+                profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
+                run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
                 run.take_steps(stop)
                 return run.finish(stop, start_s=start_s)
-            except OSError as error:
-                raise _refused(error, config, checkpoints) from error
+        except OSError as error:
+            raise _refused(error, config, checkpoints) from error
+
+
+class _Talk(Console):
+    """A console whose reader may leave, as `tee` does at Ctrl-C before the run has saved: it falls silent."""
+
+    def on_broken_pipe(self) -> None:
+        # rich itself would end the process here.
+        self.quiet = True
 
 
 def _say(console: Console, text: object) -> None:
@@ -107,6 +117,6 @@ def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
 def _refused(error: OSError, config: RunConfig, checkpoints: Checkpoints) -> RunError:
     """What the system said about a file of the run, in a sentence."""
     return RunError(
-        f"{error.filename or config.run_folder} cannot be written: {error.strerror}. {checkpoints.kept_text()}",
+        f"{error.filename or config.run_folder} cannot be used: {explain_failure(error)}. {checkpoints.kept_text()}",
         fix="make room, or let it be written, then give the same command again.",
     )

@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +15,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
+_FLUSH_EVERY_S = 30
+_EVENTS: Any = event_pb2
+"""Its classes are made when it is imported, so no type checker knows them."""
 
 
 class MetricsLog:
@@ -36,7 +42,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         _replace(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=resumed_step + 1)
+        self._board = _Board(self._path.parent / "tensorboard", purge_step=resumed_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append the numbers of one step; those that are None are left out, those that are not finite become null."""
@@ -46,7 +52,7 @@ class MetricsLog:
         self._file.flush()
         for name, value in given.items():
             if _finite(value) is not None:
-                self._board.add_scalar(name, value, step)
+                self._board.write(_EVENTS.Event(step=step, summary=scalar(name, value)))
 
     def close(self) -> None:
         """Finish both files."""
@@ -78,17 +84,25 @@ class NoLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; none without the file, and without a last line cut off by a kill."""
+    """Return the lines of a run's metrics.jsonl; none without the file, and without lines that a crash has damaged."""
     path = Path(folder) / METRICS_FILE
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
+
+
+def last_loss(lines: list[dict[str, Any]], *, step: int) -> float | None:
+    """Return the last loss up to a step whose batch was not left out; None where there is none."""
+    taken = [line["loss"] for line in lines if "loss" in line and "skipped" not in line and line["step"] <= step]
+    return taken[-1] if taken else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +167,26 @@ def peak_memory_bytes() -> int:
         return max(peaks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Board:
+    """TensorBoard's events, written at once: tensorboardX's own thread dies of a full disk and makes the run wait."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._flushed_s = EventsWriter(str(folder / "events")), time.monotonic()
+        start = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        self.write(_EVENTS.Event(step=purge_step, session_log=start))
+
+    def write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        if time.monotonic() > self._flushed_s + _FLUSH_EVERY_S:
+            self._events.flush()
+            self._flushed_s = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _finite(value: float) -> float | None:

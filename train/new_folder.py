@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..meshes import WeightsError
+from .save_folder import free_name
 
 
 @contextmanager
@@ -18,16 +20,23 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     refuse_existing(folder)
-    part = folder.absolute().with_name(f"{folder.name}.part-{os.getpid()}")
     try:
-        part.mkdir(parents=True)
-        yield part
-        part.replace(folder)
+        part = _make_part(folder.absolute())
+        try:
+            yield part
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise WeightsError(f"{folder} cannot be written: {reason}.", fix="make room, or name another.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+
+
+def _make_part(folder: Path) -> Path:
+    """Make a folder that no other process writes to: in containers many have one id, and some are killed."""
+    part = free_name(folder.with_name(f"{folder.name}.part-{socket.gethostname()}-{os.getpid()}"))
+    part.mkdir(parents=True)
+    return part
 
 
 def refuse_existing(folder: str | Path) -> None:

@@ -14,7 +14,7 @@ from .batches import Batches
 from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
-from .metrics import MetricsLog, NoLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from .metrics import MetricsLog, NoLog, Summary, draw_loss, last_loss, peak_memory_bytes, read_metrics, write_summary
 from .pace import Pace
 from .prefetch import Prefetch
 from .profile import StepProfile
@@ -25,7 +25,7 @@ from .speed import peak_flops_per_s
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
-from .together import is_first
+from .together import is_first, text_of_first
 from .xla import compile_for
 
 _MOST_BAD_STEPS = 10
@@ -72,7 +72,7 @@ class Run:
         self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
         # A run resumed at its end takes no step: its last loss is the one on record.
         lines = read_metrics(self.config.run_folder) if seal else []
-        self.last_loss: float | None = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+        self.last_loss: float | None = last_loss(lines, step=self.first_step)
         self.pace, self.profile = Pace(window=section.log_every), profile
         self._bad_in_a_row = 0
 
@@ -80,7 +80,7 @@ class Run:
         """Train to the last step or until asked to stop, logging, validating and saving on the way.
 
         Raises:
-            DataError: a file of the corpus is lost; the state is saved.
+            DataError: a file of the corpus is lost; the state is saved, unless there are many processes.
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
@@ -141,8 +141,10 @@ class Run:
             folder=str(folder),
         )
         if is_first():
-            with MetricsLog(folder, resumed_step=steps) as log:
-                log.write(steps, {"val_loss": val_loss})
+            # A run resumed at its end was validated before.
+            if val_loss is not None and {"step": steps, "val_loss": val_loss} not in read_metrics(folder):
+                with MetricsLog(folder, resumed_step=steps) as log:
+                    log.write(steps, {"val_loss": val_loss})
             write_summary(summary)
             draw_loss(folder)
         return summary
@@ -205,6 +207,9 @@ class Run:
                 return self._ahead[step]
         except DataError as error:
             look.at_waiting()
+            if jax.process_count() > 1:
+                # The others are at this step or the next; a save would wait for them for ever.
+                raise
             self.save()
             self.checkpoints.wait()
             raise DataError(f"{error.problem} Step {step} is saved.", fix=error.fix) from None
@@ -220,7 +225,8 @@ class Run:
                 check_changes(seal.config, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
             found.append(seal)
 
-        if self.checkpoints.folder.is_empty:
+        # What the first process sees counts: over a network the others may see it later.
+        if text_of_first("empty" if self.checkpoints.folder.is_empty else ""):
             self.state: TrainState = initial_state(self.setup)
             if self.config.train.init_from:
                 text = f"weights   of {self.config.train.init_from}"

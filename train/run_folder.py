@@ -17,8 +17,8 @@ from .together import first_does
 
 LOCK_FILE = "lock"
 ASIDE = "aside"
-_LEFT_BY_A_RUN = (FOLDER, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, "tensorboard")
-"""The rest of a folder is not a run's: an imported model's config and tokenizer."""
+_LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, "tensorboard", FOLDER)
+"""Saves last: moved in part, it is still a run. The rest is no run's: an imported model's config and tokenizer."""
 
 Start = Literal["resume", "fresh", "replace"]
 """Go on from the newest save; start over, where nothing is saved; or start over and set aside what is there."""
@@ -35,25 +35,22 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
     with contextlib.ExitStack() as held:
 
         def take() -> None:
-            _open(folder)
-            held.enter_context(_lock(folder, say))
-            SaveFolder(folder / FOLDER).drop_unfinished()
-            if start != "resume":
-                _clear(folder, start=start, say=say)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+                held.enter_context(_lock(folder, say))
+                SaveFolder(folder / FOLDER).drop_unfinished()
+                if start != "resume":
+                    _clear(folder, start=start, say=say)
+            except OSError as error:
+                raise ConfigError(
+                    f"the run folder {folder} cannot be written: {error.strerror}.",
+                    fix="make room, or set run.folder to a place that can.",
+                ) from None
 
         first_does(take)
         yield
-
-
-def _open(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written: {error.strerror}.", fix="set run.folder to a place that can."
-        ) from None
 
 
 @contextlib.contextmanager

@@ -42,15 +42,16 @@ class SaveFolder:
         return self.path / f"{step}.part"
 
     def publish(self, step: int) -> None:
-        """Make a written save a finished one, in place of another of the same step."""
-        if (self / step).exists():
-            self.remove(step)
-        self.part(step).rename(self / step)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Make a written save a finished one, on the disk for good: older ones may go once this returns.
+
+        Raises:
+            OSError: there is one of that step already, or the system refuses.
+        """
+        part = self.part(step)
+        for path in (*part.rglob("*"), part):
+            _force_to_disk(path)
+        part.rename(self / step)
+        _force_to_disk(self.path)
 
     def remove(self, step: int) -> None:
         """Remove a finished save."""
@@ -78,6 +79,15 @@ class SaveFolder:
         for step in self.steps[:-keep]:
             if not (keep_every and step % keep_every == 0):
                 self.remove(step)
+
+
+def _force_to_disk(path: Path) -> None:
+    # Orbax leaves its own records to the system, which may write them after the rename that makes the save count.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def free_name(path: Path) -> Path:

@@ -49,15 +49,10 @@ def hash_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def write_seal(folder: Path, seal: Seal) -> None:
-    """Write the seal whole or not at all, and force it to the disk."""
+    """Write the seal into a folder whose name does not count as a save yet."""
     record = asdict(seal)
     text = json.dumps({"sha256": _hash_record(record), "record": record}, indent=1)
-    part = folder / f"{SEAL_FILE}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / SEAL_FILE)
+    (folder / SEAL_FILE).write_text(text, encoding="utf-8")
 
 
 def read_seal(folder: Path) -> tuple[Seal | None, str]:

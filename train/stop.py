@@ -4,9 +4,9 @@ Of many processes one may be asked; all then stop after the same step, which jax
 SIGTERM for itself.
 """
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -25,27 +25,29 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name = ""
-        """The signal that asked, or "" while none has."""
+        """The signal that ended the run, or "" while none has."""
+        self._asked, self._is_interrupted = "", False
         self._before: dict[signal.Signals, Any] = {}
 
     def is_due(self, step: int) -> bool:
         """Return whether to stop before this step; every process calls it before every step."""
         if jax.process_count() == 1:
-            return bool(self.signal_name)
-        due = multihost_utils.reached_preemption_sync_point(step)
-        if due:
-            self.signal_name = self.signal_name or "SIGTERM"
-        return due
+            self.signal_name = self._asked
+        elif multihost_utils.reached_preemption_sync_point(step):
+            self.signal_name = self._asked or "SIGTERM"
+        return bool(self.signal_name)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and self.signal_name:
+        if name == "SIGINT" and self._is_interrupted:
             # Not through Python's own end: it would wait for the save under way.
-            os.write(sys.stderr.fileno(), b"stopped at once; what is saved stays\n")
+            _tell(b"stopped at once; what is saved stays\n")
             os._exit(EXIT_INTERRUPTED)
-        self.signal_name = self.signal_name or name
+        # What the run makes of it is decided before a step, where all processes decide the same.
+        self._asked = self._asked or name
         if name == "SIGINT":
-            os.write(sys.stderr.fileno(), b"stopping after this step, and saving; once more stops at once\n")
+            self._is_interrupted = True
+            _tell(b"stopping after this step, and saving; once more stops at once\n")
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -61,3 +63,9 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _tell(text: bytes) -> None:
+    # Ctrl-C ends a `tee` at the other end of a pipe first: nobody to tell is no reason not to save.
+    with contextlib.suppress(OSError):
+        os.write(2, text)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, 
     file = cache / _FOLDER / f"{_hash(documents, tokenizer)}.npy"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".part-{os.getpid()}")
+        # All processes of a run come by here at once, and in containers they have one id.
+        part = file.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
         with part.open("wb") as stream:
             np.save(stream, _encode(documents, tokenizer))
         part.replace(file)

@@ -60,8 +60,9 @@ class ProcessWatch:
             text = "" if is_told else f"{type(error).__name__}: {error}\n"
             self._leave(text, code=2)
         elif isinstance(error, Exception):
-            # A broken connection says nothing of who broke it: the watch finds out, and ends this process.
-            time.sleep(self._silence_s + _PATIENCE_S)
+            # A broken connection says nothing of who broke it: the watch finds out, and ends this process. It takes its
+            # time over that, so this must take more.
+            time.sleep(self._silence_s + 3 * _PATIENCE_S)
             self._say(_FAILURES, f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
             self._stop_watching()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, natural_order
-from trellax.train import Checkpoints, Setup, load_config
+from trellax.train import Checkpoints, Setup, checkpoint, checkpoints_command, load_config
 from trellax.train.cli import main
 from trellax.train.natural import natural_params
 
@@ -229,6 +229,29 @@ def test_nothing_but_damage_is_refused_and_not_taken_for_an_empty_folder(
     assert not Checkpoints(tmp_path).folder.is_empty
 
 
+def test_whole_save_that_cannot_be_loaded_is_no_damage(
+    setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
+
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.setattr(checkpoint, "load_arrays", refuse)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="2 is whole, but cannot be loaded"):
+        checkpoints.restore(setup)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_save_that_failed_on_another_process_is_no_save(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(setup.init_state(), setup)
+        monkeypatch.setattr(checkpoint, "gather_texts", lambda own: [own, "No space left on device"])
+        with pytest.raises(CheckpointError, match=r"step 0 could not be saved in .*: No space left on device"):
+            checkpoints.wait()
+
+
 def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.part")
@@ -261,6 +284,33 @@ def test_command_lists_and_verifies(
     assert [(row["name"], row["state"]) for row in rows] == [("1", "verified"), ("2", "damaged")]
     assert "has other bytes than were saved" in rows[1]["problem"]
     assert rows[0]["num_bytes"] > 10_000
+
+
+def test_command_may_look_while_a_run_removes_and_renames(
+    saved: tuple[Path, dict[int, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "3.part").mkdir()
+    read, is_file = checkpoints_command.read_seal, Path.is_file
+
+    def read_too_late(folder: Path) -> Any:
+        if folder.name == "1":
+            shutil.rmtree(folder)
+        return read(folder)
+
+    def vanish(path: Path) -> bool:
+        was_there = is_file(path)
+        shutil.rmtree(tmp_path / "checkpoints" / "3.part", ignore_errors=True)
+        return was_there
+
+    (tmp_path / "checkpoints" / "3.part" / "array").write_text("half")
+    monkeypatch.setattr(checkpoints_command, "read_seal", read_too_late)
+    monkeypatch.setattr(Path, "is_file", vanish)
+    assert main(["checkpoints", str(tmp_path), "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["2"]
 
 
 def test_no_file_of_a_save_is_a_pickle(saved: tuple[Path, dict[int, Any]]) -> None:

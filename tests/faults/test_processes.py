@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ SILENCE_S = 6
 LOST = 75
 
 
-def start(zygote: Zygote, words: str, *, count: int) -> list[Child]:
+def start(zygote: Zygote, words: str, *, count: int, each: Sequence[str] = ()) -> list[Child]:
+    """Start that many processes of a run; `each` are words for one of them alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = f"{words} --coordinator 127.0.0.1:{port} --num-processes {count}"
-    return [zygote.start(f"{common} --process-id {index}") for index in range(count)]
+    own = each or [""] * count
+    return [zygote.start(f"{common} --process-id {index} {own[index]}") for index in range(count)]
 
 
 def wait_for_step(child: Child, run_folder: Path, step: int, *, seconds: float = 200) -> None:
@@ -125,6 +128,21 @@ def test_four_processes_train_like_one(zygote: Zygote, folder: Path, tiny_words:
     np.testing.assert_allclose(list(here.values()), list(expected.values()), rtol=1e-5)
     assert json.loads(four[0].out.read_text())["steps"] == 12
     assert [child.out.read_text() for child in four[1:]] == [""] * 3
+
+
+@pytest.mark.slow
+def test_process_that_loses_its_corpus_says_so_and_ends_all(zygote: Zygote, folder: Path, words: str) -> None:
+    tokens = [folder / f"tokens{index}.bin" for index in range(2)]
+    for file in tokens:
+        np.arange(20_000, dtype=np.uint16).__mod__(250).tofile(file)
+    words = f"{words} --data.source tokens --mesh.pipe 2 --fake-devices 2 --run.name corpus"
+    both = start(zygote, words, count=2, each=[f"--data.paths {file}" for file in tokens])
+    wait_for_step(both[0], folder / "corpus", 12)
+    with tokens[1].open("ab") as file:
+        file.truncate(1000)
+    assert [zygote.wait(child) for child in both] == [LOST, 2]
+    assert "tokens1.bin: changed while the run read it" in both[1].said()
+    assert "tokens1.bin: changed while the run read it" in both[0].said()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run that is asked to stop, loses what it needs, or learns nonsense: it says so, and what was saved stays."""
 
+import contextlib
 import json
 import os
 import signal
@@ -54,6 +55,23 @@ def test_second_interrupt_stops_at_once(zygote: Zygote, folder: Path, tiny_words
     child.wait_for("once more stops at once")
     child.kill(signal.SIGINT)
     assert zygote.wait(child) in (130, 0), child.said()
+
+
+def test_interrupt_saves_though_nobody_reads_any_more(zygote: Zygote, folder: Path, tiny_words: str) -> None:
+    # As `2>&1 | tee log` does: Ctrl-C ends tee first.
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    child = zygote.start(f"{tiny_words} --train.steps 4000 --run.name tee", err=pipe)
+    said = b""
+    while b"step 200/4000" not in said:
+        with contextlib.suppress(BlockingIOError):
+            said += os.read(reader, 1 << 16)
+        time.sleep(0.01)
+    os.close(reader)
+    child.kill(signal.SIGINT)
+    assert zygote.wait(child) == 0
+    assert saved_steps(folder / "tee") == [max(losses(folder / "tee"))]
 
 
 def test_lock_keeps_a_second_run_out_and_outlives_no_process(zygote: Zygote, tiny_words: str) -> None:

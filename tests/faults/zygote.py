@@ -56,10 +56,10 @@ class Zygote:
             env=os.environ | own | {"XLA_FLAGS": flags, "NPROC": "4"},
         )
 
-    def start(self, words: str | Sequence[str], *, largest_file: int | None = None) -> Child:
-        """Start a command; `largest_file` makes the system refuse to write longer files."""
+    def start(self, words: str | Sequence[str], *, largest_file: int | None = None, err: Path | None = None) -> Child:
+        """Start a command; `largest_file` makes the system refuse to write longer files, `err` is a pipe for stderr."""
         self._count += 1
-        out, err = self._folder / f"{self._count}.out", self._folder / f"{self._count}.err"
+        out, err = self._folder / f"{self._count}.out", err or self._folder / f"{self._count}.err"
         words = words.split() if isinstance(words, str) else list(words)
         answer = self._ask({"words": words, "out": str(out), "err": str(err), "largest_file": largest_file})
         return Child(answer, out, err)

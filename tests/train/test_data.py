@@ -55,9 +55,13 @@ def test_corpus_that_cannot_be_read_is_refused(name: str, folder: Path, golden: 
     golden(f"errors/data_{name}.txt", str(caught.value))
 
 
-def test_file_that_is_no_array_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"fake\.npy: this is no \.npy array"):
-        load_corpus(section(paths=("fake.npy",), source="tokens"))
+@pytest.mark.parametrize("name", ["fake.npy", "many.npy", "zip.npy"])
+def test_file_that_is_no_array_is_refused(name: str, folder: Path) -> None:
+    np.savez(folder / "many.npz", np.arange(99, dtype=np.uint16))
+    (folder / "many.npz").rename(folder / "many.npy")
+    (folder / "zip.npy").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(DataError, match=f"{name}: this is no .npy array"):
+        load_corpus(section(paths=(name,), source="tokens"))
 
 
 def test_text_is_its_bytes_in_order_with_the_tail_held_out(folder: Path) -> None:

@@ -36,7 +36,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("code", "ended", "requeued"), [(0, "done", False), (0, "SIGTERM", True), (75, "", True), (2, "", False)]
+    ("code", "ended", "requeued"),
+    [(0, "done", False), (0, "SIGTERM", True), (75, "", True), (137, "", True), (1, "", False), (2, "", False)],
 )
 def test_slurm_script_trains_and_requeues_itself(
     code: int, ended: str, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

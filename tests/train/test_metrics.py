@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from trellax.train.metrics import MetricsLog, Summary, draw_loss, peak_memory_bytes, read_metrics, write_summary
+from tensorboardX.record_writer import RecordWriter
+from trellax.train.metrics import (
+    MetricsLog,
+    Summary,
+    draw_loss,
+    last_loss,
+    peak_memory_bytes,
+    read_metrics,
+    write_summary,
+)
 
 
 def write_steps(folder: Path, steps: range, *, resumed_step: int = 0) -> None:
@@ -36,6 +45,34 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
         file.write('{"step": 4, "lo')
     write_steps(tmp_path, range(4, 5), resumed_step=3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_lines_that_a_crash_has_damaged_are_left_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\0\0\xff\xfe\n3\n{"loss": 1.0}\n{"step": 3, "loss": 2.0}\n')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_last_loss_is_that_of_a_step_that_was_taken(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None, "skipped": 1}, {"step": 3, "val_loss": 2.0}]
+    assert last_loss([*lines, {"step": 4, "loss": 1.0}], step=3) == 3.0
+    assert last_loss(lines, step=0) is None
+
+
+@pytest.mark.timeout(30)
+def test_full_disk_is_told_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def fill(log: MetricsLog) -> None:
+        for step in range(1, 100):
+            log.write(step, {"loss": 1.0})
+
+    with MetricsLog(tmp_path) as log:
+        monkeypatch.setattr(RecordWriter, "write", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            fill(log)
 
 
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:

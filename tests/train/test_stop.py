@@ -1,0 +1,61 @@
+"""What a signal means is decided before a step; only a second Ctrl-C ends at once, heard or not."""
+
+import os
+import signal
+
+import pytest
+from trellax.train import stop as module
+from trellax.train.stop import StopRequest
+
+
+class EndedError(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise EndedError(code)
+
+    monkeypatch.setattr(module.os, "_exit", leave)
+
+
+def test_run_stops_before_the_next_step() -> None:
+    with StopRequest() as stop:
+        assert not stop.is_due(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == ""
+        assert stop.is_due(4)
+    assert stop.signal_name == "SIGTERM"
+
+
+def test_only_a_second_interrupt_ends_at_once() -> None:
+    with StopRequest() as stop:
+        # Who passes Ctrl-C on, as mpirun does, sends SIGTERM beside the terminal's SIGINT.
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_due(4)
+        with pytest.raises(EndedError):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_of_one_process_after_the_last_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on: list[int] = []
+    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(module.multihost_utils, "reached_preemption_sync_point", lambda _: False)
+    with StopRequest() as stop:
+        assert not stop.is_due(9)
+        monkeypatch.setattr(module.os, "kill", lambda _, number: passed_on.append(number))
+        signal.raise_signal(signal.SIGINT)
+    # What follows, a validation say, takes all processes: they must not differ on whether it is to be.
+    assert (stop.signal_name, passed_on) == ("", [signal.SIGTERM])
+
+
+def test_nobody_to_tell_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_pipe(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module.os, "write", break_pipe)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_due(1)
