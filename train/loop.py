@@ -70,7 +70,7 @@ def train(
     start_s = time.perf_counter()
     prepare_backend(config.run_folder)
     setup = prepare(config)
-    check_initial_weights(setup)
+    check_initial_weights(setup, start=start)
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 

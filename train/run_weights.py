@@ -3,6 +3,8 @@
 Here a model's parameters are a tree {"embed", "blocks", "head"} as a `Transformer` has it, blocks [L, ...].
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from .config import RunConfig, config_from_dict
 from .hf_config import model_differences, read_hub_model
 from .hf_read import open_weights, read_weights
 from .natural import natural_params, params_from_natural
+from .run_folder import Start
 from .save_folder import FOLDER
 from .state import Setup, TrainState
 
@@ -31,6 +34,8 @@ def weight_shapes(setup: Setup) -> dict[str, Any]:
 def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """Return the newest parameters of a run folder, or those of a Hugging Face folder, each device reading its part.
 
+    A damaged save is named on stderr, and the one before is used.
+
     Args:
         shapes: the parameters wanted, as `jax.ShapeDtypeStruct` with shardings; of `weight_shapes(setup)` for a run.
 
@@ -40,7 +45,7 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_run_folder(folder):
         return read_weights(folder, shapes)
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with Checkpoints(folder, keep=1, say=partial(print, file=sys.stderr)) as checkpoints:
         return _as_model(checkpoints.restore_params(as_pipeline(shapes)))
 
 
@@ -72,14 +77,16 @@ def model_of(folder: str | Path) -> ModelConfig:
     return saved_config(folder).model if is_run_folder(folder) else read_hub_model(folder).config
 
 
-def check_initial_weights(setup: Setup) -> None:
+def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
     """Raise unless `train.init_from` holds the weights of this run's model; nothing but headers is read.
+
+    A run that goes on from a save does not ask for them.
 
     Raises:
         TrellaxError: there are none, or they are of another model, with all that differs.
     """
     source, config = setup.config.train.init_from, setup.config
-    if not source or _resumes(config):
+    if not source or (start == "resume" and not Checkpoints(config.run_folder).folder.is_empty):
         return
     model = model_of(source)
     if differing := model_differences(config.model, model):
@@ -98,10 +105,6 @@ def initial_state(setup: Setup) -> TrainState:
     if not source:
         return setup.init_state()
     return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, weight_shapes(setup)))))
-
-
-def _resumes(config: RunConfig) -> bool:
-    return not Checkpoints(config.run_folder).folder.is_empty
 
 
 def _as_model(params: PipelineParams) -> dict[str, Any]:

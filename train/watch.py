@@ -103,7 +103,8 @@ class ProcessWatch:
             if culprit := self._find_culprit(now):
                 self._witness.let_go()
                 self._leave(
-                    f"{culprit}. {self._name(self._processes.index)} stops; what is saved stays.\n", code=EXIT_LOST
+                    f"{culprit.rstrip('.')}. {self._name(self._processes.index)} stops; what is saved stays.\n",
+                    code=EXIT_LOST,
                 )
 
     def _find_culprit(self, now: float) -> str:

@@ -110,6 +110,24 @@ def test_what_a_run_started_from_is_not_asked_for_once_it_has_a_save(text: Path)
     check_initial_weights(setup)
 
 
+def test_wrong_weights_are_refused_before_the_old_run_is_moved_aside(text: Path) -> None:
+    sizes = {"init_from": "nowhere", "batch_size": 16}
+    config = run_of(read_hub_model(GOLDEN / "llama3").config, text, mesh="data=8", train=sizes)
+    save_params(config.run_folder, read_weights(GOLDEN / "llama3", weight_shapes(setup_of(config))), config)
+    with pytest.raises(TrellaxError, match="nowhere"):
+        train(config, start="replace")
+    assert (config.run_folder / "checkpoints" / "0").is_dir()
+
+
+def test_reader_is_told_of_a_damaged_save(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_of(read_hub_model(GOLDEN / "llama3").config, text)
+    params = read_weights(GOLDEN / "llama3", weight_shapes(setup_of(config)))
+    save_params(config.run_folder, params, config)
+    (config.run_folder / "checkpoints" / "7").mkdir()
+    assert are_equal(load_params(config.run_folder, weight_shapes(setup_of(config))), params)
+    assert capsys.readouterr().err == "checkpoint 7 is damaged: seal.json is missing. The one before is used.\n"
+
+
 MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "other_sizes": ("llama3", {"num_layers": 4, "num_kv_heads": 4, "rope_theta": 10_000.0}),
     "other_architecture": ("gpt2", {"positions": "rotary"}),
