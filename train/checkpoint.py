@@ -121,7 +121,7 @@ class Checkpoints:
             accept: told of the save before its arrays are read; raises to refuse it.
 
         Raises:
-            CheckpointError: there is none, or it is of another model or optimizer.
+            CheckpointError: there is none, it is of another model or optimizer, or it cannot be loaded.
         """
         natural = natural_state(setup)
         seal, arrays = self._read(natural.shapes, accept=accept, damaged="set aside")
@@ -136,7 +136,7 @@ class Checkpoints:
             shapes: types and shardings, of `natural_params(setup)` for a run.
 
         Raises:
-            CheckpointError: there is none, or it is of another model.
+            CheckpointError: there is none, it is of another model, or it cannot be loaded.
         """
         _, arrays = self._read(by_path({"params": shapes}), damaged="pass over")
         return _params_like(shapes, arrays)
