@@ -1,6 +1,7 @@
 """Text becomes ids of a model's own tokenizer, documents end where they end, and a second run reads what was kept."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def test_kept_tokens_are_read_and_other_text_is_tokenized_anew(
     (here / "b.txt").write_text("another cat\n" * 20)
     assert load_corpus(section(source), cache=here / "run").sha256 != first.sha256
     assert calls == [1]
+
+
+def test_processes_of_one_id_on_two_machines_keep_tokens_at_once(
+    source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, machines = module._encode, iter(["other", "done"])
+
+    def encode_beside_another(*args: Any) -> np.ndarray:
+        monkeypatch.setattr(socket, "gethostname", lambda: "other")
+        if next(machines) == "other":
+            # Another process comes by while this one has its file open, and is done first.
+            load_corpus(section(source), cache=here / "run")
+        return encode(*args)
+
+    monkeypatch.setattr(module, "_encode", encode_beside_another)
+    assert load_corpus(section(source), cache=here / "run").train.size > 0
 
 
 def test_standard_library_is_text_that_a_tokenizer_reads(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
