@@ -113,8 +113,7 @@ def cache_shapes(
     num_rows: int,
     max_tokens: int,
     dtype: CacheDtype,
-    layers_per_stage: int | None = None,
-    stacks: Sequence[int] | None = None,
+    stacks: Sequence[int],
     rules: ShardingRules = DEFAULT_RULES,
 ) -> KVCache:
     """Return shapes and shardings of an empty cache.
@@ -122,14 +121,12 @@ def cache_shapes(
     Where there are fewer key/value heads than `tensor` devices, each is kept as often as makes one a device.
 
     Args:
-        layers_per_stage: layers that every stage has room for; an even share if left out.
-        stacks: given, keys and values are tuples of arrays, each of so many layers a stage.
+        stacks: of how many layers a stage each array of keys, and of values, is.
 
     Raises:
         ShardingError: rows do not split over `data`.
     """
     sizes: Mapping[str, int] = mesh.shape
-    room = layers_per_stage or -(-config.num_layers // sizes["pipe"])
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
 
     def stack(layers: int) -> jax.ShapeDtypeStruct:
@@ -138,7 +135,7 @@ def cache_shapes(
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
 
     lengths = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    stored = stack(room) if stacks is None else tuple(map(stack, stacks))
+    stored = tuple(map(stack, stacks))
     return KVCache(
         keys=stored,
         values=stored,

@@ -170,13 +170,12 @@ class Engine:
         self._state, said = self.programs.prefill(*args)
         self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
         first = np.asarray(said)[-1]
-        ended = []
-        for shard, own in enumerate(chunks):
-            for item, chunk in enumerate(own):
-                token, reason = first[shard, item].tolist()
-                if chunk.is_last and self._note(chunk.sequence, token, reason):
-                    ended.append(chunk.sequence)
-        return ended
+        return self._note(
+            (chunk.sequence, *first[shard, item].tolist())
+            for shard, own in enumerate(chunks)
+            for item, chunk in enumerate(own)
+            if chunk.is_last
+        )
 
     def _decode(self) -> list[Sequence]:
         decoding = {s.slot: s for s in self.schedule.decoding}
@@ -186,31 +185,37 @@ class Engine:
         num_rounds = min(self.sizes.rounds, longest)
         self._state, said = self.programs.decode(self._params, self._state, self._choice, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.mesh.shape["pipe"])
-        ended = []
-        for turn in np.asarray(said)[-1, :num_rounds]:
-            for slot, (token, reason) in enumerate(turn.tolist()):
-                if token != NOTHING and self._note(decoding[slot], token, reason):
-                    ended.append(decoding[slot])
-        return ended
+        return self._note(
+            (decoding[slot], token, reason)
+            for turn in np.asarray(said)[-1, :num_rounds]
+            for slot, (token, reason) in enumerate(turn.tolist())
+            if token != NOTHING
+        )
 
     def _num_left(self, sequence: Sequence) -> int:
         """Rounds until a sequence ends: one more where its token may be between two stages."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.mesh.shape["pipe"] > 1)
 
-    def _note(self, sequence: Sequence, token: int, reason: int) -> bool:
-        """Take note of a token, and return whether its sequence ends with it."""
-        if _REASONS.get(reason) != "stop":
-            sequence.tokens.append(token)
-            if self.on_token:
+    def _note(self, said: Iterable[tuple[Sequence, int, int]]) -> list[Sequence]:
+        """Take note of tokens with their reasons to end, tell them, and return the sequences that ended."""
+        heard, ended = [], []
+        for sequence, token, reason in said:
+            if _REASONS.get(reason) != "stop":
+                sequence.tokens.append(token)
+                heard.append((sequence, token))
+            if reason:
+                self.schedule.finish(sequence, _REASONS[reason])
+                ended.append(sequence)
+        # Told once all are noted: a listener that raises must not lose what the devices have gone on from.
+        if self.on_token:
+            for sequence, token in heard:
                 self.on_token(sequence, token)
-        if reason:
-            self.schedule.finish(sequence, _REASONS[reason])
-        return bool(reason)
+        return ended
 
     def _write_choice(self, sequence: Sequence) -> None:
         request, slot = sequence.request, sequence.slot
         self._choice.temperature[slot] = request.temperature
-        self._choice.top_k[slot] = request.top_k
+        self._choice.top_k[slot] = min(request.top_k, self.config.vocab_size)
         self._choice.top_p[slot] = request.top_p
         self._choice.seed[slot] = request.seed
         self._choice.limit[slot] = len(request.prompt) + request.max_new_tokens

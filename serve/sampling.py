@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_COLDEST = 1e-30
+"""Below this temperature scaled logits would overflow, and draws were the likeliest token long before."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def choose(logits_BV: jax.Array, choice: Choice, *, position_B: jax.Array, axes:
     """
     # A row of temperature 0 is divided by 1 and gets no noise.
     is_drawn_B = choice.temperature > 0
-    scaled_BV = logits_BV / jnp.where(is_drawn_B, choice.temperature, 1.0)[:, None]
+    scaled_BV = logits_BV / jnp.where(is_drawn_B, jnp.maximum(choice.temperature, _COLDEST), 1.0)[:, None]
     is_cut_B = is_drawn_B & ((choice.top_k > 0) | (choice.top_p < 1))
     cut_BV = jax.lax.cond(is_cut_B.any(), lambda x: _cut(x, choice, is_cut_B, axes), lambda x: x, scaled_BV)
     noisy_BV = jax.lax.cond(
@@ -58,7 +61,8 @@ def choose(logits_BV: jax.Array, choice: Choice, *, position_B: jax.Array, axes:
     best_B = jax.lax.pmax(top_B, axes)
     # Of equal scores the first token wins, as argmax has it on one device.
     token_B = token_B + jax.lax.axis_index(axes) * logits_BV.shape[-1]
-    return jax.lax.pmin(jnp.where(top_B == best_B, token_B, jnp.iinfo(jnp.int32).max), axes)
+    # Not equality: where the model overflows all are NaN, and somebody's token must come of it.
+    return jax.lax.pmin(jnp.where(top_B < best_B, jnp.iinfo(jnp.int32).max, token_B), axes)
 
 
 def _noise(like_BV: jax.Array, choice: Choice, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -86,6 +90,8 @@ def _cut(scaled_BV: jax.Array, choice: Choice, is_cut_B: jax.Array, axes: tuple[
 
     # A sum of all shares may round to less than a top-p near 1: then everything of top-k stays.
     least_B = jnp.where(choice.top_p < 1, jnp.maximum(least_B, _largest(has_mass, like_B=least_B)), least_B)
+    # A top-p that float32 takes for 0 is reached by nobody: then the likeliest stays.
+    least_B = jnp.minimum(least_B, order_BV.max(-1))
     is_in_BV = (_ordered(scaled_BV) >= least_B[:, None]) | ~is_cut_B[:, None]
     return jnp.where(is_in_BV, scaled_BV, -jnp.inf)
 

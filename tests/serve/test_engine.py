@@ -1,5 +1,6 @@
 """An engine gives each request what it would get alone, on any mesh and in any company."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -94,6 +95,31 @@ def test_tokens_are_told_as_they_come() -> None:
     engine.on_token = None
     told = [[token for own, token in heard if own == sequence.id] for sequence in sequences]
     assert told == [sequence.tokens for sequence in sequences]
+
+
+class LostError(Exception):
+    """Whoever listened has gone."""
+
+
+def test_a_listener_that_fails_loses_no_token_of_anybody() -> None:
+    def fail(*_: Any) -> None:
+        raise LostError
+
+    engine = shared("data=1", "llama", slots=3)
+    engine.on_token = fail
+    sequences = [engine.submit(request) for request in REQUESTS[:4]]
+    for _ in range(MAX_TOKENS * len(sequences)):
+        with suppress(LostError):
+            engine.step()
+    engine.on_token = None
+    assert engine.schedule.is_idle
+    assert [tuple(s.tokens) for s in sequences] == [answer_of(model_of("llama"), s.request)[0] for s in sequences]
+
+
+def test_top_k_of_more_than_there_are_is_all_of_them() -> None:
+    requests = [Request(prompt=(1, 2), max_new_tokens=4, temperature=1.0, top_k=top_k) for top_k in (0, 2**40)]
+    every, more = shared("data=1", "llama", slots=3).generate(requests)
+    assert more == every
 
 
 def test_a_full_row_of_the_cache_can_be_used_to_its_end() -> None:

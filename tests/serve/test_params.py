@@ -37,8 +37,8 @@ def test_bytes_per_device_are_what_the_devices_hold(style: str, dtype: str) -> N
 
 def test_every_device_has_a_head_where_there_are_fewer() -> None:
     config, mesh = model_of("llama", num_kv_heads=1), mesh_of("tensor=4")
-    cache = cache_shapes(config, mesh=mesh, num_rows=2, max_tokens=8, dtype="float32")
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (4, 2, 1, 8, 4)
+    (keys,) = cache_shapes(config, mesh=mesh, num_rows=2, max_tokens=8, dtype="float32", stacks=(4,)).keys
+    assert keys.sharding.shard_shape(keys.shape) == (4, 2, 1, 8, 4)
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
     kernel = params["blocks"][0]["attention"]["key"]["kernel"]
     own = numbers_of(config)["blocks"]["attention"]["key"]["kernel"]

@@ -109,3 +109,18 @@ def test_a_sequence_ends_with_a_stop_token_or_its_length() -> None:
     choice = choice_of(4, stops=[9, -1], limit=8)
     reasons = ends(jnp.asarray([9, 3, 3, 9]), choice, length_B=jnp.asarray([5, 7, 8, 8]))
     assert reasons.tolist() == [1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 1e-38}, {"top_p": 1e-60}, {"top_p": 1e-40, "top_k": 3}])
+def test_numbers_at_the_end_of_their_range_take_the_likeliest(changes: dict[str, Any]) -> None:
+    tokens = choose(LOGITS_BV, choice_of(**changes), position_B=np.arange(6), axes=())
+    assert tokens.tolist() == LOGITS_BV.argmax(-1).tolist()
+
+
+def test_a_split_vocabulary_chooses_a_token_of_it_even_where_the_model_overflows() -> None:
+    mesh = mesh_of("tensor=4")
+    split = jax.shard_map(
+        lambda logits: choose(logits, choice_of(temperature=0.0), position_B=jnp.arange(6), axes=("tensor",)),
+        mesh=mesh, in_specs=P(None, "tensor"), out_specs=P(), axis_names=set(mesh.axis_names),
+    )  # fmt: skip
+    assert max(jax.jit(split)(np.full_like(LOGITS_BV, np.nan)).tolist()) < V
