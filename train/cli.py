@@ -1,12 +1,14 @@
 """The command line: `trellax train`, `describe`, `inspect` and `plan` of a CONFIG, and commands without one.
 
 stdout is the result, stderr the talk. Exit codes: 0 done or stopped as asked, 1 a fault of ours or a damaged save, 2 a
-mistake in what was asked or a run that cannot go on, 75 another process was lost, 130 interrupted.
+mistake in what was asked or a run that cannot go on, 75 another process was lost, 130 interrupted, 141 nobody reads
+stdout.
 """
 
 import argparse
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -35,13 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         own, overrides = _split_overrides(words)
         args = _make_parser().parse_args(own)
-        return _COMMANDS[args.command](args, overrides)
+        code = _COMMANDS[args.command](args, overrides)
+        sys.stdout.flush()
+        return code
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain that nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
