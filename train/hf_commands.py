@@ -124,7 +124,9 @@ def _config_text(source: Path, out: Path, model: HubModel) -> str:
     if (source / TOKENIZER).is_file():
         values["data"]["tokenizer"] = str(out)
     sections = [
-        "\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())])
+        "\n".join(
+            [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items())]
+        )
         for section, keys in values.items()
     ]
     head = (

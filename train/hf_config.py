@@ -68,10 +68,10 @@ def read_hub_model(folder: str | Path) -> HubModel:
             f"{folder} has no config.json.",
             fix="name a Hugging Face model's folder, as save_pretrained writes it.",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{file} cannot be read: {error}.", fix="check the file.") from None
     except json.JSONDecodeError as error:
         raise WeightsError(f"{file}:{error.lineno}: this is no JSON: {error.msg}.", fix="copy it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}.", fix="check the file.") from None
     try:
         return hub_model(values)
     except WeightsError as error:
@@ -97,7 +97,7 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
         config = _read_model(values, name)
     except ModelError as error:
         raise WeightsError(error.problem, fix="correct config.json.") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:
         # Lists where numbers belong, and the like: nothing that transformers writes.
         raise WeightsError(f"a setting is of another type than it should be: {error}.", fix="copy it again.") from None
     return HubModel(config=config, architecture=name, values=values)
@@ -169,6 +169,8 @@ def _unsupported_llama(values: Mapping[str, Any], name: str) -> Iterator[str]:
     rope, kind = _rope(values)
     if kind not in _ROPE_NUMBERS:
         yield f"rope type {kind!r}; only {', '.join(map(repr, _ROPE_NUMBERS))} are"
+    if not isinstance(theta := _rope_theta(values), int | float):
+        yield f"rope_theta={theta!r} is no number"
     for key in _ROPE_NUMBERS.get(kind, ()):
         if not isinstance(rope.get(key), int | float):
             yield f"rope type {kind!r} without a number {key!r}"
@@ -194,7 +196,7 @@ def _read_llama(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         "norm": "rmsnorm",
         "norm_epsilon": values.get("rms_norm_eps", 1e-6),
         "positions": "rotary",
-        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        "rope_theta": float(_rope_theta(values)),
         "bias": "qkv" if name == "qwen2" else "on" if values.get("attention_bias") else "off",
         "qk_norm": "on" if name == "qwen3" else "off",
         "attention_window": _window_of_layer(values, name, 0),
@@ -229,6 +231,10 @@ def _rope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The numbers of rotary positions and their type, as transformers 5 writes them or as 4 did."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_theta(values: Mapping[str, Any]) -> Any:
+    return _rope(values)[0].get("rope_theta", values.get("rope_theta", 10_000.0))
 
 
 def _window_of_layer(values: Mapping[str, Any], name: str, layer: int) -> int:

@@ -86,6 +86,6 @@ def _read_index(file: Path) -> dict[str, list[str]]:
         for name, part in json.loads(file.read_text(encoding="utf-8"))["weight_map"].items():
             # A name with a folder in it would read from elsewhere.
             files.setdefault(Path(part).name, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise WeightsError(f"{file} is no index of weights: {error}.", fix="copy it again.") from None
     return files

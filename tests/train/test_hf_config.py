@@ -38,6 +38,9 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "windows_that_differ": LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
     "sizes_that_contradict": LLAMA | {"num_key_value_heads": 3},
     "rope_of_a_list": LLAMA | {"rope_scaling": ["llama3"]},
+    "rope_theta_of_words": LLAMA | {"rope_theta": "large"},
+    "rope_theta_too_large": LLAMA | {"rope_theta": 10**400},
+    "layer_types_of_no_list": LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "layer_types": {"a": 1}},
     "architecture_of_a_list": {"model_type": ["llama"]},
     "gpt2": GPT2 | {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
 }
@@ -64,6 +67,13 @@ def test_broken_file_is_told_with_its_place(
     with pytest.raises(WeightsError) as caught:
         read_hub_model("model")
     golden(f"errors/hub_{name}.txt", str(caught.value))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"vocab_size": ' + "9" * 5_000 + "}"], ids=["deep", "long number"])
+def test_file_that_python_does_not_read_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
+        read_hub_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -131,6 +131,13 @@ def test_tables_that_older_versions_saved_along_are_passed_over(name: str, extra
     assert open_weights(own, shapes_of(own)).files.mistakes == ()
 
 
+def test_index_that_python_does_not_read_is_told(folder: Path) -> None:
+    shapes = shapes_of(folder)
+    (folder / INDEX).write_text("[" * 200_000)
+    with pytest.raises(WeightsError, match="is no index of weights"):
+        open_weights(folder, shapes)
+
+
 def test_tensor_of_a_layer_too_many_is_told(tmp_path: Path) -> None:
     own = Path(shutil.copytree(GOLDEN / "gpt2", tmp_path / "model"))
     name = "transformer.h.2.attn.c_attn.bias"
