@@ -76,7 +76,7 @@ def run_generate(args: argparse.Namespace) -> int:
         check_request(request, config, max_tokens=sizes["max_tokens"])
     mesh = open_mesh(spec)
     start_s = time.perf_counter()
-    printer = _Printer(source.tokenizer, prompts, sys.stdout) if not args.json else None
+    printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
     engine = Engine(
         config,
         source.read(param_shapes(config, mesh=mesh)),
@@ -140,18 +140,27 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             text = Path(args.prompts_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
-        prompts += [line for line in text.splitlines() if line]
+        # Not splitlines, which takes a form feed for the end of a line too.
+        prompts += [line for line in text.split("\n") if line]
     if not prompts:
         raise ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')
+    for text in (*prompts, *args.stop):
+        if not _is_text(text):
+            raise ServeError(f"{text!r} is no UTF-8 text.", fix="convert it, or check the locale.")
     return prompts
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of the command line was text: bytes that were none come as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
 def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source) -> list[Request]:
     stops = [_stop_token(text, source.tokenizer) for text in args.stop]
-    stops += [] if source.end_id is None else [source.end_id]
+    stops += [one for one in source.end_ids if one not in stops]
     return [
         Request(
-            prompt=tuple(source.tokenizer.encode(prompt)),
+            prompt=tuple(source.tokenizer.encode_prompt(prompt)),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -192,9 +201,9 @@ def _engine_sizes(
 class _Printer:
     """Answers on a terminal, in the order of the prompts: the first that is not done appears as it comes."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[str], out: TextIO) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompts: list[str], requests: list[Request], out: TextIO) -> None:
         self._out = out
-        self._streams = [TextStream(tokenizer) for _ in prompts]
+        self._streams = [TextStream(tokenizer, prompt=request.prompt) for request in requests]
         self._waiting = list(prompts)
         self._has_ended = [False] * len(prompts)
         self._first = 0
@@ -221,9 +230,10 @@ class _Printer:
 
 
 def _numbers(prompt: str, sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
+    stream = TextStream(tokenizer, prompt=sequence.request.prompt)
     return {
         "prompt": prompt,
-        "completion": tokenizer.decode(sequence.tokens),
+        "completion": stream.add(*sequence.tokens) + stream.finish(),
         "token_ids": sequence.tokens,
         "finish_reason": sequence.finish_reason,
     }

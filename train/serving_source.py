@@ -18,7 +18,7 @@ from .checkpoint import FOLDER
 from .hf_config import read_hub_model
 from .run_weights import is_run_folder, load_params, saved_config
 from .text_stream import ByteTokenizer, Tokenizer
-from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
+from .tokenizer import ORIGIN, TOKENIZER, ModelTokenizer, load_tokenizer
 
 _BYTES = 256
 
@@ -27,12 +27,12 @@ _BYTES = 256
 class Source:
     """A model that is not read yet: `read(shapes)` returns parameters of the shapes and shardings it is given.
 
-    `end_id` is the token that ends a document, None where nothing says so.
+    `end_ids` are the tokens that end an answer, none where nothing says so.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
-    end_id: int | None
+    end_ids: tuple[int, ...]
     read: Callable[[Any], Any]
 
 
@@ -60,7 +60,9 @@ def open_source(path: str | Path) -> Source:
     model = read_hub_model(folder)
     tokenizer = load_tokenizer(folder)
     _check_ids(tokenizer, model.config)
-    return Source(config=model.config, tokenizer=tokenizer, end_id=tokenizer.end_id, read=partial(load_params, folder))
+    return Source(
+        config=model.config, tokenizer=tokenizer, end_ids=tokenizer.end_ids, read=partial(load_params, folder)
+    )
 
 
 def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) -> tuple[Source, Any]:
@@ -78,13 +80,14 @@ def _open_run(folder: Path) -> Source:
     if (folder / TOKENIZER).is_file():
         tokenizer = load_tokenizer(folder)
         _check_ids(tokenizer, run.model)
-        return Source(config=run.model, tokenizer=tokenizer, end_id=tokenizer.end_id, read=read)
-    if run.data.source == "tokens" or run.data.tokenizer != "bytes" or run.model.vocab_size < _BYTES:
+        return Source(config=run.model, tokenizer=tokenizer, end_ids=tokenizer.end_ids, read=read)
+    has_other_ids = run.data.source == "tokens" or run.data.tokenizer != "bytes" or (folder / ORIGIN).is_file()
+    if has_other_ids or run.model.vocab_size < _BYTES:
         raise CheckpointError(
-            f"{folder} was trained on token ids, and holds no {TOKENIZER} that says what text they are.",
+            f"the model in {folder} reads token ids, and there is no {TOKENIZER} that says what text they are.",
             fix=f"copy the model's {TOKENIZER} there, or use trellax.serve.Engine with token ids of your own.",
         )
-    return Source(config=run.model, tokenizer=ByteTokenizer(), end_id=None, read=read)
+    return Source(config=run.model, tokenizer=ByteTokenizer(), end_ids=(), read=read)
 
 
 def _check_ids(tokenizer: ModelTokenizer, config: ModelConfig) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT = 8
+"""Tokens of a prompt that are decoded along with the answer: more than the bytes of a character."""
 
 
 class Tokenizer(Protocol):
@@ -11,6 +13,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text that a model is to go on from, begun as its texts begin."""
         ...
 
     def decode(self, ids: Sequence[int], /) -> str:
@@ -29,6 +35,8 @@ class ByteTokenizer:
         """Return the bytes of a text in UTF-8."""
         return list(text.encode("utf-8"))
 
+    encode_prompt = encode
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of bytes; ids of 256 and more, which no text has, are left out."""
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
@@ -40,19 +48,25 @@ class TextStream:
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.add(byte) for byte in "aé".encode()]
     ['a', '', 'é']
+
+    Args:
+        prompt: what the tokens go on from; its text is not shown.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._num_shown = 0
+        # Some decoders drop the space before the first word: the answer's must not be the first.
+        self._tokens = list(prompt[-_CONTEXT:])
+        while (before := tokenizer.decode(self._tokens)).startswith(_UNFINISHED):
+            del self._tokens[0]  # part of a character
+        self._num_shown = len(before)
 
-    def add(self, token: int) -> str:
-        """Return what can be shown now that a token has come."""
-        self._tokens.append(token)
+    def add(self, *tokens: int) -> str:
+        """Return what can be shown now that tokens have come."""
+        self._tokens += tokens
         text = self._tokenizer.decode(self._tokens)
-        # However many bytes of a character are there, decoders show one sign for them, the last.
-        return self._show(text.removesuffix(_UNFINISHED))
+        # For the bytes of a character that is not whole decoders show one sign, or one for each.
+        return self._show(text.rstrip(_UNFINISHED))
 
     def finish(self) -> str:
         """Return what is left when no more tokens come."""

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -40,16 +40,56 @@ _FOLDER = "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTokenizer:
-    """A tokenizer, how many ids it may give, and the id that ends a document, None where nothing says so."""
+    """A tokenizer, how many ids it may give, and the ids that end a text of its model, if anything says so."""
 
     tokenizer: Any
     file: Path
     vocab_size: int
-    end_id: int | None
+    end_ids: tuple[int, ...]
+
+    @property
+    def end_id(self) -> int | None:
+        """The id that ends a document, None where nothing says so."""
+        return self.end_ids[0] if self.end_ids else None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens around it."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the ids of a text, without special tokens around it.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of it.
+        """
+        return self._encode([text], special="without")[0].ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that the tokenizer puts before one.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of it.
+        """
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts, each as `encode_prompt` has it.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of one.
+        """
+        found = []
+        for encoding in self._encode(texts, special="with"):
+            ids = encoding.ids
+            # Special tokens behind the text would say that it is at its end.
+            while ids and encoding.special_tokens_mask[len(ids) - 1]:
+                ids.pop()
+            found.append(ids)
+        return found
+
+    def _encode(self, texts: Sequence[str], *, special: Literal["with", "without"]) -> Any:
+        try:
+            return self.tokenizer.encode_batch(list(texts), add_special_tokens=special == "with")
+        except Exception as error:  # the library raises no class of its own
+            raise DataError(
+                f"{self.file} cannot read this text: {error}.", fix="take the model's own tokenizer."
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -59,7 +99,8 @@ class ModelTokenizer:
 def load_tokenizer(path: str | Path) -> ModelTokenizer:
     """Return the tokenizer of a tokenizer.json, or of a folder that has one.
 
-    The end of a document is the `eos_token` of tokenizer_config.json beside it, or `eos_token_id` of config.json.
+    A text ends with the `eos_token` of tokenizer_config.json beside it, or an `eos_token_id` of generation_config.json
+    or config.json; the first of these ends a document.
 
     Raises:
         DataError: there is none, or it is broken.
@@ -77,7 +118,7 @@ def load_tokenizer(path: str | Path) -> ModelTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return ModelTokenizer(tokenizer=tokenizer, file=file, vocab_size=size, end_id=_find_end(file.parent, tokenizer))
+    return ModelTokenizer(tokenizer=tokenizer, file=file, vocab_size=size, end_ids=_find_ends(file.parent, tokenizer))
 
 
 def keep_tokenizer(path: str, folder: Path) -> None:
@@ -87,14 +128,22 @@ def keep_tokenizer(path: str, folder: Path) -> None:
         DataError: there is none, or it is broken.
     """
     if path != "bytes":
-        copy_tokenizer(load_tokenizer(path).file.parent, folder)
+        file = load_tokenizer(path).file
+        copy_tokenizer(file.parent, folder)
+        _copy(file, folder / TOKENIZER)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what belongs to a tokenizer from one folder to another, if it is not there yet."""
-    for name in (*TOKENIZER_FILES, ORIGIN):
-        if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
+    """Copy what belongs to a tokenizer from one folder to another, in place of what is there."""
+    for name in TOKENIZER_FILES:
+        _copy(source / name, target / name)
+    if not (target / ORIGIN).exists():
+        _copy(source / ORIGIN, target / ORIGIN)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file() and not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
@@ -105,8 +154,8 @@ def read_origin(folder: Path) -> dict[str, Any]:
 def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, *, cache: Path | None) -> np.ndarray:
     """Return the ids of documents (name, UTF-8 text) one after another, each ended by `end_id` where there is one.
 
-    uint16 where the vocabulary allows, else uint32. With a folder as `cache` they are kept there, under a hash of text
-    and tokenizer, and mapped from there the next time.
+    They begin as prompts do. uint16 where the vocabulary allows, else uint32. With a folder as `cache` they are kept
+    there, under a hash of text and tokenizer, and mapped from there the next time.
 
     Raises:
         DataError: a document is no UTF-8.
@@ -129,8 +178,8 @@ def _encode(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -
     end = np.array([] if tokenizer.end_id is None else [tokenizer.end_id], dtype)
     parts = []
     for batch in _batches(documents):
-        for encoding in tokenizer.tokenizer.encode_batch(batch, add_special_tokens=False):
-            parts += [np.array(encoding.ids, dtype), end]
+        for ids in tokenizer.encode_prompts(batch):
+            parts += [np.array(ids, dtype), end]
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
@@ -158,22 +207,20 @@ def _hash(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> 
     return digest.hexdigest()
 
 
-def _find_end(folder: Path, tokenizer: Tokenizer) -> int | None:
+def _find_ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     token = _read_json(folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
-    if isinstance(text, str) and (found := tokenizer.token_to_id(text)) is not None:
-        return found
+    found = [tokenizer.token_to_id(text)] if isinstance(text, str) else []
     for name in ("generation_config.json", "config.json", ORIGIN):
         ids = _read_json(folder / name).get("eos_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int):
-            return first
-    return None
+        found += ids if isinstance(ids, list) else [ids]
+    known = [one for one in found if type(one) is int and 0 <= one < 2**32 and tokenizer.id_to_token(one) is not None]
+    return tuple(dict.fromkeys(known))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -1,6 +1,8 @@
 """`trellax generate`: text on stdout, talk on stderr, the same on any mesh, and mistakes before weights are read."""
 
 import json
+import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from trellax.serve import Completion, Engine, Request, param_shapes
 from trellax.train import load_config
 from trellax.train.checkpoint import Checkpoints
 from trellax.train.cli import main
+from trellax.train.generate_command import _read_prompts
 from trellax.train.run_weights import save_params
 from trellax.train.serving_source import load_for_serving
 from trellax.train.text_stream import ByteTokenizer
+from trellax.train.tokenizer import ORIGIN
 
 PROMPTS = ["def f(", "é = 1", "x"]
 
@@ -106,6 +110,8 @@ MISTAKES: dict[str, list[str]] = {
     "unknown_type": ["--prompt", "x", "--dtype", "bfloat6"],
     "long_stop": ["--prompt", "x", "--stop", "end"],
     "unknown_axis": ["--prompt", "x", "--mesh", "tenso=2"],
+    "prompt_that_is_no_text": ["--prompt", "x\udcff"],
+    "stop_that_is_no_text": ["--prompt", "x", "--stop", "\udcff"],
     "override": ["--prompt", "x", "--train.steps", "3"],
 }
 
@@ -118,6 +124,23 @@ def test_mistake_is_told_before_weights_are_read(
     code, out, err = ask(*MISTAKES[name])
     assert (code, out) == (2, "")
     golden(f"errors/generate_{name}.txt", err)
+
+
+def test_a_prompt_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\x0cb\u2028c\r\n\n d\n".encode())
+    assert _read_prompts(Namespace(prompt=[], stop=[], prompts_file=str(file))) == ["a\x0cb\u2028c", " d"]
+
+
+def test_imported_run_without_its_tokenizer_is_not_served_as_bytes(
+    run_folder: Path, ask: Any, tmp_path: Path, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "tiny")
+    Path("tiny", ORIGIN).write_text("{}")
+    code, out, err = ask("--prompt", "x", folder="tiny")
+    assert (code, out) == (2, "")
+    golden("errors/generate_no_tokenizer.txt", err)
 
 
 def test_folders_without_a_model_are_told(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from trellax.train import load_config, run
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from trellax.serve import Request
+from trellax.train import generate_command, load_config, run
 from trellax.train.cli import main
 from trellax.train.hf_read import read_weights
 
@@ -96,6 +97,31 @@ def test_config_of_an_imported_run_says_its_model_and_stays_short(here: Path) ->
     assert (config.model.rope_scaling, config.model.rope_original_tokens, config.run.name) == ("llama3", 32, "mine")
     assert (config.data.tokenizer, str(config.run_folder)) == ("runs/mine", "runs/mine")
     assert len(Path("runs/mine/config.toml").read_text().splitlines()) <= 45
+
+
+def test_a_model_is_asked_with_its_own_first_token_and_stopped_by_each_that_ends_its_texts(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = Tokenizer.from_file("model/tokenizer.json")
+    tokenizer.post_processor = processors.TemplateProcessing(single="! $A", special_tokens=[("!", 1)])
+    tokenizer.save("model/tokenizer.json")
+    Path("model/generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    main(["import-hf", "model", "runs/mine"])
+
+    def stop(request: Request, *_: Any, **__: Any) -> None:
+        assert (request.prompt, request.stop) == ((1, 33, 34), (3, 2, 7))
+        raise ReadyError
+
+    # Compiling takes seconds, and what is asked is known before.
+    monkeypatch.setattr(generate_command, "check_request", stop)
+    for folder in ("model", "runs/mine"):
+        with pytest.raises(ReadyError):
+            main(["generate", folder, "--prompt", "AB", "--stop", "#", "--max-new-tokens", "4"])
+
+
+def test_folder_may_have_any_name(here: Path) -> None:
+    assert main(["import-hf", "model", "läufe 😀/mine"]) == 0
+    assert str(load_config("läufe 😀/mine/config.toml").run_folder) == "läufe 😀/mine"
 
 
 def test_trained_run_without_an_origin_is_exported_as_what_is_asked(here: Path) -> None:

@@ -1,7 +1,10 @@
 """Text while tokens come: no character is shown before all of it is there, and none is lost."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from trellax.train.text_stream import ByteTokenizer, TextStream
 
 
@@ -33,3 +36,39 @@ def test_text_survives(text: str) -> None:
 
 def test_ids_that_are_no_bytes_are_left_out() -> None:
     assert ByteTokenizer().decode([104, 300, 105]) == "hi"
+
+
+class Llama2:
+    """Pieces with a mark for the space before them, and bytes for what is in no piece, as sentencepiece has them."""
+
+    def __init__(self) -> None:
+        pieces = ["<unk>", "▁Hello", "▁world", *(f"<0x{byte:02X}>" for byte in range(256))]
+        ids = {piece: number for number, piece in enumerate(pieces)}
+        self._tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self._tokenizer.decoder = decoders.Sequence(parts)  # type: ignore[assignment]
+
+    def encode(self, text: str) -> list[int]:
+        """Return one token for each byte."""
+        return [3 + byte for byte in text.encode()]
+
+    encode_prompt = encode
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Return the text of token ids."""
+        return self._tokenizer.decode(list(ids))
+
+
+def test_a_character_comes_whole_where_every_byte_of_it_has_a_sign() -> None:
+    stream = TextStream(Llama2())
+    assert [stream.add(token) for token in Llama2().encode("é😀")] == ["", "é", "", "", "", "😀"]
+
+
+def test_an_answer_after_a_prompt_that_is_cut_within_a_character_is_whole() -> None:
+    stream = TextStream(Llama2(), prompt=Llama2().encode("😀猫😀"))
+    assert stream.add(*Llama2().encode("é")) + stream.finish() == "é"
+
+
+def test_the_space_between_prompt_and_answer_is_part_of_the_answer() -> None:
+    stream = TextStream(Llama2(), prompt=[1])
+    assert stream.add(2) + stream.finish() == " world"

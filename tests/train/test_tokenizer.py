@@ -1,6 +1,7 @@
 """Text becomes ids of a model's own tokenizer, documents end where they end, and a second run reads what was kept."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from trellax.meshes import DataError
 from trellax.train import tokenizer as module
 from trellax.train.config import DataSection
 from trellax.train.data import load_corpus
-from trellax.train.tokenizer import load_tokenizer, tokenize
+from trellax.train.tokenizer import keep_tokenizer, load_tokenizer, tokenize
 
 TEXTS = ["the cat sat on the mat\n" * 20, "a cat is a cat, é 猫\n" * 20]
 VOCAB_SIZE = 300
@@ -72,6 +73,8 @@ def test_corpus_is_every_document_with_its_end(source: Path, here: Path) -> None
         ("config.json", {"eos_token_id": 3}, 3),
         ("generation_config.json", {"eos_token_id": [5, 3]}, 5),
         ("config.json", {}, None),
+        ("config.json", {"eos_token_id": -1}, None),
+        ("config.json", {"eos_token_id": 70_000}, None),
     ],
 )
 def test_end_of_a_document_is_what_the_model_says(
@@ -83,6 +86,57 @@ def test_end_of_a_document_is_what_the_model_says(
     assert tokenizer.end_id == end
     ids = tokenize([("one", b"cat"), ("two", b"mat")], tokenizer, cache=None)
     assert list(ids).count(end) == (2 if end is not None else 0)
+
+
+def test_texts_that_end_an_answer_are_all_that_the_model_names(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0, 3, True, "7"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert load_tokenizer(tmp_path).end_ids == (0, 5, 3, 9)
+
+
+@pytest.fixture
+def llama(source: Path, tmp_path: Path) -> Path:
+    """The same tokenizer, which begins and ends a text with a token, as Llama's does with the first."""
+    tokenizer: Any = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<begin>"])
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<begin>", "<end>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A <end>", special_tokens=ids)
+    (tmp_path / "llama").mkdir()
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    (tmp_path / "llama" / "config.json").write_text('{"eos_token_id": 0}')
+    return tmp_path / "llama"
+
+
+def test_texts_begin_as_those_that_the_model_was_trained_on(llama: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    cat, begin = tokenizer.encode("cat"), tokenizer.tokenizer.token_to_id("<begin>")
+    assert tokenizer.encode_prompt("cat") == [begin, *cat]
+    assert begin not in cat
+    assert tokenizer.encode_prompt("cat<end>") == [begin, *cat, 0]  # written by the user
+    assert tokenizer.encode_prompt("") == []
+    assert tokenize([("one", b"cat")], tokenizer, cache=None).tolist() == [begin, *cat, 0]
+
+
+def test_run_keeps_the_tokenizer_it_names_whatever_its_name_is_and_whatever_was_there(
+    source: Path, llama: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    keep_tokenizer(str(source), run)
+    shutil.copytree(source, other)
+    (llama / "tokenizer.json").rename(other / "mine.json")
+    keep_tokenizer(str(other / "mine.json"), run)
+    assert (run / "tokenizer.json").read_bytes() == (other / "mine.json").read_bytes()
+    keep_tokenizer(str(run), run)
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_told(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path).encode_prompt("b")
+    golden("errors/tokenizer_no_token.txt", str(caught.value).replace(str(tmp_path), "model"))
 
 
 def test_kept_tokens_are_read_and_other_text_is_tokenized_anew(
