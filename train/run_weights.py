@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ..layers import ModelConfig
 from ..meshes import CheckpointError, ConfigError
 from ..pipeline import PipelineParams
@@ -45,8 +48,11 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_run_folder(folder):
         return read_weights(folder, shapes)
+    # Saved are the parameters of training: what a model computes in is made of them here.
+    saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), shapes)
     with Checkpoints(folder, keep=1, say=partial(print, file=sys.stderr)) as checkpoints:
-        return _as_model(checkpoints.restore_params(as_pipeline(shapes)))
+        params = _as_model(checkpoints.restore_params(as_pipeline(saved)))
+    return jax.tree.map(_cast, params, shapes)
 
 
 def save_params(folder: str | Path, params: dict[str, Any], config: RunConfig) -> None:
@@ -105,6 +111,15 @@ def initial_state(setup: Setup) -> TrainState:
     if not source:
         return setup.init_state()
     return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, weight_shapes(setup)))))
+
+
+def _cast(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.dtype == wanted.dtype:
+        return leaf
+    cast = leaf.astype(wanted.dtype)
+    # One by one, so that little is there twice.
+    leaf.delete()
+    return cast
 
 
 def _as_model(params: PipelineParams) -> dict[str, Any]:

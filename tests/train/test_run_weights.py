@@ -11,6 +11,7 @@ import pytest
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import natural_order
+from trellax.serve import param_shapes
 from trellax.train import Checkpoints, RunConfig, Setup, config_from_dict, train
 from trellax.train.hf_config import read_hub_model
 from trellax.train.hf_read import read_weights
@@ -81,6 +82,18 @@ def test_saved_weights_alone_are_a_run_before_its_first_step(text: Path) -> None
     assert are_equal(natural_order(state.params.stages), params["blocks"])
     assert all(not leaf.any() for leaf in leaves(state.opt_state))
     assert are_equal(load_params(folder, weight_shapes(setup_of(run_of(config.model, text)))), params)
+
+
+def test_saved_weights_are_read_in_the_type_that_a_model_computes_in(text: Path) -> None:
+    config = run_of(read_hub_model(GOLDEN / "llama3").config, text)
+    params = read_weights(GOLDEN / "llama3", shapes_of(GOLDEN / "llama3"))
+    save_params(config.run_folder, params, config)
+    mesh = build_mesh(MeshSpec(tensor=2, pipe=2), devices=jax.devices()[:4])
+    shapes = param_shapes(config.model, mesh=mesh, dtype="bfloat16")
+    found = load_params(config.run_folder, shapes)
+    assert are_equal(found, read_weights(GOLDEN / "llama3", shapes))
+    placed = [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(found)]
+    assert placed == [(leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(shapes)]
 
 
 @pytest.mark.slow
