@@ -62,7 +62,7 @@ class Sizes:
     rounds: int
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_tokens", "groups", "chunk", "items", "rounds"):
+        for name in ("groups", "slots", "max_tokens", "chunk", "items", "rounds"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name}={getattr(self, name)}: an engine needs at least 1.", fix=f"set {name}=1.")
         parts = self.num_shards * self.groups

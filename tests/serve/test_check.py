@@ -42,6 +42,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "heads_over_tensor": lambda: check_model(CONFIG, {"data": 1, "tensor": 3, "pipe": 1}, max_tokens=64),
     "layers_over_pipe": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 5}, max_tokens=64),
     "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
+    "negative_groups": lambda: Sizes(**SIZES | {"slots": 0, "groups": -2}),  # slots are made from groups
     "no_chunk": lambda: Sizes(**SIZES | {"chunk": 0}),
 }
 
