@@ -22,7 +22,7 @@ from .sampling import Choice
 from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[Sequence, int], None]
-"""What is called with a sequence and each token it has just got, in order."""
+"""What is called with a sequence and each token it has just got, in order; it may have got more by then."""
 
 _REASONS: dict[int, FinishReason] = {1: "stop", 2: "length"}
 

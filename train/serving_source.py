@@ -4,10 +4,10 @@ A run of `trellax train` or `trellax import-hf`, or a Hugging Face model as it i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -65,14 +65,21 @@ def open_source(path: str | Path) -> Source:
     )
 
 
-def load_for_serving(path: str | Path, *, mesh: Mesh, dtype: str | None = None) -> tuple[Source, Any]:
+def load_for_serving(
+    path: str | Path, *, mesh: Mesh, dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[Source, Any]:
     """Return the model in a folder and its parameters on a mesh, each device having read its own part.
+
+    Args:
+        dtype: to compute in; the model's own if left out.
 
     Raises:
         TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
     """
     source = open_source(path)
-    return source, source.read(param_shapes(source.config, mesh=mesh, dtype=dtype))
+    # The config too: an engine is made of both.
+    config = replace(source.config, dtype=dtype or source.config.dtype)
+    return replace(source, config=config), source.read(param_shapes(config, mesh=mesh))
 
 
 def _open_run(folder: Path) -> Source:

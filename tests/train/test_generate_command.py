@@ -90,6 +90,12 @@ def test_terminal_shows_prompts_with_their_answers_in_order(
     assert out == "".join(f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True))
 
 
+def test_model_and_parameters_are_of_the_type_that_is_asked_for(run_folder: Path) -> None:
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    source, params = load_for_serving(run_folder, mesh=mesh, dtype="bfloat16")
+    assert {source.config.dtype, *(leaf.dtype.name for leaf in jax.tree.leaves(params))} == {"bfloat16"}
+
+
 def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: list[Completion]) -> None:
     tokens = [list(answer.tokens) for answer in answers]
     stop = next(token for token in tokens[0] + tokens[1] + tokens[2] if token < 128)
