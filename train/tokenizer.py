@@ -155,7 +155,7 @@ def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, 
     """Return the ids of documents (name, UTF-8 text) one after another, each ended by `end_id` where there is one.
 
     They begin as prompts do. uint16 where the vocabulary allows, else uint32. With a folder as `cache` they are kept
-    there, under a hash of text and tokenizer, and mapped from there the next time.
+    there, under a hash of text, tokenizer and what stands around a text, and mapped from there the next time.
 
     Raises:
         DataError: a document is no UTF-8.
@@ -200,7 +200,7 @@ def _decode(name: str, text: bytes) -> str:
 
 def _hash(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> str:
     digest = hashlib.sha256(tokenizer.file.read_bytes())
-    digest.update(str(tokenizer.end_id).encode())
+    digest.update(f"{tokenizer.encode_prompt('')} {tokenizer.end_id}".encode())
     for _, text in documents:
         # The length too: the same bytes cut into other documents are other tokens.
         digest.update(len(text).to_bytes(8, "little") + text)
