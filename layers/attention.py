@@ -4,16 +4,14 @@ Query heads are column parallel, the output projection is row parallel, so a blo
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .config import ModelConfig
 from .flash import attend_causally
-from .linear import INIT_STD, ColumnLinear, RowLinear
+from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
 from .norms import make_head_norm, normalize
-from .product import multiply
 from .rotary import rotate
 
 
@@ -34,6 +32,7 @@ class Attention(nnx.Module):
         self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
         self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
         self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **into)
+        self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"
         self.query_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
         self.key_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
@@ -63,6 +62,15 @@ class Attention(nnx.Module):
             k_BTKH = rotate(k_BTKH, config=self.config, positions_BT=positions_BT)
         return q_BTNH, k_BTKH, v_BTKH
 
+    def join(self) -> None:
+        """Make queries, keys and values one layer, where heads are split: in this module, in place of the three.
+
+        Without it every call joins them anew, which in a loop copies their kernels in every turn.
+        """
+        if self.rules.parts_in_context("heads") > 1:
+            self.qkv = self._join()
+            del self.query, self.key, self.value
+
     def combine(self, mixed_BTNH: jax.Array) -> jax.Array:
         """Return the output projection of what the heads mixed; one all-reduce.
 
@@ -89,29 +97,15 @@ class Attention(nnx.Module):
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].
 
-        Where heads are split, as one matmul: three would each all-reduce their own dx in the backward. Its output is
-        in groups of query heads with the key and value head that they share; K < tensor gives some groups the same.
+        Where heads are split, as one matmul: three would each all-reduce their own dx in the backward.
         """
-        parts, linears = self.rules.parts_in_context("heads"), (self.query, self.key, self.value)
-        if parts == 1:
-            heads = (*x_BTD.shape[:2], -1, self.config.head_size)
-            q, k, v = (linear(x_BTD).reshape(heads) for linear in linears)
-            return q, k, v
-        groups = max(parts, self.config.num_kv_heads)
-        kernel_DGJH = jnp.concatenate([self._group(linear.kernel[...], groups) for linear in linears], axis=-2)
-        kernel_DGJH = self.rules.constrain(kernel_DGJH, ("embed", "heads", None, "head"))
-        y_BTGJH = multiply(x_BTD, kernel_DGJH, dtype=self.config.dtype, matmuls=self.config.matmuls)
-        if self.query.bias is not None:
-            biases = [self._group(linear.bias[...], groups) for linear in linears if linear.bias is not None]
-            y_BTGJH = y_BTGJH + jnp.concatenate(biases, axis=-2).astype(self.config.dtype)[None, None]
-        y_BTGJH = self.rules.constrain(y_BTGJH, ("batch", "tokens", "heads", None, "head"))
-        q_BTNH = y_BTGJH[..., :-2, :].reshape(*x_BTD.shape[:2], self.config.num_heads, self.config.head_size)
-        return q_BTNH, y_BTGJH[..., -2, :], y_BTGJH[..., -1, :]
+        if self.qkv is None and self.rules.parts_in_context("heads") == 1:
+            projected = [linear(x_BTD) for linear in (self.query, self.key, self.value)]
+        else:
+            projected = (self.qkv or self._join())(x_BTD)
+        q, k, v = (y.reshape(*x_BTD.shape[:2], -1, self.config.head_size) for y in projected)
+        return q, k, v
 
-    def _group(self, weight: jax.Array, groups: int) -> jax.Array:
-        """weight[..., heads x H] -> [..., groups, heads a group, H]; fewer heads than groups are repeated."""
-        num_heads = weight.shape[-1] // self.config.head_size
-        copies = max(1, groups // num_heads)
-        heads = weight.reshape(*weight.shape[:-1], groups // copies, 1, -1, self.config.head_size)
-        repeated = jnp.broadcast_to(heads, (*heads.shape[:-3], copies, *heads.shape[-2:]))
-        return repeated.reshape(*weight.shape[:-1], groups, *heads.shape[-2:])
+    def _join(self) -> JoinedLinear:
+        linears, parts = (self.query, self.key, self.value), self.rules.parts_in_context("heads")
+        return JoinedLinear(linears, parts=parts, unit=self.config.head_size)

@@ -36,6 +36,14 @@ class Block(nnx.Module):
         x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD))
         return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
 
+    def join(self) -> None:
+        """Make products of one input one, where they are split: in this module, in place of the layers that they join.
+
+        What a step does once with the parameters of all its layers, so that its loops need not.
+        """
+        self.attention.join()
+        self.mlp.join()
+
     def extend(
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:

@@ -9,7 +9,11 @@ from typing import Any, Literal, get_args
 from ..meshes import ModelError, suggest
 
 LARGEST_FUSED_HEAD = 128
-"""Features of the largest head that cuDNN's flash attention takes forward and backward on every GPU from Ampere on."""
+"""Features of the largest head that cuDNN's flash attention takes forward and backward on every GPU from Ampere on.
+
+Hopper takes 256, but jax (0.10.2 to 0.12) asks the machine's own GPU whether it is one, not the mesh, and raises where
+there is none: `trellax inspect` could not compile the step that `train` would run. To be raised when jax asks the mesh.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

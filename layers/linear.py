@@ -4,6 +4,8 @@ A column-parallel layer followed by a row-parallel one costs a single all-reduce
 The layers name logical dimensions; `ShardingRules` says which mesh axis those live on. Read `mlp.py` next.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import jax
@@ -76,6 +78,52 @@ class ColumnLinear(nnx.Module):
         if self.bias is not None:
             y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
         return self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
+
+
+class JoinedLinear(nnx.Module):
+    """Column-parallel layers of one input as a single product, so that the backward all-reduces dx once.
+
+    x[B@data, T, D] @ kernel[D, F@tensor] -> y[B@data, T, F@tensor] of every layer, in order
+
+    Each device's part of the kernel is its parts of theirs, one after another. Made of their parameters, it has none of
+    its own: where it is made in a loop, that copies kernels in every turn.
+
+    Args:
+        parts: number of devices that the first layer's features are split over.
+        unit: features that stay together; a layer of fewer units than parts has each unit in several parts.
+    """
+
+    def __init__(self, linears: Sequence[ColumnLinear], *, parts: int, unit: int = 1) -> None:
+        first = linears[0]
+        self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
+        kernels = [_cut_columns(linear.kernel[...], parts, unit) for linear in linears]
+        biases = [_cut_columns(linear.bias[...], parts, unit) for linear in linears if linear.bias is not None]
+        self.parts, self.widths = parts, tuple(kernel.shape[-1] for kernel in kernels)
+        self.kernel = nnx.Param(self._join(kernels, ("embed", self.dim)))
+        self.bias = nnx.Param(self._join(biases, (self.dim,))) if biases else nnx.data(None)
+
+    def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
+        y_BTF = multiply(x_BTD, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
+        if self.bias is not None:
+            y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
+        y_BTF = self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
+        y_BTPW, ends = y_BTF.reshape(*x_BTD.shape[:2], self.parts, -1), list(accumulate(self.widths))
+        # Not `jnp.split`: its gradient is a concatenation, which XLA does not fuse with what makes the parts.
+        pieces = [y_BTPW[..., end - width : end] for width, end in zip(self.widths, ends, strict=True)]
+        return [self.rules.constrain(y.reshape(*x_BTD.shape[:2], -1), ("batch", "tokens", self.dim)) for y in pieces]
+
+    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> jax.Array:
+        joined = jnp.concatenate(pieces, axis=-1)
+        return self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
+
+
+def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
+    """weight[..., F] -> [..., parts, F / parts], or a unit for each part where there are fewer units."""
+    copies = max(1, parts * unit // weight.shape[-1])
+    cut = weight.reshape(*weight.shape[:-1], parts // copies, 1, -1)
+    repeated = jnp.broadcast_to(cut, (*cut.shape[:-2], copies, cut.shape[-1]))
+    return repeated.reshape(*weight.shape[:-1], parts, -1)
 
 
 class RowLinear(nnx.Module):

@@ -4,13 +4,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
-from .linear import INIT_STD, ColumnLinear, RowLinear
-from .product import multiply
+from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
 
 
 class MLP(nnx.Module):
@@ -31,27 +29,35 @@ class MLP(nnx.Module):
         d, f = config.hidden_size, config.ffn_size
         self.up = ColumnLinear(d, f, **into)
         self.gate = ColumnLinear(d, f, **into) if config.mlp == "swiglu" else nnx.data(None)
+        self.gate_up: JoinedLinear | None = nnx.data(None)
         # Residual branches add up: without the 1/sqrt(2L) the stream's variance grows with depth (GPT-2, section 2.3).
         self.down = RowLinear(f, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **into)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
+        if self.gate_up is not None:
+            return self.down(_swish_gate(*self.gate_up(x_BTD)))
         if self.gate is None:
             return self.down(_gelu(self.up(x_BTD)))
-        gate_BTF, up_BTF = self._expand(self.gate, x_BTD)
-        return self.down(_swish_gate(gate_BTF, up_BTF))
+        return self.down(_swish_gate(*self._expand(self.gate, x_BTD)))
 
-    def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def join(self) -> None:
+        """Make gate and up one layer, where features are split: in this module, in place of the two.
+
+        Without it every call joins them anew, which in a loop copies their kernels in every turn.
+        """
+        if self.gate is not None and self.rules.parts_in_context("ffn") > 1:
+            self.gate_up = self._join(self.gate)
+            del self.gate, self.up
+
+    def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> list[jax.Array]:
         """Both column-parallel products; as one where they are split, so that the backward all-reduces dx once."""
         if self.rules.parts_in_context("ffn") == 1:
-            return gate(x_BTD), self.up(x_BTD)
-        kernel_D2F = jnp.stack([gate.kernel[...], self.up.kernel[...]], axis=1).astype(self.up.dtype)
-        kernel_D2F = self.rules.constrain(kernel_D2F, ("embed", None, "ffn"))
-        y_BT2F = multiply(x_BTD, kernel_D2F, dtype=self.up.dtype, matmuls=self.up.matmuls)
-        if gate.bias is not None and self.up.bias is not None:
-            y_BT2F = y_BT2F + jnp.stack([gate.bias[...], self.up.bias[...]]).astype(self.up.dtype)[None, None]
-        y_BT2F = self.rules.constrain(y_BT2F, ("batch", "tokens", None, "ffn"))
-        return y_BT2F[:, :, 0], y_BT2F[:, :, 1]
+            return [gate(x_BTD), self.up(x_BTD)]
+        return self._join(gate)(x_BTD)
+
+    def _join(self, gate: ColumnLinear) -> JoinedLinear:
+        return JoinedLinear((gate, self.up), parts=self.rules.parts_in_context("ffn"))
 
 
 # Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Kept are their

@@ -141,6 +141,7 @@ def _probe(
 
     def layer() -> jax.Array:
         own = jax.tree.map(lambda leaf: vary(leaf[0, 0]), params.stages)
+        own = own if fns.prepare is None else fns.prepare(own)
         return fns.layer(own, vary(first()), microbatch(("pipe", "data")))
 
     def last() -> jax.Array:

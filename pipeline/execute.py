@@ -19,7 +19,7 @@ from .ends import AloneEnds, TogetherEnds, Wants
 from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from .residuals import Layers, LayerVjp
 from .split_backward import SplitBackward
-from .stage import PipelineParams, StageFns
+from .stage import PipelineParams, StageFns, prepare_layers
 
 Bubbles = Literal["zeros", "nan"]
 """What fills buffers before use and what idle ranks send; "nan" proves that none of it reaches a result."""
@@ -51,9 +51,10 @@ class _Machine:
 
     def __init__(self, fns: StageFns, params: PipelineParams, batch: Any, bubbles: Bubbles, wants: Wants) -> None:
         self.fns, self.bubbles, self.wants = fns, bubbles, wants
-        self.stages, self.batch = jax.tree.map(vary, (params.stages, batch))
+        self.own, self.batch = jax.tree.map(vary, (params.stages, batch))
+        self.stages = prepare_layers(fns, self.own)
         self.ends = (AloneEnds if fns.shared_specs is None else TogetherEnds)(fns, params, batch, wants)
-        self.vjp = LayerVjp(fns.layer)
+        self.vjp = LayerVjp(fns.layer, prepare=fns.prepare, own=read(self.own, 0, 0))
         self.has_halves = False
         self.num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
 
@@ -76,7 +77,7 @@ class _Machine:
         return carry | {
             "gradients": self._empty(x, tables.num_gradient_slots),
             "saved": [self._empty(leaf, tables.num_save_slots, self.num_layers) for leaf in kept],
-            "stage_grads": jax.tree.map(zeros_for, self.stages),
+            "stage_grads": jax.tree.map(zeros_for, self.own),
             "shared_grads": jax.tree.map(zeros_for, self.ends.shared),
         }
 

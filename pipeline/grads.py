@@ -4,7 +4,7 @@
 `jax.value_and_grad` themselves. Read `execute.py` next.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -102,8 +102,6 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
         params = _own(params)
         check_fns(fns, params, batch)
-        if fns.prepare is not None:
-            params = replace(params, stages=fns.prepare(params.stages))
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:

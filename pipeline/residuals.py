@@ -41,10 +41,21 @@ class Layers:
 
 
 class LayerVjp:
-    """A layer's forward that also returns its residuals as a list of arrays, and a backward that takes them back."""
+    """A layer's forward that also returns its residuals as a list of arrays, and a backward that takes them back.
 
-    def __init__(self, layer: Callable[[Any, jax.Array, Any], jax.Array]) -> None:
-        self._layer = layer
+    Args:
+        prepare: makes what the layer is given of its parameters; gradients are those of the parameters.
+        own: the parameters of one layer, for their shapes.
+    """
+
+    def __init__(
+        self,
+        layer: Callable[[Any, jax.Array, Any], jax.Array],
+        *,
+        prepare: Callable[[Any], Any] | None = None,
+        own: Any = None,
+    ) -> None:
+        self._layer, self._prepare, self._own = layer, prepare, own
         self._is_kept: list[bool] = []
         self._copies: dict[int, _Copy] = {}
 
@@ -81,7 +92,8 @@ class LayerVjp:
         leaves = [next(kept) if is_kept else leaf for leaf, is_kept in zip(leaves, self._is_kept, strict=True)]
         for index, copy in self._copies.items():
             leaves[index] = copy.make(leaves)
-        return jax.tree.unflatten(tree, leaves)(grad)
+        grads, dx = jax.tree.unflatten(tree, leaves)(grad)
+        return self._unprepare(grads), dx
 
     def forward_stack(
         self, layers: Layers, x: jax.Array, saved: list[jax.Array], microbatch: Any, *, slot: Place
@@ -111,6 +123,12 @@ class LayerVjp:
             return vary(dx), jax.tree.map(add, sums, d_params)
 
         return layers.loop(layer, (grad, sums))
+
+    def _unprepare(self, grads: Any) -> Any:
+        """Return gradients of the parameters, given those of what was made of them."""
+        if self._prepare is None:
+            return grads
+        return jax.linear_transpose(self._prepare, self._own)(grads)[0]
 
     def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
         y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from .buffers import accumulate, read, vary, zeros_for
 from .ends import Wants
 from .residuals import Layers, LayerVjp
-from .stage import PipelineParams, StageFns
+from .stage import PipelineParams, StageFns, prepare_layers
 
 
 def run_sequence(
@@ -38,12 +38,12 @@ class _Sequence:
     """All layers of a model, chunk after chunk."""
 
     def __init__(self, fns: StageFns, params: PipelineParams) -> None:
-        self.fns, self.shared, self.vjp = fns, params.shared, LayerVjp(fns.layer)
+        self.fns, self.shared = fns, params.shared
+        self.vjp = LayerVjp(fns.layer, prepare=fns.prepare, own=read(params.stages, 0, 0))
         num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
         counts = fns.layers_per_stage or (self.num_layers,) * num_chunks
-        self.chunks = [
-            Layers(stages=params.stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)
-        ]
+        stages = prepare_layers(fns, params.stages)
+        self.chunks = [Layers(stages=stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)]
 
     def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
         """Run one microbatch forward."""

@@ -71,7 +71,7 @@ def split_transformer(
     shardings = _shardings(dims, shapes, rules, mesh)
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
-    fns = replace(_stage_fns(model, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
+    fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
 
 
@@ -84,16 +84,22 @@ def _born(
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared_specs: Any) -> StageFns:
-    graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")}
+def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, ...], shared_specs: Any) -> StageFns:
+    graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
+    own, given = _graphs_of_block(model, mesh)
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
     def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
-        block: Block = nnx.merge(graphs["blocks"], params)
+        block: Block = nnx.merge(given, params)
         return block(x_BTD)
+
+    def prepare(params: Any) -> Any:
+        block: Block = nnx.merge(own, params)
+        block.join()
+        return _cast_kernels(model.config.dtype, nnx.to_pure_dict(nnx.state(block, nnx.Param)))
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         head: Head = nnx.merge(graphs["head"], shared["head"])
@@ -106,20 +112,31 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], shared
         last=last,
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         shared_specs=shared_specs,
-        prepare=None if model.config.dtype == "float32" else partial(_cast_kernels, model.config.dtype),
+        prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )
 
 
-def _cast_kernels(dtype: str, stages: Any) -> Any:
-    """Return stage parameters with their matrices in the compute dtype: once a step, not in every layer and microbatch.
+def _graphs_of_block(model: Transformer, mesh: Mesh) -> tuple[Any, Any]:
+    """The structure of a block as its parameters are kept, and as layers are given them on this mesh."""
 
-    All else is small, and norms compute in float32.
-    """
+    def make(columns: Literal["apart", "joined"]) -> Block:
+        block = Block(model.config, rngs=nnx.Rngs(0), rules=model.rules)
+        if columns == "joined":
+            block.join()
+        return block
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        apart, joined = (nnx.eval_shape(partial(make, columns)) for columns in ("apart", "joined"))
+    return nnx.split(apart)[0], nnx.split(joined)[0]
+
+
+def _cast_kernels(dtype: str, params: Any) -> Any:
+    """Return parameters with their matrices in the compute dtype; all else is small, and norms compute in float32."""
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if getattr(path[-1], "key", None) == "kernel" else leaf
 
-    return jax.tree_util.tree_map_with_path(cast, stages)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:

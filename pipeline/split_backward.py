@@ -23,7 +23,7 @@ class SplitBackward:
 
     def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], microbatch: Any, grad: Any) -> None:
         example = (params, residuals, microbatch, grad)
-        self._params_tree = jax.tree.structure(params)
+        self._grads_tree = jax.tree.structure(jax.eval_shape(vjp.backward, *example)[0])
         self._num_before = len(jax.tree.leaves(params))
         self.num_saved = len(residuals)
         jaxpr = _inline(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
@@ -54,7 +54,7 @@ class SplitBackward:
         env = self._env(params, kept[: self.num_saved], microbatch)
         env |= {cut: kept[place] for cut, place in zip(self._cuts, self._places, strict=True)}
         _run(self._second, env)
-        return jax.tree.unflatten(self._params_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
+        return jax.tree.unflatten(self._grads_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
 
     def _env(self, *args: Any) -> dict[Var, Any]:
         # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.

@@ -33,8 +33,9 @@ class StageFns:
         shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). Given, all
             ranks run `first` and `last` together on one microbatch, each with its part of `shared`, inside `shard_map`:
             what differs between ranks must be summed over "pipe" before it is returned.
-        prepare: stage parameters -> what layers are given instead of them, made once a step: the same but for rounding,
-            casts say. Gradients are those of what it returns, summed in float32.
+        prepare: parameters of a layer -> what `layer` is given instead of them, made once a step for all layers: no
+            loop then makes it again for every microbatch. A linear function, casts and other arrangements say: each
+            layer's gradients come back through its transpose, and are summed in float32.
         unroll: whether the layers of a stage are written out one after another instead of looped over.
     """
 
@@ -69,3 +70,8 @@ class LossAndGrads:
 
     loss: jax.Array
     grads: PipelineParams
+
+
+def prepare_layers(fns: StageFns, stages: Any) -> Any:
+    """Return what the layers of one rank are given instead of their parameters, leaves [C, k, ...] both."""
+    return stages if fns.prepare is None else jax.vmap(jax.vmap(fns.prepare))(stages)

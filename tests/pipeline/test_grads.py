@@ -142,6 +142,24 @@ def test_a_users_own_stage_function_runs_without_a_pipeline(mesh: str) -> None:
     assert worst((out.loss, natural_order(out.grads.stages)), (loss, grads)) <= 2e-5
 
 
+def _stack(params: Any) -> Any:
+    """Both matrices as one, and the bias twice as large."""
+    return {"both": jnp.stack([params["up"]["w"], params["down"].T]), "b": 2 * params["up"]["b"]}
+
+
+def _stacked_layer(given: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+    return _layer({"up": {"w": given["both"][0], "b": given["b"] / 2}, "down": given["both"][1].T}, x, microbatch)
+
+
+@pytest.mark.parametrize(("mesh", "schedule"), [("2x1x4", "zb-h1"), ("2x1x2", "interleaved-1f1b"), ("1x1x1", "1f1b")])
+def test_gradients_are_those_of_the_parameters_whatever_layers_are_given(mesh: str, schedule: str) -> None:
+    given = mlp(mesh=mesh, schedule=schedule)
+    fns = replace(MLP, layer=_stacked_layer, prepare=_stack)
+    out = jax.jit(partial(pipeline_grads, fns, **given.kwargs()))(params=given.params, batch=given.batch)
+    loss, grads = mlp_reference()
+    assert worst((out.loss, natural_order(out.grads.stages)), (loss, grads)) <= 2e-5
+
+
 def test_a_schedule_of_two_chunks_equals_one_device() -> None:
     schedule = Schedule.parse(LOOPED, name="looped", num_microbatches=2, num_chunks=2)
     given = mlp(mesh="2x1x2", schedule=schedule)

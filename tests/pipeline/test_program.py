@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from trellax.layers import ModelConfig
 from trellax.pipeline import build_schedule, pipeline_grads
 from trellax.pipeline.schedules import Vocab
 from trellax.plan.groups import Groups
@@ -17,6 +18,7 @@ from trellax.plan.hlo import Program
 
 from .hlo import Collective, collectives_of
 from .law import Step, mesh_of, pipeline_step, small_model
+from .loop_weights import made_of_weights
 
 NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS = 1
 """The loss."""
@@ -131,6 +133,23 @@ def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None
 @every_schedule
 def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
     assert {c.kind for c in collectives_of(program(schedule, 4, vocab))} == {"all-reduce", "collective-permute"}
+
+
+def test_loops_make_nothing_of_weights_but_slices_of_their_stack() -> None:
+    config = small_model(style="llama", attention="gqa")
+    sizes = {"num_microbatches": 2, "num_sequences": 8}
+    step = pipeline_step(config, mesh="2x2x2", schedule="1f1b", **sizes)
+    text: Any = jax.jit(step.run).lower(step.params, step.batch).compile().as_text()
+    made = made_of_weights(Program.parse(text))
+    # Of queries with keys and values, of what mixes heads, of gate with up, and of down: forward and backward.
+    assert [one.kinds for one in made] == [{"dynamic-slice"}] * 8
+    assert sum(one.num_bytes for one in made) == 2 * 4 * block_matrices(config) // 2
+
+
+def block_matrices(config: ModelConfig) -> int:
+    """Numbers in the matrices of a layer."""
+    d = config.hidden_size
+    return 2 * d * config.query_size + 2 * d * config.kv_size + 3 * d * config.ffn_size
 
 
 @pytest.mark.parametrize(
