@@ -3,8 +3,23 @@
 A case is SHAPE@TOKENS, 1b@2048 say, with overrides of the config behind a comma: 1b@2048,pipeline.unroll=off. For each:
 tokens a second, MFU with the causal half of the scores and with all of them, peak memory beside what `trellax inspect`
 predicts, the profile by class, and the three largest losses against the roofline. Then the same model, batch and
-precision under torch.compile, where torch is installed. Every measurement has a process of its own, one at a time.
-Cases that the minutes do not reach are named. `--tiny` runs all of it on any CPU in a minute.
+precision under torch.compile, where torch is installed. Every measurement has a process of its own, one at a time: what
+fails is said, and costs nothing else its result; the file has every case that was done, also if the command is ended.
+Cases that the minutes do not reach are named, and 90 seconds after them nothing runs any more. `--tiny` runs all of it
+on any CPU in a minute.
+
+It needs `pip install -e '.[cuda]' torch`. To a machine without a network that has Python 3.12, jax (0.11.2, say) with
+its CUDA plugin, torch, and what these and orbax bring, the rest is carried, 10 MB of wheels in .whl:
+
+    P="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
+       --platform manylinux2014_x86_64 -d .whl"
+    pip download $P 'pydantic>=2.12,<3'
+    pip download $P --no-deps flax optax orbax-checkpoint grain array-record portpicker protobuf tensorboardX
+
+and there, in the root of the repository, which need not be installed:
+
+    pip install --no-index --no-deps --target .site .whl/*.whl
+    PYTHONPATH=.src:.site python benchmarks/gpu.py --json gpu.json
 """
 
 import argparse
@@ -15,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +53,11 @@ ENOUGH_MFU = 0.55
 
 OVER_TORCH = 1.05
 
+GRACE_S = 90.0
+"""What is still running so long after the minutes are over is ended."""
+
+_GIB = 2**30
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -53,26 +74,32 @@ def main() -> int:
             if time.monotonic() > end_s:
                 print(f"{case}: not measured, {arguments.minutes:g} minutes are over", flush=True)
                 continue
-            row = measure(case, steps=arguments.steps, tiny=arguments.tiny, cache=cache, torch_rows=torch_rows)
-            rows.append(row)
-            print(describe(row), flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            how = {"steps": arguments.steps, "tiny": arguments.tiny, "cache": cache, "end_s": end_s + GRACE_S}
+            rows.append(measure(case, **how, torch_rows=torch_rows))
+            print(describe(rows[-1]), flush=True)
+            if arguments.json:
+                # After every case: what is there is kept if a time limit ends the command.
+                Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     verdicts = judge(rows)
     print("\n".join(text for text, _ in verdicts))
     return 0 if rows and all(is_met for _, is_met in verdicts) else 1
 
 
-def measure(case: str, *, steps: int, tiny: bool, cache: str, torch_rows: dict[str, Any]) -> dict[str, Any]:
-    """Return what trellax and torch take for a case; torch once for each shape and length."""
+def measure(
+    case: str, *, steps: int, tiny: bool, cache: str, end_s: float, torch_rows: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what trellax and torch take for a case; torch once for each shape and length.
+
+    Either has an "error" if it failed or was not done at `end_s` of the monotonic clock; the other is told even so.
+    """
     what, *settings = case.split(",")
     name, _, seq_len = what.partition("@")
     overrides = [f"--{setting}" for setting in settings]
     environment = {**os.environ, "TRELLAX_GPU_CACHE": cache} | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
-    ours = _run("gpu_step.py", name, seq_len, str(steps), *overrides, environment=environment)
+    ours = _run("gpu_step.py", name, seq_len, str(steps), *overrides, environment=environment, end_s=end_s)
     if what not in torch_rows and importlib.util.find_spec("torch"):
         environment = {**os.environ} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
-        torch_rows[what] = _run("gpu_torch.py", name, seq_len, str(steps), environment=environment)
+        torch_rows[what] = _run("gpu_torch.py", name, seq_len, str(steps), environment=environment, end_s=end_s)
     return {"case": case, "trellax": ours, "torch": torch_rows.get(what)} | _derive(name, int(seq_len), ours)
 
 
@@ -86,6 +113,8 @@ def _derive(name: str, seq_len: int, ours: dict[str, Any]) -> dict[str, Any]:
         **sizes, num_kv_heads=shape.num_kv_heads, ffn_size=shape.ffn_size, mlp="swiglu", max_tokens=seq_len
     )
     tokens_per_s = shape.tokens / ours["step_s"]
+    if "peak_flops_per_s" not in ours:
+        return {"tokens_per_s": tokens_per_s}
     causal, full = (
         tokens_per_s * flops_per_token(model, num_tokens=seq_len, attention=kind).training / ours["peak_flops_per_s"]
         for kind in ("causal", "full")
@@ -95,34 +124,47 @@ def _derive(name: str, seq_len: int, ours: dict[str, Any]) -> dict[str, Any]:
 
 def describe(row: dict[str, Any]) -> str:
     """Return a case as text."""
-    ours, peer = row["trellax"], row["torch"]
+    ours = row["trellax"]
     if "error" in ours:
-        return f"\n{row['case']}: FAILED\n{ours['error']}"
-    gib, step_ms, least_ms = 2**30, 1e3 * ours["step_s"], 1e3 * ours["step_min_s"]
-    tflops = ours["peak_flops_per_s"] / 1e12
-    peak = f"{ours['peak_bytes'] / gib:.2f} GiB" if ours["peak_bytes"] else "not told"
-    lines = [
-        f"\n{row['case']} on {ours['device']}, jax {ours['jax']}, compiled in {ours['compile_s']:.0f} s",
-        f"  {row['tokens_per_s']:,.0f} tokens/s, {step_ms:.1f} ms a step (least {least_ms:.1f})",
-        f"  MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, of the measured {tflops:.1f} Tflop/s",
-        f"  memory: predicted {ours['predicted_bytes'] / gib:.2f} GiB, the allocator's peak {peak}",
-        f"  roofline {1e3 * (ours['roofline_s'] or 0):.1f} ms; by class "
-        + ", ".join(f"{kind} {1e3 * s:.1f} ms" for kind, s in ours["classes_s"].items()),
-        *(
-            f"  lost {one['ms'] - one['bound_ms']:.1f} ms: {one['ms']:.1f} where peaks allow {one['bound_ms']:.1f}: "
-            f"{one['what']}"
-            for one in ours["losses"]
-        ),
-    ]
-    if peer and "error" not in peer:
-        lines.append(
-            f"  torch {peer['torch']}: {1e3 * peer['step_s']:.1f} ms a step, trellax is "
-            f"{peer['step_s'] / ours['step_s']:.2f} x as fast"
-            + (f"; its peak {peer['peak_bytes'] / gib:.2f} GiB" if peer["peak_bytes"] else "")
-        )
+        lines = [f"\n{row['case']}: FAILED", ours["error"]]
     else:
-        lines.append(f"  torch: {peer['error'] if peer else 'not installed'}")
-    return "\n".join(lines)
+        step_ms, least_ms = 1e3 * ours["step_s"], 1e3 * ours["step_min_s"]
+        lines = [
+            f"\n{row['case']} on {ours['device']}, jax {ours['jax']}, compiled in {ours['compile_s']:.0f} s",
+            f"  {row['tokens_per_s']:,.0f} tokens/s, {step_ms:.1f} ms a step (least {least_ms:.1f})",
+            *_describe_parts(row),
+            *(f"  no {part}: {error}" for part, error in ours["failed"].items()),
+        ]
+    return "\n".join([*lines, _describe_peer(row)])
+
+
+def _describe_parts(row: dict[str, Any]) -> Iterator[str]:
+    """What was found beside the time of a step; parts that failed are left out."""
+    ours = row["trellax"]
+    if "mfu_causal" in row:
+        tflops = ours["peak_flops_per_s"] / 1e12
+        yield f"  MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, of the measured {tflops:.1f} Tflop/s"
+    peak = f"the allocator's peak {ours['peak_bytes'] / _GIB:.2f} GiB" if ours["peak_bytes"] else "no peak told"
+    if "predicted_bytes" in ours:
+        yield f"  memory: predicted {ours['predicted_bytes'] / _GIB:.2f} GiB, {peak}"
+        yield f"  roofline {1e3 * (ours['roofline_s'] or 0):.1f} ms"
+    else:
+        yield f"  memory: {peak}"
+    if "classes_s" in ours:
+        yield "  by class " + ", ".join(f"{kind} {1e3 * s:.1f} ms" for kind, s in ours["classes_s"].items())
+    for one in ours.get("losses", ()):
+        lost_ms, bound_ms = one["ms"] - one["bound_ms"], one["bound_ms"]
+        yield f"  lost {lost_ms:.1f} ms: {one['ms']:.1f} where peaks allow {bound_ms:.1f}: {one['what']}"
+
+
+def _describe_peer(row: dict[str, Any]) -> str:
+    peer, ours = row["torch"], row["trellax"]
+    if not peer or "error" in peer:
+        return f"  torch: {peer['error'] if peer else 'not installed'}"
+    text = f"  torch {peer['torch']}: {1e3 * peer['step_s']:.1f} ms a step"
+    if "step_s" in ours:
+        text += f", trellax is {peer['step_s'] / ours['step_s']:.2f} x as fast"
+    return text + (f"; its peak {peer['peak_bytes'] / _GIB:.2f} GiB" if peer["peak_bytes"] else "")
 
 
 def judge(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
@@ -139,12 +181,16 @@ def judge(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     return [(f"{'met' if is_met else 'MISSED'}: {text}", is_met) for text, is_met in met]
 
 
-def _run(script: str, *words: str, environment: dict[str, str]) -> dict[str, Any]:
+def _run(script: str, *words: str, environment: dict[str, str], end_s: float) -> dict[str, Any]:
     """Return the JSON of a worker's last line, or its error."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    limit_s = max(1.0, end_s - time.monotonic())
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"{script} was ended after {limit_s:.0f} s"}
     if done.returncode:
-        return {"error": "\n".join(done.stderr.strip().splitlines()[-8:])}
+        return {"error": "\n".join(done.stderr.strip().splitlines()[-8:]) or f"{script} ended with {done.returncode}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
