@@ -217,14 +217,15 @@ def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, An
     return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
 
-def _chunk_tokens(width: int) -> int:
+def chunk_tokens(width: int) -> int:
+    """Return of how many tokens logits exist at once, or all if there are fewer, for x of `width` features."""
     return max(width, CHUNK_TOKENS)
 
 
 def _cut(x_BTD: jax.Array, *rest_BT: jax.Array) -> tuple[jax.Array, ...]:
     """Cut all along tokens into [chunks, B, t, ...]; missing tokens at the end are zero, and so weigh nothing."""
     num_sequences, num_tokens, width = x_BTD.shape
-    num_chunks = min(math.ceil(num_sequences * num_tokens / _chunk_tokens(width)), num_tokens)
+    num_chunks = min(math.ceil(num_sequences * num_tokens / chunk_tokens(width)), num_tokens)
     size = math.ceil(num_tokens / num_chunks)
     missing = num_chunks * size - num_tokens
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ..layers import ModelConfig
-from ..layers.loss import CHUNK_TOKENS
+from ..layers.loss import chunk_tokens
 from ..pipeline.schedules import Clock, Vocab, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .data_time import device_params
@@ -172,7 +172,7 @@ def _temporary_bytes(model: ModelConfig, *, layout: Layout, program: Program, nu
     parts = layout.tensor * (layout.pipe if is_split else 1)
     has_head = is_split or rank == layout.pipe - 1
     # trellax holds the logits of a chunk alone.
-    held = min(tokens, max(CHUNK_TOKENS, model.hidden_size)) if program.clock == "lockstep" else tokens
+    held = min(tokens, chunk_tokens(model.hidden_size)) if program.clock == "lockstep" else tokens
     logits = held * model.vocab_size / parts * (_FLOAT32 + item) if has_head else 0.0
     once = 0.0
     if layout.remat != "none":

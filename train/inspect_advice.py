@@ -1,14 +1,17 @@
 """Which knob makes a step fit: every change of the config that saves memory, by how much, most effective first.
 
 The estimates are arithmetic on the report: state by the new shardings, activations by what the layers keep and how many
-microbatches the new schedule holds. Of temporary memory, what a layer and the head work on is taken to be four times
-their arrays and to shrink with these; what is beyond that are copies of activations. Inspect again to be sure.
+microbatches the new schedule holds. Of temporary memory, matrices cast once a step go with the parameters, what a layer
+and the head work on is taken to be twice their arrays and to shrink with these, and what is beyond that are copies of
+activations. Inspect again to be sure.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..layers import Remat, activation_bytes
+from ..layers.flash import Kernel
+from ..layers.loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..pipeline import build_schedule, lower, resolve_layers
 from ..plan import Memory, StepSizes
@@ -16,10 +19,10 @@ from ..plan.minimum import block_params, vocabulary_params
 from .check import check_run
 from .config import RunConfig
 
-_WORKING_COPIES = 4
-"""Measured on H100 and H200 targets: 2.6 to 3.8 times, for Llama 3 shapes of 8B, 70B and 405B with full remat."""
+_WORKING_COPIES = 2
+"""Measured on H100 and H200 targets: 1.4 to 1.7 times, for Llama 3 shapes of 8B, 70B and 405B; 2.4 with all scores."""
 
-_FLOAT32 = 4
+_FLOAT32, _BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +34,22 @@ class Knob:
     devices: int
 
 
-def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
+def list_knobs(
+    config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory, kernel: Kernel
+) -> tuple[Knob, ...]:
     """Return the changes that save memory and that the config allows, most effective first.
 
     Those with more tensor or pipe take devices from data where it has any, and double the devices where not.
+
+    Args:
+        kernel: what runs the attention, `choose_kernel` says.
     """
-    before = _Estimate(config, mesh, sizes)
+    before = _Estimate(config, mesh, sizes, kernel)
     knobs = []
     for overrides, changed, other in _changes(config, mesh):
         try:
             check_run(changed, num_devices=other.num_devices)
-            after = _Estimate(changed, other, _resize(changed, other, sizes))
+            after = _Estimate(changed, other, _resize(changed, other, sizes), kernel)
             total = after.total(memory, before)
         except TrellaxError:
             continue
@@ -98,16 +106,19 @@ def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
 class _Estimate:
     """What a config is estimated to keep on a device, in arbitrary but common units for activations."""
 
-    def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
+    def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes, kernel: Kernel) -> None:
         # Every rank has room for as many layers a stage as the largest has.
         room = sizes.num_layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
-        self.num_params = room * block_params(config.model, tensor=mesh.tensor) + table / parts + rest
+        blocks = room * block_params(config.model, tensor=mesh.tensor)
+        self.num_params = blocks + table / parts + rest
+        self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)
-        layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
+        layer, whole = (_layer_bytes(config, mesh, sizes, remat, kernel) for remat in (config.pipeline.remat, "none"))
         self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
-        logits = sizes.tokens * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
+        held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
+        logits = held * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
         self.working = _WORKING_COPIES * (whole + logits)
 
     def total(self, memory: Memory, before: "_Estimate") -> int:
@@ -115,12 +126,14 @@ class _Estimate:
         state = (memory.parameters + memory.gradients) * self.num_params / before.num_params
         moments = memory.optimizer * self.num_moments / before.num_moments
         activations = memory.activations * self.activations / before.activations
-        working = min(memory.temporary, before.working)
-        copies = (memory.temporary - working) * self.activations / before.activations
-        return int(state + moments + activations + working * self.working / before.working + copies)
+        matrices = min(memory.temporary, before.matrices)
+        working = min(memory.temporary - matrices, before.working)
+        copies = (memory.temporary - matrices - working) * self.activations / before.activations
+        matrices *= self.matrices / before.matrices if before.matrices else 1
+        return int(state + moments + activations + matrices + working * self.working / before.working + copies)
 
 
-def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
+def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat, kernel: Kernel) -> int:
     """What one layer keeps of a microbatch; without rematerialisation also what it makes while it works."""
     return activation_bytes(
         config.model,
@@ -128,6 +141,7 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
         num_tokens=sizes.num_tokens,
         tensor=mesh.tensor,
         remat=remat,
+        kernel=kernel,
     ).layer
 
 

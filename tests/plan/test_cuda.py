@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from trellax.plan import Memory, StepSizes
 from trellax.plan.collectives import KINDS
 from trellax.plan.hlo import Computation, Instruction, Program, leaves
 from trellax.plan.matmul import matrix_flops
+from trellax.train import load_config
+from trellax.train.inspect_advice import list_knobs
+
+from ..pipeline.loop_weights import made_of_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,11 +38,11 @@ run_inspect(load_config(config, overrides), argparse.Namespace(target=target, js
 """
 
 
-def inspect(words: str, *, hlo: str = "") -> dict[str, object]:
+def inspect(words: str, *, hlo: str = "", xla_flags: str = "") -> dict[str, object]:
     """The command's JSON, from a process of its own: a target is chosen before jax starts."""
     for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
-    env["PYTHONPATH"] = str(ROOT / ".src")
+    env |= {"PYTHONPATH": str(ROOT / ".src"), "XLA_FLAGS": xla_flags}
     command = [sys.executable, "-c", RUN, hlo, *words.split()]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -97,6 +102,45 @@ def test_no_logits_of_a_whole_microbatch_are_held(step: tuple[str, Program]) -> 
     assert largest < num_tokens * words
     # Those of a chunk are there.
     assert any(math.prod(dims) == 1024 * words for dims in with_words)
+
+
+LLAMA = (
+    "quickstart h200:8 --model.dtype bfloat16 --model.mlp swiglu --model.norm rmsnorm --model.positions rotary "
+    "--model.bias off --model.num_kv_heads 2 --pipeline.remat dots"
+)
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
+def test_loops_make_nothing_of_weights(mesh: str, tmp_path: Path) -> None:
+    data, tensor, pipe = mesh.split("x")
+    words = f"{LLAMA} --mesh.data {data} --mesh.tensor {tensor} --mesh.pipe {pipe}"
+    # With products by cuBLAS, which a GPU measures to be the fastest where they are large, and which read a layer's
+    # slice of the stack themselves. Without a GPU nothing is measured and XLA's own kernels are taken; they are given
+    # copies of the slices.
+    inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags="--xla_gpu_enable_triton_gemm=false")
+    program = Program.parse((tmp_path / "step.hlo").read_text())
+    assert any(i.text("custom_call_target").startswith("__cublas") for _, i in program.instructions())
+    assert made_of_weights(program) == []
+
+
+def test_memory_advice_is_near_what_the_changed_config_takes() -> None:
+    words = "llama3-8b-8gpu h200:8 --pipeline.remat"
+    before, after = (inspect(f"{words} {remat}")["memory_bytes"] for remat in ("dots", "full"))
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    config = load_config("llama3-8b-8gpu", ["--pipeline.remat", "dots"])
+    sizes = StepSizes(
+        model=config.model,
+        mesh=config.mesh,
+        num_microbatches=config.pipeline.microbatches,
+        num_sequences=config.train.batch_size // config.pipeline.microbatches,
+        num_tokens=config.data.seq_len,
+        vocab=config.pipeline.vocab,
+    )
+    knobs = list_knobs(config, mesh=config.mesh, sizes=sizes, memory=Memory(**before), kernel="cudnn")
+    saved = {knob.overrides: knob.saved_bytes for knob in knobs}["--pipeline.remat full"]
+    # Temporary memory is the part that is guessed: 8% of this step's.
+    assert saved == pytest.approx(before["total"] - after["total"], rel=0.05)
 
 
 def test_collectives_overlap_with_products(step: tuple[str, Program]) -> None:
