@@ -30,9 +30,11 @@ def use_fake_devices(num_devices: int) -> None:
             fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
         )
     local = num_devices // count
-    # XLA sizes its one CPU thread pool by this. A device that waits for its neighbours holds a thread of the pool: with
-    # one thread a core, those that still compute would be left without help.
-    os.environ.setdefault("NPROC", str(local + (os.cpu_count() or 1)))
+    # XLA sizes its one CPU thread pool by this. A device that waits for its neighbours holds a thread of the pool: the
+    # last one that still computes has a thread for every core. More threads would only take turns on the cores. Sums
+    # between processes wait in threads too: with fewer than this, two processes were seen to hang.
+    waiting = local - 1 if count == 1 else 2 * local
+    os.environ.setdefault("NPROC", str(waiting + (os.cpu_count() or 1)))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", local)
