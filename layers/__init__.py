@@ -6,7 +6,6 @@ from .cache import CacheDtype, KVCache, NewTokens, bytes_per_device, cache_shape
 from .config import ModelConfig
 from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
 from .embedding import Embedding, lookup
-from .flash import choose_kernel
 from .linear import ColumnLinear, RowLinear, make_param
 from .loss import cross_entropy, projected_cross_entropy
 from .mlp import MLP
@@ -34,7 +33,6 @@ __all__ = [
     "activation_bytes",
     "bytes_per_device",
     "cache_shapes",
-    "choose_kernel",
     "cross_entropy",
     "flops_per_token",
     "lookup",

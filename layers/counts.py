@@ -9,10 +9,9 @@ from typing import Literal
 
 from .block import Remat
 from .config import ModelConfig
-from .flash import Kernel
 from .transformer import model_rules
 
-_SCORE_BYTES = 4
+_SUM_BYTES = 4
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -104,9 +103,8 @@ def flops_per_token(
     797815296
 
     Args:
-        attention: "causal" counts half of the scores, those that the mask lets through: what a flash kernel computes;
-            fewer yet with a window. "full" counts all, as papers that quote Chowdhery et al. do and as unfused
-            attention computes.
+        attention: "causal" counts half of the scores, those that the mask lets through; fewer yet with a window. "full"
+            counts all, as papers that quote Chowdhery et al. do.
     """
     weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
@@ -123,23 +121,21 @@ def activation_bytes(
     num_tokens: int,
     tensor: int = 1,
     remat: Remat = "none",
-    kernel: Kernel = "xla",
 ) -> ActivationBytes:
     """Return what one microbatch of `num_sequences` on one device occupies between layers, and in one for its backward.
 
     The kind of formula is that of Korthikanti et al. 2022, section 4; its terms are what our own layers keep:
 
-        full  D                                          the input x[b, T, D]
-        dots  2D + (N + 2K)H/t + (1 or 2)F/t             x and the outputs of weight matmuls, but the last one
-        none  4D + (2N + 2K)H/t + (2 or 3)F/t + N T/t    x, the norms, what enters each matmul; scores in float32
+        full  D                                  the input x[b, T, D]
+        dots  2D + (2N + 2K)H/t + (1 or 2)F/t    x, the outputs of weight matmuls, but the last one, and of attention
+        none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, what enters each matmul
 
-    and (N + K)H/t more under "none" where queries and keys are normalized. Flash attention keeps a float32 number for a
-    query and head instead of scores, under "dots" too, and there N H/t for its output.
+    and under the last two a float32 number for each query and head, under "none" (N + K)H/t more where queries and keys
+    are normalized.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
-        kernel: what runs the attention.
 
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
@@ -147,20 +143,19 @@ def activation_bytes(
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     boundary = numbers * config.hidden_size * item_bytes
-    width = _kept_width(config, tensor=tensor, remat=remat, kernel=kernel)
-    row = {"xla": {"none": num_tokens}, "cudnn": {"none": 1, "dots": 1}}[kernel].get(remat, 0)
-    scores = numbers * (config.num_heads // tensor) * row * _SCORE_BYTES
-    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + scores)
+    width = _kept_width(config, tensor=tensor, remat=remat)
+    sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
+    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + sums)
 
 
-def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat, kernel: Kernel) -> int:
+def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
     """Numbers of the compute dtype that a layer keeps of a token."""
     d, f = config.hidden_size, config.ffn_size // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
     return {
         "full": d,
-        "dots": 2 * d + query + 2 * kv + num_up * f + (query if kernel == "cudnn" else 0),
+        "dots": 2 * d + 2 * query + 2 * kv + num_up * f,
         "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f + (query + kv if config.qk_norm == "on" else 0),
     }[remat]
 

@@ -1,6 +1,6 @@
-"""Causal attention that holds no [T, T] array of scores: cuDNN's flash attention, where the machine has it.
+"""Causal attention: cuDNN's flash attention where the machine has it, blocks in plain XLA elsewhere.
 
-Elsewhere (other devices, float32, odd head sizes) XLA's own attention runs. Which one is decided while tracing, from
+Elsewhere is other devices, float32 and odd head sizes; see `blockwise.py`. Which one is decided while tracing, from
 the devices of the mesh at hand, so programs for GPUs that are not there get what the GPUs would. The algorithm is that
 of Dao 2023 ("FlashAttention-2", section 3); kept for the backward are inputs, output and one number for every query.
 """
@@ -15,13 +15,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import ModelError, ShardingRules
+from .blockwise import FLASH_OUTPUTS, attend_blockwise
 from .config import ModelConfig
 
 Kernel = Literal["xla", "cudnn"]
 """What runs the attention."""
-
-FLASH_OUTPUTS = "flash_outputs"
-"""By this name rematerialisation keeps what the kernel made, so that the backward does not run its forward again."""
 
 
 def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Kernel:
@@ -50,24 +48,15 @@ def attend_causally(
         ModelError: the config asks for a kernel that the devices do not have.
     """
     if choose_kernel(config) == "xla":
-        return _attend_plainly(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
     return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window, rules)
 
 
-def _attend(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int, implementation: Kernel
-) -> jax.Array:
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int) -> jax.Array:
     seen = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation=implementation
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation="cudnn"
     )
-
-
-# Kept for the backward are the scores alone, of the four arrays of [B, N, T, T] that plain autodiff keeps: the softmax
-# between the two matmuls is cheap to do again.
-@partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=3)
-def _attend_plainly(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
-    return _attend(q_BTNH, k_BTKH, v_BTKH, window=window, implementation="xla")
 
 
 # All axes are manual around the kernel: jax's own partitioning of it does not lower inside a partly manual region. The
@@ -76,7 +65,7 @@ def _attend_plainly(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, win
 def _attend_flash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
 ) -> jax.Array:
-    flash = partial(_attend, window=window, implementation="cudnn")
+    flash = partial(_attend, window=window)
     axes, heads = _axes(), _specs(rules)[4]
     return jax.shard_map(flash, in_specs=(heads,) * 3, out_specs=heads, axis_names=axes)(q_BTNH, k_BTKH, v_BTKH)
 
@@ -84,7 +73,7 @@ def _attend_flash(
 def _flash_forward(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
 ) -> tuple[jax.Array, Any]:
-    flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
+    flash, specs = partial(_attend, window=window), _specs(rules)
 
     def block(*qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         y_BTNH, vjp = jax.vjp(flash, *qkv)
@@ -102,7 +91,7 @@ def _flash_forward(
 def _flash_backward(
     window: int, rules: ShardingRules, saved: tuple[tuple[jax.Array, ...], list[jax.Array]], grad_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    flash, specs = partial(_attend, window=window, implementation="cudnn"), _specs(rules)
+    flash, specs = partial(_attend, window=window), _specs(rules)
 
     def block(
         known: tuple[jax.Array, ...], made: list[jax.Array], grad_BTNH: jax.Array

@@ -172,7 +172,9 @@ def _differentiate_chunks(
         error_BtV = share_BtV - (compared.word == targets_Bt[..., None])
         # In the compute dtype, as every other gradient of an activation: both matmuls run at its speed.
         error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
-        grad_VD = jnp.einsum("btv,btd->vd", error_BtV, x_BtD, preferred_element_type=jnp.float32)
+        # Over tokens in one dim, as in product.py.
+        error_nV, x_nD = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (error_BtV, x_BtD))
+        grad_VD = jnp.einsum("nv,nd->vd", error_nV, x_nD, preferred_element_type=jnp.float32)
         grad_BtD = jnp.einsum("btv,vd->btd", error_BtV, cast_VD, preferred_element_type=jnp.float32)
         loss = (weights_Bt * compared.loss).sum()
         return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, compared.loss)

@@ -29,7 +29,9 @@ def multiply(x_BTD: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: 
     """
     x_BTD, kernel = x_BTD.astype(dtype), kernel.astype(dtype)
     if matmuls == "plain":
-        return jax.lax.dot_general(x_BTD, kernel, (((2,), (0,)), ((), ())))
+        # In two dims: where a weight gradient sums over two, XLA's CPU backend turns an activation around first.
+        y = jax.lax.dot_general(x_BTD.reshape(-1, x_BTD.shape[-1]), kernel, (((1,), (0,)), ((), ())))
+        return y.reshape(*x_BTD.shape[:2], *y.shape[1:])
     return _multiply_fp8(x_BTD, kernel)
 
 

@@ -71,7 +71,7 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         rules: ShardingRules = DEFAULT_RULES,
-        remat: Remat = "none",
+        remat: Remat = "dots",
     ) -> None:
         self.config, self.rules, self.remat = config, rules, remat
         self.embed = Embedding(config, rngs=rngs, rules=rules)

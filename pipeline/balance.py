@@ -108,13 +108,10 @@ def stage_costs(
     """Return the time of every stage for one microbatch, in units of one layer's forward.
 
     Each gradient of a layer takes as long as its forward. What is recomputed comes before the input gradient: all of a
-    layer with remat="full", its scores with "dots". With vocab="split" the vocabulary is no stage's: all ranks share
-    it.
+    layer with remat="full", else next to nothing. With vocab="split" the vocabulary is no stage's: all ranks share it.
     """
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
-    flops = flops_per_token(config, num_tokens=num_tokens, attention="full")
-    scores = flops.scores / config.num_layers / _layer_flops(config, num_tokens=num_tokens)
-    again = {"none": 0.0, "dots": scores, "full": 1.0}[remat]
+    again = 1.0 if remat == "full" else 0.0
     last = len(layers_per_stage) - 1
     return tuple(
         StageCost(
@@ -130,8 +127,8 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
     """Return what embedding and head add to the end stages; nothing with vocab="split".
 
     A layer and the head are their matmuls: for a token, the head's are 2 V D flops forward and 4 V D backward, a
-    layer's include all T scores, which our attention computes. The embedding has no matmul. It moves rows of D float32
-    numbers: one read and one written in the forward; in the backward the gradient's read, the table's read and
+    layer's include the scores that the causal mask lets through. The embedding has no matmul. It moves rows of D
+    float32 numbers: one read and one written in the forward; in the backward the gradient's read, the table's read and
     written. Each byte counts as 200 flops, near the balance of an H200 (989 TFLOP/s in bfloat16 over 4.8 TB/s).
     """
     if vocab == "split":
@@ -143,8 +140,8 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
 
 
 def _layer_flops(config: ModelConfig, *, num_tokens: int) -> float:
-    """Flops of a layer's forward for one token, all scores counted."""
-    flops = flops_per_token(config, num_tokens=num_tokens, attention="full")
+    """Flops of a layer's forward for one token, masked scores left out."""
+    flops = flops_per_token(config, num_tokens=num_tokens)
     return (flops.forward - 2 * config.vocab_size * config.hidden_size) / config.num_layers
 
 

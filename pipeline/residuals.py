@@ -138,34 +138,29 @@ class LayerVjp:
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """A residual that is another one, `source`, in another shape: the steps from there to here."""
+    """A residual that is another one, `source`, in another shape."""
 
     source: int
-    steps: tuple[JaxprEqn, ...]
+    shape: tuple[int, ...]
 
     def make(self, leaves: list[jax.Array]) -> jax.Array:
-        value = leaves[self.source]
-        for step in self.steps:
-            value = step.primitive.bind(value, **step.params)
-        return value
+        return leaves[self.source].reshape(self.shape)
 
 
 _SAME = ("reshape", "sharding_constraint")
-"""Operations that change no number."""
+"""Operations that change no number, nor the order of numbers."""
 
 
 def _find_copies(jaxpr: Jaxpr, candidates: list[int]) -> dict[int, _Copy]:
-    """Of some outputs, those that are another one in another shape."""
+    """Of some outputs, those that have the numbers of an earlier one."""
     makers: dict[Any, JaxprEqn] = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _SAME}
-    place = {jaxpr.outvars[index]: index for index in reversed(candidates)}
+    sources: dict[Any, int] = {}
     copies: dict[int, _Copy] = {}
-    outvars: list[Any] = list(jaxpr.outvars)
     for index in candidates:
-        steps: list[JaxprEqn] = []
-        var = outvars[index]
-        while place.get(var) in (None, index) and (maker := makers.get(var)) is not None:
-            steps.append(maker)
+        var: Any = jaxpr.outvars[index]
+        shape = var.aval.shape
+        while (maker := makers.get(var)) is not None:
             var = maker.invars[0]
-        if (source := place.get(var, index)) != index and source not in copies:
-            copies[index] = _Copy(source=source, steps=tuple(reversed(steps)))
+        if (source := sources.setdefault(var, index)) != index:
+            copies[index] = _Copy(source=source, shape=shape)
     return copies

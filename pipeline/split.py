@@ -40,7 +40,7 @@ def split_transformer(
     num_chunks: int = 1,
     layers_per_stage: Sequence[int] | None = None,
     vocab: Vocab = "ends",
-    remat: Remat = "none",
+    remat: Remat = "dots",
     unroll: Literal["off", "on"] = "off",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:

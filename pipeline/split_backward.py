@@ -46,13 +46,14 @@ class SplitBackward:
         _run(self._first, env)
         kept = [*saved, *[None] * len(self.extra)]
         for cut, place in zip(self._cuts, self._places, strict=True):
-            kept[place] = _value(env, cut)
+            value = _value(env, cut)
+            kept[place] = value.reshape(saved[place].shape) if place < self.num_saved else value
         return _value(env, self._jaxpr.outvars[-1]), kept
 
     def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
         """Return the gradients of the parameters."""
         env = self._env(params, kept[: self.num_saved], microbatch)
-        env |= {cut: kept[place] for cut, place in zip(self._cuts, self._places, strict=True)}
+        env |= {cut: kept[place].reshape(_shape(cut)) for cut, place in zip(self._cuts, self._places, strict=True)}
         _run(self._second, env)
         return jax.tree.unflatten(self._grads_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
 
@@ -69,7 +70,7 @@ class SplitBackward:
         return list(dict.fromkeys(v for v in wanted if isinstance(v, Var) and v in made))
 
     def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
-        """For every cut an entry of `saved` of its shape that the second half does not read, or a new one."""
+        """For every cut an entry of `saved` of its rows that the second half does not read, or a new one."""
         saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
         read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
         free = [(index, v.aval) for index, v in enumerate(saved) if v not in read]
@@ -90,8 +91,17 @@ _HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "
 """Work worth putting off; whatever holds other work inside counts as heavy."""
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
+
+
 def _is_like(a: Any, b: Any) -> bool:
-    return (a.shape, a.dtype) == (b.shape, b.dtype)
+    return (_flat(a.shape), a.dtype) == (_flat(b.shape), b.dtype)
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[B, T, D] is [B T, D] to whoever multiplies it. No other shapes match: devices may split them unlike."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 
 
 def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:

@@ -27,7 +27,6 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
         num_tokens=num_tokens,
         tensor=layout.tensor,
         remat=remat,
-        kernel="cudnn" if program.attention == "fused" else "xla",
     )
     halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.is_backward_split else 0.0
     return (counted.layer + halves) / layout.context

@@ -189,7 +189,7 @@ def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
-    if plan.layout.remat != "none":
+    if plan.layout.remat == "full":
         return
     full = layout_memory(question, replace(plan.layout, remat="full"))
     saved = plan.memory.total - full.total
@@ -200,7 +200,7 @@ def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             number=saved / _GB,
             message=f"activations take {plan.memory.activations / _GB:.1f} GB, of which remat full would save "
             f"{saved / _GB:.1f} GB",
-            fix="set pipeline.remat='full' or 'dots', and use the memory for larger microbatches.",
+            fix="set pipeline.remat='full', and use the memory for larger microbatches.",
         )
 
 

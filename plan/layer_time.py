@@ -103,7 +103,7 @@ def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
     parts: dict[str, tuple[Part, ...]] = {
         "none": (),
         "selective": ("core",),
-        "dots": ("core", "vector"),
+        "dots": ("vector",),
         "full": ("core", "vector", "weights"),
     }
     return sum(work.forward for work in works if work.part in parts[layout.remat])

@@ -89,7 +89,7 @@ class PipelineSection(Section):
     chunks: int = Field(1, gt=0, description="chunks of layers a rank, 2 or more for interleaved schedules")
     max_in_flight: int = Field(0, ge=0, description="microbatches a rank may hold under schedule auto; 0 is no limit")
     microbatches: int = Field(1, gt=0, description="parts of a batch; gradient accumulation when pipe=1")
-    remat: Literal["none", "full", "dots"] = Field("none", description="what the backward recomputes")
+    remat: Literal["none", "full", "dots"] = Field("dots", description="what the backward recomputes")
     unroll: Literal["off", "on"] = Field("off", description="write the layers of a stage out: faster, compiles longer")
     layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
         "auto", description="layers of every stage, first to last, such as 3,3,2; auto balances their time"

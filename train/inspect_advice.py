@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..layers import Remat, activation_bytes
-from ..layers.flash import Kernel
 from ..layers.loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..pipeline import build_schedule, lower, resolve_layers
@@ -34,22 +33,17 @@ class Knob:
     devices: int
 
 
-def list_knobs(
-    config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory, kernel: Kernel
-) -> tuple[Knob, ...]:
+def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
     """Return the changes that save memory and that the config allows, most effective first.
 
     Those with more tensor or pipe take devices from data where it has any, and double the devices where not.
-
-    Args:
-        kernel: what runs the attention, `choose_kernel` says.
     """
-    before = _Estimate(config, mesh, sizes, kernel)
+    before = _Estimate(config, mesh, sizes)
     knobs = []
     for overrides, changed, other in _changes(config, mesh):
         try:
             check_run(changed, num_devices=other.num_devices)
-            after = _Estimate(changed, other, _resize(changed, other, sizes), kernel)
+            after = _Estimate(changed, other, _resize(changed, other, sizes))
             total = after.total(memory, before)
         except TrellaxError:
             continue
@@ -106,7 +100,7 @@ def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
 class _Estimate:
     """What a config is estimated to keep on a device, in arbitrary but common units for activations."""
 
-    def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes, kernel: Kernel) -> None:
+    def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
         # Every rank has room for as many layers a stage as the largest has.
         room = sizes.num_layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
@@ -115,7 +109,7 @@ class _Estimate:
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)
-        layer, whole = (_layer_bytes(config, mesh, sizes, remat, kernel) for remat in (config.pipeline.remat, "none"))
+        layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
         self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
         logits = held * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
@@ -133,7 +127,7 @@ class _Estimate:
         return int(state + moments + activations + matrices + working * self.working / before.working + copies)
 
 
-def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat, kernel: Kernel) -> int:
+def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
     """What one layer keeps of a microbatch; without rematerialisation also what it makes while it works."""
     return activation_bytes(
         config.model,
@@ -141,7 +135,6 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
         num_tokens=sizes.num_tokens,
         tensor=mesh.tensor,
         remat=remat,
-        kernel=kernel,
     ).layer
 
 

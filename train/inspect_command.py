@@ -6,7 +6,6 @@ import resource
 import sys
 from pathlib import Path
 
-from ..layers import choose_kernel
 from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
 from ..plan.tables import align, format_bytes
@@ -119,9 +118,8 @@ def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> 
 
 
 def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
-    kernel = choose_kernel(setup.config.model, device_kind=setup.mesh.devices.flat[0].device_kind)
     sizes = step_sizes(setup)
-    knobs = list_knobs(setup.config, mesh=sizes.mesh, sizes=sizes, memory=report.memory, kernel=kernel)
+    knobs = list_knobs(setup.config, mesh=sizes.mesh, sizes=sizes, memory=report.memory)
     if not knobs:
         return "no single change of microbatches, remat, ZeRO, tensor or pipe is estimated to save memory."
     lines = [

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..layers import choose_kernel, flops_per_token
+from ..layers import flops_per_token
 from ..meshes import ProgramError, mesh_sizes
 from ..pipeline import simulate
 from ..plan import Hardware, ProgramReport, StepSizes, inspect_compiled, minimum_bytes
@@ -25,8 +25,8 @@ def inspect_step(
 ) -> ProgramReport:
     """Return the report of a run's training step on the devices of its mesh.
 
-    Model flops count all scores of the attention, masked ones too, where the attention that runs computes them; flash
-    attention does not, and computes in its backward those that it needs again.
+    Model flops count the scores that attention's mask lets through. What it computes of the others, and again in its
+    backward, counts as recomputed.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -66,10 +66,7 @@ def report_step(
     """Return the report of a compiled training step of this run."""
     config = setup.config
     num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
-    # What the mask hides counts where it is computed.
-    kernel = choose_kernel(config.model, device_kind=setup.mesh.devices.flat[0].device_kind)
-    scores = "causal" if kernel == "cudnn" else "full"
-    model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len, attention=scores).training
+    model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len).training
     report = inspect_compiled(
         compiled,
         setup.mesh,

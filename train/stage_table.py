@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ..layers import activation_bytes, choose_kernel, param_counts
+from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
 from ..pipeline import Schedule, simulate
 from .state import Setup
@@ -77,7 +77,6 @@ def tabulate_stages(setup: Setup) -> StageTable:
         num_tokens=config.data.seq_len,
         tensor=sizes.tensor,
         remat=config.pipeline.remat,
-        kernel=choose_kernel(config.model, device_kind=setup.mesh.devices.flat[0].device_kind),
     ).layer
     block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
     rows = []
