@@ -75,12 +75,17 @@ def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int,
 
 
 def take_turns(title: str, ways: Ways, rounds: int) -> dict[str, list[Times]]:
-    """Measure all ways in every round, each round beginning with another; the first warms up. Prints a table."""
+    """Measure all ways in every round, each round beginning with another; the first warms up. Prints a table.
+
+    Every turn begins with a step that is not counted: while others run, a process is idle, and what it has not touched
+    for seconds costs the system time to give back (0.2 to 0.6 s of a step here), the more the more memory it has.
+    """
     names, times = list(ways), {way: [] for way in ways}
     for turn in range(-1, rounds):
         print(f"{title}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         start = turn % len(names)
         for way in (*names[start:], *names[:start]):
+            ways[way]()
             measured = ways[way]()
             if turn >= 0:
                 times[way].append(measured)

@@ -100,7 +100,10 @@ def judge(report: dict[str, Any]) -> list[Target]:
 
 
 def _measure_steps(stages: Worker, device: Worker, num_microbatches: int, rounds: int) -> dict[str, Any]:
-    """Time three ways to do the same work, taking turns; each round starts with another of them."""
+    """Time three ways to do the same work, taking turns; each round starts with another of them.
+
+    Every turn begins with a step that is not counted, as in `overhead.py`.
+    """
     both = {"num_microbatches": num_microbatches, "num_sequences": NUM_SEQUENCES}
     full = {"num_microbatches": 1, "num_sequences": NUM_SEQUENCES * num_microbatches}
     ways: dict[str, Callable[[], dict[str, float]]] = {
@@ -113,6 +116,7 @@ def _measure_steps(stages: Worker, device: Worker, num_microbatches: int, rounds
     for turn in range(-1, rounds):
         _tell(f"step time, m={num_microbatches}, round {turn + 1} of {rounds}")
         for name in (*names[turn % 3 :], *names[: turn % 3]):
+            ways[name]()
             measured = ways[name]()
             if turn >= 0:
                 seconds[name].append(measured)
