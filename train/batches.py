@@ -4,11 +4,13 @@ So a run resumes from its step alone, and a run on another mesh sees the same da
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import grain
 import numpy as np
 
 from ..meshes import DataError
+from .data import check_file
 
 
 class Batches:
@@ -83,4 +85,27 @@ class _Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = min(index * self.seq_len, self.tokens.size - 1 - self.seq_len)
-        return self.tokens[start : start + self.seq_len + 1].astype(np.int32)
+        return _read(self.tokens, start, self.seq_len + 1).astype(np.int32)
+
+
+def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Return tokens[start : start + count], of a mapped file by reading it.
+
+    Touching a map whose file was cut short kills the process, in whatever moment before that one looked.
+
+    Raises:
+        DataError: the file has gone or changed its size.
+    """
+    if not isinstance(tokens, np.memmap):
+        return tokens[start : start + count]
+    whole = tokens.base if isinstance(tokens.base, np.memmap) else tokens
+    place = whole.offset + tokens.ctypes.data - whole.ctypes.data + start * tokens.itemsize
+    file = Path(str(tokens.filename))
+    try:
+        window = np.fromfile(file, tokens.dtype, count, offset=place)
+    except OSError:
+        window = np.empty(0, tokens.dtype)
+    if window.size < count:
+        check_file(file, whole.offset + whole.nbytes)
+        raise DataError(f"{file}: cannot be read from byte {place:,}.", fix="look at the disk.")
+    return window

@@ -65,20 +65,29 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
 
 
 def check_files(corpus: Corpus) -> None:
-    """Raise if a file that the run still reads has gone or changed its size: reading what is not there kills a process.
+    """Raise if a file that the run still reads has gone or changed its size.
 
     Raises:
         DataError: naming the file.
     """
     for file, size in corpus.mapped.items():
-        try:
-            here = file.stat().st_size
-        except OSError as error:
-            raise DataError(f"{file}: lost while the run read it: {error.strerror}.", fix="bring it back.") from None
-        if here != size:
-            raise DataError(
-                f"{file}: changed while the run read it: {here:,} bytes, not {size:,}.", fix="bring the old file back."
-            )
+        check_file(file, size)
+
+
+def check_file(file: Path, size: int) -> None:
+    """Raise if a file that the run still reads has gone or is not of this many bytes.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        here = file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file}: lost while the run read it: {error.strerror}.", fix="bring it back.") from None
+    if here != size:
+        raise DataError(
+            f"{file}: changed while the run read it: {here:,} bytes, not {size:,}.", fix="bring the old file back."
+        )
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:

@@ -1,5 +1,9 @@
 """A batch is a function of seed and step, and an epoch covers every token."""
 
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from trellax.meshes import DataError
@@ -84,3 +88,20 @@ def test_corpus_without_a_sequence_is_refused() -> None:
 def test_batch_that_does_not_split_is_refused() -> None:
     with pytest.raises(DataError, match="a batch of 4 sequences does not split into 3 microbatches"):
         make(microbatches=3)
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(60, None)])
+def test_a_mapped_file_is_read_as_it_is_and_one_cut_short_is_named(part: slice, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.npy"
+    np.save(file, np.arange(100, dtype=np.uint16))
+    mapped = np.lib.format.open_memmap(file, mode="r")[part]
+    sizes: Any = {"seq_len": 8, "batch_size": 4, "microbatches": 2, "seed": 0}
+    batches, expected = Batches(mapped, **sizes), Batches(np.array(mapped), **sizes)
+    for step in range(5):
+        assert np.array_equal(batches[step]["tokens"], expected[step]["tokens"])
+    os.truncate(file, 130)
+    with pytest.raises(DataError, match=r"tokens\.npy: changed while the run read it: 130 bytes, not 328\."):
+        batches[0]
+    file.unlink()
+    with pytest.raises(DataError, match="lost while the run read it"):
+        batches[0]
