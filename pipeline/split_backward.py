@@ -5,6 +5,7 @@ What the weight gradient needs of the first half, the gradients of matmul output
 is put where residuals were that only the first half needed, so that splitting costs next to no memory.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class SplitBackward:
         # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
         light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in _needed(rest, [grad]))]
         self._first = _needed(self._jaxpr.eqns, [dx, *light])
-        self._second = _without(_needed(self._jaxpr.eqns, grads), self._first)
+        second = _without(_needed(self._jaxpr.eqns, grads), self._first)
+        self._second = [*_reshapes_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
         self._places, self.extra = self._place_cuts()
 
@@ -65,7 +67,8 @@ class SplitBackward:
 
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
         """Values of the first half, and the output's gradient, that the second half or a result needs."""
-        made = {out for eqn in self._first for out in eqn.outvars} | {self._jaxpr.invars[-1]}
+        again = {out for eqn in self._second for out in eqn.outvars}
+        made = {out for eqn in self._first for out in eqn.outvars} - again | {self._jaxpr.invars[-1]}
         wanted = [v for eqn in self._second for v in eqn.invars] + list(grads)
         return list(dict.fromkeys(v for v in wanted if isinstance(v, Var) and v in made))
 
@@ -100,8 +103,8 @@ def _is_like(a: Any, b: Any) -> bool:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, T, D] is [B T, D] to whoever multiplies it. No other shapes match: devices may split them unlike."""
-    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
+    """[B, T, D] or [B, T, N, H] as products take it, [B T, D]. Other shapes stay: devices may split them unlike."""
+    return (math.prod(shape[:2]), math.prod(shape[2:])) if len(shape) in (3, 4) else shape
 
 
 def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:
@@ -113,6 +116,17 @@ def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:
             kept.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, Var))
     return kept[::-1]
+
+
+def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """The reshapes among the others that these equations read: done twice, so that an array is kept in one shape."""
+    wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
+    found = []
+    for eqn in reversed(others):
+        if eqn.primitive.name == "reshape" and not wanted.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            wanted.update(v for v in eqn.invars if isinstance(v, Var))
+    return found[::-1]
 
 
 def _without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:

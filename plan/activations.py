@@ -42,8 +42,8 @@ def _halves_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> flo
     up = (2 if model.mlp == "swiglu" else 1) * f
     inputs, gradients = 2 * d + query + f, 2 * d + query + 2 * kv + up
     width = {
-        "none": query + 2 * kv,
-        "dots": inputs + gradients - query - 2 * kv - up + 2 * d,
+        "none": kv if model.qk_norm == "on" else query + 2 * kv,
+        "dots": 2 * d + up,
         "full": inputs + gradients - d,
     }["dots" if layout.remat == "selective" else layout.remat]
     return layout.sequences * num_tokens * width * item_bytes(model)
