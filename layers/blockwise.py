@@ -36,13 +36,13 @@ def attend_blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, wi
 
 
 _Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""What the backward reads: scaled queries [B, K, G, T, H], keys and values [B, K, T, H], the output [B, T, N, H], and
+"""What the backward reads: queries [B, K, G, T, H], keys and values [B, K, T, H], the output [B, T, N, H], and
 of every query the logarithm of its softmax's sum [B, K, G, T]."""
 
 
 def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> tuple[jax.Array, _Saved]:
     # Batched products want heads before tokens: turned once here, not in every product.
-    q_BKGTH = _heads_first(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BTKH.shape[2])
+    q_BKGTH = _heads_first(q_BTNH, k_BTKH.shape[2])
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
     mixed, sums = [], []
     for block in _blocks(q_BTNH.shape[1], window):
@@ -78,8 +78,9 @@ def _backward(window: int, saved: _Saved, grad_BTNH: jax.Array) -> tuple[jax.Arr
         around = [(0, 0), (0, 0), (keys.start, num_tokens - keys.stop), (0, 0)]
         d_k.append(jnp.pad(d_k_BKsH, around))
         d_v.append(jnp.pad(d_v_BKsH, around))
-    d_q_BKGTH = jnp.concatenate(d_q, axis=3) * q_BKGTH.shape[-1] ** -0.5
-    d_k_BTKH, d_v_BTKH = (jnp.swapaxes(reduce(add, parts), 1, 2).astype(dtype) for parts in (d_k, d_v))
+    scale = q_BKGTH.shape[-1] ** -0.5
+    d_q_BKGTH, d_k_BKTH, d_v_BKTH = jnp.concatenate(d_q, axis=3) * scale, reduce(add, d_k) * scale, reduce(add, d_v)
+    d_k_BTKH, d_v_BTKH = (jnp.swapaxes(d_BKTH, 1, 2).astype(dtype) for d_BKTH in (d_k_BKTH, d_v_BKTH))
     return _tokens_first(d_q_BKGTH).astype(dtype), d_k_BTKH, d_v_BTKH
 
 
@@ -102,7 +103,8 @@ def _blocks(num_tokens: int, window: int) -> Iterator[_Block]:
 
 def _scores(q_BKGTH: jax.Array, k_BKTH: jax.Array, block: _Block, window: int) -> jax.Array:
     rows, keys = block
-    scores_BKGts = _einsum("bkgth,bksh->bkgts", q_BKGTH[..., rows, :], k_BKTH[:, :, keys])
+    # Scaled in float32: queries in the compute dtype would be rounded once more.
+    scores_BKGts = _einsum("bkgth,bksh->bkgts", q_BKGTH[..., rows, :], k_BKTH[:, :, keys]) * q_BKGTH.shape[-1] ** -0.5
     at_t, at_s = (jax.lax.broadcasted_iota(jnp.int32, scores_BKGts.shape, dim) for dim in (3, 4))
     behind = at_t - at_s + (rows.start - keys.start)
     seen = (behind >= 0) & (behind < window) if window else behind >= 0
