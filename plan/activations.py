@@ -38,9 +38,10 @@ def _halves_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> flo
     Gradients take the place of residuals of their shape that only the first half reads (see `split_backward.py`).
     """
     t, d = layout.tensor, model.hidden_size
-    query, kv, f = model.query_size / t, max(model.kv_size / t, model.head_size), model.ffn_size / t
-    up = (2 if model.mlp == "swiglu" else 1) * f
-    inputs, gradients = 2 * d + query + f, 2 * d + query + 2 * kv + up
+    query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
+    # What the last product reads is made again of what the activation function gives, and of what that is times.
+    up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
+    inputs, gradients = 2 * d + query + up, 2 * d + query + 2 * kv + up
     width = {
         "none": kv if model.qk_norm == "on" else query + 2 * kv,
         "dots": 2 * d + up,
