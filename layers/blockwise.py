@@ -18,8 +18,8 @@ FLASH_OUTPUTS = "flash_outputs"
 """By this name rematerialisation keeps what attention made, so that the backward does not run its forward again."""
 
 MIN_BLOCK, MAX_BLOCK, NUM_BLOCKS = 64, 1024, 4
-"""Queries of a block, and number of blocks where these bounds allow it: four leave an eighth of the scores to be masked,
-and blocks are written out one after another, so more would only be more to compile."""
+"""Queries of a block, and number of blocks where these bounds allow it: four leave an eighth of the scores masked, and
+blocks are written out one after another, so more would only be more to compile."""
 
 _HIDDEN = -1e30
 """Score of a key that is masked: its share of the softmax is 0, and no arithmetic makes NaN of it."""
