@@ -38,6 +38,20 @@ def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
 
 
+@jax.custom_vjp
+def hide_reduction(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return x and a kernel split by columns as they are, with gradients that wait for each other.
+
+    The gradient of x is all-reduced; the kernel's is a product that needs nothing of it. Where both are due at one
+    moment, XLA runs that product between the halves of the all-reduce, as Megatron-LM's layers do by hand; left to
+    itself it puts the product elsewhere, and the wait is seen.
+    """
+    return x_BTD, kernel
+
+
+hide_reduction.defvjp(lambda *both: (both, None), lambda _, grads: jax.lax.optimization_barrier(grads))
+
+
 class ColumnLinear(nnx.Module):
     """A linear layer whose output features are split over the axis of `dim`.
 
@@ -74,7 +88,10 @@ class ColumnLinear(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor]."""
-        y_BTF = multiply(x_BTD, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
+        kernel = self.kernel[...].astype(self.dtype)
+        if self.rules.parts_in_context(self.dim) > 1:
+            x_BTD, kernel = hide_reduction(x_BTD, kernel)
+        y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
         return self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
@@ -104,7 +121,8 @@ class JoinedLinear(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
-        y_BTF = multiply(x_BTD, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
+        x_BTD, kernel = hide_reduction(x_BTD, self.kernel[...].astype(self.dtype))
+        y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
         y_BTF = self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 from trellax.layers import Remat
+from trellax.layers.linear import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
 from trellax.pipeline.residuals import LayerVjp
@@ -134,6 +135,19 @@ def test_halves_of_a_block_equal_the_whole(style: str, remat: Remat) -> None:
 
 def test_halves_of_a_users_layer_equal_the_whole() -> None:
     assert differences(users_halves()) == {}
+
+
+def test_what_waits_for_each_other_in_one_backward_is_cut_apart() -> None:
+    def layer(kernel: jax.Array, x: jax.Array, _: Any) -> jax.Array:
+        x, kernel = hide_reduction(x, kernel)
+        return jnp.tanh(x @ kernel)
+
+    rng = np.random.default_rng(2)
+    kernel, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 8), (6, 8)))
+    halves = halves_of(layer, kernel, x)
+    assert "optimization_barrier" in str(halves.whole_jaxpr())
+    assert [num_matmuls(jaxpr) for jaxpr in (halves.first_jaxpr(), halves.second_jaxpr())] == [1, 1]
+    assert differences(halves) == {}
 
 
 @pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)

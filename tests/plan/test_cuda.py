@@ -143,17 +143,20 @@ def test_memory_advice_is_near_what_the_changed_config_takes() -> None:
     assert saved == pytest.approx(before["total"] - after["total"], rel=0.05)
 
 
-def test_collectives_overlap_with_products(tmp_path: Path) -> None:
-    # Under "dots" XLA's order leaves no product between the halves of a sum; see DECISIONS.md.
-    inspect(f"{MESHES['2x2x2']} {FLASH} --pipeline.remat none", hlo=str(tmp_path / "step.hlo"))
-    program = Program.parse((tmp_path / "step.hlo").read_text())
-    hidden = {kind for kind, between in list_asynchronous(program) if between}
-    assert "all-reduce" in hidden
-    assert {kind for kind, _ in list_asynchronous(program)} >= {"all-reduce", "collective-permute"}
+@pytest.mark.parametrize("kernels", ["true", "false"], ids=["triton", "cublas"])
+@pytest.mark.parametrize("remat", ["dots", "none", "full"])
+def test_collectives_overlap_with_products(remat: str, kernels: str, tmp_path: Path) -> None:
+    words, flags = f"{MESHES['2x2x2']} {FLASH} --pipeline.remat {remat}", f"--xla_gpu_enable_triton_gemm={kernels}"
+    inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags=flags)
+    found = list(list_asynchronous(Program.parse((tmp_path / "step.hlo").read_text())))
+    assert {kind for kind, _, _ in found} >= {"all-reduce", "collective-permute"}
+    # Both sums of a layer's backward, that of attention's and that of the feed-forward's input gradient.
+    backward = [between for kind, start, between in found if kind == "all-reduce" and "/backward/" in start.op_name]
+    assert sum(bool(between) for between in backward) == 2
 
 
-def list_asynchronous(program: Program) -> Iterator[tuple[str, list[str]]]:
-    """Every collective in two halves, with the matrix products that are started between them."""
+def list_asynchronous(program: Program) -> Iterator[tuple[str, Instruction, list[str]]]:
+    """Every collective in two halves: kind, first half, and the matrix products that are started between them."""
     for computation in program.computations.values():
         order = list(computation.instructions.values())
         place = {instruction.name: index for index, instruction in enumerate(order)}
@@ -165,7 +168,7 @@ def list_asynchronous(program: Program) -> Iterator[tuple[str, list[str]]]:
             kind = next((k for k in KINDS if k in (start.opcode.removesuffix("-start"), *inside)), None)
             if kind is not None:
                 between = order[place[start.name] + 1 : index]
-                yield kind, [i.name for i in between if is_product(program, i, computation)]
+                yield kind, start, [i.name for i in between if is_product(program, i, computation)]
 
 
 def own(program: Program, name: str) -> Iterator[Instruction]:
