@@ -1,7 +1,8 @@
 """What a training step keeps on every rank of the pipeline, by purpose. Read `step_time.py` for its time.
 
 Weights, gradients and optimizer follow from parameters, shards and the kind of program; activations from what a layer
-keeps and how many microbatches the schedule has in flight. Temporary memory is what the head needs while it runs.
+keeps and how many microbatches the schedule has in flight. Temporary memory is what the head needs while it runs, and
+the matrices in the form that the loops take them.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,6 +14,7 @@ from ..pipeline.schedules import Clock, Vocab, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .data_time import device_params
 from .layouts import Layout
+from .minimum import block_params
 from .operations import item_bytes
 from .pipeline_time import AutoTerms, auto_terms, is_auto_built_whole, plan_schedule
 from .program import TRELLAX, Program
@@ -137,7 +139,8 @@ def _rank_memory(
         optimizer=state["optimizer"] * params,
         activations=kept * num_layers
         + _end_bytes(model, layout=layout, program=program, num_tokens=num_tokens, rank=rank, held=held),
-        temporary=_temporary_bytes(model, layout=layout, program=program, num_tokens=num_tokens, rank=rank),
+        temporary=_temporary_bytes(model, layout=layout, program=program, num_tokens=num_tokens, rank=rank)
+        + (_copied_bytes(model, layout=layout, num_layers=sum(layers)) if program.clock == "lockstep" else 0.0),
     )
 
 
@@ -181,6 +184,17 @@ def _temporary_bytes(model: ModelConfig, *, layout: Layout, program: Program, nu
     if program.clock == "lockstep":
         return max(logits, once)
     return max(logits + _backward_bytes(model, layout=layout, tokens=tokens), once) + _WORKSPACE_BYTES
+
+
+def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> float:
+    """Matrices as the loops over layers take them, made once a step: cast, or joined where columns are split."""
+    if item_bytes(model) < _FLOAT32:
+        return num_layers * item_bytes(model) * block_params(model, tensor=layout.tensor)
+    if layout.tensor == 1:
+        return 0.0
+    columns = model.query_size / layout.tensor + 2 * max(model.kv_size / layout.tensor, model.head_size)
+    columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
+    return num_layers * _FLOAT32 * model.hidden_size * columns
 
 
 def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:

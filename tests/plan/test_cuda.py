@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from trellax.plan import Memory, StepSizes
 from trellax.plan.collectives import KINDS
 from trellax.plan.hlo import Computation, Instruction, Program, leaves
 from trellax.plan.matmul import matrix_flops
+from trellax.plan.memory_model import fullest, step_memory
+from trellax.plan.program import TRELLAX
 from trellax.train import load_config
 from trellax.train.inspect_advice import list_knobs
+from trellax.train.plan_command import layout_of
 
 from ..pipeline.loop_weights import made_of_weights
 
@@ -141,6 +145,18 @@ def test_memory_advice_is_near_what_the_changed_config_takes() -> None:
     saved = {knob.overrides: knob.saved_bytes for knob in knobs}["--pipeline.remat full"]
     # Temporary memory is the part that is guessed: 8% of this step's.
     assert saved == pytest.approx(before["total"] - after["total"], rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full", "none"])
+def test_planned_memory_is_near_what_a_large_model_takes(remat: str) -> None:
+    memory = inspect(f"llama3-8b-8gpu h200:8 --pipeline.remat {remat}")["memory_bytes"]
+    assert isinstance(memory, dict)
+    config = load_config("llama3-8b-8gpu", ["--pipeline.remat", remat])
+    layout = layout_of(config, num_devices=8)
+    program = replace(TRELLAX, vocab=config.pipeline.vocab)
+    planned = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, program=program))
+    # 2 to 3% were seen: workspaces of kernels are not planned.
+    assert planned.total == pytest.approx(memory["total"], rel=0.05)
 
 
 @pytest.mark.parametrize("kernels", ["true", "false"], ids=["triton", "cublas"])
