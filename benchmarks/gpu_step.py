@@ -152,7 +152,9 @@ def find_hardware(device: Any) -> Any:
     words = device.device_kind.lower().removeprefix("nvidia ").split()
     known = list_gpus()
     name = next((name for name in known if name.split("-")[0] == words[0] and len(name.split("-")) == len(words)), None)
-    name = name or next(name for name in known if name.startswith(words[0]))
+    name = name or next((name for name in known if name.startswith(words[0])), None)
+    if name is None:
+        raise LookupError(f"{device.device_kind} is none of {', '.join(known)}")
     return hardware_from_description(known[name])
 
 

@@ -33,11 +33,13 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         b, t, d = x.shape
         sizes = [self.heads * self.head, self.kv_heads * self.head, self.kv_heads * self.head]
-        q, k, v = (part.view(b, t, -1, self.head) for part in self.qkv(self.attention_norm(x)).split(sizes, dim=-1))
+        q, k, v = (
+            part.view(b, t, -1, self.head) for part in self.qkv(normalize(self.attention_norm, x)).split(sizes, dim=-1)
+        )
         q, k, v = (part.transpose(1, 2) for part in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
-        gate, up = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = self.up(normalize(self.mlp_norm, x)).chunk(2, dim=-1)
         return x + self.down(functional.silu(gate) * up)
 
 
@@ -59,10 +61,16 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
+        # The residual stream in bfloat16, as trellax has it; float32 would move twice the bytes.
+        x = self.embed(tokens).to(torch.bfloat16)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
-        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+        return functional.cross_entropy(self.head(normalize(self.norm, x)).flatten(0, 1).float(), targets.flatten())
+
+
+def normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Statistics in float32, as autocast has them, and what comes out in bfloat16."""
+    return norm(x).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

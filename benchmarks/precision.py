@@ -36,6 +36,10 @@ def main() -> int:
     parser.add_argument("--folder", help="of the runs, to keep them and to go on")
     arguments = parser.parse_args()
     steps = arguments.steps
+    if steps < 2 * WINDOW or arguments.seeds < 1:
+        parser.error(
+            f"--steps {steps} --seeds {arguments.seeds}: two windows of {WINDOW} steps and a seed are the least."
+        )
     names = [name for name in SETTINGS if name != "fp8" or importlib.util.find_spec("qwix")]
     with tempfile.TemporaryDirectory() as folder:
         where = arguments.folder or folder
@@ -49,7 +53,9 @@ def main() -> int:
             f"| {window + 1}-{window + WINDOW} | " + " | ".join(f"{mean(curves[n], window):.4f}" for n in names) + " |"
         )
     verdicts = [judge(name, curves, runs) for name in names[1:]]
-    return 0 if all(verdicts) else 1
+    if "fp8" not in names:
+        print("MISSED: fp8 was not measured: pip install 'trellax[quant]'")
+    return 0 if all(verdicts) and "fp8" in names else 1
 
 
 def judge(name: str, curves: dict[str, np.ndarray], runs: dict[int, dict[str, np.ndarray]]) -> bool:

@@ -5,7 +5,7 @@ the devices of the mesh at hand, so programs for GPUs that are not there get wha
 of Dao 2023 ("FlashAttention-2", section 3); kept for the backward are inputs, output and one number for every query.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -66,8 +66,8 @@ def _attend_flash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, rules: ShardingRules
 ) -> jax.Array:
     flash = partial(_attend, window=window)
-    axes, heads = _axes(), _specs(rules)[4]
-    return jax.shard_map(flash, in_specs=(heads,) * 3, out_specs=heads, axis_names=axes)(q_BTNH, k_BTKH, v_BTKH)
+    heads = _specs(rules)[4]
+    return _in_blocks(flash, (heads,) * 3, heads)(q_BTNH, k_BTKH, v_BTKH)
 
 
 def _flash_forward(
@@ -81,10 +81,8 @@ def _flash_forward(
 
     made = jax.eval_shape(lambda *qkv: block(*qkv)[1], q_BTNH, k_BTKH, v_BTKH)
     out_specs = specs[4], [specs[leaf.ndim] for leaf in made]
-    y_BTNH, made = checkpoint_name(
-        jax.shard_map(block, in_specs=(specs[4],) * 3, out_specs=out_specs, axis_names=_axes())(q_BTNH, k_BTKH, v_BTKH),
-        FLASH_OUTPUTS,
-    )
+    run = _in_blocks(block, (specs[4],) * 3, out_specs)
+    y_BTNH, made = checkpoint_name(run(q_BTNH, k_BTKH, v_BTKH), FLASH_OUTPUTS)
     return y_BTNH, ((q_BTNH, k_BTKH, v_BTKH, y_BTNH), made)
 
 
@@ -108,7 +106,7 @@ def _flash_backward(
         return jax.tree.unflatten(tree, leaves)(grad_BTNH)
 
     in_specs = (specs[4],) * 4, [specs[leaf.ndim] for leaf in saved[1]], specs[4]
-    return jax.shard_map(block, in_specs=in_specs, out_specs=(specs[4],) * 3, axis_names=_axes())(*saved, grad_BTNH)
+    return _in_blocks(block, in_specs, (specs[4],) * 3)(*saved, grad_BTNH)
 
 
 def _is_among(leaf: jax.Array, arrays: Iterable[jax.Array]) -> bool:
@@ -118,11 +116,15 @@ def _is_among(leaf: jax.Array, arrays: Iterable[jax.Array]) -> bool:
 _attend_flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _axes() -> set[str]:
-    """The axes that the compiler would split over, those of size 1 too."""
+def _in_blocks(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return what runs on each device's block: manual are the axes that the compiler would split over, of size 1 too.
+
+    Without such an axis, outside any mesh or where all are manual already, that is the function itself.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {axis for axis, kind in kinds if kind == AxisType.Auto}
+    axes = {axis for axis, kind in kinds if kind == AxisType.Auto}
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, axis_names=axes) if axes else run
 
 
 def _specs(rules: ShardingRules) -> dict[int, P]:

@@ -18,8 +18,9 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from .linear import spread
 
 CHUNK_TOKENS = 1024
-"""Least tokens of a chunk. Adding to the table's gradient moves 8 bytes a number for 2 flops a token: with fewer tokens
-than this a GPU's memory would hold up its matrix units (an H200 does 206 flops in the time of a byte)."""
+"""Tokens that chunks are cut for at least; shared evenly, one has more than half of them. Adding to the table's
+gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this a GPU's memory would hold up its matrix units
+(an H200 does 206 flops in the time of a byte)."""
 
 
 def cross_entropy(
@@ -50,8 +51,8 @@ def projected_cross_entropy(
 
     Under differentiation a chunk's logits become gradients of x and of the table at once: three matmuls in all, as
     without chunks. A chunk has as many tokens as x has features, so that its logits weigh what the table's gradient
-    does, but no fewer than `CHUNK_TOKENS`. Costs the all-reduces of `cross_entropy`, chunk by chunk, and one of x's
-    gradient.
+    does, or `CHUNK_TOKENS` if that is more; tokens are then shared evenly. Costs the all-reduces of `cross_entropy`,
+    chunk by chunk, and one of x's gradient.
 
     >>> x, table = jnp.ones((2, 16, 64)), jnp.ones((256, 64))
     >>> float(projected_cross_entropy(x, table, jnp.zeros((2, 16), int), jnp.full((2, 16), 1 / 32)))
@@ -227,7 +228,7 @@ def chunk_tokens(width: int) -> int:
 def _cut(x_BTD: jax.Array, *rest_BT: jax.Array) -> tuple[jax.Array, ...]:
     """Cut all along tokens into [chunks, B, t, ...]; missing tokens at the end are zero, and so weigh nothing."""
     num_sequences, num_tokens, width = x_BTD.shape
-    num_chunks = min(math.ceil(num_sequences * num_tokens / chunk_tokens(width)), num_tokens)
+    num_chunks = max(1, min(math.ceil(num_sequences * num_tokens / chunk_tokens(width)), num_tokens))
     size = math.ceil(num_tokens / num_chunks)
     missing = num_chunks * size - num_tokens
 

@@ -186,11 +186,11 @@ def _add_train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fresh", action="store_true", help="start over; refuses where something is saved")
     command.add_argument("--force", action="store_true", help="with --fresh: move what is saved into a folder beside")
     command.add_argument("--override", action="store_true", help="go on although the config differs in what matters")
-    command.add_argument("--profile", metavar="N", type=_steps, default=0, help="trace N steps, once warm")
+    command.add_argument("--profile", metavar="N", type=_number_of_steps, default=0, help="trace N steps, once warm")
     add_process_arguments(command)
 
 
-def _steps(text: str) -> int:
+def _number_of_steps(text: str) -> int:
     """A number of steps; argparse turns the error into one of ours."""
     if (steps := int(text)) < 1:
         raise ValueError

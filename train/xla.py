@@ -72,7 +72,8 @@ def choose_options(platform: str) -> dict[str, CompilerOption]:
 def prepare_backend(folder: Path) -> None:
     """Set what must be set before jax starts: the share of GPU memory, and the cache of compiled programs in a folder.
 
-    What the environment or jax's own configuration says already is left alone.
+    What the environment or jax's own configuration says already is left alone; of many runs in one process the first
+    one's folder serves all, since jax opens its cache once.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     config: Any = jax.config

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from trellax.layers import Block, ModelConfig, Remat, activation_bytes, flash, rematerialize
+from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash, rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
 from trellax.pipeline.residuals import LayerVjp
 
@@ -98,6 +98,18 @@ def test_kernel_follows_the_devices_of_the_mesh(kind: str, changes: dict[str, An
 
 def test_without_a_mesh_the_kernel_follows_jax() -> None:
     assert flash.choose_kernel(ModelConfig(**LLAMA)) == "xla"
+
+
+@pytest.mark.usefixtures("has_flash")
+def test_kernel_runs_without_a_mesh_too() -> None:
+    config = small_config()
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    logits = model(jnp.zeros((2, T), jnp.int32))
+    assert np.isfinite(np.asarray(logits)).all()
+    q = jnp.asarray(normal(B, T, 2, H))
+    run = partial(flash.attend_causally, config=config, rules=DEFAULT_RULES)
+    found, expected = (jax.grad(lambda q, f=f: f(q, q, q).sum())(q) for f in (run, partial(plain, window=0)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_asking_for_cudnn_elsewhere_is_a_mistake(golden: Any) -> None:
