@@ -19,8 +19,8 @@ from .linear import spread
 
 CHUNK_TOKENS = 1024
 """Tokens that chunks are cut for at least; shared evenly, one has more than half of them. Adding to the table's
-gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this a GPU's memory would hold up its matrix units
-(an H200 does 206 flops in the time of a byte)."""
+gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this a GPU's memory would hold up its matrix
+units (an H200 does 206 flops in the time of a byte)."""
 
 
 def cross_entropy(
