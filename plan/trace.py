@@ -45,11 +45,12 @@ def list_operations(
         folder: what `jax.profiler.trace` wrote to; the newest profile in it is read.
         hardware: one device, for the bounds.
     """
-    program = Program.parse(hlo_text(compiled))
+    text = hlo_text(compiled)
+    program, module = Program.parse(text), text.split(maxsplit=2)[1].rstrip(",")
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
-    for name, time_s in _list_events(Path(folder)):
+    for name, time_s in _list_events(Path(folder), module):
         if name in known:
             total = totals.setdefault(name, [0, 0.0])
             total[0] += 1
@@ -100,8 +101,11 @@ def _shorten(op_name: str) -> str:
 _EMPTY_SCOPES = ("while", "body", "eval_jaxpr", "closed_call", "cond", "shard_map", "branch_0_fun", "branch_1_fun")
 
 
-def _list_events(folder: Path) -> Iterator[tuple[str, float]]:
-    """Name and seconds of every event: of the devices' own where they have any, else of the threads of the host."""
+def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:
+    """Name and seconds of every event: of the devices' own where they have any, else of the threads of the host.
+
+    Those that name another program than `module` are left out: its instructions may have the same names.
+    """
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     data: Any = jax.profiler.ProfileData.from_file(str(newest))
     planes = list(data.planes)
@@ -111,7 +115,6 @@ def _list_events(folder: Path) -> Iterator[tuple[str, float]]:
             if line.name.startswith(("XLA ", "Steps")):
                 continue
             for event in line.events:
-                name = event.name
-                if own:
-                    name = next((str(value) for key, value in event.stats if key == "hlo_op"), name)
-                yield name, 1e-9 * event.duration_ns
+                told = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
+                if told.get("hlo_module", module) == module:
+                    yield told.get("hlo_op", event.name), 1e-9 * event.duration_ns
