@@ -42,8 +42,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", metavar="FILE", help="write the config with the first plan's mesh")
 
 
-def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
+def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> int:
     """Print the plans or the price of the config as it stands, and write the files that were asked for.
+
+    Args:
+        overrides: words by which the config differs from its file; `--write` keeps them.
 
     Raises:
         TrellaxError: the machine or the objective is not known, or nothing fits.
@@ -62,7 +65,7 @@ def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
         title = f"{config.run.name} on {topology.name}"
         _write_bytes(args.png, draw_front(shown, limit_bytes=question.memory_limit, title=title))
     if args.write:
-        _write_bytes(args.write, write_plan(args.config, plans[0].layout).encode())
+        _write_bytes(args.write, write_plan(args.config, plans[0].layout, overrides=overrides).encode())
     return 0
 
 
