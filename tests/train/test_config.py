@@ -60,6 +60,7 @@ MISTAKES = {
     "unknown_vocab": GOOD + '\n[pipeline]\nvocab = "spilt"\n',
     "no_microbatches": GOOD + "\n[pipeline]\nmicrobatches = 0\n",
     "val_fraction_of_one": GOOD.replace("seq_len = 32", "seq_len = 32\nval_fraction = 1.0"),
+    "seed_too_large": GOOD + f"\n[run]\nseed = {2**32}\n",
     "name_with_a_slash": GOOD + '\n[run]\nname = "a/b"\n',
     "mesh_without_devices": GOOD.replace("data = 2", "data = 0"),
     "mesh_with_two_open_axes": GOOD.replace("data = 2", "data = -1\npipe = -1"),
