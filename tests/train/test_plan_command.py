@@ -24,6 +24,7 @@ MISTAKES = {
     "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
     "write_serving": f"{ASK} --objective latency --write x.toml",
     "no_folder": f"{ASK} --png nowhere/x.png",
+    "write_folder": f"{ASK} --write /",
     "no_prompt": f"{ASK} --objective latency --prompt 0",
 }
 
