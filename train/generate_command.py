@@ -224,7 +224,9 @@ class _Printer:
             self._show()
 
     def _show(self) -> None:
-        self._out.write(self._waiting[self._first])
+        # A stdout that is not UTF-8 lacks letters that a model writes.
+        encoding = self._out.encoding or "utf-8"
+        self._out.write(self._waiting[self._first].encode(encoding, "backslashreplace").decode(encoding))
         self._out.flush()
         self._waiting[self._first] = ""
 
