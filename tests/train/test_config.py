@@ -168,6 +168,11 @@ def test_list_override_may_be_toml() -> None:
     assert load_config("tiny-dense", words).data.paths == ("a,b.txt",)
 
 
+@pytest.mark.parametrize(("text", "paths"), [("a.txt, b c.txt", ("a.txt", "b c.txt")), ("2024", ("2024",))])
+def test_list_override_may_be_text_with_commas(text: str, paths: tuple[str, ...]) -> None:
+    assert load_config("tiny-dense", ["--data.source", "text", "--data.paths", text]).data.paths == paths
+
+
 @pytest.mark.parametrize("text", ["3,3,2", "[3,3,2]", "[3, 3, 2]", "3, 3, 2"])
 def test_layers_per_stage_may_be_numbers_or_a_list(text: str) -> None:
     assert load_config("tiny-dense", ["--pipeline.layers_per_stage", text]).pipeline.layers_per_stage == (3, 3, 2)
