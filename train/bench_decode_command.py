@@ -51,6 +51,8 @@ def run_bench_decode(args: argparse.Namespace) -> int:
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
+    if not specs:
+        raise ConfigError(f"--meshes {args.meshes!r} names no mesh.", fix="write --meshes 'tensor=4;pipe=4', say.")
     batches = _read_batches(args)
     config, read = _open_model(args)
     plans = [_Plan(config, spec, batch, args) for spec in specs for batch in batches]
