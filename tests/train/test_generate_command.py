@@ -16,7 +16,7 @@ from trellax.serve import Completion, Engine, Request, Sequence, param_shapes
 from trellax.train import load_config
 from trellax.train.checkpoint import Checkpoints
 from trellax.train.cli import main
-from trellax.train.generate_command import _Printer, _read_prompts
+from trellax.train.generate_command import _engine_sizes, _Printer, _read_prompts
 from trellax.train.run_weights import save_params
 from trellax.train.serving_source import load_for_serving
 from trellax.train.text_stream import ByteTokenizer
@@ -131,6 +131,14 @@ def test_mistake_is_told_before_weights_are_read(
     code, out, err = ask(*MISTAKES[name])
     assert (code, out) == (2, "")
     golden(f"errors/generate_{name}.txt", err)
+
+
+def test_engine_looks_for_all_ends_of_a_model() -> None:
+    args = Namespace(groups=0, slots=0, max_tokens=0, chunk=4, cache_dtype=None)
+    model = load_config("tiny-llama").model
+    for stops, wanted in ((1, 8), (9, 9)):
+        request = Request(prompt=(1,), stop=tuple(range(stops)))
+        assert _engine_sizes(args, model, [request], MeshSpec())["max_stops"] == wanted
 
 
 def test_letters_that_stdout_lacks_are_escaped() -> None:
