@@ -15,6 +15,8 @@ Hopper takes 256, but jax (0.10.2 to 0.12) asks the machine's own GPU whether it
 there is none: `trellax inspect` could not compile the step that `train` would run. To be raised when jax asks the mesh.
 """
 
+_ROPE_NUMBERS = ("rope_theta", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -91,6 +93,8 @@ class ModelConfig:
 
     def _check_rope_scaling(self) -> None:
         kind = self.rope_scaling
+        if self.positions != "rotary":
+            self._check_no_rope()
         if kind == "none":
             if self.rope_factor != 1:
                 raise ModelError(
@@ -105,6 +109,15 @@ class ModelConfig:
             )
         if kind == "llama3":
             self._check_llama3()
+
+    def _check_no_rope(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _ROPE_NUMBERS and value != field.default:
+                raise ModelError(
+                    f"{field.name}={value} is for rotary positions, but positions={self.positions!r}.",
+                    fix=f"set positions='rotary', or leave {field.name} out.",
+                )
 
     def _check_llama3(self) -> None:
         low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor

@@ -26,7 +26,7 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: in
         )
 
 
-def check_request(request: Request, config: ModelConfig, *, max_tokens: int) -> None:
+def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max_stops: int = MAX_STOPS) -> None:
     """Raise unless a request fits the cache and the vocabulary.
 
     Raises:
@@ -51,8 +51,8 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int) -> 
                 f"token id {token} is not in the vocabulary of {config.vocab_size}, ids 0 to {config.vocab_size - 1}.",
                 fix="encode the text with the tokenizer of this model.",
             )
-    if len(request.stop) > MAX_STOPS:
+    if len(request.stop) > max_stops:
         raise ServeError(
-            f"a request has {len(request.stop)} stop tokens, and an engine looks for {MAX_STOPS} at most.",
-            fix=f"give {MAX_STOPS} or fewer.",
+            f"a request has {len(request.stop)} stop tokens, and an engine of max_stops={max_stops} looks for no more.",
+            fix=f"set max_stops={len(request.stop)}, or give {max_stops} or fewer.",
         )

@@ -66,6 +66,7 @@ class Engine:
         chunks_per_step: chunks that a step reads at most before it decodes, so that long prompts do not stop others.
         layers: one loop over a rank's layers, or code for each; if left out, a loop on CPUs, where nothing is gained.
         rounds: tokens of each sequence that a step decodes at most before it looks at the queue.
+        max_stops: stop tokens of a request at most.
         on_token: called with every new token as soon as the host has it.
         fill: "nan" poisons the cache before use, to prove that nothing of it leaks.
 
@@ -86,12 +87,13 @@ class Engine:
         chunk: int = 64,
         chunks_per_step: int = 16,
         rounds: int = 8,
+        max_stops: int = MAX_STOPS,
         layers: Layers | None = None,
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
         self.config, self.mesh, self.on_token = config, mesh, on_token
-        self.sizes = Sizes(
+        self.sizes = sizes = Sizes(
             slots=slots,
             max_tokens=max_tokens or config.max_tokens,
             groups=groups or mesh.shape["pipe"],
@@ -99,19 +101,18 @@ class Engine:
             chunk=chunk,
             items=chunks_per_step,
             rounds=rounds,
+            stops=max_stops,
         )
-        check_model(config, mesh.shape, max_tokens=self.sizes.max_tokens)
+        check_model(config, mesh.shape, max_tokens=sizes.max_tokens)
         self.layers: Layers = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
         self.shapes = state_shapes(
-            config, self.sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype, layers=self.layers
+            config, sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype, layers=self.layers
         )
-        self.programs = compile_programs(config, self.sizes, mesh=mesh, state=self.shapes, layers=self.layers)
-        self.schedule = Schedule(
-            num_shards=self.sizes.num_shards, groups=self.sizes.groups, group_size=self.sizes.group_size
-        )
+        self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers)
+        self.schedule = Schedule(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
         self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
         self._state = empty_state(self.shapes, fill=fill)
-        self._choice = _empty_choice(slots)
+        self._choice = _empty_choice(sizes)
         self._decode_ticks = self._prefill_ticks = 0
 
     @property
@@ -139,7 +140,7 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            check_request(request, self.config, max_tokens=self.sizes.max_tokens)
+            self._check(request)
         sequences = [self.submit(request) for request in requests]
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
@@ -151,7 +152,7 @@ class Engine:
         Raises:
             ServeError: it does not fit the cache or the vocabulary.
         """
-        check_request(request, self.config, max_tokens=self.sizes.max_tokens)
+        self._check(request)
         return self.schedule.submit(request)
 
     def step(self) -> list[Sequence]:
@@ -160,6 +161,9 @@ class Engine:
             self._write_choice(sequence)
         ended = self._read_prompts()
         return ended + self._decode()
+
+    def _check(self, request: Request) -> None:
+        check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
     def _read_prompts(self) -> list[Sequence]:
         chunks = self.schedule.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
@@ -219,7 +223,7 @@ class Engine:
         self._choice.top_p[slot] = request.top_p
         self._choice.seed[slot] = request.seed
         self._choice.limit[slot] = len(request.prompt) + request.max_new_tokens
-        self._choice.stops[slot] = [*request.stop, *[-1] * (MAX_STOPS - len(request.stop))]
+        self._choice.stops[slot] = [*request.stop, *[-1] * (self.sizes.stops - len(request.stop))]
 
     def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
         """Chunks as arrays; what is left over counts no tokens."""
@@ -237,12 +241,13 @@ class Engine:
         return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
 
 
-def _empty_choice(slots: int) -> Choice:
+def _empty_choice(sizes: Sizes) -> Choice:
+    slots = sizes.slots
     return Choice(
         temperature=np.zeros(slots, np.float32),
         top_k=np.zeros(slots, np.int32),
         top_p=np.ones(slots, np.float32),
         seed=np.zeros(slots, np.uint32),
         limit=np.zeros(slots, np.int32),
-        stops=np.full((slots, MAX_STOPS), -1, np.int32),
+        stops=np.full((slots, sizes.stops), -1, np.int32),
     )

@@ -4,15 +4,19 @@ First come, first served: a request takes a slot as soon as one is free, and pro
 took theirs. `engine.py` drives it.
 """
 
+import operator
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..meshes import ServeError
 
 FinishReason = Literal["stop", "length"]
 """Why a sequence ended: a stop token, or its own limit of tokens or the cache's."""
+
+_HOTTEST = 3.4e38
+"""A larger temperature would be infinite in float32, and any token as likely as another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,7 @@ class Request:
     """A prompt as token ids, and how to go on from it.
 
     Args:
+        prompt: whole numbers; a list or an array becomes a tuple, and so does that of `stop`.
         max_new_tokens: tokens to add at most.
         temperature: 0 takes the likeliest token; else what logits are divided by before a draw.
         top_k: draw among so many of the likeliest tokens; 0 for all.
@@ -28,7 +33,7 @@ class Request:
         stop: tokens that end the sequence; they are not part of the answer.
 
     Raises:
-        ServeError: the prompt is empty, or a number is out of its range.
+        ServeError: the prompt is empty, a token is no whole number, or a number is out of its range.
     """
 
     prompt: tuple[int, ...]
@@ -40,11 +45,13 @@ class Request:
     stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "stop"):
+            object.__setattr__(self, name, _read_tokens(name, getattr(self, name)))
         if not self.prompt:
             raise ServeError("a prompt is empty: there is nothing to go on from.", fix="give at least one token.")
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more, and finite"),
+            "temperature": (0 <= self.temperature <= _HOTTEST, f"from 0 to {_HOTTEST:g}, what float32 holds"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 4294967295"),
@@ -52,6 +59,18 @@ class Request:
         for name, (is_right, wanted) in ranges.items():
             if not is_right:
                 raise ServeError(f"{name}={getattr(self, name)} is out of range.", fix=f"give {wanted}.")
+
+
+def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
+    """Any whole numbers as a tuple of Python's own."""
+    try:
+        return tuple(map(operator.index, tokens))
+    except TypeError:
+        shown = repr(tokens)
+        raise ServeError(
+            f"{name}={shown if len(shown) <= 60 else f'{shown[:57]}...'} are no token ids, which are whole numbers.",
+            fix="encode a text with the tokenizer of the model.",
+        ) from None
 
 
 @dataclass(kw_only=True)

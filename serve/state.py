@@ -13,7 +13,7 @@ from .params import Layers, stack_sizes
 from .sampling import Choice
 
 MAX_STOPS = 8
-"""Stop tokens that a request may have."""
+"""Stop tokens that a request may have, unless an engine is made for more."""
 
 Fill = Literal["zeros", "nan"]
 """What a cache holds before use; "nan" proves that none of it reaches a result."""
@@ -47,7 +47,7 @@ class Sizes:
     """The static sizes of an engine.
 
     `slots` rows of `max_tokens` over all data shards, in `groups` a data shard; prompts in chunks of `chunk` tokens, at
-    most `items` chunks a call; at most `rounds` tokens of each slot a call.
+    most `items` chunks a call; at most `rounds` tokens of each slot a call. A request has at most `stops` stop tokens.
 
     Raises:
         ServeError: the sizes do not divide, or are not positive.
@@ -60,9 +60,10 @@ class Sizes:
     chunk: int
     items: int
     rounds: int
+    stops: int = MAX_STOPS
 
     def __post_init__(self) -> None:
-        for name in ("groups", "slots", "max_tokens", "chunk", "items", "rounds"):
+        for name in ("groups", "slots", "max_tokens", "chunk", "items", "rounds", "stops"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name}={getattr(self, name)}: an engine needs at least 1.", fix=f"set {name}=1.")
         parts = self.num_shards * self.groups
@@ -125,7 +126,7 @@ def choice_shapes(sizes: Sizes, *, mesh: Mesh) -> Choice:
         top_p=leaf(jnp.float32),
         seed=leaf(jnp.uint32),
         limit=leaf(jnp.int32),
-        stops=leaf(jnp.int32, MAX_STOPS),
+        stops=leaf(jnp.int32, sizes.stops),
     )
 
 

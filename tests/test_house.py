@@ -160,7 +160,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
     monkeypatch.setattr(cli, "train", lambda config, **_: reach(config))
     monkeypatch.setattr(cli, "prepare", reach)
     monkeypatch.setattr(cli, "run_inspect", lambda config, args: reach(config))
-    monkeypatch.setattr(cli, "run_plan", lambda config, args: reach(config))
+    monkeypatch.setattr(cli, "run_plan", lambda config, args, **_: reach(config))
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):

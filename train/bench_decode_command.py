@@ -20,6 +20,7 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
+from .asked_file import check_files, write_file
 from .config import load_config
 from .generate_command import add_engine_arguments, open_mesh, resolve_mesh, served_model
 from .serving_source import open_source
@@ -46,9 +47,12 @@ def run_bench_decode(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: a mesh or a batch that does not fit the model or the memory; nothing was measured.
     """
+    check_files(args.png)
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
+    if not specs:
+        raise ConfigError(f"--meshes {args.meshes!r} names no mesh.", fix="write --meshes 'tensor=4;pipe=4', say.")
     batches = _read_batches(args)
     config, read = _open_model(args)
     plans = [_Plan(config, spec, batch, args) for spec in specs for batch in batches]
@@ -213,8 +217,4 @@ def _write_png(path: str, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    try:
-        Path(path).write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}.", fix="name a folder that is there.") from None
-    print(f"wrote {path}", file=sys.stderr)
+    write_file(path, buffer.getvalue())

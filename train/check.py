@@ -4,6 +4,7 @@ Each check yields the errors it finds, so that a run with three mistakes says al
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
@@ -80,6 +81,7 @@ def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[Trell
 def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
     layers, chunks = config.model.num_layers, config.pipeline.chunks
     if pipe == 1:
+        yield from _check_given_layers(config)
         return
     stages = pipe * chunks
     what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} = {stages}"
@@ -102,6 +104,18 @@ def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
             yield error
 
 
+def _check_given_layers(config: RunConfig) -> Iterator[TrellaxError]:
+    """One rank has all layers; a list for stages that a config may get later must still be one of this model."""
+    layers, given = config.model.num_layers, config.pipeline.layers_per_stage
+    if given != "auto" and (sum(given) != layers or min(given) < 1):
+        shown = ",".join(map(str, given))
+        yield ScheduleError(
+            f"pipeline.layers_per_stage={shown} has {sum(given)} layers in {len(given)} stages, but "
+            f"model.num_layers={layers}, and a stage has at least one.",
+            fix=f"give counts whose sum is {layers}, or leave pipeline.layers_per_stage out.",
+        )
+
+
 def _check_batch(config: RunConfig, *, data: int) -> Iterator[TrellaxError]:
     batch, parts = config.train.batch_size, config.pipeline.microbatches
     if batch % (parts * data):
@@ -114,10 +128,21 @@ def _check_batch(config: RunConfig, *, data: int) -> Iterator[TrellaxError]:
 
 
 def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None) -> Iterator[TrellaxError]:
-    name, chunks = config.pipeline.schedule, config.pipeline.chunks
+    name, chunks, limit = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.max_in_flight
     names = sorted(SCHEDULES if known is None else known)
+    if limit and name != "auto":
+        yield ScheduleError(
+            f"pipeline.max_in_flight={limit} is for the schedule auto alone; {name} takes no limit.",
+            fix="set pipeline.schedule='auto', or leave pipeline.max_in_flight out.",
+        )
     if name.endswith(".csv"):
-        return  # A file is read and checked when the run is set up.
+        # What is in a file is checked when the run is set up, on one rank never.
+        if pipe == 1 and not Path(name).is_file():
+            yield ScheduleError(
+                f"pipeline.schedule={name!r}: there is no such file.",
+                fix="give the path of a CSV file, or the name of a schedule.",
+            )
+        return
     if name not in names:
         yield ScheduleError(
             f"pipeline.schedule={name!r} is no schedule.{suggest(name, names)}",
@@ -146,6 +171,12 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
         yield ConfigError(
             f"optimizer.warmup_steps={warmup} is more than train.steps={steps}: the learning rate would never peak.",
             fix=f"set optimizer.warmup_steps={max(1, steps // 10)}, a tenth of the steps.",
+        )
+    keep_every = config.checkpoint.keep_every
+    if keep_every and not config.checkpoint.every:
+        yield ConfigError(
+            f"checkpoint.keep_every={keep_every} keeps saves on the way, but checkpoint.every=0 saves only at the end.",
+            fix=f"set checkpoint.every={keep_every}, or leave checkpoint.keep_every out.",
         )
 
 

@@ -95,7 +95,8 @@ def _inspect(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    return run_plan(_load(args, overrides), args)
+    words = [*overrides, *_short_overrides(args)]
+    return run_plan(load_config(args.config, words), args, overrides=words)
 
 
 def _without_config(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace, Sequence[str]], int]:

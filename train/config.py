@@ -32,7 +32,7 @@ class RunSection(Section):
     name: str = Field(
         "run", pattern=r"^[^/\\]*[^/\\.][^/\\]*$", description="folder of this run; the file's name if left out"
     )
-    seed: int = Field(0, ge=0, description="seed of the parameters and of the order of the data")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters and of the order of the data")
     folder: str = Field("runs", min_length=1, description="folder that holds all runs")
     fake_devices: int = Field(0, ge=0, description="number of fake CPU devices; 0 takes the real ones")
     silence_s: int = Field(30, ge=5, le=50, description="seconds without a word after which a process counts as lost")

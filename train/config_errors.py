@@ -25,10 +25,10 @@ _WORDS = {
     "string_too_short": "expected text that is not empty",
     "string_pattern_mismatch": "expected a folder name, without slashes",
     "tuple_type": "expected a list",
-    "greater_than": "expected more than {gt:g}",
-    "greater_than_equal": "expected at least {ge:g}",
-    "less_than": "expected less than {lt:g}",
-    "less_than_equal": "expected at most {le:g}",
+    "greater_than": "expected more than {gt:.10g}",
+    "greater_than_equal": "expected at least {ge:.10g}",
+    "less_than": "expected less than {lt:.10g}",
+    "less_than_equal": "expected at most {le:.10g}",
     "literal_error": "expected {expected}",
 }
 _GENERAL_FIX = "`trellax train --help` lists every key."

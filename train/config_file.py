@@ -116,13 +116,19 @@ def _read_value(text: str, *, key: Key) -> Any:
     if key.kind == "auto or list":
         return text if text == "auto" else [_read_number(part.strip(), int) for part in text.strip("[]").split(",")]
     if key.kind == "list":
-        try:
-            return tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            return [part for part in text.split(",") if part]
+        return _read_list(text)
     if key.kind == "text":
         return text
     return _read_number(text, int, float) if key.kind == "whole" else _read_number(text, float)
+
+
+def _read_list(text: str) -> list[Any]:
+    """A list as TOML has it; else parts with commas between, of which none is a number."""
+    try:
+        found = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        found = None
+    return found if isinstance(found, list) else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _read_number(text: str, *types: type[int] | type[float]) -> int | float | str:

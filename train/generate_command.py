@@ -13,6 +13,7 @@ import jax
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
+from ..serve.state import MAX_STOPS
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
 
@@ -73,7 +74,7 @@ def run_generate(args: argparse.Namespace) -> int:
     own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
     Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # it checks itself
     for request in requests:
-        check_request(request, config, max_tokens=sizes["max_tokens"])
+        check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
     mesh = open_mesh(spec)
     start_s = time.perf_counter()
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
@@ -194,6 +195,8 @@ def _engine_sizes(
         "max_tokens": args.max_tokens or min(needed, config.max_tokens),
         "groups": groups,
         "chunk": args.chunk,
+        # A model may have more ends than an engine looks for unasked.
+        "max_stops": max(MAX_STOPS, *(len(request.stop) for request in requests)),
         "cache_dtype": args.cache_dtype,
     }
 
@@ -224,7 +227,9 @@ class _Printer:
             self._show()
 
     def _show(self) -> None:
-        self._out.write(self._waiting[self._first])
+        # A stdout that is not UTF-8 lacks letters that a model writes.
+        encoding = self._out.encoding or "utf-8"
+        self._out.write(self._waiting[self._first].encode(encoding, "backslashreplace").decode(encoding))
         self._out.flush()
         self._waiting[self._first] = ""
 

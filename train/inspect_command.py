@@ -3,12 +3,11 @@
 import argparse
 import json
 import resource
-import sys
-from pathlib import Path
 
 from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
 from ..plan.tables import align, format_bytes
+from .asked_file import check_files, write_file
 from .check import check_run
 from .config import RunConfig
 from .inspect_advice import Knob, list_knobs
@@ -37,7 +36,8 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the target is not known, the config does not fit it, or the compiler rejects the step.
     """
-    _check_files(args)
+    # A compile may take minutes: find out first that its results cannot be written.
+    check_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
     compiled, compile_s = compile_step(setup)
     report = report_step(
@@ -53,11 +53,9 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
         print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
         print(_describe_verdict(report, setup, machine), end="")
     if args.hlo:
-        Path(args.hlo).write_text(hlo_text(compiled), encoding="utf-8")
-        print(f"wrote {args.hlo}", file=sys.stderr)
+        write_file(args.hlo, hlo_text(compiled).encode())
     if args.png:
-        Path(args.png).write_bytes(draw_report(report))
-        print(f"wrote {args.png}", file=sys.stderr)
+        write_file(args.png, draw_report(report))
     return 0
 
 
@@ -81,13 +79,6 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
     setup = Setup(config, build_mesh(spec, devices=machine.devices))
     _ = setup.model, setup.schedule
     return machine, setup
-
-
-def _check_files(args: argparse.Namespace) -> None:
-    """A compile may take minutes: find out first that its results cannot be written."""
-    for path in (args.hlo, args.png):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no such folder.", fix="name a folder that is there.")
 
 
 def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> str:

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from ..layers import param_counts
@@ -22,6 +20,7 @@ from ..plan.search import TrainQuestion, price_layout, screen_train, search_trai
 from ..plan.serving_search import ServeQuestion, screen_serving, search_serving
 from ..plan.tables import align
 from ..plan.topology import Topology, read_topology
+from .asked_file import check_files, write_file
 from .config import RunConfig
 from .plan_write import write_plan
 
@@ -42,8 +41,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", metavar="FILE", help="write the config with the first plan's mesh")
 
 
-def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
+def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> int:
     """Print the plans or the price of the config as it stands, and write the files that were asked for.
+
+    Args:
+        overrides: words by which the config differs from its file; `--write` keeps them.
 
     Raises:
         TrellaxError: the machine or the objective is not known, or nothing fits.
@@ -60,9 +62,9 @@ def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
     if args.png:
         shown = screen_serving(_serving(question, args)) if _is_serving(args) else screen_train(question)
         title = f"{config.run.name} on {topology.name}"
-        _write_bytes(args.png, draw_front(shown, limit_bytes=question.memory_limit, title=title))
+        write_file(args.png, draw_front(shown, limit_bytes=question.memory_limit, title=title))
     if args.write:
-        _write_bytes(args.write, write_plan(args.config, plans[0].layout).encode())
+        write_file(args.write, write_plan(args.config, plans[0].layout, overrides=overrides).encode())
     return 0
 
 
@@ -110,9 +112,7 @@ def _check_words(args: argparse.Namespace) -> None:
         )
     if args.write and (args.this or _is_serving(args)):
         raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
-    for path in (args.png, args.write):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no such folder.", fix="name a folder that is there.")
+    check_files(args.png, args.write)
 
 
 def _is_serving(args: argparse.Namespace) -> bool:
@@ -228,8 +228,3 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
     )
     kept = (memory.total, memory.weights, memory.gradients, memory.optimizer, memory.activations)
     return (*sizes, *words, *pace, f"{plan.bubble_fraction:.1%}", *(f"{part / _GB:.1f}" for part in kept))
-
-
-def _write_bytes(path: str, content: bytes) -> None:
-    Path(path).write_bytes(content)
-    print(f"wrote {path}", file=sys.stderr)

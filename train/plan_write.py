@@ -1,28 +1,36 @@
-"""A config file with a plan's mesh and pipeline in it: the same text, but for the keys that a plan decides."""
+"""A config file with a plan in it: the same text, but for the keys that a plan decides or the command line set."""
 
+import json
 import re
 import tomllib
+from collections.abc import Sequence
+from typing import Any
 
 from ..meshes import ConfigError
 from ..plan.layouts import Layout
-from .config_file import read_config_file
+from .config import RunConfig
+from .config_file import Override, read_config_file, read_overrides
+from .config_keys import list_keys
+
+# What belongs to the old stages and schedule goes back to its default.
+_RESET = (("layers_per_stage", '"auto"'), ("max_in_flight", "0"))
 
 
-def write_plan(path: str, layout: Layout) -> str:
-    """Return the text of a config with the layout's keys set; comments and every other key stay.
+def write_plan(path: str, layout: Layout, *, overrides: Sequence[str] = ()) -> str:
+    """Return the text of a config with the overrides' and the layout's keys set; comments and every other key stay.
+
+    Args:
+        overrides: words of the command line, as `load_config` took them; the layout wins over them.
 
     Raises:
         ConfigError: the file cannot be read, or holds its sections in a form that is not edited line by line.
     """
     file = read_config_file(path)
-    text, wanted = file.path.read_text(), _values(layout)
+    given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
+    text, wanted = file.path.read_text(encoding="utf-8"), _values(layout, given, was=file.values)
     for section, values in wanted.items():
         for key, value in values.items():
             text = _set(text, section, key, value)
-    # What belongs to the old stages and schedule goes back to its default.
-    for key, value in (("layers_per_stage", '"auto"'), ("max_in_flight", "0")):
-        if key in file.values.get("pipeline", {}):
-            text = _set(text, "pipeline", key, value)
     _check(text, wanted, shown=file.shown)
     return text
 
@@ -47,7 +55,25 @@ def _check(text: str, wanted: dict[str, dict[str, str]], *, shown: str) -> None:
         )
 
 
-def _values(layout: Layout) -> dict[str, dict[str, str]]:
+def _values(layout: Layout, given: Sequence[Override], *, was: Any) -> dict[str, dict[str, str]]:
+    """The keys to set as TOML, by section: what was asked for, and over it what the plan chose."""
+    values: dict[str, dict[str, str]] = {}
+    for override in given:
+        # A TOML string escapes as JSON does, but for letters outside of ASCII.
+        text = json.dumps(override.value, ensure_ascii=False)
+        values.setdefault(override.section, {})[override.key] = text
+    for section, chosen in _chosen(layout).items():
+        values[section] = values.get(section, {}) | chosen
+    for key, default in _RESET:
+        if key in was.get("pipeline", {}) or key in values["pipeline"]:
+            values["pipeline"][key] = default
+    run = was.get("run", {}) | values.get("run", {})
+    if str(run.get("fake_devices", 0)) != "0":
+        values.setdefault("run", {})["fake_devices"] = str(layout.data * layout.tensor * layout.pipe)
+    return values
+
+
+def _chosen(layout: Layout) -> dict[str, dict[str, str]]:
     return {
         "mesh": {"data": str(layout.data), "tensor": str(layout.tensor), "pipe": str(layout.pipe)},
         "pipeline": {

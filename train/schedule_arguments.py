@@ -11,6 +11,7 @@ COSTS = ("forward", "input_grad", "weight_grad", "transfer")
 """Options that are times, by the name they have in `simulate`."""
 
 _CLOCKS = get_args(Clock)
+_SMALLEST, _LARGEST = 1e-100, 1e100
 _MOST_RANKS = 256
 _MOST_CELLS = 20_000
 _WRITERS = (("png", "a picture"), ("svg", "a picture"), ("csv", "the schedule"), ("trace", "a trace for Perfetto"))
@@ -73,6 +74,12 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
         value, least = getattr(args, name), "0 or more" if name == "transfer" else "above 0"
         if not math.isfinite(value) or value < 0 or (value == 0 and name != "transfer"):
             raise ScheduleError(f"--{name.replace('_', '-')} is {value:g}; a time is {least}.")
+        if value and not _SMALLEST <= value <= _LARGEST:
+            raise ScheduleError(
+                f"--{name.replace('_', '-')} is {value:g}, and a time is {_SMALLEST:g} to {_LARGEST:g}: sums of others "
+                "would overflow or vanish.",
+                fix="give all times in a larger or smaller unit.",
+            )
     _check_layers(args)
     options = [*(option for option, _ in _WRITERS), "layers"]
     given = [f"--{option}" for option in options if getattr(args, option)]
@@ -112,9 +119,10 @@ def _check_layers(args: argparse.Namespace) -> None:
         layers = read_layers(args.layers)
     except ValueError:
         layers = (math.nan,)
-    if not all(math.isfinite(size) and size > 0 for size in layers):
+    if not all(_SMALLEST <= size <= _LARGEST for size in layers):
         raise ScheduleError(
-            f"--layers is {args.layers!r}; it takes the size of every stage, numbers above 0 with commas between.",
+            f"--layers is {args.layers!r}; it takes the size of every stage, numbers above 0 with commas between, "
+            f"{_SMALLEST:g} to {_LARGEST:g}.",
             fix="write --layers 8,8,8,6.",
         )
 

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +26,7 @@ from ..pipeline.schedules import (
     trace_from_schedule,
 )
 from ..pipeline.schedules.draw import peak_text
+from .asked_file import check_files, write_file
 from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
@@ -37,9 +36,10 @@ def run_schedule(args: argparse.Namespace) -> int:
     """Do what was asked and return the exit code.
 
     Raises:
-        ScheduleError: what was asked does not fit together, or a file cannot be read or written.
+        TrellaxError: what was asked does not fit together, or a file cannot be read or written.
     """
     check_schedule_arguments(args)
+    check_files(*(getattr(args, option) for option in _WRITERS))
     if args.compare:
         _compare(args)
         return 0
@@ -128,15 +128,7 @@ _WRITERS: dict[str, Callable[[Schedule, argparse.Namespace], bytes]] = {
 def _save(schedule: Schedule, args: argparse.Namespace) -> bool:
     paths = {option: getattr(args, option) for option in _WRITERS if getattr(args, option)}
     for option, path in paths.items():
-        content = _WRITERS[option](schedule, args)
-        try:
-            Path(path).write_bytes(content)
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            raise ScheduleError(
-                f"--{option} {path} cannot be written: {why}.", fix="name a file in a folder that is there."
-            ) from error
-        print(f"wrote {path}", file=sys.stderr)
+        write_file(path, _WRITERS[option](schedule, args))
     return bool(paths)
 
 

@@ -24,6 +24,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "llama3_without_original_tokens": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0},
     "llama3_with_factors_crossed": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0}
     | {"rope_original_tokens": 8192, "rope_low_frequency_factor": 4.0, "rope_high_frequency_factor": 1.0},
+    "rope_theta_of_learned_positions": {"rope_theta": 500_000.0},
     "no_norm_epsilon": {"norm_epsilon": 0.0},
     "unknown_mlp": {"mlp": "silu"},
     "mistyped_norm": {"norm": "rmsnrom"},
@@ -68,4 +69,4 @@ def test_head_size_given_frees_hidden_from_the_heads() -> None:
 
 
 def test_whole_number_is_a_number_too() -> None:
-    assert make(rope_theta=500_000).rope_theta == 500_000
+    assert make(positions="rotary", rope_theta=500_000).rope_theta == 500_000

@@ -31,6 +31,9 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "empty_prompt": lambda: Request(prompt=()),
     "no_new_tokens": lambda: Request(prompt=(1,), max_new_tokens=0),
     "negative_temperature": lambda: Request(prompt=(1,), temperature=-0.5),
+    "temperature_too_large": lambda: Request(prompt=(1,), temperature=1e39),
+    "fraction_for_a_token": lambda: Request(prompt=(1, 1.5)),  # type: ignore[arg-type]
+    "text_for_tokens": lambda: Request(prompt="def f(", stop=(1,)),  # type: ignore[arg-type]
     "top_p_of_zero": lambda: Request(prompt=(1,), top_p=0.0),
     "negative_top_k": lambda: Request(prompt=(1,), top_k=-1),
     "seed_too_large": lambda: Request(prompt=(1,), seed=2**32),

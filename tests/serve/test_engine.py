@@ -30,12 +30,14 @@ def check_answers(engine: Engine, style: str, requests: list[Request]) -> None:
     assert [(completion.tokens, completion.finish_reason) for completion in found] == expected
 
 
+MANY_STOPS: dict[str, Any] = {"layers": "unrolled", "slots": 4, "max_stops": 13}
+
 SAMPLE = [
     ("data=1", "llama", {"slots": 3}),
     ("pipe=4", "gpt", {"slots": 4}),
     ("data=2,tensor=2,pipe=2", "llama", {}),
     ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
-    ("pipe=2", "uneven", {"layers": "unrolled", "slots": 4}),
+    ("pipe=2", "uneven", MANY_STOPS),
 ]
 MORE = [
     ("tensor=4", "llama", {}),
@@ -52,6 +54,11 @@ MORE = [
 @pytest.mark.parametrize(("mesh", "style", "sizes"), SAMPLE)
 def test_answers_are_those_of_one_device_without_a_cache(mesh: str, style: str, sizes: dict[str, Any]) -> None:
     check_answers(shared(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
+
+
+def test_engine_may_look_for_as_many_stop_tokens_as_a_model_has() -> None:
+    request = replace(STOPPING, stop=tuple(range(0, 64, 5)))
+    check_answers(shared("pipe=2", "uneven", **MANY_STOPS), "uneven", [request])
 
 
 @pytest.mark.slow

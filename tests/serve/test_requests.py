@@ -1,5 +1,6 @@
 """The queue and the slots, by properties over any arrival, length and end."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from trellax.serve import Request
@@ -10,6 +11,12 @@ shapes = st.fixed_dictionaries(
 )
 runs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=30)
 """Requests: tokens of the prompt, tokens of the answer, and steps before the next comes."""
+
+
+def test_tokens_of_an_array_are_whole_numbers() -> None:
+    request = Request(prompt=np.array([1, 2]), stop=[np.int32(3)])  # type: ignore[arg-type]
+    assert request == Request(prompt=(1, 2), stop=(3,))
+    assert {type(token) for token in (*request.prompt, *request.stop)} == {int}
 
 
 class Play:

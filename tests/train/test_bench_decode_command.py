@@ -55,6 +55,8 @@ MISTAKES = {
     "batch_is_no_number": "tiny-llama --batch few",
     "one_new_token": "tiny-llama --new-tokens 1",
     "too_long": "tiny-llama --prompt-tokens 30 --new-tokens 30",
+    "no_mesh": "tiny-llama --meshes ;",
+    "no_folder": "tiny-llama --png nowhere/x.png",
     "layers_over_pipe": "tiny-llama --meshes pipe=4 --prompt-tokens 4 --new-tokens 4",
 }
 

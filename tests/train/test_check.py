@@ -24,6 +24,10 @@ MISTAKES = {
     "vocab_over_pipe_and_tensor": "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=257",
     "whole_vocab_over_tensor": "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=257 --pipeline.vocab=ends",
     "batch_over_data_and_microbatches": "--mesh.data=8 --pipeline.microbatches=3",
+    "layers_of_no_stages": "--mesh.data=8 --pipeline.layers_per_stage=7,7,7",
+    "limit_of_1f1b": "--mesh.data=8 --pipeline.max_in_flight=2",
+    "no_file_of_one_rank": "--mesh.data=8 --pipeline.schedule=nowhere/x.csv",
+    "nothing_to_keep": "--mesh.data=8 --checkpoint.keep_every=10",
     "unknown_schedule": "--mesh.data=8 --pipeline.schedule=1b1f",
     "sequence_too_long": "--mesh.data=8 --data.seq_len=64",
     "warmup_too_long": "--mesh.data=8 --optimizer.warmup_steps=21",
@@ -56,7 +60,7 @@ def test_fitting_run_gets_its_mesh_filled_in() -> None:
         "--mesh.pipe=2 --pipeline.chunks=2 --pipeline.schedule=auto --model.num_layers=5",
         "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=260 --pipeline.vocab=ends",
         # One rank has all layers, and a file of one's own says its chunks when it is read.
-        "--pipeline.layers_per_stage=2,1",
+        "--pipeline.layers_per_stage=1,1 --pipeline.chunks=4",
         "--mesh.pipe=2 --model.num_layers=4 --pipeline.layers_per_stage=1,1,1,1 --pipeline.schedule=my.csv",
     ],
 )

@@ -60,6 +60,7 @@ MISTAKES = {
     "unknown_vocab": GOOD + '\n[pipeline]\nvocab = "spilt"\n',
     "no_microbatches": GOOD + "\n[pipeline]\nmicrobatches = 0\n",
     "val_fraction_of_one": GOOD.replace("seq_len = 32", "seq_len = 32\nval_fraction = 1.0"),
+    "seed_too_large": GOOD + f"\n[run]\nseed = {2**32}\n",
     "name_with_a_slash": GOOD + '\n[run]\nname = "a/b"\n',
     "mesh_without_devices": GOOD.replace("data = 2", "data = 0"),
     "mesh_with_two_open_axes": GOOD.replace("data = 2", "data = -1\npipe = -1"),
@@ -165,6 +166,11 @@ def test_last_of_two_overrides_wins() -> None:
 def test_list_override_may_be_toml() -> None:
     words = ["--data.source", "text", "--data.paths", '["a,b.txt"]']
     assert load_config("tiny-dense", words).data.paths == ("a,b.txt",)
+
+
+@pytest.mark.parametrize(("text", "paths"), [("a.txt, b c.txt", ("a.txt", "b c.txt")), ("2024", ("2024",))])
+def test_list_override_may_be_text_with_commas(text: str, paths: tuple[str, ...]) -> None:
+    assert load_config("tiny-dense", ["--data.source", "text", "--data.paths", text]).data.paths == paths
 
 
 @pytest.mark.parametrize("text", ["3,3,2", "[3,3,2]", "[3, 3, 2]", "3, 3, 2"])

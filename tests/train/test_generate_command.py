@@ -4,6 +4,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Completion, Engine, Request, param_shapes
+from trellax.serve import Completion, Engine, Request, Sequence, param_shapes
 from trellax.train import load_config
 from trellax.train.checkpoint import Checkpoints
 from trellax.train.cli import main
-from trellax.train.generate_command import _read_prompts
+from trellax.train.generate_command import _engine_sizes, _Printer, _read_prompts
 from trellax.train.run_weights import save_params
 from trellax.train.serving_source import load_for_serving
 from trellax.train.text_stream import ByteTokenizer
@@ -130,6 +131,22 @@ def test_mistake_is_told_before_weights_are_read(
     code, out, err = ask(*MISTAKES[name])
     assert (code, out) == (2, "")
     golden(f"errors/generate_{name}.txt", err)
+
+
+def test_engine_looks_for_all_ends_of_a_model() -> None:
+    args = Namespace(groups=0, slots=0, max_tokens=0, chunk=4, cache_dtype=None)
+    model = load_config("tiny-llama").model
+    for stops, wanted in ((1, 8), (9, 9)):
+        request = Request(prompt=(1,), stop=tuple(range(stops)))
+        assert _engine_sizes(args, model, [request], MeshSpec())["max_stops"] == wanted
+
+
+def test_letters_that_stdout_lacks_are_escaped() -> None:
+    out = TextIOWrapper(BytesIO(), encoding="ascii")
+    printer = _Printer(ByteTokenizer(), ["é "], [Request(prompt=(1,))], out)
+    for token in "ü".encode():
+        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+    assert out.buffer.getvalue() == rb"\xe9 \xfc"
 
 
 def test_a_prompt_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:

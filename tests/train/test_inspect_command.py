@@ -27,6 +27,7 @@ MISTAKES = {
     "devices": f"{SMALL} --target cpu:16",
     "open_axis": "inspect tiny-dense --mesh.data -1",
     "no_folder": f"{SMALL} --png nowhere/x.png",
+    "hlo_folder": f"{SMALL} --hlo /",
     "does_not_shard": f"{SMALL} --mesh.tensor 3 --mesh.data 1",
 }
 

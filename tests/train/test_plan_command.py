@@ -24,6 +24,7 @@ MISTAKES = {
     "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
     "write_serving": f"{ASK} --objective latency --write x.toml",
     "no_folder": f"{ASK} --png nowhere/x.png",
+    "write_folder": f"{ASK} --write /",
     "no_prompt": f"{ASK} --objective latency --prompt 0",
 }
 
@@ -59,6 +60,18 @@ def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.Captur
     assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
     check_run(after, num_devices=8)
     assert file.read_text().splitlines()[0].startswith("#")
+
+
+def test_written_config_is_the_one_that_was_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "planned.toml"
+    words = "--train.batch_size=256 --data.seq_len 512 --model.max_tokens=512 --optimizer.learning_rate 1"
+    words += " --pipeline.max_in_flight 3 --pipeline.schedule auto --data.source text --data.paths a#é.txt,b.txt"
+    best = json.loads(ask(f"plan quickstart --topology h100x16 {words} --json --write {file}", capsys))["plans"][0]
+    before, after = load_config("quickstart", words), load_config(file)
+    assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
+    assert (after.optimizer.learning_rate, after.pipeline.max_in_flight) == (1.0, 0)
+    assert (after.mesh.sizes, after.run.fake_devices) == (best["mesh"], 16)
+    check_run(after, num_devices=16)
 
 
 def test_written_config_drops_what_belongs_to_the_old_stages(

@@ -27,6 +27,8 @@ MISTAKES = {
     "unknown_clock": "1f1b --ranks 2 --microbatches 4 --clock asynch",
     "negative_cost": "1f1b --ranks 2 --microbatches 4 --forward -1",
     "cost_is_no_number": "1f1b --ranks 2 --microbatches 4 --weight-grad nan",
+    "cost_too_large": "1f1b --ranks 2 --microbatches 2 --forward 1e308 --input-grad 1e308",
+    "layers_too_large": "1f1b --ranks 2 --microbatches 2 --layers 1e308,1e308",
     "layers_in_words": "1f1b --ranks 2 --microbatches 4 --layers 8,six",
     "layers_of_nothing": "1f1b --ranks 2 --microbatches 4 --layers 8,0",
     "layers_without_a_stage": "1f1b --ranks 4 --microbatches 4 --layers 8,8,6",
