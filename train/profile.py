@@ -29,25 +29,29 @@ class StepProfile:
         """Say with which step the run begins."""
         self._start = first_step + WARM_UP_STEPS
 
-    def before(self, step: int, state: Any) -> None:
-        """Begin with the first step to trace, once the devices have done what was asked of them."""
-        if self._num_steps and step == self._start:
-            jax.block_until_ready(state)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._is_on = True
+    def begins_with(self, step: int) -> bool:
+        """Return whether this step, not taken yet, is the first to trace."""
+        return bool(self._num_steps) and step == self._start
 
-    def after(self, step: int, state: Any, compiled: Any, *, num_devices: int) -> bool:
-        """End with the last step to trace and say what was seen; return whether that was now, and took its time."""
-        if not self._is_on or step + 1 < self._start + self._num_steps:
-            return False
+    def start(self, state: Any) -> None:
+        """Begin to trace, once the devices have done what was asked of them."""
+        jax.block_until_ready(state)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+        self._is_on = True
+
+    def ends_with(self, step: int) -> bool:
+        """Return whether this step, just begun, is the last to trace."""
+        return self._is_on and step + 1 == self._start + self._num_steps
+
+    def stop(self, state: Any, compiled: Any, *, num_devices: int) -> None:
+        """Wait for the last step, end the trace and say what was seen."""
         self._is_on = False
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         operations = list_operations(self._folder, compiled, num_devices=num_devices)
         self._say(f"\nprofile   {self._num_steps} steps in {self._folder}, for TensorBoard and ui.perfetto.dev")
         self._say(format_operations(operations, num_steps=self._num_steps))
-        return True
 
     def close(self) -> None:
         """Drop a trace that the end of the run cut off."""
