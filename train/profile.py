@@ -25,9 +25,18 @@ class StepProfile:
         self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
         self._start, self._is_on = WARM_UP_STEPS, False
 
-    def begin_after(self, first_step: int) -> None:
-        """Say with which step the run begins."""
+    def begin_after(self, first_step: int, *, steps: int) -> None:
+        """Say with which step the run begins and with how many it ends; what does not fit between is not traced."""
         self._start = first_step + WARM_UP_STEPS
+        most = max(0, steps - self._start)
+        if self._num_steps > most:
+            needed = self._start + self._num_steps
+            fix = f"--profile {most}, or --train.steps {needed}" if most else f"--train.steps {needed}"
+            self._say(
+                f"profile   none: {WARM_UP_STEPS} steps to warm up and {self._num_steps} to trace are more than the "
+                f"{steps - first_step} to take; ask for {fix}"
+            )
+            self._num_steps = 0
 
     def begins_with(self, step: int) -> bool:
         """Return whether this step, not taken yet, is the first to trace."""

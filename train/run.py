@@ -86,7 +86,7 @@ class Run:
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
         with self._open_log() as log, self._progress() as progress, self._ahead:
             look = _Look(self, log, progress)
-            self.profile.begin_after(self.first_step)
+            self.profile.begin_after(self.first_step, steps=self.config.train.steps)
             self.pace.restart()
             for step in range(self.first_step, self.config.train.steps):
                 if stop.is_due(step):

@@ -49,7 +49,7 @@ class Profile:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def begin_after(self, first_step: int) -> None:
+    def begin_after(self, first_step: int, *, steps: int) -> None:
         pass
 
     def begins_with(self, step: int) -> bool:
