@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ class Run:
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
-        with self._open_log() as log, self._progress() as progress, self._ahead:
+        with self._open_log() as log, self._progress() as progress, self._ahead, closing(self.profile):
             look = _Look(self, log, progress)
             self.profile.begin_after(self.first_step, steps=self.config.train.steps)
             self.pace.restart()
@@ -101,7 +102,6 @@ class Run:
                 look.waiting = (step + 1, metrics)
                 self._do_what_is_due(step + 1, look, log)
             look.at_waiting()
-        self.profile.close()
 
     def _do_what_is_due(self, step: int, look: "_Look", log: MetricsLog | NoLog) -> None:
         """Do what comes every so many steps, after this one; its time belongs to no step."""

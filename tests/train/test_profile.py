@@ -1,4 +1,4 @@
-"""A profile that does not fit in its run says so before the first step, and traces nothing."""
+"""A profile that does not fit in its run says so before the first step, and one that fails costs the run nothing."""
 
 from pathlib import Path
 
@@ -27,3 +27,21 @@ def test_profile_that_just_fits_is_traced_and_says_nothing_yet(tmp_path: Path) -
 
 def test_run_without_a_profile_says_nothing(tmp_path: Path) -> None:
     StepProfile(tmp_path, num_steps=0, say=pytest.fail).begin_after(0, steps=1)
+
+
+def test_trace_that_cannot_be_written_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    profile = StepProfile(tmp_path, num_steps=1, say=said.append)
+    profile.begin_after(0, steps=5)
+    profile.start(())
+    assert said == ["profile   none: File exists; the run goes on"]
+    assert not profile.ends_with(3)
+
+
+def test_trace_that_an_error_cut_off_is_ended(tmp_path: Path) -> None:
+    for _ in range(2):
+        profile = StepProfile(tmp_path, num_steps=1, say=pytest.fail)
+        profile.begin_after(0, steps=5)
+        profile.start(())
+        profile.close()
