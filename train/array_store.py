@@ -3,10 +3,12 @@
 A folder of arrays is written in the background and appears whole. Every process writes and reads its own shards alone.
 """
 
+import errno
+import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,28 @@ def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], N
     context: Any = ocp.Context()
     # Cutting an array so that each of its copies writes a part compiles a program a slice: only for large ones.
     context.array.saving.min_slice_bytes_for_replica_parallel = _LARGE_BYTES
+    if glob.escape(str(folder)) != str(folder):
+        # Orbax looks for what to merge by globbing the folder's path as it is (`merge_ocdbt_per_process_files`): in
+        # `a[1]` it finds and merges nothing, and no load can follow. Files of each array's own need no merge.
+        # TODO(trellax): delete once Orbax escapes the path.
+        context.array.saving.use_ocdbt = False
+        context.array.saving.array_metadata_store = None
     with context:
         return ocp.save_checkpointables_async(str(folder), {_ITEM: dict(arrays)}).result
+
+
+def require_all(folder: Path, names: Collection[str]) -> None:
+    """Raise unless a folder has what a load of these arrays begins with: one record of all, or one of each.
+
+    Raises:
+        FileNotFoundError: it has not.
+    """
+    store = folder / _ITEM
+    if (store / "manifest.ocdbt").is_file():
+        return
+    if missing := [name for name in names if not (store / name / "zarr.json").is_file()]:
+        problem = f"Orbax left no record of {len(missing)} of {len(names)} arrays, so none could be loaded"
+        raise FileNotFoundError(errno.ENOENT, problem, str(store))
 
 
 def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

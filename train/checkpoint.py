@@ -15,7 +15,7 @@ import jax
 
 from ..meshes import CheckpointError
 from ..pipeline import PipelineParams
-from .array_store import explain_failure, load_arrays, save_arrays
+from .array_store import explain_failure, load_arrays, require_all, save_arrays
 from .checksum import checksums
 from .config import RunConfig
 from .natural import Arrays, Shapes, by_path, natural_state
@@ -172,6 +172,8 @@ class Checkpoints:
     def _seal(self, step: int, **record: Any) -> None:
         """Seal what all processes have written, give it its name, and remove what is no longer kept."""
         part, now = self.folder.part(step), datetime.now(UTC).isoformat(timespec="seconds")
+        # Hashes would prove for ever that what was written is still there, though nobody could load it.
+        require_all(part, record["arrays"])
         write_seal(part, Seal(step=step, saved_at=now, files=hash_files(part), **record))
         self.folder.publish(step)
         self.folder.prune(keep=self._keep, keep_every=self._keep_every)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -84,30 +85,42 @@ class Run:
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
-        with self._open_log() as log, self._progress() as progress, self._ahead:
+        with self._open_log() as log, self._progress() as progress, self._ahead, closing(self.profile):
             look = _Look(self, log, progress)
-            self.profile.begin_after(self.first_step)
+            self.profile.begin_after(self.first_step, steps=self.config.train.steps)
             self.pace.restart()
             for step in range(self.first_step, self.config.train.steps):
                 if stop.is_due(step):
                     break
-                batch = self._next_batch(step, look)
-                self.profile.before(step, self.state)
-                self.state, metrics = self.train_step(self.state, batch)
-                if self.profile.after(step, self.state, self.train_step, num_devices=self.setup.mesh.devices.size):
+                if self.profile.begins_with(step):
+                    look.at_waiting()
+                    self.profile.start(self.state)
                     self.pace.restart()
+                batch = self._next_batch(step, look)
+                self.state, metrics = self.train_step(self.state, batch)
                 look.at_waiting()
                 look.waiting = (step + 1, metrics)
-                if self._is_due(self.config.train.eval_every, step + 1):
-                    log.write(step + 1, {"val_loss": self.validate()})
-                    self.pace.restart()
-                if self._is_due(self.config.checkpoint.every, step + 1):
-                    # First the line of this step: a kill after the save must not lose it.
-                    look.at_waiting()
-                    self.save()
-                    self.pace.restart()
+                self._do_what_is_due(step + 1, look, log)
             look.at_waiting()
-        self.profile.close()
+
+    def _do_what_is_due(self, step: int, look: "_Look", log: MetricsLog | NoLog) -> None:
+        """Do what comes every so many steps, after this one; its time belongs to no step."""
+        validates, saves = (
+            self._is_due(every, step) for every in (self.config.train.eval_every, self.config.checkpoint.every)
+        )
+        is_profiled = self.profile.ends_with(step - 1)
+        if not (validates or saves or is_profiled):
+            return
+        # All of this waits for the step, whose time must be counted first. And a kill after the save must not lose the
+        # line of this step.
+        look.at_waiting()
+        if is_profiled:
+            self.profile.stop(self.state, self.train_step, num_devices=self.setup.mesh.devices.size)
+        if validates:
+            log.write(step, {"val_loss": self.validate()})
+        if saves:
+            self.save()
+        self.pace.restart()
 
     def validate(self) -> float:
         """Return the mean loss of the held-out batches, the same ones every time."""
