@@ -132,6 +132,14 @@ def write_summary(summary: Summary) -> Path:
     return path
 
 
+def read_summary(folder: str | Path) -> Summary | None:
+    """Return what summary.json of a run's folder says; None where there is none that can be read."""
+    try:
+        return Summary(**json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def draw_loss(folder: str | Path) -> Path | None:
     """Draw the training and validation loss of metrics.jsonl into loss.png; None when there is nothing to draw."""
     lines = read_metrics(folder)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +15,17 @@ from .batches import Batches
 from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
-from .metrics import MetricsLog, NoLog, Summary, draw_loss, last_loss, peak_memory_bytes, read_metrics, write_summary
+from .metrics import (
+    MetricsLog,
+    NoLog,
+    Summary,
+    draw_loss,
+    last_loss,
+    peak_memory_bytes,
+    read_metrics,
+    read_summary,
+    write_summary,
+)
 from .pace import Pace
 from .prefetch import Prefetch
 from .profile import StepProfile
@@ -153,6 +164,8 @@ class Run:
             schedule=self.setup.schedule.name,
             folder=str(folder),
         )
+        if steps == self.first_step:
+            summary = _keep_speed(summary, read_summary(folder))
         if is_first():
             # A run resumed at its end was validated before.
             if val_loss is not None and {"step": steps, "val_loss": val_loss} not in read_metrics(folder):
@@ -279,6 +292,19 @@ class Run:
 
     def _progress(self) -> StepProgress:
         return StepProgress(self.console, first_step=self.first_step, steps=self.config.train.steps)
+
+
+def _keep_speed(summary: Summary, before: Summary | None) -> Summary:
+    """Return the summary of a call that took no step, with the time and place of the steps of the call before."""
+    if before is None or before.steps != summary.steps:
+        return summary
+    return replace(
+        summary,
+        tokens_per_s=before.tokens_per_s,
+        wall_time_s=before.wall_time_s,
+        mesh=before.mesh,
+        schedule=before.schedule,
+    )
 
 
 class _Look:
