@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..layers import flops_per_token
 from ..meshes import DataError, RunError, mesh_sizes
+from .bad_loss import check_last_validation, describe_bad_step, fix_bad_step
 from .batches import Batches
 from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
@@ -148,7 +149,11 @@ class Run:
             self.checkpoints.save(self.state, self.setup, data=data)
 
     def finish(self, stop: StopRequest, *, start_s: float) -> Summary:
-        """Save, draw and sum up."""
+        """Save, draw and sum up.
+
+        Raises:
+            RunError: the validation loss is not finite; all is written first.
+        """
         folder, steps = self.config.run_folder, int(self.state.step)
         self.save()
         val_loss = None if stop.signal_name else self.validate()
@@ -173,6 +178,7 @@ class Run:
                     log.write(steps, {"val_loss": val_loss})
             write_summary(summary)
             draw_loss(folder)
+        check_last_validation(val_loss, step=steps, folder=folder)
         return summary
 
     def look_at(self, step: int, metrics: StepMetrics, log: MetricsLog | NoLog, progress: StepProgress) -> None:
@@ -209,7 +215,7 @@ class Run:
             self._stop_or_skip(step, metrics)
 
     def _stop_or_skip(self, step: int, metrics: StepMetrics) -> None:
-        what = f"step {step}: the loss is {float(metrics.loss):.4g}, the gradient's norm {float(metrics.grad_norm):.4g}"
+        what = describe_bad_step(step, metrics, spike_ratio=self.config.train.spike_ratio)
         if self.config.train.bad_step == "skip" and self._bad_in_a_row <= _MOST_BAD_STEPS:
             self.console.print(f"{what}; the batch is left out", highlight=False, soft_wrap=True)
             return
@@ -219,8 +225,7 @@ class Run:
         raise RunError(
             f"{what}{again}. Its update was left out; the state before it is saved as step "
             f"{self.checkpoints.last_step} in {self.config.run_folder}.",
-            fix="go on with a lower --optimizer.learning_rate and --override, or with --train.bad_step skip, which "
-            "leaves such batches out.",
+            fix=fix_bad_step(metrics),
         )
 
     def _make_batch(self, step: int) -> dict[str, jax.Array]:
