@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
+from . import progress
 from .array_store import explain_failure
 from .changes import Changes
 from .check import check_run
@@ -74,7 +75,7 @@ def train(
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 
-    say = partial(_say, console)
+    say = partial(progress.say, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
@@ -95,10 +96,6 @@ class _Talk(Console):
     def on_broken_pipe(self) -> None:
         # rich itself would end the process here.
         self.quiet = True
-
-
-def _say(console: Console, text: object) -> None:
-    console.print(str(text), highlight=False, soft_wrap=True)
 
 
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:

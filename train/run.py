@@ -30,7 +30,7 @@ from .metrics import (
 from .pace import Pace
 from .prefetch import Prefetch
 from .profile import StepProfile
-from .progress import StepProgress
+from .progress import StepProgress, say
 from .run_weights import initial_state
 from .seal import Seal
 from .speed import peak_flops_per_s
@@ -217,7 +217,7 @@ class Run:
     def _stop_or_skip(self, step: int, metrics: StepMetrics) -> None:
         what = describe_bad_step(step, metrics, spike_ratio=self.config.train.spike_ratio)
         if self.config.train.bad_step == "skip" and self._bad_in_a_row <= _MOST_BAD_STEPS:
-            self.console.print(f"{what}; the batch is left out", highlight=False, soft_wrap=True)
+            say(self.console, f"{what}; the batch is left out")
             return
         self.save()
         self.checkpoints.wait()
@@ -260,14 +260,12 @@ class Run:
         if text_of_first("empty" if self.checkpoints.folder.is_empty else ""):
             self.state: TrainState = initial_state(self.setup)
             if self.config.train.init_from:
-                text = f"weights   of {self.config.train.init_from}"
-                self.console.print(text, highlight=False, soft_wrap=True)
+                say(self.console, f"weights   of {self.config.train.init_from}")
             return None
         self.state = self.checkpoints.restore(self.setup, accept=accept)
         step, steps = int(self.state.step), self.config.train.steps
         rest = f"{steps - step} to go" if step < steps else f"train.steps={steps}: none to take"
-        text = f"resumed   at step {step} of {self.config.run_folder}, {rest}"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(self.console, f"resumed   at step {step} of {self.config.run_folder}, {rest}")
         return found[-1]
 
     def _is_due(self, every: int, step: int) -> bool:
@@ -289,7 +287,7 @@ class Run:
         start_s = time.perf_counter()
         platform = self.setup.mesh.devices.flat[0].platform
         compiled = compile_for(function.lower(self.setup.shapes, batch), platform=platform)
-        self.console.print(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s", highlight=False)
+        say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
         return compiled
 
     def _open_log(self) -> MetricsLog | NoLog:
