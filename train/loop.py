@@ -13,7 +13,6 @@ import jax
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
-from . import progress
 from .array_store import explain_failure
 from .changes import Changes
 from .check import check_run
@@ -23,6 +22,7 @@ from .data import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
+from .progress import say as say_on
 from .report import describe
 from .run import Run
 from .run_folder import Start, open_run_folder
@@ -75,7 +75,7 @@ def train(
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 
-    say = partial(progress.say, console)
+    say = partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
