@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 from ..meshes import TrellaxError, suggest
@@ -22,6 +21,7 @@ from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
+from .metrics import summary_values
 from .plan_command import add_plan_arguments, run_plan
 from .processes import add_process_arguments, join_run
 from .report import describe
@@ -62,7 +62,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not is_first():
         return 0
     if args.json:
-        print(json.dumps(asdict(summary)))
+        print(json.dumps(summary_values(summary)))
         return 0
     if summary.ended != "done":
         print(

@@ -65,7 +65,15 @@ class TrainSection(Section):
         "", description="Hugging Face or run folder whose weights to begin with; drawn at random if left out"
     )
     bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or a spike")
-    spike_ratio: float = Field(0.0, ge=0, description="loss over its running mean that is a spike; 0 is none")
+    spike_ratio: float = Field(0.0, ge=0, description="loss over its running mean that is a spike, over 1; 0 is none")
+
+    @field_validator("spike_ratio")
+    @classmethod
+    def _check_spike_ratio(cls, value: float) -> float:
+        # Every loss but a falling one would be a spike, and the run would stop at its second step.
+        if 0 < value <= 1:
+            raise PydanticCustomError("spike_ratio", "expected more than 1, such as 2, or 0 for no spikes")
+        return value
 
 
 class OptimizerSection(Section):

@@ -22,6 +22,7 @@ from .data import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
+from .progress import say as say_on
 from .report import describe
 from .run import Run
 from .run_folder import Start, open_run_folder
@@ -74,7 +75,7 @@ def train(
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 
-    say = partial(_say, console)
+    say = partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
@@ -95,10 +96,6 @@ class _Talk(Console):
     def on_broken_pipe(self) -> None:
         # rich itself would end the process here.
         self.quiet = True
-
-
-def _say(console: Console, text: object) -> None:
-    console.print(str(text), highlight=False, soft_wrap=True)
 
 
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:

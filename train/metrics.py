@@ -123,13 +123,25 @@ class Summary:
     folder: str
 
 
+def summary_values(summary: Summary) -> dict[str, Any]:
+    """Return a summary as JSON has it: numbers that are not finite are None."""
+    return {name: _finite(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
+
+
 def write_summary(summary: Summary) -> Path:
     """Write a summary to summary.json in its folder, whole or not at all, and return the path."""
-    values = {name: _finite(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
     path = Path(summary.folder) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(values, indent=2) + "\n")
+    _replace(path, json.dumps(summary_values(summary), indent=2) + "\n")
     return path
+
+
+def read_summary(folder: str | Path) -> Summary | None:
+    """Return what summary.json of a run's folder says; None where there is none that can be read."""
+    try:
+        return Summary(**json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def draw_loss(folder: str | Path) -> Path | None:

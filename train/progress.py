@@ -1,12 +1,18 @@
-"""A live progress bar with the time left, and plain lines where nobody watches."""
+"""What a run says while it trains: a live progress bar with the time left, and plain lines where nobody watches."""
 
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 _NUM_LINES = 20
+
+
+def say(console: Console, text: object) -> None:
+    """Print text as it is: folders have brackets and colons in their names, which rich would take for its own."""
+    console.print(Text(str(text)), soft_wrap=True)
 
 
 class StepProgress:
@@ -39,7 +45,7 @@ class StepProgress:
         self._bar.update(self._task, completed=step, loss=loss, tokens_per_s=tokens_per_s)
         if not self._console.is_terminal and (step % self._every == 0 or step == self._steps):
             line = f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
-            self._console.print(line, highlight=False)
+            say(self._console, line)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,15 +12,26 @@ from rich.console import Console
 
 from ..layers import flops_per_token
 from ..meshes import DataError, RunError, mesh_sizes
+from .bad_loss import check_last_validation, describe_bad_step, fix_bad_step
 from .batches import Batches
 from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
-from .metrics import MetricsLog, NoLog, Summary, draw_loss, last_loss, peak_memory_bytes, read_metrics, write_summary
+from .metrics import (
+    MetricsLog,
+    NoLog,
+    Summary,
+    draw_loss,
+    last_loss,
+    peak_memory_bytes,
+    read_metrics,
+    read_summary,
+    write_summary,
+)
 from .pace import Pace
 from .prefetch import Prefetch
 from .profile import StepProfile
-from .progress import StepProgress
+from .progress import StepProgress, say
 from .run_weights import initial_state
 from .seal import Seal
 from .speed import peak_flops_per_s
@@ -137,7 +149,11 @@ class Run:
             self.checkpoints.save(self.state, self.setup, data=data)
 
     def finish(self, stop: StopRequest, *, start_s: float) -> Summary:
-        """Save, draw and sum up."""
+        """Save, draw and sum up.
+
+        Raises:
+            RunError: the validation loss is not finite; all is written first.
+        """
         folder, steps = self.config.run_folder, int(self.state.step)
         self.save()
         val_loss = None if stop.signal_name else self.validate()
@@ -153,6 +169,8 @@ class Run:
             schedule=self.setup.schedule.name,
             folder=str(folder),
         )
+        if steps == self.first_step:
+            summary = _keep_speed(summary, read_summary(folder))
         if is_first():
             # A run resumed at its end was validated before.
             if val_loss is not None and {"step": steps, "val_loss": val_loss} not in read_metrics(folder):
@@ -160,6 +178,7 @@ class Run:
                     log.write(steps, {"val_loss": val_loss})
             write_summary(summary)
             draw_loss(folder)
+        check_last_validation(val_loss, step=steps, folder=folder)
         return summary
 
     def look_at(self, step: int, metrics: StepMetrics, log: MetricsLog | NoLog, progress: StepProgress) -> None:
@@ -196,9 +215,9 @@ class Run:
             self._stop_or_skip(step, metrics)
 
     def _stop_or_skip(self, step: int, metrics: StepMetrics) -> None:
-        what = f"step {step}: the loss is {float(metrics.loss):.4g}, the gradient's norm {float(metrics.grad_norm):.4g}"
+        what = describe_bad_step(step, metrics, spike_ratio=self.config.train.spike_ratio)
         if self.config.train.bad_step == "skip" and self._bad_in_a_row <= _MOST_BAD_STEPS:
-            self.console.print(f"{what}; the batch is left out", highlight=False, soft_wrap=True)
+            say(self.console, f"{what}; the batch is left out")
             return
         self.save()
         self.checkpoints.wait()
@@ -206,8 +225,7 @@ class Run:
         raise RunError(
             f"{what}{again}. Its update was left out; the state before it is saved as step "
             f"{self.checkpoints.last_step} in {self.config.run_folder}.",
-            fix="go on with a lower --optimizer.learning_rate and --override, or with --train.bad_step skip, which "
-            "leaves such batches out.",
+            fix=fix_bad_step(metrics),
         )
 
     def _make_batch(self, step: int) -> dict[str, jax.Array]:
@@ -242,14 +260,12 @@ class Run:
         if text_of_first("empty" if self.checkpoints.folder.is_empty else ""):
             self.state: TrainState = initial_state(self.setup)
             if self.config.train.init_from:
-                text = f"weights   of {self.config.train.init_from}"
-                self.console.print(text, highlight=False, soft_wrap=True)
+                say(self.console, f"weights   of {self.config.train.init_from}")
             return None
         self.state = self.checkpoints.restore(self.setup, accept=accept)
         step, steps = int(self.state.step), self.config.train.steps
         rest = f"{steps - step} to go" if step < steps else f"train.steps={steps}: none to take"
-        text = f"resumed   at step {step} of {self.config.run_folder}, {rest}"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(self.console, f"resumed   at step {step} of {self.config.run_folder}, {rest}")
         return found[-1]
 
     def _is_due(self, every: int, step: int) -> bool:
@@ -271,7 +287,7 @@ class Run:
         start_s = time.perf_counter()
         platform = self.setup.mesh.devices.flat[0].platform
         compiled = compile_for(function.lower(self.setup.shapes, batch), platform=platform)
-        self.console.print(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s", highlight=False)
+        say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
         return compiled
 
     def _open_log(self) -> MetricsLog | NoLog:
@@ -279,6 +295,19 @@ class Run:
 
     def _progress(self) -> StepProgress:
         return StepProgress(self.console, first_step=self.first_step, steps=self.config.train.steps)
+
+
+def _keep_speed(summary: Summary, before: Summary | None) -> Summary:
+    """Return the summary of a call that took no step, with the time and place of the steps of the call before."""
+    if before is None or before.steps != summary.steps:
+        return summary
+    return replace(
+        summary,
+        tokens_per_s=before.tokens_per_s,
+        wall_time_s=before.wall_time_s,
+        mesh=before.mesh,
+        schedule=before.schedule,
+    )
 
 
 class _Look:

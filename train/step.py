@@ -19,13 +19,15 @@ Batch = dict[str, jax.Array]
 class StepMetrics:
     """Replicated scalars of one step: loss, norm of the whole gradient before clipping, learning rate, all float32.
 
-    `taken` is false where loss or gradient were bad and the update was left out.
+    `taken` is false where loss or gradient were bad and the update was left out. `mean_loss` is what the loss was
+    compared with: the running mean of the good losses before it, infinite before the first.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     lr: jax.Array
     taken: jax.Array
+    mean_loss: jax.Array
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -50,9 +52,10 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
+        mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
-        return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good)
+        return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose others for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))

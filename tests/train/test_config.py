@@ -55,6 +55,7 @@ MISTAKES = {
     "no_steps": GOOD.replace("steps = 20", "steps = 0"),
     "negative_learning_rate": GOOD.replace("1e-2", "-1e-2"),
     "infinite_learning_rate": GOOD.replace("1e-2", "inf"),
+    "spike_ratio_below_one": GOOD.replace("batch_size = 8", "batch_size = 8\nspike_ratio = 0.5"),
     "layers_per_stage_in_words": GOOD + '\n[pipeline]\nlayers_per_stage = ["3", 3.0]\n',
     "layers_per_stage_unknown_word": GOOD + '\n[pipeline]\nlayers_per_stage = "even"\n',
     "unknown_vocab": GOOD + '\n[pipeline]\nvocab = "spilt"\n',

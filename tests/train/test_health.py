@@ -75,6 +75,7 @@ def test_spike_is_a_loss_far_above_the_mean_of_the_good_ones(tiny: Tiny, batches
     state, metrics = run(config, [batch(0), spoil(batch(1), 1.0), batch(1)])
     assert [bool(out.taken) for out in metrics] == [True, False, True]
     assert metrics[1].loss > 1.5 * metrics[0].loss
+    assert metrics[1].mean_loss == metrics[0].loss
     expected, _ = run(replace_section(config, spike_ratio=0.0), [batch(0), batch(1)])
     assert same(state.params, expected.params)
 
