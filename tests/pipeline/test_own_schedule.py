@@ -26,7 +26,13 @@ BY_HAND = """\
     ("mesh", "schedule", "vocab", "layers"),
     [
         ("1x2x4", schedule_from_csv(BY_HAND, name="by-hand"), "ends", None),
-        ("2x1x4", schedule_from_csv(BY_HAND, name="by-hand", vocab="split"), "split", (2, 1, 4, 1)),
+        pytest.param(
+            "2x1x4",
+            schedule_from_csv(BY_HAND, name="by-hand", vocab="split"),
+            "split",
+            (2, 1, 4, 1),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "2x1x4",
             auto(num_ranks=4, num_microbatches=4, max_in_flight=2),

@@ -29,7 +29,7 @@ def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves((stages, state.params.shared))]
 
 
-@pytest.mark.parametrize("other", ["data=8", "data=2,tensor=4", "data=4,pipe=2"])
+@pytest.mark.parametrize("other", ["data=2,tensor=4", "data=4,pipe=2", pytest.param("data=8", marks=pytest.mark.slow)])
 def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
     config = tiny("--optimizer.zero on")
     saved = make_setup(config, "data=2,tensor=2,pipe=2")
@@ -52,9 +52,8 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "by hand" else pytest.param(name, marks=pytest.mark.slow) for name in UNEVEN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNEVEN)
 def test_seven_layers_move_between_stages_of_any_depth(tiny: Tiny, tmp_path: Path, name: str) -> None:
     saved = make_setup(tiny("--model.num_layers 7 --optimizer.zero on"), "data=2,pipe=4")
     mesh, words = UNEVEN[name]
