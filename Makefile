@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
-# A process a core, and each test file in one process: files share what they compile.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# A process a core, and each test file in one process: files share what they compile. In the order of their names, which
+# puts tests/faults first: by number of tests, a file of one long test would run last, beside nothing.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test check slow test-cuda golden lock clean
 

@@ -51,7 +51,11 @@ def list_operations(
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
-    for name, time_s in _list_events(Path(folder), module):
+    # The type of an event's stats warns when it is made first (jax 0.12); as an error that aborts the process.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        events = list(_list_events(Path(folder), module))
+    for name, time_s in events:
         if name in known:
             total = totals.setdefault(name, [0, 0.0])
             total[0] += 1
@@ -116,13 +120,6 @@ def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:
             if line.name.startswith(("XLA ", "Steps")):
                 continue
             for event in line.events:
-                told = {key: str(value) for key, value in _stats(event) if key in ("hlo_op", "hlo_module")}
+                told = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
                 if told.get("hlo_module", module) == module:
                     yield told.get("hlo_op", event.name), 1e-9 * event.duration_ns
-
-
-def _stats(event: Any) -> Any:
-    # The type of what this returns warns when it is made first (jax 0.12); as an error that aborts the process.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return event.stats

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def answer(number: int) -> None:
     sys.stdout.flush()
 
 
-def become(question: dict, main: object) -> None:
+def become(question: dict, main: Callable[[list[str]], int]) -> None:
     import resource
 
     for number, name in ((1, "out"), (2, "err")):
@@ -138,7 +138,7 @@ def become(question: dict, main: object) -> None:
     if question["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["largest_file"],) * 2)
     # As a program of its own ends: with its exit handlers.
-    sys.exit(main(question["words"]))  # type: ignore[operator]
+    sys.exit(main(question["words"]))
 
 
 if __name__ == "__main__":
