@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from .check import check_arguments, check_fns
+from .check import check_arguments
+from .check_fns import check_fns
 from .ends import Wants
 from .execute import Bubbles, run_turns
 from .lower import lower
