@@ -8,6 +8,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
+from .check import check_hidden
 from .config import ModelConfig
 from .flash import attend_causally
 from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
@@ -38,7 +39,12 @@ class Attention(nnx.Module):
         self.key_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """x[B@data, T, D] -> y[B@data, T, D]."""
+        """x[B@data, T, D] -> y[B@data, T, D].
+
+        Raises:
+            ModelError: x has other dimensions, or no token.
+        """
+        check_hidden(x_BTD, self.config.hidden_size, layer="attention")
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .check import check_token_ids
 from .config import ModelConfig
 from .linear import INIT_STD, make_param
 
@@ -30,9 +31,17 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None) -> jax.Array:
         """tokens[B@data, T] -> x[B@data, T, D] in the compute dtype.
 
+        The row of an id outside of the vocabulary is NaN, on every mesh.
+
         Args:
             positions_BT: where the tokens stand; 0 to T - 1 if left out.
+
+        Raises:
+            ModelError: tokens are no integers [B, T], or more than there are learned positions for.
+            ShardingError: B does not split over `data`, or V over its axes.
         """
+        limit = self.config.max_tokens if self.positions is not None and positions_BT is None else None
+        check_token_ids(tokens_BT, max_tokens=limit)
         x_BTD = lookup(self.table[...], tokens_BT, rules=self.rules)
         if self.positions is not None:
             place_PD = self.positions[...]
@@ -47,9 +56,20 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
     table[V@tensor, D], tokens[B@data, T] -> rows[B@data, T, D]; one all-reduce over `tensor`.
 
     Each device looks up the tokens of its own slice and adds zeros for the others. Where an axis of the vocabulary is
-    manual, the table is this device's block of it and the rows are summed over that axis too.
+    manual, the table is this device's block of it and the rows are summed over that axis too. An id below 0, or that
+    no slice has, gets a row of NaN: left to the gather it would read another word's row, another one on each mesh.
+
+    Raises:
+        ShardingError: V does not split over its axes, or B over `data`.
     """
+    rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
+    rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
     auto, manual = rules.auto_axes("vocab"), rules.manual_axes("vocab")
+    # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
+    tokens_BT = tokens_BT if tokens_BT.dtype.itemsize > 4 else tokens_BT.astype(jnp.int32)
+    num_words = table_VD.shape[0] * (jax.lax.axis_size(manual) if manual else 1)
+    is_word_BT = (tokens_BT >= 0) & (tokens_BT < num_words)
+    tokens_BT = jnp.where(is_word_BT, tokens_BT, 0).astype(jnp.int32)
     if manual:
         tokens_BT = tokens_BT - jax.lax.axis_index(manual) * table_VD.shape[0]
     if auto:
@@ -59,7 +79,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
         rows_BTD = jnp.where(is_mine_BT[..., None], table_VD[jnp.where(is_mine_BT, tokens_BT, 0)], 0.0)
     else:
         rows_BTD = table_VD[tokens_BT]
-    return jax.lax.psum(rows_BTD, manual) if manual else rows_BTD
+    rows_BTD = jax.lax.psum(rows_BTD, manual) if manual else rows_BTD
+    return jnp.where(is_word_BT[..., None], rows_BTD, jnp.nan)
 
 
 # The axis is made manual because XLA's partitioner crashes on a gather from an automatically split operand inside a

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .check import check_features
 from .product import Matmuls, multiply
 
 INIT_STD = 0.02
@@ -55,7 +56,8 @@ hide_reduction.defvjp(lambda *both: (both, None), lambda _, grads: jax.lax.optim
 class ColumnLinear(nnx.Module):
     """A linear layer whose output features are split over the axis of `dim`.
 
-    x[B@data, T, D] @ kernel[D, F@tensor] + bias[F@tensor] -> y[B@data, T, F@tensor]
+    x[B@data, T, D] @ kernel[D, F@tensor] + bias[F@tensor] -> y[B@data, T, F@tensor], or any leading dimensions, of
+    which the first is the batch.
 
     Forward: no communication. Backward: one all-reduce of dx over `tensor`.
 
@@ -87,14 +89,20 @@ class ColumnLinear(nnx.Module):
         self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0) if bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """x[B@data, T, D] -> y[B@data, T, F@tensor]."""
+        """x[B@data, T, D] -> y[B@data, T, F@tensor].
+
+        Raises:
+            ModelError: x has another number of features.
+            ShardingError: F does not split over the axis of `dim`, or B over `data`.
+        """
+        check_features(x_BTD, self.kernel.shape[0], layer="ColumnLinear")
         kernel = self.kernel[...].astype(self.dtype)
         if self.rules.parts_in_context(self.dim) > 1:
             x_BTD, kernel = hide_reduction(x_BTD, kernel)
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
-            y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
-        return self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
+            y_BTF = _add_bias(y_BTF, self.bias[...])
+        return self.rules.constrain(y_BTF, _dims_of(y_BTF, self.dim))
 
 
 class JoinedLinear(nnx.Module):
@@ -121,15 +129,17 @@ class JoinedLinear(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
+        check_features(x_BTD, self.kernel.shape[0], layer="JoinedLinear")
         x_BTD, kernel = hide_reduction(x_BTD, self.kernel[...].astype(self.dtype))
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
-            y_BTF = y_BTF + self.bias[...].astype(self.dtype)[None, None]
-        y_BTF = self.rules.constrain(y_BTF, ("batch", "tokens", self.dim))
-        y_BTPW, ends = y_BTF.reshape(*x_BTD.shape[:2], self.parts, -1), list(accumulate(self.widths))
+            y_BTF = _add_bias(y_BTF, self.bias[...])
+        dims, lead = _dims_of(y_BTF, self.dim), x_BTD.shape[:-1]
+        y_BTF = self.rules.constrain(y_BTF, dims)
+        y_BTPW, ends = y_BTF.reshape(*lead, self.parts, -1), list(accumulate(self.widths))
         # Not `jnp.split`: its gradient is a concatenation, which XLA does not fuse with what makes the parts.
         pieces = [y_BTPW[..., end - width : end] for width, end in zip(self.widths, ends, strict=True)]
-        return [self.rules.constrain(y.reshape(*x_BTD.shape[:2], -1), ("batch", "tokens", self.dim)) for y in pieces]
+        return [self.rules.constrain(y.reshape(*lead, -1), dims) for y in pieces]
 
     def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> jax.Array:
         joined = jnp.concatenate(pieces, axis=-1)
@@ -147,7 +157,8 @@ def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
 class RowLinear(nnx.Module):
     """A linear layer whose input features are split over the axis of `dim`.
 
-    x[B@data, T, F@tensor] @ kernel[F@tensor, D] + bias[D] -> y[B@data, T, D]
+    x[B@data, T, F@tensor] @ kernel[F@tensor, D] + bias[D] -> y[B@data, T, D], or any leading dimensions, of which the
+    first is the batch.
 
     Each device holds a partial sum, so forward costs one all-reduce of y over `tensor`; backward costs nothing.
     Where the axis is manual (inside `shard_map`, for inference), x is this device's block of it.
@@ -180,9 +191,26 @@ class RowLinear(nnx.Module):
         self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
-        """x[B@data, T, F@tensor] -> y[B@data, T, D]."""
+        """x[B@data, T, F@tensor] -> y[B@data, T, D].
+
+        Raises:
+            ModelError: x has another number of features.
+            ShardingError: F does not split over the axis of `dim`, or B over `data`.
+        """
+        check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
+        self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
         axes = self.rules.manual_axes(self.dim)
-        y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, ("batch", "tokens", "embed"))
+        y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, _dims_of(y_BTD, "embed"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
-        return y_BTD if self.bias is None else y_BTD + self.bias[...].astype(self.dtype)[None, None]
+        return y_BTD if self.bias is None else _add_bias(y_BTD, self.bias[...])
+
+
+def _add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """y[..., F] + bias[F], in the type of y; written so that strict rank promotion allows it."""
+    return y + jnp.expand_dims(bias_F.astype(y.dtype), tuple(range(y.ndim - 1)))
+
+
+def _dims_of(y: jax.Array, last: str) -> tuple[str | None, ...]:
+    """The logical dimensions of y[B, ..., F]."""
+    return (*("batch", *[None] * y.ndim)[: y.ndim - 1], last)

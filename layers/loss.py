@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .check import check_features, check_targets
 from .linear import spread
 
 CHUNK_TOKENS = 1024
@@ -30,11 +31,18 @@ def cross_entropy(
 
     logits[B@data, T, V@tensor], targets[B@data, T], weights[B@data, T] -> []
 
-    Weights that sum to 1 over the whole batch make it the mean; a token of weight 0 is masked. Costs three all-reduces
+    Weights that sum to 1 over the whole batch make it the mean; a token of weight 0 is masked. A target outside of the
+    vocabulary makes loss and gradients NaN, unless it is masked. Costs three all-reduces
     of [B, T] over `tensor` (maximum, normaliser, target logit); the logits are never gathered. Where an axis of the
     vocabulary is manual, the logits are this device's block of it and the same is summed over that axis too.
+
+    Raises:
+        ModelError: targets or weights are not one for each token, or targets are no integers.
     """
-    return (weights_BT * _compare(logits_BTV, targets_BT, rules.manual_axes("vocab")).loss).sum()
+    check_targets(targets_BT, weights_BT, shape=logits_BTV.shape[:-1])
+    axes = rules.manual_axes("vocab")
+    targets_BT, weights_BT = _spoil_unknown(targets_BT, weights_BT, logits_BTV.shape[-1], axes)
+    return (weights_BT * _compare(logits_BTV, targets_BT, axes).loss).sum()
 
 
 def projected_cross_entropy(
@@ -57,8 +65,33 @@ def projected_cross_entropy(
     >>> x, table = jnp.ones((2, 16, 64)), jnp.ones((256, 64))
     >>> float(projected_cross_entropy(x, table, jnp.zeros((2, 16), int), jnp.full((2, 16), 1 / 32)))
     5.545...
+
+    Raises:
+        ModelError: targets or weights are not one for each token, targets are no integers, or x and the table have
+            other numbers of features.
+        ShardingError: B does not split over `data`, or V over its axes.
     """
+    check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
+    check_targets(targets_BT, weights_BT, shape=x_BTD.shape[:-1])
+    rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
+    rules.check_in_context(("batch", "tokens", "embed"), shape=x_BTD.shape, name="x")
+    manual = rules.manual_axes("vocab")
+    targets_BT, weights_BT = _spoil_unknown(targets_BT, weights_BT, table_VD.shape[0], manual)
     return _project(x_BTD, table_VD, targets_BT, weights_BT, rules)
+
+
+def _spoil_unknown(
+    targets_BT: jax.Array, weights_BT: jax.Array, num_words: int, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Return targets as int32, and weights that are NaN where a target is no word; a weight of 0 stays 0.
+
+    Args:
+        num_words: of this device's block, over manual `axes`.
+    """
+    num_words *= jax.lax.axis_size(axes) if axes else 1
+    targets_BT = targets_BT if targets_BT.dtype.itemsize > 4 else targets_BT.astype(jnp.int32)
+    is_fine_BT = (targets_BT >= 0) & (targets_BT < num_words) | (weights_BT == 0)
+    return targets_BT.astype(jnp.int32), jnp.where(is_fine_BT, weights_BT, jnp.nan)
 
 
 class _Compared(NamedTuple):

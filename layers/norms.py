@@ -18,7 +18,13 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.hidden_size, scale_metadata=named, **shared)
     return nnx.LayerNorm(
-        config.hidden_size, use_bias=config.other_bias == "on", scale_metadata=named, bias_metadata=named, **shared
+        config.hidden_size,
+        use_bias=config.other_bias == "on",
+        # Flax's fast variance, E[x^2] - E[x]^2, loses every digit where the mean is 1,000 times the deviation.
+        use_fast_variance=False,
+        scale_metadata=named,
+        bias_metadata=named,
+        **shared,
     )
 
 

@@ -19,20 +19,22 @@ Matmuls = Literal["plain", "fp8"]
 _VALUE, _GRADIENT = "float8_e4m3fn", "float8_e5m2"
 
 
-def multiply(x_BTD: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain") -> jax.Array:
-    """Return x[B, T, D] @ kernel[D, ...] -> y[B, T, ...] in `dtype`.
+def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain") -> jax.Array:
+    """Return x[..., D] @ kernel[D, ...] -> y[..., ...] in `dtype`.
 
     With "fp8" the residual of the backward is x in eight bits, half of what bfloat16 keeps.
 
     Raises:
         ModelError: "fp8" without the package qwix.
     """
-    x_BTD, kernel = x_BTD.astype(dtype), kernel.astype(dtype)
+    lead, (num_features, *features) = x.shape[:-1], kernel.shape
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     if matmuls == "plain":
         # In two dims: where a weight gradient sums over two, XLA's CPU backend turns an activation around first.
-        y = jax.lax.dot_general(x_BTD.reshape(-1, x_BTD.shape[-1]), kernel, (((1,), (0,)), ((), ())))
-        return y.reshape(*x_BTD.shape[:2], *y.shape[1:])
-    return _multiply_fp8(x_BTD, kernel)
+        y = jax.lax.dot_general(x.reshape(-1, num_features), kernel, (((1,), (0,)), ((), ())))
+    else:
+        y = _multiply_fp8(x if x.ndim == 3 else x.reshape(1, -1, num_features), kernel)
+    return y.reshape(*lead, *features)
 
 
 @jax.custom_vjp

@@ -130,9 +130,23 @@ class ShardingRules:
         """Return x with the compiler told where its dimensions live, on the mesh of the context if there is one.
 
         Axes that are manual here (inside `shard_map`) or of size 1 are left out: on them x is already a block.
+
+        Raises:
+            ShardingError: a dimension is no multiple of its mesh axis.
         """
+        self.check_in_context(dims, shape=x.shape, name="an activation")
         spec = [_as_entry(self.auto_axes(dim)) for dim in dims]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
+
+    def check_in_context(self, dims: Sequence[str | None], *, shape: Sequence[int], name: str) -> None:
+        """Raise unless an array of `shape` splits as the compiler is to split it on the mesh of the context.
+
+        Raises:
+            ShardingError: a dimension is no multiple of its mesh axis, or the number of dimensions differs.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = {axis: mesh.shape[axis] for dim in dims for axis in self.auto_axes(dim)}
+        self.check(dims, shape=shape, sizes=sizes, name=name)
 
     def auto_axes(self, dim: str | None) -> tuple[str, ...]:
         """Return the axes of `dim` that the mesh of the context leaves to the compiler, those of several devices."""

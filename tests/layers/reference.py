@@ -1,0 +1,124 @@
+"""Every layer once more, written from its formula in plain jnp and run in float64: what the law is held against.
+
+The law compares a mesh with one device, so a fault that both share passes it. Nothing here is used by a layer, nothing
+here uses one. Shapes and names are those of the parameters of `trellax.layers`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from trellax.layers import ModelConfig
+
+Params = dict[str, Any]
+
+
+def in_float64(run: Callable[..., Any], *args: Any) -> Any:
+    """Return run(*args) as numpy arrays, with every float in float64."""
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        wide = jax.tree.map(lambda leaf: leaf.astype(np.float64) if leaf.dtype.kind == "f" else leaf, args)
+        return jax.tree.map(np.asarray, jax.jit(run)(*wide))
+
+
+def vjp_in_float64(run: Callable[..., Any], params: Params, x: np.ndarray, cotangent: np.ndarray) -> Params:
+    """Return the output, and the gradients of its product with `cotangent`: as `Probe.answer` has them."""
+
+    def backward(params: Params, x: jax.Array, cotangent: jax.Array) -> Params:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            y, vjp = jax.vjp(lambda params: run(params, x), params)
+            return {"y": y, "grads": vjp(cotangent)[0]}
+        y, vjp = jax.vjp(run, params, x)
+        grads, grad_x = vjp(cotangent)
+        return {"y": y, "grads": grads, "x": grad_x}
+
+    return in_float64(backward, params, x, cotangent)
+
+
+def linear(params: Params, x: jax.Array) -> jax.Array:
+    return x @ params["kernel"] + params.get("bias", 0.0)
+
+
+def norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    if config.norm == "layernorm":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return rms_norm(config, params, x) + params.get("bias", 0.0)
+
+
+def rms_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_epsilon) * params["scale"]
+
+
+def rope_angles(config: ModelConfig, num_tokens: int) -> jax.Array:
+    """The angle of each pair at each position, [T, H/2]; Llama 3.1's smoothing by wavelength."""
+    frequencies = []
+    for i in range(config.head_size // 2):
+        frequency = config.rope_theta ** (-2 * i / config.head_size)
+        scaled, wavelength = frequency / config.rope_factor, 2 * np.pi / frequency
+        if config.rope_scaling == "llama3":
+            short = config.rope_original_tokens / config.rope_high_frequency_factor
+            long = config.rope_original_tokens / config.rope_low_frequency_factor
+            low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+            smooth = (config.rope_original_tokens / wavelength - low) / (high - low)
+            mixed = smooth * frequency + (1 - smooth) * scaled
+            scaled = frequency if wavelength < short else scaled if wavelength > long else mixed
+        frequencies.append(scaled)
+    return jnp.arange(num_tokens)[:, None] * jnp.asarray(frequencies)[None]
+
+
+def rotate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """x[B, T, N, H], each pair (i, i + H/2) as a complex number turned by its angle."""
+    half = config.head_size // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * rope_angles(config, x.shape[1]))[None, :, None]
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def attention(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    num_sequences, num_tokens, _ = x.shape
+    heads = (num_sequences, num_tokens, -1, config.head_size)
+    q, k, v = (linear(params[name], x).reshape(heads) for name in ("query", "key", "value"))
+    if config.qk_norm == "on":
+        q, k = rms_norm(config, params["query_norm"], q), rms_norm(config, params["key_norm"], k)
+    if config.positions == "rotary":
+        q, k = rotate(config, q), rotate(config, k)
+    k, v = (jnp.repeat(leaf, config.num_heads // config.num_kv_heads, axis=2) for leaf in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(config.head_size)
+    behind = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)[None]
+    is_seen = (behind >= 0) & (behind < (config.attention_window or num_tokens))
+    shares = jax.nn.softmax(jnp.where(is_seen[None, None], scores, -jnp.inf), axis=-1)
+    return linear(params["out"], jnp.einsum("bnts,bsnh->btnh", shares, v).reshape(num_sequences, num_tokens, -1))
+
+
+def mlp(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    up = linear(params["up"], x)
+    if config.mlp == "swiglu":
+        gate = linear(params["gate"], x)
+        return linear(params["down"], gate / (1 + jnp.exp(-gate)) * up)
+    # GPT-2's GELU is the approximation by tanh (Hendrycks and Gimpel 2016, section 2).
+    inner = jnp.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
+    return linear(params["down"], 0.5 * up * (1 + inner))
+
+
+def block(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    x = x + attention(config, params["attention"], norm(config, params["attention_norm"], x))
+    return x + mlp(config, params["mlp"], norm(config, params["mlp_norm"], x))
+
+
+def embedding(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    x = params["table"][tokens]
+    return x + params["positions"][None, : tokens.shape[1]] if config.positions == "learned" else x
+
+
+def transformer(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """Logits [B, T, V]."""
+    x = embedding(config, params["embed"], tokens)
+    for index in range(config.num_layers):
+        x = block(config, jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"]), x)
+    table = params["head"].get("table", params["embed"]["table"])
+    return norm(config, params["head"]["norm"], x) @ table.T
+
+
+def loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
+    return -(weights * own).sum()
