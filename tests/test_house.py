@@ -59,7 +59,7 @@ def tree_entries() -> list[str]:
 
 
 PYTHON = [path for path in files_of(*PACKAGES, "benchmarks", "tests") if path.suffix == ".py"]
-TEXTS = [*(path for path in ROOT.iterdir() if path.is_file()), *files_of(*FOLDERS)]
+TEXTS = [*(path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"), *files_of(*FOLDERS)]
 COMMANDS = [
     line.partition("  #")[0].rstrip()
     for block in blocks_of("bash")

@@ -1,4 +1,4 @@
-"""Layers say what is wrong with an array's shape or type, and work on any leading dimensions where that has a meaning."""
+"""Layers refuse arrays of a wrong shape or type, and linear ones take any leading dimensions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,13 @@ from trellax.meshes import ModelError, ShardingError
 from .sharded import differing, mesh_of, normal, small_config
 
 MESHES = ["tensor=1", "tensor=4", "data=2,tensor=2"]
-ZEROS = np.zeros((2, 4), np.int32)
-ONES = np.ones((2, 4), np.float32)
+ZEROS: Any = np.zeros((2, 4), np.int32)
+ONES: Any = np.ones((2, 4), np.float32)
+
+
+def model(style: str) -> Any:
+    return nnx.eval_shape(lambda: Transformer(small_config(style), rngs=nnx.Rngs(0)))
+
 
 MISTAKES: dict[str, Callable[[], Any]] = {
     "too_many_tokens": lambda: model("gpt")(np.zeros((2, 17), np.int32)),
@@ -38,13 +43,9 @@ SPLITS: dict[str, Callable[[], Any]] = {
     "row_ffn": lambda: RowLinear(254, 16, dim="ffn", rngs=nnx.Rngs(0))(jnp.ones((2, 3, 254))),
     "column_batch": lambda: ColumnLinear(16, 8, dim="ffn", rngs=nnx.Rngs(0))(jnp.ones((3, 16))),
     "table": lambda: lookup(jnp.ones((65, 4)), ZEROS),
-    "lookup_batch": lambda: lookup(jnp.ones((64, 4)), np.zeros((3, 4), np.int32)),
+    "lookup_batch": lambda: lookup(jnp.ones((64, 4)), jnp.zeros((3, 4), jnp.int32)),
     "head_table": lambda: projected(jnp.ones((2, 4, 8)), jnp.ones((65, 8)), ZEROS, ONES),
 }
-
-
-def model(style: str) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(small_config(style), rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -102,7 +103,7 @@ def assert_rows(rows: np.ndarray, table: np.ndarray, ids: np.ndarray) -> None:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_target_outside_of_the_vocabulary_spoils_the_loss_unless_it_is_masked(mesh: str) -> None:
-    x, table, targets = normal(2, 4, 8), normal(64, 8), ZEROS.copy()
+    x, table, targets = jnp.asarray(normal(2, 4, 8)), jnp.asarray(normal(64, 8)), ZEROS.copy()
     targets[0, 1], targets[1, 2] = 64, -100
     masked = ONES.copy()
     masked[0, 1] = masked[1, 2] = 0

@@ -17,9 +17,9 @@ from .sharded import STYLES, Probe, differing, draw_params, normal, small_config
 
 TOLERANCE = 1e-5
 X = normal(2, 12, 32)
-TOKENS = np.random.default_rng(5).integers(0, 64, (2, 12)).astype(np.int32)
-TARGETS = np.random.default_rng(6).integers(0, 64, (2, 12)).astype(np.int32)
-WEIGHTS = np.random.default_rng(7).integers(0, 3, (2, 12)).astype(np.float32) / 24
+TOKENS: Any = np.random.default_rng(5).integers(0, 64, (2, 12)).astype(np.int32)
+TARGETS: Any = np.random.default_rng(6).integers(0, 64, (2, 12)).astype(np.int32)
+WEIGHTS: Any = np.random.default_rng(7).integers(0, 3, (2, 12)).astype(np.float32) / 24
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "llama": {"num_kv_heads": 2, "embeddings": "untied"},
