@@ -21,7 +21,7 @@ from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
-from .metrics import summary_values
+from .metrics import NO_SCHEDULE, summary_values
 from .plan_command import add_plan_arguments, run_plan
 from .processes import add_process_arguments, join_run
 from .report import describe
@@ -71,8 +71,9 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
         return 0
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
+    schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
     print(
-        f"{summary.steps} steps on {summary.mesh} with {summary.schedule} in {summary.wall_time_s:.0f} s{pace}\n"
+        f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
         f"train loss {_loss_text(summary.final_train_loss)}   "
         f"validation loss {_loss_text(summary.final_val_loss)}\n"
         f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"

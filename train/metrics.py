@@ -22,6 +22,8 @@ from tensorboardX.summary import scalar
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
+NO_SCHEDULE = "none"
+"""The schedule of a run without a pipeline."""
 _FLUSH_EVERY_S = 30
 _EVENTS: Any = event_pb2
 """Its classes are made when it is imported, so no type checker knows them."""

@@ -28,24 +28,21 @@ class StepProgress:
             TextColumn("training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[tokens_per_s]:,.0f} tokens/s"),
+            TextColumn("{task.fields[pace]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            "training", total=steps, completed=first_step, loss=float("nan"), tokens_per_s=0
-        )
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, pace="")
 
     def advance(self, step: int, *, loss: float, tokens_per_s: float) -> None:
         """Show that `step` steps are done."""
-        self._bar.update(self._task, completed=step, loss=loss, tokens_per_s=tokens_per_s)
+        pace = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, pace=pace)
         if not self._console.is_terminal and (step % self._every == 0 or step == self._steps):
-            line = f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
-            say(self._console, line)
+            say(self._console, f"step {step}/{self._steps}  {pace}")
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -18,6 +18,7 @@ from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
 from .metrics import (
+    NO_SCHEDULE,
     MetricsLog,
     NoLog,
     Summary,
@@ -39,10 +40,15 @@ from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
 from .together import is_first, text_of_first
+from .validation_batches import ValidationBatches
 from .xla import compile_for
 
 _MOST_BAD_STEPS = 10
 """Bad steps in a row that are left out; more are no accident of the data."""
+
+_FEWEST_TIMED = 10
+"""Fewest steps over which speed is a mean. The end of a step is seen while the next one runs: on devices that share the
+host's cores it is seen late, and the last step, after which none runs, would seem to take no time."""
 
 
 class Run:
@@ -66,27 +72,22 @@ class Run:
         # Where batches had another size, the first one starts where the last one ended.
         seen = seal.data.get("sequences") if seal else None
         first_sequence = 0 if seen is None else seen - self.first_step * batch_size
-        self.train_batches, self.val_batches = (
-            Batches(
-                tokens,
-                seq_len=self.config.data.seq_len,
-                batch_size=batch_size,
-                microbatches=self.config.pipeline.microbatches,
-                seed=self.config.run.seed,
-                first_sequence=first,
-            )
-            for tokens, first in ((corpus.train, first_sequence), (corpus.validation, 0))
-        )
+        section, tokens = self.config.train, self.config.data.seq_len
+        cut = {"seq_len": tokens, "batch_size": batch_size, "microbatches": self.config.pipeline.microbatches}
+        seed = self.config.run.seed
+        self.train_batches = Batches(corpus.train, **cut, seed=seed, first_sequence=first_sequence)
+        self.val_batches = ValidationBatches(corpus.validation, **cut, most=section.eval_batches)
+        self._say_short_validation()
         self.train_step = self._compile("train step", make_train_step(setup))
         self.eval_step = self._compile("validation", make_eval_step(setup))
-        section, tokens = self.config.train, self.config.data.seq_len
         self.tokens_per_step = section.batch_size * tokens
         flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
-        self.mfu_per_token_per_s = flops / peak_flops_per_s(setup.mesh)
+        peak = peak_flops_per_s(setup.mesh)
+        self.mfu_per_token_per_s = None if peak is None else flops / peak
         # A run resumed at its end takes no step: its last loss is the one on record.
         lines = read_metrics(self.config.run_folder) if seal else []
         self.last_loss: float | None = last_loss(lines, step=self.first_step)
-        self.pace, self.profile = Pace(window=section.log_every), profile
+        self.pace, self.profile = Pace(window=max(section.log_every, _FEWEST_TIMED)), profile
         self._bad_in_a_row = 0
 
     def take_steps(self, stop: StopRequest) -> None:
@@ -135,10 +136,9 @@ class Run:
         self.pace.restart()
 
     def validate(self) -> float:
-        """Return the mean loss of the held-out batches, the same ones every time."""
-        batches = range(self.config.train.eval_batches)
-        losses = [self.eval_step(self.state, self._place(self.val_batches[index])) for index in batches]
-        return float(np.mean(jax.device_get(losses)))
+        """Return the mean loss of the held-out sequences, the same ones every time."""
+        losses = [self.eval_step(self.state, self._place(batch)) for batch in self.val_batches]
+        return float(np.sum(jax.device_get(losses)))
 
     def save(self) -> None:
         """Start to save the state as it is, unless it is saved already."""
@@ -166,7 +166,7 @@ class Run:
             tokens_per_s=self.tokens_per_step / self.pace.mean_step_time_s,
             wall_time_s=time.perf_counter() - start_s,
             mesh=str(mesh_sizes(self.setup.mesh)),
-            schedule=self.setup.schedule.name,
+            schedule=self.setup.schedule.name if self.setup.schedule.num_ranks > 1 else NO_SCHEDULE,
             folder=str(folder),
         )
         if steps == self.first_step:
@@ -206,13 +206,24 @@ class Run:
                     "tokens_per_s": tokens_per_s,
                     "step_time_s": self.pace.step_time_s,
                     **self.pace.parts_s,
-                    "mfu": tokens_per_s * self.mfu_per_token_per_s,
+                    "mfu": self._mfu(tokens_per_s),
                     "peak_memory_bytes": peak_memory_bytes(),
                     "skipped": None if is_taken else 1,
                 },
             )
         if not is_taken:
             self._stop_or_skip(step, metrics)
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """Model flops utilization; None where no peak is known, or more than all of it would be used."""
+        mfu = None if self.mfu_per_token_per_s is None else tokens_per_s * self.mfu_per_token_per_s
+        return None if mfu is None or mfu > 1 else mfu
+
+    def _say_short_validation(self) -> None:
+        asked = self.config.train.eval_batches * self.config.train.batch_size
+        if (found := self.val_batches.num_sequences) < asked:
+            text = f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}"
+            say(self.console, text)
 
     def _stop_or_skip(self, step: int, metrics: StepMetrics) -> None:
         what = describe_bad_step(step, metrics, spike_ratio=self.config.train.spike_ratio)

@@ -101,3 +101,12 @@ def test_a_step_takes_as_long_whatever_comes_between_steps(
     taken.take_steps(SimpleNamespace(is_due=lambda step: False))
     assert recent_s == [STEP_S] * 9
     assert taken.pace.mean_step_time_s == STEP_S
+
+
+@pytest.mark.parametrize(("peak", "expected"), [(None, None), (0.1, 0.5), (0.5, None)])
+def test_utilization_of_an_unknown_peak_or_above_all_of_it_is_not_shown(
+    peak: float | None, expected: float | None
+) -> None:
+    taken: Any = object.__new__(Run)
+    taken.mfu_per_token_per_s = peak
+    assert taken._mfu(5.0) == expected
