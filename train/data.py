@@ -15,6 +15,7 @@ import numpy as np
 
 from ..meshes import DataError, suggest
 from .config import DataSection
+from .corpus_files import check_named_once, check_text_file, check_token_file
 from .tokenizer import ModelTokenizer, load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -56,7 +57,7 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
         return replace(corpus, mapped={files[0]: files[0].stat().st_size}) if len(files) == 1 else corpus
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
-        tokens = np.frombuffer(b"".join(text for _, text in documents), np.uint8)
+        tokens = np.frombuffer(_join_texts([text for _, text in documents]), np.uint8)
         return _cut(tokens, f"bytes of {what}", data=data)
     tokenizer = load_tokenizer(data.tokenizer)
     _check_tokenizer(tokenizer, vocab_size=vocab_size)
@@ -118,7 +119,16 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
     if data.source == "stdlib":
         return _read_stdlib()
     files = _find_files(data.paths)
+    for file in files:
+        check_text_file(file)
     return [(str(file), _read_bytes(file)) for file in files], _count(len(files), "text file")
+
+
+def _join_texts(texts: Sequence[bytes]) -> bytes:
+    """Return texts one after another, a line break between two of which the first ends within a line."""
+    texts = [text for text in texts if text]
+    ended = [text if text.endswith(b"\n") else text + b"\n" for text in texts[:-1]]
+    return b"".join([*ended, *texts[-1:]])
 
 
 def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
@@ -142,6 +152,7 @@ def _is_library(name: Path) -> bool:
 
 
 def _find_files(paths: Sequence[str]) -> list[Path]:
+    check_named_once([path for path in paths if not glob.has_magic(path)])
     files = [file for path in paths for file in _match_files(path)]
     if not files:
         raise DataError("data.paths is empty, so there is nothing to read.", fix="name files or globs in data.paths.")
@@ -192,6 +203,7 @@ def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
                 fix="save it as uint16 or uint32 with one dimension.",
             )
         return tokens
+    check_token_file(file, dtype)
     if size % dtype.itemsize:
         raise DataError(
             f"{file}: {size} bytes are no whole number of {dtype} tokens: {size} / {dtype.itemsize} = "
