@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def run_schedule(args: argparse.Namespace) -> int:
     if args.compare:
         _compare(args)
         return 0
-    schedule = load_schedule(args.file) if args.file else _build(args.name, args, num_chunks=args.chunks)
+    schedule = load_schedule(args.file, say=_say) if args.file else _build(args.name, args, num_chunks=args.chunks)
     timing = _simulate(schedule, args)
     is_saved = _save(schedule, args)
     if args.json:
@@ -54,6 +55,10 @@ def run_schedule(args: argparse.Namespace) -> int:
         console.print(_draw_grid(schedule, width=console.width if console.is_terminal else None))
     console.print(_describe(schedule, timing, args), markup=False)
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _build(name: str, args: argparse.Namespace, *, num_chunks: int | None) -> Schedule:

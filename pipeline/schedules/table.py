@@ -1,13 +1,16 @@
 """Schedules as CSV files: a row a rank, a cell a tick, `+` between the actions of a cell, an empty cell for idle.
 
-A file gives each rank's order; blanks are only drawing. Compute-only files of torch.distributed.pipelining load, and
-a schedule with one action a cell is saved as such a file. Torch 2.5 wrote B for the input gradient where there is a W;
-those files load too.
+A file gives each rank's order; ticks are found anew. Files of torch.distributed.pipelining load: what they say of
+sending, gathering and summing is left out, since the executor does these by itself. A schedule with one action a cell
+is saved in torch's compute-only format. Torch 2.5 wrote B for the input gradient where there is a W; those files load
+too.
 """
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -19,12 +22,18 @@ from .place import Vocab, schedule_from_orders
 
 _LONGEST_CELL = 24
 
+_NOT_OURS = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
+"""Actions of torch.distributed.pipelining that need nothing of a schedule."""
 
-def load_schedule(path: str | Path, *, vocab: Vocab = "ends") -> Schedule:
+
+def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None) -> Schedule:
     """Return the schedule in a CSV file, by the name of the file.
 
     >>> load_schedule("mine.csv").num_ranks
     4
+
+    Args:
+        say: is told what of the file was left out, and whether its ticks were kept.
 
     Raises:
         ScheduleError: the file is missing, empty, has a cell that is no action, or is an order that cannot run.
@@ -40,24 +49,30 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends") -> Schedule:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ScheduleError(f"{str(path)!r} cannot be read: {why}.", fix="give the path of a CSV file.") from error
-    return schedule_from_csv(text, name=path.name, vocab=vocab)
+    return schedule_from_csv(text, name=path.name, vocab=vocab, say=say)
 
 
-def schedule_from_csv(text: str, *, name: str, vocab: Vocab = "ends") -> Schedule:
+def schedule_from_csv(
+    text: str, *, name: str, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None
+) -> Schedule:
     r"""Return the schedule that runs each row's actions in their order; ticks, chunks and microbatches are found.
 
     >>> print(schedule_from_csv("0F0,,0B0\n,1F0,1B0\n", name="mine"))
     rank 0 | 0F0   .   . 0B0
     rank 1 |   . 1F0 1B0   .
 
+    Args:
+        say: is told what of the text was left out, and whether its ticks were kept.
+
     Raises:
         ScheduleError: a cell is no action, is on the wrong rank or repeats one, an action is missing, or ranks wait
             for each other.
     """
-    rows = _split_rows(text, name)
+    rows = _leave_out(_split_rows(text, name), say)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}
-    for rank, column, action in _spell_halves(list(_read_actions(rows, name))):
+    cells = _spell_halves(list(_read_actions(rows, name)))
+    for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
         if action.stage % len(rows) != rank:
             raise ScheduleError(
@@ -70,13 +85,15 @@ def schedule_from_csv(text: str, *, name: str, vocab: Vocab = "ends") -> Schedul
         seen[action] = place
         orders[rank].append(action)
     _check_complete(seen, name, num_ranks=len(rows))
-    return schedule_from_orders(
+    schedule = schedule_from_orders(
         orders,
         name=name,
         num_microbatches=1 + max(action.microbatch for action in seen),
         num_chunks=1 + max(action.stage for action in seen) // len(rows),
         vocab=vocab,
     )
+    _say_moved(schedule, {action: column for _, column, action in cells}, say)
+    return schedule
 
 
 def schedule_to_csv(schedule: Schedule) -> str:
@@ -100,6 +117,27 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
     if not any(cell.strip() for row in rows for cell in row):
         raise ScheduleError(f"{name} is empty.", fix="write a row a rank and a cell a tick, such as 0F0,,0B0.")
     return rows
+
+
+def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
+    """Empty the cells of torch's language that ask for nothing that a schedule of ours says."""
+    found = [match[1] for row in rows for cell in row if (match := _NOT_OURS.fullmatch(cell.strip()))]
+    if found:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(found).items()))
+        say(f"left out {counts}: sends, gathers and sums of gradients come by themselves")
+    return [["" if _NOT_OURS.fullmatch(cell.strip()) else cell for cell in row] for row in rows]
+
+
+def _say_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[str], None]) -> None:
+    """Say which actions run at other ticks than the columns of the file."""
+    ticks = {action: tick for tick, cells in enumerate(schedule.ticks) for cell in cells for action in cell}
+    moved = [action for action, column in columns.items() if ticks[action] != column]
+    if moved:
+        first = min(moved, key=columns.__getitem__)
+        say(
+            f"the order of the file is kept, its ticks are not: {len(moved)} of {len(columns)} actions run at others, "
+            f"the first of them {first} at tick {ticks[first]}, not {columns[first]}"
+        )
 
 
 def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[int, int, Action]]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
 from trellax.pipeline.schedules import (
     SCHEDULES,
+    Schedule,
     build_schedule,
     load_schedule,
     schedule_from_csv,
@@ -86,6 +87,32 @@ def test_file_is_named_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text("\ufeff0F0,0B0\n", encoding="utf-8")
     assert load_schedule(path).name == "mine.csv"
+
+
+def load_and_listen(text: str) -> tuple[Schedule, list[str]]:
+    said: list[str] = []
+    return schedule_from_csv(text, name="mine", say=said.append), said
+
+
+def test_actions_of_torch_that_a_schedule_does_not_have_are_left_out_and_said() -> None:
+    text = TORCH_GPIPE.replace("0B1\r", "0B1,0REDUCE_GRAD\r").replace("1B1,\r", "1B1,,1REDUCE_GRAD\r")
+    schedule, said = load_and_listen(text)
+    assert schedule == schedule_from_csv(TORCH_GPIPE, name="mine")
+    assert said == ["left out 2 REDUCE_GRAD: sends, gathers and sums of gradients come by themselves"]
+
+
+def test_lowered_list_of_torch_with_sends_and_gathers_loads() -> None:
+    text = "0UNSHARD,0F0,0SEND_F0,0RECV_B0,0B0,0RESHARD\n1UNSHARD,1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n"
+    schedule, said = load_and_listen(text)
+    assert str(schedule) == str(schedule_from_csv("0F0,,,0B0\n,1F0,1B0,\n", name="mine"))
+    assert len(said) == 2
+    assert said[0].startswith("left out 1 RECV_B, 1 RECV_F, 1 REDUCE_GRAD, 1 RESHARD, 1 SEND_B, 1 SEND_F, 2 UNSHARD:")
+
+
+def test_ticks_that_cannot_be_kept_are_said() -> None:
+    wanted = "the order of the file is kept, its ticks are not: 2 of 4 actions run at others, the first of them 1F0 at "
+    assert load_and_listen("0F0,,,0B0\n1F0,1B0,,\n")[1] == [f"{wanted}tick 1, not 0"]
+    assert load_and_listen("0F0,,,0B0\n,1F0,1B0,\n")[1] == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
