@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ..meshes import ModelError, suggest
+from ..meshes.errors import shown
 
 LARGEST_FUSED_HEAD = 128
 """Features of the largest head that cuDNN's flash attention takes forward and backward on every GPU from Ampere on.
@@ -14,6 +15,10 @@ LARGEST_FUSED_HEAD = 128
 Hopper takes 256, but jax (0.10.2 to 0.12) asks the machine's own GPU whether it is one, not the mesh, and raises where
 there is none: `trellax inspect` could not compile the step that `train` would run. To be raised when jax asks the mesh.
 """
+
+_MOST_LAYERS = 10_000
+_LARGEST_SIZE = 2**31 - 1
+"""Layers are placed one by one; every other size is a dimension of an array, or a position, of 32 bits."""
 
 _ROPE_NUMBERS = ("rope_theta", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
 
@@ -135,6 +140,13 @@ class ModelConfig:
             )
 
     def _check_sizes(self) -> None:
+        for name, kind in ((field.name, field.type) for field in fields(self)):
+            most = _MOST_LAYERS if name == "num_layers" else _LARGEST_SIZE
+            if kind is int and getattr(self, name) > most:
+                raise ModelError(
+                    f"{name}={shown(getattr(self, name))} is too large: {most} is the most.",
+                    fix=f"set {name}={most} or less.",
+                )
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ModelError(

@@ -4,12 +4,13 @@ Tensor parallelism talks most, so `tensor` runs over neighbouring devices (NVLin
 least, so `pipe` is outermost and takes the node boundaries (Narayanan et al. 2021, section 3.2). Read `rules.py` next.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from .errors import MeshError
+from .errors import MeshError, shown
 from .spec import AXES, MeshSpec
 
 
@@ -28,10 +29,27 @@ def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -
     Raises:
         MeshError: the sizes do not multiply to the number of devices.
     """
-    chosen = list(jax.devices() if devices is None else devices)
+    chosen = list(visible_devices() if devices is None else devices)
     resolved = spec.resolve(num_devices=len(chosen))
     chosen.sort(key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
     return jax.make_mesh(_shape(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def visible_devices() -> list[jax.Device]:
+    """Return all devices that jax sees; the first call starts its backend.
+
+    Raises:
+        MeshError: jax has no backend of the platform that was asked for.
+    """
+    try:
+        return jax.devices()
+    # Where a platform is known and its plugin is not installed, jax fails an assertion.
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0] or "its plugin is not installed."
+        raise MeshError(
+            f"jax cannot start on JAX_PLATFORMS={shown(os.environ.get('JAX_PLATFORMS', ''))}: {why}",
+            fix="unset JAX_PLATFORMS, set it to cpu, or install jax for that platform.",
+        ) from None
 
 
 def abstract_mesh(spec: MeshSpec) -> AbstractMesh:

@@ -4,8 +4,10 @@ import os
 
 import jax
 
-from .errors import MeshError
+from .build import visible_devices
+from .errors import MeshError, shown
 from .processes import num_processes
+from .spec import MOST_FAKE_DEVICES
 
 
 def use_fake_devices(num_devices: int) -> None:
@@ -18,17 +20,11 @@ def use_fake_devices(num_devices: int) -> None:
     8
 
     Raises:
-        MeshError: the number is not positive or does not divide by the processes, or jax has already started with
-            other devices.
+        MeshError: the number is not positive, too large or does not divide by the processes, or jax has already
+            started with other devices.
     """
-    if num_devices < 1:
-        raise MeshError(f"fake devices: {num_devices} is not a number of devices.", fix="ask for 1 or more, 8 say.")
     count = num_processes()
-    if num_devices % count:
-        raise MeshError(
-            f"fake devices: {num_devices} do not divide by {count} processes.",
-            fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
-        )
+    _check_number(num_devices, count=count)
     local = num_devices // count
     # XLA sizes its one CPU thread pool by this. A device that waits for its neighbours holds a thread of the pool: the
     # last one that still computes has a thread for every core. More threads would only take turns on the cores. Sums
@@ -41,10 +37,26 @@ def use_fake_devices(num_devices: int) -> None:
     except RuntimeError:
         # Once a backend runs the count is fixed: asking again for the same is no mistake.
         pass
-    visible = jax.devices()
+    visible = visible_devices()
     if len(visible) != num_devices or visible[0].platform != "cpu":
         raise MeshError(
             f"fake devices: asked for {num_devices}, but jax has already started with {len(visible)} "
             f"{visible[0].platform} devices.",
             fix="call use_fake_devices() before anything makes an array.",
+        )
+
+
+def _check_number(num_devices: int, *, count: int) -> None:
+    if num_devices < 1:
+        raise MeshError(f"fake devices: {num_devices} is not a number of devices.", fix="ask for 1 or more, 8 say.")
+    if num_devices > MOST_FAKE_DEVICES:
+        raise MeshError(
+            f"fake devices: {shown(num_devices)} are too many, each of which is threads and memory of this machine; "
+            f"{MOST_FAKE_DEVICES} are the most.",
+            fix="ask for 8 say; `trellax plan` and `trellax inspect` need no devices.",
+        )
+    if num_devices % count:
+        raise MeshError(
+            f"fake devices: {num_devices} do not divide by {count} processes.",
+            fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
         )

@@ -40,7 +40,7 @@ class Processes:
                 fix="give every process an id of its own in that range.",
             )
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or not 0 < int(port) < 65_536:
             raise MeshError(
                 f"--coordinator {self.coordinator}: this is no HOST:PORT.",
                 fix="give the host of process 0 and a free port there, node1:61440 say.",

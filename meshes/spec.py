@@ -6,7 +6,14 @@
 import math
 from dataclasses import dataclass, replace
 
-from .errors import MeshError, suggest
+from .errors import MeshError, shown, suggest
+from .numbers import whole_number
+
+MOST_FAKE_DEVICES = 4096
+"""They start in four seconds; four times as many take a minute."""
+
+_MOST_DEVICES = 1_000_000
+"""Of one axis; the largest machines have some 100,000."""
 
 AXES = ("pipe", "data", "tensor")
 """Mesh axes from the slowest links to the fastest: `tensor` varies fastest over neighbouring devices."""
@@ -36,6 +43,11 @@ class MeshSpec:
                     f"mesh axis {axis}={size} has no devices; a size is 1 or more, or -1 for what is left.",
                     fix=f"set {axis}=1 to leave the axis out.",
                 )
+            if size > _MOST_DEVICES:
+                raise MeshError(
+                    f"mesh axis {axis}={shown(size)} is larger than any machine; {_MOST_DEVICES} is the most.",
+                    fix=f"set {axis} to the devices that you have.",
+                )
         open_axes = [axis for axis, size in self.sizes.items() if size == -1]
         if len(open_axes) > 1:
             raise MeshError(
@@ -64,14 +76,14 @@ class MeshSpec:
         for part in (p.strip() for p in text.split(",") if p.strip()):
             axis, equals, size = (piece.strip() for piece in part.partition("="))
             if axis not in AXES:
-                raise MeshError(f"unknown mesh axis {axis!r}; a mesh has data, tensor, pipe.{suggest(axis, AXES)}")
+                raise MeshError(f"unknown mesh axis {shown(axis)}; a mesh has data, tensor, pipe.{suggest(axis, AXES)}")
             if axis in sizes:
-                raise MeshError(f"mesh axis {axis} is given twice in {text!r}.", fix=f"keep one {axis}=.")
+                raise MeshError(f"mesh axis {axis} is given twice in {shown(text)}.", fix=f"keep one {axis}=.")
             try:
-                sizes[axis] = int(size)
+                sizes[axis] = whole_number(size)
             except ValueError:
-                got = f"{size!r} is not a whole number" if equals else "it has no size"
-                raise MeshError(f"mesh axis {axis} in {text!r}: {got}.", fix=f"write {axis}=2, say.") from None
+                got = f"{shown(size)} is not a whole number" if equals else "it has no size"
+                raise MeshError(f"mesh axis {axis} in {shown(text)}: {got}.", fix=f"write {axis}=2, say.") from None
         return cls(**sizes)
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
@@ -99,11 +111,13 @@ class MeshSpec:
         return replace(self, **{open_axis: num_devices // given})
 
     def _fix(self, num_devices: int) -> str:
+        fits = self.num_devices <= MOST_FAKE_DEVICES
+        other = f", or run with --fake-devices {self.num_devices}." if fits else "."
         for axis, size in self.sizes.items():
             rest = self.num_devices // size
             if num_devices % rest == 0:
-                return f"set {axis}={num_devices // rest}, or run with --fake-devices {self.num_devices}."
-        return f"choose sizes whose product is {num_devices}, or run with --fake-devices {self.num_devices}."
+                return f"set {axis}={num_devices // rest}{other}"
+        return f"choose sizes whose product is {num_devices}{other}"
 
     def __str__(self) -> str:
         return " ".join(f"{axis}={size}" for axis, size in self.sizes.items())

@@ -3,6 +3,7 @@
 All layers are alike, so time is counted in layers; only the ends of the model differ. Read `split.py` next.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,10 +57,13 @@ def balance_layers(
     extras[0] += first_extra
     extras[-1] += last_extra
     layers = [1] * num_stages
+    # Layers are alike, so giving each to the stage that is then shortest makes the best split.
+    shortest = [(1 + extra, -stage) for stage, extra in enumerate(extras)]
+    heapq.heapify(shortest)
     for _ in range(num_layers - num_stages):
-        # Layers are alike, so giving each to the stage that is then shortest makes the best split.
-        shortest = min(range(num_stages), key=lambda stage: (layers[stage] + extras[stage], -stage))
-        layers[shortest] += 1
+        stage = -shortest[0][1]
+        layers[stage] += 1
+        heapq.heapreplace(shortest, (layers[stage] + extras[stage], -stage))
     return tuple(layers)
 
 

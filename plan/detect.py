@@ -2,6 +2,7 @@
 
 import jax
 
+from ..meshes.build import visible_devices
 from ..meshes.errors import TargetError
 from .topology import Accelerator, Topology, find_accelerator
 
@@ -11,7 +12,7 @@ def detect_topology() -> Topology | None:
 
     Devices of one process share a node.
     """
-    devices = jax.devices()
+    devices = visible_devices()
     accelerator = match_accelerator(devices[0].device_kind)
     if devices[0].platform == "cpu" or accelerator is None:
         return None

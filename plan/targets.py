@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from ..meshes import TargetError, suggest, use_fake_devices
+from ..meshes.build import visible_devices
 from .hardware import Hardware, hardware_from_description, measure_host
 
 MAX_DEVICES = 1024
@@ -24,7 +25,7 @@ MAX_DEVICES = 1024
 DEVICES_PER_NODE = 8
 """GPUs of a node where the target does not say."""
 
-_SYNTAX = re.compile(r"([a-z0-9][a-z0-9.\-]*)(?::(\d+))?(?:/(\d+))?$")
+_SYNTAX = re.compile(r"([a-z0-9][a-z0-9.\-]*)(?::([0-9]{1,9}))?(?:/([0-9]{1,9}))?$")
 _DESCRIPTION = re.compile(rb'device_description_str: "([^"]*)"')
 _MAKERS = ("nvidia", "tesla")
 _VARIANTS = ("pcie", "mig")
@@ -93,7 +94,7 @@ def open_target(target: Target, *, num_devices: int) -> Machine:
         use_fake_devices(target.num_devices)
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         hardware = measure_host(num_devices=target.num_devices, memory_bytes=memory_bytes)
-        return Machine(devices=jax.devices(), hardware=hardware, devices_per_node=target.num_devices)
+        return Machine(devices=visible_devices(), hardware=hardware, devices_per_node=target.num_devices)
     return _open_gpus(target)
 
 

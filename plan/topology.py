@@ -25,7 +25,7 @@ from pydantic import (
 from ..meshes.errors import TargetError, suggest
 
 _DATA = Path(__file__).with_name("topologies.toml")
-_TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:x(?P<devices>\d+))?(?:/(?P<node>\d+))?")
+_TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:x(?P<devices>[0-9]{1,9}))?(?:/(?P<node>[0-9]{1,9}))?")
 _GIGA = 1e9
 
 
@@ -206,7 +206,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
 def _read_file(path: Path) -> Topology:
     try:
         table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TargetError(f"topology {path} cannot be read: {error}.", fix="name a TOML file of a machine.") from error
     for key in ("accelerator", "devices"):
         if key not in table:

@@ -1,6 +1,10 @@
 """Devices sit where the links want them: tensor ranks next to each other, pipeline stages far apart."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,3 +63,13 @@ def test_mesh_that_cannot_be_built_is_refused(name: str, golden: Callable[[str, 
     with pytest.raises(MeshError) as caught:
         MISTAKES[name]()
     golden(f"errors/build_{name}.txt", str(caught.value))
+
+
+def test_platform_that_is_not_there_is_told_in_a_sentence() -> None:
+    script = (
+        "from trellax.meshes import MeshSpec, build_mesh\ntry: build_mesh(MeshSpec())\nexcept ValueError as e: print(e)"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "foo", "PYTHONPATH": str(Path(__file__).parents[2] / ".src")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("jax cannot start on JAX_PLATFORMS='foo': Unable to initialize backend 'foo'")
+    assert done.stdout.endswith("\n  Fix: unset JAX_PLATFORMS, set it to cpu, or install jax for that platform.\n")

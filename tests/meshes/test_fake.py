@@ -46,3 +46,8 @@ def test_asking_after_jax_has_started_is_refused(golden: Callable[[str, str], No
 def test_number_that_is_not_positive_is_refused(num_devices: int) -> None:
     with pytest.raises(MeshError, match=f"{num_devices} is not a number of devices"):
         use_fake_devices(num_devices)
+
+
+def test_number_that_would_take_minutes_is_refused() -> None:
+    with pytest.raises(MeshError, match="fake devices: 1000000 are too many"):
+        use_fake_devices(1_000_000)
