@@ -14,10 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from ..layers import ModelConfig
-from ..meshes import MeshSpec
+from ..meshes import ConfigError, MeshSpec
+from ..meshes.errors import shown
+from ..meshes.spec import MOST_FAKE_DEVICES
 from .config_errors import Mistake, list_mistakes, make_config_error
 from .config_file import ConfigFile, Override, read_config_file, read_overrides
 from .config_keys import draw_keys, list_keys
+from .config_values import make_plain
+
+_MOST = 2**31 - 1
+"""Steps, tokens and ids are 32-bit numbers on a device."""
 
 
 class Section(BaseModel):
@@ -34,7 +40,9 @@ class RunSection(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters and of the order of the data")
     folder: str = Field("runs", min_length=1, description="folder that holds all runs")
-    fake_devices: int = Field(0, ge=0, description="number of fake CPU devices; 0 takes the real ones")
+    fake_devices: int = Field(
+        0, ge=0, le=MOST_FAKE_DEVICES, description="number of fake CPU devices; 0 takes the real ones"
+    )
     silence_s: int = Field(30, ge=5, le=50, description="seconds without a word after which a process counts as lost")
 
 
@@ -48,7 +56,7 @@ class DataSection(Section):
     tokenizer: str = Field(
         "bytes", min_length=1, description="text to tokens: bytes, or a tokenizer.json, or a folder that has one"
     )
-    seq_len: int = Field(gt=0, description="tokens of one sequence")
+    seq_len: int = Field(gt=0, le=_MOST, description="tokens of one sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the corpus held out, from its tail")
     token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="integer type of raw .bin token files")
 
@@ -56,11 +64,11 @@ class DataSection(Section):
 class TrainSection(Section):
     """How long to train and how often to look."""
 
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(gt=0, description="sequences of one step, over all devices and microbatches")
-    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
-    eval_every: int = Field(0, ge=0, description="steps between validations; 0 validates only at the end")
-    eval_batches: int = Field(8, gt=0, description="batches of one validation")
+    steps: int = Field(gt=0, le=_MOST, description="optimizer steps")
+    batch_size: int = Field(gt=0, le=_MOST, description="sequences of one step, over all devices and microbatches")
+    log_every: int = Field(10, gt=0, le=_MOST, description="steps between lines of metrics.jsonl")
+    eval_every: int = Field(0, ge=0, le=_MOST, description="steps between validations; 0 validates only at the end")
+    eval_batches: int = Field(8, gt=0, le=_MOST, description="batches of one validation")
     init_from: str = Field(
         "", description="Hugging Face or run folder whose weights to begin with; drawn at random if left out"
     )
@@ -80,7 +88,7 @@ class OptimizerSection(Section):
     """AdamW with warm-up and cosine decay."""
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(0, ge=0, le=_MOST, description="steps of linear warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
     beta1: float = Field(0.9, ge=0, lt=1, description="memory of the mean gradient")
@@ -94,9 +102,11 @@ class PipelineSection(Section):
     """How a step is cut into microbatches and stages."""
 
     schedule: str = Field("1f1b", min_length=1, description="order of forwards and backwards, or a .csv of your own")
-    chunks: int = Field(1, gt=0, description="chunks of layers a rank, 2 or more for interleaved schedules")
-    max_in_flight: int = Field(0, ge=0, description="microbatches a rank may hold under schedule auto; 0 is no limit")
-    microbatches: int = Field(1, gt=0, description="parts of a batch; gradient accumulation when pipe=1")
+    chunks: int = Field(1, gt=0, le=_MOST, description="chunks of layers a rank, 2 or more for interleaved schedules")
+    max_in_flight: int = Field(
+        0, ge=0, le=_MOST, description="microbatches a rank may hold under schedule auto; 0 is no limit"
+    )
+    microbatches: int = Field(1, gt=0, le=_MOST, description="parts of a batch; gradient accumulation when pipe=1")
     remat: Literal["none", "full", "dots"] = Field("dots", description="what the backward recomputes")
     unroll: Literal["off", "on"] = Field("off", description="write the layers of a stage out: faster, compiles longer")
     layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
@@ -120,9 +130,9 @@ class PipelineSection(Section):
 class CheckpointSection(Section):
     """When to save, and what to keep."""
 
-    every: int = Field(0, ge=0, description="steps between saves; 0 saves only at the end")
-    keep: int = Field(2, gt=0, description="newest saves to keep")
-    keep_every: int = Field(0, ge=0, description="keep also the save of every so many steps; 0 keeps none")
+    every: int = Field(0, ge=0, le=_MOST, description="steps between saves; 0 saves only at the end")
+    keep: int = Field(2, gt=0, le=_MOST, description="newest saves to keep")
+    keep_every: int = Field(0, ge=0, le=_MOST, description="keep also the save of every so many steps; 0 keeps none")
 
 
 class RunConfig(Section):
@@ -157,7 +167,7 @@ def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunCon
         ConfigError: one line for every mistake, each with its file and line or its override.
     """
     file = read_config_file(path)
-    words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    words = _split_words(overrides) if isinstance(overrides, str) else overrides
     given, mistakes = read_overrides(words, keys=list_keys(RunConfig))
     values = {section: dict(v) if isinstance(v, Mapping) else v for section, v in file.values.items()}
     for override in given:
@@ -198,15 +208,25 @@ def render_help() -> str:
     return draw_keys(list_keys(RunConfig))
 
 
+def _split_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"overrides {shown(text)}: {str(error).lower()}.", fix="close the quotes, or give a list of words."
+        ) from None
+
+
 def _validate(
     values: Mapping[str, Any], *, file: ConfigFile | None, overrides: Sequence[Override], mistakes: list[Mistake]
 ) -> RunConfig:
     # Only in its JSON mode is pydantic strict about numbers and yet fills our dataclasses from plain tables.
+    plain, wrong = make_plain(values)
     try:
-        config = RunConfig.model_validate_json(json.dumps(values, default=str))
+        config = RunConfig.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         found = list_mistakes(
-            error.errors(include_url=False), file=file, overrides=overrides, keys=list_keys(RunConfig)
+            error.errors(include_url=False), wrong=wrong, file=file, overrides=overrides, keys=list_keys(RunConfig)
         )
         raise make_config_error([*found, *mistakes]) from None
     if mistakes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..meshes import ConfigError, TrellaxError
+from ..meshes.errors import printable, shown
+from ..meshes.spec import MOST_FAKE_DEVICES
 from .config_keys import Key
 
 if TYPE_CHECKING:
@@ -31,7 +33,15 @@ _WORDS = {
     "less_than_equal": "expected at most {le:.10g}",
     "literal_error": "expected {expected}",
 }
+_BOUNDS = {
+    MOST_FAKE_DEVICES: ", each of which is threads and memory of this machine",
+    2**31 - 1: ", the largest whole number of 32 bits",
+}
+"""Why a bound is where it is, for those that do not speak for themselves."""
+
 _GENERAL_FIX = "`trellax train --help` lists every key."
+_MOST_LINES = 10
+_LONGEST_PLACE, _LONGEST_TEXT = 120, 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,33 +53,56 @@ class Mistake:
     fix: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.text}" if self.place else self.text
+        # Cut one by one, so that a long one leaves room for the others.
+        text = printable(self.text, limit=_LONGEST_TEXT)
+        return f"{printable(self.place, limit=_LONGEST_PLACE)}: {text}" if self.place else text
 
 
 def make_config_error(mistakes: Sequence[Mistake]) -> ConfigError:
     """Return one error that lists every mistake on a line of its own."""
     if len(mistakes) == 1:
         return ConfigError(str(mistakes[0]), fix=mistakes[0].fix or _GENERAL_FIX)
-    lines = [f"{mistake} Fix: {mistake.fix}" if mistake.fix else str(mistake) for mistake in mistakes]
+    first = mistakes[:_MOST_LINES]
+    lines = [f"{mistake} Fix: {mistake.fix}" if mistake.fix else str(mistake) for mistake in first]
+    if len(mistakes) > len(first):
+        lines.append(f"and {len(mistakes) - len(first):,} more mistakes.")
     return ConfigError("\n".join(lines), fix=_GENERAL_FIX)
 
 
 def list_mistakes(
-    errors: Sequence[Any], *, file: "ConfigFile | None", overrides: Sequence["Override"], keys: Sequence[Key]
+    errors: Sequence[Any],
+    *,
+    wrong: Mapping[tuple[str, ...], str],
+    file: "ConfigFile | None",
+    overrides: Sequence["Override"],
+    keys: Sequence[Key],
 ) -> list[Mistake]:
-    """Return pydantic's errors as mistakes, those of the file by line and those of the command line after them."""
+    """Return pydantic's errors as mistakes, those of the file by line and those of the command line after them.
+
+    Args:
+        wrong: what `make_plain` has found already, by section and key.
+    """
     found = []
-    for error in errors:
-        names = tuple(str(name) for name in error["loc"][:2])
+    for names, error in _first_of_each(errors).items():
         blamed = _find_overrides(error, names=names, overrides=overrides)
-        text, fix = _describe(error, names=names, keys=keys), getattr(error.get("ctx", {}).get("error"), "fix", None)
+        text = wrong.get(names) or _describe(error, names=names, keys=keys)
+        fix = getattr(error.get("ctx", {}).get("error"), "fix", None)
         if blamed:
             found.append((True, 0, Mistake(place=" ".join(o.shown for o in blamed), text=text, fix=fix)))
         else:
             place = file.place(*names) if file else ""
             line = int(place.rpartition(":")[2]) if file and place != file.shown else 0
-            found.append((False, line, Mistake(place=place, text=f"{'.'.join(names)}: {text}", fix=fix)))
+            name = ".".join(printable(part, limit=60) for part in names)
+            found.append((False, line, Mistake(place=place, text=f"{name}: {text}", fix=fix)))
     return [mistake for _, _, mistake in sorted(found, key=lambda entry: entry[:2])]
+
+
+def _first_of_each(errors: Sequence[Any]) -> dict[tuple[str, ...], Any]:
+    """The first error of every section and key: a list of a thousand wrong entries is one mistake."""
+    first: dict[tuple[str, ...], Any] = {}
+    for error in errors:
+        first.setdefault(tuple(str(name) for name in error["loc"][:2]), error)
+    return first
 
 
 def describe_unknown_option(name: str, *, keys: Sequence[Key]) -> str:
@@ -101,6 +134,7 @@ def _describe(error: Mapping[str, Any], *, names: tuple[str, ...], keys: Sequenc
         error = context["error"]
         return error.problem if isinstance(error, TrellaxError) else str(error)
     words = _WORDS[kind].format(**context) if kind in _WORDS else error["msg"].lower()
+    words += _BOUNDS.get(context["le"], "") if kind == "less_than_equal" else ""
     guess = _guess_choice(error["input"], context) if kind == "literal_error" else ""
     return f"{words}, got {_show(error['input'])}{guess}"
 
@@ -134,9 +168,8 @@ def _guess_choice(value: Any, context: Mapping[str, Any]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.5) if len(name) < _LONGEST_PLACE else []
 
 
 def _show(value: Any) -> str:
-    shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else shown(value, limit=60)

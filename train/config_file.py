@@ -3,6 +3,7 @@
 `tomllib` gives no positions, so a second pass over the lines maps every key to its line. `config_errors.py` uses that.
 """
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,24 @@ from typing import Any
 from ..meshes import ConfigError, suggest
 from .config_errors import Mistake, describe_unknown_option
 from .config_keys import Key
+from .regular_file import read_bounded
 
 PACKAGED_CONFIGS = Path(__file__).parent.parent / "configs"
 """The configs that come with trellax."""
 
-_TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$")
-_ASSIGNMENT = re.compile(r"""^\s*([\w\-."']+(?:\s*\.\s*[\w\-"']+)*)\s*=""")
+_MOST_BYTES = 1_000_000
+_START = 200
+"""Characters of a line in which its key or its table is looked for."""
+
+# Possessive and on one line, or a line of many dots and a file of many empty lines take the square of their length.
+_NAME = r"""(?:[\w\-]+|"[^"\n]*"|'[^'\n]*')"""
+_DOT = r"[ \t]*\.[ \t]*"
+_TABLE = re.compile(rf"\s*\[\s*({_NAME}(?:{_DOT}{_NAME})*+)\s*\]\s*(#.*)?$")
+_ASSIGNMENT = re.compile(rf"\s*({_NAME}(?:{_DOT}{_NAME})*+)\s*=")
+# `tomllib` itself takes the square of such a key's length.
+_LONG_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*(?:{_NAME}{_DOT}){{50}}", flags=re.MULTILINE)
+_LONG_NUMBER = re.compile(r"\d{4301}")
+_TOML_FIX = 'write `key = value`, text in "quotes", sections as [name].'
 _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)")
 
 
@@ -55,15 +68,17 @@ def read_config_file(path: str | Path) -> ConfigFile:
     Raises:
         ConfigError: no such file, no text, or no TOML.
     """
+    if not str(path).strip():
+        raise ConfigError(f"CONFIG is {str(path)!r}, which names no file.", fix="give the path of a TOML file.")
     found = _find(Path(path))
     shown = _shorten(found)
-    try:
-        text = found.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{shown}: this is no UTF-8 text.", fix="give a TOML file.") from None
+    text = _read_text(found, shown=shown)
+    if long_key := _LONG_KEY.search(text):
+        line = text.count("\n", 0, long_key.end()) + 1
+        raise ConfigError(f"{shown}:{line}: this key has too many parts.", fix=_TOML_FIX)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _toml_error(error, text=text, shown=shown) from None
     return ConfigFile(path=found, shown=shown, values=values, lines=map_lines(text))
 
@@ -97,7 +112,9 @@ def map_lines(text: str) -> dict[tuple[str, ...], int]:
     """Return the line of every table and key of a TOML text, by its dotted name; lines inside a list have none."""
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines, which takes characters for line ends that may stand in a text.
+    for number, whole in enumerate(text.split("\n"), start=1):
+        line = whole[:_START]
         if match := _TABLE.match(line):
             table = _split_name(match[1])
             lines.setdefault(table, number)
@@ -126,13 +143,14 @@ def _read_list(text: str) -> list[Any]:
     """A list as TOML has it; else parts with commas between, of which none is a number."""
     try:
         found = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, list) else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _read_number(text: str, *types: type[int] | type[float]) -> int | float | str:
-    for convert in types:
+    # Python also takes the digits of other scripts.
+    for convert in types if text.isascii() else ():
         try:
             return convert(text)
         except ValueError:
@@ -140,11 +158,29 @@ def _read_number(text: str, *types: type[int] | type[float]) -> int | float | st
     return text
 
 
+def _read_text(path: Path, *, shown: str) -> str:
+    try:
+        content = read_bounded(path, max_bytes=_MOST_BYTES, error=ConfigError)
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
+    try:
+        # Editors on Windows put a mark before the text, and two characters at the end of a line.
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        what = "this is UTF-16 text" if is_wide else "this is no UTF-8 text"
+        raise ConfigError(f"{shown}: {what}.", fix="save it as UTF-8." if is_wide else "give a TOML file.") from None
+
+
 def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.", fix="give the path of a TOML file.") from None
+    if is_folder:
         raise ConfigError(f"{path}: this is a folder, not a run file.", fix=f"give a file, {path}/NAME.toml.")
+    if is_there:
+        return path
     packaged = sorted(PACKAGED_CONFIGS.resolve().glob("*.toml"))
     if len(path.parts) == 1:
         for file in packaged:
@@ -159,15 +195,22 @@ def _find(path: Path) -> Path:
 
 
 def _shorten(path: Path) -> str:
-    resolved, here = path.resolve(), Path.cwd()
-    return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        # It is elsewhere, or the working directory has been removed.
+        return str(path)
 
 
-def _toml_error(error: tomllib.TOMLDecodeError, *, text: str, shown: str) -> ConfigError:
+def _toml_error(error: ValueError | RecursionError, *, text: str, shown: str) -> ConfigError:
+    lines = text.split("\n")
+    if isinstance(error, RecursionError):
+        line = next((number for number, line in enumerate(lines, 1) if line.count("[") + line.count("{") > 50), 1)
+        return ConfigError(f"{shown}:{line}: lists and tables are nested too deeply.", fix=_TOML_FIX)
+    if not isinstance(error, tomllib.TOMLDecodeError):
+        line = next((number for number, line in enumerate(lines, 1) if _LONG_NUMBER.search(line)), 1)
+        return ConfigError(f"{shown}:{line}: this number has too many digits.", fix="give a smaller number.")
     match = _TOML_PLACE.search(str(error))
-    line = int(match[1]) if match and match[1] else max(1, len(text.splitlines()))
+    line = int(match[1]) if match and match[1] else max(1, len(lines) - text.endswith("\n"))
     what = _TOML_PLACE.sub("", str(error)).replace("Cannot overwrite a value", "This key is given twice")
-    return ConfigError(
-        f"{shown}:{line}: this is no TOML: {what[:1].lower()}{what[1:]}.",
-        fix='write `key = value`, text in "quotes", sections as [name].',
-    )
+    return ConfigError(f"{shown}:{line}: this is no TOML: {what[:1].lower()}{what[1:]}.", fix=_TOML_FIX)

@@ -1,6 +1,7 @@
 """A run file is read as written, or refused with every mistake at once."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,10 +124,70 @@ def test_missing_file_suggests_the_nearest(folder: Path, golden: Golden) -> None
     golden("errors/config_missing_file.txt", "\n".join(texts))
 
 
-def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
-    Path("run.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"run\.toml: this is no UTF-8 text"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD.replace("[mesh]", "# é\n[mesh]").encode("latin-1"), "this is no UTF-8 text"),
+        (GOOD.encode("utf-16"), "this is UTF-16 text"),
+        (b"#" * 1_000_001, "has 1,000,001 bytes or more; such a file has at most 1,000,000"),
+        (b"\n\n" + b"a." * 50_000 + b"a = 1", ":3: this key has too many parts"),
+        (b"\n\nx = " + b"[" * 5_000, ":3: lists and tables are nested too deeply"),
+        (b"\n\nx = " + b"9" * 5_000, ":3: this number has too many digits"),
+    ],
+)
+def test_file_that_is_no_run_file_is_refused_at_its_place(content: bytes, message: str, folder: Path) -> None:
+    Path("run.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config("run.toml")
+
+
+@pytest.mark.timeout(10)
+def test_file_that_has_no_end_is_refused(folder: Path) -> None:
+    os.mkfifo("pipe.toml")
+    for path, message in (("pipe.toml", "a named pipe"), ("/dev/zero", "a device"), ("x" * 300, "File name too long")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+
+
+@pytest.mark.parametrize("encode", [lambda t: t.encode("utf-8-sig"), lambda t: t.replace("\n", "\r\n").encode()])
+def test_file_from_windows_is_read(encode: Callable[[str], bytes], folder: Path) -> None:
+    Path("run.toml").write_bytes(encode(GOOD))
+    assert load_config("run.toml").train.steps == 20
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "\uff11", "9" * 5_000, "0x10", "1e400", "\udcff"])
+def test_override_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--train\.steps") as caught:
+        load_config("tiny-dense", [f"--train.steps={text}"])
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("word", ["--run.name", "--run.folder", "--data.tokenizer", "--train.init_from"])
+@pytest.mark.parametrize("text", ["a\0b", "a" * 256, "/".join(["a" * 200] * 30), "caf\udce9"])
+def test_text_that_names_no_file_is_refused(word: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(word)):
+        load_config("tiny-dense", [word, text])
+
+
+def test_overrides_with_an_open_quote_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no closing quotation"):
+        load_config("tiny-dense", "--run.name 'a")
+
+
+def test_number_without_end_is_refused_with_its_bound() -> None:
+    with pytest.raises(ConfigError, match="at most 4096, each of which is threads and memory of this machine"):
+        load_config("tiny-dense", ["--run.fake_devices", "1000000"])
+    with pytest.raises(ConfigError, match="at most 2147483647, the largest whole number of 32 bits"):
+        load_config("tiny-dense", ["--train.steps", "2147483648"])
+    with pytest.raises(ConfigError, match="num_layers=1000000000 is too large: 10000 is the most"):
+        load_config("tiny-dense", ["--model.num_layers", "1000000000"])
+    with pytest.raises(ConfigError, match="mesh axis data=1000001 is larger than any machine"):
+        load_config("tiny-dense", ["--mesh.data", "1000001"])
+
+
+@pytest.mark.timeout(10)
+def test_lines_of_a_list_are_mapped_in_no_time() -> None:
+    assert map_lines("paths = [\n  " + "a." * 5_000 + "\n" + " " * 100_000 + "\n]\n") == {("paths",): 1}
 
 
 def test_file_gives_what_it_says_and_defaults_for_the_rest(folder: Path) -> None:
