@@ -5,21 +5,37 @@ Each check yields the errors it finds, so that a run with three mistakes says al
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..meshes import ConfigError, DataError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
 from ..pipeline import resolve_layers
 from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
+from .data import find_files
 
 _BYTES = 256
+_MOST_CELLS = 50_000
+_MOST_CELLS_OF_AUTO = 10_000
+"""Stages x microbatches of a schedule that is made within some 20 seconds."""
 
 
-def check_run(config: RunConfig, *, num_devices: int, known_schedules: Iterable[str] | None = None) -> MeshSpec:
+CorpusFiles = Literal["needed", "later"]
+"""Whether the files of the corpus must be there; a run is also described where they are not."""
+
+
+def check_run(
+    config: RunConfig,
+    *,
+    num_devices: int,
+    known_schedules: Iterable[str] | None = None,
+    corpus: CorpusFiles = "later",
+) -> MeshSpec:
     """Return the mesh of a run with -1 filled in, once the run is known to fit it.
 
     Args:
         known_schedules: names that `pipeline.schedule` may have; those of trellax if left out.
+        corpus: whether its files must be there; none is read.
 
     Raises:
         TrellaxError: the one thing that does not fit, or a ConfigError that lists all of them.
@@ -35,8 +51,11 @@ def check_run(config: RunConfig, *, num_devices: int, known_schedules: Iterable[
         found += _check_vocab(config, tensor=mesh.tensor, pipe=mesh.pipe)
         found += _check_depth(config, pipe=mesh.pipe)
         found += _check_batch(config, data=mesh.data)
+        found += _check_cells(config, pipe=mesh.pipe)
     found += [*_check_schedule(config, pipe=mesh.pipe, known=known_schedules), *_check_lengths(config)]
     found += _check_corpus(config)
+    if corpus == "needed":
+        found += _check_files(config)
     if not found:
         return mesh
     raise found[0] if len(found) == 1 else _join(found)
@@ -159,6 +178,18 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
         )
 
 
+def _check_cells(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
+    name, chunks, microbatches = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.microbatches
+    most = _MOST_CELLS_OF_AUTO if name == "auto" else _MOST_CELLS
+    stages = pipe * chunks if pipe > 1 else 1
+    if stages * microbatches > most:
+        yield ScheduleError(
+            f"pipeline.microbatches={microbatches} over {stages} stages are {stages * microbatches} forwards a step; "
+            f"a schedule has at most {most}.",
+            fix=f"set pipeline.microbatches={max(1, most // stages)} or less.",
+        )
+
+
 def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
     seq_len, max_tokens = config.data.seq_len, config.model.max_tokens
     if seq_len > max_tokens:
@@ -202,6 +233,14 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files of yours.",
             fix="set data.source='text' or 'tokens'.",
         )
+
+
+def _check_files(config: RunConfig) -> Iterator[TrellaxError]:
+    if config.data.source != "stdlib" and config.data.paths:
+        try:
+            find_files(config.data.paths)
+        except DataError as error:
+            yield error
 
 
 def _join(errors: list[TrellaxError]) -> ConfigError:

@@ -6,6 +6,7 @@ versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from ..meshes import DataError, suggest
+from ..meshes.errors import printable, shown
 from .config import DataSection
 from .corpus_files import check_named_once, check_text_file, check_token_file
+from .regular_file import read_bounded
 from .tokenizer import ModelTokenizer, load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CHUNK = 1 << 24
+_MOST_TEXT_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
             than one sequence, or the tokenizer is none or has more ids than the model.
     """
     if data.source == "tokens":
-        files = _find_files(data.paths)
+        files = find_files(data.paths)
         corpus = _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
         return replace(corpus, mapped={files[0]: files[0].stat().st_size}) if len(files) == 1 else corpus
     if data.tokenizer == "bytes":
@@ -118,10 +122,10 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
     """Names and contents of all files, and what they are."""
     if data.source == "stdlib":
         return _read_stdlib()
-    files = _find_files(data.paths)
+    files = find_files(data.paths)
     for file in files:
         check_text_file(file)
-    return [(str(file), _read_bytes(file)) for file in files], _count(len(files), "text file")
+    return _read_text(files), _count(len(files), "text file")
 
 
 def _join_texts(texts: Sequence[bytes]) -> bytes:
@@ -151,7 +155,12 @@ def _is_library(name: Path) -> bool:
     return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
 
 
-def _find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Return the files that `data.paths` names, in order; none is opened.
+
+    Raises:
+        DataError: a file is missing or named twice, a glob matches nothing, or a path is a folder.
+    """
     check_named_once([path for path in paths if not glob.has_magic(path)])
     files = [file for path in paths for file in _match_files(path)]
     if not files:
@@ -163,29 +172,64 @@ def _match_files(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     if Path(path).is_dir():
-        raise DataError(f"data.paths: {path!r} is a folder.", fix=f"write {path.rstrip('/')}/**/*.txt for its files.")
-    if not glob.has_magic(path):
+        raise DataError(
+            f"data.paths: {shown(path)} is a folder.", fix=f"write {path.rstrip('/')}/**/*.txt for its files."
+        )
+    pattern = _escape_folders(path)
+    if not glob.has_magic(pattern):
         siblings = [str(file) for file in Path(path).parent.glob("*") if file.is_file()]
-        raise DataError(f"data.paths: {path!r} does not exist.{suggest(path, siblings)}", fix="correct data.paths.")
+        raise DataError(
+            f"data.paths: {shown(path)} does not exist.{suggest(path, siblings)}", fix="correct data.paths."
+        )
     # Unlike Path.glob this takes absolute patterns too.
-    found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
     files = [file for file in found if file.is_file()]
     if not files:
-        raise DataError(f"data.paths: no file matches {path!r}.", fix="paths start at the folder of the command.")
+        is_whole = Path(path).is_absolute()
+        fix = "correct data.paths." if is_whole else "paths start at the folder of the command."
+        raise DataError(f"data.paths: no file matches {shown(path)}.", fix=fix)
     return files
 
 
-def _read_bytes(file: Path) -> bytes:
+def _escape_folders(pattern: str) -> str:
+    """The pattern with the folders that are there under its own name as they are: run[1] is no choice of one letter."""
+    parts = pattern.split("/")
+    for index in range(len(parts) - 1):
+        if not Path("/".join(parts[: index + 1]) or "/").is_dir():
+            return "/".join([*map(glob.escape, parts[:index]), *parts[index:]])
+    return "/".join([*map(glob.escape, parts[:-1]), parts[-1]])
+
+
+def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
+    """Names and contents; all of them are in memory at once, so a size that cannot be meant is refused first."""
     try:
-        return file.read_bytes()
+        sizes = {file: file.stat().st_size for file in files}
+        total = sum(sizes.values())
+        if total > _MOST_TEXT_BYTES:
+            largest = max(files, key=lambda file: sizes[file])
+            raise DataError(
+                f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
+                f"text is read whole, at most {_MOST_TEXT_BYTES:,} bytes.",
+                fix="save the token ids as arrays and set data.source='tokens': those stay on disk.",
+            )
+        return [(str(file), read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError)) for file in files]
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
 
 
 def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
     parts = [_map_file(file, dtype=np.dtype(data.token_dtype)) for file in files]
     # One file stays a map of the disk; several are joined in memory.
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    needed, memory = sum(part.nbytes for part in parts), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise DataError(
+            f"data.paths: {_count(len(parts), 'array')} of {needed:,} bytes are joined in memory, and this machine has "
+            f"{memory:,}.",
+            fix="join them into one file, which stays on disk.",
+        )
+    return np.concatenate(parts)
 
 
 def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
@@ -193,11 +237,8 @@ def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
     if not size:
         return np.empty(0, dtype)
     if file.suffix == ".npy":
-        try:
-            tokens = np.lib.format.open_memmap(file, mode="r")
-        except ValueError as error:
-            raise DataError(f"{file}: this is no .npy array: {error}.", fix="write it with numpy.save.") from None
-        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        tokens = _map_array(file)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui" or not tokens.dtype.isnative:
             raise DataError(
                 f"{file}: the array is {tokens.dtype}{list(tokens.shape)}; token ids are one row of whole numbers.",
                 fix="save it as uint16 or uint32 with one dimension.",
@@ -211,6 +252,15 @@ def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
             fix="set data.token_dtype to the type the file was written with.",
         )
     return np.memmap(file, dtype, mode="r")
+
+
+def _map_array(file: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    # A header is a Python literal: numpy raises whatever parsing it, or a shape of any numbers, comes to.
+    except Exception as error:
+        why = printable(str(error).partition("\n")[0].rstrip("."), limit=200) or type(error).__name__
+        raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
 
 
 def _cut(tokens: np.ndarray, description: str, *, data: DataSection) -> Corpus:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import jax
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
+from ..meshes.build import visible_devices
 from .array_store import explain_failure
 from .changes import Changes
-from .check import check_run
+from .check import CorpusFiles, check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
@@ -34,15 +34,18 @@ from .tokenizer import keep_tokenizer
 from .xla import prepare_backend
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
     """Return the run made ready on its mesh, every check passed, before any array is made.
+
+    Args:
+        corpus: whether the files of the corpus must be there.
 
     Raises:
         TrellaxError: the config does not fit itself or the devices.
     """
     if config.run.fake_devices:
         use_fake_devices(config.run.fake_devices)
-    spec = check_run(config, num_devices=len(jax.devices()))
+    spec = check_run(config, num_devices=len(visible_devices()), corpus=corpus)
     setup = Setup(config, build_mesh(spec))
     _ = setup.model, setup.schedule
     return setup
@@ -70,7 +73,7 @@ def train(
     """
     start_s = time.perf_counter()
     prepare_backend(config.run_folder)
-    setup = prepare(config)
+    setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
