@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ..meshes.errors import ConfigError
+from ..meshes.errors import ConfigError, printable
 
 _FIX = "name a file in a folder that is there."
 
@@ -34,7 +34,7 @@ def write_file(path: str, content: bytes) -> None:
         Path(path).write_bytes(content)
     except (OSError, ValueError) as error:
         raise _refuse(path, error) from None
-    print(f"wrote {path}", file=sys.stderr)
+    print(f"wrote {printable(path, limit=400)}", file=sys.stderr)
 
 
 def _refuse(path: str, error: Exception) -> ConfigError:

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ..layers import ModelConfig, bytes_per_device
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
+from ..meshes.build import visible_devices
+from ..meshes.numbers import whole_number
 from ..plan.detect import detect_topology
 from ..plan.hardware import measure_host
 from ..plan.tables import align
@@ -20,6 +20,7 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
+from .argument_types import path, whole
 from .asked_file import check_files, write_file
 from .config import load_config
 from .generate_command import add_engine_arguments, open_mesh, resolve_mesh, served_model
@@ -31,12 +32,12 @@ _GIB = 2**30
 def add_bench_decode_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the words of the command."""
     parser.add_argument(
-        "model", metavar="CONFIG_OR_FOLDER", help="random weights of a config, or a folder with a model"
+        "model", type=path, metavar="CONFIG_OR_FOLDER", help="random weights of a config, or a folder with a model"
     )
     parser.add_argument("--batch", default="1,4,16", metavar="N,N", help="requests at a time (1,4,16)")
     parser.add_argument("--meshes", default="data=1", metavar="M;M", help="tensor=4;pipe=4 say (one device)")
-    parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="read for each request (32)")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="written for each, 2 or more (32)")
+    parser.add_argument("--prompt-tokens", type=whole, default=32, metavar="N", help="read for each request (32)")
+    parser.add_argument("--new-tokens", type=whole, default=32, metavar="N", help="written for each, 2 or more (32)")
     parser.add_argument("--png", metavar="FILE", help="draw latency against throughput")
     add_engine_arguments(parser)
 
@@ -71,7 +72,7 @@ def run_bench_decode(args: argparse.Namespace) -> int:
 
 def _read_batches(args: argparse.Namespace) -> list[int]:
     try:
-        batches = [int(word) for word in args.batch.split(",")]
+        batches = [whole_number(word) for word in args.batch.split(",")]
     except ValueError:
         batches = []
     if not batches or min(batches) < 1:
@@ -100,7 +101,7 @@ class _Memory:
     """What memory holds and moves, and how that is known; fake devices share the machine's."""
 
     def __init__(self) -> None:
-        device, known = jax.devices()[0], detect_topology()
+        device, known = visible_devices()[0], detect_topology()
         self._is_shared = device.platform == "cpu"
         self._num_bytes, self._speed = (device.memory_stats() or {}).get("bytes_limit"), None
         self.source = "the speed of this device's memory is not known"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..meshes import CheckpointError, suggest
+from .argument_types import path
 from .save_folder import FOLDER, SaveFolder
 from .seal import SEAL_FORMAT, Seal, find_damage, read_seal
 
@@ -30,7 +31,7 @@ class SaveRow:
 
 def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words of the command."""
-    parser.add_argument("folder", metavar="DIR", help="a run folder, or the checkpoints in it")
+    parser.add_argument("folder", type=path, metavar="DIR", help="a run folder, or the checkpoints in it")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..meshes import TrellaxError, suggest
+from .argument_types import path, whole
 from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
 from .checkpoints_command import add_checkpoints_arguments, run_checkpoints
 from .config import RunConfig, load_config, render_help
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         own, overrides = _split_overrides(words)
-        args = _make_parser().parse_args(own)
+        args = _parse(own)
         code = _COMMANDS[args.command](args, overrides)
         sys.stdout.flush()
         return code
@@ -130,6 +131,16 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
 }
 
 
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    args, unknown = _make_parser().parse_known_args(words)
+    if unknown:
+        names = " ".join(word if word.strip() else repr(word) for word in unknown)
+        raise TrellaxError(
+            f"unrecognized arguments: {names}", fix="see `trellax --help`, or `trellax train --help` for every key."
+        )
+    return args
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are ours: nearest names, exit code 2, no usage dump."""
 
@@ -140,6 +151,7 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="trellax",
+        allow_abbrev=False,
         description="Tensor and pipeline parallel transformers in JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -159,7 +171,9 @@ def _make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax")
+        command.add_argument(
+            "config", type=path, metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax"
+        )
         command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         if name == "train":
@@ -194,8 +208,8 @@ def _add_train_arguments(command: argparse.ArgumentParser) -> None:
 
 def _number_of_steps(text: str) -> int:
     """A number of steps; argparse turns the error into one of ours."""
-    if (steps := int(text)) < 1:
-        raise ValueError
+    if not 0 < (steps := whole(text)) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return steps
 
 
@@ -207,14 +221,18 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part `--section.key value` from the rest, which argparse knows."""
     own: list[str] = []
     overrides: list[str] = []
-    rest = iter(words)
-    for word in rest:
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
         if not (word.startswith("--") and "." in word.partition("=")[0]):
+            if word.startswith("--") and word.endswith("=--"):
+                # argparse would make an empty list of it.
+                raise TrellaxError(f"{word}: a value is missing.", fix="see `trellax --help`.")
             own.append(word)
-        elif "=" in word:
-            overrides.append(word)
-        else:
-            overrides += [word, *[value for value in (next(rest, None),) if value is not None]]
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[-1].startswith("--"):
+            overrides.append(rest.pop())
     if own and not own[0].startswith("-") and own[0] not in _COMMANDS:
         raise TrellaxError(
             f"unknown command {own[0]!r}; there are {', '.join(_COMMANDS)}.{suggest(own[0], _COMMANDS)}",

@@ -5,33 +5,39 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
+from ..meshes.build import visible_devices
+from ..meshes.errors import shown
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
+from .argument_types import number, path, whole
+from .regular_file import read_bounded
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 
 _DEFAULT_SLOTS = 8
+_LONGEST_PROMPTS = 1 << 28
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the words of the command."""
-    parser.add_argument("folder", metavar="FOLDER", help="a run of `trellax train`, or a Hugging Face model")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run of `trellax train`, or a Hugging Face model")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts-file", metavar="FILE", help="a prompt on each line")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens of an answer at most (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt; counted up from there")
+    parser.add_argument("--prompts-file", type=path, metavar="FILE", help="a prompt on each line")
+    parser.add_argument(
+        "--max-new-tokens", type=whole, default=64, metavar="N", help="tokens of an answer at most (64)"
+    )
+    parser.add_argument("--temperature", type=number, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-k", type=whole, default=0, metavar="K", help="draw among the K likeliest (0: all)")
+    parser.add_argument("--top-p", type=number, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the first prompt; counted up from there")
     parser.add_argument(
         "--stop",
         action="append",
@@ -41,17 +47,19 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mesh", default="", metavar="SIZES", help="tensor=2,pipe=2 say (one device)")
     add_engine_arguments(parser)
-    parser.add_argument("--slots", type=int, default=0, metavar="N", help="prompts answered at a time (at most 8)")
-    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="of prompt and answer (what is needed)")
+    parser.add_argument("--slots", type=whole, default=0, metavar="N", help="prompts answered at a time (at most 8)")
+    parser.add_argument(
+        "--max-tokens", type=whole, default=0, metavar="N", help="of prompt and answer (what is needed)"
+    )
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the words that say on what a model is served."""
-    parser.add_argument("--fake-devices", type=int, default=0, metavar="N", help="run on N fake CPU devices")
+    parser.add_argument("--fake-devices", type=whole, default=0, metavar="N", help="run on N fake CPU devices")
     parser.add_argument("--dtype", metavar="T", help="float32 or bfloat16, to compute in (the model's)")
     parser.add_argument("--cache-dtype", metavar="T", help="float32 or bfloat16, of keys and values (the model's)")
-    parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens of a prompt read at once (64)")
-    parser.add_argument("--groups", type=int, default=0, metavar="N", help="groups in flight (one for each stage)")
+    parser.add_argument("--chunk", type=whole, default=64, metavar="N", help="tokens of a prompt read at once (64)")
+    parser.add_argument("--groups", type=whole, default=0, metavar="N", help="groups in flight (one for each stage)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -109,9 +117,11 @@ def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     Raises:
         ConfigError: a type that is none.
     """
-    for name in (args.dtype, args.cache_dtype):
+    for option, name in (("--dtype", args.dtype), ("--cache-dtype", args.cache_dtype)):
         if name is not None and name not in DTYPES:
-            raise ConfigError(f"unknown type {name!r}.{suggest(name, DTYPES)}", fix=f"use {' or '.join(DTYPES)}.")
+            raise ConfigError(
+                f"{option} {shown(name)}: unknown type.{suggest(name, DTYPES)}", fix=f"use {' or '.join(DTYPES)}."
+            )
     return replace(config, dtype=args.dtype or config.dtype)
 
 
@@ -122,7 +132,9 @@ def resolve_mesh(text: str) -> MeshSpec:
         MeshError: the words are no mesh.
     """
     spec = MeshSpec.parse(text)
-    return spec.resolve(num_devices=len(jax.devices())) if -1 in spec.sizes.values() else spec
+    # Asked for in any case: before a model is read, since that starts jax too.
+    devices = visible_devices()
+    return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec
 
 
 def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
@@ -131,14 +143,15 @@ def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
     Raises:
         MeshError: there are fewer devices than the mesh has.
     """
-    return build_mesh(spec, devices=jax.devices()[: spec.num_devices])
+    return build_mesh(spec, devices=visible_devices()[: spec.num_devices])
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            text = Path(args.prompts_file).read_text(encoding="utf-8")
+            content = read_bounded(args.prompts_file, max_bytes=_LONGEST_PROMPTS, error=ConfigError)
+            text = content.decode("utf-8-sig").replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
         # Not splitlines, which takes a form feed for the end of a line too.
@@ -147,7 +160,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
         raise ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')
     for text in (*prompts, *args.stop):
         if not _is_text(text):
-            raise ServeError(f"{text!r} is no UTF-8 text.", fix="convert it, or check the locale.")
+            raise ServeError(f"{shown(text)} is no UTF-8 text.", fix="convert it, or check the locale.")
     return prompts
 
 
@@ -178,7 +191,8 @@ def _stop_token(text: str, tokenizer: Tokenizer) -> int:
     tokens = tokenizer.encode(text.replace("\\n", "\n"))
     if len(tokens) != 1:
         raise ServeError(
-            f"--stop {text!r} is {len(tokens)} tokens; an answer ends with a single one.", fix="give one, '\\n' say."
+            f"--stop {shown(text)} is {len(tokens)} tokens; an answer ends with a single one.",
+            fix="give one, '\\n' say.",
         )
     return tokens[0]
 

@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, param_counts
 from ..meshes import MeshSpec, build_mesh, mesh_sizes, use_fake_devices
+from ..meshes.build import visible_devices
+from ..meshes.errors import printable
+from .argument_types import path, whole
 from .config import RunConfig, load_config
 from .hf_config import ARCHITECTURES, HubModel, hub_values, read_hub_model
 from .hf_read import open_weights, read_weights
@@ -28,15 +31,15 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """Teach a parser the words of `trellax import-hf`."""
-    parser.add_argument("source", metavar="DIR", help="folder with config.json and safetensors")
-    parser.add_argument("out", metavar="OUT", help="run folder to make; must not be there yet")
+    parser.add_argument("source", type=path, metavar="DIR", help="folder with config.json and safetensors")
+    parser.add_argument("out", type=path, metavar="OUT", help="run folder to make; must not be there yet")
     _add_shared_arguments(parser)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Teach a parser the words of `trellax export-hf`."""
-    parser.add_argument("source", metavar="CHECKPOINT", help="run folder, as train or import-hf leaves it")
-    parser.add_argument("out", metavar="OUT", help="folder to make; must not be there yet")
+    parser.add_argument("source", type=path, metavar="CHECKPOINT", help="run folder, as train or import-hf leaves it")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to make; must not be there yet")
     parser.add_argument("--architecture", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default model.dtype)")
     _add_shared_arguments(parser)
@@ -68,10 +71,11 @@ def run_export(args: argparse.Namespace) -> int:
         TrellaxError: there is no save, no architecture holds the model, or OUT is there.
     """
     source, out = Path(args.source), Path(args.out)
+    # Before a save is looked at, since that starts jax.
+    mesh = _build_mesh(args)
     config, origin = saved_config(source), read_origin(source)
     values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
     refuse_existing(out)
-    mesh = _build_mesh(args)
     _say(f"reading   {source}: {_count(config.model)} parameters, on {mesh_sizes(mesh)}")
     write_weights(
         load_params(source, weight_shapes(Setup(config, mesh))),
@@ -87,7 +91,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="data=1", metavar="SIZES", help="split the weights, by tensor=2,pipe=2 say")
-    parser.add_argument("--fake-devices", type=int, metavar="N", help="on N fake CPU devices")
+    parser.add_argument("--fake-devices", type=whole, metavar="N", help="on N fake CPU devices")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -95,7 +99,7 @@ def _build_mesh(args: argparse.Namespace) -> Mesh:
     spec = MeshSpec.parse(args.mesh)
     if args.fake_devices is not None:
         use_fake_devices(args.fake_devices)
-    devices = jax.devices()
+    devices = visible_devices()
     # A file is read on as many devices as are asked for, one of eight too.
     return build_mesh(spec, devices=devices if -1 in spec.sizes.values() else devices[: spec.num_devices])
 
@@ -109,7 +113,8 @@ def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> R
 
 
 def _config_text(source: Path, out: Path, model: HubModel) -> str:
-    config = model.config
+    # Whole paths, so that the config means the same in every working directory.
+    config, out = model.config, out.resolve()
     values: dict[str, dict[str, Any]] = {
         "run": {"name": out.name, "folder": str(out.parent)},
         "model": {
@@ -129,9 +134,11 @@ def _config_text(source: Path, out: Path, model: HubModel) -> str:
         )
         for section, keys in values.items()
     ]
+    # A comment ends with its line, a name need not.
+    folder = printable(shlex.quote(str(out)), limit=5_000).replace("\n", "\\n")
     head = (
-        f"# {ARCHITECTURES[model.architecture]}, from `trellax import-hf`; its weights are in {out}/checkpoints.\n"
-        f"# Command:  trellax train {out}/config.toml --data.source text --data.paths 'notes/*.txt'"
+        f"# {ARCHITECTURES[model.architecture]}, from `trellax import-hf`; its weights are in {folder}/checkpoints.\n"
+        f"# Command:  trellax train {folder}/config.toml --data.source text --data.paths 'notes/*.txt'"
     )
     return "\n\n".join([head, *sections]) + "\n"
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from ..meshes import Processes, TrellaxError, find_processes, join_processes
+from ..meshes.numbers import whole_number
 from .watch import ProcessWatch
 
 _MARGIN_S = 20
@@ -61,6 +62,6 @@ def _read_number(option: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return int(text)
+        return whole_number(text)
     except ValueError:
         raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write {option} 2, say.") from None

@@ -5,7 +5,9 @@ import math
 from typing import get_args
 
 from ..meshes.errors import ScheduleError, suggest
+from ..meshes.numbers import real_number
 from ..pipeline.schedules import SCHEDULES, Clock
+from .argument_types import number, path, whole
 
 COSTS = ("forward", "input_grad", "weight_grad", "transfer")
 """Options that are times, by the name they have in `simulate`."""
@@ -20,21 +22,23 @@ _WRITERS = (("png", "a picture"), ("svg", "a picture"), ("csv", "the schedule"),
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     """Teach a parser the words of `trellax schedule`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
-    parser.add_argument("--file", metavar="CSV", help="a schedule of your own: a row a rank, cells such as 2F0")
-    parser.add_argument("--compare", action="store_true", help="a table of all schedules")
-    parser.add_argument("--ranks", type=int, metavar="P", help="pipeline ranks")
-    parser.add_argument("--microbatches", type=int, metavar="M", help="microbatches in a step")
-    parser.add_argument("--chunks", type=int, metavar="V", help="chunks a rank, if interleaved (default 2)")
-    parser.add_argument("--forward", type=float, default=1.0, metavar="F", help="time of a rank's forward (default 1)")
-    parser.add_argument("--input-grad", type=float, default=1.0, metavar="I", help="of its input gradient (default 1)")
     parser.add_argument(
-        "--weight-grad", type=float, default=1.0, metavar="W", help="of its weight gradient (default 1)"
+        "--file", type=path, metavar="CSV", help="a schedule of your own: a row a rank, cells such as 2F0"
     )
-    parser.add_argument("--transfer", type=float, default=0.0, metavar="T", help="of a hop to a neighbour (default 0)")
+    parser.add_argument("--compare", action="store_true", help="a table of all schedules")
+    parser.add_argument("--ranks", type=whole, metavar="P", help="pipeline ranks")
+    parser.add_argument("--microbatches", type=whole, metavar="M", help="microbatches in a step")
+    parser.add_argument("--chunks", type=whole, metavar="V", help="chunks a rank, if interleaved (default 2)")
+    parser.add_argument("--forward", type=number, default=1.0, metavar="F", help="time of a rank's forward (default 1)")
+    parser.add_argument("--input-grad", type=number, default=1.0, metavar="I", help="of its input gradient (default 1)")
+    parser.add_argument(
+        "--weight-grad", type=number, default=1.0, metavar="W", help="of its weight gradient (default 1)"
+    )
+    parser.add_argument("--transfer", type=number, default=0.0, metavar="T", help="of a hop to a neighbour (default 0)")
     parser.add_argument(
         "--layers", metavar="N,N,...", help="size of every stage, such as 8,8,8,6; times above are of a mean rank"
     )
-    parser.add_argument("--max-in-flight", type=int, metavar="N", help="microbatches a rank may hold, for auto")
+    parser.add_argument("--max-in-flight", type=whole, metavar="N", help="microbatches a rank may hold, for auto")
     parser.add_argument(
         "--clock",
         metavar="|".join(_CLOCKS),
@@ -147,4 +151,4 @@ def read_layers(text: str) -> tuple[float, ...]:
     Raises:
         ValueError: a word is no number.
     """
-    return tuple(float(word) for word in text.split(","))
+    return tuple(real_number(word) for word in text.split(","))
