@@ -1,0 +1,89 @@
+"""Files that others made, opened so that none can hang, fill memory or lead elsewhere.
+
+A FIFO blocks whoever opens it, a device has no end, a sparse file is larger than memory. Folders with models in them
+are copied between people, so every file in one is opened here.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from ..meshes import CheckpointError, TrellaxError
+
+Links = Literal["follow", "refuse"]
+"""What to do about a file that is a symbolic link; folders on the way to it are the caller's."""
+
+
+def open_regular(
+    path: str | Path,
+    *,
+    max_bytes: int | None = None,
+    links: Links = "follow",
+    error: type[TrellaxError] = CheckpointError,
+) -> BinaryIO:
+    """Return a regular file, opened for reading; never waits.
+
+    Raises:
+        TrellaxError: of the class `error`: it is no regular file, has more than `max_bytes`, or is a refused link.
+        OSError: the system refuses; FileNotFoundError where there is none.
+    """
+    file = Path(path)
+    # Looked at first, since to open a device may already do something.
+    _check(file, file.lstat() if links == "refuse" else file.stat(), max_bytes=max_bytes, error=error)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if links == "refuse" else 0)
+    opened = os.fdopen(os.open(file, flags), "rb")
+    try:
+        _check(file, os.fstat(opened.fileno()), max_bytes=max_bytes, error=error)
+    except TrellaxError:
+        opened.close()
+        raise
+    return opened
+
+
+def read_bounded(
+    path: str | Path,
+    *,
+    max_bytes: int,
+    links: Links = "follow",
+    error: type[TrellaxError] = CheckpointError,
+) -> bytes:
+    """Return the bytes of a regular file that has at most so many.
+
+    Raises:
+        TrellaxError: of the class `error`: it is no regular file, is too large, or is a refused link.
+        OSError: the system refuses; FileNotFoundError where there is none.
+    """
+    with open_regular(path, max_bytes=max_bytes, links=links, error=error) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        # It grew, or is one of those in /proc that say they are empty.
+        raise _too_large(Path(path), len(content), max_bytes=max_bytes, error=error)
+    return content
+
+
+def name_kind(mode: int) -> str:
+    """Return what a file of this mode is, "" for a regular file."""
+    kinds = (
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "")
+
+
+def _check(file: Path, found: os.stat_result, *, max_bytes: int | None, error: type[TrellaxError]) -> None:
+    if kind := name_kind(found.st_mode):
+        raise error(f"{file} is {kind}, where a file should be.", fix="put a copy of the file itself in its place.")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise _too_large(file, found.st_size, max_bytes=max_bytes, error=error)
+
+
+def _too_large(file: Path, size: int, *, max_bytes: int, error: type[TrellaxError]) -> TrellaxError:
+    return error(
+        f"{file} has {size:,} bytes or more; such a file has at most {max_bytes:,}.",
+        fix="put the file that belongs there in its place.",
+    )
