@@ -69,13 +69,15 @@ def train(
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
     start_s = time.perf_counter()
-    prepare_backend(config.run_folder)
+    warning = prepare_backend()
     setup = prepare(config)
     check_initial_weights(setup, start=start)
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
 
     say = partial(say_on, console)
+    if warning:
+        say(warning)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
