@@ -93,4 +93,4 @@ def _force_to_disk(path: Path) -> None:
 def free_name(path: Path) -> Path:
     """Return the path, or the first of `path-2`, `path-3`, ... where it is taken."""
     names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
