@@ -80,12 +80,12 @@ def train(
         say(warning)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
-    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
+    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
         try:
             corpus = _open_corpus(setup, say)
             with checkpoints:
                 profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
-                run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
+                run = Run(setup, corpus, checkpoints, held, console=console, changes=changes, profile=profile)
                 run.take_steps(stop)
                 return run.finish(stop, start_s=start_s)
         except OSError as error:

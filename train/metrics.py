@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ import jax
 
 from ..meshes import RunError
 from .board import BOARD_FOLDER, Board
-from .own_file import open_own, replace_file
+from .own_file import identify_file, open_own, replace_file
 from .regular_file import open_regular, read_bounded
 from .save_folder import free_name
 
@@ -49,7 +49,7 @@ class MetricsLog:
     ) -> None:
         self._path, self._say = Path(folder) / METRICS_FILE, say
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder_id = _identity(self._path.parent)
+        self._folder_id = identify_file(self._path.parent)
         kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
         self._write_again("".join(f"{json.dumps(line)}\n" for line in kept).encode())
         self._board = Board(self._path.parent / BOARD_FOLDER, lines=kept, resumed_step=resumed_step)
@@ -74,9 +74,9 @@ class MetricsLog:
 
     def _keep_whole(self) -> None:
         """See that what was written is found under its name."""
-        if _identity(self._path) == self._file_id:
+        if identify_file(self._path) == self._file_id:
             return
-        if _identity(self._path.parent) != self._folder_id:
+        if identify_file(self._path.parent) != self._folder_id:
             raise RunError(
                 f"{self._path.parent} was moved or removed while the run wrote to it.",
                 fix="put it back where it was, then give the same command again.",
@@ -93,7 +93,7 @@ class MetricsLog:
         replace_file(self._path, content)
         # Also read: whoever removes the file takes its name alone.
         self._file = open_own(self._path, "a+b")
-        self._file_id = _identity(self._path)
+        self._file_id = identify_file(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -205,6 +205,19 @@ def read_summary(folder: str | Path) -> Summary | None:
     return summary if is_ours and all(map(_is_number, (*numbers, *losses))) else None
 
 
+def keep_speed(summary: Summary, before: Summary | None) -> Summary:
+    """Return the summary of a call that took no step, with the time and place of the steps of the call before."""
+    if before is None or before.steps != summary.steps:
+        return summary
+    return replace(
+        summary,
+        tokens_per_s=before.tokens_per_s,
+        wall_time_s=before.wall_time_s,
+        mesh=before.mesh,
+        schedule=before.schedule,
+    )
+
+
 def draw_loss(folder: str | Path) -> Path | None:
     """Draw the training and validation loss of metrics.jsonl into loss.png; None when there is nothing to draw."""
     lines = read_metrics(folder)
@@ -253,12 +266,3 @@ def _finite(value: float) -> float | None:
 
 def _curve(lines: list[dict[str, Any]], *, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from another one of its name; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

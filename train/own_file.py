@@ -30,5 +30,14 @@ def replace_file(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
+def identify_file(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file or folder from another of its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

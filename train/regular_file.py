@@ -6,6 +6,7 @@ are copied between people, so every file in one is opened here.
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -60,6 +61,22 @@ def read_bounded(
         # It grew, or is one of those in /proc that say they are empty.
         raise _too_large(Path(path), len(content), max_bytes=max_bytes, error=error)
     return content
+
+
+def walk_folder(folder: str | Path, *, max_depth: int) -> Iterator[os.DirEntry[str]]:
+    """Yield everything under a folder, in folders at most so deep; links are yielded and not followed.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    waiting = [(str(folder), 1)]
+    while waiting:
+        path, depth = waiting.pop()
+        with os.scandir(path) as entries:
+            for entry in entries:
+                yield entry
+                if depth < max_depth and entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, depth + 1))
 
 
 def name_kind(mode: int) -> str:

@@ -35,7 +35,8 @@ ORIGIN = "hf_config.json"
 """The config.json that a run folder's model came with."""
 
 _BATCH = 256
-_FOLDER = "tokens"
+TOKENS_FOLDER = "tokens"
+"""What a run folder calls the folder of its tokenized text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, 
     """
     if cache is None:
         return _encode(documents, tokenizer)
-    file = cache / _FOLDER / f"{_hash(documents, tokenizer)}.npy"
+    file = cache / TOKENS_FOLDER / f"{_hash(documents, tokenizer)}.npy"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         # All processes of a run come by here at once, and in containers they have one id.
