@@ -35,6 +35,7 @@ from .profile import StepProfile
 from .progress import StepProgress, say
 from .run_folder import HeldFolder
 from .run_weights import initial_state
+from .saved_config import read_saved_config
 from .seal import Seal
 from .speed import peak_flops_per_s
 from .state import Setup, TrainState
@@ -290,7 +291,8 @@ class Run:
             # A model that was never trained here has no run yet that could be changed.
             if not seal.has_params_alone:
                 was, corpus = seal.data.get("corpus"), self.corpus.sha256
-                check_changes(seal.config, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
+                saved = read_saved_config(seal, folder=self.checkpoints.folder / seal.step, say=self._say)
+                check_changes(saved, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
             found.append(seal)
 
         # What the first process sees counts: over a network the others may see it later.

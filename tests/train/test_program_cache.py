@@ -13,6 +13,7 @@ from trellax.train import program_cache
 from trellax.train.program_cache import MAX_BYTES, find_stranger, open_program_cache
 
 CONFIG: Any = jax.config
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_entry_of_a_process_killed_while_it_wrote_is_dropped(unset: Path) -> Non
 @pytest.mark.slow
 def test_runs_share_their_programs_and_run_folders_hold_none(tmp_path: Path) -> None:
     kept = tmp_path / "trellax" / "xla"
-    own = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+    own = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / ".src"), "XLA_FLAGS": ""}
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | own
     words = (
         f"train tiny-dense --run.folder {tmp_path} --train.steps 2 --train.eval_batches 1 --optimizer.warmup_steps 1"
