@@ -4,10 +4,12 @@ One rule for all who read a save, training, serving and export alike: a key of `
 it may change every number; another key or section is left out, and said.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..layers import param_counts
 from ..meshes import CheckpointError, ConfigError
 from .config import config_from_dict, config_keys
 from .seal import Seal
@@ -39,13 +41,23 @@ def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object])
         say(f"{folder} was saved with {_list(unknown)}, which this trellax does not know and leaves out")
     values = _keep(seal.config, known)
     try:
-        config_from_dict(values)
+        config = config_from_dict(values)
     except (ConfigError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} was saved with a config that this trellax cannot read: {getattr(error, 'problem', error)}",
             fix=_FIX,
         ) from None
+    # Before anything of these sizes is made: a model of a billion layers takes for ever to describe.
+    here, there = param_counts(config.model).total, _count_saved(seal)
+    if here != there:
+        raise CheckpointError(
+            f"{folder} was saved with the config of a model of {here:,} parameters, and holds {there:,}.", fix=_FIX
+        )
     return values
+
+
+def _count_saved(seal: Seal) -> int:
+    return sum(math.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith("params."))
 
 
 def _sections(known: set[str]) -> set[str]:
