@@ -72,12 +72,8 @@ def train(
     warning = prepare_backend()
     setup = prepare(config)
     check_initial_weights(setup, start=start)
-    console = console or _Talk(file=sys.stderr)
-    console.quiet = not is_first()
-
+    console = _open_console(console, warning)
     say = partial(say_on, console)
-    if warning:
-        say(warning)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
@@ -90,6 +86,15 @@ def train(
                 return run.finish(stop, start_s=start_s)
         except OSError as error:
             raise _refused(error, config, checkpoints) from error
+
+
+def _open_console(console: Console | None, warning: str) -> Console:
+    """Return what the run talks on, one process of many, with the first thing said."""
+    console = console or _Talk(file=sys.stderr)
+    console.quiet = not is_first()
+    if warning:
+        say_on(console, warning)
+    return console
 
 
 class _Talk(Console):

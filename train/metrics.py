@@ -28,7 +28,7 @@ SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
 NO_SCHEDULE = "none"
 """The schedule of a run without a pipeline."""
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE, _MOST_BYTES = 1 << 20, 1 << 32
 
 
 class MetricsLog:
@@ -123,16 +123,16 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl; none without the file, and without lines that a crash has damaged.
 
     Raises:
-        RunError: it is no regular file.
+        RunError: it is no regular file, or larger than any run's.
     """
     try:
-        file = open_regular(Path(folder) / METRICS_FILE, error=RunError)
+        file = open_regular(Path(folder) / METRICS_FILE, max_bytes=_MOST_BYTES, error=RunError)
     except FileNotFoundError:
         return []
     lines = []
     with file:
         while text := file.readline(_LONGEST_LINE):
-            line = _parse_line(text)
+            line = _parse_line(text) if len(text) < _LONGEST_LINE else None
             if line is not None:
                 lines.append(line)
     return lines

@@ -72,11 +72,11 @@ def walk_folder(folder: str | Path, *, max_depth: int) -> Iterator[os.DirEntry[s
     waiting = [(str(folder), 1)]
     while waiting:
         path, depth = waiting.pop()
-        with os.scandir(path) as entries:
-            for entry in entries:
-                yield entry
-                if depth < max_depth and entry.is_dir(follow_symlinks=False):
-                    waiting.append((entry.path, depth + 1))
+        with os.scandir(path) as found:
+            entries = list(found)
+        yield from entries
+        if depth < max_depth:
+            waiting += [(entry.path, depth + 1) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def name_kind(mode: int) -> str:

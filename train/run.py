@@ -30,7 +30,7 @@ from .metrics import (
     write_summary,
 )
 from .pace import Pace
-from .prefetch import Prefetch
+from .prefetch import Prefetch, place_batch
 from .profile import StepProfile
 from .progress import StepProgress, say
 from .run_folder import HeldFolder
@@ -264,7 +264,7 @@ class Run:
     def _place_read(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         # After it was read: what changes later is no part of it.
         check_files(self.corpus)
-        return self._place(batch)
+        return place_batch(batch, self.setup.batch_sharding)
 
     def _next_batch(self, step: int, look: "_Look") -> dict[str, jax.Array]:
         try:
@@ -310,13 +310,6 @@ class Run:
     def _is_due(self, every: int, step: int) -> bool:
         # The end has its own validation and save.
         return every > 0 and step % every == 0 and step < self.config.train.steps
-
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = self.setup.batch_sharding
-        # Every process has the whole batch in its hands and places its devices' part of it.
-        return {
-            name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__) for name, leaf in batch.items()
-        }
 
     def _compile(self, what: str, function: Any) -> Callable[..., Any]:
         batch = {

@@ -113,7 +113,7 @@ def check_entries(folder: Path) -> None:
         RunError: naming the first that is a link, a pipe or the like.
         OSError: the system refuses.
     """
-    for entry in os.scandir(folder):
+    for entry in list(walk_folder(folder, max_depth=1)):
         name = entry.name.removesuffix(".part")
         if name in _FILES:
             _check_kind(entry, wanted="a file")

@@ -1,5 +1,6 @@
-"""Run folders that somebody made to do harm: seals with the right hash and wrong contents, links, pipes, endless files."""
+"""Run folders made to do harm: seals with the right hash and wrong contents, links, pipes, endless files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -132,10 +133,8 @@ def nest_folders(name: str) -> Craft:
         here = os.open(run_folder, os.O_RDONLY)
         try:
             for part in [*Path(name).parts, *["d"] * 1500]:
-                try:
+                with contextlib.suppress(FileExistsError):
                     os.mkdir(part, dir_fd=here)
-                except FileExistsError:
-                    pass
                 inner = os.open(part, os.O_RDONLY, dir_fd=here)
                 os.close(here)
                 here = inner
