@@ -149,7 +149,7 @@ def _parse_line(text: bytes) -> dict[str, Any] | None:
     return line if all(_is_number(value) for value in line.values()) else None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     # The bound is that of a float: a longer whole number could not be drawn.
     return value is None or (type(value) in (int, float) and -1e308 < value < 1e308)
 

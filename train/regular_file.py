@@ -7,8 +7,9 @@ are copied between people, so every file in one is opened here.
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from ..meshes import CheckpointError, TrellaxError
 
@@ -22,7 +23,7 @@ def open_regular(
     max_bytes: int | None = None,
     links: Links = "follow",
     error: type[TrellaxError] = CheckpointError,
-) -> BinaryIO:
+) -> BufferedReader:
     """Return a regular file, opened for reading; never waits.
 
     Raises:

@@ -56,7 +56,7 @@ def drawn(folder: Path) -> Scalars:
     return found
 
 
-def recorded(folder: Path) -> Scalars:
+def recorded(folder: Path) -> dict[tuple[str, int], Any]:
     return {
         (name, line["step"]): pytest.approx(value, rel=1e-6)
         for line in read_metrics(folder)
