@@ -99,11 +99,21 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                     f"the run folder {folder} cannot be written: {error.strerror}.",
                     fix="make room, or set run.folder to a place that can.",
                 ) from None
-            if (folder / _OLD_CACHE).is_dir():
-                say(f"{folder / _OLD_CACHE}, where trellax once kept compiled programs, is not read: it may be removed")
+            for what in _list_unread(folder):
+                say(what)
 
         first_does(take)
         yield HeldFolder(folder, take_lock=lambda: held.enter_context(_lock(folder, say)))
+
+
+def _list_unread(folder: Path) -> Iterator[str]:
+    """Yield what to say of things that somebody may take for a part of the run."""
+    saves = SaveFolder(folder / FOLDER)
+    for name in saves.names:
+        if name.isdigit() and not is_own_name(name):
+            yield f"{saves.path / name} is no save, since trellax writes no such number: it is not read"
+    if (folder / _OLD_CACHE).is_dir():
+        yield f"{folder / _OLD_CACHE}, where trellax once kept compiled programs, is not read: it may be removed"
 
 
 def check_entries(folder: Path) -> None:
