@@ -81,7 +81,8 @@ def read_steps(folder: Path) -> dict[str, set[int]]:
         with open_regular(folder / name, links="refuse") as file:
             for event in _read_events(file):
                 if event.HasField("session_log") and event.session_log.status == _EVENTS.SessionLog.START:
-                    found = {tag: {step for step in steps if step < event.step} for tag, steps in found.items()}
+                    left = {tag: {step for step in steps if step < event.step} for tag, steps in found.items()}
+                    found = {tag: steps for tag, steps in left.items() if steps}
                 for value in event.summary.value:
                     found.setdefault(value.tag, set()).add(event.step)
     return found
