@@ -102,7 +102,7 @@ def measure(
     what, *settings = case.split(",")
     name, _, seq_len = what.partition("@")
     overrides = [f"--{setting}" for setting in settings]
-    environment = {**os.environ, "TRELLAX_GPU_CACHE": cache} | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
+    environment = {**os.environ, "TRELLAX_CACHE": cache} | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
     ours = _run("gpu_step.py", name, seq_len, str(steps), *overrides, environment=environment, end_s=end_s)
     if what not in torch_rows and importlib.util.find_spec("torch"):
         environment = {**os.environ} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})

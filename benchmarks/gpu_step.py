@@ -46,7 +46,7 @@ def main() -> None:
     name, seq_len, num_steps, *overrides = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(SHAPES[name], int(seq_len), overrides, folder)
-        prepare_backend(Path(os.environ.get("TRELLAX_GPU_CACHE", folder)))
+        prepare_backend()
         print(json.dumps(measure(config, num_steps=int(num_steps), folder=Path(folder))), flush=True)
 
 

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from ..meshes import DataError
-from .data import check_file
+from .file_change import check_size
 
 
 class Batches:
@@ -106,6 +106,6 @@ def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
     except OSError:
         window = np.empty(0, tokens.dtype)
     if window.size < count:
-        check_file(file, whole.offset + whole.nbytes)
+        check_size(file, whole.offset + whole.nbytes)
         raise DataError(f"{file}: cannot be read from byte {place:,}.", fix="look at the disk.")
     return window

@@ -35,11 +35,10 @@ def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
         saved: the config of a save, as plain values; a key that it lacks had its default.
     """
     here, found = config.model_dump(mode="json"), []
-    given = {section: {key: here[section][key] for key in here[section].keys() & saved[section]} for section in saved}
-    then = config_from_dict(given).model_dump(mode="json")
+    then = config_from_dict(saved).model_dump(mode="json")
     for name in config_keys():
         section, _, key = name.partition(".")
-        was, now = saved[section].get(key, then[section][key]), here[section][key]
+        was, now = then[section][key], here[section][key]
         if was != now and name not in _FREE and section not in _FREE_SECTIONS:
             found.append(f"{name}: was {was}, is {now}")
     return found

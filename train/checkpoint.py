@@ -20,6 +20,7 @@ from .checksum import checksums
 from .config import RunConfig
 from .natural import Arrays, Shapes, by_path, natural_state
 from .save_folder import FOLDER, SaveFolder
+from .saved_config import read_saved_config
 from .seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_seal, write_seal
 from .state import Setup, TrainState
 from .together import gather_texts, is_first, text_of_first
@@ -141,15 +142,15 @@ class Checkpoints:
         _, arrays = self._read(by_path({"params": shapes}), damaged="pass over")
         return _params_like(shapes, arrays)
 
-    def saved_config(self) -> Mapping[str, Any]:
-        """Return the config that the newest whole save was made with, as plain nested dicts.
+    def saved_config(self, *, say: Callable[[str], object] = _ignore) -> dict[str, dict[str, Any]]:
+        """Return the config that the newest whole save was made with, as `read_saved_config` does.
 
         Raises:
-            CheckpointError: there is no save.
+            CheckpointError: there is no save, or its config cannot be read.
         """
         if (seal := self.newest()) is None:
             raise self._nothing_there(was_empty=self.folder.is_empty)
-        return seal.config
+        return read_saved_config(seal, folder=self.folder / seal.step, say=say)
 
     def _start(self, step: int, arrays: Arrays, *, config: RunConfig, data: Mapping[str, Any]) -> None:
         self.wait()

@@ -6,15 +6,18 @@ It starts no backend and changes nothing, so it may look at a run that is under 
 import argparse
 import contextlib
 import json
-from collections.abc import Mapping
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..meshes import CheckpointError, suggest
 from .argument_types import path
-from .save_folder import FOLDER, SaveFolder
+from .regular_file import walk_folder
+from .save_folder import FOLDER, SaveFolder, is_own_name, read_step
 from .seal import SEAL_FORMAT, Seal, find_damage, read_seal
+from .seal_fields import MAX_DEPTH
+
+_WIDEST = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     folder = _find_folder(Path(args.folder))
     looked = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
     # A run that is under way removes and renames what is here: what has gone meanwhile is not damaged.
-    rows = [row for row in looked if (folder.path / row.name).exists()]
+    rows = [row for row in looked if os.path.lexists(folder.path / row.name)]
     if not rows:
         raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")
     print(json.dumps([asdict(row) for row in rows]) if args.json else _draw(folder, rows, verified=args.verify))
@@ -65,8 +68,8 @@ def _find_folder(path: Path) -> SaveFolder:
 
 def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
     path = folder.path / name
-    if not name.isdigit():
-        state = "set aside" if ".damaged" in name else "unfinished"
+    if read_step(name) is None:
+        state = "no save" if not is_own_name(name) else "set aside" if ".damaged" in name else "unfinished"
         return SaveRow(name=name, state=state, num_bytes=_measure(path), saved_at="", layout="", problem="")
     seal, problem = read_seal(path)
     if seal is None:
@@ -86,33 +89,40 @@ def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
 
 
 def _measure(path: Path) -> int:
-    size = 0
-    with contextlib.suppress(FileNotFoundError):
-        for file in path.rglob("*"):
-            size += file.stat().st_size if file.is_file() else 0
-    return size
+    with contextlib.suppress(OSError):
+        entries = walk_folder(path, max_depth=MAX_DEPTH)
+        return sum(
+            entry.stat(follow_symlinks=False).st_size for entry in entries if entry.is_file(follow_symlinks=False)
+        )
+    return 0
 
 
 def _layout(seal: Seal) -> str:
-    config: Mapping[str, Any] = seal.config
-    mesh = " ".join(f"{axis}={size}" for axis, size in config.get("mesh", {}).items())
-    return f"{mesh} {config.get('pipeline', {}).get('schedule', '')}".strip()
+    mesh, pipeline = (seal.config.get(section, {}) for section in ("mesh", "pipeline"))
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
+    return f"{sizes} {pipeline.get('schedule', '')}".strip()
 
 
 def _draw(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
     cells = [("step", "state", "bytes", "saved at", "saved on")]
-    cells += [(row.name, row.state, f"{row.num_bytes:,}", row.saved_at, row.layout) for row in rows]
+    cells += [(_show(row.name), row.state, f"{row.num_bytes:,}", row.saved_at, _show(row.layout)) for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     lines = [
         f"{name:>{widths[0]}}  {state:<{widths[1]}}  {size:>{widths[2]}}  {when:<{widths[3]}}  {where}".rstrip()
         for name, state, size, when, where in cells
     ]
-    lines += [f"{row.name}: {row.problem}" for row in rows if row.problem]
+    lines += [f"{_show(row.name)}: {row.problem}" for row in rows if row.problem]
     total = f"{sum(row.num_bytes for row in rows):,} bytes in {folder.path}"
     lines.append(total if verified else f"{total}; --verify reads them")
     return "\n".join(lines)
 
 
+def _show(text: str) -> str:
+    """Return a text from a folder as a terminal may see it."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= _WIDEST else f"{shown[: _WIDEST - 3]}..."
+
+
 def _number(name: str) -> tuple[int, str]:
-    number = name.partition(".")[0]
-    return (int(number) if number.isdigit() else -1, name)
+    step = read_step(name.partition(".")[0])
+    return (-1 if step is None else step, name)

@@ -8,8 +8,8 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..meshes import DataError, suggest
 from ..meshes.errors import printable, shown
 from .config import DataSection
 from .corpus_files import check_named_once, check_text_file, check_token_file
+from .file_change import WatchedFile
 from .regular_file import read_bounded
 from .tokenizer import ModelTokenizer, load_tokenizer, tokenize
 
@@ -31,7 +32,7 @@ class Corpus:
     """Token ids for training and for validation, both `[num_tokens]`, uint8 for bytes, else uint16 or uint32.
 
     `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the files that are read
-    while the run goes on, with their sizes.
+    while the run goes on; the others are in memory, and may change.
     """
 
     train: np.ndarray
@@ -39,7 +40,7 @@ class Corpus:
     sha256: str
     description: str
     vocab_size_needed: int
-    mapped: Mapping[Path, int] = field(default_factory=dict)
+    mapped: tuple[WatchedFile, ...] = ()
 
 
 def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
@@ -57,8 +58,8 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     """
     if data.source == "tokens":
         files = find_files(data.paths)
-        corpus = _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data)
-        return replace(corpus, mapped={files[0]: files[0].stat().st_size}) if len(files) == 1 else corpus
+        mapped = WatchedFile(files[0]) if len(files) == 1 else None
+        return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data, mapped=mapped)
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
         tokens = np.frombuffer(_join_texts([text for _, text in documents]), np.uint8)
@@ -66,33 +67,19 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     tokenizer = load_tokenizer(data.tokenizer)
     _check_tokenizer(tokenizer, vocab_size=vocab_size)
     documents, what = _read_documents(data)
-    return _cut(tokenize(documents, tokenizer, cache=cache), f"{what} by {tokenizer.file}", data=data)
+    tokens = tokenize(documents, tokenizer, cache=cache)
+    mapped = WatchedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
+    return _cut(tokens, f"{what} by {tokenizer.file}", data=data, mapped=mapped)
 
 
 def check_files(corpus: Corpus) -> None:
-    """Raise if a file that the run still reads has gone or changed its size.
+    """Raise if a file that the run still reads has gone or changed.
 
     Raises:
         DataError: naming the file.
     """
-    for file, size in corpus.mapped.items():
-        check_file(file, size)
-
-
-def check_file(file: Path, size: int) -> None:
-    """Raise if a file that the run still reads has gone or is not of this many bytes.
-
-    Raises:
-        DataError: naming the file.
-    """
-    try:
-        here = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: lost while the run read it: {error.strerror}.", fix="bring it back.") from None
-    if here != size:
-        raise DataError(
-            f"{file}: changed while the run read it: {here:,} bytes, not {size:,}.", fix="bring the old file back."
-        )
+    for file in corpus.mapped:
+        file.check()
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -263,7 +250,7 @@ def _map_array(file: Path) -> np.ndarray:
         raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
 
 
-def _cut(tokens: np.ndarray, description: str, *, data: DataSection) -> Corpus:
+def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: WatchedFile | None = None) -> Corpus:
     if not tokens.size:
         raise DataError(
             f"the corpus is empty: {description}, 0 tokens.", fix="name files that hold something in data.paths."
@@ -278,12 +265,15 @@ def _cut(tokens: np.ndarray, description: str, *, data: DataSection) -> Corpus:
                 fix=f"use more text, another data.val_fraction than {data.val_fraction:g}, or a shorter data.seq_len.",
             )
     sha256, largest = _scan(tokens)
+    if mapped and isinstance(tokens, np.memmap):
+        mapped.expect(sha256, offset=tokens.offset, num_bytes=tokens.nbytes)
     return Corpus(
         train=parts["training"],
         validation=parts["validation"],
         sha256=sha256,
         description=f"{description}, {tokens.size:,} tokens, {held_out:,} held out",
         vocab_size_needed=256 if tokens.dtype == np.uint8 else largest + 1,
+        mapped=(mapped,) if mapped else (),
     )
 
 

@@ -72,25 +72,32 @@ def train(
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
     start_s = time.perf_counter()
-    prepare_backend(config.run_folder)
+    warning = prepare_backend()
     setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
-    console = console or _Talk(file=sys.stderr)
-    console.quiet = not is_first()
-
+    console = _open_console(console, warning)
     say = partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
-    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say):
+    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
         try:
             corpus = _open_corpus(setup, say)
             with checkpoints:
                 profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
-                run = Run(setup, corpus, checkpoints, console=console, changes=changes, profile=profile)
+                run = Run(setup, corpus, checkpoints, held, console=console, changes=changes, profile=profile)
                 run.take_steps(stop)
                 return run.finish(stop, start_s=start_s)
         except OSError as error:
             raise _refused(error, config, checkpoints) from error
+
+
+def _open_console(console: Console | None, warning: str) -> Console:
+    """Return what the run talks on, one process of many, with the first thing said."""
+    console = console or _Talk(file=sys.stderr)
+    console.quiet = not is_first()
+    if warning:
+        say_on(console, warning)
+    return console
 
 
 class _Talk(Console):

@@ -5,6 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+import jax
+import numpy as np
+
 Batch = TypeVar("Batch")
 
 
@@ -42,3 +45,8 @@ class Prefetch(Generic[Batch]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def place_batch(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Return a batch on the devices; every process has all of it in its hands and places its devices' part."""
+    return {name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__) for name, leaf in batch.items()}

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from .metrics import (
     NoLog,
     Summary,
     draw_loss,
+    keep_speed,
     last_loss,
     peak_memory_bytes,
     read_metrics,
@@ -30,10 +30,12 @@ from .metrics import (
     write_summary,
 )
 from .pace import Pace
-from .prefetch import Prefetch
+from .prefetch import Prefetch, place_batch
 from .profile import StepProfile
 from .progress import StepProgress, say
+from .run_folder import HeldFolder
 from .run_weights import initial_state
+from .saved_config import read_saved_config
 from .seal import Seal
 from .speed import peak_flops_per_s
 from .state import Setup, TrainState
@@ -59,13 +61,14 @@ class Run:
         setup: Setup,
         corpus: Corpus,
         checkpoints: Checkpoints,
+        held: HeldFolder,
         *,
         console: Console,
         changes: Changes,
         profile: StepProfile,
     ) -> None:
         self.setup, self.config, self.checkpoints, self.console = setup, setup.config, checkpoints, console
-        self.corpus = corpus
+        self.corpus, self.held = corpus, held
         seal = self._load_state(changes)
         self.first_step = int(self.state.step)
         batch_size = self.config.train.batch_size
@@ -94,7 +97,7 @@ class Run:
         """Train to the last step or until asked to stop, logging, validating and saving on the way.
 
         Raises:
-            DataError: a file of the corpus is lost; the state is saved, unless there are many processes.
+            DataError: a file of the corpus is lost or changed; the state is saved, unless there are many processes.
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
@@ -130,18 +133,30 @@ class Run:
         if is_profiled:
             self.profile.stop(self.state, self.train_step, num_devices=self.setup.mesh.devices.size)
         if validates:
-            log.write(step, {"val_loss": self.validate()})
+            try:
+                log.write(step, {"val_loss": self.validate()})
+            except DataError as error:
+                raise self._save_before(error) from None
         if saves:
             self.save()
         self.pace.restart()
 
     def validate(self) -> float:
-        """Return the mean loss of the held-out sequences, the same ones every time."""
-        losses = [self.eval_step(self.state, self._place(batch)) for batch in self.val_batches]
+        """Return the mean loss of the held-out sequences, the same ones every time.
+
+        Raises:
+            DataError: a file of the corpus is lost or changed.
+        """
+        losses = [self.eval_step(self.state, self._place_read(batch)) for batch in self.val_batches]
         return float(np.sum(jax.device_get(losses)))
 
     def save(self) -> None:
-        """Start to save the state as it is, unless it is saved already."""
+        """Start to save the state as it is, unless it is saved already.
+
+        Raises:
+            RunError: the run folder was moved or removed.
+        """
+        self.held.check()
         step = int(self.state.step)
         if step != self.checkpoints.last_step:
             sequences = self.train_batches.num_sequences(step)
@@ -153,11 +168,14 @@ class Run:
 
         Raises:
             RunError: the validation loss is not finite; all is written first.
+            DataError: a file of the corpus is lost or changed; the state is saved.
         """
         folder, steps = self.config.run_folder, int(self.state.step)
         self.save()
         val_loss = None if stop.signal_name else self.validate()
         self.checkpoints.wait()
+        # What comes next would make a folder anew.
+        self.held.check()
         summary = Summary(
             ended=stop.signal_name or "done",
             steps=steps,
@@ -170,14 +188,15 @@ class Run:
             folder=str(folder),
         )
         if steps == self.first_step:
-            summary = _keep_speed(summary, read_summary(folder))
+            summary = keep_speed(summary, read_summary(folder))
         if is_first():
             # A run resumed at its end was validated before.
             if val_loss is not None and {"step": steps, "val_loss": val_loss} not in read_metrics(folder):
-                with MetricsLog(folder, resumed_step=steps) as log:
+                with MetricsLog(folder, resumed_step=steps, say=self._say) as log:
                     log.write(steps, {"val_loss": val_loss})
             write_summary(summary)
             draw_loss(folder)
+        self.held.check()
         check_last_validation(val_loss, step=steps, folder=folder)
         return summary
 
@@ -240,8 +259,12 @@ class Run:
         )
 
     def _make_batch(self, step: int) -> dict[str, jax.Array]:
+        return self._place_read(self.train_batches[step])
+
+    def _place_read(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        # After it was read: what changes later is no part of it.
         check_files(self.corpus)
-        return self._place(self.train_batches[step])
+        return place_batch(batch, self.setup.batch_sharding)
 
     def _next_batch(self, step: int, look: "_Look") -> dict[str, jax.Array]:
         try:
@@ -249,12 +272,16 @@ class Run:
                 return self._ahead[step]
         except DataError as error:
             look.at_waiting()
-            if jax.process_count() > 1:
-                # The others are at this step or the next; a save would wait for them for ever.
-                raise
-            self.save()
-            self.checkpoints.wait()
-            raise DataError(f"{error.problem} Step {step} is saved.", fix=error.fix) from None
+            raise self._save_before(error) from None
+
+    def _save_before(self, error: DataError) -> DataError:
+        """Save what was trained on the corpus as it was, and return what then stops the run."""
+        if jax.process_count() > 1:
+            # The others are at this step or the next; a save would wait for them for ever.
+            return error
+        self.save()
+        self.checkpoints.wait()
+        return DataError(f"{error.problem} Step {self.checkpoints.last_step} is saved.", fix=error.fix)
 
     def _load_state(self, changes: Changes) -> Seal | None:
         """Set the state: that of the newest save, or a fresh one where nothing is saved."""
@@ -264,7 +291,8 @@ class Run:
             # A model that was never trained here has no run yet that could be changed.
             if not seal.has_params_alone:
                 was, corpus = seal.data.get("corpus"), self.corpus.sha256
-                check_changes(seal.config, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
+                saved = read_saved_config(seal, folder=self.checkpoints.folder / seal.step, say=self._say)
+                check_changes(saved, self.config, was=was, corpus=corpus, changes=changes, step=seal.step)
             found.append(seal)
 
         # What the first process sees counts: over a network the others may see it later.
@@ -283,13 +311,6 @@ class Run:
         # The end has its own validation and save.
         return every > 0 and step % every == 0 and step < self.config.train.steps
 
-    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = self.setup.batch_sharding
-        # Every process has the whole batch in its hands and places its devices' part of it.
-        return {
-            name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__) for name, leaf in batch.items()
-        }
-
     def _compile(self, what: str, function: Any) -> Callable[..., Any]:
         batch = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.setup.batch_sharding)
@@ -302,23 +323,15 @@ class Run:
         return compiled
 
     def _open_log(self) -> MetricsLog | NoLog:
-        return MetricsLog(self.config.run_folder, resumed_step=self.first_step) if is_first() else NoLog()
+        if not is_first():
+            return NoLog()
+        return MetricsLog(self.config.run_folder, resumed_step=self.first_step, say=self._say)
+
+    def _say(self, text: str) -> None:
+        say(self.console, text)
 
     def _progress(self) -> StepProgress:
         return StepProgress(self.console, first_step=self.first_step, steps=self.config.train.steps)
-
-
-def _keep_speed(summary: Summary, before: Summary | None) -> Summary:
-    """Return the summary of a call that took no step, with the time and place of the steps of the call before."""
-    if before is None or before.steps != summary.steps:
-        return summary
-    return replace(
-        summary,
-        tokens_per_s=before.tokens_per_s,
-        wall_time_s=before.wall_time_s,
-        mesh=before.mesh,
-        schedule=before.schedule,
-    )
 
 
 class _Look:

@@ -1,36 +1,86 @@
-"""The folder of a run, held by one run at a time: opened, locked, and cleared of what a killed run left."""
+"""The folder of a run, held by one run at a time: opened, locked, and cleared of what a killed run left.
+
+A run folder may come from elsewhere. What is in it under our names must be files and folders: a link would let a run
+write, or remove, outside. The folder itself may be a link, since whoever starts a run names it.
+"""
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import IO, Literal
 
 from ..meshes import ConfigError, RunError
+from .board import BOARD_FOLDER
 from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
-from .save_folder import FOLDER, SaveFolder, free_name
+from .own_file import identify_file, open_own
+from .regular_file import name_kind, walk_folder
+from .save_folder import FOLDER, SaveFolder, free_name, is_own_name
 from .together import first_does
+from .tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
 
 LOCK_FILE = "lock"
 ASIDE = "aside"
-_LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, "tensorboard", FOLDER)
+PROFILE_FOLDER = "profile"
+_LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, BOARD_FOLDER, FOLDER)
 """Saves last: moved in part, it is still a run. The rest is no run's: an imported model's config and tokenizer."""
+
+_FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, *TOKENIZER_FILES, ORIGIN}
+_FOLDERS = {BOARD_FOLDER, FOLDER, TOKENS_FOLDER, PROFILE_FOLDER}
+_DEPTHS = {PROFILE_FOLDER: 8}
+"""How deep a run writes in a folder; in the others directly, and Orbax in folders that it has just made."""
+_OLD_CACHE = "xla"
+_MOST_HOLDER_BYTES = 4096
 
 Start = Literal["resume", "fresh", "replace"]
 """Go on from the newest save; start over, where nothing is saved; or start over and set aside what is there."""
 
 
+class HeldFolder:
+    """A run folder while a run holds it; of many processes the first does."""
+
+    def __init__(self, path: Path, *, take_lock: Callable[[], object]) -> None:
+        self._path, self._take_lock = path, take_lock
+        self._ids = self._identify()
+
+    def check(self) -> None:
+        """Raise unless the folder is still the one that was opened, with nobody else in it; all processes call it.
+
+        A lock that was removed is taken again.
+
+        Raises:
+            RunError: it was moved or removed, or another run has it.
+        """
+        first_does(self._check)
+
+    def _check(self) -> None:
+        ids = self._identify()
+        if ids == self._ids:
+            return
+        if ids[0] != self._ids[0]:
+            raise RunError(
+                f"{self._path} was moved or removed while the run wrote to it, so nothing more is saved.",
+                fix="put it back where it was, then give the same command again.",
+            )
+        self._take_lock()
+        self._ids = self._identify()
+
+    def _identify(self) -> tuple[tuple[int, int] | None, ...]:
+        return identify_file(self._path), identify_file(self._path / LOCK_FILE)
+
+
 @contextlib.contextmanager
-def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object]) -> Iterator[None]:
+def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object]) -> Iterator[HeldFolder]:
     """Hold a run's folder as its only run; all processes of a run call it together.
 
     Raises:
         ConfigError: it cannot be written.
-        RunError: another run holds it, or a fresh start would overwrite what is there.
+        RunError: another run holds it, a fresh start would overwrite what is there, or a part of it is a link.
     """
     with contextlib.ExitStack() as held:
 
@@ -39,6 +89,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
+                check_entries(folder)
                 held.enter_context(_lock(folder, say))
                 SaveFolder(folder / FOLDER).drop_unfinished()
                 if start != "resume":
@@ -48,15 +99,57 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                     f"the run folder {folder} cannot be written: {error.strerror}.",
                     fix="make room, or set run.folder to a place that can.",
                 ) from None
+            for what in _list_unread(folder):
+                say(what)
 
         first_does(take)
-        yield
+        yield HeldFolder(folder, take_lock=lambda: held.enter_context(_lock(folder, say)))
+
+
+def _list_unread(folder: Path) -> Iterator[str]:
+    """Yield what to say of things that somebody may take for a part of the run."""
+    saves = SaveFolder(folder / FOLDER)
+    for name in saves.names:
+        if name.isdigit() and not is_own_name(name):
+            yield f"{saves.path / name} is no save, since trellax writes no such number: it is not read"
+    if (folder / _OLD_CACHE).is_dir():
+        yield f"{folder / _OLD_CACHE}, where trellax once kept compiled programs, is not read: it may be removed"
+
+
+def check_entries(folder: Path) -> None:
+    """Raise unless what a run reads, writes or removes in its folder are files and folders of its own.
+
+    Raises:
+        RunError: naming the first that is a link, a pipe or the like.
+        OSError: the system refuses.
+    """
+    for entry in list(walk_folder(folder, max_depth=1)):
+        name = entry.name.removesuffix(".part")
+        if name in _FILES:
+            _check_kind(entry, wanted="a file")
+        elif name in _FOLDERS:
+            _check_kind(entry, wanted="a folder")
+            for inner in walk_folder(entry.path, max_depth=_DEPTHS.get(name, 1)):
+                # What else somebody keeps beside the saves, a link to the best one say, is never touched.
+                if name != FOLDER or is_own_name(inner.name):
+                    _check_kind(inner, wanted="a folder" if inner.is_dir(follow_symlinks=False) else "a file")
+
+
+def _check_kind(entry: os.DirEntry[str], *, wanted: Literal["a file", "a folder"]) -> None:
+    kind = name_kind(entry.stat(follow_symlinks=False).st_mode) or "a file"
+    if kind == wanted:
+        return
+    where = f" to {Path(entry.path).readlink()}" if entry.is_symlink() else ""
+    raise RunError(
+        f"{entry.path} is {kind}{where}, where a run has {wanted} of its own.",
+        fix="move it away, or put a copy of what it leads to in its place; the run folder itself may be a link.",
+    )
 
 
 @contextlib.contextmanager
 def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
     """The kernel lets go of the lock when its process ends, however it ends: a lock is never stale."""
-    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    with open_own(folder / LOCK_FILE, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,19 +169,21 @@ def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
 _NOBODY = "another process"
 
 
-def _read_holder(file: TextIO) -> str:
+def _read_holder(file: IO[bytes]) -> str:
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-        return f"process {holder['process']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
+        holder = json.loads(file.read(_MOST_HOLDER_BYTES))
+        process, host = holder["process"], holder["host"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _NOBODY
+    is_ours = type(process) is int and 0 < process < 1 << 32 and re.fullmatch(r"[\w.-]{1,255}", str(host), re.ASCII)
+    return f"process {process} on {host}" if is_ours else _NOBODY
 
 
-def _write_holder(file: TextIO, holder: Mapping[str, object] | None) -> None:
+def _write_holder(file: IO[bytes], holder: Mapping[str, object] | None) -> None:
     file.truncate(0)
     if holder:
-        file.write(json.dumps(holder))
+        file.write(json.dumps(holder).encode())
     file.flush()
 
 

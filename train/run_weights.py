@@ -62,15 +62,15 @@ def save_params(folder: str | Path, params: dict[str, Any], config: RunConfig) -
 
 
 def saved_config(folder: str | Path) -> RunConfig:
-    """Return the config of the newest save of a run folder.
+    """Return the config of the newest save of a run folder; keys that are not known are named on stderr.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: it has none, or one of another model than this trellax knows.
     """
     if not is_run_folder(folder):
         raise CheckpointError(f"{folder} is no run folder: it has no {FOLDER}.", fix="name one that trellax wrote.")
     with Checkpoints(folder, keep=1) as checkpoints:
-        return config_from_dict(checkpoints.saved_config())
+        return config_from_dict(checkpoints.saved_config(say=partial(print, file=sys.stderr)))
 
 
 def model_of(folder: str | Path) -> ModelConfig:

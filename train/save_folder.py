@@ -2,15 +2,37 @@
 
 `40` is a finished save; `40.part` (and Orbax's names that start with it) one that is being written, `40.removing` one
 that is being removed, and `40.damaged` one that is kept for a person to look at. Every change of meaning is a rename.
+Other names, `007` or `photos.part` say, are nobody's saves: they are not read, renamed or removed.
 """
 
+import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..meshes import CheckpointError
+
 FOLDER = "checkpoints"
 """What a run folder calls the folder of its saves."""
+
+
+_STEP = r"(?P<step>0|[1-9][0-9]{0,17})"
+_NAME = re.compile(
+    _STEP + r"(?P<rest>|\.part(?:\.orbax-checkpoint-tmp[\w.-]*)?|\.removing(?:-[0-9]+)?|\.damaged(?:-[0-9]+)?)",
+    re.ASCII,
+)
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether trellax gives such a name in a folder of saves."""
+    return _NAME.fullmatch(name) is not None
+
+
+def read_step(name: str) -> int | None:
+    """Return the step of a finished save by its name; None for every other name."""
+    return int(name) if re.fullmatch(_STEP, name) else None
 
 
 @dataclass(frozen=True)
@@ -22,17 +44,26 @@ class SaveFolder:
     @property
     def steps(self) -> list[int]:
         """Steps of the finished saves, damaged or not, oldest first."""
-        return sorted(int(name) for name in self.names if name.isdigit())
+        return sorted(step for name in self.names if (step := read_step(name)) is not None)
 
     @property
     def names(self) -> list[str]:
-        """Names of everything here."""
-        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        """Names of everything here.
+
+        Raises:
+            CheckpointError: the folder is a link; what it leads to is no part of the run.
+        """
+        if self.path.is_symlink():
+            raise CheckpointError(
+                f"{self.path} is a link, and the saves of a run are in a folder of its own.",
+                fix="put a copy of what it leads to in its place; the run folder itself may be a link.",
+            )
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []  # noqa: PTH208
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was ever saved here, nor set aside."""
-        return not self.steps and not any(".damaged" in name for name in self.names)
+        return not any(is_own_name(name) and not _is_unfinished(name) for name in self.names)
 
     def __truediv__(self, step: int) -> Path:
         return self.path / str(step)
@@ -57,7 +88,7 @@ class SaveFolder:
         """Remove a finished save."""
         gone = free_name(self.path / f"{step}.removing")
         (self / step).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove_tree(gone)
 
     def set_aside(self, step: int) -> Path:
         """Give a damaged save another name, and return it.
@@ -70,15 +101,26 @@ class SaveFolder:
     def drop_unfinished(self, step: int | None = None) -> None:
         """Remove what was not finished, of one step or of all; not while another process writes here."""
         for name in self.names:
-            number, _, rest = name.partition(".")
-            if rest.startswith(("part", "removing")) and step in (None, int(number) if number.isdigit() else None):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+            found = _NAME.fullmatch(name)
+            if found and _is_unfinished(name) and step in (None, int(found["step"])):
+                _remove_tree(self.path / name)
 
     def prune(self, *, keep: int, keep_every: int) -> None:
         """Remove all saves but the newest `keep` and those of every `keep_every` steps (0: of none)."""
         for step in self.steps[:-keep]:
             if not (keep_every and step % keep_every == 0):
                 self.remove(step)
+
+
+def _is_unfinished(name: str) -> bool:
+    found = _NAME.fullmatch(name)
+    return found is not None and found["rest"].startswith((".part", ".removing"))
+
+
+def _remove_tree(path: Path) -> None:
+    # rmtree follows no links, and leaves one alone. A folder nested a thousand deep is none of ours.
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _force_to_disk(path: Path) -> None:
@@ -93,4 +135,4 @@ def _force_to_disk(path: Path) -> None:
 def free_name(path: Path) -> Path:
     """Return the path, or the first of `path-2`, `path-3`, ... where it is taken."""
     names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))

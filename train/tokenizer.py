@@ -17,6 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..meshes import DataError
+from .own_file import open_own
+from .regular_file import open_regular
+from .save_folder import free_name
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -35,7 +38,8 @@ ORIGIN = "hf_config.json"
 """The config.json that a run folder's model came with."""
 
 _BATCH = 256
-_FOLDER = "tokens"
+TOKENS_FOLDER = "tokens"
+"""What a run folder calls the folder of its tokenized text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +166,28 @@ def tokenize(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer, 
     """
     if cache is None:
         return _encode(documents, tokenizer)
-    file = cache / _FOLDER / f"{_hash(documents, tokenizer)}.npy"
-    if not file.is_file():
+    file = cache / TOKENS_FOLDER / f"{_hash(documents, tokenizer)}.npy"
+    kept = _open_tokens(file)
+    if kept is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # All processes of a run come by here at once, and in containers they have one id.
-        part = file.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
-        with part.open("wb") as stream:
+        part = free_name(file.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}"))
+        with open_own(part, "xb") as stream:
             np.save(stream, _encode(documents, tokenizer))
         part.replace(file)
-    return np.load(file, mmap_mode="r")
+        kept = np.load(file, mmap_mode="r")
+    return kept
+
+
+def _open_tokens(file: Path) -> np.ndarray | None:
+    """Return ids that were kept, or None where there are none or others: a run folder may come from elsewhere."""
+    try:
+        open_regular(file, links="refuse", error=DataError).close()
+        kept = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, OverflowError):
+        return None
+    is_ids = isinstance(kept, np.memmap) and kept.ndim == 1 and kept.dtype in (np.uint16, np.uint32)
+    return kept if is_ids else None
 
 
 def _encode(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> np.ndarray:

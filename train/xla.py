@@ -1,16 +1,17 @@
-"""Settings of XLA that trellax chooses for GPUs, each with its reason, and the cache of compiled programs.
+"""Settings of XLA that trellax chooses for GPUs, each with its reason.
 
 A user's own `XLA_FLAGS` win: what they name is left alone. Programs for GPUs that are not there are compiled with the
-same settings, so that `trellax inspect` reads the program that would run.
+same settings, so that `trellax inspect` reads the program that would run. `program_cache.py` keeps what was compiled.
 """
 
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from .program_cache import open_program_cache
 
 CompilerOption = bool | int | str
 """Value of a setting, as `Lowered.compile` takes it."""
@@ -69,13 +70,11 @@ def choose_options(platform: str) -> dict[str, CompilerOption]:
     return {setting.name: setting.value for setting in GPU_SETTINGS if setting.name not in named}
 
 
-def prepare_backend(folder: Path) -> None:
-    """Set what must be set before jax starts: the share of GPU memory, and the cache of compiled programs in a folder.
+def prepare_backend() -> str:
+    """Set what must be set before jax starts: the share of GPU memory, and the cache of compiled programs.
 
-    What the environment or jax's own configuration says already is left alone; of many runs in one process the first
-    one's folder serves all, since jax opens its cache once.
+    What the environment or jax's own configuration says already is left alone. Returns what a person should know, or
+    "".
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir is None:
-        config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    return open_program_cache()

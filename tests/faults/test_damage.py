@@ -294,21 +294,21 @@ def test_command_may_look_while_a_run_removes_and_renames(
 ) -> None:
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "3.part").mkdir()
-    read, is_file = checkpoints_command.read_seal, Path.is_file
+    read, walk = checkpoints_command.read_seal, checkpoints_command.walk_folder
 
     def read_too_late(folder: Path) -> Any:
         if folder.name == "1":
             shutil.rmtree(folder)
         return read(folder)
 
-    def vanish(path: Path) -> bool:
-        was_there = is_file(path)
-        shutil.rmtree(tmp_path / "checkpoints" / "3.part", ignore_errors=True)
-        return was_there
+    def vanish(path: Path, *, max_depth: int) -> Any:
+        for entry in walk(path, max_depth=max_depth):
+            shutil.rmtree(tmp_path / "checkpoints" / "3.part", ignore_errors=True)
+            yield entry
 
     (tmp_path / "checkpoints" / "3.part" / "array").write_text("half")
     monkeypatch.setattr(checkpoints_command, "read_seal", read_too_late)
-    monkeypatch.setattr(Path, "is_file", vanish)
+    monkeypatch.setattr(checkpoints_command, "walk_folder", vanish)
     assert main(["checkpoints", str(tmp_path), "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["2"]
 

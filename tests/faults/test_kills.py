@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from trellax.train.board import read_steps
+from trellax.train.metrics import read_metrics
 
 from .conftest import losses
 from .zygote import Child, Zygote, is_alive
@@ -15,6 +17,15 @@ STEPS, NUM_KILLS = 25, 20
 
 def saved_steps(run_folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_folder / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def recorded_steps(run_folder: Path) -> dict[str, set[int]]:
+    """Steps of each number in metrics.jsonl, as TensorBoard should have them."""
+    found: dict[str, set[int]] = {}
+    for line in read_metrics(run_folder):
+        for name in line.keys() - {"step"}:
+            found.setdefault(name, set()).add(line["step"])
+    return found
 
 
 def is_saving(run_folder: Path) -> bool:
@@ -70,6 +81,7 @@ def test_run_killed_twenty_times_is_the_run_uncut(seed: int, zygote: Zygote, fol
         code, last = zygote.run(f"{words} --run.name {run_folder.name}")
         assert code == 0, last.said()
         assert losses(run_folder) == expected
+        assert read_steps(run_folder / "tensorboard") == recorded_steps(run_folder)
         assert not is_saving(run_folder)
     assert during_saves >= NUM_KILLS // 10
     assert resumes > NUM_KILLS // 4

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from trellax.meshes import ConfigError
+from trellax.meshes import ConfigError, RunError
 from trellax.train.run_folder import open_run_folder
 from trellax.train.save_folder import FOLDER, SaveFolder
 
@@ -37,3 +37,47 @@ def test_run_that_was_half_moved_aside_is_still_a_run(tmp_path: Path, monkeypatc
         pass
     # Without its saves the next start would begin anew, and its metrics would be dropped.
     assert SaveFolder(tmp_path / FOLDER).steps == [40]
+
+
+def test_what_is_not_read_is_told(tmp_path: Path) -> None:
+    for name in ("xla", "checkpoints/007", "checkpoints/²", "checkpoints/7", "checkpoints/notes"):
+        (tmp_path / name).mkdir(parents=True)
+    told: list[str] = []
+    with open_run_folder(tmp_path, start="resume", say=told.append):
+        pass
+    assert [text.partition(" is no")[0] for text in told] == [
+        f"{tmp_path}/checkpoints/007",
+        f"{tmp_path}/checkpoints/²",
+        f"{tmp_path}/xla, where trellax once kept compiled programs,",
+    ]
+
+
+def test_lock_that_is_removed_is_taken_again(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path, start="resume", say=print) as held:
+        (tmp_path / "lock").unlink()
+        held.check()
+        with (
+            pytest.raises(RunError, match="is in use by process"),
+            open_run_folder(tmp_path, start="resume", say=print),
+        ):
+            pass
+
+
+def test_lock_that_another_run_has_taken_stops_the_first(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path, start="resume", say=print) as held:
+        (tmp_path / "lock").unlink()
+        with (
+            open_run_folder(tmp_path, start="resume", say=print),
+            pytest.raises(RunError, match="is in use by process"),
+        ):
+            held.check()
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_folder_that_moved_is_told(is_made_anew: bool, tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "run", start="resume", say=print) as held:
+        (tmp_path / "run").rename(tmp_path / "away")
+        if is_made_anew:
+            (tmp_path / "run").mkdir()
+        with pytest.raises(RunError, match="run was moved or removed while the run wrote to it"):
+            held.check()
