@@ -1,10 +1,9 @@
-"""How long a pipeline takes for many microbatches: the schedule's own simulator, and a closed form for screening.
+"""How long a pipeline takes for many microbatches, by the schedule's own simulator.
 
 A schedule is periodic once it is full, so a few microbatches are simulated and the rest continue with the slope of
 the last `p`: exact where the steady state is reached. Read `step_time.py` next.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,8 +40,10 @@ def auto_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vo
     return AutoTerms(stages=stages, max_in_flight=layout.max_in_flight)
 
 
+# Layouts that differ in ZeRO alone have the same pipeline.
+@lru_cache(maxsize=1024)
 def pipeline_time_s(
-    stages: Sequence[StageCost],
+    stages: tuple[StageCost, ...],
     *,
     schedule: str,
     num_ranks: int,
@@ -75,39 +76,6 @@ def pipeline_time_s(
     few = num_microbatches - periods * num_ranks
     start = run(few)
     return start + periods * (run(few + num_ranks) - start)
-
-
-def screen_pipeline_s(
-    stages: Sequence[StageCost],
-    *,
-    schedule: str,
-    num_ranks: int,
-    num_microbatches: int,
-    clock: Clock,
-    vocab: Vocab = "ends",
-    transfer: float = 0.0,
-    shared_loss: float = 0.0,
-    auto: AutoTerms | None = None,  # noqa: ARG001 - the signature is the simulator's
-) -> float:
-    """Return the seconds by a closed form: every microbatch on the slowest rank, and the other ranks' filling.
-
-    Exact for gpipe, 1f1b and their interleaved forms on equal stages; zero-bubble ones save a weight gradient a rank.
-    "auto" is taken for 1f1b, which it is never worse than.
-    """
-    num_chunks = len(stages) // num_ranks
-    ranks = [sum(stages[chunk * num_ranks + rank].total for chunk in range(num_chunks)) for rank in range(num_ranks)]
-    slowest = max(range(num_ranks), key=ranks.__getitem__)
-    fill = sum(stage.total for rank, stage in enumerate(stages[:num_ranks]) if rank != slowest)
-    if schedule.endswith("zb-h1"):
-        fill -= sum(stage.weight_grad for rank, stage in enumerate(stages[:num_ranks]) if rank != slowest)
-    if num_ranks == 1:
-        fill = 0.0
-    if schedule == "naive":
-        return num_microbatches * (sum(ranks) + shared_loss)
-    # In lockstep every tick with a hop pays it; separate programs pay on the way in and out alone.
-    hops = 2 * (num_ranks - 1) + (num_microbatches * num_chunks if clock == "lockstep" and num_ranks > 1 else 0)
-    delay = shared_loss if vocab == "split" else 0.0
-    return num_microbatches * (ranks[slowest] + shared_loss) + fill + delay + hops * transfer
 
 
 def is_auto_built_whole(schedule: str, *, num_stages: int, num_microbatches: int) -> bool:

@@ -1,19 +1,17 @@
 """The search for a training layout: all legal ones under the memory limit, cheapest first.
 
-Every layout is priced with the pipeline in closed form; the best of each mesh are then simulated. Read `plans.py` for
-what comes out, `serving_search.py` for inference.
+Every layout's schedule is simulated, so that a layout has one price wherever it is shown. Read `plans.py` for what
+comes out, `serving_search.py` for inference.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ..layers import ModelConfig
 from ..meshes.errors import PlanError
 from .layer_time import LayerTime, layer_time
 from .layouts import Layout, PlanRemat, legal_layouts, legal_meshes
 from .memory_model import MemoryUse, fullest, step_memory
-from .pipeline_time import pipeline_time_s, screen_pipeline_s
 from .plans import Plan, explain_plans, step_costs, step_traffic
 from .program import TRELLAX, Program
 from .step_time import step_time
@@ -22,11 +20,7 @@ from .topology import Topology
 MEMORY_RESERVE = 0.06
 """Share of a device's memory left to the driver, to collectives and to gaps between buffers."""
 
-Clockwork = Literal["simulate", "screen"]
-"""Whether a schedule is simulated or its time taken from the closed form."""
-
 _TOP = 5
-_SIMULATED_ACTIONS = 10_000
 _GB = 1e9
 
 
@@ -59,14 +53,17 @@ def search_train(question: TrainQuestion, *, objective: str = "train", top: int 
     Raises:
         PlanError: nothing fits, with what would.
     """
-    plans = screen_train(question)
-    best = _best_of_meshes(plans, objective)[: top + 2]
-    priced = sorted((price_layout(question, plan.layout) for plan in best), key=lambda plan: _rank(plan, objective))
-    return explain_plans(priced[:top], objective=objective)
+    return rank_train(question, price_train(question), objective=objective, top=top)
 
 
-def screen_train(question: TrainQuestion) -> list[Plan]:
-    """Return every layout that fits, priced in closed form, in no order.
+def rank_train(question: TrainQuestion, plans: Iterable[Plan], *, objective: str, top: int = _TOP) -> list[Plan]:
+    """Return the best of the plans of `price_train` as `search_train` does."""
+    best = _best_of_meshes(plans, objective)[:top]
+    return explain_plans([_with_traffic(question, plan) for plan in best], objective=objective)
+
+
+def price_train(question: TrainQuestion) -> list[Plan]:
+    """Return the plan of every layout that fits, in no order, without its traffic.
 
     Raises:
         PlanError: nothing fits, with what would.
@@ -84,21 +81,16 @@ def screen_train(question: TrainQuestion) -> list[Plan]:
                 topology=question.topology,
                 num_tokens=question.num_tokens,
             )
-        plans.append(_price(question, layout, how="screen", layer=layers[key], memory=memory))
+        plans.append(_price(question, layout, layer=layers[key], memory=memory))
     if not plans:
         raise _nothing_fits(question)
     return plans
 
 
 def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
-    """Return the plan of one layout, whether or not it fits, with its schedule simulated where that is quick."""
-    memory = layout_memory(question, layout)
-    actions = 6 * layout.pipe**2 * layout.chunks
-    how: Clockwork = "simulate" if actions <= _SIMULATED_ACTIONS else "screen"
-    priced = _price(question, layout, how=how, layer=None, memory=memory)
-    vocab = question.program.vocab
-    traffic = step_traffic(question.model, layout=layout, num_tokens=question.num_tokens, vocab=vocab)
-    return replace(priced, traffic_bytes=traffic)
+    """Return the plan of one layout, whether or not it fits."""
+    plan = _price(question, layout, layer=None, memory=layout_memory(question, layout))
+    return _with_traffic(question, plan)
 
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
@@ -119,16 +111,13 @@ def smallest_fitting(question: TrainQuestion) -> int | None:
     return None
 
 
-def _price(
-    question: TrainQuestion, layout: Layout, *, how: Clockwork, layer: LayerTime | None, memory: MemoryUse
-) -> Plan:
+def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, memory: MemoryUse) -> Plan:
     step = step_time(
         question.model,
         layout=layout,
         topology=question.topology,
         num_tokens=question.num_tokens,
         program=question.program,
-        pipeline=pipeline_time_s if how == "simulate" else screen_pipeline_s,
         layer=layer,
     )
     return Plan(
@@ -140,6 +129,12 @@ def _price(
         mfu=step.mfu,
         bubble_fraction=step.bubble_fraction,
     )
+
+
+def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
+    vocab = question.program.vocab
+    traffic = step_traffic(question.model, layout=plan.layout, num_tokens=question.num_tokens, vocab=vocab)
+    return replace(plan, traffic_bytes=traffic)
 
 
 def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:

@@ -62,38 +62,38 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
     Raises:
         PlanError: nothing fits, with what would.
     """
-    asked = replace(question, requests=1) if objective == "latency" else question
-    plans = screen_serving(asked)
+    return rank_serving(price_all_serving(question, objective=objective), objective=objective, top=top)
+
+
+def rank_serving(plans: Iterable[Plan], *, objective: str, top: int = _TOP) -> list[Plan]:
+    """Return the best of the plans of `price_all_serving` as `search_serving` does."""
     if objective == "balanced":
-        return explain_plans(balance_plans(asked, plans)[:top], objective="balanced")
-    plans.sort(key=lambda plan: _rank(plan, objective))
-    return explain_plans(plans[:top], objective=objective)
+        return explain_plans(balance_plans(plans)[:top], objective="balanced")
+    return explain_plans(sorted(plans, key=lambda plan: _rank(plan, objective))[:top], objective=objective)
 
 
-def screen_serving(question: ServeQuestion) -> list[Plan]:
+def price_all_serving(question: ServeQuestion, *, objective: str) -> list[Plan]:
     """Return the plan of every mesh that fits, in no order.
+
+    For "latency" of one request alone; for "balanced" with the latency of one alone and the throughput of all.
 
     Raises:
         PlanError: nothing fits, with what would.
     """
-    plans = [plan for plan in _price_all(question) if plan.memory.total <= question.memory_limit]
+    asked = replace(question, requests=1) if objective == "latency" else question
+    plans = [plan for plan in _price_all(asked) if plan.memory.total <= asked.memory_limit]
     if not plans:
-        raise _nothing_fits(question)
-    return plans
+        raise _nothing_fits(asked)
+    return [_with_latency_alone(asked, plan) for plan in plans] if objective == "balanced" else plans
 
 
-def balance_plans(question: ServeQuestion, plans: Sequence[Plan]) -> list[Plan]:
+def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
     """Return the plans that no other beats in both latency and throughput, nearest to the best of both first.
 
     Latency is that of one request alone, throughput that of a full machine; the plans carry both. Distances are in
     logarithms, so that losing a factor counts alike everywhere, each over its range on this front.
     """
-    alone = [price_serving(replace(question, requests=1), replace(plan.layout, data=1)) for plan in plans]
-    both = [
-        (_join(plan, one), one.inference.latency_s, plan.tokens_per_s)
-        for plan, one in zip(plans, alone, strict=True)
-        if one.inference
-    ]
+    both = [(plan, plan.inference.latency_s, plan.tokens_per_s) for plan in plans if plan.inference]
     front = [
         (plan, math.log(latency), -math.log(pace))
         for plan, latency, pace in both
@@ -175,8 +175,9 @@ def _place(value: float, values: Sequence[float]) -> float:
     return (value - min(values)) / max(max(values) - min(values), 1e-9)
 
 
-def _join(full: Plan, alone: Plan) -> Plan:
+def _with_latency_alone(question: ServeQuestion, full: Plan) -> Plan:
     """The plan of a full machine with the times of one request alone."""
+    alone = price_serving(replace(question, requests=1), replace(full.layout, data=1))
     assert full.inference is not None
     assert alone.inference is not None
     timing = replace(alone.inference, tokens_per_s=full.inference.tokens_per_s)

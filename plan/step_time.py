@@ -3,7 +3,6 @@
 Read `memory_model.py` for what it needs, `search.py` for how layouts are compared.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..layers import ModelConfig, flops_per_token
@@ -14,8 +13,6 @@ from .pipeline_time import AutoTerms, auto_terms, pipeline_time_s
 from .program import TRELLAX, Program
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
 from .topology import Topology
-
-PipelineClock = Callable[..., float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +40,11 @@ def step_time(
     topology: Topology,
     num_tokens: int,
     program: Program = TRELLAX,
-    pipeline: PipelineClock = pipeline_time_s,
     layer: LayerTime | None = None,
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
     Args:
-        pipeline: `pipeline_time_s`, the simulator; a search may screen with `screen_pipeline_s`.
         layer: the layer's time if it is known already; many layouts share one.
     """
     if layer is None:
@@ -57,7 +52,7 @@ def step_time(
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     layers = stage_layers(model, layout)
     auto = auto_terms(model, layout=layout, num_tokens=num_tokens, vocab=program.vocab)
-    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, pipeline=pipeline, auto=auto)
+    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, auto=auto)
     of_rank = sum(layers[:: layout.pipe])
     data = data_time(model, layout=layout, program=program, topology=topology, num_layers=of_rank)
     hiding = of_rank * layer.backward
@@ -85,12 +80,11 @@ def _pipeline_s(
     *,
     layout: Layout,
     program: Program,
-    pipeline: PipelineClock,
     auto: AutoTerms | None,
 ) -> tuple[float, float]:
     """Seconds of the pipeline, and those in which the mean rank is at work."""
     stages = stage_times(layer, layers=layers, ends=ends, program=program)
-    pipeline_s = pipeline(
+    pipeline_s = pipeline_time_s(
         stages,
         schedule=layout.schedule,
         num_ranks=layout.pipe,

@@ -16,8 +16,8 @@ from ..plan.inference_time import COMPILED
 from ..plan.layouts import Layout
 from ..plan.plans import Plan
 from ..plan.program import trellax_program
-from ..plan.search import TrainQuestion, price_layout, screen_train, search_train
-from ..plan.serving_search import ServeQuestion, screen_serving, search_serving
+from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
+from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
 from ..plan.tables import align
 from ..plan.topology import Topology, read_topology
 from .argument_types import whole
@@ -54,16 +54,17 @@ def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence
     _check_words(args)
     topology = _topology(args)
     question = _question(config, topology)
-    plans = _plans(config, question, args)
+    priced = _price(question, args) if args.png or not args.this else []
+    plans = [_price_config(config, question)] if args.this else _rank(question, priced, args)
     diagnoses = diagnose(question, plans[0]) if plans[0].step is not None else []
     if args.json:
         print(json.dumps(_numbers(plans, diagnoses, topology, args)))
     else:
         print(_describe(config, plans, diagnoses, topology, args))
     if args.png:
-        shown = screen_serving(_serving(question, args)) if _is_serving(args) else screen_train(question)
-        title = f"{config.run.name} on {topology.name}"
-        write_file(args.png, draw_front(shown, limit_bytes=question.memory_limit, title=title))
+        title = f"{config.run.name} on {topology.name}, objective {args.objective}"
+        picture = draw_front(priced, objective=args.objective, limit_bytes=question.memory_limit, title=title)
+        write_file(args.png, picture)
     if args.write:
         write_file(args.write, write_plan(args.config, plans[0].layout, overrides=overrides).encode())
     return 0
@@ -142,14 +143,22 @@ def _question(config: RunConfig, topology: Topology) -> TrainQuestion:
     )
 
 
-def _plans(config: RunConfig, question: TrainQuestion, args: argparse.Namespace) -> list[Plan]:
-    if args.this:
-        layout = layout_of(config, num_devices=question.topology.num_devices)
-        plan = price_layout(question, layout)
-        return [replace(plan, why="the config as it stands.")]
-    if not _is_serving(args):
-        return search_train(question, objective=args.objective)
-    return search_serving(_serving(question, args), objective=args.objective)
+def _price_config(config: RunConfig, question: TrainQuestion) -> Plan:
+    layout = layout_of(config, num_devices=question.topology.num_devices)
+    return replace(price_layout(question, layout), why="the config as it stands.")
+
+
+def _price(question: TrainQuestion, args: argparse.Namespace) -> list[Plan]:
+    """Every layout with its price: what is ranked is also what is drawn."""
+    if _is_serving(args):
+        return price_all_serving(_serving(question, args), objective=args.objective)
+    return price_train(question)
+
+
+def _rank(question: TrainQuestion, priced: Sequence[Plan], args: argparse.Namespace) -> list[Plan]:
+    if _is_serving(args):
+        return rank_serving(priced, objective=args.objective)
+    return rank_train(question, priced, objective=args.objective)
 
 
 def _serving(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion:

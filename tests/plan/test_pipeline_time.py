@@ -5,18 +5,18 @@ from trellax.pipeline import build_schedule
 from trellax.pipeline.schedules import Clock, StageCost, simulate
 from trellax.plan.layouts import Layout
 from trellax.plan.megatron_order import megatron_interleaved, qi_bubble
-from trellax.plan.pipeline_time import AutoTerms, auto_terms, pipeline_time_s, plan_schedule, screen_pipeline_s
+from trellax.plan.pipeline_time import AutoTerms, auto_terms, pipeline_time_s, plan_schedule
 
 from .models import GPT2
 
 NAMES = [("1f1b", 1), ("zb-h1", 1), ("gpipe", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3)]
 
 
-def uneven(count: int) -> list[StageCost]:
-    return [
+def uneven(count: int) -> tuple[StageCost, ...]:
+    return tuple(
         StageCost(forward=1 + 0.1 * (k % 3), input_grad=1.1, weight_grad=0.9 + 0.2 * (k == count - 1))
         for k in range(count)
-    ]
+    )
 
 
 @pytest.mark.parametrize("clock", ["async", "lockstep"])
@@ -30,16 +30,8 @@ def test_time_continues_with_the_slope_of_the_steady_state(name: str, chunks: in
     assert found == pytest.approx(whole, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("gpipe", 1), ("interleaved-1f1b", 2)])
-def test_closed_form_is_exact_on_equal_stages_without_transfer(name: str, chunks: int) -> None:
-    stages = [StageCost(forward=1.0, input_grad=1.0, weight_grad=1.0)] * (4 * chunks)
-    sizes = {"num_ranks": 4, "num_microbatches": 16}
-    simulated = pipeline_time_s(stages, schedule=name, **sizes, clock="async")
-    assert screen_pipeline_s(stages, schedule=name, **sizes, clock="async") == pytest.approx(simulated)
-
-
 def test_one_rank_has_no_bubble() -> None:
-    stages = [StageCost(forward=1.0, input_grad=2.0, weight_grad=3.0)]
+    stages = (StageCost(forward=1.0, input_grad=2.0, weight_grad=3.0),)
     assert pipeline_time_s(stages, schedule="1f1b", num_ranks=1, num_microbatches=5, clock="lockstep") == 30
 
 

@@ -9,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
+from trellax.pipeline.schedules import build_schedule, simulate
+from trellax.plan.layer_time import layer_time
 from trellax.plan.layouts import Layout, legal_layouts
-from trellax.plan.search import TrainQuestion, search_train
+from trellax.plan.program import TRELLAX
+from trellax.plan.search import TrainQuestion, layout_memory, search_train
 from trellax.plan.serving_search import ServeQuestion, price_serving, search_serving
+from trellax.plan.stage_time import end_costs, stage_layers, stage_times
+from trellax.plan.step_time import step_time
 from trellax.plan.topology import read_topology
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B, LLAMA_405B
@@ -45,6 +50,54 @@ def test_405b_on_1024_devices_is_searched_in_10_seconds() -> None:
     plans = search_train(question)
     assert time.process_time() - start_s < 10
     assert len(plans) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "batch", "tokens", "objective"),
+    [
+        (GPT2, "l40sx8", 16, 1024, "train"),
+        pytest.param(LLAMA_8B, "h100x8", 64, 8192, "train", marks=pytest.mark.slow),
+        (LLAMA_8B, "h100x8", 16, 4096, "memory"),
+        pytest.param(GPT2, "h100x16/4", 32, 1024, "train", marks=pytest.mark.slow),
+        pytest.param(GPT2, "l40sx8", 64, 1024, "train", marks=pytest.mark.slow),
+        pytest.param(LLAMA_70B, "h100x64/8", 64, 8192, "train", marks=pytest.mark.slow),
+        pytest.param(LLAMA_70B, "h100x64/8", 64, 8192, "memory", marks=pytest.mark.slow),
+    ],
+)
+def test_search_finds_the_best_of_simulating_every_layout_whole(
+    model: ModelConfig, machine: str, batch: int, tokens: int, objective: str
+) -> None:
+    question = TrainQuestion(model=model, topology=read_topology(machine), batch_size=batch, num_tokens=tokens)
+    best: dict[str, float] = {}
+    for count in {question.topology.num_devices, question.topology.devices_per_node, 1}:
+        for layout in legal_layouts(model, num_devices=count, batch_size=batch):
+            memory = layout_memory(question, layout).total
+            if memory <= question.memory_limit:
+                cost = memory if objective == "memory" else whole_step_s(question, layout)
+                best[str(layout.mesh)] = min(best.get(str(layout.mesh), math.inf), cost)
+    found = search_train(question, objective=objective)
+    costs = [plan.memory.total if objective == "memory" else plan.time_s for plan in found]
+    assert costs == pytest.approx(sorted(best.values())[:5], rel=1e-9)
+
+
+def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
+    """Seconds of a step whose schedule is simulated to its last microbatch, nothing continued."""
+    sizes = {"layout": layout, "topology": question.topology, "num_tokens": question.num_tokens}
+    step = step_time(question.model, **sizes)
+    if layout.pipe == 1:
+        return step.time_s
+    layer = layer_time(question.model, **sizes, program=TRELLAX)
+    ends = end_costs(question.model, **sizes, program=TRELLAX)
+    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, program=TRELLAX)
+    schedule = build_schedule(
+        layout.schedule,
+        num_ranks=layout.pipe,
+        num_microbatches=layout.microbatches,
+        num_chunks=layout.chunks,
+        vocab="split",
+    )
+    whole = simulate(schedule, stages=stages, transfer=ends.hop, shared_loss=ends.shared_loss).makespan
+    return step.time_s - step.pipeline_s + whole
 
 
 def mesh_of(model: ModelConfig, machine: str, objective: str) -> dict[str, int]:
