@@ -54,9 +54,18 @@ def attend_causally(
 
 def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int) -> jax.Array:
     seen = (window - 1, 0) if window else None
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation="cudnn"
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation="cudnn"
+        )
+    except RuntimeError as error:
+        # While tracing jax asks cuDNN for its version, also on machines that only compile.
+        if "cuDNN" not in str(error):
+            raise
+        raise ModelError(
+            f"attention on GPUs is cuDNN's, whose library jax cannot use here: {str(error).splitlines()[0][:200]}",
+            fix="pip install 'trellax[cuda]', which brings it, or set model.attention='xla', another program.",
+        ) from error
 
 
 # All axes are manual around the kernel: jax's own partitioning of it does not lower inside a partly manual region. The

@@ -9,6 +9,7 @@ from typing import Literal
 
 from .layouts import Layout
 from .plans import Plan
+from .precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
 from .search import TrainQuestion, layout_memory, price_layout
 from .stage_time import stage_layers
 
@@ -35,21 +36,43 @@ class Diagnosis:
 
 
 def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
-    """Return what is wrong with a training plan, or wasteful; nothing for a sound one."""
-    found = [diagnosis for check in _CHECKS for diagnosis in check(question, plan)]
+    """Return what is wrong with a training plan, or wasteful, and of any plan what its price leaves out."""
+    checks = _CHECKS if plan.step is not None else (_check_precision,)
+    found = [diagnosis for check in checks for diagnosis in check(question, plan)]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda diagnosis: order.index(diagnosis.severity))
 
 
 def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
-    limit = question.memory_limit
-    if plan.memory.total > limit:
+    needs, limit = plan.memory.total, question.device_limit
+    if needs > limit:
         yield Diagnosis(
             name="out-of-memory",
             severity="error",
-            number=plan.memory.total / _GB,
-            message=f"needs {plan.memory.total / _GB:.1f} GB a device, and {limit / _GB:.1f} GB may be used",
+            number=needs / _GB,
+            message=f"needs {needs / _GB:.1f} GB a device, and {limit / _GB:.1f} GB may be used",
             fix=_less_memory(question, plan),
+        )
+    elif needs > question.memory_limit:
+        yield Diagnosis(
+            name="over-xla-limit",
+            severity="warning",
+            number=needs / _GB,
+            message=f"needs {needs / _GB:.1f} GB a device, and XLA plans for {question.memory_limit / _GB:.1f} GB: beyond "
+            "it computes again what it could keep, and collectives wait, which is not priced",
+            fix=_less_memory(question, plan),
+        )
+
+
+def _check_precision(question: TrainQuestion, _: Plan) -> Iterator[Diagnosis]:
+    if narrow := unpriced_matmuls(question.model):
+        yield Diagnosis(
+            name="priced-as-bfloat16",
+            severity="warning",
+            number=FP8_STEP_ERROR,
+            message=f"model.matmuls={narrow!r} is priced as {PRICED_AS}: published {narrow} training steps on H100 are "
+            f"predicted {FP8_STEP_ERROR:.0%} too slow so",
+            fix="take times as upper bounds: products are faster than priced, collectives are not.",
         )
 
 
@@ -221,6 +244,7 @@ def _less_memory(question: TrainQuestion, plan: Plan) -> str:
 
 _CHECKS: tuple[Callable[[TrainQuestion, Plan], Iterator[Diagnosis]], ...] = (
     _check_fit,
+    _check_precision,
     _check_tensor_links,
     _check_tensor_width,
     _check_bubble,

@@ -83,7 +83,7 @@ def plot_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, tit
     values, sizes = _points(plans, axis)
     axes.scatter(values, sizes, s=8, color="0.7", label="layouts")
     axes.plot(*_points(front, axis), marker="o", color="tab:blue", label="beaten by none in both")
-    axes.axhline(limit_bytes / _GB, color="tab:red", linewidth=1, label="memory that may be used")
+    axes.axhline(limit_bytes / _GB, color="tab:red", linewidth=1, label="memory to stay within")
     _scale(axes.xaxis, values, lowest=None)
     _scale(axes.yaxis, sizes, lowest=0.0)
     axes.set_ylim(top=_ROOM_ABOVE * limit_bytes / _GB)

@@ -15,10 +15,18 @@ import numpy as np
 LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
 """One NVLink in one direction, by CUDA major version: data sheets of P100, V100, A100, H100 and H200, B200."""
 
+XLA_MEMORY_SHARE = 0.80 * 0.95
+"""Share of a GPU's memory that XLA plans a program for: four fifths, less its slop factor (inferred from programs).
+
+Past it XLA computes again what it could keep, by itself, and makes every collective wait: an H100 step of 70B loses all
+overlap. `--xla_gpu_memory_limit_slop_factor=N` in XLA_FLAGS changes the 95 of 100.
+"""
+
 NETWORK_BYTES_PER_S = {8: 25e9, 9: 50e9, 10: 50e9}
 """Network of one GPU in one direction: DGX A100 has a 200 Gb/s adapter for each GPU, DGX H100 and B200 400 Gb/s."""
 
-_TYPES = {10: "f16", 11: "f32", 12: "f64", 16: "bf16"}
+# Numbers of XLA's PrimitiveType (xla/xla_data.proto).
+_TYPES = {10: "f16", 11: "f32", 12: "f64", 16: "bf16", 2: "s8", 19: "f8e5m2", 20: "f8e4m3fn"}
 _RATE = re.compile(r"key: (\d+)\s+value \{\s+clock_rate_ghz: ([\d.]+)\s+units_per_core: (\d+)\s+ops_per_clock: (\d+)")
 _PROBE_ELEMENTS = 1 << 23
 _PROBE_SIZE = 768
@@ -30,6 +38,7 @@ class Hardware:
     """Peaks of one device, per second; flops by element type as HLO names it. 0 stands for not known.
 
     `link_bytes_per_s` is what a device can send to others of its node, `network_bytes_per_s` beyond it.
+    `compiler_limit_bytes` is the memory that XLA plans a program for; None where it has no such limit.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Hardware:
     vector_flops_per_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
+    compiler_limit_bytes: int | None = None
 
     def matrix_peak(self, dtype: str) -> float:
         """Return the matrix peak for an element type, that of float32 where it is not listed."""
@@ -55,15 +65,17 @@ def hardware_from_description(text: str) -> Hardware:
     scalar, _, matrix = text.partition("matrix_unit_description")
     vector = _rates(scalar.partition("scalar_unit_description")[2], cores).get("f32", 0.0)
     clock_hz = 1e9 * _field(text, "clock_rate_ghz")
+    memory_bytes = int(_field(text, "device_memory_size"))
     major = int(_field(text.partition("cuda_compute_capability")[2], "major"))
     return Hardware(
         name=re.findall(r'device_description_str: "([^"]*)"', text)[0],
-        memory_bytes=int(_field(text, "device_memory_size")),
+        memory_bytes=memory_bytes,
         memory_bytes_per_s=_field(text, "memory_bandwidth"),
         matrix_flops_per_s=_rates(matrix, cores),
         vector_flops_per_s=vector or 2 * cores * _field(text, "fpus_per_core") * clock_hz,
         link_bytes_per_s=_link_bytes_per_s(text, major),
         network_bytes_per_s=NETWORK_BYTES_PER_S.get(major, 0.0),
+        compiler_limit_bytes=int(XLA_MEMORY_SHARE * memory_bytes),
     )
 
 

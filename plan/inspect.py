@@ -49,7 +49,7 @@ class ProgramReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the program fits the device; None where its capacity is not known."""
+        """Whether the program fits the device; `memory.verdict` tells XLA's own limit too. None where not known."""
         return None if self.memory.free is None else self.memory.free >= 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +59,7 @@ class ProgramReport:
             "devices": self.devices,
             "memory_bytes": asdict(self.memory),
             "fits": self.fits,
+            "verdict": self.memory.verdict,
             "traffic": [asdict(row) for row in self.traffic],
             "flops": dict(self.flops),
             "model_flops": self.model_flops,

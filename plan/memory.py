@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -20,9 +20,13 @@ from .hardware import Hardware
 from .hlo import Array, Instruction, Program
 
 
+Verdict = Literal["fits", "over XLA's limit", "does not fit"]
+"""Over XLA's limit a program runs, but XLA recomputes by itself and its collectives wait (`hardware.py`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the fullest device; `capacity` is None where it is not known.
+    """Bytes on the fullest device; `capacity` is the device's and `limit` XLA's own, None where they are not known.
 
     `temporary` holds everything that is none of the others: also the batch, and outputs that reuse no input.
     """
@@ -34,16 +38,22 @@ class Memory:
     temporary: int
     total: int
     capacity: int | None
+    limit: int | None = None
 
     @property
     def classes(self) -> dict[str, int]:
         """The parts that add up to the total."""
-        return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity")}
+        return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity", "limit")}
 
     @property
     def free(self) -> int | None:
         """Bytes left on the device, negative if the program does not fit."""
         return None if self.capacity is None else self.capacity - self.total
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether so much fits; None where the capacity is not known."""
+        return judge_memory(self.total, capacity=self.capacity, limit=self.limit)
 
 
 def count_memory(
@@ -63,7 +73,17 @@ def count_memory(
         "activations": activations,
     }
     capacity = None if hardware is None else hardware.memory_bytes
-    return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity)
+    limit = None if hardware is None else hardware.compiler_limit_bytes
+    return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity, limit=limit)
+
+
+def judge_memory(total: float, *, capacity: float | None, limit: float | None) -> Verdict | None:
+    """Return whether so many bytes fit a device, and XLA's limit; None where the capacity is not known."""
+    if capacity is None:
+        return None
+    if total > capacity:
+        return "does not fit"
+    return "fits" if limit is None or total <= limit else "over XLA's limit"
 
 
 def total_bytes(stats: Any) -> int:

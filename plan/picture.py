@@ -68,6 +68,9 @@ def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
             axes.axvline(memory.capacity / unit, color="black", linewidth=2.5)
         rest = "left" if memory.free >= 0 else "too much"
         verdict += f" of {format_bytes(memory.capacity)}, {format_bytes(abs(memory.free))} {rest}"
+        if memory.verdict == "over XLA's limit" and memory.limit is not None:
+            axes.axvline(memory.limit / unit, color="black", linestyle="--", linewidth=1.5)
+            verdict += f"; over XLA's limit of {format_bytes(memory.limit)}"
     axes.set_title(verdict, fontsize=9, loc="left")
     axes.set_xlim(0, 1.02 * widest / unit)
     axes.set_ylim(-0.5, 0.5)

@@ -17,6 +17,7 @@ from .layer_time import layer_time
 from .megatron_order import qi_bubble
 from .memory_model import fullest, step_memory
 from .pipeline_time import plan_schedule
+from .precision import unpriced_precision
 from .published import PublishedRow
 from .published_case import RowSkippedError, TrainCase, row_topology, train_case
 from .published_infer import infer_case, infer_predictions
@@ -61,6 +62,9 @@ def predict_row(row: PublishedRow) -> list[Prediction]:
     found = _KINDS[row.kind](row)
     if not found:
         raise RowSkippedError("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
+    if narrow := unpriced_precision(row.inputs):
+        # A quantity of its own: such an error says what a precision gains, not how good the model is.
+        return [replace(one, quantity=f"{one.quantity} {narrow} as bf16") for one in found]
     return found
 
 

@@ -1,7 +1,8 @@
 """How long a step would take if every operation ran at the device's peak, by class: a bound, not a prediction.
 
 An operation takes as long as its flops or its bytes do, whichever is longer (Williams et al. 2009); a collective as
-long as what it sends does on its slowest link. Nothing overlaps or waits: bubbles, launches and latencies are left out.
+long as what it sends does on its slowest link. Across nodes a group sends through the network adapters of all its
+members in a node: rings of as many beginnings share what crosses (NCCL's channels). Nothing overlaps or waits: bubbles, launches and latencies are left out.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ from jax.sharding import Mesh
 from .collectives import Collective
 from .hardware import Hardware
 from .work import CLASSES, Class, Operation
+
+
+_DIRECT = ("collective-permute", "all-to-all", "ragged-all-to-all")
 
 
 def roofline_times_s(
@@ -31,11 +35,9 @@ def roofline_times_s(
     for operation in operations:
         if operation.kind != "communication":
             times[operation.kind] = times[operation.kind] + operation.count * bound_time_s(operation, hardware)
+    adapters = _Adapters(mesh, devices_per_node)
     for collective in collectives:
-        crosses = _crosses_nodes(collective.axis, mesh, devices_per_node)
-        speed = hardware.network_bytes_per_s if crosses else hardware.link_bytes_per_s
-        if speed:
-            times["communication"] = times["communication"] + collective.sent_bytes / speed
+        times["communication"] = times["communication"] + _collective_time_s(collective, hardware, adapters)
     slowest = int(np.argmax(np.sum(list(times.values()), axis=0)))
     return {kind: float(time[slowest]) for kind, time in times.items()}
 
@@ -50,12 +52,50 @@ def bound_time_s(operation: Operation, hardware: Hardware) -> float:
     return max(cost / peak if peak else 0.0 for cost, peak in costs)
 
 
-def _crosses_nodes(axis: str, mesh: Mesh, devices_per_node: int) -> bool:
-    """Whether any group along these axes has devices of two nodes, devices being numbered node by node."""
-    if mesh.devices.size <= devices_per_node:
-        return False
-    if not set(axis.split("+")) <= set(mesh.axis_names):
-        return True
-    nodes = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // devices_per_node
-    places = tuple(mesh.axis_names.index(name) for name in axis.split("+"))
-    return bool((nodes.max(axis=places) != nodes.min(axis=places)).any())
+class _Adapters:
+    """How many adapters a device's group has in each node, by the mesh axes of the group; inf inside one node."""
+
+    def __init__(self, mesh: Mesh, devices_per_node: int) -> None:
+        self._mesh = mesh
+        # Devices are numbered node by node.
+        self._nodes = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // devices_per_node
+        self._known: dict[str, np.ndarray] = {}
+
+    def of(self, axis: str) -> np.ndarray:
+        """Return the number for every device, those of the node where the group has fewest."""
+        if axis not in self._known:
+            self._known[axis] = self._count(axis)
+        return self._known[axis]
+
+    def _count(self, axis: str) -> np.ndarray:
+        names, nodes = self._mesh.axis_names, self._nodes
+        if nodes.max() == 0:
+            return np.full(nodes.size, np.inf)
+        if not set(axis.split("+")) <= set(names):
+            # Nobody knows who is in these groups: one adapter is the slowest that it can be.
+            return np.ones(nodes.size)
+        places = [names.index(name) for name in axis.split("+")]
+        order = [*(place for place in range(nodes.ndim) if place not in places), *places]
+        size = int(np.prod([nodes.shape[place] for place in places]))
+        devices = np.arange(nodes.size).reshape(nodes.shape).transpose(order).reshape(-1, size)
+        found = np.empty(nodes.size)
+        for group in devices:
+            _, members = np.unique(nodes.reshape(-1)[group], return_counts=True)
+            found[group] = members.min() if len(members) > 1 else np.inf
+        return found
+
+
+def _collective_time_s(collective: Collective, hardware: Hardware, adapters: _Adapters) -> np.ndarray:
+    """Seconds of every device, 0 over links of which nothing is known."""
+    of_group = adapters.of(collective.axis)
+    if collective.kind in _DIRECT:
+        # Each device sends its own, over its own adapter.
+        of_group = np.where(np.isinf(of_group), np.inf, 1.0)
+    inside = _times(collective.sent_bytes, hardware.link_bytes_per_s)
+    across = _times(collective.sent_bytes / of_group, hardware.network_bytes_per_s)
+    return np.maximum(inside, across)
+
+
+def _times(sent_bytes: np.ndarray, bytes_per_s: float) -> np.ndarray:
+    """Seconds by device; 0 over links of which nothing is known."""
+    return sent_bytes / bytes_per_s if bytes_per_s else np.zeros_like(sent_bytes)

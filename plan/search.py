@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..layers import ModelConfig
 from ..meshes.errors import PlanError
+from .hardware import XLA_MEMORY_SHARE
 from .layer_time import LayerTime, layer_time
 from .layouts import Layout, PlanRemat, legal_layouts, legal_meshes
 from .memory_model import MemoryUse, fullest, step_memory
@@ -37,7 +38,12 @@ class TrainQuestion:
 
     @property
     def memory_limit(self) -> float:
-        """Bytes that a plan may use of each device."""
+        """Bytes of each device that XLA plans for; beyond them steps are slower than they are priced."""
+        return XLA_MEMORY_SHARE * self.topology.accelerator.memory_bytes
+
+    @property
+    def device_limit(self) -> float:
+        """Bytes of each device that a step may take at all."""
         return (1 - MEMORY_RESERVE) * self.topology.accelerator.memory_bytes
 
 
@@ -65,12 +71,15 @@ def rank_train(question: TrainQuestion, plans: Iterable[Plan], *, objective: str
 def price_train(question: TrainQuestion) -> list[Plan]:
     """Return the plan of every layout that fits, in no order, without its traffic.
 
+    Where no layout keeps within what XLA plans for, those that fit the device are taken; `diagnose` warns of it.
+
     Raises:
         PlanError: nothing fits, with what would.
     """
     layers: dict[tuple[object, ...], LayerTime] = {}
+    fitting = list(_fitting(question))
     plans = []
-    for layout, memory in _fitting(question):
+    for layout, memory in [pair for pair in fitting if pair[1].total <= question.memory_limit] or fitting:
         # Layouts of one width, microbatch and rematerialisation share their layer's time.
         key = (layout.tensor, layout.sequences, layout.remat, layout.context)
         if key not in layers:
@@ -105,7 +114,7 @@ def smallest_fitting(question: TrainQuestion) -> int | None:
     while count <= 1 << 16:
         topology = replace(question.topology, num_devices=count, devices_per_node=min(node, count))
         wider = replace(question, topology=topology)
-        if any(layout_memory(wider, layout).total <= wider.memory_limit for layout in _candidates(wider, (count,))):
+        if any(layout_memory(wider, layout).total <= wider.device_limit for layout in _candidates(wider, (count,))):
             return count
         count *= 2
     return None
@@ -140,7 +149,7 @@ def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
 def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
     for layout in _candidates(question, _device_counts(question)):
         memory = layout_memory(question, layout)
-        if memory.total <= question.memory_limit:
+        if memory.total <= question.device_limit:
             yield layout, memory
 
 
@@ -174,7 +183,7 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 
 
 def _nothing_fits(question: TrainQuestion) -> PlanError:
-    topology, limit = question.topology, question.memory_limit
+    topology, limit = question.topology, question.device_limit
     asked = f"{question.model.num_layers} layers of width {question.model.hidden_size} on {topology.name}"
     layouts = list(_candidates(question, (topology.num_devices,)))
     if not layouts:

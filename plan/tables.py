@@ -26,9 +26,17 @@ def describe_memory(report: ProgramReport) -> str:
     if memory.capacity is None or memory.free is None:
         return align(lines)
     lines.append(("capacity", f"{memory.capacity:,}", format_bytes(memory.capacity)))
-    verdict = "fits" if memory.free >= 0 else "does not fit"
+    if memory.limit is not None:
+        lines.append(("XLA's limit", f"{memory.limit:,}", format_bytes(memory.limit)))
     rest = "left" if memory.free >= 0 else "too much"
-    return f"{align(lines)}\n{verdict}: {format_bytes(abs(memory.free))} {rest}"
+    text = f"{align(lines)}\n{memory.verdict}: {format_bytes(abs(memory.free))} {rest}"
+    if memory.verdict == "over XLA's limit" and memory.limit is not None:
+        text += (
+            f"\nXLA plans for {format_bytes(memory.limit)} ({memory.limit / memory.capacity:.0%}). "
+            f"{format_bytes(memory.total - memory.limit)} beyond it, it computes again\nwhat it could keep, and makes "
+            "collectives wait for each other."
+        )
+    return text
 
 
 def describe_traffic(rows: Sequence[Traffic]) -> str:

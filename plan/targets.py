@@ -102,7 +102,7 @@ def list_gpus() -> dict[str, str]:
     """Return XLA's descriptions of GPUs by name (`h200-141gb-hbm3e`), from the CUDA plugin that is installed.
 
     Raises:
-        TargetError: no CUDA plugin is installed.
+        TargetError: no CUDA plugin is installed, or one that holds no descriptions.
     """
     library = _find_plugin()
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -111,7 +111,14 @@ def list_gpus() -> dict[str, str]:
             name: content[content.rfind(b"\0", 0, start) + 1 : content.find(b"\0", end)].decode()
             for start, end, name in places
         }
-    return {"-".join(_words(name)): text for name, text in texts.items() if 'platform_name: "CUDA"' in text}
+    known = {"-".join(_words(name)): text for name, text in texts.items() if 'platform_name: "CUDA"' in text}
+    if not known:
+        raise TargetError(
+            f"the CUDA plugin of jax {jax.__version__} holds no descriptions of GPUs to compile for; that of jax 0.12 "
+            "does, which needs Python 3.12.",
+            fix="use Python 3.12 with pip install 'trellax[cuda]', or --target cpu.",
+        )
+    return known
 
 
 def choose_gpu(name: str, known: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ A failure prints the table, so that one sees what grew. `compilations` tells wha
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import jax
 
@@ -21,8 +22,12 @@ from .traffic import EVERY_KIND
 _MOST_LINES = 8
 
 
-def assert_fits(report: ProgramReport, *, memory_bytes: float) -> None:
-    """Fail unless one device needs at most `memory_bytes` for the program.
+def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["xla", "device"] = "xla") -> None:
+    """Fail unless one device needs at most `memory_bytes` for the program, and no more than XLA plans for.
+
+    Args:
+        limit: "device" lets a program pass that is over XLA's own limit, where XLA recomputes by itself and lets
+            collectives wait. A report of a GPU knows that limit; others have none.
 
     Raises:
         AssertionError: with the memory by purpose.
@@ -34,6 +39,8 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float) -> None:
             f"the program takes {format_bytes(total)} ({total:,} bytes) of each device, "
             f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{describe_memory(report)}"
         )
+    if limit == "xla" and report.memory.verdict == "over XLA's limit":
+        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{describe_memory(report)}")
 
 
 def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) -> None:

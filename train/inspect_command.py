@@ -6,6 +6,7 @@ import resource
 
 from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
+from ..plan.memory import judge_memory
 from ..plan.tables import align, format_bytes
 from .asked_file import check_files, write_file
 from .check import check_run
@@ -13,9 +14,9 @@ from .config import RunConfig
 from .inspect_advice import Knob, list_knobs
 from .inspect_step import compile_step, report_step, step_sizes
 from .state import Setup
+from .xla import MEMORY_FRACTION
 
 _MOST_KNOBS = 5
-_KEPT_BACK = 0.25
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,16 +97,15 @@ def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> 
 
 def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
     """What to know beyond "fits" or "does not fit"."""
-    free = report.memory.free
-    if free is None or free < 0:
-        return f"\n{_describe_knobs(report, setup)}\n"
+    memory = report.memory
+    text = "" if memory.verdict == "fits" else f"\n{_describe_knobs(report, setup)}\n"
     is_gpu = machine.devices[0].platform != "cpu"
-    if is_gpu and free < _KEPT_BACK * machine.hardware.memory_bytes:
-        return (
-            f"\njax gives a process {1 - _KEPT_BACK:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
-            "otherwise; this step needs more.\n"
+    if is_gpu and MEMORY_FRACTION * machine.hardware.memory_bytes < memory.total <= machine.hardware.memory_bytes:
+        text += (
+            f"\ntrain lets jax take {MEMORY_FRACTION:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
+            "otherwise; this\nstep needs more.\n"
         )
-    return ""
+    return text
 
 
 def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
@@ -122,5 +122,6 @@ def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
 
 def _row(knob: Knob, report: ProgramReport) -> tuple[str, ...]:
     total = report.memory.total - knob.saved_bytes
-    verdict = "fits" if report.memory.capacity is None or total <= report.memory.capacity else "does not fit"
+    memory = report.memory
+    verdict = judge_memory(total, capacity=memory.capacity, limit=memory.limit) or "fits"
     return knob.overrides, format_bytes(knob.saved_bytes), f"{format_bytes(total)}, {verdict}", str(knob.devices)

@@ -56,14 +56,15 @@ def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence
     question = _question(config, topology)
     priced = _price(question, args) if args.png or not args.this else []
     plans = [_price_config(config, question)] if args.this else _rank(question, priced, args)
-    diagnoses = diagnose(question, plans[0]) if plans[0].step is not None else []
+    diagnoses = diagnose(question, plans[0])
     if args.json:
         print(json.dumps(_numbers(plans, diagnoses, topology, args)))
     else:
         print(_describe(config, plans, diagnoses, topology, args))
     if args.png:
         title = f"{config.run.name} on {topology.name}, objective {args.objective}"
-        picture = draw_front(priced, objective=args.objective, limit_bytes=question.memory_limit, title=title)
+        limit = question.memory_limit if not _is_serving(args) else _serving(question, args).memory_limit
+        picture = draw_front(priced, objective=args.objective, limit_bytes=limit, title=title)
         write_file(args.png, picture)
     if args.write:
         write_file(args.write, write_plan(args.config, plans[0].layout, overrides=overrides).encode())

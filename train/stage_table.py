@@ -10,6 +10,7 @@ import jax
 from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
 from ..pipeline import Schedule, simulate
+from ..plan.precision import unpriced_matmuls
 from .state import Setup
 
 _PARAM_BYTES = 4
@@ -150,6 +151,9 @@ def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
         f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight,\n"
         f"{slots * most * kept:,} bytes of activations"
     )
+    notes = (f"{room}, and for embedding and head, wherever they are used.",)
     if setup.config.pipeline.vocab == "split":
-        return f"{room}.", "The vocabulary's time is no stage's: all ranks share it."
-    return (f"{room}, and for embedding and head, wherever they are used.",)
+        notes = (f"{room}.", "The vocabulary's time is no stage's: all ranks share it.")
+    if narrow := unpriced_matmuls(setup.config.model):
+        notes += (f"Time counts products in {narrow} as 16-bit ones: layers take less of it than is said.",)
+    return notes

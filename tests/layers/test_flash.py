@@ -145,3 +145,10 @@ def test_layers_keep_what_is_counted_and_dots_keep_what_the_kernel_made(remat: R
     counted = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) == counted.layer
     assert [leaf.shape for leaf in kept if leaf.ndim == 4 and leaf.shape[-2:] == (T, T)] == []
+
+
+def test_without_cudnn_its_attention_says_what_to_install() -> None:
+    # The real thing: jax asks for cuDNN's version while it traces, and the machines of these tests have none.
+    q_BTNH = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    with pytest.raises(ModelError, match=r"whose library jax cannot use here: cuDNN(?s:.*)pip install"):
+        jax.eval_shape(partial(flash._attend, window=0), q_BTNH, q_BTNH, q_BTNH)

@@ -18,6 +18,10 @@ CASES = {
     "bubble-in-expectation": ("h100x8", Layout(pipe=8, microbatches=64, remat="full")),
     "unbalanced-stages": ("h100x8", Layout(pipe=2, data=4, microbatches=16, remat="full", layers_per_stage=(20, 12))),
     "out-of-memory": ("h100x8", Layout(data=8, microbatches=8)),
+    "over-xla-limit": (
+        "h100x8",
+        Layout(data=2, pipe=4, schedule="interleaved-1f1b", chunks=4, microbatches=32, zero=1),
+    ),
     "remat-would-save": (
         "h200x8",
         Layout(tensor=2, data=2, pipe=2, microbatches=32, sequences=2, zero=1, remat="dots"),

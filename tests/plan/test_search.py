@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
 from trellax.pipeline.schedules import build_schedule, simulate
+from trellax.plan.diagnoses import diagnose
 from trellax.plan.layer_time import layer_time
 from trellax.plan.layouts import Layout, legal_layouts
 from trellax.plan.program import TRELLAX
@@ -41,6 +43,17 @@ def test_every_layout_is_legal(heads: int, kv: int, layers: int, devices: int, b
         assert model.vocab_size % (layout.tensor * layout.pipe) == 0
         assert layout.num_stages <= layers
         assert layout.schedule.startswith("interleaved") == (layout.chunks > 1)
+
+
+def test_plans_keep_within_what_xla_plans_for_where_any_does() -> None:
+    question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h100x8"), batch_size=16, num_tokens=4096)
+    assert question.memory_limit == 0.76 * question.topology.accelerator.memory_bytes
+    assert all(plan.memory.total <= question.memory_limit for plan in search_train(question))
+    # Where none does, what fits the device is taken, with a warning.
+    tight = replace(question, topology=read_topology("h100x2"), batch_size=2, num_tokens=8192)
+    (plan, *_) = search_train(tight)
+    assert tight.memory_limit < plan.memory.total <= tight.device_limit
+    assert "over-xla-limit" in {one.name for one in diagnose(tight, plan)}
 
 
 @pytest.mark.slow

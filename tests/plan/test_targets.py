@@ -1,6 +1,7 @@
 """Names of machines, what their descriptions say, and what is wrong with a target."""
 
 import os
+from pathlib import Path
 from collections.abc import Callable
 
 import jax
@@ -40,6 +41,14 @@ gpu_device_info {
         clock_rate_ghz: 1.5
         units_per_core: 4
         ops_per_clock: 512
+      }
+    }
+    rate_infos {
+      key: 20
+      value {
+        clock_rate_ghz: 1.5
+        units_per_core: 4
+        ops_per_clock: 1024
       }
     }
   }
@@ -105,6 +114,18 @@ def test_without_the_plugin_a_gpu_target_says_what_to_install(
     golden("errors/target_no_plugin.txt", str(caught.value))
 
 
+def test_a_plugin_without_descriptions_is_named_with_what_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    # That of jax 0.10.2 is such a one.
+    library = tmp_path / "xla_cuda_plugin.so"
+    library.write_bytes(b"\0no descriptions\0")
+    monkeypatch.setattr(targets_module, "_find_plugin", lambda: library)
+    with pytest.raises(TargetError) as caught:
+        open_target(Target.parse("h200:8"), num_devices=8)
+    golden("errors/target_no_descriptions.txt", str(caught.value).replace(jax.__version__, "VERSION"))
+
+
 def test_hardware_is_what_the_description_says() -> None:
     hardware = hardware_from_description(DESCRIPTION)
     assert hardware.name == "NVIDIA X1 80GB"
@@ -114,6 +135,9 @@ def test_hardware_is_what_the_description_says() -> None:
     assert hardware.matrix_peak("bf16") == 2 * 100 * 4 * 512 * 1.5e9
     assert hardware.vector_flops_per_s == 2 * 100 * 128 * 2e9
     assert hardware.link_bytes_per_s == 18 * 25e9
+    assert hardware.compiler_limit_bytes == 0.76 * 80e9
+    # Eight bits, as HLO names them.
+    assert hardware.matrix_peak("f8e4m3fn") == 2 * hardware.matrix_peak("bf16")
 
 
 def test_a_type_without_matrix_units_runs_at_the_vector_peak() -> None:

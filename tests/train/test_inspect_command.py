@@ -15,9 +15,9 @@ from trellax.train.inspect_advice import list_knobs
 SMALL = "inspect tiny-dense --mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 4"
 
 KEYS = {
-    "": "target devices memory_bytes fits traffic flops model_flops recompute_flops roofline bubble_fraction "
+    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline bubble_fraction "
     "hlo_instructions compile_s",
-    "memory_bytes": "parameters gradients optimizer activations temporary total capacity",
+    "memory_bytes": "parameters gradients optimizer activations temporary total capacity limit",
     "flops": "matrix vector",
     "roofline": "matrix vector communication control",
 }
