@@ -3,9 +3,10 @@
     python -m benchmarks.planner_accuracy FOLDER [--json] [--rows SOURCE]
 
 A row is priced where it states what is needed and skipped with a reason where not. Rows on which constants were
-fitted are counted in `fitted`; the error of the others alone is `held out`. Rows in 8 and 4 bits are priced as 16-bit ones, and
-stand in lines of their own, "step_time fp8 as bf16": their error is what the precision gains. Sweeps are ranked as well: of every model,
-number of GPUs and batch, what the layout that the planner puts first costs, measured, over the best one measured.
+fitted are counted in `fitted`; the error of the others alone is `held out`. Rows in 8 and 4 bits are priced as 16-bit
+ones, in lines of their own, "step_time fp8 as bf16": their error is what the precision gains. Sweeps are ranked as
+well: of every model, number of GPUs and batch, what the layout that the planner puts first costs, measured, over the
+best one measured.
 """
 
 import argparse

@@ -1,17 +1,22 @@
 """Transformer layers that know logical dimensions, never mesh axes."""
 
-from .attention import Attention
-from .block import Block, Remat, rematerialize, run_blocks, stack_blocks
-from .cache import CacheDtype, KVCache, NewTokens, bytes_per_device, cache_shapes
-from .config import ModelConfig
-from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
-from .embedding import Embedding, lookup
-from .linear import ColumnLinear, RowLinear, make_param
-from .loss import cross_entropy, projected_cross_entropy
-from .mlp import MLP
-from .norms import make_head_norm, make_norm, normalize
-from .rotary import rope_frequencies, rotate
-from .transformer import Head, Transformer, model_rules, param_dims
+from typing import TYPE_CHECKING
+
+from ..meshes.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .attention import Attention
+    from .block import Block, Remat, rematerialize, run_blocks, stack_blocks
+    from .cache import CacheDtype, KVCache, NewTokens, bytes_per_device, cache_shapes
+    from .config import ModelConfig
+    from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
+    from .embedding import Embedding, lookup
+    from .linear import ColumnLinear, RowLinear, make_param
+    from .loss import cross_entropy, projected_cross_entropy
+    from .mlp import MLP
+    from .norms import make_head_norm, make_norm, normalize
+    from .rotary import rope_frequencies, rotate
+    from .transformer import Head, Transformer, model_rules, param_dims
 
 __all__ = [
     "MLP",
@@ -50,3 +55,5 @@ __all__ = [
     "run_blocks",
     "stack_blocks",
 ]
+
+make_lazy(__name__)

@@ -1,28 +1,33 @@
 """Device meshes: sizes as data, devices in their place, and rules from logical dimensions to mesh axes."""
 
-from .build import abstract_mesh, build_mesh, mesh_sizes
-from .describe import ShardingRow, ShardingTable, sharding_table
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MeshError,
-    ModelError,
-    PlanError,
-    ProgramError,
-    RunError,
-    ScheduleError,
-    ServeError,
-    ShardingError,
-    TargetError,
-    TrellaxError,
-    WeightsError,
-    suggest,
-)
-from .fake import use_fake_devices
-from .processes import Processes, coordination_client, find_processes, join_processes, num_processes
-from .rules import DEFAULT_RULES, ShardingRules
-from .spec import AXES, MeshSpec
+from typing import TYPE_CHECKING
+
+from .lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .build import abstract_mesh, build_mesh, mesh_sizes
+    from .describe import ShardingRow, ShardingTable, sharding_table
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        MeshError,
+        ModelError,
+        PlanError,
+        ProgramError,
+        RunError,
+        ScheduleError,
+        ServeError,
+        ShardingError,
+        TargetError,
+        TrellaxError,
+        WeightsError,
+        suggest,
+    )
+    from .fake import use_fake_devices
+    from .processes import Processes, coordination_client, find_processes, join_processes, num_processes
+    from .rules import DEFAULT_RULES, ShardingRules
+    from .spec import AXES, MeshSpec
 
 __all__ = [
     "AXES",
@@ -57,3 +62,5 @@ __all__ = [
     "suggest",
     "use_fake_devices",
 ]
+
+make_lazy(__name__)

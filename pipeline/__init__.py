@@ -1,13 +1,18 @@
 """Pipeline parallelism: schedules as data, one executor, any stage function."""
 
-from .balance import balance_layers, resolve_layers, stage_costs
-from .execute import Bubbles
-from .grads import pipeline_grads, pipeline_loss
-from .lower import Tables, lower
-from .schedules import SCHEDULES, Action, Schedule, StageCost, Timing, build_schedule, simulate
-from .split import PipelinedModel, split_transformer
-from .stack import check_layers, natural_order, stages_from_layers
-from .stage import LossAndGrads, PipelineParams, StageFns
+from typing import TYPE_CHECKING
+
+from ..meshes.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .balance import balance_layers, resolve_layers, stage_costs
+    from .execute import Bubbles
+    from .grads import pipeline_grads, pipeline_loss
+    from .lower import Tables, lower
+    from .schedules import SCHEDULES, Action, Schedule, StageCost, Timing, build_schedule, simulate
+    from .split import PipelinedModel, split_transformer
+    from .stack import check_layers, natural_order, stages_from_layers
+    from .stage import LossAndGrads, PipelineParams, StageFns
 
 __all__ = [
     "SCHEDULES",
@@ -34,3 +39,5 @@ __all__ = [
     "stage_costs",
     "stages_from_layers",
 ]
+
+make_lazy(__name__)

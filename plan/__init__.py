@@ -1,24 +1,29 @@
 """Programs before they run: which layout to choose and why, and what a compiled step keeps, sends and computes."""
 
-from .detect import detect_topology
-from .diagnoses import Diagnosis, diagnose
-from .hardware import Hardware, hardware_from_description, measure_host
-from .inference_time import InferenceTime, inference_time
-from .inspect import ProgramReport, hlo_text, inspect_compiled
-from .layouts import Layout
-from .memory import Memory
-from .memory_model import MemoryUse, step_memory
-from .minimum import StepSizes, minimum_bytes
-from .picture import draw_report
-from .plans import Plan
-from .search import TrainQuestion, price_layout, search_train
-from .serving_search import ServeQuestion, search_serving
-from .step_time import StepTime, step_time
-from .tables import describe_report
-from .targets import Machine, Target, list_gpus, open_target
-from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum, compilations
-from .topology import Accelerator, Topology, read_topology
-from .traffic import Traffic
+from typing import TYPE_CHECKING
+
+from ..meshes.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .detect import detect_topology
+    from .diagnoses import Diagnosis, diagnose
+    from .hardware import Hardware, hardware_from_description, measure_host
+    from .inference_time import InferenceTime, inference_time
+    from .inspect import ProgramReport, hlo_text, inspect_compiled
+    from .layouts import Layout
+    from .memory import Memory
+    from .memory_model import MemoryUse, step_memory
+    from .minimum import StepSizes, minimum_bytes
+    from .picture import draw_report
+    from .plans import Plan
+    from .search import TrainQuestion, price_layout, search_train
+    from .serving_search import ServeQuestion, search_serving
+    from .step_time import StepTime, step_time
+    from .tables import describe_report
+    from .targets import Machine, Target, list_gpus, open_target
+    from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum, compilations
+    from .topology import Accelerator, Topology, read_topology
+    from .traffic import Traffic
 
 __all__ = [
     "Accelerator",
@@ -61,3 +66,5 @@ __all__ = [
     "step_memory",
     "step_time",
 ]
+
+make_lazy(__name__)

@@ -58,8 +58,8 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="over-xla-limit",
             severity="warning",
             number=needs / _GB,
-            message=f"needs {needs / _GB:.1f} GB a device, and XLA plans for {question.memory_limit / _GB:.1f} GB: beyond "
-            "it computes again what it could keep, and collectives wait, which is not priced",
+            message=f"needs {needs / _GB:.1f} GB a device, and XLA plans for {question.memory_limit / _GB:.1f} GB: "
+            "beyond it computes again what it could keep, and collectives wait, which is not priced",
             fix=_less_memory(question, plan),
         )
 

@@ -84,8 +84,10 @@ def plot_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, tit
     axes.scatter(values, sizes, s=8, color="0.7", label="layouts")
     axes.plot(*_points(front, axis), marker="o", color="tab:blue", label="beaten by none in both")
     axes.axhline(limit_bytes / _GB, color="tab:red", linewidth=1, label="memory to stay within")
-    _scale(axes.xaxis, values, lowest=None)
-    _scale(axes.yaxis, sizes, lowest=0.0)
+    _scale(axes.xaxis, values, axes.set_xscale)
+    _scale(axes.yaxis, sizes, axes.set_yscale)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0)
     axes.set_ylim(top=_ROOM_ABOVE * limit_bytes / _GB)
     axes.set_xlabel(axis.label)
     axes.set_ylabel("GB on the fullest device")
@@ -118,19 +120,17 @@ def _points(plans: Sequence[Plan], axis: FrontAxis) -> tuple[list[float], list[f
     return [axis.value(plan) for plan in plans], [plan.memory.total / _GB for plan in plans]
 
 
-def _scale(axis: "Axis", values: Sequence[float], *, lowest: float | None) -> None:
+def _scale(axis: "Axis", values: Sequence[float], set_scale: Callable[[str], None]) -> None:
     """A logarithmic axis where values differ by much, with ticks as numbers that have room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
     if high > _WIDE_RANGE * low:
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        set_scale("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDER_RANGE * low else (1,), numticks=12))
         axis.set_minor_locator(NullLocator())
     else:
         axis.set_major_locator(MaxNLocator(7))
-        if lowest is not None:
-            axis.axes.set(**{f"{axis.axis_name}lim": (lowest, None)})
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 

@@ -19,7 +19,6 @@ from .evaluate import is_invariant
 from .hardware import Hardware
 from .hlo import Array, Instruction, Program
 
-
 Verdict = Literal["fits", "over XLA's limit", "does not fit"]
 """Over XLA's limit a program runs, but XLA recomputes by itself and its collectives wait (`hardware.py`)."""
 

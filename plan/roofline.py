@@ -2,7 +2,8 @@
 
 An operation takes as long as its flops or its bytes do, whichever is longer (Williams et al. 2009); a collective as
 long as what it sends does on its slowest link. Across nodes a group sends through the network adapters of all its
-members in a node: rings of as many beginnings share what crosses (NCCL's channels). Nothing overlaps or waits: bubbles, launches and latencies are left out.
+members in a node: rings of as many beginnings share what crosses (NCCL's channels). Nothing overlaps or waits: bubbles,
+launches and latencies are left out.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,6 @@ from jax.sharding import Mesh
 from .collectives import Collective
 from .hardware import Hardware
 from .work import CLASSES, Class, Operation
-
 
 _DIRECT = ("collective-permute", "all-to-all", "ragged-all-to-all")
 

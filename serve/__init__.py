@@ -1,10 +1,15 @@
 """Inference: prefill, pipelined decode, sampling and continuous batching, on the mesh a model was trained on."""
 
-from .check import check_model, check_request
-from .engine import Completion, Engine, Usage
-from .params import param_shapes
-from .requests import FinishReason, Request, Sequence
-from .state import Sizes
+from typing import TYPE_CHECKING
+
+from ..meshes.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .check import check_model, check_request
+    from .engine import Completion, Engine, Usage
+    from .params import param_shapes
+    from .requests import FinishReason, Request, Sequence
+    from .state import Sizes
 
 __all__ = [
     "Completion",
@@ -18,3 +23,5 @@ __all__ = [
     "check_request",
     "param_shapes",
 ]
+
+make_lazy(__name__)

@@ -157,10 +157,10 @@ def reach(config: RunConfig, **_: object) -> NoReturn:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "train", lambda config, **_: reach(config))
-    monkeypatch.setattr(cli, "prepare", reach)
-    monkeypatch.setattr(cli, "run_inspect", lambda config, args: reach(config))
-    monkeypatch.setattr(cli, "run_plan", lambda config, args, **_: reach(config))
+    monkeypatch.setattr("trellax.train.loop.train", lambda config, **_: reach(config))
+    monkeypatch.setattr("trellax.train.loop.prepare", reach)
+    monkeypatch.setattr("trellax.train.inspect_command.run_inspect", lambda config, args: reach(config))
+    monkeypatch.setattr("trellax.train.plan_command.run_plan", lambda config, args, **_: reach(config))
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
@@ -171,7 +171,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
         return
     if words[0].endswith("-hf") or words[0] in ("generate", "bench-decode", "checkpoints"):
         # The folders are the reader's.
-        args = vars(cli._make_parser().parse_args(words))
+        args = vars(cli._make_parser(words).parse_args(words))
         assert all(
             MeshSpec.parse(mesh).num_devices for mesh in (args.get("mesh") or args.get("meshes") or "").split(";")
         )

@@ -6,30 +6,22 @@ stdout.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..meshes import TrellaxError, suggest
+from ..meshes.errors import TrellaxError, suggest
 from .argument_types import path, whole
-from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
-from .checkpoints_command import add_checkpoints_arguments, run_checkpoints
-from .config import RunConfig, load_config, render_help
-from .generate_command import add_generate_arguments, run_generate
-from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
-from .inspect_command import add_inspect_arguments, run_inspect
-from .loop import prepare, train
-from .metrics import NO_SCHEDULE, summary_values
-from .plan_command import add_plan_arguments, run_plan
-from .processes import add_process_arguments, join_run
-from .report import describe
-from .run_folder import Start
-from .schedule_arguments import add_schedule_arguments
-from .schedule_command import run_schedule
-from .together import is_first
+from .command_arguments import add_inspect_arguments, add_plan_arguments, add_process_arguments
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .run_folder import Start
+
+# What a command needs is imported by it: help, version and mistakes are answered without jax, in a tenth of the time.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
+    from .loop import train
+    from .metrics import NO_SCHEDULE, summary_values
+    from .processes import join_run
+    from .together import is_first
+
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
     with join_run(args, silence_s=config.run.silence_s):
         summary = train(
@@ -87,33 +84,48 @@ def _loss_text(loss: float | None) -> str:
 
 
 def _describe(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    report = describe(prepare(_load(args, overrides)))
+    config = _load(args, overrides)
+    from .loop import prepare
+    from .report import describe
+
+    report = describe(prepare(config))
     print(json.dumps(report.numbers) if args.json else report)
     return 0
 
 
 def _inspect(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    return run_inspect(_load(args, overrides), args)
+    config = _load(args, overrides)
+    from .inspect_command import run_inspect
+
+    return run_inspect(config, args)
 
 
 def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    words = [*overrides, *_short_overrides(args)]
-    return run_plan(load_config(args.config, words), args, overrides=words)
+    config = _load(args, overrides)
+    from .plan_command import run_plan
+
+    return run_plan(config, args, overrides=[*overrides, *_short_overrides(args)])
 
 
-def _without_config(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace, Sequence[str]], int]:
+def _without_config(module: str, name: str) -> Callable[[argparse.Namespace, Sequence[str]], int]:
     def checked(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         if overrides:
             what = f"`trellax {args.command}`"
             raise TrellaxError(
                 f"{what} reads no config, so it takes no {overrides[0]}.", fix=f"see {what[:-1]} --help`."
             )
-        return run(args)
+        return _import_from(module, name)(args)
 
     return checked
 
 
-def _load(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+def _import_from(module: str, name: str) -> Callable[..., Any]:
+    return getattr(import_module(f".{module}", __package__), name)
+
+
+def _load(args: argparse.Namespace, overrides: Sequence[str]) -> "RunConfig":
+    from .config import load_config
+
     return load_config(args.config, [*overrides, *_short_overrides(args)])
 
 
@@ -122,17 +134,17 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "describe": _describe,
     "inspect": _inspect,
     "plan": _plan,
-    "schedule": _without_config(run_schedule),
-    "import-hf": _without_config(run_import),
-    "export-hf": _without_config(run_export),
-    "generate": _without_config(run_generate),
-    "bench-decode": _without_config(run_bench_decode),
-    "checkpoints": _without_config(run_checkpoints),
+    "schedule": _without_config("schedule_command", "run_schedule"),
+    "import-hf": _without_config("hf_commands", "run_import"),
+    "export-hf": _without_config("hf_commands", "run_export"),
+    "generate": _without_config("generate_command", "run_generate"),
+    "bench-decode": _without_config("bench_decode_command", "run_bench_decode"),
+    "checkpoints": _without_config("checkpoints_command", "run_checkpoints"),
 }
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    args, unknown = _make_parser().parse_known_args(words)
+    args, unknown = _make_parser(words).parse_known_args(words)
     if unknown:
         names = " ".join(word if word.strip() else repr(word) for word in unknown)
         raise TrellaxError(
@@ -148,54 +160,83 @@ class _Parser(argparse.ArgumentParser):
         raise TrellaxError(message, fix="see `trellax --help`, or `trellax train --help` for every key.")
 
 
-def _make_parser() -> argparse.ArgumentParser:
+class _Version(argparse.Action):
+    """Print the version, which takes long to find and is rarely asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import importlib.metadata
+
+        print(f"trellax {importlib.metadata.version('trellax')}")
+        parser.exit()
+
+
+def _make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of all commands, with the options of the one that the words begin with."""
     parser = _Parser(
         prog="trellax",
         allow_abbrev=False,
         description="Tensor and pipeline parallel transformers in JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"trellax {importlib.metadata.version('trellax')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for name, what in (
-        ("train", "train a model as a config says, resuming where the last run stopped"),
-        ("describe", "show mesh, shardings and schedule of a config without training"),
-        ("inspect", "compile the step of a config for any machine and show what it keeps, sends and computes"),
-        ("plan", "rank meshes, schedules and rematerialisation of a config on any machine, with reasons"),
-    ):
+    asked = next((word for word in words if not word.startswith("-")), "")
+    for name, what in _WITH_CONFIG.items():
+        is_asked = name == asked
         command = commands.add_parser(
             name,
             help=what,
             description=f"{what}.\n\nAny key of the config can be set as --section.key value.",
-            epilog=render_help(),
+            epilog=_import_from("config", "render_help")() if is_asked else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument(
-            "config", type=path, metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax"
-        )
-        command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
-        if name == "train":
-            _add_train_arguments(command)
-        if name == "inspect":
-            add_inspect_arguments(command)
-        if name == "plan":
-            add_plan_arguments(command)
-    _add_commands_without_config(commands)
+        if is_asked:
+            _add_config_arguments(command, name)
+    for name, (what, module, add_arguments) in _WITHOUT_CONFIG.items():
+        command = commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False)
+        if name == asked:
+            _import_from(module, add_arguments)(command)
     return parser
 
 
-def _add_commands_without_config(commands: Any) -> None:
-    for name, what, add_arguments in (
-        ("schedule", "draw, save or compare pipeline schedules", add_schedule_arguments),
-        ("checkpoints", "list the saves of a run folder, with sizes; verify them", add_checkpoints_arguments),
-        ("import-hf", "make a run folder of a Hugging Face model", add_import_arguments),
-        ("export-hf", "write the weights of a run folder for transformers", add_export_arguments),
-        ("generate", "answer prompts with a trained model, on any mesh", add_generate_arguments),
-        ("bench-decode", "time the answers of a model over meshes and batch sizes", add_bench_decode_arguments),
-    ):
-        add_arguments(commands.add_parser(name, help=what, description=f"{what}.", allow_abbrev=False))
+_WITH_CONFIG = {
+    "train": "train a model as a config says, resuming where the last run stopped",
+    "describe": "show mesh, shardings and schedule of a config without training",
+    "inspect": "compile the step of a config for any machine and show what it keeps, sends and computes",
+    "plan": "rank meshes, schedules and rematerialisation of a config on any machine, with reasons",
+}
+
+_WITHOUT_CONFIG = {
+    "schedule": ("draw, save or compare pipeline schedules", "schedule_arguments", "add_schedule_arguments"),
+    "checkpoints": (
+        "list the saves of a run folder, with sizes; verify them",
+        "checkpoints_command",
+        "add_checkpoints_arguments",
+    ),
+    "import-hf": ("make a run folder of a Hugging Face model", "hf_commands", "add_import_arguments"),
+    "export-hf": ("write the weights of a run folder for transformers", "hf_commands", "add_export_arguments"),
+    "generate": ("answer prompts with a trained model, on any mesh", "generate_command", "add_generate_arguments"),
+    "bench-decode": (
+        "time the answers of a model over meshes and batch sizes",
+        "bench_decode_command",
+        "add_bench_decode_arguments",
+    ),
+}
+
+
+def _add_config_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "config", type=path, metavar="CONFIG", help="a TOML file, or the name of one that comes with trellax"
+    )
+    command.add_argument("--fake-devices", metavar="N", help="run on N fake CPU devices (run.fake_devices)")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    if name == "train":
+        _add_train_arguments(command)
+    if name == "inspect":
+        add_inspect_arguments(command)
+    if name == "plan":
+        add_plan_arguments(command)
 
 
 def _add_train_arguments(command: argparse.ArgumentParser) -> None:

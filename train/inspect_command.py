@@ -19,18 +19,6 @@ from .xla import MEMORY_FRACTION
 _MOST_KNOBS = 5
 
 
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options of the command, beside CONFIG and --json."""
-    parser.add_argument(
-        "--target",
-        metavar="NAME[:N[/M]]",
-        default="cpu",
-        help="cpu, or GPUs that need not be there: h200:8, a100-80:16, h100:64/8 for 8 a node (cpu)",
-    )
-    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program as text")
-    parser.add_argument("--png", metavar="FILE", help="draw memory against the device and traffic against the minimum")
-
-
 def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     """Compile, print the report, write the files that were asked for.
 

@@ -20,26 +20,12 @@ from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
 from ..plan.tables import align
 from ..plan.topology import Topology, read_topology
-from .argument_types import whole
 from .asked_file import check_files, write_file
+from .command_arguments import OBJECTIVES
 from .config import RunConfig
 from .plan_write import write_plan
 
-OBJECTIVES = ("train", "latency", "throughput", "balanced", "memory")
-
 _GB = 1e9
-
-
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options of the command, beside CONFIG and --json."""
-    parser.add_argument("--topology", metavar="T", help="h100x8, h100x64/8 for 8 a node, or a TOML file (this machine)")
-    parser.add_argument("--objective", metavar="O", default="train", help=f"one of {', '.join(OBJECTIVES)} (train)")
-    parser.add_argument("--this", action="store_true", help="price the config as it stands")
-    parser.add_argument("--requests", type=whole, default=0, metavar="N", help="served at a time (as many as fit)")
-    parser.add_argument("--prompt", type=whole, default=512, metavar="N", help="tokens read for each request (512)")
-    parser.add_argument("--generate", type=whole, default=128, metavar="N", help="tokens written for each (128)")
-    parser.add_argument("--png", metavar="FILE", help="draw time against memory of all layouts")
-    parser.add_argument("--write", metavar="FILE", help="write the config with the first plan's mesh")
 
 
 def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> int:

@@ -14,13 +14,6 @@ _MARGIN_S = 20
 """So much longer jax itself waits: our own watch knows names."""
 
 
-def add_process_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the three words; SLURM and Open MPI make them needless."""
-    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, for many processes")
-    command.add_argument("--num-processes", metavar="N", help="how many there are")
-    command.add_argument("--process-id", metavar="I", help="which one this is, from 0")
-
-
 def join_run(args: argparse.Namespace, *, silence_s: int) -> contextlib.AbstractContextManager[object]:
     """Join the other processes, if there are any, and watch them as long as the context lasts.
 

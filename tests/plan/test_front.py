@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import BboxBase
+from trellax.layers import ModelConfig
 from trellax.plan.front import front_axis, name_point, pareto_front, plot_front
 from trellax.plan.plans import Plan
 from trellax.plan.search import TrainQuestion, price_layout, price_train, rank_train
@@ -24,7 +25,7 @@ CASES = [
 ]
 
 
-def draw(model: object, machine: str, objective: str) -> tuple[list[Plan], list[Plan], Figure]:
+def draw(model: ModelConfig, machine: str, objective: str) -> tuple[list[Plan], list[Plan], Figure]:
     """What is drawn, what the table shows, and the picture."""
     topology = read_topology(machine)
     if objective in ("train", "memory"):
@@ -41,7 +42,7 @@ def draw(model: object, machine: str, objective: str) -> tuple[list[Plan], list[
 
 @pytest.mark.parametrize(("model", "machine", "objective"), CASES)
 def test_picture_shows_the_numbers_of_the_table_and_names_every_point(
-    model: object, machine: str, objective: str
+    model: ModelConfig, machine: str, objective: str
 ) -> None:
     priced, ranked, figure = draw(model, machine, objective)
     axis = front_axis(objective)
@@ -67,7 +68,9 @@ def _nothing_overlaps(figure: Figure) -> None:
     for boxes in (numbers, ticks, [_box(text) for text in axes.get_yticklabels()]):
         assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
     inside = axes.get_window_extent()
-    for box in (axes.get_legend().get_window_extent(), _box(axes.title), _box(below.texts[0])):
+    legend = axes.get_legend()
+    assert legend is not None
+    for box in (legend.get_window_extent(), _box(axes.title), _box(below.texts[0])):
         assert not box.overlaps(inside)
         assert figure.bbox.y0 <= box.y0
         assert box.y1 <= figure.bbox.y1

@@ -1,8 +1,8 @@
 """Names of machines, what their descriptions say, and what is wrong with a target."""
 
 import os
-from pathlib import Path
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
