@@ -4,12 +4,13 @@ Read `search.py` for how layouts are priced.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .layouts import Layout
 from .plans import Plan
 from .precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
+from .remedies import Change, even_pipes, fuller_pipes, layout_change, make_faster, make_smaller, narrower_tensor
 from .search import TrainQuestion, layout_memory, price_layout
 from .stage_time import stage_layers
 
@@ -26,13 +27,17 @@ _SAVED_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A mistake by name: `number` is what makes it true, in the unit that the message says."""
+    """A mistake by name: `number` is what makes it true, in the unit that the message says.
+
+    `fix` is in words; `change` has the keys of the config that it sets, none where it sets none.
+    """
 
     name: str
     severity: Severity
     number: float
     message: str
     fix: str
+    change: Change = field(default_factory=dict)
 
 
 def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
@@ -45,22 +50,27 @@ def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
 
 def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     needs, limit = plan.memory.total, question.device_limit
+    if needs <= question.memory_limit:
+        return
+    remedy = make_smaller(question, plan)
     if needs > limit:
         yield Diagnosis(
             name="out-of-memory",
             severity="error",
             number=needs / _GB,
             message=f"needs {needs / _GB:.1f} GB a device, and {limit / _GB:.1f} GB may be used",
-            fix=_less_memory(question, plan),
+            fix=remedy.text,
+            change=remedy.change,
         )
-    elif needs > question.memory_limit:
+    else:
         yield Diagnosis(
             name="over-xla-limit",
             severity="warning",
             number=needs / _GB,
             message=f"needs {needs / _GB:.1f} GB a device, and XLA plans for {question.memory_limit / _GB:.1f} GB: "
             "beyond it computes again what it could keep, and collectives wait, which is not priced",
-            fix=_less_memory(question, plan),
+            fix=remedy.text,
+            change=remedy.change,
         )
 
 
@@ -82,26 +92,23 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
         return
     share = plan.step.tensor_s / plan.time_s
     node = topology.devices_per_node
+    if tensor <= node and node % tensor == 0 and topology.accelerator.link != "pcie":
+        return
+    name, where, waits = "tensor-over-pcie", f"tensor={tensor} talks over PCIe", ""
     if tensor > node or node % tensor:
-        where = (
-            f"tensor={tensor} spans nodes of {node}" if tensor > node else f"groups of tensor={tensor} straddle nodes"
-        )
         name = "tensor-across-nodes" if tensor > node else "slow-axis-on-fast-link"
-        yield Diagnosis(
-            name=name,
-            severity="warning",
-            number=share,
-            message=f"{where}: {share:.0%} of the step waits for its collectives on the network",
-            fix=f"set mesh.tensor to a divisor of {node}, and let pipe or data cross nodes.",
-        )
-    elif topology.accelerator.link == "pcie":
-        yield Diagnosis(
-            name="tensor-over-pcie",
-            severity="warning",
-            number=share,
-            message=f"tensor={tensor} talks over PCIe: {share:.0%} of the step waits for its collectives",
-            fix="set mesh.tensor=1 and use pipe, which sends one activation where tensor sends four sums a layer.",
-        )
+        spans = f"tensor={tensor} spans nodes of {node}" if tensor > node else ""
+        where, waits = spans or f"groups of tensor={tensor} straddle nodes", " on the network"
+    otherwise = "expect it: no mesh of these devices with a smaller tensor axis fits and is faster."
+    remedy = make_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
+    yield Diagnosis(
+        name=name,
+        severity="warning",
+        number=share,
+        message=f"{where}: {share:.0%} of the step waits for its collectives{waits}",
+        fix=remedy.text,
+        change=remedy.change,
+    )
 
 
 def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
@@ -110,21 +117,30 @@ def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
         return
     share = plan.step.tensor_s / plan.time_s
     if share > _TENSOR_SHARE:
+        otherwise = "expect it: no mesh of these devices with a smaller tensor axis fits and is faster."
+        remedy = make_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
         yield Diagnosis(
             name="tensor-too-wide",
             severity="warning",
             number=share,
             message=f"tensor={tensor} is wide for hidden size {question.model.hidden_size}: {share:.0%} of the step is "
             "its communication",
-            fix=f"set mesh.tensor={tensor // 2} and double data or pipe.",
+            fix=remedy.text,
+            change=remedy.change,
         )
 
 
-def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
     least = (layout.pipe - 1) / (layout.microbatches + layout.pipe - 1)
+    remedy = make_faster(
+        question,
+        plan,
+        fuller_pipes(question, layout) if idle > _IDLE_SHARE else (),
+        otherwise="raise train.batch_size, or lower mesh.pipe: no schedule of this batch on this mesh is faster.",
+    )
     if layout.is_backward_split and idle > max(_IDLE_SHARE, 2 * least):
         # In one program every rank waits for the longest turn, and a recomputed half is longer than a forward.
         yield Diagnosis(
@@ -133,7 +149,8 @@ def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             number=idle,
             message=f"schedule {layout.schedule!r} leaves {layout.pipe} ranks idle {idle:.0%} of the time: a turn "
             f"lasts as long as its longest action; 1f1b's equal stages are idle {least:.0%}",
-            fix="set pipeline.schedule='1f1b', or a pipeline.remat that recomputes less.",
+            fix=remedy.text,
+            change=remedy.change,
         )
     elif idle > _IDLE_SHARE:
         yield Diagnosis(
@@ -141,7 +158,8 @@ def _check_bubble(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             severity="warning",
             number=idle,
             message=f"{layout.microbatches} microbatches leave {layout.pipe} ranks idle {idle:.0%} of the time",
-            fix=f"set pipeline.microbatches={4 * layout.pipe} or more, or a schedule with chunks.",
+            fix=remedy.text,
+            change=remedy.change,
         )
     elif idle > _EXPECTED_SHARE:
         yield Diagnosis(
@@ -161,13 +179,16 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     ranks = [sum(layers[rank :: layout.pipe]) for rank in range(layout.pipe)]
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
+        otherwise = "expect it: no even mesh of these devices fits and is faster."
+        remedy = make_faster(question, plan, even_pipes(question, layout), otherwise=otherwise)
         yield Diagnosis(
             name="unbalanced-stages",
             severity="warning",
             number=uneven,
             message=f"the largest rank has {max(ranks)} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
             f"lasts {uneven:.2f} times as long",
-            fix=f"choose a pipe size that divides {question.model.num_layers}.",
+            fix=remedy.text,
+            change=remedy.change,
         )
 
 
@@ -194,20 +215,22 @@ def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         data=layout.num_devices,
         microbatches=question.batch_size // layout.num_devices,
         remat=layout.remat,
-        zero=layout.zero,
+        zero=1 if layout.zero else 0,
     )
     needs = layout_memory(question, alone).total
     if needs > question.memory_limit:
         return
     other = price_layout(question, alone)
-    if other.time_s <= plan.time_s:
+    if other.time_s < plan.time_s:
+        change = layout_change(layout, alone)
         yield Diagnosis(
             name="needless-parallelism",
             severity="warning",
             number=needs / _GB,
             message=f"the model fits one device ({needs / _GB:.1f} GB), and data={layout.num_devices} alone is "
             f"{plan.time_s / other.time_s:.2f} times as fast",
-            fix=f"set mesh.tensor=1, mesh.pipe=1, mesh.data={layout.num_devices}.",
+            fix=f"set {', '.join(f'{key}={value!r}' for key, value in change.items())}.",
+            change=change,
         )
 
 
@@ -224,22 +247,8 @@ def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             message=f"activations take {plan.memory.activations / _GB:.1f} GB, of which remat full would save "
             f"{saved / _GB:.1f} GB",
             fix="set pipeline.remat='full', and use the memory for larger microbatches.",
+            change={"pipeline.remat": "full"},
         )
-
-
-def _less_memory(question: TrainQuestion, plan: Plan) -> str:
-    """The change of one key that saves most, with what it saves."""
-    layout = plan.layout
-    changes: dict[str, Layout] = {
-        "pipeline.remat='full'": replace(layout, remat="full"),
-        "optimizer.zero='on'": replace(layout, zero=1),
-    }
-    if layout.sequences > 1:
-        smaller = replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences)
-        changes[f"pipeline.microbatches={smaller.microbatches}"] = smaller
-    saved = {word: plan.memory.total - layout_memory(question, other).total for word, other in changes.items()}
-    best = max(saved, key=lambda word: saved[word])
-    return f"set {best}: {saved[best] / _GB:.1f} GB less." if saved[best] > 0 else "use more tensor or pipe."
 
 
 _CHECKS: tuple[Callable[[TrainQuestion, Plan], Iterator[Diagnosis]], ...] = (

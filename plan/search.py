@@ -110,7 +110,8 @@ def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
 def smallest_fitting(question: TrainQuestion) -> int | None:
     """Return the least number of devices, by whole nodes, on which some layout fits; None up to 65,536."""
     node = question.topology.devices_per_node
-    count = 1
+    # Fewer than there are have been tried, and whole nodes are what one gets.
+    count = 2 * question.topology.num_devices
     while count <= 1 << 16:
         topology = replace(question.topology, num_devices=count, devices_per_node=min(node, count))
         wider = replace(question, topology=topology)

@@ -240,9 +240,9 @@ def _nothing_fits(question: ServeQuestion) -> PlanError:
     without = least.memory.total - least.memory.kv_cache
     count = topology.num_devices * math.ceil(least.memory.total / question.memory_limit)
     fixes = [f"use {count} or more devices"]
-    if without < question.memory_limit:
-        share = (question.memory_limit - without) / least.memory.kv_cache
-        fixes.append(f"serve {max(1, int(question.requests * share))} requests at a time or fewer")
+    fewer = int(question.requests * (question.memory_limit - without) / least.memory.kv_cache)
+    if 0 < fewer < question.requests:
+        fixes.append(f"serve {fewer} requests at a time or fewer")
     return PlanError(
         f"nothing fits: {asked} needs at least {least.memory.total / _GB:.1f} GB a device "
         f"({least.memory.weights / _GB:.1f} weights, {least.memory.kv_cache / _GB:.1f} cache), and "

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ..layers import param_counts
@@ -14,13 +15,14 @@ from ..plan.diagnoses import Diagnosis, diagnose
 from ..plan.front import draw_front
 from ..plan.inference_time import COMPILED
 from ..plan.layouts import Layout
-from ..plan.plans import Plan
+from ..plan.plans import Plan, name_layout
 from ..plan.program import trellax_program
 from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
 from ..plan.tables import align
 from ..plan.topology import Topology, read_topology
 from .asked_file import check_files, write_file
+from .check import check_run
 from .command_arguments import OBJECTIVES
 from .config import RunConfig
 from .plan_write import write_plan
@@ -53,7 +55,12 @@ def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence
         picture = draw_front(priced, objective=args.objective, limit_bytes=limit, title=title)
         write_file(args.png, picture)
     if args.write:
-        write_file(args.write, write_plan(args.config, plans[0].layout, overrides=overrides).encode())
+        write_file(
+            args.write,
+            write_plan(
+                args.config, plans[0].layout, header=_header(plans[0], topology, args), overrides=overrides
+            ).encode(),
+        )
     return 0
 
 
@@ -90,6 +97,18 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,
     )
+
+
+def _header(plan: Plan, topology: Topology, args: argparse.Namespace) -> list[str]:
+    """What a written config says of itself: nothing that was measured."""
+    asked = f"plan --topology {args.topology}" if args.topology else "plan"
+    machine = f"{topology.num_devices} x {topology.accelerator.name}, {topology.devices_per_node} a node"
+    return [
+        f"{Path(args.config).stem} as `trellax {asked}` laid it out: {name_layout(plan.layout)}.",
+        f"Command:  trellax train {args.write}",
+        f"Hardware: {machine}.  Time: {plan.time_s:.3g} s a step, predicted, not measured.",
+        f"Expect:   {plan.memory.total / _GB:.1f} GB a device, predicted.",
+    ]
 
 
 def _check_words(args: argparse.Namespace) -> None:
@@ -131,7 +150,9 @@ def _question(config: RunConfig, topology: Topology) -> TrainQuestion:
 
 
 def _price_config(config: RunConfig, question: TrainQuestion) -> Plan:
-    layout = layout_of(config, num_devices=question.topology.num_devices)
+    num_devices = question.topology.num_devices
+    check_run(config, num_devices=num_devices)
+    layout = layout_of(config, num_devices=num_devices)
     return replace(price_layout(question, layout), why="the config as it stands.")
 
 

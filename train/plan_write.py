@@ -1,4 +1,8 @@
-"""A config file with a plan in it: the same text, but for the keys that a plan decides or the command line set."""
+"""A config file with a plan in it: the same text, but for the keys that a plan decides or the command line set.
+
+Comments that a plan makes untrue go: those before the first section, which say mesh, hardware, time and what to expect,
+make place for the plan's own, and those on or right above a value go with the value.
+"""
 
 import json
 import re
@@ -16,10 +20,11 @@ from .config_keys import list_keys
 _RESET = (("layers_per_stage", '"auto"'), ("max_in_flight", "0"))
 
 
-def write_plan(path: str, layout: Layout, *, overrides: Sequence[str] = ()) -> str:
-    """Return the text of a config with the overrides' and the layout's keys set; comments and every other key stay.
+def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: Sequence[str] = ()) -> str:
+    """Return the text of a config with the overrides' and the layout's keys set; every other key stays.
 
     Args:
+        header: lines of the comment that the text begins with.
         overrides: words of the command line, as `load_config` took them; the layout wins over them.
 
     Raises:
@@ -27,12 +32,19 @@ def write_plan(path: str, layout: Layout, *, overrides: Sequence[str] = ()) -> s
     """
     file = read_config_file(path)
     given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
-    text, wanted = file.path.read_text(encoding="utf-8"), _values(layout, given, was=file.values)
+    text, wanted = _without_header(file.path.read_text(encoding="utf-8")), _values(layout, given, was=file.values)
     for section, values in wanted.items():
         for key, value in values.items():
             text = _set(text, section, key, value)
     _check(text, wanted, shown=file.shown)
-    return text
+    return "".join(f"# {line}\n" for line in header) + "\n" + text
+
+
+def _without_header(text: str) -> str:
+    """The text from its first line on that is neither empty nor a comment."""
+    lines = text.splitlines(keepends=True)
+    start = next((place for place, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    return "".join(lines[start:])
 
 
 def _check(text: str, wanted: dict[str, dict[str, str]], *, shown: str) -> None:
@@ -95,9 +107,10 @@ def _set(text: str, section: str, key: str, value: str) -> str:
     following = re.search(r"^\[", text[start:], re.MULTILINE)
     end = start + following.start() if following else len(text)
     body = text[start:end]
-    line = re.compile(rf"^({key}\s*=\s*)([^#\n]*?)(\s*(?:#[^\n]*)?)$", re.MULTILINE)
-    if line.search(body):
-        body = line.sub(lambda match: f"{match[1]}{value}{match[3]}", body, count=1)
+    line = re.compile(rf"((?:^#[^\n]*\n)*)^({key}\s*=\s*)([^#\n]*?)(?:\s*#[^\n]*)?$", re.MULTILINE)
+    if old := line.search(body):
+        if old[3] != value:
+            body = f"{body[: old.start()]}{old[2]}{value}{body[old.end() :]}"
     else:
         body = f"{key} = {value}\n{body}"
     return text[:start] + body + text[end:]

@@ -59,7 +59,6 @@ def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.Captur
     assert (after.pipeline.schedule, after.pipeline.microbatches) == (best["schedule"], best["microbatches"])
     assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
     check_run(after, num_devices=8)
-    assert file.read_text().splitlines()[0].startswith("#")
 
 
 def test_written_config_is_the_one_that_was_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -82,6 +81,34 @@ def test_written_config_drops_what_belongs_to_the_old_stages(
     uneven.write_text(text.replace("[pipeline]", "[pipeline]\nlayers_per_stage = [20, 12]"))
     ask(f"plan {uneven} --topology h100x8 --write {planned}", capsys)
     check_run(load_config(planned), num_devices=8)
+
+
+def test_written_config_says_nothing_that_the_plan_made_untrue(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    text = text.replace("tensor = 4\n", "# four of them share a switch\ntensor = 4  # half a machine\n")
+    old.write_text(text.replace("seq_len = 8192", "seq_len = 8192  # what the corpus was cut for"))
+    ask(f"plan {old} --topology h100x8 --write {planned}", capsys)
+    written = planned.read_text()
+    assert [line for line in text.splitlines() if line.startswith("#") and line in written] == []
+    assert not any(words in written for words in ("share a switch", "half a machine", "2 days"))
+    assert "seq_len = 8192  # what the corpus was cut for" in written
+    head = written.split("\n\n")[0].splitlines()
+    assert head[1] == f"# Command:  trellax train {planned}"
+    assert "8 x H100-SXM5-80GB" in head[2]
+    assert "predicted, not measured" in head[2]
+    assert load_config(planned).mesh.num_devices == 8
+
+
+def test_config_as_it_stands_is_checked_as_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    # A vocabulary and a width that the mesh does not split: `train` refuses both, and so does the price.
+    words = f"{ASK} --this --model.vocab_size 128257 --model.ffn_size 14338"
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert "model.vocab_size=128257" in told
+    assert "model.ffn_size=14338" in told
 
 
 def test_config_with_inline_sections_is_refused_rather_than_broken(
