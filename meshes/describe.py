@@ -35,22 +35,41 @@ class ShardingTable:
         return sum(row.device_bytes for row in self.rows)
 
     def __str__(self) -> str:
+        return self.draw()
+
+    def draw(self, *, width: int | None = None) -> str:
+        """Return the table; where that is too wide, without bytes of whole arrays, and then with two lines a row."""
         lines = [("parameter", "shape with axes", "bytes", "per device")]
         lines += [(r.name, r.shape, f"{r.total_bytes:,}", f"{r.device_bytes:,}") for r in self.rows]
         lines += [("total", "", f"{self.total_bytes:,}", f"{self.device_bytes:,}")]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        text = [
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {total:>{widths[2]}}  {device:>{widths[3]}}"
-            for name, shape, total, device in lines
-        ]
-        rule = "-" * len(text[0])
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+        text, left_out = _align(lines), ""
+        if width is not None and len(text[0]) > width:
+            text = _align([(name, shape, held) for name, shape, _, held in lines])
+            left_out = "\nleft out for want of columns: bytes of whole arrays"
+        if width is not None and len(text[0]) > width:
+            below = _align([(f"  {shape}", held) for _, shape, _, held in lines])
+            text = [f"{line[0]}\n{rest}" for line, rest in zip(lines, below, strict=True)]
+        rule = "-" * max(map(len, text[0].splitlines()))
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]]) + left_out
 
 
 def sharding_table(tree: Any) -> ShardingTable:
     """Return the table of a tree of arrays, or of `ShapeDtypeStruct`s with shardings: nothing need be allocated."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return ShardingTable(rows=tuple(_row(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves))
+
+
+def _align(lines: list[tuple[str, ...]]) -> list[str]:
+    """Lines of columns, of which the last that are numbers end together."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = len(widths) - (2 if len(widths) == 4 else 1)
+    return [
+        "  ".join(
+            f"{word:<{width}}" if place < texts else f"{word:>{width}}"
+            for place, (word, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
 
 
 def _row(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> ShardingRow:

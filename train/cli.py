@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..meshes.errors import TrellaxError, suggest
 from .argument_types import path, whole
 from .command_arguments import add_inspect_arguments, add_plan_arguments, add_process_arguments
+from .terminal import fold, terminal_width
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -88,7 +89,7 @@ def _describe(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from .loop import prepare
     from .report import describe
 
-    report = describe(prepare(config))
+    report = describe(prepare(config), width=terminal_width())
     print(json.dumps(report.numbers) if args.json else report)
     return 0
 
@@ -186,7 +187,9 @@ def _make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=what,
-            description=f"{what}.\n\nAny key of the config can be set as --section.key value.",
+            description=fold(
+                f"{what}.\n\nAny key of the config can be set as --section.key value.", width=terminal_width()
+            ),
             epilog=_import_from("config", "render_help")() if is_asked else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

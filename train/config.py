@@ -21,6 +21,7 @@ from .config_errors import Mistake, list_mistakes, make_config_error
 from .config_file import ConfigFile, Override, read_config_file, read_overrides
 from .config_keys import draw_keys, list_keys
 from .config_values import make_plain
+from .terminal import terminal_width
 
 _MOST = 2**31 - 1
 """Steps, tokens and ids are 32-bit numbers on a device."""
@@ -205,7 +206,7 @@ def config_keys() -> list[str]:
 
 def render_help() -> str:
     """Return the table of all keys with type, default and meaning, as `trellax train --help` prints it."""
-    return draw_keys(list_keys(RunConfig))
+    return draw_keys(list_keys(RunConfig), width=terminal_width())
 
 
 def _split_words(text: str) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from .terminal import fold
+
 # The mesh and the model are plain dataclasses, which have no place for a description.
 _MEANINGS = {
     "mesh.data": "devices over which the batch is split; -1 is what is left",
@@ -84,15 +86,22 @@ def list_keys(config: type[BaseModel]) -> list[Key]:
     return keys
 
 
-def draw_keys(keys: list[Key]) -> str:
-    """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections."""
+def draw_keys(keys: list[Key], *, width: int | None = None) -> str:
+    """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections.
+
+    Where they are wider than the width, the meaning stands below the rest.
+    """
     lines: list[str] = []
     rows = [(f"--{key.name}", key.type_text, key.default, key.meaning) for key in keys]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    is_wide = width is not None and max(len(row[3]) for row in rows) + sum(widths) + 8 > width
     for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
         if i and key.section != keys[i - 1].section:
             lines.append("")
-        name, kind, default = (cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
+        if is_wide:
+            lines += [f"  {'  '.join(row[:3])}".rstrip(), fold(f"      {row[3]}".rstrip(), width=width)]
+            continue
+        name, kind, default = (cell.ljust(size) for cell, size in zip(row[:3], widths, strict=True))
         lines.append(f"  {name}  {kind}  {default}  {row[3]}".rstrip())
     return "\n".join(lines)
 

@@ -29,6 +29,7 @@ from .run_folder import Start, open_run_folder
 from .run_weights import check_initial_weights
 from .state import Setup
 from .stop import StopRequest
+from .terminal import terminal_width
 from .together import first_does, is_first
 from .tokenizer import keep_tokenizer
 from .xla import prepare_backend
@@ -114,7 +115,7 @@ def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
-    say(describe(setup))
+    say(describe(setup, width=terminal_width(sys.stderr)))
     for warning in warn_of_layout(config):
         say(warning)
     say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")

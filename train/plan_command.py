@@ -19,13 +19,14 @@ from ..plan.plans import Plan, name_layout
 from ..plan.program import trellax_program
 from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
-from ..plan.tables import align
+from ..plan.tables import align_within
 from ..plan.topology import Topology, read_topology
 from .asked_file import check_files, write_file
 from .check import check_run
 from .command_arguments import OBJECTIVES
 from .config import RunConfig
 from .plan_write import write_plan
+from .terminal import fold, terminal_width
 
 _GB = 1e9
 
@@ -203,11 +204,14 @@ def _describe(
         f"{topology.name}: {topology.num_devices} x {device.name} of {device.memory_bytes / _GB:.0f} GB, "
         f"{topology.devices_per_node} in each of {topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
     )
-    table = align([_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))])
+    width = terminal_width()
+    rows = [_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))]
+    table = align_within(rows, width=width)
     reasons = [f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)]
-    head = [_describe_work(config, args), machine, "", table, "", *reasons]
+    head = fold(f"{_describe_work(config, args)}\n{machine}", width=width)
     lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in diagnoses]
-    return "\n".join([*head, *([""] if lines else []), *lines])
+    told = "\n".join([*reasons, *([""] if lines else []), *lines])
+    return "\n".join([head, "", table, "", fold(told, width=width)])
 
 
 def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:

@@ -8,8 +8,10 @@ from ..pipeline import Schedule, StageCost, simulate
 from ..pipeline.schedules.stage_cost import is_even
 from .stage_table import tabulate_stages
 from .state import Setup
+from .terminal import fold
 
 _WIDEST_GRID = 100
+_MORE = " ..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,12 @@ class Report:
         return "\n\n".join(part for part in (self.mesh, self.parameters, self.stages, self.schedule) if part)
 
 
-def describe(setup: Setup) -> Report:
-    """Return what a run will do, from shapes alone: nothing is allocated."""
+def describe(setup: Setup, *, width: int | None = None) -> Report:
+    """Return what a run will do, from shapes alone: nothing is allocated.
+
+    Args:
+        width: columns that the texts keep within; None for as many as they need.
+    """
     table = sharding_table(setup.model.params)
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
@@ -35,9 +41,9 @@ def describe(setup: Setup) -> Report:
     sizes = mesh_sizes(setup.mesh)
     return Report(
         mesh=f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        parameters=str(table),
-        stages=str(stages) if stages else "",
-        schedule=draw_schedule(setup.schedule, stages=setup.stage_costs),
+        parameters=table.draw(width=width),
+        stages=stages.draw(width=width) if stages else "",
+        schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
             "mesh": str(sizes),
             "devices": len(devices),
@@ -54,11 +60,12 @@ def describe(setup: Setup) -> Report:
     )
 
 
-def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None) -> str:
+def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:
     """Return the grid of a schedule, as wide as fits, over a line with its bubble and what it holds.
 
     Args:
         stages: time of every stage; left out, all take the same.
+        width: columns to keep within.
     """
     if schedule.num_ranks == 1:
         return f"schedule  one stage, microbatches one after another ({schedule.num_microbatches}): no bubble"
@@ -70,6 +77,6 @@ def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = No
         f"{timing.bubble_fraction:.1%} of the time{uneven}, in flight per rank {peaks}"
     )
     lines = str(schedule).splitlines()
-    is_wide = len(lines[0]) > _WIDEST_GRID
-    grid = [f"{line[:_WIDEST_GRID]} ..." if is_wide else line for line in lines]
-    return "\n".join([head, *grid])
+    room = min(_WIDEST_GRID, (width or _WIDEST_GRID + len(_MORE)) - len(_MORE))
+    grid = [f"{line[:room]}{_MORE}" if len(lines[0]) > room + len(_MORE) else line for line in lines]
+    return "\n".join([fold(head, width=width), *grid])

@@ -27,8 +27,10 @@ from ..pipeline.schedules import (
     trace_from_schedule,
 )
 from ..pipeline.schedules.draw import peak_text
+from ..plan.tables import align_within
 from .asked_file import check_files, write_file
 from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
+from .terminal import fold, terminal_width
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
 
@@ -52,8 +54,8 @@ def run_schedule(args: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False, soft_wrap=True)
     if not is_saved:
-        console.print(_draw_grid(schedule, width=console.width if console.is_terminal else None))
-    console.print(_describe(schedule, timing, args), markup=False)
+        console.print(_draw_grid(schedule, width=terminal_width()))
+    console.print(fold(_describe(schedule, timing, args), width=terminal_width()), markup=False)
     return 0
 
 
@@ -230,9 +232,10 @@ def _compare(args: argparse.Namespace) -> None:
         for row in rows
     ]
     print(f"{args.ranks} ranks, {args.microbatches} microbatches, {args.clock} clock")
-    print(_align([head, *body]))
+    print(align_within([head, *body], width=terminal_width()))
     if any(row["chunks"] > 1 for row in rows):
-        print("In flight are microbatches of one chunk: with V chunks a rank, each holds 1/V of the rank's layers.")
+        note = "In flight are microbatches of one chunk: with V chunks a rank, each holds 1/V of the rank's layers."
+        print(fold(note, width=terminal_width()))
 
 
 def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -243,14 +246,3 @@ def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _percent(fraction: float | None) -> str:
     return "none" if fraction is None else f"{fraction:.1%}"
-
-
-def _align(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            word.rjust(width) if place else word.ljust(width)
-            for place, (word, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )

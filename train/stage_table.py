@@ -11,7 +11,9 @@ from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
 from ..pipeline import Schedule, simulate
 from ..plan.precision import unpriced_matmuls
+from ..plan.tables import align_within
 from .state import Setup
+from .terminal import fold
 
 _PARAM_BYTES = 4
 
@@ -48,6 +50,10 @@ class StageTable:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
+        return self.draw()
+
+    def draw(self, *, width: int | None = None) -> str:
+        """Return the table, in parts below each other where it is wider than the width."""
         lines = [("stage", "rank", "layers", "time", "parameters", "bytes/device", "in flight", "activations/device")]
         lines += [
             (
@@ -62,9 +68,11 @@ class StageTable:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:], *self.notes])
+        parts = []
+        for part in align_within(lines, width=width, left=0).split("\n\n"):
+            head, *rows = part.splitlines()
+            parts.append("\n".join([head, "-" * len(head), *rows]))
+        return "\n".join(["\n\n".join(parts), *(fold(note, width=width) for note in self.notes)])
 
 
 def tabulate_stages(setup: Setup) -> StageTable:
@@ -148,7 +156,7 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
 def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
     most, slots = max(setup.layers_per_stage), max(simulate(setup.schedule).peak_in_flight)
     room = (
-        f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight,\n"
+        f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight, "
         f"{slots * most * kept:,} bytes of activations"
     )
     notes = (f"{room}, and for embedding and head, wherever they are used.",)
