@@ -1,6 +1,7 @@
 """Where every parameter lives, as a table people can read: name, shape with axes, bytes per device."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def sharding_table(tree: Any) -> ShardingTable:
     return ShardingTable(rows=tuple(_row(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves))
 
 
-def _align(lines: list[tuple[str, ...]]) -> list[str]:
+def _align(lines: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of columns, of which the last that are numbers end together."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = len(widths) - (2 if len(widths) == 4 else 1)
