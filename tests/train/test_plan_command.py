@@ -129,6 +129,15 @@ def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.Capture
     assert "tensor-over-pcie" in {diagnosis["name"] for diagnosis in numbers["diagnoses"]}
 
 
+@pytest.mark.parametrize("objective", ["train", "latency"])
+def test_plan_in_eight_bits_says_what_it_is_priced_as(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{ASK} --objective {objective}"
+    assert "priced" not in ask(words, capsys)
+    assert "warning: model.matmuls='fp8' is priced as bfloat16" in ask(f"{words} --model.matmuls fp8", capsys)
+    numbers = json.loads(ask(f"{words} --model.matmuls fp8 --json", capsys))
+    assert "priced-as-bfloat16" in {one["name"] for one in numbers["diagnoses"]}
+
+
 @pytest.mark.parametrize("objective", ["train", "throughput"])
 def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "front.png"

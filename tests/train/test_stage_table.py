@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from trellax.layers import param_counts
@@ -115,3 +116,11 @@ def test_layers_are_balanced_unless_they_are_given() -> None:
     assert setup_of(FOUR).layers_per_stage == (1, 2, 2, 2)
     assert setup_of(f"{FOUR} --pipeline.layers_per_stage 2,2,2,1").layers_per_stage == (2, 2, 2, 1)
     assert setup_of("--mesh.data 4 --mesh.pipe 1 --pipeline.layers_per_stage 2,2").layers_per_stage == (4,)
+
+
+def test_time_of_eight_bits_is_said_to_be_that_of_sixteen() -> None:
+    note = "Time counts products in fp8 as 16-bit ones"
+    setup = setup_of(FOUR)
+    assert note not in str(tabulate_stages(setup))
+    config = setup.config.model_copy(update={"model": replace(setup.config.model, matmuls="fp8")})
+    assert note in str(tabulate_stages(Setup(config, setup.mesh)))
