@@ -1,7 +1,7 @@
 """The commands of the README, as printed and in their order, in a folder where nothing was before.
 
 Folders with models and texts are the reader's; small ones of the same kinds stand in for them. Trainings that do not
-say how many steps take ten instead of their config's two hundred; else every word is the README's.
+say how many steps take thirty instead of their config's two hundred; else every word is the README's.
 """
 
 import json
@@ -17,7 +17,7 @@ from .test_house import COMMANDS, README, ROOT, run_as_user
 
 MODELS = {"llama": "llama2", "Llama-3.2-1B": "llama32", "Llama-3.1-8B": "llama3", "Qwen3-0.6B": "qwen3"}
 ROOM = 1024
-FEW = "10"
+FEW = "30"
 
 # What `make quickstart` runs; the rest of it installs.
 FIRST = "trellax train configs/quickstart.toml"
