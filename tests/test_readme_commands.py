@@ -45,6 +45,8 @@ def test_no_command_of_the_readme_finds_the_folder_of_another(monkeypatch: pytes
             made.add(words[1])
 
 
+# Two dozen processes, six of which train.
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
     _lay_out(tmp_path)
