@@ -80,7 +80,7 @@ def _check_precision(question: TrainQuestion, _: Plan) -> Iterator[Diagnosis]:
             name="priced-as-bfloat16",
             severity="warning",
             number=FP8_STEP_ERROR,
-            message=f"model.matmuls={narrow!r} is priced as {PRICED_AS}: published {narrow} training steps on H100 are "
+            message=f"model.matmuls={narrow!r} is priced as {PRICED_AS}: 28 published {narrow} training steps are "
             f"predicted {FP8_STEP_ERROR:.0%} too slow so",
             fix="take times as upper bounds: products are faster than priced, collectives are not.",
         )

@@ -1,7 +1,7 @@
 """Precisions below 16 bits, which nothing here has a price for: whatever shows such a price says so.
 
-Published steps in these precisions are predicted as bfloat16, which is 47% too slow for fp8 on H100 (28 rows of
-dgxc_benchmarking), 90% for mxfp8 and 115% for nvfp4 (megatron_bridge): compute is faster than its price.
+Published steps in these precisions are predicted as bfloat16, which is 47% too slow for fp8 (28 rows of
+dgxc_benchmarking; -6% for 4 of llm_foundry), 90% for mxfp8 and 115% for nvfp4 (megatron_bridge).
 """
 
 import re
@@ -14,7 +14,7 @@ PRICED_AS = "bfloat16"
 """What products of these precisions are priced as."""
 
 FP8_STEP_ERROR = 0.47
-"""Predicted over measured, minus 1, of published fp8 training steps on H100."""
+"""Predicted over measured, minus 1, of the largest source of fp8 training steps."""
 
 _NARROW = re.compile(r"(nv|mx)?(?:fp|float)([48])(?!\d)")
 
