@@ -28,8 +28,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         seen.append(config)
         raise EndError
 
-    monkeypatch.setattr(cli, "train", end)
-    monkeypatch.setattr(cli, "join_run", lambda args, silence_s: open(os.devnull))  # noqa: PTH123, SIM115
+    monkeypatch.setattr("trellax.train.loop.train", end)
+    monkeypatch.setattr("trellax.train.processes.join_run", lambda args, silence_s: open(os.devnull))  # noqa: PTH123, SIM115
     with pytest.raises(EndError):
         cli.main(words)
     return seen[0]
