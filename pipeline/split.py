@@ -111,6 +111,7 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
         layer=rematerialize(layer, remat),
         last=last,
         layers_per_stage=counts if len(set(counts)) > 1 else None,
+        num_layers=sum(counts),
         shared_specs=shared_specs,
         prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )
