@@ -102,11 +102,6 @@ class LossAndGrads:
     grads: PipelineParams
 
 
-def prepare_layers(fns: StageFns, stages: Any) -> Any:
-    """Return what the layers of one rank are given instead of their parameters, leaves [C, k, ...] both."""
-    return stages if fns.prepare is None else jax.vmap(jax.vmap(fns.prepare))(stages)
-
-
 def check_counts(layers_per_stage: Any) -> None:
     """Raise unless these are whole numbers, one or more of them.
 
