@@ -41,7 +41,9 @@ def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
         raise error(f"{name}={_show(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
 
 
-def check_instance(name: str, value: Any, kind: type | tuple[type, ...], *, error: type[TrellaxError], fix: str) -> None:
+def check_instance(
+    name: str, value: Any, kind: type | tuple[type, ...], *, error: type[TrellaxError], fix: str
+) -> None:
     """Raise `error` unless the value is of the class, or of one of them; `fix` says how such a value is made."""
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))

@@ -96,7 +96,7 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
             raise ShardingError(
                 f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
                 f"and {shape[1]} is not {size}.",
-                fix=f'if {name} has no such dimension, mark it: StageFns(batch_specs=...) with P() for it and '
+                fix=f"if {name} has no such dimension, mark it: StageFns(batch_specs=...) with P() for it and "
                 'P(None, "data") for the others.',
             )
     if size % num_shards or not size:

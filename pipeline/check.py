@@ -46,9 +46,7 @@ def check_arguments(
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:
-    check_instance(
-        "fns", fns, StageFns, error=ScheduleError, fix="give StageFns(first=..., layer=..., last=...)."
-    )
+    check_instance("fns", fns, StageFns, error=ScheduleError, fix="give StageFns(first=..., layer=..., last=...).")
     check_instance(
         "params", params, PipelineParams, error=ScheduleError, fix="give PipelineParams(stages=..., shared=...)."
     )

@@ -30,7 +30,7 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ScheduleError(
-            f"first() returns {_array_text(x)}; gradients come back through what passes between layers, so it is floats.",
+            f"first() returns {_array_text(x)}; gradients come back through what layers pass on, so it is floats.",
             fix="embed or cast it in first(), x.astype(jnp.float32) say; integers are read from the microbatch.",
         )
     y = jax.eval_shape(layer)

@@ -54,7 +54,7 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
 
 
 def transpose(prepare: Any, own: Any) -> Any:
-    """Return the function from gradients of what `prepare` makes of one layer's parameters to those of the parameters."""
+    """Return the way back from gradients of what `prepare` makes of one layer's parameters to those of these."""
 
     def make(own: Any) -> Any:
         return jax.tree.map(vary, prepare(own))

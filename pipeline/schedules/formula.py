@@ -44,6 +44,7 @@ def find_formula(
     Args:
         forward, input_grad, weight_grad: costs as in `simulate`.
     """
+    StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad)  # refuses what is no time
     if schedule.name not in _FORMULAS:
         return None
     p, m, v = schedule.num_ranks, schedule.num_microbatches, schedule.num_chunks
