@@ -1,12 +1,13 @@
 """One pre-norm block, and a stack of them as one scan: program size does not grow with depth."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice
 from .attention import Attention
 from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
@@ -87,7 +88,11 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     none: what is cheap for its size, inside norms and activation functions. dots: whatever lies between products and
     attention, whose outputs are kept; on CPUs the faster one, since less is written and read; no GPU has timed it.
     full: all but the layer's input.
+
+    Raises:
+        ModelError: there is no such policy.
     """
+    check_choice("remat", remat, get_args(Remat), error=ModelError)
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies

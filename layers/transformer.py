@@ -5,13 +5,14 @@ It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/split
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
@@ -73,6 +74,7 @@ class Transformer(nnx.Module):
         rules: ShardingRules = DEFAULT_RULES,
         remat: Remat = "dots",
     ) -> None:
+        check_choice("remat", remat, get_args(Remat), error=ModelError)
         self.config, self.rules, self.remat = config, rules, remat
         self.embed = Embedding(config, rngs=rngs, rules=rules)
         self.blocks = stack_blocks(config, rngs=rngs, rules=rules)

@@ -6,8 +6,10 @@ most of them; scripts, notebooks and values out of files do not ask a type check
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from .errors import TrellaxError, suggest
 
@@ -26,18 +28,18 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
         raise error(f"{name}={_show(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
 
 
-def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
-    """Raise `error` unless the value is a whole number, `least` or more; True and 2.0 are none."""
+def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
+    """Raise `error` unless the value is a whole number, `least` or more if that is given; True and 2.0 are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise error(f"{name}={_show(value)} is not a whole number.", fix=f"give {least} or more.")
-    if value < least:
-        raise error(f"{name}={value} must be {least} or more.", fix=f"give {least} or more.")
+        raise error(f"{name}={_show(value)} is not a whole number.", fix="give one, without quotes or a point.")
+    if least is not None and value < least:
+        raise error(f"{name}={value} is below {least}.", fix=f"give {least} or more.")
 
 
 def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
     """Raise `error` unless the value is a finite number, 0 or more."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value >= 0):
+    if not is_number or not 0 <= float(value) < math.inf:
         raise error(f"{name}={_show(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
 
 
@@ -48,6 +50,25 @@ def check_instance(
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
         raise error(f"{name} is {_show(value)}, a {type(value).__name__}, where a {wanted} is wanted.", fix=fix)
+
+
+def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
+    """Raise `error` unless every field of a dataclass that is annotated as a choice, a count or a number is one."""
+    for field in fields(value):
+        own, kinds = getattr(value, field.name), _parts_of(field.type)
+        if own is None and NoneType in kinds:
+            continue
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices:
+            check_choice(field.name, own, choices, error=error)
+        elif int in kinds:
+            check_count(field.name, own, error=error, least=least)
+        elif float in kinds:
+            check_number(field.name, own, error=error)
+
+
+def _parts_of(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 _LONGEST = 60

@@ -23,6 +23,8 @@ def use_fake_devices(num_devices: int) -> None:
         MeshError: the number is not positive, too large or does not divide by the processes, or jax has already
             started with other devices.
     """
+    if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
+        raise MeshError(f"fake devices: {num_devices!r} is not a number of devices.", fix="ask for 1 or more, 8 say.")
     count = num_processes()
     _check_number(num_devices, count=count)
     local = num_devices // count

@@ -96,8 +96,8 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
             raise ShardingError(
                 f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
                 f"and {shape[1]} is not {size}.",
-                fix=f"if {name} has no such dimension, mark it: StageFns(batch_specs=...) with P() for it and "
-                'P(None, "data") for the others.',
+                fix='mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, "data") for the '
+                "others.",
             )
     if size % num_shards or not size:
         raise ShardingError(

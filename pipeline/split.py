@@ -7,15 +7,17 @@ together, or each rank holds them whole over pipe and the end stages work on the
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims, rematerialize
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ScheduleError, ShardingRules
+from ..meshes.arguments import check_choice
 from .schedules import Vocab
+from .schedules.place import check_vocab
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
 
@@ -61,6 +63,8 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
+    check_vocab(vocab)
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
     num_ranks, layers = mesh.shape["pipe"], config.num_layers
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..meshes import ScheduleError
 from ..meshes.arguments import check_count
+from .schedules.check import check_sizes
 from .stage import check_counts
 from .trees import check_arrays
 
@@ -28,6 +29,7 @@ def stages_from_layers(
     Raises:
         ScheduleError: the layers do not divide into the stages, or the numbers do not add up to them.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     room, places = max(counts), _places(counts)

@@ -6,9 +6,10 @@ what comes out, `serving_search.py` for inference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from ..layers import ModelConfig
+from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
 from .layer_time import LayerTime, layer_time
 from .layouts import Layout, PlanRemat, legal_layouts, legal_meshes
@@ -41,6 +42,11 @@ class TrainQuestion:
     program: Program = TRELLAX
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
 
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
+        for remat in self.remats:
+            check_choice("remats", remat, get_args(PlanRemat), error=PlanError)
+
     @property
     def memory_limit(self) -> float:
         """Bytes that a plan may use of each device."""
@@ -57,8 +63,10 @@ def search_train(question: TrainQuestion, *, objective: str = "train", top: int 
         objective: "train" for tokens/s, "memory" for the least memory of the fullest device.
 
     Raises:
-        PlanError: nothing fits, with what would.
+        PlanError: nothing fits, with what would; or the objective is none.
     """
+    check_choice("objective", objective, ("train", "memory"), error=PlanError)
+    check_count("top", top, error=PlanError)
     plans = screen_train(question)
     best = _best_of_meshes(plans, objective)[: top + 2]
     priced = sorted((price_layout(question, plan.layout) for plan in best), key=lambda plan: _rank(plan, objective))

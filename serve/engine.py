@@ -6,12 +6,14 @@ with `Engine.generate`; `submit` and `step` are for those who have requests that
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import CacheDtype, ModelConfig, bytes_per_device
+from ..meshes import ServeError
+from ..meshes.arguments import check_choice, check_count
 from .check import check_model, check_request
 from .decode import NOTHING, ticks_of_round
 from .params import Layers, stage_params, stage_shapes
@@ -92,11 +94,17 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
+        # By the names that they have here.
+        check_count("chunks_per_step", chunks_per_step, error=ServeError)
+        check_count("max_stops", max_stops, error=ServeError)
+        check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
+        check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
+        check_choice("fill", fill, get_args(Fill), error=ServeError)
         self.config, self.mesh, self.on_token = config, mesh, on_token
         self.sizes = sizes = Sizes(
             slots=slots,
-            max_tokens=max_tokens or config.max_tokens,
-            groups=groups or mesh.shape["pipe"],
+            max_tokens=config.max_tokens if max_tokens is None else max_tokens,
+            groups=mesh.shape["pipe"] if groups is None else groups,
             num_shards=mesh.shape["data"],
             chunk=chunk,
             items=chunks_per_step,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, DataError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..meshes.arguments import check_count
 from ..pipeline import resolve_layers
 from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
@@ -40,6 +41,7 @@ def check_run(
     Raises:
         TrellaxError: the one thing that does not fit, or a ConfigError that lists all of them.
     """
+    check_count("num_devices", num_devices, error=MeshError)
     found: list[TrellaxError] = []
     mesh = config.mesh
     try:

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices
+from ..meshes.arguments import check_choice, check_count
 from .array_store import explain_failure
 from .changes import Changes
 from .check import CorpusFiles, check_run
@@ -71,6 +73,9 @@ def train(
     Raises:
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
+    check_choice("start", start, get_args(Start), error=RunError)
+    check_choice("changes", changes, get_args(Changes), error=RunError)
+    check_count("profile_steps", profile_steps, error=RunError, least=0)
     start_s = time.perf_counter()
     prepare_backend(config.run_folder)
     setup = prepare(config, corpus="needed")

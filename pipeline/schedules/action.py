@@ -33,7 +33,8 @@ class Action:
         # A schedule has thousands of actions, so what is right is seen at a glance.
         if self.kind not in _KINDS:
             check_choice("kind", self.kind, _KINDS, error=ScheduleError)
-        if type(self.stage) is not int or type(self.microbatch) is not int:
+        is_whole = type(self.stage) is int and type(self.microbatch) is int
+        if not is_whole or self.stage < 0 or self.microbatch < 0:
             check_count("stage", self.stage, error=ScheduleError, least=0)
             check_count("microbatch", self.microbatch, error=ScheduleError, least=0)
 
