@@ -208,7 +208,7 @@ def _differentiate_chunks(
         x_BtD, targets_Bt, weights_Bt = part
         compared = _compare(_logits(x_BtD, cast_VD), targets_Bt, axes)
         share_BtV = compared.exp / compared.sums[..., None]
-        error_BtV = share_BtV - (compared.word == targets_Bt[..., None])
+        error_BtV = share_BtV - (compared.word == targets_Bt[..., None]).astype(jnp.float32)
         # In the compute dtype, as every other gradient of an activation: both matmuls run at its speed.
         error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
         # Over tokens in one dim, as in product.py.

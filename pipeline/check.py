@@ -29,6 +29,7 @@ def check_arguments(
         ScheduleError: an argument is of another kind, a count differs, or parameters are missing.
         ShardingError: the batch does not split over `data`, or `shared` not over `pipe`.
     """
+    _check_switches()
     _check_kinds(fns, params, mesh, schedule, bubbles)
     _check_mesh(mesh)
     sizes = mesh_sizes(mesh)
@@ -43,6 +44,22 @@ def check_arguments(
     if fns.shared_specs is not None:
         _check_shared(fns.shared_specs, params.shared, num_ranks=sizes.pipe)
     check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=sizes.data)
+
+
+def _check_switches() -> None:
+    """jax's own switches under which no pipeline runs; with all others it does, see test_switches.py."""
+    if jax.config.jax_disable_jit:
+        raise ScheduleError(
+            "jax_disable_jit is on, but a pipeline is one compiled program: operation by operation, its ranks cannot "
+            "do different things at once.",
+            fix="call it inside `with jax.disable_jit(False):`, and look inside with jax.debug.print.",
+        )
+    if not getattr(jax.config, "jax_auto_pcast", True):
+        raise ScheduleError(
+            "jax_auto_pcast is off: then first, layer and last could not even add a constant to what differs between "
+            "devices.",
+            fix='leave it on: jax.config.update("jax_auto_pcast", True).',
+        )
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:
