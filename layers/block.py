@@ -13,7 +13,7 @@ from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
 from .config import ModelConfig
 from .mlp import MLP
-from .norms import make_norm, normalize
+from .norms import apply_norm, make_norm, normalize
 
 Remat = Literal["none", "full", "dots"]
 """What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls and of flash
@@ -49,9 +49,11 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
         """Return new tokens after this block, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
-        attended_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), cache=cache, layer=layer, new=new)
+        attended_BTD, cache = self.attention.extend(
+            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
+        )
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(apply_norm(self.mlp_norm, x_BTD)), cache
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:

@@ -290,6 +290,6 @@ def _varying(*args: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]
 
 
 def _return_to(primal: jax.Array, grad: jax.Array) -> jax.Array:
-    """Return a gradient in the type and dtype of what it belongs to: summed over manual axes on which that is the same."""
+    """Return a gradient in the type of what it belongs to: its dtype, and the same on the same manual axes."""
     axes = tuple(axis for axis in _varying(grad) if axis not in _varying(primal))
     return (jax.lax.psum(grad, axes) if axes else grad).astype(primal.dtype)

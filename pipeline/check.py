@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ..meshes import AXES, MeshError, ScheduleError, ShardingError, mesh_sizes
 from ..meshes.arguments import check_choice, check_instance
+from ..meshes.switches import check_switches
 from .batch import check_batch
 from .execute import Bubbles
 from .schedules import Schedule
@@ -29,7 +30,8 @@ def check_arguments(
         ScheduleError: an argument is of another kind, a count differs, or parameters are missing.
         ShardingError: the batch does not split over `data`, or `shared` not over `pipe`.
     """
-    _check_switches()
+    # With its other switches it runs: see test_switches.py.
+    check_switches("jax_disable_jit", "jax_auto_pcast", error=ScheduleError)
     _check_kinds(fns, params, mesh, schedule, bubbles)
     _check_mesh(mesh)
     sizes = mesh_sizes(mesh)
@@ -44,22 +46,6 @@ def check_arguments(
     if fns.shared_specs is not None:
         _check_shared(fns.shared_specs, params.shared, num_ranks=sizes.pipe)
     check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=sizes.data)
-
-
-def _check_switches() -> None:
-    """jax's own switches under which no pipeline runs; with all others it does, see test_switches.py."""
-    if jax.config.jax_disable_jit:
-        raise ScheduleError(
-            "jax_disable_jit is on, but a pipeline is one compiled program: operation by operation, its ranks cannot "
-            "do different things at once.",
-            fix="call it inside `with jax.disable_jit(False):`, and look inside with jax.debug.print.",
-        )
-    if not getattr(jax.config, "jax_auto_pcast", True):
-        raise ScheduleError(
-            "jax_auto_pcast is off: then first, layer and last could not even add a constant to what differs between "
-            "devices.",
-            fix='leave it on: jax.config.update("jax_auto_pcast", True).',
-        )
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:

@@ -76,7 +76,13 @@ def split_transformer(
     make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
     fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
+
+    def init(seed: int) -> PipelineParams:
+        # A single number, before anything runs: jax_transfer_guard="disallow" is meant for what a loop sends.
+        with jax.transfer_guard("allow"):
+            return make(jax.numpy.uint32(seed))
+
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
 def _born(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ..layers import CacheDtype, ModelConfig, bytes_per_device
 from ..meshes import ServeError
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
 from .decode import NOTHING, ticks_of_round
 from .params import Layers, stage_params, stage_shapes
@@ -94,6 +95,7 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
+        check_switches(*get_args(Switch), error=ServeError)
         # By the names that they have here.
         check_count("chunks_per_step", chunks_per_step, error=ServeError)
         check_count("max_stops", max_stops, error=ServeError)
