@@ -49,7 +49,9 @@ def check_instance(
     """Raise `error` unless the value is of the class, or of one of them; `fix` says how such a value is made."""
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        raise error(f"{name} is {_show(value)}, a {type(value).__name__}, where a {wanted} is wanted.", fix=fix)
+        # Of arrays and functions a text would say little.
+        shown = f"the text {_show(value)}" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise error(f"{name} is {shown}, where a {wanted} is wanted.", fix=fix)
 
 
 def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:

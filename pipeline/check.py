@@ -153,7 +153,7 @@ def _check_shared(specs: Any, shared: Any, *, num_ranks: int) -> None:
         if len(axes) > leaf.ndim:
             raise ShardingError(
                 f"shared_specs of {name} is {spec}, but its shape is {leaf.shape}.",
-                fix=f"name {leaf.ndim} dimensions or fewer.",
+                fix="name no more dimensions than it has.",
             )
         for dim, entry in enumerate(axes):
             if entry == ("pipe",) and leaf.shape[dim] % num_ranks:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads
+from trellax.pipeline import (
+    PipelineParams,
+    StageFns,
+    build_schedule,
+    natural_order,
+    pipeline_grads,
+    stages_from_layers,
+)
 
 from .law import mesh_of
 
@@ -21,11 +28,11 @@ Tree = dict[str, Any]
 
 
 def first(shared: Tree, microbatch: Tree) -> jax.Array:
-    return microbatch["x"] + 0.1 * jax.random.normal(microbatch["key"], (1, WIDTH))
+    return microbatch["x"][:, shared["columns"]] + 0.1 * jax.random.normal(microbatch["key"], (1, WIDTH))
 
 
 def layer(params: Tree, x: jax.Array, microbatch: Tree) -> jax.Array:
-    return x + jnp.tanh(x @ params["w"]) * microbatch["temperature"]
+    return x + jnp.tanh(x @ params["w"]) * microbatch["temperature"] * params["is_on"]
 
 
 def last(shared: Tree, x: jax.Array, microbatch: Tree) -> jax.Array:
@@ -51,24 +58,27 @@ def arrays() -> tuple[PipelineParams, Tree]:
         "temperature": np.abs(draw(M)),
         "key": jax.random.split(jax.random.key(7), M),
     }
-    return PipelineParams(stages={"w": draw(NUM_LAYERS, WIDTH, WIDTH)}, shared={"head": draw(WIDTH, CLASSES)}), batch
+    # Whole numbers among the parameters too: they take part, and have no gradient.
+    stages = {"w": draw(NUM_LAYERS, WIDTH, WIDTH), "is_on": np.array([1, 0, 1, 2], np.int32)}
+    shared = {"head": draw(WIDTH, CLASSES), "columns": rng.permutation(WIDTH).astype(np.int32)}
+    return PipelineParams(stages=stages, shared=shared), batch
 
 
 @cache
 def on_one_device() -> tuple[jax.Array, PipelineParams]:
     params, batch = arrays()
 
-    def loss(params: PipelineParams) -> jax.Array:
+    def loss(params: PipelineParams, batch: Tree) -> jax.Array:
         total = jnp.zeros(())
         for index in range(M):
             microbatch = jax.tree.map(lambda leaf, index=index: leaf[index], batch)
             x = first(params.shared, microbatch)
             for own in range(NUM_LAYERS):
-                x = layer({"w": params.stages["w"][own]}, x, microbatch)
+                x = layer(jax.tree.map(lambda leaf, own=own: leaf[own], params.stages), x, microbatch)
             total += last(params.shared, x, microbatch)
         return total
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss, allow_int=True))(params, batch)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def on_one_device() -> tuple[jax.Array, PipelineParams]:
 def test_tables_numbers_and_keys_of_a_microbatch_are_whole_on_every_data_shard(mesh: str, schedule: str) -> None:
     devices, (params, batch) = mesh_of(mesh), arrays()
     num_ranks = devices.shape["pipe"]
-    stages = {"w": params.stages["w"].reshape(1, num_ranks, -1, WIDTH, WIDTH)}
+    stages = stages_from_layers(params.stages, num_ranks=num_ranks)
     grid = build_schedule(schedule, num_ranks=num_ranks, num_microbatches=M)
     run = lambda p, b: pipeline_grads(FNS, params=p, batch=b, mesh=devices, schedule=grid)  # noqa: E731
     out = jax.jit(run)(PipelineParams(stages=stages, shared=params.shared), batch)
@@ -90,6 +100,8 @@ def test_tables_numbers_and_keys_of_a_microbatch_are_whole_on_every_data_shard(m
     ours = (out.loss, natural_order(out.grads.stages)["w"], out.grads.shared["head"])
     for actual, expected in zip(ours, (loss, grads.stages["w"], grads.shared["head"]), strict=True):
         assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert not np.any(out.grads.stages["is_on"])
+    assert not np.any(out.grads.shared["columns"])
 
 
 def _plain(**more: Any) -> Tree:
@@ -122,7 +134,7 @@ MISTAKES: dict[str, tuple[Any, Any]] = {
 
 def test_batch_that_would_be_cut_wrongly_is_refused(golden: Callable[[str, str], None]) -> None:
     mesh, grid = mesh_of("2x1x1"), build_schedule("1f1b", num_ranks=1, num_microbatches=M)
-    stages = {"w": arrays()[0].stages["w"].reshape(1, 1, NUM_LAYERS, WIDTH, WIDTH)}
+    stages = stages_from_layers(arrays()[0].stages, num_ranks=1)
     params, told = PipelineParams(stages=stages, shared=arrays()[0].shared), []
     for name, (batch, specs) in MISTAKES.items():
         fns = StageFns(first=first, layer=layer, last=last, batch_specs=specs)
