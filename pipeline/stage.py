@@ -85,8 +85,8 @@ class PipelineParams:
 
     stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r. `stages_from_layers`
         makes them of [all layers, ...] in natural order; for equal stages it is a plain reshape.
-        To an optimizer they are one array of rank 5 for all matrices of a kind: `optax.contrib.muon` silently runs Adam on
-        those, unless its `muon_weight_dimension_numbers` say that the last two dimensions are the matrix.
+        To an optimizer they are one array of rank 5 for all matrices of a kind: `optax.contrib.muon` silently runs Adam
+        on those, unless its `muon_weight_dimension_numbers` say that the last two dimensions are the matrix.
     shared: any tree, seen by `first` and `last` (an embedding, a head, tied or not); replicated over pipe, unless
         `StageFns.shared_specs` says otherwise.
     """
