@@ -50,7 +50,6 @@ def split_transformer(
 
     Stage parameters are [chunks, ranks@pipe, layers, ...]; embedding and head are shared, replicated over pipe, but for
     tables [V@pipe+tensor, D] if `vocab` is "split". The values that `init` draws do not depend on the mesh.
-
     Batches are dicts of tokens, targets and weights, each [M, B@data, T].
 
     Args:
@@ -63,8 +62,7 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    check_vocab(vocab)
-    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
+    _check_words(vocab, remat)
     num_ranks, layers = mesh.shape["pipe"], config.num_layers
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
@@ -73,16 +71,21 @@ def split_transformer(
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes, dims = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
-    make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
     fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
-
-    def init(seed: int) -> PipelineParams:
-        # A single number, before anything runs: jax_transfer_guard="disallow" is meant for what a loop sends.
-        with jax.transfer_guard("allow"):
-            return make(jax.numpy.uint32(seed))
-
+    init = partial(_init, jax.jit(born, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+
+
+def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
+    # A single number, before anything runs: jax_transfer_guard="disallow" is meant for what a loop sends.
+    with jax.transfer_guard("allow"):
+        return make(jax.numpy.uint32(seed))
+
+
+def _check_words(vocab: Vocab, remat: Remat) -> None:
+    check_vocab(vocab)
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
 
 
 def _born(

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ..meshes import ProgramError
-from ..meshes.arguments import check_count
 from .collectives import Collective, list_collectives
 from .executions import count_executions
 from .hardware import Hardware
@@ -94,8 +92,6 @@ def inspect_compiled(
         hardware: the device, for capacity and roofline.
         devices_per_node: all of them if left out.
     """
-    if devices_per_node is not None:
-        check_count("devices_per_node", devices_per_node, error=ProgramError)
     program = Program.parse(hlo_text(compiled))
     executions = count_executions(program, num_devices=mesh.devices.size)
     collectives = list_collectives(program, executions, mesh=mesh)

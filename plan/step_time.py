@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..layers import ModelConfig, flops_per_token
-from ..meshes import PlanError
-from ..meshes.arguments import check_count
 from .data_time import DataTime, data_time
 from .layer_time import LayerTime, layer_time
 from .layouts import Layout
@@ -54,7 +52,6 @@ def step_time(
         pipeline: `pipeline_time_s`, the simulator; a search may screen with `screen_pipeline_s`.
         layer: the layer's time if it is known already; many layouts share one.
     """
-    check_count("num_tokens", num_tokens, error=PlanError)
     if layer is None:
         layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)

@@ -96,12 +96,7 @@ class Engine:
         fill: Fill = "zeros",
     ) -> None:
         check_switches(*get_args(Switch), error=ServeError)
-        # By the names that they have here.
-        check_count("chunks_per_step", chunks_per_step, error=ServeError)
-        check_count("max_stops", max_stops, error=ServeError)
-        check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
-        check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
-        check_choice("fill", fill, get_args(Fill), error=ServeError)
+        _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.on_token = config, mesh, on_token
         self.sizes = sizes = Sizes(
             slots=slots,
@@ -115,9 +110,8 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens)
         self.layers: Layers = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        self.shapes = state_shapes(
-            config, sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype, layers=self.layers
-        )
+        stored = cache_dtype or config.dtype
+        self.shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=stored, layers=self.layers)
         self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers)
         self.schedule = Schedule(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
         self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
@@ -249,6 +243,17 @@ class Engine:
                 slot[s, i] = chunk.sequence.slot % sizes.slots_per_shard
                 start[s, i], count[s, i], is_last[s, i] = chunk.start, len(chunk.tokens), chunk.is_last
         return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+
+
+def _check_values(
+    cache_dtype: CacheDtype | None, layers: Layers | None, fill: Fill, chunks_per_step: int, max_stops: int
+) -> None:
+    """Check what `Sizes` would call by another name, or does not hold."""
+    check_count("chunks_per_step", chunks_per_step, error=ServeError)
+    check_count("max_stops", max_stops, error=ServeError)
+    check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
+    check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
+    check_choice("fill", fill, get_args(Fill), error=ServeError)
 
 
 def _empty_choice(sizes: Sizes) -> Choice:

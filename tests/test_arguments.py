@@ -102,7 +102,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "plan.assert_sends_at_most": {"report": None, "over": "data"},
     "plan.assert_sends_near_minimum": {"report": None, "over": "data"},
     "plan.inference_time": PLACED | {"topology": TOPOLOGY, "batch": 1, "prompt": 8, "generated": 8},
-    "plan.inspect_compiled": {"compiled": None, "mesh": MESH, "devices_per_node": 8},
     "plan.minimum_bytes": {"sizes": None},
     "plan.open_target": {"target": None, "num_devices": 1},
     "plan.search_serving": {"question": ServeQuestion(model=MODEL, topology=TOPOLOGY), "objective": "latency"},
@@ -131,7 +130,15 @@ RESULTS = {
     *("layers.ActivationBytes", "layers.FlopCounts", "layers.ParamCounts"),
     *("pipeline.Tables", "pipeline.Timing", "pipeline.schedules.Formula", "pipeline.schedules.Span"),
     *("plan.Accelerator", "plan.Diagnosis", "plan.Hardware", "plan.InferenceTime", "plan.Machine", "plan.Memory"),
-    *("plan.MemoryUse", "plan.Plan", "plan.ProgramReport", "plan.StepTime", "plan.Traffic", "plan.measure_host"),
+    *(
+        "plan.MemoryUse",
+        "plan.Plan",
+        "plan.ProgramReport",
+        "plan.StepTime",
+        "plan.Traffic",
+        "plan.inspect_compiled",
+        "plan.measure_host",
+    ),
     *("serve.Completion", "serve.Sequence", "serve.Usage", "train.Corpus", "train.ModelTokenizer", "train.Summary"),
 }
 """What others give: made by functions of ours, or out of files that are checked when they are read."""

@@ -73,16 +73,13 @@ def train(
     Raises:
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
-    check_choice("start", start, get_args(Start), error=RunError)
-    check_choice("changes", changes, get_args(Changes), error=RunError)
-    check_count("profile_steps", profile_steps, error=RunError, least=0)
+    _check_values(start, changes, profile_steps)
     start_s = time.perf_counter()
     prepare_backend(config.run_folder)
     setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
     console = console or _Talk(file=sys.stderr)
     console.quiet = not is_first()
-
     say = partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
@@ -96,6 +93,12 @@ def train(
                 return run.finish(stop, start_s=start_s)
         except OSError as error:
             raise _refused(error, config, checkpoints) from error
+
+
+def _check_values(start: Start, changes: Changes, profile_steps: int) -> None:
+    check_count("profile_steps", profile_steps, error=RunError, least=0)
+    check_choice("start", start, get_args(Start), error=RunError)
+    check_choice("changes", changes, get_args(Changes), error=RunError)
 
 
 class _Talk(Console):

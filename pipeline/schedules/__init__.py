@@ -61,26 +61,34 @@ def build_schedule(
     Raises:
         ScheduleError: a name is unknown, a count is below 1, or the name does not fit the number of chunks or a limit.
     """
-    check_vocab(vocab)
-    check_choice("clock", clock, get_args(Clock), error=ScheduleError)
-    if not isinstance(name, str) or name not in SCHEDULES:
-        near = suggest(str(name), SCHEDULES)
-        raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{near}")
+    _check_words(name, vocab, clock)
     sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
     # The others put no backward of the last stage into the tick of its forward.
     ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
         return auto(**sizes, **ends, clock=clock, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
+    check_sizes(**sizes, num_chunks=num_chunks)
+    _check_chunks(name, num_chunks)
+    _check_limit(name, max_in_flight)
+    if num_chunks > 1:
+        return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
+    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
+
+
+def _check_words(name: str, vocab: Vocab, clock: Clock) -> None:
+    if not isinstance(name, str) or name not in SCHEDULES:
+        near = suggest(str(name), SCHEDULES)
+        raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{near}")
+    check_vocab(vocab)
+    check_choice("clock", clock, get_args(Clock), error=ScheduleError)
+
+
+def _check_limit(name: str, max_in_flight: int | None) -> None:
     if max_in_flight is not None:
         raise ScheduleError(
             f"max_in_flight={max_in_flight} is for the schedule auto alone; {name} takes no limit.",
             fix="build 'auto', or leave max_in_flight out.",
         )
-    check_sizes(**sizes, num_chunks=num_chunks)
-    _check_chunks(name, num_chunks)
-    if num_chunks > 1:
-        return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
-    return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
 
 
 def _check_chunks(name: str, num_chunks: int) -> None:

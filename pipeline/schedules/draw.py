@@ -47,19 +47,15 @@ def draw_picture(
 
     >>> Path("zb.svg").write_bytes(draw_picture(schedule, format="svg", clock="async", weight_grad=0.8))
 
-    Args:
-        costs: those of `simulate`, from `forward` to `stages`.
-
-    Raises:
-        ScheduleError: the format is unknown, and as `simulate`.
+    `costs` are those of `simulate`, and so are errors; another one is an unknown format.
     """
     check_choice("format", format, get_args(Format), error=ScheduleError)
+    timing = simulate(schedule, clock=clock, **costs)
+    spans = time_actions(schedule, clock=clock, **costs)
     # Half a second to import, and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    timing = simulate(schedule, clock=clock, **costs)
-    spans = time_actions(schedule, clock=clock, **costs)
     narrowest = min(length for span in spans if (length := span.end - span.start))
     width = min(_WIDEST, max(8.0, 1.2 + _INCHES_PER_CELL * timing.makespan / narrowest))
     height = min(_TALLEST, 1.5 + _INCHES_PER_RANK * schedule.num_ranks)

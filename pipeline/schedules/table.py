@@ -69,7 +69,6 @@ def schedule_from_csv(
         ScheduleError: a cell is no action, is on the wrong rank or repeats one, an action is missing, or ranks wait
             for each other.
     """
-    check_vocab(vocab)
     rows = _leave_out(_split_rows(text, name), say)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}

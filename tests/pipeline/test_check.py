@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
 
-FNS: dict[str, Callable[..., Any]] = {
+FNS: dict[str, Any] = {
     "first": lambda shared, microbatch: microbatch["x"],
     "layer": lambda params, x, microbatch: jnp.tanh(x @ params["w"]),
     "last": lambda shared, x, microbatch: (x**2).sum(),

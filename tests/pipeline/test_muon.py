@@ -11,7 +11,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 
 def update_of(optimizer: optax.GradientTransformation, params: Any, grads: Any) -> jax.Array:
-    return optimizer.update(grads, optimizer.init(params), params)[0]["w"]
+    updates: Any = optimizer.update(grads, optimizer.init(params), params)[0]
+    return updates["w"]
 
 
 @pytest.mark.slow
