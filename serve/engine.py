@@ -95,7 +95,6 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
-        check_switches(*get_args(Switch), error=ServeError)
         _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.on_token = config, mesh, on_token
         self.sizes = sizes = Sizes(
@@ -248,7 +247,8 @@ class Engine:
 def _check_values(
     cache_dtype: CacheDtype | None, layers: Layers | None, fill: Fill, chunks_per_step: int, max_stops: int
 ) -> None:
-    """Check what `Sizes` would call by another name, or does not hold."""
+    """Check jax's switches, and what `Sizes` would call by another name or does not hold."""
+    check_switches(*get_args(Switch), error=ServeError)
     check_count("chunks_per_step", chunks_per_step, error=ServeError)
     check_count("max_stops", max_stops, error=ServeError)
     check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)

@@ -141,7 +141,7 @@ RESULTS = {
     ),
     *("serve.Completion", "serve.Sequence", "serve.Usage", "train.Corpus", "train.ModelTokenizer", "train.Summary"),
 }
-"""What others give: made by functions of ours, or out of files that are checked when they are read."""
+"""What functions of ours give, or read out of files that they check; and what takes no value before it has compiled."""
 
 BELOW_ZERO = {"first_sequence"}
 """What may be negative."""

@@ -92,8 +92,8 @@ ROUNDABOUT: dict[str, Callable[[], dict[str, Any]]] = {
     "four layers, three of which would run": lambda: {"fns": StageFns(**FNS, layers_per_stage=(2, 1))},
     "three of four layers": lambda: {"fns": StageFns(**FNS, layers_per_stage=(2, 1), num_layers=4)},
     "five layers in four places": lambda: {"fns": StageFns(**FNS, num_layers=5)},
-    "layers in text": lambda: {"fns": StageFns(**FNS, layers_per_stage="2,2")},
-    "half a layer": lambda: {"fns": StageFns(**FNS, layers_per_stage=(2, 1.5))},
+    "layers in text": lambda: {"fns": StageFns(**FNS | {"layers_per_stage": "2,2"})},
+    "half a layer": lambda: {"fns": StageFns(**FNS | {"layers_per_stage": (2, 1.5)})},
     "prepare given integers": lambda: {
         "fns": StageFns(**FNS, prepare=lambda params: params),
         "params": PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 8), int)}, shared={}),
