@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 
 from ..meshes import TargetError, suggest, use_fake_devices
-from ..meshes.build import visible_devices
 from ..meshes.arguments import check_count, check_fields
+from ..meshes.build import visible_devices
 from .hardware import Hardware, hardware_from_description, measure_host
 
 MAX_DEVICES = 1024

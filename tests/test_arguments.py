@@ -115,7 +115,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "serve.check_request": {"request": Request(prompt=(1,)), "config": MODEL, "max_tokens": 8},
     "train.Batches": {"tokens": np.zeros(99, np.int32), "seq_len": 8, "batch_size": 2, "microbatches": 1, "seed": 0},
     "train.Checkpoints": {"run_folder": "mine", "keep": 1},
-    "train.check_run": {"config": None},
+    "train.check_run": {"config": None, "num_devices": 8},
     "train.load_corpus": {"data": None},
     "train.load_for_serving": {"path": "mine", "mesh": MESH},
     "train.make_learning_rate": {"section": OPTIMIZER, "steps": 8},
@@ -139,7 +139,15 @@ RESULTS = {
         "plan.inspect_compiled",
         "plan.measure_host",
     ),
-    *("serve.Completion", "serve.Sequence", "serve.Usage", "train.Corpus", "train.ModelTokenizer", "train.Summary"),
+    *(
+        "serve.Completion",
+        "serve.Sequence",
+        "serve.Usage",
+        "train.Corpus",
+        "train.ModelTokenizer",
+        "train.Summary",
+        "train.prepare",
+    ),
 }
 """What functions of ours give, or read out of files that they check; and what takes no value before it has compiled."""
 

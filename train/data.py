@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..meshes import DataError, suggest
-from ..meshes.errors import printable, shown
 from ..meshes.arguments import check_count
+from ..meshes.errors import printable, shown
 from .config import DataSection
 from .corpus_files import check_named_once, check_text_file, check_token_file
 from .regular_file import read_bounded

@@ -13,8 +13,8 @@ from typing import get_args
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
-from ..meshes.build import visible_devices
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.build import visible_devices
 from .array_store import explain_failure
 from .changes import Changes
 from .check import CorpusFiles, check_run
