@@ -1,18 +1,19 @@
 """One pre-norm block, and a stack of them as one scan: program size does not grow with depth."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice
 from .attention import Attention
 from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
 from .config import ModelConfig
 from .mlp import MLP
-from .norms import make_norm, normalize
+from .norms import apply_norm, make_norm, normalize
 
 Remat = Literal["none", "full", "dots"]
 """What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls and of flash
@@ -48,9 +49,11 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
         """Return new tokens after this block, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
-        attended_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), cache=cache, layer=layer, new=new)
+        attended_BTD, cache = self.attention.extend(
+            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
+        )
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return x_BTD + self.mlp(apply_norm(self.mlp_norm, x_BTD)), cache
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:
@@ -87,7 +90,11 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     none: what is cheap for its size, inside norms and activation functions. dots: whatever lies between products and
     attention, whose outputs are kept; on CPUs the faster one, since less is written and read; no GPU has timed it.
     full: all but the layer's input.
+
+    Raises:
+        ModelError: there is no such policy.
     """
+    check_choice("remat", remat, get_args(Remat), error=ModelError)
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies

@@ -63,7 +63,7 @@ def _backward(window: int, saved: _Saved, grad_BTNH: jax.Array) -> tuple[jax.Arr
     num_tokens, dtype = y_BTNH.shape[1], y_BTNH.dtype
     grad_BKGTH = _heads_first(grad_BTNH, k_BKTH.shape[1])
     # The softmax's backward needs the sum over keys of share x gradient: by the output it is one over features.
-    own_BTN = (grad_BTNH.astype(jnp.float32) * y_BTNH).sum(-1)
+    own_BTN = (grad_BTNH.astype(jnp.float32) * y_BTNH.astype(jnp.float32)).sum(-1)
     own_BKGT = jnp.swapaxes(own_BTN, 1, 2).reshape(sums_BKGT.shape)
     d_q, d_k, d_v = [], [], []
     for block in _blocks(num_tokens, window):

@@ -7,14 +7,15 @@ know their own lengths, and new tokens are written behind them. `attention.py` r
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice, check_count
 from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16"]
@@ -125,7 +126,11 @@ def cache_shapes(
 
     Raises:
         ShardingError: rows do not split over `data`.
+        ModelError: a count is below 1, or keys and values are not stored as `dtype`.
     """
+    check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
+    for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
+        check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
 

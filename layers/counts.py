@@ -5,8 +5,10 @@ hold them against the parameters, the matmuls and the residuals of the layers th
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from ..meshes import ModelError
+from ..meshes.arguments import check_choice, check_count
 from .block import Remat
 from .config import ModelConfig
 from .transformer import model_rules
@@ -105,7 +107,12 @@ def flops_per_token(
     Args:
         attention: "causal" counts half of the scores, those that the mask lets through; fewer yet with a window. "full"
             counts all, as papers that quote Chowdhery et al. do.
+
+    Raises:
+        ModelError: there are no tokens, or `attention` is no choice.
     """
+    check_count("num_tokens", num_tokens, error=ModelError)
+    check_choice("attention", attention, ("causal", "full"), error=ModelError)
     weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
@@ -138,8 +145,11 @@ def activation_bytes(
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
 
     Raises:
-        ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
+        ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split over `tensor`.
     """
+    for name, count in {"num_sequences": num_sequences, "num_tokens": num_tokens, "tensor": tensor}.items():
+        check_count(name, count, error=ModelError)
+    check_choice("remat", remat, get_args(Remat), error=ModelError)
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     boundary = numbers * config.hidden_size * item_bytes

@@ -6,14 +6,15 @@ The layers name logical dimensions; `ShardingRules` says which mesh axis those l
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice, check_count, check_number
 from .check import check_features
 from .product import Matmuls, multiply
 
@@ -24,7 +25,13 @@ def make_param(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *,
     """Return a float32 parameter drawn from a normal distribution, carrying its logical dimensions.
 
     `std` 0 gives zeros. The values do not depend on the mesh.
+
+    Raises:
+        ModelError: a dimension is no size, or `std` is no finite number.
     """
+    for size in shape:
+        check_count("shape", size, error=ModelError, least=0)
+    check_number("std", std, error=ModelError)
     value = jax.random.normal(key, shape, jnp.float32) * std if std else jnp.zeros(shape, jnp.float32)
     return nnx.Param(value, dims=dims)
 
@@ -84,6 +91,10 @@ class ColumnLinear(nnx.Module):
         matmuls: Matmuls = "plain",
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
+        check_count("in_size", in_size, error=ModelError)
+        check_count("out_size", out_size, error=ModelError)
+        check_choice("bias", bias, ("on", "off"), error=ModelError)
+        check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std)
         self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0) if bias == "on" else nnx.data(None)
@@ -186,6 +197,10 @@ class RowLinear(nnx.Module):
         matmuls: Matmuls = "plain",
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
+        check_count("in_size", in_size, error=ModelError)
+        check_count("out_size", out_size, error=ModelError)
+        check_choice("bias", bias, ("on", "off"), error=ModelError)
+        check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std)
         self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)

@@ -42,7 +42,7 @@ def cross_entropy(
     check_targets(targets_BT, weights_BT, shape=logits_BTV.shape[:-1])
     axes = rules.manual_axes("vocab")
     targets_BT, weights_BT = _spoil_unknown(targets_BT, weights_BT, logits_BTV.shape[-1], axes)
-    return (weights_BT * _compare(logits_BTV, targets_BT, axes).loss).sum()
+    return _weigh(weights_BT, _compare(logits_BTV, targets_BT, axes).loss)
 
 
 def projected_cross_entropy(
@@ -104,6 +104,11 @@ class _Compared(NamedTuple):
     exp: jax.Array
     sums: jax.Array
     word: jax.Array
+
+
+def _weigh(weights_BT: jax.Array, loss_BT: jax.Array) -> jax.Array:
+    """The weighted sum in float32, also where jax_enable_x64 lets weights be float64."""
+    return (weights_BT.astype(jnp.float32) * loss_BT).sum()
 
 
 def _compare(logits_BTV: jax.Array, targets_BT: jax.Array, axes: tuple[str, ...]) -> _Compared:
@@ -187,9 +192,9 @@ def _sum_chunks(
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_BtD, targets_Bt, weights_Bt = part
         compared = _compare(_logits(x_BtD, table_VD), targets_Bt, axes)
-        return loss + (weights_Bt * compared.loss).sum(), None
+        return loss + _weigh(weights_Bt, compared.loss), None
 
-    start = spread(jnp.zeros(()), _varying(x_BTD, targets_BT, weights_BT, without=axes))
+    start = spread(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
     return _scan(chunk, start, _cut(x_BTD, targets_BT, weights_BT))[0]
 
 
@@ -203,19 +208,19 @@ def _differentiate_chunks(
         x_BtD, targets_Bt, weights_Bt = part
         compared = _compare(_logits(x_BtD, cast_VD), targets_Bt, axes)
         share_BtV = compared.exp / compared.sums[..., None]
-        error_BtV = share_BtV - (compared.word == targets_Bt[..., None])
+        error_BtV = share_BtV - (compared.word == targets_Bt[..., None]).astype(jnp.float32)
         # In the compute dtype, as every other gradient of an activation: both matmuls run at its speed.
         error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
         # Over tokens in one dim, as in product.py.
         error_nV, x_nD = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (error_BtV, x_BtD))
         grad_VD = jnp.einsum("nv,nd->vd", error_nV, x_nD, preferred_element_type=jnp.float32)
         grad_BtD = jnp.einsum("btv,vd->btd", error_BtV, cast_VD, preferred_element_type=jnp.float32)
-        loss = (weights_Bt * compared.loss).sum()
+        loss = _weigh(weights_Bt, compared.loss)
         return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, compared.loss)
 
     shared = _varying(x_BTD, targets_BT, weights_BT)
     start = (
-        spread(jnp.zeros(()), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
+        spread(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
         spread(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut(x_BTD, targets_BT, weights_BT))
@@ -285,6 +290,6 @@ def _varying(*args: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]
 
 
 def _return_to(primal: jax.Array, grad: jax.Array) -> jax.Array:
-    """Return a gradient in the type of what it belongs to: summed over manual axes on which that is the same."""
+    """Return a gradient in the type of what it belongs to: its dtype, and the same on the same manual axes."""
     axes = tuple(axis for axis in _varying(grad) if axis not in _varying(primal))
-    return jax.lax.psum(grad, axes) if axes else grad
+    return (jax.lax.psum(grad, axes) if axes else grad).astype(primal.dtype)

@@ -45,4 +45,14 @@ def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
     Plain autodiff would keep four arrays of that size more, to save a few operations on each number.
     """
     graph, state = nnx.split(norm)
-    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x), prevent_cse=False)(state, x_BTD)
+
+    def apply(state: nnx.State, x_BTD: jax.Array) -> jax.Array:
+        return apply_norm(nnx.merge(graph, state), x_BTD)
+
+    return jax.checkpoint(apply, prevent_cse=False)(state, x_BTD)
+
+
+def apply_norm(norm: Norm, x_BTD: jax.Array) -> jax.Array:
+    """Return the normalized x, under jax_numpy_dtype_promotion="strict" too: Flax mixes float32 statistics with x."""
+    with jax.numpy_dtype_promotion("standard"):
+        return norm(x_BTD)

@@ -5,19 +5,20 @@ It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/split
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_choice
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
 from .linear import INIT_STD, make_param, spread
 from .loss import projected_cross_entropy
-from .norms import make_norm
+from .norms import apply_norm, make_norm
 
 
 class Head(nnx.Module):
@@ -38,7 +39,7 @@ class Head(nnx.Module):
         Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD = spread(self.norm(x_BTD), self.rules.manual_axes("vocab"))
+        x_BTD = spread(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 
@@ -47,7 +48,8 @@ class Head(nnx.Module):
     ) -> jax.Array:
         """Return the weighted sum of cross-entropies, without holding the logits of all tokens (see `loss.py`)."""
         table_VD = self._table(embedding_VD)
-        return projected_cross_entropy(self.norm(x_BTD), table_VD, targets_BT, weights_BT, rules=self.rules)
+        x_BTD = apply_norm(self.norm, x_BTD)
+        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
         return embedding_VD if self.table is None else self.table[...]
@@ -73,6 +75,7 @@ class Transformer(nnx.Module):
         rules: ShardingRules = DEFAULT_RULES,
         remat: Remat = "dots",
     ) -> None:
+        check_choice("remat", remat, get_args(Remat), error=ModelError)
         self.config, self.rules, self.remat = config, rules, remat
         self.embed = Embedding(config, rngs=rngs, rules=rules)
         self.blocks = stack_blocks(config, rngs=rngs, rules=rules)

@@ -47,8 +47,8 @@ def use_fake_devices(num_devices: int) -> None:
 
 
 def _check_number(num_devices: int, *, count: int) -> None:
-    if num_devices < 1:
-        raise MeshError(f"fake devices: {num_devices} is not a number of devices.", fix="ask for 1 or more, 8 say.")
+    if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
+        raise MeshError(f"fake devices: {num_devices!r} is not a number of devices.", fix="ask for 1 or more, 8 say.")
     if num_devices > MOST_FAKE_DEVICES:
         raise MeshError(
             f"fake devices: {shown(num_devices)} are too many, each of which is threads and memory of this machine; "

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+from .arguments import check_count
 from .errors import MeshError
 
 _PORTS = (61_440, 4_096)
@@ -55,6 +56,9 @@ def find_processes(
     Raises:
         MeshError: something is missing, or the numbers contradict each other.
     """
+    for name, number in {"count": count, "index": index}.items():
+        if number is not None:
+            check_count(name, number, error=MeshError, least=0)
     found = _find_slurm(environ) or _find_open_mpi(environ)
     given = {"coordinator": coordinator, "count": count, "index": index}
     values: dict[str, Any] = found | {name: value for name, value in given.items() if value is not None}

@@ -6,12 +6,16 @@ All layers are alike, so time is counted in layers; only the ends of the model d
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..layers import ModelConfig, Remat, flops_per_token
 from ..meshes import ScheduleError
+from ..meshes.arguments import check_choice, check_count, check_number
 from .schedules import StageCost, Vocab
+from .schedules.check import check_sizes
+from .schedules.place import check_vocab
 from .stack import check_layers
+from .stage import check_counts
 
 LayersPerStage = Literal["auto"] | Sequence[int]
 """Layers of every stage, first to last, or "auto" to have them balanced."""
@@ -52,6 +56,10 @@ def balance_layers(
     Raises:
         ScheduleError: there are fewer layers than stages.
     """
+    check_count("num_layers", num_layers, error=ScheduleError)
+    check_count("num_stages", num_stages, error=ScheduleError)
+    check_number("first_extra", first_extra, error=ScheduleError)
+    check_number("last_extra", last_extra, error=ScheduleError)
     _check_depth(num_layers, num_stages=num_stages, what=f"{num_stages} stages")
     extras = [0.0] * num_stages
     extras[0] += first_extra
@@ -85,6 +93,9 @@ def resolve_layers(
         ScheduleError: there are fewer layers than stages, or the list has another length, an entry below 1 or another
             sum: no layer is ever dropped.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
+    check_count("num_tokens", num_tokens, error=ScheduleError)
+    check_vocab(vocab)
     num_stages = num_ranks * num_chunks
     ranks = f"{num_ranks} ranks" if num_chunks == 1 else f"{num_ranks} ranks x {num_chunks} chunks"
     _check_depth(config.num_layers, num_stages=num_stages, what=f"{ranks} = {num_stages} stages")
@@ -113,7 +124,12 @@ def stage_costs(
 
     Each gradient of a layer takes as long as its forward. What is recomputed comes before the input gradient: all of a
     layer with remat="full", else next to nothing. With vocab="split" the vocabulary is no stage's: all ranks share it.
+
+    Raises:
+        ScheduleError: a count is none, or a word is no choice.
     """
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
+    check_counts(layers_per_stage)
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
     again = 1.0 if remat == "full" else 0.0
     last = len(layers_per_stage) - 1
@@ -135,6 +151,8 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
     float32 numbers: one read and one written in the forward; in the backward the gradient's read, the table's read and
     written. Each byte counts as 200 flops, near the balance of an H200 (989 TFLOP/s in bfloat16 over 4.8 TB/s).
     """
+    check_count("num_tokens", num_tokens, error=ScheduleError)
+    check_vocab(vocab)
     if vocab == "split":
         return EndTimes(embedding=0.0, embedding_grad=0.0, head=0.0)
     projection = 2 * config.vocab_size * config.hidden_size

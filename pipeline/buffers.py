@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 
 Carry = dict[str, Any]
@@ -31,7 +32,7 @@ def read(tree: Any, *place: jax.Array | int) -> Any:
     """Return every leaf at the given position of its leading dimensions."""
 
     def one(leaf: jax.Array) -> jax.Array:
-        starts = (*place, *[0] * (leaf.ndim - len(place)))
+        starts = _starts(place, leaf.ndim)
         inner = leaf.shape[len(place) :]
         return jax.lax.dynamic_slice(leaf, starts, (*[1] * len(place), *inner)).reshape(inner)
 
@@ -40,8 +41,15 @@ def read(tree: Any, *place: jax.Array | int) -> Any:
 
 def write(buffer: jax.Array, value: jax.Array, *place: jax.Array | int) -> jax.Array:
     """Return the buffer with the value at the given position of its leading dimensions."""
-    starts = (*place, *[0] * value.ndim)
+    starts = _starts(place, len(place) + value.ndim)
     return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
+
+
+def _starts(place: tuple[jax.Array | int, ...], ndim: int) -> list[Any]:
+    """Of one integer type, also where jax_enable_x64 makes Python's numbers and loop counters 64 bits wide."""
+    starts = (*place, *[0] * (ndim - len(place)))
+    # Constants stay constants: jax guards against negative ones where it cannot see them.
+    return [np.int32(start) if isinstance(start, int) else start.astype(jnp.int32) for start in starts]
 
 
 def accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..meshes import ScheduleError
 from .buffers import vary
+from .prepare import check_prepare
 from .stage import PipelineParams, StageFns
 
 
@@ -18,12 +20,18 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
     Raises:
         ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
     """
+    check_prepare(fns, params.stages)
     first, layer, last, varies = _probe(fns, params, batch)
     x = jax.eval_shape(first)
     if not isinstance(x, jax.ShapeDtypeStruct):
         raise ScheduleError(
             f"first() returns a {type(x).__name__}; what passes between layers is one array.",
             fix="concatenate what you need to pass on, or read it from the microbatch in every layer.",
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ScheduleError(
+            f"first() returns {_array_text(x)}; gradients come back through what layers pass on, so it is floats.",
+            fix="embed or cast it in first(), x.astype(jnp.float32) say; integers are read from the microbatch.",
         )
     y = jax.eval_shape(layer)
     if _array_text(y) != _array_text(x):

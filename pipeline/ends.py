@@ -70,7 +70,9 @@ class AloneEnds:
     @jax.named_scope("last")
     def _differentiate(self, y: jax.Array, microbatch: Any, row: Row, carry: Carry) -> Carry:
         """Loss of the last stage and its gradient at once, so that logits never wait in a buffer."""
-        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, y, microbatch)
+        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, y, microbatch
+        )
         return carry | {
             "loss": carry["loss"] + loss,
             "gradients": write(carry["gradients"], vary(dy), row["loss_grad"]),
@@ -130,7 +132,9 @@ class TogetherEnds:
         if self.wants == "loss":
             loss = vary(self.fns.last(self.shared, y, microbatch))
             return carry | {"loss": carry["loss"] + jnp.where(is_here, loss, 0)}
-        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, y, microbatch)
+        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, y, microbatch
+        )
         carry = leave(carry, "gradients", vary(dy), row["loss_grad"])
         return carry | {
             "loss": carry["loss"] + jnp.where(is_here, vary(loss), 0),

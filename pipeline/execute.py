@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from .buffers import Carry, Row, accumulate, read, vary, write, zeros_for
 from .ends import AloneEnds, TogetherEnds, Wants
 from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
+from .prepare import prepare_layers
 from .residuals import Layers, LayerVjp
 from .split_backward import SplitBackward
-from .stage import PipelineParams, StageFns, prepare_layers
+from .stage import PipelineParams, StageFns
 
 Bubbles = Literal["zeros", "nan"]
 """What fills buffers before use and what idle ranks send; "nan" proves that none of it reaches a result."""

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from .batch import batch_specs
 from .check import check_arguments
 from .check_fns import check_fns
 from .ends import Wants
@@ -35,7 +36,8 @@ def pipeline_grads(
     """Return the loss of a batch and its gradients, computed as the schedule says.
 
     params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
-    batch leaves [M, B@data, ...] -> loss [], gradients float32 and sharded as the parameters.
+    batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
+    -> loss [], gradients float32 and sharded as the parameters.
 
     Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
     all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
@@ -46,9 +48,10 @@ def pipeline_grads(
 
     Raises:
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
-        ShardingError: the batch does not split over `data`.
+        ShardingError: the batch does not split over `data`, or its leaves disagree on B.
+        MeshError: the mesh lacks an axis, or has another one.
     """
-    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule)
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
     loss, grads = _run(how, params, batch, wants="grads")
     return LossAndGrads(loss=loss, grads=grads)
@@ -62,7 +65,7 @@ def pipeline_loss(
     Differentiable in `params` (not in `batch`): under `jax.grad` it runs the whole schedule once, and gradients come
     in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
     """
-    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule)
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
     how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
     @jax.custom_vjp
@@ -116,7 +119,7 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
     return jax.shard_map(
         region,
         mesh=mesh,
-        in_specs=(split, P(None, "data" if "data" in axes else None)),
+        in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
         out_specs=(P(), split if wants == "grads" else P()),
         axis_names=set(axes) or {"data"},
     )(params, batch)

@@ -7,14 +7,19 @@ one action or none. A tick is one turn or more, and its last turn ends with the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from ..meshes import ScheduleError
+from ..meshes.arguments import check_choice, check_instance
 from .schedules import Action, Kind, Schedule
 
 NONE = -1
 """Table entry for "not here"."""
+
+Ends = Literal["alone", "together"]
+"""Who runs what comes before the first layer and after the last: the first and last stage, or all ranks at once."""
 
 IDLE, FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = range(5)
 """Values of the column `kind`."""
@@ -51,14 +56,18 @@ class Tables:
     num_save_slots: int
 
 
-def lower(
-    schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Literal["alone", "together"] = "alone"
-) -> Tables:
+def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Ends = "alone") -> Tables:
     """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between.
 
     Args:
         ends: whether the first and last stage run the ends of the model themselves, or all ranks together.
+
+    Raises:
+        ScheduleError: an argument is none of these.
     """
+    check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
+    check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
+    check_choice("ends", ends, get_args(Ends), error=ScheduleError)
     lowering = _Lowering(schedule, kinds)
     lowering.route_activations(ends)
     if len(kinds) > 1:
@@ -120,7 +129,7 @@ class _Lowering:
     def rank(self, action: Action) -> int:
         return action.stage % self.schedule.num_ranks
 
-    def route_activations(self, ends: Literal["alone", "together"]) -> None:
+    def route_activations(self, ends: Ends) -> None:
         """From each stage's forward to the next stage's; together, from and to what all ranks run."""
         uses = self._hops(kind="F", step=1, send="send", arrive="arrive")
         if ends == "together":
@@ -128,7 +137,7 @@ class _Lowering:
             uses += self._leaves(kind="F", column="last", stage=self.schedule.num_stages - 1)
         self._assign(uses)
 
-    def route_gradients(self, ends: Literal["alone", "together"]) -> None:
+    def route_gradients(self, ends: Ends) -> None:
         """From each stage's backward to the one before, and from the loss to the last stage's own backward."""
         kind: Kind = "I" if self.has_halves else "B"
         uses = self._hops(kind=kind, step=-1, send="send_grad", arrive="arrive_grad")

@@ -16,6 +16,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.extend.core import Literal as Constant
 
 from .buffers import accumulate, read, vary, write
+from .prepare import transpose
 
 Place = tuple[jax.Array | int, ...]
 """Positions of the leading dimensions of a buffer."""
@@ -128,7 +129,7 @@ class LayerVjp:
         """Return gradients of the parameters, given those of what was made of them."""
         if self._prepare is None:
             return grads
-        return jax.linear_transpose(self._prepare, self._own)(grads)[0]
+        return transpose(self._prepare, self._own)(grads)
 
     def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
         y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from .buffers import accumulate, read, vary, zeros_for
 from .ends import Wants
+from .prepare import prepare_layers
 from .residuals import Layers, LayerVjp
-from .stage import PipelineParams, StageFns, prepare_layers
+from .stage import PipelineParams, StageFns
 
 
 def run_sequence(
@@ -69,7 +70,9 @@ class _Sequence:
         """Run one microbatch forward and backward."""
         loss, sums, saved = carry
         x, saved = self._forward(vary(self.fns.first(self.shared, microbatch)), saved, microbatch)
-        own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, x, microbatch)
+        own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, x, microbatch
+        )
         dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
         _, first_back = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
         shared = jax.tree.map(accumulate, sums.shared, d_shared)

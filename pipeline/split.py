@@ -7,15 +7,17 @@ together, or each rank holds them whole over pipe and the end stages work on the
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims, rematerialize
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ScheduleError, ShardingRules
+from ..meshes.arguments import check_choice
 from .schedules import Vocab
+from .schedules.place import check_vocab
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
 
@@ -48,7 +50,6 @@ def split_transformer(
 
     Stage parameters are [chunks, ranks@pipe, layers, ...]; embedding and head are shared, replicated over pipe, but for
     tables [V@pipe+tensor, D] if `vocab` is "split". The values that `init` draws do not depend on the mesh.
-
     Batches are dicts of tokens, targets and weights, each [M, B@data, T].
 
     Args:
@@ -61,6 +62,7 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
+    _check_words(vocab, remat)
     num_ranks, layers = mesh.shape["pipe"], config.num_layers
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
@@ -69,10 +71,21 @@ def split_transformer(
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes, dims = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
-    make = jax.jit(born, out_shardings=shardings)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
     fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=lambda seed: make(jax.numpy.uint32(seed)))
+    init = partial(_init, jax.jit(born, out_shardings=shardings))
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+
+
+def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
+    # A single number, before anything runs: jax_transfer_guard="disallow" is meant for what a loop sends.
+    with jax.transfer_guard("allow"):
+        return make(jax.numpy.uint32(seed))
+
+
+def _check_words(vocab: Vocab, remat: Remat) -> None:
+    check_vocab(vocab)
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
 
 
 def _born(
@@ -111,6 +124,7 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
         layer=rematerialize(layer, remat),
         last=last,
         layers_per_stage=counts if len(set(counts)) > 1 else None,
+        num_layers=sum(counts),
         shared_specs=shared_specs,
         prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )

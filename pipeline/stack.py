@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..meshes import ScheduleError
+from ..meshes.arguments import check_count
+from .schedules.check import check_sizes
+from .stage import check_counts
+from .trees import check_arrays
 
 
 def stages_from_layers(
@@ -25,7 +29,8 @@ def stages_from_layers(
     Raises:
         ScheduleError: the layers do not divide into the stages, or the numbers do not add up to them.
     """
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
+    num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     room, places = max(counts), _places(counts)
 
@@ -36,6 +41,20 @@ def stages_from_layers(
         return leaf.reshape(num_chunks, num_ranks, room, *leaf.shape[1:])
 
     return jax.tree.map(cut, layers)
+
+
+def _count_layers(layers: Any) -> int:
+    shapes = {name: leaf.shape for name, leaf in check_arrays("layers", layers).items()}
+    if not shapes:
+        raise ScheduleError("layers is empty: a model has layers.", fix="give arrays [all layers, ...].")
+    first, shape = next(iter(shapes.items()))
+    for name, other in shapes.items():
+        if not other or other[:1] != shape[:1]:
+            raise ScheduleError(
+                f"{name} has shape {other} and {first} {shape}: the first dimension counts the layers of all alike.",
+                fix="give arrays [all layers, ...].",
+            )
+    return shape[0]
 
 
 def natural_order(stages: Any, *, layers_per_stage: Sequence[int] | None = None) -> Any:
@@ -58,9 +77,12 @@ def check_layers(
     Raises:
         ScheduleError: with the equation.
     """
+    for name, count in {"num_layers": num_layers, "num_ranks": num_ranks, "num_chunks": num_chunks}.items():
+        check_count(name, count, error=ScheduleError)
     num_stages = num_ranks * num_chunks
     what = f"{num_ranks} ranks" if num_chunks == 1 else f"{num_ranks} ranks x {num_chunks} chunks"
     if layers_per_stage is not None:
+        check_counts(layers_per_stage)
         counts = tuple(layers_per_stage)
         _check_counts(counts, num_layers=num_layers, num_stages=num_stages, what=what)
         return counts

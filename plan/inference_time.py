@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..layers import ModelConfig, param_counts
+from ..meshes import PlanError
+from ..meshes.arguments import check_count, check_fields
 from .collective_time import Group, collective_time_s, make_group
 from .efficiency import matmul_time_s, memory_time_s
 from .layouts import Layout
@@ -32,6 +34,9 @@ class Server:
     all_reduce: Literal["nccl", "direct"] = "nccl"
     weight_bytes: float = 2.0
     expand_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
 
 
 COMPILED = Server()
@@ -75,6 +80,8 @@ def inference_time(
         batch: requests that are decoded together; each of `layout.data` copies of the model has as many.
         prompt, generated: tokens of each request.
     """
+    for name, count in {"batch": batch, "prompt": prompt, "generated": generated}.items():
+        check_count(name, count, error=PlanError)
     sizes: dict[str, Any] = {"layout": layout, "topology": topology, "server": server}
     ways = _groups(layout, batch)
     prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=way, **sizes) for way in ways)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..layers import ModelConfig
+from ..meshes import PlanError
+from ..meshes.arguments import check_count
 from .collective_time import CollectiveKind, collective_time_s, make_group
 from .efficiency import flash_time_s, matmul_time_s, memory_time_s
 from .layouts import Layout
@@ -51,6 +53,7 @@ def layer_time(
     model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
 ) -> LayerTime:
     """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens."""
+    check_count("num_tokens", num_tokens, error=PlanError)
     queries = num_tokens / layout.context
     size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
     operations = layer_operations(model, size=size, program=program)

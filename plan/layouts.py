@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..layers import ModelConfig
-from ..meshes import MeshSpec
+from ..meshes import MeshSpec, PlanError
+from ..meshes.arguments import check_fields
 
 PlanRemat = Literal["none", "selective", "dots", "full"]
 """What backward recomputes: trellax's policies, and Megatron's "selective", the core of attention alone."""
@@ -22,6 +23,9 @@ class Layout:
     state, 3 parameters and gradients too (with the `fsdp` axis that is always so). `context` splits each sequence.
     `layers_per_stage` None stands for stages as even as can be. `max_in_flight` limits the microbatches that a rank
     holds under schedule "auto"; None is no limit.
+
+    Raises:
+        PlanError: a size is below 1, or a word is no choice.
     """
 
     data: int = 1
@@ -37,6 +41,9 @@ class Layout:
     zero: Literal[0, 1, 3] = 0
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
 
     @property
     def mesh(self) -> MeshSpec:

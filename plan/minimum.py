@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..layers import ModelConfig, param_counts
-from ..meshes import AXES, MeshSpec
+from ..meshes import AXES, MeshSpec, PlanError
+from ..meshes.arguments import check_count, check_fields
 from ..pipeline.schedules import Vocab
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -23,6 +24,9 @@ class StepSizes:
 
     >>> StepSizes(model=config, mesh=MeshSpec(data=2), num_microbatches=4, num_sequences=1, num_tokens=128).boundary
     65536
+
+    Raises:
+        PlanError: a size is below 1, or `vocab` is no choice.
     """
 
     model: ModelConfig
@@ -33,6 +37,9 @@ class StepSizes:
     num_chunks: int = 1
     layers_per_stage: tuple[int, ...] | None = None
     vocab: Vocab = "ends"
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
 
     @property
     def boundary(self) -> int:
@@ -69,6 +76,7 @@ def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]
             sum over `pipe+tensor`: XLA makes that of them on GPUs, but not where a bfloat16 lies between. If any is,
             those of the loss are too. Together they send less than one after the other.
     """
+    check_count("merged_sums", merged_sums, error=PlanError, least=0)
     found: dict[str, float] = {}
     for rank in range(sizes.mesh.pipe):
         of_rank: dict[str, float] = {}

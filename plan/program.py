@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..layers import ModelConfig
+from ..meshes import PlanError
+from ..meshes.arguments import check_fields
 from ..pipeline.schedules import Clock, Vocab
 from .efficiency import FlashKernel
 from .topology import Accelerator
@@ -49,6 +51,9 @@ class Program:
     sum_traffic_bytes: int = 12
     optimizer_bytes: int = 32
     host_layer_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError, least=0)
 
 
 TRELLAX = Program()

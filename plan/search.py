@@ -6,8 +6,10 @@ comes out, `serving_search.py` for inference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from ..layers import ModelConfig
+from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
 from .hardware import XLA_MEMORY_SHARE
 from .layer_time import LayerTime, layer_time
@@ -36,6 +38,11 @@ class TrainQuestion:
     program: Program = TRELLAX
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
 
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
+        for remat in self.remats:
+            check_choice("remats", remat, get_args(PlanRemat), error=PlanError)
+
     @property
     def memory_limit(self) -> float:
         """Bytes of each device that XLA plans for; beyond them steps are slower than they are priced."""
@@ -57,8 +64,10 @@ def search_train(question: TrainQuestion, *, objective: str = "train", top: int 
         objective: "train" for tokens/s, "memory" for the least memory of the fullest device.
 
     Raises:
-        PlanError: nothing fits, with what would.
+        PlanError: nothing fits, with what would; or the objective is none.
     """
+    check_choice("objective", objective, ("train", "memory"), error=PlanError)
+    check_count("top", top, error=PlanError)
     return rank_train(question, price_train(question), objective=objective, top=top)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..layers import ModelConfig, flops_per_token, param_counts
+from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import PlanError
 from .inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
 from .layouts import Layout, legal_meshes
@@ -43,8 +44,7 @@ class ServeQuestion:
 
     def __post_init__(self) -> None:
         for name, least in (("requests", 0), ("prompt", 1), ("generated", 1)):
-            if getattr(self, name) < least:
-                raise PlanError(f"{name}={getattr(self, name)} is below {least}.", fix=f"give {least} or more.")
+            check_count(name, getattr(self, name), error=PlanError, least=least)
 
     @property
     def memory_limit(self) -> float:
@@ -62,6 +62,8 @@ def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) 
     Raises:
         PlanError: nothing fits, with what would.
     """
+    check_choice("objective", objective, ("latency", "throughput", "memory", "balanced"), error=PlanError)
+    check_count("top", top, error=PlanError)
     return rank_serving(price_all_serving(question, objective=objective), objective=objective, top=top)
 
 

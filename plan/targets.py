@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from ..meshes import TargetError, suggest, use_fake_devices
+from ..meshes.arguments import check_count, check_fields
 from ..meshes.build import visible_devices
 from .hardware import Hardware, hardware_from_description, measure_host
 
@@ -52,6 +53,7 @@ class Target:
         return cls(name=found[1], num_devices=int(found[2] or 0), devices_per_node=int(found[3] or 0))
 
     def __post_init__(self) -> None:
+        check_fields(self, error=TargetError, least=0)
         if self.num_devices > MAX_DEVICES:
             raise TargetError(
                 f"target {self} has {self.num_devices:,} devices; at most {MAX_DEVICES:,} are compiled for.",
@@ -87,6 +89,7 @@ def open_target(target: Target, *, num_devices: int) -> Machine:
         TargetError: an unknown GPU, no plugin to compile for it, or devices that do not fill nodes.
         MeshError: jax has already started with another number of CPU devices.
     """
+    check_count("num_devices", num_devices, error=TargetError)
     target = Target(
         name=target.name, num_devices=target.num_devices or num_devices, devices_per_node=target.devices_per_node
     )

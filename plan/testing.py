@@ -15,6 +15,8 @@ from typing import Literal
 
 import jax
 
+from ..meshes import ProgramError
+from ..meshes.arguments import check_number
 from .inspect import ProgramReport
 from .tables import align, describe_memory, describe_traffic, format_bytes
 from .traffic import EVERY_KIND
@@ -33,6 +35,7 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["x
         AssertionError: with the memory by purpose.
     """
     __tracebackhide__ = True
+    check_number("memory_bytes", memory_bytes, error=ProgramError)
     total = report.memory.total
     if total > memory_bytes:
         raise AssertionError(
@@ -50,6 +53,7 @@ def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) 
         AssertionError: with the traffic, and the largest collectives over these axes by the names of the program.
     """
     __tracebackhide__ = True
+    check_number("max_bytes", max_bytes, error=ProgramError)
     sent = sum(row.bytes for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND))
     if sent > max_bytes:
         raise AssertionError(
@@ -65,6 +69,7 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
         AssertionError: with the traffic and the largest collectives; or if the report has no minimum for these axes.
     """
     __tracebackhide__ = True
+    check_number("max_ratio", max_ratio, error=ProgramError)
     ratios = [row.ratio for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND)]
     if not ratios or ratios[0] is None or ratios[0] > max_ratio:
         is_known = ratios and ratios[0] is not None

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
+from ..meshes.arguments import check_fields
 from ..meshes.errors import TargetError, suggest
 
 _DATA = Path(__file__).with_name("topologies.toml")
@@ -73,6 +74,7 @@ class Topology:
     devices_per_node: int
 
     def __post_init__(self) -> None:
+        check_fields(self, error=TargetError, least=0)
         if self.num_devices < 1 or self.devices_per_node < 1:
             raise TargetError(
                 f"topology {self.name!r} has {self.num_devices} devices, {self.devices_per_node} a node.",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..layers import ModelConfig, model_rules
 from ..meshes import ServeError
+from ..meshes.arguments import check_count
 from .params import layers_of_stages
 from .requests import Request
 from .state import MAX_STOPS
@@ -17,6 +18,7 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: in
         ScheduleError: there are fewer layers than stages.
         ServeError: the cache is longer than what the model can read.
     """
+    check_count("max_tokens", max_tokens, error=ServeError)
     model_rules(config, sizes)
     layers_of_stages(config, num_ranks=sizes["pipe"])
     if max_tokens > config.max_tokens:
@@ -33,6 +35,8 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max
         ServeError: prompt and answer together are longer than a row of the cache, a token is not in the vocabulary, or
             there are too many stop tokens.
     """
+    check_count("max_tokens", max_tokens, error=ServeError)
+    check_count("max_stops", max_stops, error=ServeError, least=0)
     prompt, new = len(request.prompt), request.max_new_tokens
     if prompt + new > max_tokens:
         room, is_model = max_tokens - prompt, prompt + new > config.max_tokens

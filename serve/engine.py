@@ -6,12 +6,15 @@ with `Engine.generate`; `submit` and `step` are for those who have requests that
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import CacheDtype, ModelConfig, bytes_per_device
+from ..meshes import ServeError
+from ..meshes.arguments import check_choice, check_count
+from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
 from .decode import NOTHING, ticks_of_round
 from .params import Layers, stage_params, stage_shapes
@@ -92,11 +95,12 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
+        _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.on_token = config, mesh, on_token
         self.sizes = sizes = Sizes(
             slots=slots,
-            max_tokens=max_tokens or config.max_tokens,
-            groups=groups or mesh.shape["pipe"],
+            max_tokens=config.max_tokens if max_tokens is None else max_tokens,
+            groups=mesh.shape["pipe"] if groups is None else groups,
             num_shards=mesh.shape["data"],
             chunk=chunk,
             items=chunks_per_step,
@@ -105,9 +109,8 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens)
         self.layers: Layers = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        self.shapes = state_shapes(
-            config, sizes, mesh=mesh, cache_dtype=cache_dtype or config.dtype, layers=self.layers
-        )
+        stored = cache_dtype or config.dtype
+        self.shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=stored, layers=self.layers)
         self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers)
         self.schedule = Schedule(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
         self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
@@ -239,6 +242,18 @@ class Engine:
                 slot[s, i] = chunk.sequence.slot % sizes.slots_per_shard
                 start[s, i], count[s, i], is_last[s, i] = chunk.start, len(chunk.tokens), chunk.is_last
         return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+
+
+def _check_values(
+    cache_dtype: CacheDtype | None, layers: Layers | None, fill: Fill, chunks_per_step: int, max_stops: int
+) -> None:
+    """Check jax's switches, and what `Sizes` would call by another name or does not hold."""
+    check_switches(*get_args(Switch), error=ServeError)
+    check_count("chunks_per_step", chunks_per_step, error=ServeError)
+    check_count("max_stops", max_stops, error=ServeError)
+    check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
+    check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
+    check_choice("fill", fill, get_args(Fill), error=ServeError)
 
 
 def _empty_choice(sizes: Sizes) -> Choice:

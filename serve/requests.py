@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..meshes import ServeError
+from ..meshes.arguments import check_count, check_number
 
 FinishReason = Literal["stop", "length"]
 """Why a sequence ended: a stop token, or its own limit of tokens or the cache's."""
@@ -49,12 +50,14 @@ class Request:
             object.__setattr__(self, name, _read_tokens(name, getattr(self, name)))
         if not self.prompt:
             raise ServeError("a prompt is empty: there is nothing to go on from.", fix="give at least one token.")
+        for name in ("max_new_tokens", "top_k", "seed"):
+            check_count(name, getattr(self, name), error=ServeError, least=1 if name == "max_new_tokens" else 0)
+        for name in ("temperature", "top_p"):
+            check_number(name, getattr(self, name), error=ServeError)
         ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "temperature": (0 <= self.temperature <= _HOTTEST, f"from 0 to {_HOTTEST:g}, what float32 holds"),
-            "top_k": (self.top_k >= 0, "0 or more"),
+            "temperature": (self.temperature <= _HOTTEST, f"from 0 to {_HOTTEST:g}, what float32 holds"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "seed": (0 <= self.seed < 2**32, "from 0 to 4294967295"),
+            "seed": (self.seed < 2**32, "from 0 to 4294967295"),
         }
         for name, (is_right, wanted) in ranges.items():
             if not is_right:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import CacheDtype, KVCache, ModelConfig, cache_shapes
 from ..meshes import ServeError
+from ..meshes.arguments import check_count, check_fields
 from .params import Layers, stack_sizes
 from .sampling import Choice
 
@@ -63,9 +64,9 @@ class Sizes:
     stops: int = MAX_STOPS
 
     def __post_init__(self) -> None:
-        for name in ("groups", "slots", "max_tokens", "chunk", "items", "rounds", "stops"):
-            if getattr(self, name) < 1:
-                raise ServeError(f"{name}={getattr(self, name)}: an engine needs at least 1.", fix=f"set {name}=1.")
+        # Slots that are left out are made of groups.
+        check_count("groups", self.groups, error=ServeError)
+        check_fields(self, error=ServeError)
         parts = self.num_shards * self.groups
         if self.slots % parts:
             raise ServeError(

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from ..meshes import DataError
+from ..meshes.arguments import check_count
 from .file_change import check_size
 
 
@@ -41,12 +42,16 @@ class Batches:
         seed: int,
         first_sequence: int = 0,
     ) -> None:
+        for name, count in {"seq_len": seq_len, "batch_size": batch_size, "microbatches": microbatches}.items():
+            check_count(name, count, error=DataError)
+        check_count("seed", seed, error=DataError, least=0)
+        check_count("first_sequence", first_sequence, error=DataError, least=None)
         if tokens.size < seq_len + 1:
             raise DataError(
                 f"{tokens.size} tokens hold no sequence of {seq_len}, which needs {seq_len + 1} with its targets.",
                 fix="use more text or a shorter data.seq_len.",
             )
-        if microbatches < 1 or batch_size < 1 or batch_size % microbatches:
+        if batch_size % microbatches:
             raise DataError(
                 f"a batch of {batch_size} sequences does not split into {microbatches} microbatches.",
                 fix="make batch_size a multiple of microbatches.",

@@ -5,10 +5,11 @@ Each check yields the errors it finds, so that a run with three mistakes says al
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..layers import ModelConfig
 from ..meshes import ConfigError, DataError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..meshes.arguments import check_choice, check_count
 from ..pipeline import resolve_layers
 from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
@@ -40,6 +41,8 @@ def check_run(
     Raises:
         TrellaxError: the one thing that does not fit, or a ConfigError that lists all of them.
     """
+    check_count("num_devices", num_devices, error=MeshError)
+    check_choice("corpus", corpus, get_args(CorpusFiles), error=ConfigError)
     found: list[TrellaxError] = []
     mesh = config.mesh
     try:

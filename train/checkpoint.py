@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import jax
 
 from ..meshes import CheckpointError
+from ..meshes.arguments import check_count
 from ..pipeline import PipelineParams
 from .array_store import explain_failure, load_arrays, require_all, save_arrays
 from .checksum import checksums
@@ -51,6 +52,8 @@ class Checkpoints:
         keep_every: int = 0,
         say: Callable[[str], object] = _ignore,
     ) -> None:
+        check_count("keep", keep, error=CheckpointError)
+        check_count("keep_every", keep_every, error=CheckpointError, least=0)
         self.folder = SaveFolder((Path(run_folder) / FOLDER).absolute())
         self.last_step: int | None = None
         """Steps taken at the last save made or restored here."""

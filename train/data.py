@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..meshes import DataError, suggest
+from ..meshes.arguments import check_count
 from ..meshes.errors import printable, shown
 from .config import DataSection
 from .corpus_files import check_named_once, check_text_file, check_token_file
@@ -56,6 +57,8 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
         DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter
             than one sequence, or the tokenizer is none or has more ids than the model.
     """
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size, error=DataError)
     if data.source == "tokens":
         files = find_files(data.paths)
         mapped = WatchedFile(files[0]) if len(files) == 1 else None

@@ -51,7 +51,7 @@ def next_health(health: Health, *, good: jax.Array, loss: jax.Array, section: Tr
     mean = jnp.where(jnp.isfinite(health.mean_loss), _MEMORY * health.mean_loss + (1 - _MEMORY) * loss, loss)
     skips = section.bad_step == "skip"
     return Health(
-        skipped=health.skipped + (~good).astype(jnp.int32) * skips,
+        skipped=health.skipped + (~good).astype(jnp.int32) * jnp.int32(skips),
         mean_loss=jnp.where(good, mean, health.mean_loss),
         halted=health.halted if skips else ~good,
     )

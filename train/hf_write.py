@@ -16,6 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..layers import ModelConfig
+from ..meshes import WeightsError
+from ..meshes.arguments import check_count
 from .hf_config import hub_values
 from .hf_files import INDEX, SINGLE
 from .hf_names import NAMINGS, named
@@ -50,6 +52,7 @@ def write_weights(
     Raises:
         WeightsError: the folder is there, cannot be written, or no architecture holds the model.
     """
+    check_count("max_file_bytes", max_file_bytes, error=WeightsError)
     values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name

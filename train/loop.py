@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 from rich.console import Console
 
 from ..meshes import RunError, build_mesh, use_fake_devices
+from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices
 from .array_store import explain_failure
 from .changes import Changes
@@ -72,6 +74,7 @@ def train(
     Raises:
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
     """
+    _check_values(start, changes, profile_steps)
     start_s = time.perf_counter()
     warning = prepare_backend()
     setup = prepare(config, corpus="needed")
@@ -99,6 +102,12 @@ def _open_console(console: Console | None, warning: str) -> Console:
     if warning:
         say_on(console, warning)
     return console
+
+
+def _check_values(start: Start, changes: Changes, profile_steps: int) -> None:
+    check_count("profile_steps", profile_steps, error=RunError, least=0)
+    check_choice("start", start, get_args(Start), error=RunError)
+    check_choice("changes", changes, get_args(Changes), error=RunError)
 
 
 class _Talk(Console):

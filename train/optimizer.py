@@ -7,6 +7,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..meshes import ConfigError
+from ..meshes.arguments import check_count
 from ..pipeline import PipelineParams
 from .config import OptimizerSection
 
@@ -18,7 +20,12 @@ _STACKED_DIMS = 3
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int) -> Callable[[Any], Any]:
-    """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak.
+
+    Raises:
+        ConfigError: there are no steps.
+    """
+    check_count("steps", steps, error=ConfigError)
     return optax.warmup_cosine_decay_schedule(
         # Not from 0: the first step would be taken for nothing.
         init_value=section.learning_rate / (section.warmup_steps + 1),

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig
-from ..meshes import CheckpointError, DataError
+from ..meshes import CheckpointError, ConfigError, DataError
+from ..meshes.arguments import check_choice
 from ..serve import param_shapes
 from .checkpoint import FOLDER
 from .hf_config import read_hub_model
@@ -76,6 +77,7 @@ def load_for_serving(
     Raises:
         TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
     """
+    check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
     source = open_source(path)
     # The config too: an engine is made of both.
     config = replace(source.config, dtype=dtype or source.config.dtype)

@@ -46,8 +46,10 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
-        lr = jnp.asarray(setup.learning_rate(state.step - state.health.skipped))
-        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+        # optax mixes counts with floats: jax_numpy_dtype_promotion="strict" is not for its code.
+        with jax.numpy_dtype_promotion("standard"):
+            lr = jnp.asarray(setup.learning_rate(state.step - state.health.skipped))
+            updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         # The old value goes through untouched, bit by bit, where the step is bad.
         params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)

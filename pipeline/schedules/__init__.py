@@ -1,11 +1,13 @@
 """Pipeline schedules as data: no jax here. `SCHEDULES` is the one registry of the project."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError, suggest
 from .action import Action, Kind
 from .auto import auto
+from .check import check_sizes
 from .draw import draw_picture
 from .formula import Formula, explain_difference, find_formula
 from .gpipe import gpipe
@@ -14,7 +16,7 @@ from .interleaved import interleaved_1f1b
 from .interleaved_zero_bubble import interleaved_zb_h1
 from .naive import naive
 from .one_f_one_b import one_f_one_b
-from .place import Vocab, schedule_from_orders
+from .place import Vocab, check_vocab, schedule_from_orders
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
 from .stage_cost import StageCost
 from .table import load_schedule, schedule_from_csv, schedule_to_csv
@@ -54,22 +56,39 @@ def build_schedule(
             hold fewer microbatches.
         vocab: who works on embedding and head, as given to `split_transformer`.
         max_in_flight: limit of microbatches on a rank for `auto`; None is no limit.
-        stages: times of the stages for `auto`; it takes them for equal if left out.
+        stages: times of the stages for `auto`, which takes them for equal if left out; no other order depends on them.
 
     Raises:
-        ScheduleError: the name is unknown, a count is below 1, or the name and the number of chunks do not fit.
+        ScheduleError: a name is unknown, a count is below 1, or the name does not fit the number of chunks or a limit.
     """
-    if name not in SCHEDULES:
-        raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{suggest(name, SCHEDULES)}")
+    _check_words(name, vocab, clock)
     sizes: dict[str, Any] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
     # The others put no backward of the last stage into the tick of its forward.
     ends: dict[str, Any] = {"vocab": vocab} if name in ("1f1b", "interleaved-1f1b", "zb-h1", "auto") else {}
     if name == "auto":
         return auto(**sizes, **ends, clock=clock, num_chunks=num_chunks, max_in_flight=max_in_flight, stages=stages)
+    check_sizes(**sizes, num_chunks=num_chunks)
     _check_chunks(name, num_chunks)
+    _check_limit(name, max_in_flight)
     if num_chunks > 1:
         return SCHEDULES[name](**sizes, **ends, num_chunks=num_chunks)
     return one_f_one_b(**sizes, **ends, clock=clock) if name == "1f1b" else SCHEDULES[name](**sizes, **ends)
+
+
+def _check_words(name: str, vocab: Vocab, clock: Clock) -> None:
+    if not isinstance(name, str) or name not in SCHEDULES:
+        near = suggest(str(name), SCHEDULES)
+        raise ScheduleError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}.{near}")
+    check_vocab(vocab)
+    check_choice("clock", clock, get_args(Clock), error=ScheduleError)
+
+
+def _check_limit(name: str, max_in_flight: int | None) -> None:
+    if max_in_flight is not None:
+        raise ScheduleError(
+            f"max_in_flight={max_in_flight} is for the schedule auto alone; {name} takes no limit.",
+            fix="build 'auto', or leave max_in_flight out.",
+        )
 
 
 def _check_chunks(name: str, num_chunks: int) -> None:

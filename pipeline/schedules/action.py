@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ...meshes.arguments import check_choice, check_count
 from ...meshes.errors import ScheduleError
 
 Kind = Literal["F", "B", "I", "W"]
@@ -19,11 +20,23 @@ class Action:
 
     >>> Action.parse("2F0")
     Action(stage=2, kind='F', microbatch=0)
+
+    Raises:
+        ScheduleError: the kind is none, or a number is not whole.
     """
 
     stage: int
     kind: Kind
     microbatch: int
+
+    def __post_init__(self) -> None:
+        # A schedule has thousands of actions, so what is right is seen at a glance.
+        if self.kind not in _KINDS:
+            check_choice("kind", self.kind, _KINDS, error=ScheduleError)
+        is_whole = type(self.stage) is int and type(self.microbatch) is int
+        if not is_whole or self.stage < 0 or self.microbatch < 0:
+            check_count("stage", self.stage, error=ScheduleError, least=0)
+            check_count("microbatch", self.microbatch, error=ScheduleError, least=0)
 
     @classmethod
     def parse(cls, text: str) -> "Action":

@@ -6,8 +6,10 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal
 
+from ...meshes.arguments import check_count
 from ...meshes.errors import ScheduleError
 from .action import Kind
+from .check import check_sizes
 from .gpipe import gpipe
 from .grid import Schedule
 from .interleaved import interleaved_1f1b
@@ -45,6 +47,9 @@ def auto(
     Raises:
         ScheduleError: a count is below 1, or nothing runs under the limit.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
+    if max_in_flight is not None:
+        check_count("max_in_flight", max_in_flight, error=ScheduleError)
     limit = num_microbatches if max_in_flight is None else max_in_flight
     ranked = []
     for schedule in _candidates(num_ranks, num_microbatches, num_chunks, limit, clock=clock, vocab=vocab):

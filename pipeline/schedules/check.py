@@ -5,6 +5,7 @@ Published schedules have been wrong for a year at a time, so every schedule is c
 
 from typing import TYPE_CHECKING, NoReturn
 
+from ...meshes.arguments import check_count
 from ...meshes.errors import ScheduleError
 from .action import Action, Kind
 
@@ -21,11 +22,9 @@ def check_actions(schedule: "Schedule") -> None:
     Raises:
         ScheduleError: with the rule, and the grid with an arrow on the cell.
     """
-    if schedule.num_ranks < 1 or schedule.num_chunks < 1 or schedule.num_microbatches < 1:
-        raise ScheduleError(
-            f"schedule {schedule.name!r}: ranks={schedule.num_ranks}, chunks={schedule.num_chunks} and "
-            f"microbatches={schedule.num_microbatches} must each be 1 or more."
-        )
+    check_sizes(
+        num_ranks=schedule.num_ranks, num_microbatches=schedule.num_microbatches, num_chunks=schedule.num_chunks
+    )
     places = _place_once(schedule)
     has_halves = any(action.kind in ("I", "W") for action in places)
     stray = next((action for action in places if has_halves and action.kind == "B"), None)
@@ -35,6 +34,17 @@ def check_actions(schedule: "Schedule") -> None:
         for microbatch in range(schedule.num_microbatches):
             for kind in ("F", "I", "W") if has_halves else ("F", "B"):
                 _check_action(schedule, Action(stage=stage, kind=kind, microbatch=microbatch), places)
+
+
+def check_sizes(*, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> None:
+    """Raise unless the sizes of a schedule are whole numbers, 1 or more; builders call it before they count with them.
+
+    Raises:
+        ScheduleError: with the size that is none.
+    """
+    check_count("num_ranks", num_ranks, error=ScheduleError)
+    check_count("num_microbatches", num_microbatches, error=ScheduleError)
+    check_count("num_chunks", num_chunks, error=ScheduleError)
 
 
 def _place_once(schedule: "Schedule") -> dict[Action, Place]:

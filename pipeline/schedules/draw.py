@@ -4,6 +4,8 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ...meshes.arguments import check_choice
+from ...meshes.errors import ScheduleError
 from .action import Kind
 from .grid import Schedule
 from .simulate import Clock, Span, simulate, time_actions
@@ -11,6 +13,9 @@ from .simulate import Clock, Span, simulate, time_actions
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Format = Literal["png", "svg"]
+"""What a picture is written as."""
 
 COLOURS: dict[Kind, tuple[float, float, float]] = {
     "F": (0.16, 0.40, 0.70),
@@ -34,7 +39,7 @@ _LIGHTEST = 0.55
 def draw_picture(
     schedule: Schedule,
     *,
-    format: Literal["png", "svg"] = "png",  # noqa: A002
+    format: Format = "png",  # noqa: A002
     clock: Clock = "lockstep",
     **costs: Any,
 ) -> bytes:
@@ -42,15 +47,15 @@ def draw_picture(
 
     >>> Path("zb.svg").write_bytes(draw_picture(schedule, format="svg", clock="async", weight_grad=0.8))
 
-    Args:
-        costs: those of `simulate`, from `forward` to `stages`.
+    `costs` are those of `simulate`, and so are errors; another one is an unknown format.
     """
+    check_choice("format", format, get_args(Format), error=ScheduleError)
+    timing = simulate(schedule, clock=clock, **costs)
+    spans = time_actions(schedule, clock=clock, **costs)
     # Half a second to import, and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    timing = simulate(schedule, clock=clock, **costs)
-    spans = time_actions(schedule, clock=clock, **costs)
     narrowest = min(length for span in spans if (length := span.end - span.start))
     width = min(_WIDEST, max(8.0, 1.2 + _INCHES_PER_CELL * timing.makespan / narrowest))
     height = min(_TALLEST, 1.5 + _INCHES_PER_RANK * schedule.num_ranks)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...meshes.arguments import check_number
+from ...meshes.errors import ScheduleError
 from .grid import Schedule
 from .simulate import Clock, Timing
 from .stage_cost import StageCost, is_even
@@ -44,6 +46,7 @@ def find_formula(
     Args:
         forward, input_grad, weight_grad: costs as in `simulate`.
     """
+    StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad)  # refuses what is no time
     if schedule.name not in _FORMULAS:
         return None
     p, m, v = schedule.num_ranks, schedule.num_microbatches, schedule.num_chunks
@@ -79,6 +82,8 @@ def explain_difference(
     >>> print(explain_difference(schedule, formula, simulate(schedule, transfer=0.1), transfer=0.1))
     the formula counts no transfer
     """
+    StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad)  # refuses what is no time
+    check_number("transfer", transfer, error=ScheduleError)
     if abs(timing.bubble_fraction - formula.bubble_fraction) < 1e-9:
         return None
     if stages is not None and not is_even(stages):

@@ -1,6 +1,7 @@
 """GPipe: all forwards, then all backwards (Huang et al. 2019, section 2.3)."""
 
 from .action import Action
+from .check import check_sizes
 from .grid import Schedule
 
 
@@ -12,6 +13,7 @@ def gpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
     Raises:
         ScheduleError: a count is below 1.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
     # The last rank begins its backwards right after its last forward, in that tick's successor.
     turn = num_microbatches + num_ranks - 1
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]

@@ -1,8 +1,9 @@
 """Interleaved 1F1B: v chunks of layers a rank, and a bubble v times smaller (Narayanan et al. 2021, section 2.2)."""
 
 from .action import Action
+from .check import check_sizes
 from .grid import Schedule
-from .place import Vocab
+from .place import Vocab, check_vocab
 
 
 def interleaved_1f1b(*, num_ranks: int, num_microbatches: int, num_chunks: int = 2, vocab: Vocab = "ends") -> Schedule:
@@ -14,8 +15,10 @@ def interleaved_1f1b(*, num_ranks: int, num_microbatches: int, num_chunks: int =
     a tick later, in the same time.
 
     Raises:
-        ScheduleError: a count is below 1.
+        ScheduleError: a count is below 1, or a word is no choice.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
+    check_vocab(vocab)
     turns = turns_of(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     # The first backward, of the last chunk, comes right after that chunk's first forward on the last rank.
     delay = 1 if vocab == "split" else 0

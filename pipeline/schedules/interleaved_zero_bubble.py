@@ -1,5 +1,6 @@
 """Interleaved ZB-H1: chunks and halves together, in ticks of one action."""
 
+from .check import check_sizes
 from .grid import Schedule
 from .list_schedule import list_schedule
 
@@ -13,6 +14,7 @@ def interleaved_zb_h1(*, num_ranks: int, num_microbatches: int, num_chunks: int 
     Raises:
         ScheduleError: a count is below 1.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     return list_schedule(
         name="interleaved-zb-h1",
         num_ranks=num_ranks,

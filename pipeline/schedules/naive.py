@@ -1,6 +1,7 @@
 """Naive: one microbatch crosses the whole pipeline and back before the next begins; (p-1)/p of the time is idle."""
 
 from .action import Action
+from .check import check_sizes
 from .grid import Schedule
 
 
@@ -12,6 +13,7 @@ def naive(*, num_ranks: int, num_microbatches: int) -> Schedule:
     Raises:
         ScheduleError: a count is below 1.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
     round_trip = 2 * num_ranks - 1
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
     for rank, ticks in enumerate(ticks_of):

@@ -5,9 +5,14 @@ tick: a forward opposite another rank's backward would make both wait. Separate 
 microbatches in flight for the same speed; that order is here too, for the other clock.
 """
 
+from typing import get_args
+
+from ...meshes.arguments import check_choice
+from ...meshes.errors import ScheduleError
 from .action import Action, Kind
+from .check import check_sizes
 from .grid import Schedule
-from .place import Vocab, schedule_from_orders
+from .place import Vocab, check_vocab, schedule_from_orders
 from .simulate import Clock
 
 
@@ -19,8 +24,11 @@ def one_f_one_b(*, num_ranks: int, num_microbatches: int, clock: Clock = "lockst
     min(m, 2(p - 1 - r) + 1) in flight. For the `async` clock it is Megatron's order, with min(m, p - r) in flight.
 
     Raises:
-        ScheduleError: a count is below 1.
+        ScheduleError: a count is below 1, or a word is no choice.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    check_vocab(vocab)
+    check_choice("clock", clock, get_args(Clock), error=ScheduleError)
     if clock == "async":
         orders = [_order(rank, num_ranks, num_microbatches) for rank in range(num_ranks)]
         return schedule_from_orders(orders, name="1f1b", num_microbatches=num_microbatches)

@@ -1,11 +1,12 @@
 """From each rank's order of actions to ticks: every action as early as the executor can run it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError
 from .action import Action
-from .check import needs
+from .check import check_sizes, needs
 from .grid import Cell, Schedule
 from .simulate import simulate
 
@@ -20,6 +21,15 @@ forwards then, so the last stage's backward comes a tick after its forward.
 """
 
 
+def check_vocab(vocab: Vocab) -> None:
+    """Raise unless it is one of the two.
+
+    Raises:
+        ScheduleError: with the nearer one.
+    """
+    check_choice("vocab", vocab, get_args(Vocab), error=ScheduleError)
+
+
 def schedule_from_orders(
     orders: Orders, *, name: str, num_microbatches: int, num_chunks: int = 1, vocab: Vocab = "ends"
 ) -> Schedule:
@@ -31,6 +41,8 @@ def schedule_from_orders(
     Raises:
         ScheduleError: the orders wait for each other, or are no schedule.
     """
+    check_sizes(num_ranks=len(orders), num_microbatches=num_microbatches, num_chunks=num_chunks)
+    check_vocab(vocab)
     return min(
         (
             Schedule(

@@ -6,8 +6,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from ...meshes.arguments import check_choice, check_instance, check_number
 from ...meshes.errors import ScheduleError
 from .action import Action
 from .check import needs
@@ -65,7 +66,8 @@ def simulate(
             is over; for a vocabulary that is split over all ranks, and in lockstep alone.
 
     Raises:
-        ScheduleError: `stages` are not as many as the schedule's, or `shared_loss` is given to the async clock.
+        ScheduleError: `stages` are not as many as the schedule's, a time is none, the clock is unknown, or
+            `shared_loss` is given to the async clock.
     """
     stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     spans = _run(schedule, clock, stages, transfer, shared_loss)
@@ -103,6 +105,7 @@ def time_actions(
 
 def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: StageCost) -> Sequence[StageCost]:
     """The given times, or those of equal stages that together take a rank's."""
+    check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     if stages is None:
         v = schedule.num_chunks
         chunk = StageCost(forward=rank.forward / v, input_grad=rank.input_grad / v, weight_grad=rank.weight_grad / v)
@@ -113,12 +116,18 @@ def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: S
             f"{schedule.num_stages} stages, but the times of {len(stages)} are given.",
             fix=f"give {schedule.num_stages} of them, from the first stage to the last.",
         )
+    for stage, cost in enumerate(stages):
+        fix = "give StageCost(forward=..., input_grad=..., weight_grad=...)."
+        check_instance(f"stages[{stage}]", cost, StageCost, error=ScheduleError, fix=fix)
     return stages
 
 
 def _run(
     schedule: Schedule, clock: Clock, stages: Sequence[StageCost], transfer: float, shared_loss: float
 ) -> list[Span]:
+    check_choice("clock", clock, get_args(Clock), error=ScheduleError)
+    check_number("transfer", transfer, error=ScheduleError)
+    check_number("shared_loss", shared_loss, error=ScheduleError)
     if clock == "lockstep":
         return _run_lockstep(schedule, stages, transfer, shared_loss)
     if shared_loss:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from ...meshes.arguments import check_number
 from ...meshes.errors import ScheduleError
 from .action import Kind
 
@@ -22,11 +23,7 @@ class StageCost:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ScheduleError(
-                    f"{field.name}={value} of a stage is no time.", fix="give a finite number, 0 or more."
-                )
+            check_number(field.name, getattr(self, field.name), error=ScheduleError)
 
     @property
     def total(self) -> float:

@@ -18,7 +18,7 @@ from typing import get_args
 from ...meshes.errors import ScheduleError, suggest
 from .action import Action, Kind
 from .grid import IDLE, Schedule
-from .place import Vocab, schedule_from_orders
+from .place import Vocab, check_vocab, schedule_from_orders
 
 _LONGEST_CELL = 24
 
@@ -38,6 +38,7 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
     Raises:
         ScheduleError: the file is missing, empty, has a cell that is no action, or is an order that cannot run.
     """
+    check_vocab(vocab)
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")

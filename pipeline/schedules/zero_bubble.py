@@ -1,6 +1,7 @@
 """ZB-H1: weight gradients fill the bubbles of 1F1B without holding more microbatches (Qi et al. 2024, section 2.1)."""
 
 from .action import Action
+from .check import check_sizes
 from .grid import Schedule
 from .place import Vocab, schedule_from_orders
 
@@ -12,8 +13,9 @@ def zb_h1(*, num_ranks: int, num_microbatches: int, vocab: Vocab = "ends") -> Sc
     ticks of one action, so the bubble fraction is (p - 1) / (3m + p - 1).
 
     Raises:
-        ScheduleError: a count is below 1.
+        ScheduleError: a count is below 1, or a word is no choice.
     """
+    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
     orders = [_order(rank, num_ranks=num_ranks, num_microbatches=num_microbatches) for rank in range(num_ranks)]
     return schedule_from_orders(orders, name="zb-h1", num_microbatches=num_microbatches, vocab=vocab)
 

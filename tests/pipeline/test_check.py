@@ -5,19 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
 
-FNS: dict[str, Callable[..., Any]] = {
+FNS: dict[str, Any] = {
     "first": lambda shared, microbatch: microbatch["x"],
     "layer": lambda params, x, microbatch: jnp.tanh(x @ params["w"]),
     "last": lambda shared, x, microbatch: (x**2).sum(),
 }
 
 MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
+    "first_returns_integers": {"first": lambda shared, microbatch: microbatch["x"].astype(int)},
+    "prepare_is_not_linear": {"prepare": lambda params: {"w": jnp.tanh(params["w"])}},
     "first_returns_a_dict": {"first": lambda shared, microbatch: microbatch},
     "layer_changes_the_dtype": {"layer": lambda params, x, microbatch: x.astype(jnp.bfloat16)},
     "layer_changes_the_shape": {"layer": lambda params, x, microbatch: x[:, :4]},
@@ -31,13 +34,20 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
 
 def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None, **more: Any) -> Any:
     functions: dict[str, Any] = fns | more
-    return pipeline_grads(
-        StageFns(**functions),
-        params=PipelineParams(stages=stages or {"w": jnp.ones((1, 2, 2, 8, 8))}, shared={}),
-        batch={"x": jnp.ones((4, 8, 8))},
-        mesh=mesh,
-        schedule=build_schedule("1f1b", num_ranks=2, num_microbatches=4),
-    )
+    own = stages or {"w": jnp.ones((1, 2, 2, 8, 8))}
+    return call(mesh=mesh, fns=StageFns(**functions), params=PipelineParams(stages=own, shared={}))
+
+
+def call(**given: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "fns": StageFns(**FNS),
+        "params": PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 8))}, shared={}),
+        "batch": {"x": jnp.ones((4, 8, 8))},
+        "mesh": build_mesh(MeshSpec(data=4, pipe=2)),
+        "schedule": build_schedule("1f1b", num_ranks=2, num_microbatches=4),
+    }
+    arguments |= given
+    return pipeline_grads(arguments.pop("fns"), **arguments)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -55,6 +65,63 @@ def test_counts_that_do_not_fit_the_parameters_are_refused(
     with pytest.raises(TrellaxError) as caught:
         run(FNS, build_mesh(MeshSpec(data=4, pipe=2)), layers_per_stage=counts)
     golden(f"errors/counts_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+
+
+def _shared(leaf: Any, **more: Any) -> dict[str, Any]:
+    """Arguments with one shared parameter."""
+    stages = {"w": jnp.ones((1, 2, 2, 8, 8))}
+    params = PipelineParams(stages=stages, shared={"own": leaf})
+    return {"params": params} | ({"fns": StageFns(**FNS, **more)} if more else {})
+
+
+ROUNDABOUT: dict[str, Callable[[], dict[str, Any]]] = {
+    "functions in a tuple": lambda: {"fns": tuple(FNS.values())},
+    "a function that is none": lambda: {"fns": StageFns(**FNS | {"last": "loss"})},
+    "parameters in a dict": lambda: {"params": {"stages": {"w": jnp.ones((1, 2, 2, 8, 8))}, "shared": {}}},
+    "a mesh in text": lambda: {"mesh": "data=4,pipe=2"},
+    "a schedule in text": lambda: {"schedule": "1f1b"},
+    "bubbles of another kind": lambda: {"bubbles": "nans"},
+    "a Python number": lambda: _shared(0.5),
+    "complex numbers": lambda: _shared(np.ones(3, np.complex64)),
+    "specs of another tree": lambda: _shared(np.ones(4), shared_specs={"other": P()}),
+    "specs over tensor": lambda: _shared(np.ones(4), shared_specs={"own": P("tensor")}),
+    "specs in text": lambda: _shared(np.ones(4), shared_specs={"own": "pipe"}),
+    "specs of more dimensions": lambda: _shared(np.ones(4), shared_specs={"own": P(None, "pipe")}),
+    "specs that do not divide": lambda: _shared(np.ones(5), shared_specs={"own": P("pipe")}),
+    "a mesh with an axis more": lambda: {"mesh": _mesh_of_three()},
+    "four layers, three of which would run": lambda: {"fns": StageFns(**FNS, layers_per_stage=(2, 1))},
+    "three of four layers": lambda: {"fns": StageFns(**FNS, layers_per_stage=(2, 1), num_layers=4)},
+    "five layers in four places": lambda: {"fns": StageFns(**FNS, num_layers=5)},
+    "layers in text": lambda: {"fns": StageFns(**FNS | {"layers_per_stage": "2,2"})},
+    "half a layer": lambda: {"fns": StageFns(**FNS | {"layers_per_stage": (2, 1.5)})},
+    "prepare given integers": lambda: {
+        "fns": StageFns(**FNS, prepare=lambda params: params),
+        "params": PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 8), int)}, shared={}),
+    },
+}
+
+
+def _mesh_of_three() -> Mesh:
+    return jax.make_mesh((2, 2, 2), ("pipe", "data", "batch"), axis_types=(AxisType.Auto,) * 3)
+
+
+def test_arguments_of_another_kind_are_refused_in_a_sentence(golden: Callable[[str, str], None]) -> None:
+    told = []
+    for name, make in ROUNDABOUT.items():
+        with pytest.raises(TrellaxError) as caught:
+            call(**make())
+        told.append(f"# {name}\n{type(caught.value).__name__}: {caught.value}")
+    golden("errors/arguments.txt", "\n".join(told))
+
+
+def test_an_axis_of_one_device_more_is_none_of_our_business() -> None:
+    mesh = jax.make_mesh((2, 4, 1), ("pipe", "data", "batch"), axis_types=(AxisType.Auto,) * 3)
+    assert jax.eval_shape(lambda: call(mesh=mesh)).loss.shape == ()
+
+
+def test_what_prepare_makes_of_nothing_needs_no_gradient() -> None:
+    fns = StageFns(**FNS, prepare=lambda params: params | {"mask": jnp.ones(3)})
+    assert jax.eval_shape(lambda: call(fns=fns)).grads.stages["w"].shape == (1, 2, 2, 8, 8)
 
 
 @pytest.mark.parametrize(("name", "axes"), [("other_axes", ("stage", "dp")), ("explicit_axes", ("pipe", "data"))])

@@ -78,7 +78,7 @@ def last(shared: Any, x: jax.Array, microbatch: Any) -> jax.Array:
 SPECS = {"in": P("pipe"), "out": P(None, "pipe"), "scale": P()}
 """`out` is a prefix of its tree."""
 
-FNS = StageFns(first=first, layer=layer, last=last, layers_per_stage=COUNTS, shared_specs=SPECS)
+FNS = StageFns(first=first, layer=layer, last=last, layers_per_stage=COUNTS, num_layers=sum(COUNTS), shared_specs=SPECS)
 
 
 @pytest.mark.parametrize("name", [pytest.param("gpipe", marks=pytest.mark.slow), "1f1b", "zb-h1"])
@@ -160,6 +160,7 @@ def test_unequal_chunks_of_a_single_rank_equal_one_device() -> None:
             (((x * shared["scale"][None]) @ shared["out"]["w"] - microbatch["y"]) ** 2).sum() / (BATCH * FEATURES)
         ),
         layers_per_stage=(2, 5),
+        num_layers=7,
     )
     stages = stages_from_layers(jnp.asarray(params.stages), num_ranks=1, num_chunks=2, layers_per_stage=(2, 5))
     cut = {key: leaf.reshape(2, -1, *leaf.shape[1:]) for key, leaf in batch.items()}

@@ -257,7 +257,7 @@ MISTAKES: dict[str, Callable[[Mlp], Mlp]] = {
     "other_number_of_microbatches": lambda given: replace(
         given, batch=jax.tree.map(lambda leaf: leaf[:2], given.batch)
     ),
-    "batch_without_microbatches": lambda given: replace(given, batch={"x": jnp.zeros(3)}),
+    "batch_without_microbatches": lambda given: replace(given, batch={"x": jnp.zeros(5)}),
     "batch_over_data": _cut_batch,
 }
 

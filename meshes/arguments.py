@@ -1,0 +1,81 @@
+"""Checks of public arguments, where they enter: one of a few words, a count, a number, a value of some class.
+
+Whoever takes such an argument checks it with these, so that one mistake reads the same everywhere. Type checkers see
+most of them; scripts, notebooks and values out of files do not ask a type checker.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from .errors import TrellaxError, suggest
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[TrellaxError]) -> None:
+    """Raise `error` unless the value is one of the choices, with the nearest of them.
+
+    >>> check_choice("vocab", "splitt", get_args(Vocab), error=ScheduleError)
+    ScheduleError: vocab='splitt' is no choice. Did you mean 'split'?
+      Fix: use 'ends' or 'split'.
+    """
+    known = list(choices)
+    # By type too, since True == 1.
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        hint = suggest(str(value), map(str, known))
+        raise error(f"{name}={_show(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
+
+
+def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
+    """Raise `error` unless the value is a whole number, `least` or more if that is given; True and 2.0 are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise error(f"{name}={_show(value)} is not a whole number.", fix="give one, without quotes or a point.")
+    if least is not None and value < least:
+        raise error(f"{name}={value} is below {least}.", fix=f"give {least} or more.")
+
+
+def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
+    """Raise `error` unless the value is a finite number, 0 or more."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= float(value) < math.inf:
+        raise error(f"{name}={_show(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
+
+
+def check_instance(
+    name: str, value: Any, kind: type | tuple[type, ...], *, error: type[TrellaxError], fix: str
+) -> None:
+    """Raise `error` unless the value is of the class, or of one of them; `fix` says how such a value is made."""
+    if not isinstance(value, kind):
+        wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        # Of arrays and functions a text would say little.
+        shown = f"the text {_show(value)}" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise error(f"{name} is {shown}, where a {wanted} is wanted.", fix=fix)
+
+
+def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
+    """Raise `error` unless every field of a dataclass that is annotated as a choice, a count or a number is one."""
+    for field in fields(value):
+        own, kinds = getattr(value, field.name), _parts_of(field.type)
+        if own is None and NoneType in kinds:
+            continue
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices:
+            check_choice(field.name, own, choices, error=error)
+        elif int in kinds:
+            check_count(field.name, own, error=error, least=least)
+        elif float in kinds:
+            check_number(field.name, own, error=error)
+
+
+def _parts_of(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+_LONGEST = 60
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,0 +1,50 @@
+"""Switches of jax itself under which a program of ours cannot run, told in a sentence before it is traced."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from .errors import TrellaxError
+
+Switch = Literal["jax_disable_jit", "jax_auto_pcast", "jax_enable_x64", "jax_transfer_guard_host_to_device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Refusal:
+    values: tuple[Any, ...]
+    why: str
+    fix: str
+
+
+_REFUSALS: dict[Switch, _Refusal] = {
+    "jax_disable_jit": _Refusal(
+        values=(True,),
+        why="this is one compiled program: operation by operation, devices cannot do different things at once",
+        fix="call it inside `with jax.disable_jit(False):`, and look inside with jax.debug.print.",
+    ),
+    "jax_auto_pcast": _Refusal(
+        values=(False,),
+        why="without it not even a constant can be added to what differs between devices",
+        fix='leave it on: jax.config.update("jax_auto_pcast", True).',
+    ),
+    "jax_enable_x64": _Refusal(
+        values=(True,),
+        why="tokens and positions here are 32 bits wide, and jax mixes no widths of indices",
+        fix="call it inside `with jax.enable_x64(False):`, or unset JAX_ENABLE_X64.",
+    ),
+    "jax_transfer_guard_host_to_device": _Refusal(
+        values=("disallow", "disallow_explicit"),
+        why="requests come from the host, so every step sends some",
+        fix='call it inside `with jax.transfer_guard_host_to_device("allow"):`.',
+    ),
+}
+
+
+def check_switches(*switches: Switch, error: type[TrellaxError]) -> None:
+    """Raise `error` if one of these switches of jax is set so that our program could not run."""
+    for switch in switches:
+        # A release of jax may lack one.
+        value, refusal = getattr(jax.config, switch, None), _REFUSALS[switch]
+        if value in refusal.values:
+            raise error(f"{switch}={value!r}: {refusal.why}.", fix=refusal.fix)
