@@ -1,28 +1,112 @@
-"""Checks of the three functions of a pipeline, by tracing them over shapes before anything runs."""
+"""Checks of the three functions of a pipeline, by tracing each of them once over shapes before anything runs.
+
+On every mesh they are traced alike, with axes of size 1 as with larger ones: what is refused on one mesh is refused on
+all. Read `check_collectives.py` next.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from ..meshes import ScheduleError
-from .buffers import vary
-from .prepare import check_prepare
+from .batch import batch_specs
+from .check_collectives import check_collectives, named_axes
 from .stage import PipelineParams, StageFns
+from .user_errors import explain_errors
+
+_AXES = ("pipe", "data")
 
 
-def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
-    """Raise unless the three functions fit each other; for use inside `shard_map` over pipe and data.
+@dataclass(frozen=True, kw_only=True)
+class FnFacts:
+    """What tracing says about the functions of a pipeline.
 
-    params.stages leaves [C, k, ...], batch leaves [M, b, ...]; nothing is computed.
+    axes: the mesh axes that they name in collectives.
+    owners: for every traced array that a function closes over, by `id`: the name of the function.
+    """
+
+    axes: frozenset[str]
+    owners: dict[int, str]
+
+
+def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) -> FnFacts:
+    """Return what is known of the functions; raise unless they fit each other. Nothing is computed.
+
+    params.stages leaves [C, ranks, k, ...], batch leaves [M, B, ...].
 
     Raises:
-        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
+        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, `last` gives no scalar, or one
+            of them communicates where not all devices take part.
     """
-    check_prepare(fns, params.stages)
-    first, layer, last, varies = _probe(fns, params, batch)
-    x = jax.eval_shape(first)
+    trace = _Trace(mesh)
+
+    def region(params: PipelineParams, batch: Any) -> jax.Array:
+        trace.check(fns, params, batch)
+        return jnp.zeros(())
+
+    split = PipelineParams(stages=P(None, "pipe"), shared=P() if fns.shared_specs is None else fns.shared_specs)
+    specs = split, batch_specs(fns, batch)
+    jax.eval_shape(
+        jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(_AXES)), params, batch
+    )
+    return FnFacts(axes=frozenset(trace.axes), owners=trace.owners)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What a function returns, and the axes of the mesh on which that differs."""
+
+    value: Any
+    varying: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Traces of the functions inside `shard_map`, and what they show."""
+
+    mesh: Mesh
+    axes: set[str] = field(default_factory=set)
+    owners: dict[int, str] = field(default_factory=dict)
+
+    def check(self, fns: StageFns, params: PipelineParams, batch: Any) -> None:
+        is_together = fns.shared_specs is not None
+        ends, axes = ("all ranks", ("data",)) if is_together else ("one rank", _AXES)
+        shared, end_batch = _mark((params.shared, jax.tree.map(lambda leaf: leaf[0], batch)), axes)
+        first = self._trace("first", fns.first, shared, end_batch, runs_on=ends)
+        _check_activation(first.value)
+        x = _like(first.value, _AXES)
+        own, microbatch = _mark((jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages), end_batch), _AXES)
+        if fns.prepare is not None:
+            own = _like(self._trace("prepare", fns.prepare, own, runs_on="one rank").value, _AXES)
+        _check_layer(self._trace("layer", fns.layer, own, x, microbatch, runs_on="one rank").value, first.value)
+        last = self._trace("last", fns.last, shared, _like(first.value, axes), end_batch, runs_on=ends)
+        _check_loss(last.value)
+        for name, result in (("first", first), ("last", last)):
+            if is_together and "pipe" in result.varying:
+                raise ScheduleError(
+                    f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it "
+                    "together.",
+                    fix='sum what each rank made: jax.lax.psum(..., "pipe").',
+                )
+
+    def _trace(
+        self, name: str, fn: Callable[..., Any], *args: Any, runs_on: Literal["all ranks", "one rank"]
+    ) -> _Result:
+        with explain_errors(name, self.mesh):
+            jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
+        check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
+        self.axes.update(named_axes(jaxpr.jaxpr))
+        self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
+        return _Result(value=value, varying=_varying(jaxpr))
+
+
+def _check_activation(x: Any) -> None:
     if not isinstance(x, jax.ShapeDtypeStruct):
         raise ScheduleError(
             f"first() returns a {type(x).__name__}; what passes between layers is one array.",
@@ -33,60 +117,40 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
             f"first() returns {_array_text(x)}; gradients come back through what layers pass on, so it is floats.",
             fix="embed or cast it in first(), x.astype(jnp.float32) say; integers are read from the microbatch.",
         )
-    y = jax.eval_shape(layer)
+
+
+def _check_layer(y: Any, x: Any) -> None:
     if _array_text(y) != _array_text(x):
         raise ScheduleError(
             f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
             fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
         )
-    loss = jax.eval_shape(last)
+
+
+def _check_loss(loss: Any) -> None:
     if _array_text(loss) != "float32[]":
         raise ScheduleError(
             f"last() returns {_array_text(loss)}; the loss is one float32 number.",
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
         )
-    _check_summed(varies)
 
 
-def _probe(
-    fns: StageFns, params: PipelineParams, batch: Any
-) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any], dict[str, bool]]:
-    """The three functions on what they are given, and, once they ran, whether the ends differ between ranks.
-
-    The arrays are made inside them, so that under eval_shape they keep their varying axes, which user code may need.
-    """
-    is_together = fns.shared_specs is not None
-    varies: dict[str, bool] = {}
-
-    def microbatch(axes: tuple[str, ...]) -> Any:
-        return jax.tree.map(lambda leaf: vary(leaf[0], axes), batch)
-
-    def end(name: str, *args: Any) -> jax.Array:
-        shared = params.shared if is_together else jax.tree.map(vary, params.shared)
-        y = getattr(fns, name)(shared, *args, microbatch(("data",) if is_together else ("pipe", "data")))
-        varies[name] = is_together and isinstance(y, jax.Array) and "pipe" in jax.typeof(y).mat.varying
-        return y
-
-    def first() -> jax.Array:
-        return end("first")
-
-    def layer() -> jax.Array:
-        own = jax.tree.map(lambda leaf: vary(leaf[0, 0]), params.stages)
-        own = own if fns.prepare is None else fns.prepare(own)
-        return fns.layer(own, vary(first()), microbatch(("pipe", "data")))
-
-    def last() -> jax.Array:
-        return end("last", first() if is_together else layer())
-
-    return first, layer, last, varies
+def _varying(jaxpr: ClosedJaxpr) -> frozenset[str]:
+    return frozenset().union(*(aval.mat.varying for aval in jaxpr.out_avals))
 
 
-def _check_summed(varies: dict[str, bool]) -> None:
-    for name in (name for name, is_varying in varies.items() if is_varying):
-        raise ScheduleError(
-            f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it together.",
-            fix='sum what each rank made: jax.lax.psum(..., "pipe").',
-        )
+def _like(tree: Any, axes: tuple[str, ...]) -> Any:
+    return _mark(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), axes)
+
+
+def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Mark arrays as differing over these axes, also over those of size 1."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).mat.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def _array_text(value: Any) -> str:

@@ -5,23 +5,28 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .batch import batch_specs
+from .bind_axes import bind_axes, mark_results
 from .check import check_arguments
-from .check_fns import check_fns
+from .check_collectives import check_branches
+from .check_fns import FnFacts, check_fns
+from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
 from .ends import Wants
 from .execute import Bubbles, run_turns
 from .lower import lower
+from .prepare import check_prepare
+from .program import Closed, Program, trace_program
 from .schedules import Kind, Schedule
 from .sequential import run_sequence
 from .stage import LossAndGrads, PipelineParams, StageFns
+from .user_errors import check_context
 
 
 def pipeline_grads(
@@ -51,9 +56,10 @@ def pipeline_grads(
         ShardingError: the batch does not split over `data`, or its leaves disagree on B.
         MeshError: the mesh lacks an axis, or has another one.
     """
-    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    loss, grads = _run(how, params, batch, wants="grads")
+    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    program = _trace(how, params, batch, wants="grads")
+    given = watch_derivatives((params, batch, program.closed), check=how.check_second)
+    loss, grads = program.run(*given)
     return LossAndGrads(loss=loss, grads=grads)
 
 
@@ -62,40 +68,60 @@ def pipeline_loss(
 ) -> jax.Array:
     """Return the loss of a batch, a float32 scalar, running only the schedule's forwards.
 
-    Differentiable in `params` (not in `batch`): under `jax.grad` it runs the whole schedule once, and gradients come
-    in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+    Differentiable in `params`: under `jax.grad`, and as well under `jax.jvp`, it runs the whole schedule once, and
+    gradients come in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+
+    Raises:
+        ScheduleError: also for a derivative with respect to the batch, or to an array that a function closes over.
     """
-    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    how = _How(fns=fns, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    program = _trace(how, params, batch, wants="loss")
 
-    @jax.custom_vjp
-    def loss_of(params: PipelineParams, batch: Any) -> jax.Array:
-        return _run(how, params, batch, wants="loss")[0]
+    @jax.custom_jvp
+    def loss_of(params: PipelineParams, batch: Any, closed: Closed) -> jax.Array:
+        return program.run(params, batch, closed)[0]
 
-    def forward(params: PipelineParams, batch: Any) -> tuple[jax.Array, tuple[PipelineParams, Any]]:
-        loss, grads = _run(how, params, batch, wants="grads")
-        return loss, (jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), batch)
+    def rule(primals: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        check_first(tangents, owners=how.facts.owners)
+        given = watch_derivatives(primals, check=how.check_second)
+        loss, grads = _trace(how, *given[:2], wants="grads").run(*given)
+        return loss, tangent_of_loss(tangents[0], grads)
 
-    def backward(saved: tuple[PipelineParams, Any], grad: jax.Array) -> tuple[PipelineParams, Any]:
-        grads, batch = saved
-        return jax.tree.map(lambda g: g * grad.astype(g.dtype), grads), jax.tree.map(_zero_cotangent, batch)
-
-    loss_of.defvjp(forward, backward)
-    return loss_of(params, batch)
+    loss_of.defjvp(rule, symbolic_zeros=True)
+    return loss_of(params, batch, program.closed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _How:
     fns: StageFns
+    facts: FnFacts
     mesh: Mesh
     schedule: Schedule
     bubbles: Bubbles
+
+    def check_second(self, tangents: Tangents) -> None:
+        check_second(tangents, owners=self.facts.owners, fns=self.fns, schedule=self.schedule)
+
+
+def _check(
+    fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+) -> _How:
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    check_context(mesh)
+    facts = check_fns(fns, params, batch, mesh=mesh)
+    return _How(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
+
+
+def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Program:
+    program = trace_program(partial(_run, how, wants=wants), params, batch)
+    check_branches(program.jaxpr.jaxpr)
+    return program
 
 
 def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tuple[jax.Array, Any]:
     fns, mesh, schedule = how.fns, how.mesh, how.schedule
     is_pipelined = schedule.num_ranks > 1
-    # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
+    # Axes of size 1 appear in no spec or sum.
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
     tables = None
     is_together = is_pipelined and fns.shared_specs is not None
@@ -103,9 +129,13 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
         kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if wants == "grads" else ("F",)
         tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
 
+    # Axes of size 1 that functions name are bound for them alone.
+    named = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] == 1 and axis in how.facts.axes)
+    fns = mark_results(bind_axes(fns, named, by="manual" if axes else "vmap"))
+
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
         params = _own(params)
-        check_fns(fns, params, batch)
+        check_prepare(fns, params.stages)
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
@@ -121,7 +151,8 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
         mesh=mesh,
         in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
         out_specs=(P(), split if wants == "grads" else P()),
-        axis_names=set(axes) or {"data"},
+        axis_names={*axes, *named} if axes else {"data"},
+        check_vma=bool(axes) or not named,
     )(params, batch)
 
 
@@ -138,8 +169,3 @@ def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
-
-
-def _zero_cotangent(leaf: Any) -> Any:
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
