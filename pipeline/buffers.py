@@ -15,11 +15,28 @@ Row = dict[str, jax.Array]
 
 
 def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as differing over those of the axes that are manual and of size > 1."""
+    """Return x marked as differing over those of the axes that are manual; over none if there is a single device.
+
+    A manual axis of size 1 counts, so that functions may name it; alone it cannot, since XLA would compile no sum over
+    it ("IsManualSubgroup").
+    """
+    sizes = _manual_sizes(axes=("pipe", "data"))
+    return _mark(x, [axis for axis in sizes if axis in axes] if max(sizes.values(), default=1) > 1 else [])
+
+
+def vary_among_devices(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
+    """Return x marked as differing over those of the axes that are manual and of several devices."""
+    return _mark(x, [axis for axis, size in _manual_sizes(axes=axes).items() if size > 1])
+
+
+def _manual_sizes(*, axes: tuple[str, ...]) -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    manual = [axis for axis, kind in kinds if kind == AxisType.Manual and mesh.shape[axis] > 1 and axis in axes]
-    missing = tuple(axis for axis in manual if axis not in jax.typeof(x).mat.varying)
+    return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Manual and axis in axes}
+
+
+def _mark(x: jax.Array, axes: list[str]) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 

@@ -78,8 +78,9 @@ def check_branches(jaxpr: Jaxpr) -> None:
 
 
 def named_axes(jaxpr: Jaxpr) -> set[str]:
-    """Return the mesh axes that a function names."""
-    return {axis for eqn in _equations(jaxpr) for axis in _axes_of(eqn)}
+    """Return the mesh axes that a function names; jax itself marks arrays as varying, so that does not count."""
+    eqns = (eqn for eqn in _equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
+    return {axis for eqn in eqns for axis in _axes_of(eqn)}
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

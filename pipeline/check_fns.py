@@ -27,7 +27,7 @@ _AXES = ("pipe", "data")
 class FnFacts:
     """What tracing says about the functions of a pipeline.
 
-    axes: the mesh axes that they name in collectives.
+    axes: which of pipe and data they name.
     owners: for every traced array that a function closes over, by `id`: the name of the function.
     """
 
@@ -101,7 +101,7 @@ class _Trace:
         with explain_errors(name, self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
-        self.axes.update(named_axes(jaxpr.jaxpr))
+        self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return _Result(value=value, varying=_varying(jaxpr))
 

@@ -113,25 +113,30 @@ def _check(
 
 
 def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Program:
-    program = trace_program(partial(_run, how, wants=wants), params, batch)
+    run = partial(_run, how, wants=wants)
+    try:
+        program = trace_program(partial(run, named=how.facts.axes), params, batch)
+    except NameError:
+        # A function that marks an array as varying names axes in a way that its trace does not tell from jax's own.
+        program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
     check_branches(program.jaxpr.jaxpr)
     return program
 
 
-def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tuple[jax.Array, Any]:
+def _run(
+    how: _How, params: PipelineParams, batch: Any, *, wants: Wants, named: frozenset[str]
+) -> tuple[jax.Array, Any]:
     fns, mesh, schedule = how.fns, how.mesh, how.schedule
     is_pipelined = schedule.num_ranks > 1
-    # Axes of size 1 appear in no spec or sum.
-    axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
+    # Axes of size 1 appear in no spec or sum, unless a function names them beside an axis that is larger.
+    has_devices = mesh.shape["pipe"] * mesh.shape["data"] > 1
+    axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1 or (has_devices and axis in named))
+    fns = mark_results(bind_axes(fns, () if has_devices else tuple(sorted(named))))
     tables = None
     is_together = is_pipelined and fns.shared_specs is not None
     if is_pipelined:
         kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if wants == "grads" else ("F",)
         tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
-
-    # Axes of size 1 that functions name are bound for them alone.
-    named = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] == 1 and axis in how.facts.axes)
-    fns = mark_results(bind_axes(fns, named, by="manual" if axes else "vmap"))
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
         params = _own(params)
@@ -144,15 +149,15 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
         shared_axes = tuple(axis for axis in axes if axis == "data") if is_together else axes
         return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes, shared_axes)
 
-    stages = P(None, "pipe" if is_pipelined else None)
+    stages = P(None, "pipe" if "pipe" in axes else None)
     split = PipelineParams(stages=stages, shared=fns.shared_specs if is_together else P())
     return jax.shard_map(
         region,
         mesh=mesh,
         in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
         out_specs=(P(), split if wants == "grads" else P()),
-        axis_names={*axes, *named} if axes else {"data"},
-        check_vma=bool(axes) or not named,
+        axis_names=set(axes or named) or {"data"},
+        check_vma=has_devices or not named,
     )(params, batch)
 
 

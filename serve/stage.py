@@ -14,7 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..meshes import DEFAULT_RULES
-from ..pipeline.buffers import read, vary
+from ..pipeline.buffers import read
+from ..pipeline.buffers import vary_among_devices as vary
 from .params import layers_of_stages, served_config
 from .sampling import Choice, choose
 
