@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ..meshes.ring import check_ring
 from .batch import batch_specs
 from .bind_axes import bind_axes, mark_results
 from .check import check_arguments
@@ -108,6 +109,8 @@ def _check(
 ) -> _How:
     check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
     check_context(mesh)
+    if schedule.num_chunks > 1:
+        check_ring(mesh, what=f"schedule {schedule.name!r}")
     facts = check_fns(fns, params, batch, mesh=mesh)
     return _How(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
 

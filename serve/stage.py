@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..meshes import DEFAULT_RULES
+from ..meshes.ring import check_ring
 from ..pipeline.buffers import read
 from ..pipeline.buffers import vary_among_devices as vary
 from .params import layers_of_stages, served_config
@@ -96,6 +97,8 @@ class Stage:
         """Return what the rank before had: shape "line" leaves out the way from the last rank back to the first."""
         if self.num_ranks == 1:
             return x
+        if shape == "ring":
+            check_ring(jax.sharding.get_abstract_mesh(), what="decoding")
         links = [(rank, (rank + 1) % self.num_ranks) for rank in range(self.num_ranks)]
         return jax.lax.ppermute(x, "pipe", links if shape == "ring" else links[:-1])
 

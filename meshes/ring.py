@@ -1,0 +1,61 @@
+"""Rings of permutes that an XLA flag would turn into zeros, refused before they are compiled.
+
+A ring over pipe is a cycle for every place on the other axes. With two cycles or more XLA's decomposer of cyclic
+permutes gives zeros to all receivers of a back edge but one (https://github.com/openxla/xla/issues/45222). It runs
+under two flags alone; delete this file when the issue is closed in every jaxlib that we support.
+"""
+
+import math
+import os
+import re
+
+from jax.sharding import AbstractMesh, Mesh
+
+from .errors import ScheduleError
+
+_PIPELINED = "xla_gpu_enable_pipelined_p2p"
+_LEVEL = "xla_gpu_experimental_pipeline_parallelism_opt_level"
+
+
+def check_ring(mesh: Mesh | AbstractMesh, *, what: str) -> None:
+    """Raise if XLA, as the environment sets it, would give zeros in a ring over the pipe axis of this mesh.
+
+    Args:
+        what: has the ring; for the message.
+
+    Raises:
+        ScheduleError: with the flag and the number of rings.
+    """
+    rings = math.prod(size for axis, size in mesh.shape.items() if axis != "pipe")
+    flag = find_ring_flag(platform=_platform_of(mesh), flags=os.environ.get("XLA_FLAGS", ""))
+    if flag is None or mesh.shape["pipe"] == 1 or rings == 1:
+        return
+    raise ScheduleError(
+        f"{what} passes activations around {rings} rings of pipe={mesh.shape['pipe']}, and XLA_FLAGS has --{flag}: XLA "
+        "gives zeros where a permute has several rings (openxla/xla issue 45222).",
+        fix=f"take --{flag} out of XLA_FLAGS.",
+    )
+
+
+def find_ring_flag(*, platform: str, flags: str) -> str | None:
+    """Return the flag that makes XLA break cyclic permutes up on this platform, `flag=value`, or None.
+
+    >>> find_ring_flag(platform="gpu", flags="--xla_gpu_enable_pipelined_p2p=true")
+    'xla_gpu_enable_pipelined_p2p=true'
+    """
+    if platform not in ("gpu", "cuda", "rocm"):
+        return None
+    # The last one of a name counts; a bare name means true.
+    found = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags))
+    if found.get(_PIPELINED, "false").lower() in ("", "true", "1"):
+        return f"{_PIPELINED}={found[_PIPELINED] or 'true'}"
+    level = found.get(_LEVEL, "0")
+    if level != "0" and not level.endswith("_DISABLE"):
+        return f"{_LEVEL}={level}"
+    return None
+
+
+def _platform_of(mesh: Mesh | AbstractMesh) -> str:
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    return getattr(mesh.abstract_device, "platform", None) or "cpu"
