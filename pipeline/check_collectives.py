@@ -56,10 +56,10 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", 
             )
 
 
-def check_branches(jaxpr: Jaxpr) -> None:
-    """Raise for a collective anywhere in a program that stands in a branch or loop that not all its devices take.
+def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
+    """Raise for a collective in a branch or loop that not all its devices take: in the function `name`, or a program.
 
-    It sees what `check_collectives` cannot: the backward pass, and branches that a user's function takes by its rank.
+    A function may branch by its rank itself, and in the whole program there is the backward pass of the functions too.
 
     Raises:
         ScheduleError: with the collective and its axes.
@@ -69,10 +69,10 @@ def check_branches(jaxpr: Jaxpr) -> None:
         if not axes or not differs or eqn.primitive.name in _LOCAL:
             continue
         if axes & differs or eqn.primitive.name not in _GROUPED:
+            what = "the gradient of a function" if name is None else f"{name}()"
             raise ScheduleError(
-                f"the functions, or their gradients, run {_public_name(eqn)} over {' and '.join(sorted(axes))} in a "
-                f"branch that depends on the position along {' and '.join(sorted(differs))}: devices that take another "
-                "branch never reach it.",
+                f"{what} runs {_public_name(eqn)} over {' and '.join(sorted(axes))} in a branch that depends on the "
+                f"position along {' and '.join(sorted(differs))}: devices that take another branch never reach it.",
                 fix="move it out of the branch, so that all of them run it.",
             )
 

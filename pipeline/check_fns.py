@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..meshes import ScheduleError
 from .batch import batch_specs
-from .check_collectives import check_collectives, named_axes
+from .check_collectives import check_branches, check_collectives, named_axes
 from .stage import PipelineParams, StageFns
 from .user_errors import explain_errors
 
@@ -101,6 +101,7 @@ class _Trace:
         with explain_errors(name, self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
+        check_branches(jaxpr.jaxpr, name=name)
         self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return _Result(value=value, varying=_varying(jaxpr))

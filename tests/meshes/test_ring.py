@@ -53,7 +53,9 @@ def test_an_interleaved_schedule_is_refused_under_such_a_flag(
         sizes: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 2, "num_chunks": num_chunks}
         params = PipelineParams(stages=jnp.ones((num_chunks, 2, 1, 4, 4)), shared={})
         where = {"mesh": mesh(2, 2, 1, platform=platform), "schedule": build_schedule(schedule, **sizes)}
-        return jax.eval_shape(lambda b: pipeline_grads(fns, params=params, batch=b, **where), {"x": jnp.ones((2, 4, 4))})
+        return jax.eval_shape(
+            lambda b: pipeline_grads(fns, params=params, batch=b, **where), {"x": jnp.ones((2, 4, 4))}
+        )
 
     with pytest.raises(ScheduleError) as caught:
         step("interleaved-1f1b", 2, "gpu")

@@ -1,0 +1,132 @@
+"""A derivative of a pipeline is right, or refused by name: never zero, never a hang."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trellax.meshes import ScheduleError
+from trellax.pipeline import StageFns, pipeline_grads, pipeline_loss
+
+from .tiny import FNS, natural, plain_loss, tiny_given, worst
+
+Golden = Callable[[str, str], None]
+Entry = Callable[..., Any]
+
+TOLERANCE = 2e-5  # sums in another order, in float32: see test_law.py
+
+
+def loss_of(entry: Entry, given: dict[str, Any], **fns: Any) -> jax.Array:
+    functions: dict[str, Any] = FNS | fns
+    out = entry(StageFns(**functions), **given)
+    return out.loss if entry is pipeline_grads else out
+
+
+def text_of(error: pytest.ExceptionInfo[ScheduleError]) -> str:
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("entry", [pipeline_grads, pipeline_loss])
+def test_a_gradient_of_the_batch_is_refused_and_not_zero(entry: Entry, golden: Golden) -> None:
+    given = tiny_given("2x1x2")
+    with pytest.raises(ScheduleError) as caught:
+        jax.eval_shape(jax.grad(lambda batch: loss_of(entry, given | {"batch": batch})), given["batch"])
+    golden("errors/derivative_of_the_batch.txt", text_of(caught))
+
+
+def scaled(name: str, scale: jax.Array) -> dict[str, Any]:
+    return {name: lambda *args: FNS[name](*args) * scale}
+
+
+CLOSED = [("first", "grad"), ("layer", "grad"), ("last", "grad"), ("last", "grad of jit")]
+
+
+@pytest.mark.parametrize(("name", "transform"), CLOSED)
+@pytest.mark.parametrize("entry", [pipeline_grads, pipeline_loss])
+def test_a_gradient_of_what_a_function_closes_over_is_refused(
+    entry: Entry, name: str, transform: str, golden: Golden
+) -> None:
+    """Compiled, it hung; or it was zero, as for `last`."""
+    given = tiny_given("2x1x2")
+    loss: Any = lambda scale: loss_of(entry, given, **scaled(name, scale))  # noqa: E731
+    with pytest.raises(ScheduleError) as caught:
+        jax.eval_shape(jax.grad(loss if transform == "grad" else jax.jit(loss)), jnp.float32(1.5))
+    golden(f"errors/derivative_closed_over_by_{name}.txt", text_of(caught))
+
+
+def test_a_function_may_close_over_a_traced_array() -> None:
+    """Differentiated outside of the `jit` that traces it too: then jax is done with that trace."""
+    given = tiny_given("1x1x2")
+
+    @jax.jit
+    def loss(params: Any, scale: jax.Array) -> jax.Array:
+        return loss_of(pipeline_loss, given | {"params": params}, **scaled("layer", scale))
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(given["params"], jnp.float32(0.5))
+    expected = jax.value_and_grad(plain_loss)(
+        natural(given["params"]), given["batch"], scaled("layer", jnp.float32(0.5))
+    )
+    assert worst((value, natural(grads)), expected) <= TOLERANCE
+
+
+MESHES = [pytest.param(mesh, marks=[] if mesh == "1x1x1" else pytest.mark.slow) for mesh in ("1x1x1", "2x1x2", "2x2x2")]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_forward_and_second_derivatives_equal_one_device(mesh: str) -> None:
+    given = tiny_given(mesh)
+    params, along = given["params"], jax.tree.map(np.cos, given["params"])
+
+    def both(loss: Callable[[Any], jax.Array], params: Any, along: Any) -> Any:
+        def slope(params: Any) -> jax.Array:
+            return jax.jvp(loss, (params,), (along,))[1]
+
+        return slope(params), jax.grad(slope)(params)
+
+    ours = jax.jit(partial(both, lambda params: loss_of(pipeline_loss, given | {"params": params})))(params, along)
+    plain = partial(both, lambda params: plain_loss(params, given["batch"], {}))(natural(params), natural(along))
+    assert worst((ours[0], natural(ours[1])), plain) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
+def test_hessians_and_jacobians_equal_one_device(transform: Callable[..., Any]) -> None:
+    given = tiny_given("2x1x2")
+    loss = lambda params: loss_of(pipeline_loss, given | {"params": params})  # noqa: E731
+    plain = lambda params: plain_loss(natural(params), given["batch"], {})  # noqa: E731
+    for order in (transform, lambda f: jax.jacfwd(transform(f))):
+        assert worst(jax.jit(order(loss))(given["params"]), jax.jit(order(plain))(given["params"])) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_batch_of_pipelines_equals_one_after_another() -> None:
+    given = tiny_given("2x1x2")
+    many = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), given["params"])
+    step = jax.value_and_grad(lambda params: loss_of(pipeline_loss, given | {"params": params}))
+    each = [jax.jit(step)(jax.tree.map(lambda leaf, i=i: leaf[i], many)) for i in range(2)]
+    assert worst(jax.jit(jax.vmap(step))(many), jax.tree.map(lambda *leaves: np.stack(leaves), *each)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "fns"),
+    [
+        ("unequal_stages", "float32", {"layers_per_stage": (2, 1), "num_layers": 3}),
+        ("bfloat16", "bfloat16", {"layer": lambda w, x, _: x @ w.astype(x.dtype)}),
+    ],
+)
+def test_a_second_derivative_that_jax_cannot_take_is_refused(
+    name: str, dtype: str, fns: dict[str, Any], golden: Golden
+) -> None:
+    given = tiny_given("1x1x2", dtype=dtype)
+    if "num_layers" in fns:
+        stages = np.ones((1, 2, 2, 4, 4), np.float32)
+        given["params"] = type(given["params"])(stages=stages, shared=given["params"].shared)
+    first = lambda shared, microbatch: microbatch["x"] * shared["scale"].astype("float32")[None]  # noqa: E731
+    loss = lambda params: loss_of(pipeline_loss, given | {"params": params}, first=first, **fns)  # noqa: E731
+    slopes = lambda params: sum(leaf.sum() for leaf in jax.tree.leaves(jax.grad(loss)(params)))  # noqa: E731
+    with pytest.raises(ScheduleError) as caught:
+        jax.eval_shape(jax.grad(slopes), given["params"])
+    golden(f"errors/derivative_second_of_{name}.txt", text_of(caught))
