@@ -110,7 +110,8 @@ def _decides_by(eqn: JaxprEqn) -> frozenset[str]:
 
 
 def _varying(v: Any) -> frozenset[str]:
-    return frozenset(v.aval.mat.varying) if isinstance(v, Var) else frozenset()
+    aval: Any = v.aval
+    return frozenset(aval.mat.varying) if isinstance(v, Var) else frozenset()
 
 
 def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:

@@ -33,5 +33,5 @@ class Program:
 def trace_program(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> Program:
     """Return the program of fn(params, batch); nothing is computed."""
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(params, batch)
-    closed = {id(const): const for const in jaxpr.consts if isinstance(const, jax.core.Tracer)}
+    closed: Any = {id(const): const for const in jaxpr.consts if isinstance(const, jax.core.Tracer)}
     return Program(jaxpr=jaxpr, tree=jax.tree.structure(shapes), closed=closed)

@@ -30,6 +30,7 @@ class StageFns:
     last(shared, x, microbatch) -> loss
         This microbatch's part of the loss, a float32 scalar. Parts are *added* over microbatches and data shards:
         for a mean, divide by the count of the whole batch, not of the microbatch.
+        A part that is summed over data already counts once a shard: take its mean, `jax.lax.pmean(loss, "data")`.
 
     A microbatch is one slice of the batch, on this data shard: leaves [b, ...] of [M, B@data, ...], and [] of [M], a
     temperature or a key, the same on all shards.

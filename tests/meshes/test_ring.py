@@ -52,7 +52,10 @@ def test_an_interleaved_schedule_is_refused_under_such_a_flag(
     def step(schedule: str, num_chunks: int, platform: str) -> Any:
         sizes: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 2, "num_chunks": num_chunks}
         params = PipelineParams(stages=jnp.ones((num_chunks, 2, 1, 4, 4)), shared={})
-        where = {"mesh": mesh(2, 2, 1, platform=platform), "schedule": build_schedule(schedule, **sizes)}
+        where: dict[str, Any] = {
+            "mesh": mesh(2, 2, 1, platform=platform),
+            "schedule": build_schedule(schedule, **sizes),
+        }
         return jax.eval_shape(
             lambda b: pipeline_grads(fns, params=params, batch=b, **where), {"x": jnp.ones((2, 4, 4))}
         )
