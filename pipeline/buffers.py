@@ -22,8 +22,10 @@ def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def zeros_for(param: jax.Array) -> jax.Array:
-    """Return a float32 sum for the gradients of a parameter, differing over the same axes."""
+def zeros_for(param: jax.Array) -> jax.Array | None:
+    """Return a float32 sum for the gradients of a parameter, differing over the same axes; none for whole numbers."""
+    if not jnp.issubdtype(param.dtype, jnp.inexact):
+        return None
     return vary(jnp.zeros(param.shape, jnp.float32), tuple(jax.typeof(param).mat.varying))
 
 

@@ -61,7 +61,7 @@ class _Machine:
     def start(self, tables: Tables) -> Carry:
         """The carry before the first turn: empty buffers, zero sums."""
         self.has_halves = bool((tables.columns["kind"] == INPUT_GRAD).any())
-        x = vary(self.fns.first(self.ends.shared, read(self.ends.batch, 0)))
+        x = self._empty(jax.eval_shape(lambda: self.fns.first(self.ends.shared, read(self.ends.batch, 0))))
         carry: Carry = {
             "loss": vary(jnp.zeros((), jnp.float32)),
             "activations": self._empty(x, tables.num_activation_slots),

@@ -15,6 +15,7 @@ from .buffers import accumulate, read, vary, zeros_for
 from .ends import Wants
 from .residuals import Layers, LayerVjp
 from .stage import PipelineParams, StageFns, prepare_layers
+from .traced_vjp import pull_back
 
 
 def run_sequence(
@@ -58,7 +59,7 @@ class _Sequence:
 
     def buffers(self, microbatch: Any) -> list[jax.Array]:
         """Room for what all layers keep of one microbatch, [chunks, layers, ...]; none where they are written out."""
-        x = jax.eval_shape(self.fns.first, self.shared, microbatch)
+        x = jax.eval_shape(lambda: self.fns.first(self.shared, microbatch))
         kept = self.vjp.plan(self.chunks[0].own(jnp.int32(0)), vary(jnp.zeros(x.shape, x.dtype)), microbatch)
         if self.fns.unroll == "on":
             return []
@@ -71,9 +72,9 @@ class _Sequence:
         x, saved = self._forward(vary(self.fns.first(self.shared, microbatch)), saved, microbatch)
         own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, x, microbatch)
         dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
-        _, first_back = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
+        first_grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
         shared = jax.tree.map(accumulate, sums.shared, d_shared)
-        shared = jax.tree.map(accumulate, shared, first_back(dx)[0])
+        shared = jax.tree.map(accumulate, shared, first_grads)
         return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
 
     def _forward(self, x: jax.Array, buffers: list[jax.Array], microbatch: Any) -> tuple[jax.Array, list[Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from .equations import needed, run, start_env, value_of, without
 from .residuals import LayerVjp
 
 
@@ -30,12 +31,12 @@ class SplitBackward:
         jaxpr = _inline(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
         self._consts, self._jaxpr = jaxpr.consts, jaxpr.jaxpr
         *grads, dx = self._jaxpr.outvars
-        only_dx = _needed(self._jaxpr.eqns, [dx])
-        rest = _without(self._jaxpr.eqns, only_dx)
+        only_dx = needed(self._jaxpr.eqns, [dx])
+        rest = without(self._jaxpr.eqns, only_dx)
         # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
-        light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in _needed(rest, [grad]))]
-        self._first = _needed(self._jaxpr.eqns, [dx, *light])
-        second = _without(_needed(self._jaxpr.eqns, grads), self._first)
+        light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in needed(rest, [grad]))]
+        self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
+        second = without(needed(self._jaxpr.eqns, grads), self._first)
         self._second = [*_reshapes_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
         self._places, self.extra = self._place_cuts()
@@ -45,25 +46,23 @@ class SplitBackward:
     ) -> tuple[jax.Array, list]:
         """Return dx, and what `weight_grad` needs in place of the saved residuals."""
         env = self._env(params, saved, microbatch, grad)
-        _run(self._first, env)
+        run(self._first, env)
         kept = [*saved, *[None] * len(self.extra)]
         for cut, place in zip(self._cuts, self._places, strict=True):
-            value = _value(env, cut)
+            value = value_of(env, cut)
             kept[place] = value.reshape(saved[place].shape) if place < self.num_saved else value
-        return _value(env, self._jaxpr.outvars[-1]), kept
+        return value_of(env, self._jaxpr.outvars[-1]), kept
 
     def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
         """Return the gradients of the parameters."""
         env = self._env(params, kept[: self.num_saved], microbatch)
         env |= {cut: kept[place].reshape(_shape(cut)) for cut, place in zip(self._cuts, self._places, strict=True)}
-        _run(self._second, env)
-        return jax.tree.unflatten(self._grads_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
+        run(self._second, env)
+        return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[:-1]])
 
     def _env(self, *args: Any) -> dict[Var, Any]:
         # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.
-        values = jax.tree.leaves(args)
-        env = dict(zip(self._jaxpr.invars[: len(values)], values, strict=True))
-        return env | dict(zip(self._jaxpr.constvars, self._consts, strict=True))
+        return start_env(self._jaxpr, self._consts, jax.tree.leaves(args))
 
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
         """Values of the first half, and the output's gradient, that the second half or a result needs."""
@@ -107,17 +106,6 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[:2]), math.prod(shape[2:])) if len(shape) in (3, 4) else shape
 
 
-def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:
-    """The equations that these results depend on, in order."""
-    wanted = {v for v in outvars if isinstance(v, Var)}
-    kept = []
-    for eqn in reversed(eqns):
-        if not wanted.isdisjoint(eqn.outvars):
-            kept.append(eqn)
-            wanted.update(v for v in eqn.invars if isinstance(v, Var))
-    return kept[::-1]
-
-
 def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
     """The reshapes among the others that these equations read: done twice, so that an array is kept in one shape."""
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
@@ -127,22 +115,6 @@ def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[
             found.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, Var))
     return found[::-1]
-
-
-def _without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:
-    gone = set(map(id, others))
-    return [eqn for eqn in eqns if id(eqn) not in gone]
-
-
-def _run(eqns: Iterable[JaxprEqn], env: dict[Var, Any]) -> None:
-    for eqn in eqns:
-        values = [_value(env, v) for v in eqn.invars]
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
-
-
-def _value(env: dict[Var, Any], v: Any) -> Any:
-    return v.val if isinstance(v, Literal) else env[v]
 
 
 # Calls are opened, since a call that computes both gradients would otherwise belong to the first half as a whole. In a
@@ -158,17 +130,17 @@ def _inline(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
 
 
 def _open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+    env = start_env(jaxpr, consts, args)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "optimization_barrier":
             # What waits for each other in one backward need not where its halves run apart.
-            env.update(zip(eqn.outvars, [_value(env, v) for v in eqn.invars], strict=True))
+            env.update(zip(eqn.outvars, [value_of(env, v) for v in eqn.invars], strict=True))
             continue
         inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
         if inner is None:
-            _run([eqn], env)
+            run([eqn], env)
             continue
         body, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-        results = _open(body, inner_consts, [_value(env, v) for v in eqn.invars])
+        results = _open(body, inner_consts, [value_of(env, v) for v in eqn.invars])
         env.update(zip(eqn.outvars, results, strict=True))
-    return [_value(env, v) for v in jaxpr.outvars]
+    return [value_of(env, v) for v in jaxpr.outvars]
