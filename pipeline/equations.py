@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, primitives
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params, primitives
 
 Env = dict[Var, Any]
 """Values by variable."""
@@ -43,6 +43,15 @@ def read_by(eqns: Iterable[JaxprEqn]) -> dict[Var, None]:
     return dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))
 
 
+def cuts_between(
+    first: Iterable[JaxprEqn], second: Iterable[JaxprEqn], results: Iterable[Any], *, given: Iterable[Var] = ()
+) -> list[Var]:
+    """Return what the first equations make, or was given to them, that the second or results read."""
+    made = {out for eqn in first for out in eqn.outvars}.union(given)
+    read = read_by(second) | dict.fromkeys(v for v in results if isinstance(v, Var))
+    return [v for v in read if v in made]
+
+
 def depending_on(eqns: Iterable[JaxprEqn], sources: Iterable[Var]) -> set[Var]:
     """Return the sources, what depends on them, and what comes of equations that must not run a second time."""
     found = set(sources)
@@ -56,6 +65,15 @@ def is_acting(eqn: JaxprEqn) -> bool:
     """Whether an equation does something besides computing: a print, a callback."""
     # Collectives have an effect that only names their axis. Its class is not public.
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+_HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "custom_vjp_call"}
+
+
+def is_heavy(eqn: JaxprEqn) -> bool:
+    """Whether an equation, or one inside it, is work worth putting off."""
+    inner = (one for jaxpr in jaxprs_in_params(eqn.params) for one in jaxpr.eqns)
+    return eqn.primitive.name in _HEAVY or any(map(is_heavy, inner))
 
 
 def keeps_numbers(eqn: JaxprEqn) -> bool:

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Var, primitives
 
-from .equations import needed, run, start_env, value_of, without
+from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
+from .open_calls import open_calls
 from .residuals import LayerVjp
+from .split_branches import split_branches
 
 
 class SplitBackward:
@@ -28,13 +30,14 @@ class SplitBackward:
         self._grads_tree = jax.tree.structure(jax.eval_shape(vjp.backward, *example)[0])
         self._num_before = len(jax.tree.leaves(params))
         self.num_saved = len(residuals)
-        jaxpr = _inline(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
-        self._consts, self._jaxpr = jaxpr.consts, jaxpr.jaxpr
+        whole = open_calls(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
+        closed = split_branches(whole, example, first=whole.jaxpr.outvars[-1:])
+        self._consts, self._jaxpr = closed.consts, closed.jaxpr
         *grads, dx = self._jaxpr.outvars
         only_dx = needed(self._jaxpr.eqns, [dx])
         rest = without(self._jaxpr.eqns, only_dx)
         # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
-        light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in needed(rest, [grad]))]
+        light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
         self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
         second = without(needed(self._jaxpr.eqns, grads), self._first)
         self._second = [*_reshapes_for(second, self._first), *second]
@@ -60,16 +63,15 @@ class SplitBackward:
         run(self._second, env)
         return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[:-1]])
 
-    def _env(self, *args: Any) -> dict[Var, Any]:
+    def _env(self, *args: Any) -> Env:
         # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.
         return start_env(self._jaxpr, self._consts, jax.tree.leaves(args))
 
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
         """Values of the first half, and the output's gradient, that the second half or a result needs."""
         again = {out for eqn in self._second for out in eqn.outvars}
-        made = {out for eqn in self._first for out in eqn.outvars} - again | {self._jaxpr.invars[-1]}
-        wanted = [v for eqn in self._second for v in eqn.invars] + list(grads)
-        return list(dict.fromkeys(v for v in wanted if isinstance(v, Var) and v in made))
+        cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-1:])
+        return [v for v in cuts if v not in again]
 
     def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
         """For every cut an entry of `saved` of its rows that the second half does not read, or a new one."""
@@ -87,10 +89,6 @@ class SplitBackward:
                 places.append(self.num_saved + len(extra))
                 extra.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return places, extra
-
-
-_HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "custom_vjp_call"}
-"""Work worth putting off; whatever holds other work inside counts as heavy."""
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -111,36 +109,7 @@ def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
     found = []
     for eqn in reversed(others):
-        if eqn.primitive.name == "reshape" and not wanted.isdisjoint(eqn.outvars):
+        if eqn.primitive is primitives.reshape_p and not wanted.isdisjoint(eqn.outvars):
             found.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, Var))
     return found[::-1]
-
-
-# Calls are opened, since a call that computes both gradients would otherwise belong to the first half as a whole. In a
-# backward tick nothing of the forward is left that a rematerialised part could be merged with.
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-
-
-def _inline(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
-    def flat(*args: Any) -> list[Any]:
-        return _open(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-
-    return jax.make_jaxpr(flat)(*example)
-
-
-def _open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = start_env(jaxpr, consts, args)
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "optimization_barrier":
-            # What waits for each other in one backward need not where its halves run apart.
-            env.update(zip(eqn.outvars, [value_of(env, v) for v in eqn.invars], strict=True))
-            continue
-        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-        if inner is None:
-            run([eqn], env)
-            continue
-        body, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-        results = _open(body, inner_consts, [value_of(env, v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [value_of(env, v) for v in jaxpr.outvars]
