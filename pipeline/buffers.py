@@ -46,9 +46,29 @@ def write(buffer: jax.Array, value: jax.Array, *place: jax.Array | int) -> jax.A
     return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
 
 
-def accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
+def _accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
     """Return the sums with a gradient added at the given position, in the precision of the sums."""
     return write(sums, read(sums, *place) + grad.astype(sums.dtype), *place)
+
+
+def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
+    """Return the sums with gradients added to them; whole numbers have neither, their sum is `None`."""
+
+    def one(own: jax.Array | None, grad: Any) -> jax.Array | None:
+        return None if own is None else _accumulate(own, grad, place)
+
+    return jax.tree.map(one, sums, grads, is_leaf=_is_none)
+
+
+def fill_whole(sums: Any, params: Any) -> Any:
+    """Return the sums with zeros of their own type for whole numbers: a gradient for every parameter."""
+    return jax.tree.map(
+        lambda own, param: jnp.zeros_like(param) if own is None else own, sums, params, is_leaf=_is_none
+    )
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def leave(carry: Carry, buffer: str, value: jax.Array, slot: jax.Array) -> Carry:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .buffers import Carry, Row, accumulate, leave, read, vary, write
+from .buffers import Carry, Row, add, leave, read, vary, write
 from .lower import NONE
 from .stage import PipelineParams, StageFns
 from .traced_vjp import pull_back
@@ -55,7 +55,7 @@ class AloneEnds:
         @jax.named_scope("first_back")
         def through_first(sums: Any) -> Any:
             grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
-            return jax.tree.map(accumulate, sums, grads)
+            return add(sums, grads)
 
         sums = jax.lax.cond(row["target"] == NONE, through_first, lambda sums: sums, carry["shared_grads"])
         return leave(carry | {"shared_grads": sums}, "gradients", dx, row["target"])
@@ -71,11 +71,13 @@ class AloneEnds:
     @jax.named_scope("last")
     def _differentiate(self, y: jax.Array, microbatch: Any, row: Row, carry: Carry) -> Carry:
         """Loss of the last stage and its gradient at once, so that logits never wait in a buffer."""
-        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, y, microbatch)
+        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, y, microbatch
+        )
         return carry | {
             "loss": carry["loss"] + loss,
             "gradients": write(carry["gradients"], vary(dy), row["loss_grad"]),
-            "shared_grads": jax.tree.map(accumulate, carry["shared_grads"], d_shared),
+            "shared_grads": add(carry["shared_grads"], d_shared),
         }
 
 
@@ -131,11 +133,13 @@ class TogetherEnds:
         if self.wants == "loss":
             loss = vary(self.fns.last(self.shared, y, microbatch))
             return carry | {"loss": carry["loss"] + jnp.where(is_here, loss, 0)}
-        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, y, microbatch)
+        loss, (d_shared, dy) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, y, microbatch
+        )
         carry = leave(carry, "gradients", vary(dy), row["loss_grad"])
         return carry | {
             "loss": carry["loss"] + jnp.where(is_here, vary(loss), 0),
-            "shared_grads": jax.tree.map(accumulate, carry["shared_grads"], d_shared),
+            "shared_grads": add(carry["shared_grads"], d_shared),
         }
 
     @jax.named_scope("first_back")
@@ -143,7 +147,7 @@ class TogetherEnds:
         microbatch = read(self.batch, columns["first_back"])
         dx = _broadcast(carry["gradients"], row["first_back_slot"])
         grads = pull_back(self.fns.first, self.shared, microbatch, dx)
-        return carry | {"shared_grads": jax.tree.map(accumulate, carry["shared_grads"], grads)}
+        return carry | {"shared_grads": add(carry["shared_grads"], grads)}
 
 
 def _broadcast(buffer: jax.Array, slot: jax.Array) -> jax.Array:

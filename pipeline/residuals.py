@@ -7,13 +7,12 @@ which are at hand there.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from .buffers import accumulate, read, vary, write
+from .buffers import add, read, vary, write
 from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
 from .traced_vjp import TracedVjp, trace_vjp
 
@@ -118,8 +117,7 @@ class LayerVjp:
             index = layers.count - 1 - turn
             residuals = [read(buffer, *slot, index) for buffer in saved]
             d_params, dx = self.backward(layers.own(index), residuals, microbatch, grad)
-            add = partial(accumulate, place=(layers.chunk, index))
-            return vary(dx), jax.tree.map(add, sums, d_params)
+            return vary(dx), add(sums, d_params, (layers.chunk, index))
 
         return layers.loop(layer, (grad, sums))
 

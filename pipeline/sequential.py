@@ -5,13 +5,12 @@ added to their sums layer by layer. Autodiff of a scan over layers would make su
 and a second copy of all gradients. Layers that are written out need no buffers: each keeps arrays of its own.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .buffers import accumulate, read, vary, zeros_for
+from .buffers import add, fill_whole, read, vary, zeros_for
 from .ends import Wants
 from .residuals import Layers, LayerVjp
 from .stage import PipelineParams, StageFns, prepare_layers
@@ -32,7 +31,7 @@ def run_sequence(
         return jax.lax.scan(sequence.add_loss, loss, batch)[0], None
     carry = (loss, jax.tree.map(zeros_for, params), sequence.buffers(read(batch, 0)))
     (loss, sums, _), _ = jax.lax.scan(sequence.add_grads, carry, batch)
-    return loss, sums
+    return loss, fill_whole(sums, params)
 
 
 class _Sequence:
@@ -70,11 +69,13 @@ class _Sequence:
         """Run one microbatch forward and backward."""
         loss, sums, saved = carry
         x, saved = self._forward(vary(self.fns.first(self.shared, microbatch)), saved, microbatch)
-        own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1))(self.shared, x, microbatch)
+        own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+            self.shared, x, microbatch
+        )
         dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
         first_grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
-        shared = jax.tree.map(accumulate, sums.shared, d_shared)
-        shared = jax.tree.map(accumulate, shared, first_grads)
+        shared = add(sums.shared, d_shared)
+        shared = add(shared, first_grads)
         return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
 
     def _forward(self, x: jax.Array, buffers: list[jax.Array], microbatch: Any) -> tuple[jax.Array, list[Any]]:
@@ -97,5 +98,5 @@ class _Sequence:
             for index in reversed(range(chunk.count)):
                 *saved, kept = saved
                 grads, dx = self.vjp.backward(chunk.own(index), kept, microbatch, dx)
-                dx, sums = vary(dx), jax.tree.map(partial(accumulate, place=(chunk.chunk, index)), sums, grads)
+                dx, sums = vary(dx), add(sums, grads, (chunk.chunk, index))
         return dx, sums, saved

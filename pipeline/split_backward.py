@@ -3,9 +3,9 @@
 The backward's jaxpr is sliced by what the input gradient needs (Qi et al. 2024, section 2, for any layer function).
 What the weight gradient needs of the first half, the gradients of matmul outputs above all, is kept between the two. It
 is put where residuals were that only the first half needed, so that splitting costs little memory where residuals are
-kept. A layer that recomputes all of itself keeps none: what its first half recomputed waits for the second, in all about
-as much as with "dots" (work R1: 52 MiB where a whole backward takes 17; without remat 105 beside 140). A scan or a loop
-inside the layer is one piece of work, done where its input's gradient is due; branches are cut in two.
+kept. A layer that recomputes all of itself keeps none: what its first half recomputed waits for the second, in all as
+much as with "dots" about (work R1: 52 MiB where a whole backward takes 17; without remat 105 beside 140). A scan or a
+loop inside the layer is one piece of work, done where its input's gradient is due; branches are cut in two.
 """
 
 import math
