@@ -7,6 +7,7 @@ import jax
 
 from ..meshes import ScheduleError
 from .buffers import vary
+from .check_callbacks import check_callbacks
 from .stage import PipelineParams, StageFns
 
 
@@ -16,22 +17,23 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any) -> None:
     params.stages leaves [C, k, ...], batch leaves [M, b, ...]; nothing is computed.
 
     Raises:
-        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, or `last` gives no scalar.
+        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, `last` gives no scalar,
+            or one of them asks the host for a result.
     """
     first, layer, last, varies = _probe(fns, params, batch)
-    x = jax.eval_shape(first)
+    x = _shape_of("first", first)
     if not isinstance(x, jax.ShapeDtypeStruct):
         raise ScheduleError(
             f"first() returns a {type(x).__name__}; what passes between layers is one array.",
             fix="concatenate what you need to pass on, or read it from the microbatch in every layer.",
         )
-    y = jax.eval_shape(layer)
+    y = _shape_of("layer", layer)
     if _array_text(y) != _array_text(x):
         raise ScheduleError(
             f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
             fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
         )
-    loss = jax.eval_shape(last)
+    loss = _shape_of("last", last)
     if _array_text(loss) != "float32[]":
         raise ScheduleError(
             f"last() returns {_array_text(loss)}; the loss is one float32 number.",
@@ -71,6 +73,12 @@ def _probe(
         return end("last", first() if is_together else layer())
 
     return first, layer, last, varies
+
+
+def _shape_of(name: str, fn: Callable[[], Any]) -> Any:
+    jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)()
+    check_callbacks(name, jaxpr.jaxpr)
+    return shape
 
 
 def _check_summed(varies: dict[str, bool]) -> None:

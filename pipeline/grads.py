@@ -118,7 +118,7 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
         mesh=mesh,
         in_specs=(split, P(None, "data" if "data" in axes else None)),
         out_specs=(P(), split if wants == "grads" else P()),
-        axis_names=set(axes) or {"data"},
+        axis_names={"pipe", "data"},
     )(params, batch)
 
 
