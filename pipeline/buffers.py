@@ -62,9 +62,11 @@ def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
 
 def fill_whole(sums: Any, params: Any) -> Any:
     """Return the sums with zeros of their own type for whole numbers: a gradient for every parameter."""
-    return jax.tree.map(
-        lambda own, param: jnp.zeros_like(param) if own is None else own, sums, params, is_leaf=_is_none
-    )
+
+    def one(own: jax.Array | None, param: jax.Array) -> jax.Array:
+        return jnp.zeros(param.shape, param.dtype) if own is None else own
+
+    return jax.tree.map(one, sums, params, is_leaf=_is_none)
 
 
 def _is_none(leaf: Any) -> bool:

@@ -35,7 +35,8 @@ def pipeline_grads(
     """Return the loss of a batch and its gradients, computed as the schedule says.
 
     params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
-    batch leaves [M, B@data, ...] -> loss [], gradients float32 and sharded as the parameters.
+    batch leaves [M, B@data, ...] -> loss [], gradients float32 and sharded as the parameters; those of whole numbers
+    are zeros of their own type.
 
     Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
     all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
@@ -93,6 +94,7 @@ def _run(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> tupl
     fns, mesh, schedule = how.fns, how.mesh, how.schedule
     is_pipelined = schedule.num_ranks > 1
     # XLA fails to compile a sum over a manual axis of size 1 ("IsManualSubgroup"): such axes appear in no spec or sum.
+    # They are manual all the same: with two axes left to the compiler jax does not lower a debug.callback.
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1)
     tables = None
     is_together = is_pipelined and fns.shared_specs is not None
@@ -134,7 +136,14 @@ def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[
 
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
-    return jax.lax.psum(tree, axes) if axes else tree
+    """Sum over axes; the zeros that whole numbers have for a gradient are the same everywhere."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
+    sums = iter(jax.lax.psum(floats, axes) if axes else floats)
+    return jax.tree.unflatten(
+        structure, [next(sums) if is_its else leaf for leaf, is_its in zip(leaves, is_float, strict=True)]
+    )
 
 
 def _zero_cotangent(leaf: Any) -> Any:

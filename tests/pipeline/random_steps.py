@@ -51,7 +51,7 @@ def _reshape(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _transpose(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.transpose(x, draw.permutation(x.ndim))
+    return jnp.transpose(x, tuple(map(int, draw.permutation(x.ndim))))
 
 
 def _slice(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
