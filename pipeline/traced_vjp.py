@@ -6,7 +6,7 @@ for what is not at hand, and what the function prints is not printed again.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +51,13 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
     trees: list[Any] = []
 
     def whole(params: Any, x: Any, microbatch: Any, grad: jax.Array) -> tuple[Any, ...]:
-        leaves, tree = jax.tree.flatten(params)
-        is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-        def of_floats(floats: list[Any], x: Any) -> jax.Array:
-            own = iter(floats)
-            merged = [next(own) if is_its else leaf for leaf, is_its in zip(leaves, is_float, strict=True)]
-            return fn(jax.tree.unflatten(tree, merged), x, microbatch)
-
-        y, pull = jax.vjp(of_floats, [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its], x)
+        floats, merge = _split_floats(params)
+        y, pull = jax.vjp(lambda floats, x: fn(merge(floats), x, microbatch), floats, x)
         # This equation parts the trace: all before it is forward, all after it backward.
         mark = jax.lax.optimization_barrier(grad)
-        floats, dx = pull(mark)
-        own = iter(floats)
-        outs, outs_tree = jax.tree.flatten(
-            (jax.tree.unflatten(tree, [next(own) if is_its else None for is_its in is_float]), dx)
-        )
-        trees.append(outs_tree)
+        d_floats, dx = pull(mark)
+        outs, tree = jax.tree.flatten((_split_floats(params, others="none")[1](d_floats), dx))
+        trees.append(tree)
         return y, mark, *outs
 
     closed = jax.make_jaxpr(whole)(params, x, microbatch, grad)
@@ -84,6 +74,21 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
         outs=outs,
         outs_tree=trees[0],
     )
+
+
+def _split_floats(
+    params: Any, *, others: Literal["same", "none"] = "same"
+) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the leaves that have gradients, and what puts others like them in their places."""
+    leaves, tree = jax.tree.flatten(params)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def merge(floats: list[Any]) -> Any:
+        own = iter(floats)
+        rest = leaves if others == "same" else [None] * len(leaves)
+        return jax.tree.unflatten(tree, [next(own) if one else leaf for leaf, one in zip(rest, is_float, strict=True)])
+
+    return [leaf for leaf, one in zip(leaves, is_float, strict=True) if one], merge
 
 
 def pull_back(fn: Callable[[Any, Any], jax.Array], params: Any, microbatch: Any, grad: jax.Array) -> Any:
