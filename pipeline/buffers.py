@@ -40,8 +40,10 @@ def _mark(x: jax.Array, axes: list[str]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def zeros_for(param: jax.Array) -> jax.Array:
-    """Return a float32 sum for the gradients of a parameter, differing over the same axes."""
+def zeros_for(param: jax.Array) -> jax.Array | None:
+    """Return a float32 sum for the gradients of a parameter, differing over the same axes; none for whole numbers."""
+    if not jnp.issubdtype(param.dtype, jnp.inexact):
+        return None
     return vary(jnp.zeros(param.shape, jnp.float32), tuple(jax.typeof(param).mat.varying))
 
 
@@ -69,9 +71,31 @@ def _starts(place: tuple[jax.Array | int, ...], ndim: int) -> list[Any]:
     return [np.int32(start) if isinstance(start, int) else start.astype(jnp.int32) for start in starts]
 
 
-def accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
+def _accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
     """Return the sums with a gradient added at the given position, in the precision of the sums."""
     return write(sums, read(sums, *place) + grad.astype(sums.dtype), *place)
+
+
+def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
+    """Return the sums with gradients added to them; whole numbers have neither, their sum is `None`."""
+
+    def one(own: jax.Array | None, grad: Any) -> jax.Array | None:
+        return None if own is None else _accumulate(own, grad, place)
+
+    return jax.tree.map(one, sums, grads, is_leaf=_is_none)
+
+
+def fill_whole(sums: Any, params: Any) -> Any:
+    """Return the sums with zeros of their own type for whole numbers: a gradient for every parameter."""
+
+    def one(own: jax.Array | None, param: jax.Array) -> jax.Array:
+        return jnp.zeros(param.shape, param.dtype) if own is None else own
+
+    return jax.tree.map(one, sums, params, is_leaf=_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def leave(carry: Carry, buffer: str, value: jax.Array, slot: jax.Array) -> Carry:

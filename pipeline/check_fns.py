@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from ..meshes import ScheduleError
 from .batch import batch_specs
+from .check_callbacks import check_callbacks
 from .check_collectives import check_branches, check_collectives, named_axes
+from .equations import is_acting
 from .stage import PipelineParams, StageFns
 from .user_errors import explain_errors
 
@@ -42,7 +44,7 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) 
 
     Raises:
         ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, `last` gives no scalar, or one
-            of them communicates where not all devices take part.
+            of them communicates where not all devices take part, or asks the host for a result.
     """
     trace = _Trace(mesh)
 
@@ -100,9 +102,13 @@ class _Trace:
     ) -> _Result:
         with explain_errors(name, self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
+        check_callbacks(name, jaxpr.jaxpr)
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
         check_branches(jaxpr.jaxpr, name=name)
         self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
+        if any(map(is_acting, jaxpr.jaxpr.eqns)):
+            # With two axes left to the compiler jax does not lower a debug.callback.
+            self.axes.update(_AXES)
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return _Result(value=value, varying=_varying(jaxpr))
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .buffers import Carry, Row, accumulate, leave, read, vary, write
+from .buffers import Carry, Row, add, leave, read, vary, write
 from .lower import NONE
 from .stage import PipelineParams, StageFns
+from .traced_vjp import pull_back
 
 Wants = Literal["loss", "grads"]
 """Whether a program runs forwards alone."""
@@ -53,8 +54,8 @@ class AloneEnds:
 
         @jax.named_scope("first_back")
         def through_first(sums: Any) -> Any:
-            _, vjp = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
-            return jax.tree.map(accumulate, sums, vjp(dx)[0])
+            grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
+            return add(sums, grads)
 
         sums = jax.lax.cond(row["target"] == NONE, through_first, lambda sums: sums, carry["shared_grads"])
         return leave(carry | {"shared_grads": sums}, "gradients", dx, row["target"])
@@ -76,7 +77,7 @@ class AloneEnds:
         return carry | {
             "loss": carry["loss"] + loss,
             "gradients": write(carry["gradients"], vary(dy), row["loss_grad"]),
-            "shared_grads": jax.tree.map(accumulate, carry["shared_grads"], d_shared),
+            "shared_grads": add(carry["shared_grads"], d_shared),
         }
 
 
@@ -138,15 +139,15 @@ class TogetherEnds:
         carry = leave(carry, "gradients", vary(dy), row["loss_grad"])
         return carry | {
             "loss": carry["loss"] + jnp.where(is_here, vary(loss), 0),
-            "shared_grads": jax.tree.map(accumulate, carry["shared_grads"], d_shared),
+            "shared_grads": add(carry["shared_grads"], d_shared),
         }
 
     @jax.named_scope("first_back")
     def _first_back(self, carry: Carry, *, row: Row, columns: Row) -> Carry:
         microbatch = read(self.batch, columns["first_back"])
         dx = _broadcast(carry["gradients"], row["first_back_slot"])
-        _, vjp = jax.vjp(lambda shared: self.fns.first(shared, microbatch), self.shared)
-        return carry | {"shared_grads": jax.tree.map(accumulate, carry["shared_grads"], vjp(dx)[0])}
+        grads = pull_back(self.fns.first, self.shared, microbatch, dx)
+        return carry | {"shared_grads": add(carry["shared_grads"], grads)}
 
 
 def _broadcast(buffer: jax.Array, slot: jax.Array) -> jax.Array:

@@ -8,13 +8,12 @@ after the loop. `lower.py` makes the tables, `ends.py` runs what comes before th
 `sequential.py` is the path of a single rank.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from .buffers import Carry, Row, accumulate, read, vary, write, zeros_for
+from .buffers import Carry, Row, add, fill_whole, read, vary, write, zeros_for
 from .ends import AloneEnds, TogetherEnds, Wants
 from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from .prepare import prepare_layers
@@ -41,7 +40,8 @@ def run_turns(
     carry, _ = jax.lax.scan(machine.turn, carry, columns)
     if wants == "loss":
         return carry["loss"], None
-    return carry["loss"], PipelineParams(stages=carry["stage_grads"], shared=carry["shared_grads"])
+    sums = PipelineParams(stages=carry["stage_grads"], shared=carry["shared_grads"])
+    return carry["loss"], fill_whole(sums, params)
 
 
 class _Machine:
@@ -62,7 +62,7 @@ class _Machine:
     def start(self, tables: Tables) -> Carry:
         """The carry before the first turn: empty buffers, zero sums."""
         self.has_halves = bool((tables.columns["kind"] == INPUT_GRAD).any())
-        x = vary(self.fns.first(self.ends.shared, read(self.ends.batch, 0)))
+        x = self._empty(jax.eval_shape(lambda: self.fns.first(self.ends.shared, read(self.ends.batch, 0))))
         carry: Carry = {
             "loss": vary(jnp.zeros((), jnp.float32)),
             "activations": self._empty(x, tables.num_activation_slots),
@@ -155,7 +155,7 @@ class _Machine:
         def layer(index: jax.Array, sums: Any) -> Any:
             kept = [read(buffer, row["save"], index) for buffer in carry["saved"]]
             grads = self.halves.weight_grad(self._layer_params(row, index), kept, microbatch)
-            return jax.tree.map(partial(accumulate, place=(row["chunk"], index)), sums, grads)
+            return add(sums, grads, (row["chunk"], index))
 
         sums = self._layers(row).loop(layer, carry["stage_grads"])
         return carry | {"stage_grads": sums}

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -43,7 +44,7 @@ def pipeline_grads(
 
     params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
     batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
-    -> loss [], gradients float32 and sharded as the parameters.
+    -> loss [], gradients float32 and sharded as the parameters; those of whole numbers are zeros of their own type.
 
     Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
     all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
@@ -176,4 +177,11 @@ def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[
 
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
-    return jax.lax.psum(tree, axes) if axes else tree
+    """Sum over axes; the zeros that whole numbers have for a gradient are the same everywhere."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
+    sums = iter(jax.lax.psum(floats, axes) if axes else floats)
+    return jax.tree.unflatten(
+        structure, [next(sums) if is_its else leaf for leaf, is_its in zip(leaves, is_float, strict=True)]
+    )

@@ -5,18 +5,17 @@ themselves, their casts, causal masks, rotary tables) is made again in the backw
 which are at hand there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn
-from jax.extend.core import Literal as Constant
+from jax.extend.core import JaxprEqn, Var
 
-from .buffers import accumulate, read, vary, write
+from .buffers import add, read, vary, write
+from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
 from .prepare import transpose
+from .traced_vjp import TracedVjp, trace_vjp
 
 Place = tuple[jax.Array | int, ...]
 """Positions of the leading dimensions of a buffer."""
@@ -44,6 +43,8 @@ class Layers:
 class LayerVjp:
     """A layer's forward that also returns its residuals as a list of arrays, and a backward that takes them back.
 
+    Both are equations of one trace, so the layer's own code runs neither here nor there, and never on made-up values.
+
     Args:
         prepare: makes what the layer is given of its parameters; gradients are those of the parameters.
         own: the parameters of one layer, for their shapes.
@@ -57,43 +58,40 @@ class LayerVjp:
         own: Any = None,
     ) -> None:
         self._layer, self._prepare, self._own = layer, prepare, own
-        self._is_kept: list[bool] = []
-        self._copies: dict[int, _Copy] = {}
+        self._plan: _Plan | None = None
 
     def plan(self, params: Any, x: jax.Array, microbatch: Any) -> list[jax.ShapeDtypeStruct]:
-        """Find out which residuals depend on x, and return the shapes of those; call it before the other two."""
+        """Find out what to keep, and return the shapes of that; call it before the other two.
 
-        def residuals(params: Any, x: jax.Array, microbatch: Any) -> list[jax.Array]:
-            return self._trace(params, x, microbatch)[1]
+        Only the types of the arguments matter.
+        """
 
-        jaxpr, shapes = jax.make_jaxpr(residuals, return_shape=True)(params, x, microbatch)
-        num_params, num_x = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
-        tainted = set(jaxpr.jaxpr.invars[num_params : num_params + num_x])
-        for equation in jaxpr.jaxpr.eqns:
-            if any(not isinstance(v, Constant) and v in tainted for v in equation.invars):
-                tainted.update(equation.outvars)
-        outvars = jaxpr.jaxpr.outvars
-        depends = [not isinstance(v, Constant) and v in tainted for v in outvars]
-        self._copies = _find_copies(jaxpr.jaxpr, [index for index, on_x in enumerate(depends) if on_x])
-        self._is_kept = [on_x and index not in self._copies for index, on_x in enumerate(depends)]
-        return [shape for shape, kept in zip(shapes, self._is_kept, strict=True) if kept]
+        def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+            return vary(self._layer(params, x, microbatch))
+
+        self._plan = _make_plan(trace_vjp(layer, params, x, microbatch, x))
+        return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._plan.kept]
 
     def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
         """Return layer(params, x, microbatch) and the residuals to keep."""
-        y, leaves, _ = self._trace(params, x, microbatch)
-        return y, [leaf for leaf, kept in zip(leaves, self._is_kept, strict=True) if kept]
+        plan = self._planned()
+        env = plan.traced.env(params, x, microbatch)
+        run(plan.forward, env)
+        return value_of(env, plan.traced.y), [env[v] for v in plan.kept]
 
     def backward(
         self, params: Any, residuals: list[jax.Array], microbatch: Any, grad: jax.Array
     ) -> tuple[Any, jax.Array]:
         """Return the gradients of params and x, given that of the output."""
-        # x is a dummy of the same type as its gradient: whatever depends on it is replaced, so the compiler drops it.
-        _, leaves, tree = self._trace(params, jnp.zeros_like(grad), microbatch)
-        kept = iter(residuals)
-        leaves = [next(kept) if is_kept else leaf for leaf, is_kept in zip(leaves, self._is_kept, strict=True)]
-        for index, copy in self._copies.items():
-            leaves[index] = copy.make(leaves)
-        grads, dx = jax.tree.unflatten(tree, leaves)(grad)
+        plan = self._planned()
+        invars, num_params, num_x = plan.traced.closed.jaxpr.invars, len(jax.tree.leaves(params)), len(plan.traced.x)
+        # x is not at hand, and has no value here.
+        env = plan.traced.env(params) | {plan.traced.grad: grad}
+        env |= zip(invars[num_params + num_x : -1], jax.tree.leaves(microbatch), strict=True)
+        env |= zip(plan.kept, residuals, strict=True)
+        env |= {copy: env[source].reshape(copy.aval.shape) for copy, source in plan.copies.items()}
+        run([*plan.again, *plan.traced.backward], env)
+        grads, dx = plan.traced.results(env)
         return self._unprepare(grads), dx
 
     def forward_stack(
@@ -120,8 +118,7 @@ class LayerVjp:
             index = layers.count - 1 - turn
             residuals = [read(buffer, *slot, index) for buffer in saved]
             d_params, dx = self.backward(layers.own(index), residuals, microbatch, grad)
-            add = partial(accumulate, place=(layers.chunk, index))
-            return vary(dx), jax.tree.map(add, sums, d_params)
+            return vary(dx), add(sums, d_params, (layers.chunk, index))
 
         return layers.loop(layer, (grad, sums))
 
@@ -131,37 +128,51 @@ class LayerVjp:
             return grads
         return transpose(self._prepare, self._own)(grads)
 
-    def _trace(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array], Any]:
-        y, vjp = jax.vjp(lambda params, x: self._layer(params, x, microbatch), params, x)
-        leaves, tree = jax.tree.flatten(vjp)
-        return y, leaves, tree
+    def _planned(self) -> "_Plan":
+        assert self._plan is not None, "plan() comes first"
+        return self._plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Copy:
-    """A residual that is another one, `source`, in another shape."""
+class _Plan:
+    """What is kept of a layer, and which equations run when.
 
-    source: int
-    shape: tuple[int, ...]
+    Args:
+        copies: residuals that are another one in another shape, by that one.
+        again: what the backward needs that depends on parameters and microbatch alone.
+    """
 
-    def make(self, leaves: list[jax.Array]) -> jax.Array:
-        return leaves[self.source].reshape(self.shape)
+    traced: TracedVjp
+    kept: list[Any]
+    copies: dict[Any, Any]
+    forward: list[JaxprEqn]
+    again: list[JaxprEqn]
 
 
-_SAME = ("reshape", "sharding_constraint")
-"""Operations that change no number, nor the order of numbers."""
+def _make_plan(traced: TracedVjp) -> _Plan:
+    read = read_by(traced.backward) | dict.fromkeys(v for v in traced.outs if isinstance(v, Var))
+    dependent = depending_on(traced.forward, traced.x)
+    made = (*traced.x, *(v for eqn in traced.forward for v in eqn.outvars))
+    copies = _find_copies(traced.forward, [v for v in made if v in read and v in dependent])
+    kept = [v for v in read if v in dependent and v not in copies]
+    return _Plan(
+        traced=traced,
+        kept=kept,
+        copies=copies,
+        forward=needed(traced.forward, [traced.y, *kept], acts=True),
+        again=needed(traced.forward, [v for v in read if v not in dependent]),
+    )
 
 
-def _find_copies(jaxpr: Jaxpr, candidates: list[int]) -> dict[int, _Copy]:
-    """Of some outputs, those that have the numbers of an earlier one."""
-    makers: dict[Any, JaxprEqn] = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _SAME}
-    sources: dict[Any, int] = {}
-    copies: dict[int, _Copy] = {}
-    for index in candidates:
-        var: Any = jaxpr.outvars[index]
-        shape = var.aval.shape
-        while (maker := makers.get(var)) is not None:
-            var = maker.invars[0]
-        if (source := sources.setdefault(var, index)) != index:
-            copies[index] = _Copy(source=source, shape=shape)
+def _find_copies(eqns: Iterable[JaxprEqn], residuals: Iterable[Any]) -> dict[Any, Any]:
+    """Of some variables, those that have the numbers of an earlier one in the same order, by that one."""
+    operands = {eqn.outvars[0]: eqn.invars[0] for eqn in eqns if keeps_numbers(eqn)}
+    firsts: dict[Any, Any] = {}
+    copies: dict[Any, Any] = {}
+    for v in residuals:
+        root = v
+        while root in operands:
+            root = operands[root]
+        if (first := firsts.setdefault(root, v)) is not v:
+            copies[v] = first
     return copies

@@ -5,17 +5,17 @@ added to their sums layer by layer. Autodiff of a scan over layers would make su
 and a second copy of all gradients. Layers that are written out need no buffers: each keeps arrays of its own.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .buffers import accumulate, read, vary, zeros_for
+from .buffers import add, fill_whole, read, vary, zeros_for
 from .ends import Wants
 from .prepare import prepare_layers
 from .residuals import Layers, LayerVjp
 from .stage import PipelineParams, StageFns
+from .traced_vjp import pull_back
 
 
 def run_sequence(
@@ -32,7 +32,7 @@ def run_sequence(
         return jax.lax.scan(sequence.add_loss, loss, batch)[0], None
     carry = (loss, jax.tree.map(zeros_for, params), sequence.buffers(read(batch, 0)))
     (loss, sums, _), _ = jax.lax.scan(sequence.add_grads, carry, batch)
-    return loss, sums
+    return loss, fill_whole(sums, params)
 
 
 class _Sequence:
@@ -59,7 +59,7 @@ class _Sequence:
 
     def buffers(self, microbatch: Any) -> list[jax.Array]:
         """Room for what all layers keep of one microbatch, [chunks, layers, ...]; none where they are written out."""
-        x = jax.eval_shape(self.fns.first, self.shared, microbatch)
+        x = jax.eval_shape(lambda: self.fns.first(self.shared, microbatch))
         kept = self.vjp.plan(self.chunks[0].own(jnp.int32(0)), vary(jnp.zeros(x.shape, x.dtype)), microbatch)
         if self.fns.unroll == "on":
             return []
@@ -74,9 +74,9 @@ class _Sequence:
             self.shared, x, microbatch
         )
         dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
-        _, first_back = jax.vjp(lambda shared: vary(self.fns.first(shared, microbatch)), self.shared)
-        shared = jax.tree.map(accumulate, sums.shared, d_shared)
-        shared = jax.tree.map(accumulate, shared, first_back(dx)[0])
+        first_grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
+        shared = add(sums.shared, d_shared)
+        shared = add(shared, first_grads)
         return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
 
     def _forward(self, x: jax.Array, buffers: list[jax.Array], microbatch: Any) -> tuple[jax.Array, list[Any]]:
@@ -99,5 +99,5 @@ class _Sequence:
             for index in reversed(range(chunk.count)):
                 *saved, kept = saved
                 grads, dx = self.vjp.backward(chunk.own(index), kept, microbatch, dx)
-                dx, sums = vary(dx), jax.tree.map(partial(accumulate, place=(chunk.chunk, index)), sums, grads)
+                dx, sums = vary(dx), add(sums, grads, (chunk.chunk, index))
         return dx, sums, saved

@@ -2,7 +2,10 @@
 
 The backward's jaxpr is sliced by what the input gradient needs (Qi et al. 2024, section 2, for any layer function).
 What the weight gradient needs of the first half, the gradients of matmul outputs above all, is kept between the two. It
-is put where residuals were that only the first half needed, so that splitting costs next to no memory.
+is put where residuals were that only the first half needed, so that splitting costs little memory where residuals are
+kept. A layer that recomputes all of itself keeps none: what its first half recomputed waits for the second, in all as
+much as with "dots" about (work R1: 52 MiB where a whole backward takes 17; without remat 105 beside 140). A scan or a
+loop inside the layer is one piece of work, done where its input's gradient is due; branches are cut in two.
 """
 
 import math
@@ -10,9 +13,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Var, primitives
 
+from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
+from .open_calls import open_calls
 from .residuals import LayerVjp
+from .split_branches import split_branches
 
 
 class SplitBackward:
@@ -27,15 +33,16 @@ class SplitBackward:
         self._grads_tree = jax.tree.structure(jax.eval_shape(vjp.backward, *example)[0])
         self._num_before = len(jax.tree.leaves(params))
         self.num_saved = len(residuals)
-        jaxpr = _inline(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
-        self._consts, self._jaxpr = jaxpr.consts, jaxpr.jaxpr
+        whole = open_calls(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
+        closed = split_branches(whole, example, first=whole.jaxpr.outvars[-1:])
+        self._consts, self._jaxpr = closed.consts, closed.jaxpr
         *grads, dx = self._jaxpr.outvars
-        only_dx = _needed(self._jaxpr.eqns, [dx])
-        rest = _without(self._jaxpr.eqns, only_dx)
+        only_dx = needed(self._jaxpr.eqns, [dx])
+        rest = without(self._jaxpr.eqns, only_dx)
         # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
-        light = [grad for grad in grads if not any(eqn.primitive.name in _HEAVY for eqn in _needed(rest, [grad]))]
-        self._first = _needed(self._jaxpr.eqns, [dx, *light])
-        second = _without(_needed(self._jaxpr.eqns, grads), self._first)
+        light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
+        self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
+        second = without(needed(self._jaxpr.eqns, grads), self._first)
         self._second = [*_reshapes_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
         self._places, self.extra = self._place_cuts()
@@ -45,32 +52,29 @@ class SplitBackward:
     ) -> tuple[jax.Array, list]:
         """Return dx, and what `weight_grad` needs in place of the saved residuals."""
         env = self._env(params, saved, microbatch, grad)
-        _run(self._first, env)
+        run(self._first, env)
         kept = [*saved, *[None] * len(self.extra)]
         for cut, place in zip(self._cuts, self._places, strict=True):
-            value = _value(env, cut)
+            value = value_of(env, cut)
             kept[place] = value.reshape(saved[place].shape) if place < self.num_saved else value
-        return _value(env, self._jaxpr.outvars[-1]), kept
+        return value_of(env, self._jaxpr.outvars[-1]), kept
 
     def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
         """Return the gradients of the parameters."""
         env = self._env(params, kept[: self.num_saved], microbatch)
         env |= {cut: kept[place].reshape(_shape(cut)) for cut, place in zip(self._cuts, self._places, strict=True)}
-        _run(self._second, env)
-        return jax.tree.unflatten(self._grads_tree, [_value(env, out) for out in self._jaxpr.outvars[:-1]])
+        run(self._second, env)
+        return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[:-1]])
 
-    def _env(self, *args: Any) -> dict[Var, Any]:
+    def _env(self, *args: Any) -> Env:
         # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.
-        values = jax.tree.leaves(args)
-        env = dict(zip(self._jaxpr.invars[: len(values)], values, strict=True))
-        return env | dict(zip(self._jaxpr.constvars, self._consts, strict=True))
+        return start_env(self._jaxpr, self._consts, jax.tree.leaves(args))
 
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
         """Values of the first half, and the output's gradient, that the second half or a result needs."""
         again = {out for eqn in self._second for out in eqn.outvars}
-        made = {out for eqn in self._first for out in eqn.outvars} - again | {self._jaxpr.invars[-1]}
-        wanted = [v for eqn in self._second for v in eqn.invars] + list(grads)
-        return list(dict.fromkeys(v for v in wanted if isinstance(v, Var) and v in made))
+        cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-1:])
+        return [v for v in cuts if v not in again]
 
     def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
         """For every cut an entry of `saved` of its rows that the second half does not read, or a new one."""
@@ -90,10 +94,6 @@ class SplitBackward:
         return places, extra
 
 
-_HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "custom_vjp_call"}
-"""Work worth putting off; whatever holds other work inside counts as heavy."""
-
-
 def _shape(var: Any) -> tuple[int, ...]:
     return var.aval.shape
 
@@ -107,68 +107,12 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[:2]), math.prod(shape[2:])) if len(shape) in (3, 4) else shape
 
 
-def _needed(eqns: Sequence[JaxprEqn], outvars: Iterable[Any]) -> list[JaxprEqn]:
-    """The equations that these results depend on, in order."""
-    wanted = {v for v in outvars if isinstance(v, Var)}
-    kept = []
-    for eqn in reversed(eqns):
-        if not wanted.isdisjoint(eqn.outvars):
-            kept.append(eqn)
-            wanted.update(v for v in eqn.invars if isinstance(v, Var))
-    return kept[::-1]
-
-
 def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
     """The reshapes among the others that these equations read: done twice, so that an array is kept in one shape."""
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
     found = []
     for eqn in reversed(others):
-        if eqn.primitive.name == "reshape" and not wanted.isdisjoint(eqn.outvars):
+        if eqn.primitive is primitives.reshape_p and not wanted.isdisjoint(eqn.outvars):
             found.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, Var))
     return found[::-1]
-
-
-def _without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:
-    gone = set(map(id, others))
-    return [eqn for eqn in eqns if id(eqn) not in gone]
-
-
-def _run(eqns: Iterable[JaxprEqn], env: dict[Var, Any]) -> None:
-    for eqn in eqns:
-        values = [_value(env, v) for v in eqn.invars]
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
-
-
-def _value(env: dict[Var, Any], v: Any) -> Any:
-    return v.val if isinstance(v, Literal) else env[v]
-
-
-# Calls are opened, since a call that computes both gradients would otherwise belong to the first half as a whole. In a
-# backward tick nothing of the forward is left that a rematerialised part could be merged with.
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-
-
-def _inline(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
-    def flat(*args: Any) -> list[Any]:
-        return _open(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-
-    return jax.make_jaxpr(flat)(*example)
-
-
-def _open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "optimization_barrier":
-            # What waits for each other in one backward need not where its halves run apart.
-            env.update(zip(eqn.outvars, [_value(env, v) for v in eqn.invars], strict=True))
-            continue
-        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-        if inner is None:
-            _run([eqn], env)
-            continue
-        body, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-        results = _open(body, inner_consts, [_value(env, v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [_value(env, v) for v in jaxpr.outvars]

@@ -5,7 +5,7 @@ fused attention and programs without dropout follow from the same list. trellax'
 which the tests hold against the layers themselves. Read `memory_model.py` next.
 """
 
-from ..layers import ModelConfig, activation_bytes
+from ..layers import ModelConfig, Remat, activation_bytes
 from .layouts import Layout
 from .operations import item_bytes
 from .program import Program
@@ -20,7 +20,7 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
     """
     if program.clock == "async":
         return _megatron_bytes(model, layout=layout, program=program, num_tokens=num_tokens)
-    remat = "dots" if layout.remat == "selective" else layout.remat
+    remat: Remat = "dots" if layout.remat == "selective" else layout.remat
     counted = activation_bytes(
         model,
         num_sequences=layout.sequences,
@@ -28,16 +28,19 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, program: Progr
         tensor=layout.tensor,
         remat=remat,
     )
-    halves = _halves_bytes(model, layout=layout, num_tokens=num_tokens) if layout.is_backward_split else 0.0
+    sizes = {"num_sequences": layout.sequences, "num_tokens": num_tokens, "tensor": layout.tensor}
+    halves = halves_bytes(model, remat=remat, **sizes) if layout.is_backward_split else 0.0
     return (counted.layer + halves) / layout.context
 
 
-def _halves_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> float:
-    """Bytes more that a backward in two halves keeps: inputs and output gradients of products, till the second half.
+def halves_bytes(model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, remat: Remat) -> float:
+    """Return the bytes more that a layer keeps where its backward runs in two halves.
 
-    Gradients take the place of residuals of their shape that only the first half reads (see `split_backward.py`).
+    Inputs and output gradients of products wait for the second half. Gradients take the place of residuals of their
+    shape that only the first half reads (see `split_backward.py`). With "full" all that the first half recomputed
+    waits: as much as with "dots".
     """
-    t, d = layout.tensor, model.hidden_size
+    t, d = tensor, model.hidden_size
     query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
     # What the last product reads is made again of what the activation function gives, and of what that is times.
     up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
@@ -46,8 +49,8 @@ def _halves_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> flo
         "none": kv if model.qk_norm == "on" else query + 2 * kv,
         "dots": 2 * d + up,
         "full": inputs + gradients - d,
-    }["dots" if layout.remat == "selective" else layout.remat]
-    return layout.sequences * num_tokens * width * item_bytes(model)
+    }[remat]
+    return num_sequences * num_tokens * width * item_bytes(model)
 
 
 def boundary_bytes(model: ModelConfig, *, layout: Layout, program: Program, num_tokens: int) -> float:

@@ -10,6 +10,7 @@ import jax
 from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
 from ..pipeline import Schedule, simulate
+from ..plan.activations import halves_bytes
 from ..plan.precision import unpriced_matmuls
 from ..plan.tables import align_within
 from .state import Setup
@@ -80,13 +81,7 @@ def tabulate_stages(setup: Setup) -> StageTable:
     config, sizes, layers = setup.config, mesh_sizes(setup.mesh), setup.layers_per_stage
     total = sum(cost.total for cost in setup.stage_costs)
     held = held_at_peak(setup.schedule, layers_per_stage=layers)
-    kept = activation_bytes(
-        config.model,
-        num_sequences=config.train.batch_size // (config.pipeline.microbatches * sizes.data),
-        num_tokens=config.data.seq_len,
-        tensor=sizes.tensor,
-        remat=config.pipeline.remat,
-    ).layer
+    kept = _count_kept(setup)
     block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
     rows = []
     for stage, cost in enumerate(setup.stage_costs):
@@ -123,6 +118,20 @@ def held_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...]) -> tu
             for stage in own:
                 at_peak[stage] = held[stage]
     return tuple(at_peak)
+
+
+def _count_kept(setup: Setup) -> int:
+    """Bytes that a layer keeps of one microbatch on one device."""
+    config, sizes = setup.config, mesh_sizes(setup.mesh)
+    shapes: dict[str, Any] = {
+        "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
+        "num_tokens": config.data.seq_len,
+        "tensor": sizes.tensor,
+        "remat": config.pipeline.remat,
+    }
+    kept = activation_bytes(config.model, **shapes).layer
+    has_halves = any(action.kind == "W" for _, _, action in setup.schedule.placed())
+    return kept + round(halves_bytes(config.model, **shapes)) if has_halves else kept
 
 
 def _count_layer_bytes(setup: Setup) -> int:

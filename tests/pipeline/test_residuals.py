@@ -1,6 +1,7 @@
 """Of a layer, what depends on its input is kept for the backward pass, and nothing else."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,19 @@ import numpy as np
 import pytest
 from trellax.layers import Remat
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import split_transformer
+from trellax.pipeline import (
+    PipelineParams,
+    StageFns,
+    build_schedule,
+    pipeline_grads,
+    split_transformer,
+    stages_from_layers,
+)
+from trellax.pipeline.equations import keeps_numbers
 from trellax.pipeline.residuals import LayerVjp
 
-from .law import NUM_TOKENS, natural_params, small_model
+from .law import NUM_TOKENS, mesh_of, natural_params, small_model
+from .random_layers import random_inputs, random_layer
 
 Layer = Callable[[Any, jax.Array, Any], jax.Array]
 
@@ -140,3 +150,97 @@ def test_one_array_in_two_shapes_is_kept_once() -> None:
     assert (plain.count((48,)), kept.count((48,))) == (2, 1)
     actual, expected = both_ways(layer, PARAMS, jnp.asarray(X), MICROBATCH)
     assert jax.tree.all(jax.tree.map(np.array_equal, actual, expected))
+
+
+def permuted(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+    """h and its transpose, as a reshape says it, are both kept: they have the same numbers in another order."""
+    h = jnp.tanh(x)
+    z = jax.lax.reshape(h, h.shape[::-1], dimensions=(1, 0))
+    return x + 0.5 * (h @ params["w"]) + 0.5 * (z @ params["w"][:6, :6]).reshape(h.shape)
+
+
+def column_major(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+    h = jnp.tanh(x)
+    flat = jnp.ravel(h, order="F")
+    return h * h[::-1] + (flat * flat[::-1]).reshape(x.shape)
+
+
+def twice_flat(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+    """Two reshapes that keep the order around one that does not."""
+    h = jnp.tanh(x)
+    turned = jax.lax.reshape(h.reshape(2, 24), (48,), dimensions=(1, 0)).reshape(12, 4)
+    return h * h[::-1] + (turned * turned[::-1]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("layer", [permuted, column_major, twice_flat])
+def test_numbers_in_another_order_are_no_copy(layer: Layer) -> None:
+    actual, expected = both_ways(layer, PARAMS, jnp.asarray(X), MICROBATCH)
+    assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-6, atol=1e-6), actual, expected))
+
+
+def test_what_counts_as_a_copy_has_all_numbers_in_their_order() -> None:
+    """Of all equations in random layers, each that is taken for a copy of its operand is run and compared."""
+    params, microbatch = random_inputs(0)
+    run_on: list[str] = []
+    for seed in range(1, 6):
+        jaxpr = jax.make_jaxpr(random_layer(seed, 12))(params, microbatch["x"], microbatch).jaxpr
+        for eqn in filter(keeps_numbers, jaxpr.eqns):
+            operand: Any = eqn.invars[0].aval
+            numbers = np.arange(operand.size).reshape(operand.shape)
+            result = eqn.primitive.bind(numbers, **eqn.params)
+            assert np.array_equal(np.ravel(result), np.ravel(numbers))
+            run_on.append(eqn.primitive.name)
+    assert run_on.count("reshape") > 20
+
+
+def test_a_gradient_written_by_hand_may_close_over_the_microbatch() -> None:
+    def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+        masked = jax.custom_vjp(jnp.sin)
+        masked.defvjp(lambda y: (jnp.sin(y), y), lambda y, grad: (grad * jnp.cos(y) * microbatch["mask"].sum(),))
+        return masked(x @ params["w"])
+
+    actual, expected = both_ways(layer, PARAMS, jnp.asarray(X), MICROBATCH)
+    assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-6, atol=1e-6), actual, expected))
+
+
+def test_nothing_is_made_up_for_the_input_in_the_backward() -> None:
+    """The backward reads parameters, residuals, microbatch and gradient: its program has no zeros of the input."""
+    vjp = LayerVjp(lambda params, x, _: jnp.log(x) @ params["w"])
+    kept = vjp.plan(PARAMS, jnp.asarray(X), MICROBATCH)
+    jaxpr = jax.make_jaxpr(lambda p, k, g: vjp.backward(p, k, MICROBATCH, g))(PARAMS, kept, X)
+    assert "log" not in str(jaxpr)
+    assert "broadcast_in_dim" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("mesh", ["1x1x1", pytest.param("2x1x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.slow)])
+def test_whole_numbers_have_no_gradient_buffers(mesh: str, schedule: str) -> None:
+    """Quantised weights beside their scales: the gradient of the former is zeros of their own type, summed nowhere."""
+    devices = mesh_of(mesh)
+    num_ranks = devices.shape["pipe"]
+    plan = build_schedule(schedule, num_ranks=num_ranks, num_microbatches=2)
+    whole = np.arange(4 * 8 * 8).reshape(4, 8, 8) % 13
+    stages = {"whole": jnp.asarray(whole, jnp.int8), "scale": jnp.full((4, 8), 0.02)}
+    fns = StageFns(
+        first=lambda shared, microbatch: microbatch["x"],
+        layer=lambda own, x, _: x + jnp.tanh(x @ (own["whole"] * own["scale"][None])),
+        last=lambda shared, x, _: (x**2).sum() * shared["factor"],
+    )
+    params = PipelineParams(stages=stages_from_layers(stages, num_ranks=num_ranks), shared={"factor": jnp.int32(2)})
+    batch = {"x": jnp.asarray(np.stack([X, X[::-1]]))}
+    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan)
+    out = jax.jit(run)(params=params, batch=batch)
+
+    def loss(scale: jax.Array) -> jax.Array:
+        x = jnp.concatenate(batch["x"])
+        for index in range(4):
+            x = fns.layer({"whole": stages["whole"][index], "scale": scale[index]}, x, None)
+        return fns.last(params.shared, x, None)
+
+    assert np.allclose(out.grads.stages["scale"].reshape(4, 8), jax.jit(jax.grad(loss))(stages["scale"]), rtol=1e-5)
+    assert (out.grads.stages["whole"].dtype, out.grads.shared["factor"].dtype) == (jnp.int8, jnp.int32)
+    assert not out.grads.stages["whole"].any()
+    # The carry of the loop over turns or microbatches: sums for scales, none for whole numbers.
+    text = str(jax.make_jaxpr(lambda params, batch: run(params=params, batch=batch))(params, batch))
+    assert f"f32[1,{4 // num_ranks},8]" in text
+    assert f"f32[1,{4 // num_ranks},8,8]" not in text

@@ -1,0 +1,105 @@
+"""Lists of a jaxpr's equations: which of them some results need, and running those alone.
+
+A layer's forward, its backward and both halves of that are such lists, cut out of one trace of the layer: nobody runs
+a function again for half of what it computes.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params, primitives
+
+Env = dict[Var, Any]
+"""Values by variable."""
+
+
+def needed(
+    eqns: Sequence[JaxprEqn], results: Iterable[Any], *, given: Collection[Var] = (), acts: bool = False
+) -> list[JaxprEqn]:
+    """Return the equations that results depend on, in order.
+
+    Args:
+        given: variables whose values are at hand, so that what makes them is not needed.
+        acts: whether equations that do something besides computing, print say, are needed too.
+    """
+    wanted = {v for v in results if isinstance(v, Var)}.difference(given)
+    kept = []
+    for eqn in reversed(eqns):
+        if not wanted.isdisjoint(eqn.outvars) or (acts and is_acting(eqn)):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if isinstance(v, Var) and v not in given)
+    return kept[::-1]
+
+
+def without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:
+    """Return the equations that are not among the others, in order."""
+    gone = set(map(id, others))
+    return [eqn for eqn in eqns if id(eqn) not in gone]
+
+
+def read_by(eqns: Iterable[JaxprEqn]) -> dict[Var, None]:
+    """Return the variables that equations read, as an ordered set."""
+    return dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))
+
+
+def cuts_between(
+    first: Iterable[JaxprEqn], second: Iterable[JaxprEqn], results: Iterable[Any], *, given: Iterable[Var] = ()
+) -> list[Var]:
+    """Return what the first equations make, or was given to them, that the second or results read."""
+    made = {out for eqn in first for out in eqn.outvars}.union(given)
+    read = read_by(second) | dict.fromkeys(v for v in results if isinstance(v, Var))
+    return [v for v in read if v in made]
+
+
+def depending_on(eqns: Iterable[JaxprEqn], sources: Iterable[Var]) -> set[Var]:
+    """Return the sources, what depends on them, and what comes of equations that must not run a second time."""
+    found = set(sources)
+    for eqn in eqns:
+        if is_acting(eqn) or any(isinstance(v, Var) and v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return found
+
+
+def is_acting(eqn: JaxprEqn) -> bool:
+    """Whether an equation does something besides computing: a print, a callback."""
+    # Collectives have an effect that only names their axis. Its class is not public.
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+_HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "custom_vjp_call"}
+
+
+def is_heavy(eqn: JaxprEqn) -> bool:
+    """Whether an equation, or one inside it, is work worth putting off."""
+    inner = (one for jaxpr in jaxprs_in_params(eqn.params) for one in jaxpr.eqns)
+    return eqn.primitive.name in _HEAVY or any(map(is_heavy, inner))
+
+
+def keeps_numbers(eqn: JaxprEqn) -> bool:
+    """Whether the result has all numbers of the operand in their order, and perhaps another shape or placement."""
+    if eqn.primitive is primitives.sharding_constraint_p:
+        return True
+    # With `dimensions` a reshape transposes first: `jnp.ravel(x, order="F")`.
+    return eqn.primitive is primitives.reshape_p and eqn.params["dimensions"] is None
+
+
+def run(eqns: Iterable[JaxprEqn], env: Env) -> None:
+    """Add what equations make to the values at hand. Scopes of the trace are kept, for profiles."""
+    for eqn in eqns:
+        names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        values = [value_of(env, v) for v in eqn.invars]
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        env.update(zip(eqn.outvars, results if eqn.primitive.multiple_results else [results], strict=True))
+
+
+def value_of(env: Env, v: Any) -> Any:
+    """Return the value of a variable or of a constant."""
+    return v.val if isinstance(v, Literal) else env[v]
+
+
+def start_env(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Env:
+    """Return constants and inputs by variable; inputs at the end may be left out."""
+    env = dict(zip(jaxpr.invars[: len(args)], args, strict=True))
+    return env | dict(zip(jaxpr.constvars, consts, strict=True))

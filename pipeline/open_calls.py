@@ -1,0 +1,42 @@
+"""A jaxpr without calls: what they hold stands where they were.
+
+A call that computes both gradients would otherwise belong to the first half of a backward as a whole. In a backward
+tick nothing of the forward is left that a rematerialised part could be merged with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from .equations import run, start_env, value_of
+
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+"""Primitives that only run a jaxpr, and the parameter that holds it."""
+
+
+def open_calls(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
+    """Return the jaxpr with calls opened; the leaves of `example` have the types of its inputs."""
+
+    def flat(*args: Any) -> list[Any]:
+        return _run_open(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+
+    return jax.make_jaxpr(flat)(*example)
+
+
+def _run_open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env = start_env(jaxpr, consts, args)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "optimization_barrier":
+            # What waits for each other in one backward need not where its halves run apart.
+            env.update(zip(eqn.outvars, [value_of(env, v) for v in eqn.invars], strict=True))
+            continue
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if inner is None:
+            run([eqn], env)
+            continue
+        body, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+        results = _run_open(body, inner_consts, [value_of(env, v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [value_of(env, v) for v in jaxpr.outvars]
