@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import CacheDtype, ModelConfig, bytes_per_device
+from ..meshes import ServeError
 from .check import check_model, check_request
 from .decode import NOTHING, ticks_of_round
 from .params import Layers, stage_params, stage_shapes
@@ -24,7 +25,7 @@ from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
 OnToken = Callable[[Sequence, int], None]
 """What is called with a sequence and each token it has just got, in order; it may have got more by then."""
 
-_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length"}
+_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class Engine:
         """Return the answers to some requests, in their order; all of them are checked before any is run.
 
         Raises:
-            ServeError: a request does not fit the cache or the vocabulary.
+            ServeError: a request does not fit the cache or the vocabulary, or logits are not finite.
         """
         requests = list(requests)
         for request in requests:
@@ -156,7 +157,11 @@ class Engine:
         return self.schedule.submit(request)
 
     def step(self) -> list[Sequence]:
-        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended."""
+        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended.
+
+        Raises:
+            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can go on.
+        """
         for sequence in self.schedule.admit():
             self._write_choice(sequence)
         ended = self._read_prompts()
@@ -204,7 +209,7 @@ class Engine:
         """Take note of tokens with their reasons to end, tell them, and return the sequences that ended."""
         heard, ended = [], []
         for sequence, token, reason in said:
-            if _REASONS.get(reason) != "stop":
+            if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)
                 heard.append((sequence, token))
             if reason:
@@ -214,6 +219,9 @@ class Engine:
         if self.on_token:
             for sequence, token in heard:
                 self.on_token(sequence, token)
+        for sequence in ended:
+            if sequence.finish_reason == "error":
+                raise _not_finite(sequence)
         return ended
 
     def _write_choice(self, sequence: Sequence) -> None:
@@ -239,6 +247,14 @@ class Engine:
                 slot[s, i] = chunk.sequence.slot % sizes.slots_per_shard
                 start[s, i], count[s, i], is_last[s, i] = chunk.start, len(chunk.tokens), chunk.is_last
         return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+
+
+def _not_finite(sequence: Sequence) -> ServeError:
+    return ServeError(
+        f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
+        "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
+        fix="check where the weights come from, or serve them in float32.",
+    )
 
 
 def _empty_choice(sizes: Sizes) -> Choice:
