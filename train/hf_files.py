@@ -18,6 +18,9 @@ from .model_folder import find_file, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+FLOATS = ("F32", "BF16", "F16")
+"""Types of parameters, as safetensors names them."""
+
 _MAX_HEADER_BYTES = 100_000_000
 """Of all files together; the format allows each as much, and real models need some MB."""
 

@@ -13,11 +13,10 @@ import numpy as np
 
 from ..meshes import WeightsError
 from .hf_config import read_hub_model
-from .hf_files import TensorFiles, open_tensor_files
+from .hf_files import FLOATS, TensorFiles, open_tensor_files
 from .hf_names import NAMINGS, Home, Naming, named
 
 _SHOWN = 20
-_DTYPES = ("F32", "BF16", "F16")
 
 
 def _ignore(_told: str) -> None:
@@ -95,8 +94,8 @@ def _compare(files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes:
     for name in sorted(wanted.keys() & files.shapes.keys()):
         if files.shapes[name] != wanted[name]:
             yield f"{name} is {list(files.shapes[name])}, not {list(wanted[name])}"
-        if files.dtypes[name] not in _DTYPES:
-            yield f"{name} is of type {files.dtypes[name]}, not {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
+        if files.dtypes[name] not in FLOATS:
+            yield f"{name} is of type {files.dtypes[name]}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
     for name in sorted(files.shapes.keys() - wanted.keys()):
         is_known = name.endswith(naming.ignored) if naming.ignored else False
         if not is_known and name != naming.head:
@@ -109,8 +108,12 @@ def _compare_head(
 ) -> Iterator[str]:
     """A tied model may hold its table a second time, but no other one."""
     table = wanted[_full(homes["embed.table"].name, prefix)]
-    if "head.table" not in homes and (shape := files.shapes.get(naming.head, table)) != table:
+    if "head.table" in homes or naming.head not in files.shapes:
+        return
+    if (shape := files.shapes[naming.head]) != table:
         yield f"{naming.head} is {list(shape)}, not {list(table)}"
+    if files.dtypes[naming.head] not in FLOATS:
+        yield f"{naming.head} is of type {files.dtypes[naming.head]}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 
 
 def _wanted_shapes(homes: dict[str, Home], shapes: Any, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -50,6 +50,10 @@ def settle(values: Mapping[str, Any], *, architecture: str, class_name: str, max
                 settled[own] = _prefer(values, (name, own), warnings)
     else:
         settled["rope"] = _settle_rope(values, max_tokens, warnings)
+    if architecture.startswith("qwen") and not values.get("use_sliding_window"):
+        kinds = values.get("layer_types")
+        if isinstance(kinds, list) and "sliding_attention" in kinds:
+            warnings.append("layer_types names sliding windows, but use_sliding_window=False counts")
     return Settled(values=settled, warnings=tuple(warnings))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..meshes import WeightsError
-from .hf_files import TensorFiles, open_tensor_files
+from .hf_files import FLOATS, TensorFiles, open_tensor_files
 from .hf_names import NAMINGS
 
 _BLOCK_BYTES = 64 << 20
@@ -28,7 +28,12 @@ def has_own_head(folder: str | Path, architecture: str) -> bool:
         return False
     table = naming.homes["embed.table"].name
     names = [name for name in (naming.prefix + table, table) if name in files.shapes]
-    if not names or files.shapes.get(naming.head) != files.shapes[names[0]] or len(files.shapes[naming.head]) != 2:
+    if not names or naming.head not in files.shapes:
+        return False
+    shapes = {files.shapes[naming.head], files.shapes[names[0]]}
+    are_readable = {files.dtypes[naming.head], files.dtypes[names[0]]} <= set(FLOATS)
+    # Tables of two shapes, or of other types, are refused later.
+    if len(shapes) > 1 or len(shapes.pop()) != 2 or not are_readable:
         return False
     return not _are_equal(files, naming.head, names[0])
 
@@ -38,7 +43,7 @@ def _are_equal(files: TensorFiles, one: str, other: str) -> bool:
     # Eight bytes are what the widest type has.
     size = max(1, _BLOCK_BYTES // (8 * max(num_columns, 1)))
     for start in range(0, num_rows, size):
-        index = (slice(start, start + size), slice(0, num_columns))
+        index = (slice(start, min(start + size, num_rows)), slice(0, num_columns))
         if not np.array_equal(files.read(one, index), files.read(other, index)):
             return False
     return True

@@ -12,6 +12,7 @@ import pytest
 from trellax.train.cli import main
 from trellax.train.hf_config import read_hub_model
 
+from .hf_doubles import DOUBLES, make
 from .hub import MESHES, MODELS, wrong_by
 from .make_hf_goldens import answer, save
 
@@ -58,3 +59,13 @@ def test_transformers_has_the_same_logits_after_import_and_export(
     assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back"), *words]) == 0
     assert np.array_equal(answer(tmp_path / "back"), logits)
     assert read_hub_model(tmp_path / "back").config == read_hub_model(folder).config
+
+
+@pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])
+def test_of_two_sources_that_counts_which_transformers_takes(name: str, tmp_path: Path) -> None:
+    folder = make(DOUBLES[name], tmp_path / "model", how=DOUBLES[name].twice)
+    logits = answer(folder)
+    assert wrong_by(folder, "data=1", logits) < TOLERANCE
+    assert main(["import-hf", str(folder), str(tmp_path / "run")]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    assert np.abs(answer(tmp_path / "back") - logits).max() < TOLERANCE
