@@ -21,6 +21,9 @@ from .grid import IDLE, Schedule
 from .place import Vocab, schedule_from_orders
 
 _LONGEST_CELL = 24
+_MOST_ACTIONS = 60_000
+"""20,000 microbatches of a stage, the most of the command, with three actions each."""
+_MOST_BYTES = 16 << 20
 
 _NOT_OURS = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
 """Actions of torch.distributed.pipelining that need nothing of a schedule."""
@@ -40,7 +43,7 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_bounded(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = suggest(path.name, [file.name for file in path.parent.glob("*") if file.is_file()])
         raise ScheduleError(f"there is no file {str(path)!r}.{near}", fix="give the path of a CSV file.") from error
@@ -69,6 +72,7 @@ def schedule_from_csv(
             for each other.
     """
     rows = _leave_out(_split_rows(text, name), say)
+    _check_size(rows, name)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}
     cells = _spell_halves(list(_read_actions(rows, name)))
@@ -117,6 +121,26 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
     if not any(cell.strip() for row in rows for cell in row):
         raise ScheduleError(f"{name} is empty.", fix="write a row a rank and a cell a tick, such as 0F0,,0B0.")
     return rows
+
+
+def _read_bounded(path: Path) -> bytes:
+    # To open a named pipe would wait for whoever writes to it, and a device has no end.
+    if path.exists() and not path.is_file():
+        raise ScheduleError(f"{str(path)!r} is no regular file.", fix="give the path of a CSV file.")
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ScheduleError(f"{str(path)!r} has more than {_MOST_BYTES >> 20} MiB.", fix="give the path of a CSV file.")
+    return content
+
+
+def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
+    num_actions = sum(1 + cell.count("+") for row in rows for cell in row if cell and not cell.isspace())
+    if num_actions > _MOST_ACTIONS:
+        raise ScheduleError(
+            f"{name} has {num_actions:,} actions; {_MOST_ACTIONS:,} are the most.",
+            fix="write a file of fewer microbatches: the pattern repeats.",
+        )
 
 
 def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
