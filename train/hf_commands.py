@@ -25,7 +25,7 @@ from .new_folder import new_folder, refuse_existing
 from .run_weights import load_params, save_params, saved_config, weight_shapes
 from .special_ids import ORIGIN
 from .state import Setup
-from .tokenizer import TOKENIZER, TOKENIZER_FILES, copy_tokenizer, read_origin
+from .tokenizer import TOKENIZER, TOKENIZER_FILES, copy_tokenizer, load_tokenizer, read_origin
 
 _SEQ_LEN = 1024
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -109,6 +109,10 @@ def _build_mesh(args: argparse.Namespace) -> Mesh:
 
 def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> RunConfig:
     """Write config.toml and what belongs to the tokenizer, and return the run."""
+    if find_file(source, TOKENIZER):
+        # A run whose tokenizer cannot be read could neither train nor answer.
+        for warning in load_tokenizer(source).special.warnings:
+            _say(f"warning   {warning}")
     copy_tokenizer(source, part)
     (part / ORIGIN).write_text(json.dumps(model.values, indent=2) + "\n", encoding="utf-8")
     (part / "config.toml").write_text(_config_text(source, out, model), encoding="utf-8")

@@ -107,7 +107,8 @@ class ModelTokenizer:
             DataError: the tokenizer fails on them.
         """
         try:
-            return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            with _quiet_panics():
+                return self.tokenizer.decode(list(ids), skip_special_tokens=True)
         except BaseException as error:
             raise _explain(error, f"{self.file} cannot write this text") from None
 
@@ -128,11 +129,12 @@ def load_tokenizer(path: str | Path) -> ModelTokenizer:
     try:
         with _quiet_panics():
             tokenizer = Tokenizer.from_buffer(content)
+            # First, since a padding may be as long as it likes.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
             _try_out(tokenizer)
     except BaseException as error:
         raise _explain(error, f"{file} is no tokenizer", fix=f"name a {TOKENIZER}.") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     special = find_special_ids(file.parent, tokenizer)
     return ModelTokenizer(tokenizer=tokenizer, file=file, vocab_size=size, special=special)
