@@ -24,6 +24,9 @@ FLOATS = ("F32", "BF16", "F16")
 _MAX_HEADER_BYTES = 100_000_000
 """Of all files together; the format allows each as much, and real models need some MB."""
 
+_MOST_TENSORS = 250_000
+"""Of all files together; the largest model that trellax reads has some 1,000."""
+
 _SHOWN = 3
 
 
@@ -93,7 +96,10 @@ class _Opened:
             opened: Any = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
             return f"{file} is no whole safetensors file: {error}"
-        for name in opened.keys():  # noqa: SIM118 - it is no dict
+        names = opened.keys()
+        if len(names) + len(self.shapes) > _MOST_TENSORS:
+            return f"{file} brings the tensors of all files to more than {_MOST_TENSORS:,}"
+        for name in names:
             self.places.setdefault(name, []).append(file)
             is_taken = name in self.shapes and self.owner.get(name) in self.places[name][:-1]
             if not is_taken:
@@ -117,12 +123,14 @@ class _Opened:
 def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:
     found = _Opened(owner=index)
     mistakes, lost = [], []
+    homes: dict[str, list[str]] = {}
+    for name, file in index.items():
+        homes.setdefault(file, []).append(name)
     # In this order transformers reads them.
-    for file in sorted(set(index.values())):
+    for file, names in sorted(homes.items()):
         if problem := found.open(folder, file):
-            wanted = [name for name, home in index.items() if home == file]
-            mistakes.append(f"{problem}; {len(wanted)} tensors are lost")
-            lost += wanted
+            mistakes.append(f"{problem}; {len(names)} tensors are lost")
+            lost += names
     return found.as_files(mistakes=tuple(mistakes), lost=lost, warnings=_describe_copies(found, index))
 
 

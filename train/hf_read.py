@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ..meshes import WeightsError
+from ..meshes.errors import printable
 from .hf_config import read_hub_model
 from .hf_files import FLOATS, TensorFiles, open_tensor_files
 from .hf_names import NAMINGS, Home, Naming, named
@@ -39,7 +40,8 @@ def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object
     """
     source = open_weights(folder, shapes)
     for warning in source.warnings:
-        say(f"warning   {folder}: {warning}")
+        # It quotes names that the files have.
+        say(printable(f"warning   {folder}: {warning}", limit=1_000))
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return _read_leaf(source, jax.tree_util.keystr(path, simple=True, separator="."), leaf)

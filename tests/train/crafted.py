@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from .hub import GOLDEN, MODELS
 
-_READ = ("config.json", "tokenizer.json", "model.safetensors")
+_READ = ("config.json", "hf_config.json", "tokenizer.json", "model.safetensors")
 SECRET = "what nobody may read 4711"
 
 Draw = random.Random
@@ -39,7 +39,7 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({chr(32 + number): number for number in range(64)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "\\"", "bos_token": {"content": "!"}}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "\\"", "bos_token": "!"}')
     (folder / "special_tokens_map.json").write_text('{"eos_token": "\\""}')
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"):
         (folder / name).write_text("{}")
@@ -60,7 +60,8 @@ def damage(folder: Path, draw: Draw) -> list[str]:
     files = sorted(folder.iterdir())
     # Those from which most is read, in a third of the folders alone.
     read = [file for file in files if file.suffix == ".safetensors" or file.name.startswith(_READ)]
-    for file in draw.sample(draw.choice((files, read, read)), draw.choice((1, 1, 2, 3))):
+    among = draw.choice((files, read, read))
+    for file in draw.sample(among, min(len(among), draw.choice((1, 1, 2, 3)))):
         kinds = [_replace, _replace, _spoil_bytes]
         kinds += [_spoil_json] * 4 if file.suffix == ".json" else []
         kinds += [_spoil_header] * 4 if file.suffix == ".safetensors" else []

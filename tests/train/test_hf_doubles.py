@@ -17,6 +17,7 @@ from trellax.train.hf_files import INDEX, SINGLE
 from trellax.train.hf_read import open_weights, read_weights
 
 from .hf_doubles import DOUBLES, HEAD, make, merge
+from .hf_doubles import say as say_again
 from .hub import GOLDEN, shapes_of
 
 
@@ -34,6 +35,14 @@ def test_what_is_said_twice_counts_once_and_is_told(tmp_path: Path, golden: Call
         assert all(np.array_equal(a, b) for a, b in pairs), name
         lines += [f"{name}:", *(f"  {line.partition(': ')[2]}" for line in said or [": nothing"])]
     golden("hf_doubles.txt", "\n".join(lines))
+
+
+def test_names_in_a_warning_are_escaped(tmp_path: Path) -> None:
+    folder = make(DOUBLES["a stale index"], tmp_path / "model", how=say_again(rope_scaling={"\x1b[2J": 1}))
+    said: list[str] = []
+    read_weights(folder, shapes_of(folder), say=said.append)
+    assert said
+    assert all(line.isprintable() for line in said)
 
 
 def test_a_trained_head_survives_import_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
