@@ -18,7 +18,7 @@ from .crafted import SECRET, Draw, add_tokenizer, craft, damage, set_trap
 from .hub import GOLDEN
 
 SECONDS, BYTES = 60, 4 << 30
-SAMPLE = range(0, 300, 25)
+SAMPLE = range(0, 300, 40)
 
 
 class ReadyError(Exception):
