@@ -72,7 +72,6 @@ def schedule_from_csv(
             for each other.
     """
     rows = _leave_out(_split_rows(text, name), say)
-    _check_size(rows, name)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}
     cells = _spell_halves(list(_read_actions(rows, name)))
@@ -134,15 +133,6 @@ def _read_bounded(path: Path) -> bytes:
     return content
 
 
-def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
-    num_actions = sum(1 + cell.count("+") for row in rows for cell in row if cell and not cell.isspace())
-    if num_actions > _MOST_ACTIONS:
-        raise ScheduleError(
-            f"{name} has {num_actions:,} actions; {_MOST_ACTIONS:,} are the most.",
-            fix="write a file of fewer microbatches: the pattern repeats.",
-        )
-
-
 def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
     """Empty the cells of torch's language that ask for nothing that a schedule of ours says."""
     found = [match[1] for row in rows for cell in row if (match := _NOT_OURS.fullmatch(cell.strip()))]
@@ -165,12 +155,22 @@ def _say_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[st
 
 
 def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[int, int, Action]]:
+    _check_size(rows, name)
     for rank, row in enumerate(rows):
         for column, cell in enumerate(row):
             if cell.strip() in {"", IDLE}:
                 continue
             for word in cell.split("+"):
                 yield rank, column, _parse_word(word, f"{name}, row {rank + 1}, column {column + 1}")
+
+
+def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
+    num_actions = sum(1 + cell.count("+") for row in rows for cell in row if cell and not cell.isspace())
+    if num_actions > _MOST_ACTIONS:
+        raise ScheduleError(
+            f"{name} has {num_actions:,} actions; {_MOST_ACTIONS:,} are the most.",
+            fix="write a file of fewer microbatches: the pattern repeats.",
+        )
 
 
 def _spell_halves(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:
