@@ -78,11 +78,7 @@ def schedule_from_csv(
     for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
         if action.stage % len(rows) != rank:
-            raise ScheduleError(
-                f"{name}, {place}: {action} is in the row of rank {rank}, but with {len(rows)} rows stage "
-                f"{action.stage} lives on rank {action.stage % len(rows)}.",
-                fix=f"move it to row {action.stage % len(rows) + 1}; stage s is in row s % {len(rows)} + 1.",
-            )
+            raise _misplaced(f"{name}, {place}", action, rank, num_ranks=len(rows))
         if action in seen:
             raise ScheduleError(f"{name}, {place}: {action} a second time; the first is in {seen[action]}.")
         seen[action] = place
@@ -162,6 +158,15 @@ def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[in
                 continue
             for word in cell.split("+"):
                 yield rank, column, _parse_word(word, f"{name}, row {rank + 1}, column {column + 1}")
+
+
+def _misplaced(place: str, action: Action, rank: int, *, num_ranks: int) -> ScheduleError:
+    home = action.stage % num_ranks
+    return ScheduleError(
+        f"{place}: {action} is in the row of rank {rank}, but with {num_ranks} rows stage {action.stage} lives on rank "
+        f"{home}.",
+        fix=f"move it to row {home + 1}; stage s is in row s % {num_ranks} + 1.",
+    )
 
 
 def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
