@@ -27,7 +27,7 @@ from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
 OnToken = Callable[[Sequence, int], None]
 """What is called with a sequence and each token it has just got, in order; it may have got more by then."""
 
-_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length"}
+_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class Engine:
         """Return the answers to some requests, in their order; all of them are checked before any is run.
 
         Raises:
-            ServeError: a request does not fit the cache or the vocabulary.
+            ServeError: a request does not fit the cache or the vocabulary, or logits are not finite.
         """
         requests = list(requests)
         for request in requests:
@@ -159,7 +159,11 @@ class Engine:
         return self.schedule.submit(request)
 
     def step(self) -> list[Sequence]:
-        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended."""
+        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended.
+
+        Raises:
+            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can go on.
+        """
         for sequence in self.schedule.admit():
             self._write_choice(sequence)
         ended = self._read_prompts()
@@ -207,7 +211,7 @@ class Engine:
         """Take note of tokens with their reasons to end, tell them, and return the sequences that ended."""
         heard, ended = [], []
         for sequence, token, reason in said:
-            if _REASONS.get(reason) != "stop":
+            if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)
                 heard.append((sequence, token))
             if reason:
@@ -217,6 +221,9 @@ class Engine:
         if self.on_token:
             for sequence, token in heard:
                 self.on_token(sequence, token)
+        for sequence in ended:
+            if sequence.finish_reason == "error":
+                raise _not_finite(sequence)
         return ended
 
     def _write_choice(self, sequence: Sequence) -> None:
@@ -254,6 +261,14 @@ def _check_values(
     check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
     check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
     check_choice("fill", fill, get_args(Fill), error=ServeError)
+
+
+def _not_finite(sequence: Sequence) -> ServeError:
+    return ServeError(
+        f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
+        "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
+        fix="check where the weights come from, or serve them in float32.",
+    )
 
 
 def _empty_choice(sizes: Sizes) -> Choice:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
 
-FinishReason = Literal["stop", "length"]
-"""Why a sequence ended: a stop token, or its own limit of tokens or the cache's."""
+FinishReason = Literal["stop", "length", "error"]
+"""Why a sequence ended: a stop token, its own limit of tokens or the cache's, or logits that are not finite."""
 
 _HOTTEST = 3.4e38
 """A larger temperature would be infinite in float32, and any token as likely as another."""

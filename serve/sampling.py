@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+NOT_FINITE = -3
+"""In place of a token: of NaN or infinite logits none is the likeliest."""
+
 _COLDEST = 1e-30
 """Below this temperature scaled logits would overflow, and draws were the likeliest token long before."""
 
@@ -41,7 +44,8 @@ def choose(logits_BV: jax.Array, choice: Choice, *, position_B: jax.Array, axes:
     """Return one token for each row: logits[B@data, V@tensor] in float32 -> tokens[B@data].
 
     Inside `shard_map`: the logits are this device's block of the vocabulary over `axes`. Costs two all-reduces of [B]
-    over them (the best score, its token); where some row has top-k or top-p also one all-gather of the logits.
+    over them (the best score, its token); where some row has top-k or top-p also one all-gather of the logits. A row
+    whose logits are not finite gets `NOT_FINITE`, on every device.
 
     Args:
         position_B: the place in its sequence of the token to choose.
@@ -56,13 +60,16 @@ def choose(logits_BV: jax.Array, choice: Choice, *, position_B: jax.Array, axes:
         lambda x: x, cut_BV,
     )  # fmt: skip
     top_B, token_B = noisy_BV.max(-1), noisy_BV.argmax(-1).astype(jnp.int32)
+    # Of the logits as they are: a filter may drop a NaN. The largest is NaN where any is.
+    is_finite_B = jnp.isfinite(logits_BV.max(-1))
     if not axes:
-        return token_B
+        return jnp.where(is_finite_B, token_B, NOT_FINITE)
     best_B = jax.lax.pmax(top_B, axes)
     # Of equal scores the first token wins, as argmax has it on one device.
     token_B = token_B + jax.lax.axis_index(axes) * logits_BV.shape[-1]
-    # Not equality: where the model overflows all are NaN, and somebody's token must come of it.
-    return jax.lax.pmin(jnp.where(top_B < best_B, jnp.iinfo(jnp.int32).max, token_B), axes)
+    token_B = jnp.where(top_B < best_B, jnp.iinfo(jnp.int32).max, token_B)
+    # Below all tokens, so what one device has seen is what all say.
+    return jax.lax.pmin(jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
 
 
 def _noise(like_BV: jax.Array, choice: Choice, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -113,6 +120,7 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 
 def ends(token_B: jax.Array, choice: Choice, *, length_B: jax.Array) -> jax.Array:
-    """Return why each sequence ends with a token, [B]: 0 it does not, 1 a stop token, 2 its length."""
+    """Return why each sequence ends with a token, [B]: 0 it does not, 1 a stop token, 2 its length, 3 there is none."""
     is_stop_B = (choice.stops == token_B[:, None]).any(-1)
-    return jnp.where(is_stop_B, 1, jnp.where(length_B >= choice.limit, 2, 0)).astype(jnp.int32)
+    reason_B = jnp.where(is_stop_B, 1, jnp.where(length_B >= choice.limit, 2, 0))
+    return jnp.where(token_B == NOT_FINITE, 3, reason_B).astype(jnp.int32)

@@ -21,7 +21,7 @@ from .config import DataSection
 from .corpus_files import check_named_once, check_text_file, check_token_file
 from .file_change import WatchedFile
 from .regular_file import read_bounded
-from .tokenizer import ModelTokenizer, load_tokenizer, tokenize
+from .tokenizer import load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CHUNK = 1 << 24
@@ -50,12 +50,12 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     Token files stay on disk and are mapped; they are read once, in order, for the hash and the largest id.
 
     Args:
-        vocab_size: that of the model, to know before text is tokenized that every id fits.
+        vocab_size: that of the model, to stop at the first text with an id that it does not have.
         cache: folder that keeps tokenized text.
 
     Raises:
         DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter
-            than one sequence, or the tokenizer is none or has more ids than the model.
+            than one sequence, or the tokenizer is none or gives an id that the model does not have.
     """
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, error=DataError)
@@ -68,9 +68,8 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
         tokens = np.frombuffer(_join_texts([text for _, text in documents]), np.uint8)
         return _cut(tokens, f"bytes of {what}", data=data)
     tokenizer = load_tokenizer(data.tokenizer)
-    _check_tokenizer(tokenizer, vocab_size=vocab_size)
     documents, what = _read_documents(data)
-    tokens = tokenize(documents, tokenizer, cache=cache)
+    tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = WatchedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
     return _cut(tokens, f"{what} by {tokenizer.file}", data=data, mapped=mapped)
 
@@ -96,15 +95,6 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
         raise DataError(
             f"the corpus holds token id {largest}, but model.vocab_size={vocab_size} knows ids 0 to {vocab_size - 1}.",
             fix=f"set model.vocab_size={corpus.vocab_size_needed} or more, or check data.token_dtype.",
-        )
-
-
-def _check_tokenizer(tokenizer: ModelTokenizer, *, vocab_size: int | None) -> None:
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.file} gives ids 0 to {tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size} knows "
-            f"ids 0 to {vocab_size - 1}.",
-            fix=f"take the model's own tokenizer, or set model.vocab_size={tokenizer.vocab_size} or more.",
         )
 
 

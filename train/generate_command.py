@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +25,8 @@ DTYPES = ("float32", "bfloat16")
 
 _DEFAULT_SLOTS = 8
 _LONGEST_PROMPTS = 1 << 28
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but for line ends and tabs: C0, DEL and C1."""
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +78,8 @@ def run_generate(args: argparse.Namespace) -> int:
         use_fake_devices(args.fake_devices)
     spec = resolve_mesh(args.mesh)
     source = open_source(args.folder)
+    for warning in source.warnings:
+        print(f"warning   {warning}", file=sys.stderr)
     config = served_model(source.config, args)
     requests = _make_requests(prompts, args, source)
     sizes = _engine_sizes(args, config, requests, spec)
@@ -174,7 +179,8 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source)
     stops += [one for one in source.end_ids if one not in stops]
     return [
         Request(
-            prompt=tuple(source.tokenizer.encode_prompt(prompt)),
+            # As transformers has it: what is empty begins with the token that begins texts.
+            prompt=tuple(source.tokenizer.encode_prompt(prompt)) or source.begin_ids,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -241,9 +247,12 @@ class _Printer:
             self._show()
 
     def _show(self) -> None:
+        text = self._waiting[self._first]
+        # A terminal would obey what a model writes; a file or a program gets it as it is.
+        text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if self._out.isatty() else text
         # A stdout that is not UTF-8 lacks letters that a model writes.
         encoding = self._out.encoding or "utf-8"
-        self._out.write(self._waiting[self._first].encode(encoding, "backslashreplace").decode(encoding))
+        self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
         self._out.flush()
         self._waiting[self._first] = ""
 

@@ -16,13 +16,16 @@ from ..meshes.build import visible_devices
 from ..meshes.errors import printable
 from .argument_types import path, whole
 from .config import RunConfig, load_config
-from .hf_config import ARCHITECTURES, HubModel, hub_values, read_hub_model
+from .hf_config import ARCHITECTURES, HubModel, read_hub_model
+from .hf_config_write import hub_values
 from .hf_read import open_weights, read_weights
 from .hf_write import write_weights
+from .model_folder import find_file
 from .new_folder import new_folder, refuse_existing
 from .run_weights import load_params, save_params, saved_config, weight_shapes
+from .special_ids import ORIGIN
 from .state import Setup
-from .tokenizer import ORIGIN, TOKENIZER, TOKENIZER_FILES, copy_tokenizer, read_origin
+from .tokenizer import TOKENIZER, TOKENIZER_FILES, copy_tokenizer, load_tokenizer, read_origin
 
 _SEQ_LEN = 1024
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -60,7 +63,7 @@ def run_import(args: argparse.Namespace) -> int:
         shapes = weight_shapes(Setup(config, mesh))
         open_weights(source, shapes)
         _say(f"reading   {source}: {model.architecture}, {_count(model.config)} parameters, on {mesh_sizes(mesh)}")
-        save_params(part, read_weights(source, shapes), config)
+        save_params(part, read_weights(source, shapes, say=_say), config)
     return _finish(args, model.architecture, model.config, files=["config.toml", "checkpoints", *_tokenizer_files(out)])
 
 
@@ -106,6 +109,10 @@ def _build_mesh(args: argparse.Namespace) -> Mesh:
 
 def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> RunConfig:
     """Write config.toml and what belongs to the tokenizer, and return the run."""
+    if find_file(source, TOKENIZER):
+        # A run whose tokenizer cannot be read could neither train nor answer.
+        for warning in load_tokenizer(source).special.warnings:
+            _say(f"warning   {warning}")
     copy_tokenizer(source, part)
     (part / ORIGIN).write_text(json.dumps(model.values, indent=2) + "\n", encoding="utf-8")
     (part / "config.toml").write_text(_config_text(source, out, model), encoding="utf-8")
@@ -126,7 +133,7 @@ def _config_text(source: Path, out: Path, model: HubModel) -> str:
         "train": {"steps": 1000, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-5, "warmup_steps": 100},
     }
-    if (source / TOKENIZER).is_file():
+    if find_file(source, TOKENIZER):
         values["data"]["tokenizer"] = str(out)
     sections = [
         "\n".join(
@@ -144,7 +151,7 @@ def _config_text(source: Path, out: Path, model: HubModel) -> str:
 
 
 def _tokenizer_files(folder: Path) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [name for name in TOKENIZER_FILES if find_file(folder, name)]
 
 
 def _count(config: ModelConfig) -> str:

@@ -1,17 +1,22 @@
-"""config.json of a Hugging Face model as a `ModelConfig`, and back; whatever trellax cannot compute is listed at once.
+"""config.json of a Hugging Face model as a `ModelConfig`; whatever trellax cannot compute is listed at once.
 
-Keys that change no logits of a trained model (dropout, initial values, caches) are passed over. Read `hf_names.py`
-next.
+Keys that change no logits of a trained model (dropout, initial values, caches) are passed over. Where two keys say
+different things, the one counts that transformers 5 takes, and it is told. Read `hf_config_write.py` for the way back,
+and `hf_names.py` next.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..layers import ModelConfig
-from ..meshes import ModelError, WeightsError, suggest
+from ..meshes import ModelError, WeightsError
+from ..meshes.errors import shown
+from .hf_numbers import wrong_float, wrong_numbers
+from .hf_settle import ORIGINAL_TOKENS, settle
+from .hf_ties import has_own_head
+from .model_folder import read_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -22,7 +27,7 @@ ARCHITECTURES = {
 }
 """What trellax reads and writes: `model_type` and the class of it."""
 
-_SIZES = {
+SIZES = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -30,52 +35,66 @@ _SIZES = {
     "ffn_size": "intermediate_size",
     "max_tokens": "max_position_embeddings",
 }
-_GPT2_SIZES = {
+"""Sizes by our name, as all architectures but GPT-2 call them."""
+
+GPT2_SIZES = {
     "vocab_size": "vocab_size",
     "num_layers": "n_layer",
     "hidden_size": "n_embd",
     "num_heads": "n_head",
     "max_tokens": "n_positions",
 }
+"""The same of GPT-2."""
+
+_MAX_TOKENS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gpt2": 1024}
+_NUM_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+"""What transformers takes where the key is missing; with null there are as many as heads."""
+
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """What a config.json says: the model, the architecture by its `model_type`, and the file as it stands."""
+    """What a config.json says: the model, the architecture by its `model_type`, and the file as it stands.
+
+    `warnings` is where it says two things, a line each, and which was taken.
+    """
 
     config: ModelConfig
     architecture: str
     values: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def read_hub_model(folder: str | Path) -> HubModel:
-    """Return the model that the config.json of a folder describes.
+    """Return the model that the config.json of a folder describes; its embeddings are tied if its weights agree.
 
     Raises:
         WeightsError: there is none, it is broken, or it asks for what trellax does not have, all of which is listed.
     """
     file = Path(folder) / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    values = read_json(folder, file.name)
+    if values is None and not file.is_file():
         raise WeightsError(
             f"{folder} has no config.json.",
             fix="name a Hugging Face model's folder, as save_pretrained writes it.",
-        ) from None
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{file}:{error.lineno}: this is no JSON: {error.msg}.", fix="copy it again.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} cannot be read: {error}.", fix="check the file.") from None
+        )
     try:
-        return hub_model(values)
+        model = hub_model(values)
     except WeightsError as error:
         raise WeightsError(f"{file}: {error.problem}", fix=error.fix) from None
+    if model.config.embeddings == "tied" and has_own_head(folder, model.architecture):
+        warning = (
+            "tie_word_embeddings is true, but the files hold an lm_head.weight of its own: it is taken, as "
+            "transformers does, and the model is untied"
+        )
+        return replace(model, config=replace(model.config, embeddings="untied"), warnings=(*model.warnings, warning))
+    return model
 
 
 def hub_model(values: Mapping[str, Any]) -> HubModel:
@@ -89,134 +108,136 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
     """
     name = values.get("model_type") if isinstance(values, Mapping) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
+        # No nearest name: "llama4" is no misspelt "llama", and loading it as one would be a wrong model.
         raise WeightsError(
-            f"model_type={name!r} is no architecture that trellax has.{suggest(str(name), ARCHITECTURES)}",
+            f"model_type={shown(name)} is no architecture that trellax has.",
             fix=f"use a model of {', '.join(ARCHITECTURES)}.",
         )
     try:
-        config = _read_model(values, name)
+        settled = settle(values, architecture=name, class_name=ARCHITECTURES[name], max_tokens=_MAX_TOKENS[name])
+        config = _read_model(settled.values, name)
     except ModelError as error:
         raise WeightsError(error.problem, fix="correct config.json.") from None
     except (TypeError, AttributeError, KeyError, OverflowError) as error:
         # Lists where numbers belong, and the like: nothing that transformers writes.
         raise WeightsError(f"a setting is of another type than it should be: {error}.", fix="copy it again.") from None
-    return HubModel(config=config, architecture=name, values=values)
+    return HubModel(config=config, architecture=name, values=values, warnings=settled.warnings)
 
 
-def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[str, Any]:
-    """Return the config.json of a model; of which architecture follows from the model, if only one has what it has.
-
-    Raises:
-        WeightsError: no architecture has what it has, or the one asked for has not, or there are several.
-    """
-    lacks = {name: list(_lacks(config, name)) for name in ARCHITECTURES}
-    if architecture is not None and architecture not in lacks:
-        raise WeightsError(
-            f"architecture {architecture!r} is not known.{suggest(architecture, lacks)}",
-            fix=f"use one of {', '.join(lacks)}.",
-        )
-    fitting = [name for name in lacks if not lacks[name]]
-    if architecture is None and len(fitting) > 1:
-        raise WeightsError(
-            f"the model is the same as {' and as '.join(fitting)}.", fix=f"say which with --architecture {fitting[0]}."
-        )
-    if architecture is None and not fitting:
-        reasons = [f"{name}: {', '.join(reason)}" for name, reason in lacks.items()]
-        raise WeightsError(_listed("no Hugging Face architecture holds this model:", reasons))
-    name = architecture or fitting[0]
-    if lacks[name]:
-        raise WeightsError(_listed(f"{name} cannot hold this model:", lacks[name]))
-    return _write_gpt2(config) if name == "gpt2" else _write_llama(config, name)
+def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Return in what two models differ that matters to weights: all but the type to compute in and unused lengths."""
+    passed = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
+    names = [field.name for field in fields(ModelConfig) if field.name not in passed]
+    return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
 def _read_model(values: Mapping[str, Any], name: str) -> ModelConfig:
     is_gpt2 = name == "gpt2"
+    numbers = list(_wrong_sizes(values, is_gpt2))
     found = list(_unsupported_gpt2(values) if is_gpt2 else _unsupported_llama(values, name))
     found += _unsupported_anywhere(values)
-    found += _missing_sizes(values, is_gpt2)
+    # Layers are gone through one by one, so their number must be one.
+    found += numbers or ([] if is_gpt2 else _unsupported_windows(values, name))
     if found:
         are = "is" if len(found) == 1 else "are"
-        raise WeightsError(_listed(f"{len(found)} of its settings {are} not supported:", found))
+        raise WeightsError("\n  ".join([f"{len(found)} of its settings {are} not supported:", *found]))
     return ModelConfig(**(_read_gpt2(values) if is_gpt2 else _read_llama(values, name)))
 
 
-def _missing_sizes(values: Mapping[str, Any], is_gpt2: bool) -> Iterator[str]:
-    for key in (_GPT2_SIZES if is_gpt2 else _SIZES).values():
-        if key not in values:
-            if key not in ("n_positions", "max_position_embeddings"):
-                yield f"{key} is missing"
-        elif type(values[key]) is not int:
-            yield f"{key}={values[key]!r} is no whole number"
+def _wrong_sizes(values: Mapping[str, Any], is_gpt2: bool) -> Iterator[str]:
+    required = [key for own, key in (GPT2_SIZES if is_gpt2 else SIZES).items() if own != "max_tokens"]
+    optional = ("n_positions", "n_inner") if is_gpt2 else ("max_position_embeddings", "num_key_value_heads", "head_dim")
+    yield from wrong_numbers(values, required=required, optional=optional)
 
 
 def _unsupported_anywhere(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("quantization_config"):
         yield "quantization_config: the weights are quantised; use those that are not"
+    if values.get("text_config"):
+        yield "text_config: a model within a model; use that of the text alone"
+    if not isinstance(tied := values.get("tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings={shown(tied)} is neither true nor false"
 
 
 def _unsupported_gpt2(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("activation_function", "gelu_new") not in _GELUS:
-        yield f"activation_function={values['activation_function']!r}; GPT-2 here has 'gelu_new'"
+        yield f"activation_function={shown(values['activation_function'])}; GPT-2 here has 'gelu_new'"
     wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for key, value in wanted.items():
         if values.get(key, value) != value:
-            yield f"{key}={values[key]!r}; only {value} is"
+            yield f"{key}={shown(values[key])}; only {value} is"
 
 
 def _unsupported_llama(values: Mapping[str, Any], name: str) -> Iterator[str]:
     if values.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act={values['hidden_act']!r}; only 'silu' is"
-    rope, kind = _rope(values)
-    if kind not in _ROPE_NUMBERS:
-        yield f"rope type {kind!r}; only {', '.join(map(repr, _ROPE_NUMBERS))} are"
-    if not isinstance(theta := _rope_theta(values), int | float):
-        yield f"rope_theta={theta!r} is no number"
-    for key in _ROPE_NUMBERS.get(kind, ()):
-        if not isinstance(rope.get(key), int | float):
+        yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
+    rope = values["rope"]
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+        yield f"rope type {shown(kind)}; only {', '.join(map(repr, _ROPE_NUMBERS))} are"
+        kind = "default"
+    yield from wrong_float("rope_theta", rope["rope_theta"])
+    for key in _ROPE_NUMBERS[kind]:
+        if key in rope:
+            yield from wrong_float(key, rope[key])
+        else:
             yield f"rope type {kind!r} without a number {key!r}"
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1:
+    if kind == "llama3" and type(original := rope[ORIGINAL_TOKENS]) is not int:
+        yield f"{ORIGINAL_TOKENS}={shown(original)} is no whole number"
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, None):
         yield "partial_rotary_factor: only rotary positions of whole heads are"
+    yield from _unsupported_biases(values, name)
+
+
+def _unsupported_biases(values: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Qwen 2 and Mistral have what they have, whatever these keys say."""
     biases = {key: bool(values.get(key, False)) for key in ("attention_bias", "mlp_bias")}
-    if biases["attention_bias"] != biases["mlp_bias"] and name in ("llama", "qwen3"):
+    if name == "qwen3":
+        biases["mlp_bias"] = False
+    if name in ("llama", "qwen3") and biases["attention_bias"] != biases["mlp_bias"]:
         given = next(key for key, value in biases.items() if value)
         yield f"{given}=true; biases are on all linear layers, on query, key and value alone (qwen2), or on none"
-    windows = {_window_of_layer(values, name, layer) for layer in range(_int(values, "num_hidden_layers"))}
+
+
+def _unsupported_windows(values: Mapping[str, Any], name: str) -> Iterator[str]:
+    windows = {_window_of_layer(values, name, layer) for layer in range(values["num_hidden_layers"])}
     if len(windows) > 1:
         yield f"layers with attention windows of {sorted(windows)} (0 is none); all layers must have the same"
 
 
 def _read_llama(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    rope, kind = _rope(values)
-    heads = values["num_attention_heads"]
-    sizes = {own: values[key] for own, key in _SIZES.items() if key in values}
-    read = sizes | {
-        "num_kv_heads": values.get("num_key_value_heads") or (8 if name == "mistral" else heads),
+    rope, heads = values["rope"], values["num_attention_heads"]
+    sizes = {own: values[key] for own, key in SIZES.items() if values.get(key) is not None}
+    read = {"max_tokens": _MAX_TOKENS[name]} | sizes
+    read |= {
+        "num_kv_heads": values.get("num_key_value_heads", _NUM_KV_HEADS.get(name)) or heads,
         "head_size": values.get("head_dim") or (128 if name == "qwen3" else 0),
         "mlp": "swiglu",
         "norm": "rmsnorm",
         "norm_epsilon": values.get("rms_norm_eps", 1e-6),
         "positions": "rotary",
-        "rope_theta": float(_rope_theta(values)),
-        "bias": "qkv" if name == "qwen2" else "on" if values.get("attention_bias") else "off",
+        "rope_theta": float(rope["rope_theta"]),
+        "bias": "qkv" if name == "qwen2" else "on" if name == "llama" and values.get("attention_bias") else "off",
         "qk_norm": "on" if name == "qwen3" else "off",
         "attention_window": _window_of_layer(values, name, 0),
         "embeddings": "tied" if values.get("tie_word_embeddings", False) else "untied",
         "dtype": _dtype(values),
     }
+    kind = rope["rope_type"]
     if kind == "default":
         return read
     read |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
     if kind == "llama3":
         read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
         read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
-        read["rope_original_tokens"] = rope["original_max_position_embeddings"]
+        read["rope_original_tokens"] = rope[ORIGINAL_TOKENS]
     return read
 
 
 def _read_gpt2(values: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {own: values[key] for own, key in _GPT2_SIZES.items() if key in values}
+    sizes = {own: values[key] for own, key in GPT2_SIZES.items() if values.get(key) is not None}
     return (
-        {"max_tokens": 1024}
+        {"max_tokens": _MAX_TOKENS["gpt2"]}
         | sizes
         | {
             "ffn_size": values.get("n_inner") or 4 * values["n_embd"],
@@ -225,16 +246,6 @@ def _read_gpt2(values: Mapping[str, Any]) -> dict[str, Any]:
             "dtype": _dtype(values),
         }
     )
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The numbers of rotary positions and their type, as transformers 5 writes them or as 4 did."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return rope, rope.get("rope_type", rope.get("type", "default"))
-
-
-def _rope_theta(values: Mapping[str, Any]) -> Any:
-    return _rope(values)[0].get("rope_theta", values.get("rope_theta", 10_000.0))
 
 
 def _window_of_layer(values: Mapping[str, Any], name: str, layer: int) -> int:
@@ -251,87 +262,5 @@ def _window_of_layer(values: Mapping[str, Any], name: str, layer: int) -> int:
 
 def _dtype(values: Mapping[str, Any]) -> str:
     # What is float16 on disk is computed in float32: bfloat16 would round it, and float16 trellax does not have.
-    kind = values.get("dtype") or values.get("torch_dtype") or "float32"
+    kind = values.get("dtype") or "float32"
     return kind if kind in ("float32", "bfloat16") else "float32"
-
-
-def _int(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key, 0)
-    return value if isinstance(value, int) else 0
-
-
-def _lacks(config: ModelConfig, name: str) -> Iterator[str]:
-    """What of a model an architecture has not."""
-    is_gpt2 = name == "gpt2"
-    wanted: dict[str, tuple[str, ...]] = {
-        "mlp": ("gelu",) if is_gpt2 else ("swiglu",),
-        "norm": ("layernorm",) if is_gpt2 else ("rmsnorm",),
-        "positions": ("learned",) if is_gpt2 else ("rotary",),
-        "qk_norm": ("on",) if name == "qwen3" else ("off",),
-        "bias": {"gpt2": ("on",), "llama": ("on", "off"), "qwen2": ("qkv",)}.get(name, ("off",)),
-    }
-    for key, choices in wanted.items():
-        if getattr(config, key) not in choices:
-            yield f"model.{key}={getattr(config, key)!r}, not {' or '.join(map(repr, choices))}"
-    if config.attention_window and name in ("llama", "gpt2"):
-        yield f"model.attention_window={config.attention_window}, not 0"
-    if is_gpt2 and config.num_kv_heads != config.num_heads:
-        yield f"model.num_kv_heads={config.num_kv_heads}, not {config.num_heads}"
-    if name in ("gpt2", "qwen2") and config.query_size != config.hidden_size:
-        yield f"model.head_size={config.head_size}, not hidden_size / num_heads"
-
-
-def _write_llama(config: ModelConfig, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = {"architectures": [ARCHITECTURES[name]], "model_type": name}
-    values |= {key: getattr(config, own) for own, key in _SIZES.items()}
-    values |= {
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.embeddings == "tied",
-        "dtype": config.dtype,
-    }
-    rope: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
-    if config.rope_scaling != "none":
-        rope["factor"] = config.rope_factor
-    if config.rope_scaling == "llama3":
-        rope["low_freq_factor"] = config.rope_low_frequency_factor
-        rope["high_freq_factor"] = config.rope_high_frequency_factor
-        rope["original_max_position_embeddings"] = config.rope_original_tokens
-    # transformers 5 writes the first; 4 knows the other two, which 5 reads too.
-    values["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
-    values |= {"rope_theta": config.rope_theta, "rope_scaling": None if config.rope_scaling == "none" else rope}
-    if name == "llama":
-        values |= {"attention_bias": config.bias == "on", "mlp_bias": config.bias == "on"}
-    window = config.attention_window or None
-    if name == "mistral":
-        values["sliding_window"] = window
-    if name.startswith("qwen"):
-        kind = "sliding_attention" if window else "full_attention"
-        values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
-        values["layer_types"] = [kind] * config.num_layers
-    return values
-
-
-def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {"architectures": [ARCHITECTURES["gpt2"]], "model_type": "gpt2"}
-    values |= {key: getattr(config, own) for own, key in _GPT2_SIZES.items()}
-    return values | {
-        "n_inner": config.ffn_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.norm_epsilon,
-        "tie_word_embeddings": config.embeddings == "tied",
-        "dtype": config.dtype,
-    }
-
-
-def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Return in what two models differ that matters to weights: all but the type to compute in and unused lengths."""
-    passed = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
-    names = [field.name for field in fields(ModelConfig) if field.name not in passed]
-    return [name for name in names if getattr(one, name) != getattr(other, name)]
-
-
-def _listed(first: str, rest: list[str]) -> str:
-    return "\n  ".join([first, *rest])

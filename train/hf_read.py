@@ -3,8 +3,8 @@
 Headers are checked against the wanted shapes first, and all that is wrong is said at once. Read `hf_write.py` next.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ import jax
 import numpy as np
 
 from ..meshes import WeightsError
+from ..meshes.errors import printable
 from .hf_config import read_hub_model
-from .hf_files import TensorFiles, open_tensor_files
+from .hf_files import FLOATS, TensorFiles, open_tensor_files
 from .hf_names import NAMINGS, Home, Naming, named
 
 _SHOWN = 20
-_DTYPES = ("F32", "BF16", "F16")
 
 
-def read_weights(folder: str | Path, shapes: Any) -> Any:
+def _ignore(_told: str) -> None:
+    pass
+
+
+def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object] = _ignore) -> Any:
     """Return the parameters of a Hugging Face folder as arrays of the given shapes, types and shardings.
 
     Every device reads its slices of the files, converts them to the wanted type and keeps them; on the host there is
@@ -29,11 +33,15 @@ def read_weights(folder: str | Path, shapes: Any) -> Any:
     Args:
         shapes: a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings, shaped like the parameters
             of a `Transformer`; blocks are [L, ...].
+        say: told where the folder says two things, and which of them was taken.
 
     Raises:
         WeightsError: the files are broken, or tensors are missing, unknown or of another shape; nothing was read.
     """
     source = open_weights(folder, shapes)
+    for warning in source.warnings:
+        # It quotes names that the files have.
+        say(printable(f"warning   {folder}: {warning}", limit=1_000))
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return _read_leaf(source, jax.tree_util.keystr(path, simple=True, separator="."), leaf)
@@ -43,11 +51,15 @@ def read_weights(folder: str | Path, shapes: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder whose tensors are those of a model: where each parameter lives, and what names begin with."""
+    """A folder whose tensors are those of a model: where each parameter lives, and what names begin with.
+
+    `warnings` is where config.json or the files say two things, a line each.
+    """
 
     files: TensorFiles
     homes: dict[str, Home]
     prefix: str
+    warnings: tuple[str, ...]
 
 
 def open_weights(folder: str | Path, shapes: Any) -> Source:
@@ -56,17 +68,24 @@ def open_weights(folder: str | Path, shapes: Any) -> Source:
     Raises:
         WeightsError: everything that is wrong, in one list.
     """
-    naming = NAMINGS[read_hub_model(folder).architecture]
+    model = read_hub_model(folder)
+    naming = NAMINGS[model.architecture]
     files = open_tensor_files(folder)
-    homes = named(naming, shapes)
     has_prefix = any(name.startswith(naming.prefix) for name in (*files.shapes, *files.lost))
     prefix = naming.prefix if has_prefix else ""
+    homes = named(naming, shapes)
+    table = homes["embed.table"]
+    if "head.table" not in homes and prefix + table.name not in files.shapes and naming.head in files.shapes:
+        # One table under the other of its two names.
+        homes["embed.table"] = replace(table, name=naming.head)
     mistakes = [*files.mistakes, *_compare(files, naming, homes, shapes, prefix)]
+    if model.config.embeddings == "untied" and "head.table" not in homes:
+        mistakes.append(f"{naming.head} is a table of its own, and the model that was asked for has none")
     if mistakes:
         more = [f"and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []
         lines = [f"{folder} does not hold what its config.json says:", *mistakes[:_SHOWN], *more]
         raise WeightsError("\n  ".join(lines), fix="copy the folder again, whole.")
-    return Source(files=files, homes=homes, prefix=prefix)
+    return Source(files=files, homes=homes, prefix=prefix, warnings=(*model.warnings, *files.warnings))
 
 
 def _compare(files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes: Any, prefix: str) -> Iterator[str]:
@@ -77,13 +96,26 @@ def _compare(files: TensorFiles, naming: Naming, homes: dict[str, Home], shapes:
     for name in sorted(wanted.keys() & files.shapes.keys()):
         if files.shapes[name] != wanted[name]:
             yield f"{name} is {list(files.shapes[name])}, not {list(wanted[name])}"
-        if files.dtypes[name] not in _DTYPES:
-            yield f"{name} is of type {files.dtypes[name]}, not {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
+        if files.dtypes[name] not in FLOATS:
+            yield f"{name} is of type {files.dtypes[name]}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
     for name in sorted(files.shapes.keys() - wanted.keys()):
         is_known = name.endswith(naming.ignored) if naming.ignored else False
-        # Tied models may hold the table a second time.
         if not is_known and name != naming.head:
             yield f"{name} {list(files.shapes[name])} is not known"
+    yield from _compare_head(files, naming, homes, wanted, prefix)
+
+
+def _compare_head(
+    files: TensorFiles, naming: Naming, homes: dict[str, Home], wanted: dict[str, tuple[int, ...]], prefix: str
+) -> Iterator[str]:
+    """A tied model may hold its table a second time, but no other one."""
+    table = wanted[_full(homes["embed.table"].name, prefix)]
+    if "head.table" in homes or naming.head not in files.shapes:
+        return
+    if (shape := files.shapes[naming.head]) != table:
+        yield f"{naming.head} is {list(shape)}, not {list(table)}"
+    if files.dtypes[naming.head] not in FLOATS:
+        yield f"{naming.head} is of type {files.dtypes[naming.head]}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 
 
 def _wanted_shapes(homes: dict[str, Home], shapes: Any, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,6 @@ The folder appears under its name when it is whole. Read `hf_commands.py` next.
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from safetensors.numpy import save_file
 from ..layers import ModelConfig
 from ..meshes import WeightsError
 from ..meshes.arguments import check_count
-from .hf_config import hub_values
+from .hf_config_write import hub_values
 from .hf_files import INDEX, SINGLE
 from .hf_names import NAMINGS, named
+from .model_folder import copy_file
 from .new_folder import new_folder
 
 _MAX_FILE_BYTES = 5_000_000_000
@@ -61,7 +61,7 @@ def write_weights(
         _write_files(part, tensors, params, kind, max_file_bytes)
         _write_json(part / "config.json", values)
         for file in extra_files:
-            shutil.copyfile(file, part / file.name)
+            copy_file(file.parent, file.name, part / file.name)
     return values
 
 

@@ -46,11 +46,12 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: the run folder has none, or of another model.
         WeightsError: the Hugging Face folder is not whole, or of another model.
     """
+    say = partial(print, file=sys.stderr)
     if not is_run_folder(folder):
-        return read_weights(folder, shapes)
+        return read_weights(folder, shapes, say=say)
     # Saved are the parameters of training: what a model computes in is made of them here.
     saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), shapes)
-    with Checkpoints(folder, keep=1, say=partial(print, file=sys.stderr)) as checkpoints:
+    with Checkpoints(folder, keep=1, say=say) as checkpoints:
         params = _as_model(checkpoints.restore_params(as_pipeline(saved)))
     return jax.tree.map(_cast, params, shapes)
 

@@ -12,14 +12,16 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig
-from ..meshes import CheckpointError, ConfigError, DataError
+from ..meshes import CheckpointError, ConfigError
 from ..meshes.arguments import check_choice
 from ..serve import param_shapes
 from .checkpoint import FOLDER
 from .hf_config import read_hub_model
+from .model_folder import find_file
 from .run_weights import is_run_folder, load_params, saved_config
+from .special_ids import ORIGIN
 from .text_stream import ByteTokenizer, Tokenizer
-from .tokenizer import ORIGIN, TOKENIZER, ModelTokenizer, load_tokenizer
+from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
 
 _BYTES = 256
 
@@ -28,13 +30,16 @@ _BYTES = 256
 class Source:
     """A model that is not read yet: `read(shapes)` returns parameters of the shapes and shardings it is given.
 
-    `end_ids` are the tokens that end an answer, none where nothing says so.
+    `end_ids` are the tokens that end an answer, `begin_ids` those that a text of no token begins with, none where
+    nothing says so. `warnings` is where the files of a folder differ, a line each.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     read: Callable[[Any], Any]
+    begin_ids: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def open_source(path: str | Path) -> Source:
@@ -43,7 +48,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         CheckpointError: there is no such folder, no model in it, or a run without a save or without a tokenizer.
         WeightsError: the Hugging Face folder holds no model that trellax has.
-        DataError: its tokenizer is missing, broken, or has more ids than the model.
+        DataError: its tokenizer is missing or broken.
     """
     folder = Path(path)
     if is_run_folder(folder):
@@ -59,11 +64,7 @@ def open_source(path: str | Path) -> Source:
             fix="train into it first, or name another folder.",
         )
     model = read_hub_model(folder)
-    tokenizer = load_tokenizer(folder)
-    _check_ids(tokenizer, model.config)
-    return Source(
-        config=model.config, tokenizer=tokenizer, end_ids=tokenizer.end_ids, read=partial(load_params, folder)
-    )
+    return _with_tokenizer(load_tokenizer(folder), model.config, read=partial(load_params, folder))
 
 
 def load_for_serving(
@@ -86,11 +87,11 @@ def load_for_serving(
 
 def _open_run(folder: Path) -> Source:
     run, read = saved_config(folder), partial(load_params, folder)
-    if (folder / TOKENIZER).is_file():
-        tokenizer = load_tokenizer(folder)
-        _check_ids(tokenizer, run.model)
-        return Source(config=run.model, tokenizer=tokenizer, end_ids=tokenizer.end_ids, read=read)
-    has_other_ids = run.data.source == "tokens" or run.data.tokenizer != "bytes" or (folder / ORIGIN).is_file()
+    if find_file(folder, TOKENIZER):
+        return _with_tokenizer(load_tokenizer(folder), run.model, read=read)
+    has_other_ids = (
+        run.data.source == "tokens" or run.data.tokenizer != "bytes" or find_file(folder, ORIGIN) is not None
+    )
     if has_other_ids or run.model.vocab_size < _BYTES:
         raise CheckpointError(
             f"the model in {folder} reads token ids, and there is no {TOKENIZER} that says what text they are.",
@@ -99,10 +100,14 @@ def _open_run(folder: Path) -> Source:
     return Source(config=run.model, tokenizer=ByteTokenizer(), end_ids=(), read=read)
 
 
-def _check_ids(tokenizer: ModelTokenizer, config: ModelConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"{tokenizer.file} gives ids 0 to {tokenizer.vocab_size - 1}, but the model has vocab_size="
-            f"{config.vocab_size}.",
-            fix="take the model's own tokenizer.",
-        )
+def _with_tokenizer(tokenizer: ModelTokenizer, config: ModelConfig, *, read: Callable[[Any], Any]) -> Source:
+    """The model with its tokenizer, which may have ids that the model does not: those are refused where they occur."""
+    special, begin = tokenizer.special, tokenizer.special.begin_id
+    return Source(
+        config=config,
+        tokenizer=tokenizer,
+        end_ids=tuple(one for one in special.stop_ids if one < config.vocab_size),
+        begin_ids=() if begin is None or begin >= config.vocab_size else (begin,),
+        warnings=special.warnings,
+        read=read,
+    )

@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from ..meshes import TrellaxError
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8
 """Tokens of a prompt that are decoded along with the answer: more than the bytes of a character."""
+
+_CHARACTER = 4
+"""Bytes of a character in UTF-8, at most."""
 
 
 class Tokenizer(Protocol):
@@ -57,9 +62,7 @@ class TextStream:
         self._tokenizer = tokenizer
         # Some decoders drop the space before the first word: the answer's must not be the first.
         self._tokens = list(prompt[-_CONTEXT:])
-        while (before := tokenizer.decode(self._tokens)).startswith(_UNFINISHED):
-            del self._tokens[0]  # part of a character
-        self._num_shown = len(before)
+        self._num_shown = self._pass_over_prompt(is_cut=len(prompt) > _CONTEXT)
 
     def add(self, *tokens: int) -> str:
         """Return what can be shown now that tokens have come."""
@@ -71,6 +74,30 @@ class TextStream:
     def finish(self) -> str:
         """Return what is left when no more tokens come."""
         return self._show(self._tokenizer.decode(self._tokens))
+
+    def _pass_over_prompt(self, *, is_cut: bool) -> int:
+        """Return the number of letters of the prompt, without a part of a character at its end, which may be completed.
+
+        Where a cut has left the rest of a character at its start, those tokens are dropped. Both ends are tried
+        together, since some decoders turn a whole row of bytes into signs where one is missing.
+        """
+        sign = self._sign()
+        for first in range(_CHARACTER if is_cut else 1):
+            for num_parts in range(_CHARACTER):
+                tokens = self._tokens[first : max(first, len(self._tokens) - num_parts)]
+                text = self._tokenizer.decode(tokens)
+                # The sign may be what was written.
+                is_whole = not text.endswith(_UNFINISHED) or tokens[-len(sign) :] == sign
+                if is_whole and not (is_cut and text.startswith(_UNFINISHED)):
+                    del self._tokens[:first]
+                    return len(text)
+        return len(self._tokenizer.decode(self._tokens))
+
+    def _sign(self) -> list[int]:
+        try:
+            return self._tokenizer.encode(_UNFINISHED)
+        except TrellaxError:  # the tokenizer has no token for it
+            return []
 
     def _show(self, text: str) -> str:
         new = text[self._num_shown :]

@@ -21,6 +21,9 @@ from .grid import IDLE, Schedule
 from .place import Vocab, check_vocab, schedule_from_orders
 
 _LONGEST_CELL = 24
+_MOST_ACTIONS = 60_000
+"""20,000 microbatches of a stage, the most of the command, with three actions each."""
+_MOST_BYTES = 16 << 20
 
 _NOT_OURS = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
 """Actions of torch.distributed.pipelining that need nothing of a schedule."""
@@ -41,7 +44,7 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
     check_vocab(vocab)
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_bounded(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = suggest(path.name, [file.name for file in path.parent.glob("*") if file.is_file()])
         raise ScheduleError(f"there is no file {str(path)!r}.{near}", fix="give the path of a CSV file.") from error
@@ -76,11 +79,7 @@ def schedule_from_csv(
     for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
         if action.stage % len(rows) != rank:
-            raise ScheduleError(
-                f"{name}, {place}: {action} is in the row of rank {rank}, but with {len(rows)} rows stage "
-                f"{action.stage} lives on rank {action.stage % len(rows)}.",
-                fix=f"move it to row {action.stage % len(rows) + 1}; stage s is in row s % {len(rows)} + 1.",
-            )
+            raise _misplaced(f"{name}, {place}", action, rank, num_ranks=len(rows))
         if action in seen:
             raise ScheduleError(f"{name}, {place}: {action} a second time; the first is in {seen[action]}.")
         seen[action] = place
@@ -120,6 +119,17 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
     return rows
 
 
+def _read_bounded(path: Path) -> bytes:
+    # To open a named pipe would wait for whoever writes to it, and a device has no end.
+    if path.exists() and not path.is_file():
+        raise ScheduleError(f"{str(path)!r} is no regular file.", fix="give the path of a CSV file.")
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ScheduleError(f"{str(path)!r} has more than {_MOST_BYTES >> 20} MiB.", fix="give the path of a CSV file.")
+    return content
+
+
 def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
     """Empty the cells of torch's language that ask for nothing that a schedule of ours says."""
     found = [match[1] for row in rows for cell in row if (match := _NOT_OURS.fullmatch(cell.strip()))]
@@ -142,12 +152,31 @@ def _say_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[st
 
 
 def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[int, int, Action]]:
+    _check_size(rows, name)
     for rank, row in enumerate(rows):
         for column, cell in enumerate(row):
             if cell.strip() in {"", IDLE}:
                 continue
             for word in cell.split("+"):
                 yield rank, column, _parse_word(word, f"{name}, row {rank + 1}, column {column + 1}")
+
+
+def _misplaced(place: str, action: Action, rank: int, *, num_ranks: int) -> ScheduleError:
+    home = action.stage % num_ranks
+    return ScheduleError(
+        f"{place}: {action} is in the row of rank {rank}, but with {num_ranks} rows stage {action.stage} lives on rank "
+        f"{home}.",
+        fix=f"move it to row {home + 1}; stage s is in row s % {num_ranks} + 1.",
+    )
+
+
+def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
+    num_actions = sum(1 + cell.count("+") for row in rows for cell in row if cell and not cell.isspace())
+    if num_actions > _MOST_ACTIONS:
+        raise ScheduleError(
+            f"{name} has {num_actions:,} actions; {_MOST_ACTIONS:,} are the most.",
+            fix="write a file of fewer microbatches: the pattern repeats.",
+        )
 
 
 def _spell_halves(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:

@@ -5,14 +5,17 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trellax.meshes import ServeError
 from trellax.plan import compilations
-from trellax.serve import Engine, Request
+from trellax.serve import Engine, Request, param_shapes
+from trellax.serve.params import stage_params
 
-from .models import MAX_TOKENS, answer_of, engine_on, model_of, requests_of
+from .models import MAX_TOKENS, answer_of, engine_on, model_of, numbers_of, requests_of
 
 REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8)]
 
@@ -142,9 +145,14 @@ def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> No
     keys, values = ((stack[0] * np.nan,) for stack in (state.cache.keys, state.cache.values))
     poisoned = replace(state.cache, values=values, keys=keys)
     engine._state = replace(state, cache=poisoned)
+    told = []
     while not engine.schedule.is_idle:
-        engine.step()
+        try:
+            engine.step()
+        except ServeError as error:
+            told.append(str(error))
     assert all(sequence.finish_reason for sequence in sequences)
+    assert "logits are NaN or infinite" in told[0]
     check_answers(engine, "llama", REQUESTS[2:6])
 
 
@@ -162,3 +170,30 @@ def test_stages_are_busy_when_there_are_as_many_groups() -> None:
     assert idle[0] < 0.25
     assert idle[1] == pytest.approx(0.75, abs=0.02)
     assert work[0] == work[1]
+
+
+@pytest.mark.parametrize(("mesh", "style"), [("data=1", "llama"), ("data=2,tensor=2,pipe=2", "llama")])
+def test_logits_that_are_not_finite_are_told_and_stop_no_other_sequence(mesh: str, style: str) -> None:
+    engine = shared(mesh, style, **({"slots": 3} if mesh == "data=1" else {}))
+    whole, config = engine._params, model_of(style)
+    params = numbers_of(config)
+    for poison in (np.nan, -np.nan, np.inf):
+        table = params["embed"]["table"].copy()
+        table[7] = poison  # the layers spread it, but for the requests that never see this token
+        poisoned = params | {"embed": {**params["embed"], "table": table}}
+        placed = jax.tree.map(
+            lambda leaf, shape: jax.device_put(leaf, shape.sharding), poisoned, param_shapes(config, mesh=engine.mesh)
+        )
+        engine._params = stage_params(placed, config=config, mesh=engine.mesh, layers=engine.layers)
+        try:
+            sick = engine.submit(Request(prompt=(5, 7, 6), max_new_tokens=4))
+            well = engine.submit(Request(prompt=(5, 6, 8), max_new_tokens=1, temperature=1.0, top_k=3))
+            with pytest.raises(ServeError, match=r"after 0 tokens .* logits are NaN or infinite"):
+                engine.step()
+            while not engine.schedule.is_idle:
+                engine.step()
+        finally:
+            engine._params = whole
+        assert (sick.tokens, sick.finish_reason) == ([], "error")
+        assert (tuple(well.tokens), well.finish_reason) == answer_of(config, well.request)
+    check_answers(engine, style, REQUESTS[:3])

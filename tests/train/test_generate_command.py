@@ -149,6 +149,24 @@ def test_letters_that_stdout_lacks_are_escaped() -> None:
     assert out.buffer.getvalue() == rb"\xe9 \xfc"
 
 
+class Terminal(TextIOWrapper):
+    """A stdout that says it is one."""
+
+    def isatty(self) -> bool:
+        """Return yes."""
+        return True
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(Terminal, rb"\x1b[2J\r" + b"\t\n" + rb"\x9b!"), (TextIOWrapper, None)])
+def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kind: Any, shown: bytes | None) -> None:
+    text = "\x1b[2J\r\t\n\x9b!"
+    out = kind(BytesIO(), encoding="utf-8")
+    printer = _Printer(ByteTokenizer(), [""], [Request(prompt=(1,))], out)
+    for token in text.encode():
+        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+    assert out.buffer.getvalue() == (text.encode() if shown is None else shown)
+
+
 def test_a_prompt_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("a\x0cb\u2028c\r\n\n d\n".encode())

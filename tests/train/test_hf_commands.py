@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from trellax.serve import Request
 from trellax.train import generate_command, load_config, run
@@ -119,6 +119,44 @@ def test_a_model_is_asked_with_its_own_first_token_and_stopped_by_each_that_ends
     for folder in ("model", "runs/mine"):
         with pytest.raises(ReadyError):
             main(["generate", folder, "--prompt", "AB", "--stop", "#", "--max-new-tokens", "4"])
+
+
+def test_an_empty_prompt_begins_as_transformers_begins_it_and_ids_that_a_model_lacks_may_exist(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer: Any = Tokenizer.from_file("model/tokenizer.json")
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save("model/tokenizer.json")
+    main(["import-hf", "model", "runs/mine"])
+    asked = []
+
+    def stop(request: Request, *_: Any, **__: Any) -> None:
+        asked.append(request.prompt)
+        raise ReadyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_command, "check_request", stop)
+        for folder in ("model", "runs/mine"):
+            with pytest.raises(ReadyError):
+                main(["generate", folder, "--prompt", ""])
+    # bos_token_id of config.json: this tokenizer puts nothing before a text.
+    assert asked == [(1,), (1,)]
+    capsys.readouterr()
+    for folder in ("model", "runs/mine"):
+        assert main(["generate", folder, "--prompt", "A<pad>", "--max-new-tokens", "4"]) == 2
+        assert "token id 64 is not in the vocabulary of 64" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_no_number_ends_generate_with_an_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = sorted(Path("model").glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][33] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["generate", "model", "--prompt", "AB", "--max-new-tokens", "2", "--chunk", "4"]) == 2
+    out, err = capsys.readouterr()
+    assert "logits are NaN or infinite" in err
+    assert out in ("", "AB")
 
 
 @pytest.mark.parametrize("out", ["läufe 😀/mine", "a\nb = 1/\x1b[2J"])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from trellax.layers import ModelConfig
 from trellax.meshes import WeightsError
-from trellax.train.hf_config import hub_model, hub_values, model_differences, read_hub_model
+from trellax.train.hf_config import hub_model, model_differences, read_hub_model
+from trellax.train.hf_config_write import hub_values
 
 from .hub import GOLDEN, MODELS
 
@@ -26,6 +27,8 @@ OLD_LLAMA3 = {
     "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     | {"original_max_position_embeddings": 8192},
 }
+
+QWEN3_WINDOW = {"model_type": "qwen3", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
 
 MISTAKES: dict[str, dict[str, Any]] = {
     "architecture": {"model_type": "mixtral"},
@@ -99,9 +102,9 @@ def test_llama_2_leaves_out_what_it_need_not_say() -> None:
     [
         ({"model_type": "mistral", "sliding_window": 4096, "num_key_value_heads": 2}, 4096),
         ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2}, 0),
-        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, 0),
-        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
-        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 0),
+        ({"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4096, "use_sliding_window": False}, 0),
+        (QWEN3_WINDOW | {"max_window_layers": 0}, 8),
+        (QWEN3_WINDOW | {"max_window_layers": 2}, 0),
     ],
 )
 def test_window_is_what_every_layer_has(values: dict[str, Any], window: int) -> None:

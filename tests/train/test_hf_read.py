@@ -119,10 +119,8 @@ def test_one_file_and_names_without_prefix_are_read_alike(name: str, tmp_path: P
     ("name", "extra"),
     [
         ("llama3", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-        ("llama32", "lm_head.weight"),
         ("gpt2", "transformer.h.1.attn.bias"),
         ("gpt2", "transformer.h.0.attn.masked_bias"),
-        ("gpt2", "lm_head.weight"),
     ],
 )
 def test_tables_that_older_versions_saved_along_are_passed_over(name: str, extra: str, tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_tables_that_older_versions_saved_along_are_passed_over(name: str, extra
 def test_index_that_python_does_not_read_is_told(folder: Path) -> None:
     shapes = shapes_of(folder)
     (folder / INDEX).write_text("[" * 200_000)
-    with pytest.raises(WeightsError, match="is no index of weights"):
+    with pytest.raises(WeightsError, match="cannot be read: maximum recursion"):
         open_weights(folder, shapes)
 
 

@@ -1,7 +1,9 @@
 """Text while tokens come: no character is shown before all of it is there, and none is lost."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -67,6 +69,21 @@ def test_a_character_comes_whole_where_every_byte_of_it_has_a_sign() -> None:
 def test_an_answer_after_a_prompt_that_is_cut_within_a_character_is_whole() -> None:
     stream = TextStream(Llama2(), prompt=Llama2().encode("😀猫😀"))
     assert stream.add(*Llama2().encode("é")) + stream.finish() == "é"
+
+
+@pytest.mark.parametrize("before", ["", "x", "猫", "😀猫😀", "\N{REPLACEMENT CHARACTER}"])
+@pytest.mark.parametrize("make", [ByteTokenizer, Llama2])
+def test_a_character_that_the_prompt_begins_and_the_answer_ends_is_shown(make: Any, before: str) -> None:
+    for cut in (1, 2, 3):
+        tokens = make().encode(f"{before}😀")
+        stream = TextStream(make(), prompt=tokens[: len(tokens) - cut])
+        assert stream.add(*tokens[len(tokens) - cut :]) + stream.finish() == "😀"
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, Llama2])
+def test_a_prompt_that_ends_with_the_sign_itself_is_not_shown_again(make: Any) -> None:
+    stream = TextStream(make(), prompt=make().encode("x\N{REPLACEMENT CHARACTER}"))
+    assert stream.add(*make().encode("y")) + stream.finish() == "y"
 
 
 def test_the_space_between_prompt_and_answer_is_part_of_the_answer() -> None:

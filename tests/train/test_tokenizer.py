@@ -83,7 +83,7 @@ def test_end_of_a_document_is_what_the_model_says(
     (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     (tmp_path / name).write_text(json.dumps(values))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer.end_id == end
+    assert tokenizer.special.end_id == end
     ids = tokenize([("one", b"cat"), ("two", b"mat")], tokenizer, cache=None)
     assert list(ids).count(end) == (2 if end is not None else 0)
 
@@ -93,7 +93,7 @@ def test_texts_that_end_an_answer_are_all_that_the_model_names(source: Path, tmp
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0, 3, True, "7"]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert load_tokenizer(tmp_path).end_ids == (0, 5, 3, 9)
+    assert load_tokenizer(tmp_path).special.stop_ids == (5, 0, 3)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_texts_begin_as_those_that_the_model_was_trained_on(llama: Path) -> None
     assert tokenizer.encode_prompt("cat") == [begin, *cat]
     assert begin not in cat
     assert tokenizer.encode_prompt("cat<end>") == [begin, *cat, 0]  # written by the user
-    assert tokenizer.encode_prompt("") == []
+    assert tokenizer.encode_prompt("") == [begin]
     assert tokenize([("one", b"cat")], tokenizer, cache=None).tolist() == [begin, *cat, 0]
 
 
@@ -169,7 +169,7 @@ def test_processes_of_one_id_on_two_machines_keep_tokens_at_once(
 
 
 def test_standard_library_is_text_that_a_tokenizer_reads(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def count(documents: Any, _: Any) -> np.ndarray:
+    def count(documents: Any, *_: Any) -> np.ndarray:
         return np.arange(sum(map(len, module._batches(documents))), dtype=np.uint16)
 
     # Merging ten million bytes takes seconds; that they are text is what matters.
@@ -195,10 +195,35 @@ def test_mistake_says_how_to_fix_it(name: str, source: Path, here: Path, golden:
     golden(f"errors/tokenizer_{name}.txt", str(caught.value))
 
 
-def test_tokenizer_of_a_larger_model_is_refused_before_a_file_is_read(
+def test_ids_that_a_model_lacks_are_refused_where_they_occur(
     source: Path, here: Path, golden: Callable[[str, str], None]
 ) -> None:
-    Path("tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    tokenizer: Any = Tokenizer.from_file(str(source / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    # Many models came with a tokenizer that has a pad token behind their last id.
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save("tokenizer.json")
+    assert load_corpus(section("tokenizer.json"), vocab_size=size, cache=here).vocab_size_needed <= size
+    Path("b.txt").write_text("a cat <pad>")
     with pytest.raises(DataError) as caught:
-        load_corpus(section("tokenizer.json", paths=("nowhere.txt",)), vocab_size=256)
+        load_corpus(section("tokenizer.json"), vocab_size=size, cache=here)
     golden("errors/tokenizer_too_large.txt", str(caught.value))
+
+
+PANICS: dict[str, dict[str, Any]] = {
+    "merge of unknown parts": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
+    "no special token": {"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}},
+    "no charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    "no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "strips more than there is": {"decoder": {"type": "Strip", "content": "a", "start": 9, "stop": 9}},
+}
+PANICS["no special token"]["post_processor"]["single"] = [{"SpecialToken": {"id": "[X]", "type_id": 0}}]
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_a_tokenizer_that_panics_is_one_sentence(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    Path("tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | PANICS[name]))
+    with pytest.raises(DataError, match=r"^tokenizer\.json is no tokenizer: "):
+        load_tokenizer("tokenizer.json")
+    assert capfd.readouterr().err == ""

@@ -1,5 +1,6 @@
 """CSV both ways: what is saved loads as the same schedule, torch's files load, and mistakes name their cell."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,31 @@ def test_what_is_no_text_file_is_refused(content: bytes | None, tmp_path: Path) 
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ScheduleError, match=r"mine\.csv"):
         load_schedule(path)
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+
+
+ODD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a named pipe": (os.mkfifo, "is no regular file"),
+    "a folder": (Path.mkdir, "is no regular file"),
+    "a device without end": (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+    "a sparse file": (_sparse, "has more than 16 MiB"),
+    "links in a circle": (lambda path: path.symlink_to(path.name), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_file_that_does_not_end_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    make, why = ODD_FILES[name]
+    make(tmp_path / "mine.csv")
+    with pytest.raises(ScheduleError, match=why):
+        load_schedule(tmp_path / "mine.csv")
+
+
+def test_a_schedule_too_long_to_look_at_is_refused_before_it_is_parsed() -> None:
+    text = ",".join(f"0{kind}{number}" for number in range(100_000) for kind in "FB")
+    with pytest.raises(ScheduleError, match="200,000 actions; 60,000 are the most"):
+        schedule_from_csv(text, name="mine.csv")
