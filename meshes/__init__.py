@@ -1,11 +1,13 @@
 """Device meshes: sizes as data, devices in their place, and rules from logical dimensions to mesh axes."""
 
+from .agreement import Facts, describe_differences
 from .build import abstract_mesh, build_mesh, mesh_sizes
 from .describe import ShardingRow, ShardingTable, sharding_table
 from .errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    LostProcessError,
     MeshError,
     ModelError,
     PlanError,
@@ -20,7 +22,8 @@ from .errors import (
     suggest,
 )
 from .fake import use_fake_devices
-from .processes import Processes, coordination_client, find_processes, join_processes, num_processes
+from .join import coordination_client, join_processes, num_processes
+from .processes import Processes, find_processes
 from .rules import DEFAULT_RULES, ShardingRules
 from .spec import AXES, MeshSpec
 
@@ -30,6 +33,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Facts",
+    "LostProcessError",
     "MeshError",
     "MeshSpec",
     "ModelError",
@@ -49,6 +54,7 @@ __all__ = [
     "abstract_mesh",
     "build_mesh",
     "coordination_client",
+    "describe_differences",
     "find_processes",
     "join_processes",
     "mesh_sizes",

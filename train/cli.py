@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..meshes import TrellaxError, suggest
+from ..meshes import LostProcessError, TrellaxError, suggest
 from .argument_types import path, whole
 from .bench_decode_command import add_bench_decode_arguments, run_bench_decode
+from .changes import Changes
 from .checkpoints_command import add_checkpoints_arguments, run_checkpoints
 from .config import RunConfig, load_config, render_help
 from .generate_command import add_generate_arguments, run_generate
@@ -30,6 +31,7 @@ from .run_folder import Start
 from .schedule_arguments import add_schedule_arguments
 from .schedule_command import run_schedule
 from .together import is_first
+from .watch import EXIT_LOST
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return EXIT_LOST if isinstance(error, LostProcessError) else 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -56,10 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
-    with join_run(args, silence_s=config.run.silence_s):
-        summary = train(
-            config, start=start, changes="accept" if args.override else "refuse", profile_steps=args.profile
-        )
+    changes: Changes = "accept" if args.override else "refuse"
+    with join_run(args, config, start=start, changes=changes):
+        summary = train(config, start=start, changes=changes, profile_steps=args.profile)
     if not is_first():
         return 0
     if args.json:
