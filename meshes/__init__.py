@@ -22,7 +22,7 @@ from .errors import (
     suggest,
 )
 from .fake import use_fake_devices
-from .join import coordination_client, join_processes, num_processes
+from .join import coordination_client, join_processes, num_processes, process_index
 from .processes import Processes, find_processes
 from .rules import DEFAULT_RULES, ShardingRules
 from .spec import AXES, MeshSpec
@@ -59,6 +59,7 @@ __all__ = [
     "join_processes",
     "mesh_sizes",
     "num_processes",
+    "process_index",
     "sharding_table",
     "suggest",
     "use_fake_devices",

@@ -60,6 +60,11 @@ def num_processes() -> int:
     return distributed.global_state.num_processes or 1
 
 
+def process_index() -> int:
+    """Return which of them this process is, without starting a backend."""
+    return distributed.global_state.process_id or 0
+
+
 def coordination_client() -> Any:
     """Return the client of the coordinator's key-value store, None where nothing has joined; jax has no public name."""
     return distributed.global_state.client

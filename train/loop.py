@@ -19,17 +19,18 @@ from .check import CorpusFiles, check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
+from .facts import digest
 from .metrics import Summary
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
 from .progress import say as say_on
 from .report import describe
 from .run import Run
-from .run_folder import Start, open_run_folder
+from .run_folder import Start, open_run_folder, require_one_folder
 from .run_weights import check_initial_weights
 from .state import Setup
 from .stop import StopRequest
-from .together import first_does, is_first
+from .together import first_does, is_first, require_agreement
 from .tokenizer import keep_tokenizer
 from .xla import prepare_backend
 
@@ -81,6 +82,7 @@ def train(
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
         try:
+            require_one_folder(config.run_folder)
             corpus = _open_corpus(setup, say)
             with checkpoints:
                 profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
@@ -114,6 +116,7 @@ def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
+    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", "schedule": digest(str(setup.schedule))})
     say(describe(setup))
     for warning in warn_of_layout(config):
         say(warning)

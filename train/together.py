@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ..meshes import Facts, RunError, TrellaxError, coordination_client, describe_differences
+from ..meshes import Facts, RunError, TrellaxError, coordination_client, describe_differences, process_index
 
 _TEXT_BYTES = 1024
 _FAILURES, _FACTS = "trellax/failures/", "trellax/facts/"
@@ -79,11 +79,13 @@ def require_agreement(topic: str, facts: Facts) -> None:
         raise RunError(f"{differ}.", fix="give all processes the same files.")
 
 
-def announce_failure(process: int, text: str, *, code: int) -> None:
-    """Tell all processes that one has failed: their watches end them, and this one, with this exit code."""
-    # A coordinator that does not answer is found out by time.
-    with contextlib.suppress(Exception):
-        coordination_client().key_value_set(f"{_FAILURES}{process}", f"{code} {text}", allow_overwrite=True)
+def announce_failure(error: BaseException, *, code: int = 2) -> None:
+    """Tell all processes that this one has failed: their watches end them, and this one, with this exit code."""
+    if client := coordination_client():
+        # A coordinator that does not answer is found out by time.
+        with contextlib.suppress(Exception):
+            text = f"{code} {type(error).__name__}: {error}"
+            client.key_value_set(f"{_FAILURES}{process_index()}", text, allow_overwrite=True)
 
 
 def read_failures() -> dict[int, tuple[int, str]]:

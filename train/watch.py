@@ -160,7 +160,7 @@ class ProcessWatch:
         if not self._leaving.acquire(blocking=False):
             threading.Event().wait()
         text = f"{type(error).__name__}: {error}"
-        announce_failure(index, text, code=code)
+        announce_failure(error, code=code)
         # Where all make the same mistake the first one's words are enough.
         is_told = index > 0 and code == _EXIT_MISTAKE and self._first_says(text)
         trace = "".join(tracebacks.format_exception(error)) if code == _EXIT_FAULT else f"{text}\n"
