@@ -2,13 +2,12 @@
 
 stdout is the result, stderr the talk. Exit codes: 0 done or stopped as asked, 1 a fault of ours or a damaged save, 2 a
 mistake in what was asked or a run that cannot go on, 75 another process was lost, 130 interrupted, 141 nobody reads
-stdout.
+stdout. A stdout that cannot be written is 1; a run is done without it.
 """
 
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -23,7 +22,8 @@ from .generate_command import add_generate_arguments, run_generate
 from .hf_commands import add_export_arguments, add_import_arguments, run_export, run_import
 from .inspect_command import add_inspect_arguments, run_inspect
 from .loop import prepare, train
-from .metrics import NO_SCHEDULE, summary_values
+from .metrics import NO_SCHEDULE, Summary, summary_values
+from .outputs import EXIT_UNREAD, LostOutputError, guarded_outputs
 from .plan_command import add_plan_arguments, run_plan
 from .processes import add_process_arguments, join_run
 from .report import describe
@@ -37,22 +37,29 @@ from .watch import EXIT_LOST
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with guarded_outputs():
+        try:
+            try:
+                return _run(words)
+            finally:
+                sys.stdout.flush()
+        except LostOutputError as lost:
+            if lost.exit_code != EXIT_UNREAD:
+                print(f"{lost}; the result is lost", file=sys.stderr)
+            return lost.exit_code
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         own, overrides = _split_overrides(words)
         args = _parse(own)
-        code = _COMMANDS[args.command](args, overrides)
-        sys.stdout.flush()
-        return code
+        return _COMMANDS[args.command](args, overrides)
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_LOST if isinstance(error, LostProcessError) else 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain that nobody reads.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -63,24 +70,29 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         summary = train(config, start=start, changes=changes, profile_steps=args.profile)
     if not is_first():
         return 0
-    if args.json:
-        print(json.dumps(summary_values(summary)))
-        return 0
+    try:
+        print(json.dumps(summary_values(summary)) if args.json else _sum_up(summary), flush=True)
+    except LostOutputError as lost:
+        print(f"{lost}; all is in {summary.folder}", file=sys.stderr)
+        # The result of a run is its folder; JSON was asked for by who reads it.
+        return lost.exit_code if args.json else 0
+    return 0
+
+
+def _sum_up(summary: Summary) -> str:
     if summary.ended != "done":
-        print(
+        return (
             f"stopped by {summary.ended} after step {summary.steps}, saved in {summary.folder}; "
             "the same command goes on"
         )
-        return 0
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
-    print(
+    return (
         f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
         f"train loss {_loss_text(summary.final_train_loss)}   "
         f"validation loss {_loss_text(summary.final_val_loss)}\n"
         f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
     )
-    return 0
 
 
 def _loss_text(loss: float | None) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
 from .facts import digest
 from .metrics import Summary
+from .outputs import SilentStream
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
 from .progress import say as say_on
@@ -62,7 +64,7 @@ def train(
 ) -> Summary:
     """Train as the config says and return what came of it; talks on `console` (stderr if left out).
 
-    Goes on from the newest save of the run folder. SIGTERM or SIGINT end it after the step it is in, saved.
+    Goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the step it is in, saved.
 
     Args:
         start: whether to go on from what is saved, or to start over.
@@ -95,19 +97,12 @@ def train(
 
 def _open_console(console: Console | None, warning: str) -> Console:
     """Return what the run talks on, one process of many, with the first thing said."""
-    console = console or _Talk(file=sys.stderr)
+    stream: Any = SilentStream(sys.stderr)
+    console = console or Console(file=stream)
     console.quiet = not is_first()
     if warning:
         say_on(console, warning)
     return console
-
-
-class _Talk(Console):
-    """A console whose reader may leave, as `tee` does at Ctrl-C before the run has saved: it falls silent."""
-
-    def on_broken_pipe(self) -> None:
-        # rich itself would end the process here.
-        self.quiet = True
 
 
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
