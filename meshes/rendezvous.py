@@ -122,7 +122,7 @@ def _judge(processes: Processes, guests: list[_Guest], facts: Facts, *, start_s:
     if missing := set(range(1, processes.count)) - {guest.index for guest in guests}:
         verb = "has" if len(missing) == 1 else "have"
         who = f"{name_processes(missing)} of {processes.count}"
-        return _Verdict(missing=f"{who} {verb} not come to {processes.coordinator} in {start_s:.0f} s")
+        return _Verdict(missing=f"{who} {verb} not come to {processes.coordinator} in {start_s:g} s")
     return _Verdict()
 
 
@@ -141,7 +141,7 @@ def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
             problem = "what listens there is no trellax that waits for others"
         time.sleep(_RETRY_S)
     who = f"process 0 of {processes.count}"
-    return _Verdict(missing=f"{who} has not answered at {processes.coordinator} in {start_s:.0f} s: {problem}")
+    return _Verdict(missing=f"{who} has not answered at {processes.coordinator} in {start_s:g} s: {problem}")
 
 
 def _accept(server: socket.socket, connections: contextlib.ExitStack, *, left_s: float) -> list[_Guest]:

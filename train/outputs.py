@@ -60,6 +60,8 @@ class _ResultStream(SilentStream):
     """A text stream that says so when it cannot be written."""
 
     def _meet(self, error: OSError) -> None:
+        # What was not written would fail again with the next flush.
+        _drop(self)
         raise LostOutputError(error)
 
 
@@ -72,17 +74,26 @@ def guarded_outputs() -> Iterator[None]:
     sys.stdout = sys.stdout or _open(os.O_RDONLY, "w")
     sys.stderr = sys.stderr or _open(os.O_WRONLY, "w")
     before: tuple[Any, Any] = sys.stdout, sys.stderr
+    if reconfigure := getattr(before[0], "reconfigure", None):
+        # As stderr does: a folder's name may have bytes that are no text.
+        reconfigure(errors="backslashreplace")
     guards: tuple[Any, Any] = _ResultStream(before[0]), SilentStream(before[1])
     sys.stdout, sys.stderr = guards
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        for guard in guards:
-            if guard.is_broken:
-                # Python flushes once more when it ends, and would complain and exit with 120.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), guard.fileno())
+        if guards[1].is_broken:
+            _drop(guards[1])
+
+
+def _drop(stream: Any) -> None:
+    """Let what is still to be written go nowhere: Python flushes when it ends, and would complain and exit with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _open(flags: int, mode: str) -> Any:
-    return os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8", errors="backslashreplace")
+    number = os.open(os.devnull, flags)
+    return os.fdopen(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False)
