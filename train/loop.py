@@ -28,7 +28,7 @@ from .profile import StepProfile
 from .progress import say as say_on
 from .report import describe
 from .run import Run
-from .run_folder import Start, open_run_folder, require_one_folder
+from .run_folder import Start, open_run_folder
 from .run_weights import check_initial_weights
 from .state import Setup
 from .stop import StopRequest
@@ -84,7 +84,6 @@ def train(
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
         try:
-            require_one_folder(config.run_folder)
             corpus = _open_corpus(setup, say)
             with checkpoints:
                 profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)

@@ -86,7 +86,8 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
 
     Raises:
         ConfigError: it cannot be written.
-        RunError: another run holds it, a fresh start would overwrite what is there, or a part of it is a link.
+        RunError: another run holds it, a fresh start would overwrite what is there, a part of it is a link, or a
+            process has another folder.
     """
     with contextlib.ExitStack() as held:
 
@@ -109,6 +110,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                 say(what)
 
         first_does(take)
+        _require_one_folder(folder)
         yield HeldFolder(folder, take_lock=lambda: held.enter_context(_lock(folder, say)))
 
 
@@ -152,12 +154,8 @@ def _check_kind(entry: os.DirEntry[str], *, wanted: Literal["a file", "a folder"
     )
 
 
-def require_one_folder(folder: Path) -> None:
-    """Return once every process has seen the first one's lock in the folder: they share it.
-
-    Raises:
-        RunError: a process has another folder, or its file system does not show what the first one writes there.
-    """
+def _require_one_folder(folder: Path) -> None:
+    """Return once every process has seen the first one's lock in the folder: they share it."""
     if jax.process_count() == 1:
         return
     place = f"{folder.absolute()} on {socket.gethostname()}"

@@ -25,7 +25,8 @@ def outcomes(
     before_last: Callable[[], None] = lambda: None,
 ) -> list[TrellaxError | None]:
     """Let processes (count, index, facts) meet, each in a thread, and return what each of them raised."""
-    port, found = port or free_port(), [None] * len(who)
+    port = port or free_port()
+    found: list[TrellaxError | None] = [None] * len(who)
 
     def attend(number: int) -> None:
         count, index, facts = who[number]
