@@ -16,7 +16,6 @@ from .batches import Batches
 from .changes import Changes, check_changes
 from .checkpoint import Checkpoints
 from .data import Corpus, check_files
-from .facts import digest
 from .metrics import (
     NO_SCHEDULE,
     MetricsLog,
@@ -42,7 +41,7 @@ from .speed import peak_flops_per_s
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
-from .together import is_first, require_agreement, text_of_first
+from .together import is_first, require_one_program, text_of_first
 from .validation_batches import ValidationBatches
 from .xla import compile_for
 
@@ -289,7 +288,6 @@ class Run:
         found: list[Seal] = []
 
         def accept(seal: Seal) -> None:
-            require_agreement(f"save {seal.step}", {f"save of step {seal.step}": digest(str(seal))})
             # A model that was never trained here has no run yet that could be changed.
             if not seal.has_params_alone:
                 was, corpus = seal.data.get("corpus"), self.corpus.sha256
@@ -321,9 +319,7 @@ class Run:
         start_s = time.perf_counter()
         platform = self.setup.mesh.devices.flat[0].platform
         lowered = function.lower(self.setup.shapes, batch)
-        if jax.process_count() > 1:
-            # Whatever no other check has a name for: programs that differ wait for each other for ever.
-            require_agreement(what, {f"program of {what}": digest(lowered.as_text())})
+        require_one_program(what, lowered)
         compiled = compile_for(lowered, platform=platform)
         say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
         return compiled

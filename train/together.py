@@ -5,6 +5,7 @@ of jax's coordinator.
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -77,6 +78,17 @@ def require_agreement(topic: str, facts: Facts) -> None:
         client.key_value_set(f"{folder}verdict", json.dumps(describe_differences(all_facts)))
     if differ := json.loads(_wait_for(client, f"{folder}verdict")):
         raise RunError(f"{differ}.", fix="give all processes the same files.")
+
+
+def require_one_program(what: str, lowered: Any) -> None:
+    """Return once all processes have the same program: others than that would wait for each other for ever.
+
+    Raises:
+        RunError: they differ, in something that no other check has a name for.
+    """
+    if jax.process_count() > 1:
+        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
+        require_agreement(what, {f"program of {what}": text})
 
 
 def announce_failure(error: BaseException, *, code: int = 2) -> None:
