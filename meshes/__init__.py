@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from .lazy import make_lazy
 
 if TYPE_CHECKING:
+    from .agreement import Facts, describe_differences
     from .build import abstract_mesh, build_mesh, mesh_sizes
     from .describe import ShardingRow, ShardingTable, sharding_table
     from .errors import (
         CheckpointError,
         ConfigError,
         DataError,
+        LostProcessError,
         MeshError,
         ModelError,
         PlanError,
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
         suggest,
     )
     from .fake import use_fake_devices
-    from .processes import Processes, coordination_client, find_processes, join_processes, num_processes
+    from .join import coordination_client, join_processes, num_processes, process_index
+    from .processes import Processes, find_processes
     from .rules import DEFAULT_RULES, ShardingRules
     from .spec import AXES, MeshSpec
 
@@ -35,6 +38,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Facts",
+    "LostProcessError",
     "MeshError",
     "MeshSpec",
     "ModelError",
@@ -54,10 +59,12 @@ __all__ = [
     "abstract_mesh",
     "build_mesh",
     "coordination_client",
+    "describe_differences",
     "find_processes",
     "join_processes",
     "mesh_sizes",
     "num_processes",
+    "process_index",
     "sharding_table",
     "suggest",
     "use_fake_devices",

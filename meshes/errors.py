@@ -9,6 +9,7 @@
      +-- DataError          a corpus that is missing, empty or does not fit the model
      +-- CheckpointError    a saved run that is missing, damaged or of another shape
      +-- RunError           a run that cannot start, or cannot go on
+     +-- LostProcessError   another process that did not come
      +-- WeightsError       files of a Hugging Face model that cannot be read or written
      +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
      +-- ProgramError       a program that the compiler rejects
@@ -69,6 +70,10 @@ class CheckpointError(TrellaxError):
 
 class RunError(TrellaxError):
     """A run that cannot start in its folder, or cannot go on."""
+
+
+class LostProcessError(TrellaxError):
+    """Another process that did not come: no mistake of this one's, so commands end with 75 and may be given again."""
 
 
 class WeightsError(TrellaxError):

@@ -6,7 +6,7 @@ import jax
 
 from .build import visible_devices
 from .errors import MeshError, shown
-from .processes import num_processes
+from .join import num_processes
 from .spec import MOST_FAKE_DEVICES
 
 

@@ -1,17 +1,10 @@
-"""Many processes as one program: who they are under SLURM, Open MPI or plain starts, and how they join.
-
-The engine is `jax.distributed`: process 0 hosts its coordinator, and afterwards `jax.devices()` are those of all
-processes. Read `build.py` for which of them sits where.
-"""
+"""Many processes as one program: who they are under SLURM, Open MPI or plain starts. Read `join.py` next."""
 
 import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import jax
-from jax._src import distributed
 
 from .arguments import check_count
 from .errors import MeshError
@@ -47,6 +40,16 @@ class Processes:
                 fix="give the host of process 0 and a free port there, node1:61440 say.",
             )
 
+    @property
+    def host(self) -> str:
+        """The machine of process 0."""
+        return self.coordinator.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Where process 0 listens."""
+        return int(self.coordinator.rpartition(":")[2])
+
 
 def find_processes(
     *, coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str] = os.environ
@@ -72,46 +75,6 @@ def find_processes(
             fix="give all three, or start under srun or mpirun, which say the rest.",
         )
     return Processes(**values)
-
-
-def join_processes(processes: Processes, *, silence_s: int) -> None:
-    """Connect this process to the others; before anything makes an array.
-
-    Args:
-        silence_s: seconds after which jax itself gives up on a process that says nothing.
-
-    Raises:
-        MeshError: the coordinator cannot be reached.
-    """
-    # One GPU a process where several share a machine, unless the launcher has already given each its own.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    shares = processes.local_count > 1 and (not visible or "," in visible)
-    try:
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.count,
-            processes.index,
-            local_device_ids=[processes.local_index] if shares else None,
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=silence_s,
-            shutdown_timeout_seconds=silence_s,
-        )
-    except RuntimeError as error:
-        raise MeshError(
-            f"process {processes.index} of {processes.count} cannot join at {processes.coordinator}: "
-            f"{str(error).splitlines()[0][:200]}",
-            fix="start all processes, with the same --coordinator: a free port on the machine of process 0.",
-        ) from None
-
-
-def num_processes() -> int:
-    """Return how many processes have joined, without starting a backend."""
-    return distributed.global_state.num_processes or 1
-
-
-def coordination_client() -> Any:
-    """Return the client of the coordinator's key-value store. jax has no public name for it."""
-    return distributed.global_state.client
 
 
 def _find_slurm(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .save_folder import FOLDER, SaveFolder
 from .saved_config import read_saved_config
 from .seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_seal, write_seal
 from .state import Setup, TrainState
-from .together import gather_texts, is_first, text_of_first
+from .together import announce_failure, gather_texts, is_first, text_of_first
 
 Damaged = Literal["set aside", "pass over"]
 
@@ -93,10 +93,11 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is None:
             return
-        error = saving.join()
+        if error := saving.join():
+            # The others may wait for this process elsewhere: they are told by its watch, not asked here.
+            raise self._failure(saving.step, explain_failure(error)) from error
         # The first process has the files of all to seal: another that left before it is done would end it, too.
-        if problem := _join(gather_texts(explain_failure(error) if error else "")):
-            raise self._failure(saving.step, problem) from error
+        gather_texts("")
 
     def newest(self, *, damaged: Damaged = "pass over", without: Collection[int] = ()) -> Seal | None:
         """Return the seal of the newest save whose files are what was written, or None; reads every file once.
@@ -166,9 +167,14 @@ class Checkpoints:
         values, is_sealed_here = config.model_dump(mode="json"), is_first()
 
         def finish() -> None:
-            wait()
-            if is_sealed_here:
-                self._seal(step, arrays=described, config=values, data=dict(data))
+            try:
+                wait()
+                if is_sealed_here:
+                    self._seal(step, arrays=described, config=values, data=dict(data))
+            except Exception as error:
+                # At once: another process would wait for this one's part, and this one for the other's next save.
+                announce_failure(self._failure(step, explain_failure(error)))
+                raise
 
         self._saving = _Saving(step, finish)
         self.last_step = step

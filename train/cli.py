@@ -2,24 +2,26 @@
 
 stdout is the result, stderr the talk. Exit codes: 0 done or stopped as asked, 1 a fault of ours or a damaged save, 2 a
 mistake in what was asked or a run that cannot go on, 75 another process was lost, 130 interrupted, 141 nobody reads
-stdout.
+stdout. A stdout that cannot be written is 1; a run is done without it.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..meshes.errors import TrellaxError, suggest
+from ..meshes.errors import LostProcessError, TrellaxError, suggest
 from .argument_types import path, whole
 from .command_arguments import add_inspect_arguments, add_plan_arguments, add_process_arguments
+from .outputs import EXIT_UNREAD, LostOutputError, guarded_outputs
 from .terminal import fold, terminal_width
 
 if TYPE_CHECKING:
+    from .changes import Changes
     from .config import RunConfig
+    from .metrics import Summary
     from .run_folder import Start
 
 # What a command needs is imported by it: help, version and mistakes are answered without jax, in a tenth of the time.
@@ -28,56 +30,73 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with guarded_outputs():
+        try:
+            try:
+                return _run(words)
+            finally:
+                sys.stdout.flush()
+        except LostOutputError as lost:
+            if lost.exit_code != EXIT_UNREAD:
+                print(f"{lost}; the result is lost", file=sys.stderr)
+            return lost.exit_code
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         own, overrides = _split_overrides(words)
         args = _parse(own)
-        code = _COMMANDS[args.command](args, overrides)
-        sys.stdout.flush()
-        return code
+        return _COMMANDS[args.command](args, overrides)
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        if not isinstance(error, LostProcessError):
+            return 2
+        from .watch import EXIT_LOST
+
+        return EXIT_LOST
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain that nobody reads.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
     from .loop import train
-    from .metrics import NO_SCHEDULE, summary_values
+    from .metrics import summary_values
     from .processes import join_run
     from .together import is_first
 
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
-    with join_run(args, silence_s=config.run.silence_s):
-        summary = train(
-            config, start=start, changes="accept" if args.override else "refuse", profile_steps=args.profile
-        )
+    changes: Changes = "accept" if args.override else "refuse"
+    with join_run(args, config, start=start, changes=changes):
+        summary = train(config, start=start, changes=changes, profile_steps=args.profile)
     if not is_first():
         return 0
-    if args.json:
-        print(json.dumps(summary_values(summary)))
-        return 0
+    try:
+        print(json.dumps(summary_values(summary)) if args.json else _sum_up(summary), flush=True)
+    except LostOutputError as lost:
+        print(f"{lost}; all is in {summary.folder}", file=sys.stderr)
+        # The result of a run is its folder; JSON was asked for by who reads it.
+        return lost.exit_code if args.json else 0
+    return 0
+
+
+def _sum_up(summary: "Summary") -> str:
+    from .metrics import NO_SCHEDULE
+
     if summary.ended != "done":
-        print(
+        return (
             f"stopped by {summary.ended} after step {summary.steps}, saved in {summary.folder}; "
             "the same command goes on"
         )
-        return 0
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
-    print(
+    return (
         f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
         f"train loss {_loss_text(summary.final_train_loss)}   "
         f"validation loss {_loss_text(summary.final_val_loss)}\n"
         f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
     )
-    return 0
 
 
 def _loss_text(loss: float | None) -> str:

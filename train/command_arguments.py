@@ -4,6 +4,9 @@ import argparse
 
 from .argument_types import whole
 
+START_S = 300
+"""Seconds that processes wait for each other to start."""
+
 OBJECTIVES = ("train", "latency", "throughput", "balanced", "memory")
 
 
@@ -32,7 +35,10 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_process_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the three words; SLURM and Open MPI make them needless."""
+    """Add the words of many processes; SLURM and Open MPI make the first three needless."""
     command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, for many processes")
     command.add_argument("--num-processes", metavar="N", help="how many there are")
     command.add_argument("--process-id", metavar="I", help="which one this is, from 0")
+    command.add_argument(
+        "--start-timeout", metavar="S", help=f"seconds that processes wait for each other to start ({START_S})"
+    )

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -21,7 +21,9 @@ from .check import CorpusFiles, check_run
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data import Corpus, check_vocabulary, load_corpus
+from .facts import digest
 from .metrics import Summary
+from .outputs import SilentStream
 from .plan_warnings import warn_of_layout
 from .profile import StepProfile
 from .progress import say as say_on
@@ -32,7 +34,7 @@ from .run_weights import check_initial_weights
 from .state import Setup
 from .stop import StopRequest
 from .terminal import terminal_width
-from .together import first_does, is_first
+from .together import first_does, is_first, require_agreement
 from .tokenizer import keep_tokenizer
 from .xla import prepare_backend
 
@@ -64,7 +66,7 @@ def train(
 ) -> Summary:
     """Train as the config says and return what came of it; talks on `console` (stderr if left out).
 
-    Goes on from the newest save of the run folder. SIGTERM or SIGINT end it after the step it is in, saved.
+    Goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the step it is in, saved.
 
     Args:
         start: whether to go on from what is saved, or to start over.
@@ -97,7 +99,8 @@ def train(
 
 def _open_console(console: Console | None, warning: str) -> Console:
     """Return what the run talks on, one process of many, with the first thing said."""
-    console = console or _Talk(file=sys.stderr)
+    stream: Any = SilentStream(sys.stderr)
+    console = console or Console(file=stream)
     console.quiet = not is_first()
     if warning:
         say_on(console, warning)
@@ -110,20 +113,13 @@ def _check_values(start: Start, changes: Changes, profile_steps: int) -> None:
     check_choice("changes", changes, get_args(Changes), error=RunError)
 
 
-class _Talk(Console):
-    """A console whose reader may leave, as `tee` does at Ctrl-C before the run has saved: it falls silent."""
-
-    def on_broken_pipe(self) -> None:
-        # rich itself would end the process here.
-        self.quiet = True
-
-
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     """Return the corpus of a run, and say what the run is."""
     config = setup.config
     first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
+    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", "schedule": digest(str(setup.schedule))})
     say(describe(setup, width=terminal_width(sys.stderr)))
     for warning in warn_of_layout(config):
         say(warning)

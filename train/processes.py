@@ -6,35 +6,44 @@ import os
 import sys
 from collections.abc import Iterator
 
-from ..meshes import Processes, TrellaxError, find_processes, join_processes
+from ..meshes import TrellaxError, find_processes, join_processes
 from ..meshes.numbers import whole_number
+from .aborts import explained_aborts
+from .changes import Changes
+from .command_arguments import START_S
+from .config import RunConfig
+from .facts import start_facts
+from .run_folder import Start
 from .watch import ProcessWatch
 
 _MARGIN_S = 20
 """So much longer jax itself waits: our own watch knows names."""
 
 
-def join_run(args: argparse.Namespace, *, silence_s: int) -> contextlib.AbstractContextManager[object]:
-    """Join the other processes, if there are any, and watch them as long as the context lasts.
+@contextlib.contextmanager
+def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, changes: Changes) -> Iterator[None]:
+    """Join the other processes of a run, if there are any, and watch them as long as the context lasts.
 
     Raises:
         MeshError: the words contradict each other, or the others cannot be reached.
+        RunError: the processes differ in what they must have in common.
+        LostProcessError: some have not come within `--start-timeout`.
     """
     processes = find_processes(
         coordinator=args.coordinator,
         count=_read_number("--num-processes", args.num_processes),
         index=_read_number("--process-id", args.process_id),
     )
+    start_s = _read_number("--start-timeout", args.start_timeout) or START_S
     if processes is None:
-        return contextlib.nullcontext()
-    return _watch(processes, silence_s=silence_s)
-
-
-@contextlib.contextmanager
-def _watch(processes: Processes, *, silence_s: int) -> Iterator[None]:
-    join_processes(processes, silence_s=silence_s + _MARGIN_S)
-    with _quiet_stdout(), ProcessWatch(processes, silence_s=silence_s):
         yield
+        return
+    silence_s, facts = config.run.silence_s, start_facts(config, start=start, changes=changes)
+    watch = ProcessWatch(processes, silence_s=silence_s)
+    with _quiet_stdout(), explained_aborts(watch.explain_abort):
+        join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts)
+        with watch:
+            yield
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from .speed import peak_flops_per_s
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
-from .together import is_first, text_of_first
+from .together import is_first, require_one_program, text_of_first
 from .validation_batches import ValidationBatches
 from .xla import compile_for
 
@@ -318,7 +318,9 @@ class Run:
         }
         start_s = time.perf_counter()
         platform = self.setup.mesh.devices.flat[0].platform
-        compiled = compile_for(function.lower(self.setup.shapes, batch), platform=platform)
+        lowered = function.lower(self.setup.shapes, batch)
+        require_one_program(what, lowered)
+        compiled = compile_for(lowered, platform=platform)
         say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
         return compiled
 

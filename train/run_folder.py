@@ -11,9 +11,12 @@ import os
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Literal
+
+import jax
 
 from ..meshes import ConfigError, RunError
 from .board import BOARD_FOLDER
@@ -21,7 +24,7 @@ from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 from .own_file import identify_file, open_own
 from .regular_file import name_kind, walk_folder
 from .save_folder import FOLDER, SaveFolder, free_name, is_own_name
-from .together import first_does
+from .together import first_does, require_agreement, text_of_first
 from .tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
 
 LOCK_FILE = "lock"
@@ -36,6 +39,9 @@ _DEPTHS = {PROFILE_FOLDER: 8}
 """How deep a run writes in a folder; in the others directly, and Orbax in folders that it has just made."""
 _OLD_CACHE = "xla"
 _MOST_HOLDER_BYTES = 4096
+
+_SEEN_S = 10.0
+"""A file system of a network shows what another machine writes a little later."""
 
 Start = Literal["resume", "fresh", "replace"]
 """Go on from the newest save; start over, where nothing is saved; or start over and set aside what is there."""
@@ -80,7 +86,8 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
 
     Raises:
         ConfigError: it cannot be written.
-        RunError: another run holds it, a fresh start would overwrite what is there, or a part of it is a link.
+        RunError: another run holds it, a fresh start would overwrite what is there, a part of it is a link, or a
+            process has another folder.
     """
     with contextlib.ExitStack() as held:
 
@@ -103,6 +110,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                 say(what)
 
         first_does(take)
+        _require_one_folder(folder)
         yield HeldFolder(folder, take_lock=lambda: held.enter_context(_lock(folder, say)))
 
 
@@ -144,6 +152,25 @@ def _check_kind(entry: os.DirEntry[str], *, wanted: Literal["a file", "a folder"
         f"{entry.path} is {kind}{where}, where a run has {wanted} of its own.",
         fix="move it away, or put a copy of what it leads to in its place; the run folder itself may be a link.",
     )
+
+
+def _require_one_folder(folder: Path) -> None:
+    """Return once every process has seen the first one's lock in the folder: they share it."""
+    if jax.process_count() == 1:
+        return
+    place = f"{folder.absolute()} on {socket.gethostname()}"
+    held, first = text_of_first(_read_text(folder / LOCK_FILE)), text_of_first(place)
+    end = time.monotonic() + _SEEN_S
+    while not (is_seen := _read_text(folder / LOCK_FILE) == held) and time.monotonic() < end:
+        time.sleep(0.2)
+    require_agreement("run folder", {"run folder": first if is_seen else place})
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager

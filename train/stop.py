@@ -1,4 +1,6 @@
-"""Being asked to stop: SIGTERM and SIGINT end a run after the step it is in, with its state saved.
+"""Being asked to stop: SIGTERM, SIGINT and SIGHUP end a run after the step it is in, with its state saved.
+
+SIGHUP comes when the terminal or the ssh session is lost; a run under nohup, which has it ignored, goes on.
 
 Of many processes one may be asked; all then stop after the same step, which jax's preemption service agrees on. It has
 SIGTERM for itself.
@@ -48,13 +50,17 @@ class StopRequest:
         if name == "SIGINT":
             self._is_interrupted = True
             _tell(b"stopping after this step, and saving; once more stops at once\n")
-            if jax.process_count() > 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+        if name != "SIGTERM" and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> Self:
         # Only the main thread may; elsewhere whoever runs it decides about signals.
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            numbers = [signal.SIGINT]
+            if jax.process_count() == 1:
+                numbers.append(signal.SIGTERM)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
             self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

@@ -23,7 +23,10 @@ def saved_steps(run_folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_folder / "checkpoints").glob("*") if path.name.isdigit())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_run_that_is_asked_to_stop_saves_and_goes_on_later(
     number: signal.Signals, zygote: Zygote, folder: Path, tiny_words: str
 ) -> None:
@@ -72,6 +75,18 @@ def test_interrupt_saves_though_nobody_reads_any_more(zygote: Zygote, folder: Pa
     child.kill(signal.SIGINT)
     assert zygote.wait(child) == 0
     assert saved_steps(folder / "tee") == [max(losses(folder / "tee"))]
+
+
+@pytest.mark.slow
+def test_run_whose_outputs_are_full_is_done_and_saved(zygote: Zygote, folder: Path, tiny_words: str) -> None:
+    full = Path("/dev/full")
+    child = zygote.start(f"{tiny_words} --train.steps 4 --run.name full", out=full, err=full)
+    assert zygote.wait(child) == 0
+    assert json.loads((folder / "full" / "summary.json").read_text())["ended"] == "done"
+    assert saved_steps(folder / "full") == [4]
+    json_asked = zygote.start(f"{tiny_words} --train.steps 4 --run.name full --json", out=full)
+    assert zygote.wait(json_asked) == 1
+    assert f"No space left on device; all is in {folder / 'full'}" in json_asked.said()
 
 
 def test_lock_keeps_a_second_run_out_and_outlives_no_process(zygote: Zygote, tiny_words: str) -> None:

@@ -26,7 +26,8 @@ class Child:
     err: Path
 
     def said(self) -> str:
-        return self.err.read_text(errors="replace") if self.err.exists() else ""
+        # A device such as /dev/full has no end.
+        return self.err.read_text(errors="replace") if self.err.is_file() else ""
 
     def wait_for(self, text: str, *, seconds: float = 120) -> None:
         """Wait until stderr holds the text."""
@@ -56,10 +57,23 @@ class Zygote:
             env=os.environ | own | {"XLA_FLAGS": flags, "NPROC": "4"},
         )
 
-    def start(self, words: str | Sequence[str], *, largest_file: int | None = None, err: Path | None = None) -> Child:
-        """Start a command; `largest_file` makes the system refuse to write longer files, `err` is a pipe for stderr."""
+    def start(
+        self,
+        words: str | Sequence[str],
+        *,
+        largest_file: int | None = None,
+        out: Path | None = None,
+        err: Path | None = None,
+    ) -> Child:
+        """Start a command.
+
+        Args:
+            largest_file: the system refuses to write longer files.
+            out: a device for stdout.
+            err: a pipe or a device for stderr.
+        """
         self._count += 1
-        out, err = self._folder / f"{self._count}.out", err or self._folder / f"{self._count}.err"
+        out, err = out or self._folder / f"{self._count}.out", err or self._folder / f"{self._count}.err"
         words = words.split() if isinstance(words, str) else list(words)
         answer = self._ask({"words": words, "out": str(out), "err": str(err), "largest_file": largest_file})
         return Child(answer, out, err)

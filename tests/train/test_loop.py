@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from rich.console import Console
 from trellax.meshes import RunError
 from trellax.train import RunConfig, train
-from trellax.train.loop import _Talk
 from trellax.train.metrics import read_metrics, read_summary
 
 Tiny = Callable[..., RunConfig]
@@ -95,17 +93,6 @@ def test_finished_run_takes_no_more_steps(tiny: Tiny) -> None:
     # Speed and time are those of the steps, which the first call took.
     assert again == first == read_summary(config.run_folder)
     assert [line["step"] for line in read_metrics(config.run_folder) if "val_loss" in line] == [2]
-
-
-def test_talk_falls_silent_when_nobody_listens() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w", buffering=1) as file:
-        console = _Talk(file=file)
-        console.print("step 1")
-        assert console.quiet
-        console.print("step 2")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
 
 
 def test_fresh_run_is_the_run_again_and_the_old_one_is_kept(tiny: Tiny) -> None:

@@ -29,6 +29,22 @@ def test_run_stops_before_the_next_step() -> None:
     assert stop.signal_name == "SIGTERM"
 
 
+def test_lost_terminal_stops_a_run_unless_it_is_to_be_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_due(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.is_due(1)
+        assert stop.signal_name == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_only_a_second_interrupt_ends_at_once() -> None:
     with StopRequest() as stop:
         # Who passes Ctrl-C on, as mpirun does, sends SIGTERM beside the terminal's SIGINT.
@@ -39,14 +55,17 @@ def test_only_a_second_interrupt_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_interrupt_of_one_process_after_the_last_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signal_to_one_process_after_the_last_step_changes_nothing(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passed_on: list[int] = []
     monkeypatch.setattr(module.jax, "process_count", lambda: 2)
     monkeypatch.setattr(module.multihost_utils, "reached_preemption_sync_point", lambda _: False)
     with StopRequest() as stop:
         assert not stop.is_due(9)
         monkeypatch.setattr(module.os, "kill", lambda _, number: passed_on.append(number))
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
     # What follows, a validation say, takes all processes: they must not differ on whether it is to be.
     assert (stop.signal_name, passed_on) == ("", [signal.SIGTERM])
 
