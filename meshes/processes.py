@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arguments import check_count
-from .errors import MeshError
+from .errors import MeshError, shown
+from .numbers import whole_number
 
 _PORTS = (61_440, 4_096)
 """First port and number of ports for coordinators that nobody gave an address; jax takes the same range."""
@@ -87,13 +88,14 @@ def _find_slurm(environ: Mapping[str, str]) -> dict[str, Any]:
     host = first.partition(",")[0]
     if "," not in first and rest:
         host += rest.replace("-", ",").replace("]", ",").partition(",")[0]
-    count, num_nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    count = _read_number(environ, "SLURM_NTASKS", least=1)
+    num_nodes = _read_number({"SLURM_STEP_NUM_NODES": "1"} | dict(environ), "SLURM_STEP_NUM_NODES", least=1)
     return {
-        "coordinator": f"{host}:{_PORTS[0] + int(environ['SLURM_JOB_ID']) % _PORTS[1]}",
+        "coordinator": f"{host}:{_PORTS[0] + _read_number(environ, 'SLURM_JOB_ID') % _PORTS[1]}",
         "count": count,
-        "index": int(environ["SLURM_PROCID"]),
+        "index": _read_number(environ, "SLURM_PROCID"),
         "local_count": -(-count // num_nodes),
-        "local_index": int(environ["SLURM_LOCALID"]),
+        "local_index": _read_number(environ, "SLURM_LOCALID"),
     }
 
 
@@ -101,9 +103,22 @@ def _find_open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
     names = {"count": "SIZE", "index": "RANK", "local_count": "LOCAL_SIZE", "local_index": "LOCAL_RANK"}
     if not all(f"OMPI_COMM_WORLD_{name}" in environ for name in names.values()):
         return {}
-    found: dict[str, Any] = {key: int(environ[f"OMPI_COMM_WORLD_{name}"]) for key, name in names.items()}
+    found: dict[str, Any] = {key: _read_number(environ, f"OMPI_COMM_WORLD_{name}") for key, name in names.items()}
     if found["local_count"] == found["count"]:
         # All on this machine: the launcher's job, the same for all of them, says the port.
         job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
         found["coordinator"] = f"127.0.0.1:{_PORTS[0] + zlib.crc32(job.encode()) % _PORTS[1]}"
     return found
+
+
+def _read_number(environ: Mapping[str, str], name: str, *, least: int = 0) -> int:
+    try:
+        number = whole_number(environ[name])
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise MeshError(
+            f"{name}={shown(environ[name])} in the environment is no whole number of {least} or more.",
+            fix=f"unset {name}, or start with the launcher that sets it.",
+        )
+    return number

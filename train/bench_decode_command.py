@@ -20,26 +20,12 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
-from .argument_types import path, whole
 from .asked_file import check_files, write_file
 from .config import load_config
-from .generate_command import add_engine_arguments, open_mesh, resolve_mesh, served_model
+from .generate_command import open_mesh, resolve_mesh, served_model
 from .serving_source import open_source
 
 _GIB = 2**30
-
-
-def add_bench_decode_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words of the command."""
-    parser.add_argument(
-        "model", type=path, metavar="CONFIG_OR_FOLDER", help="random weights of a config, or a folder with a model"
-    )
-    parser.add_argument("--batch", default="1,4,16", metavar="N,N", help="requests at a time (1,4,16)")
-    parser.add_argument("--meshes", default="data=1", metavar="M;M", help="tensor=4;pipe=4 say (one device)")
-    parser.add_argument("--prompt-tokens", type=whole, default=32, metavar="N", help="read for each request (32)")
-    parser.add_argument("--new-tokens", type=whole, default=32, metavar="N", help="written for each, 2 or more (32)")
-    parser.add_argument("--png", metavar="FILE", help="draw latency against throughput")
-    add_engine_arguments(parser)
 
 
 def run_bench_decode(args: argparse.Namespace) -> int:

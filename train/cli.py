@@ -236,12 +236,12 @@ _WITHOUT_CONFIG = {
         "checkpoints_command",
         "add_checkpoints_arguments",
     ),
-    "import-hf": ("make a run folder of a Hugging Face model", "hf_commands", "add_import_arguments"),
-    "export-hf": ("write the weights of a run folder for transformers", "hf_commands", "add_export_arguments"),
-    "generate": ("answer prompts with a trained model, on any mesh", "generate_command", "add_generate_arguments"),
+    "import-hf": ("make a run folder of a Hugging Face model", "model_arguments", "add_import_arguments"),
+    "export-hf": ("write the weights of a run folder for transformers", "model_arguments", "add_export_arguments"),
+    "generate": ("answer prompts with a trained model, on any mesh", "model_arguments", "add_generate_arguments"),
     "bench-decode": (
         "time the answers of a model over meshes and batch sizes",
-        "bench_decode_command",
+        "model_arguments",
         "add_bench_decode_arguments",
     ),
 }

@@ -16,7 +16,6 @@ from ..meshes.build import visible_devices
 from ..meshes.errors import shown
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
-from .argument_types import number, path, whole
 from .regular_file import read_bounded
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
@@ -25,45 +24,11 @@ DTYPES = ("float32", "bfloat16")
 
 _DEFAULT_SLOTS = 8
 _LONGEST_PROMPTS = 1 << 28
+_BETWEEN = "\n---\n"
+"""Between two answers, which may have blank lines of their own."""
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but for line ends and tabs: C0, DEL and C1."""
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words of the command."""
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="a run of `trellax train`, or a Hugging Face model")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts-file", type=path, metavar="FILE", help="a prompt on each line")
-    parser.add_argument(
-        "--max-new-tokens", type=whole, default=64, metavar="N", help="tokens of an answer at most (64)"
-    )
-    parser.add_argument("--temperature", type=number, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-k", type=whole, default=0, metavar="K", help="draw among the K likeliest (0: all)")
-    parser.add_argument("--top-p", type=number, default=1.0, metavar="P", help="draw among the likeliest of mass P (1)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the first prompt; counted up from there")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="a token that ends an answer, beside the model's own",
-    )
-    parser.add_argument("--mesh", default="", metavar="SIZES", help="tensor=2,pipe=2 say (one device)")
-    add_engine_arguments(parser)
-    parser.add_argument("--slots", type=whole, default=0, metavar="N", help="prompts answered at a time (at most 8)")
-    parser.add_argument(
-        "--max-tokens", type=whole, default=0, metavar="N", help="of prompt and answer (what is needed)"
-    )
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words that say on what a model is served."""
-    parser.add_argument("--fake-devices", type=whole, default=0, metavar="N", help="run on N fake CPU devices")
-    parser.add_argument("--dtype", metavar="T", help="float32 or bfloat16, to compute in (the model's)")
-    parser.add_argument("--cache-dtype", metavar="T", help="float32 or bfloat16, of keys and values (the model's)")
-    parser.add_argument("--chunk", type=whole, default=64, metavar="N", help="tokens of a prompt read at once (64)")
-    parser.add_argument("--groups", type=whole, default=0, metavar="N", help="groups in flight (one for each stage)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -238,7 +203,8 @@ class _Printer:
 
     def end(self, sequence: Sequence) -> None:
         """Show the rest of an answer, and what has come of those behind it."""
-        self._waiting[sequence.id] += self._streams[sequence.id].finish() + "\n"
+        is_last = sequence.id == len(self._streams) - 1
+        self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _BETWEEN)
         self._has_ended[sequence.id] = True
         while self._first < len(self._waiting) and self._has_ended[self._first]:
             self._show()

@@ -14,9 +14,9 @@ from ..layers import ModelConfig, param_counts
 from ..meshes import MeshSpec, build_mesh, mesh_sizes, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import printable
-from .argument_types import path, whole
+from .architectures import ARCHITECTURES
 from .config import RunConfig, load_config
-from .hf_config import ARCHITECTURES, HubModel, read_hub_model
+from .hf_config import HubModel, read_hub_model
 from .hf_config_write import hub_values
 from .hf_read import open_weights, read_weights
 from .hf_write import write_weights
@@ -30,22 +30,6 @@ from .tokenizer import TOKENIZER, TOKENIZER_FILES, copy_tokenizer, load_tokenize
 _SEQ_LEN = 1024
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of the config.json that a model came with which it has on its way back."""
-
-
-def add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    """Teach a parser the words of `trellax import-hf`."""
-    parser.add_argument("source", type=path, metavar="DIR", help="folder with config.json and safetensors")
-    parser.add_argument("out", type=path, metavar="OUT", help="run folder to make; must not be there yet")
-    _add_shared_arguments(parser)
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Teach a parser the words of `trellax export-hf`."""
-    parser.add_argument("source", type=path, metavar="CHECKPOINT", help="run folder, as train or import-hf leaves it")
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to make; must not be there yet")
-    parser.add_argument("--architecture", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default model.dtype)")
-    _add_shared_arguments(parser)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -90,12 +74,6 @@ def run_export(args: argparse.Namespace) -> int:
         extra_files=[source / name for name in _tokenizer_files(source)],
     )
     return _finish(args, values["model_type"], config.model, files=sorted(file.name for file in out.iterdir()))
-
-
-def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", default="data=1", metavar="SIZES", help="split the weights, by tensor=2,pipe=2 say")
-    parser.add_argument("--fake-devices", type=whole, metavar="N", help="on N fake CPU devices")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _build_mesh(args: argparse.Namespace) -> Mesh:

@@ -13,19 +13,11 @@ from typing import Any
 from ..layers import ModelConfig
 from ..meshes import ModelError, WeightsError
 from ..meshes.errors import shown
+from .architectures import ARCHITECTURES
 from .hf_numbers import wrong_float, wrong_numbers
 from .hf_settle import ORIGINAL_TOKENS, settle
 from .hf_ties import has_own_head
 from .model_folder import read_json
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-"""What trellax reads and writes: `model_type` and the class of it."""
 
 SIZES = {
     "vocab_size": "vocab_size",

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..meshes import WeightsError, suggest
-from .hf_config import ARCHITECTURES, GPT2_SIZES, SIZES
+from .architectures import ARCHITECTURES
+from .hf_config import GPT2_SIZES, SIZES
 
 
 def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[str, Any]:

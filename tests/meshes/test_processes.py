@@ -67,6 +67,9 @@ MISTAKES: dict[str, dict] = {
     "no_coordinator": {"count": 2, "index": 0},
     "no_process_id": {"coordinator": "node1:1", "count": 2},
     "open_mpi_over_machines": {"environ": OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}},
+    "slurm_tasks_in_words": {"environ": SLURM | {"SLURM_NTASKS": "many"}},
+    "slurm_of_no_node": {"environ": SLURM | {"SLURM_STEP_NUM_NODES": "0"}},
+    "open_mpi_rank_below_0": {"environ": OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "-1"}},
     "process_id_too_large": {"coordinator": "node1:1", "count": 2, "index": 2},
     "coordinator_without_port": {"coordinator": "node1", "count": 2, "index": 0},
 }

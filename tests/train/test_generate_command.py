@@ -88,7 +88,7 @@ def test_terminal_shows_prompts_with_their_answers_in_order(
     code, out, _ = ask(*words)
     assert code == 0
     texts = [ByteTokenizer().decode(answer.tokens) for answer in answers]
-    assert out == "".join(f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True))
+    assert out == "\n---\n".join(f"{prompt}{text}" for prompt, text in zip(PROMPTS, texts, strict=True)) + "\n"
 
 
 def test_model_and_parameters_are_of_the_type_that_is_asked_for(run_folder: Path) -> None:
