@@ -44,7 +44,7 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     start_s = time.perf_counter()
     step: Any = make_train_step(setup)
     try:
-        lowered = step.lower(setup.shapes, batch_shapes(setup))
+        lowered = step.lower(setup.shapes, batch_shapes(setup), setup.peak_rate_shape)
         compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]

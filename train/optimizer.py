@@ -19,27 +19,32 @@ _STACKED_DIMS = 3
 """Leading dimensions [chunks, ranks, layers] of stage parameters."""
 
 
-def make_learning_rate(section: OptimizerSection, *, steps: int) -> Callable[[Any], Any]:
+def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:
     """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak.
+
+    Args:
+        peak: the peak where it is an input of the program, a float32 scalar; the section's if left out.
 
     Raises:
         ConfigError: there are no steps.
     """
     check_count("steps", steps, error=ConfigError)
-    return optax.warmup_cosine_decay_schedule(
+    peak = section.learning_rate if peak is None else peak
+    share = optax.warmup_cosine_decay_schedule(
         # Not from 0: the first step would be taken for nothing.
-        init_value=section.learning_rate / (section.warmup_steps + 1),
-        peak_value=section.learning_rate,
+        init_value=1 / (section.warmup_steps + 1),
+        peak_value=1.0,
         warmup_steps=section.warmup_steps,
         decay_steps=max(steps, section.warmup_steps + 1),
-        end_value=section.learning_rate * section.min_lr_ratio,
+        end_value=section.min_lr_ratio,
     )
+    return lambda step: peak * share(step)
 
 
-def make_optimizer(section: OptimizerSection, *, steps: int) -> optax.GradientTransformation:
-    """Return clipping by global norm, then AdamW that decays matrices alone."""
+def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -> optax.GradientTransformation:
+    """Return clipping by global norm, then AdamW that decays matrices alone; `peak` as in `make_learning_rate`."""
     adamw = optax.adamw(
-        make_learning_rate(section, steps=steps),
+        make_learning_rate(section, steps=steps, peak=peak),
         b1=section.beta1,
         b2=section.beta2,
         eps=section.epsilon,

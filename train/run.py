@@ -37,7 +37,7 @@ from .run_folder import HeldFolder
 from .run_weights import initial_state
 from .saved_config import read_saved_config
 from .seal import Seal
-from .speed import peak_flops_per_s
+from .speed import peak_flops_per_s, utilization
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
@@ -81,12 +81,11 @@ class Run:
         self.train_batches = Batches(corpus.train, **cut, seed=seed, first_sequence=first_sequence)
         self.val_batches = ValidationBatches(corpus.validation, **cut, most=section.eval_batches)
         self._say_short_validation()
-        self.train_step = self._compile("train step", make_train_step(setup))
+        self.train_step = self._compile("train step", make_train_step(setup), setup.peak_rate_shape)
         self.eval_step = self._compile("validation", make_eval_step(setup))
         self.tokens_per_step = section.batch_size * tokens
-        flops = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
-        peak = peak_flops_per_s(setup.mesh)
-        self.mfu_per_token_per_s = None if peak is None else flops / peak
+        self.flops_per_token = flops_per_token(self.config.model, num_tokens=tokens, attention="causal").training
+        self.peak_flops = peak_flops_per_s(setup.mesh)
         # A run resumed at its end takes no step: its last loss is the one on record.
         lines = read_metrics(self.config.run_folder) if seal else []
         self.last_loss: float | None = last_loss(lines, step=self.first_step)
@@ -113,7 +112,7 @@ class Run:
                     self.profile.start(self.state)
                     self.pace.restart()
                 batch = self._next_batch(step, look)
-                self.state, metrics = self.train_step(self.state, batch)
+                self.state, metrics = self.train_step(self.state, batch, self.setup.peak_rate)
                 look.at_waiting()
                 look.waiting = (step + 1, metrics)
                 self._do_what_is_due(step + 1, look, log)
@@ -225,18 +224,13 @@ class Run:
                     "tokens_per_s": tokens_per_s,
                     "step_time_s": self.pace.step_time_s,
                     **self.pace.parts_s,
-                    "mfu": self._mfu(tokens_per_s),
+                    "mfu": utilization(tokens_per_s, flops_per_token=self.flops_per_token, peak=self.peak_flops),
                     "peak_memory_bytes": peak_memory_bytes(),
                     "skipped": None if is_taken else 1,
                 },
             )
         if not is_taken:
             self._stop_or_skip(step, metrics)
-
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        """Model flops utilization; None where no peak is known, or more than all of it would be used."""
-        mfu = None if self.mfu_per_token_per_s is None else tokens_per_s * self.mfu_per_token_per_s
-        return None if mfu is None or mfu > 1 else mfu
 
     def _say_short_validation(self) -> None:
         asked = self.config.train.eval_batches * self.config.train.batch_size
@@ -311,14 +305,14 @@ class Run:
         # The end has its own validation and save.
         return every > 0 and step % every == 0 and step < self.config.train.steps
 
-    def _compile(self, what: str, function: Any) -> Callable[..., Any]:
+    def _compile(self, what: str, function: Any, *rest: jax.ShapeDtypeStruct) -> Callable[..., Any]:
         batch = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.setup.batch_sharding)
             for name, leaf in self.train_batches[0].items()
         }
         start_s = time.perf_counter()
         platform = self.setup.mesh.devices.flat[0].platform
-        lowered = function.lower(self.setup.shapes, batch)
+        lowered = function.lower(self.setup.shapes, batch, *rest)
         require_one_program(what, lowered)
         compiled = compile_for(lowered, platform=platform)
         say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")

@@ -1,12 +1,12 @@
 """Everything a run trains with, made from its config: model, schedule, optimizer, and the state they act on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import model_rules
@@ -24,7 +24,7 @@ from ..pipeline import (
 from ..pipeline.schedules import load_schedule
 from .config import PipelineSection, RunConfig
 from .health import Health, healthy
-from .optimizer import make_learning_rate, make_optimizer, optimizer_shardings, split_over_data
+from .optimizer import make_optimizer, optimizer_shardings, split_over_data
 
 
 @jax.tree_util.register_dataclass
@@ -128,9 +128,16 @@ class Setup:
         return _load(section, self.mesh.shape["pipe"]) if section.schedule.endswith(".csv") else None
 
     @cached_property
-    def learning_rate(self) -> Callable[[Any], Any]:
-        """Step -> learning rate."""
-        return make_learning_rate(self.config.optimizer, steps=self.config.train.steps)
+    def peak_rate(self) -> jax.Array:
+        """The peak of the learning rate, a replicated float32 scalar."""
+        shape, peak = self.peak_rate_shape, np.asarray(self.config.optimizer.learning_rate, np.float32)
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: peak)
+
+    @property
+    def peak_rate_shape(self) -> jax.ShapeDtypeStruct:
+        """The shape and sharding of `peak_rate`, for programs of devices that need not be there."""
+        return jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     @cached_property
     def optimizer(self) -> Any:

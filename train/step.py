@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 
 from ..pipeline import pipeline_grads, pipeline_loss
 from .health import is_good, next_health
+from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 
 Batch = dict[str, jax.Array]
@@ -30,16 +32,19 @@ class StepMetrics:
     mean_loss: jax.Array
 
 
-def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Return a jitted step (state, batch) -> (state, metrics) that consumes the state it is given.
+def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Return a jitted step (state, batch, peak_rate) -> (state, metrics) that consumes the state it is given.
+
+    The peak of the learning rate, `setup.peak_rate`, is an input so that runs of several rates share one compiled
+    program; left out, it is the config's as a constant.
 
     Batch leaves are [M, B@data, T]: tokens, targets, and weights that sum to 1. Gradients come from `pipeline_grads`;
     with ZeRO-1 each data rank then updates its own part, and the new parameters are gathered. A bad step (`health.py`)
     leaves parameters and optimizer as they were.
     """
-    section = setup.config.train
+    section, optimizer_section = setup.config.train, setup.config.optimizer
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         out = pipeline_grads(
             setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
         )
@@ -48,8 +53,10 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, Batch], tuple[TrainSt
         good = is_good(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
         # optax mixes counts with floats: jax_numpy_dtype_promotion="strict" is not for its code.
         with jax.numpy_dtype_promotion("standard"):
-            lr = jnp.asarray(setup.learning_rate(state.step - state.health.skipped))
-            updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+            rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
+            lr = jnp.asarray(rate(state.step - state.health.skipped))
+            optimizer: Any = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The old value goes through untouched, bit by bit, where the step is bad.
         params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
         opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)

@@ -113,7 +113,7 @@ def test_runs_share_their_programs_and_run_folders_hold_none(tmp_path: Path) -> 
     )
     entries = []
     for seed in "12":
-        more = f" --run.seed {seed} --run.name run{seed}"
+        more = f" --run.seed {seed} --optimizer.learning_rate {seed}e-3 --run.name run{seed}"
         subprocess.run(
             [sys.executable, "-m", "trellax.train.cli", *f"{words}{more}".split()], env=environment, check=True
         )

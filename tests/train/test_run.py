@@ -74,17 +74,17 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, **due: int) -> Any
     monkeypatch.setattr(Run, "_make_batch", lambda self, step: {})
     taken: Any = object.__new__(Run)
 
-    def step(state: int, batch: object) -> tuple[int, Any]:
+    def step(state: int, batch: object, peak_rate: object) -> tuple[int, Any]:
         loss = Scalar(device, device.work(STEP_S))
         return state + 1, SimpleNamespace(loss=loss, grad_norm=loss, lr=loss, taken=loss)
 
     train = SimpleNamespace(steps=9, eval_every=due.get("eval_every", 0), log_every=3)
     checkpoint = SimpleNamespace(every=due.get("save_every", 0))
     taken.config = SimpleNamespace(train=train, checkpoint=checkpoint, run_folder=Path())
-    taken.setup = SimpleNamespace(mesh=SimpleNamespace(devices=np.zeros(1)))
+    taken.setup = SimpleNamespace(mesh=SimpleNamespace(devices=np.zeros(1)), peak_rate=None)
     taken.console, taken.profile = Console(file=io.StringIO()), Profile(device)
     taken.pace, taken.state, taken.first_step, taken.train_step = pace.Pace(window=3), 0, 0, step
-    taken.tokens_per_step, taken.mfu_per_token_per_s, taken._bad_in_a_row = 8, 1.0, 0
+    taken.tokens_per_step, taken.flops_per_token, taken.peak_flops, taken._bad_in_a_row = 8, 1.0, None, 0
     taken.validate = lambda: device.wait(device.work(VALIDATION_S)) or 2.0
     taken.save = lambda: device.wait(device.work(SAVE_S))
     return taken
@@ -101,12 +101,3 @@ def test_a_step_takes_as_long_whatever_comes_between_steps(
     taken.take_steps(SimpleNamespace(is_due=lambda step: False))
     assert recent_s == [STEP_S] * 9
     assert taken.pace.mean_step_time_s == STEP_S
-
-
-@pytest.mark.parametrize(("peak", "expected"), [(None, None), (0.1, 0.5), (0.5, None)])
-def test_utilization_of_an_unknown_peak_or_above_all_of_it_is_not_shown(
-    peak: float | None, expected: float | None
-) -> None:
-    taken: Any = object.__new__(Run)
-    taken.mfu_per_token_per_s = peak
-    assert taken._mfu(5.0) == expected

@@ -1,6 +1,7 @@
 """Optimizer steps give the same parameters on every mesh, with and without ZeRO."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import natural_order
 from trellax.train import Batches, RunConfig, Setup, TrainState, load_corpus, make_eval_step, make_train_step
+from trellax.train.inspect_step import batch_shapes
 
 Tiny = Callable[..., RunConfig]
 
 MESHES = ["data=8", "data=2,tensor=2,pipe=2", "data=1,tensor=4,pipe=2"]
 NUM_STEPS = 20
+RATES = [1e-3, 2e-3]
 
 # The largest error of any entry, over the largest entry of its array. The gradients agree to about 1e-6; an AdamW step
 # divides them by their own size plus epsilon. At the default epsilon of 1e-8 an entry whose gradient is rounding noise
@@ -106,3 +109,13 @@ def test_reported_norm_is_that_of_the_whole_gradient(tiny: Tiny) -> None:
         _, metrics = make_train_step(setup)(setup.init_state(), jax.device_put(batches[0], setup.batch_sharding))
         norms.append(float(metrics.grad_norm))
     assert norms == pytest.approx([norms[0]] * 3, rel=2e-5)
+
+
+def test_runs_of_two_learning_rates_are_one_program_and_two_results(tiny: Tiny) -> None:
+    setups = [Setup(tiny(f"--optimizer.learning_rate {rate}"), build_mesh(MeshSpec.parse("data=2"))) for rate in RATES]
+    steps: list[Any] = [make_train_step(setup) for setup in setups]
+    shapes = [(setup.shapes, batch_shapes(setup), setup.peak_rate_shape) for setup in setups]
+    texts = {step.lower(*args).as_text() for step, args in zip(steps, shapes, strict=True)}
+    assert len(texts) == 1
+    assert [float(setup.peak_rate) for setup in setups] == pytest.approx(RATES)
+    assert steps[0].lower(*shapes[0][:2]).as_text() != steps[1].lower(*shapes[1][:2]).as_text()
