@@ -35,6 +35,8 @@ def find_file(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
         if path.is_symlink():
             raise error(f"{path} is a link to a file that is not there.", fix="copy the file itself.") from None
         return None
+    except ValueError:  # no file has such a name
+        return None
     except (OSError, RuntimeError):
         # Python 3.12 and older raise RuntimeError for links in a circle.
         raise error(

@@ -57,7 +57,7 @@ def read_bounded(
         OSError: the system refuses; FileNotFoundError where there is none.
     """
     with open_regular(path, max_bytes=max_bytes, links=links, error=error) as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(max_bytes + 1) or b""  # None where a file of /proc has nothing to say
     if len(content) > max_bytes:
         # It grew, or is one of those in /proc that say they are empty.
         raise _too_large(Path(path), len(content), max_bytes=max_bytes, error=error)
