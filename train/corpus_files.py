@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..meshes import DataError
-from .regular_file import open_regular
+from ..meshes.regular_file import open_regular
 
 _RECORDS = {".jsonl", ".jl", ".ndjson", ".parquet", ".arrow", ".feather", ".avro"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z"}
@@ -45,6 +45,7 @@ _LARGEST_HALF = 7
 """Upper halves of ids of vocabularies up to 2**19 words, in 32 bits, are no larger."""
 
 _TYPE_OF = {"u2": "'uint16'", "u4": "'uint32'", "i4": "'uint32'"}
+
 
 def check_text_file(file: Path) -> None:
     """Raise if a file is no plain text, by its name or its first bytes: records, compressed or binary.

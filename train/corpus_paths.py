@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..meshes import DataError, suggest
 from ..meshes.errors import shown
-from .regular_file import name_kind
+from ..meshes.regular_file import name_kind
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:

@@ -17,11 +17,11 @@ import numpy as np
 from ..meshes import DataError
 from ..meshes.arguments import check_count
 from ..meshes.errors import printable
+from ..meshes.regular_file import read_bounded
 from .config import DataSection
 from .corpus_files import check_text_file, check_token_file
 from .corpus_paths import find_files
 from .file_change import WatchedFile
-from .regular_file import read_bounded
 from .tokenizer import load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

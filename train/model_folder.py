@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..meshes import TrellaxError, WeightsError
-from .regular_file import open_regular, read_bounded
+from ..meshes.regular_file import open_regular, read_bounded
 
 MAX_JSON_BYTES = 10 << 20
 """Of a config.json and its like; real ones have some thousand bytes."""

@@ -1,4 +1,4 @@
-"""Every file that `data.paths` names is found once, however links and globs lead to it; what is no file is called so."""
+"""Every file that `data.paths` names is found once, however links and globs lead to it; what is none is called so."""
 
 import os
 from pathlib import Path

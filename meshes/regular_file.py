@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
-from ..meshes import CheckpointError, TrellaxError
+from .errors import CheckpointError, TrellaxError
 
 Links = Literal["follow", "refuse"]
 """What to do about a file that is a symbolic link; folders on the way to it are the caller's."""
