@@ -10,24 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..meshes.arguments import check_fields
-from ..meshes.errors import TargetError, suggest
+from ..meshes.errors import TargetError, printable, shown, suggest
+from ..meshes.regular_file import read_bounded
 
 _DATA = Path(__file__).with_name("topologies.toml")
 _TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:x(?P<devices>[0-9]{1,9}))?(?:/(?P<node>[0-9]{1,9}))?")
 _GIGA = 1e9
+_MOST_BYTES = 50_000
+_MOST_DEVICES = 1_000_000
+
+# No machine is near these ends, and what is computed from them stays finite.
+_Figure = Annotated[float, Field(ge=1e-6, le=1e12)]
+_Count = Annotated[int, Field(ge=1, le=1 << 60)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,11 @@ class Topology:
             raise TargetError(
                 f"topology {self.name!r} has {self.num_devices} devices, {self.devices_per_node} a node.",
                 fix="give 1 or more of each.",
+            )
+        if max(self.num_devices, self.devices_per_node) > _MOST_DEVICES:
+            raise TargetError(
+                f"topology {self.name!r} has {self.num_devices} devices, {self.devices_per_node} a node.",
+                fix=f"give {_MOST_DEVICES:,} or fewer of each.",
             )
         if self.num_devices > self.devices_per_node and self.num_devices % self.devices_per_node:
             larger = -(-self.num_devices // self.devices_per_node) * self.devices_per_node
@@ -159,10 +163,10 @@ class _Peaks(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    bfloat16: PositiveFloat
-    float32: PositiveFloat
-    float16: NonNegativeFloat = 0
-    float8: NonNegativeFloat = 0
+    bfloat16: _Figure
+    float32: _Figure
+    float16: _Figure | Literal[0] = 0
+    float8: _Figure | Literal[0] = 0
 
 
 class _Figures(BaseModel):
@@ -173,14 +177,14 @@ class _Figures(BaseModel):
     name: str
     aliases: list[str] = []
     tflops: _Peaks
-    memory_bytes: PositiveInt
-    memory_gb_per_s: PositiveFloat
-    cores: PositiveInt
+    memory_bytes: _Count
+    memory_gb_per_s: _Figure
+    cores: _Count
     matmul_share: float = Field(gt=0, le=1)
     link: Literal["nvlink", "pcie", "ici", "xgmi"]
-    link_gb_per_s: PositiveFloat
-    devices_per_node: PositiveInt
-    network_gb_per_s: PositiveFloat
+    link_gb_per_s: _Figure
+    devices_per_node: _Count
+    network_gb_per_s: _Figure
     curve: str = ""
     source: str = "the user's own file"
     notes: str = ""
@@ -190,7 +194,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
     figures = _Figures.model_validate(table)
     return Accelerator(
         key=key,
-        name=figures.name,
+        name=printable(figures.name, limit=80),
         flops_per_s={dtype: 1e12 * peak for dtype, peak in figures.tflops},
         memory_bytes=figures.memory_bytes,
         memory_bytes_per_s=_GIGA * figures.memory_gb_per_s,
@@ -201,13 +205,16 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
         devices_per_node=figures.devices_per_node,
         network_bytes_per_s=_GIGA * figures.network_gb_per_s,
         curve=figures.curve,
-        source=figures.source,
+        source=printable(figures.source, limit=400),
     )
 
 
 def _read_file(path: Path) -> Topology:
     try:
-        table = tomllib.loads(path.read_text())
+        content = read_bounded(path, max_bytes=_MOST_BYTES, error=TargetError)
+        table = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except TargetError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise TargetError(f"topology {path} cannot be read: {error}.", fix="name a TOML file of a machine.") from error
     for key in ("accelerator", "devices"):
@@ -223,14 +230,19 @@ def _read_file(path: Path) -> Topology:
     except ValidationError as error:
         raise _explain(path, error) from None
     node = node or min(devices, accelerator.devices_per_node)
-    return Topology(name=path.stem, accelerator=accelerator, num_devices=devices, devices_per_node=node)
+    return Topology(
+        name=printable(path.stem, limit=80), accelerator=accelerator, num_devices=devices, devices_per_node=node
+    )
 
 
 def _read_count(path: Path, table: dict[str, Any], key: str) -> int:
     """A number of devices, taken out of the table; 0 where it is left out."""
     count = table.pop(key, 0)
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TargetError(f"topology {path}: {key}={count!r} is not a whole number.", fix=f"write {key} = 8, say.")
+    if type(count) is not int or not 0 <= count <= _MOST_DEVICES:
+        raise TargetError(
+            f"topology {path}: {key}={shown(count)} is no whole number up to {_MOST_DEVICES:,}.",
+            fix=f"write {key} = 8, say.",
+        )
     return count
 
 

@@ -13,7 +13,7 @@ from ..meshes.arguments import check_choice, check_count
 from ..pipeline import resolve_layers
 from ..pipeline.schedules import SCHEDULES
 from .config import RunConfig
-from .data import find_files
+from .corpus_paths import find_files
 
 _BYTES = 256
 _MOST_CELLS = 50_000

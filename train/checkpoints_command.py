@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..meshes import CheckpointError, suggest
+from ..meshes.regular_file import walk_folder
 from .argument_types import path
-from .regular_file import walk_folder
 from .save_folder import FOLDER, SaveFolder, is_own_name, read_step
 from .seal import SEAL_FORMAT, Seal, find_damage, read_seal
 from .seal_fields import MAX_DEPTH

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..meshes import ConfigError, suggest
+from ..meshes.regular_file import read_bounded
 from .config_errors import Mistake, describe_unknown_option
 from .config_keys import Key
-from .regular_file import read_bounded
 
 PACKAGED_CONFIGS = Path(__file__).parent.parent / "configs"
 """The configs that come with trellax."""
@@ -37,10 +37,11 @@ _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)"
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile:
-    """A parsed run file: its values, and the line of every section and key."""
+    """A parsed run file: its text without the marks of Windows, its values, the line of every section and key."""
 
     path: Path
     shown: str
+    text: str
     values: Mapping[str, Any]
     lines: Mapping[tuple[str, ...], int]
 
@@ -80,7 +81,7 @@ def read_config_file(path: str | Path) -> ConfigFile:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise _toml_error(error, text=text, shown=shown) from None
-    return ConfigFile(path=found, shown=shown, values=values, lines=map_lines(text))
+    return ConfigFile(path=found, shown=shown, text=text, values=values, lines=map_lines(text))
 
 
 def read_overrides(words: Sequence[str], *, keys: Sequence[Key]) -> tuple[list[Override], list[Mistake]]:

@@ -4,7 +4,7 @@ The default corpus is Python's own standard library, which every machine has: no
 versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
 """
 
-import glob
+import codecs
 import hashlib
 import os
 import sysconfig
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..meshes import DataError, suggest
+from ..meshes import DataError
 from ..meshes.arguments import check_count
-from ..meshes.errors import printable, shown
+from ..meshes.errors import printable
+from ..meshes.regular_file import read_bounded
 from .config import DataSection
-from .corpus_files import check_named_once, check_text_file, check_token_file
+from .corpus_files import check_text_file, check_token_file
+from .corpus_paths import find_files
 from .file_change import WatchedFile
-from .regular_file import read_bounded
 from .tokenizer import load_tokenizer, tokenize
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -103,8 +104,6 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
     if data.source == "stdlib":
         return _read_stdlib()
     files = find_files(data.paths)
-    for file in files:
-        check_text_file(file)
     return _read_text(files), _count(len(files), "text file")
 
 
@@ -135,51 +134,6 @@ def _is_library(name: Path) -> bool:
     return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """Return the files that `data.paths` names, in order; none is opened.
-
-    Raises:
-        DataError: a file is missing or named twice, a glob matches nothing, or a path is a folder.
-    """
-    check_named_once([path for path in paths if not glob.has_magic(path)])
-    files = [file for path in paths for file in _match_files(path)]
-    if not files:
-        raise DataError("data.paths is empty, so there is nothing to read.", fix="name files or globs in data.paths.")
-    return list(dict.fromkeys(files))
-
-
-def _match_files(path: str) -> list[Path]:
-    if Path(path).is_file():
-        return [Path(path)]
-    if Path(path).is_dir():
-        raise DataError(
-            f"data.paths: {shown(path)} is a folder.", fix=f"write {path.rstrip('/')}/**/*.txt for its files."
-        )
-    pattern = _escape_folders(path)
-    if not glob.has_magic(pattern):
-        siblings = [str(file) for file in Path(path).parent.glob("*") if file.is_file()]
-        raise DataError(
-            f"data.paths: {shown(path)} does not exist.{suggest(path, siblings)}", fix="correct data.paths."
-        )
-    # Unlike Path.glob this takes absolute patterns too.
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    files = [file for file in found if file.is_file()]
-    if not files:
-        is_whole = Path(path).is_absolute()
-        fix = "correct data.paths." if is_whole else "paths start at the folder of the command."
-        raise DataError(f"data.paths: no file matches {shown(path)}.", fix=fix)
-    return files
-
-
-def _escape_folders(pattern: str) -> str:
-    """The pattern with the folders that are there under its own name as they are: run[1] is no choice of one letter."""
-    parts = pattern.split("/")
-    for index in range(len(parts) - 1):
-        if not Path("/".join(parts[: index + 1]) or "/").is_dir():
-            return "/".join([*map(glob.escape, parts[:index]), *parts[index:]])
-    return "/".join([*map(glob.escape, parts[:-1]), parts[-1]])
-
-
 def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
     """Names and contents; all of them are in memory at once, so a size that cannot be meant is refused first."""
     try:
@@ -192,9 +146,13 @@ def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
                 f"text is read whole, at most {_MOST_TEXT_BYTES:,} bytes.",
                 fix="save the token ids as arrays and set data.source='tokens': those stay on disk.",
             )
-        return [(str(file), read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError)) for file in files]
+        for file in files:
+            check_text_file(file)
+        texts = {str(file): read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError) for file in files}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
+    # The mark that editors on Windows put before a text is no part of it.
+    return [(name, text.removeprefix(codecs.BOM_UTF8)) for name, text in texts.items()]
 
 
 def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
@@ -209,7 +167,9 @@ def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
             f"{memory:,}.",
             fix="join them into one file, which stays on disk.",
         )
-    return np.concatenate(parts)
+    joined = np.result_type(*parts)
+    # Of uint64 and signed ids numpy makes floats.
+    return np.concatenate(parts, dtype=joined if joined.kind in "ui" else np.int64, casting="unsafe")
 
 
 def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ..meshes import DataError
-from .regular_file import open_regular
+from ..meshes.regular_file import open_regular
 
 _CHUNK = 1 << 24
 _CLOCK_TICK_NS = 20_000_000

@@ -14,9 +14,9 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown
+from ..meshes.regular_file import read_bounded
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
-from .regular_file import read_bounded
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
 

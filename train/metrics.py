@@ -18,9 +18,9 @@ from typing import Any, Self
 import jax
 
 from ..meshes import RunError
+from ..meshes.regular_file import open_regular, read_bounded
 from .board import BOARD_FOLDER, Board
 from .own_file import identify_file, open_own, replace_file
-from .regular_file import open_regular, read_bounded
 from .save_folder import free_name
 
 METRICS_FILE = "metrics.jsonl"

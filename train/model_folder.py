@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..meshes import TrellaxError, WeightsError
-from .regular_file import open_regular, read_bounded
+from ..meshes.regular_file import open_regular, read_bounded
 
 MAX_JSON_BYTES = 10 << 20
 """Of a config.json and its like; real ones have some thousand bytes."""
@@ -34,6 +34,8 @@ def find_file(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise error(f"{path} is a link to a file that is not there.", fix="copy the file itself.") from None
+        return None
+    except ValueError:  # no file has such a name
         return None
     except (OSError, RuntimeError):
         # Python 3.12 and older raise RuntimeError for links in a circle.

@@ -32,7 +32,7 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
     """
     file = read_config_file(path)
     given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
-    text, wanted = _without_header(file.path.read_text(encoding="utf-8")), _values(layout, given, was=file.values)
+    text, wanted = _without_header(file.text), _values(layout, given, was=file.values)
     for section, values in wanted.items():
         for key, value in values.items():
             text = _set(text, section, key, value)

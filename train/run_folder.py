@@ -19,10 +19,10 @@ from typing import IO, Literal
 import jax
 
 from ..meshes import ConfigError, RunError
+from ..meshes.regular_file import name_kind, walk_folder
 from .board import BOARD_FOLDER
 from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 from .own_file import identify_file, open_own
-from .regular_file import name_kind, walk_folder
 from .save_folder import FOLDER, SaveFolder, free_name, is_own_name
 from .together import first_does, require_agreement, text_of_first
 from .tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER

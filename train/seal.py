@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..meshes import CheckpointError
-from .regular_file import name_kind, open_regular, read_bounded, walk_folder
+from ..meshes.regular_file import name_kind, open_regular, read_bounded, walk_folder
 from .seal_fields import FIELD_CHECKS, MAX_DEPTH, is_count
 
 SEAL_FILE = "seal.json"

@@ -73,7 +73,10 @@ def _tokenizer_ids(folder: Path, key: str, tokenizer: Tokenizer) -> tuple[int, .
         token = _read(folder, name).get(key)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
-            number = tokenizer.token_to_id(text)
+            try:
+                number = tokenizer.token_to_id(text)
+            except UnicodeEncodeError:  # JSON may have half a character
+                number = None
             return () if number is None else (number,)
     return ()
 

@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..meshes import DataError
+from ..meshes.regular_file import open_regular
 from .model_folder import MAX_TOKENIZER_BYTES, copy_file, read_file, read_json
 from .own_file import open_own
-from .regular_file import open_regular
 from .save_folder import free_name
 from .special_ids import ORIGIN, SpecialIds, find_special_ids
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...meshes.errors import ScheduleError, suggest
+from ...meshes.regular_file import read_bounded
 from .action import Action, Kind
 from .grid import IDLE, Schedule
 from .place import Vocab, check_vocab, schedule_from_orders
@@ -44,7 +45,9 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
     check_vocab(vocab)
     path = Path(path)
     try:
-        text = _read_bounded(path).decode("utf-8-sig")
+        text = read_bounded(path, max_bytes=_MOST_BYTES, error=ScheduleError).decode("utf-8-sig")
+    except ScheduleError:
+        raise
     except FileNotFoundError as error:
         near = suggest(path.name, [file.name for file in path.parent.glob("*") if file.is_file()])
         raise ScheduleError(f"there is no file {str(path)!r}.{near}", fix="give the path of a CSV file.") from error
@@ -117,17 +120,6 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
     if not any(cell.strip() for row in rows for cell in row):
         raise ScheduleError(f"{name} is empty.", fix="write a row a rank and a cell a tick, such as 0F0,,0B0.")
     return rows
-
-
-def _read_bounded(path: Path) -> bytes:
-    # To open a named pipe would wait for whoever writes to it, and a device has no end.
-    if path.exists() and not path.is_file():
-        raise ScheduleError(f"{str(path)!r} is no regular file.", fix="give the path of a CSV file.")
-    with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ScheduleError(f"{str(path)!r} has more than {_MOST_BYTES >> 20} MiB.", fix="give the path of a CSV file.")
-    return content
 
 
 def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:

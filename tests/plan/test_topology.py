@@ -1,5 +1,6 @@
 """Machines by name, from a file, and the mistakes in both."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +68,42 @@ def test_mistake_in_a_file_is_told(
     with pytest.raises(TargetError) as caught:
         read_topology("mine.toml")
     golden(f"errors/topology_file_{name}.txt", str(caught.value))
+
+
+GOOD = 'accelerator = "h100"\ndevices = 8\n'
+ODD_FILES: dict[str, Callable[[Path], object]] = {
+    "is a named pipe": os.mkfifo,
+    "is a device": lambda path: path.symlink_to("/dev/zero"),
+    "is a folder": Path.mkdir,
+    "such a file has at most": lambda path: (path.touch(), os.truncate(path, 1 << 33)),
+    "no whole number up to 1,000,000": lambda path: path.write_text(f'accelerator = "h100"\ndevices = 1{"0" * 31}\n'),
+    r"devices=-8 is no whole number": lambda path: path.write_text('accelerator = "h100"\ndevices = -8\n'),
+    "memory_bytes: input should be": lambda path: path.write_text(f"{GOOD}memory_bytes = {'9' * 400}\n"),
+    "memory_gb_per_s: input should be": lambda path: path.write_text(f"{GOOD}memory_gb_per_s = 1e-300\n"),
+    "has no key": lambda path: path.write_text(f"{'a.' * 20_000}b = 1\n"),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("told", ODD_FILES)
+def test_file_from_others_is_refused_by_name_and_soon(told: str, tmp_path: Path) -> None:
+    ODD_FILES[told](tmp_path / "odd.toml")
+    with pytest.raises(TargetError, match=told) as caught:
+        read_topology(str(tmp_path / "odd.toml"))
+    assert "odd.toml" in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_more_devices_than_any_machine_has_are_refused() -> None:
+    with pytest.raises(TargetError, match="1,000,000 or fewer"):
+        read_topology("h100x999999999/999999998")
+
+
+def test_file_of_windows_is_read_and_what_it_names_is_shown_escaped(tmp_path: Path) -> None:
+    figures = "tflops = { bfloat16 = 1, float32 = 1 }\nmemory_bytes = 9\nmemory_gb_per_s = 1\ncores = 1\n"
+    figures += 'matmul_share = 1\nlink = "pcie"\nlink_gb_per_s = 1\ndevices_per_node = 8\nnetwork_gb_per_s = 1\n'
+    text = f'devices = 8\n[accelerator]\nname = "\\u001b[31mred"\n{figures}'
+    file = tmp_path / "\x1b[2J.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    topology = read_topology(str(file))
+    assert (topology.name, topology.accelerator.name) == ("\\x1b[2J", "\\x1b[31mred")

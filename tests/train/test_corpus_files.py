@@ -88,3 +88,61 @@ def test_documents_are_joined_by_a_line_break_where_they_end_without_one(folder:
 
 def test_files_that_two_globs_match_are_read_once(folder: Path) -> None:
     assert load(["a.*", "*a.txt"]).tobytes() == TEXT
+
+
+ODD: dict[str, tuple[bytes, str]] = {
+    "records named text": (b'{"text": "a story"}\n' * 40, "its lines are JSON records"),
+    "ids read as text": (IDS.astype(np.uint16).tobytes(), "null bytes"),
+    "UTF-16 without its mark": (TEXT.decode().encode("utf-16-le"), "null bytes"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_text_is_looked_at_and_not_only_its_name(name: str, tmp_path: Path) -> None:
+    content, problem = ODD[name]
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        load([str(tmp_path / "a.txt")])
+
+
+def test_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT)
+    assert load([str(tmp_path / "a.txt")]).tobytes() == TEXT
+
+
+@pytest.mark.parametrize("read", ["uint16", "uint32"])
+@pytest.mark.parametrize("ids", [IDS, IDS % 6], ids=["words", "letters"])
+@pytest.mark.parametrize("written", ["<u4", ">u4", "<i8", ">i8"])
+def test_wider_ids_are_not_read_as_narrow_ones_and_zeros(
+    ids: np.ndarray, written: str, read: str, tmp_path: Path
+) -> None:
+    # Padding before them, longer than what was looked at.
+    padded = np.concatenate([np.zeros(1 << 20, np.int64), ids])
+    padded.astype(written).tofile(tmp_path / "ids.bin")
+    if np.dtype(written).itemsize == 4 and read == "uint32":
+        assert load([str(tmp_path / "ids.bin")], source="tokens", token_dtype=read).size == padded.size
+    else:
+        with pytest.raises(DataError, match="look like uint"):
+            load([str(tmp_path / "ids.bin")], source="tokens", token_dtype=read)
+
+
+def test_text_is_not_read_as_ids(tmp_path: Path) -> None:
+    (tmp_path / "ids.bin").write_bytes(TEXT)
+    with pytest.raises(DataError, match="no raw array of token ids, but text"):
+        load([str(tmp_path / "ids.bin")], source="tokens")
+
+
+@pytest.mark.parametrize("said", ["<u4", "np.uint32", "float32", ">u2"])
+def test_sidecar_says_its_type_in_any_of_numpys_ways(said: str, tmp_path: Path) -> None:
+    IDS.astype(np.uint16).tofile(tmp_path / "said.bin")
+    (tmp_path / "said.json").write_text(json.dumps({"dtype": said}))
+    with pytest.raises(DataError, match=r"said\.json says"):
+        load([str(tmp_path / "said.bin")], source="tokens")
+
+
+def test_arrays_of_signed_and_unsigned_ids_are_joined_as_whole_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IDS)
+    np.save(tmp_path / "b.npy", IDS.astype(np.uint64))
+    joined = load([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")], source="tokens")
+    assert joined.dtype.kind == "i"
+    assert (joined == np.tile(IDS, 2)).all()

@@ -56,6 +56,11 @@ def test_odd_file_is_one_sentence(name: str, error: type[WeightsError], folder: 
         read_json(folder, NAME, error=error)
 
 
+def test_name_that_no_file_can_have_is_not_there(folder: Path) -> None:
+    for name in ("\ud800", "a\0b"):
+        assert read_json(folder, name) is None
+
+
 def test_links_within_a_folder_and_to_blobs_of_its_cache_are_read(tmp_path: Path) -> None:
     cache = tmp_path / "models--org--name"
     snapshot, blobs = cache / "snapshots" / "0a1b", cache / "blobs"

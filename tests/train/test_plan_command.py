@@ -73,6 +73,15 @@ def test_written_config_is_the_one_that_was_planned(capsys: pytest.CaptureFixtur
     check_run(after, num_devices=16)
 
 
+def test_config_of_windows_is_written_as_any_other(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs" / "quickstart.toml").read_text().replace("\n", "\r\n")
+    (tmp_path / "old.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    ask(f"plan {tmp_path}/old.toml --topology h100x8 --json --write {tmp_path}/new.toml", capsys)
+    written = (tmp_path / "new.toml").read_text()
+    assert "\ufeff" not in written
+    assert load_config(tmp_path / "new.toml").model == load_config("quickstart").model
+
+
 def test_written_config_drops_what_belongs_to_the_old_stages(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -88,6 +88,12 @@ def test_end_of_a_document_is_what_the_model_says(
     assert list(ids).count(end) == (2 if end is not None else 0)
 
 
+@pytest.mark.parametrize("token", ["\ud800", {"content": "a\udfff"}])
+def test_half_a_character_ends_no_document(token: object, source: Path) -> None:
+    (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": token}))
+    assert load_tokenizer(source).special.end_id is None
+
+
 def test_texts_that_end_an_answer_are_all_that_the_model_names(source: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))

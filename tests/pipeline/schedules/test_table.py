@@ -143,10 +143,10 @@ def _sparse(path: Path) -> None:
 
 
 ODD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a named pipe": (os.mkfifo, "is no regular file"),
-    "a folder": (Path.mkdir, "is no regular file"),
-    "a device without end": (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
-    "a sparse file": (_sparse, "has more than 16 MiB"),
+    "a named pipe": (os.mkfifo, "is a named pipe"),
+    "a folder": (Path.mkdir, "is a folder"),
+    "a device without end": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "a sparse file": (_sparse, "such a file has at most 16,777,216"),
     "links in a circle": (lambda path: path.symlink_to(path.name), "cannot be read"),
 }
 

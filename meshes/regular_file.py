@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
-from ..meshes import CheckpointError, TrellaxError
+from .errors import CheckpointError, TrellaxError
 
 Links = Literal["follow", "refuse"]
 """What to do about a file that is a symbolic link; folders on the way to it are the caller's."""
@@ -57,7 +57,7 @@ def read_bounded(
         OSError: the system refuses; FileNotFoundError where there is none.
     """
     with open_regular(path, max_bytes=max_bytes, links=links, error=error) as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(max_bytes + 1) or b""  # None where a file of /proc has nothing to say
     if len(content) > max_bytes:
         # It grew, or is one of those in /proc that say they are empty.
         raise _too_large(Path(path), len(content), max_bytes=max_bytes, error=error)
