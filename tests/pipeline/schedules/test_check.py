@@ -79,9 +79,12 @@ def test_broken_schedule_is_refused(mutate: Mutation, kind: Kind) -> None:
         tick, rank, position = data.draw(st.sampled_from(places))
         cells = [[list(cell) for cell in row] for row in good.ticks]
         with pytest.raises(ScheduleError):
-            # A number below 0 is refused by the action itself.
-            mutate(Grid(like=good, cells=cells, tick=tick, rank=rank, position=position))
-            replace(good, ticks=tuple(tuple(tuple(cell) for cell in row) for row in cells))
+            break_at(Grid(like=good, cells=cells, tick=tick, rank=rank, position=position))
+
+    def break_at(grid: Grid) -> None:
+        # A number below 0 is refused by the action itself, the rest by the schedule.
+        mutate(grid)
+        replace(grid.like, ticks=tuple(tuple(tuple(cell) for cell in row) for row in grid.cells))
 
     is_refused()
 
