@@ -29,6 +29,17 @@ def vary_among_devices(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -
     return _mark(x, [axis for axis, size in _manual_sizes(axes=axes).items() if size > 1])
 
 
+def type_of(v: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a traced value, with the axes over which it differs: a sum over data does not over that."""
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, manual_axis_type=v.aval.mat)
+
+
+def room_for(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
+    """Return a buffer [*slots, ...] for arrays of a type, marked as they are: equations take them as they were made."""
+    differs: Any = kept.manual_axis_type
+    return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), tuple(differs.varying))
+
+
 def _manual_sizes(*, axes: tuple[str, ...]) -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -88,8 +99,9 @@ def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
 def fill_whole(sums: Any, params: Any) -> Any:
     """Return the sums with zeros of their own type for whole numbers: a gradient for every parameter."""
 
-    def one(own: jax.Array | None, param: jax.Array) -> jax.Array:
-        return jnp.zeros(param.shape, param.dtype) if own is None else own
+    def one(own: jax.Array | None, param: jax.Array | None) -> jax.Array | None:
+        # A `None` of the user's own, for a bias that is not there say, stays one.
+        return jnp.zeros(param.shape, param.dtype) if own is None and param is not None else own
 
     return jax.tree.map(one, sums, params, is_leaf=_is_none)
 

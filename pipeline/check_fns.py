@@ -100,7 +100,7 @@ class _Trace:
     def _trace(
         self, name: str, fn: Callable[..., Any], *args: Any, runs_on: Literal["all ranks", "one rank"]
     ) -> _Result:
-        with explain_errors(name, self.mesh):
+        with explain_errors(f"{name}()", self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
         check_callbacks(name, jaxpr.jaxpr)
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)

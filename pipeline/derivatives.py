@@ -28,7 +28,9 @@ def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
 
     def rule(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
         check(tangents[0])
-        return primals[0], tangents[0]
+        # In numpy jax takes them for constants of the program, of a kind that it does not compile.
+        own = jax.tree.map(lambda tangent: tangent if _is_zero(tangent) else jnp.asarray(tangent), tangents[0])
+        return primals[0], own
 
     same.defjvp(rule, symbolic_zeros=True)
     return same(inputs)

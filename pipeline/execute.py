@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .buffers import Carry, Row, add, fill_whole, read, vary, write, zeros_for
+from .buffers import Carry, Row, add, fill_whole, read, room_for, vary, write, zeros_for
 from .ends import AloneEnds, TogetherEnds, Wants
 from .lower import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from .prepare import prepare_layers
@@ -72,12 +72,12 @@ class _Machine:
         layer, microbatch = read(self.stages, 0, 0), read(self.batch, 0)
         kept = self.vjp.plan(layer, x, microbatch)
         if self.has_halves:
-            examples = [self._empty(leaf) for leaf in kept]
+            examples = [room_for(leaf) for leaf in kept]
             self.halves = SplitBackward(self.vjp, layer, examples, microbatch, x)
             kept = [*kept, *self.halves.extra]
         return carry | {
             "gradients": self._empty(x, tables.num_gradient_slots),
-            "saved": [self._empty(leaf, tables.num_save_slots, self.num_layers) for leaf in kept],
+            "saved": [self._room(leaf, tables.num_save_slots, self.num_layers) for leaf in kept],
             "stage_grads": jax.tree.map(zeros_for, self.own),
             "shared_grads": jax.tree.map(zeros_for, self.ends.shared),
         }
@@ -139,7 +139,7 @@ class _Machine:
             dx, kept = self.halves.input_grad(self._layer_params(row, place[1]), saved, microbatch, grad)
             old = [*saved, *[None] * len(self.halves.extra)]
             buffers = [
-                buffer if new is before else write(buffer, vary(new), *place)
+                buffer if new is before else write(buffer, new, *place)
                 for buffer, new, before in zip(buffers, kept, old, strict=True)
             ]
             return vary(dx), buffers
@@ -197,9 +197,14 @@ class _Machine:
     def _empty(self, leaf: Any, *slots: int) -> jax.Array:
         return self._fill((*slots, *leaf.shape), leaf.dtype)
 
+    def _room(self, kept: jax.ShapeDtypeStruct, *slots: int) -> jax.Array:
+        return room_for(kept, *slots, fill=self._filling(kept.dtype))
+
     def _fill(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        is_poison = self.bubbles == "nan" and jnp.issubdtype(dtype, jnp.floating)
-        return vary(jnp.full(shape, jnp.nan if is_poison else 0, dtype))
+        return vary(jnp.full(shape, self._filling(dtype), dtype))
+
+    def _filling(self, dtype: Any) -> float:
+        return jnp.nan if self.bubbles == "nan" and jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 def _keep(carry: Carry, _: Row) -> Carry:

@@ -28,7 +28,7 @@ from .program import Closed, Program, trace_program
 from .schedules import Kind, Schedule
 from .sequential import run_sequence
 from .stage import LossAndGrads, PipelineParams, StageFns
-from .user_errors import check_context
+from .user_errors import check_context, explain_errors
 
 
 def pipeline_grads(
@@ -122,7 +122,8 @@ def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Pr
         program = trace_program(partial(run, named=how.facts.axes), params, batch)
     except NameError:
         # A function that marks an array as varying names axes in a way that its trace does not tell from jax's own.
-        program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
+        with explain_errors("the gradient of a function", how.mesh):
+            program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
     check_branches(program.jaxpr.jaxpr)
     return program
 

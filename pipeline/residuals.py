@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from .buffers import add, read, vary, write
+from .buffers import add, read, type_of, vary, write
 from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
 from .prepare import transpose
 from .traced_vjp import TracedVjp, trace_vjp
@@ -70,7 +70,7 @@ class LayerVjp:
             return vary(self._layer(params, x, microbatch))
 
         self._plan = _make_plan(trace_vjp(layer, params, x, microbatch, x))
-        return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self._plan.kept]
+        return [type_of(v) for v in self._plan.kept]
 
     def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
         """Return layer(params, x, microbatch) and the residuals to keep."""
@@ -103,7 +103,7 @@ class LayerVjp:
             x, saved = state
             y, residuals = self.forward(layers.own(index), x, microbatch)
             kept = zip(saved, residuals, strict=False)
-            written = [write(buffer, vary(leaf), *slot, index) for buffer, leaf in kept]
+            written = [write(buffer, leaf, *slot, index) for buffer, leaf in kept]
             return vary(y), [*written, *saved[len(residuals) :]]
 
         return layers.loop(layer, (x, saved))

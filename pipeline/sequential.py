@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .buffers import add, fill_whole, read, vary, zeros_for
+from .buffers import add, fill_whole, read, room_for, vary, zeros_for
 from .ends import Wants
 from .prepare import prepare_layers
 from .residuals import Layers, LayerVjp
@@ -64,7 +64,7 @@ class _Sequence:
         if self.fns.unroll == "on":
             return []
         lead = len(self.chunks), self.num_layers
-        return [vary(jnp.zeros((*lead, *leaf.shape), leaf.dtype)) for leaf in kept]
+        return [room_for(leaf, *lead) for leaf in kept]
 
     def add_grads(self, carry: Any, microbatch: Any) -> tuple[Any, None]:
         """Run one microbatch forward and backward."""

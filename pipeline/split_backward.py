@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var, primitives
 
+from .buffers import type_of
 from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
 from .open_calls import open_calls
 from .residuals import LayerVjp
@@ -90,7 +91,7 @@ class SplitBackward:
                 places.append(match[0])
             else:
                 places.append(self.num_saved + len(extra))
-                extra.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+                extra.append(type_of(cut))
         return places, extra
 
 
@@ -99,7 +100,7 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 
 def _is_like(a: Any, b: Any) -> bool:
-    return (_flat(a.shape), a.dtype) == (_flat(b.shape), b.dtype)
+    return (_flat(a.shape), a.dtype, a.mat.varying) == (_flat(b.shape), b.dtype, b.mat.varying)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:

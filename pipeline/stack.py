@@ -4,6 +4,7 @@ Stage s is chunk s // ranks of rank s % ranks, so for equal stages both ways are
 stage has room for as many layers as the largest, and what is left over is zero and never run.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,10 +61,13 @@ def _count_layers(layers: Any) -> int:
 def natural_order(stages: Any, *, layers_per_stage: Sequence[int] | None = None) -> Any:
     """Return stage parameters [chunks, ranks, layers, ...] as [all layers, ...] in the order of the model."""
 
-    def merge(leaf: jax.Array) -> jax.Array:
-        whole = leaf.reshape(-1, *leaf.shape[3:])
+    def merge(leaf: Any) -> Any:
+        whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
         if layers_per_stage is None or len(set(layers_per_stage)) == 1:
             return whole
+        if isinstance(whole, np.ndarray):
+            # Gradients of whole numbers, float0, are no arrays of jax.
+            return whole[_places(layers_per_stage)]
         return jnp.take(whole, _places(layers_per_stage), axis=0, unique_indices=True, indices_are_sorted=True)
 
     return jax.tree.map(merge, stages)

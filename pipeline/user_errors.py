@@ -12,7 +12,7 @@ from ..meshes import MeshError, ScheduleError, ShardingError, suggest
 
 @contextmanager
 def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
-    """Trace the function `name` inside: what jax raises about axes of the mesh becomes one of our errors.
+    """Trace `name` inside, `layer()` say: what jax raises about axes of the mesh becomes one of our errors.
 
     Raises:
         ScheduleError: it names an axis in a collective that is not there, or that the compiler has.
@@ -29,7 +29,7 @@ def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
         if not any(words in str(error) for words in _ABOUT_SHARDING):
             raise
         raise ShardingError(
-            f"{name}() constrains a sharding on a mesh from outside, or over axes that are not the compiler's: in a "
+            f"{name} constrains a sharding on a mesh from outside, or over axes that are not the compiler's: in a "
             "pipeline a device sees its own microbatch and its own layers, and tensor alone is the compiler's.",
             fix="write the bare jax.lax.with_sharding_constraint(x, PartitionSpec(...)), and name tensor alone.",
         ) from error
@@ -65,12 +65,12 @@ def check_context(mesh: Mesh) -> None:
 def _unbound(name: str, axis: str, mesh: Mesh) -> ScheduleError:
     if axis in mesh.axis_names:
         return ScheduleError(
-            f"{name}() names the mesh axis {axis!r} in a collective; a pipeline leaves that axis to the compiler, "
+            f"{name} names the mesh axis {axis!r} in a collective; a pipeline leaves that axis to the compiler, "
             "which adds what must be sent.",
             fix=f"write the sharding instead: jax.lax.with_sharding_constraint(x, PartitionSpec(..., {axis!r})).",
         )
     return ScheduleError(
-        f"{name}() names an axis {axis!r} in a collective; inside a pipeline there are pipe and data."
+        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are pipe and data."
         f"{suggest(axis, ['pipe', 'data'])}",
         fix="name one of these, or bind the axis with jax.vmap(..., axis_name=...).",
     )

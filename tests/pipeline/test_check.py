@@ -119,6 +119,18 @@ def test_an_axis_of_one_device_more_is_none_of_our_business() -> None:
     assert jax.eval_shape(lambda: call(mesh=mesh)).loss.shape == ()
 
 
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_nothing_in_the_place_of_a_parameter_has_nothing_for_a_gradient(pipe: int) -> None:
+    stages = {"w": jnp.ones((1, pipe, 2, 8, 8)), "bias": None}
+    given = {
+        "params": PipelineParams(stages=stages, shared={"bias": None}),
+        "mesh": build_mesh(MeshSpec(data=8 // pipe, pipe=pipe)),
+        "schedule": build_schedule("1f1b", num_ranks=pipe, num_microbatches=4),
+    }
+    grads = jax.eval_shape(lambda: call(**given)).grads
+    assert jax.tree.structure(grads) == jax.tree.structure(given["params"])
+
+
 def test_what_prepare_makes_of_nothing_needs_no_gradient() -> None:
     fns = StageFns(**FNS, prepare=lambda params: params | {"mask": jnp.ones(3)})
     assert jax.eval_shape(lambda: call(fns=fns)).grads.stages["w"].shape == (1, 2, 2, 8, 8)

@@ -37,6 +37,14 @@ def _sum_backwards(x: jax.Array) -> jax.Array:
 
 _sum_backwards.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "pipe") + 0 * grad,))
 
+
+@jax.custom_vjp
+def _sum_backwards_over_tensor(x: jax.Array) -> jax.Array:
+    return x
+
+
+_sum_backwards_over_tensor.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "tensor"),))
+
 CASES: dict[str, dict[str, Any]] = {
     "layer_sums_over_pipe": _after("layer", lambda x: x + jax.lax.psum(x, "pipe")),
     "last_sums_over_pipe": _after("last", lambda loss: jax.lax.psum(loss, ("pipe", "data"))),
@@ -69,6 +77,7 @@ def test_what_would_hang_is_refused_on_every_mesh(name: str, mesh: str, golden: 
     [
         ("in_a_branch", _after("layer", _branch)),
         ("in_the_backward", _after("layer", _sum_backwards)),
+        ("over_tensor_in_the_backward", _after("layer", _sum_backwards_over_tensor)),
     ],
 )
 def test_what_would_hang_in_branches_and_backwards_is_refused(name: str, fns: Any, golden: Golden) -> None:

@@ -92,6 +92,18 @@ def test_forward_and_second_derivatives_equal_one_device(mesh: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_hessian_times_a_vector_in_numpy_equals_one_device() -> None:
+    given = tiny_given("1x1x1")
+    along = jax.tree.map(np.cos, given["params"])
+
+    def product(loss: Callable[[Any], jax.Array]) -> Any:
+        return jax.jit(lambda params: jax.jvp(jax.grad(loss), (params,), (along,))[1])(given["params"])
+
+    ours = product(lambda params: loss_of(pipeline_loss, given | {"params": params}))
+    assert worst(ours, product(lambda params: plain_loss(natural(params), given["batch"], {}))) <= TOLERANCE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
 def test_hessians_and_jacobians_equal_one_device(transform: Callable[..., Any]) -> None:
     given = tiny_given("2x1x2")

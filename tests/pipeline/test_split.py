@@ -124,6 +124,12 @@ def test_parameters_are_those_of_the_plain_transformer() -> None:
     assert shapes_of(params) == shapes_of(natural_params(config))
 
 
+def test_natural_order_takes_empty_arrays_and_gradients_of_whole_numbers() -> None:
+    stages = {"empty": jnp.zeros((1, 2, 2, 0)), "count": np.zeros((1, 2, 2), jax.dtypes.float0)}
+    found = natural_order(stages, layers_per_stage=(2, 1))
+    assert {name: leaf.shape for name, leaf in found.items()} == {"empty": (3, 0), "count": (3,)}
+
+
 @pytest.mark.parametrize("mesh", [pytest.param("1x8x1", marks=pytest.mark.slow), "2x2x2", "1x1x8"])
 def test_arrays_are_born_with_the_stated_shardings(mesh: str) -> None:
     model, params = split(mesh), born(mesh)
