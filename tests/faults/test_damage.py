@@ -5,6 +5,8 @@ A restore never returns anything but what was saved, bit for bit.
 
 import hashlib
 import json
+import queue
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,14 +244,26 @@ def test_whole_save_that_cannot_be_loaded_is_no_damage(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_save_that_failed_on_another_process_is_no_save(
+def test_failed_save_is_announced_before_anybody_waits(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(setup.init_state(), setup)
-        monkeypatch.setattr(checkpoint, "gather_texts", lambda own: [own, "No space left on device"])
-        with pytest.raises(CheckpointError, match=r"step 0 could not be saved in .*: No space left on device"):
-            checkpoints.wait()
+    # The watches of all processes end them then; none of them gets as far as to ask.
+    announced: queue.Queue[BaseException] = queue.Queue()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_seal", refuse)
+    monkeypatch.setattr(checkpoint, "announce_failure", announced.put)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(setup.init_state(), setup)
+    assert re.match(
+        r"step 0 could not be saved in .*: No space left on device. Nothing was saved yet.",
+        str(announced.get(timeout=60)),
+    )
+    with pytest.raises(CheckpointError, match="step 0 could not be saved"):
+        checkpoints.wait()
+    assert checkpoints.folder.names == []
 
 
 def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
