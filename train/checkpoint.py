@@ -20,6 +20,7 @@ from .array_store import explain_failure, load_arrays, require_all, save_arrays
 from .checksum import checksums
 from .config import RunConfig
 from .natural import Arrays, Shapes, by_path, natural_state
+from .own_file import identify_file
 from .save_folder import FOLDER, SaveFolder
 from .saved_config import read_saved_config
 from .seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_seal, write_seal
@@ -59,6 +60,7 @@ class Checkpoints:
         """Steps taken at the last save made or restored here."""
         self._keep, self._keep_every, self._say = keep, keep_every, say
         self._saving: _Saving | None = None
+        self._place: tuple[int, int] | None = None
 
     def save(self, state: TrainState, setup: Setup, *, data: Mapping[str, Any] | None = None) -> None:
         """Start to save the state under its step, which has no save yet; waits for the save before.
@@ -158,7 +160,7 @@ class Checkpoints:
 
     def _start(self, step: int, arrays: Arrays, *, config: RunConfig, data: Mapping[str, Any]) -> None:
         self.wait()
-        sums = checksums(arrays)
+        sums, self._place = checksums(arrays), identify_file(self.folder.path.parent)
         try:
             wait = save_arrays(self.folder.part(step), arrays)
         except Exception as error:
@@ -251,6 +253,12 @@ class Checkpoints:
     def _failure(self, step: int, problem: str) -> CheckpointError:
         if is_first():
             self.folder.drop_unfinished(step)
+        run_folder = self.folder.path.parent
+        if self._place and self._place != identify_file(run_folder):
+            return CheckpointError(
+                f"{run_folder} was moved or removed while the run wrote to it: step {step} is not saved.",
+                fix="put it back where it was, then give the same command again.",
+            )
         return CheckpointError(
             f"step {step} could not be saved in {self.folder.path}: {problem}. {self.kept_text()}",
             fix="make room, or let it be written, then give the same command again.",

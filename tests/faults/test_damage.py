@@ -266,6 +266,20 @@ def test_failed_save_is_announced_before_anybody_waits(
     assert checkpoints.folder.names == []
 
 
+def test_save_whose_run_folder_moves_meanwhile_says_that(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(checkpoint, "require_all", lambda *_: run.rename(tmp_path / "away"))
+    checkpoints = Checkpoints(run)
+    checkpoints.save(setup.init_state(), setup)
+    with pytest.raises(
+        CheckpointError, match="run was moved or removed while the run wrote to it: step 0 is not saved"
+    ):
+        checkpoints.wait()
+
+
 def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.part")
