@@ -133,8 +133,13 @@ class Checkpoints:
         natural = natural_state(setup)
         seal, arrays = self._read(natural.shapes, accept=accept, damaged="set aside")
         if seal.has_params_alone:
-            return setup.state_of(natural.to_params(_params_like(natural.params, arrays)))
-        return natural.to_state(arrays)
+            state = setup.state_of(natural.to_params(_params_like(natural.params, arrays)))
+        else:
+            state = natural.to_state(arrays)
+        if (step := int(state.step)) != seal.step:
+            # Under a later name it would outlive all saves of this run, which would then begin here for ever.
+            raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")
+        return state
 
     def restore_params(self, shapes: PipelineParams) -> PipelineParams:
         """Return the parameters alone of the newest whole save, in natural order; changes nothing on the disk.
@@ -228,7 +233,7 @@ class Checkpoints:
             )
         if seal is not None:
             problem = "; ".join(find_damage(folder, seal, share=(jax.process_index(), jax.process_count()))[:3])
-        return seal, _join(gather_texts(problem))
+        return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
 
     def _pass_by(self, step: int, problem: str, *, damaged: Damaged) -> None:
         what = f"checkpoint {step} is damaged: {problem}."
@@ -313,11 +318,6 @@ def _compare(arrays: Arrays, seal: Seal) -> str:
     """Return what is wrong with loaded arrays: their checksums say whether they are those that were saved."""
     sums = checksums(arrays)
     return next((f"{path} is not what was saved" for path in arrays if sums[path] != seal.arrays[path][2]), "")
-
-
-def _join(problems: list[str]) -> str:
-    """What any of the processes found, each thing once."""
-    return "; ".join(dict.fromkeys(filter(None, problems)))
 
 
 def _params_like(shapes: PipelineParams, arrays: Arrays) -> PipelineParams:
