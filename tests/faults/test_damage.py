@@ -5,8 +5,6 @@ A restore never returns anything but what was saved, bit for bit.
 
 import hashlib
 import json
-import queue
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -253,42 +251,6 @@ def test_whole_save_that_cannot_be_loaded_is_no_damage(
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="2 is whole, but cannot be loaded"):
         checkpoints.restore(setup)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-
-
-def test_failed_save_is_announced_before_anybody_waits(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The watches of all processes end them then; none of them gets as far as to ask.
-    announced: queue.Queue[BaseException] = queue.Queue()
-
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_seal", refuse)
-    monkeypatch.setattr(checkpoint, "announce_failure", announced.put)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(setup.init_state(), setup)
-    assert re.match(
-        r"step 0 could not be saved in .*: No space left on device. Nothing was saved yet.",
-        str(announced.get(timeout=60)),
-    )
-    with pytest.raises(CheckpointError, match="step 0 could not be saved"):
-        checkpoints.wait()
-    assert checkpoints.folder.names == []
-
-
-def test_save_whose_run_folder_moves_meanwhile_says_that(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    monkeypatch.setattr(checkpoint, "require_all", lambda *_: run.rename(tmp_path / "away"))
-    checkpoints = Checkpoints(run)
-    checkpoints.save(setup.init_state(), setup)
-    with pytest.raises(
-        CheckpointError, match="run was moved or removed while the run wrote to it: step 0 is not saved"
-    ):
-        checkpoints.wait()
 
 
 def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
