@@ -20,6 +20,7 @@ from .array_store import explain_failure, load_arrays, require_all, save_arrays
 from .checksum import checksums
 from .config import RunConfig
 from .natural import Arrays, Shapes, by_path, natural_state
+from .own_file import identify_file
 from .save_folder import FOLDER, SaveFolder
 from .saved_config import read_saved_config
 from .seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_seal, write_seal
@@ -59,6 +60,7 @@ class Checkpoints:
         """Steps taken at the last save made or restored here."""
         self._keep, self._keep_every, self._say = keep, keep_every, say
         self._saving: _Saving | None = None
+        self._place: tuple[int, int] | None = None
 
     def save(self, state: TrainState, setup: Setup, *, data: Mapping[str, Any] | None = None) -> None:
         """Start to save the state under its step, which has no save yet; waits for the save before.
@@ -131,8 +133,13 @@ class Checkpoints:
         natural = natural_state(setup)
         seal, arrays = self._read(natural.shapes, accept=accept, damaged="set aside")
         if seal.has_params_alone:
-            return setup.state_of(natural.to_params(_params_like(natural.params, arrays)))
-        return natural.to_state(arrays)
+            state = setup.state_of(natural.to_params(_params_like(natural.params, arrays)))
+        else:
+            state = natural.to_state(arrays)
+        if (step := int(state.step)) != seal.step:
+            # Under a later name it would outlive all saves of this run, which would then begin here for ever.
+            raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")
+        return state
 
     def restore_params(self, shapes: PipelineParams) -> PipelineParams:
         """Return the parameters alone of the newest whole save, in natural order; changes nothing on the disk.
@@ -158,7 +165,7 @@ class Checkpoints:
 
     def _start(self, step: int, arrays: Arrays, *, config: RunConfig, data: Mapping[str, Any]) -> None:
         self.wait()
-        sums = checksums(arrays)
+        sums, self._place = checksums(arrays), identify_file(self.folder.path.parent)
         try:
             wait = save_arrays(self.folder.part(step), arrays)
         except Exception as error:
@@ -226,7 +233,7 @@ class Checkpoints:
             )
         if seal is not None:
             problem = "; ".join(find_damage(folder, seal, share=(jax.process_index(), jax.process_count()))[:3])
-        return seal, _join(gather_texts(problem))
+        return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
 
     def _pass_by(self, step: int, problem: str, *, damaged: Damaged) -> None:
         what = f"checkpoint {step} is damaged: {problem}."
@@ -251,6 +258,12 @@ class Checkpoints:
     def _failure(self, step: int, problem: str) -> CheckpointError:
         if is_first():
             self.folder.drop_unfinished(step)
+        run_folder = self.folder.path.parent
+        if self._place and self._place != identify_file(run_folder):
+            return CheckpointError(
+                f"{run_folder} was moved or removed while the run wrote to it: step {step} is not saved.",
+                fix="put it back where it was, then give the same command again.",
+            )
         return CheckpointError(
             f"step {step} could not be saved in {self.folder.path}: {problem}. {self.kept_text()}",
             fix="make room, or let it be written, then give the same command again.",
@@ -305,11 +318,6 @@ def _compare(arrays: Arrays, seal: Seal) -> str:
     """Return what is wrong with loaded arrays: their checksums say whether they are those that were saved."""
     sums = checksums(arrays)
     return next((f"{path} is not what was saved" for path in arrays if sums[path] != seal.arrays[path][2]), "")
-
-
-def _join(problems: list[str]) -> str:
-    """What any of the processes found, each thing once."""
-    return "; ".join(dict.fromkeys(filter(None, problems)))
 
 
 def _params_like(shapes: PipelineParams, arrays: Arrays) -> PipelineParams:

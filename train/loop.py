@@ -91,8 +91,9 @@ def train(
             with checkpoints:
                 profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
                 run = Run(setup, corpus, checkpoints, held, console=console, changes=changes, profile=profile)
-                run.take_steps(stop)
-                return run.finish(stop, start_s=start_s)
+                with run.open_log() as log:
+                    run.take_steps(stop, log)
+                    return run.finish(stop, log, start_s=start_s)
         except OSError as error:
             raise _refused(error, config, checkpoints) from error
 

@@ -101,7 +101,11 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self._keep_whole()
+        finally:
+            self.close()
 
 
 class NoLog:

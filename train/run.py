@@ -92,7 +92,13 @@ class Run:
         self.pace, self.profile = Pace(window=max(section.log_every, _FEWEST_TIMED)), profile
         self._bad_in_a_row = 0
 
-    def take_steps(self, stop: StopRequest) -> None:
+    def open_log(self) -> MetricsLog | NoLog:
+        """Return the record of the run; closed at its end, since what is removed before is written again."""
+        if not is_first():
+            return NoLog()
+        return MetricsLog(self.config.run_folder, resumed_step=self.first_step, say=self._say)
+
+    def take_steps(self, stop: StopRequest, log: MetricsLog | NoLog) -> None:
         """Train to the last step or until asked to stop, logging, validating and saving on the way.
 
         Raises:
@@ -100,7 +106,7 @@ class Run:
             RunError: the loss is not finite or spikes; the last good state is saved.
         """
         self._ahead = Prefetch(self._make_batch, end=self.config.train.steps)
-        with self._open_log() as log, self._progress() as progress, self._ahead, closing(self.profile):
+        with self._progress() as progress, self._ahead, closing(self.profile):
             look = _Look(self, log, progress)
             self.profile.begin_after(self.first_step, steps=self.config.train.steps)
             self.pace.restart()
@@ -162,7 +168,7 @@ class Run:
             data = {"batches": step, "sequences": sequences, "corpus": self.corpus.sha256}
             self.checkpoints.save(self.state, self.setup, data=data)
 
-    def finish(self, stop: StopRequest, *, start_s: float) -> Summary:
+    def finish(self, stop: StopRequest, log: MetricsLog | NoLog, *, start_s: float) -> Summary:
         """Save, draw and sum up.
 
         Raises:
@@ -191,8 +197,7 @@ class Run:
         if is_first():
             # A run resumed at its end was validated before.
             if val_loss is not None and {"step": steps, "val_loss": val_loss} not in read_metrics(folder):
-                with MetricsLog(folder, resumed_step=steps, say=self._say) as log:
-                    log.write(steps, {"val_loss": val_loss})
+                log.write(steps, {"val_loss": val_loss})
             write_summary(summary)
             draw_loss(folder)
         self.held.check()
@@ -317,11 +322,6 @@ class Run:
         compiled = compile_for(lowered, platform=platform)
         say(self.console, f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
         return compiled
-
-    def _open_log(self) -> MetricsLog | NoLog:
-        if not is_first():
-            return NoLog()
-        return MetricsLog(self.config.run_folder, resumed_step=self.first_step, say=self._say)
 
     def _say(self, text: str) -> None:
         say(self.console, text)

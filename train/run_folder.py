@@ -51,7 +51,8 @@ class HeldFolder:
     """A run folder while a run holds it; of many processes the first does."""
 
     def __init__(self, path: Path, *, take_lock: Callable[[], object]) -> None:
-        self._path, self._take_lock = path, take_lock
+        # Saves go to the absolute path: a folder above this one may be what moves.
+        self._path, self._take_lock = path.absolute(), take_lock
         self._ids = self._identify()
 
     def check(self) -> None:

@@ -4,7 +4,6 @@ Here a model's parameters are a tree {"embed", "blocks", "head"} as a `Transform
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .natural import natural_params, params_from_natural
 from .run_folder import Start
 from .save_folder import FOLDER
 from .state import Setup, TrainState
+from .together import is_first, text_of_first
 
 
 def is_run_folder(folder: str | Path) -> bool:
@@ -46,12 +46,11 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: the run folder has none, or of another model.
         WeightsError: the Hugging Face folder is not whole, or of another model.
     """
-    say = partial(print, file=sys.stderr)
     if not is_run_folder(folder):
-        return read_weights(folder, shapes, say=say)
+        return read_weights(folder, shapes, say=_say)
     # Saved are the parameters of training: what a model computes in is made of them here.
     saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), shapes)
-    with Checkpoints(folder, keep=1, say=say) as checkpoints:
+    with Checkpoints(folder, keep=1, say=_say) as checkpoints:
         params = _as_model(checkpoints.restore_params(as_pipeline(saved)))
     return jax.tree.map(_cast, params, shapes)
 
@@ -71,7 +70,7 @@ def saved_config(folder: str | Path) -> RunConfig:
     if not is_run_folder(folder):
         raise CheckpointError(f"{folder} is no run folder: it has no {FOLDER}.", fix="name one that trellax wrote.")
     with Checkpoints(folder, keep=1) as checkpoints:
-        return config_from_dict(checkpoints.saved_config(say=partial(print, file=sys.stderr)))
+        return config_from_dict(checkpoints.saved_config(say=_say))
 
 
 def model_of(folder: str | Path) -> ModelConfig:
@@ -93,7 +92,9 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
         TrellaxError: there are none, or they are of another model, with all that differs.
     """
     source, config = setup.config.train.init_from, setup.config
-    if not source or (start == "resume" and not Checkpoints(config.run_folder).folder.is_empty):
+    # As in `Run`: what the first process sees counts, also where another one has another folder by mistake.
+    is_empty = text_of_first("empty" if Checkpoints(config.run_folder).folder.is_empty else "") if source else ""
+    if not source or (start == "resume" and not is_empty):
         return
     model = model_of(source)
     if differing := model_differences(config.model, model):
@@ -112,6 +113,11 @@ def initial_state(setup: Setup) -> TrainState:
     if not source:
         return setup.init_state()
     return setup.state_of(params_from_natural(setup, as_pipeline(load_params(source, weight_shapes(setup)))))
+
+
+def _say(text: str) -> None:
+    if is_first():
+        sys.stderr.write(f"{text}\n")
 
 
 def _cast(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:

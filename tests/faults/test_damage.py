@@ -229,6 +229,17 @@ def test_nothing_but_damage_is_refused_and_not_taken_for_an_empty_folder(
     assert not Checkpoints(tmp_path).folder.is_empty
 
 
+def test_state_under_the_name_of_another_step_is_refused(
+    setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path
+) -> None:
+    # As 9 it would be the newest save for ever, and those of the steps after 2 would be removed as older.
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    edit_seal(step=9)(tmp_path / "checkpoints" / "2")
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "9")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="9 holds a state of step 2"):
+        checkpoints.restore(setup)
+
+
 def test_whole_save_that_cannot_be_loaded_is_no_damage(
     setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,16 +251,6 @@ def test_whole_save_that_cannot_be_loaded_is_no_damage(
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="2 is whole, but cannot be loaded"):
         checkpoints.restore(setup)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-
-
-def test_save_that_failed_on_another_process_is_no_save(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(setup.init_state(), setup)
-        monkeypatch.setattr(checkpoint, "gather_texts", lambda own: [own, "No space left on device"])
-        with pytest.raises(CheckpointError, match=r"step 0 could not be saved in .*: No space left on device"):
-            checkpoints.wait()
 
 
 def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What one mesh saved another reads, bit for bit."""
 
+import queue
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
 from trellax.pipeline import natural_order
-from trellax.train import Checkpoints, RunConfig, Setup, TrainState
+from trellax.train import Checkpoints, RunConfig, Setup, TrainState, checkpoint
 
 Tiny = Callable[..., RunConfig]
 
@@ -96,3 +98,41 @@ def test_folder_without_a_save_is_refused(tiny: Tiny, tmp_path: Path, golden: Ca
     with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore(make_setup(tiny(), "data=8"))
     golden("errors/checkpoint_none.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+
+
+def test_failed_save_is_announced_before_anybody_waits(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The watches of all processes end them then; none of them gets as far as to ask.
+    announced: queue.Queue[BaseException] = queue.Queue()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_seal", refuse)
+    monkeypatch.setattr(checkpoint, "announce_failure", announced.put)
+    checkpoints = Checkpoints(tmp_path)
+    setup = make_setup(tiny(), "data=8")
+    checkpoints.save(setup.init_state(), setup)
+    assert re.match(
+        r"step 0 could not be saved in .*: No space left on device. Nothing was saved yet.",
+        str(announced.get(timeout=60)),
+    )
+    with pytest.raises(CheckpointError, match="step 0 could not be saved"):
+        checkpoints.wait()
+    assert checkpoints.folder.names == []
+
+
+def test_save_whose_run_folder_moves_meanwhile_says_that(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(checkpoint, "require_all", lambda *_: run.rename(tmp_path / "away"))
+    checkpoints = Checkpoints(run)
+    setup = make_setup(tiny(), "data=8")
+    checkpoints.save(setup.init_state(), setup)
+    with pytest.raises(
+        CheckpointError, match="run was moved or removed while the run wrote to it: step 0 is not saved"
+    ):
+        checkpoints.wait()

@@ -11,6 +11,7 @@ from rich.console import Console
 from trellax.meshes import RunError
 from trellax.train import RunConfig, train
 from trellax.train.metrics import read_metrics, read_summary
+from trellax.train.run import Run
 
 Tiny = Callable[..., RunConfig]
 
@@ -50,6 +51,19 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     talk = talk_file.getvalue()
     for part in ("mesh      data=2 tensor=2 pipe=2", "256@pipe+tensor, 32", "rank 1 |", "bubble", "step 4/4", "sha256"):
         assert part in talk
+
+
+def test_record_removed_after_the_last_step_is_whole(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = Run.validate
+
+    def remove_and_validate(self: Run) -> float:
+        (self.config.run_folder / "metrics.jsonl").unlink()
+        return validate(self)
+
+    monkeypatch.setattr(Run, "validate", remove_and_validate)
+    config = tiny(f"{MESH} --train.steps 3")
+    train(config, console=quiet())
+    assert [line["step"] for line in read_metrics(config.run_folder)] == [1, 2, 3, 3]
 
 
 def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:

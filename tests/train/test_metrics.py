@@ -118,6 +118,13 @@ def test_removed_record_is_written_again_whole(tmp_path: Path) -> None:
     assert told[0].endswith("metrics.jsonl was removed or replaced while the run wrote it; it is there again, whole")
 
 
+def test_record_removed_after_its_last_line_is_written_again(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").unlink()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
 def test_replaced_record_is_written_again_and_the_other_is_kept(tmp_path: Path) -> None:
     told: list[str] = []
     with MetricsLog(tmp_path, say=told.append) as log:
@@ -132,13 +139,13 @@ def test_replaced_record_is_written_again_and_the_other_is_kept(tmp_path: Path) 
 
 @pytest.mark.parametrize("is_made_anew", [False, True])
 def test_record_of_a_folder_that_was_moved_is_not_split(is_made_anew: bool, tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "run") as log:
+    told = pytest.raises(RunError, match="run was moved or removed while the run wrote to it")
+    with told, MetricsLog(tmp_path / "run") as log:
         log.write(1, {"loss": 1.0})
         (tmp_path / "run").rename(tmp_path / "away")
         if is_made_anew:
             (tmp_path / "run").mkdir()
-        with pytest.raises(RunError, match="run was moved or removed while the run wrote to it"):
-            log.write(2, {"loss": 1.0})
+        log.write(2, {"loss": 1.0})
     assert len(read_metrics(tmp_path / "away")) == 2
     assert read_metrics(tmp_path / "run") == []
 

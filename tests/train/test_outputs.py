@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from trellax.train import cli
+from trellax.train import cli, loop
 from trellax.train.outputs import SilentStream
 
 SCHEDULE = ["schedule", "1f1b", "--ranks", "2", "--microbatches", "4"]
@@ -75,7 +75,7 @@ def test_run_is_done_though_its_summary_is_lost(
     class Done:
         folder, ended, steps = str(tmp_path), "SIGTERM", 3
 
-    monkeypatch.setattr(cli, "train", lambda *_, **__: Done)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: Done)
     monkeypatch.setattr(sys, "stdout", opened("full"))
     assert cli.main(["train", "quickstart"]) == 0
     assert capsys.readouterr().err == f"stdout cannot be written: No space left on device; all is in {tmp_path}\n"

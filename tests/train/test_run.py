@@ -70,7 +70,6 @@ class Profile:
 
 def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, **due: int) -> Any:
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: device.now_s))
-    monkeypatch.setattr(Run, "_open_log", lambda self: NoLog())
     monkeypatch.setattr(Run, "_make_batch", lambda self, step: {})
     taken: Any = object.__new__(Run)
 
@@ -98,6 +97,6 @@ def test_a_step_takes_as_long_whatever_comes_between_steps(
     taken = make_run(device, monkeypatch, **due)
     recent_s: list[float] = []
     monkeypatch.setattr(run.StepProgress, "advance", lambda *_, **__: recent_s.append(taken.pace.step_time_s))
-    taken.take_steps(SimpleNamespace(is_due=lambda step: False))
+    taken.take_steps(SimpleNamespace(is_due=lambda step: False), NoLog())
     assert recent_s == [STEP_S] * 9
     assert taken.pace.mean_step_time_s == STEP_S

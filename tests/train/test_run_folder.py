@@ -81,3 +81,13 @@ def test_folder_that_moved_is_told(is_made_anew: bool, tmp_path: Path) -> None:
             (tmp_path / "run").mkdir()
         with pytest.raises(RunError, match="run was moved or removed while the run wrote to it"):
             held.check()
+
+
+def test_folder_above_that_moved_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A relative path would still lead there, and the saves go to an absolute one.
+    (tmp_path / "above").mkdir()
+    monkeypatch.chdir(tmp_path / "above")
+    with open_run_folder(Path("runs/run"), start="resume", say=print) as held:
+        (tmp_path / "above").rename(tmp_path / "moved")
+        with pytest.raises(RunError, match="above/runs/run was moved or removed while the run wrote to it"):
+            held.check()

@@ -12,7 +12,7 @@ from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import natural_order
 from trellax.serve import param_shapes
-from trellax.train import Checkpoints, RunConfig, Setup, config_from_dict, train
+from trellax.train import Checkpoints, RunConfig, Setup, config_from_dict, run_weights, train
 from trellax.train.hf_config import read_hub_model
 from trellax.train.hf_read import read_weights
 from trellax.train.run_weights import check_initial_weights, initial_state, load_params, save_params, weight_shapes
@@ -172,3 +172,23 @@ def test_shapes_are_those_of_the_model_in_natural_order(text: Path) -> None:
     up = weight_shapes(setup_of(config))["blocks"]["mlp"]["up"]["kernel"]
     assert up.shape == (2, 16, 32)
     assert up.sharding.spec == jax.P("pipe", None, "tensor")
+
+
+def test_first_process_says_whether_a_run_begins(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of two processes with two run folders one would read the weights alone, and find their saves "damaged".
+    asked: list[str] = []
+    config = run_of(read_hub_model(GOLDEN / "gpt2").config, text, train={"init_from": str(text.parent / "nothing")})
+    setup = setup_of(config)
+
+    def answer_of_first(own: str) -> str:
+        asked.append(own)
+        return ""
+
+    monkeypatch.setattr(run_weights, "text_of_first", answer_of_first)
+    check_initial_weights(setup)
+    assert asked == ["empty"]
+    monkeypatch.setattr(run_weights, "is_first", lambda: False)
+    run_weights._say("told by the first process alone")
+    assert capsys.readouterr().err == ""
