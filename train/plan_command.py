@@ -123,6 +123,11 @@ def _check_words(args: argparse.Namespace) -> None:
         )
     if args.write and (args.this or _is_serving(args)):
         raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
+    if args.this and _is_serving(args):
+        raise PlanError(
+            f"--this prices the config's training step, and --objective {args.objective} is for serving.",
+            fix="leave out one of them.",
+        )
     check_files(args.png, args.write)
 
 

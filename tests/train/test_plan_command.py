@@ -23,6 +23,7 @@ MISTAKES = {
     "this_devices": "plan llama3-8b-8gpu --topology h100x16 --this",
     "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
     "write_serving": f"{ASK} --objective latency --write x.toml",
+    "this_serving": f"{ASK} --this --objective latency",
     "no_folder": f"{ASK} --png nowhere/x.png",
     "write_folder": f"{ASK} --write /",
     "no_prompt": f"{ASK} --objective latency --prompt 0",
