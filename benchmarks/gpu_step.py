@@ -61,7 +61,7 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
     setup = Setup(config, build_mesh(MeshSpec(), devices=[device]))
     compiled, compile_s = compile_step(setup)
     batch = make_batch(setup)
-    state, loss, times_s = time_steps(compiled, setup.init_state(), batch, num_steps=num_steps)
+    state, loss, times_s = time_steps(compiled, setup.init_state(), (batch, setup.peak_rate), num_steps=num_steps)
     row = {
         "device": device.device_kind,
         "jax": jax.__version__,
@@ -78,7 +78,7 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
         return {"predicted_bytes": report.memory.total, "roofline_s": bound_s, "recompute_flops": recomputed}
 
     def profile() -> dict[str, Any]:
-        trace_steps(compiled, state, batch, folder=folder / "profile", num_steps=2)
+        trace_steps(compiled, state, (batch, setup.peak_rate), folder=folder / "profile", num_steps=2)
         return describe_profile(folder / "profile", compiled, find_hardware(device), num_steps=2)
 
     # What was timed is told even if one of these fails on a machine that nobody has tried.
@@ -97,24 +97,24 @@ def run_parts(parts: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
-def trace_steps(compiled: Any, state: Any, batch: Any, *, folder: Path, num_steps: int) -> None:
+def trace_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, folder: Path, num_steps: int) -> None:
     """Profile further steps, which use the state up."""
     import jax
 
     with jax.profiler.trace(str(folder)):
         for _ in range(num_steps):
-            state, _ = compiled(state, batch)
+            state, _ = compiled(state, *inputs)
         jax.block_until_ready(state)
 
 
-def time_steps(compiled: Any, state: Any, batch: Any, *, num_steps: int) -> tuple[Any, float, list[float]]:
+def time_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, num_steps: int) -> tuple[Any, float, list[float]]:
     """Return the state after three steps to warm up and those that are timed, the loss of the third, and the times."""
     import jax
 
     loss, times_s = 0.0, []
     for step in range(3 + num_steps):
         start_s = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, *inputs)
         jax.block_until_ready(metrics)
         times_s.append(time.perf_counter() - start_s)
         loss = float(metrics.loss) if step == 2 else loss

@@ -92,9 +92,10 @@ def legal_meshes(
 def legal_layouts(
     model: ModelConfig, *, num_devices: int, batch_size: int, remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
 ) -> Iterator[Layout]:
-    """Yield every layout of a training step that trellax can run on so many devices with this batch.
+    """Yield the layouts of a training step that are worth a price, all of which trellax runs on so many devices.
 
-    Microbatches hold a power of two of sequences, or all of a shard's.
+    Microbatches hold a power of two of sequences, or all of a shard's; schedules are 1F1B and ZB-H1, with chunks of
+    layers (2 or 4 a rank) or without.
     """
     for mesh in legal_meshes(model, num_devices=num_devices):
         if batch_size % mesh.data:
@@ -125,9 +126,14 @@ def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[
         return
     yield "zb-h1", 1
     for chunks in (2, 4):
+        if pipe * chunks > model.num_layers:
+            continue
         # A last group of fewer microbatches than ranks leaves turns of every chunk empty.
-        if pipe * chunks <= model.num_layers and microbatches % pipe == 0:
+        if microbatches % pipe == 0:
             yield "interleaved-1f1b", chunks
+        # What it gains is bubble, of which there is little where microbatches are many.
+        if 1 < microbatches <= 2 * pipe:
+            yield "interleaved-zb-h1", chunks
 
 
 def _splits_kv(model: ModelConfig, tensor: int) -> bool:

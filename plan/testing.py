@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 
 from ..meshes import ProgramError
-from ..meshes.arguments import check_number
+from ..meshes.arguments import check_choice, check_number
 from .inspect import ProgramReport
 from .tables import align, describe_memory, describe_traffic, format_bytes
 from .traffic import EVERY_KIND
@@ -36,6 +36,7 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["x
     """
     __tracebackhide__ = True
     check_number("memory_bytes", memory_bytes, error=ProgramError)
+    check_choice("limit", limit, ("xla", "device"), error=ProgramError)
     total = report.memory.total
     if total > memory_bytes:
         raise AssertionError(

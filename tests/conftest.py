@@ -16,6 +16,9 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("NPROC", "10")  # threads for eight devices that wait and two cores that work
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# What is printed is compared as a pipe gets it, whatever terminal the tests are run from.
+for _name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(_name, None)
 # A cache for each process of pytest-xdist: jax writes entries in place, so another process could read half of one. The
 # processes inherit what the first one sets, hence the second name.
 _CACHES = os.environ.setdefault("TRELLAX_TEST_CACHES", str(ROOT / ".cache" / "jax"))

@@ -48,7 +48,7 @@ def _run(words: Sequence[str]) -> int:
         args = _parse(own)
         return _COMMANDS[args.command](args, overrides)
     except TrellaxError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(fold(f"{type(error).__name__}: {error}", width=terminal_width(sys.stderr)), file=sys.stderr)
         if not isinstance(error, LostProcessError):
             return 2
         from .watch import EXIT_LOST

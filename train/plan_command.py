@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..layers import param_counts
@@ -102,11 +103,12 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
 
 def _header(plan: Plan, topology: Topology, args: argparse.Namespace) -> list[str]:
     """What a written config says of itself: nothing that was measured."""
-    asked = f"plan --topology {args.topology}" if args.topology else "plan"
+    words = [f"--topology {quote(args.topology)}"] if args.topology else []
+    words += [f"--objective {args.objective}"] if args.objective != "train" else []
     machine = f"{topology.num_devices} x {topology.accelerator.name}, {topology.devices_per_node} a node"
     return [
-        f"{Path(args.config).stem} as `trellax {asked}` laid it out: {name_layout(plan.layout)}.",
-        f"Command:  trellax train {args.write}",
+        f"{Path(args.config).stem} as `trellax {' '.join(['plan', *words])}` laid it out: {name_layout(plan.layout)}.",
+        f"Command:  trellax train {quote(str(args.write))}",
         f"Hardware: {machine}.  Time: {plan.time_s:.3g} s a step, predicted, not measured.",
         f"Expect:   {plan.memory.total / _GB:.1f} GB a device, predicted.",
     ]
@@ -121,6 +123,11 @@ def _check_words(args: argparse.Namespace) -> None:
         )
     if args.write and (args.this or _is_serving(args)):
         raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
+    if args.this and _is_serving(args):
+        raise PlanError(
+            f"--this prices the config's training step, and --objective {args.objective} is for serving.",
+            fix="leave out one of them.",
+        )
     check_files(args.png, args.write)
 
 

@@ -1,7 +1,8 @@
 """A config file with a plan in it: the same text, but for the keys that a plan decides or the command line set.
 
 Comments that a plan makes untrue go: those before the first section, which say mesh, hardware, time and what to expect,
-make place for the plan's own, and those on or right above a value go with the value.
+make place for the plan's own, those on or right above a value go with the value, and all of [mesh] and [pipeline] go
+where the plan changes these: they tell of the old layout, on whichever key they stand.
 """
 
 import json
@@ -17,6 +18,7 @@ from .config_file import Override, read_config_file, read_overrides
 from .config_keys import list_keys
 
 # What belongs to the old stages and schedule goes back to its default.
+_LAID_OUT = ("mesh", "pipeline")
 _RESET = (("layers_per_stage", '"auto"'), ("max_in_flight", "0"))
 
 
@@ -34,8 +36,11 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
     given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
     text, wanted = _without_header(file.text), _values(layout, given, was=file.values)
     for section, values in wanted.items():
+        before = text
         for key, value in values.items():
             text = _set(text, section, key, value)
+        if section in _LAID_OUT and text != before:
+            text = _without_comments(text, section)
     _check(text, wanted, shown=file.shown)
     return "".join(f"# {line}\n" for line in header) + "\n" + text
 
@@ -45,6 +50,18 @@ def _without_header(text: str) -> str:
     lines = text.splitlines(keepends=True)
     start = next((place for place, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
     return "".join(lines[start:])
+
+
+def _without_comments(text: str, section: str) -> str:
+    """The text without the comments of a section: in it, on its name and right above that."""
+    above = r"(?:^[ \t]*#[^\n]*\n)*"
+    found = re.search(rf"{above}^\[{section}\].*?(?=\Z|{above}^\[)", text, re.MULTILINE | re.DOTALL)
+    if not found:
+        return text
+    lines = [line for line in found[0].splitlines(keepends=True) if not line.lstrip().startswith("#")]
+    # A mark within quotes is of the value.
+    bare = [re.sub(r"""^((?:[^#"'\n]|"[^"\n]*"|'[^'\n]*')*?)[ \t]*#[^\n]*""", r"\1", line) for line in lines]
+    return text[: found.start()] + "".join(bare) + text[found.end() :]
 
 
 def _check(text: str, wanted: dict[str, dict[str, str]], *, shown: str) -> None:

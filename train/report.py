@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..meshes import mesh_sizes, sharding_table
+from ..meshes import RunError, ScheduleError, mesh_sizes, sharding_table
+from ..meshes.arguments import check_count
 from ..pipeline import Schedule, StageCost, simulate
 from ..pipeline.schedules.stage_cost import is_even
 from .stage_table import tabulate_stages
@@ -33,7 +34,12 @@ def describe(setup: Setup, *, width: int | None = None) -> Report:
 
     Args:
         width: columns that the texts keep within; None for as many as they need.
+
+    Raises:
+        RunError: the width is no count of columns.
     """
+    if width is not None:
+        check_count("width", width, error=RunError)
     table = sharding_table(setup.model.params)
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
@@ -66,7 +72,12 @@ def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = No
     Args:
         stages: time of every stage; left out, all take the same.
         width: columns to keep within.
+
+    Raises:
+        ScheduleError: the width is no count of columns.
     """
+    if width is not None:
+        check_count("width", width, error=ScheduleError)
     if schedule.num_ranks == 1:
         return f"schedule  one stage, microbatches one after another ({schedule.num_microbatches}): no bubble"
     timing = simulate(schedule, stages=stages)
@@ -77,6 +88,6 @@ def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = No
         f"{timing.bubble_fraction:.1%} of the time{uneven}, in flight per rank {peaks}"
     )
     lines = str(schedule).splitlines()
-    room = min(_WIDEST_GRID, (width or _WIDEST_GRID + len(_MORE)) - len(_MORE))
+    room = min(_WIDEST_GRID, max(0, (width or _WIDEST_GRID + len(_MORE)) - len(_MORE)))
     grid = [f"{line[:room]}{_MORE}" if len(lines[0]) > room + len(_MORE) else line for line in lines]
     return "\n".join([fold(head, width=width), *grid])

@@ -43,7 +43,7 @@ def test_the_step_runs_what_is_counted(mesh: str, schedule: str) -> None:
     setup, compiled = setup_of(mesh, extra), compiled_step(mesh, extra)
     num_devices = setup.mesh.devices.size
     program, executions = count(compiled, num_devices)
-    arguments = place_zeros((setup.shapes, batch_shapes(setup)))
+    arguments = place_zeros((setup.shapes, batch_shapes(setup), setup.peak_rate_shape))
     seen = really_executed(lambda: compiled(*arguments))
     operations = count_work(program, executions, num_devices=num_devices).operations
     expected = {o.name: int(o.count.sum()) for o in operations if o.kind in ("matrix", "communication")}

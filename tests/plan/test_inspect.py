@@ -26,7 +26,9 @@ def test_memory_adds_up_to_what_the_compiler_says(mesh: str) -> None:
 @on_five_meshes
 def test_state_and_batch_are_the_arguments(mesh: str) -> None:
     memory, setup = report_of(mesh).memory, setup_of(mesh)
-    counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves((setup.shapes.step, setup.shapes.health)))
+    counters = sum(
+        leaf.dtype.itemsize for leaf in jax.tree.leaves((setup.shapes.step, setup.shapes.health, setup.peak_rate_shape))
+    )
     # Each device holds its part of the batch.
     batch = device_bytes(batch_shapes(setup))
     stats = compiled_step(mesh).memory_analysis()

@@ -23,6 +23,7 @@ MISTAKES = {
     "this_devices": "plan llama3-8b-8gpu --topology h100x16 --this",
     "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
     "write_serving": f"{ASK} --objective latency --write x.toml",
+    "this_serving": f"{ASK} --this --objective latency",
     "no_folder": f"{ASK} --png nowhere/x.png",
     "write_folder": f"{ASK} --write /",
     "no_prompt": f"{ASK} --objective latency --prompt 0",
@@ -109,6 +110,25 @@ def test_written_config_says_nothing_that_the_plan_made_untrue(
     assert "8 x H100-SXM5-80GB" in head[2]
     assert "predicted, not measured" in head[2]
     assert load_config(planned).mesh.num_devices == 8
+
+
+def test_comments_of_a_changed_mesh_go_wherever_they_stand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    mesh = (
+        "# 4 x 2\n[mesh]  # 4 x 2\n# 4 x 2\ndata = 1 # 4 x 2\ntensor = 4\n  # 4 x 2\npipe = 2\n# 4 x 2\n\n# a Llama\n"
+    )
+    text = text.replace("[mesh]\ntensor = 4\npipe = 2\n\n", mesh).replace(
+        "[pipeline]", '[pipeline]\nvocab = "split"#4 x 2'
+    )
+    # Editors on Windows begin files with a mark.
+    old.write_text(text, encoding="utf-8-sig")
+    ask(f"plan {old} --topology h100x8 --objective memory --write {planned}", capsys)
+    written = planned.read_text()
+    assert "4 x 2" not in written
+    assert "# a Llama\n[model]" in written
+    assert "--topology h100x8 --objective memory`" in written
+    assert load_config(planned).pipeline.vocab == "split"
 
 
 def test_config_as_it_stands_is_checked_as_a_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,16 @@ def test_no_line_is_wider_than_the_terminal(
         assert (words, too_wide) == (words, [])
 
 
+def test_no_error_is_wider_than_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["trian"]) == 2
+    told = capsys.readouterr().err
+    assert max(map(len, told.splitlines())) <= 80
+    assert "Did you mean 'train'?" in " ".join(told.split())
+
+
 def test_narrow_tables_lose_no_column(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = COMMANDS[0]
     monkeypatch.delenv("COLUMNS", raising=False)
