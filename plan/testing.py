@@ -17,8 +17,9 @@ import jax
 
 from ..meshes import ProgramError
 from ..meshes.arguments import check_choice, check_number
+from .columns import align
 from .inspect import ProgramReport
-from .tables import align, describe_memory, describe_traffic, format_bytes
+from .tables import describe_memory, describe_traffic, format_bytes
 from .traffic import EVERY_KIND
 
 _MOST_LINES = 8

@@ -13,9 +13,9 @@ from ..layers import ModelConfig, bytes_per_device
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.numbers import whole_number
+from ..plan.columns import align
 from ..plan.detect import detect_topology
 from ..plan.hardware import measure_host
-from ..plan.tables import align
 from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes

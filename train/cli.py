@@ -122,6 +122,9 @@ def _inspect(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
+    if args.topology:
+        # A mistake in it is told before all that a plan needs is imported.
+        _import_from("..plan.topology", "read_topology")(args.topology)
     from .plan_command import run_plan
 
     return run_plan(config, args, overrides=[*overrides, *_short_overrides(args)])
@@ -140,7 +143,7 @@ def _without_config(module: str, name: str) -> Callable[[argparse.Namespace, Seq
 
 
 def _import_from(module: str, name: str) -> Callable[..., Any]:
-    return getattr(import_module(f".{module}", __package__), name)
+    return getattr(import_module(module if module.startswith(".") else f".{module}", __package__), name)
 
 
 def _load(args: argparse.Namespace, overrides: Sequence[str]) -> "RunConfig":

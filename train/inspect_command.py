@@ -6,8 +6,9 @@ import resource
 
 from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..plan import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
+from ..plan.columns import align
 from ..plan.memory import judge_memory
-from ..plan.tables import align, format_bytes
+from ..plan.tables import format_bytes
 from .asked_file import check_files, write_file
 from .check import check_run
 from .config import RunConfig

@@ -11,6 +11,7 @@ from typing import Any
 from ..layers import param_counts
 from ..meshes import ConfigError, PlanError, suggest
 from ..pipeline.schedules import SCHEDULES
+from ..plan.columns import align_within
 from ..plan.detect import detect_topology
 from ..plan.diagnoses import Diagnosis, diagnose
 from ..plan.front import draw_front
@@ -20,7 +21,6 @@ from ..plan.plans import Plan, name_layout
 from ..plan.program import trellax_program
 from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
-from ..plan.tables import align_within
 from ..plan.topology import Topology, read_topology
 from .asked_file import check_files, write_file
 from .check import check_run

@@ -27,7 +27,7 @@ from ..pipeline.schedules import (
     trace_from_schedule,
 )
 from ..pipeline.schedules.draw import peak_text
-from ..plan.tables import align_within
+from ..plan.columns import align_within
 from .asked_file import check_files, write_file
 from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
 from .terminal import fold, terminal_width

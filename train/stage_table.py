@@ -11,8 +11,8 @@ from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
 from ..pipeline import Schedule, simulate
 from ..plan.activations import halves_bytes
+from ..plan.columns import align_within
 from ..plan.precision import unpriced_matmuls
-from ..plan.tables import align_within
 from .state import Setup
 from .terminal import fold
 

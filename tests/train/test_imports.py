@@ -9,7 +9,7 @@ import pytest
 import trellax.pipeline
 import trellax.plan
 
-HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "rich", "matplotlib", "tensorboardX", "treescope"}
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "matplotlib", "tensorboardX", "treescope"}
 
 LIGHT = """
 import contextlib, io, sys
@@ -32,6 +32,9 @@ WORDS = {
     "--hepl": 2,
     "schedule --help": 0,
     "schedule --rank 3": 2,
+    "schedule": 2,
+    "schedule 1f1c": 2,
+    "plan quickstart --topology h100xx": 2,
     "checkpoints --help": 0,
     "train --help": 0,
     "describe --help": 0,
