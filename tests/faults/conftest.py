@@ -13,7 +13,7 @@ from .zygote import ROOT, Zygote
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the test file's own, with a corpus in it."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "corpus.txt").write_bytes(bytes(i * i % 251 for i in range(20_000)))
+    (folder / "corpus.txt").write_bytes(bytes(1 + i * i % 251 for i in range(20_000)))
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 from trellax.train.metrics import read_metrics
 
 from .conftest import losses
-from .zygote import Zygote
+from .zygote import Zygote, is_alive
 
 Golden = Callable[[str, str], None]
 
@@ -70,6 +70,7 @@ def test_interrupt_saves_though_nobody_reads_any_more(zygote: Zygote, folder: Pa
     while b"step 200/4000" not in said:
         with contextlib.suppress(BlockingIOError):
             said += os.read(reader, 1 << 16)
+        assert is_alive(child.pid), said.decode()
         time.sleep(0.01)
     os.close(reader)
     child.kill(signal.SIGINT)
