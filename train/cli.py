@@ -142,6 +142,13 @@ def _without_config(module: str, name: str) -> Callable[[argparse.Namespace, Seq
     return checked
 
 
+def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if not overrides:
+        # Told before all that a model needs is imported.
+        _import_from("model_arguments", "check_generate_words")(args)
+    return _without_config("generate_command", "run_generate")(args, overrides)
+
+
 def _import_from(module: str, name: str) -> Callable[..., Any]:
     return getattr(import_module(module if module.startswith(".") else f".{module}", __package__), name)
 
@@ -160,7 +167,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "schedule": _without_config("schedule_command", "run_schedule"),
     "import-hf": _without_config("hf_commands", "run_import"),
     "export-hf": _without_config("hf_commands", "run_export"),
-    "generate": _without_config("generate_command", "run_generate"),
+    "generate": _generate,
     "bench-decode": _without_config("bench_decode_command", "run_bench_decode"),
     "checkpoints": _without_config("checkpoints_command", "run_checkpoints"),
 }

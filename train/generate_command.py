@@ -17,6 +17,7 @@ from ..meshes.errors import shown
 from ..meshes.regular_file import read_bounded
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
+from .model_arguments import no_prompt
 from .serving_source import Source, open_source
 from .text_stream import TextStream, Tokenizer
 
@@ -127,7 +128,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
         # Not splitlines, which takes a form feed for the end of a line too.
         prompts += [line for line in text.split("\n") if line]
     if not prompts:
-        raise ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')
+        raise no_prompt()
     for text in (*prompts, *args.stop):
         if not _is_text(text):
             raise ServeError(f"{shown(text)} is no UTF-8 text.", fix="convert it, or check the locale.")

@@ -1,7 +1,9 @@
 """The options of commands that read a folder with a model in it, apart from what they do: help needs no jax."""
 
 import argparse
+from pathlib import Path
 
+from ..meshes.errors import CheckpointError, ServeError
 from .architectures import ARCHITECTURES
 from .argument_types import number, path, whole
 
@@ -31,6 +33,36 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=whole, default=0, metavar="N", help="of prompt and answer (what is needed)"
     )
+
+
+def check_generate_words(args: argparse.Namespace) -> None:
+    """Raise for the mistakes that need neither jax nor a model to be seen.
+
+    Raises:
+        ServeError: no prompt is given.
+        CheckpointError: the folder is none.
+    """
+    if not (args.prompt or args.prompts_file):
+        raise no_prompt()
+    check_model_folder(args.folder)
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Raise unless a path is a folder.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not Path(path).is_dir():
+        raise CheckpointError(
+            f"{path} is no folder, so there is no model in it.",
+            fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
+        )
+
+
+def no_prompt() -> ServeError:
+    """Return what is said where there is nothing to answer."""
+    return ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')
 
 
 def add_bench_decode_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from ..meshes.arguments import check_choice
 from ..serve import param_shapes
 from .checkpoint import FOLDER
 from .hf_config import read_hub_model
+from .model_arguments import check_model_folder
 from .model_folder import find_file
 from .run_weights import is_run_folder, load_params, saved_config
 from .special_ids import ORIGIN
@@ -53,11 +54,7 @@ def open_source(path: str | Path) -> Source:
     folder = Path(path)
     if is_run_folder(folder):
         return _open_run(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is no folder, so there is no model in it.",
-            fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
-        )
+    check_model_folder(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder} holds no model: neither {FOLDER} of a run nor the config.json of a Hugging Face model.",

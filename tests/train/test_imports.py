@@ -42,6 +42,8 @@ WORDS = {
     "inspect --help": 0,
     "generate --help": 0,
     "generate runs --tok-p 3": 2,
+    "generate runs": 2,
+    "generate nowhere --prompt x": 2,
     "bench-decode --help": 0,
     "import-hf --help": 0,
     "export-hf runs": 2,
