@@ -4,14 +4,14 @@ Whoever takes such an argument checks it with these, so that one mistake reads t
 most of them; scripts, notebooks and values out of files do not ask a type checker.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from .errors import TrellaxError, suggest
+from .errors import TrellaxError, shown, suggest
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[TrellaxError]) -> None:
@@ -24,23 +24,24 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
     known = list(choices)
     # By type too, since True == 1.
     if not any(type(value) is type(choice) and value == choice for choice in known):
-        hint = suggest(str(value), map(str, known))
-        raise error(f"{name}={_show(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
+        hint = suggest(value, map(str, known)) if isinstance(value, str) else ""
+        raise error(f"{name}={shown(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
 
 
 def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
     """Raise `error` unless the value is a whole number, `least` or more if that is given; True and 2.0 are none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise error(f"{name}={_show(value)} is not a whole number.", fix="give one, without quotes or a point.")
+        raise error(f"{name}={shown(value)} is not a whole number.", fix="give one, without quotes or a point.")
     if least is not None and value < least:
-        raise error(f"{name}={value} is below {least}.", fix=f"give {least} or more.")
+        raise error(f"{name}={shown(value)} is below {least}.", fix=f"give {least} or more.")
 
 
 def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
     """Raise `error` unless the value is a finite number, 0 or more."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= float(value) < math.inf:
-        raise error(f"{name}={_show(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
+    # Compared as it is: a whole number may be too large for a float.
+    if not 0 <= number <= sys.float_info.max:
+        raise error(f"{name}={shown(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
 
 
 def check_instance(
@@ -50,8 +51,8 @@ def check_instance(
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
         # Of arrays and functions a text would say little.
-        shown = f"the text {_show(value)}" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise error(f"{name} is {shown}, where a {wanted} is wanted.", fix=fix)
+        given = f"the text {shown(value)}" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise error(f"{name} is {given}, where a {wanted} is wanted.", fix=fix)
 
 
 def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
@@ -71,11 +72,3 @@ def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> No
 
 def _parts_of(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-_LONGEST = 60
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

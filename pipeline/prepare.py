@@ -28,7 +28,8 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
     Raises:
         ScheduleError: it is not linear, or is given integers.
     """
-    if fns.prepare is None:
+    prepare = fns.prepare
+    if prepare is None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.numpy.floating):
@@ -37,11 +38,11 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
                 "back through its transpose, and integers have none.",
                 fix="leave prepare out, or give the layer its integers by the batch.",
             )
-    made = jax.eval_shape(lambda: fns.prepare(_one_layer(stages)))  # type: ignore[misc]
+    made = jax.eval_shape(lambda: prepare(_one_layer(stages)))
 
     def back() -> Any:
         zeros = jax.tree.map(lambda leaf: vary(jax.numpy.zeros(leaf.shape, leaf.dtype)), made)
-        return transpose(fns.prepare, _one_layer(stages))(zeros)
+        return transpose(prepare, _one_layer(stages))(zeros)
 
     try:
         jax.eval_shape(back)
