@@ -71,8 +71,9 @@ def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
         if axes & differs or eqn.primitive.name not in _GROUPED:
             what = "the gradient of a function" if name is None else f"{name}()"
             raise ScheduleError(
-                f"{what} runs {_public_name(eqn)} over {' and '.join(sorted(axes))} in a branch that depends on the "
-                f"position along {' and '.join(sorted(differs))}: devices that take another branch never reach it.",
+                f"{what} runs {_public_name(eqn)} over {' and '.join(sorted(axes))} in a branch or loop for which "
+                f"devices along {' and '.join(sorted(differs))} may decide differently: those that take another way "
+                "never reach it.",
                 fix="move it out of the branch, so that all of them run it.",
             )
 
