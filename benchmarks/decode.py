@@ -22,7 +22,7 @@ from rich.console import Console
 from tables import Target, make_table
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.plan import compilations
+from trellax.programs import compilations
 from trellax.serve import Engine, Request
 from trellax.serve.measure import draw_params
 

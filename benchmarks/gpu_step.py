@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_shapes import SHAPES, Shape
-from trellax.train import RunConfig, load_config
+from trellax.configs import RunConfig, load_config
 from trellax.train.xla import prepare_backend
 
 PEAK_SIZE = 8192
@@ -53,8 +53,8 @@ def main() -> None:
 def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any]:
     """Compile, run, time and profile the step of a run on the first device."""
     import jax
+    from trellax.commands.inspect_step import compile_step, report_step
     from trellax.meshes import MeshSpec, build_mesh
-    from trellax.train.inspect_step import compile_step, report_step
     from trellax.train.state import Setup
 
     device = jax.devices()[0]
@@ -123,7 +123,7 @@ def time_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, num_steps:
 
 def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: int) -> dict[str, Any]:
     """Seconds a step by class, the longest operations, and where most is lost against the roofline."""
-    from trellax.plan.trace import list_operations, sum_classes
+    from trellax.programs.trace import list_operations, sum_classes
 
     found = list_operations(folder, compiled, num_devices=1, hardware=hardware)
     lost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -145,7 +145,7 @@ def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: i
 
 def find_hardware(device: Any) -> Any:
     """The peaks of the device by XLA's description of it, or measured."""
-    from trellax.plan import hardware_from_description, list_gpus, measure_host
+    from trellax.programs import hardware_from_description, list_gpus, measure_host
 
     if device.platform == "cpu":
         return measure_host(num_devices=1, memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -186,7 +186,7 @@ def make_batch(setup: Any) -> Any:
     """Random tokens in the shape of the run's batches, on the device."""
     import jax
     import numpy as np
-    from trellax.train.inspect_step import batch_shapes
+    from trellax.commands.inspect_step import batch_shapes
 
     shapes, config = batch_shapes(setup), setup.config
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shapes["tokens"].shape, dtype=np.int32)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from trellax.plan.hlo import Instruction, Program
-from trellax.plan.matmul import matrix_flops
+from trellax.programs.hlo import Instruction, Program
+from trellax.programs.matmul import matrix_flops
 
 
 @dataclass(frozen=True, kw_only=True)

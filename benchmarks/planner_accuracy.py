@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from trellax.meshes import TrellaxError
-from trellax.plan.accuracy import CALIBRATION, Accuracy, measure_accuracy
-from trellax.plan.published import read_published
-from trellax.plan.ranking import Ranking, rank_sweeps
+from trellax.plan.published.accuracy import CALIBRATION, Accuracy, measure_accuracy
+from trellax.plan.published.ranking import Ranking, rank_sweeps
+from trellax.plan.published.rows import read_published
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ import tempfile
 
 import numpy as np
 from rich.console import Console
-from trellax.train import load_config, train
+from trellax.configs import load_config
+from trellax.train import train
 from trellax.train.metrics import read_metrics
 
 BANDS = {"bfloat16": 0.01, "fp8": 0.02}

@@ -16,7 +16,8 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from trellax.train import Batches, Checkpoints, Setup, TrainState, load_config, load_corpus, make_train_step, prepare
+from trellax.configs import load_config
+from trellax.train import Batches, Checkpoints, Setup, TrainState, load_corpus, make_train_step, prepare
 
 STEPS = 20
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from hlo import Execution, list_executions
 from trellax.pipeline import Action, Schedule, build_schedule
-from trellax.plan.collectives import KINDS
-from trellax.plan.hlo import Instruction, Program
+from trellax.programs.collectives import KINDS
+from trellax.programs.hlo import Instruction, Program
 
 ONCE, UNKNOWN = "once a step", "unknown"
 """Scopes of what runs outside the loop over turns, and of what in it belongs to no action."""

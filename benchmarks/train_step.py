@@ -16,7 +16,7 @@ import optax
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
-from trellax.plan.hlo import Program
+from trellax.programs.hlo import Program
 from work_r1 import are_same_bits
 from worker import serve, start_devices
 

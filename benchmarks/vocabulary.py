@@ -28,7 +28,7 @@ from trellax.pipeline import (
     split_transformer,
 )
 from trellax.pipeline.schedules import Vocab
-from trellax.plan.hlo import Program
+from trellax.programs.hlo import Program
 from worker import serve, start_devices
 
 CONFIG = ModelConfig(

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from scopes import naive_halves, time_scopes
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
-from trellax.plan.hlo import Program, leaves
+from trellax.programs.hlo import Program, leaves
 from worker import serve, start_devices
 
 WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8

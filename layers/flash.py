@@ -103,7 +103,7 @@ def _flash_backward(
     def block(
         known: tuple[jax.Array, ...], made: list[jax.Array], grad_BTNH: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # As in pipeline/residuals.py: the forward traced here gives only the structure, and the compiler drops it.
+        # As in pipeline/executor/residuals.py: the forward traced here gives only the structure; the compiler drops it.
         *qkv, y_BTNH = known
         traced_BTNH, vjp = jax.vjp(flash, *qkv)
         leaves, tree = jax.tree.flatten(vjp)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from .lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .agreement import Facts, describe_differences
     from .build import abstract_mesh, build_mesh, mesh_sizes
     from .describe import ShardingRow, ShardingTable, sharding_table
     from .errors import (
@@ -27,8 +26,9 @@ if TYPE_CHECKING:
         suggest,
     )
     from .fake import use_fake_devices
-    from .join import coordination_client, join_processes, num_processes, process_index
-    from .processes import Processes, find_processes
+    from .processes.agreement import Facts, describe_differences
+    from .processes.join import coordination_client, join_processes, num_processes, process_index
+    from .processes.launchers import Processes, find_processes
     from .rules import DEFAULT_RULES, ShardingRules
     from .spec import AXES, MeshSpec
 

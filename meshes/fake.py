@@ -6,7 +6,7 @@ import jax
 
 from .build import visible_devices
 from .errors import MeshError, shown
-from .join import num_processes
+from .processes.join import num_processes
 from .spec import MOST_FAKE_DEVICES
 
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .balance import balance_layers, resolve_layers, stage_costs
-    from .execute import Bubbles
-    from .grads import pipeline_grads, pipeline_loss
-    from .lower import Tables, lower
+    from .executor.execute import Bubbles
+    from .executor.grads import pipeline_grads, pipeline_loss
+    from .executor.lower import Tables, lower
+    from .model.balance import balance_layers, resolve_layers, stage_costs
+    from .model.split import PipelinedModel, split_transformer
+    from .model.stack import check_layers, natural_order, stages_from_layers
+    from .model.stage import LossAndGrads, PipelineParams, StageFns
     from .schedules import SCHEDULES, Action, Schedule, StageCost, Timing, build_schedule, simulate
-    from .split import PipelinedModel, split_transformer
-    from .stack import check_layers, natural_order, stages_from_layers
-    from .stage import LossAndGrads, PipelineParams, StageFns
 
 __all__ = [
     "SCHEDULES",

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .layouts import Layout
+from .costs.layouts import Layout
+from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
+from .costs.stage_time import stage_layers
 from .plans import Plan
-from .precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
 from .remedies import Change, even_pipes, fuller_pipes, layout_change, make_faster, make_smaller, narrower_tensor
 from .search import TrainQuestion, layout_memory, price_layout
-from .stage_time import stage_layers
 
 Severity = Literal["error", "warning", "note"]
 

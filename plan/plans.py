@@ -6,12 +6,12 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..pipeline.schedules import Vocab
-from .inference_time import InferenceTime
-from .layouts import Layout
-from .memory_model import MemoryUse
-from .minimum import StepSizes, minimum_bytes
-from .stage_time import stage_layers
-from .step_time import StepTime
+from .costs.inference_time import InferenceTime
+from .costs.layouts import Layout
+from .costs.memory_model import MemoryUse
+from .costs.minimum import StepSizes, minimum_bytes
+from .costs.stage_time import stage_layers
+from .costs.step_time import StepTime
 
 _GB = 1e9
 

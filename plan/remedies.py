@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..meshes import MeshSpec
-from .layouts import Layout, legal_meshes
+from .costs.layouts import Layout, legal_meshes
 from .plans import Plan
 from .search import TrainQuestion, layout_memory, price_layout
 

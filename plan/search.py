@@ -11,14 +11,14 @@ from typing import get_args
 from ..layers import ModelConfig
 from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
-from .hardware import XLA_MEMORY_SHARE
-from .layer_time import LayerTime, layer_time
-from .layouts import Layout, PlanRemat, legal_layouts, legal_meshes
-from .memory_model import MemoryUse, fullest, step_memory
+from ..programs.hardware import XLA_MEMORY_SHARE
+from .costs.layer_time import LayerTime, layer_time
+from .costs.layouts import Layout, PlanRemat, legal_layouts, legal_meshes
+from .costs.memory_model import MemoryUse, fullest, step_memory
+from .costs.program import TRELLAX, Program
+from .costs.step_time import step_time
+from .machines.topology import Topology
 from .plans import Plan, explain_plans, step_costs, step_traffic
-from .program import TRELLAX, Program
-from .step_time import step_time
-from .topology import Topology
 
 MEMORY_RESERVE = 0.06
 """Share of a device's memory left to the driver, to collectives and to gaps between buffers."""

@@ -1,7 +1,7 @@
 """The search for an inference layout: the latency of one request, or the throughput of many.
 
 Every stage has its own group of requests in turn, so a pipeline needs as many groups as stages to be busy. Read
-`inference_time.py` for the times, `plans.py` for what comes out.
+`costs/inference_time.py` for the times, `plans.py` for what comes out.
 """
 
 import math
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from ..layers import ModelConfig, flops_per_token, param_counts
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import PlanError
-from .inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
-from .layouts import Layout, legal_meshes
-from .memory_model import MemoryUse
+from .costs.inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
+from .costs.layouts import Layout, legal_meshes
+from .costs.memory_model import MemoryUse
+from .machines.topology import Topology
 from .plans import Plan, explain_plans
 from .search import MEMORY_RESERVE
-from .topology import Topology
 
 _TOP = 5
 _GB = 1e9

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers import NewTokens
-from ..pipeline.buffers import vary_among_devices as vary
+from ..pipeline.executor.buffers import vary_among_devices as vary
 from .sampling import Choice, ends
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes

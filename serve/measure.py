@@ -2,7 +2,7 @@
 
 Decoding reads all weights and all that is cached for every token, and computes little: the time that the memory of the
 fullest device needs for that is the roofline (Pope et al. 2022, section 2.1). Printed by
-`../train/bench_decode_command.py`.
+`../commands/bench_decode.py`.
 """
 
 import statistics

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import KVCache, NewTokens
-from ..pipeline.buffers import read
-from ..pipeline.buffers import vary_among_devices as vary
+from ..pipeline.executor.buffers import read
+from ..pipeline.executor.buffers import vary_among_devices as vary
 from .decode import NOTHING
 from .sampling import Choice, ends
 from .stage import Stage, rows_of

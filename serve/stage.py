@@ -15,8 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..meshes import DEFAULT_RULES
 from ..meshes.ring import check_ring
-from ..pipeline.buffers import read
-from ..pipeline.buffers import vary_among_devices as vary
+from ..pipeline.executor.buffers import read
+from ..pipeline.executor.buffers import vary_among_devices as vary
 from .params import layers_of_stages, served_config
 from .sampling import Choice, choose
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @cache
 def _plugin_is_missing() -> bool:
     from trellax.meshes import TargetError
-    from trellax.plan import list_gpus
+    from trellax.programs import list_gpus
 
     try:
         return not list_gpus()
@@ -57,3 +58,18 @@ def golden() -> Callable[[str, str], None]:
         assert text.rstrip("\n") + "\n" == file.read_text(encoding="utf-8")
 
     return compare
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Any]:
+    """Return a maker of configs: a bare config name and overrides as one text; the run folder is the test's own."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(bytes(1 + i * i % 251 for i in range(20_000)))
+
+    def make(overrides: str = "", *, name: str = "tiny-llama") -> Any:
+        from trellax.configs import load_config
+
+        words = ["--run.folder", str(tmp_path / "runs"), "--data.source", "text", "--data.paths", str(corpus)]
+        return load_config(name, [*words, *overrides.split()])
+
+    return make

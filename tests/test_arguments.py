@@ -13,12 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import numpy as np
 import pytest
 from flax import nnx
+from trellax.configs.run_config import OptimizerSection
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, TrellaxError, abstract_mesh
 from trellax.pipeline import PipelineParams, StageFns, build_schedule
 from trellax.plan import Layout, ServeQuestion, TrainQuestion, read_topology
 from trellax.serve import Request
-from trellax.train.config import OptimizerSection
 
 PUBLIC = (Path(__file__).parent / "golden" / "public_names.txt").read_text(encoding="utf-8").split()
 

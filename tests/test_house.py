@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from trellax.commands import cli
+from trellax.configs import RunConfig, check_run
 from trellax.meshes import MeshSpec
 from trellax.pipeline import build_schedule
-from trellax.train import RunConfig, check_run, cli, draw_schedule
+from trellax.train import draw_schedule
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-PACKAGES = sorted(path.name for path in (ROOT / ".src" / "trellax").iterdir() if path.name != "configs")
-FOLDERS = [*PACKAGES, "configs", "benchmarks", "docs", "tests", ".ci"]
+ROOMS = sorted(path.name for path in (ROOT / ".src" / "trellax").iterdir())
+FOLDERS = [*ROOMS, "benchmarks", "docs", "tests", ".ci"]
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 40
+MAX_FLAT_FILES = 22
+MAX_SHARE_OF_LINES = 0.2
 
 # Written so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt)/\w")
@@ -46,19 +50,38 @@ def block_with(text: str) -> list[str]:
     return block.splitlines()
 
 
-def tree_entries() -> list[str]:
-    """Paths of the annotated tree; a folder ends with a slash and its content is indented by two."""
-    parents: list[str] = []
-    entries = []
-    for line in block_with(".src/trellax/"):
-        word = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        entries.append("".join(parents[:depth]) + word)
-        parents = [*parents[:depth], word]
-    return entries
+def count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
-PYTHON = [path for path in files_of(*PACKAGES, "benchmarks", "tests") if path.suffix == ".py"]
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported_by(path: Path) -> set[str]:
+    """Files that a file imports, for types alone and inside of functions too; the names of a room belong to no file."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = [*path.relative_to(ROOT).parts[: -node.level], *(node.module or "").split(".")]
+            base = ROOT.joinpath(*filter(None, parts))
+            named = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
+            found |= {module_of(file) for file in named if file.is_file()}
+    return found
+
+
+def find_circle(imports: dict[str, set[str]]) -> list[str]:
+    """Return the modules that are left when all that import none of those left are taken away, both ways."""
+    left = dict(imports)
+    while True:
+        used = set().union(*left.values()) if left else set()
+        ends = {name for name in left if not left[name] & left.keys() or name not in used}
+        if not ends:
+            return sorted(left)
+        left = {name: left[name] for name in left if name not in ends}
+
+
+PYTHON = [path for path in files_of(*ROOMS, "benchmarks", "tests") if path.suffix == ".py"]
 TEXTS = [*(path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"), *files_of(*FOLDERS)]
 COMMANDS = [
     line.partition("  #")[0].rstrip()
@@ -108,15 +131,35 @@ def test_machine_paths_and_registries_are_recognised(line: str) -> None:
     assert MACHINE_PATH.search(line) or REGISTRY.search(line)
 
 
-def test_tree_of_the_readme_exists() -> None:
-    assert [entry for entry in tree_entries() if not (ROOT / entry).exists()] == []
+def test_no_folder_has_many_files() -> None:
+    folders = [folder for room in ROOMS for folder in [ROOT / room, *(ROOT / room).rglob("*/")]]
+    counts = {
+        name_of(folder): len([file for file in folder.glob("*.py") if file.stem != "__init__"]) for folder in folders
+    }
+    assert {name: count for name, count in counts.items() if count > MAX_FLAT_FILES} == {}
 
 
-def test_tree_of_the_readme_has_every_file_of_the_library_with_a_phrase() -> None:
-    files = [path for path in files_of(*PACKAGES, "configs", "benchmarks") if path.suffix in {".py", ".toml"}]
-    wanted = {name_of(path) for path in files if path.name != "__init__.py"}
-    assert wanted - set(tree_entries()) == set()
-    assert [line for line in block_with(".src/trellax/") if len(line.split()) < 3] == []
+def test_no_room_holds_more_than_a_fifth_of_the_lines() -> None:
+    lines = {room: sum(count_lines(file) for file in files_of(room) if file.suffix == ".py") for room in ROOMS}
+    total = sum(lines.values())
+    assert {room: count / total for room, count in lines.items() if count > MAX_SHARE_OF_LINES * total} == {}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    found = find_circle({module_of(file): imported_by(file) for file in PYTHON if file.parts[len(ROOT.parts)] in ROOMS})
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("imports", "circle"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}}, ["a", "b", "c"]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c"]),
+    ],
+)
+def test_circles_are_found(imports: dict[str, set[str]], circle: list[str]) -> None:
+    assert find_circle(imports) == circle
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -159,8 +202,8 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("trellax.train.loop.train", lambda config, **_: reach(config))
     monkeypatch.setattr("trellax.train.loop.prepare", reach)
-    monkeypatch.setattr("trellax.train.inspect_command.run_inspect", lambda config, args: reach(config))
-    monkeypatch.setattr("trellax.train.plan_command.run_plan", lambda config, args, **_: reach(config))
+    monkeypatch.setattr("trellax.commands.inspect.run_inspect", lambda config, args: reach(config))
+    monkeypatch.setattr("trellax.commands.plan.run_plan", lambda config, args, **_: reach(config))
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
@@ -186,7 +229,7 @@ def test_command_in_the_readme_is_understood(command: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "describe" in command])
 def test_describe_in_the_readme_runs(command: str) -> None:
-    done = run_as_user(["-m", "trellax.train.cli", *shlex.split(command)[1:]], folder=ROOT)
+    done = run_as_user(["-m", "trellax.commands.cli", *shlex.split(command)[1:]], folder=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1f1b" in done.stdout
 

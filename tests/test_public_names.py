@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["meshes", "layers", "pipeline", "pipeline/schedules", "plan", "serve", "train"]
+PACKAGES = [
+    "meshes",
+    "layers",
+    "pipeline",
+    "pipeline/schedules",
+    "programs",
+    "plan",
+    "hub",
+    "configs",
+    "train",
+    "serve",
+    "commands",
+]
 
 
 def exported(package: str) -> list[str]:

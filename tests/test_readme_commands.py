@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
-from trellax.train import RunConfig, load_config
+from trellax.configs import RunConfig, load_config
 
 from .test_house import COMMANDS, README, ROOT, run_as_user
 
@@ -53,7 +53,7 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
     for words in in_order():
         if words[1] == "train" and "--train.steps" not in words and "--help" not in words:
             words += ["--train.steps", FEW]
-        done = run_as_user(["-m", "trellax.train.cli", *words[1:]], folder=tmp_path)
+        done = run_as_user(["-m", "trellax.commands.cli", *words[1:]], folder=tmp_path)
         is_absent = "h100:64/8" in words and done.returncode == 2 and "CUDA plugin" in done.stderr
         assert is_absent or done.returncode == 0, (words, done.stderr[-2000:])
     assert "trellax.plan" in README

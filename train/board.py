@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from ..meshes.regular_file import open_regular
+from ..meshes.files.regular_file import open_regular
 
 BOARD_FOLDER = "tensorboard"
 

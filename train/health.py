@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .config import TrainSection
+from ..configs.run_config import TrainSection
 
 _MEMORY = 0.98
 """Of the running mean of the loss: about fifty steps."""

@@ -12,30 +12,30 @@ from typing import Any, get_args
 
 from rich.console import Console
 
+from ..configs.changes import Changes
+from ..configs.check import CorpusFiles, check_run
+from ..configs.run_config import RunConfig
+from ..hub.saves.arrays import explain_failure
+from ..hub.tokenizer import keep_tokenizer
 from ..meshes import RunError, build_mesh, use_fake_devices
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices
-from .array_store import explain_failure
-from .changes import Changes
-from .check import CorpusFiles, check_run
-from .checkpoint import Checkpoints
-from .config import RunConfig
-from .data import Corpus, check_vocabulary, load_corpus
-from .facts import digest
+from ..meshes.processes.together import first_does, is_first, require_agreement
+from ..meshes.terminal import terminal_width
+from .checkpoints.store import Checkpoints
+from .checkpoints.weights import check_initial_weights
+from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .outputs import SilentStream
 from .plan_warnings import warn_of_layout
+from .processes.facts import digest
 from .profile import StepProfile
 from .progress import say as say_on
 from .report import describe
 from .run import Run
 from .run_folder import Start, open_run_folder
-from .run_weights import check_initial_weights
 from .state import Setup
 from .stop import StopRequest
-from .terminal import terminal_width
-from .together import first_does, is_first, require_agreement
-from .tokenizer import keep_tokenizer
 from .xla import prepare_backend
 
 

@@ -18,10 +18,9 @@ from typing import Any, Self
 import jax
 
 from ..meshes import RunError
-from ..meshes.regular_file import open_regular, read_bounded
+from ..meshes.files.own_file import free_name, identify_file, open_own, replace_file
+from ..meshes.files.regular_file import open_regular, read_bounded
 from .board import BOARD_FOLDER, Board
-from .own_file import identify_file, open_own, replace_file
-from .save_folder import free_name
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

@@ -7,10 +7,10 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..configs.run_config import OptimizerSection
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count
 from ..pipeline import PipelineParams
-from .config import OptimizerSection
 
 _DECAYED = ("kernel", "table", "positions")
 """Names of matrices. Norm scales and biases are not pulled to zero."""

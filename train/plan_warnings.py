@@ -1,13 +1,13 @@
 """What the planner would say about a run, told before it starts. Read `../plan/diagnoses.py` for the mistakes."""
 
+from ..configs.layout import layout_of
+from ..configs.run_config import RunConfig
 from ..meshes import TrellaxError
-from ..plan.detect import detect_topology
+from ..plan.costs.program import trellax_program
 from ..plan.diagnoses import diagnose
-from ..plan.program import trellax_program
+from ..plan.machines.detect import detect_topology
+from ..plan.machines.topology import Topology
 from ..plan.search import TrainQuestion, price_layout
-from ..plan.topology import Topology
-from .config import RunConfig
-from .plan_command import layout_of
 
 
 def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from ..plan.trace import format_operations, list_operations
-from .array_store import explain_failure
-from .together import is_first
+from ..hub.saves.arrays import explain_failure
+from ..meshes.processes.together import is_first
+from ..programs.trace import format_operations, list_operations
 
 _FAILURES = (OSError, RuntimeError, ValueError)
 """What jax's profiler raises where it cannot write, has begun already, or finds other traces than its own."""

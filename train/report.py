@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from ..meshes import RunError, ScheduleError, mesh_sizes, sharding_table
 from ..meshes.arguments import check_count
+from ..meshes.terminal import fold
 from ..pipeline import Schedule, StageCost, simulate
 from ..pipeline.schedules.stage_cost import is_even
 from .stage_table import tabulate_stages
 from .state import Setup
-from .terminal import fold
 
 _WIDEST_GRID = 100
 _MORE = " ..."

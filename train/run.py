@@ -9,13 +9,19 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from ..configs.changes import Changes, check_changes
+from ..configs.saved_config import read_saved_config
+from ..hub.saves.seal import Seal
 from ..layers import flops_per_token
 from ..meshes import DataError, RunError, mesh_sizes
+from ..meshes.processes.together import is_first, require_one_program, text_of_first
 from .bad_loss import check_last_validation, describe_bad_step, fix_bad_step
-from .batches import Batches
-from .changes import Changes, check_changes
-from .checkpoint import Checkpoints
-from .data import Corpus, check_files
+from .checkpoints.store import Checkpoints
+from .checkpoints.weights import initial_state
+from .data.batches import Batches
+from .data.corpus import Corpus, check_files
+from .data.prefetch import Prefetch, place_batch
+from .data.validation_batches import ValidationBatches
 from .metrics import (
     NO_SCHEDULE,
     MetricsLog,
@@ -30,19 +36,13 @@ from .metrics import (
     write_summary,
 )
 from .pace import Pace
-from .prefetch import Prefetch, place_batch
 from .profile import StepProfile
 from .progress import StepProgress, say
 from .run_folder import HeldFolder
-from .run_weights import initial_state
-from .saved_config import read_saved_config
-from .seal import Seal
 from .speed import peak_flops_per_s, utilization
 from .state import Setup, TrainState
 from .step import StepMetrics, make_eval_step, make_train_step
 from .stop import StopRequest
-from .together import is_first, require_one_program, text_of_first
-from .validation_batches import ValidationBatches
 from .xla import compile_for
 
 _MOST_BAD_STEPS = 10

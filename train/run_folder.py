@@ -18,14 +18,14 @@ from typing import IO, Literal
 
 import jax
 
+from ..hub.saves.names import FOLDER, SaveFolder, is_own_name
+from ..hub.tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
 from ..meshes import ConfigError, RunError
-from ..meshes.regular_file import name_kind, walk_folder
+from ..meshes.files.own_file import free_name, identify_file, open_own
+from ..meshes.files.regular_file import name_kind, walk_folder
+from ..meshes.processes.together import first_does, require_agreement, text_of_first
 from .board import BOARD_FOLDER
 from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
-from .own_file import identify_file, open_own
-from .save_folder import FOLDER, SaveFolder, free_name, is_own_name
-from .together import first_does, require_agreement, text_of_first
-from .tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
 
 LOCK_FILE = "lock"
 ASIDE = "aside"

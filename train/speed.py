@@ -2,7 +2,7 @@
 
 import jax
 
-from ..plan.detect import match_accelerator
+from ..plan.machines.detect import match_accelerator
 
 
 def peak_flops_per_s(mesh: jax.sharding.Mesh) -> float | None:

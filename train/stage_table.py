@@ -9,12 +9,12 @@ import jax
 
 from ..layers import activation_bytes, param_counts
 from ..meshes import mesh_sizes
+from ..meshes.columns import align_within
+from ..meshes.terminal import fold
 from ..pipeline import Schedule, simulate
-from ..plan.activations import halves_bytes
-from ..plan.columns import align_within
-from ..plan.precision import unpriced_matmuls
+from ..plan.costs.activations import halves_bytes
+from ..plan.costs.precision import unpriced_matmuls
 from .state import Setup
-from .terminal import fold
 
 _PARAM_BYTES = 4
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import ScheduleError
 from ..pipeline import (
@@ -22,7 +23,6 @@ from ..pipeline import (
     stage_costs,
 )
 from ..pipeline.schedules import load_schedule
-from .config import PipelineSection, RunConfig
 from .health import Health, healthy
 from .optimizer import make_optimizer, optimizer_shardings, split_over_data
 

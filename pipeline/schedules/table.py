@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from ...meshes.errors import ScheduleError, suggest
-from ...meshes.regular_file import read_bounded
+from ...meshes.files.regular_file import read_bounded
 from .action import Action, Kind
 from .grid import IDLE, Schedule
 from .place import Vocab, check_vocab, schedule_from_orders

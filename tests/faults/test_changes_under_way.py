@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trellax.hub.saves.seal import read_seal
 from trellax.train.metrics import read_metrics
-from trellax.train.seal import read_seal
 
 from .conftest import losses
 from .zygote import Zygote

@@ -8,18 +8,19 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from trellax.commands.cli import main
+from trellax.commands.serving_source import open_source
+from trellax.configs import load_config
+from trellax.configs.changes import check_changes
+from trellax.configs.saved_config import read_saved_config
+from trellax.hub.saves.seal import Seal, hash_files, write_seal
 from trellax.layers import param_counts
 from trellax.meshes import CheckpointError, RunError, TrellaxError
-from trellax.train import Checkpoints, load_config
-from trellax.train.changes import check_changes
-from trellax.train.cli import main
+from trellax.meshes.files.own_file import replace_file
+from trellax.train import Checkpoints
+from trellax.train.checkpoints.weights import is_run_folder, saved_config
 from trellax.train.metrics import MetricsLog, Summary, read_metrics, read_summary, write_summary
-from trellax.train.own_file import replace_file
 from trellax.train.run_folder import Start, open_run_folder
-from trellax.train.run_weights import is_run_folder, saved_config
-from trellax.train.saved_config import read_saved_config
-from trellax.train.seal import Seal, hash_files, write_seal
-from trellax.train.serving_source import open_source
 
 from . import crafted
 from .crafted import Craft, craft_seal, nest_folders, put_endless, put_folder, put_link, put_pipe, put_text, remove_nest

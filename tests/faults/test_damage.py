@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from trellax.commands import checkpoints as checkpoints_command
+from trellax.commands.cli import main
+from trellax.configs import load_config
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, natural_order
-from trellax.train import Checkpoints, Setup, checkpoint, checkpoints_command, load_config
-from trellax.train.cli import main
-from trellax.train.natural import natural_params
+from trellax.train import Checkpoints, Setup
+from trellax.train.checkpoints import store as checkpoint
+from trellax.train.checkpoints.natural import natural_params
 
 Damage = Callable[[Path], object]
 FILES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from trellax.configs import RunConfig, load_config
 from trellax.meshes import RunError
-from trellax.train import Batches, RunConfig, load_config, train
+from trellax.train import Batches, train
 
 from .conftest import losses
 

@@ -119,7 +119,7 @@ def is_alive(pid: int) -> bool:
 
 def serve() -> None:
     import matplotlib.figure  # noqa: F401
-    from trellax.train import cli
+    from trellax.commands import cli
 
     children: set[int] = set()
     for line in sys.stdin:

@@ -21,7 +21,7 @@ from trellax.layers import (
     rematerialize,
 )
 from trellax.meshes import ModelError
-from trellax.pipeline.residuals import LayerVjp
+from trellax.pipeline.executor.residuals import LayerVjp
 
 from .sharded import STYLES, mesh_of, small_config
 

@@ -1,7 +1,7 @@
 """Which kernel runs attention, and that what is around the fused one is right: blocks, gradients, what is kept.
 
 cuDNN runs on GPUs alone, so here a stand-in has its contract: the same shapes in and out, the same five residuals.
-`tests/plan/test_cuda.py` compiles the real one.
+`tests/programs/test_cuda.py` compiles the real one.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash, rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
-from trellax.pipeline.residuals import LayerVjp
+from trellax.pipeline.executor.residuals import LayerVjp
 
 from .sharded import differing, mesh_of, normal, place, small_config
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from trellax.layers import cross_entropy, projected_cross_entropy
-from trellax.plan.hlo import Program, leaves
-from trellax.plan.matmul import matrix_flops
+from trellax.programs.hlo import Program, leaves
+from trellax.programs.matmul import matrix_flops
 
 from .sharded import collectives, differing, mesh_of, normal, place, text_of
 

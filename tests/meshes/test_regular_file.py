@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from trellax.meshes import CheckpointError, WeightsError
-from trellax.meshes.regular_file import open_regular, read_bounded
+from trellax.meshes.files.regular_file import open_regular, read_bounded
 
 
 def test_regular_file_is_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from trellax.meshes import LostProcessError, MeshError, Processes, RunError, TrellaxError
-from trellax.meshes.rendezvous import meet
+from trellax.meshes.processes.rendezvous import meet
 
 Golden = Callable[[str, str], None]
 

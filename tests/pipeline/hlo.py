@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from trellax.plan.collectives import KINDS
-from trellax.plan.groups import Groups, read_groups
-from trellax.plan.hlo import Program, leaves
+from trellax.programs.collectives import KINDS
+from trellax.programs.groups import Groups, read_groups
+from trellax.programs.hlo import Program, leaves
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from trellax.plan.hlo import Array, Computation, Instruction, Program, Type, leaves
+from trellax.programs.hlo import Array, Computation, Instruction, Program, Type, leaves
 
 NOTHING, WEIGHTS, DATA = 0, 1, 2
 """What a value depends on, each including those before it."""

@@ -20,19 +20,9 @@ from trellax.pipeline import (
     stages_from_layers,
 )
 from trellax.pipeline.schedules import Vocab
-from trellax.plan.hlo import Program, leaves
+from trellax.programs.hlo import Program, leaves
 
-from .law import (
-    NUM_TOKENS,
-    VOCAB_SIZE,
-    answer_of,
-    beyond,
-    errors_of,
-    mesh_of,
-    one_device,
-    pipeline_step,
-    small_model,
-)
+from .law import NUM_TOKENS, VOCAB_SIZE, answer_of, beyond, errors_of, mesh_of, one_device, pipeline_step, small_model
 
 NUM_LAYERS, WIDTH, FEATURES, BATCH = 7, 16, 32, 24
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.pipeline import Action, Schedule, build_schedule, lower, simulate
-from trellax.pipeline.lower import BACKWARD, FORWARD, IDLE, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
+from trellax.pipeline.executor.lower import BACKWARD, FORWARD, IDLE, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
 from trellax.pipeline.schedules import Kind
 from trellax.pipeline.schedules.check import needs
 

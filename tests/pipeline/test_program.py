@@ -13,8 +13,8 @@ import pytest
 from trellax.layers import ModelConfig
 from trellax.pipeline import build_schedule, pipeline_grads
 from trellax.pipeline.schedules import Vocab
-from trellax.plan.groups import Groups
-from trellax.plan.hlo import Program
+from trellax.programs.groups import Groups
+from trellax.programs.hlo import Program
 
 from .hlo import Collective, collectives_of
 from .law import Step, mesh_of, pipeline_step, small_model

@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.pipeline import (
-    PipelineParams,
-    StageFns,
-    build_schedule,
-    natural_order,
-    pipeline_grads,
-    stages_from_layers,
-)
-from trellax.pipeline.residuals import LayerVjp
-from trellax.pipeline.split_backward import SplitBackward
+from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
+from trellax.pipeline.executor.residuals import LayerVjp
+from trellax.pipeline.executor.split_backward import SplitBackward
 
 from .law import mesh_of
 from .random_layers import Layer, primitives_of, random_inputs, random_layer

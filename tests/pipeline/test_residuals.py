@@ -18,8 +18,8 @@ from trellax.pipeline import (
     split_transformer,
     stages_from_layers,
 )
-from trellax.pipeline.equations import keeps_numbers
-from trellax.pipeline.residuals import LayerVjp
+from trellax.pipeline.executor.equations import keeps_numbers
+from trellax.pipeline.executor.residuals import LayerVjp
 
 from .law import NUM_TOKENS, mesh_of, natural_params, small_model
 from .random_layers import random_inputs, random_layer

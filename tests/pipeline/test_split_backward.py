@@ -15,9 +15,9 @@ from trellax.layers import Remat, activation_bytes
 from trellax.layers.linear import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
-from trellax.pipeline.residuals import LayerVjp
-from trellax.pipeline.split_backward import SplitBackward
-from trellax.plan.activations import halves_bytes
+from trellax.pipeline.executor.residuals import LayerVjp
+from trellax.pipeline.executor.split_backward import SplitBackward
+from trellax.plan.costs.activations import halves_bytes
 
 from .law import NUM_TOKENS, natural_params, small_model
 
@@ -183,7 +183,7 @@ def test_biases_and_norm_scales_are_done_in_the_first_half(style: str, remat: Re
     ],
 )
 def test_few_activations_are_kept_besides_the_residuals(style: str, remat: Remat, expected: int) -> None:
-    """As `plan/activations.py` counts them; in widths of x, of which the feed-forward has four or three."""
+    """As `plan/costs/activations.py` counts them; in widths of x, of which the feed-forward has four or three."""
     halves = block(style, remat)
     extra = [math.prod(leaf.shape) / halves.x.size for leaf in halves.split.extra if len(leaf.shape) > 1]
     wide = {"gpt dots": [4], "llama dots": [3] * 2, "gpt full": [4] * 2, "llama full": [3] * 4}

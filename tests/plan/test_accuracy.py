@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import flops_per_token, param_counts
-from trellax.plan.accuracy import Accuracy, measure_accuracy
-from trellax.plan.published import PublishedRow, read_published
-from trellax.plan.published_case import row_model
-from trellax.plan.ranking import rank_sweeps
+from trellax.plan.published.accuracy import Accuracy, measure_accuracy
+from trellax.plan.published.ranking import rank_sweeps
+from trellax.plan.published.rows import PublishedRow, read_published
+from trellax.plan.published.training_case import row_model
 
 FOLDER = Path(os.environ.get("PUBLISHED", Path(__file__).parents[3] / "shared" / "published"))
 

@@ -1,8 +1,8 @@
 """Collectives by size, width and links: never faster for more."""
 
 import pytest
-from trellax.plan.collective_time import CollectiveKind, collective_time_s, make_group
-from trellax.plan.topology import read_topology
+from trellax.plan.machines.collective_time import CollectiveKind, collective_time_s, make_group
+from trellax.plan.machines.topology import read_topology
 
 SIZES = [1 << power for power in range(10, 35, 2)]
 

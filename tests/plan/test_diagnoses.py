@@ -2,10 +2,10 @@
 
 import pytest
 from trellax.layers import ModelConfig
+from trellax.plan.costs.layouts import Layout
 from trellax.plan.diagnoses import Diagnosis, diagnose
-from trellax.plan.layouts import Layout
+from trellax.plan.machines.topology import read_topology
 from trellax.plan.search import TrainQuestion, price_layout
-from trellax.plan.topology import read_topology
 
 from .models import GPT2, LLAMA_8B
 

@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
 from trellax.pipeline.schedules import simulate
-from trellax.plan.activations import layer_activation_bytes
-from trellax.plan.layouts import Layout, PlanRemat
-from trellax.plan.memory_model import fullest, peak_in_flight, step_memory
-from trellax.plan.pipeline_time import plan_schedule
-from trellax.plan.program import MEGATRON, TRELLAX, Switch
-from trellax.train.plan_command import layout_of
+from trellax.plan.costs.activations import layer_activation_bytes
+from trellax.plan.costs.layouts import Layout, PlanRemat
+from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
+from trellax.plan.costs.pipeline_time import plan_schedule
+from trellax.plan.costs.program import MEGATRON, TRELLAX, Switch
 
-from .steps import report_of, setup_of
+from ..programs.steps import report_of, setup_of
 
 S, B, H, A = 2048, 4, 6144, 64
 GPT_22B = ModelConfig(vocab_size=51200, num_layers=48, hidden_size=H, num_heads=A, max_tokens=S, dtype="bfloat16")

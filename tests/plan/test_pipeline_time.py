@@ -3,9 +3,9 @@
 import pytest
 from trellax.pipeline import build_schedule
 from trellax.pipeline.schedules import Clock, StageCost, simulate
-from trellax.plan.layouts import Layout
-from trellax.plan.megatron_order import megatron_interleaved, qi_bubble
-from trellax.plan.pipeline_time import AutoTerms, auto_terms, pipeline_time_s, plan_schedule
+from trellax.plan.costs.layouts import Layout
+from trellax.plan.costs.megatron_order import megatron_interleaved, qi_bubble
+from trellax.plan.costs.pipeline_time import AutoTerms, auto_terms, pipeline_time_s, plan_schedule
 
 from .models import GPT2
 

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from trellax.plan.accuracy import measure_accuracy
+from trellax.plan.costs.layouts import Layout
+from trellax.plan.costs.precision import unpriced_precision
 from trellax.plan.diagnoses import diagnose
-from trellax.plan.layouts import Layout
-from trellax.plan.precision import unpriced_precision
-from trellax.plan.published import PublishedRow
+from trellax.plan.machines.topology import read_topology
+from trellax.plan.published.accuracy import measure_accuracy
+from trellax.plan.published.rows import PublishedRow
 from trellax.plan.search import TrainQuestion, price_layout
 from trellax.plan.serving_search import ServeQuestion, price_serving
-from trellax.plan.topology import read_topology
 
 from .models import GPT2
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
 from trellax.pipeline.schedules import build_schedule, simulate
+from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.layouts import Layout, legal_layouts
+from trellax.plan.costs.program import TRELLAX
+from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
+from trellax.plan.costs.step_time import step_time
 from trellax.plan.diagnoses import diagnose
-from trellax.plan.layer_time import layer_time
-from trellax.plan.layouts import Layout, legal_layouts
-from trellax.plan.program import TRELLAX
+from trellax.plan.machines.topology import read_topology
 from trellax.plan.search import TrainQuestion, layout_memory, search_train
 from trellax.plan.serving_search import ServeQuestion, price_serving, search_serving
-from trellax.plan.stage_time import end_costs, stage_layers, stage_times
-from trellax.plan.step_time import step_time
-from trellax.plan.topology import read_topology
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B, LLAMA_405B
 

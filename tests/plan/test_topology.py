@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from trellax.meshes import TargetError
-from trellax.plan.topology import find_accelerator, read_topology
+from trellax.plan.machines.topology import find_accelerator, read_topology
 
 MISTAKES = {"unknown": "h10x8", "uneven": "h100x12/8", "spelling": "8 of h100", "no_file": "nowhere.toml"}
 

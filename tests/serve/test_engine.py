@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trellax.meshes import ServeError
-from trellax.plan import compilations
+from trellax.programs import compilations
 from trellax.serve import Engine, Request, param_shapes
 from trellax.serve.params import stage_params
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import CacheDtype, Head, NewTokens, cache_shapes
 from trellax.layers import cache as cache_module
-from trellax.pipeline.buffers import vary_among_devices as vary
+from trellax.pipeline.executor.buffers import vary_among_devices as vary
 from trellax.serve.params import stage_params, stage_shapes
 from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from trellax.layers import bytes_per_device
-from trellax.plan.collectives import Collective, list_collectives
-from trellax.plan.executions import count_executions
-from trellax.plan.hlo import Program
+from trellax.programs.collectives import Collective, list_collectives
+from trellax.programs.executions import count_executions
+from trellax.programs.hlo import Program
 from trellax.serve.programs import Programs, compile_programs
 from trellax.serve.state import ServeState, Sizes, state_shapes
 

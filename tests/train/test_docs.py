@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from trellax.train import RunConfig, cli
+from trellax.commands import cli
+from trellax.configs import RunConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         raise EndError
 
     monkeypatch.setattr("trellax.train.loop.train", end)
-    monkeypatch.setattr("trellax.train.processes.join_run", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("trellax.commands.processes.join_run", lambda *_, **__: contextlib.nullcontext())
     with pytest.raises(EndError):
         cli.main(words)
     return seen[0]

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from trellax.configs import RunConfig
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.train import Batches, RunConfig, Setup, load_corpus, make_train_step
+from trellax.train import Batches, Setup, load_corpus, make_train_step
 
 Tiny = Callable[..., RunConfig]
 

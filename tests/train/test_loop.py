@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from trellax.configs import RunConfig
 from trellax.meshes import RunError
-from trellax.train import RunConfig, train
+from trellax.train import train
 from trellax.train.metrics import read_metrics, read_summary
 from trellax.train.run import Run
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from trellax.configs import load_config
 from trellax.pipeline import PipelineParams
-from trellax.train import load_config, make_learning_rate, make_optimizer
+from trellax.train import make_learning_rate, make_optimizer
 
 
 def test_learning_rate_warms_up_to_its_peak_and_decays_to_its_floor() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from trellax.train import cli, loop
+from trellax.commands import cli
+from trellax.train import loop
 from trellax.train.outputs import SilentStream
 
 SCHEDULE = ["schedule", "1f1b", "--ranks", "2", "--microbatches", "4"]

@@ -1,7 +1,7 @@
 """What the planner tells before a run starts."""
 
+from trellax.configs import load_config
 from trellax.plan import read_topology
-from trellax.train import load_config
 from trellax.train.plan_warnings import warn_of_layout
 
 

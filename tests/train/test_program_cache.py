@@ -115,7 +115,7 @@ def test_runs_share_their_programs_and_run_folders_hold_none(tmp_path: Path) -> 
     for seed in "12":
         more = f" --run.seed {seed} --optimizer.learning_rate {seed}e-3 --run.name run{seed}"
         subprocess.run(
-            [sys.executable, "-m", "trellax.train.cli", *f"{words}{more}".split()], env=environment, check=True
+            [sys.executable, "-m", "trellax.commands.cli", *f"{words}{more}".split()], env=environment, check=True
         )
         entries.append(sorted(entry.name for entry in kept.glob("*-cache")))
     assert entries[0]

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from trellax.hub.saves.names import FOLDER, SaveFolder
 from trellax.meshes import ConfigError, RunError
 from trellax.train.run_folder import open_run_folder
-from trellax.train.save_folder import FOLDER, SaveFolder
 
 
 def test_lock_that_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from trellax.commands.cli import main
+from trellax.configs import load_config
 from trellax.layers import param_counts
 from trellax.meshes import sharding_table
 from trellax.pipeline import build_schedule, simulate
 from trellax.pipeline.schedules import StageCost
-from trellax.train import Setup, draw_schedule, load_config, prepare
-from trellax.train.cli import main
+from trellax.train import Setup, draw_schedule, prepare
 from trellax.train.stage_table import held_at_peak, tabulate_stages
 
 FOUR = "--mesh.tensor 1 --mesh.pipe 4 --model.num_layers 7 --pipeline.microbatches 8"

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from trellax.commands.inspect_step import batch_shapes
+from trellax.configs import RunConfig
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import natural_order
-from trellax.train import Batches, RunConfig, Setup, TrainState, load_corpus, make_eval_step, make_train_step
-from trellax.train.inspect_step import batch_shapes
+from trellax.train import Batches, Setup, TrainState, load_corpus, make_eval_step, make_train_step
 
 Tiny = Callable[..., RunConfig]
 

@@ -16,7 +16,7 @@ COMMAND = (
 
 
 def run(folder: Path, **switch: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trellax.train.cli", *COMMAND.split(), "--run.folder", str(folder)]
+    command = [sys.executable, "-m", "trellax.commands.cli", *COMMAND.split(), "--run.folder", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | switch, timeout=300, check=False)
 
 

@@ -1,0 +1,207 @@
+"""`trellax bench-decode`: latency and throughput over meshes and batch sizes, beside what memory allows."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..configs.run_config import load_config
+from ..layers import ModelConfig, bytes_per_device
+from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
+from ..meshes.build import visible_devices
+from ..meshes.columns import align
+from ..meshes.numbers import whole_number
+from ..plan.machines.detect import detect_topology
+from ..programs.hardware import measure_host
+from ..serve import Engine, Sizes, check_model, param_shapes
+from ..serve.measure import draw_params, measure_decode
+from ..serve.params import stage_shapes
+from ..serve.state import state_shapes
+from .asked_file import check_files, write_file
+from .generate import open_mesh, resolve_mesh, served_model
+from .serving_source import open_source
+
+_GIB = 2**30
+
+
+def run_bench_decode(args: argparse.Namespace) -> int:
+    """Measure every mesh with every batch and print a table.
+
+    Raises:
+        TrellaxError: a mesh or a batch that does not fit the model or the memory; nothing was measured.
+    """
+    check_files(args.png)
+    if args.fake_devices:
+        use_fake_devices(args.fake_devices)
+    specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
+    if not specs:
+        raise ConfigError(f"--meshes {args.meshes!r} names no mesh.", fix="write --meshes 'tensor=4;pipe=4', say.")
+    batches = _read_batches(args)
+    config, read = _open_model(args)
+    plans = [_Plan(config, spec, batch, args) for spec in specs for batch in batches]
+    memory = _Memory()
+    for plan in plans:
+        plan.check(memory)
+    rows = [plan.measure(read, memory) for plan in plans]
+    if args.json:
+        print(json.dumps({"memory": memory.source, "rows": rows}))
+    else:
+        print(_table(rows, memory, args))
+    if args.png:
+        _write_png(args.png, rows)
+    return 0
+
+
+def _read_batches(args: argparse.Namespace) -> list[int]:
+    try:
+        batches = [whole_number(word) for word in args.batch.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise ConfigError(
+            f"--batch {args.batch!r} is no list of numbers of requests.", fix="write --batch 1,4,16, say."
+        )
+    if args.prompt_tokens < 1 or args.new_tokens < 2:
+        raise ConfigError(
+            f"--prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens}: there is nothing to time.",
+            fix="read 1 token or more and write 2 or more.",
+        )
+    return batches
+
+
+def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
+    """The model, and what makes its parameters on a mesh: drawn for a config, read for a folder."""
+    if Path(args.model).is_dir():
+        source = open_source(args.model)
+        config = served_model(source.config, args)
+        return config, lambda mesh: source.read(param_shapes(config, mesh=mesh))
+    config = served_model(load_config(args.model).model, args)
+    return config, lambda mesh: draw_params(config, mesh)
+
+
+class _Memory:
+    """What memory holds and moves, and how that is known; fake devices share the machine's."""
+
+    def __init__(self) -> None:
+        device, known = visible_devices()[0], detect_topology()
+        self._is_shared = device.platform == "cpu"
+        self._num_bytes, self._speed = (device.memory_stats() or {}).get("bytes_limit"), None
+        self.source = "the speed of this device's memory is not known"
+        if self._is_shared:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            host = measure_host(num_devices=1, memory_bytes=free)
+            self._num_bytes, self._speed = host.memory_bytes, host.memory_bytes_per_s
+            self.source = (
+                f"{self._speed / 1e9:,.1f} GB/s for a copy on this machine, measured now and shared by the devices of "
+                "a mesh; caches are faster"
+            )
+        elif known:
+            self._speed = known.accelerator.memory_bytes_per_s
+            self.source = f"{self._speed / 1e9:,.0f} GB/s by the data sheet of {device.device_kind}"
+
+    def num_bytes(self, mesh: MeshSpec) -> float | None:
+        """Bytes that each device of a mesh has, None where that is not known."""
+        return self._share(self._num_bytes, mesh)
+
+    def bytes_per_s(self, mesh: MeshSpec) -> float | None:
+        """Bytes that each device of a mesh moves in a second, None where that is not known."""
+        return self._share(self._speed, mesh)
+
+    def _share(self, whole: float | None, mesh: MeshSpec) -> float | None:
+        return None if whole is None else whole / (mesh.num_devices if self._is_shared else 1)
+
+
+class _Plan:
+    """One row of the table before it is measured."""
+
+    def __init__(self, config: ModelConfig, spec: MeshSpec, batch: int, args: argparse.Namespace) -> None:
+        self.config, self.spec, self.batch, self.args = config, spec, batch, args
+        # Fewer requests than stages cannot fill more groups than they are.
+        groups = args.groups or min(spec.pipe, -(-batch // spec.data))
+        parts = spec.data * groups
+        self.sizes = Sizes(
+            slots=-(-batch // parts) * parts,
+            max_tokens=args.prompt_tokens + args.new_tokens,
+            groups=groups,
+            num_shards=spec.data,
+            chunk=args.chunk,
+            items=16,
+            rounds=8,
+        )
+
+    def check(self, memory: _Memory) -> None:
+        """Raise unless model, mesh and memory allow it; nothing is allocated."""
+        check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens)
+        mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
+        cache = bytes_per_device(state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype))
+        weights = bytes_per_device(stage_shapes(self.config, mesh=mesh))
+        room = memory.num_bytes(self.spec)
+        if room is not None and weights + cache > room:
+            raise ServeError(
+                f"{self.spec} with {self.batch} requests: a device would hold {weights / _GIB:.1f} GiB of weights and "
+                f"{cache / _GIB:.1f} GiB of cache, and has {room / _GIB:.1f} GiB.",
+                fix="use more devices, fewer requests, or --cache-dtype bfloat16.",
+            )
+
+    def measure(self, read: Any, memory: _Memory) -> dict[str, Any]:
+        """Build an engine and let it answer twice, once to warm up."""
+        print(f"{self.spec}, {self.batch} requests ...", file=sys.stderr)
+        mesh, sizes = open_mesh(self.spec), self.sizes
+        engine = Engine(
+            self.config,
+            read(mesh),
+            mesh=mesh,
+            slots=sizes.slots,
+            max_tokens=sizes.max_tokens,
+            groups=sizes.groups,
+            chunk=sizes.chunk,
+            cache_dtype=self.args.cache_dtype,
+        )
+        times = measure_decode(engine, batch=self.batch, prompt=self.args.prompt_tokens, new=self.args.new_tokens)
+        speed = memory.bytes_per_s(self.spec)
+        share = None if speed is None else times.roofline_share(speed)
+        return {"mesh": str(self.spec), "batch": self.batch} | asdict(times) | {"roofline_share": share}
+
+
+def _table(rows: list[dict[str, Any]], memory: _Memory, args: argparse.Namespace) -> str:
+    head = ["mesh", "requests", "first token ms", "per token ms", "tokens/s", "stages idle", "of memory's roofline"]
+    lines = [
+        [
+            row["mesh"],
+            str(row["batch"]),
+            f"{1e3 * row['first_token_s']:.1f}",
+            f"{1e3 * row['per_token_s']:.2f}",
+            f"{row['tokens_per_s']:,.1f}",
+            f"{row['idle_share']:.0%}",
+            "-" if row["roofline_share"] is None else f"{row['roofline_share']:.1%}",
+        ]
+        for row in rows
+    ]
+    about = f"{args.prompt_tokens} tokens read and {args.new_tokens} written for each request\n"
+    return f"{about}{align([head, *lines])}\nmemory: {memory.source}"
+
+
+def _write_png(path: str, rows: list[dict[str, Any]]) -> None:
+    # matplotlib takes half a second to import, and few calls draw.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for mesh in dict.fromkeys(row["mesh"] for row in rows):
+        own = [row for row in rows if row["mesh"] == mesh]
+        latency, throughput = [1e3 * row["per_token_s"] for row in own], [row["tokens_per_s"] for row in own]
+        axes.plot(latency, throughput, marker="o", label=mesh)
+        for x, y, row in zip(latency, throughput, own, strict=True):
+            axes.annotate(str(row["batch"]), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xlabel="milliseconds a token of one request", ylabel="tokens/s of all requests", title="requests at a time"
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_file(path, buffer.getvalue())

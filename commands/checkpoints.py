@@ -1,0 +1,128 @@
+"""`trellax checkpoints DIR`: what a run folder holds, how large it is, and whether it is what was written.
+
+It starts no backend and changes nothing, so it may look at a run that is under way.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..hub.saves.names import FOLDER, SaveFolder, is_own_name, read_step
+from ..hub.saves.seal import SEAL_FORMAT, Seal, find_damage, read_seal
+from ..hub.saves.seal_fields import MAX_DEPTH
+from ..meshes import CheckpointError, suggest
+from ..meshes.files.regular_file import walk_folder
+from .argument_types import path
+
+_WIDEST = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRow:
+    """One line of the list; `problem` is "" where nothing is wrong as far as was looked."""
+
+    name: str
+    state: str
+    num_bytes: int
+    saved_at: str
+    layout: str
+    problem: str
+
+
+def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the words of the command."""
+    parser.add_argument("folder", type=path, metavar="DIR", help="a run folder, or the checkpoints in it")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+
+
+def run_checkpoints(args: argparse.Namespace) -> int:
+    """Print the list; the exit code is 1 where a finished save is damaged.
+
+    Raises:
+        CheckpointError: there is no such folder, or nothing was saved in it.
+    """
+    folder = _find_folder(Path(args.folder))
+    looked = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
+    # A run that is under way removes and renames what is here: what has gone meanwhile is not damaged.
+    rows = [row for row in looked if os.path.lexists(folder.path / row.name)]
+    if not rows:
+        raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")
+    print(json.dumps([asdict(row) for row in rows]) if args.json else _draw(folder, rows, verified=args.verify))
+    return int(any(row.state == "damaged" for row in rows))
+
+
+def _find_folder(path: Path) -> SaveFolder:
+    for folder in (path / FOLDER, path):
+        if folder.name == FOLDER and folder.is_dir():
+            return SaveFolder(folder)
+    siblings = [str(other) for other in path.parent.glob("*") if (other / FOLDER).is_dir()]
+    raise CheckpointError(
+        f"{path} is no run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
+        fix="give the folder that `trellax train` wrote, runs/NAME say.",
+    )
+
+
+def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
+    path = folder.path / name
+    if read_step(name) is None:
+        state = "no save" if not is_own_name(name) else "set aside" if ".damaged" in name else "unfinished"
+        return SaveRow(name=name, state=state, num_bytes=_measure(path), saved_at="", layout="", problem="")
+    seal, problem = read_seal(path)
+    if seal is None:
+        return SaveRow(name=name, state="damaged", num_bytes=0, saved_at="", layout="", problem=problem)
+    if seal.format != SEAL_FORMAT:
+        problem = f"format {seal.format}; this trellax reads {SEAL_FORMAT}"
+        return SaveRow(name=name, state="other format", num_bytes=0, saved_at="", layout="", problem=problem)
+    found = find_damage(path, seal) if verify else []
+    return SaveRow(
+        name=name,
+        state="damaged" if found else "verified" if verify else "sealed",
+        num_bytes=seal.num_bytes,
+        saved_at=seal.saved_at,
+        layout=_layout(seal),
+        problem="; ".join(found),
+    )
+
+
+def _measure(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        entries = walk_folder(path, max_depth=MAX_DEPTH)
+        return sum(
+            entry.stat(follow_symlinks=False).st_size for entry in entries if entry.is_file(follow_symlinks=False)
+        )
+    return 0
+
+
+def _layout(seal: Seal) -> str:
+    mesh, pipeline = (seal.config.get(section, {}) for section in ("mesh", "pipeline"))
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
+    return f"{sizes} {pipeline.get('schedule', '')}".strip()
+
+
+def _draw(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
+    cells = [("step", "state", "bytes", "saved at", "saved on")]
+    cells += [(_show(row.name), row.state, f"{row.num_bytes:,}", row.saved_at, _show(row.layout)) for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    lines = [
+        f"{name:>{widths[0]}}  {state:<{widths[1]}}  {size:>{widths[2]}}  {when:<{widths[3]}}  {where}".rstrip()
+        for name, state, size, when, where in cells
+    ]
+    lines += [f"{_show(row.name)}: {row.problem}" for row in rows if row.problem]
+    total = f"{sum(row.num_bytes for row in rows):,} bytes in {folder.path}"
+    lines.append(total if verified else f"{total}; --verify reads them")
+    return "\n".join(lines)
+
+
+def _show(text: str) -> str:
+    """Return a text from a folder as a terminal may see it."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= _WIDEST else f"{shown[: _WIDEST - 3]}..."
+
+
+def _number(name: str) -> tuple[int, str]:
+    step = read_step(name.partition(".")[0])
+    return (-1 if step is None else step, name)

@@ -1,0 +1,116 @@
+"""`trellax inspect`: the compiled training step of a config, on devices that need not be there."""
+
+import argparse
+import json
+import resource
+
+from ..configs.check import check_run
+from ..configs.run_config import RunConfig
+from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
+from ..meshes.columns import align
+from ..programs import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
+from ..programs.memory import judge_memory
+from ..programs.tables import format_bytes
+from ..train.state import Setup
+from ..train.xla import MEMORY_FRACTION
+from .asked_file import check_files, write_file
+from .inspect_advice import Knob, list_knobs
+from .inspect_step import compile_step, report_step, step_sizes
+
+_MOST_KNOBS = 5
+
+
+def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
+    """Compile, print the report, write the files that were asked for.
+
+    Raises:
+        TrellaxError: the target is not known, the config does not fit it, or the compiler rejects the step.
+    """
+    # A compile may take minutes: find out first that its results cannot be written.
+    check_files(args.hlo, args.png)
+    machine, setup = _prepare(config, Target.parse(args.target))
+    compiled, compile_s = compile_step(setup)
+    report = report_step(
+        compiled,
+        setup,
+        hardware=machine.hardware,
+        devices_per_node=machine.devices_per_node,
+        compile_s=compile_s,
+    )
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
+        print(_describe_verdict(report, setup, machine), end="")
+    if args.hlo:
+        write_file(args.hlo, hlo_text(compiled).encode())
+    if args.png:
+        write_file(args.png, draw_report(report))
+    return 0
+
+
+def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
+    """The target's devices and the run made ready on them; the config is checked before a device is made."""
+    sizes = config.mesh.sizes.values()
+    needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
+    num_devices = target.num_devices or needed
+    if not num_devices:
+        raise ConfigError(
+            f"mesh {config.mesh} leaves an axis open, and target {target} does not say how many devices there are.",
+            fix=f"write --target {target}:8, say.",
+        )
+    if needed and num_devices != needed and -1 not in sizes:
+        raise TargetError(
+            f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
+            fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
+        )
+    spec = check_run(config, num_devices=num_devices)
+    machine = open_target(target, num_devices=num_devices)
+    setup = Setup(config, build_mesh(spec, devices=machine.devices))
+    _ = setup.model, setup.schedule
+    return machine, setup
+
+
+def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> str:
+    nodes = len(machine.devices) // machine.devices_per_node
+    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    schedule = setup.schedule
+    return (
+        f"target    {machine.hardware.name}: {report.devices} devices, {nodes} x {machine.devices_per_node}; "
+        f"{mesh_sizes(setup.mesh)}\n"
+        f"schedule  {schedule.name}, {schedule.num_microbatches} microbatches, bubble {report.bubble_fraction:.1%}\n"
+        f"compiled  in {report.compile_s:.1f} s, {report.hlo_instructions:,} instructions; this process took "
+        f"{format_bytes(peak_bytes)}"
+    )
+
+
+def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
+    """What to know beyond "fits" or "does not fit"."""
+    memory = report.memory
+    text = "" if memory.verdict == "fits" else f"\n{_describe_knobs(report, setup)}\n"
+    is_gpu = machine.devices[0].platform != "cpu"
+    if is_gpu and MEMORY_FRACTION * machine.hardware.memory_bytes < memory.total <= machine.hardware.memory_bytes:
+        text += (
+            f"\ntrain lets jax take {MEMORY_FRACTION:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
+            "otherwise; this\nstep needs more.\n"
+        )
+    return text
+
+
+def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
+    sizes = step_sizes(setup)
+    knobs = list_knobs(setup.config, mesh=sizes.mesh, sizes=sizes, memory=report.memory)
+    if not knobs:
+        return "no single change of microbatches, remat, ZeRO, tensor or pipe is estimated to save memory."
+    lines = [
+        ("what would help (estimated)", "saves", "then", "devices"),
+        *(_row(k, report) for k in knobs[:_MOST_KNOBS]),
+    ]
+    return align(lines)
+
+
+def _row(knob: Knob, report: ProgramReport) -> tuple[str, ...]:
+    total = report.memory.total - knob.saved_bytes
+    memory = report.memory
+    verdict = judge_memory(total, capacity=memory.capacity, limit=memory.limit) or "fits"
+    return knob.overrides, format_bytes(knob.saved_bytes), f"{format_bytes(total)}, {verdict}", str(knob.devices)

@@ -1,0 +1,155 @@
+"""Which knob makes a step fit: every change of the config that saves memory, by how much, most effective first.
+
+The estimates are arithmetic on the report: state by the new shardings, activations by what the layers keep and how many
+microbatches the new schedule holds. Of temporary memory, matrices cast once a step go with the parameters, what a layer
+and the head work on is taken to be twice their arrays and to shrink with these, and what is beyond that are copies of
+activations. Inspect again to be sure.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..configs.check import check_run
+from ..configs.run_config import RunConfig
+from ..layers import Remat, activation_bytes
+from ..layers.loss import chunk_tokens
+from ..meshes import MeshSpec, TrellaxError
+from ..pipeline import build_schedule, lower, resolve_layers
+from ..plan import StepSizes
+from ..plan.costs.minimum import block_params, vocabulary_params
+from ..programs import Memory
+
+_WORKING_COPIES = 2
+"""Measured on H100 and H200 targets: 1.4 to 1.7 times, for Llama 3 shapes of 8B, 70B and 405B; 2.4 with all scores."""
+
+_FLOAT32, _BFLOAT16 = 4, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One change of a config, as on the command line, and the bytes of a device that it is estimated to save."""
+
+    overrides: str
+    saved_bytes: int
+    devices: int
+
+
+def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
+    """Return the changes that save memory and that the config allows, most effective first.
+
+    Those with more tensor or pipe take devices from data where it has any, and double the devices where not.
+    """
+    before = _Estimate(config, mesh, sizes)
+    knobs = []
+    for overrides, changed, other in _changes(config, mesh):
+        try:
+            check_run(changed, num_devices=other.num_devices)
+            after = _Estimate(changed, other, _resize(changed, other, sizes))
+            total = after.total(memory, before)
+        except TrellaxError:
+            continue
+        if total < memory.total:
+            knobs.append(Knob(overrides=overrides, saved_bytes=memory.total - total, devices=other.num_devices))
+    return tuple(sorted(knobs, key=lambda knob: (-knob.saved_bytes, knob.devices)))
+
+
+def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig, MeshSpec]]:
+    """Every knob turned once."""
+    pipeline, optimizer = config.pipeline, config.optimizer
+    more = pipeline.microbatches * 2
+    yield f"--pipeline.microbatches {more}", _with(config, pipeline={"microbatches": more}), mesh
+    for remat in ("dots", "full"):
+        if (pipeline.remat, remat) not in (("full", "dots"), (remat, remat)):
+            yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
+    if optimizer.zero == "off" and mesh.data > 1:
+        yield "--optimizer.zero on", _with(config, optimizer={"zero": "on"}), mesh
+    for axis in ("tensor", "pipe"):
+        size = 2 * mesh.sizes[axis]
+        data = mesh.data // 2 if mesh.data % 2 == 0 else mesh.data
+        other = replace(mesh, **{axis: size, "data": data})
+        words = f"--mesh.{axis} {size}" + (f" --mesh.data {data}" if data != mesh.data else "")
+        yield words, config.model_copy(update={"mesh": other}), other
+
+
+def _with(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
+    num_microbatches = config.pipeline.microbatches
+    num_sequences = config.train.batch_size // (num_microbatches * mesh.data)
+    is_piped = mesh.pipe > 1
+    layers = resolve_layers(
+        config.model,
+        num_ranks=mesh.pipe,
+        num_chunks=sizes.num_chunks if is_piped else 1,
+        num_tokens=sizes.num_tokens,
+        vocab=config.pipeline.vocab,
+    )
+    return replace(
+        sizes,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        num_sequences=num_sequences,
+        layers_per_stage=layers,
+        vocab=config.pipeline.vocab,
+    )
+
+
+class _Estimate:
+    """What a config is estimated to keep on a device, in arbitrary but common units for activations."""
+
+    def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
+        # Every rank has room for as many layers a stage as the largest has.
+        room = sizes.num_layer_slots
+        parts = mesh.pipe if sizes.vocab == "split" else 1
+        table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
+        blocks = room * block_params(config.model, tensor=mesh.tensor)
+        self.num_params = blocks + table / parts + rest
+        self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
+        self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)
+        layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
+        self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
+        held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
+        logits = held * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
+        self.working = _WORKING_COPIES * (whole + logits)
+
+    def total(self, memory: Memory, before: "_Estimate") -> int:
+        """Bytes after the change, scaled from what the compiler said before it."""
+        state = (memory.parameters + memory.gradients) * self.num_params / before.num_params
+        moments = memory.optimizer * self.num_moments / before.num_moments
+        activations = memory.activations * self.activations / before.activations
+        matrices = min(memory.temporary, before.matrices)
+        working = min(memory.temporary - matrices, before.working)
+        copies = (memory.temporary - matrices - working) * self.activations / before.activations
+        matrices *= self.matrices / before.matrices if before.matrices else 1
+        return int(state + moments + activations + matrices + working * self.working / before.working + copies)
+
+
+def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
+    """What one layer keeps of a microbatch; without rematerialisation also what it makes while it works."""
+    return activation_bytes(
+        config.model,
+        num_sequences=sizes.num_sequences,
+        num_tokens=sizes.num_tokens,
+        tensor=mesh.tensor,
+        remat=remat,
+    ).layer
+
+
+def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
+    """Microbatches of a chunk whose residuals a rank has room for."""
+    section = config.pipeline
+    if mesh.pipe == 1 or section.schedule.endswith(".csv"):
+        return 1
+    schedule = build_schedule(
+        section.schedule,
+        num_ranks=mesh.pipe,
+        num_microbatches=section.microbatches,
+        num_chunks=section.chunks,
+        max_in_flight=section.max_in_flight or None,
+        vocab=section.vocab,
+    )
+    return lower(schedule).num_save_slots

@@ -1,0 +1,119 @@
+"""The training step of a run, compiled over shapes alone and read back: what `trellax inspect` reports.
+
+The program is the one that `train` runs, from the same `make_train_step`; nothing is allocated.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..layers import flops_per_token
+from ..meshes import ProgramError, mesh_sizes
+from ..pipeline import simulate
+from ..plan import StepSizes, minimum_bytes
+from ..programs import Hardware, ProgramReport, inspect_compiled
+from ..programs.traffic import sum_traffic
+from ..train.state import Setup
+from ..train.step import Batch, make_train_step
+from ..train.xla import compile_for
+
+
+def inspect_step(
+    setup: Setup, *, hardware: Hardware | None = None, devices_per_node: int | None = None
+) -> ProgramReport:
+    """Return the report of a run's training step on the devices of its mesh.
+
+    Model flops count the scores that attention's mask lets through. What it computes of the others, and again in its
+    backward, counts as recomputed.
+
+    Raises:
+        ProgramError: the compiler rejects the step.
+    """
+    compiled, compile_s = compile_step(setup)
+    return report_step(compiled, setup, hardware=hardware, devices_per_node=devices_per_node, compile_s=compile_s)
+
+
+def compile_step(setup: Setup) -> tuple[Any, float]:
+    """Return the compiled training step, and the seconds that tracing and compiling took.
+
+    Raises:
+        ProgramError: the compiler rejects the step.
+    """
+    start_s = time.perf_counter()
+    step: Any = make_train_step(setup)
+    try:
+        lowered = step.lower(setup.shapes, batch_shapes(setup), setup.peak_rate_shape)
+        compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
+    except jax.errors.JaxRuntimeError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ProgramError(
+            f"XLA cannot compile the training step on {mesh_sizes(setup.mesh)}: {first_line[:300]}",
+            fix="try another mesh or schedule; please report the program if `train` runs it.",
+        ) from error
+    return compiled, time.perf_counter() - start_s
+
+
+def report_step(
+    compiled: Any,
+    setup: Setup,
+    *,
+    hardware: Hardware | None = None,
+    devices_per_node: int | None = None,
+    compile_s: float | None = None,
+) -> ProgramReport:
+    """Return the report of a compiled training step of this run."""
+    config = setup.config
+    num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
+    model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len).training
+    report = inspect_compiled(
+        compiled,
+        setup.mesh,
+        parameters=setup.shapes.params,
+        optimizer=setup.shapes.opt_state,
+        hardware=hardware,
+        devices_per_node=devices_per_node,
+    )
+    sizes = step_sizes(setup)
+    large = [c for c in report.collectives if c.axis == "pipe+tensor" and c.operand_bytes >= sizes.boundary]
+    merged_sums = round(sum(float(c.count.max()) for c in large) / sizes.num_microbatches)
+    return replace(
+        report,
+        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes, merged_sums=merged_sums)),
+        model_flops=model_flops,
+        recompute_flops=report.flops["matrix"] - model_flops,
+        bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction
+        if setup.schedule.num_ranks > 1
+        else 0.0,
+        compile_s=compile_s,
+    )
+
+
+def step_sizes(setup: Setup) -> StepSizes:
+    """Return the sizes that decide how much a run's step must send."""
+    config, mesh = setup.config, mesh_sizes(setup.mesh)
+    num_microbatches = config.pipeline.microbatches
+    return StepSizes(
+        model=config.model,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        num_sequences=config.train.batch_size // (num_microbatches * mesh.data),
+        num_tokens=config.data.seq_len,
+        num_chunks=setup.num_chunks,
+        layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
+        vocab=config.pipeline.vocab,
+    )
+
+
+def batch_shapes(setup: Setup) -> Batch:
+    """Return the batch of a step as shapes: [M, B@data, T] of tokens, targets and weights."""
+    config = setup.config
+    num_microbatches = config.pipeline.microbatches
+    shape = (num_microbatches, config.train.batch_size // num_microbatches, config.data.seq_len)
+    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+    shapes: Any = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=setup.batch_sharding) for name, dtype in dtypes.items()
+    }
+    return shapes

@@ -1,0 +1,69 @@
+"""The words of `trellax train` for many processes, and a run that they share."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from ..configs.changes import Changes
+from ..configs.run_config import RunConfig
+from ..meshes import TrellaxError, find_processes, join_processes
+from ..meshes.numbers import whole_number
+from ..train.processes.aborts import explained_aborts
+from ..train.processes.facts import start_facts
+from ..train.processes.watch import ProcessWatch
+from ..train.run_folder import Start
+from .command_arguments import START_S
+
+_MARGIN_S = 20
+"""So much longer jax itself waits: our own watch knows names."""
+
+
+@contextlib.contextmanager
+def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, changes: Changes) -> Iterator[None]:
+    """Join the other processes of a run, if there are any, and watch them as long as the context lasts.
+
+    Raises:
+        MeshError: the words contradict each other, or the others cannot be reached.
+        RunError: the processes differ in what they must have in common.
+        LostProcessError: some have not come within `--start-timeout`.
+    """
+    processes = find_processes(
+        coordinator=args.coordinator,
+        count=_read_number("--num-processes", args.num_processes),
+        index=_read_number("--process-id", args.process_id),
+    )
+    start_s = _read_number("--start-timeout", args.start_timeout) or START_S
+    if processes is None:
+        yield
+        return
+    silence_s, facts = config.run.silence_s, start_facts(config, start=start, changes=changes)
+    watch = ProcessWatch(processes, silence_s=silence_s)
+    with _quiet_stdout(), explained_aborts(watch.explain_abort):
+        join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts)
+        with watch:
+            yield
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Gloo prints who it is connected to, from C++; stdout is for the result."""
+    sys.stdout.flush()
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
+        os.close(nowhere)
+
+
+def _read_number(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return whole_number(text)
+    except ValueError:
+        raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write {option} 2, say.") from None

@@ -1,0 +1,125 @@
+"""The files that `data.paths` names: paths as they are, and globs.
+
+`**` enters each folder once, however many links lead there: with two links to a folder above it, `glob` would take
+2**40 ways. Read `../train/data/corpus_files.py` for what is looked at in each file.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..meshes import DataError, suggest
+from ..meshes.errors import shown
+from ..meshes.files.regular_file import name_kind
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Return the files that `data.paths` names, in order; none is opened.
+
+    Raises:
+        DataError: a file is missing or named twice, a glob matches nothing, or a path is no file.
+    """
+    if not paths:
+        raise DataError("data.paths is empty, so there is nothing to read.", fix="name files or globs in data.paths.")
+    _check_named_once(paths)
+    return list(dict.fromkeys(file for path in paths for file in _match_files(path)))
+
+
+def _check_named_once(paths: Sequence[str]) -> None:
+    """Raise if a path stands there twice, as for a weight: files are read once."""
+    seen = set()
+    for path in paths:
+        # Links too: the same text would be read as two files.
+        name = _real(path)
+        if name in seen:
+            raise DataError(
+                f"data.paths names {shown(path)} more than once; a file is read once, and counts once.",
+                fix="name it once. To weigh it, write it into one file as often as it shall count.",
+            )
+        seen.add(name)
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # no file has such a name
+        return path
+
+
+def _match_files(path: str) -> list[Path]:
+    if not path.strip():
+        raise DataError(f"data.paths: {shown(path)} names no file.", fix="name files or globs in data.paths.")
+    try:
+        return [Path(path)] if Path(path).is_file() else _match_pattern(path)
+    except OSError as error:
+        raise DataError(
+            f"data.paths: {shown(path)} cannot be read: {error.strerror}.", fix="correct data.paths."
+        ) from None
+
+
+def _match_pattern(path: str) -> list[Path]:
+    if Path(path).is_dir():
+        raise DataError(
+            f"data.paths: {shown(path)} is a folder.", fix=f"write {path.rstrip('/')}/**/*.txt for its files."
+        )
+    pattern = _escape_folders(f"{path}/*" if path.rpartition("/")[2] == "**" else path)
+    if not glob.has_magic(pattern):
+        raise _no_file(path)
+    files = {os.path.realpath(name): Path(name) for name in sorted(_expand(pattern), reverse=True) if _is_file(name)}
+    if files:
+        return sorted(files.values())
+    if "[" in pattern.rpartition("/")[2]:
+        fix = "in a glob [1] is a choice of letters; write [[]1] for the brackets themselves."
+    else:
+        fix = "correct data.paths." if Path(path).is_absolute() else "paths start at the folder of the command."
+    raise DataError(f"data.paths: no file matches {shown(path)}.", fix=fix)
+
+
+def _no_file(path: str) -> DataError:
+    file = Path(path)
+    if file.is_symlink() and not file.exists():
+        return DataError(f"data.paths: {shown(path)} is a link that leads nowhere.", fix="correct data.paths.")
+    if file.exists():
+        kind = name_kind(file.stat().st_mode)
+        return DataError(f"data.paths: {shown(path)} is {kind}, where a file should be.", fix="correct data.paths.")
+    siblings = [str(file) for file in file.parent.glob("*") if file.is_file()]
+    return DataError(f"data.paths: {shown(path)} does not exist.{suggest(path, siblings)}", fix="correct data.paths.")
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).is_file()
+
+
+def _escape_folders(pattern: str) -> str:
+    """The pattern with the folders that are there under its own name as they are: run[1] is no choice of one letter."""
+    parts = pattern.split("/")
+    for index in range(len(parts) - 1):
+        if not Path("/".join(parts[: index + 1]) or "/").is_dir():
+            return "/".join([*map(glob.escape, parts[:index]), *parts[index:]])
+    return "/".join([*map(glob.escape, parts[:-1]), parts[-1]])
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yield what a glob matches, the parts `**` of it by walks of our own."""
+    start, deep, rest = f"/{pattern}".partition("/**/")
+    if not deep:
+        # Unlike Path.glob this takes absolute patterns too.
+        yield from glob.iglob(pattern)  # noqa: PTH207
+        return
+    while rest.startswith("**/"):
+        rest = rest[len("**/") :]
+    for folder in glob.iglob(f"{start}/"[1:]) if start else ["."]:  # noqa: PTH207
+        for below in _walk(folder):
+            yield from _expand(glob.escape(below) + rest)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yield a folder and those below it as `name/`, each once, hidden ones left out as globs do."""
+    seen = set()
+    for path, names, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        names[:] = sorted(name for name in names if not name.startswith(".") and real not in seen)
+        if real not in seen:
+            seen.add(real)
+            yield f"{path.rstrip('/')}/"

@@ -1,0 +1,133 @@
+"""The folder of a run's saves: which names mean what, so that a process may be killed at any moment.
+
+`40` is a finished save; `40.part` (and Orbax's names that start with it) one that is being written, `40.removing` one
+that is being removed, and `40.damaged` one that is kept for a person to look at. Every change of meaning is a rename.
+Other names, `007` or `photos.part` say, are nobody's saves: they are not read, renamed or removed.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...meshes import CheckpointError
+from ...meshes.files.own_file import free_name
+
+FOLDER = "checkpoints"
+"""What a run folder calls the folder of its saves."""
+
+
+_STEP = r"(?P<step>0|[1-9][0-9]{0,17})"
+_NAME = re.compile(
+    _STEP + r"(?P<rest>|\.part(?:\.orbax-checkpoint-tmp[\w.-]*)?|\.removing(?:-[0-9]+)?|\.damaged(?:-[0-9]+)?)",
+    re.ASCII,
+)
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether trellax gives such a name in a folder of saves."""
+    return _NAME.fullmatch(name) is not None
+
+
+def read_step(name: str) -> int | None:
+    """Return the step of a finished save by its name; None for every other name."""
+    return int(name) if re.fullmatch(_STEP, name) else None
+
+
+@dataclass(frozen=True)
+class SaveFolder:
+    """The saves under one path, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the finished saves, damaged or not, oldest first."""
+        return sorted(step for name in self.names if (step := read_step(name)) is not None)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of everything here.
+
+        Raises:
+            CheckpointError: the folder is a link; what it leads to is no part of the run.
+        """
+        if self.path.is_symlink():
+            raise CheckpointError(
+                f"{self.path} is a link, and the saves of a run are in a folder of its own.",
+                fix="put a copy of what it leads to in its place; the run folder itself may be a link.",
+            )
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []  # noqa: PTH208
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever saved here, nor set aside."""
+        return not any(is_own_name(name) and not _is_unfinished(name) for name in self.names)
+
+    def __truediv__(self, step: int) -> Path:
+        return self.path / str(step)
+
+    def part(self, step: int) -> Path:
+        """Where the save of a step is written."""
+        return self.path / f"{step}.part"
+
+    def publish(self, step: int) -> None:
+        """Make a written save a finished one, on the disk for good: older ones may go once this returns.
+
+        Raises:
+            OSError: there is one of that step already, or the system refuses.
+        """
+        part = self.part(step)
+        for path in (*part.rglob("*"), part):
+            _force_to_disk(path)
+        part.rename(self / step)
+        _force_to_disk(self.path)
+
+    def remove(self, step: int) -> None:
+        """Remove a finished save."""
+        gone = free_name(self.path / f"{step}.removing")
+        (self / step).rename(gone)
+        _remove_tree(gone)
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged save another name, and return it.
+
+        Raises:
+            OSError: the folder cannot be changed.
+        """
+        return (self / step).rename(free_name(self.path / f"{step}.damaged"))
+
+    def drop_unfinished(self, step: int | None = None) -> None:
+        """Remove what was not finished, of one step or of all; not while another process writes here."""
+        for name in self.names:
+            found = _NAME.fullmatch(name)
+            if found and _is_unfinished(name) and step in (None, int(found["step"])):
+                _remove_tree(self.path / name)
+
+    def prune(self, *, keep: int, keep_every: int) -> None:
+        """Remove all saves but the newest `keep` and those of every `keep_every` steps (0: of none)."""
+        for step in self.steps[:-keep]:
+            if not (keep_every and step % keep_every == 0):
+                self.remove(step)
+
+
+def _is_unfinished(name: str) -> bool:
+    found = _NAME.fullmatch(name)
+    return found is not None and found["rest"].startswith((".part", ".removing"))
+
+
+def _remove_tree(path: Path) -> None:
+    # rmtree follows no links, and leaves one alone. A folder nested a thousand deep is none of ours.
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _force_to_disk(path: Path) -> None:
+    # Orbax leaves its own records to the system, which may write them after the rename that makes the save count.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

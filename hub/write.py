@@ -1,0 +1,141 @@
+"""Parameters as the folder of a Hugging Face model, one file of tensors on the host at a time.
+
+The folder appears under its name when it is whole. Read `../commands/hf_commands.py` next.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..layers import ModelConfig
+from ..meshes import WeightsError
+from ..meshes.arguments import check_count
+from ..meshes.files.new_folder import new_folder
+from .config_write import hub_values
+from .folder import copy_file
+from .names import NAMINGS, named
+from .tensor_files import INDEX, SINGLE
+
+_MAX_FILE_BYTES = 5_000_000_000
+_TORCH = {"format": "pt"}
+
+
+def write_weights(
+    params: Any,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    extra_values: Mapping[str, Any] | None = None,
+    extra_files: Sequence[Path] = (),
+    max_file_bytes: int = _MAX_FILE_BYTES,
+) -> dict[str, Any]:
+    """Write config.json and safetensors that `transformers` loads, and return what config.json says.
+
+    Args:
+        params: a tree {"embed", "blocks", "head"} of arrays on any mesh, as `read_weights` returns it.
+        folder: must not be there yet, or be empty.
+        architecture: needed where the model fits several.
+        dtype: of the tensors; that of the parameters if left out.
+        extra_values: more keys of config.json, such as ids of special tokens.
+        extra_files: to be copied, such as a tokenizer's.
+        max_file_bytes: more than this goes to several files with an index.
+
+    Raises:
+        WeightsError: the folder is there, cannot be written, or no architecture holds the model.
+    """
+    check_count("max_file_bytes", max_file_bytes, error=WeightsError)
+    values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
+    kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
+    values["dtype"] = kind.name
+    tensors = _list_tensors(params, values["model_type"], kind)
+    with new_folder(folder) as part:
+        _write_files(part, tensors, params, kind, max_file_bytes)
+        _write_json(part / "config.json", values)
+        for file in extra_files:
+            copy_file(file.parent, file.name, part / file.name)
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """A tensor to be: its name, size, and the parameters that it joins, by path, of one layer."""
+
+    name: str
+    num_bytes: int
+    paths: tuple[str, ...]
+    layer: int
+    is_transposed: bool
+
+
+def _list_tensors(params: Any, model_type: str, dtype: np.dtype) -> list[_Tensor]:
+    naming = NAMINGS[model_type]
+    leaves = _by_path(params)
+    joined: dict[str, list[str]] = {}
+    homes = named(naming, params)
+    for path in sorted(homes, key=lambda path: homes[path].part):
+        joined.setdefault(homes[path].name, []).append(path)
+    tensors = []
+    for name, paths in joined.items():
+        home, leaf = homes[paths[0]], leaves[paths[0]]
+        is_stacked = paths[0].startswith("blocks.")
+        shape = home.shape(leaf.shape[1:] if is_stacked else leaf.shape)
+        for layer in range(leaf.shape[0] if is_stacked else 1):
+            full = name if name == naming.head else naming.prefix + name.format(layer=layer)
+            size = math.prod(shape) * dtype.itemsize
+            is_transposed = home.layout == "transposed"
+            tensors.append(
+                _Tensor(name=full, num_bytes=size, paths=tuple(paths), layer=layer, is_transposed=is_transposed)
+            )
+    return sorted(tensors, key=lambda tensor: (tensor.layer, tensor.name))
+
+
+def _write_files(part: Path, tensors: list[_Tensor], params: Any, dtype: np.dtype, max_file_bytes: int) -> None:
+    groups = list(_fill_files(tensors, max_file_bytes))
+    leaves = _by_path(params)
+    index = {}
+    for number, group in enumerate(groups, 1):
+        name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({tensor.name: _fetch(tensor, leaves, dtype) for tensor in group}, part / name, metadata=_TORCH)
+        index |= {tensor.name: name for tensor in group}
+    if len(groups) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_Tensor]]:
+    group: list[_Tensor] = []
+    for tensor in tensors:
+        if group and sum(one.num_bytes for one in group) + tensor.num_bytes > max_file_bytes:
+            yield group
+            group = []
+        group.append(tensor)
+    yield group
+
+
+def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
+    """Bring one tensor to the host."""
+    parts = []
+    for path in tensor.paths:
+        leaf = leaves[path][tensor.layer] if path.startswith("blocks.") else leaves[path]
+        parts.append(np.asarray(jax.device_get(leaf)))
+    whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    # A view that is not contiguous would be saved in the order of its memory.
+    return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(dtype))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,1 @@
+"""The executor: one jitted program that runs any schedule over any stage functions."""

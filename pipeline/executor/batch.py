@@ -1,0 +1,106 @@
+"""What every data shard is given of a batch: its part of [M, B, ...], or all of what is marked as whole.
+
+    batch = {"x": [M, B, D], "temperature": [M]}              split over B; whole, since it has no B
+    batch = {"x": [M, B, D], "class_weights": [M, V]}         refused: V is no B, and half a table is no table
+    StageFns(batch_specs={"x": P(None, "data"), "class_weights": P()})     so it is whole
+
+Read `checks/arguments.py` next.
+"""
+
+from collections import Counter
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from ...meshes import ScheduleError, ShardingError
+from ..model.stage import StageFns
+from ..model.trees import check_arrays, spread_specs
+
+_SPLIT, _WHOLE = P(None, "data"), P()
+
+
+def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards: int) -> None:
+    """Raise unless every leaf is [M], or [M, B, ...] with the B of all others, or is marked by `fns.batch_specs`.
+
+    Raises:
+        ScheduleError: a leaf is no array, or does not have M microbatches.
+        ShardingError: leaves disagree on B, or B does not split over the data shards.
+    """
+    leaves = check_arrays("batch", batch)
+    if not leaves:
+        raise ScheduleError("batch is empty.", fix=f"give leaves [{num_microbatches}, batch, ...].")
+    for name, leaf in leaves.items():
+        _check_microbatches(name, leaf.shape, num_microbatches)
+    specs = dict(zip(leaves, jax.tree.leaves(batch_specs(fns, batch)), strict=True))
+    split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _SPLIT}
+    _check_sizes(split, num_shards)
+    if not split and num_shards > 1:
+        raise ShardingError(
+            f"no leaf of the batch is split over data={num_shards}: every shard would add the same loss once more.",
+            fix=f"give leaves [{num_microbatches}, batch, ...], or use a mesh with data=1.",
+        )
+
+
+def batch_specs(fns: StageFns, batch: Any) -> Any:
+    """Return for every leaf of a batch how it lies on the data shards: P(None, "data"), or P() for whole.
+
+    Raises:
+        ShardingError: `fns.batch_specs` is no prefix of the batch's tree, or splits another way.
+    """
+    if fns.batch_specs is None:
+        return jax.tree.map(lambda leaf: _SPLIT if leaf.ndim > 1 else _WHOLE, batch)
+    specs = spread_specs("batch_specs", fns.batch_specs, batch, of="batch")
+    return jax.tree.map_with_path(_read_spec, specs, batch)
+
+
+def _read_spec(path: Any, spec: P, leaf: Any) -> P:
+    entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    if P(*entries) not in (_SPLIT, _WHOLE) or len(entries) > leaf.ndim:
+        raise ShardingError(
+            f"batch_specs{jax.tree_util.keystr(path)} is {spec} for a leaf of shape {leaf.shape}: a leaf is "
+            "[microbatches, batch, ...] and split over its second dimension, or whole on every data shard.",
+            fix='write P(None, "data") or P().',
+        )
+    return P(*entries)
+
+
+def _check_microbatches(name: str, shape: tuple[int, ...], num_microbatches: int) -> None:
+    if not shape:
+        raise ScheduleError(
+            f"{name} is a single number, but leaves of a batch are [microbatches, batch, ...] or [microbatches].",
+            fix=f"give one for each microbatch, jnp.full({num_microbatches}, value), or put it into params.shared.",
+        )
+    if shape[0] == num_microbatches:
+        return
+    size, rest = shape[0], "".join(f", {n}" for n in shape[1:])
+    fix = f"reshape it to ({num_microbatches}, {size // num_microbatches}{rest})."
+    if size % num_microbatches or not size:
+        fix = f"use a number of sequences that is a multiple of {num_microbatches}, and reshape it."
+    raise ScheduleError(
+        f"{name} has shape {shape}, but the schedule runs {num_microbatches} microbatches: leaves are "
+        "[microbatches, batch, ...] or [microbatches].",
+        fix=fix,
+    )
+
+
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
+    if not shapes:
+        return
+    size, _ = Counter(shape[1] for shape in shapes.values()).most_common(1)[0]
+    like = next(name for name, shape in shapes.items() if shape[1] == size)
+    for name, shape in shapes.items():
+        if shape[1] != size:
+            raise ShardingError(
+                f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
+                f"and {shape[1]} is not {size}.",
+                fix='mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, "data") for the '
+                "others.",
+            )
+    if size % num_shards or not size:
+        raise ShardingError(
+            f"{like}: {size} sequences a microbatch do not split over data={num_shards}.",
+            fix=f"use a microbatch size that is a multiple of {num_shards}.",
+        )

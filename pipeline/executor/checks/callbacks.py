@@ -1,0 +1,42 @@
+"""Calls of the host in the functions of a pipeline: prints are welcome, results from the host are not.
+
+XLA compiles a `pure_callback` or an `io_callback` only where every axis of the mesh is manual, and `tensor` is not.
+`jax.debug.print` and `jax.debug.callback` run on each device of pipe and data, once a microbatch and layer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+
+from ....meshes import ScheduleError
+
+_ANSWERING = ("pure_callback", "io_callback")
+
+
+def check_callbacks(name: str, jaxpr: Any) -> None:
+    """Raise if the function `name` asks the host for a result, or calls it in an order.
+
+    Raises:
+        ScheduleError: with the kind of callback.
+    """
+    for eqn in _equations(jaxpr):
+        primitive = eqn.primitive.name
+        if primitive in _ANSWERING:
+            raise ScheduleError(
+                f"{name}() calls jax.{'experimental.' * (primitive == 'io_callback')}{primitive}; XLA compiles it only "
+                "where all axes of a mesh are manual, and a pipeline leaves tensor to the compiler.",
+                fix="compute it in jax, or before the step and pass it in the batch; jax.debug.callback may watch.",
+            )
+        if eqn.params.get("ordered"):
+            raise ScheduleError(
+                f"{name}() calls jax.debug with ordered=True; jax keeps an order on one device alone.",
+                fix="leave ordered out, and print with it what tells the order.",
+            )
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _equations(inner)

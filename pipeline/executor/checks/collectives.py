@@ -1,0 +1,135 @@
+"""Collectives in the functions of a pipeline: refused where not all devices that must take part do.
+
+    turn     rank 0         rank 1
+     3       layer: psum    (idle)      rank 0 waits for rank 1, which waits for it at the end of the turn: for ever
+
+A layer runs in a branch that one rank takes alone, with all its data shards. So it may sum and gather over data, but
+not over pipe. A permute (`ppermute`) in it is never right: XLA lets all devices of the mesh take part in one, and pairs
+those that run another turn; the result is a hang, or numbers of another microbatch.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+from ....meshes import ScheduleError
+
+_GROUPED = (
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "all_gather",
+    "all_gather_invariant",
+    "reduce_scatter",
+    "all_to_all",
+)
+"""Collectives among the devices of one group, whatever others do."""
+
+_LOCAL = ("axis_index", "pvary", "pcast")
+"""They name an axis, and send nothing."""
+
+
+def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", "one rank"]) -> None:
+    """Raise for a collective of the function `name` that some of its devices would not reach.
+
+    Raises:
+        ScheduleError: with the collective and its axes.
+    """
+    for eqn in _equations(jaxpr):
+        axes = _axes_of(eqn)
+        if not axes or eqn.primitive.name in _LOCAL or runs_on == "all ranks":
+            continue
+        what = f"{name}() runs {_public_name(eqn)} over {' and '.join(axes)}"
+        if "pipe" in axes:
+            hint = "; first and last are run by all ranks where StageFns(shared_specs=...) is given"
+            raise ScheduleError(
+                f"{what}, but one rank of the pipe runs it alone: it would wait for the others for ever.",
+                fix=f"leave it out: a rank has what it needs{'' if name in ('layer', 'prepare') else hint}.",
+            )
+        if eqn.primitive.name not in _GROUPED:
+            raise ScheduleError(
+                f"{what}, but one rank of the pipe runs it alone, and XLA lets all devices take part in one: it would "
+                "hang, or give numbers of another microbatch.",
+                fix="use jax.lax.all_gather or jax.lax.all_to_all, in which each group of devices is on its own.",
+            )
+
+
+def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
+    """Raise for a collective in a branch or loop that not all its devices take: in the function `name`, or a program.
+
+    A function may branch by its rank itself, and in the whole program there is the backward pass of the functions too.
+
+    Raises:
+        ScheduleError: with the collective and its axes.
+    """
+    for eqn, differs in _branched_equations(jaxpr, frozenset()):
+        axes = frozenset(_axes_of(eqn))
+        if not axes or not differs or eqn.primitive.name in _LOCAL:
+            continue
+        if axes & differs or eqn.primitive.name not in _GROUPED:
+            what = "the gradient of a function" if name is None else f"{name}()"
+            raise ScheduleError(
+                f"{what} runs {_public_name(eqn)} over {' and '.join(sorted(axes))} in a branch or loop for which "
+                f"devices along {' and '.join(sorted(differs))} may decide differently: those that take another way "
+                "never reach it.",
+                fix="move it out of the branch, so that all of them run it.",
+            )
+
+
+def named_axes(jaxpr: Jaxpr) -> set[str]:
+    """Return the mesh axes that a function names; jax itself marks arrays as varying, so that does not count."""
+    eqns = (eqn for eqn in _equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
+    return {axis for eqn in eqns for axis in _axes_of(eqn)}
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those inside of others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner(eqn):
+            yield from _equations(inner)
+
+
+def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple[JaxprEqn, frozenset[str]]]:
+    """All equations, each with the axes along which devices may not take the same way to it."""
+    for eqn in jaxpr.eqns:
+        yield eqn, differs
+        inside = differs | _decides_by(eqn)
+        for inner in _inner(eqn):
+            yield from _branched_equations(inner, inside)
+
+
+def _decides_by(eqn: JaxprEqn) -> frozenset[str]:
+    """The axes along which the choice of a branch, or the length of a loop, differs."""
+    if eqn.primitive.name == "cond":
+        return _varying(eqn.invars[0])
+    if eqn.primitive.name == "while":
+        return _varying(eqn.params["cond_jaxpr"].jaxpr.outvars[0])
+    return frozenset()
+
+
+def _varying(v: Any) -> frozenset[str]:
+    aval: Any = v.aval
+    return frozenset(aval.mat.varying) if isinstance(v, Var) else frozenset()
+
+
+def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _axes_of(eqn: JaxprEqn) -> tuple[str, ...]:
+    """The mesh axes that an equation names: sums over dimensions have numbers there."""
+    axes = eqn.params.get("axis_name", eqn.params.get("axes", ()))
+    return tuple(axis for axis in (axes if isinstance(axes, tuple | list) else (axes,)) if isinstance(axis, str))
+
+
+def _public_name(eqn: JaxprEqn) -> str:
+    name = eqn.primitive.name.removesuffix("_invariant")
+    return "psum_scatter" if name == "reduce_scatter" else name

@@ -1,0 +1,166 @@
+"""Checks of the three functions of a pipeline, by tracing each of them once over shapes before anything runs.
+
+On every mesh they are traced alike, with axes of size 1 as with larger ones: what is refused on one mesh is refused on
+all. Read `collectives.py` next.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ....meshes import ScheduleError
+from ...model.stage import PipelineParams, StageFns
+from ..batch import batch_specs
+from ..equations import is_acting
+from .callbacks import check_callbacks
+from .collectives import check_branches, check_collectives, named_axes
+from .user_errors import explain_errors
+
+_AXES = ("pipe", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FnFacts:
+    """What tracing says about the functions of a pipeline.
+
+    axes: which of pipe and data they name.
+    owners: for every traced array that a function closes over, by `id`: the name of the function.
+    """
+
+    axes: frozenset[str]
+    owners: dict[int, str]
+
+
+def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) -> FnFacts:
+    """Return what is known of the functions; raise unless they fit each other. Nothing is computed.
+
+    params.stages leaves [C, ranks, k, ...], batch leaves [M, B, ...].
+
+    Raises:
+        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, `last` gives no scalar, or one
+            of them communicates where not all devices take part, or asks the host for a result.
+    """
+    trace = _Trace(mesh)
+
+    def region(params: PipelineParams, batch: Any) -> jax.Array:
+        trace.check(fns, params, batch)
+        return jnp.zeros(())
+
+    split = PipelineParams(stages=P(None, "pipe"), shared=P() if fns.shared_specs is None else fns.shared_specs)
+    specs = split, batch_specs(fns, batch)
+    jax.eval_shape(
+        jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(_AXES)), params, batch
+    )
+    return FnFacts(axes=frozenset(trace.axes), owners=trace.owners)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What a function returns, and the axes of the mesh on which that differs."""
+
+    value: Any
+    varying: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Traces of the functions inside `shard_map`, and what they show."""
+
+    mesh: Mesh
+    axes: set[str] = field(default_factory=set)
+    owners: dict[int, str] = field(default_factory=dict)
+
+    def check(self, fns: StageFns, params: PipelineParams, batch: Any) -> None:
+        is_together = fns.shared_specs is not None
+        ends, axes = ("all ranks", ("data",)) if is_together else ("one rank", _AXES)
+        shared, end_batch = _mark((params.shared, jax.tree.map(lambda leaf: leaf[0], batch)), axes)
+        first = self._trace("first", fns.first, shared, end_batch, runs_on=ends)
+        _check_activation(first.value)
+        x = _like(first.value, _AXES)
+        own, microbatch = _mark((jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages), end_batch), _AXES)
+        if fns.prepare is not None:
+            own = _like(self._trace("prepare", fns.prepare, own, runs_on="one rank").value, _AXES)
+        _check_layer(self._trace("layer", fns.layer, own, x, microbatch, runs_on="one rank").value, first.value)
+        last = self._trace("last", fns.last, shared, _like(first.value, axes), end_batch, runs_on=ends)
+        _check_loss(last.value)
+        for name, result in (("first", first), ("last", last)):
+            if is_together and "pipe" in result.varying:
+                raise ScheduleError(
+                    f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it "
+                    "together.",
+                    fix='sum what each rank made: jax.lax.psum(..., "pipe").',
+                )
+
+    def _trace(
+        self, name: str, fn: Callable[..., Any], *args: Any, runs_on: Literal["all ranks", "one rank"]
+    ) -> _Result:
+        with explain_errors(f"{name}()", self.mesh):
+            jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
+        check_callbacks(name, jaxpr.jaxpr)
+        check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
+        check_branches(jaxpr.jaxpr, name=name)
+        self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
+        if any(map(is_acting, jaxpr.jaxpr.eqns)):
+            # With two axes left to the compiler jax does not lower a debug.callback.
+            self.axes.update(_AXES)
+        self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
+        return _Result(value=value, varying=_varying(jaxpr))
+
+
+def _check_activation(x: Any) -> None:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        raise ScheduleError(
+            f"first() returns a {type(x).__name__}; what passes between layers is one array.",
+            fix="concatenate what you need to pass on, or read it from the microbatch in every layer.",
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ScheduleError(
+            f"first() returns {_array_text(x)}; gradients come back through what layers pass on, so it is floats.",
+            fix="embed or cast it in first(), x.astype(jnp.float32) say; integers are read from the microbatch.",
+        )
+
+
+def _check_layer(y: Any, x: Any) -> None:
+    if _array_text(y) != _array_text(x):
+        raise ScheduleError(
+            f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
+            fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
+        )
+
+
+def _check_loss(loss: Any) -> None:
+    if _array_text(loss) != "float32[]":
+        raise ScheduleError(
+            f"last() returns {_array_text(loss)}; the loss is one float32 number.",
+            fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
+        )
+
+
+def _varying(jaxpr: ClosedJaxpr) -> frozenset[str]:
+    return frozenset().union(*(aval.mat.varying for aval in jaxpr.out_avals))
+
+
+def _like(tree: Any, axes: tuple[str, ...]) -> Any:
+    return _mark(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), axes)
+
+
+def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Mark arrays as differing over these axes, also over those of size 1."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).mat.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def _array_text(value: Any) -> str:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype}[{', '.join(map(str, value.shape))}]"

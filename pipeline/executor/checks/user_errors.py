@@ -1,0 +1,76 @@
+"""jax's own errors about axes and shardings in a user's function, as one sentence with a way out."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from ....meshes import MeshError, ScheduleError, ShardingError, suggest
+
+
+@contextmanager
+def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
+    """Trace `name` inside, `layer()` say: what jax raises about axes of the mesh becomes one of our errors.
+
+    Raises:
+        ScheduleError: it names an axis in a collective that is not there, or that the compiler has.
+        ShardingError: it constrains a sharding on another mesh, or over axes that are manual inside.
+    """
+    try:
+        yield
+    except NameError as error:
+        unbound = re.search(r"unbound axis name: (\w+)", str(error))
+        if unbound is None:
+            raise
+        raise _unbound(name, unbound[1], mesh) from error
+    except ValueError as error:
+        if not any(words in str(error) for words in _ABOUT_SHARDING):
+            raise
+        raise ShardingError(
+            f"{name} constrains a sharding on a mesh from outside, or over axes that are not the compiler's: in a "
+            "pipeline a device sees its own microbatch and its own layers, and tensor alone is the compiler's.",
+            fix="write the bare jax.lax.with_sharding_constraint(x, PartitionSpec(...)), and name tensor alone.",
+        ) from error
+
+
+_ABOUT_SHARDING = (
+    "with_sharding_constraint",
+    "Axes mentioned in `manual_axis_type` field",
+    "is not found in mesh",
+)
+"""What jax says of a `NamedSharding`, or of an axis that is manual or missing, in a constraint inside `shard_map`."""
+
+
+def check_context(mesh: Mesh) -> None:
+    """Raise unless the mesh of the context, `jax.set_mesh`, is this one or none.
+
+    Raises:
+        MeshError: they differ in axes or sizes, or the context's axes are not Auto.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    is_same = tuple(context.shape.items()) == tuple(mesh.shape.items())
+    if context.empty or (is_same and all(kind == AxisType.Auto for kind in context.axis_types)):
+        return
+    axes = zip(context.shape.items(), context.axis_types, strict=True)
+    found = " ".join(f"{axis}={size} ({kind})" for (axis, size), kind in axes)
+    asked = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    raise MeshError(
+        f"the pipeline's mesh is {asked}, all Auto, but it is called where the mesh of the context is {found}.",
+        fix="call it outside of that jax.set_mesh() or shard_map, or inside jax.set_mesh(mesh) with the same mesh.",
+    )
+
+
+def _unbound(name: str, axis: str, mesh: Mesh) -> ScheduleError:
+    if axis in mesh.axis_names:
+        return ScheduleError(
+            f"{name} names the mesh axis {axis!r} in a collective; a pipeline leaves that axis to the compiler, "
+            "which adds what must be sent.",
+            fix=f"write the sharding instead: jax.lax.with_sharding_constraint(x, PartitionSpec(..., {axis!r})).",
+        )
+    return ScheduleError(
+        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are pipe and data."
+        f"{suggest(axis, ['pipe', 'data'])}",
+        fix="name one of these, or bind the axis with jax.vmap(..., axis_name=...).",
+    )

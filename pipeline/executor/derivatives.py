@@ -1,0 +1,98 @@
+"""Which derivatives a pipeline has, and one sentence for those that it has not.
+
+It computes the gradients of its parameters itself. A second derivative jax takes of the executor. What is left is
+refused: asked for a derivative with respect to anything else, jax would sum it in branches that one rank takes alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ...meshes import ScheduleError
+from ..model.stage import PipelineParams, StageFns
+from ..schedules import Schedule
+
+Tangents = tuple[PipelineParams, Any, dict[int, Any]]
+"""Those of the parameters, of the batch, and of arrays that functions close over."""
+
+
+def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
+    """Return the inputs as they are; where they are differentiated, `check` is given the tangents and may raise."""
+
+    @jax.custom_jvp
+    def same(inputs: Any) -> Any:
+        return inputs
+
+    def rule(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+        check(tangents[0])
+        # In numpy jax takes them for constants of the program, of a kind that it does not compile.
+        own = jax.tree.map(lambda tangent: tangent if _is_zero(tangent) else jnp.asarray(tangent), tangents[0])
+        return primals[0], own
+
+    same.defjvp(rule, symbolic_zeros=True)
+    return same(inputs)
+
+
+def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
+    """Raise unless a derivative is one with respect to parameters alone.
+
+    Raises:
+        ScheduleError: it is one with respect to the batch, or to an array that the function owners[id] closes over.
+    """
+    _, batch, closed = tangents
+    for path, tangent in jax.tree_util.tree_leaves_with_path(batch):
+        if not _is_zero(tangent):
+            raise ScheduleError(
+                f"batch{jax.tree_util.keystr(path)} is differentiated; a pipeline has gradients of its parameters "
+                "alone.",
+                fix="move it into params.shared, or stop its gradient: jax.lax.stop_gradient(batch).",
+            )
+    for place, tangent in closed.items():
+        if not _is_zero(tangent):
+            raise ScheduleError(
+                f"{owners.get(place, 'a function')}() closes over an array that is differentiated, {tangent.dtype}"
+                f"{list(tangent.shape)}; a pipeline has gradients of its parameters alone.",
+                fix="pass it in params.shared, or stop its gradient: jax.lax.stop_gradient(array).",
+            )
+
+
+def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns, schedule: Schedule) -> None:
+    """Raise unless jax can differentiate the executor: not a loop of unknown length, nor sums in few bits.
+
+    Raises:
+        ScheduleError: stages differ in their number of layers, parameters are of less than 32 bits, or the derivative
+            is not one with respect to parameters alone.
+    """
+    check_first(tangents, owners=owners)
+    counts = fns.layers_per_stage
+    if schedule.num_ranks > 1 and counts is not None and len(set(counts)) > 1:
+        raise ScheduleError(
+            f"gradients of a pipeline with layers_per_stage={list(counts)} are differentiated; jax does not "
+            "differentiate a loop whose length differs between ranks.",
+            fix="give all stages as many layers, or stop the gradient: jax.lax.stop_gradient(params).",
+        )
+    for path, tangent in jax.tree_util.tree_leaves_with_path(tangents[0]):
+        if not _is_zero(tangent) and tangent.dtype.itemsize < 4:
+            # The transpose of the executor sums this over manual axes, where XLA's CPU backend aborts.
+            raise ScheduleError(
+                f"gradients of a pipeline are differentiated, and params{jax.tree_util.keystr(path)} is "
+                f"{tangent.dtype}: what is summed over devices is float32.",
+                fix="keep parameters in float32, and cast them in the layer or in StageFns(prepare=...).",
+            )
+
+
+def tangent_of_loss(params: PipelineParams, grads: PipelineParams) -> jax.Array:
+    """Return the loss's tangent for tangents of the parameters: their transposes are the gradients."""
+
+    def one(tangent: Any, grad: Any) -> Any:
+        return 0.0 if _is_zero(tangent) else jnp.sum(grad * tangent.astype(jnp.float32))
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, params, grads))
+
+
+def _is_zero(tangent: Any) -> bool:
+    """Whether a tangent is known to be zero, or is that of whole numbers, which have none."""
+    return isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0

@@ -1,0 +1,188 @@
+"""Loss and gradients of a pipelined model, for `jax.jit`: the door to the executor.
+
+`pipeline_grads` returns both at once; `pipeline_loss` is an ordinary differentiable function for those who write
+`jax.value_and_grad` themselves. Read `execute.py` next.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ...meshes.ring import check_ring
+from ..model.stage import LossAndGrads, PipelineParams, StageFns
+from ..schedules import Kind, Schedule
+from .batch import batch_specs
+from .bind_axes import bind_axes, mark_results
+from .checks.arguments import check_arguments
+from .checks.collectives import check_branches
+from .checks.functions import FnFacts, check_fns
+from .checks.user_errors import check_context, explain_errors
+from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
+from .ends import Wants
+from .execute import Bubbles, run_turns
+from .lower import lower
+from .prepare import check_prepare
+from .program import Closed, Program, trace_program
+from .sequential import run_sequence
+
+
+def pipeline_grads(
+    fns: StageFns,
+    *,
+    params: PipelineParams,
+    batch: Any,
+    mesh: Mesh,
+    schedule: Schedule,
+    bubbles: Bubbles = "zeros",
+) -> LossAndGrads:
+    """Return the loss of a batch and its gradients, computed as the schedule says.
+
+    params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
+    batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
+    -> loss [], gradients float32 and sharded as the parameters; those of whole numbers are zeros of their own type.
+
+    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
+    all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
+    microbatches run one after another and the schedule only gives their number.
+
+    Args:
+        bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
+
+    Raises:
+        ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
+        ShardingError: the batch does not split over `data`, or its leaves disagree on B.
+        MeshError: the mesh lacks an axis, or has another one.
+    """
+    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    program = _trace(how, params, batch, wants="grads")
+    given = watch_derivatives((params, batch, program.closed), check=how.check_second)
+    loss, grads = program.run(*given)
+    return LossAndGrads(loss=loss, grads=grads)
+
+
+def pipeline_loss(
+    fns: StageFns, *, params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule, bubbles: Bubbles = "zeros"
+) -> jax.Array:
+    """Return the loss of a batch, a float32 scalar, running only the schedule's forwards.
+
+    Differentiable in `params`: under `jax.grad`, and as well under `jax.jvp`, it runs the whole schedule once, and
+    gradients come in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+
+    Raises:
+        ScheduleError: also for a derivative with respect to the batch, or to an array that a function closes over.
+    """
+    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    program = _trace(how, params, batch, wants="loss")
+
+    @jax.custom_jvp
+    def loss_of(params: PipelineParams, batch: Any, closed: Closed) -> jax.Array:
+        return program.run(params, batch, closed)[0]
+
+    def rule(primals: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+        check_first(tangents, owners=how.facts.owners)
+        given = watch_derivatives(primals, check=how.check_second)
+        loss, grads = _trace(how, *given[:2], wants="grads").run(*given)
+        return loss, tangent_of_loss(tangents[0], grads)
+
+    loss_of.defjvp(rule, symbolic_zeros=True)
+    return loss_of(params, batch, program.closed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    fns: StageFns
+    facts: FnFacts
+    mesh: Mesh
+    schedule: Schedule
+    bubbles: Bubbles
+
+    def check_second(self, tangents: Tangents) -> None:
+        check_second(tangents, owners=self.facts.owners, fns=self.fns, schedule=self.schedule)
+
+
+def _check(
+    fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+) -> _How:
+    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    check_context(mesh)
+    if schedule.num_chunks > 1:
+        check_ring(mesh, what=f"schedule {schedule.name!r}")
+    facts = check_fns(fns, params, batch, mesh=mesh)
+    return _How(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
+
+
+def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Program:
+    run = partial(_run, how, wants=wants)
+    try:
+        program = trace_program(partial(run, named=how.facts.axes), params, batch)
+    except NameError:
+        # A function that marks an array as varying names axes in a way that its trace does not tell from jax's own.
+        with explain_errors("the gradient of a function", how.mesh):
+            program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
+    check_branches(program.jaxpr.jaxpr)
+    return program
+
+
+def _run(
+    how: _How, params: PipelineParams, batch: Any, *, wants: Wants, named: frozenset[str]
+) -> tuple[jax.Array, Any]:
+    fns, mesh, schedule = how.fns, how.mesh, how.schedule
+    is_pipelined = schedule.num_ranks > 1
+    # Axes of size 1 appear in no spec or sum, unless a function names them beside an axis that is larger.
+    has_devices = mesh.shape["pipe"] * mesh.shape["data"] > 1
+    axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1 or (has_devices and axis in named))
+    fns = mark_results(bind_axes(fns, () if has_devices else tuple(sorted(named))))
+    tables = None
+    is_together = is_pipelined and fns.shared_specs is not None
+    if is_pipelined:
+        kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if wants == "grads" else ("F",)
+        tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
+
+    def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
+        params = _own(params)
+        check_prepare(fns, params.stages)
+        if tables is None:
+            loss, grads = run_sequence(fns, params, batch, wants=wants)
+        else:
+            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=how.bubbles, wants=wants)
+        # Ends that ran together have summed over the ranks what had to be.
+        shared_axes = tuple(axis for axis in axes if axis == "data") if is_together else axes
+        return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes, shared_axes)
+
+    stages = P(None, "pipe" if "pipe" in axes else None)
+    split = PipelineParams(stages=stages, shared=fns.shared_specs if is_together else P())
+    return jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
+        out_specs=(P(), split if wants == "grads" else P()),
+        axis_names=set(axes or named) or {"data"},
+        check_vma=has_devices or not named,
+    )(params, batch)
+
+
+def _own(params: PipelineParams) -> PipelineParams:
+    """Drop the rank dimension, of which this rank holds one entry."""
+    return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
+
+
+def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[str, ...]) -> PipelineParams:
+    """Sum over the data shards, and what every rank holds whole over the ranks too: once a step."""
+    stages = _sum(grads.stages, tuple(axis for axis in axes if axis == "data"))
+    return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, shared_axes))
+
+
+def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Sum over axes; the zeros that whole numbers have for a gradient are the same everywhere."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
+    sums = iter(jax.lax.psum(floats, axes) if axes else floats)
+    return jax.tree.unflatten(
+        structure, [next(sums) if is_its else leaf for leaf, is_its in zip(leaves, is_float, strict=True)]
+    )

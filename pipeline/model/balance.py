@@ -1,0 +1,175 @@
+"""How many layers each stage gets, so that no stage takes much longer than the others, and what stages then cost.
+
+All layers are alike, so time is counted in layers; only the ends of the model differ. Read `split.py` next.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ...layers import ModelConfig, Remat, flops_per_token
+from ...meshes import ScheduleError
+from ...meshes.arguments import check_choice, check_count, check_number
+from ..schedules import StageCost, Vocab
+from ..schedules.check import check_sizes
+from ..schedules.place import check_vocab
+from .stack import check_layers
+from .stage import check_counts
+
+LayersPerStage = Literal["auto"] | Sequence[int]
+"""Layers of every stage, first to last, or "auto" to have them balanced."""
+
+_FLOPS_PER_BYTE = 200
+_ITEM_BYTES = 4
+_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndTimes:
+    """What the ends of a model take beside their layers, in units of one layer's forward.
+
+    `embedding` and `embedding_grad` fall to the first stage's forward and backward; `head`, with its loss and its
+    backward, to the last stage's forward, which is where the executor runs all of it.
+    """
+
+    embedding: float
+    embedding_grad: float
+    head: float
+
+
+def balance_layers(
+    num_layers: int, *, num_stages: int, first_extra: float = 0.0, last_extra: float = 0.0
+) -> tuple[int, ...]:
+    """Return the layers of each stage, one or more, that make the longest stage as short as it can be.
+
+    Where two stages would be equally long the later gets the layer: earlier ones hold more microbatches in flight.
+
+    >>> balance_layers(10, num_stages=4)
+    (2, 2, 3, 3)
+    >>> balance_layers(10, num_stages=4, last_extra=2.5)
+    (3, 3, 3, 1)
+
+    Args:
+        first_extra, last_extra: time of the first and the last stage beside their layers, in units of one layer.
+
+    Raises:
+        ScheduleError: there are fewer layers than stages.
+    """
+    check_count("num_layers", num_layers, error=ScheduleError)
+    check_count("num_stages", num_stages, error=ScheduleError)
+    check_number("first_extra", first_extra, error=ScheduleError)
+    check_number("last_extra", last_extra, error=ScheduleError)
+    _check_depth(num_layers, num_stages=num_stages, what=f"{num_stages} stages")
+    extras = [0.0] * num_stages
+    extras[0] += first_extra
+    extras[-1] += last_extra
+    layers = [1] * num_stages
+    # Layers are alike, so giving each to the stage that is then shortest makes the best split.
+    shortest = [(1 + extra, -stage) for stage, extra in enumerate(extras)]
+    heapq.heapify(shortest)
+    for _ in range(num_layers - num_stages):
+        stage = -shortest[0][1]
+        layers[stage] += 1
+        heapq.heapreplace(shortest, (layers[stage] + extras[stage], -stage))
+    return tuple(layers)
+
+
+def resolve_layers(
+    config: ModelConfig,
+    *,
+    num_ranks: int,
+    num_chunks: int = 1,
+    layers_per_stage: LayersPerStage = "auto",
+    num_tokens: int,
+    vocab: Vocab = "split",
+) -> tuple[int, ...]:
+    """Return the layers of every stage: those given, once they are known to add up, or balanced ones for "auto".
+
+    Args:
+        num_tokens: tokens of a sequence; long ones make a layer's attention weigh more against the ends.
+
+    Raises:
+        ScheduleError: there are fewer layers than stages, or the list has another length, an entry below 1 or another
+            sum: no layer is ever dropped.
+    """
+    check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
+    check_count("num_tokens", num_tokens, error=ScheduleError)
+    check_vocab(vocab)
+    num_stages = num_ranks * num_chunks
+    ranks = f"{num_ranks} ranks" if num_chunks == 1 else f"{num_ranks} ranks x {num_chunks} chunks"
+    _check_depth(config.num_layers, num_stages=num_stages, what=f"{ranks} = {num_stages} stages")
+    if layers_per_stage != "auto":
+        return check_layers(
+            config.num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage
+        )
+    ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
+    return balance_layers(
+        config.num_layers,
+        num_stages=num_stages,
+        first_extra=(ends.embedding + ends.embedding_grad) / _PASSES,
+        last_extra=ends.head / _PASSES,
+    )
+
+
+def stage_costs(
+    config: ModelConfig,
+    *,
+    layers_per_stage: Sequence[int],
+    num_tokens: int,
+    vocab: Vocab = "split",
+    remat: Remat = "none",
+) -> tuple[StageCost, ...]:
+    """Return the time of every stage for one microbatch, in units of one layer's forward.
+
+    Each gradient of a layer takes as long as its forward. What is recomputed comes before the input gradient: all of a
+    layer with remat="full", else next to nothing. With vocab="split" the vocabulary is no stage's: all ranks share it.
+
+    Raises:
+        ScheduleError: a count is none, or a word is no choice.
+    """
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
+    check_counts(layers_per_stage)
+    ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
+    again = 1.0 if remat == "full" else 0.0
+    last = len(layers_per_stage) - 1
+    return tuple(
+        StageCost(
+            forward=layers + (ends.embedding if stage == 0 else 0) + (ends.head if stage == last else 0),
+            input_grad=(1 + again) * layers + (ends.embedding_grad if stage == 0 else 0),
+            weight_grad=layers,
+        )
+        for stage, layers in enumerate(layers_per_stage)
+    )
+
+
+def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -> EndTimes:
+    """Return what embedding and head add to the end stages; nothing with vocab="split".
+
+    A layer and the head are their matmuls: for a token, the head's are 2 V D flops forward and 4 V D backward, a
+    layer's include the scores that the causal mask lets through. The embedding has no matmul. It moves rows of D
+    float32 numbers: one read and one written in the forward; in the backward the gradient's read, the table's read and
+    written. Each byte counts as 200 flops, near the balance of an H200 (989 TFLOP/s in bfloat16 over 4.8 TB/s).
+    """
+    check_count("num_tokens", num_tokens, error=ScheduleError)
+    check_vocab(vocab)
+    if vocab == "split":
+        return EndTimes(embedding=0.0, embedding_grad=0.0, head=0.0)
+    projection = 2 * config.vocab_size * config.hidden_size
+    layer = _layer_flops(config, num_tokens=num_tokens)
+    row = config.hidden_size * _ITEM_BYTES * _FLOPS_PER_BYTE
+    return EndTimes(embedding=2 * row / layer, embedding_grad=3 * row / layer, head=3 * projection / layer)
+
+
+def _layer_flops(config: ModelConfig, *, num_tokens: int) -> float:
+    """Flops of a layer's forward for one token, masked scores left out."""
+    flops = flops_per_token(config, num_tokens=num_tokens)
+    return (flops.forward - 2 * config.vocab_size * config.hidden_size) / config.num_layers
+
+
+def _check_depth(num_layers: int, *, num_stages: int, what: str) -> None:
+    if num_layers < num_stages:
+        raise ScheduleError(
+            f"num_layers={num_layers} cannot fill {what}: a stage has at least one layer.",
+            fix=f"use {num_layers} stages or fewer, or set num_layers={num_stages} or more.",
+        )

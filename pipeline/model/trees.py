@@ -1,0 +1,48 @@
+"""Trees that users give, checked leaf by leaf: arrays, and partition specs beside them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from ...meshes import ScheduleError, ShardingError
+
+
+def check_arrays(name: str, tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by name, `batch['x']` say, all of them arrays that jax takes.
+
+    Raises:
+        ScheduleError: a leaf is a Python number, a text or an array of objects.
+    """
+    leaves = {f"{name}{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for each, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise ScheduleError(
+                f"{each} is a {type(leaf).__name__}, not an array.", fix="make it one: jnp.asarray(...)."
+            )
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm":
+            raise ScheduleError(f"{each} is an array of {leaf.dtype}, not of numbers.", fix="give numbers.")
+    return leaves
+
+
+def spread_specs(name: str, specs: Any, tree: Any, *, of: str) -> Any:
+    """Return a partition spec for every leaf of the tree, given a prefix of it.
+
+    Raises:
+        ShardingError: the specs are no prefix of the tree, or are no `PartitionSpec`s.
+    """
+    is_spec = lambda node: isinstance(node, PartitionSpec) or node is None  # noqa: E731
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
+        if not isinstance(spec, PartitionSpec):
+            raise ShardingError(
+                f"{name}{jax.tree_util.keystr(path)} is {spec!r}, not a PartitionSpec.", fix="write P() for whole."
+            )
+    try:
+        return jax.tree.broadcast(specs, tree, is_leaf=is_spec)
+    except ValueError as error:
+        raise ShardingError(
+            f"{name} has the tree {jax.tree.structure(specs, is_leaf=is_spec)}, but {of} has "
+            f"{jax.tree.structure(tree)}.",
+            fix=f"give a PartitionSpec for every leaf of {of}, or one for all.",
+        ) from error

@@ -1,0 +1,196 @@
+"""How long a request takes and how many tokens a machine serves: prefill and decoding under tensor and pipe.
+
+Decoding reads every weight and the cache once a token, so it is memory that sets the pace, then the start of each
+kernel, then the start of each small collective (Pope et al. 2022, section 2). Read `memory_model.py` next.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...layers import ModelConfig, param_counts
+from ...meshes import PlanError
+from ...meshes.arguments import check_count, check_fields
+from ..machines.collective_time import Group, collective_time_s, make_group
+from ..machines.efficiency import matmul_time_s, memory_time_s
+from ..machines.topology import Topology
+from .layouts import Layout
+from .minimum import block_params
+from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
+from .program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Traits of an inference program: kernels of a layer, the gap between two, and what the host needs for a layer.
+
+    `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory. `weight_bytes` are those of one weight;
+    below 2 they are expanded on the way, which costs `expand_share` of the bandwidth.
+    """
+
+    kernels: int = 7
+    gap_s: float = 4e-6
+    host_layer_s: float = 0.0
+    all_reduce: Literal["nccl", "direct"] = "nccl"
+    weight_bytes: float = 2.0
+    expand_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
+
+
+COMPILED = Server()
+"""One compiled program a token: kernels follow each other without the host."""
+
+EAGER = Server(kernels=12, host_layer_s=110e-6)
+"""A host that starts every kernel (FasterTransformer): short layers wait for it."""
+
+# 10 us and 2 us for each doubling of the ranks: fitted on gpt-fast's Llama-2-7B on 2, 4 and 8 A100.
+_DIRECT_START_S = 10e-6
+_DIRECT_STEP_S = 2e-6
+_PREFILL = Program(clock="async", vocab="ends", attention="scores", score_bytes=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceTime:
+    """Seconds of a batch of requests: all prompts, one decoding step, and the whole; tokens/s of the machine.
+
+    `tokens_per_s` counts generated tokens of such batches one after another, stages being full all the time.
+    """
+
+    prefill_s: float
+    decode_s: float
+    latency_s: float
+    tokens_per_s: float
+
+
+def inference_time(
+    model: ModelConfig,
+    *,
+    layout: Layout,
+    topology: Topology,
+    batch: int,
+    prompt: int,
+    generated: int,
+    server: Server = COMPILED,
+) -> InferenceTime:
+    """Return the time of `batch` requests that together pass through tensor and pipe, and the machine's throughput.
+
+    Args:
+        batch: requests that are decoded together; each of `layout.data` copies of the model has as many.
+        prompt, generated: tokens of each request.
+    """
+    for name, count in {"batch": batch, "prompt": prompt, "generated": generated}.items():
+        check_count(name, count, error=PlanError)
+    sizes: dict[str, Any] = {"layout": layout, "topology": topology, "server": server}
+    ways = _groups(layout, batch)
+    prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=way, **sizes) for way in ways)
+    # A machine that is never without requests does not wait for its stages to fill.
+    busy = min(
+        way * _prefill_s(model, batch=math.ceil(batch / way), num_tokens=prompt, **sizes) / layout.pipe for way in ways
+    )
+    # Groups that follow each other through the stages take turns; as many as stages cost no time.
+    groups = min(layout.pipe, batch)
+    context = prompt + generated / 2
+    step = decode_time_s(model, batch=math.ceil(batch / groups), context=context, **sizes)
+    latency = prefill + generated * step
+    return InferenceTime(
+        prefill_s=prefill,
+        decode_s=step,
+        latency_s=latency,
+        tokens_per_s=layout.data * batch * generated / (busy + generated * step),
+    )
+
+
+def decode_time_s(
+    model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, context: float, server: Server
+) -> float:
+    """Return the seconds of one token for each of `batch` requests, through all stages."""
+    device, t = topology.accelerator, layout.tensor
+    size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
+    busy = 0.0
+    for operation in layer_operations(model, size=size, program=_PREFILL):
+        if isinstance(operation, Product) and operation.part == "weights":
+            busy += _decode_product_s(operation, topology, model, server)
+        elif isinstance(operation, Stream) and operation.part == "vector":
+            busy += memory_time_s(device, num_bytes=operation.forward_bytes)
+    cache = batch * context * kv_bytes_per_token(model, tensor=t)
+    busy += memory_time_s(device, num_bytes=cache)
+    busy += server.kernels * server.gap_s
+    group = make_group(topology, size=t, stride=1)
+    message = batch * model.hidden_size * item_bytes(model)
+    layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
+    head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
+    return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)
+
+
+def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
+    """Return the bytes that one layer caches for a token on one device: keys and values of its heads."""
+    return 2 * max(model.kv_size / tensor, model.head_size) * item_bytes(model)
+
+
+def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILED) -> float:
+    """Return the bytes of weights on the fullest device of an inference layout."""
+    layers = math.ceil(model.num_layers / layout.pipe)
+    counts = param_counts(model)
+    ends = (counts.total - counts.num_layers * counts.block) / layout.tensor
+    end = ends if layout.pipe == 1 else ends / 2
+    return server.weight_bytes * (layers * block_params(model, tensor=layout.tensor) + end)
+
+
+def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
+    device = topology.accelerator
+    computed = matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=model.dtype)
+    if server.weight_bytes == 2.0:
+        return computed
+    stored = server.weight_bytes * operation.k * operation.n
+    return memory_time_s(device, num_bytes=stored / server.expand_share)
+
+
+def _all_reduce_s(num_bytes: float, group: Group, topology: Topology, server: Server) -> float:
+    nccl = collective_time_s("all_reduce", num_bytes=num_bytes, group=group, topology=topology)
+    nccl += 2 * server.gap_s if group.size > 1 else 0.0
+    if server.all_reduce == "nccl" or group.size == 1 or group.num_nodes > 1:
+        return nccl
+    start = _DIRECT_START_S + _DIRECT_STEP_S * math.log2(group.size)
+    return min(nccl, start + (group.size - 1) * num_bytes / topology.accelerator.link_bytes_per_s)
+
+
+def _hops_s(message: float, *, layout: Layout, topology: Topology) -> float:
+    group = make_group(topology, size=layout.pipe, stride=layout.tensor)
+    return (layout.pipe - 1) * collective_time_s("send", num_bytes=message, group=group, topology=topology)
+
+
+def _groups(layout: Layout, batch: int) -> set[int]:
+    """Into how many groups prompts may be cut: none, or enough to keep the stages at work."""
+    return {1} | {min(batch, times * layout.pipe) for times in (1, 2, 4, 8)}
+
+
+def _piped_prefill_s(
+    model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server, groups: int
+) -> float:
+    """Seconds until the last of several groups of prompts has left the last stage."""
+    size = math.ceil(batch / groups)
+    one = _prefill_s(model, layout=layout, topology=topology, batch=size, num_tokens=num_tokens, server=server)
+    return one * (layout.pipe + groups - 1) / layout.pipe
+
+
+def _prefill_s(
+    model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
+) -> float:
+    """Seconds of all prompts through all stages, in one piece."""
+    device, t = topology.accelerator, layout.tensor
+    size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
+    busy = server.kernels * server.gap_s
+    for operation in layer_operations(model, size=size, program=_PREFILL):
+        if isinstance(operation, Product):
+            busy += matmul_time_s(
+                device, m=operation.m, n=operation.n, k=operation.k, batch=operation.batch, dtype=model.dtype
+            )
+        elif isinstance(operation, Stream):
+            busy += memory_time_s(device, num_bytes=operation.forward_bytes)
+    group = make_group(topology, size=t, stride=1)
+    message = batch * num_tokens * model.hidden_size * item_bytes(model)
+    layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
+    head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
+    return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)

@@ -1,0 +1,146 @@
+"""How long one layer takes on one device: forward, both gradients, recomputation, with the tensor axis' collectives.
+
+Read `stage_time.py` next.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ...layers import ModelConfig
+from ...meshes import PlanError
+from ...meshes.arguments import check_count
+from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
+from ..machines.efficiency import flash_time_s, matmul_time_s, memory_time_s
+from ..machines.topology import Accelerator, Topology
+from .layouts import Layout
+from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
+from .program import Program
+
+_PASSES = ("forward", "input_grad", "weight_grad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Seconds of one layer for one microbatch: `recompute` is what backward does again; collectives are in all four.
+
+    `exposed` are the seconds of all four in which the tensor axis' collectives alone are at work.
+    """
+
+    forward: float
+    recompute: float
+    input_grad: float
+    weight_grad: float
+    exposed: float
+
+    @property
+    def backward(self) -> float:
+        """Seconds of recomputation and both gradients."""
+        return self.recompute + self.input_grad + self.weight_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Seconds of an operation alone, by pass."""
+
+    part: Part
+    forward: float
+    input_grad: float
+    weight_grad: float = 0.0
+
+
+def layer_time(
+    model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
+) -> LayerTime:
+    """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens."""
+    check_count("num_tokens", num_tokens, error=PlanError)
+    queries = num_tokens / layout.context
+    size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
+    operations = layer_operations(model, size=size, program=program)
+    works = [_time_operation(operation, topology.accelerator, program, model.dtype) for operation in operations]
+    forward, input_grad, weight_grad = (sum(getattr(work, name) for work in works) for name in _PASSES)
+    again = _sum_recomputed(works, layout)
+    comm = _tensor_comm_s(model, size=size, layout=layout, program=program, topology=topology)
+    comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
+    hidden = _hidden_comm_s(comm, weight_grad, program)
+    again += comm if layout.remat == "full" else 0.0
+    input_grad += comm - hidden
+    # A host that is slower than the device makes it wait, forward and backward, each as a whole.
+    passes = 3 if layout.remat == "full" else 2
+    waiting = max(0.0, passes * program.host_layer_s - (again + input_grad + weight_grad))
+    return LayerTime(
+        forward=max(forward + comm, program.host_layer_s),
+        recompute=again,
+        input_grad=input_grad + waiting / 2,
+        weight_grad=weight_grad + waiting / 2,
+        exposed=2 * comm - hidden + (comm if layout.remat == "full" else 0.0),
+    )
+
+
+def _time_operation(operation: Operation, accelerator: Accelerator, program: Program, dtype: str) -> _Work:
+    if isinstance(operation, Flash):
+        more: dict[str, Any] = {"kernel": program.flash, "dtype": dtype}
+        return _Work(
+            part="core",
+            forward=flash_time_s(accelerator, flops=operation.flops, direction="forward", **more),
+            input_grad=flash_time_s(accelerator, flops=2.5 * operation.flops, direction="backward", **more),
+        )
+    if not isinstance(operation, Product):
+        forward, backward = (
+            memory_time_s(accelerator, num_bytes=count) for count in (operation.forward_bytes, operation.backward_bytes)
+        )
+        if operation.part == "weights":
+            return _Work(part="weights", forward=forward, input_grad=0.0, weight_grad=backward)
+        return _Work(part=operation.part, forward=forward, input_grad=backward)
+    m, n, k, batch = operation.m, operation.n, operation.k, operation.batch
+    forward, left, right = (
+        matmul_time_s(accelerator, m=rows, n=columns, k=inner, batch=batch, dtype=dtype)
+        for rows, columns, inner in ((m, n, k), (m, k, n), (k, n, m))
+    )
+    if operation.part == "core":
+        return _Work(part="core", forward=forward, input_grad=left + right)
+    return _Work(part=operation.part, forward=forward, input_grad=left, weight_grad=right)
+
+
+def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
+    parts: dict[str, tuple[Part, ...]] = {
+        "none": (),
+        "selective": ("core",),
+        "dots": ("vector",),
+        "full": ("core", "vector", "weights"),
+    }
+    return sum(work.forward for work in works if work.part in parts[layout.remat])
+
+
+def _tensor_comm_s(
+    model: ModelConfig, *, size: LayerSize, layout: Layout, program: Program, topology: Topology
+) -> float:
+    """Seconds of the collectives of one pass: two all-reduces, or as many gathers and scatters."""
+    group = make_group(topology, size=layout.tensor, stride=1)
+    num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
+    is_split = program.sequence_parallel == "on"
+    kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
+    return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
+
+
+def _hidden_comm_s(comm: float, weight_grad: float, program: Program) -> float:
+    """Seconds of a backward's collectives behind the weight gradient.
+
+    With sequence parallelism half of them, the gathers of the gradient, come before both products and stay exposed.
+    """
+    if program.tensor_overlap == "off":
+        return 0.0
+    return min(comm / 2 if program.sequence_parallel == "on" else comm, weight_grad)
+
+
+def _exposed_context_s(
+    model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology, works: list[_Work]
+) -> float:
+    """Seconds that keys and values travel around the context axis while no attention hides them."""
+    if layout.context == 1:
+        return 0.0
+    group = make_group(topology, size=layout.context, stride=layout.tensor)
+    kv = max(model.kv_size / layout.tensor, model.head_size)
+    num_bytes = 2 * size.sequences * size.keys * kv * item_bytes(model)
+    sent = collective_time_s("all_gather", num_bytes=num_bytes, group=group, topology=topology)
+    return max(0.0, sent - sum(work.forward for work in works if work.part == "core"))

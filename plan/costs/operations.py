@@ -1,0 +1,126 @@
+"""The operations of one transformer layer on one device: matrix products by shape, the rest by bytes of memory traffic.
+
+Bytes per element follow from what an operation reads and writes, activations in 16 bit (4 bytes for float32 models)
+and dropout masks in one byte. A backward reads the arriving gradient and what was kept, and writes a gradient.
+Read `layer_time.py` next.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ...layers import ModelConfig
+from .program import Program
+
+Part = Literal["core", "weights", "vector"]
+"""core: between tokens, what "selective" recomputes; weights: products with parameters; vector: everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """`batch` products [m, k] x [k, n] forward; the backward has one for each operand."""
+
+    part: Part
+    m: float
+    n: float
+    k: float
+    batch: float = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Memory traffic in bytes, forward and backward."""
+
+    part: Part
+    forward_bytes: float
+    backward_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flash:
+    """Fused attention: flops of its products forward; the backward has five products for the forward's two."""
+
+    flops: float
+    part: Part = "core"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """What one device has of a layer: `sequences` of `queries` tokens that look at `keys`; widths over `tensor`."""
+
+    sequences: int
+    queries: float
+    keys: float
+    tensor: int
+
+
+Operation = Product | Stream | Flash
+
+
+def layer_operations(model: ModelConfig, *, size: LayerSize, program: Program) -> Iterator[Operation]:
+    """Yield the operations of one block."""
+    tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
+    whole = tokens * model.hidden_size / (t if program.sequence_parallel == "on" else 1)
+    d, query, kv = model.hidden_size, model.query_size / t, max(model.kv_size / t, model.head_size)
+    yield _norm(whole, item)
+    yield Product(part="weights", m=tokens, n=query + 2 * kv, k=d)
+    if model.qk_norm == "on":
+        yield _norm(tokens * (query + kv), item)
+    if model.positions == "rotary":
+        turned = tokens * (query + kv)
+        yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
+    yield from _core(model, size=size, program=program)
+    yield Product(part="weights", m=tokens, n=d, k=query)
+    yield _residual(whole, item, program)
+    yield _norm(whole, item)
+    yield from _feed_forward(model, tokens=tokens, tensor=t)
+    yield _residual(whole, item, program)
+    # Microbatches add their weight gradients to one array.
+    weights = block_weights(model) / t
+    yield Stream(part="weights", forward_bytes=0, backward_bytes=program.sum_traffic_bytes * weights)
+
+
+def item_bytes(model: ModelConfig) -> int:
+    """Bytes of one number of an activation."""
+    return 4 if model.dtype == "float32" else 2
+
+
+def block_weights(model: ModelConfig) -> int:
+    """Number of matrix weights of a block."""
+    num_ffn = 3 if model.mlp == "swiglu" else 2
+    return model.hidden_size * (2 * model.query_size + 2 * model.kv_size + num_ffn * model.ffn_size)
+
+
+def _core(model: ModelConfig, *, size: LayerSize, program: Program) -> Iterator[Operation]:
+    heads = size.sequences * model.num_heads / size.tensor
+    scores = heads * size.queries * size.keys
+    if program.attention == "fused":
+        # A fused kernel skips what the causal mask hides.
+        yield Flash(flops=2 * scores * model.head_size)
+        return
+    yield Product(part="core", m=size.queries, n=size.keys, k=model.head_size, batch=heads)
+    b = program.score_bytes
+    yield Stream(part="core", forward_bytes=2 * b * scores, backward_bytes=3 * b * scores)
+    if program.dropout == "on":
+        yield Stream(part="core", forward_bytes=(2 * b + 1) * scores, backward_bytes=(2 * b + 1) * scores)
+    yield Product(part="core", m=size.queries, n=model.head_size, k=size.keys, batch=heads)
+
+
+def _feed_forward(model: ModelConfig, *, tokens: float, tensor: int) -> Iterator[Operation]:
+    item, f = item_bytes(model), model.ffn_size / tensor
+    num_up = 2 if model.mlp == "swiglu" else 1
+    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size)
+    moved = item * tokens * f
+    # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.
+    yield Stream(part="vector", forward_bytes=(num_up + 1) * moved, backward_bytes=(2 * num_up + 1) * moved)
+    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f)
+
+
+def _norm(numbers: float, item: int) -> Stream:
+    return Stream(part="vector", forward_bytes=2 * item * numbers, backward_bytes=4 * item * numbers)
+
+
+def _residual(numbers: float, item: int, program: Program) -> Stream:
+    mask = 1 if program.dropout == "on" else 0
+    # Backward: the mask is applied to the gradient, the bias sums it, and both branches' gradients are added.
+    return Stream(part="vector", forward_bytes=(3 * item + mask) * numbers, backward_bytes=(6 * item + mask) * numbers)

@@ -1,0 +1,1 @@
+"""Machines: accelerators, their links, and how fast they multiply, read memory and communicate."""

@@ -1,0 +1,267 @@
+"""Machines as the planner sees them: an accelerator, how many, how many share a node, and what links them.
+
+`h100x8` is one node, `h100x64/8` eight nodes of eight; a TOML file describes any other machine. The figures of known
+accelerators are in `topologies.toml`, each with its source. Read `collective_time.py` next.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...meshes.arguments import check_fields
+from ...meshes.errors import TargetError, printable, shown, suggest
+from ...meshes.files.regular_file import read_bounded
+
+_DATA = Path(__file__).with_name("topologies.toml")
+_TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:x(?P<devices>[0-9]{1,9}))?(?:/(?P<node>[0-9]{1,9}))?")
+_GIGA = 1e9
+_MOST_BYTES = 50_000
+_MOST_DEVICES = 1_000_000
+
+# No machine is near these ends, and what is computed from them stays finite.
+_Figure = Annotated[float, Field(ge=1e-6, le=1e12)]
+_Count = Annotated[int, Field(ge=1, le=1 << 60)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
+
+    `matmul_share` is the largest share of the peak that long matrix products keep; `cores` are the units that tiles
+    of a product are dealt to; `curve` names the measured all-reduces of its links, "" where there are none.
+    """
+
+    key: str
+    name: str
+    flops_per_s: Mapping[str, float]
+    memory_bytes: int
+    memory_bytes_per_s: float
+    cores: int
+    matmul_share: float
+    link: str
+    link_bytes_per_s: float
+    devices_per_node: int
+    network_bytes_per_s: float
+    curve: str
+    source: str
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """Return the dense matrix peak for an element type, in flops/s."""
+        return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Accelerators of one kind in nodes: `devices_per_node` share fast links, all share the network.
+
+    >>> read_topology("h100x64/8").num_nodes
+    8
+
+    Raises:
+        TargetError: no devices, or nodes that are not full.
+    """
+
+    name: str
+    accelerator: Accelerator
+    num_devices: int
+    devices_per_node: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=TargetError, least=0)
+        if self.num_devices < 1 or self.devices_per_node < 1:
+            raise TargetError(
+                f"topology {self.name!r} has {self.num_devices} devices, {self.devices_per_node} a node.",
+                fix="give 1 or more of each.",
+            )
+        if max(self.num_devices, self.devices_per_node) > _MOST_DEVICES:
+            raise TargetError(
+                f"topology {self.name!r} has {self.num_devices} devices, {self.devices_per_node} a node.",
+                fix=f"give {_MOST_DEVICES:,} or fewer of each.",
+            )
+        if self.num_devices > self.devices_per_node and self.num_devices % self.devices_per_node:
+            larger = -(-self.num_devices // self.devices_per_node) * self.devices_per_node
+            raise TargetError(
+                f"topology {self.name!r}: {self.num_devices} devices do not fill nodes of {self.devices_per_node}: "
+                f"{self.num_devices} / {self.devices_per_node} = {self.num_devices / self.devices_per_node:.2f}.",
+                fix=f"ask for {larger} devices, or write {self.accelerator.key}x{self.num_devices}/{_divisor(self)}.",
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return -(-self.num_devices // self.devices_per_node)
+
+    def with_devices(self, num_devices: int) -> "Topology":
+        """Return the same machine with another number of devices, a whole number of nodes or part of one."""
+        return replace(self, name=f"{self.accelerator.key}x{num_devices}", num_devices=num_devices)
+
+
+def read_topology(text: str) -> Topology:
+    """Return the machine that a text names, or that a TOML file describes.
+
+    `h100` is one device, `h100x8` eight in a node, `h100x64/8` sixty-four with eight a node. A file has a key
+    `accelerator` (a known name, or a table with all of its figures), `devices`, and may set `devices_per_node` and any
+    figure of the accelerator, such as `network_gb_per_s`.
+
+    >>> read_topology("a100x16").devices_per_node
+    8
+
+    Raises:
+        TargetError: the accelerator or the file is not known, or the numbers do not fit.
+    """
+    if text.endswith(".toml"):
+        return _read_file(Path(text))
+    found = _TEXT.fullmatch(text.lower())
+    if not found:
+        raise TargetError(f"topology {text!r} is not written like h100x64/8.", fix="write name x devices / per node.")
+    accelerator = find_accelerator(found["name"])
+    devices = int(found["devices"] or 1)
+    node = int(found["node"] or min(devices, accelerator.devices_per_node))
+    return Topology(name=text, accelerator=accelerator, num_devices=devices, devices_per_node=node)
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """Return a known accelerator by its key, its full name or another name of it, in any case.
+
+    Raises:
+        TargetError: there is none; the text suggests the nearest.
+    """
+    known = _accelerators()
+    wanted = name.lower()
+    if wanted not in known:
+        keys = sorted({accelerator.key for accelerator in known.values()})
+        raise TargetError(
+            f"unknown accelerator {name!r}; there are {', '.join(keys)}.{suggest(wanted, known)}",
+            fix="describe your own in a TOML file: accelerator, devices, devices_per_node.",
+        )
+    return known[wanted]
+
+
+@lru_cache
+def _accelerators() -> dict[str, Accelerator]:
+    found = {}
+    for key, table in _tables().items():
+        accelerator = _make_accelerator(key, table)
+        for name in (key, table["name"], *table.get("aliases", ())):
+            found[name.lower()] = accelerator
+    return found
+
+
+@lru_cache
+def _tables() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(_DATA.read_text())["accelerators"]
+
+
+class _Peaks(BaseModel):
+    """Dense matrix peaks in 10^12 flops/s; 0 where a device has no such units."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    bfloat16: _Figure
+    float32: _Figure
+    float16: _Figure | Literal[0] = 0
+    float8: _Figure | Literal[0] = 0
+
+
+class _Figures(BaseModel):
+    """The table of an accelerator in a file, as `topologies.toml` writes it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    aliases: list[str] = []
+    tflops: _Peaks
+    memory_bytes: _Count
+    memory_gb_per_s: _Figure
+    cores: _Count
+    matmul_share: float = Field(gt=0, le=1)
+    link: Literal["nvlink", "pcie", "ici", "xgmi"]
+    link_gb_per_s: _Figure
+    devices_per_node: _Count
+    network_gb_per_s: _Figure
+    curve: str = ""
+    source: str = "the user's own file"
+    notes: str = ""
+
+
+def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
+    figures = _Figures.model_validate(table)
+    return Accelerator(
+        key=key,
+        name=printable(figures.name, limit=80),
+        flops_per_s={dtype: 1e12 * peak for dtype, peak in figures.tflops},
+        memory_bytes=figures.memory_bytes,
+        memory_bytes_per_s=_GIGA * figures.memory_gb_per_s,
+        cores=figures.cores,
+        matmul_share=figures.matmul_share,
+        link=figures.link,
+        link_bytes_per_s=_GIGA * figures.link_gb_per_s,
+        devices_per_node=figures.devices_per_node,
+        network_bytes_per_s=_GIGA * figures.network_gb_per_s,
+        curve=figures.curve,
+        source=printable(figures.source, limit=400),
+    )
+
+
+def _read_file(path: Path) -> Topology:
+    try:
+        content = read_bounded(path, max_bytes=_MOST_BYTES, error=TargetError)
+        table = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except TargetError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise TargetError(f"topology {path} cannot be read: {error}.", fix="name a TOML file of a machine.") from error
+    for key in ("accelerator", "devices"):
+        if key not in table:
+            raise TargetError(
+                f"topology {path} has no key {key!r}.", fix='start with accelerator = "h100", devices = 8.'
+            )
+    given = table.pop("accelerator")
+    devices, node = _read_count(path, table, "devices"), _read_count(path, table, "devices_per_node")
+    known: dict[str, Any] = given if isinstance(given, dict) else _tables()[find_accelerator(str(given)).key]
+    try:
+        accelerator = _make_accelerator(path.stem if isinstance(given, dict) else str(given), known | table)
+    except ValidationError as error:
+        raise _explain(path, error) from None
+    node = node or min(devices, accelerator.devices_per_node)
+    return Topology(
+        name=printable(path.stem, limit=80), accelerator=accelerator, num_devices=devices, devices_per_node=node
+    )
+
+
+def _read_count(path: Path, table: dict[str, Any], key: str) -> int:
+    """A number of devices, taken out of the table; 0 where it is left out."""
+    count = table.pop(key, 0)
+    if type(count) is not int or not 0 <= count <= _MOST_DEVICES:
+        raise TargetError(
+            f"topology {path}: {key}={shown(count)} is no whole number up to {_MOST_DEVICES:,}.",
+            fix=f"write {key} = 8, say.",
+        )
+    return count
+
+
+def _explain(path: Path, error: ValidationError) -> TargetError:
+    """All that is wrong with a file's figures."""
+    own = {"missing": "is not given", "model_type": "is a table, such as { bfloat16 = 989, float32 = 67 }"}
+    lines = []
+    for one in error.errors():
+        key = ".".join(map(str, one["loc"]))
+        what = own.get(one["type"], one["msg"].lower())
+        if one["type"] == "extra_forbidden":
+            what = f"is no figure of an accelerator.{suggest(key, _Figures.model_fields)}"
+        lines.append(f"\n  {key}: {what}")
+    return TargetError(
+        f"topology {path}: {len(lines)} of its figures cannot be used.{''.join(lines)}",
+        fix="see plan/machines/topologies.toml, which describes every known accelerator in these keys.",
+    )
+
+
+def _divisor(topology: Topology) -> int:
+    """The most devices a node that a number of devices fills."""
+    return max(n for n in range(1, topology.devices_per_node + 1) if topology.num_devices % n == 0)

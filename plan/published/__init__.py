@@ -1,0 +1,1 @@
+"""Other people's measurements, and how far the planner is from them."""

@@ -1,0 +1,38 @@
+"""The inspector: what a compiled program keeps, sends and computes on each device, read from the program itself."""
+
+from typing import TYPE_CHECKING
+
+from ..meshes.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from .hardware import Hardware, hardware_from_description, measure_host
+    from .inspect import ProgramReport, hlo_text, inspect_compiled
+    from .memory import Memory
+    from .picture import draw_report
+    from .tables import describe_report
+    from .targets import Machine, Target, list_gpus, open_target
+    from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum, compilations
+    from .traffic import Traffic
+
+__all__ = [
+    "Hardware",
+    "Machine",
+    "Memory",
+    "ProgramReport",
+    "Target",
+    "Traffic",
+    "assert_fits",
+    "assert_sends_at_most",
+    "assert_sends_near_minimum",
+    "compilations",
+    "describe_report",
+    "draw_report",
+    "hardware_from_description",
+    "hlo_text",
+    "inspect_compiled",
+    "list_gpus",
+    "measure_host",
+    "open_target",
+]
+
+make_lazy(__name__)

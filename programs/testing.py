@@ -1,0 +1,127 @@
+"""Assertions about compiled programs, for tests of your own: a step that starts to send more, or to keep more, fails.
+
+    def test_my_step_is_lean():
+        report = inspect_compiled(jax.jit(step).lower(state, batch).compile(), mesh, parameters=state.params)
+        assert_fits(report, memory_bytes=80 * 10**9)
+        assert_sends_at_most(report, over="tensor", max_bytes=2**30)
+
+A failure prints the table, so that one sees what grew. `compilations` tells what a loop compiles that should be done.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import jax
+
+from ..meshes import ProgramError
+from ..meshes.arguments import check_choice, check_number
+from ..meshes.columns import align
+from .inspect import ProgramReport
+from .tables import describe_memory, describe_traffic, format_bytes
+from .traffic import EVERY_KIND
+
+_MOST_LINES = 8
+
+
+def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["xla", "device"] = "xla") -> None:
+    """Fail unless one device needs at most `memory_bytes` for the program, and no more than XLA plans for.
+
+    Args:
+        limit: "device" lets a program pass that is over XLA's own limit, where XLA recomputes by itself and lets
+            collectives wait. A report of a GPU knows that limit; others have none.
+
+    Raises:
+        AssertionError: with the memory by purpose.
+    """
+    __tracebackhide__ = True
+    check_number("memory_bytes", memory_bytes, error=ProgramError)
+    check_choice("limit", limit, ("xla", "device"), error=ProgramError)
+    total = report.memory.total
+    if total > memory_bytes:
+        raise AssertionError(
+            f"the program takes {format_bytes(total)} ({total:,} bytes) of each device, "
+            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{describe_memory(report)}"
+        )
+    if limit == "xla" and report.memory.verdict == "over XLA's limit":
+        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{describe_memory(report)}")
+
+
+def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) -> None:
+    """Fail unless the busiest device sends at most `max_bytes` over these mesh axes (`tensor`, `pipe+data`) in a run.
+
+    Raises:
+        AssertionError: with the traffic, and the largest collectives over these axes by the names of the program.
+    """
+    __tracebackhide__ = True
+    check_number("max_bytes", max_bytes, error=ProgramError)
+    sent = sum(row.bytes for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND))
+    if sent > max_bytes:
+        raise AssertionError(
+            f"the program sends {sent:,.0f} bytes over {over} from the busiest device, more than {max_bytes:,.0f}.\n"
+            f"{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+        )
+
+
+def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: float = 1.02) -> None:
+    """Fail unless the traffic over these axes is at most `max_ratio` of the minimum that the report was given.
+
+    Raises:
+        AssertionError: with the traffic and the largest collectives; or if the report has no minimum for these axes.
+    """
+    __tracebackhide__ = True
+    check_number("max_ratio", max_ratio, error=ProgramError)
+    ratios = [row.ratio for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND)]
+    if not ratios or ratios[0] is None or ratios[0] > max_ratio:
+        is_known = ratios and ratios[0] is not None
+        what = (
+            f"sends {ratios[0]:.3f} of the minimum over {over}, more than {max_ratio}"
+            if is_known
+            else (f"has no minimum over {over}")
+        )
+        raise AssertionError(
+            f"the program {what}.\n{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+        )
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yield a list that grows by a line for each program that jax compiles inside.
+
+    >>> with compilations() as compiled:
+    ...     jax.jit(jnp.sin)(1.0)
+    >>> len(compiled) > 0
+    True
+    """
+    compiled: list[str] = []
+    handler = _Collector(compiled)
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield compiled
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+class _Collector(logging.Handler):
+    """A handler that keeps messages in a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+def _describe_largest(report: ProgramReport, axis: str) -> str:
+    """The collectives over an axis that send most, with where they come from."""
+    found = [collective for collective in report.collectives if collective.axis == axis]
+    found.sort(key=lambda collective: -collective.sent_bytes.max())
+    lines = [("largest", "count", "bytes", "from")]
+    lines += [(c.name, f"{c.count.max():,}", f"{c.sent_bytes.max():,.0f}", c.op_name) for c in found[:_MOST_LINES]]
+    return align([(name, source, count, size) for name, count, size, source in lines], left=2)

@@ -1,0 +1,194 @@
+"""`trellax generate`: text on stdout, talk on stderr, the same on any mesh, and mistakes before weights are read."""
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from trellax.commands.cli import main
+from trellax.commands.generate import _engine_sizes, _Printer, _read_prompts
+from trellax.commands.serving_source import load_for_serving
+from trellax.configs import load_config
+from trellax.hub.text_stream import ByteTokenizer
+from trellax.hub.tokenizer import ORIGIN
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.serve import Completion, Engine, Request, Sequence, param_shapes
+from trellax.train.checkpoints.store import Checkpoints
+from trellax.train.checkpoints.weights import save_params
+
+PROMPTS = ["def f(", "é = 1", "x"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny Llama with drawn weights, as `trellax train` saves it."""
+    config = load_config("tiny-llama")
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(config.model, mesh=build_mesh(MeshSpec(), devices=jax.devices()[:1]))
+    params = jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.3, leaf.shape).astype("float32")), shapes)
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    save_params(folder, params, config)
+    return folder
+
+
+@pytest.fixture
+def ask(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command on the run folder; exit code, stdout and stderr."""
+
+    def run(*words: str, folder: str | Path = run_folder) -> tuple[int, str, str]:
+        code = main(["generate", str(folder), *words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+HOW = ["--max-new-tokens", "8", "--temperature", "0.9", "--seed", "5"]
+HOW += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+
+
+@pytest.fixture(scope="module")
+def answers(run_folder: Path) -> list[Completion]:
+    """What `HOW` must give, by the Python side of it on one device."""
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    source, params = load_for_serving(run_folder, mesh=mesh)
+    engine = Engine(source.config, params, mesh=mesh, slots=1, max_tokens=16)
+    tokens = [tuple(source.tokenizer.encode(prompt)) for prompt in PROMPTS]
+    return engine.generate(
+        Request(prompt=prompt, max_new_tokens=8, temperature=0.9, seed=5 + i) for i, prompt in enumerate(tokens)
+    )
+
+
+def test_json_has_prompt_completion_and_tokens_the_same_on_any_mesh(ask: Any, answers: list[Completion]) -> None:
+    code, out, err = ask(*HOW, "--json", "--mesh", "tensor=2,pipe=2", "--fake-devices", "8", "--chunk", "2")
+    assert code == 0
+    assert "tokens/s" in err
+    assert json.loads(out) == [
+        {
+            "prompt": prompt,
+            "completion": ByteTokenizer().decode(answer.tokens),
+            "token_ids": list(answer.tokens),
+            "finish_reason": "length",
+        }
+        for prompt, answer in zip(PROMPTS, answers, strict=True)
+    ]
+
+
+def test_terminal_shows_prompts_with_their_answers_in_order(
+    ask: Any, answers: list[Completion], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]) + "\n", encoding="utf-8")
+    words = [*HOW[:6], "--prompt", PROMPTS[0], "--prompts-file", str(tmp_path / "prompts.txt"), "--slots", "2"]
+    code, out, _ = ask(*words)
+    assert code == 0
+    texts = [ByteTokenizer().decode(answer.tokens) for answer in answers]
+    assert out == "\n---\n".join(f"{prompt}{text}" for prompt, text in zip(PROMPTS, texts, strict=True)) + "\n"
+
+
+def test_model_and_parameters_are_of_the_type_that_is_asked_for(run_folder: Path) -> None:
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    source, params = load_for_serving(run_folder, mesh=mesh, dtype="bfloat16")
+    assert {source.config.dtype, *(leaf.dtype.name for leaf in jax.tree.leaves(params))} == {"bfloat16"}
+
+
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: list[Completion]) -> None:
+    tokens = [list(answer.tokens) for answer in answers]
+    stop = next(token for token in tokens[0] + tokens[1] + tokens[2] if token < 128)
+    found = json.loads(ask(*HOW, "--json", "--stop", chr(stop))[1])
+    wanted = [own[: own.index(stop)] if stop in own else own for own in tokens]
+    assert [one["token_ids"] for one in found] == wanted
+    assert [one["finish_reason"] for one in found] == ["stop" if stop in own else "length" for own in tokens]
+
+
+MISTAKES: dict[str, list[str]] = {
+    "no_prompt": [],
+    "prompt_longer_than_the_model": ["--prompt", "x" * 40],
+    "prompt_longer_than_the_cache": ["--prompt", "x" * 10, "--max-new-tokens", "4", "--max-tokens", "12"],
+    "heads_over_tensor": ["--prompt", "x", "--mesh", "tensor=3", "--max-new-tokens", "4"],
+    "layers_over_pipe": ["--prompt", "x", "--mesh", "pipe=4", "--max-new-tokens", "4"],
+    "slots_over_groups": ["--prompt", "x", "--mesh", "pipe=2", "--slots", "3", "--max-new-tokens", "4"],
+    "mesh_too_large": ["--prompt", "x", "--mesh", "tensor=4,data=4", "--max-new-tokens", "4"],
+    "unknown_type": ["--prompt", "x", "--dtype", "bfloat6"],
+    "long_stop": ["--prompt", "x", "--stop", "end"],
+    "unknown_axis": ["--prompt", "x", "--mesh", "tenso=2"],
+    "prompt_that_is_no_text": ["--prompt", "x\udcff"],
+    "stop_that_is_no_text": ["--prompt", "x", "--stop", "\udcff"],
+    "override": ["--prompt", "x", "--train.steps", "3"],
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told_before_weights_are_read(
+    name: str, ask: Any, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "restore_params", lambda *args: pytest.fail("read"))
+    code, out, err = ask(*MISTAKES[name])
+    assert (code, out) == (2, "")
+    golden(f"errors/generate_{name}.txt", err)
+
+
+def test_engine_looks_for_all_ends_of_a_model() -> None:
+    args = Namespace(groups=0, slots=0, max_tokens=0, chunk=4, cache_dtype=None)
+    model = load_config("tiny-llama").model
+    for stops, wanted in ((1, 8), (9, 9)):
+        request = Request(prompt=(1,), stop=tuple(range(stops)))
+        assert _engine_sizes(args, model, [request], MeshSpec())["max_stops"] == wanted
+
+
+def test_letters_that_stdout_lacks_are_escaped() -> None:
+    out = TextIOWrapper(BytesIO(), encoding="ascii")
+    printer = _Printer(ByteTokenizer(), ["é "], [Request(prompt=(1,))], out)
+    for token in "ü".encode():
+        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+    assert out.buffer.getvalue() == rb"\xe9 \xfc"
+
+
+class Terminal(TextIOWrapper):
+    """A stdout that says it is one."""
+
+    def isatty(self) -> bool:
+        """Return yes."""
+        return True
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(Terminal, rb"\x1b[2J\r" + b"\t\n" + rb"\x9b!"), (TextIOWrapper, None)])
+def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kind: Any, shown: bytes | None) -> None:
+    text = "\x1b[2J\r\t\n\x9b!"
+    out = kind(BytesIO(), encoding="utf-8")
+    printer = _Printer(ByteTokenizer(), [""], [Request(prompt=(1,))], out)
+    for token in text.encode():
+        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+    assert out.buffer.getvalue() == (text.encode() if shown is None else shown)
+
+
+def test_a_prompt_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\x0cb\u2028c\r\n\n d\n".encode())
+    assert _read_prompts(Namespace(prompt=[], stop=[], prompts_file=str(file))) == ["a\x0cb\u2028c", " d"]
+
+
+def test_imported_run_without_its_tokenizer_is_not_served_as_bytes(
+    run_folder: Path, ask: Any, tmp_path: Path, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "tiny")
+    Path("tiny", ORIGIN).write_text("{}")
+    code, out, err = ask("--prompt", "x", folder="tiny")
+    assert (code, out) == (2, "")
+    golden("errors/generate_no_tokenizer.txt", err)
+
+
+def test_folders_without_a_model_are_told(
+    ask: Any, golden: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    errors = [ask("--prompt", "x", folder=folder) for folder in ("nowhere", "empty")]
+    assert [code for code, _, _ in errors] == [2, 2]
+    golden("errors/generate_no_model.txt", "".join(err for _, _, err in errors))

@@ -1,0 +1,121 @@
+"""`trellax inspect`: its report, its JSON, its files and its mistakes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trellax.commands.cli import main
+from trellax.commands.inspect_advice import list_knobs
+from trellax.configs import RunConfig, load_config
+from trellax.layers import Remat, activation_bytes
+from trellax.meshes import MeshSpec
+from trellax.plan import StepSizes
+from trellax.programs import Memory
+
+SMALL = "inspect tiny-dense --mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 4"
+
+KEYS = {
+    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline bubble_fraction "
+    "hlo_instructions compile_s",
+    "memory_bytes": "parameters gradients optimizer activations temporary total capacity limit",
+    "flops": "matrix vector",
+    "roofline": "matrix vector communication control",
+}
+
+MISTAKES = {
+    "target": f"{SMALL} --target h200=8",
+    "devices": f"{SMALL} --target cpu:16",
+    "open_axis": "inspect tiny-dense --mesh.data -1",
+    "no_folder": f"{SMALL} --png nowhere/x.png",
+    "hlo_folder": f"{SMALL} --hlo /",
+    "does_not_shard": f"{SMALL} --mesh.tensor 3 --mesh.data 1",
+}
+
+
+def test_report_is_json_with_these_keys_and_files_are_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hlo, png = tmp_path / "step.hlo", tmp_path / "step.png"
+    assert main([*SMALL.split(), "--json", "--hlo", str(hlo), "--png", str(png)]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    for part, keys in KEYS.items():
+        assert list(report[part] if part else report) == keys.split()
+    assert set(report["traffic"][0]) == {"axis", "kind", "count", "bytes", "minimum_bytes", "ratio"}
+    assert (report["devices"], report["fits"], report["bubble_fraction"]) == (8, True, pytest.approx(0.2))
+    assert sum(report["roofline"].values()) == pytest.approx(1)
+    assert hlo.read_text().startswith("HloModule jit_step")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "wrote" in err
+
+
+def test_report_is_a_text_with_three_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SMALL.split()) == 0
+    out = capsys.readouterr().out
+    for words in ("target    cpu: 8 devices", "bubble 20.0%", "memory per device", "sent per device and step", "fits:"):
+        assert words in out
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_ends_with_exit_code_2_and_a_way_out(
+    name: str, golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(MISTAKES[name].split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    golden(f"errors/cli_inspect_{name}.txt", err)
+
+
+def knobs_of(config: RunConfig, **memory: int) -> dict[str, int]:
+    mesh = config.mesh
+    sizes = StepSizes(
+        model=config.model,
+        mesh=mesh,
+        num_microbatches=config.pipeline.microbatches,
+        num_sequences=config.train.batch_size // (config.pipeline.microbatches * mesh.data),
+        num_tokens=config.data.seq_len,
+    )
+    held = {"parameters": 0, "gradients": 0, "optimizer": 0, "activations": 0, "temporary": 0} | memory
+    report = Memory(**held, total=sum(held.values()), capacity=None)
+    knobs = list_knobs(config, mesh=mesh, sizes=sizes, memory=report)
+    return {knob.overrides: knob.saved_bytes for knob in knobs}
+
+
+LARGE = "--mesh.data 4 --mesh.pipe 2 --pipeline.microbatches 4 --train.batch_size 64 --model.num_layers 8"
+LARGE += " --pipeline.vocab ends"
+
+
+def test_zero_saves_most_of_the_optimizer_state() -> None:
+    knobs = knobs_of(load_config("tiny-dense", LARGE), optimizer=1000)
+    assert knobs["--optimizer.zero on"] == 750
+    assert "--optimizer.zero on" not in knobs_of(load_config("tiny-dense", f"{LARGE} --optimizer.zero on"), optimizer=1)
+
+
+def test_more_microbatches_halve_the_activations_of_a_pipeline() -> None:
+    # 1F1B on two ranks holds two microbatches, whatever their number.
+    assert knobs_of(load_config("tiny-dense", LARGE), activations=1000)["--pipeline.microbatches 8"] == 500
+
+
+def test_knobs_come_most_effective_first_and_only_where_the_config_allows_them() -> None:
+    knobs = knobs_of(load_config("tiny-dense", f"{LARGE} --model.num_heads 1"), activations=1000, optimizer=100)
+    assert list(knobs.values()) == sorted(knobs.values(), reverse=True)
+    assert not any("tensor" in overrides for overrides in knobs)
+
+
+def test_rematerialisation_saves_what_layers_keep() -> None:
+    config = load_config("tiny-dense", f"{LARGE} --pipeline.remat none")
+    knobs = knobs_of(config, activations=1000)
+
+    def kept(remat: Remat) -> int:
+        return activation_bytes(config.model, num_sequences=4, num_tokens=config.data.seq_len, remat=remat).layer
+
+    for remat in ("dots", "full"):
+        assert knobs[f"--pipeline.remat {remat}"] == 1000 - 1000 * kept(remat) // kept("none")
+    assert "--pipeline.remat dots" not in knobs_of(load_config("tiny-dense", LARGE), activations=1000)
+
+
+def test_a_mesh_of_fewer_data_shards_keeps_the_number_of_devices() -> None:
+    config = load_config("tiny-dense", LARGE)
+    assert config.mesh == MeshSpec(data=4, pipe=2)
+    assert "--mesh.tensor 2 --mesh.data 2" in knobs_of(config, parameters=1000)

@@ -1,0 +1,180 @@
+"""`trellax plan`: its table, its JSON, the files it writes and its mistakes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trellax.commands.cli import main
+from trellax.configs import check_run, load_config
+from trellax.configs.toml_file import PACKAGED_CONFIGS
+
+ASK = "plan llama3-8b-8gpu --topology h100x8"
+
+PLAN_KEYS = (
+    "mesh schedule chunks microbatches remat zero step_time_s tokens_per_s mfu memory_bytes bubble_fraction "
+    "traffic_bytes why"
+)
+
+MISTAKES = {
+    "objective": f"{ASK} --objective speed",
+    "topology": "plan llama3-8b-8gpu --topology h10x8",
+    "no_topology": "plan llama3-8b-8gpu",
+    "this_devices": "plan llama3-8b-8gpu --topology h100x16 --this",
+    "too_large": "plan llama3-8b-8gpu --topology rtx4090x1",
+    "write_serving": f"{ASK} --objective latency --write x.toml",
+    "this_serving": f"{ASK} --this --objective latency",
+    "no_folder": f"{ASK} --png nowhere/x.png",
+    "write_folder": f"{ASK} --write /",
+    "no_prompt": f"{ASK} --objective latency --prompt 0",
+}
+
+
+def ask(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words.split()) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["train", "memory", "latency", "throughput", "balanced"])
+def test_json_has_these_keys(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = json.loads(ask(f"{ASK} --objective {objective} --json", capsys))
+    assert list(numbers) == ["objective", "topology", "plans", "diagnoses"]
+    assert 1 <= len(numbers["plans"]) <= 5
+    for plan in numbers["plans"]:
+        assert set(PLAN_KEYS.split()) <= set(plan)
+        assert plan["why"].endswith(".")
+        assert plan["memory_bytes"]["total"] < 80.8e9
+
+
+def test_table_gives_a_reason_for_every_plan(
+    capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
+) -> None:
+    golden("plan_llama3_8b.txt", ask(ASK, capsys))
+
+
+def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "planned.toml"
+    best = json.loads(ask(f"{ASK} --json --write {file}", capsys))["plans"][0]
+    before, after = load_config("llama3-8b-8gpu"), load_config(file)
+    assert after.mesh.sizes == best["mesh"]
+    assert (after.pipeline.schedule, after.pipeline.microbatches) == (best["schedule"], best["microbatches"])
+    assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
+    check_run(after, num_devices=8)
+
+
+def test_written_config_is_the_one_that_was_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "planned.toml"
+    words = "--train.batch_size=256 --data.seq_len 512 --model.max_tokens=512 --optimizer.learning_rate 1"
+    words += " --pipeline.max_in_flight 3 --pipeline.schedule auto --data.source text --data.paths a#é.txt,b.txt"
+    best = json.loads(ask(f"plan quickstart --topology h100x16 {words} --json --write {file}", capsys))["plans"][0]
+    before, after = load_config("quickstart", words), load_config(file)
+    assert (after.model, after.data, after.train) == (before.model, before.data, before.train)
+    assert (after.optimizer.learning_rate, after.pipeline.max_in_flight) == (1.0, 0)
+    assert (after.mesh.sizes, after.run.fake_devices) == (best["mesh"], 16)
+    check_run(after, num_devices=16)
+
+
+def test_config_of_windows_is_written_as_any_other(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs" / "quickstart.toml").read_text().replace("\n", "\r\n")
+    (tmp_path / "old.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    ask(f"plan {tmp_path}/old.toml --topology h100x8 --json --write {tmp_path}/new.toml", capsys)
+    written = (tmp_path / "new.toml").read_text()
+    assert "\ufeff" not in written
+    assert load_config(tmp_path / "new.toml").model == load_config("quickstart").model
+
+
+def test_written_config_drops_what_belongs_to_the_old_stages(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    uneven, planned = tmp_path / "uneven.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    uneven.write_text(text.replace("[pipeline]", "[pipeline]\nlayers_per_stage = [20, 12]"))
+    ask(f"plan {uneven} --topology h100x8 --write {planned}", capsys)
+    check_run(load_config(planned), num_devices=8)
+
+
+def test_written_config_says_nothing_that_the_plan_made_untrue(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    text = text.replace("tensor = 4\n", "# four of them share a switch\ntensor = 4  # half a machine\n")
+    old.write_text(text.replace("seq_len = 8192", "seq_len = 8192  # what the corpus was cut for"))
+    ask(f"plan {old} --topology h100x8 --write {planned}", capsys)
+    written = planned.read_text()
+    assert [line for line in text.splitlines() if line.startswith("#") and line in written] == []
+    assert not any(words in written for words in ("share a switch", "half a machine", "2 days"))
+    assert "seq_len = 8192  # what the corpus was cut for" in written
+    head = written.split("\n\n")[0].splitlines()
+    assert head[1] == f"# Command:  trellax train {planned}"
+    assert "8 x H100-SXM5-80GB" in head[2]
+    assert "predicted, not measured" in head[2]
+    assert load_config(planned).mesh.num_devices == 8
+
+
+def test_comments_of_a_changed_mesh_go_wherever_they_stand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    mesh = (
+        "# 4 x 2\n[mesh]  # 4 x 2\n# 4 x 2\ndata = 1 # 4 x 2\ntensor = 4\n  # 4 x 2\npipe = 2\n# 4 x 2\n\n# a Llama\n"
+    )
+    text = text.replace("[mesh]\ntensor = 4\npipe = 2\n\n", mesh).replace(
+        "[pipeline]", '[pipeline]\nvocab = "split"#4 x 2'
+    )
+    # Editors on Windows begin files with a mark.
+    old.write_text(text, encoding="utf-8-sig")
+    ask(f"plan {old} --topology h100x8 --objective memory --write {planned}", capsys)
+    written = planned.read_text()
+    assert "4 x 2" not in written
+    assert "# a Llama\n[model]" in written
+    assert "--topology h100x8 --objective memory`" in written
+    assert load_config(planned).pipeline.vocab == "split"
+
+
+def test_config_as_it_stands_is_checked_as_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    # A vocabulary and a width that the mesh does not split: `train` refuses both, and so does the price.
+    words = f"{ASK} --this --model.vocab_size 128257 --model.ffn_size 14338"
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert "model.vocab_size=128257" in told
+    assert "model.ffn_size=14338" in told
+
+
+def test_config_with_inline_sections_is_refused_rather_than_broken(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    inline, planned = tmp_path / "inline.toml", tmp_path / "planned.toml"
+    text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
+    inline.write_text("mesh = { tensor = 4, pipe = 2 }\n" + text.replace("[mesh]\ntensor = 4\npipe = 2\n", ""))
+    assert main(f"plan {inline} --topology h100x8 --write {planned}".split()) == 2
+    golden("errors/plan_command_inline.txt", capsys.readouterr().err.replace(str(tmp_path), "..."))
+    assert not planned.exists()
+
+
+def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = json.loads(ask("plan llama3-8b-8gpu --topology a100-pciex8 --this --json", capsys))
+    (plan,) = numbers["plans"]
+    assert plan["mesh"] == load_config("llama3-8b-8gpu").mesh.sizes
+    assert "tensor-over-pcie" in {diagnosis["name"] for diagnosis in numbers["diagnoses"]}
+
+
+@pytest.mark.parametrize("objective", ["train", "latency"])
+def test_plan_in_eight_bits_says_what_it_is_priced_as(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{ASK} --objective {objective}"
+    assert "priced" not in ask(words, capsys)
+    assert "warning: model.matmuls='fp8' is priced as bfloat16" in ask(f"{words} --model.matmuls fp8", capsys)
+    numbers = json.loads(ask(f"{words} --model.matmuls fp8 --json", capsys))
+    assert "priced-as-bfloat16" in {one["name"] for one in numbers["diagnoses"]}
+
+
+@pytest.mark.parametrize("objective", ["train", "throughput"])
+def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "front.png"
+    ask(f"{ASK} --objective {objective} --png {file}", capsys)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
+    assert main(MISTAKES[name].split()) == 2
+    golden(f"errors/plan_command_{name}.txt", capsys.readouterr().err)

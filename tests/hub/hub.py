@@ -1,0 +1,145 @@
+"""What the tests of Hugging Face folders share: small models of every architecture, trellax's answers, the question."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from trellax.configs import config_from_dict
+from trellax.hub.config import read_hub_model
+from trellax.layers import ModelConfig, Transformer, model_rules
+from trellax.meshes import MeshSpec, build_mesh
+from trellax.pipeline import pipeline_loss
+from trellax.train import Setup
+from trellax.train.checkpoints.natural import params_from_natural
+from trellax.train.checkpoints.weights import as_pipeline, load_params, weight_shapes
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
+VOCAB, T = 64, 24
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama2": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama3": {"model_type": "llama", "num_key_value_heads": 2, "rope_parameters": _LLAMA3},
+    "llama32": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 8, "rope_parameters": _LLAMA3}
+    | {"tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "dtype": "bfloat16"},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
+}
+"""What differs from `_SIZES` and from an architecture's own defaults."""
+
+MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
+
+
+def hub_values_of(name: str) -> dict[str, Any]:
+    """The keys of config.json that define a model of `MODELS`."""
+    own = MODELS[name]
+    return {"vocab_size": VOCAB} | own if own["model_type"] == "gpt2" else _SIZES | own
+
+
+def tokens_of(*, batch: int = 2) -> np.ndarray:
+    """Token ids [B, T], the same each time."""
+    return np.random.default_rng(7).integers(0, VOCAB, (batch, T)).astype(np.int32)
+
+
+def setup_of(config: ModelConfig, mesh: str) -> Setup:
+    """A run of a model on the first devices, to read weights with; float32 whatever the files have."""
+    spec = MeshSpec.parse(mesh)
+    values = {
+        "model": {**vars(config), "dtype": "float32"},
+        "mesh": spec.sizes,
+        "data": {"seq_len": T},
+        "train": {"steps": 1, "batch_size": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "pipeline": {"microbatches": spec.pipe},
+    }
+    return Setup(config_from_dict(values), build_mesh(spec, devices=jax.devices()[: spec.num_devices]))
+
+
+@cache
+def _forward(config: ModelConfig, mesh: str) -> Any:
+    setup = setup_of(config, mesh)
+    rules = model_rules(config, setup.mesh.shape)
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(setup.config.model, rngs=nnx.Rngs(0), rules=rules)))[0]
+    return jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+
+
+def logits_of(folder: Path, mesh: str) -> np.ndarray:
+    """Logits [B, T, V] of a folder's model, read onto a mesh without pipe."""
+    setup = setup_of(read_hub_model(folder).config, mesh)
+    params = load_params(folder, weight_shapes(setup))
+    with jax.set_mesh(setup.mesh):
+        return np.asarray(_forward(setup.config.model, mesh)(params, tokens_of()))
+
+
+def token_losses_of(folder: Path, mesh: str) -> np.ndarray:
+    """The pipeline's loss of each token alone, [B, T], where the target is the token itself."""
+    setup = setup_of(read_hub_model(folder).config, mesh)
+    params = params_from_natural(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
+    tokens = tokens_of().reshape(setup.config.pipeline.microbatches, -1, T)
+
+    @jax.jit
+    def loss(params: Any, weights: jax.Array) -> jax.Array:
+        batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens), "weights": weights}
+        return pipeline_loss(setup.model.fns, params=params, batch=batch, mesh=setup.mesh, schedule=setup.schedule)
+
+    alone = np.eye(tokens.size, dtype=np.float32).reshape(tokens.size, *tokens.shape)
+    return np.array([float(loss(params, weights)) for weights in alone]).reshape(tokens_of().shape)
+
+
+def losses_from(logits: np.ndarray) -> np.ndarray:
+    """Cross-entropy of each token with itself as the target, [B, T], in float64."""
+    logits = logits.astype(np.float64)
+    normaliser = np.log(np.exp(logits).sum(-1))
+    return normaliser - np.take_along_axis(logits, tokens_of()[..., None], axis=-1)[..., 0]
+
+
+def wrong_by(folder: Path, mesh: str, logits: np.ndarray) -> float:
+    """Largest difference of trellax's logits, or with pipe of every token's loss, from the true logits."""
+    if "pipe" in mesh:
+        return float(np.abs(token_losses_of(folder, mesh) - losses_from(logits)).max())
+    return float(np.abs(logits_of(folder, mesh) - logits).max())
+
+
+def shapes_of(folder: Path, mesh: str = "data=1") -> Any:
+    """What `read_weights` is asked for."""
+    return weight_shapes(setup_of(read_hub_model(folder).config, mesh))
+
+
+def build_longer(name: str, folder: Path, *, num_tokens: int, monkeypatch: Any) -> np.ndarray:
+    """Save a model with room for more positions, and return how transformers goes on from `tokens_of`: [B, new]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from . import make_hf_goldens
+
+    room = "n_positions" if MODELS[name]["model_type"] == "gpt2" else "max_position_embeddings"
+    monkeypatch.setitem(MODELS, name, MODELS[name] | {room: T + num_tokens})
+    make_hf_goldens.save(name, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = torch.tensor(tokens_of(), dtype=torch.long)
+    # Written out: generate() would stop at the end of a text.
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[:, T:].numpy()

@@ -1,0 +1,163 @@
+"""config.json to a model and back, and everything that trellax cannot compute said at once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trellax.hub.config import hub_model, model_differences, read_hub_model
+from trellax.hub.config_write import hub_values
+from trellax.layers import ModelConfig
+from trellax.meshes import WeightsError
+
+from .hub import GOLDEN, MODELS
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+OLD_LLAMA3 = {
+    "rope_theta": 500_000.0,
+    "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 8192},
+}
+
+QWEN3_WINDOW = {"model_type": "qwen3", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "architecture": {"model_type": "mixtral"},
+    "architecture_misspelt": LLAMA | {"model_type": "lama"},
+    "no_architecture": {},
+    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "quantised": LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "everything_at_once": {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "hidden_size": "16"}
+    | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "quantization_config": {"bits": 4}},
+    "windows_that_differ": LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+    "sizes_that_contradict": LLAMA | {"num_key_value_heads": 3},
+    "rope_of_a_list": LLAMA | {"rope_scaling": ["llama3"]},
+    "rope_theta_of_words": LLAMA | {"rope_theta": "large"},
+    "rope_theta_too_large": LLAMA | {"rope_theta": 10**400},
+    "layer_types_of_no_list": LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "layer_types": {"a": 1}},
+    "architecture_of_a_list": {"model_type": ["llama"]},
+    "gpt2": GPT2 | {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_trellax_has_not_is_listed(name: str, golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(WeightsError) as caught:
+        hub_model(MISTAKES[name])
+    golden(f"errors/hub_{name}.txt", str(caught.value))
+
+
+BROKEN = {"broken_json": '{"model_type": "llama",\n  "vocab_size" 64}', "no_object": "[1, 2]", "missing": None}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_told_with_its_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    if (text := BROKEN[name]) is not None:
+        Path("model/config.json").write_text(text)
+    with pytest.raises(WeightsError) as caught:
+        read_hub_model("model")
+    golden(f"errors/hub_{name}.txt", str(caught.value))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"vocab_size": ' + "9" * 5_000 + "}"], ids=["deep", "long number"])
+def test_file_that_python_does_not_read_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
+        read_hub_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_the_same_after_a_round_trip(name: str) -> None:
+    model = read_hub_model(GOLDEN / name)
+    again = hub_model(hub_values(model.config, architecture=model.architecture))
+    assert (again.config, again.architecture) == (model.config, model.architecture)
+
+
+def test_scaled_positions_of_transformers_4_are_read() -> None:
+    config = hub_model(LLAMA | OLD_LLAMA3).config
+    assert (config.rope_theta, config.rope_scaling, config.rope_factor) == (500_000.0, "llama3", 8.0)
+    assert config.rope_original_tokens == 8192
+
+
+def test_llama_2_leaves_out_what_it_need_not_say() -> None:
+    config = hub_model(LLAMA | {"torch_dtype": "float16"}).config
+    assert (config.num_kv_heads, config.rope_theta, config.embeddings, config.dtype) == (4, 1e4, "untied", "float32")
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096, "num_key_value_heads": 2}, 4096),
+        ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2}, 0),
+        ({"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4096, "use_sliding_window": False}, 0),
+        (QWEN3_WINDOW | {"max_window_layers": 0}, 8),
+        (QWEN3_WINDOW | {"max_window_layers": 2}, 0),
+    ],
+)
+def test_window_is_what_every_layer_has(values: dict[str, Any], window: int) -> None:
+    assert hub_model(LLAMA | values).config.attention_window == window
+
+
+def test_biases_on_all_linear_layers_of_a_llama() -> None:
+    assert hub_model(LLAMA | {"attention_bias": True, "mlp_bias": True}).config.bias == "on"
+
+
+def model(**changes: Any) -> ModelConfig:
+    values: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 16, "num_heads": 4}
+    values |= {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"}
+    return ModelConfig(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        ({"bias": "qkv"}, "qwen2"),
+        ({"qk_norm": "on"}, "qwen3"),
+        ({"attention_window": 8}, "mistral"),
+        ({"bias": "on"}, "llama"),
+        ({"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on"}, "gpt2"),
+    ],
+)
+def test_architecture_follows_from_what_a_model_has(changes: dict[str, Any], architecture: str) -> None:
+    assert hub_values(model(**changes))["model_type"] == architecture
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "ambiguous": ({}, None),
+    "none_fits": ({"mlp": "gelu"}, None),
+    "other_fits": ({"qk_norm": "on", "attention_window": 4}, "llama"),
+    "unknown": ({}, "mistrall"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architecture_that_does_not_hold_the_model_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
+    changes, architecture = REFUSED[name]
+    with pytest.raises(WeightsError) as caught:
+        hub_values(model(**changes), architecture=architecture)
+    golden(f"errors/hub_architecture_{name}.txt", str(caught.value))
+
+
+def test_values_are_plain_json() -> None:
+    values = hub_values(model(), architecture="llama")
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_type_to_compute_in_makes_no_other_model_and_learned_positions_do() -> None:
+    assert model_differences(model(), model(dtype="bfloat16", max_tokens=7)) == []
+    assert model_differences(model(rope_theta=5.0), model()) == ["rope_theta"]
+    learned = {"positions": "learned"}
+    assert model_differences(model(**learned, max_tokens=7), model(**learned)) == ["max_tokens"]

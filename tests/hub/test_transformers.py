@@ -1,0 +1,111 @@
+"""Against transformers itself, where the extra `hf` is installed: random models of every architecture, both ways.
+
+Tolerances as in test_read.py. transformers runs on torch, on the CPU, in float32.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, processors
+from trellax.commands.cli import main
+from trellax.hub.config import read_hub_model
+from trellax.hub.tokenizer import load_tokenizer
+
+from ..commands.crafted import add_tokenizer
+from .hf_doubles import DOUBLES, make
+from .hub import GOLDEN, MESHES, MODELS, wrong_by
+from .make_hf_goldens import answer, save
+
+pytest.importorskip("transformers", reason="needs the extra `hf`: torch and transformers")
+pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformers")
+
+# What other people's libraries warn of is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 2e-4
+QUICK = ("tensor=2", "tensor=2,pipe=2")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, np.ndarray]]:
+    """Return a maker of folders, each a model as transformers saves it, with the logits it has."""
+    made: dict[str, Any] = {}
+
+    def make(name: str) -> tuple[Path, np.ndarray]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            made[name] = folder, save(name, folder)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "mesh", [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES]
+)
+def test_logits_are_those_of_transformers(name: str, mesh: str, saved: Callable[[str], Any]) -> None:
+    folder, logits = saved(name)
+    assert wrong_by(folder, mesh, logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_has_the_same_logits_after_import_and_export(
+    name: str, saved: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder, logits = saved(name)
+    words = ["--mesh", "tensor=2,pipe=2"]
+    assert main(["import-hf", str(folder), str(tmp_path / "run"), *words]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back"), *words]) == 0
+    assert np.array_equal(answer(tmp_path / "back"), logits)
+    assert read_hub_model(tmp_path / "back").config == read_hub_model(folder).config
+
+
+@pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])
+def test_of_two_sources_that_counts_which_transformers_takes(name: str, tmp_path: Path) -> None:
+    folder = make(DOUBLES[name], tmp_path / "model", how=DOUBLES[name].twice)
+    logits = answer(folder)
+    assert wrong_by(folder, "data=1", logits) < TOLERANCE
+    assert main(["import-hf", str(folder), str(tmp_path / "run")]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    assert np.abs(answer(tmp_path / "back") - logits).max() < TOLERANCE
+
+
+TEXTS = ("AB", "", "A!", "!")
+SAID: dict[str, dict[str, Any]] = {
+    "tokenizer_config alone": {"special_tokens_map.json": {}},
+    "two eos_tokens": {"special_tokens_map.json": {"eos_token": "%"}},
+    "add_bos_token without a template": {"tokenizer_config.json": {"add_bos_token": True, "bos_token": "!"}},
+    "two eos_token_ids": {"generation_config.json": {"eos_token_id": [5, 7]}, "config.json": {"eos_token_id": 9}},
+    "no generation_config": {"generation_config.json": None, "config.json": {"eos_token_id": 9}},
+}
+
+
+@pytest.mark.parametrize("template", [None, "! $A", "! $A %"])
+@pytest.mark.parametrize("name", SAID)
+def test_texts_begin_and_end_as_those_of_transformers(name: str, template: str | None, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(GOLDEN / "llama3", folder := tmp_path / "model")
+    add_tokenizer(folder)
+    ours: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours.add_special_tokens(["!", "%"])
+    if template:
+        ours.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("!", 1), ("%", 5)])
+    ours.save(str(folder / "tokenizer.json"))
+    for file, values in SAID[name].items():
+        before = json.loads((folder / file).read_text())
+        (folder / file).unlink() if values is None else (folder / file).write_text(json.dumps(before | values))
+    found, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        # What a template puts behind a text would end it before it goes on.
+        expected = theirs(text)["input_ids"]
+        assert found.encode_prompt(text) == (expected[:-1] if template and template.endswith("%") else expected)
+    assert found.special.end_id == theirs.eos_token_id
+    ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert list(found.special.stop_ids) == (ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,168 @@
+"""What a step sends: by hand for five meshes, against the minimum, and with more planted in it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+from trellax.commands.inspect_step import inspect_step, step_sizes
+from trellax.pipeline import StageFns
+from trellax.plan.costs.minimum import block_params, minimum_bytes, vocabulary_params
+from trellax.programs import ProgramReport, Traffic
+from trellax.programs.traffic import EVERY_KIND
+from trellax.train import Setup
+
+from .steps import SPLIT, collectives_of, compiled_step, report_of, setup_of
+
+X = 8 * 32 * 32 * 4  # bytes of one microbatch's activation, over all data shards
+LOSS = 8 * 32 * 4  # bytes of one number for each of its tokens
+M = 4
+
+
+def rows(report: ProgramReport) -> dict[str, Traffic]:
+    return {row.axis: row for row in report.traffic if row.kind == EVERY_KIND}
+
+
+def counted(mesh: str, axis: str, *, inside: str) -> dict[int, int]:
+    """Operand bytes -> runs on the device that has most, of the collectives inside or outside the loops."""
+    found: dict[int, int] = {}
+    for collective in collectives_of(compiled_step(mesh), setup_of(mesh).mesh):
+        if collective.axis == axis and ("while" in collective.op_name) == (inside == "loop"):
+            size = collective.operand_bytes
+            found[size] = found.get(size, 0) + int(collective.count.max())
+    return found
+
+
+def test_tensor_traffic_of_a_pipeline_by_hand() -> None:
+    # Two layers a rank, four times a microbatch; the embedding once (rank 0), dy of the head with a sum of the loss
+    # and two more such sums (rank 1).
+    x, loss = X // 2, LOSS // 2
+    assert counted("2x2x2", "tensor", inside="loop") == {x: 2 * 4 * M + M, x + loss: M, loss: 2 * M}
+
+
+def test_tensor_traffic_of_one_rank_by_hand() -> None:
+    x, loss = X // 4, LOSS // 4
+    assert counted("4x2x1", "tensor", inside="loop") == {x: 4 * 4 * M + 2 * M, loss: M, 2 * loss: M}
+
+
+@pytest.mark.parametrize(("mesh", "ranks", "x"), [("2x2x2", 2, X // 2), ("1x4x2", 2, X), ("2x1x4", 4, X // 2)])
+def test_pipe_traffic_by_hand(mesh: str, ranks: int, x: int) -> None:
+    # Every rank sends in every turn in which some rank does: p - 2 more each way than it has microbatches.
+    assert counted(mesh, "pipe", inside="loop") == {x: 2 * (M + ranks - 2)}
+
+
+@pytest.mark.parametrize(("mesh", "layers", "tensor"), [("2x2x2", 2, 2), ("2x1x4", 1, 1), ("2x2x1", 4, 2)])
+def test_data_traffic_is_one_sum_of_the_gradients(mesh: str, layers: int, tensor: int) -> None:
+    sizes = counted(mesh, "data", inside="step")
+    ((size, runs),) = sizes.items()
+    params = report_of(mesh).memory.parameters
+    model = setup_of(mesh).config.model
+    table, whole = vocabulary_params(model, tensor=tensor)
+    vocabulary = 4 * (table + whole)
+    is_piped = setup_of(mesh).mesh.shape["pipe"] > 1
+    assert params == 4 * layers * block_params(model, tensor=tensor) + vocabulary
+    # One rank sums the vocabulary's gradients, and the loss, along with the others.
+    assert (size, runs) == (params - vocabulary if is_piped else params + 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "extra"),
+    [("2x2x2", SPLIT), ("1x4x2", SPLIT), ("2x2x2", ""), ("1x4x2", ""), ("2x2x1", ""), ("4x2x1", "")],
+)
+def test_the_step_sends_what_it_must_and_no_more(mesh: str, extra: str) -> None:
+    ratios = {axis: round(row.ratio, 2) for axis, row in rows(report_of(mesh, extra)).items() if row.ratio}
+    assert set(ratios.values()) == {1.0}
+    assert {"data", "tensor", "pipe"} & ratios.keys() == {a for a, n in setup_of(mesh).mesh.shape.items() if n > 1}
+    assert [row for row in report_of(mesh, extra).traffic if row.axis == "unattributed"] == []
+
+
+def test_pipe_traffic_of_a_split_vocabulary_by_hand() -> None:
+    found: dict[int, int] = {}
+    setup = setup_of("2x1x4", SPLIT)
+    for collective in collectives_of(compiled_step("2x1x4", SPLIT), setup.mesh):
+        if collective.axis == "pipe" and "while" in collective.op_name:
+            found[collective.operand_bytes] = found.get(collective.operand_bytes, 0) + int(collective.count.max())
+    x, loss = X // 2, LOSS // 2
+    # Permutes as without; x of the embedding, y for the head, dx; dy of the head along with a sum of the loss, and two
+    # more such sums.
+    assert found == {x: 2 * (M + 2) + 3 * M, x + loss: M, loss: 2 * M}
+
+
+@pytest.mark.parametrize(
+    ("config", "extra"),
+    [("tiny-dense", ""), ("tiny-llama", ""), ("tiny-llama", "--model.bias qkv --model.qk_norm on")],
+)
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_parameters_of_one_device_are_those_of_the_shardings(config: str, extra: str, tensor: int) -> None:
+    setup = setup_of(f"1x{tensor}x1", extra, config)
+    shapes = setup.model.params
+    sizes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(shapes)]
+    total = sum(_product(size) for size in sizes)
+    model = setup.config.model
+    vocabulary = sum(vocabulary_params(model, tensor=tensor))
+    assert total == model.num_layers * block_params(model, tensor=tensor) + vocabulary
+
+
+def plant(setup: Setup) -> Setup:
+    """The same run, whose layers also sum their output over data."""
+    planted = Setup(setup.config, setup.mesh)
+    fns = setup.model.fns
+
+    def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
+        y = fns.layer(params, x, microbatch)
+        return y + 1e-3 * jax.lax.stop_gradient(jax.lax.psum(y, "data"))
+
+    own = StageFns(first=fns.first, layer=layer, last=fns.last)
+    planted.__dict__["model"] = replace(setup.model, fns=own)
+    return planted
+
+
+def test_a_planted_all_reduce_in_the_loop_over_microbatches_shows() -> None:
+    before, after = (rows(report)["data"] for report in (report_of("2x1x2"), inspect_step(plant(setup_of("2x1x2")))))
+    # Two layers a rank, for each of four microbatches; with two data shards an all-reduce sends its operand once.
+    assert after.count == before.count + 2 * M
+    assert after.bytes == before.bytes + 2 * M * X // 2
+    assert before.ratio is not None
+    assert before.minimum_bytes is not None
+    assert after.ratio == pytest.approx(before.ratio + 2 * M * X / 2 / before.minimum_bytes)
+
+
+def test_minimum_of_a_step_by_hand() -> None:
+    sizes = step_sizes(setup_of("2x2x2"))
+    x, loss = X // 2, LOSS // 2
+    table, whole = 256 * 32 // 2, 32 * 32 + 2 * 32
+    block = (12 * 32**2) // 2 + (3 * 32 + 128) // 2 + 2 * 32 + 4 * 32
+    assert minimum_bytes(sizes) == {
+        "data": 4 * 2 * block * 1.0,
+        "tensor": 2 * 4 * M * x + M * x + 3 * M * loss,
+        "pipe": M * x,
+        "pipe+data": 4 * (table + whole) * 1.5,
+    }
+
+
+def test_minimum_of_interleaved_chunks_counts_every_boundary() -> None:
+    sizes = replace(step_sizes(setup_of("2x1x4")), num_chunks=2)
+    # A rank in the middle sends two chunks' activations on and two chunks' gradients back.
+    assert minimum_bytes(sizes)["pipe"] == 4 * M * sizes.boundary
+
+
+def test_vocabulary_over_pipe_moves_its_gradients_to_data_and_its_sums_to_pipe() -> None:
+    copied = step_sizes(setup_of("2x2x2"))
+    split = minimum_bytes(replace(copied, vocab="split"))
+    table, whole = vocabulary_params(copied.model, tensor=2)
+    x, loss = X // 2, LOSS // 2
+    assert split["data"] == minimum_bytes(copied)["data"] + 4 * (whole + table / 2)
+    assert "pipe+data" not in split
+    merged = minimum_bytes(replace(copied, vocab="split"), merged_sums=2)
+    assert merged["pipe+tensor"] == M * (2 * x + 3 * loss) * 1.5
+    assert merged["pipe"] == minimum_bytes(copied)["pipe"] + M * 2 * x
+    assert sum(merged.values()) < sum(split.values())
+    assert split["pipe"] == minimum_bytes(copied)["pipe"] + M * (2 * x + 3 * loss + 2 * x)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

@@ -1,0 +1,1 @@
+"""Training data: corpora as rows of tokens, and batches by step number."""

@@ -1,0 +1,249 @@
+"""Corpora: text and token arrays as one row of tokens, cut into a training part and a held-out tail.
+
+The default corpus is Python's own standard library, which every machine has: no download. It differs between Python
+versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
+"""
+
+import codecs
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...configs.corpus_paths import find_files
+from ...configs.run_config import DataSection
+from ...hub.tokenizer import load_tokenizer, tokenize
+from ...meshes import DataError
+from ...meshes.arguments import check_count
+from ...meshes.errors import printable
+from ...meshes.files.regular_file import read_bounded
+from .corpus_files import check_text_file, check_token_file
+from .file_change import WatchedFile
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_CHUNK = 1 << 24
+_MOST_TEXT_BYTES = 1 << 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Token ids for training and for validation, both `[num_tokens]`, uint8 for bytes, else uint16 or uint32.
+
+    `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the files that are read
+    while the run goes on; the others are in memory, and may change.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    sha256: str
+    description: str
+    vocab_size_needed: int
+    mapped: tuple[WatchedFile, ...] = ()
+
+
+def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
+    """Return the corpus that a run file asks for, its tail of `val_fraction` held out.
+
+    Token files stay on disk and are mapped; they are read once, in order, for the hash and the largest id.
+
+    Args:
+        vocab_size: that of the model, to stop at the first text with an id that it does not have.
+        cache: folder that keeps tokenized text.
+
+    Raises:
+        DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter
+            than one sequence, or the tokenizer is none or gives an id that the model does not have.
+    """
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size, error=DataError)
+    if data.source == "tokens":
+        files = find_files(data.paths)
+        mapped = WatchedFile(files[0]) if len(files) == 1 else None
+        return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data, mapped=mapped)
+    if data.tokenizer == "bytes":
+        documents, what = _read_documents(data)
+        tokens = np.frombuffer(_join_texts([text for _, text in documents]), np.uint8)
+        return _cut(tokens, f"bytes of {what}", data=data)
+    tokenizer = load_tokenizer(data.tokenizer)
+    documents, what = _read_documents(data)
+    tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
+    mapped = WatchedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
+    return _cut(tokens, f"{what} by {tokenizer.file}", data=data, mapped=mapped)
+
+
+def check_files(corpus: Corpus) -> None:
+    """Raise if a file that the run still reads has gone or changed.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for file in corpus.mapped:
+        file.check()
+
+
+def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
+    """Raise unless the model has an embedding for every token of the corpus.
+
+    Raises:
+        DataError: a token id is at or above `vocab_size`.
+    """
+    largest = corpus.vocab_size_needed - 1
+    if largest >= vocab_size:
+        raise DataError(
+            f"the corpus holds token id {largest}, but model.vocab_size={vocab_size} knows ids 0 to {vocab_size - 1}.",
+            fix=f"set model.vocab_size={corpus.vocab_size_needed} or more, or check data.token_dtype.",
+        )
+
+
+def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
+    """Names and contents of all files, and what they are."""
+    if data.source == "stdlib":
+        return _read_stdlib()
+    files = find_files(data.paths)
+    return _read_text(files), _count(len(files), "text file")
+
+
+def _join_texts(texts: Sequence[bytes]) -> bytes:
+    """Return texts one after another, a line break between two of which the first ends within a line."""
+    texts = [text for text in texts if text]
+    ended = [text if text.endswith(b"\n") else text + b"\n" for text in texts[:-1]]
+    return b"".join([*ended, *texts[-1:]])
+
+
+def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [file.relative_to(root).as_posix() for file in root.rglob("*.py") if _is_library(file.relative_to(root))]
+    # Ordered by the hash of the name, the held-out tail is a fair sample and not the modules from u to z.
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    if not names:
+        raise DataError(
+            f"this Python has no sources of its standard library in {root}.",
+            fix="set data.source='text' and data.paths.",
+        )
+    documents = [(name, (root / name).read_bytes()) for name in names]
+    return documents, f"Python {sysconfig.get_python_version()}'s standard library, {_count(len(names), 'file')}"
+
+
+def _is_library(name: Path) -> bool:
+    # Files of the machine's own build (sysconfig data) hold its paths, so they differ between equal Pythons.
+    built = name.name.startswith("_sysconfigdata") or name.parts[0].startswith("config-")
+    return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
+
+
+def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
+    """Names and contents; all of them are in memory at once, so a size that cannot be meant is refused first."""
+    try:
+        sizes = {file: file.stat().st_size for file in files}
+        total = sum(sizes.values())
+        if total > _MOST_TEXT_BYTES:
+            largest = max(files, key=lambda file: sizes[file])
+            raise DataError(
+                f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
+                f"text is read whole, at most {_MOST_TEXT_BYTES:,} bytes.",
+                fix="save the token ids as arrays and set data.source='tokens': those stay on disk.",
+            )
+        for file in files:
+            check_text_file(file)
+        texts = {str(file): read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError) for file in files}
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
+    # The mark that editors on Windows put before a text is no part of it.
+    return [(name, text.removeprefix(codecs.BOM_UTF8)) for name, text in texts.items()]
+
+
+def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
+    parts = [_map_file(file, dtype=np.dtype(data.token_dtype)) for file in files]
+    # One file stays a map of the disk; several are joined in memory.
+    if len(parts) == 1:
+        return parts[0]
+    needed, memory = sum(part.nbytes for part in parts), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise DataError(
+            f"data.paths: {_count(len(parts), 'array')} of {needed:,} bytes are joined in memory, and this machine has "
+            f"{memory:,}.",
+            fix="join them into one file, which stays on disk.",
+        )
+    joined = np.result_type(*parts)
+    # Of uint64 and signed ids numpy makes floats.
+    return np.concatenate(parts, dtype=joined if joined.kind in "ui" else np.int64, casting="unsafe")
+
+
+def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
+    size = file.stat().st_size
+    if not size:
+        return np.empty(0, dtype)
+    if file.suffix == ".npy":
+        tokens = _map_array(file)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui" or not tokens.dtype.isnative:
+            raise DataError(
+                f"{file}: the array is {tokens.dtype}{list(tokens.shape)}; token ids are one row of whole numbers.",
+                fix="save it as uint16 or uint32 with one dimension.",
+            )
+        return tokens
+    check_token_file(file, dtype)
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{file}: {size} bytes are no whole number of {dtype} tokens: {size} / {dtype.itemsize} = "
+            f"{size / dtype.itemsize:.2f}.",
+            fix="set data.token_dtype to the type the file was written with.",
+        )
+    return np.memmap(file, dtype, mode="r")
+
+
+def _map_array(file: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    # A header is a Python literal: numpy raises whatever parsing it, or a shape of any numbers, comes to.
+    except Exception as error:
+        why = printable(str(error).partition("\n")[0].rstrip("."), limit=200) or type(error).__name__
+        raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
+
+
+def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: WatchedFile | None = None) -> Corpus:
+    if not tokens.size:
+        raise DataError(
+            f"the corpus is empty: {description}, 0 tokens.", fix="name files that hold something in data.paths."
+        )
+    held_out = round(tokens.size * data.val_fraction)
+    parts = {"training": tokens[: tokens.size - held_out], "validation": tokens[tokens.size - held_out :]}
+    for name, part in parts.items():
+        if part.size < data.seq_len + 1:
+            raise DataError(
+                f"the {name} part of the corpus has {part.size} of {tokens.size} tokens, but one sequence needs "
+                f"data.seq_len + 1 = {data.seq_len + 1}.",
+                fix=f"use more text, another data.val_fraction than {data.val_fraction:g}, or a shorter data.seq_len.",
+            )
+    sha256, largest = _scan(tokens)
+    if mapped and isinstance(tokens, np.memmap):
+        mapped.expect(sha256, offset=tokens.offset, num_bytes=tokens.nbytes)
+    return Corpus(
+        train=parts["training"],
+        validation=parts["validation"],
+        sha256=sha256,
+        description=f"{description}, {tokens.size:,} tokens, {held_out:,} held out",
+        vocab_size_needed=256 if tokens.dtype == np.uint8 else largest + 1,
+        mapped=(mapped,) if mapped else (),
+    )
+
+
+def _scan(tokens: np.ndarray) -> tuple[str, int]:
+    digest, largest = hashlib.sha256(), 0
+    for chunk in _chunks(tokens):
+        if chunk.min() < 0:
+            raise DataError(f"the corpus holds token id {chunk.min()}; ids start at 0.", fix="save unsigned integers.")
+        largest = max(largest, int(chunk.max()))
+        digest.update(np.ascontiguousarray(chunk).data)
+    return digest.hexdigest(), largest
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, tokens.size, _CHUNK):
+        yield tokens[start : start + _CHUNK]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

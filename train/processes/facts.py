@@ -1,0 +1,94 @@
+"""What the processes of a run must have in common: the command, the config, the versions, the switches of jax and XLA.
+
+They are compared before jax connects the processes; what is known only later, the corpus say, before the first step.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ...configs.changes import Changes
+from ...configs.run_config import RunConfig
+from ..run_folder import Start
+
+_PLACES = {"run.folder", "data.paths", "data.tokenizer", "train.init_from"}
+"""Keys that may differ, since they name places on a machine: what is there is compared."""
+
+_PACKAGES = ("trellax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
+
+_SWITCHES = (
+    "jax_platforms",
+    "jax_enable_x64",
+    "jax_debug_nans",
+    "jax_debug_infs",
+    "jax_disable_jit",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+)
+"""Those of jax that change a program, or when it runs."""
+
+_SAMPLES, _SAMPLE_BYTES = 4, 1 << 16
+
+
+def start_facts(config: RunConfig, *, start: Start, changes: Changes) -> dict[str, str]:
+    """Return what a process knows of its run before it joins the others."""
+    return {
+        **_config_facts(config),
+        "--fresh": "no" if start == "resume" else "yes",
+        "--force": "yes" if start == "replace" else "no",
+        "--override": "yes" if changes == "accept" else "no",
+        **_version_facts(),
+        **{name: str(getattr(jax.config, name)) for name in _SWITCHES},
+        "XLA_FLAGS": _program_flags(os.environ),
+        "weights of train.init_from": _sample_folder(config.train.init_from),
+    }
+
+
+def digest(text: str) -> str:
+    """Return what tells texts apart in a line."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _config_facts(config: RunConfig) -> dict[str, str]:
+    sections: dict[str, dict[str, Any]] = config.model_dump(mode="json")
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    if config.pipeline.schedule.endswith(".csv"):
+        # Another place for the same file is no other schedule.
+        values["pipeline.schedule"] = "a .csv"
+    return {name: str(value) for name, value in values.items() if name not in _PLACES}
+
+
+def _version_facts() -> dict[str, str]:
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    names = {*_PACKAGES, *(point.dist.name for point in plugins if point.dist)}
+    versions = {name: importlib.metadata.version(name) for name in sorted(names)}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions}
+
+
+def _program_flags(environ: Mapping[str, str]) -> str:
+    """Flags of XLA but for those that only say where to write what it does."""
+    flags = environ.get("XLA_FLAGS", "").split()
+    return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
+
+
+def _sample_folder(name: str) -> str:
+    """Return a digest of the names, the sizes and a few bytes of all files below a folder; "" without a name."""
+    if not name:
+        return ""
+    found = hashlib.sha256()
+    for file in sorted(file for file in Path(name).rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(name)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for part in range(_SAMPLES):
+                opened.seek(part * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                found.update(opened.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:12]
