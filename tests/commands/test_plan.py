@@ -147,7 +147,7 @@ def test_config_with_inline_sections_is_refused_rather_than_broken(
     text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
     inline.write_text("mesh = { tensor = 4, pipe = 2 }\n" + text.replace("[mesh]\ntensor = 4\npipe = 2\n", ""))
     assert main(f"plan {inline} --topology h100x8 --write {planned}".split()) == 2
-    golden("errors/plan_command_inline.txt", capsys.readouterr().err.replace(str(tmp_path), "..."))
+    golden("errors/commands/plan_command_inline.txt", capsys.readouterr().err.replace(str(tmp_path), "..."))
     assert not planned.exists()
 
 
@@ -177,4 +177,4 @@ def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tm
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_told(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
     assert main(MISTAKES[name].split()) == 2
-    golden(f"errors/plan_command_{name}.txt", capsys.readouterr().err)
+    golden(f"errors/commands/plan_command_{name}.txt", capsys.readouterr().err)

@@ -92,7 +92,7 @@ def refused(text: str, *, overrides: list[str] | None = None) -> str:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_in_a_file_is_told_with_its_line(name: str, folder: Path, golden: Golden) -> None:
-    golden(f"errors/config_{name}.txt", refused(MISTAKES[name]))
+    golden(f"errors/configs/config_{name}.txt", refused(MISTAKES[name]))
 
 
 def test_mistakes_in_overrides_are_told_as_they_were_typed(folder: Path, golden: Golden) -> None:
@@ -111,7 +111,7 @@ def test_mistakes_in_overrides_are_told_as_they_were_typed(folder: Path, golden:
         "loose",
         "--run.seed",
     ]
-    golden("errors/config_overrides.txt", refused(GOOD, overrides=words))
+    golden("errors/configs/config_overrides.txt", refused(GOOD, overrides=words))
 
 
 def test_missing_file_suggests_the_nearest(folder: Path, golden: Golden) -> None:
@@ -121,7 +121,7 @@ def test_missing_file_suggests_the_nearest(folder: Path, golden: Golden) -> None
         with pytest.raises(ConfigError) as caught:
             load_config(path)
         texts.append(str(caught.value))
-    golden("errors/config_missing_file.txt", "\n".join(texts))
+    golden("errors/configs/config_missing_file.txt", "\n".join(texts))
 
 
 @pytest.mark.parametrize(
