@@ -119,7 +119,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "train.describe": {"setup": None},
     "train.draw_schedule": {"schedule": GRID},
     "train.load_corpus": {"data": None},
-    "train.load_for_serving": {"path": "mine", "mesh": MESH},
+    "commands.load_for_serving": {"path": "mine", "mesh": MESH},
     "train.make_learning_rate": {"section": OPTIMIZER, "steps": 8},
     "train.make_optimizer": {"section": OPTIMIZER, "steps": 8},
     "train.train": {"config": None},
