@@ -5,7 +5,6 @@ so fake devices can still be asked for afterwards. What needs two sections at on
 """
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshSpec
-from ..meshes.errors import shown
+from ..meshes import MeshSpec
 from ..meshes.spec import MOST_FAKE_DEVICES
 from ..meshes.terminal import terminal_width
-from .errors import Mistake, list_mistakes, make_config_error
 from .keys import draw_keys, list_keys
-from .toml_file import ConfigFile, Override, read_config_file, read_overrides
+from .mistakes import Mistake, make_config_error
+from .overrides import Override, read_overrides, split_words
+from .pydantic_errors import list_mistakes
+from .toml_file import ConfigFile, read_config_file
 from .values import make_plain
 
 _MOST = 2**31 - 1
@@ -168,7 +168,7 @@ def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunCon
         ConfigError: one line for every mistake, each with its file and line or its override.
     """
     file = read_config_file(path)
-    words = _split_words(overrides) if isinstance(overrides, str) else overrides
+    words = split_words(overrides) if isinstance(overrides, str) else overrides
     given, mistakes = read_overrides(words, keys=list_keys(RunConfig))
     values = {section: dict(v) if isinstance(v, Mapping) else v for section, v in file.values.items()}
     for override in given:
@@ -209,25 +209,20 @@ def render_help() -> str:
     return draw_keys(list_keys(RunConfig), width=terminal_width())
 
 
-def _split_words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"overrides {shown(text)}: {str(error).lower()}.", fix="close the quotes, or give a list of words."
-        ) from None
-
-
 def _validate(
     values: Mapping[str, Any], *, file: ConfigFile | None, overrides: Sequence[Override], mistakes: list[Mistake]
 ) -> RunConfig:
     # Only in its JSON mode is pydantic strict about numbers and yet fills our dataclasses from plain tables.
-    plain, wrong = make_plain(values)
+    plain, unrepresentable = make_plain(values)
     try:
         config = RunConfig.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         found = list_mistakes(
-            error.errors(include_url=False), wrong=wrong, file=file, overrides=overrides, keys=list_keys(RunConfig)
+            error.errors(include_url=False),
+            unrepresentable=unrepresentable,
+            file=file,
+            overrides=overrides,
+            keys=list_keys(RunConfig),
         )
         raise make_config_error([*found, *mistakes]) from None
     if mistakes:
