@@ -21,8 +21,8 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
-from .asked_file import check_files, write_file
 from .generate import open_mesh, resolve_mesh, served_model
+from .output_file import check_output_files, write_output_file
 from .serving_source import open_source
 
 _GIB = 2**30
@@ -34,7 +34,7 @@ def run_bench_decode(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: a mesh or a batch that does not fit the model or the memory; nothing was measured.
     """
-    check_files(args.png)
+    check_output_files(args.png)
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
@@ -204,4 +204,4 @@ def _write_png(path: str, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    write_file(path, buffer.getvalue())
+    write_output_file(path, buffer.getvalue())

@@ -15,7 +15,6 @@ from ..hub.saves.seal import SEAL_FORMAT, Seal, find_damage, read_seal
 from ..hub.saves.seal_fields import MAX_DEPTH
 from ..meshes import CheckpointError, suggest
 from ..meshes.files.regular_file import walk_folder
-from .argument_types import path
 
 _WIDEST = 60
 
@@ -30,13 +29,6 @@ class SaveRow:
     saved_at: str
     layout: str
     problem: str
-
-
-def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the words of the command."""
-    parser.add_argument("folder", type=path, metavar="DIR", help="a run folder, or the checkpoints in it")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
-from .model_arguments import no_prompt
+from .arguments.generate import no_prompt
 from .serving_source import Source, open_source
 
 DTYPES = ("float32", "bfloat16")

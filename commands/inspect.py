@@ -13,9 +13,9 @@ from ..programs.memory import judge_memory
 from ..programs.tables import format_bytes
 from ..train.state import Setup
 from ..train.xla import MEMORY_FRACTION
-from .asked_file import check_files, write_file
 from .inspect_advice import Knob, list_knobs
 from .inspect_step import compile_step, report_step, step_sizes
+from .output_file import check_output_files, write_output_file
 
 _MOST_KNOBS = 5
 
@@ -27,7 +27,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
         TrellaxError: the target is not known, the config does not fit it, or the compiler rejects the step.
     """
     # A compile may take minutes: find out first that its results cannot be written.
-    check_files(args.hlo, args.png)
+    check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
     compiled, compile_s = compile_step(setup)
     report = report_step(
@@ -43,9 +43,9 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
         print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
         print(_describe_verdict(report, setup, machine), end="")
     if args.hlo:
-        write_file(args.hlo, hlo_text(compiled).encode())
+        write_output_file(args.hlo, hlo_text(compiled).encode())
     if args.png:
-        write_file(args.png, draw_report(report))
+        write_output_file(args.png, draw_report(report))
     return 0
 
 

@@ -25,17 +25,14 @@ from ..plan.machines.topology import Topology, read_topology
 from ..plan.plans import Plan, name_layout
 from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
-from .asked_file import check_files, write_file
-from .command_arguments import OBJECTIVES
+from .arguments.plan import OBJECTIVES
+from .output_file import check_output_files, write_output_file
 
 _GB = 1e9
 
 
-def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> int:
+def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
     """Print the plans or the price of the config as it stands, and write the files that were asked for.
-
-    Args:
-        overrides: words by which the config differs from its file; `--write` keeps them.
 
     Raises:
         TrellaxError: the machine or the objective is not known, or nothing fits.
@@ -54,12 +51,12 @@ def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence
         title = f"{config.run.name} on {topology.name}, objective {args.objective}"
         limit = question.memory_limit if not _is_serving(args) else _serving(question, args).memory_limit
         picture = draw_front(priced, objective=args.objective, limit_bytes=limit, title=title)
-        write_file(args.png, picture)
+        write_output_file(args.png, picture)
     if args.write:
-        write_file(
+        write_output_file(
             args.write,
             write_plan(
-                args.config, plans[0].layout, header=_header(plans[0], topology, args), overrides=overrides
+                args.config, plans[0].layout, header=_header(plans[0], topology, args), overrides=args.overrides
             ).encode(),
         )
     return 0
@@ -92,7 +89,7 @@ def _check_words(args: argparse.Namespace) -> None:
             f"--this prices the config's training step, and --objective {args.objective} is for serving.",
             fix="leave out one of them.",
         )
-    check_files(args.png, args.write)
+    check_output_files(args.png, args.write)
 
 
 def _is_serving(args: argparse.Namespace) -> bool:

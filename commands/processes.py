@@ -14,7 +14,7 @@ from ..train.processes.aborts import explained_aborts
 from ..train.processes.facts import start_facts
 from ..train.processes.watch import ProcessWatch
 from ..train.run_folder import Start
-from .command_arguments import START_S
+from .arguments.processes import START_S
 
 _MARGIN_S = 20
 """So much longer jax itself waits: our own watch knows names."""

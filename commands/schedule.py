@@ -29,8 +29,8 @@ from ..pipeline.schedules import (
     trace_from_schedule,
 )
 from ..pipeline.schedules.draw import peak_text
-from .asked_file import check_files, write_file
-from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
+from .arguments.schedule import COSTS, read_layers
+from .output_file import check_output_files, write_output_file
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
 
@@ -41,8 +41,7 @@ def run_schedule(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: what was asked does not fit together, or a file cannot be read or written.
     """
-    check_schedule_arguments(args)
-    check_files(*(getattr(args, option) for option in _WRITERS))
+    check_output_files(*(getattr(args, option) for option in _WRITERS))
     if args.compare:
         _compare(args)
         return 0
@@ -135,7 +134,7 @@ _WRITERS: dict[str, Callable[[Schedule, argparse.Namespace], bytes]] = {
 def _save(schedule: Schedule, args: argparse.Namespace) -> bool:
     paths = {option: getattr(args, option) for option in _WRITERS if getattr(args, option)}
     for option, path in paths.items():
-        write_file(path, _WRITERS[option](schedule, args))
+        write_output_file(path, _WRITERS[option](schedule, args))
     return bool(paths)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from trellax.commands.asked_file import check_files, write_file
+from trellax.commands.output_file import check_output_files, write_output_file
 from trellax.meshes import ConfigError
 
 
@@ -11,18 +11,18 @@ def test_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("", "nowhere/x", "file/x", "x" * 300):
         with pytest.raises(ConfigError, match="cannot be written"):
-            check_files(None, "", str(tmp_path / "new"), str(tmp_path / name))
+            check_output_files(None, "", str(tmp_path / "new"), str(tmp_path / name))
 
 
 def test_file_that_turns_out_not_to_be_writable_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: is a directory"):
-        write_file(str(tmp_path), b"")
+        write_output_file(str(tmp_path), b"")
 
 
 def test_older_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"old one")
-    check_files(str(file))
-    write_file(str(file), b"new")
+    check_output_files(str(file))
+    write_output_file(str(file), b"new")
     assert file.read_bytes() == b"new"
     assert capsys.readouterr().err == f"wrote {file}\n"

@@ -1,18 +1,19 @@
-"""A file that a command was asked to write: refused before the work starts, and written once it is done."""
+"""Files that the user asked a command to write: checked before the work, and written after it."""
 
 import sys
 from pathlib import Path
 
 from ..meshes.errors import ConfigError, printable
+from ..meshes.files.own_file import replace_file
 
 _FIX = "name a file in a folder that is there."
 
 
-def check_files(*paths: str | None) -> None:
-    """Raise if one of these files could not be written; None and "" are files that nobody asked for.
+def check_output_files(*paths: str | None) -> None:
+    """Check that these files can be written, before hours of work; None and "" are options that were not given.
 
     Raises:
-        ConfigError: it is a folder, or there is no folder to put it in.
+        ConfigError: one is a folder, or its folder does not exist.
     """
     for path in filter(None, paths):
         try:
@@ -24,14 +25,19 @@ def check_files(*paths: str | None) -> None:
             raise ConfigError(f"{path} cannot be written: {why}.", fix=_FIX)
 
 
-def write_file(path: str, content: bytes) -> None:
-    """Write the file, over an older one, and say so on stderr.
+def write_output_file(path: str, content: bytes) -> None:
+    """Write the file in place of an older one, and report it on stderr.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        Path(path).write_bytes(content)
+        # Links lead where the user wants the file; a pipe or a device, such as /dev/stdout, is not replaced.
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+        else:
+            replace_file(target, content, writers="many")
     except (OSError, ValueError) as error:
         raise _refuse(path, error) from None
     print(f"wrote {printable(path, limit=400)}", file=sys.stderr)

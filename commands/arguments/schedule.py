@@ -1,57 +1,75 @@
-"""The words of `trellax schedule`, and the checks of them that need no schedule. Read `schedule.py` next."""
+"""The arguments of `trellax schedule`, and the checks of them that need no schedule."""
 
 import argparse
 import math
 from typing import get_args
 
-from ..meshes.errors import ScheduleError, suggest
-from ..meshes.numbers import real_number
-from ..pipeline.schedules import SCHEDULES, Clock
-from .argument_types import number, path, whole
+from ...meshes.errors import ScheduleError, suggest
+from ...meshes.numbers import real_number
+from ...pipeline.schedules import SCHEDULES, Clock
+from .types import parse_path, parse_real, parse_whole
 
 COSTS = ("forward", "input_grad", "weight_grad", "transfer")
-"""Options that are times, by the name they have in `simulate`."""
+"""The options that are times, as `simulate` names them."""
 
 _CLOCKS = get_args(Clock)
-_SMALLEST, _LARGEST = 1e-100, 1e100
-_MOST_RANKS = 256
-_MOST_CELLS = 20_000
+_MIN_COST, _MAX_COST = 1e-100, 1e100
+_MAX_RANKS = 256
+_MAX_CELLS = 20_000
 _WRITERS = (("png", "a picture"), ("svg", "a picture"), ("csv", "the schedule"), ("trace", "a trace for Perfetto"))
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    """Teach a parser the words of `trellax schedule`."""
+    """Add the arguments of the command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
     parser.add_argument(
-        "--file", type=path, metavar="CSV", help="a schedule of your own: a row a rank, cells such as 2F0"
+        "--file", type=parse_path, metavar="CSV", help="a schedule of your own: a row for each rank, cells such as 2F0"
     )
-    parser.add_argument("--compare", action="store_true", help="a table of all schedules")
-    parser.add_argument("--ranks", type=whole, metavar="P", help="pipeline ranks")
-    parser.add_argument("--microbatches", type=whole, metavar="M", help="microbatches in a step")
-    parser.add_argument("--chunks", type=whole, metavar="V", help="chunks a rank, if interleaved (default 2)")
-    parser.add_argument("--forward", type=number, default=1.0, metavar="F", help="time of a rank's forward (default 1)")
-    parser.add_argument("--input-grad", type=number, default=1.0, metavar="I", help="of its input gradient (default 1)")
-    parser.add_argument(
-        "--weight-grad", type=number, default=1.0, metavar="W", help="of its weight gradient (default 1)"
-    )
-    parser.add_argument("--transfer", type=number, default=0.0, metavar="T", help="of a hop to a neighbour (default 0)")
-    parser.add_argument(
-        "--layers", metavar="N,N,...", help="size of every stage, such as 8,8,8,6; times above are of a mean rank"
-    )
-    parser.add_argument("--max-in-flight", type=whole, metavar="N", help="microbatches a rank may hold, for auto")
-    parser.add_argument(
-        "--clock",
-        metavar="|".join(_CLOCKS),
-        default="lockstep",
-        help="lockstep: one program for all ranks, as trellax runs it (default); async: a program for every rank",
-    )
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--compare", action="store_true", help="compare all schedules in a table")
+    _add_size_arguments(parser)
+    _add_time_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     for suffix, what in _WRITERS:
         parser.add_argument(f"--{suffix}", metavar="FILE", help=f"write {what}")
 
 
+def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=parse_whole, metavar="P", help="number of pipeline ranks")
+    parser.add_argument("--microbatches", type=parse_whole, metavar="M", help="microbatches of a step")
+    parser.add_argument(
+        "--chunks", type=parse_whole, metavar="V", help="chunks of layers a rank, for interleaved schedules (default 2)"
+    )
+    parser.add_argument(
+        "--max-in-flight", type=parse_whole, metavar="N", help="most microbatches in flight on a rank, for auto"
+    )
+
+
+def _add_time_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--forward", type=parse_real, default=1.0, metavar="F", help="time of a rank's forward (default 1)"
+    )
+    parser.add_argument(
+        "--input-grad", type=parse_real, default=1.0, metavar="I", help="time of its input gradient (default 1)"
+    )
+    parser.add_argument(
+        "--weight-grad", type=parse_real, default=1.0, metavar="W", help="time of its weight gradient (default 1)"
+    )
+    parser.add_argument(
+        "--transfer", type=parse_real, default=0.0, metavar="T", help="time of a transfer between ranks (default 0)"
+    )
+    parser.add_argument(
+        "--layers", metavar="N,N,...", help="layers of every stage, such as 8,8,8,6; the times are of an average rank"
+    )
+    parser.add_argument(
+        "--clock",
+        metavar="|".join(_CLOCKS),
+        default="lockstep",
+        help="lockstep: one program for all ranks, as trellax runs it (default); async: one program a rank",
+    )
+
+
 def check_schedule_arguments(args: argparse.Namespace) -> None:
-    """Raise unless what was asked fits together, as far as the words alone can tell.
+    """Check that the arguments fit each other, as far as that needs no schedule.
 
     Raises:
         ScheduleError: the first mistake.
@@ -74,16 +92,7 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
             f"--clock is {args.clock!r}; there are {' and '.join(_CLOCKS)}.{suggest(args.clock, _CLOCKS)}"
         )
     _check_sizes(args)
-    for name in COSTS:
-        value, least = getattr(args, name), "0 or more" if name == "transfer" else "above 0"
-        if not math.isfinite(value) or value < 0 or (value == 0 and name != "transfer"):
-            raise ScheduleError(f"--{name.replace('_', '-')} is {value:g}; a time is {least}.")
-        if value and not _SMALLEST <= value <= _LARGEST:
-            raise ScheduleError(
-                f"--{name.replace('_', '-')} is {value:g}, and a time is {_SMALLEST:g} to {_LARGEST:g}: sums of others "
-                "would overflow or vanish.",
-                fix="give all times in a larger or smaller unit.",
-            )
+    _check_times(args)
     _check_layers(args)
     options = [*(option for option, _ in _WRITERS), "layers"]
     given = [f"--{option}" for option in options if getattr(args, option)]
@@ -108,12 +117,25 @@ def _check_sizes(args: argparse.Namespace) -> None:
         if size is not None and size < 1:
             raise ScheduleError(f"--{name} is {size}; it must be 1 or more.")
     cells = args.ranks * args.microbatches * (args.chunks or 1)
-    if args.ranks > _MOST_RANKS or cells > _MOST_CELLS:
+    if args.ranks > _MAX_RANKS or cells > _MAX_CELLS:
         raise ScheduleError(
             f"{args.ranks} ranks and {cells:,} ranks x chunks x microbatches are too many to look at; "
-            f"{_MOST_RANKS} and {_MOST_CELLS:,} are the most.",
+            f"{_MAX_RANKS} and {_MAX_CELLS:,} are the most.",
             fix="ask for fewer microbatches: the pattern repeats.",
         )
+
+
+def _check_times(args: argparse.Namespace) -> None:
+    for name in COSTS:
+        value, least = getattr(args, name), "0 or more" if name == "transfer" else "above 0"
+        if not math.isfinite(value) or value < 0 or (value == 0 and name != "transfer"):
+            raise ScheduleError(f"--{name.replace('_', '-')} is {value:g}; a time is {least}.")
+        if value and not _MIN_COST <= value <= _MAX_COST:
+            raise ScheduleError(
+                f"--{name.replace('_', '-')} is {value:g}, and a time is {_MIN_COST:g} to {_MAX_COST:g}: sums of "
+                "others would overflow or vanish.",
+                fix="give all times in a larger or smaller unit.",
+            )
 
 
 def _check_layers(args: argparse.Namespace) -> None:
@@ -123,10 +145,10 @@ def _check_layers(args: argparse.Namespace) -> None:
         layers = read_layers(args.layers)
     except ValueError:
         layers = (math.nan,)
-    if not all(_SMALLEST <= size <= _LARGEST for size in layers):
+    if not all(_MIN_COST <= size <= _MAX_COST for size in layers):
         raise ScheduleError(
             f"--layers is {args.layers!r}; it takes the size of every stage, numbers above 0 with commas between, "
-            f"{_SMALLEST:g} to {_LARGEST:g}.",
+            f"{_MIN_COST:g} to {_MAX_COST:g}.",
             fix="write --layers 8,8,8,6.",
         )
 
@@ -146,9 +168,9 @@ def _check_limit(args: argparse.Namespace) -> None:
 
 
 def read_layers(text: str) -> tuple[float, ...]:
-    """Return the numbers of `--layers`.
+    """Parse `--layers`: numbers with commas between them.
 
     Raises:
-        ValueError: a word is no number.
+        ValueError: a part is not a number.
     """
     return tuple(real_number(word) for word in text.split(","))
