@@ -9,7 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trellax.configs.run_config import RunConfig, config_from_dict, config_keys, load_config, render_help
+from trellax.configs.run_config import (
+    RunConfig,
+    config_from_dict,
+    config_keys,
+    load_config,
+    render_help,
+    render_reference,
+)
 from trellax.configs.toml_lines import map_lines
 from trellax.layers import ModelConfig
 from trellax.meshes import ConfigError, MeshSpec
@@ -285,6 +292,15 @@ def test_packaged_config_is_valid_and_short(name: str) -> None:
     assert text.startswith("# ")
 
 
+def test_notebooks_show_what_differs_from_the_defaults() -> None:
+    html = load_config("tiny-dense", ["--data.source=text", "--data.paths=<b>.txt"])._repr_html_()
+    assert "<tr><th>mesh</th><td><code></code></td></tr>" in html
+    assert "vocab_size=256, num_layers=2" in html
+    assert "&lt;b&gt;.txt" in html
+    assert "<b>" not in html
+    assert "keep=2" not in html
+
+
 def test_dicts_make_the_same_config_as_a_file() -> None:
     values = {
         "run": {"name": "tiny-dense"},
@@ -308,6 +324,11 @@ def test_keys_are_frozen(golden: Golden) -> None:
 
 def test_help_names_every_key_with_its_default(golden: Golden) -> None:
     golden("config_help.txt", render_help())
+
+
+def test_reference_page_lists_every_key_as_the_code_has_it() -> None:
+    assert (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8") == render_reference()
+    assert all(f"| `{name.partition('.')[2]}` |" in render_reference() for name in config_keys())
 
 
 def test_every_key_has_a_meaning() -> None:
