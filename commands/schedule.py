@@ -1,4 +1,4 @@
-"""`trellax schedule`: one schedule drawn, saved or as numbers, or all of them in a table."""
+"""`trellax schedule`: draw, save or simulate a pipeline schedule, or compare all schedules in a table."""
 
 import argparse
 import json
@@ -36,10 +36,10 @@ _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W
 
 
 def run_schedule(args: argparse.Namespace) -> int:
-    """Do what was asked and return the exit code.
+    """Print one schedule or the comparison, write the files asked for, and return the exit code.
 
     Raises:
-        TrellaxError: what was asked does not fit together, or a file cannot be read or written.
+        TrellaxError: the arguments do not fit the schedule, or a file cannot be read or written.
     """
     check_output_files(*(getattr(args, option) for option in _WRITERS))
     if args.compare:
@@ -91,7 +91,10 @@ def _costs(schedule: Schedule, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stages(name: str, args: argparse.Namespace, *, num_ranks: int, num_chunks: int) -> list[StageCost] | None:
-    """The times of stages of these sizes, of which the mean rank takes what the options say; None if all are alike."""
+    """Return the times of the stages that --layers gives the sizes of, or None without --layers: all are equal then.
+
+    A rank of average size takes the times of the options, and each stage its share by its layers.
+    """
     if args.layers is None:
         return None
     layers = read_layers(args.layers)
@@ -117,7 +120,7 @@ def _simulate(schedule: Schedule, args: argparse.Namespace) -> Timing:
 
 
 def _find_formula(schedule: Schedule, args: argparse.Namespace) -> Formula | None:
-    # A file may bear the name of a schedule of ours and be another.
+    # A file may have the name of a schedule of ours and hold another one.
     if args.file:
         return None
     return find_formula(schedule, forward=args.forward, input_grad=args.input_grad, weight_grad=args.weight_grad)
@@ -156,7 +159,7 @@ def _numbers(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> di
 
 
 def _draw_grid(schedule: Schedule, *, width: int | None) -> Text:
-    """The grid in colour, in as many blocks of whole ticks as the width asks for."""
+    """Draw the grid in colour, a line a rank; where it is wider than the terminal, in blocks below each other."""
     words = [["+".join(map(str, cells[rank])) or "." for cells in schedule.ticks] for rank in range(schedule.num_ranks)]
     widths = [max(map(len, column)) for column in zip(*words, strict=True)]
     heads = [f"rank {rank}".ljust(len(f"rank {schedule.num_ranks - 1}")) + " |" for rank in range(schedule.num_ranks)]
@@ -175,6 +178,7 @@ def _draw_grid(schedule: Schedule, *, width: int | None) -> Text:
 
 
 def _split_blocks(widths: list[int], *, room: int | None) -> list[tuple[int, int]]:
+    """Split ticks of these widths into blocks (first, end) of whole ticks that fit into `room` columns."""
     blocks, first, used = [], 0, 0
     for tick, size in enumerate(widths):
         if room is not None and tick > first and used + size + 1 > room:
@@ -185,6 +189,7 @@ def _split_blocks(widths: list[int], *, room: int | None) -> list[tuple[int, int
 
 
 def _append_cell(text: Text, word: str) -> None:
+    """Append a cell, each action on the colour of its kind; `.` is an idle tick."""
     if word == ".":
         text.append(word, style="dim")
         return

@@ -2,7 +2,9 @@
 
 import argparse
 
+from ...meshes.errors import PlanError, suggest
 from ...plan.machines.topology import read_topology
+from ..output_file import check_output_files
 from .config import add_config_arguments
 from .types import parse_whole
 
@@ -33,10 +35,31 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_plan_arguments(args: argparse.Namespace) -> None:
-    """Check the topology, before everything that a plan needs is imported.
+    """Check the topology, the objective and the files to write, before all that a plan needs is imported.
 
     Raises:
-        TargetError: it is neither a known machine nor a readable file.
+        TargetError: the topology is neither a known machine nor a readable file.
+        PlanError: the objective is unknown, or options contradict each other.
+        ConfigError: a file cannot be written.
     """
     if args.topology:
         read_topology(args.topology)
+    if args.objective not in OBJECTIVES:
+        raise PlanError(
+            f"unknown objective {args.objective!r}; there are {', '.join(OBJECTIVES)}."
+            f"{suggest(args.objective, OBJECTIVES)}",
+            fix="write --objective train, say.",
+        )
+    if args.write and (args.this or is_serving(args)):
+        raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
+    if args.this and is_serving(args):
+        raise PlanError(
+            f"--this prices the config's training step, and --objective {args.objective} is for serving.",
+            fix="leave out one of them.",
+        )
+    check_output_files(args.png, args.write)
+
+
+def is_serving(args: argparse.Namespace) -> bool:
+    """Whether the objective is one of serving, not of training."""
+    return args.objective in ("latency", "throughput", "balanced")
