@@ -1,7 +1,7 @@
-"""Read the config in the seal of a save, which another version of trellax may have written.
+"""The config in the seal of a save, which another trellax may have written: what is known of it, and what is not.
 
-Training, serving and export read it by the same rule: an unknown key of `model` is refused, since it may change every
-number; other unknown keys and sections are left out, with a message.
+One rule for all who read a save, training, serving and export alike: a key of `model` that is not known is refused, as
+it may change every number; another key or section is left out, and said.
 """
 
 import math
@@ -15,23 +15,23 @@ from ..meshes import CheckpointError, ConfigError
 from .run_config import config_from_dict, config_keys
 
 _FIX = "use the trellax it was saved with, or a newer one."
-_MAX_NAMES = 5
-_MAX_NAME = 80
+_MOST_NAMES = 5
+_LONGEST_NAME = 80
 
 
 def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object]) -> dict[str, dict[str, Any]]:
-    """Return the config of a save as plain values, of known keys and valid; keys that it lacks are left out.
+    """Return the config of a save as plain values, all of them known and valid; keys that are younger are missing.
 
     Args:
-        folder: the folder of the save, for messages.
-        say: called with a message that names the keys left out.
+        folder: of the save, to name it.
+        say: told which keys are left out.
 
     Raises:
-        CheckpointError: a key of the model is unknown, a value is invalid, or the model has another number of
-            parameters than was saved.
+        CheckpointError: a key of the model is not known, or a value cannot be.
     """
     known = set(config_keys())
-    unknown = _list_unknown(seal.config, known)
+    unknown = [f"{section}.{key}" for section, keys in seal.config.items() for key in keys or [""]]
+    unknown = [name.rstrip(".") for name in unknown if name not in known and name.rstrip(".") not in _sections(known)]
     if of_model := [name for name in unknown if name.startswith("model.")]:
         raise CheckpointError(
             f"{folder} was saved with {_list(of_model)}, which this trellax does not know: its model may be another.",
@@ -47,7 +47,7 @@ def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object])
             f"{folder} was saved with a config that this trellax cannot read: {getattr(error, 'problem', error)}",
             fix=_FIX,
         ) from None
-    # Compared before anything of these sizes is built: a damaged config may describe a model of a billion layers.
+    # Before anything of these sizes is made: a model of a billion layers takes for ever to describe.
     here, there = param_counts(config.model).total, _count_saved(seal)
     if here != there:
         raise CheckpointError(
@@ -58,16 +58,6 @@ def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object])
 
 def _count_saved(seal: Seal) -> int:
     return sum(math.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith("params."))
-
-
-def _list_unknown(config: Mapping[str, Any], known: set[str]) -> list[str]:
-    """Return unknown keys as `section.key`, and unknown sections that are empty by their name."""
-    unknown: list[str] = []
-    for section, keys in config.items():
-        if not keys and section not in _sections(known):
-            unknown.append(section)
-        unknown += [f"{section}.{key}" for key in keys if f"{section}.{key}" not in known]
-    return unknown
 
 
 def _sections(known: set[str]) -> set[str]:
@@ -83,6 +73,6 @@ def _keep(config: Mapping[str, Any], known: set[str]) -> dict[str, dict[str, Any
 
 
 def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    # A name from another program's file may hold terminal escapes.
-    return ", ".join(ascii(name[:_MAX_NAME])[1:-1] for name in names[:_MAX_NAMES]) + more
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    # A name from elsewhere may hold what a terminal obeys.
+    return ", ".join(ascii(name[:_LONGEST_NAME])[1:-1] for name in names[:_MOST_NAMES]) + more
