@@ -38,14 +38,14 @@ COMMANDS = (
     ),
     Command(
         name="describe",
-        help="show mesh, shardings and schedule of a config without training",
+        help="show the mesh, shardings and schedule of a config without training",
         takes="config",
         arguments="arguments.config:add_config_arguments",
         run="describe:run_describe",
     ),
     Command(
         name="inspect",
-        help="compile the step of a config for any machine and show what it keeps, sends and computes",
+        help="compile the training step of a config for any machine, and report its memory, traffic and work",
         takes="config",
         arguments="arguments.inspect:add_inspect_arguments",
         run="inspect:run_inspect",
@@ -67,13 +67,13 @@ COMMANDS = (
     ),
     Command(
         name="import-hf",
-        help="make a run folder of a Hugging Face model",
+        help="make a run folder from a Hugging Face model",
         arguments="arguments.hugging_face:add_import_arguments",
         run="hf_commands:run_import",
     ),
     Command(
         name="export-hf",
-        help="write the weights of a run folder for transformers",
+        help="write the weights of a run as a Hugging Face model",
         arguments="arguments.hugging_face:add_export_arguments",
         run="hf_commands:run_export",
     ),
@@ -92,7 +92,7 @@ COMMANDS = (
     ),
     Command(
         name="checkpoints",
-        help="list the saves of a run folder, with sizes; verify them",
+        help="list the saves of a run folder with their sizes, and verify them",
         arguments="arguments.checkpoints:add_checkpoints_arguments",
         run="checkpoints:run_checkpoints",
     ),

@@ -16,7 +16,12 @@ _CLOCKS = get_args(Clock)
 _MIN_COST, _MAX_COST = 1e-100, 1e100
 _MAX_RANKS = 256
 _MAX_CELLS = 20_000
-_WRITERS = (("png", "a picture"), ("svg", "a picture"), ("csv", "the schedule"), ("trace", "a trace for Perfetto"))
+_WRITERS = (
+    ("png", "a picture (PNG)"),
+    ("svg", "a picture (SVG)"),
+    ("csv", "the schedule, as --file reads it"),
+    ("trace", "a trace for Perfetto (JSON)"),
+)
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,20 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trellax.configs.run_config import (
-    RunConfig,
-    config_from_dict,
-    config_keys,
-    load_config,
-    render_help,
-    render_reference,
-)
-from trellax.configs.toml_lines import map_lines
+from trellax.configs.run_config import RunConfig, config_from_dict, load_config
 from trellax.layers import ModelConfig
 from trellax.meshes import ConfigError, MeshSpec
 
@@ -193,15 +184,6 @@ def test_number_without_end_is_refused_with_its_bound() -> None:
         load_config("tiny-dense", ["--mesh.data", "1000001"])
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ["\n" * 99_980, "#\n" * 49_990, f"[{'a.' * 40}a]\nb = 1\n", "[[a]]\n" * 16_000])
-def test_lines_of_a_large_file_are_mapped_in_no_time(text: str) -> None:
-    start_s = time.process_time()
-    lines = map_lines(f"{text}[x]\ny = 1\n")
-    assert lines["x", "y"] == text.count("\n") + 2
-    assert time.process_time() - start_s < 5
-
-
 def test_mistakes_of_a_file_of_100_kb_have_no_line(folder: Path) -> None:
     assert refused(GOOD.replace("steps = 20", "steps = 0") + "#" * 100_000).startswith("run.toml: train.steps: ")
 
@@ -315,37 +297,6 @@ def test_dicts_make_the_same_config_as_a_file() -> None:
 def test_mistakes_in_dicts_have_no_file() -> None:
     with pytest.raises(ConfigError, match=r"^model: this section is missing"):
         config_from_dict({})
-
-
-def test_keys_are_frozen(golden: Golden) -> None:
-    assert len(config_keys()) <= 68
-    golden("config_keys.txt", "\n".join(config_keys()))
-
-
-def test_help_names_every_key_with_its_default(golden: Golden) -> None:
-    golden("config_help.txt", render_help())
-
-
-def test_reference_page_lists_every_key_as_the_code_has_it() -> None:
-    assert (ROOT / "docs" / "reference" / "config.md").read_text(encoding="utf-8") == render_reference()
-    assert all(f"| `{name.partition('.')[2]}` |" in render_reference() for name in config_keys())
-
-
-def test_every_key_has_a_meaning() -> None:
-    bare = [line for line in render_help().splitlines() if line and len(line.split(maxsplit=3)) < 4]
-    assert bare == []
-
-
-def test_line_map_knows_dotted_quoted_and_nested_keys() -> None:
-    text = 'a.b = 1\n[x] # note\n"c" = 2\nd = [\n  1,\n]\n[x.y]\ne=3\n'
-    lines = {("a",): 1, ("a", "b"): 1, ("x",): 2, ("x", "c"): 3, ("x", "d"): 4, ("x", "y"): 7, ("x", "y", "e"): 8}
-    assert map_lines(text) == lines
-
-
-def test_line_map_takes_no_line_of_a_text_for_a_key() -> None:
-    text = "[a]\nx = '''\n[b]\ny = 1\n'''\n\n# [b]\n[[c]]\nz = 1\n\n[[c]]\n[b]\ny = 2\n"
-    lines = {("a",): 1, ("a", "x"): 2, ("c",): 8, ("c", "z"): 9, ("b",): 12, ("b", "y"): 13}
-    assert map_lines(text) == lines
 
 
 def test_fake_devices_may_still_be_asked_for_after_reading() -> None:
