@@ -5,6 +5,7 @@ tokenizer.json is read by the library that wrote it. Read `../train/data/corpus.
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..meshes import DataError
-from ..meshes.files.own_file import replacing_file
+from ..meshes.files.own_file import free_name, open_own
 from ..meshes.files.regular_file import open_regular
 from .folder import MAX_TOKENIZER_BYTES, copy_file, read_file, read_json
 from .special_ids import ORIGIN, SpecialIds, find_special_ids
@@ -239,8 +240,11 @@ def tokenize(
     kept = _open_tokens(file)
     if kept is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(file, writers="many") as stream:
+        # All processes of a run come by here at once, and in containers they have one id.
+        part = free_name(file.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}"))
+        with open_own(part, "xb") as stream:
             np.save(stream, _encode(documents, tokenizer, vocab_size))
+        part.replace(file)
         kept = np.load(file, mmap_mode="r")
     return kept
 
