@@ -39,7 +39,9 @@ def run_bench_decode(args: argparse.Namespace) -> int:
         use_fake_devices(args.fake_devices)
     specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
     if not specs:
-        raise ConfigError(f"--meshes {args.meshes!r} names no mesh.", fix="write --meshes 'tensor=4;pipe=4', say.")
+        raise ConfigError(
+            f"--meshes {args.meshes!r} names no mesh.", fix="write for example --meshes 'tensor=4;pipe=4'."
+        )
     batches = _read_batches(args)
     config, read = _open_model(args)
     trials = [_Trial(config, spec, batch, args) for spec in specs for batch in batches]
@@ -63,7 +65,7 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
         batches = []
     if not batches or min(batches) < 1:
         raise ConfigError(
-            f"--batch {args.batch!r} is no list of numbers of requests.", fix="write --batch 1,4,16, say."
+            f"--batch {args.batch!r} is not a list of numbers of requests.", fix="write for example --batch 1,4,16."
         )
     if args.prompt_tokens < 1 or args.new_tokens < 2:
         raise ConfigError(

@@ -58,8 +58,8 @@ def _find_folder(path: Path) -> SaveFolder:
             return SaveFolder(folder)
     siblings = [str(other) for other in path.parent.glob("*") if (other / FOLDER).is_dir()]
     raise CheckpointError(
-        f"{path} is no run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
-        fix="give the folder that `trellax train` wrote, runs/NAME say.",
+        f"{path} is not a run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
+        fix="give the folder that `trellax train` wrote, for example runs/NAME.",
     )
 
 

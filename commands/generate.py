@@ -91,7 +91,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
         raise no_prompt()
     for text in (*prompts, *args.stop):
         if not _is_text(text):
-            raise ServeError(f"{shown(text)} is no UTF-8 text.", fix="convert it, or check the locale.")
+            raise ServeError(f"{shown(text)} is not UTF-8 text.", fix="convert it, or check the locale.")
     return prompts
 
 
@@ -124,7 +124,7 @@ def _stop_token(text: str, tokenizer: Tokenizer) -> int:
     if len(tokens) != 1:
         raise ServeError(
             f"--stop {shown(text)} is {len(tokens)} tokens; an answer ends with a single one.",
-            fix="give one, '\\n' say.",
+            fix="give a single token, for example '\\n'.",
         )
     return tokens[0]
 

@@ -57,7 +57,7 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
     if not num_devices:
         raise ConfigError(
             f"mesh {config.mesh} leaves an axis open, and target {target} does not say how many devices there are.",
-            fix=f"write --target {target}:8, say.",
+            fix=f"write for example --target {target}:8.",
         )
     if needed and num_devices != needed and -1 not in sizes:
         raise TargetError(

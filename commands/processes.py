@@ -66,4 +66,4 @@ def _read_number(option: str, text: str | None) -> int | None:
     try:
         return whole_number(text)
     except ValueError:
-        raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write {option} 2, say.") from None
+        raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write for example {option} 2.") from None

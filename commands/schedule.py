@@ -162,11 +162,10 @@ def _describe_schedule(schedule: Schedule, timing: Timing, args: argparse.Namesp
     chunks = f" x {schedule.num_chunks} chunks" if schedule.num_chunks > 1 else ""
     layers = f", stages of {', '.join(args.layers.split(','))}" if args.layers else ""
     size = f"{schedule.num_ranks} ranks{chunks}, {schedule.num_microbatches} microbatches"
-    peaks = peak_text(timing.peak_in_flight)
+    bubble, peaks = _format_percent(timing.bubble_fraction), peak_text(timing.peak_in_flight)
     lines = [
         f"{schedule.name}: {size}, {timing.clock} clock{layers}",
-        f"bubble {_format_percent(timing.bubble_fraction)} of the time, makespan {timing.makespan:g}, "
-        f"peak in flight {peaks}",
+        f"bubble {bubble} of the time, makespan {timing.makespan:g}, peak in flight {peaks}",
     ]
     formula = _find_formula(schedule, args)
     if formula:

@@ -104,7 +104,7 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
         yield ModelError(
             f"model.num_kv_heads={kv} neither splits over mesh.tensor={tensor} nor can be copied evenly to it: "
             f"{max(kv, tensor)} / {min(kv, tensor)} = {max(kv, tensor) / min(kv, tensor):.2f}.",
-            fix=f"make one a multiple of the other, mesh.tensor={kv} say.",
+            fix=f"make one a multiple of the other, for example mesh.tensor={kv}.",
         )
 
 
@@ -185,7 +185,7 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
             )
     elif name not in names:
         yield ScheduleError(
-            f"pipeline.schedule={name!r} is no schedule.{suggest(name, names)}",
+            f"pipeline.schedule={name!r} is not a schedule.{suggest(name, names)}",
             fix=f"use one of {', '.join(names)}, or a .csv of your own.",
         )
     elif pipe > 1 and name != "auto":
@@ -256,11 +256,11 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
     if source != "stdlib" and not paths:
         yield ConfigError(
             f"data.source={source!r} reads files, but data.paths is empty.",
-            fix=f'set data.paths = ["corpus/*.{"bin" if source == "tokens" else "txt"}"], say.',
+            fix=f'set data.paths, for example to ["corpus/*.{"bin" if source == "tokens" else "txt"}"].',
         )
     if source == "stdlib" and paths:
         yield ConfigError(
-            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files of yours.",
+            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
             fix="set data.source='text' or 'tokens'.",
         )
 

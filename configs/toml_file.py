@@ -1,4 +1,4 @@
-"""Read a run file: find it, decode it, parse it, and report what is no TOML at its line."""
+"""Read a run file: find it, decode it, parse it, and report a syntax error at its line."""
 
 import codecs
 import re
@@ -116,7 +116,7 @@ def _read_text(path: Path, *, shown: str) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        what = "this is UTF-16 text" if is_wide else "this is no UTF-8 text"
+        what = "this is UTF-16 text" if is_wide else "this is not UTF-8 text"
         raise ConfigError(f"{shown}: {what}.", fix="save it as UTF-8." if is_wide else "give a TOML file.") from None
 
 
@@ -132,4 +132,4 @@ def _toml_error(error: ValueError | RecursionError, *, text: str, shown: str) ->
     match = _TOML_PLACE.search(str(error))
     line = int(match[1]) if match and match[1] else max(1, len(lines) - text.endswith("\n"))
     what = _TOML_PLACE.sub("", str(error)).replace("Cannot overwrite a value", "This key is given twice")
-    return ConfigError(f"{shown}:{line}: this is no TOML: {what[:1].lower()}{what[1:]}.", fix=_TOML_FIX)
+    return ConfigError(f"{shown}:{line}: this is not TOML: {what[:1].lower()}{what[1:]}.", fix=_TOML_FIX)

@@ -18,14 +18,14 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
     """Raise `error` unless the value is one of the choices; the error suggests the most similar one.
 
     >>> check_choice("vocab", "splitt", get_args(Vocab), error=ScheduleError)
-    ScheduleError: vocab='splitt' is no choice. Did you mean 'split'?
+    ScheduleError: vocab='splitt' is not a choice. Did you mean 'split'?
       Fix: use 'ends' or 'split'.
     """
     known = list(choices)
     # Types must agree too: True == 1.
     if not any(type(value) is type(choice) and value == choice for choice in known):
         hint = suggest(value, map(str, known)) if isinstance(value, str) else ""
-        raise error(f"{name}={shown(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
+        raise error(f"{name}={shown(value)} is not a choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
 
 
 def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
@@ -41,7 +41,7 @@ def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
     # Compared without conversion: an integer may be too large for a float.
     if not 0 <= number <= sys.float_info.max:
-        raise error(f"{name}={shown(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
+        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=f"give for example {name}=1.0.")
 
 
 def check_instance(

@@ -48,7 +48,7 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         raise PlanError(
             f"unknown objective {args.objective!r}; there are {', '.join(OBJECTIVES)}."
             f"{suggest(args.objective, OBJECTIVES)}",
-            fix="write --objective train, say.",
+            fix="write for example --objective train.",
         )
     if args.write and (args.this or is_serving(args)):
         raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")

@@ -126,7 +126,7 @@ def test_missing_file_suggests_the_nearest(folder: Path, golden: Golden) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD.replace("[mesh]", "# é\n[mesh]").encode("latin-1"), "this is no UTF-8 text"),
+        (GOOD.replace("[mesh]", "# é\n[mesh]").encode("latin-1"), "this is not UTF-8 text"),
         (GOOD.encode("utf-16"), "this is UTF-16 text"),
         (b"#" * 1_000_001, "has 1,000,001 bytes or more; such a file has at most 1,000,000"),
         (b"\n\n" + b"a." * 50_000 + b"a = 1", ":3: this key has too many parts"),
