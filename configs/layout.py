@@ -3,7 +3,7 @@
 from ..meshes import PlanError
 from ..pipeline.schedules import SCHEDULES
 from ..plan.costs.layouts import Layout
-from .check import check_batch_splits
+from .mesh_checks import check_batch_splits
 from .run_config import RunConfig
 
 

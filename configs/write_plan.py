@@ -11,7 +11,7 @@ from typing import Any
 
 import tomlkit
 from tomlkit.container import Container
-from tomlkit.items import Comment, InlineTable, Table, Whitespace
+from tomlkit.items import Comment, Table, Whitespace
 
 from ..plan.costs.layouts import Layout
 from .keys import list_keys
@@ -46,6 +46,7 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
         if section in _LAID_OUT and is_changed:
             _drop_comments(document, section)
     text = tomlkit.dumps(document)
+    # What is written is read by tomllib: another library's reading of it must not be the only one.
     written = tomllib.loads(text)
     assert all(written[section].items() >= values.items() for section, values in wanted.items())
     return "".join(f"# {line}\n" for line in header) + "\n" + text
@@ -113,9 +114,10 @@ def _drop_comments(document: Container, section: str) -> None:
     table = document.body[place][1]
     table.trivia.comment = table.trivia.comment_ws = ""
     _drop_comments_before(document, place)
-    if isinstance(table, InlineTable) or not isinstance(table, Table):
+    if not isinstance(table, Table):  # `mesh = { data = 2 }` has no comments inside
         return
     body = table.value.body
+    # The last comments of a table stand right above the next one, and are about that.
     is_last = place == len(document.body) - 1
     end = len(body) if is_last else _find_last_comments(table.value, len(body))
     for index, (key, item) in enumerate(body[:end]):
@@ -126,7 +128,10 @@ def _drop_comments(document: Container, section: str) -> None:
 
 
 def _drop_comments_before(container: Container, place: int) -> None:
-    """Drop the comments right above the item at a place; tomlkit keeps those above a table at the end of the last."""
+    """Drop the comments right above the item at a place.
+
+    tomlkit counts comments above `[pipe]` to the table before it: `[mesh]`, `data = 2`, `# two nodes`, then `[pipe]`.
+    """
     if place and isinstance(above := container.body[place - 1][1], Table):
         container, place = above.value, len(above.value.body)
     for index in range(_find_last_comments(container, place), place):
@@ -146,5 +151,5 @@ def _find_place(container: Container, name: str) -> int:
 
 
 def _blank(container: Container, place: int) -> None:
-    # Replaced rather than removed: the container knows its keys by their place in `body`.
+    # Replaced and not removed, since the container finds its keys by their places in `body`.
     container.body[place] = (None, Whitespace(""))
