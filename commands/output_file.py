@@ -1,5 +1,6 @@
 """Files that the user asked a command to write: checked before the work, and written after it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +33,9 @@ def write_output_file(path: str, content: bytes) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        # Links lead where the user wants the file; a pipe or a device, such as /dev/stdout, is not replaced.
-        target = Path(path).resolve()
-        if target.exists() and not target.is_file():
+        target = Path(path).resolve()  # A link leads where the user wants the file.
+        # A pipe or a device, such as /dev/stdout, is written to; so is a file whose folder takes no new one.
+        if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
             target.write_bytes(content)
         else:
             replace_file(target, content, writers="many")

@@ -1,7 +1,7 @@
 """The config of a run as one typed value, read from a TOML file and the command line.
 
-Nothing here starts a jax backend, so that fake devices can still be asked for afterwards. Read `sections.py` next, which
-has the keys, and then `check.py`, which has the checks across sections.
+Nothing here starts a jax backend, so that fake devices can still be asked for afterwards. Read `sections.py` next,
+which has the keys, and then `check.py`, which has the checks across sections.
 """
 
 import html
