@@ -4,7 +4,6 @@ Nothing here starts a jax backend, so that fake devices can still be asked for a
 which has the keys, and then `check.py`, which has the checks across sections.
 """
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
+from ..meshes.notebook import table_html
 from ..meshes.terminal import terminal_width
 from .keys import draw_keys, list_keys, render_keys
 from .mistakes import Mistake, make_config_error
@@ -60,12 +60,12 @@ class RunConfig(Section):
         return Path(self.run.folder) / self.run.name
 
     def _repr_html_(self) -> str:
-        """Return the config as a table for notebooks: a row for each section, and in it what differs from defaults."""
-        rows = []
+        """Return a table for notebooks: a row for each section, with the values that are not defaults."""
+        rows = [("section", "values that are not defaults")]
         for section, values in self.model_dump(mode="json").items():
-            text = ", ".join(f"{key}={value!r}" for key, value in values.items() if not self._is_default(section, key))
-            rows.append(f"<tr><th>{section}</th><td><code>{html.escape(text)}</code></td></tr>")
-        return f"<table>{''.join(rows)}</table>"
+            given = {key: value for key, value in values.items() if not self._is_default(section, key)}
+            rows.append((section, ", ".join(f"{key}={value!r}" for key, value in given.items())))
+        return table_html(rows, left=2)
 
     def _is_default(self, section: str, key: str) -> bool:
         own = getattr(self, section)
