@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .loss import cross_entropy, projected_cross_entropy
     from .mlp import MLP
     from .norms import make_head_norm, make_norm, normalize
+    from .partitioning import init_model, place_model
     from .rotary import rope_frequencies, rotate
     from .transformer import Head, Transformer, model_rules, param_dims
 
@@ -40,6 +41,7 @@ __all__ = [
     "cache_shapes",
     "cross_entropy",
     "flops_per_token",
+    "init_model",
     "lookup",
     "make_head_norm",
     "make_norm",
@@ -48,6 +50,7 @@ __all__ = [
     "normalize",
     "param_counts",
     "param_dims",
+    "place_model",
     "projected_cross_entropy",
     "rematerialize",
     "rope_frequencies",

@@ -35,8 +35,8 @@ class Attention(nnx.Module):
         self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **into)
         self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"
-        self.query_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
-        self.key_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
+        self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
+        self.key_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D].

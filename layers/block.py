@@ -27,9 +27,9 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
-        self.attention_norm = make_norm(config, rngs=rngs)
+        self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
         self.attention = Attention(config, rngs=rngs, rules=rules)
-        self.mlp_norm = make_norm(config, rngs=rngs)
+        self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
         self.mlp = MLP(config, rngs=rngs, rules=rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = 
     """Return one `Block` whose parameters have a leading dimension of layers: [L, ...], each layer drawn on its own."""
 
     @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
     def make(layer_rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=layer_rngs, rules=rules)
 

@@ -23,9 +23,9 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
         d = config.hidden_size
-        self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD)
+        self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD, rules=rules)
         learned = config.positions == "learned"
-        place = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD)
+        place = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD, rules=rules)
         self.positions = place if learned else nnx.data(None)
 
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None) -> jax.Array:

@@ -16,13 +16,16 @@ from jax.typing import DTypeLike
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count, check_number
 from .check import check_features
+from .partitioning import param_metadata
 from .product import Matmuls, multiply
 
 INIT_STD = 0.02
 
 
-def make_param(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *, std: float) -> nnx.Param:
-    """Return a float32 parameter drawn from a normal distribution, carrying its logical dimensions.
+def make_param(
+    key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *, std: float, rules: ShardingRules = DEFAULT_RULES
+) -> nnx.Param:
+    """Return a float32 parameter drawn from a normal distribution, annotated with its logical dimensions.
 
     `std` 0 gives zeros. The values do not depend on the mesh.
 
@@ -33,7 +36,7 @@ def make_param(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *,
         check_count("shape", size, error=ModelError, least=0)
     check_number("std", std, error=ModelError)
     value = jax.random.normal(key, shape, jnp.float32) * std if std else jnp.zeros(shape, jnp.float32)
-    return nnx.Param(value, dims=dims)
+    return nnx.Param(value, **param_metadata(dims, rules))
 
 
 def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -96,8 +99,10 @@ class ColumnLinear(nnx.Module):
         check_choice("bias", bias, ("on", "off"), error=ModelError)
         check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
-        self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std)
-        self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0) if bias == "on" else nnx.data(None)
+        self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std, rules=rules)
+        self.bias = nnx.data(None)
+        if bias == "on":
+            self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -135,8 +140,8 @@ class JoinedLinear(nnx.Module):
         kernels = [_cut_columns(linear.kernel[...], parts, unit) for linear in linears]
         biases = [_cut_columns(linear.bias[...], parts, unit) for linear in linears if linear.bias is not None]
         self.parts, self.widths = parts, tuple(kernel.shape[-1] for kernel in kernels)
-        self.kernel = nnx.Param(self._join(kernels, ("embed", self.dim)))
-        self.bias = nnx.Param(self._join(biases, (self.dim,))) if biases else nnx.data(None)
+        self.kernel = self._join(kernels, ("embed", self.dim))
+        self.bias = self._join(biases, (self.dim,)) if biases else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
@@ -152,9 +157,10 @@ class JoinedLinear(nnx.Module):
         pieces = [y_BTPW[..., end - width : end] for width, end in zip(self.widths, ends, strict=True)]
         return [self.rules.constrain(y.reshape(*lead, -1), dims) for y in pieces]
 
-    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> jax.Array:
+    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> nnx.Param:
         joined = jnp.concatenate(pieces, axis=-1)
-        return self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
+        value = self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
+        return nnx.Param(value, **param_metadata(dims, self.rules))
 
 
 def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
@@ -202,8 +208,10 @@ class RowLinear(nnx.Module):
         check_choice("bias", bias, ("on", "off"), error=ModelError)
         check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
-        self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std)
-        self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)
+        self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std, rules=rules)
+        self.bias = nnx.data(None)
+        if bias == "on":
+            self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].

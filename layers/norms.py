@@ -1,20 +1,22 @@
-"""LayerNorm and RMSNorm from Flax, with the dimension names every parameter must carry."""
+"""LayerNorm and RMSNorm from Flax, whose parameters are annotated with their dimensions."""
 
 import jax
 from flax import nnx
 
+from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
+from .partitioning import param_metadata
 
 Norm = nnx.LayerNorm | nnx.RMSNorm
 
 
-def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
+def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
     """Return the norm the config names, statistics in float32; `normalize` applies it.
 
     Scale and bias are whole on every tensor rank: the features they act on are not split there.
     """
     shared = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
-    named = {"dims": ("embed",)}
+    named = param_metadata(("embed",), rules)
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.hidden_size, scale_metadata=named, **shared)
     return nnx.LayerNorm(
@@ -28,13 +30,13 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
     )
 
 
-def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> nnx.RMSNorm:
     """Return the RMSNorm of query or key heads, over the features of each; its scale is whole on every tensor rank."""
     return nnx.RMSNorm(
         config.head_size,
         epsilon=config.norm_epsilon,
         dtype=config.dtype,
-        scale_metadata={"dims": ("head",)},
+        scale_metadata=param_metadata(("head",), rules),
         rngs=rngs,
     )
 

@@ -29,8 +29,9 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        self.norm = make_norm(config, rngs=rngs)
-        own = make_param(rngs.params(), (config.vocab_size, config.hidden_size), ("vocab", "embed"), std=INIT_STD)
+        self.norm = make_norm(config, rngs=rngs, rules=rules)
+        shape = (config.vocab_size, config.hidden_size)
+        own = make_param(rngs.params(), shape, ("vocab", "embed"), std=INIT_STD, rules=rules)
         self.table = own if config.embeddings == "untied" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
@@ -145,6 +146,5 @@ def param_dims(model: Transformer) -> dict[str, Any]:
     >>> param_dims(Transformer(config, rngs=nnx.Rngs(0)))["blocks"]["mlp"]["up"]["kernel"]
     ('layer', 'embed', 'ffn')
     """
-    dims = nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("dims"), nnx.state(model, nnx.Param)))
-    dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
-    return dims
+    state = nnx.state(model, nnx.Param)
+    return nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("out_sharding"), state))

@@ -17,6 +17,9 @@ from .spec import AXES
 Axes = str | tuple[str, ...] | None
 """What a dimension is split over: an axis, several with the first outermost, or nothing."""
 
+Dim = str | tuple[str, ...] | None
+"""The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
+
 _DEFAULT: dict[str, Axes] = {
     "batch": "data",
     "tokens": None,
@@ -62,7 +65,7 @@ class ShardingRules:
         """Return the rules with the given dimensions moved to other axes, or added."""
         return ShardingRules(table=tuple((dict(self.table) | axes).items()))
 
-    def axes(self, dim: str | None) -> tuple[str, ...]:
+    def axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the mesh axes that a logical dimension is split over, the outermost first; mostly one or none.
 
         Raises:
@@ -70,6 +73,8 @@ class ShardingRules:
         """
         if dim is None:
             return ()
+        if isinstance(dim, tuple):
+            return tuple(axis for own in dim for axis in self.axes(own))
         table = dict(self.table)
         if dim not in table:
             raise ShardingError(
@@ -78,7 +83,7 @@ class ShardingRules:
             )
         return _as_tuple(table[dim])
 
-    def spec(self, dims: Sequence[str | None]) -> PartitionSpec:
+    def spec(self, dims: Sequence[Dim]) -> PartitionSpec:
         """Return the partition spec of an array with these logical dimensions.
 
         Raises:
@@ -95,9 +100,7 @@ class ShardingRules:
                 )
         return PartitionSpec(*map(_as_entry, axes))
 
-    def sharding(
-        self, dims: Sequence[str | None], *, shape: Sequence[int], mesh: Mesh, name: str = "array"
-    ) -> NamedSharding:
+    def sharding(self, dims: Sequence[Dim], *, shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
         """Return the sharding of an array of `shape` with these logical dimensions, checked to divide evenly.
 
         Raises:
@@ -106,7 +109,7 @@ class ShardingRules:
         self.check(dims, shape=shape, sizes=mesh.shape, name=name)
         return NamedSharding(mesh, self.spec(dims))
 
-    def check(self, dims: Sequence[str | None], *, shape: Sequence[int], sizes: Mapping[str, int], name: str) -> None:
+    def check(self, dims: Sequence[Dim], *, shape: Sequence[int], sizes: Mapping[str, int], name: str) -> None:
         """Raise unless every dimension of `shape` is a multiple of the size of its mesh axis.
 
         Raises:
@@ -126,7 +129,7 @@ class ShardingRules:
                     fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",
                 )
 
-    def constrain(self, x: jax.Array, dims: Sequence[str | None]) -> jax.Array:
+    def constrain(self, x: jax.Array, dims: Sequence[Dim]) -> jax.Array:
         """Return x with the compiler told where its dimensions live, on the mesh of the context if there is one.
 
         Axes that are manual here (inside `shard_map`) or of size 1 are left out: on them x is already a block.
@@ -138,7 +141,7 @@ class ShardingRules:
         spec = [_as_entry(self.auto_axes(dim)) for dim in dims]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
-    def check_in_context(self, dims: Sequence[str | None], *, shape: Sequence[int], name: str) -> None:
+    def check_in_context(self, dims: Sequence[Dim], *, shape: Sequence[int], name: str) -> None:
         """Raise unless an array of `shape` splits as the compiler is to split it on the mesh of the context.
 
         Raises:
@@ -148,11 +151,11 @@ class ShardingRules:
         sizes = {axis: mesh.shape[axis] for dim in dims for axis in self.auto_axes(dim)}
         self.check(dims, shape=shape, sizes=sizes, name=name)
 
-    def auto_axes(self, dim: str | None) -> tuple[str, ...]:
+    def auto_axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the axes of `dim` that the mesh of the context leaves to the compiler, those of several devices."""
         return self._axes_in_context(dim, AxisType.Auto)
 
-    def manual_axes(self, dim: str | None) -> tuple[str, ...]:
+    def manual_axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the axes of `dim` over which an array is already a block here, inside `shard_map`."""
         return self._axes_in_context(dim, AxisType.Manual)
 
@@ -160,10 +163,30 @@ class ShardingRules:
         """Return into how many parts the compiler splits `dim` on the mesh of the context; 1 without a mesh."""
         return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in self.auto_axes(dim))
 
-    def _axes_in_context(self, dim: str | None, wanted: AxisType) -> tuple[str, ...]:
+    def _axes_in_context(self, dim: Dim, wanted: AxisType) -> tuple[str, ...]:
         mesh = jax.sharding.get_abstract_mesh()
         kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == wanted and mesh.shape[axis] > 1)
+
+
+def split_first_free_dim(
+    spec: PartitionSpec, *, shape: Sequence[int], axis: str, size: int, start: int = 0
+) -> PartitionSpec:
+    """Return the spec with the first dimension split over `axis` that is not split yet and that `size` divides.
+
+    Where there is none the array stays as it is, whole over that axis. The result has an entry for every dimension.
+
+    >>> split_first_free_dim(PartitionSpec(None, "tensor"), shape=(6, 8), axis="data", size=2)
+    PartitionSpec('data', 'tensor')
+
+    Args:
+        size: number of devices along the axis.
+        start: the first dimension that may be split.
+    """
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    free = (dim for dim in range(start, len(shape)) if entries[dim] is None and shape[dim] % size == 0)
+    first = next(free, None)
+    return PartitionSpec(*(axis if dim == first else entry for dim, entry in enumerate(entries)))
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
