@@ -61,7 +61,7 @@ def _run(words: Sequence[str]) -> int:
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(args, overrides)
-    from ..meshes.processes.together import is_first
+    from ..meshes.processes.messages import is_first
     from ..train.loop import train
     from ..train.metrics import summary_values
     from .processes import join_run

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
-from .check import check_hidden
+from .check_inputs import check_hidden
 from .config import ModelConfig
 from .flash import attend_causally
 from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .check import check_token_ids
+from .check_inputs import check_token_ids
 from .config import ModelConfig
 from .linear import INIT_STD, make_param
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count, check_number
-from .check import check_features
+from .check_inputs import check_features
 from .partitioning import param_metadata
 from .product import Matmuls, multiply
 
@@ -39,7 +39,7 @@ def make_param(
     return nnx.Param(value, **param_metadata(dims, rules))
 
 
-def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def mark_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Return x, the same on all devices of some manual axes, for work that differs between them.
 
     It costs nothing; its gradient is summed over the axes, one all-reduce, in float32: XLA's CPU backend aborts on

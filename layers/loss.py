@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .check import check_targets
+from .check_inputs import check_targets
 
 
 def cross_entropy(

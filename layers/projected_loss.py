@@ -28,8 +28,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .check import check_features, check_targets
-from .linear import spread
+from .check_inputs import check_features, check_targets
+from .linear import mark_varying
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -138,7 +138,7 @@ def _sum_chunks(
         losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
         return loss + weighted_sum(weights_Bt, losses.loss), None
 
-    start = spread(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
+    start = mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
@@ -164,8 +164,8 @@ def _differentiate_chunks(
 
     shared = _varying(x_BTD, targets_BT, weights_BT)
     start = (
-        spread(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
-        spread(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
+        mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
+        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
@@ -208,7 +208,7 @@ def chunk_tokens(width: int) -> int:
 
 
 def _cut_tokens(x_BTD: jax.Array, *rest_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut arrays along tokens: [B, T, ...] -> [chunks, B, t, ...]; the last chunk is filled up with tokens of weight 0."""
+    """Cut arrays along tokens, [B, T, ...] -> [chunks, B, t, ...]; tokens of weight 0 fill up the last chunk."""
     num_sequences, num_tokens, width = x_BTD.shape
     num_chunks = max(1, min(math.ceil(num_sequences * num_tokens / chunk_tokens(width)), num_tokens))
     size = math.ceil(num_tokens / num_chunks)

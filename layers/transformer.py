@@ -16,9 +16,9 @@ from ..meshes.arguments import check_choice
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
-from .linear import INIT_STD, make_param, spread
-from .loss import projected_cross_entropy
+from .linear import INIT_STD, make_param, mark_varying
 from .norms import apply_norm, make_norm
+from .projected_loss import projected_cross_entropy
 
 
 class Head(nnx.Module):
@@ -40,7 +40,7 @@ class Head(nnx.Module):
         Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD = spread(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
+        x_BTD = mark_varying(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 

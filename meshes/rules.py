@@ -1,7 +1,7 @@
 """Sharding rules: which mesh axis, or axes, each logical dimension is split over.
 
 Layers say what a dimension *is* ("heads"); this table says where it *lives* ("tensor"). Change the table and the
-model moves, without touching a layer. Read `describe.py` next, or `../layers/linear.py` for the use.
+model moves, without touching a layer. Read `sharding_table.py` next, or `../layers/linear.py` for the use.
 """
 
 import math
