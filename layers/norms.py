@@ -11,9 +11,9 @@ Norm = nnx.LayerNorm | nnx.RMSNorm
 
 
 def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
-    """Return the norm the config names, statistics in float32; `normalize` applies it.
+    """Return the norm that the config names, with statistics in float32; `normalize` applies it.
 
-    Scale and bias are whole on every tensor rank: the features they act on are not split there.
+    Scale and bias are replicated over `tensor`: the features they act on are not split.
     """
     shared = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
     named = param_metadata(("embed",), rules)
@@ -31,7 +31,7 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEF
 
 
 def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> nnx.RMSNorm:
-    """Return the RMSNorm of query or key heads, over the features of each; its scale is whole on every tensor rank."""
+    """Return the RMSNorm over the features of each query or key head; its scale is replicated over `tensor`."""
     return nnx.RMSNorm(
         config.head_size,
         epsilon=config.norm_epsilon,
@@ -42,9 +42,10 @@ def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules 
 
 
 def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D], or heads alike.
+    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D].
 
-    Plain autodiff would keep four arrays of that size more, to save a few operations on each number.
+    Heads x[B@data, T, N@tensor, H] are normalized alike. Plain autodiff would keep four more arrays of that size to
+    save a few operations on each number.
     """
     graph, state = nnx.split(norm)
 
@@ -55,6 +56,6 @@ def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
 
 
 def apply_norm(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, under jax_numpy_dtype_promotion="strict" too: Flax mixes float32 statistics with x."""
+    """Return the normalized x, also under strict dtype promotion: Flax multiplies float32 statistics with x."""
     with jax.numpy_dtype_promotion("standard"):
         return norm(x_BTD)

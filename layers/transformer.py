@@ -47,7 +47,7 @@ class Head(nnx.Module):
     def loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
     ) -> jax.Array:
-        """Return the weighted sum of cross-entropies, without holding the logits of all tokens (see `loss.py`)."""
+        """Return the weighted sum of cross-entropies without holding all logits (see `projected_loss.py`)."""
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
         return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
@@ -64,8 +64,8 @@ class Transformer(nnx.Module):
     (2, 16, 256)
 
     Args:
-        rules: where each logical dimension lives; `model_rules(config, sizes)` fits them to a mesh.
-        remat: what backward recomputes.
+        rules: the mesh axes of each logical dimension; `model_rules(config, sizes)` fits them to a mesh.
+        remat: rematerialization policy.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Transformer(nnx.Module):
 def model_rules(
     config: ModelConfig, sizes: Mapping[str, int], *, rules: ShardingRules = DEFAULT_RULES
 ) -> ShardingRules:
-    """Return the rules fitted to a model and a mesh: key/value heads fewer than the tensor axis are replicated.
+    """Return the rules fitted to a model and a mesh: too few key/value heads for the `tensor` axis are replicated.
 
     Args:
         sizes: size of each mesh axis by name, as in `mesh.shape` or `MeshSpec.sizes`.
@@ -134,7 +134,7 @@ def model_rules(
 
 
 def _parts(rules: ShardingRules, dim: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """The axes of a dimension as text, and into how many parts they split it."""
+    """Return the axes of a dimension as text, and the number of parts they split it into."""
     axes = rules.axes(dim)
     return " x ".join(axes), math.prod(sizes.get(axis, 1) for axis in axes)
 

@@ -1,7 +1,8 @@
-"""Sharding rules: which mesh axis, or axes, each logical dimension is split over.
+"""Sharding rules: the mesh axis, or axes, that each logical dimension is split over.
 
-Layers say what a dimension *is* ("heads"); this table says where it *lives* ("tensor"). Change the table and the
-model moves, without touching a layer. Read `sharding_table.py` next, or `../layers/linear.py` for the use.
+Layers name a dimension by its meaning ("heads"); this table maps the name to a mesh axis ("tensor"). Change the table
+and the model is laid out differently, without a change to a layer. Read `sharding_table.py` next, or
+`../layers/linear.py` for the use.
 """
 
 import math
@@ -15,7 +16,7 @@ from .errors import ShardingError, suggest
 from .spec import AXES
 
 Axes = str | tuple[str, ...] | None
-"""What a dimension is split over: an axis, several with the first outermost, or nothing."""
+"""Mesh axes of a dimension: one, several with the first outermost, or None for a dimension that is not split."""
 
 Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
@@ -39,7 +40,7 @@ _DEFAULT: dict[str, Axes] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """An immutable table from logical dimension to mesh axis, to several, or to None for "not split".
+    """An immutable table from logical dimensions to mesh axes.
 
     >>> DEFAULT_RULES.spec(("embed", "ffn"))
     PartitionSpec(None, 'tensor')
@@ -66,10 +67,10 @@ class ShardingRules:
         return ShardingRules(table=tuple((dict(self.table) | axes).items()))
 
     def axes(self, dim: Dim) -> tuple[str, ...]:
-        """Return the mesh axes that a logical dimension is split over, the outermost first; mostly one or none.
+        """Return the mesh axes that a logical dimension is split over, the outermost first; usually one or none.
 
         Raises:
-            ShardingError: no rule has this name.
+            ShardingError: the dimension has no rule.
         """
         if dim is None:
             return ()
@@ -87,7 +88,7 @@ class ShardingRules:
         """Return the partition spec of an array with these logical dimensions.
 
         Raises:
-            ShardingError: two dimensions want the same mesh axis, or one has no rule.
+            ShardingError: two dimensions are split over the same mesh axis, or one has no rule.
         """
         axes = [self.axes(dim) for dim in dims]
         for i, own in enumerate(axes):
@@ -104,7 +105,7 @@ class ShardingRules:
         """Return the sharding of an array of `shape` with these logical dimensions, checked to divide evenly.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis, or the number of dimensions differs.
+            ShardingError: a dimension is not a multiple of its mesh axis, or the number of dimensions differs.
         """
         self.check(dims, shape=shape, sizes=mesh.shape, name=name)
         return NamedSharding(mesh, self.spec(dims))
@@ -130,37 +131,37 @@ class ShardingRules:
                 )
 
     def constrain(self, x: jax.Array, dims: Sequence[Dim]) -> jax.Array:
-        """Return x with the compiler told where its dimensions live, on the mesh of the context if there is one.
+        """Constrain the sharding of x on the mesh in context; without a mesh, return x.
 
-        Axes that are manual here (inside `shard_map`) or of size 1 are left out: on them x is already a block.
+        Axes that are manual here (inside `shard_map`) or of size 1 are left out: along them x is already a block.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis.
+            ShardingError: a dimension is not a multiple of its mesh axis.
         """
         self.check_in_context(dims, shape=x.shape, name="an activation")
         spec = [_as_entry(self.auto_axes(dim)) for dim in dims]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
     def check_in_context(self, dims: Sequence[Dim], *, shape: Sequence[int], name: str) -> None:
-        """Raise unless an array of `shape` splits as the compiler is to split it on the mesh of the context.
+        """Raise unless an array of `shape` splits evenly over the Auto axes of the mesh in context.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis, or the number of dimensions differs.
+            ShardingError: a dimension is not a multiple of its mesh axis, or the number of dimensions differs.
         """
         mesh = jax.sharding.get_abstract_mesh()
         sizes = {axis: mesh.shape[axis] for dim in dims for axis in self.auto_axes(dim)}
         self.check(dims, shape=shape, sizes=sizes, name=name)
 
     def auto_axes(self, dim: Dim) -> tuple[str, ...]:
-        """Return the axes of `dim` that the mesh of the context leaves to the compiler, those of several devices."""
+        """Return the axes of `dim` that are Auto in the mesh in context, left to the compiler; none of size 1."""
         return self._axes_in_context(dim, AxisType.Auto)
 
     def manual_axes(self, dim: Dim) -> tuple[str, ...]:
-        """Return the axes of `dim` over which an array is already a block here, inside `shard_map`."""
+        """Return the axes of `dim` that are Manual in the mesh in context: inside `shard_map`, x is already a block."""
         return self._axes_in_context(dim, AxisType.Manual)
 
     def parts_in_context(self, dim: str) -> int:
-        """Return into how many parts the compiler splits `dim` on the mesh of the context; 1 without a mesh."""
+        """Return the number of parts that the compiler splits `dim` into, on the mesh in context; 1 without a mesh."""
         return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in self.auto_axes(dim))
 
     def _axes_in_context(self, dim: Dim, wanted: AxisType) -> tuple[str, ...]:
@@ -194,7 +195,7 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
 
 
 def _as_entry(axes: tuple[str, ...]) -> Axes:
-    """An entry of a partition spec."""
+    """Return an entry of a partition spec."""
     return axes if len(axes) > 1 else axes[0] if axes else None
 
 

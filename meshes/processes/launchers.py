@@ -1,4 +1,4 @@
-"""Many processes as one program: who they are under SLURM, Open MPI or plain starts. Read `join.py` next."""
+"""Find the number and index of processes under SLURM, Open MPI or from arguments. Read `join.py` next."""
 
 import os
 import zlib
@@ -11,12 +11,12 @@ from ..errors import MeshError, shown
 from ..numbers import whole_number
 
 _PORTS = (61_440, 4_096)
-"""First port and number of ports for coordinators that nobody gave an address; jax takes the same range."""
+"""First port and number of ports for coordinators without a given address; jax uses the same range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes of one program as one of them sees them; `local_` counts those on its machine.
+    """The processes of one program, seen from one of them; `local_` fields count those on its machine.
 
     Raises:
         MeshError: the numbers contradict each other.
@@ -43,19 +43,19 @@ class Processes:
 
     @property
     def host(self) -> str:
-        """The machine of process 0."""
+        """Host of process 0."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """Where process 0 listens."""
+        """Port on which process 0 listens."""
         return int(self.coordinator.rpartition(":")[2])
 
 
 def find_processes(
     *, coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str] = os.environ
 ) -> Processes | None:
-    """Return what was asked for, filled up by what SLURM or Open MPI say; None for a program of one process.
+    """Return the processes from the arguments, or else from SLURM or Open MPI; None for a single process.
 
     Raises:
         MeshError: something is missing, or the numbers contradict each other.
@@ -105,7 +105,7 @@ def _find_open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {key: _read_number(environ, f"OMPI_COMM_WORLD_{name}") for key, name in names.items()}
     if found["local_count"] == found["count"]:
-        # All on this machine: the launcher's job, the same for all of them, says the port.
+        # All on this machine: derive the port from the launcher's job id, which they share.
         job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
         found["coordinator"] = f"127.0.0.1:{_PORTS[0] + zlib.crc32(job.encode()) % _PORTS[1]}"
     return found
