@@ -27,8 +27,8 @@ def use_fake_devices(num_devices: int) -> None:
     _check_number(num_devices, count=count)
     local = num_devices // count
     # XLA sizes its CPU thread pool by NPROC. A device that waits in a collective holds a thread of the pool, so the
-    # last device that still computes needs a thread for every core beside the waiting ones. Collectives between processes
-    # wait in threads too: with fewer threads than this, two processes were seen to hang.
+    # last device that still computes needs a thread for every core beside the waiting ones. Collectives between
+    # processes wait in threads too: with fewer threads than this, two processes were seen to hang.
     waiting = local - 1 if count == 1 else 2 * local
     os.environ.setdefault("NPROC", str(waiting + (os.cpu_count() or 1)))
     try:
