@@ -47,12 +47,13 @@ def place_model(model: ModelT, *, mesh: Mesh | AbstractMesh, rules: ShardingRule
     ...     model = nnx.Linear(16, 64, kernel_init=init, rngs=nnx.Rngs(0))
     >>> placed = place_model(model, mesh=build_mesh(MeshSpec(tensor=8)))
     >>> placed.kernel[...].sharding.spec
-    PartitionSpec(None, 'tensor')
+    P(None, 'tensor')
 
     Raises:
         ModelError: `model` is not an NNX module.
-        ShardingError: a name is neither in the rules nor an axis of the mesh, an axis splits an array twice, or a
-            dimension is not a multiple of the devices that it is split over.
+        ShardingError: a name is neither in the rules nor an axis of the mesh, an axis splits an array twice, a
+            dimension is not a multiple of the devices that it is split over, or the mesh has an axis other than data,
+            tensor and pipe.
     """
     graph, state = _split(model)
     return nnx.merge(graph, jax.tree.map(_place, state, _shardings(state, mesh, rules)))

@@ -43,9 +43,9 @@ class ShardingRules:
     """An immutable table from logical dimensions to mesh axes.
 
     >>> DEFAULT_RULES.spec(("embed", "ffn"))
-    PartitionSpec(None, 'tensor')
+    P(None, 'tensor')
     >>> DEFAULT_RULES.replace(vocab=("pipe", "tensor")).spec(("vocab", "embed"))
-    PartitionSpec(('pipe', 'tensor'), None)
+    P(('pipe', 'tensor'), None)
 
     Raises:
         ShardingError: a rule names an axis that no mesh has.
@@ -178,7 +178,7 @@ def split_first_free_dim(
     Where there is none the array stays as it is, whole over that axis. The result has an entry for every dimension.
 
     >>> split_first_free_dim(PartitionSpec(None, "tensor"), shape=(6, 8), axis="data", size=2)
-    PartitionSpec('data', 'tensor')
+    P('data', 'tensor')
 
     Args:
         size: number of devices along the axis.

@@ -24,6 +24,7 @@ from trellax.layers import (
     param_dims,
     place_model,
 )
+from trellax.layers.linear import JoinedLinear
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError, ShardingError, ShardingRules, abstract_mesh
 
 from .sharded import TOLERANCE, differing, mesh_of, normal, small_config
@@ -33,6 +34,9 @@ GROUPED = small_config("qwen", num_kv_heads=2, embeddings="untied")
 LAYERS: dict[str, Callable[[ShardingRules], nnx.Module]] = {
     "column": lambda rules: ColumnLinear(8, 16, dim="ffn", rngs=nnx.Rngs(0), rules=rules),
     "row": lambda rules: RowLinear(16, 8, dim="heads", rngs=nnx.Rngs(0), rules=rules),
+    "joined": lambda rules: JoinedLinear(
+        [ColumnLinear(8, size, dim="ffn", rngs=nnx.Rngs(0), rules=rules) for size in (16, 8)], parts=4
+    ),
     "mlp": lambda rules: MLP(GROUPED, rngs=nnx.Rngs(0), rules=rules),
     "attention": lambda rules: Attention(GROUPED, rngs=nnx.Rngs(0), rules=rules),
     "block": lambda rules: Block(small_config("gpt"), rngs=nnx.Rngs(0), rules=rules),
@@ -119,6 +123,24 @@ def expected() -> dict[str, Any]:
     return loss_and_grads(build(), normal(8, 16))
 
 
+def test_our_transformer_born_as_any_flax_model_matches_one_device() -> None:
+    mesh, rng = mesh_of("data=2,tensor=4"), np.random.default_rng(0)
+    rules = model_rules(GROUPED, mesh.shape)
+    tokens, targets = (rng.integers(0, GROUPED.vocab_size, (4, 8)).astype(np.int32) for _ in range(2))
+    weights = np.full((4, 8), 1 / 32, np.float32)
+
+    def answer(model: Transformer) -> dict[str, Any]:
+        loss = nnx.value_and_grad(lambda model, *batch: model.loss(*batch))
+        value, grads = nnx.jit(loss)(model, tokens, targets, weights)
+        return jax.device_get({"loss": value, "grads": nnx.to_pure_dict(grads)})
+
+    expected = answer(Transformer(GROUPED, rngs=nnx.Rngs(0)))
+    with jax.set_mesh(mesh):
+        model = init_model(lambda: Transformer(GROUPED, rngs=nnx.Rngs(0), rules=rules), mesh=mesh)
+        assert nnx.to_pure_dict(nnx.state(model))["head"]["table"].sharding.shard_shape((64, 32)) == (16, 32)
+        assert differing(answer(model), expected) == {}
+
+
 @pytest.mark.parametrize("way", ["placed", "born"])
 @pytest.mark.parametrize("mesh", ["tensor=8", "data=2,tensor=2,pipe=2"])
 def test_loss_and_gradients_of_a_placed_model_match_one_device(mesh: str, way: str) -> None:
@@ -177,6 +199,16 @@ def test_one_dimension_over_two_axes_and_an_axis_that_the_mesh_lacks() -> None:
     assert kernel[...].sharding.shard_shape((32, 16)) == (8, 16)
     rules = DEFAULT_RULES.replace(ffn=("pipe", "tensor"))
     assert spec_of(place_model(build(), mesh=flat, rules=rules).up.kernel) == P(None, "tensor")
+
+
+def test_random_keys_and_statistics_are_replicated() -> None:
+    def make() -> nnx.Dict:
+        return nnx.Dict(norm=nnx.BatchNorm(8, rngs=nnx.Rngs(0)), drop=nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+
+    for model in (place_model(make(), mesh=mesh_of("tensor=8")), init_model(make, mesh=mesh_of("tensor=8"))):
+        leaves = jax.tree.leaves(nnx.split(model)[1])
+        assert len(leaves) == 6
+        assert all(leaf.sharding.is_fully_replicated and leaf.sharding.num_devices == 8 for leaf in leaves)
 
 
 MISTAKES: dict[str, dict[str, Any]] = {
