@@ -31,7 +31,7 @@ def check_hidden(x_BTD: Any, num_features: int, *, layer: str) -> None:
     if len(shape) != 3 or shape[-1] != num_features or 0 in shape:
         raise ModelError(
             f"{layer} reads x[batch, tokens, {num_features}] with at least one token, but x has shape {list(shape)}.",
-            fix="reshape x, x[None] for a single sequence say.",
+            fix="reshape x, for example x[None] for a single sequence.",
         )
 
 
@@ -48,7 +48,7 @@ def check_token_ids(tokens_BT: Any, *, max_tokens: int | None) -> None:
     if len(shape) != 2 or 0 in shape:
         raise ModelError(
             f"an embedding reads tokens[batch, tokens], at least one, but they have shape {list(shape)}.",
-            fix="reshape them, tokens[None] for a single sequence say.",
+            fix="reshape them, for example tokens[None] for a single sequence.",
         )
     if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ModelError(
@@ -86,7 +86,7 @@ def _shape_of(array: Any, name: str, layer: str) -> tuple[int, ...]:
     shape = getattr(array, "shape", None)
     if shape is None:
         raise ModelError(
-            f"{layer} is given {name} of type {type(array).__name__}, which is no array.",
+            f"{layer} is given {name} of type {type(array).__name__}, which is not an array.",
             fix=f"use jnp.asarray({name}).",
         )
     return tuple(shape)

@@ -72,8 +72,8 @@ class ModelConfig:
         self._derive()
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: every key/value head "
-                "serves the same number of query heads.",
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key/value "
+                "head serves the same number of query heads.",
                 fix=f"set num_kv_heads to a divisor of {self.num_heads}.",
             )
         if self.positions == "rotary" and self.head_size % 2:
@@ -165,7 +165,7 @@ class ModelConfig:
         if not self.head_size:
             if self.hidden_size % self.num_heads:
                 raise ModelError(
-                    f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}: "
+                    f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: "
                     f"{self.hidden_size} / {self.num_heads} = {self.hidden_size / self.num_heads:.2f}.",
                     fix="choose num_heads that divides hidden_size, or give head_size.",
                 )

@@ -48,15 +48,17 @@ def use_fake_devices(num_devices: int) -> None:
 
 def _check_number(num_devices: int, *, count: int) -> None:
     if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
-        raise MeshError(f"fake devices: {num_devices!r} is not a number of devices.", fix="ask for 1 or more, 8 say.")
+        raise MeshError(
+            f"fake devices: {num_devices!r} is not a number of devices.", fix="ask for 1 or more, for example 8."
+        )
     if num_devices > MOST_FAKE_DEVICES:
         raise MeshError(
             f"fake devices: {shown(num_devices)} are too many, each of which is threads and memory of this machine; "
             f"{MOST_FAKE_DEVICES} are the most.",
-            fix="ask for 8 say; `trellax plan` and `trellax inspect` need no devices.",
+            fix="ask for fewer, for example 8; `trellax plan` and `trellax inspect` need no devices.",
         )
     if num_devices % count:
         raise MeshError(
-            f"fake devices: {num_devices} do not divide by {count} processes.",
+            f"fake devices: {num_devices} do not divide evenly among {count} processes.",
             fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
         )

@@ -37,7 +37,9 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():
             if isinstance(size, bool) or not isinstance(size, int):
-                raise MeshError(f"mesh axis {axis}={size!r} is not a whole number.", fix=f"write {axis}=2, say.")
+                raise MeshError(
+                    f"mesh axis {axis}={size!r} is not a whole number.", fix=f"write {axis}=2, for example."
+                )
             if size < 1 and size != -1:
                 raise MeshError(
                     f"mesh axis {axis}={size} has no devices; a size is 1 or more, or -1 for what is left.",
@@ -83,7 +85,9 @@ class MeshSpec:
                 sizes[axis] = whole_number(size)
             except ValueError:
                 got = f"{shown(size)} is not a whole number" if equals else "it has no size"
-                raise MeshError(f"mesh axis {axis} in {shown(text)}: {got}.", fix=f"write {axis}=2, say.") from None
+                raise MeshError(
+                    f"mesh axis {axis} in {shown(text)}: {got}.", fix=f"write {axis}=2, for example."
+                ) from None
         return cls(**sizes)
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
@@ -104,8 +108,8 @@ class MeshSpec:
             return self
         if num_devices % given:
             raise MeshError(
-                f"mesh {self} leaves {open_axis} open, but {num_devices} devices are no multiple of the {given} that "
-                f"the other axes take: {equation} = {num_devices}.",
+                f"mesh {self} leaves {open_axis} open, but {num_devices} devices are not a multiple of the {given} "
+                f"that the other axes take: {equation} = {num_devices}.",
                 fix=f"choose sizes whose product divides {num_devices}.",
             )
         return replace(self, **{open_axis: num_devices // given})

@@ -37,8 +37,8 @@ class Processes:
         host, _, port = self.coordinator.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or not 0 < int(port) < 65_536:
             raise MeshError(
-                f"--coordinator {self.coordinator}: this is no HOST:PORT.",
-                fix="give the host of process 0 and a free port there, node1:61440 say.",
+                f"--coordinator {self.coordinator}: expected HOST:PORT.",
+                fix="give the host of process 0 and a free port there, such as node1:61440.",
             )
 
     @property
@@ -72,7 +72,7 @@ def find_processes(
     missing = [option for name, option in options.items() if values.get(name) is None]
     if missing:
         raise MeshError(
-            f"many processes need to know of each other; not given: {', '.join(missing)}.",
+            f"several processes need all three to find each other; not given: {', '.join(missing)}.",
             fix="give all three, or start under srun or mpirun, which say the rest.",
         )
     return Processes(**values)
@@ -118,7 +118,7 @@ def _read_number(environ: Mapping[str, str], name: str, *, least: int = 0) -> in
         number = least - 1
     if number < least:
         raise MeshError(
-            f"{name}={shown(environ[name])} in the environment is no whole number of {least} or more.",
+            f"{name}={shown(environ[name])} in the environment is not a whole number of {least} or more.",
             fix=f"unset {name}, or start with the launcher that sets it.",
         )
     return number

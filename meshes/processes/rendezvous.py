@@ -129,7 +129,7 @@ def _judge(processes: Processes, guests: list[_Guest], facts: Facts, *, start_s:
     if missing := set(range(1, processes.count)) - {guest.index for guest in guests}:
         verb = "has" if len(missing) == 1 else "have"
         who = f"{name_processes(missing)} of {processes.count}"
-        return _Verdict(missing=f"{who} {verb} not come to {processes.coordinator} in {start_s:g} s")
+        return _Verdict(missing=f"{who} {verb} not arrived at {processes.coordinator} in {start_s:g} s")
     return _Verdict()
 
 
@@ -145,7 +145,7 @@ def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
         except OSError as error:
             problem = error.strerror or str(error)
         except (ValueError, TypeError):
-            problem = "what listens there is no trellax that waits for others"
+            problem = "another program listens there, not a waiting trellax"
         time.sleep(_RETRY_S)
     who = f"process 0 of {processes.count}"
     return _Verdict(missing=f"{who} has not answered at {processes.coordinator} in {start_s:g} s: {problem}")
