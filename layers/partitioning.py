@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from ..meshes import DEFAULT_RULES, ModelError, ShardingError, ShardingRules
+from ..meshes import DEFAULT_RULES, MeshError, ModelError, ShardingError, ShardingRules
 from ..meshes.arguments import check_instance
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -51,6 +51,7 @@ def place_model(model: ModelT, *, mesh: Mesh | AbstractMesh, rules: ShardingRule
 
     Raises:
         ModelError: `model` is not an NNX module.
+        MeshError: the model has arrays, and the mesh has no devices.
         ShardingError: a name is neither in the rules nor an axis of the mesh, an axis splits an array twice, a
             dimension is not a multiple of the devices that it is split over, or the mesh has an axis other than data,
             tensor and pipe.
@@ -62,7 +63,8 @@ def place_model(model: ModelT, *, mesh: Mesh | AbstractMesh, rules: ShardingRule
 def init_model(build: Callable[[], ModelT], *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> ModelT:
     """Return the model that `build` makes, every array born on the mesh: no device ever holds a whole split one.
 
-    `build` is compiled, and run once; annotations are read as by `place_model`. The numbers do not depend on the mesh.
+    `build` is compiled, so it makes its own `nnx.Rngs`. Annotations are read as by `place_model`. The values do not
+    depend on the mesh.
 
     >>> model = init_model(lambda: MyModel(rngs=nnx.Rngs(0)), mesh=build_mesh(MeshSpec(tensor=8)))
 
@@ -121,4 +123,9 @@ def _rules_on(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ShardingRules:
 def _place(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if isinstance(sharding.mesh, AbstractMesh):
+        raise MeshError(
+            f"the model has arrays, a {leaf.dtype}{list(leaf.shape)} among them, but the mesh has no devices.",
+            fix="use build_mesh(...), or place the shapes that nnx.eval_shape makes.",
+        )
     return jax.device_put(leaf, sharding)

@@ -230,6 +230,18 @@ def test_annotation_that_cannot_hold_is_refused(name: str, way: str, golden: Cal
     golden(f"errors/layers/place_{name}.txt", str(caught.value))
 
 
+def test_arrays_on_a_mesh_without_devices_are_refused(golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(MeshError) as caught:
+        place_model(build(), mesh=abstract_mesh(MeshSpec(tensor=8)))
+    golden("errors/layers/place_no_devices.txt", str(caught.value))
+
+
+def test_mesh_of_other_axes_is_refused() -> None:
+    other = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ShardingError, match="unknown mesh axis 'fsdp'"):
+        place_model(build(), mesh=other)
+
+
 def test_what_is_no_module_is_refused() -> None:
     state: Any = {"kernel": jnp.ones(2)}
     with pytest.raises(ModelError, match=r"give a flax\.nnx\.Module"):
