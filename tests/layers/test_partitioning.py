@@ -25,7 +25,7 @@ from trellax.layers import (
     place_model,
 )
 from trellax.layers.linear import JoinedLinear
-from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError, ShardingError, ShardingRules, abstract_mesh
+from trellax.meshes import DEFAULT_RULES, MeshError, MeshSpec, ModelError, ShardingError, ShardingRules, abstract_mesh
 
 from .sharded import TOLERANCE, differing, mesh_of, normal, small_config
 
