@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
 from ..layers import Remat, activation_bytes
-from ..layers.loss import chunk_tokens
+from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..pipeline import build_schedule, lower, resolve_layers
 from ..plan import StepSizes

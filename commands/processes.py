@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
-from ..meshes import TrellaxError, find_processes, join_processes
+from ..meshes import TrellaxError
 from ..meshes.numbers import whole_number
+from ..meshes.processes.join import join_processes
+from ..meshes.processes.launchers import find_processes
 from ..train.processes.aborts import explained_aborts
 from ..train.processes.facts import start_facts
 from ..train.processes.watch import ProcessWatch

@@ -6,7 +6,7 @@ import sys
 
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
-from ..meshes.processes.together import is_first
+from ..meshes.processes.messages import is_first
 from ..train import loop
 from ..train.metrics import NO_SCHEDULE, Summary, summary_values
 from ..train.outputs import LostOutputError

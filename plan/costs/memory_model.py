@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ...layers import ModelConfig
-from ...layers.loss import chunk_tokens
+from ...layers.projected_loss import chunk_tokens
 from ...pipeline.schedules import Clock, Vocab, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .data_time import device_params

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash, rematerialize
+from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
+from trellax.layers.block import rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
 from trellax.pipeline.executor.residuals import LayerVjp
 

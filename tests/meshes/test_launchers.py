@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-from trellax.meshes import MeshError, Processes, find_processes
+from trellax.meshes import MeshError
+from trellax.meshes.processes.launchers import Processes, find_processes
 
 SLURM = {
     "SLURM_JOB_ID": "4242",

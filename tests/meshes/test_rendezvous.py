@@ -5,7 +5,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 import pytest
-from trellax.meshes import LostProcessError, MeshError, Processes, RunError, TrellaxError
+from trellax.meshes import LostProcessError, MeshError, RunError, TrellaxError
+from trellax.meshes.processes.launchers import Processes
 from trellax.meshes.processes.rendezvous import meet
 
 Golden = Callable[[str, str], None]

@@ -1,4 +1,4 @@
-"""Checks of the arrays that layers are given, from shapes and types alone: while tracing, before anything runs."""
+"""Checks of the arrays that layers receive, from shapes and dtypes alone: they run while tracing."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def check_features(x: Any, num_features: int, *, layer: str) -> None:
     """Raise unless the last dimension of x[..., D] has the features that a layer's kernel multiplies.
 
     Raises:
-        ModelError: x is no array, has no dimension, or another number of features.
+        ModelError: x is not an array, has no dimension, or a different number of features.
     """
     shape = _shape_of(x, "x", layer)
     if not shape or shape[-1] != num_features:
@@ -25,30 +25,30 @@ def check_hidden(x_BTD: Any, num_features: int, *, layer: str) -> None:
     """Raise unless x is [B, T, D] with at least one token.
 
     Raises:
-        ModelError: x is no array, has other dimensions, or none of its tokens.
+        ModelError: x is not an array, not of this shape, or without tokens.
     """
     shape = _shape_of(x_BTD, "x", layer)
     if len(shape) != 3 or shape[-1] != num_features or 0 in shape:
         raise ModelError(
             f"{layer} reads x[batch, tokens, {num_features}] with at least one token, but x has shape {list(shape)}.",
-            fix="reshape x, x[None] for a single sequence say.",
+            fix="reshape x, for example x[None] for a single sequence.",
         )
 
 
 def check_token_ids(tokens_BT: Any, *, max_tokens: int | None) -> None:
-    """Raise unless tokens are integers [B, T], at least one, and no more than there are learned positions for.
+    """Raise unless tokens are integers [B, T] with 1 <= T <= `max_tokens`.
 
     Args:
         max_tokens: the number of learned positions; None where positions are rotary.
 
     Raises:
-        ModelError: with the shape or type that they have.
+        ModelError: with the shape or dtype that they have.
     """
     shape = _shape_of(tokens_BT, "tokens", "an embedding")
     if len(shape) != 2 or 0 in shape:
         raise ModelError(
             f"an embedding reads tokens[batch, tokens], at least one, but they have shape {list(shape)}.",
-            fix="reshape them, tokens[None] for a single sequence say.",
+            fix="reshape them, for example tokens[None] for a single sequence.",
         )
     if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ModelError(
@@ -66,7 +66,7 @@ def check_targets(targets_BT: Any, weights_BT: Any, *, shape: tuple[int, ...]) -
     """Raise unless there is one integer target and one weight for each of the [B, T] tokens of `shape`.
 
     Raises:
-        ModelError: with the shapes or the type that they have.
+        ModelError: with the shapes or the dtype that they have.
     """
     found = _shape_of(targets_BT, "targets", "the loss"), _shape_of(weights_BT, "weights", "the loss")
     if found != (shape, shape):
@@ -86,7 +86,7 @@ def _shape_of(array: Any, name: str, layer: str) -> tuple[int, ...]:
     shape = getattr(array, "shape", None)
     if shape is None:
         raise ModelError(
-            f"{layer} is given {name} of type {type(array).__name__}, which is no array.",
+            f"{layer} is given {name} of type {type(array).__name__}, which is not an array.",
             fix=f"use jnp.asarray({name}).",
         )
     return tuple(shape)

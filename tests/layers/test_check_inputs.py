@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from trellax.layers import MLP, Attention, ColumnLinear, RowLinear, Transformer, cross_entropy, lookup
+from trellax.layers import MLP, Attention, ColumnLinear, RowLinear, Transformer, cross_entropy
 from trellax.layers import projected_cross_entropy as projected
+from trellax.layers.embedding import lookup
 from trellax.meshes import ModelError, ShardingError
 
 from .sharded import differing, mesh_of, normal, small_config

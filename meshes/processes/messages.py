@@ -1,7 +1,7 @@
-"""What the processes of a run say to each other between steps; with one process nothing is sent.
+"""Messages between the processes of a run, outside its training steps; a single process sends nothing.
 
-Texts go through a collective of the devices, or, where not all may be there to take part, through the key-value store
-of jax's coordinator.
+Texts are sent by a collective over the devices. Where some processes may not take part, they go through the key-value
+store of jax's coordinator.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ _WAIT_S = 10.0
 
 
 def is_first() -> bool:
-    """Whether this is the process that talks and writes the run folder's own files."""
+    """Return whether this is process 0, which prints and writes the files of the run folder."""
     return jax.process_index() == 0
 
 
 def gather_texts(text: str) -> list[str]:
-    """Return every process's text, cut to 1024 bytes, in the order of processes; all must call it."""
+    """Gather one text from every process, cut to 1024 bytes, in the order of processes; all must call it."""
     if jax.process_count() == 1:
         return [text]
     own = np.zeros(_TEXT_BYTES, np.uint8)
@@ -41,15 +41,15 @@ def gather_texts(text: str) -> list[str]:
 
 
 def text_of_first(text: str) -> str:
-    """Return the first process's text; all must call it, the others' is not looked at."""
+    """Broadcast the text of process 0; all must call it, and the texts of the others are ignored."""
     return gather_texts(text)[0]
 
 
 def first_does(action: Callable[[], None]) -> None:
-    """Let the first process do what only one may; returns on every process once it is done.
+    """Run an action on process 0 alone; return on every process once it is done.
 
     Raises:
-        TrellaxError: what the action raised, on every process.
+        TrellaxError: the action's own error on process 0, a `RunError` with its text on the others.
     """
     raised: TrellaxError | None = None
     if is_first():
@@ -65,10 +65,10 @@ def first_does(action: Callable[[], None]) -> None:
 
 
 def require_agreement(topic: str, facts: Facts) -> None:
-    """Return once all processes have said that they have the same facts; all call it, with topics in the same order.
+    """Check that all processes have the same facts; all must call it, with topics in the same order.
 
     Raises:
-        RunError: they differ, on every process.
+        RunError: facts differ; raised on every process.
     """
     client, index, count = coordination_client(), jax.process_index(), jax.process_count()
     if count == 1:
@@ -83,10 +83,10 @@ def require_agreement(topic: str, facts: Facts) -> None:
 
 
 def require_one_program(what: str, lowered: Any) -> None:
-    """Return once all processes have the same program: others than that would wait for each other for ever.
+    """Check that all processes have compiled the same program; different ones would wait for each other without end.
 
     Raises:
-        RunError: they differ, in something that no other check has a name for.
+        RunError: programs differ although all facts that were compared by name agree.
     """
     if jax.process_count() > 1:
         text = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
@@ -94,16 +94,16 @@ def require_one_program(what: str, lowered: Any) -> None:
 
 
 def announce_failure(error: BaseException, *, code: int = 2) -> None:
-    """Tell all processes that this one has failed: their watches end them, and this one, with this exit code."""
+    """Tell all processes that this one has failed; the watch of each then ends it with this exit code."""
     if client := coordination_client():
-        # A coordinator that does not answer is found out by time.
+        # An unreachable coordinator is noticed by the other processes' heartbeat timeouts.
         with contextlib.suppress(Exception):
             text = f"{code} {type(error).__name__}: {error}"
             client.key_value_set(f"{_FAILURES}{process_index()}", text, allow_overwrite=True)
 
 
 def read_failures() -> dict[int, tuple[int, str]]:
-    """Return exit code and text of every process that has failed."""
+    """Return the exit code and error text of every failed process, by index."""
     found = {}
     for key, said in coordination_client().key_value_dir_get(_FAILURES):
         code, _, text = said.partition(" ")
@@ -112,11 +112,11 @@ def read_failures() -> dict[int, tuple[int, str]]:
 
 
 def _wait_for(client: Any, key: str) -> str:
-    # For ever: another process may tokenize a corpus for hours, and one that is lost is the watch's to find.
+    # Without a limit: another process may tokenize a corpus for hours, and the watch detects one that is lost.
     while True:
         started = time.monotonic()
         try:
             return client.blocking_key_value_get(key, int(_WAIT_S * 1000))
         except jax.errors.JaxRuntimeError:
-            # A coordinator that is gone fails at once.
+            # If the coordinator is gone the call fails at once: do not spin.
             time.sleep(max(0.0, 1.0 - (time.monotonic() - started)))

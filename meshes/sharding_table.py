@@ -1,4 +1,4 @@
-"""Where every parameter lives, as a table people can read: name, shape with axes, bytes per device."""
+"""A printable table of sharded arrays: name, shape with mesh axes, bytes in total and per device."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .columns import align
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRow:
-    """One array: its path, its shape with mesh axes (`[128, 512@tensor]`) and its bytes, whole and on one device."""
+    """One array: path, shape with mesh axes (`[128, 512@tensor]`), bytes in total and on one device."""
 
     name: str
     shape: str
@@ -23,25 +23,25 @@ class ShardingRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingTable:
-    """The rows of a tree of arrays; `str()` draws them with the sums below."""
+    """The rows of a tree of arrays; `str()` draws them above their totals."""
 
     rows: tuple[ShardingRow, ...]
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all arrays, each counted once."""
+        """Bytes of all arrays, replicas not counted."""
         return sum(row.total_bytes for row in self.rows)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that each device holds."""
+        """Bytes on each device."""
         return sum(row.device_bytes for row in self.rows)
 
     def __str__(self) -> str:
         return self.draw()
 
     def draw(self, *, width: int | None = None) -> str:
-        """Return the table; where that is too wide, without bytes of whole arrays, and then with two lines a row."""
+        """Return the table as text; beyond `width` without the total bytes, and beyond that with two lines a row."""
         lines = [("parameter", "shape with axes", "bytes", "per device")]
         lines += [(r.name, r.shape, f"{r.total_bytes:,}", f"{r.device_bytes:,}") for r in self.rows]
         lines += [("total", "", f"{self.total_bytes:,}", f"{self.device_bytes:,}")]
@@ -57,13 +57,13 @@ class ShardingTable:
 
 
 def sharding_table(tree: Any) -> ShardingTable:
-    """Return the table of a tree of arrays, or of `ShapeDtypeStruct`s with shardings: nothing need be allocated."""
+    """Return the table of a tree of arrays, or of `ShapeDtypeStruct`s with shardings."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return ShardingTable(rows=tuple(_row(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves))
 
 
 def _align(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return lines of columns; the last one, or of four the last two, are numbers."""
+    """Align columns: texts to the left, the numbers in the last columns to the right."""
     return align(lines, left=len(lines[0]) - (2 if len(lines[0]) == 4 else 1)).splitlines()
 
 
