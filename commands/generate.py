@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import jax
 
+from ..hub.model_folder import ModelSource, open_model
 from ..hub.text_stream import TextStream, Tokenizer
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
@@ -19,7 +20,6 @@ from ..meshes.files.regular_file import read_bounded
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
 from .model_arguments import no_prompt
-from .serving_source import Source, open_source
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,7 +43,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     spec = resolve_mesh(args.mesh)
-    source = open_source(args.folder)
+    source = open_model(args.folder)
     for warning in source.warnings:
         print(f"warning   {warning}", file=sys.stderr)
     config = served_model(source.config, args)
@@ -140,7 +140,7 @@ def _is_text(word: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
-def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source) -> list[Request]:
+def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSource) -> list[Request]:
     stops = [_stop_token(text, source.tokenizer) for text in args.stop]
     stops += [one for one in source.end_ids if one not in stops]
     return [

@@ -22,8 +22,8 @@ from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices
 from ..meshes.processes.together import first_does, is_first, require_agreement
 from ..meshes.terminal import terminal_width
-from .checkpoints.store import Checkpoints
-from .checkpoints.weights import check_initial_weights
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .outputs import SilentStream

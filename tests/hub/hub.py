@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx
 from trellax.configs import config_from_dict
 from trellax.hub.config import read_hub_model
+from trellax.hub.model_folder import load_params
 from trellax.layers import ModelConfig, Transformer, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import pipeline_loss
 from trellax.train import Setup
-from trellax.train.checkpoints.natural import params_from_natural
-from trellax.train.checkpoints.weights import as_pipeline, load_params, weight_shapes
+from trellax.train.checkpoints.initial_weights import weight_shapes
+from trellax.train.checkpoints.layer_order import as_pipeline, params_in_stages
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
 VOCAB, T = 64, 24
@@ -95,7 +96,7 @@ def logits_of(folder: Path, mesh: str) -> np.ndarray:
 def token_losses_of(folder: Path, mesh: str) -> np.ndarray:
     """The pipeline's loss of each token alone, [B, T], where the target is the token itself."""
     setup = setup_of(read_hub_model(folder).config, mesh)
-    params = params_from_natural(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
+    params = params_in_stages(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
     tokens = tokens_of().reshape(setup.config.pipeline.microbatches, -1, T)
 
     @jax.jit
