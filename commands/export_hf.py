@@ -6,7 +6,7 @@ from pathlib import Path
 from ..configs.saved_config import load_saved_config
 from ..hub.config_write import hub_values
 from ..hub.model_folder import load_params
-from ..hub.tokenizer import read_origin
+from ..hub.tokenizer_files import read_origin
 from ..hub.write import write_weights
 from ..meshes import mesh_sizes
 from ..meshes.files.new_folder import refuse_existing

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from ..hub.folder import find_file
-from ..hub.tokenizer import TOKENIZER_FILES
+from ..hub.tokenizer_files import TOKENIZER_FILES
 from ..layers import ModelConfig, param_counts
 from ..meshes import MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices

@@ -13,7 +13,8 @@ from ..hub.config import HubModel, read_hub_model
 from ..hub.folder import find_file
 from ..hub.read import open_weights, read_weights
 from ..hub.special_ids import ORIGIN
-from ..hub.tokenizer import TOKENIZER, copy_tokenizer, load_tokenizer
+from ..hub.tokenizer import TOKENIZER, load_tokenizer
+from ..hub.tokenizer_files import copy_tokenizer
 from ..layers import ModelConfig
 from ..meshes import mesh_sizes
 from ..meshes.errors import printable

@@ -16,7 +16,7 @@ from ..configs.changes import Changes
 from ..configs.check import CorpusFiles, check_run
 from ..configs.run_config import RunConfig
 from ..hub.saves.arrays import explain_failure
-from ..hub.tokenizer import keep_tokenizer
+from ..hub.tokenizer_files import keep_tokenizer
 from ..meshes import RunError, build_mesh, use_fake_devices
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices

@@ -15,8 +15,8 @@ from trellax.commands.cli import main
 from trellax.commands.generate import _engine_sizes, _Printer, _read_prompts
 from trellax.configs import load_config
 from trellax.hub.saves.reader import SaveReader
+from trellax.hub.special_ids import ORIGIN
 from trellax.hub.text_stream import ByteTokenizer
-from trellax.hub.tokenizer import ORIGIN
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.serve import Completion, Engine, Request, Sequence, load_for_serving, param_shapes
 from trellax.train.checkpoints.initial_weights import save_params
