@@ -5,9 +5,10 @@ sections with the same rule, and leaves out unknown keys of the others.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from ..layers import ModelConfig, param_counts
 from ..meshes import CheckpointError, ModelError
@@ -31,18 +32,25 @@ def read_saved_model(seal: Seal, *, folder: Path) -> ModelConfig:
             parameters than its model has.
     """
     check_model_keys(seal, folder=folder)
-    values = seal.config.get("model", {})
     try:
-        for field in fields(ModelConfig):
-            value = values.get(field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ModelError(f"{field.name}={value} is not finite.")
-        config = ModelConfig(**values)
-    except (ModelError, TypeError, OverflowError, RecursionError) as error:
-        problem = f"model: {error.problem}" if isinstance(error, ModelError) else f"model: {error}"
-        raise unreadable_config(folder, problem) from None
+        config = _make_model(seal.config.get("model", {}))
+    except ModelError as error:
+        raise unreadable_config(folder, f"model: {error.problem}") from None
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise unreadable_config(folder, f"model: {error}") from None
     check_saved_size(config, seal, folder=folder)
     return config
+
+
+def _make_model(values: Mapping[str, Any]) -> ModelConfig:
+    for field in fields(ModelConfig):
+        if field.default is MISSING and field.name not in values:
+            raise ModelError(f"{field.name} is missing.")
+        value = values.get(field.name)
+        # JSON as Python reads it has NaN and infinities.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{field.name}={value} is not finite.")
+    return ModelConfig(**values)
 
 
 def check_model_keys(seal: Seal, *, folder: Path) -> None:
