@@ -150,7 +150,7 @@ class LlamaFamily(Architecture):
             sizes
             | {
                 "max_tokens": self.max_tokens if (most := values.get("max_position_embeddings")) is None else most,
-                # With null there are as many as query heads, whatever the default.
+                # null means as many as query heads, also where the default is another number.
                 "num_kv_heads": values.get("num_key_value_heads", self.num_kv_heads) or values["num_attention_heads"],
                 "head_size": values.get("head_dim") or self.head_size,
                 "mlp": "swiglu",

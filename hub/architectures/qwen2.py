@@ -2,7 +2,7 @@
 
 from .architecture import own_head_size
 from .llama_family import LlamaFamily
-from .qwen_windows import warn_of_unused_windows, window_of_layer, write_windows
+from .qwen_windows import refuse_windows, warn_of_unused_windows, window_of_layer, write_windows
 
 QWEN2 = LlamaFamily(
     model_type="qwen2",
@@ -13,6 +13,7 @@ QWEN2 = LlamaFamily(
     window_of_layer=window_of_layer,
     read_more=lambda _values: {"bias": "qkv"},
     write_more=write_windows,
+    refuse_more=refuse_windows,
     warn_more=warn_of_unused_windows,
     lack_more=own_head_size,
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...layers import ModelConfig
+from ...meshes.errors import shown
 from .architecture import Values
 
 
@@ -20,6 +21,13 @@ def window_of_layer(values: Values, layer: int) -> int:
     if layer < len(kinds):
         return window if kinds[layer] == "sliding_attention" else 0
     return window if layer >= values.get("max_window_layers", 28) else 0
+
+
+def refuse_windows(values: Values) -> Iterator[str]:
+    """Yield a line where `layer_types` is no list."""
+    kinds = values.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        yield f"layer_types={shown(kinds)} is no list"
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face folders share: small models of every architecture, trellax's answers, the question."""
+"""Small models of every architecture, their logits by trellax, and their inputs, for the tests of Hugging Face folders."""
 
 from functools import cache
 from pathlib import Path
@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
 }
-"""What differs from `_SIZES` and from an architecture's own defaults."""
+"""The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
 MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
 
@@ -123,12 +123,12 @@ def wrong_by(folder: Path, mesh: str, logits: np.ndarray) -> float:
 
 
 def shapes_of(folder: Path, mesh: str = "data=1") -> Any:
-    """What `read_weights` is asked for."""
+    """Shapes of a folder's parameters, as `read_weights` takes them."""
     return weight_shapes(setup_of(read_hub_model(folder).config, mesh))
 
 
 def build_longer(name: str, folder: Path, *, num_tokens: int, monkeypatch: Any) -> np.ndarray:
-    """Save a model with room for more positions, and return how transformers goes on from `tokens_of`: [B, new]."""
+    """Save a model with room for more positions, and return how transformers continues `tokens_of`: [B, new]."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Text becomes ids of a model's own tokenizer, documents end where they end, and a second run reads what was kept."""
+"""Documents become ids of a model's own tokenizer, each with its end; a second run reads the ids that were kept."""
 
 import json
 import shutil

@@ -72,7 +72,7 @@ class LayerOrder:
         return () if self.setup.model.fns.layers_per_stage else (0,)
 
     def _merge(self, state: TrainState) -> TrainState:
-        # A run that was halted goes on from the state at which it was halted.
+        # A halted run resumes from the state at which it was halted, with the flag cleared.
         return replace(map_params(self._merge_params, state), health=replace(state.health, halted=None))
 
     def _merge_params(self, params: PipelineParams) -> PipelineParams:

@@ -116,7 +116,7 @@ class SaveStore:
     def _seal(self, step: int, **record: Any) -> None:
         """Seal the files of all processes, give the save its name, and remove those that are no longer kept."""
         part, now = self.folder.part(step), datetime.now(UTC).isoformat(timespec="seconds")
-        # Hashes would prove that the files are as they were written, though nobody could load them.
+        # Sealed without its index, the save would look whole, and no load could follow.
         require_all(part, record["arrays"])
         write_seal(part, Seal(step=step, saved_at=now, files=hash_files(part), **record))
         self.folder.publish(step)

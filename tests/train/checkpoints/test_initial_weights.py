@@ -1,4 +1,4 @@
-"""A run may begin with given weights: those of a Hugging Face folder or of another run, on any mesh, or say why not."""
+"""A run can begin with the weights of a Hugging Face folder or of another run, on any mesh; wrong ones are refused."""
 
 import shutil
 from collections.abc import Callable
