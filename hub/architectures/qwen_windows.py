@@ -17,8 +17,8 @@ def window_of_layer(values: Values, layer: int) -> int:
     if not values.get("use_sliding_window", False):
         return 0
     window = values.get("sliding_window", 4096) or 0
-    kinds = values.get("layer_types") or []
-    if layer < len(kinds):
+    kinds = values.get("layer_types")
+    if isinstance(kinds, list) and layer < len(kinds):
         return window if kinds[layer] == "sliding_attention" else 0
     return window if layer >= values.get("max_window_layers", 28) else 0
 

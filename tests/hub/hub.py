@@ -1,4 +1,4 @@
-"""Small models of every architecture, their logits by trellax, and their inputs, for the tests of Hugging Face folders."""
+"""Small models of every architecture and their logits by trellax, for the tests of Hugging Face folders."""
 
 from functools import cache
 from pathlib import Path
