@@ -1,1 +1,1 @@
-"""The command line, one file a command."""
+"""The command line: `registry.py` lists the commands, and each has a file."""

@@ -13,6 +13,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
+from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
@@ -113,12 +114,7 @@ def model_rules(
     ]
     for field, dim in split:
         axis, parts = _parts(rules, dim, sizes)
-        size = getattr(config, field)
-        if size % parts:
-            raise ModelError(
-                f"{field}={size} does not split over {axis}={parts}: {size} / {parts} = {size / parts:.2f}.",
-                fix=f"set {field}={-(-size // parts) * parts}, or choose a {axis} size that divides {size}.",
-            )
+        check_divides(field, getattr(config, field), over=axis, parts=parts, error=ModelError)
     axis, parts = _parts(rules, "kv_heads", sizes)
     heads = config.num_kv_heads
     if heads % parts == 0:

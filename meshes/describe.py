@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from .columns import align
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRow:
@@ -61,16 +63,8 @@ def sharding_table(tree: Any) -> ShardingTable:
 
 
 def _align(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of columns, of which the last that are numbers end together."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = len(widths) - (2 if len(widths) == 4 else 1)
-    return [
-        "  ".join(
-            f"{word:<{width}}" if place < texts else f"{word:>{width}}"
-            for place, (word, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    """Return lines of columns; the last one, or of four the last two, are numbers."""
+    return align(lines, left=len(lines[0]) - (2 if len(lines[0]) == 4 else 1)).splitlines()
 
 
 def _row(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> ShardingRow:

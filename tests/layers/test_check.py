@@ -52,14 +52,14 @@ SPLITS: dict[str, Callable[[], Any]] = {
 def test_array_that_a_layer_cannot_read_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ModelError) as caught:
         jax.eval_shape(MISTAKES[name])
-    golden(f"errors/layer_{name}.txt", str(caught.value))
+    golden(f"errors/layers/layer_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_dimension_that_does_not_split_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ShardingError) as caught, jax.set_mesh(mesh_of("data=2,tensor=4")):
         jax.eval_shape(SPLITS[name])
-    golden(f"errors/layer_split_{name}.txt", str(caught.value))
+    golden(f"errors/layers/layer_split_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -79,4 +79,4 @@ MISTAKES: dict[str, dict] = {
 def test_mistake_is_told_with_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(MeshError) as caught:
         find(**MISTAKES[name])
-    golden(f"errors/processes_{name}.txt", f"MeshError: {caught.value}")
+    golden(f"errors/meshes/processes_{name}.txt", f"MeshError: {caught.value}")
