@@ -1,11 +1,15 @@
-"""Pipelined decoding with a group for every stage against one group: `python benchmarks/decode.py [--quick] [--json]`.
+"""Compare pipelined decoding with one group of requests in flight and with one group per stage.
 
-A Llama of 8 layers and width 256 on 4 stages answers 200 requests of mixed lengths twice, in groups of 4 slots: with
-one group in flight, where three stages of four wait at any time, and with four. Counted are ticks, the time of devices
-that are there; fake devices share the cores, so waiting costs them nothing, and seconds of CPU time show that the work
-is the same. The programs are compiled before the requests come; whatever is compiled afterwards is counted too.
+Command:  python benchmarks/decode/run.py [--quick] [--json]
+Time: about a minute on two cores.
 
-Tables go to stdout, progress to stderr; the exit code is 1 if a promise is missed. About a minute on two cores.
+A Llama of 8 layers and width 256 on 4 stages answers 200 requests of mixed lengths twice, in groups of 4 slots: first
+with one group in flight, where three of the four stages wait at any time, and then with four groups. The benchmark
+counts ticks, which is the time that real devices would take. Fake devices share the cores, so waiting costs them
+nothing; the CPU seconds show that both runs do the same work. All programs are compiled before the requests arrive, and
+compilations after that are counted too.
+
+Tables go to stdout, progress to stderr. The exit code is 1 if a target is missed.
 """
 
 import argparse
@@ -14,17 +18,22 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
 from rich.console import Console
-from tables import Target, make_table
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
 from trellax.programs import compilations
 from trellax.serve import Engine, Request
 from trellax.serve.measure import draw_params
+
+from benchmarks.targets import Target, make_table
 
 STAGES, GROUP_SIZE, MAX_TOKENS = 4, 4, 128
 MODEL = ModelConfig(
@@ -72,7 +81,7 @@ def make_requests(count: int) -> list[Request]:
 
 
 def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
-    """Return what answering all requests took with so many groups in flight."""
+    """Answer all requests with `groups` groups in flight; return ticks, seconds, tokens and compilations."""
     print(f"{groups} of {STAGES} groups ...", file=sys.stderr)
     mesh = build_mesh(MeshSpec(pipe=STAGES))
     engine = Engine(
@@ -111,7 +120,7 @@ def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
 
 
 def judge(one: dict[str, Any], all_: dict[str, Any], *, is_same: bool) -> list[Target]:
-    """Return every promise with what was measured for it."""
+    """Compare both runs with the targets."""
     gain = all_["tokens_per_tick"] / one["tokens_per_tick"]
     return [
         Target.at_most(f"ideal gain in tokens a tick, {STAGES}, over measured (1 / 0.8)", STAGES / gain, 1.25),

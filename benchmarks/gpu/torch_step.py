@@ -1,7 +1,7 @@
-"""The peer of `gpu_step.py`: the same model, batch and precision in PyTorch, with torch.compile and fused attention.
+"""A worker of the GPU benchmark: the same training step in PyTorch, with torch.compile and fused attention.
 
-float32 weights and AdamW, bfloat16 by autocast, microbatches added up in the gradients. Arguments: shape, tokens of a
-sequence, steps to time. The answer is one line of JSON. Needs nothing but torch.
+float32 weights and AdamW, bfloat16 by autocast, gradients accumulated over microbatches. Arguments: shape, tokens per
+sequence, number of steps to time. It prints one line of JSON and needs no package but torch.
 """
 
 import json
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_shapes import SHAPES, Shape
 from torch import nn
 from torch.nn import functional
+
+from benchmarks.gpu.shapes import SHAPES, Shape
 
 
 class Block(nn.Module):

@@ -1,8 +1,8 @@
-"""Times of every schedule: of single actions, of a schedule's ticks by these, and of whole steps.
+"""Measure times of single actions and of whole steps, and simulate the ticks of schedules with them.
 
-Ticks are what ranks with a device of their own would take by the lockstep clock: transfers and what a step does once
-are not in them. Whole steps run on fake devices that share the cores, where bubbles cost nothing: they show what else a
-schedule costs, a split backward for one. Read `verdicts.py` next, which says where the two disagree.
+Ticks are the time by the lockstep clock of ranks that each have a device, without transfers and without work that a
+step does only once. Whole steps run on fake devices that share the cores, where bubbles cost nothing: they show other
+costs of a schedule, such as that of a split backward. Read `verdicts.py` next, which says where the two disagree.
 """
 
 import statistics
@@ -11,29 +11,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trellax.pipeline.schedules import Schedule, StageCost, Timing, Vocab, build_schedule, simulate
-from worker import Worker
+
+from benchmarks.workers.process import Worker
 
 RANKS = 4
 VOCABS: tuple[Vocab, ...] = ("ends", "split")
 SHARES = ("unknown_share", "overlap_share", "once_share")
-"""Of traced time: in no action, of several ranks at once, outside the loop over turns."""
+"""Shares of the traced time: in no action, in several ranks at once, and outside the loop over ticks."""
 
 _KINDS = {"F": "forward", "B": "backward", "I": "input_grad", "W": "weight_grad"}
 
 
 def num_chunks(schedule: str) -> int:
-    """Return how many chunks a rank has by a named schedule."""
+    """Return the number of chunks per rank in a named schedule."""
     return 2 if schedule.startswith("interleaved") else 1
 
 
 def build(schedule: str, num_microbatches: int) -> Schedule:
-    """Return a named schedule on as many ranks as are measured."""
+    """Return a named schedule on 4 ranks."""
     sizes = {"num_ranks": RANKS, "num_microbatches": num_microbatches, "num_chunks": num_chunks(schedule)}
     return build_schedule(schedule, **sizes)
 
 
 def measure_actions(worker: Worker, *, num_microbatches: int, rounds: int) -> dict[str, Any]:
-    """Return seconds of one action of a rank's whole layer set, with whole backwards and with halves."""
+    """Measure the seconds of one action on all layers of a rank, with whole and with split backwards."""
     tell(f"times of actions, one rank at a time, {rounds} traced steps of each program")
     traced = worker.ask("actions", num_microbatches=num_microbatches, rounds=rounds)
     return {
@@ -47,7 +48,7 @@ def measure_actions(worker: Worker, *, num_microbatches: int, rounds: int) -> di
 
 
 def time_ticks(schedule: Schedule, actions: Mapping[str, Any]) -> Timing:
-    """Return a schedule's timing in seconds, given those of actions; a chunk of v takes 1/v of them."""
+    """Simulate a schedule with measured action times, of which each of v chunks takes 1/v."""
     has_halves = any(action.kind == "I" for _, _, action in schedule.placed())
     seconds = actions["halves" if has_halves else "whole"]["seconds"]
     v = schedule.num_chunks
@@ -60,7 +61,7 @@ def time_ticks(schedule: Schedule, actions: Mapping[str, Any]) -> Timing:
 
 
 def measure_times(worker: Worker, schedules: tuple[str, ...], *, m: int, rounds: int, actions: Any) -> list[Any]:
-    """Return for each schedule unit-cost ticks, ticks by measured times and measured steps, also over 1F1B's."""
+    """Return unit-cost ticks, ticks by measured times and step times of each schedule, and their ratios to 1F1B."""
     steps = _time_rounds(
         {name: lambda n=name: worker.ask("step", schedule=n, num_microbatches=m) for name in schedules},
         rounds=rounds,
@@ -80,7 +81,7 @@ def measure_times(worker: Worker, schedules: tuple[str, ...], *, m: int, rounds:
 
 
 def measure_vocabulary(worker: Worker, *, m: int, rounds: int, traces: int) -> dict[str, Any]:
-    """Return what a heavy vocabulary costs on the end stages and split over all ranks, by 1F1B."""
+    """Measure a large vocabulary on the end stages and split over all ranks, with 1F1B."""
     tell("vocabulary: memory and collectives")
     rows: dict[str, dict[str, Any]] = {v: worker.ask("memory", vocab=v, num_microbatches=m) for v in VOCABS}
     for vocab, row in rows.items():
@@ -103,14 +104,14 @@ def tell(progress: str) -> None:
 
 
 def _action_s(seconds: Mapping[str, list[float]], action: str) -> float:
-    """Seconds of one action, the ends inside it too: the mean over ranks."""
+    """Return the mean over ranks of the seconds of one action, including the model's ends inside it."""
     return sum(sum(own) for scope, own in seconds.items() if scope.split("/")[0] == action) / RANKS
 
 
 def _time_rounds(
     ways: Mapping[str, Callable[[], dict[str, float]]], *, rounds: int, what: str
 ) -> dict[str, dict[str, float]]:
-    """Return medians and minimums of each way, taking turns; each round starts with another, the first warms up."""
+    """Measure all ways in turns; each round starts with another, and the first round warms up."""
     names, seconds = list(ways), {name: [] for name in ways}
     for turn in range(-1, rounds):
         tell(f"{what}, round {turn + 1} of {rounds}")
@@ -127,7 +128,7 @@ def _time_rounds(
 
 
 def _time_vocabulary(seconds: Mapping[str, list[float]], m: int) -> dict[str, Any]:
-    """Ticks of 1F1B both ways, from one trace: split, the measured head and embedding divide evenly over ranks."""
+    """Simulate 1F1B for both places of the vocabulary; a split one divides head and embedding evenly over ranks."""
     scopes = ("forward", "forward/first", "forward/last", "backward", "backward/first_back")
     ranks = list(zip(*(seconds.get(scope, [0.0] * RANKS) for scope in scopes), strict=True))
     layers = [StageCost(forward=f, input_grad=b, weight_grad=0.0) for f, _, _, b, _ in ranks]

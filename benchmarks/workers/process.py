@@ -1,7 +1,8 @@
-"""Processes that measure and answer: the number of devices is fixed for each process, and rounds must interleave.
+"""Worker processes that run measurements when a benchmark asks for them.
 
-Parent and child speak JSON lines over the child's stdin and stdout. Read `train_step.py` and `work_r1.py` next: the
-two children.
+jax fixes the number of devices when a process starts, and a fair comparison takes turns between ways to compute. So a
+benchmark keeps one worker process open for each number of devices, and sends each of them one question at a time. Both
+sides exchange lines of JSON over the worker's stdin and stdout. Read `train_step.py` next, a worker.
 """
 
 import json
@@ -13,29 +14,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+ROOT = Path(__file__).parents[2]
+"""The root of the repository, from which workers import `benchmarks`."""
+
 Malloc = Literal["huge", "default"]
-"""How every worker allocates: huge pages, or as glibc does by itself."""
+"""Whether workers allocate memory in huge pages or as glibc does by default."""
 
 
 class Worker:
     """A child process that runs one script of this folder on `num_devices` CPU devices.
 
-    >>> with Worker("train_step.py", num_devices=4) as worker:
+    >>> with Worker("benchmarks.workers.train_step", num_devices=4) as worker:
     ...     worker.ask("compile", schedule="1f1b", num_microbatches=8)["temp_bytes"] > 0
     True
     """
 
-    def __init__(self, script: str, *, num_devices: int, malloc: Malloc = "huge") -> None:
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(num_devices)]
+    def __init__(self, module: str, *, num_devices: int, malloc: Malloc = "huge") -> None:
+        command = [sys.executable, "-m", module, str(num_devices)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(malloc), text=True
         )
 
     def ask(self, call: str, **arguments: Any) -> Any:
-        """Return what the child's function `call` returns for these arguments.
+        """Call the worker's function `call` with these arguments and return its result.
 
         Raises:
-            RuntimeError: the function failed, or the child died; its messages are on stderr.
+            RuntimeError: the function failed, or the worker died; its messages are on stderr.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -57,8 +61,8 @@ class Worker:
 
 
 def serve(calls: Mapping[str, Callable[..., Any]]) -> None:
-    """Answer the parent's questions until it goes away; the child's side."""
-    # XLA may write to the real stdout, which would break the protocol: keep it for answers, give others stderr.
+    """Answer questions in the worker until the benchmark closes the pipe."""
+    # XLA may write to the real stdout, which would break the protocol: keep it for answers, and point stdout to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
@@ -71,7 +75,7 @@ def serve(calls: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def start_devices(num_devices: int) -> None:
-    """Set up this child's CPU devices; a single device is left as jax makes it, at its own best."""
+    """Make this worker's CPU devices; a single device keeps jax's own settings, which are its fastest."""
     import jax
     from trellax.meshes import use_fake_devices
 
@@ -82,9 +86,15 @@ def start_devices(num_devices: int) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def find_modules(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with the root of the repository on PYTHONPATH, so that `python -m benchmarks.x` works."""
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _environment(malloc: Malloc) -> dict[str, str]:
-    """The parent's environment without what would size thread pools, with the chosen malloc."""
+    """Return the parent's environment without variables that size thread pools, with the chosen malloc."""
     environment = {name: value for name, value in os.environ.items() if name not in {"NPROC", "GLIBC_TUNABLES"}}
     if malloc == "huge":
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    return environment
+    return find_modules(environment)

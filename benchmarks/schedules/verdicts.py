@@ -1,4 +1,4 @@
-"""Says in words what the times of schedules mean: who wins by which clock, who loses, and why clocks disagree."""
+"""Explain the times of schedules in words: the order by each clock, losses to 1F1B, and why clocks disagree."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 
 def explain_actions(actions: Mapping[str, Any]) -> list[str]:
-    """Return which single instruction takes the most of each action: it belongs to this compiler, not to a schedule."""
+    """Name the costliest instruction of each action, which depends on the compiler and not on a schedule."""
     return [
         f"{name} backwards, the costliest instruction of each action: "
         + ", ".join(f"{kind} {one['share']:.0%} ({one['name']})" for kind, one in own["costliest"].items())
@@ -23,7 +23,7 @@ def explain_actions(actions: Mapping[str, Any]) -> list[str]:
 
 
 def compare_schedules(rows: list[Row], actions: Mapping[str, Any]) -> list[str]:
-    """Return the verdicts on one number of microbatches: the order by each clock, then every schedule against 1F1B."""
+    """Compare schedules for one number of microbatches: the order by each clock, then each against 1F1B."""
     m = rows[0]["num_microbatches"]
     lines = [f"m={m}, fastest first by {text}: {_order(rows, clock)}" for clock, text in CLOCKS.items()]
     moved = [move for row in rows if (move := _describe_move(row, rows))]
@@ -32,14 +32,14 @@ def compare_schedules(rows: list[Row], actions: Mapping[str, Any]) -> list[str]:
 
 
 def compare_vocabularies(report: Mapping[str, Any]) -> str:
-    """Return in a few sentences what splitting a heavy vocabulary does."""
+    """Describe in a few sentences the effect of splitting a large vocabulary."""
     ends, split = report["rows"]["ends"], report["rows"]["split"]
     ratio = {
         key: split[key] / ends[key] for key in ("param_bytes", "temp_bytes", "ticks_s", "wall_s", "wall_s_min", "cpu_s")
     }
     more = split["all_reduces"]["a_microbatch"] - ends["all_reduces"]["a_microbatch"]
     names = {"ticks_s": "ticks", "wall_s": "step", "param_bytes": "parameters", "temp_bytes": "temporaries"}
-    # Times of steps are noisy: a loss is one by the median and by the minimum.
+    # Step times are noisy, so a loss counts only if both the median and the minimum show it.
     lost = [
         f"{name} {ratio[key]:.2f}"
         for key, name in names.items()
@@ -57,12 +57,12 @@ def compare_vocabularies(report: Mapping[str, Any]) -> str:
 
 
 def is_loss(ratio: float) -> bool:
-    """Return whether a ratio to the reference reads as more than 1.00."""
+    """Return whether a ratio to the reference prints as more than 1.00."""
     return round(ratio, 2) > 1
 
 
 def _order(rows: list[Row], clock: str) -> str:
-    """Schedules with their ratios, `=` between those whose ratios read alike."""
+    """List schedules with their ratios, with `=` between ratios that print alike."""
     ranked = sorted(rows, key=lambda row: round(row[f"{clock}_ratio"], 2))
     words, before = [], None
     for row in ranked:

@@ -1,11 +1,11 @@
-"""What a save costs a run: time that the loop stands still, and what it takes from the steps beside it.
+"""Measure how long a checkpoint blocks the training loop, and how much CPU time it takes from the steps.
 
-Command:  python benchmarks/saving.py
+Command:  python benchmarks/saving/run.py [--pairs 4]
 Hardware: 2 CPU cores, 4 GB.  Time: about 3 minutes.
 
-Blocks of 20 steps of the quickstart, every other one begun with a save as `train` makes it; the save goes on beside the
-steps. Fake devices keep all cores busy, so a save takes its CPU time from the steps: CPU seconds of a save alone over
-those of the 20 steps is the cost, and it hardly depends on who else uses the machine, as wall time does.
+It runs blocks of 20 quickstart steps. Every other block begins with a save, as `train` makes it, which goes on while
+the steps run. Fake devices keep all cores busy, so a save takes its CPU time from the steps. The cost is the CPU
+seconds of a save alone over those of 20 steps; unlike wall time, it hardly depends on other programs on the machine.
 """
 
 import argparse

@@ -1,13 +1,16 @@
-"""What the pipeline costs, measured in one run: `python benchmarks/pipeline.py [--quick] [--json] [--malloc default]`.
+"""Measure memory, speed, compile time and executed work of pipelined training steps.
 
-Memory, step time against one device, compile time, work R1 with a user's own model, and bubbles filled with NaN. Every
-target is judged; the exit code is 1 if one is missed. Tables go to stdout, progress to stderr. About 8 minutes on two
-cores, 2 with --quick.
+Command:  python benchmarks/pipeline/run.py [--quick] [--json] [--malloc default]
+Time: about 8 minutes on two cores, 2 with --quick.
 
-Fake devices share the cores, so waiting is free there and CPU seconds stand beside wall seconds. All workers, the one
-device too, get huge pages from malloc: glibc's default returns the temporary buffers to the system after each step and
-pays 0.2 s of page faults for the next. `--malloc default` measures without. Other programs on the machine spoil step
-times, even as ratios: look at the load that the first line prints. Last results: RESULTS.md.
+The benchmark measures memory, step time against one device, compile time, work R1 (a user's own model, see
+`../workers/work_r1.py`), and results when bubbles are filled with NaN. It compares each with a target; the exit code is
+1 if one is missed. Tables go to stdout, progress to stderr. The last results are in RESULTS.md.
+
+Fake devices share the cores, so waiting is free and CPU seconds are printed beside wall seconds. All workers, including
+the one-device one, allocate huge pages: by default, glibc returns the temporary buffers to the system after each step
+and pays 0.2 s of page faults for the next. `--malloc default` measures without huge pages. Other programs on the
+machine distort step times and even their ratios: look at the load in the first line of the output.
 """
 
 import argparse
@@ -17,10 +20,15 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from tables import MIB, Target, print_report
-from worker import Malloc, Worker
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.pipeline.tables import print_report
+from benchmarks.targets import MIB, Target
+from benchmarks.workers.process import Malloc, Worker
 
 SCHEDULES = ("1f1b", "gpipe")
 NUM_SEQUENCES = 4
@@ -29,7 +37,7 @@ NUM_SEQUENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much to measure."""
+    """Numbers of microbatches and rounds to measure."""
 
     memory: tuple[int, ...] = (4, 8, 16, 32)
     step_time: tuple[int, ...] = (4, 8, 16)
@@ -59,9 +67,9 @@ def main() -> int:
 def measure_all(effort: Effort, *, malloc: Malloc) -> dict[str, Any]:
     """Return all measurements as plain data."""
     with (
-        Worker("train_step.py", num_devices=4, malloc=malloc) as stages,
-        Worker("train_step.py", num_devices=1, malloc=malloc) as device,
-        Worker("work_r1.py", num_devices=8, malloc=malloc) as work,
+        Worker("benchmarks.workers.train_step", num_devices=4, malloc=malloc) as stages,
+        Worker("benchmarks.workers.train_step", num_devices=1, malloc=malloc) as device,
+        Worker("benchmarks.workers.work_r1", num_devices=8, malloc=malloc) as work,
     ):
         about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0], "malloc": malloc, **asdict(effort)}
         return {
@@ -76,7 +84,7 @@ def measure_all(effort: Effort, *, malloc: Malloc) -> dict[str, Any]:
 
 
 def judge(report: dict[str, Any]) -> list[Target]:
-    """Return every target of the pipeline with what was measured for it."""
+    """Compare the measurements with the targets of the pipeline."""
     temp = {row["num_microbatches"]: row["temp_bytes"] for row in report["memory"] if row["schedule"] == "1f1b"}
     (step,) = (row for row in report["step_time"] if row["num_microbatches"] == 8)
     small, large = report["compile"]
@@ -100,9 +108,9 @@ def judge(report: dict[str, Any]) -> list[Target]:
 
 
 def _measure_steps(stages: Worker, device: Worker, num_microbatches: int, rounds: int) -> dict[str, Any]:
-    """Time three ways to do the same work, taking turns; each round starts with another of them.
+    """Time three ways to do the same work in turns; each round starts with another of them.
 
-    Every turn begins with a step that is not counted, as in `overhead.py`.
+    Every turn begins with a step that is not counted, as in `../overhead/run.py`.
     """
     both = {"num_microbatches": num_microbatches, "num_sequences": NUM_SEQUENCES}
     full = {"num_microbatches": 1, "num_sequences": NUM_SEQUENCES * num_microbatches}
@@ -131,7 +139,7 @@ def _measure_steps(stages: Worker, device: Worker, num_microbatches: int, rounds
 
 
 def _measure_compile(stages: Worker, rounds: int) -> list[dict[str, Any]]:
-    """Compile for few and many microbatches in turns; the minimum counts, since other load only ever adds."""
+    """Compile for few and many microbatches in turns; the minimum counts, since other load can only add time."""
     runs: dict[int, list[dict[str, float]]] = {4: [], 64: []}
     for turn in range(rounds):
         for m, own in runs.items():

@@ -1,13 +1,13 @@
-"""What `gpu.py` measures: dense models of three sizes and their batches, in plain numbers that torch reads too."""
+"""Sizes of the models that the GPU benchmark measures, as plain numbers that the torch worker reads too."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases, an output of its own.
+    """Sizes of a Llama: RMSNorm, rotary positions, SwiGLU, grouped queries, no biases, untied output.
 
-    A step has `tokens` tokens, in microbatches of `microbatch_tokens`.
+    A step processes `tokens` tokens in microbatches of `microbatch_tokens`.
     """
 
     vocab_size: int
@@ -21,7 +21,7 @@ class Shape:
 
     @property
     def num_params(self) -> int:
-        """Parameters, norms left out."""
+        """Number of parameters without those of norms."""
         d, kv = self.hidden_size, self.hidden_size * self.num_kv_heads // self.num_heads
         return 2 * self.vocab_size * d + self.num_layers * (2 * d * d + 2 * d * kv + 3 * d * self.ffn_size)
 

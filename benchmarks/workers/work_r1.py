@@ -1,8 +1,8 @@
-"""A worker for a user's own model: work R1, on which other JAX pipelines were measured. Nothing of trellax.layers.
+"""A worker for work R1, a user's own model on which other JAX pipelines were measured; it uses no trellax.layers.
 
 8 pre-norm blocks (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128, float32, no
 embedding or head, loss = mean((y - t)^2), on a mesh of pipe=4 and, with 8 devices, data=2. A microbatch has 4 sequences
-for every data shard, so a device does the same on either mesh. Run by `pipeline.py` and `schedules.py`.
+per data shard, so a device does the same work on both meshes. The pipeline and schedules benchmarks start it.
 """
 
 import sys
@@ -14,14 +14,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hlo import count_executions, instructions_of, matmul_flops
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scopes import naive_halves, time_scopes
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
 from trellax.programs.hlo import Program, leaves
-from worker import serve, start_devices
+
+from benchmarks.workers.executions import count_executions, instructions_of, matmul_flops
+from benchmarks.workers.process import serve, start_devices
+from benchmarks.workers.scopes import naive_halves, time_scopes
 
 WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8
 NUM_SEQUENCES = 4

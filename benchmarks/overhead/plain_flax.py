@@ -1,8 +1,8 @@
 """A worker on one device: training steps of a small GPT in plain Flax, and of the same GPT in trellax.
 
-Plain Flax is `nnx.Linear`, `nnx.LayerNorm` and `nnx.Embed`, a scan over stacked layers, optax's cross-entropy, and for
-microbatches a scan that adds up gradients. trellax is its layers on a 1x1x1 mesh, and its executor with one stage. Both
-take the same AdamW. The model is that of `train_step.py`. Run by `overhead.py`.
+Plain Flax is `nnx.Linear`, `nnx.LayerNorm` and `nnx.Embed`, a scan over stacked layers, optax's cross-entropy, and a
+scan over microbatches that sums gradients. trellax is its layers on a 1x1x1 mesh, and its executor with one stage. Both
+use the same AdamW. The model is that of `../workers/train_step.py`. `run.py` starts this worker.
 """
 
 import sys
@@ -19,7 +19,8 @@ from flax import nnx
 from trellax.layers import ModelConfig, Transformer
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import build_schedule, pipeline_grads, split_transformer
-from worker import serve, start_devices
+
+from benchmarks.workers.process import serve, start_devices
 
 CONFIG = ModelConfig(vocab_size=1024, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128)
 NUM_SEQUENCES = 4
@@ -29,7 +30,7 @@ Grads = Callable[[Any, Any], tuple[jax.Array, Any]]
 
 
 class PlainBlock(nnx.Module):
-    """What a user of Flax writes: pre-norm attention and MLP."""
+    """A pre-norm attention and MLP block, as a user of Flax would write it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, self.num_heads = config.hidden_size, config.num_heads
@@ -46,7 +47,7 @@ class PlainBlock(nnx.Module):
 
 
 class PlainModel(nnx.Module):
-    """The GPT, its head tied to its embedding."""
+    """A GPT with its output head tied to the embedding."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -66,7 +67,7 @@ class PlainModel(nnx.Module):
 
 
 def make_plain(accumulate: str) -> tuple[Any, Grads]:
-    """Parameters and gradients in plain Flax."""
+    """Return parameters and a gradient function in plain Flax."""
     graph, params = nnx.split(PlainModel(CONFIG, rngs=nnx.Rngs(0)))
     one = jax.value_and_grad(lambda params, batch: nnx.merge(graph, params).loss(batch))
 
@@ -81,7 +82,7 @@ def make_plain(accumulate: str) -> tuple[Any, Grads]:
 
 
 def make_layers(mesh: jax.sharding.Mesh) -> tuple[Any, Grads]:
-    """Parameters and gradients of trellax's layers on a mesh."""
+    """Return parameters and a gradient function of trellax's layers on a mesh."""
     with nnx.use_eager_sharding(False):
         graph, params = nnx.split(Transformer(CONFIG, rngs=nnx.Rngs(0)))
 
@@ -93,7 +94,7 @@ def make_layers(mesh: jax.sharding.Mesh) -> tuple[Any, Grads]:
 
 
 def make_executor(mesh: jax.sharding.Mesh, num_microbatches: int) -> tuple[Any, Grads]:
-    """Parameters and gradients of trellax's executor with one stage."""
+    """Return parameters and a gradient function of trellax's executor with one stage."""
     model = split_transformer(CONFIG, mesh=mesh)
     schedule = build_schedule("1f1b", num_ranks=1, num_microbatches=num_microbatches)
 
@@ -105,7 +106,7 @@ def make_executor(mesh: jax.sharding.Mesh, num_microbatches: int) -> tuple[Any, 
 
 
 class OverheadBench:
-    """Compiled steps by way and number of microbatches, each with a state of its own."""
+    """Compiled steps by way and number of microbatches; each has its own state."""
 
     def __init__(self) -> None:
         self._mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])

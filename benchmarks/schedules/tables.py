@@ -1,12 +1,12 @@
-"""Prints what `schedules.py` measured: one table for each question, then verdicts and promises."""
+"""Print the measurements of the schedules benchmark: one table per question, then verdicts and targets."""
 
 from typing import Any
 
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from schedule_times import SHARES
-from tables import MIB, Target
+
+from benchmarks.schedules.times import SHARES
+from benchmarks.targets import MIB, Target, make_table
 
 
 def print_report(report: dict[str, Any], targets: list[Target]) -> None:
@@ -35,8 +35,8 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
 
 def _memory_table(rows: list[dict[str, Any]]) -> Table:
     sizes = [f"MiB m={m}" for m in rows[0]["temp_mib"]]
-    table = _table(
-        "schedule", "chunks", *sizes, "bubble m=8", "bubble m=32", "in flight m=8", "work m=8", "permutes m=8"
+    table = make_table(
+        "", "schedule", "chunks", *sizes, "bubble m=8", "bubble m=32", "in flight m=8", "work m=8", "permutes m=8"
     )
     for row in rows:
         table.add_row(
@@ -59,7 +59,9 @@ def _action_title(about: dict[str, Any]) -> str:
 
 
 def _action_table(actions: dict[str, Any]) -> Table:
-    table = _table("backward", "F", "B", "I", "W", "all", "in no action", "of two ranks at once", "outside the loop")
+    table = make_table(
+        "", "backward", "F", "B", "I", "W", "all", "in no action", "of two ranks at once", "outside the loop"
+    )
     for name, own in actions.items():
         seconds = own["seconds"]
         times = (f"{seconds[kind] * 1e3:.2f}" if kind in seconds else "" for kind in "FBIW")
@@ -77,7 +79,7 @@ def _time_title(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def _time_table(rows: list[dict[str, Any]]) -> Table:
     names = ("F=I=W", "busy", "ticks ms", "ticks", "busy", "wall s", "wall", "wall min", "CPU s", "CPU")
-    table = _table("schedule", *names)
+    table = make_table("", "schedule", *names)
     for row in rows:
         table.add_row(
             row["schedule"],
@@ -107,7 +109,7 @@ def _vocabulary_title(vocabulary: dict[str, Any], about: dict[str, Any]) -> str:
 
 def _vocabulary_table(vocabulary: dict[str, Any]) -> Table:
     names = ("params MiB", "temp MiB", "slots x, grad, saved", "in flight", "all-reduces/microbatch", "once a step")
-    table = _table("vocabulary", *names, "last/mean", "ticks ms", "busy", "wall s", "CPU s")
+    table = make_table("", "vocabulary", *names, "last/mean", "ticks ms", "busy", "wall s", "CPU s")
     for name, row in vocabulary["rows"].items():
         table.add_row(
             name,
@@ -121,11 +123,4 @@ def _vocabulary_table(vocabulary: dict[str, Any]) -> Table:
             f"{row['wall_s']:.3f}",
             f"{row['cpu_s']:.3f}",
         )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=MARKDOWN)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table

@@ -1,7 +1,7 @@
-"""A worker that compiles and runs a whole training step: loss, gradients and AdamW of a small transformer.
+"""A worker that compiles and runs a whole training step of a small transformer: loss, gradients and AdamW.
 
-Hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, GELU MLP of 4 x hidden. Run by
-`pipeline.py`; the argument is the number of devices, all of them pipeline ranks.
+Hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, GELU MLP of 4 x hidden. The
+pipeline and overhead benchmarks start it with the number of devices, all of which are pipeline ranks.
 """
 
 import sys
@@ -17,8 +17,9 @@ from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
 from trellax.programs.hlo import Program
-from work_r1 import are_same_bits
-from worker import serve, start_devices
+
+from benchmarks.workers.process import serve, start_devices
+from benchmarks.workers.work_r1 import are_same_bits
 
 CONFIG = ModelConfig(vocab_size=1024, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128)
 NUM_SEQUENCES = 4
@@ -27,7 +28,7 @@ NUM_SEQUENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepBench:
-    """One process's model, state and compiled steps, which all work on the same state."""
+    """Model, state and compiled steps of this process; all steps update the same state."""
 
     model: PipelinedModel
     mesh: jax.sharding.Mesh
@@ -36,7 +37,7 @@ class StepBench:
     steps: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def compile(self, schedule: str, num_microbatches: int) -> dict[str, float]:
-        """Compile anew; return its seconds, instructions and temporary bytes for each device."""
+        """Compile a step without a cache; return seconds, instructions and temporary bytes per device."""
         start, cpu_start = time.perf_counter(), time.process_time()
         compiled = self._compile(schedule, self._batch(num_microbatches, NUM_SEQUENCES))
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
@@ -59,7 +60,7 @@ class StepBench:
         return {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
 
     def bubbles(self, schedule: str, num_microbatches: int) -> bool:
-        """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
+        """Return whether loss and gradients are the same to the bit when bubbles are filled with NaN."""
         batch = self._batch(num_microbatches, NUM_SEQUENCES)
         grid = build_schedule(schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=num_microbatches)
 

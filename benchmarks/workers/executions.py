@@ -1,8 +1,8 @@
-"""What was really executed: traces of compiled programs, and the matrix products in them.
+"""Count executed instructions in profiler traces, and the flops of the matrix products among them.
 
-The CPU runtime records an event for every executed instruction, under the instruction's name in the compiled HLO. So
-counting events, times the flops of the matrix products behind each name, measures the executed work. Read `scopes.py`
-next, which sums the durations of events by action.
+The CPU runtime records one event per executed instruction, named as in the compiled HLO. The number of events of an
+instruction times its flops is therefore the executed work. Read `scopes.py` next, which sums the durations of events by
+action.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from trellax.programs.matmul import matrix_flops
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """One instruction at work on one device."""
+    """One execution of one instruction on one device."""
 
     name: str
     device: int
@@ -28,7 +28,7 @@ class Execution:
 
 
 def matmul_flops(program: Program) -> dict[str, int]:
-    """Return the flops of one execution of every instruction that holds matrix products, fusions included.
+    """Return the flops per execution of every instruction that contains matrix products, including fusions.
 
     Raises:
         RuntimeError: a library call is named after a product, and its flops are not known.
@@ -50,12 +50,12 @@ def instructions_of(program: Program, opcode: str) -> list[Instruction]:
 
 
 def count_executions(run: Callable[[], Any]) -> Counter[str]:
-    """Return how often each instruction ran on all devices together during run(), by name."""
+    """Count the executions of each instruction during run(), summed over all devices, by name."""
     return Counter(event.name for event in _trace(run))
 
 
 def list_executions(run: Callable[[], Any], names: Collection[str]) -> list[Execution]:
-    """Return every execution of the named instructions during run(), in order of start."""
+    """Return all executions of the named instructions during run(), in order of start."""
     found = []
     for event in _trace(run):
         if event.name in names:

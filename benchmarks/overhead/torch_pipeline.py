@@ -1,8 +1,8 @@
-"""The peer of `train_step.py` on four stages: `torch.distributed.pipelining` with 1F1B, four processes over gloo.
+"""A worker that runs the same training step in PyTorch: `torch.distributed.pipelining`, 1F1B, four processes over gloo.
 
-The same shapes in PyTorch: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, AdamW;
-two layers a stage, the embedding on the first and the head on the last. A process a stage, each with one thread on two
-cores. Run by `overhead.py`; the first process answers, the argument is the number of stages.
+It has the shapes of `../workers/train_step.py`: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary
+1024, float32, AdamW; two layers per stage, the embedding on the first stage and the head on the last. Each stage is a
+process with one thread, on two cores. `run.py` starts it with the number of stages; the first process answers.
 """
 
 import os
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional
-from worker import serve
+
+from benchmarks.workers.process import serve
 
 HIDDEN, LAYERS, HEADS, TOKENS, VOCAB, NUM_SEQUENCES = 256, 8, 4, 128, 1024, 4
 
@@ -105,7 +106,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-        command = [sys.executable, __file__, str(num_ranks)]
+        command = [sys.executable, "-m", "benchmarks.overhead.torch_pipeline", str(num_ranks)]
         others = [subprocess.Popen([*command, str(r)], stdin=subprocess.PIPE) for r in range(1, num_ranks)]
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
     own = Rank(rank, num_ranks)

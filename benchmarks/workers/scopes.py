@@ -1,8 +1,8 @@
-"""Which action of a schedule every executed instruction belongs to, and how long actions take.
+"""Attribute executed instructions to the actions of a schedule, and measure how long actions take.
 
-The executor names the scope of each action, and names survive in the compiled program. Fake devices share the cores, so
-an event lasts as long as its work only while no other rank works: time schedules in which one rank acts at a time,
-`naive` for whole backwards and `naive_halves` for halves.
+The executor names a scope for each action, and these names survive in the compiled program. Fake devices share the
+cores, so the duration of an event is that of its work only while no other rank works. So actions are timed with
+schedules in which one rank acts at a time: `naive` for whole backwards and `naive_halves` for split ones.
 """
 
 import re
@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from hlo import Execution, list_executions
 from trellax.pipeline import Action, Schedule, build_schedule
 from trellax.programs.collectives import KINDS
 from trellax.programs.hlo import Instruction, Program
 
+from benchmarks.workers.executions import Execution, list_executions
+
 ONCE, UNKNOWN = "once a step", "unknown"
-"""Scopes of what runs outside the loop over turns, and of what in it belongs to no action."""
+"""Scopes of instructions outside the loop over ticks, and of those inside it that belong to no action."""
 
 MAX_SHARE = 0.1
 """The largest share of the loop's time that may belong to no action, or in which several ranks may work at once."""
@@ -29,11 +30,11 @@ _CONTROL = {"conditional", "while", "call"}
 
 
 def naive_halves(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Return `naive` with its backwards in halves; each weight gradient waits for the next microbatch's input gradient.
+    """Return `naive` with split backwards; a weight gradient waits for the tick of the next input gradient.
 
-    In that tick it comes first. A rank waits for another only where something is sent, and what a weight gradient makes
-    is not: put last in its tick or in one of its own, it would run beside the next rank's input gradient, as those of
-    the last microbatch do here.
+    In that tick it comes first. A rank waits for another one only to receive, and nobody receives a weight gradient:
+    at the end of its tick, or in its own tick, it would run at the same time as the next rank's input gradient. Those
+    of the last microbatch do.
     """
     naive = build_schedule("naive", num_ranks=num_ranks, num_microbatches=num_microbatches)
     ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
@@ -51,7 +52,7 @@ def naive_halves(*, num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[str, Any]:
-    """Trace steps of several programs in turns; return for each the median seconds of an action by scope and rank.
+    """Trace steps of several programs in turns; return the median seconds of an action by program, scope and rank.
 
     Args:
         steps: name -> compiled program and its arguments, warmed up; device r of the mesh is rank r.
@@ -68,9 +69,10 @@ def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[st
 
 
 def scopes_of(program: Program) -> dict[str, str]:
-    """Return the scope of every instruction that does work: no collective, and none that only runs others.
+    """Return the scope of every instruction that computes, which excludes collectives and control flow.
 
-    One without a name of its own belongs where most of its computation does, or else to what runs that computation.
+    An instruction without a scope in its name gets that of most instructions of its computation, or else that of the
+    instruction that calls the computation.
     """
     callers = {called: (at.name, i) for at, i in program.instructions() for called in _called(i)}
 
@@ -99,7 +101,7 @@ def scopes_of(program: Program) -> dict[str, str]:
 
 
 def count_in_loop(program: Program, counts: Counter[str], opcode: str) -> int:
-    """Return how often instructions of one kind ran inside the loop over turns."""
+    """Count executions of instructions of one kind inside the loop over ticks."""
     called = {name for _, i in program.instructions() for name in _called(i)}
     return sum(counts[i.name] for at, i in program.instructions() if at.name in called and i.opcode == opcode)
 
@@ -109,13 +111,13 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _named_scope(instruction: Instruction) -> str:
-    """The scope in an instruction's own name: an action, an end or both, outermost first."""
+    """Return the scope in an instruction's own name: an action, an end of the model or both, outermost first."""
     words = [word for word in re.split(r"[/()]", instruction.op_name) if word in _NAMES]
     return "/".join(list(dict.fromkeys(words))[:2]) or UNKNOWN
 
 
 def _summarize(name: str, traces: list[list[Execution]], scopes: Mapping[str, str]) -> dict[str, Any]:
-    """Medians of actions, and the shares of time that say whether to trust them."""
+    """Return median times of actions, and the shares of time that tell whether to trust them."""
     num_ranks = 1 + max(one.device for one in traces[0])
     found: dict[str, list[list[float]]] = {}
     busy = {ONCE: 0.0, UNKNOWN: 0.0, "loop": 0.0, "ranks": 0.0, "all": 0.0}
@@ -145,7 +147,7 @@ def _summarize(name: str, traces: list[list[Execution]], scopes: Mapping[str, st
 
 
 def _find_costliest(traces: list[list[Execution]], scopes: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """The instruction that takes the most of a kind of action: one slow fusion of the compiler can decide a race."""
+    """Return the costliest instruction of a kind of action: one slow fusion can decide a comparison."""
     total: defaultdict[str, float] = defaultdict(float)
     for trace in traces:
         for one in trace:
@@ -156,7 +158,7 @@ def _find_costliest(traces: list[list[Execution]], scopes: Mapping[str, str], ki
 
 
 def _group_actions(executions: list[Execution], scopes: Mapping[str, str]) -> list[dict[str, list[Execution]]]:
-    """Split one rank's executions into actions, each by scope; no two actions of one kind follow each other."""
+    """Group one rank's executions by action and scope; two actions of one kind never follow each other directly."""
     actions: list[dict[str, list[Execution]]] = []
     before = ""
     for one in executions:
@@ -172,7 +174,7 @@ def _group_actions(executions: list[Execution], scopes: Mapping[str, str]) -> li
 
 
 def _busy_s(executions: list[Execution]) -> float:
-    """Seconds in which at least one of these, in order of start, was running: some run beside each other."""
+    """Return the seconds in which at least one of these executions was running; they are in order of start."""
     total, until = 0.0, float("-inf")
     for one in executions:
         total += max(0.0, one.end_s - max(one.start_s, until))

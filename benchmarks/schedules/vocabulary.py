@@ -1,7 +1,7 @@
-"""A worker for a transformer whose vocabulary is heavy: with it on the end stages, or split over all ranks.
+"""A worker for a transformer with a large vocabulary, which is on the end stages or split over all ranks.
 
 Hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 8192, untied, float32, no remat; loss and
-gradients by 1F1B. Run by `schedules.py`; the argument is the number of devices, all of them pipeline ranks.
+gradients by 1F1B. `run.py` starts it with the number of devices, all of which are pipeline ranks.
 """
 
 import math
@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from hlo import count_executions, instructions_of
-from scopes import count_in_loop, time_scopes
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import (
@@ -29,7 +27,10 @@ from trellax.pipeline import (
 )
 from trellax.pipeline.schedules import Vocab
 from trellax.programs.hlo import Program
-from worker import serve, start_devices
+
+from benchmarks.workers.executions import count_executions, instructions_of
+from benchmarks.workers.process import serve, start_devices
+from benchmarks.workers.scopes import count_in_loop, time_scopes
 
 CONFIG = ModelConfig(
     vocab_size=8192, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128, embeddings="untied", dtype="float32"

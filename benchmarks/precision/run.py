@@ -1,10 +1,13 @@
-"""Whether bfloat16 and eight bits learn what float32 learns: `python benchmarks/precision.py [--steps N] [--seeds N]`.
+"""Compare the training loss in bfloat16 and in 8 bits with that in float32.
 
-Trains the quickstart model on one device in each, on the same batches, and compares the training loss in windows of 20
-steps with float32's. Whatever changes a run a little sends it another way: float32 with a learning rate 0.1% higher
-("nudged") shows how far apart two runs come by that alone, up to 1% on one seed. So curves are means over seeds, given
-with the standard error of their distance. The band is 1% for bfloat16 and 2% for fp8 in every window after the first.
-fp8 needs `trellax[quant]`. Two minutes a run or more on one core; with `--folder` what was stopped goes on.
+Command:  python benchmarks/precision/run.py [--steps N] [--seeds N] [--folder RUNS]
+Time: two minutes or more per run on one core. With `--folder`, runs that were stopped continue.
+
+It trains the quickstart model on one device in each precision, on the same batches, and compares the training loss in
+windows of 20 steps with float32's. Any small change sends a run another way: float32 with a learning rate 0.1% higher
+("nudged") shows how far apart two runs come by that alone, which is up to 1% on one seed. So curves are means over
+seeds, printed with the standard error of their distance. In every window after the first, bfloat16 may differ by 1% and
+fp8 by 2%. fp8 needs `trellax[quant]`.
 """
 
 import argparse
@@ -60,7 +63,7 @@ def main() -> int:
 
 
 def judge(name: str, curves: dict[str, np.ndarray], runs: dict[int, dict[str, np.ndarray]]) -> bool:
-    """Say how far a way to compute is from float32; return whether that is within its band."""
+    """Print how far a precision is from float32, and return whether that is within its band."""
     band, gap = BANDS.get(name), distance(curves[name], curves["float32"])
     is_met = band is None or gap <= band
     allowed = "" if band is None else f", {band:.0%} allowed"
@@ -73,18 +76,18 @@ def judge(name: str, curves: dict[str, np.ndarray], runs: dict[int, dict[str, np
 
 
 def distance(curve: np.ndarray, other: np.ndarray) -> float:
-    """Return the largest distance of two curves in any window after the first, as a share of the other."""
+    """Return the largest relative distance of a curve from the other in any window after the first."""
     return max(abs(mean(curve, start) / mean(other, start) - 1) for start in range(WINDOW, len(curve), WINDOW))
 
 
 def signed_end(curve: np.ndarray, other: np.ndarray) -> float:
-    """Return the distance in the last window, with its sign."""
+    """Return the relative distance of a curve from the other in the last window, with its sign."""
     last = len(curve) - WINDOW
     return mean(curve, last) / mean(other, last) - 1
 
 
 def learn(name: str, *, seed: int, steps: int, folder: str) -> np.ndarray:
-    """Return the training loss of every step."""
+    """Train in one precision, and return the training loss of every step."""
     where = f"--run.folder {folder} --run.name {name}-{seed} --run.seed {seed} --checkpoint.every 50"
     config = load_config("quickstart", f"{ONE_DEVICE} {where} --train.steps {steps} {SETTINGS[name]}")
     train(config, console=Console(file=io.StringIO()))

@@ -1,6 +1,6 @@
-"""A worker of `gpu.py`: trellax's own training step of one shape on one device, timed, weighed and profiled.
+"""A worker of the GPU benchmark: time, weigh and profile trellax's training step of one shape on one device.
 
-Arguments: shape, tokens of a sequence, steps to time, then overrides of the config. The answer is one line of JSON.
+Arguments: shape, tokens per sequence, number of steps to time, then config overrides. It prints one line of JSON.
 """
 
 import json
@@ -15,16 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_shapes import SHAPES, Shape
 from trellax.configs import RunConfig, load_config
 from trellax.train.xla import prepare_backend
+
+from benchmarks.gpu.shapes import SHAPES, Shape
 
 PEAK_SIZE = 8192
 """Rows of the square matrices whose product measures the peak."""
 
 
 def config_of(shape: Shape, seq_len: int, overrides: list[str], folder: str) -> RunConfig:
-    """The run of a shape, as a user would write it."""
+    """Return the config of a shape, written as a user would."""
     names = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size")
     lines = [
         "[model]",
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any]:
-    """Compile, run, time and profile the step of a run on the first device."""
+    """Compile, run, time and profile the training step of a config on the first device."""
     import jax
     from trellax.commands.inspect_step import compile_step, report_step
     from trellax.meshes import MeshSpec, build_mesh
@@ -81,13 +82,13 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
         trace_steps(compiled, state, (batch, setup.peak_rate), folder=folder / "profile", num_steps=2)
         return describe_profile(folder / "profile", compiled, find_hardware(device), num_steps=2)
 
-    # What was timed is told even if one of these fails on a machine that nobody has tried.
+    # The times are kept even if one of these parts fails on a machine that nobody has tried.
     parts = {"peak": partial(find_peak, device), "prediction": predict, "profile": profile}
     return row | run_parts(parts)
 
 
 def run_parts(parts: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    """Return what all parts found, and under "failed" the errors of those that failed."""
+    """Merge the results of all parts, with the errors of failed ones under "failed"."""
     found: dict[str, Any] = {"failed": {}}
     for name, part in parts.items():
         try:
@@ -98,7 +99,7 @@ def run_parts(parts: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
 
 
 def trace_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, folder: Path, num_steps: int) -> None:
-    """Profile further steps, which use the state up."""
+    """Profile more steps; they consume the state."""
     import jax
 
     with jax.profiler.trace(str(folder)):
@@ -108,7 +109,7 @@ def trace_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, folder: P
 
 
 def time_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, num_steps: int) -> tuple[Any, float, list[float]]:
-    """Return the state after three steps to warm up and those that are timed, the loss of the third, and the times."""
+    """Run three warm-up steps, then timed ones; return the state, the loss of the third step, and the times."""
     import jax
 
     loss, times_s = 0.0, []
@@ -122,13 +123,13 @@ def time_steps(compiled: Any, state: Any, inputs: tuple[Any, ...], *, num_steps:
 
 
 def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: int) -> dict[str, Any]:
-    """Seconds a step by class, the longest operations, and where most is lost against the roofline."""
+    """Return seconds per step by class, the longest operations, and the largest losses against the roofline."""
     from trellax.programs.trace import list_operations, sum_classes
 
     found = list_operations(folder, compiled, num_devices=1, hardware=hardware)
     lost: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for one in found:
-        # Instructions that one line of the model makes in every layer are one loss.
+        # One line of the model makes an instruction in every layer; count them as one loss.
         key = f"{one.kind}: {'/'.join(one.op_name.split('/')[-3:]) or one.name.rstrip('.0123456789')}"
         lost[key][0] += one.time_s / num_steps
         lost[key][1] += one.bound_s / num_steps
@@ -144,7 +145,7 @@ def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: i
 
 
 def find_hardware(device: Any) -> Any:
-    """The peaks of the device by XLA's description of it, or measured."""
+    """Return the device's peaks from XLA's description of it, or measure those of a CPU."""
     from trellax.programs import hardware_from_description, list_gpus, measure_host
 
     if device.platform == "cpu":
@@ -159,19 +160,19 @@ def find_hardware(device: Any) -> Any:
 
 
 def find_peak(device: Any) -> dict[str, Any]:
-    """The rate that shares of the peak are shares of."""
+    """Measure the matmul rate that MFU is relative to."""
     return {"peak_flops_per_s": measure_peak(512 if device.platform == "cpu" else PEAK_SIZE)}
 
 
 def measure_peak(size: int) -> float:
-    """The best of a few bfloat16 products of square matrices, flop/s."""
+    """Return the best rate of a few bfloat16 products of square matrices, in flop/s."""
     import jax
     import jax.numpy as jnp
 
     # Random numbers: on zeros or ones fewer transistors switch, and a GPU runs an eighth faster than with real data.
     # Scaled so that products stay as large as their factors.
     matrix = (jax.random.normal(jax.random.key(0), (size, size)) * size**-0.5).astype(jnp.bfloat16)
-    # A chain, so that launching is no part of it.
+    # A chain of products, so that launch times do not count.
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda _, y: y @ x, x))
     jax.block_until_ready(multiply(matrix))
     times_s = []
@@ -183,7 +184,7 @@ def measure_peak(size: int) -> float:
 
 
 def make_batch(setup: Any) -> Any:
-    """Random tokens in the shape of the run's batches, on the device."""
+    """Return random tokens in the shape of the run's batches, on the device."""
     import jax
     import numpy as np
     from trellax.commands.inspect_step import batch_shapes

@@ -1,13 +1,17 @@
-"""What each schedule costs, and who wins: `python benchmarks/schedules.py [--quick] [--json]`.
+"""Compare all pipeline schedules: memory, executed work, simulated ticks and measured steps.
 
-On work R1 (see `work_r1.py`) without remat and 4 ranks. With 2 data shards: compiled temporary memory, which may grow
-with microbatches for GPipe alone; matmul work executed, counted in a profiler trace, over the ideal; permutes; and the
-bubble that the lockstep clock predicts. With 1 data shard: times of actions, the ticks of every schedule by these, and
-whole steps; see `schedule_times.py`. Last, a transformer with a heavy vocabulary, on the ends or split over all ranks.
+Command:  python benchmarks/schedules/run.py [--quick] [--json]
+Time: about 8 minutes on two quiet cores, 2 with --quick. Other programs on the machine distort times.
 
-Fake devices share the cores, so a bubble costs a measured step nothing; ticks are the time of ranks with a device of
-their own. Verdicts say where the two disagree. Tables go to stdout, progress to stderr; the exit code is 1 if a promise
-is missed. About 8 minutes on two quiet cores, 2 with --quick. Other programs on the machine spoil times.
+The model is work R1 (see `../workers/work_r1.py`) without remat on 4 ranks. With 2 data shards it measures the compiled
+temporary memory, which may grow with the number of microbatches for GPipe only; the executed matmul work, counted in a
+profiler trace, over the ideal; permutes; and the bubble by the lockstep clock. With 1 data shard it measures times of
+actions, the ticks of every schedule by these times, and whole steps (see `times.py`). The last part is a transformer
+with a large vocabulary, on the end stages or split over all ranks.
+
+Fake devices share the cores, so a bubble costs a measured step nothing, while ticks are the time of ranks that each
+have a device. The verdicts say where the two disagree. Tables go to stdout, progress to stderr; the exit code is 1 if a
+target is missed.
 """
 
 import argparse
@@ -15,14 +19,19 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from schedule_tables import print_report
-from schedule_times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
-from tables import MIB, Target
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from trellax.pipeline.schedules import simulate
-from verdicts import compare_schedules, compare_vocabularies, explain_actions
-from worker import Worker
+
+from benchmarks.schedules.tables import print_report
+from benchmarks.schedules.times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
+from benchmarks.schedules.verdicts import compare_schedules, compare_vocabularies, explain_actions
+from benchmarks.targets import MIB, Target
+from benchmarks.workers.process import Worker
 
 SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1", "auto")
 MICROBATCHES = (4, 8, 16, 32)
@@ -30,7 +39,7 @@ MICROBATCHES = (4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much to measure; `steps` are rounds by number of microbatches."""
+    """How much to measure; `steps` maps numbers of microbatches to rounds."""
 
     memory: tuple[int, ...] = MICROBATCHES
     steps: dict[int, int] = field(default_factory=lambda: {8: 9, 16: 5, 32: 3})
@@ -56,16 +65,16 @@ def main() -> int:
 
 
 def measure_all(effort: Effort) -> dict[str, Any]:
-    """Return all measurements as plain data, and the verdicts on them."""
+    """Return all measurements and the verdicts on them as plain data."""
     about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0]} | asdict(effort)
-    with Worker("work_r1.py", num_devices=8) as worker:
+    with Worker("benchmarks.workers.work_r1", num_devices=8) as worker:
         rows = [_measure(worker, schedule, effort.memory) for schedule in SCHEDULES]
-    with Worker("work_r1.py", num_devices=4) as worker:
+    with Worker("benchmarks.workers.work_r1", num_devices=4) as worker:
         actions = measure_actions(worker, num_microbatches=8, rounds=effort.traces)
         times = [
             measure_times(worker, SCHEDULES, m=m, rounds=rounds, actions=actions) for m, rounds in effort.steps.items()
         ]
-    with Worker("vocabulary.py", num_devices=4) as worker:
+    with Worker("benchmarks.schedules.vocabulary", num_devices=4) as worker:
         vocabulary = measure_vocabulary(worker, m=8, rounds=effort.vocabulary_rounds, traces=effort.traces)
     return {
         "about": about,
@@ -79,7 +88,7 @@ def measure_all(effort: Effort) -> dict[str, Any]:
 
 
 def judge(rows: list[dict[str, Any]]) -> list[Target]:
-    """Return every promise about schedules with what was measured for it."""
+    """Compare the measurements with the targets of the schedules."""
     of = {row["schedule"]: row for row in rows}
     growth = [r["temp_mib"][32] / r["temp_mib"][8] for n, r in of.items() if n != "gpipe" and 32 in r["temp_mib"]]
     targets = [Target.at_most("memory, m=32 over m=8, all but gpipe", max(growth), 1.02)] if growth else []

@@ -1,27 +1,30 @@
-"""What one GPU gives: `python benchmarks/gpu.py [--minutes 8] [--tiny] [--json FILE] [CASE ...]`.
+"""Measure training steps on one GPU, against the roofline and against torch.compile.
 
-A case is SHAPE@TOKENS, 1b@2048 say, with overrides of the config behind a comma: 1b@2048,pipeline.unroll=off. For each:
-tokens a second, MFU with the causal half of the scores and with all of them, peak memory beside what `trellax inspect`
-predicts, the profile by class, and the three largest losses against the roofline. Then the same model, batch and
-precision under torch.compile, where torch is installed. Every measurement has a process of its own, one at a time: what
-fails is said, and costs nothing else its result; the file has every case that was done, also if the command is ended.
-Cases that the minutes do not reach are named, and 90 seconds after them nothing runs any more. `--tiny` runs all of it
-on any CPU in a minute.
+Command:  python benchmarks/gpu/run.py [--minutes 8] [--tiny] [--json FILE] [CASE ...]
 
-It needs `pip install -e '.[cuda]' torch`. To a machine without a network that has Python 3.12, jax (0.11.2, say) with
-its CUDA plugin, torch, and what these and orbax bring, the rest is carried, 10 MB of wheels in .whl:
+A case is SHAPE@TOKENS, such as 1b@2048, optionally with config overrides after a comma: 1b@2048,pipeline.unroll=off.
+For each case the benchmark prints tokens per second, MFU with causal and with full attention scores, the peak memory
+beside the prediction of `trellax inspect`, the profile by class, and the three largest losses against the roofline.
+Then it runs the same model, batch and precision under torch.compile if torch is installed.
+
+Every measurement runs in its own process, one at a time, so that a failure costs no other result. The file is written
+after every case and survives an interrupted command. No case starts after `--minutes`, and 90 seconds later the last
+one is ended; cases that were not reached are named. `--tiny` runs everything on any CPU in a minute.
+
+It needs `pip install -e '.[cuda]' torch`. For a machine without a network that has Python 3.12, jax (such as 0.11.2)
+with its CUDA plugin, torch, and their dependencies and those of orbax, download the rest, 10 MB of wheels, into .whl:
 
     P="--only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
        --platform manylinux2014_x86_64 -d .whl"
     pip download $P 'pydantic>=2.12,<3'
     pip download $P --no-deps flax optax orbax-checkpoint grain array-record portpicker protobuf tensorboardX
 
-and there, in the root of the repository, which need not be installed:
+On that machine, in the root of the repository, which need not be installed:
 
     pip install --no-index --no-deps --target .site .whl/*.whl
-    PYTHONPATH=.src:.site python benchmarks/gpu.py --json $OUT/gpu.json
+    PYTHONPATH=.src:.site python benchmarks/gpu/run.py --json $OUT/gpu.json
 
-Where a command may take ten minutes, give it `--minutes 6`, and name in the next those cases that were not reached.
+Where a command may take at most ten minutes, pass `--minutes 6` and name the cases that were not reached in the next.
 """
 
 import argparse
@@ -36,8 +39,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_shapes import SHAPES
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from trellax.layers import ModelConfig, flops_per_token
+
+from benchmarks.gpu.shapes import SHAPES
+from benchmarks.workers.process import find_modules
 
 CASES = (
     "1b@2048,pipeline.unroll=on",
@@ -49,15 +57,16 @@ CASES = (
     "125m@4096,pipeline.unroll=on",
     "3b@4096,pipeline.unroll=on",
 )
-"""The most telling first."""
+"""In order of importance, since the last ones may not be reached."""
 
 ENOUGH_MFU = 0.55
-"""Of the measured matmul peak, causal, 1b@2048."""
+"""Target for 1b@2048: causal MFU as a share of the measured matmul peak."""
 
 OVER_TORCH = 1.05
+"""Target for 1b@2048: speed over torch.compile."""
 
 GRACE_S = 90.0
-"""What is still running so long after the minutes are over is ended."""
+"""Seconds after `--minutes` at which a running measurement is ended."""
 
 _GIB = 2**30
 
@@ -85,7 +94,7 @@ def main() -> int:
             rows.append(measure(case, **how, torch_rows=torch_rows))
             print(describe(rows[-1]), flush=True)
             if arguments.json:
-                # After every case: what is there is kept if a time limit ends the command.
+                # After every case, so that a time limit on the command loses none.
                 Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     verdicts = judge(rows, cases=cases)
     print("\n".join(text for text, _ in verdicts))
@@ -95,23 +104,27 @@ def main() -> int:
 def measure(
     case: str, *, steps: int, tiny: bool, cache: str, end_s: float, torch_rows: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what trellax and torch take for a case; torch once for each shape and length.
+    """Measure trellax and torch on a case; torch runs once for each shape and length.
 
-    Either has an "error" if it failed or was not done at `end_s` of the monotonic clock; the other is told even so.
+    The result of either has an "error" if it failed or was still running at `end_s` of the monotonic clock.
     """
     what, *settings = case.split(",")
     name, _, seq_len = what.partition("@")
     overrides = [f"--{setting}" for setting in settings]
     environment = {**os.environ, "TRELLAX_CACHE": cache} | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
-    ours = _run("gpu_step.py", name, seq_len, str(steps), *overrides, environment=environment, end_s=end_s)
+    ours = _run(
+        "benchmarks.gpu.trellax_step", name, seq_len, str(steps), *overrides, environment=environment, end_s=end_s
+    )
     if what not in torch_rows and importlib.util.find_spec("torch"):
         environment = {**os.environ} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
-        torch_rows[what] = _run("gpu_torch.py", name, seq_len, str(steps), environment=environment, end_s=end_s)
+        torch_rows[what] = _run(
+            "benchmarks.gpu.torch_step", name, seq_len, str(steps), environment=environment, end_s=end_s
+        )
     return {"case": case, "trellax": ours, "torch": torch_rows.get(what)} | _derive(name, int(seq_len), ours)
 
 
 def _derive(name: str, seq_len: int, ours: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second and the shares of the measured peak."""
+    """Return tokens per second and MFU as a share of the measured peak."""
     shape = SHAPES[name]
     if "error" in ours:
         return {}
@@ -146,7 +159,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def _describe_parts(row: dict[str, Any]) -> Iterator[str]:
-    """What was found beside the time of a step; parts that failed are left out."""
+    """Yield lines about MFU, memory, classes and losses; parts that failed are left out."""
     ours = row["trellax"]
     if "mfu_causal" in row:
         tflops = ours["peak_flops_per_s"] / 1e12
@@ -175,7 +188,7 @@ def _describe_peer(row: dict[str, Any]) -> str:
 
 
 def judge(rows: list[dict[str, Any]], *, cases: Sequence[str]) -> list[tuple[str, bool]]:
-    """Return every promise with what was measured for it, and whether it is met; unmeasured is not met."""
+    """Return a line for each target and whether it is met; a target that was not measured is not met."""
     done = {row["case"] for row in rows if "error" not in row["trellax"]}
     verdicts = [(f"MISSED: {case} was not measured", False) for case in cases if case not in done]
     found = [row for row in rows if row["case"].startswith("1b@2048") and "step_s" in row["trellax"]]
@@ -195,20 +208,22 @@ def judge(rows: list[dict[str, Any]], *, cases: Sequence[str]) -> list[tuple[str
     return verdicts
 
 
-def _run(script: str, *words: str, environment: dict[str, str], end_s: float) -> dict[str, Any]:
-    """Return the JSON of a worker's last line, or its error."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+def _run(module: str, *words: str, environment: dict[str, str], end_s: float) -> dict[str, Any]:
+    """Return the JSON in the last line that a worker prints, or its error."""
+    command = [sys.executable, "-m", module, *words]
     limit_s = max(1.0, end_s - time.monotonic())
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit_s)
+        done = subprocess.run(
+            command, env=find_modules(environment), capture_output=True, text=True, check=False, timeout=limit_s
+        )
     except subprocess.TimeoutExpired:
-        return {"error": f"{script} was ended after {limit_s:.0f} s"}
+        return {"error": f"{module} was ended after {limit_s:.0f} s"}
     if done.returncode:
-        return {"error": "\n".join(done.stderr.strip().splitlines()[-8:]) or f"{script} ended with {done.returncode}"}
+        return {"error": "\n".join(done.stderr.strip().splitlines()[-8:]) or f"{module} ended with {done.returncode}"}
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": f"{script} ended without an answer: {done.stdout[-200:]!r}"}
+        return {"error": f"{module} ended without an answer: {done.stdout[-200:]!r}"}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""What the toolkit costs on a CPU, in one run: `python benchmarks/overhead.py [--rounds 7] [--quick]`.
+"""Measure the overhead of trellax over plain Flax and over PyTorch's pipelining, on a CPU.
 
-trellax's layers on a 1x1x1 mesh against the same GPT in plain Flax (the whole batch), its executor with one stage
-against plain Flax with gradients accumulated over microbatches, and four stages against one device and, where torch is
-installed, against `torch.distributed.pipelining` with four processes. All take turns; medians count. Fake devices share
-the cores, so bubbles are free and CPU seconds stand beside wall seconds. Last results: RESULTS.md.
+Command:  python benchmarks/overhead/run.py [--rounds 7] [--quick]
+
+Three comparisons: trellax's layers on a 1x1x1 mesh against the same GPT in plain Flax, on the whole batch; its executor
+with one stage against plain Flax with gradients accumulated over microbatches; and four stages against one device and,
+where torch is installed, against `torch.distributed.pipelining` with four processes. The ways take turns, and medians
+count. Fake devices share the cores, so pipeline bubbles are free, and CPU seconds are printed beside wall seconds. The
+last results are in RESULTS.md.
 """
 
 import argparse
@@ -13,10 +16,14 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from tables import Target
-from worker import Worker
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.targets import Target
+from benchmarks.workers.process import Worker
 
 Times = dict[str, float]
 Ways = Mapping[str, Callable[[], Times]]
@@ -29,11 +36,11 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
     with ExitStack() as stack:
-        flax = stack.enter_context(Worker("plain_flax.py", num_devices=1))
-        stages = stack.enter_context(Worker("train_step.py", num_devices=4))
-        device = stack.enter_context(Worker("train_step.py", num_devices=1))
+        flax = stack.enter_context(Worker("benchmarks.overhead.plain_flax", num_devices=1))
+        stages = stack.enter_context(Worker("benchmarks.workers.train_step", num_devices=4))
+        device = stack.enter_context(Worker("benchmarks.workers.train_step", num_devices=1))
         has_torch = importlib.util.find_spec("torch") is not None
-        torch = stack.enter_context(Worker("torch_pipeline.py", num_devices=4)) if has_torch else None
+        torch = stack.enter_context(Worker("benchmarks.overhead.torch_pipeline", num_devices=4)) if has_torch else None
         targets = [*measure_layers(flax, arguments.rounds), *measure_executor(flax, arguments.rounds)]
         for m in (8,) if arguments.quick else (8, 16):
             targets += measure_stages(stages, device, torch, m, arguments.rounds)
@@ -43,14 +50,14 @@ def main() -> int:
 
 
 def measure_layers(flax: Worker, rounds: int) -> list[Target]:
-    """The layers alone, on 16 sequences at once."""
+    """Compare the layers alone, on 16 sequences at once."""
     ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=4) for way in ("layers", "plain")}
     times = take_turns("layers against plain Flax", ways, rounds)
     return judge("layers on 1x1x1 over plain Flax", times, "layers", "plain", 1.01)
 
 
 def measure_executor(flax: Worker, rounds: int) -> list[Target]:
-    """One stage, 8 microbatches."""
+    """Compare the executor with one stage and 8 microbatches with plain accumulation."""
     names = ("executor", "plain_accumulation")
     ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=8) for way in names}
     times = take_turns("executor with one stage against plain accumulation", ways, rounds)
@@ -58,7 +65,7 @@ def measure_executor(flax: Worker, rounds: int) -> list[Target]:
 
 
 def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int, rounds: int) -> list[Target]:
-    """Four stages, one device both ways, and torch."""
+    """Compare four stages with one device, which accumulates or takes the full batch, and with torch."""
     ways: dict[str, Callable[[], Times]] = {
         "4 stages": lambda: stages.ask("step", num_microbatches=m, num_sequences=4),
         "one device, accumulation": lambda: device.ask("step", num_microbatches=m, num_sequences=4),
@@ -75,10 +82,11 @@ def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int,
 
 
 def take_turns(title: str, ways: Ways, rounds: int) -> dict[str, list[Times]]:
-    """Measure all ways in every round, each round beginning with another; the first warms up. Prints a table.
+    """Measure every way once per round, print a table, and return the times without those of the first round.
 
-    Every turn begins with a step that is not counted: while others run, a process is idle, and what it has not touched
-    for seconds costs the system time to give back (0.2 to 0.6 s of a step here), the more the more memory it has.
+    Each round begins with another way, and the first round warms up. Every turn begins with a step that is not
+    counted: a process is idle while the others run, and the system needs time to bring back memory that was not touched
+    for seconds (0.2 to 0.6 s of a step here, more for more memory).
     """
     names, times = list(ways), {way: [] for way in ways}
     for turn in range(-1, rounds):
@@ -98,7 +106,7 @@ def take_turns(title: str, ways: Ways, rounds: int) -> dict[str, list[Times]]:
 
 
 def judge(name: str, times: dict[str, list[Times]], ours: str, theirs: str, limit: float) -> list[Target]:
-    """The median over rounds of the ratio in each: what slows a round slows both."""
+    """Compare the median of the ratios of each round with the limit: other load slows both ways of a round."""
     wall, cpu = (
         statistics.median(a[clock] / b[clock] for a, b in zip(times[ours], times[theirs], strict=True))
         for clock in ("wall_s", "cpu_s")

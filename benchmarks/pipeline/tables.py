@@ -1,42 +1,17 @@
-"""Prints what `pipeline.py` measured: one table for each question, then the verdicts."""
+"""Print the measurements of the pipeline benchmark: one table per question, then the targets."""
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any
 
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-MIB = 2**20
+from benchmarks.targets import MIB, Target, make_table
 
 # Measured by us on the same work and 8 fake devices (pipe=4 x data=2): GPipe as vmap and shift, m -> MiB.
 MAXTEXT_MIB = {
     "block": {4: 20.8, 8: 22.1, 16: 24.6, 32: 29.6},
     "none": {4: 150, 8: 227, 16: 379, 32: 685},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One promise and what became of it."""
-
-    name: str
-    measured: float
-    limit: float
-    is_met: bool
-    bound: Literal["at most", "below"] = "at most"
-
-    @classmethod
-    def at_most(cls, name: str, measured: float, limit: float) -> Self:
-        """Return the verdict on measured <= limit, but for rounding in float64."""
-        is_met = measured <= limit or math.isclose(measured, limit, rel_tol=1e-9)
-        return cls(name=name, measured=measured, limit=limit, is_met=is_met)
-
-    @classmethod
-    def below(cls, name: str, measured: float, limit: float) -> Self:
-        """Return the verdict on measured < limit."""
-        return cls(name=name, measured=measured, limit=limit, is_met=measured < limit, bound="below")
 
 
 def print_report(report: dict[str, Any], targets: list[Target]) -> None:
@@ -143,14 +118,6 @@ def _target_table(targets: list[Target]) -> Table:
     table = make_table("Targets", "what", "measured", "at most", "verdict")
     for target in targets:
         table.add_row(target.name, f"{target.measured:.3f}", f"{target.limit:g}", "met" if target.is_met else "MISSED")
-    return table
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """Return an empty Markdown table, numbers to the right."""
-    table = Table(title=title, box=MARKDOWN)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
 
 
