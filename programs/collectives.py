@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from .executions import Executions
+from .execution_counts import ExecutionCounts
 from .groups import Groups, axis_of_groups, axis_of_pairs, read_groups
-from .hlo import Instruction, Program
+from .hlo import HloModule, Instruction
 
 KINDS = (
     "all-reduce",
@@ -51,7 +51,7 @@ class Collective:
     sent_bytes: np.ndarray
 
 
-def list_collectives(program: Program, executions: Executions, *, mesh: Mesh) -> tuple[Collective, ...]:
+def list_collectives(program: HloModule, executions: ExecutionCounts, *, mesh: Mesh) -> tuple[Collective, ...]:
     """Return all collectives that some device runs.
 
     Partition i of the program must be the i-th device of the mesh in row-major order, as `jax.jit` has it.
@@ -59,7 +59,7 @@ def list_collectives(program: Program, executions: Executions, *, mesh: Mesh) ->
     return tuple(_find(program, executions, mesh))
 
 
-def _find(program: Program, executions: Executions, mesh: Mesh) -> Iterator[Collective]:
+def _find(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterator[Collective]:
     num_devices = mesh.devices.size
     for computation, instruction in program.instructions():
         kind = instruction.opcode.removesuffix("-start")

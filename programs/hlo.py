@@ -1,7 +1,7 @@
 """Compiled HLO text taken apart: computations, their instructions, and who calls whom.
 
 Reads what `compiled.as_text()` of jax 0.10.2 to 0.12 prints on CPU and GPU. It knows the grammar, not the meaning: how
-often something runs is in `executions.py`, what a collective sends in `collectives.py`. Read `executions.py` next.
+often something runs is in `execution_counts.py`, what a collective sends in `collectives.py`.
 """
 
 import math
@@ -125,10 +125,10 @@ class Computation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class HloModule:
     """A compiled module: its computations by name, and the one that is run.
 
-    >>> program = Program.parse(jax.jit(f).lower(x).compile().as_text())
+    >>> program = HloModule.parse(jax.jit(f).lower(x).compile().as_text())
     >>> program.num_instructions
     12
     """
@@ -138,7 +138,7 @@ class Program:
     _computed: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def parse(cls, text: str) -> "Program":
+    def parse(cls, text: str) -> "HloModule":
         """Return the module that this text describes."""
         computations: dict[str, Computation] = {}
         own: dict[str, Instruction] = {}

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import jax
 
-from .evaluate import is_invariant
 from .hardware import Hardware
-from .hlo import Array, Instruction, Program
+from .hlo import Array, HloModule, Instruction
+from .static_values import is_invariant
 
 Verdict = Literal["fits", "over XLA's limit", "does not fit"]
 """Over XLA's limit a program runs, but XLA recomputes by itself and its collectives wait (`hardware.py`)."""
@@ -56,7 +56,7 @@ class Memory:
 
 
 def count_memory(
-    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
+    compiled: Any, program: HloModule, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
 ) -> Memory:
     """Return the memory of a compiled program, one device's.
 
@@ -101,7 +101,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
+def count_carried(program: HloModule, *, parameters: Any) -> tuple[int, int]:
     """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
     inside = program.in_loops()
     loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
@@ -121,7 +121,7 @@ def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
     return gradients, activations + max(added, default=0)
 
 
-def _carried(program: Program, loop: Instruction) -> list[Array]:
+def _carried(program: HloModule, loop: Instruction) -> list[Array]:
     """The arrays that a loop changes and hands on."""
     if isinstance(loop.type, Array):
         return []

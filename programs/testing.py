@@ -18,8 +18,8 @@ import jax
 from ..meshes import ProgramError
 from ..meshes.arguments import check_choice, check_number
 from ..meshes.columns import align
-from .inspect import ProgramReport
-from .tables import describe_memory, describe_traffic, format_bytes
+from .report import ProgramReport
+from .report_tables import format_bytes, format_memory, format_traffic
 from .traffic import EVERY_KIND
 
 _MOST_LINES = 8
@@ -42,10 +42,10 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["x
     if total > memory_bytes:
         raise AssertionError(
             f"the program takes {format_bytes(total)} ({total:,} bytes) of each device, "
-            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{describe_memory(report)}"
+            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{format_memory(report)}"
         )
     if limit == "xla" and report.memory.verdict == "over XLA's limit":
-        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{describe_memory(report)}")
+        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{format_memory(report)}")
 
 
 def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) -> None:
@@ -60,7 +60,7 @@ def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) 
     if sent > max_bytes:
         raise AssertionError(
             f"the program sends {sent:,.0f} bytes over {over} from the busiest device, more than {max_bytes:,.0f}.\n"
-            f"{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+            f"{format_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )
 
 
@@ -81,7 +81,7 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
             else (f"has no minimum over {over}")
         )
         raise AssertionError(
-            f"the program {what}.\n{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+            f"the program {what}.\n{format_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )
 
 

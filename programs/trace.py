@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from .executions import count_executions
+from .execution_counts import count_executions
 from .hardware import Hardware
-from .hlo import Program
-from .inspect import hlo_text
+from .hlo import HloModule
+from .report import hlo_text
 from .roofline import bound_time_s
 from .work import CLASSES, Class, count_work
 
@@ -47,7 +47,7 @@ def list_operations(
         hardware: one device, for the bounds.
     """
     text = hlo_text(compiled)
-    program, module = Program.parse(text), text.split(maxsplit=2)[1].rstrip(",")
+    program, module = HloModule.parse(text), text.split(maxsplit=2)[1].rstrip(",")
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from .collectives import KINDS
-from .executions import Executions
-from .hlo import Array, Computation, Instruction, Program, leaves
+from .execution_counts import ExecutionCounts
+from .hlo import Array, Computation, HloModule, Instruction, leaves
 from .matmul import matrix_dtype, matrix_flops
 
 Class = Literal["matrix", "vector", "communication", "control"]
@@ -98,7 +98,7 @@ class Work:
         return np.sum([o.moved_bytes * o.count for o in self.operations if o.kind == kind] or [np.zeros(1)], axis=0)
 
 
-def count_work(program: Program, executions: Executions, *, num_devices: int) -> Work:
+def count_work(program: HloModule, executions: ExecutionCounts, *, num_devices: int) -> Work:
     """Return what a program computes in one run."""
     costs = _Costs(program)
     return Work(
@@ -107,7 +107,7 @@ def count_work(program: Program, executions: Executions, *, num_devices: int) ->
     )
 
 
-def _list(program: Program, executions: Executions, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
+def _list(program: HloModule, executions: ExecutionCounts, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
     inside = {name for _, i in program.instructions() if i.opcode.startswith("fusion") for name in _calls(i)}
     for computation, instruction in program.instructions():
         count = np.broadcast_to(executions.of(computation), (num_devices,))
@@ -131,7 +131,7 @@ def _list(program: Program, executions: Executions, costs: "_Costs", num_devices
 class _Costs:
     """What one run of an instruction costs; sums over a fusion's code are kept."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: HloModule) -> None:
         self.program = program
         self.uncounted: list[str] = []
         self.inner_matrix = cache(lambda name: self._sum(name, self.matrix))

@@ -26,11 +26,11 @@ from trellax.pipeline import (
     split_transformer,
 )
 from trellax.pipeline.schedules import Vocab
-from trellax.programs.hlo import Program
+from trellax.programs.hlo import HloModule
 
-from benchmarks.workers.executions import count_executions, instructions_of
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import count_in_loop, time_scopes
+from benchmarks.workers.traces import count_traced, instructions_of
 
 CONFIG = ModelConfig(
     vocab_size=8192, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128, embeddings="untied", dtype="float32"
@@ -81,8 +81,8 @@ class VocabBench:
     def all_reduces(self, vocab: Vocab, num_microbatches: int) -> dict[str, float]:
         """Return the all-reduces that a device runs: in the loop over turns for a microbatch, and once a step."""
         compiled = self._compile("1f1b", vocab, num_microbatches)
-        counts = count_executions(lambda: compiled(self.params[vocab], self._batch(num_microbatches)))
-        program = Program.parse(compiled.as_text())
+        counts = count_traced(lambda: compiled(self.params[vocab], self._batch(num_microbatches)))
+        program = HloModule.parse(compiled.as_text())
         names = [i.name for i in instructions_of(program, "all-reduce")]
         in_loop = count_in_loop(program, counts, "all-reduce")
         once = sum(counts[name] for name in names) - in_loop

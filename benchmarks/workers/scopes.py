@@ -14,9 +14,9 @@ from typing import Any
 
 from trellax.pipeline import Action, Schedule, build_schedule
 from trellax.programs.collectives import KINDS
-from trellax.programs.hlo import Instruction, Program
+from trellax.programs.hlo import HloModule, Instruction
 
-from benchmarks.workers.executions import Execution, list_executions
+from benchmarks.workers.traces import Execution, list_traced
 
 ONCE, UNKNOWN = "once a step", "unknown"
 """Scopes of instructions outside the loop over ticks, and of those inside it that belong to no action."""
@@ -60,15 +60,15 @@ def time_scopes(steps: Mapping[str, tuple[Any, Any]], *, rounds: int) -> dict[st
     Raises:
         RuntimeError: more than a tenth of the loop's time belongs to no action, or two ranks work at once for longer.
     """
-    scopes = {name: scopes_of(Program.parse(compiled.as_text())) for name, (compiled, _) in steps.items()}
+    scopes = {name: scopes_of(HloModule.parse(compiled.as_text())) for name, (compiled, _) in steps.items()}
     traces: dict[str, list[list[Execution]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (compiled, inputs) in steps.items():
-            traces[name].append(list_executions(lambda c=compiled, i=inputs: c(*i), scopes[name]))
+            traces[name].append(list_traced(lambda c=compiled, i=inputs: c(*i), scopes[name]))
     return {name: _summarize(name, own, scopes[name]) for name, own in traces.items()}
 
 
-def scopes_of(program: Program) -> dict[str, str]:
+def scopes_of(program: HloModule) -> dict[str, str]:
     """Return the scope of every instruction that computes, which excludes collectives and control flow.
 
     An instruction without a scope in its name gets that of most instructions of its computation, or else that of the
@@ -100,7 +100,7 @@ def scopes_of(program: Program) -> dict[str, str]:
     }
 
 
-def count_in_loop(program: Program, counts: Counter[str], opcode: str) -> int:
+def count_in_loop(program: HloModule, counts: Counter[str], opcode: str) -> int:
     """Count executions of instructions of one kind inside the loop over ticks."""
     called = {name for _, i in program.instructions() for name in _called(i)}
     return sum(counts[i.name] for at, i in program.instructions() if at.name in called and i.opcode == opcode)

@@ -16,7 +16,7 @@ import optax
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
-from trellax.programs.hlo import Program
+from trellax.programs.hlo import HloModule
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.work_r1 import are_same_bits
@@ -44,7 +44,7 @@ class StepBench:
         return {
             "wall_s": wall_s,
             "cpu_s": cpu_s,
-            "instructions": Program.parse(compiled.as_text()).num_instructions,
+            "instructions": HloModule.parse(compiled.as_text()).num_instructions,
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         }
 

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
-from trellax.programs.hlo import Program, leaves
+from trellax.programs.hlo import HloModule, leaves
 
-from benchmarks.workers.executions import count_executions, instructions_of, matmul_flops
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import naive_halves, time_scopes
+from benchmarks.workers.traces import count_traced, instructions_of, matmul_flops
 
 WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8
 NUM_SEQUENCES = 4
@@ -56,8 +56,8 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
     mesh, compiled = _mesh(), _compile(schedule, remat, num_microbatches)
     inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
     jax.block_until_ready(compiled(*inputs))
-    counts = count_executions(lambda: compiled(*inputs))
-    program = Program.parse(compiled.as_text())
+    counts = count_traced(lambda: compiled(*inputs))
+    program = HloModule.parse(compiled.as_text())
     flops = matmul_flops(program)
     if lost := [name for name in flops if not counts[name]]:
         raise RuntimeError(f"the trace has no execution of {', '.join(lost)}")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from trellax.layers import bytes_per_device
 from trellax.programs.collectives import Collective, list_collectives
-from trellax.programs.executions import count_executions
-from trellax.programs.hlo import Program
+from trellax.programs.execution_counts import count_executions
+from trellax.programs.hlo import HloModule
 from trellax.serve.programs import Programs, compile_programs
 from trellax.serve.state import ServeState, Sizes, state_shapes
 
@@ -52,7 +52,7 @@ def test_cache_is_updated_in_place(mesh: str, cache: str, name: str) -> None:
     assert memory.temp_size_in_bytes < 1.7 * wide * held / layers
     (keys,) = shapes.cache.keys
     whole = keys.sharding.shard_shape(keys.shape)
-    text = Program.parse(compiled.as_text())
+    text = HloModule.parse(compiled.as_text())
     made = {i.opcode for _, i in text.instructions() if getattr(i.type, "dims", None) == whole}
     assert made.isdisjoint({"copy", "copy-start", "convert", "select", "broadcast", "transpose", "pad"})
 
@@ -60,7 +60,7 @@ def test_cache_is_updated_in_place(mesh: str, cache: str, name: str) -> None:
 def sent(mesh: str, name: str) -> list[Collective]:
     """Collectives of one tick, the branches that data decides taken."""
     compiled, own = getattr(build(mesh)[0], name), mesh_of(mesh)
-    program = Program.parse(compiled.as_text())
+    program = HloModule.parse(compiled.as_text())
     return list(list_collectives(program, count_executions(program, num_devices=own.devices.size), mesh=own))
 
 

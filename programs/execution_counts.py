@@ -1,7 +1,7 @@
 """How often each device runs each computation of a program in one step.
 
 Loops multiply, branches are followed device by device. Where loop bounds and conditions come from constants, counters
-and the device's number, the count is exact (see `evaluate.py`); where they come from data it is an upper bound, a
+and the device's number, the count is exact (see `static_values.py`); where they come from data it is an upper bound, a
 branch being taken that costs most, and said so in `notes`. Read `collectives.py` and `work.py` for what is counted.
 """
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evaluate import Scope, chosen_branch, entry_scope
-from .hlo import Computation, Instruction, Program
+from .hlo import Computation, HloModule, Instruction
+from .static_values import Scope, chosen_branch, entry_scope
 
 MAX_ITERATIONS = 100_000
 """Iterations of one loop that are followed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Executions:
+class ExecutionCounts:
     """Runs of every computation on every device, [devices]; and what could not be counted exactly.
 
     A computation inside a fusion counts as often as the fusion. The code of reductions (`to_apply`) is not counted.
@@ -32,18 +32,18 @@ class Executions:
         return self.counts.get(computation.name, np.zeros(1, np.int64))
 
 
-def count_executions(program: Program, *, num_devices: int) -> Executions:
+def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts:
     """Return how often each of `num_devices` devices runs each computation in one run of the program."""
     walk = _Walk(program, num_devices)
     scope = entry_scope(program, num_devices=num_devices)
     walk.enter(scope, np.ones(num_devices, np.int64))
-    return Executions(counts=walk.counts, notes=tuple(dict.fromkeys(walk.notes)))
+    return ExecutionCounts(counts=walk.counts, notes=tuple(dict.fromkeys(walk.notes)))
 
 
 class _Walk:
     """Follows the control flow from the entry on."""
 
-    def __init__(self, program: Program, num_devices: int) -> None:
+    def __init__(self, program: HloModule, num_devices: int) -> None:
         self.program, self.num_devices = program, num_devices
         self.counts: dict[str, np.ndarray] = {}
         self.notes: list[str] = []

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from trellax.commands.inspect_step import batch_shapes
 from trellax.programs import hlo_text
-from trellax.programs.executions import Executions, count_executions
-from trellax.programs.hlo import Program
+from trellax.programs.execution_counts import ExecutionCounts, count_executions
+from trellax.programs.hlo import HloModule
 from trellax.programs.work import count_work
 
 from .steps import compiled_step, place_zeros, really_executed, setup_of
 
 
-def count(compiled: Any, num_devices: int) -> tuple[Program, Executions]:
-    program = Program.parse(hlo_text(compiled))
+def count(compiled: Any, num_devices: int) -> tuple[HloModule, ExecutionCounts]:
+    program = HloModule.parse(hlo_text(compiled))
     return program, count_executions(program, num_devices=num_devices)
 
 

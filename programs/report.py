@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ..meshes.notebook import picture_html, text_html
 from .collectives import Collective, list_collectives
-from .executions import count_executions
+from .execution_counts import count_executions
 from .hardware import Hardware
-from .hlo import Program
+from .hlo import HloModule
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
 from .traffic import Traffic, sum_traffic
@@ -51,6 +52,13 @@ class ProgramReport:
     def fits(self) -> bool | None:
         """Whether the program fits the device; `memory.verdict` tells XLA's own limit too. None where not known."""
         return None if self.memory.free is None else self.memory.free >= 0
+
+    def _repr_html_(self) -> str:
+        """Return the picture and the tables of the report as HTML, which a notebook shows."""
+        # Both files import this one. So they are reached through the room, and only when somebody wants the report.
+        from . import draw_report, format_report
+
+        return picture_html(draw_report(self), format="png", alt=self.target) + text_html(format_report(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -93,7 +101,7 @@ def inspect_compiled(
         hardware: the device, for capacity and roofline.
         devices_per_node: all of them if left out.
     """
-    program = Program.parse(hlo_text(compiled))
+    program = HloModule.parse(hlo_text(compiled))
     executions = count_executions(program, num_devices=mesh.devices.size)
     collectives = list_collectives(program, executions, mesh=mesh)
     work = count_work(program, executions, num_devices=mesh.devices.size)

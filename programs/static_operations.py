@@ -1,4 +1,4 @@
-"""XLA's operations on small arrays, in numpy, for every device at once: the formulas behind `evaluate.py`.
+"""XLA's operations on small arrays, in numpy, for every device at once: the formulas behind `static_values.py`.
 
 A value is [devices, ...], with 1 for devices where all have the same. A formula returns None where it does not know.
 """

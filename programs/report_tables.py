@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..meshes.columns import align
-from .inspect import ProgramReport
+from .report import ProgramReport
 from .traffic import Traffic
 from .work import CLASSES
 
@@ -11,14 +11,14 @@ _MEBI = 2**20
 _GIBI = 2**30
 
 
-def describe_report(report: ProgramReport) -> str:
+def format_report(report: ProgramReport) -> str:
     """Return memory, traffic and work, below each other, and what could only be bounded."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
-    parts = [describe_memory(report), describe_traffic(report.traffic), describe_work(report)]
+    parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
     return "\n\n".join(parts) + notes
 
 
-def describe_memory(report: ProgramReport) -> str:
+def format_memory(report: ProgramReport) -> str:
     """Return the table of memory by purpose, and whether it fits."""
     memory = report.memory
     lines = [("memory per device", "bytes", "share")]
@@ -40,7 +40,7 @@ def describe_memory(report: ProgramReport) -> str:
     return text
 
 
-def describe_traffic(rows: Sequence[Traffic]) -> str:
+def format_traffic(rows: Sequence[Traffic]) -> str:
     """Return the table of what the busiest device sends in a step, by axes and kind, beside the minimum."""
     lines = [("sent per device and step", "kind", "count", "bytes", "minimum", "ratio")]
     for axis in dict.fromkeys(row.axis for row in rows):
@@ -54,7 +54,7 @@ def describe_traffic(rows: Sequence[Traffic]) -> str:
     return align(lines, left=2) if rows else "nothing is sent"
 
 
-def describe_work(report: ProgramReport) -> str:
+def format_work(report: ProgramReport) -> str:
     """Return the table of flops, bytes moved and the share of time that the device's peaks allow each class."""
     lines = [("work per device and step", "flops", "bytes moved", "roofline")]
     for kind in CLASSES:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from trellax.programs.hlo import Instruction, Program
+from trellax.programs.hlo import HloModule, Instruction
 from trellax.programs.matmul import matrix_flops
 
 
@@ -27,7 +27,7 @@ class Execution:
     end_s: float
 
 
-def matmul_flops(program: Program) -> dict[str, int]:
+def matmul_flops(program: HloModule) -> dict[str, int]:
     """Return the flops per execution of every instruction that contains matrix products, including fusions.
 
     Raises:
@@ -44,17 +44,17 @@ def matmul_flops(program: Program) -> dict[str, int]:
     return {name: work for name, work in flops.items() if work}
 
 
-def instructions_of(program: Program, opcode: str) -> list[Instruction]:
+def instructions_of(program: HloModule, opcode: str) -> list[Instruction]:
     """Return all instructions of one kind."""
     return [instruction for _, instruction in program.instructions() if instruction.opcode == opcode]
 
 
-def count_executions(run: Callable[[], Any]) -> Counter[str]:
+def count_traced(run: Callable[[], Any]) -> Counter[str]:
     """Count the executions of each instruction during run(), summed over all devices, by name."""
     return Counter(event.name for event in _trace(run))
 
 
-def list_executions(run: Callable[[], Any], names: Collection[str]) -> list[Execution]:
+def list_traced(run: Callable[[], Any], names: Collection[str]) -> list[Execution]:
     """Return all executions of the named instructions during run(), in order of start."""
     found = []
     for event in _trace(run):
@@ -78,7 +78,7 @@ def _trace(run: Callable[[], Any]) -> Iterator[Any]:
                 yield from line.events
 
 
-def _flops(program: Program, name: str) -> dict[str, int]:
+def _flops(program: HloModule, name: str) -> dict[str, int]:
     computation = program.computations[name]
     found = {i.name: matrix_flops(i, computation) for i in computation.instructions.values()}
     for instruction in computation.instructions.values():

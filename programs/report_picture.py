@@ -3,8 +3,8 @@
 import io
 from typing import TYPE_CHECKING
 
-from .inspect import ProgramReport
-from .tables import format_bytes
+from .report import ProgramReport
+from .report_tables import format_bytes
 from .traffic import EVERY_KIND
 
 if TYPE_CHECKING:

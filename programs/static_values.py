@@ -1,7 +1,7 @@
 """Small values of a program before it runs, on every device at once: loop counters, table entries, conditions.
 
 Which branch a device takes often follows from constants, the loop's counter and the device's own number alone: our
-executor's tables are of that kind. This file computes such values by need, so that `executions.py` can follow the
+executor's tables are of that kind. This file computes such values by need, so that `execution_counts.py` can follow the
 control flow exactly. Whatever depends on data is `None`, unknown, and so is all that would be large.
 
 A value is a numpy array [devices, ...], with 1 for devices where all have the same. A tuple gives its elements by need.
@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .formulas import DTYPES, compute
-from .hlo import Array, Computation, Instruction, Program
+from .hlo import Array, Computation, HloModule, Instruction
+from .static_operations import DTYPES, compute
 
 MAX_ELEMENTS = 1_000_000
 """Arrays with more elements are taken for data."""
@@ -35,7 +35,7 @@ class Scope:
     """One call of a computation: values of its instructions, given those of its parameters."""
 
     def __init__(
-        self, program: Program, computation: Computation, arguments: Callable[[int], Value], *, num_devices: int
+        self, program: HloModule, computation: Computation, arguments: Callable[[int], Value], *, num_devices: int
     ) -> None:
         self.program, self.computation, self.num_devices = program, computation, num_devices
         self._arguments = arguments
@@ -206,6 +206,6 @@ def chosen_branch(conditional: Instruction, predicate: Value) -> np.ndarray | No
     return np.where((index < 0) | (index > last), last, index)
 
 
-def entry_scope(program: Program, *, num_devices: int) -> Scope:
+def entry_scope(program: HloModule, *, num_devices: int) -> Scope:
     """Return the scope of the whole program, of whose inputs nothing is known."""
     return Scope(program, program.entry, lambda _: None, num_devices=num_devices)
