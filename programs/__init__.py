@@ -1,4 +1,4 @@
-"""The inspector: what a compiled program keeps, sends and computes on each device, read from the program itself."""
+"""The inspector: read memory, traffic and work per device from a compiled program."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,9 @@
-"""How often each device runs each computation of a program in one step.
+"""Count how often each device executes each computation in one run of a program.
 
-Loops multiply, branches are followed device by device. Where loop bounds and conditions come from constants, counters
-and the device's number, the count is exact (see `static_values.py`); where they come from data it is an upper bound, a
-branch being taken that costs most, and said so in `notes`. Read `collectives.py` and `work.py` for what is counted.
+Loops multiply the counts of their bodies, and branches are followed for each device. Where loop bounds and conditions
+depend only on constants, counters and the device's number, the count is exact (see `static_values.py`). Where they
+depend on data the count is an upper bound, which takes the most expensive branch, and `notes` says so. Read
+`collectives.py` and `work.py` next, which count instructions.
 """
 
 from collections.abc import Mapping
@@ -14,26 +15,26 @@ from .hlo import Computation, HloModule, Instruction
 from .static_values import Scope, chosen_branch, entry_scope
 
 MAX_ITERATIONS = 100_000
-"""Iterations of one loop that are followed one by one."""
+"""Largest number of iterations of a loop that are followed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionCounts:
-    """Runs of every computation on every device, [devices]; and what could not be counted exactly.
+    """Number of executions of every computation on each device, [devices], and notes on inexact counts.
 
-    A computation inside a fusion counts as often as the fusion. The code of reductions (`to_apply`) is not counted.
+    The computation of a fusion counts as often as the fusion. The computations of reductions (`to_apply`) do not count.
     """
 
     counts: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
 
     def of(self, computation: Computation) -> np.ndarray:
-        """Return the runs of a computation on every device, zeros if nobody runs it."""
+        """Return the executions of a computation on each device, zeros if no device executes it."""
         return self.counts.get(computation.name, np.zeros(1, np.int64))
 
 
 def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts:
-    """Return how often each of `num_devices` devices runs each computation in one run of the program."""
+    """Count the executions of each computation on `num_devices` devices in one run of the program."""
     walk = _Walk(program, num_devices)
     scope = entry_scope(program, num_devices=num_devices)
     walk.enter(scope, np.ones(num_devices, np.int64))
@@ -41,7 +42,7 @@ def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts
 
 
 class _Walk:
-    """Follows the control flow from the entry on."""
+    """A walk along the control flow from the entry, which adds up counts."""
 
     def __init__(self, program: HloModule, num_devices: int) -> None:
         self.program, self.num_devices = program, num_devices
@@ -52,7 +53,7 @@ class _Walk:
         self._weights: dict[str, int] = {}
 
     def enter(self, scope: Scope, times: np.ndarray) -> None:
-        """Count a computation and all that it calls, each device `times` over."""
+        """Add `times`, [devices], to the counts of a computation and of all that it calls."""
         name = scope.computation.name
         self.counts[name] = self.counts.get(name, 0) + times
         for instruction in self._calls_of(name):
@@ -75,7 +76,7 @@ class _Walk:
                 self.enter(loop.body(iteration), times)
 
     def _enter_open_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
-        """A loop that the compiler has no count for: run its condition."""
+        """Follow a loop whose number of iterations the compiler does not know, by evaluating its condition."""
         loop = scope.loop(instruction)
         running = times
         for iteration in range(MAX_ITERATIONS):
@@ -109,7 +110,7 @@ class _Walk:
         return self._callers[name]
 
     def _is_branching(self, name: str) -> bool:
-        """Whether a run of this computation can differ from the next one."""
+        """Return whether two executions of this computation can differ."""
         if name not in self._branching:
             self._branching[name] = any(
                 i.opcode == "conditional"
@@ -120,7 +121,7 @@ class _Walk:
         return self._branching[name]
 
     def _weigh(self, name: str) -> int:
-        """Bytes that a computation makes, loops multiplied: what branches are compared by."""
+        """Return the bytes that a computation produces, loops multiplied, by which branches are compared."""
         if name not in self._weights:
             own = self.program.computations[name].instructions.values()
             self._weights[name] = sum(i.num_bytes for i in own if i.opcode not in _FREE) + sum(
@@ -135,7 +136,7 @@ _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 
 def _bodies(instruction: Instruction) -> tuple[str, ...]:
-    """Computations that run once whenever the instruction does; the second half of an asynchronous pair runs none."""
+    """Return computations that run once per execution of an instruction; the end of an asynchronous pair has none."""
     if instruction.opcode.endswith(("-done", "-update")):
         return ()
     called = instruction.called()

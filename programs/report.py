@@ -1,7 +1,7 @@
-"""A compiled program as a report: what it keeps, sends and computes on each device, from the program itself.
+"""Inspect a compiled program: memory, traffic and work on each device, as a report.
 
-`inspect_compiled` reads any jitted function's; `../commands/inspect.py` compiles a run's training step and prints
-the report. Read `hlo.py` next.
+`inspect_compiled` works for any jitted function. `../commands/inspect.py` compiles the training step of a config and
+prints its report. Read `hlo.py` next.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from .work import CLASSES, UNITS, Class, Work, count_work
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """What a program costs on each device in one run.
+    """The costs of one run of a program per device.
 
-    `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are those of
-    the device with most. `roofline` has each class's share of the time that peaks allow, `step_bound_s` their sum;
-    both are empty without hardware. `notes` say what could only be bounded. What a program cannot know of itself (model
-    flops, bubble, compile time) is None until somebody fills it in.
+    `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are maxima.
+    `roofline` has the share of each class in the time at peak rates, and `step_bound_s` the sum of these times; both
+    are empty without hardware. `notes` name counts that are upper bounds. Numbers that are not in the program itself
+    (model flops, bubble, compile time) are None until the caller sets them.
     """
 
     target: str
@@ -50,7 +50,7 @@ class ProgramReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the program fits the device; `memory.verdict` tells XLA's own limit too. None where not known."""
+        """Whether the program fits the device, None if unknown; `memory.verdict` also considers XLA's limit."""
         return None if self.memory.free is None else self.memory.free >= 0
 
     def _repr_html_(self) -> str:
@@ -61,7 +61,7 @@ class ProgramReport:
         return picture_html(draw_report(self), format="png", alt=self.target) + text_html(format_report(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
+        """Return the report as a dictionary for JSON."""
         return {
             "target": self.target,
             "devices": self.devices,
@@ -89,17 +89,17 @@ def inspect_compiled(
     hardware: Hardware | None = None,
     devices_per_node: int | None = None,
 ) -> ProgramReport:
-    """Return the report of a compiled function: `jax.jit(f).lower(...).compile()`.
+    """Return the report of a compiled function, which `jax.jit(f).lower(...).compile()` makes.
 
     >>> inspect_compiled(compiled, mesh, parameters=params).memory.total
     22777256
 
     Args:
-        mesh: the mesh whose devices it was compiled for; its axes name the traffic.
-        parameters, optimizer: trees of its arguments, to tell them and gradients apart in memory.
-        minimum_bytes: what must be sent at least, by axes (see `../plan/costs/minimum.py`).
-        hardware: the device, for capacity and roofline.
-        devices_per_node: all of them if left out.
+        mesh: the mesh for which it was compiled; the traffic is named after its axes.
+        parameters, optimizer: trees of arguments, to tell parameters, optimizer state and gradients apart in memory.
+        minimum_bytes: the least bytes to send by axes, such as `trellax.plan.minimum_bytes` returns.
+        hardware: peaks of a device, for capacity and roofline.
+        devices_per_node: number of devices that share a node; all of them by default.
     """
     program = HloModule.parse(hlo_text(compiled))
     executions = count_executions(program, num_devices=mesh.devices.size)
@@ -124,7 +124,7 @@ def inspect_compiled(
 def _bound_times(
     work: Work, collectives: tuple[Collective, ...], hardware: Hardware | None, mesh: Mesh, devices_per_node: int | None
 ) -> dict[Class, float]:
-    """Seconds by class, nothing without hardware or where nothing takes time."""
+    """Return seconds by class; empty without hardware, or if no class takes time."""
     if hardware is None:
         return {}
     nodes = devices_per_node or mesh.devices.size
@@ -133,9 +133,9 @@ def _bound_times(
 
 
 def hlo_text(compiled: Any) -> str:
-    """Return the program's HLO with all its constants, on which the tables of a pipeline schedule depend.
+    """Return the program's HLO text with all constants, which include the tables of a pipeline schedule.
 
-    `compiled.as_text()` leaves large constants out; where jaxlib's printer cannot be reached, that is what is returned.
+    `compiled.as_text()` omits large constants; it is the fallback if jaxlib's printer is not available.
     """
     try:
         from jaxlib import _hlo

@@ -1,4 +1,4 @@
-"""A report as a picture: memory by purpose against the device, traffic by axis against the minimum."""
+"""Draw a report: memory by purpose against the device's capacity, traffic by axis against the minimum."""
 
 import io
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ COLOURS = {
     "activations": (0.10, 0.60, 0.66),
     "temporary": (0.55, 0.55, 0.60),
 }
-"""Red, green and blue of each purpose of memory."""
+"""Colour of each purpose of memory, as red, green and blue."""
 
 _SENT = COLOURS["parameters"]
 _EXCESS = (0.80, 0.25, 0.20)
@@ -32,7 +32,7 @@ def draw_report(report: ProgramReport) -> bytes:
 
     >>> Path("step.png").write_bytes(draw_report(report))
     """
-    # Half a second to import, and only pictures need it.
+    # matplotlib takes half a second to import.
     from matplotlib.figure import Figure
 
     num_axes = len({row.axis for row in report.traffic})
@@ -49,7 +49,7 @@ def draw_report(report: ProgramReport) -> bytes:
 
 def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
     memory = report.memory
-    # Beside a device that is almost empty, the parts could not be told apart: the title must do.
+    # On an almost empty device the parts would be too small to see: the title has the capacity, the bar leaves it out.
     is_near = memory.total > _SMALLEST_SHARE * (memory.capacity or 0)
     widest = max(memory.total, memory.capacity or 0) if is_near else memory.total
     unit, name = (_GIBI, "GiB") if widest >= _GIBI else (_MEBI, "MiB")
@@ -81,7 +81,7 @@ def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
 
 
 def _draw_traffic(axes: "Axes", report: ProgramReport) -> None:
-    """What is sent, in red where it is above the minimum, whose bar lies inside."""
+    """Draw the bytes sent over each axis, in red above the minimum."""
     rows = [row for row in report.traffic if row.kind == EVERY_KIND]
     axes.set_title("sent per device and step; black: the minimum", fontsize=9, loc="left")
     _finish(axes)

@@ -1,4 +1,4 @@
-"""A report as tables that people can read: memory, traffic and work of one device."""
+"""Format a report as text tables: memory, traffic and work of one device."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ _GIBI = 2**30
 
 
 def format_report(report: ProgramReport) -> str:
-    """Return memory, traffic and work, below each other, and what could only be bounded."""
+    """Return the tables of memory, traffic and work, and notes on counts that are upper bounds."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
     parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
     return "\n\n".join(parts) + notes
 
 
 def format_memory(report: ProgramReport) -> str:
-    """Return the table of memory by purpose, and whether it fits."""
+    """Return the table of memory by purpose, and whether the program fits."""
     memory = report.memory
     lines = [("memory per device", "bytes", "share")]
     lines += [(name, f"{size:,}", f"{size / memory.total:.1%}") for name, size in memory.classes.items()]
@@ -41,7 +41,7 @@ def format_memory(report: ProgramReport) -> str:
 
 
 def format_traffic(rows: Sequence[Traffic]) -> str:
-    """Return the table of what the busiest device sends in a step, by axes and kind, beside the minimum."""
+    """Return the table of bytes that the busiest device sends in a step, by axes and kind, beside the minimum."""
     lines = [("sent per device and step", "kind", "count", "bytes", "minimum", "ratio")]
     for axis in dict.fromkeys(row.axis for row in rows):
         *kinds, whole = (row for row in rows if row.axis == axis)
@@ -55,7 +55,7 @@ def format_traffic(rows: Sequence[Traffic]) -> str:
 
 
 def format_work(report: ProgramReport) -> str:
-    """Return the table of flops, bytes moved and the share of time that the device's peaks allow each class."""
+    """Return the table of flops, bytes moved and share of the roofline time by class."""
     lines = [("work per device and step", "flops", "bytes moved", "roofline")]
     for kind in CLASSES:
         flops = f"{report.flops[kind]:.4g}" if kind in report.flops else ""
@@ -72,5 +72,5 @@ def format_work(report: ProgramReport) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Return a size in GiB, or in MiB where it is small."""
+    """Return a size in GiB, or in MiB below 1 GiB."""
     return f"{size / _GIBI:,.1f} GiB" if abs(size) >= _GIBI else f"{size / _MEBI:,.1f} MiB"

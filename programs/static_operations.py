@@ -1,6 +1,7 @@
-"""XLA's operations on small arrays, in numpy, for every device at once: the formulas behind `static_values.py`.
+"""XLA's operations on small arrays in numpy, for all devices at once; `static_values.py` evaluates programs with them.
 
-A value is [devices, ...], with 1 for devices where all have the same. A formula returns None where it does not know.
+A value is [devices, ...], with a first dimension of 1 if all devices have the same value. An operation returns None if
+its result is unknown.
 """
 
 import operator
@@ -15,15 +16,15 @@ from .hlo import Array, Instruction
 DTYPES = {"pred": "bool", "f32": "float32", "f64": "float64"} | {
     f"{sign}{bits}": f"{'u' if sign == 'u' else ''}int{bits}" for sign in "su" for bits in (8, 16, 32, 64)
 }
-"""Element types that are computed with, as HLO and as numpy name them."""
+"""Supported element types: HLO's name -> numpy's name."""
 
-Formula = Callable[..., np.ndarray | None]
+NumpyOperation = Callable[..., np.ndarray | None]
 
 
 def compute(instruction: Instruction, type_: Array, *operands: np.ndarray) -> np.ndarray | None:
-    """Return the value of an instruction from those of its operands, or None if it is none of these formulas."""
-    formula = _FORMULAS.get(instruction.opcode)
-    return None if formula is None else formula(instruction, type_, *operands)
+    """Return the value of an instruction, given those of its operands; None if its opcode is not supported."""
+    operation = _OPERATIONS.get(instruction.opcode)
+    return None if operation is None else operation(instruction, type_, *operands)
 
 
 def _read_constant(instruction: Instruction, type_: Array) -> np.ndarray | None:
@@ -54,7 +55,7 @@ def _reshape(_: Instruction, type_: Array, x: np.ndarray) -> np.ndarray | None:
 
 
 def _bitcast(_: Instruction, type_: Array, x: np.ndarray) -> np.ndarray | None:
-    # Between layouts a bitcast may turn dimensions around; between lists of numbers it cannot.
+    # A bitcast between layouts may permute dimensions; one between vectors cannot.
     is_plain = type_.is_row_major or sum(size > 1 for size in type_.dims) < 2
     return x.reshape(len(x), *type_.dims) if is_plain and x.dtype == DTYPES[type_.dtype] else None
 
@@ -106,20 +107,20 @@ def _clamp(_: Instruction, __: Array, low: np.ndarray, x: np.ndarray, high: np.n
 
 
 def _align(*values: np.ndarray) -> list[np.ndarray]:
-    """Scalars next to arrays get their dimensions, as `clamp` and `select` allow."""
+    """Give scalars as many dimensions as the arrays beside them, as `clamp` and `select` allow."""
     rank = max(value.ndim for value in values)
     return [value.reshape(len(value), *[1] * (rank - value.ndim), *value.shape[1:]) for value in values]
 
 
-def _apply(function: Callable[..., Any]) -> Formula:
-    def formula(_: Instruction, type_: Array, *values: np.ndarray) -> np.ndarray | None:
+def _apply(function: Callable[..., Any]) -> NumpyOperation:
+    def operation(_: Instruction, type_: Array, *values: np.ndarray) -> np.ndarray | None:
         return np.asarray(function(*values)).astype(DTYPES[type_.dtype], copy=False)
 
-    return formula
+    return operation
 
 
 def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Towards zero for whole numbers, as XLA does; by zero it gives what nobody should ask for."""
+    """Divide, towards zero for integers as XLA does; the result of a division by zero is arbitrary."""
     safe = np.where(y == 0, 1, y)
     if np.issubdtype(x.dtype, np.integer):
         return (np.sign(x) * np.sign(safe)).astype(x.dtype) * (np.abs(x) // np.abs(safe)).astype(x.dtype)
@@ -135,7 +136,7 @@ def _shift_right_logical(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.right_shift(x.astype(unsigned), y.astype(unsigned))
 
 
-_FORMULAS: dict[str, Formula] = {
+_OPERATIONS: dict[str, NumpyOperation] = {
     "constant": _read_constant,
     "iota": _iota,
     "broadcast": _broadcast,

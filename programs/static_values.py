@@ -1,10 +1,16 @@
-"""Small values of a program before it runs, on every device at once: loop counters, table entries, conditions.
+"""Evaluate the small values of a program that are known before it runs: loop counters, table entries, conditions.
 
-Which branch a device takes often follows from constants, the loop's counter and the device's own number alone: our
-executor's tables are of that kind. This file computes such values by need, so that `execution_counts.py` can follow the
-control flow exactly. Whatever depends on data is `None`, unknown, and so is all that would be large.
+The branch that a device takes often depends only on constants, a loop counter and the device's own number; the tables
+of our pipeline executor are of this kind. This file evaluates such values lazily, so that `execution_counts.py` can
+follow the control flow exactly. Example, for a rank that idles in every second tick:
 
-A value is a numpy array [devices, ...], with 1 for devices where all have the same. A tuple gives its elements by need.
+    %tick = s32[] get-tuple-element(%carry), index=0      0, 1, 2, ...          from the loop
+    %rank = u32[] partition-id()                          [0, 1, 2, 3]          one value per device
+    %kind = s32[1,1] dynamic-slice(%table, %rank, %tick)  [1, 0, 1, 0]          from a constant
+    %made = f32[4] conditional(%kind, ...)                None                  depends on data
+
+A value is a numpy array [devices, ...], with a first dimension of 1 if all devices have the same value. Values that
+depend on data are None, and so are large arrays. The elements of a tuple are evaluated one by one, when needed.
 """
 
 from collections.abc import Callable
@@ -16,11 +22,11 @@ from .hlo import Array, Computation, HloModule, Instruction
 from .static_operations import DTYPES, compute
 
 MAX_ELEMENTS = 1_000_000
-"""Arrays with more elements are taken for data."""
+"""Arrays with more elements are treated as data."""
 
 
 class TupleValue(Protocol):
-    """A tuple whose elements are computed when asked for."""
+    """A tuple whose elements are evaluated when needed."""
 
     def element(self, index: int) -> "Value":
         """Return one element."""
@@ -32,7 +38,7 @@ Value = np.ndarray | TupleValue | None
 
 
 class Scope:
-    """One call of a computation: values of its instructions, given those of its parameters."""
+    """One call of a computation: evaluate its instructions, given the values of its parameters."""
 
     def __init__(
         self, program: HloModule, computation: Computation, arguments: Callable[[int], Value], *, num_devices: int
@@ -56,7 +62,7 @@ class Scope:
         return Scope(self.program, self.program.computations[name], arguments, num_devices=self.num_devices)
 
     def called_by(self, instruction: Instruction, name: str) -> "Scope":
-        """Return the scope of a computation that gets the instruction's operands as they are."""
+        """Return the scope of a computation whose parameters are the instruction's operands."""
         return self.call(name, lambda number: self.operand(instruction, number))
 
     def loop(self, instruction: Instruction) -> "Loop":
@@ -64,7 +70,7 @@ class Scope:
         return Loop(self, instruction)
 
     def element_of(self, name: str, index: int) -> Value:
-        """Return one element of a tuple without asking for the others."""
+        """Return one element of a tuple without evaluating the others."""
         value = self.value(name)
         return None if value is None or isinstance(value, np.ndarray) else value.element(index)
 
@@ -136,7 +142,7 @@ class Scope:
 
 
 class Loop:
-    """A while loop: what its body and condition see in each iteration."""
+    """A while loop: the scopes of its body and condition in each iteration."""
 
     def __init__(self, outside: Scope, instruction: Instruction) -> None:
         called = instruction.called()
@@ -184,7 +190,7 @@ class _Parts:
 
 
 def is_invariant(body: Computation, index: int) -> bool:
-    """Return whether a loop's body hands an element of its tuple on as it got it."""
+    """Return whether a loop's body returns an element of its tuple unchanged."""
     if body.root.opcode != "tuple":
         return False
     made = body.instructions[body.root.operands[index]]
@@ -196,7 +202,7 @@ def is_invariant(body: Computation, index: int) -> bool:
 
 
 def chosen_branch(conditional: Instruction, predicate: Value) -> np.ndarray | None:
-    """Return for every device (or 1) the number of the branch it takes, or None if the predicate is not known."""
+    """Return the number of the branch that each device takes, [devices or 1], or None if the predicate is unknown."""
     if not isinstance(predicate, np.ndarray):
         return None
     if predicate.dtype == bool:
@@ -207,5 +213,5 @@ def chosen_branch(conditional: Instruction, predicate: Value) -> np.ndarray | No
 
 
 def entry_scope(program: HloModule, *, num_devices: int) -> Scope:
-    """Return the scope of the whole program, of whose inputs nothing is known."""
+    """Return the scope of the whole program; its inputs are unknown."""
     return Scope(program, program.entry, lambda _: None, num_devices=num_devices)
