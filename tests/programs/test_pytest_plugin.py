@@ -1,6 +1,7 @@
 """The plugin is tried as users have it: by a pytest of its own, in a folder with nothing of our conftest."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -94,3 +95,12 @@ def test_plugin_imports_no_jax_until_it_is_asked_for_devices(run: Run) -> None:
     check = "import sys\ndef test_imports():\n    assert {'jax', 'numpy', 'flax'} & sys.modules.keys() == set()\n"
     done = run({"test_imports.py": check})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_page_of_the_documentation_runs_as_printed(run: Run) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "pytest.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^```(?:toml|python)\n# ([\w.]+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL))
+    assert set(files) == {"pyproject.toml", "test_step.py", "test_costs.py", "test_compilations.py"}
+    done = run(files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
