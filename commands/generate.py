@@ -16,7 +16,7 @@ from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
+from ..serve import Engine, Request, ServedSequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
 from .model_arguments import no_prompt
 from .serving_source import Source, open_source
@@ -73,9 +73,9 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[Sequence]:
+def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[ServedSequence]:
     sequences = [engine.submit(request) for request in requests]
-    while not engine.schedule.is_idle:
+    while not engine.scheduler.is_idle:
         for sequence in engine.step():
             if printer:
                 printer.end(sequence)
@@ -197,12 +197,12 @@ class _Printer:
         self._has_ended = [False] * len(prompts)
         self._first = 0
 
-    def add(self, sequence: Sequence, token: int) -> None:
+    def add(self, sequence: ServedSequence, token: int) -> None:
         """Show a token, or keep it until its prompt's turn."""
         self._waiting[sequence.id] += self._streams[sequence.id].add(token)
         self._show()
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: ServedSequence) -> None:
         """Show the rest of an answer, and what has come of those behind it."""
         is_last = sequence.id == len(self._streams) - 1
         self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _BETWEEN)
@@ -224,7 +224,7 @@ class _Printer:
         self._waiting[self._first] = ""
 
 
-def _numbers(prompt: str, sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
+def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dict[str, Any]:
     stream = TextStream(tokenizer, prompt=sequence.request.prompt)
     return {
         "prompt": prompt,
@@ -244,7 +244,7 @@ def _describe(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     )
 
 
-def _sum_up(engine: Engine, sequences: list[Sequence], seconds: float) -> str:
+def _sum_up(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .check import check_model, check_request
     from .engine import Completion, Engine, Usage
     from .params import param_shapes
-    from .requests import FinishReason, Request, Sequence
+    from .requests import FinishReason, Request, ServedSequence
     from .state import Sizes
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "Engine",
     "FinishReason",
     "Request",
-    "Sequence",
+    "ServedSequence",
     "Sizes",
     "Usage",
     "check_model",

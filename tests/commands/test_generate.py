@@ -18,7 +18,7 @@ from trellax.configs import load_config
 from trellax.hub.text_stream import ByteTokenizer
 from trellax.hub.tokenizer import ORIGIN
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Completion, Engine, Request, Sequence, param_shapes
+from trellax.serve import Completion, Engine, Request, ServedSequence, param_shapes
 from trellax.train.checkpoints.store import Checkpoints
 from trellax.train.checkpoints.weights import save_params
 
@@ -145,7 +145,7 @@ def test_letters_that_stdout_lacks_are_escaped() -> None:
     out = TextIOWrapper(BytesIO(), encoding="ascii")
     printer = _Printer(ByteTokenizer(), ["é "], [Request(prompt=(1,))], out)
     for token in "ü".encode():
-        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+        printer.add(ServedSequence(id=0, request=Request(prompt=(1,))), token)
     assert out.buffer.getvalue() == rb"\xe9 \xfc"
 
 
@@ -163,7 +163,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kin
     out = kind(BytesIO(), encoding="utf-8")
     printer = _Printer(ByteTokenizer(), [""], [Request(prompt=(1,))], out)
     for token in text.encode():
-        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+        printer.add(ServedSequence(id=0, request=Request(prompt=(1,))), token)
     assert out.buffer.getvalue() == (text.encode() if shown is None else shown)
 
 

@@ -8,7 +8,7 @@ from trellax.layers import bytes_per_device
 from trellax.programs.collectives import Collective, list_collectives
 from trellax.programs.execution_counts import count_executions
 from trellax.programs.hlo import HloModule
-from trellax.serve.programs import Programs, compile_programs
+from trellax.serve.compiled_programs import CompiledPrograms, compile_programs
 from trellax.serve.state import ServeState, Sizes, state_shapes
 
 from .models import mesh_of, model_of
@@ -20,7 +20,7 @@ FLOAT = 4
 @cache
 def build(
     mesh_text: str, *, max_tokens: int = 64, cache: Any = "float32", **changes: Any
-) -> tuple[Programs, ServeState]:
+) -> tuple[CompiledPrograms, ServeState]:
     """Both programs, compiled over shapes alone."""
     config, mesh = model_of("llama", max_tokens=max_tokens, **changes), mesh_of(mesh_text)
     sizes = Sizes(
