@@ -18,7 +18,7 @@ from ..meshes.numbers import whole_number
 from ..plan.machines.detect import detect_topology
 from ..programs.hardware import measure_host
 from ..serve import Engine, Sizes, check_model, param_shapes
-from ..serve.measure import measure_decode, random_params
+from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
 from .asked_file import check_files, write_file
@@ -80,7 +80,7 @@ def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
         config = served_model(source.config, args)
         return config, lambda mesh: source.read(param_shapes(config, mesh=mesh))
     config = served_model(load_config(args.model).model, args)
-    return config, lambda mesh: random_params(config, mesh)
+    return config, lambda mesh: draw_params(config, mesh)
 
 
 class _Memory:

@@ -92,7 +92,7 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
 
 
-def random_params(config: ModelConfig, mesh: Mesh) -> Any:
+def draw_params(config: ModelConfig, mesh: Mesh) -> Any:
     """Return random parameters in natural order, of which every device makes its part."""
     shapes = param_shapes(config, mesh=mesh)
     leaves, tree = jax.tree.flatten(shapes)

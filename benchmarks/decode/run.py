@@ -31,7 +31,7 @@ from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
 from trellax.programs import compilations
 from trellax.serve import Engine, Request
-from trellax.serve.measure import random_params
+from trellax.serve.measure import draw_params
 
 from benchmarks.targets import Target, make_table
 
@@ -86,7 +86,7 @@ def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
     mesh = build_mesh(MeshSpec(pipe=STAGES))
     engine = Engine(
         MODEL,
-        random_params(MODEL, mesh),
+        draw_params(MODEL, mesh),
         mesh=mesh,
         slots=groups * GROUP_SIZE,
         groups=groups,

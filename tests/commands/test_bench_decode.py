@@ -39,7 +39,7 @@ def test_rows_have_latency_throughput_idle_share_and_roofline(
 def test_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = DecodeTimes(first_token_s=0.25, per_token_s=0.01, tokens_per_s=1234.5, idle_share=0.5, read_bytes=1e6)
     monkeypatch.setattr(bench_decode_command, "measure_decode", lambda *args, **kwargs: times)
-    for name in ("Engine", "random_params"):
+    for name in ("Engine", "draw_params"):
         monkeypatch.setattr(bench_decode_command, name, lambda *args, **kwargs: None)
     assert main([*SMALL, "--batch", "2,4", "--meshes", "tensor=2"]) == 0
     head, names, *rows, memory = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_mistake_is_told_before_anything_is_allocated(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench_decode_command, "random_params", lambda *args: pytest.fail("drawn"))
+    monkeypatch.setattr(bench_decode_command, "draw_params", lambda *args: pytest.fail("drawn"))
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 2**21, "SC_PAGE_SIZE": 4096}[name])
     assert main(["bench-decode", *MISTAKES[name].split(), "--fake-devices", "8"]) == 2
     out, err = capsys.readouterr()
