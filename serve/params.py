@@ -143,7 +143,7 @@ def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:
 
 
 def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding with the first free dimension that pipe divides split over pipe: the layers, if possible."""
+    """The sharding of a stack of layers with one of its dimensions over pipe too: the layers, if they divide."""
     num_ranks, spec = own.mesh.shape["pipe"], [*own.spec, *[None] * (len(shape) - len(own.spec))]
     free = [dim for dim, axis in enumerate(spec) if axis is None and shape[dim] % num_ranks == 0]
     if free:
