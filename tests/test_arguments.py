@@ -156,7 +156,7 @@ RESULTS = {
     ),
     *(
         "serve.Completion",
-        "serve.Sequence",
+        "serve.ServedSequence",
         "serve.Usage",
         "train.Corpus",
         "hub.ModelTokenizer",

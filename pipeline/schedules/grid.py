@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...meshes.errors import ScheduleError
+from ...meshes.notebook import picture_html
 from .action import Action
 from .check import check_actions
 
@@ -93,6 +94,14 @@ class Schedule:
         widths = [max(map(len, column)) for column in zip(*words, strict=True)]
         lines = [" ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in words]
         return "\n".join(f"rank {rank} | {line}" for rank, line in enumerate(lines))
+
+    def _repr_html_(self) -> str:
+        """Return the picture of the schedule as HTML, which a notebook shows."""
+        # `draw.py` imports this file. So it is reached through the room, and only when somebody wants the picture.
+        from . import draw_picture
+
+        sizes = f"{self.num_ranks} ranks, {self.num_microbatches} microbatches"
+        return picture_html(draw_picture(self, format="svg"), format="svg", alt=f"{self.name}: {sizes}")
 
 
 def _parse_cell(word: str) -> Cell:
