@@ -1,9 +1,10 @@
 """Train a Flax NNX model of your own with tensor parallel layers on data=2 x tensor=4.
 
 Run:     python examples/own_model.py     (2 CPU cores, about 15 seconds)
-Expect:  the loss falls from about 1.1 to below 0.1, and equals that of one device.
+Expect:  the loss falls from 0.77 to 0.09, and equals that of one device.
 """
 
+# --8<-- [start:imports]
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +13,7 @@ from trellax.layers import ColumnLinear, RowLinear
 from trellax.meshes import DEFAULT_RULES, MeshSpec, build_mesh, mesh_sizes, use_fake_devices
 
 use_fake_devices(8)  # before the first array; leave it out where there are eight real devices
+# --8<-- [end:imports]
 
 
 # --8<-- [start:model]
