@@ -1,13 +1,12 @@
 """Train a Flax NNX model of your own with tensor parallel layers on data=2 x tensor=4.
 
 Run:     python examples/own_model.py     (2 CPU cores, about 15 seconds)
-Expect:  the loss falls from 0.77 to 0.09, and equals that of one device.
+Expect:  the loss falls from 0.77 to 0.18, and equals that of one device.
 """
 
 # --8<-- [start:imports]
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from trellax.layers import ColumnLinear, RowLinear
 from trellax.meshes import DEFAULT_RULES, MeshSpec, build_mesh, mesh_sizes, use_fake_devices
@@ -47,35 +46,34 @@ def place(model: nnx.Module, mesh: jax.sharding.Mesh) -> nnx.State:
 # --8<-- [end:place]
 
 
+# --8<-- [start:train]
 def train(spec: MeshSpec, *, num_steps: int = 200) -> list[float]:
     """Return the losses of a short training on one mesh."""
     mesh = build_mesh(spec, devices=jax.devices()[: spec.num_devices])
     model = TwoLayer(rngs=nnx.Rngs(0))
-    graph, _ = nnx.split(model)
-    params = place(model, mesh)
-    optimizer = optax.adam(3e-2)
-    state = optimizer.init(params)
+    graph, params = nnx.graphdef(model), place(model, mesh)
     x_BTD = jax.random.normal(jax.random.key(1), (8, 32, 16))
     x_BTD = jax.device_put(x_BTD, DEFAULT_RULES.sharding(("batch", "tokens", "embed"), shape=x_BTD.shape, mesh=mesh))
 
-    @jax.jit
-    def step(params, state):
-        def loss_of(params):
-            return jnp.mean((nnx.merge(graph, params)(x_BTD) - jnp.sin(3 * x_BTD)) ** 2)
+    def loss_of(params):
+        return jnp.mean((nnx.merge(graph, params)(x_BTD) - jnp.sin(3 * x_BTD)) ** 2)
 
+    @jax.jit
+    def step(params):
         loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return jax.tree.map(lambda param, grad: param - 3 * grad, params, grads), loss
 
     losses = []
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
-            params, state, loss = step(params, state)
+            params, loss = step(params)
             losses.append(float(loss))
-    print(
-        f"{mesh_sizes(mesh)}: up.kernel {params['up']['kernel'].shape} as {params['up']['kernel'][...].sharding.spec}"
-    )
+    kernel = params["up"]["kernel"]
+    print(f"{mesh_sizes(mesh)}: up.kernel {kernel.shape} as {kernel[...].sharding.spec}")
     return losses
+
+
+# --8<-- [end:train]
 
 
 split, alone = train(MeshSpec(data=2, tensor=4)), train(MeshSpec())
