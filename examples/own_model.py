@@ -77,4 +77,4 @@ def train(spec: MeshSpec, *, num_steps: int = 200) -> list[float]:
 
 
 split, alone = train(MeshSpec(data=2, tensor=4)), train(MeshSpec())
-print(f"loss {split[0]:.4f} -> {split[-1]:.4f}; on one device {alone[-1]:.4f}")
+print(f"loss {split[0]:.3f} -> {split[-1]:.3f}; on one device {alone[-1]:.3f}")
