@@ -67,7 +67,7 @@ def train(spec: MeshSpec, *, num_steps: int = 200) -> list[float]:
     with jax.set_mesh(mesh):
         for _ in range(num_steps):
             params, loss = step(params)
-            losses.append(float(loss))
+            losses.append(float(loss))  # waits: on fake devices, steps in flight take each other's threads
     kernel = params["up"]["kernel"]
     print(f"{mesh_sizes(mesh)}: up.kernel {kernel.shape} as {kernel[...].sharding.spec}")
     return losses
