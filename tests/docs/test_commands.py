@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trellax.commands import cli
 from trellax.configs import RunConfig, check_run, load_config
 from trellax.meshes import MeshSpec
+from trellax.plan import read_topology
 
 from .pages import PAGES, ROOT, blocks_of, commands_of, name_of, run_as_user
 
@@ -63,6 +64,8 @@ def _check_config(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ReachedError) as caught:
         cli.main(words)
     config = caught.value.config
+    if "--topology" in words:
+        assert read_topology(words[words.index("--topology") + 1]).num_devices > 1
     # A target, or the machine that a page is about, has as many devices as the mesh needs.
     num_devices = config.run.fake_devices or config.mesh.num_devices
     assert check_run(config, num_devices=num_devices)
