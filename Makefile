@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # puts tests/faults first: by number of tests, a file of one long test would run last, beside nothing.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test check slow test-cuda golden lock clean
+.PHONY: quickstart test check slow test-cuda golden docs lock clean
 
 quickstart: $(STAMP)  ## train a small transformer on 8 fake devices
 	@$(BIN)/trellax train configs/quickstart.toml
@@ -34,6 +34,11 @@ golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the 
 	@GOLDEN=1 $(PYTEST) -q $(PARALLEL)
 	@git --no-pager diff --stat -- tests/golden
 
+docs: $(STAMP)  ## build the documentation into site/, every warning an error
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(PIP) -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python
 	@$(PIP) uv
 	@head -n 1 requirements.lock > $(VENV)/lock.head
@@ -42,7 +47,7 @@ lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python
 	@cat $(VENV)/lock.head $(VENV)/lock.body > requirements.lock
 
 clean:  ## remove what was built here, but no run
-	rm -rf $(VENV) .cache dist build
+	rm -rf $(VENV) .cache dist build site
 
 # Where Python comes without ensurepip (Debian), the machine's own pip fills the new environment.
 $(STAMP): pyproject.toml requirements.lock

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on SLURM, one process a GPU; the run folder must be on a file system that all nodes share.
-#   sbatch --nodes 4 docs/slurm.sh configs/llama3-8b-8gpu.toml --mesh.pipe 4
+#   sbatch --nodes 4 docs/how-to/slurm.sh configs/llama3-8b-8gpu.toml --mesh.pipe 4
 #SBATCH --job-name=trellax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -1,4 +1,4 @@
-"""The scripts of docs/ run: with a `srun` and a `trellax` that only write down what they are told."""
+"""The scripts for SLURM and Kubernetes run: with a `srun` and a `trellax` that only write down what they are told."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import pytest
 from trellax.commands import cli
 from trellax.configs import RunConfig
 
-ROOT = Path(__file__).parents[2]
+from .pages import DOCS
 
 
 def stub(folder: Path, name: str, script: str) -> None:
@@ -48,7 +48,7 @@ def test_slurm_script_trains_and_requeues_itself(
     stub(tmp_path, "scontrol", 'echo "$@" > requeued')
     stub(tmp_path, "trellax", f'printf "%s\\n" "$@" > words; echo \'{{"ended": "{ended}"}}\'; exit {code}')
     done = subprocess.run(
-        ["bash", ROOT / "docs" / "slurm.sh", "llama3-8b-8gpu", "--mesh.pipe", "4"],
+        ["bash", DOCS / "how-to" / "slurm.sh", "llama3-8b-8gpu", "--mesh.pipe", "4"],
         cwd=tmp_path,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
         check=False,
@@ -60,7 +60,7 @@ def test_slurm_script_trains_and_requeues_itself(
 
 
 def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs" / "kubernetes.yaml").read_text()
+    text = (DOCS / "how-to" / "kubernetes.yaml").read_text()
     command = re.search(r"exec (trellax train .*?)\n +resources:", text, flags=re.DOTALL)
     assert command
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
