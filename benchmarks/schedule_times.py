@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trellax.pipeline.schedules import Schedule, StageCost, Timing, Vocab, build_schedule, simulate
+from trellax.pipeline.schedules import SCHEDULES, Schedule, StageCost, Timing, Vocab, build_schedule, simulate
 from worker import Worker
 
 RANKS = 4
@@ -23,7 +23,7 @@ _KINDS = {"F": "forward", "B": "backward", "I": "input_grad", "W": "weight_grad"
 
 def num_chunks(schedule: str) -> int:
     """Return how many chunks a rank has by a named schedule."""
-    return 2 if schedule.startswith("interleaved") else 1
+    return SCHEDULES[schedule].default_chunks
 
 
 def build(schedule: str, num_microbatches: int) -> Schedule:

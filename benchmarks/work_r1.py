@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scopes import naive_halves, time_scopes
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import SCHEDULES, PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
 from trellax.programs.hlo import Program, leaves
 from worker import serve, start_devices
 
@@ -144,7 +144,7 @@ def _build_schedule(schedule: str, num_microbatches: int) -> Schedule:
 
 
 def _num_chunks(schedule: str) -> int:
-    return 2 if schedule.startswith("interleaved") else 1
+    return SCHEDULES[schedule].default_chunks if schedule in SCHEDULES else 1
 
 
 @cache

@@ -28,7 +28,8 @@ from ..pipeline.schedules import (
     simulate,
     trace_from_schedule,
 )
-from ..pipeline.schedules.draw import peak_text
+from ..pipeline.schedules.grid import IDLE, column_widths, grid_words
+from ..pipeline.schedules.picture import peak_text
 from .asked_file import check_files, write_file
 from .schedule_arguments import COSTS, check_schedule_arguments, read_layers
 
@@ -64,22 +65,20 @@ def _say(text: str) -> None:
 
 
 def _build(name: str, args: argparse.Namespace, *, num_chunks: int | None) -> Schedule:
-    if name == "auto":
-        sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks or 1}
-        stages = _stages(name, args, num_ranks=args.ranks, num_chunks=num_chunks or 1)
+    family = SCHEDULES[name]
+    num_chunks = num_chunks or family.default_chunks
+    if family.order == "searched":
+        sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks}
+        stages = _stages(name, args, num_ranks=args.ranks, num_chunks=num_chunks)
         more = {"stages": stages, "clock": args.clock, "max_in_flight": args.max_in_flight}
-        return SCHEDULES[name](**sizes, **_rank_costs(args), **more)
+        return family(**sizes, **_rank_costs(args), **more)
     return build_schedule(
         name,
         num_ranks=args.ranks,
         num_microbatches=args.microbatches,
-        num_chunks=num_chunks or (2 if _is_interleaved(name) else 1),
+        num_chunks=num_chunks,
         clock=args.clock,
     )
-
-
-def _is_interleaved(name: str) -> bool:
-    return name.startswith("interleaved")
 
 
 def _rank_costs(args: argparse.Namespace) -> dict[str, float]:
@@ -158,8 +157,8 @@ def _numbers(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> di
 
 def _draw_grid(schedule: Schedule, *, width: int | None) -> Text:
     """The grid in colour, in as many blocks of whole ticks as the width asks for."""
-    words = [["+".join(map(str, cells[rank])) or "." for cells in schedule.ticks] for rank in range(schedule.num_ranks)]
-    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
+    words = grid_words(schedule.ticks, num_ranks=schedule.num_ranks)
+    widths = column_widths(words)
     heads = [f"rank {rank}".ljust(len(f"rank {schedule.num_ranks - 1}")) + " |" for rank in range(schedule.num_ranks)]
     text = Text()
     for first, last in _split_blocks(widths, room=None if width is None else width - len(heads[0])):
@@ -186,7 +185,7 @@ def _split_blocks(widths: list[int], *, room: int | None) -> list[tuple[int, int
 
 
 def _append_cell(text: Text, word: str) -> None:
-    if word == ".":
+    if word == IDLE:
         text.append(word, style="dim")
         return
     for number, part in enumerate(word.split("+")):
@@ -214,7 +213,11 @@ def _describe(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> s
 
 
 def _compare(args: argparse.Namespace) -> None:
-    rows = [_compare_one(name, args) for name in SCHEDULES if not (_is_interleaved(name) and args.chunks == 1)]
+    rows = [
+        _compare_one(name, args)
+        for name, family in SCHEDULES.items()
+        if not (family.chunks == "several" and args.chunks == 1)
+    ]
     if args.json:
         print(json.dumps(rows))
         return
@@ -239,7 +242,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    schedule = _build(name, args, num_chunks=args.chunks if _is_interleaved(name) or name == "auto" else 1)
+    schedule = _build(name, args, num_chunks=1 if SCHEDULES[name].chunks == "one" else args.chunks)
     timing = _simulate(schedule, args)
     return _numbers(schedule, timing, args) | {"messages": count_messages(schedule)}
 

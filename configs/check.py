@@ -152,7 +152,8 @@ def _check_batch(config: RunConfig, *, data: int) -> Iterator[TrellaxError]:
 def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None) -> Iterator[TrellaxError]:
     name, chunks, limit = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.max_in_flight
     names = sorted(SCHEDULES if known is None else known)
-    if limit and name != "auto":
+    family = SCHEDULES.get(name)
+    if limit and (family is None or "max_in_flight" not in family.takes):
         yield ScheduleError(
             f"pipeline.max_in_flight={limit} is for the schedule auto alone; {name} takes no limit.",
             fix="set pipeline.schedule='auto', or leave pipeline.max_in_flight out.",
@@ -170,9 +171,9 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
             f"pipeline.schedule={name!r} is no schedule.{suggest(name, names)}",
             fix=f"use one of {', '.join(names)}, or a .csv of your own.",
         )
-    elif pipe > 1 and name != "auto" and name.startswith("interleaved") != (chunks > 1):
+    elif pipe > 1 and family is not None and not family.allows_chunks(chunks):
         wants = "2 or more" if chunks == 1 else "1"
-        other = name.removeprefix("interleaved-") if chunks == 1 else f"interleaved-{name}"
+        other = family.counterpart
         fix = f"set pipeline.chunks to {wants}" + (f", or pipeline.schedule={other!r}." if other in names else ".")
         yield ScheduleError(
             f"pipeline.schedule={name!r} with pipeline.chunks={chunks}: interleaved schedules take turns between "
@@ -183,7 +184,8 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
 
 def _check_cells(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
     name, chunks, microbatches = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.microbatches
-    most = _MOST_CELLS_OF_AUTO if name == "auto" else _MOST_CELLS
+    is_searched = name in SCHEDULES and SCHEDULES[name].order == "searched"
+    most = _MOST_CELLS_OF_AUTO if is_searched else _MOST_CELLS
     stages = pipe * chunks if pipe > 1 else 1
     if stages * microbatches > most:
         yield ScheduleError(

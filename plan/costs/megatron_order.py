@@ -7,8 +7,8 @@ hops that take time, separate programs do better to run ahead (Narayanan et al. 
 
 from ...pipeline.schedules import Action, Schedule, StageCost
 from ...pipeline.schedules.check import needs
-from ...pipeline.schedules.interleaved import turns_of
-from ...pipeline.schedules.place import schedule_from_orders
+from ...pipeline.schedules.families.interleaved import turns_of
+from ...pipeline.schedules.orders import schedule_from_orders
 
 
 def megatron_interleaved(*, num_ranks: int, num_microbatches: int, num_chunks: int) -> Schedule:

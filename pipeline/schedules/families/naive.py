@@ -1,12 +1,14 @@
-"""Naive: one microbatch crosses the whole pipeline and back before the next begins; (p-1)/p of the time is idle."""
+"""Naive: one microbatch passes through the whole pipeline and back before the next begins."""
 
-from .action import Action
-from .check import check_sizes
-from .grid import Schedule
+from ..action import Action
+from ..check import check_sizes
+from ..family import Family
+from ..formula import one_rank_bubble
+from ..schedule import Schedule
 
 
 def naive(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Return the schedule in which one rank works at a time.
+    """Build the schedule in which one rank works at a time.
 
     In flight: 1 microbatch. Bubble fraction: (p - 1) / p.
 
@@ -20,6 +22,10 @@ def naive(*, num_ranks: int, num_microbatches: int) -> Schedule:
         for microbatch in range(num_microbatches):
             start = microbatch * round_trip
             forward, backward = start + rank, start + 2 * (num_ranks - 1) - rank
+            # On the last rank both fall into one tick.
             ticks.setdefault(forward, []).append(Action(stage=rank, kind="F", microbatch=microbatch))
             ticks.setdefault(backward, []).append(Action(stage=rank, kind="B", microbatch=microbatch))
     return Schedule.from_ticks(ticks_of, name="naive", num_microbatches=num_microbatches)
+
+
+NAIVE = Family(name="naive", build=naive, bubble=one_rank_bubble)

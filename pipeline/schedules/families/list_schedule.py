@@ -1,11 +1,14 @@
-"""A greedy list scheduler: in every tick each rank runs the first kind of action, by priority, that is ready."""
+"""A greedy list scheduler: in every tick each rank runs the ready action of the highest priority.
+
+List scheduling (Graham 1969): no rank looks ahead, so one pass over the ticks is enough.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
 
-from .action import Action, Kind
-from .check import needs
-from .grid import Schedule
+from ..action import Action, Kind
+from ..check import needs
+from ..schedule import Schedule
 from .interleaved import turns_of
 
 
@@ -19,12 +22,12 @@ def list_schedule(
     priority: Sequence[Kind] = ("I", "F", "W"),
     group: Literal["ranks", "one"] = "ranks",
 ) -> Schedule:
-    """Return the schedule, in ticks of one action, of backwards in halves.
+    """Build a schedule with split backwards, in ticks of one action.
 
     Args:
-        limit: a rank starts no forward while it holds this many microbatches of chunks.
-        priority: which kind comes first when several are ready.
-        group: whether chunks take turns of as many microbatches as there are ranks, or of one, which holds the least.
+        limit: a rank starts no forward while it holds this many microbatches of a chunk.
+        priority: kinds of action, the most urgent first.
+        group: microbatches that pass through one chunk before the next: as many as ranks, or one, which holds least.
 
     Raises:
         ScheduleError: a count is below 1, or the limit is too small to finish.
@@ -34,14 +37,14 @@ def list_schedule(
     if group == "one":
         order.sort(key=lambda turn: (turn[1], turn[0]))
     state = _State(order, num_ranks, num_chunks, limit)
-    # A tick in which nobody can run anything is followed by others like it.
+    # Once no rank can run anything nothing changes any more: all is done, or the limit blocks everything.
     while state.step(priority):
         pass
     return Schedule.from_ticks(state.ticks_of, name=name, num_microbatches=num_microbatches, num_chunks=num_chunks)
 
 
 class _State:
-    """What has run, and what each rank would run next."""
+    """The actions that have run, and each rank's queues of actions to run."""
 
     def __init__(self, turns: list[tuple[int, int]], num_ranks: int, num_chunks: int, limit: int) -> None:
         self.num_ranks, self.num_stages, self.limit = num_ranks, num_ranks * num_chunks, limit
@@ -54,13 +57,13 @@ class _State:
         ]
 
     def _queue(self, kind: Kind, rank: int, turns: list[tuple[int, int]]) -> list[Action]:
-        """Return a rank's actions of a kind, the last first, so that the next is popped from the end."""
+        """Return a rank's actions of a kind in reverse, so that the next one is popped from the end."""
         last = self.num_stages // self.num_ranks - 1
         stages = [((chunk if kind == "F" else last - chunk) * self.num_ranks + rank, k) for chunk, k in turns]
         return [Action(stage=stage, kind=kind, microbatch=k) for stage, k in reversed(stages)]
 
     def step(self, priority: Sequence[Kind]) -> bool:
-        """Run one tick; False if nobody could run anything."""
+        """Run one tick and return whether any rank had something to run."""
         chosen = [self._choose(rank, priority) for rank in range(self.num_ranks)]
         for rank, action in enumerate(chosen):
             if action is not None:

@@ -20,7 +20,7 @@ from trellax.pipeline.schedules import (
     trace_from_schedule,
 )
 from trellax.pipeline.schedules.check import needs
-from trellax.pipeline.schedules.draw import peak_text
+from trellax.pipeline.schedules.picture import peak_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 CLOCKS: tuple[Clock, ...] = ("lockstep", "async")
@@ -28,7 +28,7 @@ NAMES = [name for name in SCHEDULES if name != "auto"]
 
 
 def build(name: str, ranks: int = 4, microbatches: int = 8) -> Schedule:
-    num_chunks = 2 if name.startswith("interleaved") else 1
+    num_chunks = SCHEDULES[name].default_chunks
     return build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=num_chunks)
 
 

@@ -1,9 +1,9 @@
-"""Schedules as CSV files: a row a rank, a cell a tick, `+` between the actions of a cell, an empty cell for idle.
+"""Read and write schedules as CSV: one row per rank, one cell per tick, `+` between actions, an empty cell for idle.
 
-A file gives each rank's order; ticks are found anew. Files of torch.distributed.pipelining load: what they say of
-sending, gathering and summing is left out, since the executor does these by itself. A schedule with one action a cell
-is saved in torch's compute-only format. Torch 2.5 wrote B for the input gradient where there is a W; those files load
-too.
+A file gives the order of each rank; ticks are computed again from it. Files of torch.distributed.pipelining load: their
+sends, all-gathers and reductions are left out, since the executor inserts these itself. A schedule with at most one
+action per cell is saved in torch's compute-only format. Torch 2.5 wrote B for the input gradient where there is a W;
+such files load too.
 """
 
 import csv
@@ -18,29 +18,31 @@ from typing import get_args
 from ...meshes.errors import ScheduleError, suggest
 from ...meshes.files.regular_file import read_bounded
 from .action import Action, Kind
-from .grid import IDLE, Schedule
-from .place import Vocab, check_vocab, schedule_from_orders
+from .grid import IDLE, cell_text
+from .orders import schedule_from_orders
+from .schedule import Schedule
+from .vocab import Vocab, check_vocab
 
 _LONGEST_CELL = 24
 _MOST_ACTIONS = 60_000
-"""20,000 microbatches of a stage, the most of the command, with three actions each."""
+"""Three actions for each of 20,000 microbatches, the most that the command line takes."""
 _MOST_BYTES = 16 << 20
 
 _NOT_OURS = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
-"""Actions of torch.distributed.pipelining that need nothing of a schedule."""
+"""Actions of torch.distributed.pipelining that the executor inserts itself."""
 
 
 def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None) -> Schedule:
-    """Return the schedule in a CSV file, by the name of the file.
+    """Read a schedule from a CSV file; its name is that of the file.
 
     >>> load_schedule("mine.csv").num_ranks
     4
 
     Args:
-        say: is told what of the file was left out, and whether its ticks were kept.
+        say: receives messages about actions that were left out and about ticks that changed.
 
     Raises:
-        ScheduleError: the file is missing, empty, has a cell that is no action, or is an order that cannot run.
+        ScheduleError: the file is missing or empty, a cell is not an action, or the order cannot run.
     """
     check_vocab(vocab)
     path = Path(path)
@@ -62,17 +64,17 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
 def schedule_from_csv(
     text: str, *, name: str, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None
 ) -> Schedule:
-    r"""Return the schedule that runs each row's actions in their order; ticks, chunks and microbatches are found.
+    r"""Parse a schedule that runs each row's actions in their order; ticks, chunks and microbatches are computed.
 
     >>> print(schedule_from_csv("0F0,,0B0\n,1F0,1B0\n", name="mine"))
     rank 0 | 0F0   .   . 0B0
     rank 1 |   . 1F0 1B0   .
 
     Args:
-        say: is told what of the text was left out, and whether its ticks were kept.
+        say: receives messages about actions that were left out and about ticks that changed.
 
     Raises:
-        ScheduleError: a cell is no action, is on the wrong rank or repeats one, an action is missing, or ranks wait
+        ScheduleError: a cell is not an action, an action is on the wrong rank, repeated or missing, or the ranks wait
             for each other.
     """
     rows = _leave_out(_split_rows(text, name), say)
@@ -100,20 +102,18 @@ def schedule_from_csv(
 
 
 def schedule_to_csv(schedule: Schedule) -> str:
-    r"""Return the schedule as CSV; where every cell has at most one action, torch's compute-only format.
+    r"""Return the schedule as CSV, which is torch's compute-only format if every cell has at most one action.
 
     >>> schedule_to_csv(build_schedule("gpipe", num_ranks=1, num_microbatches=2))
     '0F0,0F1,0B0,0B1\n'
     """
-    lines = (
-        ",".join("+".join(map(str, cells[rank])) for cells in schedule.ticks) for rank in range(schedule.num_ranks)
-    )
+    lines = (",".join(cell_text(cells[rank]) for cells in schedule.ticks) for rank in range(schedule.num_ranks))
     return "".join(f"{line}\n" for line in lines)
 
 
 def _split_rows(text: str, name: str) -> list[list[str]]:
     try:
-        # A line without any character is no rank; a rank that is idle throughout has its commas.
+        # An empty line is not a rank: a rank that is idle throughout still has its commas.
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except csv.Error as error:
         raise ScheduleError(f"{name} is no CSV: {error}.", fix="write a row a rank and a cell a tick.") from error
@@ -123,7 +123,7 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
 
 
 def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
-    """Empty the cells of torch's language that ask for nothing that a schedule of ours says."""
+    """Empty the cells with torch's sends, gathers and reductions, and say how many there were."""
     found = [match[1] for row in rows for cell in row if (match := _NOT_OURS.fullmatch(cell.strip()))]
     if found:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(found).items()))
@@ -132,7 +132,7 @@ def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[s
 
 
 def _say_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[str], None]) -> None:
-    """Say which actions run at other ticks than the columns of the file."""
+    """Say how many actions run at other ticks than their columns in the file."""
     ticks = {action: tick for tick, cells in enumerate(schedule.ticks) for cell in cells for action in cell}
     moved = [action for action, column in columns.items() if ticks[action] != column]
     if moved:
@@ -172,7 +172,7 @@ def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
 
 
 def _spell_halves(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:
-    """Read B as the input gradient, as torch 2.5 meant it, where every B has a W and there is no I."""
+    """Read B as the input gradient, as torch 2.5 meant it, if every B has a W and there is no I."""
     of: dict[str, set[tuple[int, int]]] = {kind: set() for kind in get_args(Kind)}
     for _, _, action in cells:
         of[action.kind].add((action.stage, action.microbatch))
@@ -191,7 +191,10 @@ def _parse_word(word: str, place: str) -> Action:
 
 
 def _check_complete(seen: dict[Action, str], name: str, *, num_ranks: int) -> None:
-    """Before ticks are found, since a rank that waits for what never runs looks like one in a wrong order."""
+    """Raise unless all actions are there.
+
+    This comes before the placement into ticks, where a missing action would look like a wrong order.
+    """
     halves = next((place for action, place in seen.items() if action.kind in "IW"), None)
     whole = next((place for action, place in seen.items() if action.kind == "B"), None)
     if halves and whole:
@@ -201,7 +204,7 @@ def _check_complete(seen: dict[Action, str], name: str, *, num_ranks: int) -> No
     num_stages = num_ranks * (1 + max(action.stage for action in seen) // num_ranks)
     num_microbatches = 1 + max(action.microbatch for action in seen)
     kinds: tuple[Kind, ...] = ("F", "I", "W") if halves else ("F", "B")
-    # Stops at the first that is missing, so numbers beyond all reason cost nothing.
+    # Lazy, so that the first missing action ends it even if the file names stage 99999999998.
     wanted = (
         Action(stage=stage, kind=kind, microbatch=microbatch)
         for stage in range(num_stages)

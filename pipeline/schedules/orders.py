@@ -1,33 +1,27 @@
-"""From each rank's order of actions to ticks: every action as early as the executor can run it."""
+"""Place each rank's order of actions into ticks, every action as early as the executor can run it.
+
+    orders                     ticks, one action each
+    rank 0 | 0F0 0F1 0B0 0B1   rank 0 | 0F0 0F1   . 0B0   . 0B1
+    rank 1 | 1F0 1B0 1F1 1B1   rank 1 |   . 1F0 1B0 1F1 1B1   .
+
+Read `schedule.py` for what a tick is.
+"""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
-from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError
 from .action import Action
 from .check import check_sizes, needs
-from .grid import Cell, Schedule
+from .grid import Cell, Ticks
+from .schedule import Schedule
 from .simulate import simulate
+from .vocab import Vocab, check_vocab
 
 Orders = Sequence[Sequence[Action]]
-"""For each rank, its actions in the order in which it runs them."""
+"""The actions of each rank, in the order in which it runs them."""
 
-Vocab = Literal["ends", "split"]
-"""Who works on embedding and head: the end stages alone, or all ranks together, each with its part of the vocabulary.
-
-Together, all ranks meet after each forward of the last stage. There they wait for each other least if they all run
-forwards then, so the last stage's backward comes a tick after its forward.
-"""
-
-
-def check_vocab(vocab: Vocab) -> None:
-    """Raise unless it is one of the two.
-
-    Raises:
-        ScheduleError: with the nearer one.
-    """
-    check_choice("vocab", vocab, get_args(Vocab), error=ScheduleError)
+# One action per tick, or up to one of each kind: F, B, I and W.
+_WIDTHS = (1, 4)
 
 
 def schedule_from_orders(
@@ -35,11 +29,11 @@ def schedule_from_orders(
 ) -> Schedule:
     """Return the schedule that runs these orders in the least lockstep time.
 
-    Tried are one action a tick, which suits halves of equal cost, and up to one of each kind, which suits a forward
-    beside a whole backward.
+    Two placements are compared: one action per tick, best where all actions take equally long, and up to one of each
+    kind per tick, best for a forward beside a whole backward.
 
     Raises:
-        ScheduleError: the orders wait for each other, or are no schedule.
+        ScheduleError: the ranks wait for each other, or the actions are not those of a schedule.
     """
     check_sizes(num_ranks=len(orders), num_microbatches=num_microbatches, num_chunks=num_chunks)
     check_vocab(vocab)
@@ -50,15 +44,15 @@ def schedule_from_orders(
                 num_ranks=len(orders),
                 num_chunks=num_chunks,
                 num_microbatches=num_microbatches,
-                ticks=_place(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
+                ticks=_fill_ticks(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
             )
-            for width in (1, 4)
+            for width in _WIDTHS
         ),
         key=lambda schedule: simulate(schedule).makespan,
     )
 
 
-def _place(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Vocab) -> tuple[tuple[Cell, ...], ...]:
+def _fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Vocab) -> Ticks:
     num_stages = len(orders) * num_chunks
     has_halves = any(action.kind == "I" for order in orders for action in order)
     tick_of: dict[Action, int] = {}
@@ -67,6 +61,7 @@ def _place(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Voc
 
     def is_ready(action: Action, cell: Cell) -> bool:
         needed = needs(action, num_stages=num_stages, has_halves=has_halves)
+        # With a split vocabulary the loss is computed after the tick of the last forward: see `vocab.py`.
         if vocab == "split" and action.stage == num_stages - 1 and action.kind in ("B", "I"):
             cell = ()
         return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in needed)

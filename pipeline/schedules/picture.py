@@ -1,4 +1,4 @@
-"""A schedule as a picture: ranks down, time across, a colour for each kind of action, bubbles hatched."""
+"""Draw a schedule as a picture: ranks down, time across, a colour per kind of action, bubbles hatched."""
 
 import io
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError
 from .action import Kind
-from .grid import Schedule
+from .schedule import Schedule
 from .simulate import Clock, Span, simulate, time_actions
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Format = Literal["png", "svg"]
-"""What a picture is written as."""
+"""File format of a picture."""
 
 COLOURS: dict[Kind, tuple[float, float, float]] = {
     "F": (0.16, 0.40, 0.70),
@@ -23,10 +23,10 @@ COLOURS: dict[Kind, tuple[float, float, float]] = {
     "I": (0.10, 0.60, 0.66),
     "W": (0.90, 0.62, 0.15),
 }
-"""Red, green and blue of each kind, for the first chunk; later chunks are lighter."""
+"""Red, green and blue of each kind in the first chunk; later chunks are lighter."""
 
 NAMES: dict[Kind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
-"""What each kind is called in a legend."""
+"""Name of each kind in a legend."""
 
 _INCHES_PER_CELL = 0.2
 _INCHES_PER_RANK = 0.42
@@ -43,16 +43,20 @@ def draw_picture(
     clock: Clock = "lockstep",
     **costs: Any,
 ) -> bytes:
-    """Return a PNG or SVG of the schedule by a clock, with bubble and peak in flight in the title.
+    """Return a PNG or SVG of the schedule under a clock, with bubble and peak in flight in the title.
 
     >>> Path("zb.svg").write_bytes(draw_picture(schedule, format="svg", clock="async", weight_grad=0.8))
 
-    `costs` are those of `simulate`, and so are errors; another one is an unknown format.
+    Args:
+        costs: times as in `simulate`.
+
+    Raises:
+        ScheduleError: the format or the clock is unknown, or a time is negative or not finite.
     """
     check_choice("format", format, get_args(Format), error=ScheduleError)
     timing = simulate(schedule, clock=clock, **costs)
     spans = time_actions(schedule, clock=clock, **costs)
-    # Half a second to import, and only pictures need it.
+    # matplotlib takes half a second to import, and only pictures need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -79,7 +83,7 @@ def draw_picture(
 
 
 def peak_text(peak_in_flight: Iterable[int]) -> str:
-    """Return the peaks rank by rank, or their range where ranks are many."""
+    """Return the peaks rank by rank, or their range if there are more than 16 ranks."""
     peaks = list(peak_in_flight)
     return ", ".join(map(str, peaks)) if len(peaks) <= 16 else f"{min(peaks)} to {max(peaks)}"
 
@@ -90,7 +94,7 @@ def _size_text(schedule: Schedule) -> str:
 
 
 def _draw_frame(axes: "Axes", schedule: Schedule, *, makespan: float) -> None:
-    """Every rank's whole time as bubble; actions are drawn over it."""
+    """Draw the whole time of every rank as bubble; actions are drawn over it."""
     ranks = range(schedule.num_ranks)
     axes.barh(ranks, makespan, height=0.84, color="0.94", edgecolor="0.75", hatch="////", linewidth=0)
     axes.set_xlim(0, makespan)
@@ -105,7 +109,7 @@ def _draw_spans(axes: "Axes", schedule: Schedule, spans: Iterable[Span]) -> None
     groups: dict[tuple[int, Kind, int], list[Span]] = {}
     for span in spans:
         groups.setdefault((span.rank, span.action.kind, span.action.stage // schedule.num_ranks), []).append(span)
-    # A collection for each, since thousands of single patches take a minute.
+    # One collection per rank, kind and chunk: thousands of single patches take a minute.
     for (rank, kind, chunk), members in groups.items():
         axes.broken_barh(
             [(span.start, span.end - span.start) for span in members],
@@ -119,7 +123,7 @@ def _draw_spans(axes: "Axes", schedule: Schedule, spans: Iterable[Span]) -> None
 def _draw_numbers(
     axes: "Axes", schedule: Schedule, spans: Iterable[Span], *, points_per_time: float, tallest: float
 ) -> None:
-    """Microbatch numbers, as large as the cell and all alike allow; none where they could not be read."""
+    """Write the microbatch numbers in one size that fits every cell; none if they would be too small to read."""
     spans = list(spans)
     digits = len(str(schedule.num_microbatches - 1))
     narrowest = min(span.end - span.start for span in spans) * points_per_time

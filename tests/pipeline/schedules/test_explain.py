@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.pipeline.schedules import (
+    SCHEDULES,
     Clock,
     Schedule,
     build_schedule,
@@ -23,7 +24,7 @@ every_size = settings(derandomize=True, deadline=None)
 
 
 def build(name: str, ranks: int, microbatches: int, clock: Clock = "lockstep") -> Schedule:
-    num_chunks = 2 if name.startswith("interleaved") else 1
+    num_chunks = SCHEDULES[name].default_chunks
     return build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=num_chunks, clock=clock)
 
 
