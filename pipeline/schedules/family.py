@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError
 from .formula import Formula
 from .schedule import Schedule
@@ -45,7 +46,7 @@ class Family:
         run_ahead: builds the order of separate programs that run ahead while results travel, as Megatron does.
 
     Raises:
-        ScheduleError: `chunks` contradicts `takes`.
+        ScheduleError: a field is not one of its choices, or `chunks` contradicts `takes`.
     """
 
     name: str
@@ -60,6 +61,11 @@ class Family:
     run_ahead: Callable[..., Schedule] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("chunks", self.chunks, ("one", "several", "any"), error=ScheduleError)
+        check_choice("backward", self.backward, ("whole", "split", "either"), error=ScheduleError)
+        check_choice("order", self.order, ("fixed", "searched"), error=ScheduleError)
+        if self.peak_in_flight is not None and not callable(self.peak_in_flight):
+            check_choice("peak_in_flight", self.peak_in_flight, ("all",), error=ScheduleError)
         if ("num_chunks" in self.takes) != (self.chunks != "one"):
             raise ScheduleError(
                 f"family {self.name!r} has chunks={self.chunks!r} and takes {sorted(self.takes)}.",
