@@ -2,7 +2,7 @@
 
 from ..meshes import ConfigError, PlanError
 from ..pipeline.schedules import SCHEDULES
-from ..plan.costs.layouts import Layout
+from ..plan.costs.layout import Layout
 from .run_config import RunConfig
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..meshes import ConfigError
-from ..plan.costs.layouts import Layout
+from ..plan.costs.layout import Layout
 from .keys import list_keys
 from .run_config import RunConfig
 from .toml_file import Override, read_config_file, read_overrides

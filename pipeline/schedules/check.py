@@ -3,7 +3,8 @@
 A schedule is checked whenever one is made, since even published schedules have had errors of order for a year.
 """
 
-from typing import NoReturn, Protocol
+from dataclasses import dataclass
+from typing import NoReturn
 
 from ...meshes.arguments import check_count
 from ...meshes.errors import ScheduleError
@@ -16,24 +17,23 @@ Place = tuple[int, int, int]
 """Tick, rank and position within the cell."""
 
 
-class UncheckedSchedule(Protocol):
-    """The fields of a schedule that the check reads."""
+@dataclass(frozen=True, kw_only=True)
+class Unchecked:
+    """The fields of a schedule before the check."""
+
+    name: str
+    num_ranks: int
+    num_microbatches: int
+    num_chunks: int
+    ticks: Ticks
 
     @property
-    def name(self) -> str: ...
-    @property
-    def num_ranks(self) -> int: ...
-    @property
-    def num_microbatches(self) -> int: ...
-    @property
-    def num_chunks(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
-    @property
-    def ticks(self) -> Ticks: ...
+    def num_stages(self) -> int:
+        """Number of stages, num_ranks x num_chunks."""
+        return self.num_ranks * self.num_chunks
 
 
-def check_actions(schedule: UncheckedSchedule) -> None:
+def check_actions(schedule: Unchecked) -> None:
     """Raise unless the schedule is complete and every dependency is met.
 
     Raises:
@@ -82,7 +82,7 @@ def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
     return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "I" if has_halves else "B")])
 
 
-def _place_actions(schedule: UncheckedSchedule) -> dict[Action, Place]:
+def _place_actions(schedule: Unchecked) -> dict[Action, Place]:
     """Return the place of every action; refuses unknown and repeated ones."""
     places: dict[Action, Place] = {}
     for tick, cells in enumerate(schedule.ticks):
@@ -98,7 +98,7 @@ def _place_actions(schedule: UncheckedSchedule) -> dict[Action, Place]:
     return places
 
 
-def _check_place(schedule: UncheckedSchedule, action: Action, place: Place) -> None:
+def _check_place(schedule: Unchecked, action: Action, place: Place) -> None:
     if not 0 <= action.stage < schedule.num_stages:
         _fail(schedule, place, f"runs {action}, but the stages are 0 to {schedule.num_stages - 1}.")
     if not 0 <= action.microbatch < schedule.num_microbatches:
@@ -111,7 +111,7 @@ def _check_place(schedule: UncheckedSchedule, action: Action, place: Place) -> N
         _fail(schedule, place, f"runs {action} after another {action.kind} in one tick; a tick holds one of each kind.")
 
 
-def _check_needs(schedule: UncheckedSchedule, action: Action, places: dict[Action, Place]) -> None:
+def _check_needs(schedule: Unchecked, action: Action, places: dict[Action, Place]) -> None:
     if action not in places:
         _fail_missing(schedule, action)
     tick, rank, position = places[action]
@@ -121,27 +121,24 @@ def _check_needs(schedule: UncheckedSchedule, action: Action, places: dict[Actio
             _fail_missing(schedule, needed)
         needed_tick, needed_rank, needed_position = places[needed]
         # Between ranks a result is sent at the end of a tick; on one rank the order within the cell decides.
-        if needed_rank == rank:
-            is_met = (needed_tick, needed_position) < (tick, position)
-        else:
-            is_met = needed_tick < tick
+        is_met = needed_tick < tick or (needed_rank == rank and needed_tick == tick and needed_position < position)
         if not is_met:
             _fail(schedule, places[action], f"runs {action} at tick {tick}, before {needed} has finished.")
 
 
-def _fail(schedule: UncheckedSchedule, place: Place, what: str) -> NoReturn:
+def _fail(schedule: Unchecked, place: Place, what: str) -> NoReturn:
     tick, rank, _ = place
     lines = _draw_until(schedule, tick)
     lines[rank] += "  <-- here"
     raise ScheduleError(f"schedule {schedule.name!r}: rank {rank} {what}\n" + "\n".join(lines))
 
 
-def _fail_missing(schedule: UncheckedSchedule, action: Action) -> NoReturn:
+def _fail_missing(schedule: Unchecked, action: Action) -> NoReturn:
     lines = _draw_until(schedule, len(schedule.ticks) - 1)
     raise ScheduleError(f"schedule {schedule.name!r} never runs {action}.\n" + "\n".join(lines))
 
 
-def _draw_until(schedule: UncheckedSchedule, tick: int) -> list[str]:
+def _draw_until(schedule: Unchecked, tick: int) -> list[str]:
     """Return the grid's last ticks up to this one, so that an arrow at the end of a line points at its cell."""
     shown = schedule.ticks[max(0, tick + 1 - _TICKS_SHOWN) : tick + 1]
     return [f"  {line}" for line in draw_grid(shown, num_ranks=schedule.num_ranks)]

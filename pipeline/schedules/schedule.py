@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .action import Action
-from .check import check_actions
+from .check import Unchecked, check_actions
 from .grid import Ticks, draw_grid, parse_grid
 
 
@@ -33,7 +33,15 @@ class Schedule:
     num_chunks: int = 1
 
     def __post_init__(self) -> None:
-        check_actions(self)
+        check_actions(
+            Unchecked(
+                name=self.name,
+                num_ranks=self.num_ranks,
+                num_microbatches=self.num_microbatches,
+                num_chunks=self.num_chunks,
+                ticks=self.ticks,
+            )
+        )
 
     @property
     def num_stages(self) -> int:

@@ -12,12 +12,12 @@ from ...layers import ModelConfig, param_counts
 from ...meshes import PlanError
 from ...meshes.arguments import check_count, check_fields
 from ..machines.collective_time import Group, collective_time_s, make_group
-from ..machines.efficiency import matmul_time_s, memory_time_s
+from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
-from .layouts import Layout
-from .minimum import block_params
+from .device_params import block_params
+from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
-from .program import Program
+from .runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ EAGER = Server(kernels=12, host_layer_s=110e-6)
 # 10 us and 2 us for each doubling of the ranks: fitted on gpt-fast's Llama-2-7B on 2, 4 and 8 A100.
 _DIRECT_START_S = 10e-6
 _DIRECT_STEP_S = 2e-6
-_PREFILL = Program(clock="async", vocab="ends", attention="scores", score_bytes=2)
+_PREFILL = Runtime(clock="async", vocab="ends", attention="scores", score_bytes=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def decode_time_s(
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
-    for operation in layer_operations(model, size=size, program=_PREFILL):
+    for operation in layer_operations(model, size=size, runtime=_PREFILL):
         if isinstance(operation, Product) and operation.part == "weights":
             busy += _decode_product_s(operation, topology, model, server)
         elif isinstance(operation, Stream) and operation.part == "vector":
@@ -182,7 +182,7 @@ def _prefill_s(
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
     busy = server.kernels * server.gap_s
-    for operation in layer_operations(model, size=size, program=_PREFILL):
+    for operation in layer_operations(model, size=size, runtime=_PREFILL):
         if isinstance(operation, Product):
             busy += matmul_time_s(
                 device, m=operation.m, n=operation.n, k=operation.k, batch=operation.batch, dtype=model.dtype

@@ -11,11 +11,11 @@ from ...layers import ModelConfig
 from ...meshes import PlanError
 from ...meshes.arguments import check_count
 from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
-from ..machines.efficiency import flash_time_s, matmul_time_s, memory_time_s
+from ..machines.kernel_time import flash_time_s, matmul_time_s, memory_time_s
 from ..machines.topology import Accelerator, Topology
-from .layouts import Layout
+from .layout import Layout
 from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
-from .program import Program
+from .runtime import Runtime
 
 _PASSES = ("forward", "input_grad", "weight_grad")
 
@@ -50,26 +50,26 @@ class _Work:
 
 
 def layer_time(
-    model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int
 ) -> LayerTime:
     """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens."""
     check_count("num_tokens", num_tokens, error=PlanError)
     queries = num_tokens / layout.context
     size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
-    operations = layer_operations(model, size=size, program=program)
-    works = [_time_operation(operation, topology.accelerator, program, model.dtype) for operation in operations]
+    operations = layer_operations(model, size=size, runtime=runtime)
+    works = [_time_operation(operation, topology.accelerator, runtime, model.dtype) for operation in operations]
     forward, input_grad, weight_grad = (sum(getattr(work, name) for work in works) for name in _PASSES)
     again = _sum_recomputed(works, layout)
-    comm = _tensor_comm_s(model, size=size, layout=layout, program=program, topology=topology)
+    comm = _tensor_comm_s(model, size=size, layout=layout, runtime=runtime, topology=topology)
     comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
-    hidden = _hidden_comm_s(comm, weight_grad, program)
+    hidden = _hidden_comm_s(comm, weight_grad, runtime)
     again += comm if layout.remat == "full" else 0.0
     input_grad += comm - hidden
     # A host that is slower than the device makes it wait, forward and backward, each as a whole.
     passes = 3 if layout.remat == "full" else 2
-    waiting = max(0.0, passes * program.host_layer_s - (again + input_grad + weight_grad))
+    waiting = max(0.0, passes * runtime.host_layer_s - (again + input_grad + weight_grad))
     return LayerTime(
-        forward=max(forward + comm, program.host_layer_s),
+        forward=max(forward + comm, runtime.host_layer_s),
         recompute=again,
         input_grad=input_grad + waiting / 2,
         weight_grad=weight_grad + waiting / 2,
@@ -77,9 +77,9 @@ def layer_time(
     )
 
 
-def _time_operation(operation: Operation, accelerator: Accelerator, program: Program, dtype: str) -> _Work:
+def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Runtime, dtype: str) -> _Work:
     if isinstance(operation, Flash):
-        more: dict[str, Any] = {"kernel": program.flash, "dtype": dtype}
+        more: dict[str, Any] = {"kernel": runtime.flash, "dtype": dtype}
         return _Work(
             part="core",
             forward=flash_time_s(accelerator, flops=operation.flops, direction="forward", **more),
@@ -113,24 +113,24 @@ def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
 
 
 def _tensor_comm_s(
-    model: ModelConfig, *, size: LayerSize, layout: Layout, program: Program, topology: Topology
+    model: ModelConfig, *, size: LayerSize, layout: Layout, runtime: Runtime, topology: Topology
 ) -> float:
     """Seconds of the collectives of one pass: two all-reduces, or as many gathers and scatters."""
     group = make_group(topology, size=layout.tensor, stride=1)
     num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
-    is_split = program.sequence_parallel == "on"
+    is_split = runtime.sequence_parallel == "on"
     kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
     return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
 
 
-def _hidden_comm_s(comm: float, weight_grad: float, program: Program) -> float:
+def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:
     """Seconds of a backward's collectives behind the weight gradient.
 
     With sequence parallelism half of them, the gathers of the gradient, come before both products and stay exposed.
     """
-    if program.tensor_overlap == "off":
+    if runtime.tensor_overlap == "off":
         return 0.0
-    return min(comm / 2 if program.sequence_parallel == "on" else comm, weight_grad)
+    return min(comm / 2 if runtime.sequence_parallel == "on" else comm, weight_grad)
 
 
 def _exposed_context_s(

@@ -7,10 +7,10 @@ from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
 from trellax.pipeline.schedules import simulate
 from trellax.plan.costs.activations import layer_activation_bytes
-from trellax.plan.costs.layouts import Layout, PlanRemat
+from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
-from trellax.plan.costs.program import MEGATRON, TRELLAX, Switch
+from trellax.plan.costs.runtime import MEGATRON, TRELLAX, Switch
 
 from ..programs.steps import report_of, setup_of
 
@@ -33,8 +33,8 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
     tensor: int, sequence_parallel: Switch, remat: PlanRemat, expected: float
 ) -> None:
     layout = Layout(tensor=tensor, sequences=B, remat=remat)
-    program = replace(MEGATRON, sequence_parallel=sequence_parallel)
-    assert layer_activation_bytes(GPT_22B, layout=layout, program=program, num_tokens=S) == round(expected)
+    runtime = replace(MEGATRON, sequence_parallel=sequence_parallel)
+    assert layer_activation_bytes(GPT_22B, layout=layout, runtime=runtime, num_tokens=S) == round(expected)
 
 
 @pytest.mark.parametrize("vocab", ["split", "ends"])
@@ -44,8 +44,9 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
 def test_formulas_of_microbatches_in_flight_are_what_the_simulator_counts(name: str, chunks: int, vocab: str) -> None:
     for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):
         sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
-        peaks = peak_in_flight(name, **sizes, clock="lockstep", vocab=vocab)
-        schedule = plan_schedule(name, **sizes, clock="lockstep", vocab=vocab)
+        runtime = replace(TRELLAX, vocab=vocab)
+        peaks = peak_in_flight(name, **sizes, runtime=runtime)
+        schedule = plan_schedule(name, **sizes, runtime=runtime)
         assert max(peaks) == max(simulate(schedule).peak_in_flight)
 
 
@@ -77,8 +78,8 @@ def error_of(mesh: str, extra: str) -> float:
     setup, memory = setup_of(mesh, f"{SIZES} {extra}"), report_of(mesh, f"{SIZES} {extra}").memory
     config = setup.config
     layout = layout_of(config, num_devices=config.mesh.num_devices)
-    program = replace(TRELLAX, vocab=config.pipeline.vocab)
-    found = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, program=program))
+    runtime = replace(TRELLAX, vocab=config.pipeline.vocab)
+    found = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, runtime=runtime))
     assert found.weights == memory.parameters
     compiled = memory.parameters + memory.optimizer + memory.activations
     return (found.weights + found.optimizer + found.activations) / compiled - 1

@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from trellax.plan.costs.layouts import Layout
-from trellax.plan.costs.precision import unpriced_precision
+from trellax.plan.costs.layout import Layout
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.published.accuracy import measure_accuracy
-from trellax.plan.published.rows import PublishedRow
-from trellax.plan.search import TrainQuestion, price_layout
 from trellax.plan.serving_search import ServeQuestion, price_serving
+from trellax.plan.training_search import TrainQuestion, price_layout
+
+from benchmarks.planner.accuracy import measure_accuracy
+from benchmarks.planner.predictions import unpriced_precision
+from benchmarks.planner.rows import PublishedRow
 
 from .models import GPT2
 

@@ -14,7 +14,7 @@ from .list_schedule import list_schedule
 
 
 def interleaved_zb_h1(*, num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> Schedule:
-    """Build the schedule in which a rank runs an input gradient if one is ready, else a forward, else a weight gradient.
+    """Build the schedule in which a rank runs a ready input gradient first, then a forward, then a weight gradient.
 
     Forwards come in the order of interleaved 1F1B, and a rank holds at most v p + p - 1 microbatches of a chunk. Bubble
     fraction: (p - 1) / (3 v m + p - 1) where F = I = W and p divides m.

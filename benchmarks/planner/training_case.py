@@ -1,19 +1,20 @@
-"""A published training row as the planner's own question: model, layout, program and machine.
+"""Convert a published training row into a question to the planner: model, layout, runtime and machine.
 
-What a row does not state and the planner needs is either swept (recomputation: the least that fits in memory) or a
-reason to skip the row. Traits of programs follow from what rows state: the kind of attention, dropout with unfused
-attention, sharded optimizers by their names. Read `rows.py` first.
+An input that the planner needs and the row does not state is either swept (rematerialization: the least that fits in
+memory) or a reason to skip the row. Traits of the runtime follow from what rows state: the kind of attention, dropout
+with unfused attention, sharded optimizers by their names. Read `rows.py` first.
 """
 
 import re
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from ...layers import ModelConfig
-from ...meshes.errors import TargetError, TrellaxError
-from ..costs.layouts import Layout, PlanRemat
-from ..costs.program import MEGATRON, MEGATRON_2021, Program, Switch
-from ..machines.topology import Accelerator, Topology, find_accelerator
+from trellax.layers import ModelConfig
+from trellax.meshes.errors import TargetError, TrellaxError
+from trellax.plan.costs.layout import Layout, PlanRemat
+from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, Runtime, Switch
+from trellax.plan.machines.topology import Accelerator, Topology, find_accelerator
+
 from .rows import PublishedRow
 
 _MODERN = ("h100", "h100-pcie", "h200", "b200", "gb200", "mi300x")
@@ -21,33 +22,33 @@ _NETWORK = re.compile(r"(?:(\d+)x)?[^\d]*?(\d+(?:\.\d+)?) ?Gb/s(?: x(\d+))?(.*)"
 
 
 class RowSkippedError(Exception):
-    """A row that cannot be priced, with the reason."""
+    """A row that cannot be predicted, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCase:
-    """A training step as published; `remats` are the policies to choose from, least first, one where it is stated."""
+    """A published training step; `remats` are the possible policies, least first, or the one that is stated."""
 
     model: ModelConfig
     layout: Layout
-    program: Program
+    runtime: Runtime
     topology: Topology
     num_tokens: int
     remats: tuple[PlanRemat, ...]
 
 
 def train_case(row: PublishedRow) -> TrainCase:
-    """Return the question that a training row answers.
+    """Return the training step of a row.
 
     Raises:
-        RowSkippedError: an input is missing or unlike anything that trellax models.
+        RowSkippedError: an input is missing, or the planner has no model of it.
     """
     inputs = row.inputs
     if inputs.get("moe") or "ep" in inputs:
         raise RowSkippedError("mixture of experts is not modelled")
     model = row_model(row)
     topology = row_topology(row)
-    program = _program(row)
+    runtime = _runtime(row)
     try:
         layout = _layout(row)
     except TrellaxError as error:
@@ -61,7 +62,7 @@ def train_case(row: PublishedRow) -> TrainCase:
     return TrainCase(
         model=model,
         layout=replace(layout, remat=remats[0]),
-        program=program,
+        runtime=runtime,
         topology=topology,
         num_tokens=_need(row, "seq"),
         remats=remats,
@@ -127,7 +128,7 @@ def _need(row: PublishedRow, key: str) -> int:
 
 
 def _accelerator(text: str) -> Accelerator:
-    """The accelerator of the longest known name in a text, read from left to right."""
+    """Return the accelerator whose name is the longest known beginning of a text."""
     words = re.split(r" \(|,", text, maxsplit=1)[0].strip()
     for end in range(len(words), 0, -1):
         try:
@@ -138,7 +139,7 @@ def _accelerator(text: str) -> Accelerator:
 
 
 def _network_bytes_per_s(text: str, *, devices_per_node: int) -> float | None:
-    """Bytes/s of one device, from texts such as "8x HDR InfiniBand 200 Gb/s per node"."""
+    """Parse the bytes/s of one device from texts such as "8x HDR InfiniBand 200 Gb/s per node"."""
     found = _NETWORK.match(text)
     if not found:
         return None
@@ -155,7 +156,7 @@ def _layout(row: PublishedRow) -> Layout:
     sequences, microbatches = _need(row, "mbs"), inputs.get("num_microbatches")
     if microbatches is None:
         microbatches = _need(row, "gbs") // (data * fsdp * sequences)
-    # Megatron Core and NeMo shard the optimizer; what came before had to be asked for.
+    # Megatron Core and NeMo shard the optimizer by default; earlier versions only if asked to.
     sharded = "distributed optimizer" in str(inputs.get("optimizer", "")) or is_modern(row)
     return Layout(
         data=data,
@@ -180,7 +181,7 @@ def _schedule(row: PublishedRow, chunks: int) -> str:
         return "interleaved-1f1b"
     if "zb-v" in text or "memory limit 2p" in text:
         raise RowSkippedError(f"trellax has no schedule like {text!r}")
-    # With a limit of p microbatches the search of Qi et al. finds what ZB-H1 is (their Table 5).
+    # With a limit of p microbatches the search of Qi et al. finds ZB-H1 (their Table 5).
     return "zb-h1" if "zero-bubble" in text or "zb-h1" in text else "gpipe" if "gpipe" in text else "1f1b"
 
 
@@ -202,8 +203,8 @@ def is_modern(row: PublishedRow) -> bool:
     return "unfused" not in stated and (is_new or "flash" in stated)
 
 
-def _program(row: PublishedRow) -> Program:
-    """Traits by what rows state; fused attention came with Llama shapes, with FSDP and with Hopper.
+def _runtime(row: PublishedRow) -> Runtime:
+    """Return the traits that a row states or implies; fused attention came with Llama shapes, FSDP and Hopper.
 
     Collectives behind weight gradients came to Megatron with sequence parallelism.
     """
@@ -222,13 +223,13 @@ def _program(row: PublishedRow) -> Program:
         dropout=switch(not is_fused),
         sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
         tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
-        pipe_overlap=switch(is_fused and is_overlapped and inputs.get("vpp", 1) > 1),
+        blocking_hops=switch(not (is_fused and is_overlapped and inputs.get("vpp", 1) > 1)),
         data_overlap=switch(
             inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))
         ),
         shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
         scatter_hops=switch(inputs.get("scatter_gather", True)),
         gradient_bytes=4 if "fp32 grad" in precision else 2,
-        # Where rows speak of accumulation, sums come beside the 16-bit gradients; else products write the sums.
+        # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
         fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,
     )

@@ -1,19 +1,22 @@
-"""The least that a training step of our transformer must send, by arithmetic: what its traffic is held against.
+"""Compute the minimum traffic of a training step, with which the traffic of compiled programs is compared.
 
-In the conventions of `../../programs/collectives.py`: bytes that the busiest device sends in a step, by mesh axes.
-Gradients are summed over data once, in float32 (2 (d - 1) / d each, as one all-reduce or as ZeRO's reduce-scatter and
-all-gather).
-Tensor parallelism all-reduces an activation twice a layer forward and twice backward (Shoeybi et al. 2019, section 3).
-A pipeline boundary takes an activation forward and its gradient back. The vocabulary's part stands apart below.
+Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest device sends in a step, by mesh axes.
+- Gradients are reduced over `data` once, in float32: 2 (d - 1) / d bytes per byte, whether as an all-reduce or as the
+  reduce-scatter and all-gather of ZeRO.
+- Tensor parallelism all-reduces an activation twice per layer forward and twice backward (Shoeybi et al. 2019,
+  section 3). An all-reduce over t devices sends 2 (t - 1) / t of the array.
+- Every boundary between stages on two ranks sends an activation forward and its gradient back.
+- Embedding, head and loss are counted apart, in `_vocabulary`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...layers import ModelConfig, param_counts
+from ...layers import ModelConfig
 from ...meshes import AXES, MeshSpec, PlanError
 from ...meshes.arguments import check_count, check_fields
 from ...pipeline.schedules import Vocab
+from .device_params import block_params, vocabulary_params
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -21,13 +24,13 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """The sizes of a training step that decide what must be sent; sequences are those of one microbatch and data shard.
+    """Sizes of a training step that determine its traffic; sequences are those of one microbatch on one data shard.
 
     >>> StepSizes(model=config, mesh=MeshSpec(data=2), num_microbatches=4, num_sequences=1, num_tokens=128).boundary
     65536
 
     Raises:
-        PlanError: a size is below 1, or `vocab` is no choice.
+        PlanError: a size is below 1, or `vocab` is unknown.
     """
 
     model: ModelConfig
@@ -60,22 +63,25 @@ class StepSizes:
 
     @property
     def num_layer_slots(self) -> int:
-        """Layers that every rank has room for: as many a stage as the largest has."""
+        """Layers that every rank allocates: every stage has as many as the largest one."""
         if self.layers_per_stage is None:
             return self.layers_of(0)
         return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
 
 
 def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]:
-    """Return by mesh axes (`data`, `tensor`, `pipe`, `pipe+data`) the least bytes that the busiest device sends a step.
+    """Return the minimum bytes that the busiest device sends in a step, by mesh axes such as `tensor` or `pipe+data`.
 
     >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
     262144
 
     Args:
-        merged_sums: how many of a split vocabulary's two sums of an activation, over tensor and then over pipe, are one
-            sum over `pipe+tensor`: XLA makes that of them on GPUs, but not where a bfloat16 lies between. If any is,
-            those of the loss are too. Together they send less than one after the other.
+        merged_sums: number of activations (0 to 2) whose all-reduces over `tensor` and then over `pipe`, for a split
+            vocabulary, are merged into one over `pipe+tensor`, which sends less. XLA merges them on GPUs unless a
+            conversion to bfloat16 lies between. If any is merged, those of the loss are too.
+
+    Raises:
+        PlanError: `merged_sums` is negative.
     """
     check_count("merged_sums", merged_sums, error=PlanError, least=0)
     found: dict[str, float] = {}
@@ -94,19 +100,19 @@ def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]
 
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """The stage's own gradients over data."""
+    """Yield the all-reduce of the rank's block gradients over data."""
     num_params = sizes.layers_of(rank) * block_params(sizes.model, tensor=sizes.mesh.tensor)
     yield "data", _FLOAT32 * num_params * _all_reduce(sizes.mesh.data)
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """Attention and feed-forward, forward and backward."""
+    """Yield the all-reduces of attention and feed-forward, forward and backward."""
     num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
     yield "tensor", num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
 
 
 def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """One activation to the next stage, one gradient to the stage before, where there is one on another rank."""
+    """Yield the sends: an activation to the next stage and a gradient to the previous one, if on another rank."""
     pipe, chunks = sizes.mesh.pipe, sizes.num_chunks
     if pipe == 1:
         return
@@ -116,7 +122,7 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 
 
 def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple[str, float]]:
-    """Embedding, final norm, head and loss: their gradients, and what their split over tensor and pipe costs."""
+    """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
@@ -138,35 +144,10 @@ def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple
     yield "pipe", runs * 2 * x_bytes * (mesh.pipe > 1)
 
 
-def block_params(model: ModelConfig, *, tensor: int) -> int:
-    """Return the number of parameters of one block on one device.
-
-    Heads and features are split; norms, output biases, and key and value heads fewer than `tensor` are whole.
-    """
-    d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
-    num_up = 2 if model.mlp == "swiglu" else 1
-    split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
-    heads = q // tensor + 2 * kv // split_kv
-    columns = heads + num_up * f // tensor
-    weights = d * columns + (q + f) // tensor * d
-    norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
-    head_norms = 2 * model.head_size if model.qk_norm == "on" else 0
-    biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
-    return weights + norms + head_norms + biases
-
-
-def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
-    """Return the parameters of embedding and head on one device: those split over the vocabulary, and those whole."""
-    counts = param_counts(model)
-    tables = counts.embedding * (1 if model.embeddings == "tied" else 2)
-    norm = counts.head - (counts.embedding if model.embeddings == "untied" else 0)
-    return tables // tensor, counts.positions + norm
-
-
 def _all_reduce(size: int) -> float:
     return 2 * (size - 1) / size
 
 
 def _over_copies(mesh: MeshSpec) -> str:
-    """The axes over which a replicated parameter has copies with gradients of their own."""
+    """Return the axes over which the gradients of a replicated parameter are reduced."""
     return "+".join(axis for axis in AXES if axis != "tensor" and mesh.sizes[axis] > 1) or "data"

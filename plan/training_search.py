@@ -1,7 +1,7 @@
-"""The search for a training layout: all legal ones under the memory limit, cheapest first.
+"""Search for a training layout: price all legal ones under the memory limit, fastest first.
 
-Every layout's schedule is simulated, so that a layout has one price wherever it is shown. Read `plans.py` for what
-comes out, `serving_search.py` for inference.
+Every layout's schedule is simulated, so that a layout has the same price wherever it is shown. Read `plan.py` for the
+result, `serving_search.py` for inference.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,17 @@ from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
 from ..programs.hardware import XLA_MEMORY_SHARE
 from .costs.layer_time import LayerTime, layer_time
-from .costs.layouts import Layout, PlanRemat, legal_layouts, legal_meshes
+from .costs.layout import Layout, PlanRemat
 from .costs.memory_model import MemoryUse, fullest, step_memory
-from .costs.program import TRELLAX, Program
+from .costs.runtime import TRELLAX, Runtime
 from .costs.step_time import step_time
+from .explanations import explain_plans
+from .legal_layouts import legal_layouts, legal_meshes
 from .machines.topology import Topology
-from .plans import Plan, explain_plans, step_costs, step_traffic
+from .plan import Plan, step_costs, step_traffic
 
 MEMORY_RESERVE = 0.06
-"""Share of a device's memory left to the driver, to collectives and to gaps between buffers."""
+"""Share of a device's memory reserved for the driver, collectives and gaps between buffers."""
 
 _TOP = 5
 _GB = 1e9
@@ -29,13 +31,19 @@ _GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class TrainQuestion:
-    """What is to be trained where: sequences of `num_tokens` tokens, `batch_size` of them a step."""
+    """A model to train on a machine, with `batch_size` sequences of `num_tokens` tokens per step.
+
+    `remats` are the rematerialization policies to try.
+
+    Raises:
+        PlanError: a size is below 1, or a policy is unknown.
+    """
 
     model: ModelConfig
     topology: Topology
     batch_size: int
     num_tokens: int
-    program: Program = TRELLAX
+    runtime: Runtime = TRELLAX
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
 
     def __post_init__(self) -> None:
@@ -45,26 +53,29 @@ class TrainQuestion:
 
     @property
     def memory_limit(self) -> float:
-        """Bytes of each device that XLA plans for; beyond them steps are slower than they are priced."""
+        """Bytes of each device that XLA plans for; steps that need more are slower than predicted."""
         return XLA_MEMORY_SHARE * self.topology.accelerator.memory_bytes
 
     @property
     def device_limit(self) -> float:
-        """Bytes of each device that a step may take at all."""
+        """Bytes of each device that a step can use."""
         return (1 - MEMORY_RESERVE) * self.topology.accelerator.memory_bytes
 
 
 def search_train(question: TrainQuestion, *, objective: str = "train", top: int = _TOP) -> list[Plan]:
-    """Return the best plans, one for each mesh, best first, each with the reason for its place.
+    """Return the best plans, one per mesh, best first, each with the reason for its rank.
 
-    Meshes of all devices, of a power of two of them, of one node and of one device are tried, so the answer may be
-    that fewer are enough.
+    Meshes of all devices, of a power of two of them, of one node and of one device are tried, so the result may use
+    fewer devices than there are.
+
+    >>> search_train(TrainQuestion(model=config, topology=read_topology("h100x8"), batch_size=64, num_tokens=2048))[0]
 
     Args:
-        objective: "train" for tokens/s, "memory" for the least memory of the fullest device.
+        objective: "train" for the most tokens per second, "memory" for the least memory of the fullest device.
+        top: number of plans.
 
     Raises:
-        PlanError: nothing fits, with what would; or the objective is none.
+        PlanError: nothing fits (the message says what would), or the objective is unknown.
     """
     check_choice("objective", objective, ("train", "memory"), error=PlanError)
     check_count("top", top, error=PlanError)
@@ -78,24 +89,24 @@ def rank_train(question: TrainQuestion, plans: Iterable[Plan], *, objective: str
 
 
 def price_train(question: TrainQuestion) -> list[Plan]:
-    """Return the plan of every layout that fits, in no order, without its traffic.
+    """Return the plan of every layout that fits, unsorted and without its traffic.
 
-    Where no layout keeps within what XLA plans for, those that fit the device are taken; `diagnose` warns of it.
+    If none keeps within the memory that XLA plans for, all that fit the device are returned; `diagnose` warns of it.
 
     Raises:
-        PlanError: nothing fits, with what would.
+        PlanError: nothing fits; the message says what would.
     """
     layers: dict[tuple[object, ...], LayerTime] = {}
     fitting = list(_fitting(question))
     plans = []
     for layout, memory in [pair for pair in fitting if pair[1].total <= question.memory_limit] or fitting:
-        # Layouts of one width, microbatch and rematerialisation share their layer's time.
+        # Layouts with the same tensor, microbatch and rematerialization share the time of a layer.
         key = (layout.tensor, layout.sequences, layout.remat, layout.context)
         if key not in layers:
             layers[key] = layer_time(
                 question.model,
                 layout=layout,
-                program=question.program,
+                runtime=question.runtime,
                 topology=question.topology,
                 num_tokens=question.num_tokens,
             )
@@ -112,14 +123,14 @@ def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
 
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
-    """Return what the fullest device of a layout needs."""
-    return fullest(step_memory(question.model, layout=layout, num_tokens=question.num_tokens, program=question.program))
+    """Return the memory of the fullest device of a layout."""
+    return fullest(step_memory(question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.runtime))
 
 
 def smallest_fitting(question: TrainQuestion) -> int | None:
-    """Return the least number of devices, by whole nodes, on which some layout fits; None up to 65,536."""
+    """Return the least number of devices, in whole nodes, on which some layout fits; None if it is above 65,536."""
     node = question.topology.devices_per_node
-    # Fewer than there are have been tried, and whole nodes are what one gets.
+    # The search has tried all that there are, and fewer.
     count = 2 * question.topology.num_devices
     while count <= 1 << 16:
         topology = replace(question.topology, num_devices=count, devices_per_node=min(node, count))
@@ -136,7 +147,7 @@ def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, 
         layout=layout,
         topology=question.topology,
         num_tokens=question.num_tokens,
-        program=question.program,
+        runtime=question.runtime,
         layer=layer,
     )
     return Plan(
@@ -151,7 +162,7 @@ def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, 
 
 
 def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
-    vocab = question.program.vocab
+    vocab = question.runtime.vocab
     traffic = step_traffic(question.model, layout=plan.layout, num_tokens=question.num_tokens, vocab=vocab)
     return replace(plan, traffic_bytes=traffic)
 
@@ -171,7 +182,7 @@ def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layo
 
 
 def _device_counts(question: TrainQuestion) -> tuple[int, ...]:
-    """All devices, the largest power of two of them, which batches divide by more often, one node, one device."""
+    """Return all devices, the largest power of two of them (which divides more batches), one node, and one device."""
     topology = question.topology
     power = 1 << topology.num_devices.bit_length() - 1
     return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
@@ -187,7 +198,7 @@ def _best_of_meshes(plans: Iterable[Plan], objective: str) -> list[Plan]:
 
 
 def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
-    """What is to be small; of equals the fewest devices."""
+    """Return the sort key: the objective, then time, then number of devices."""
     first = plan.memory.total if objective == "memory" else -plan.tokens_per_s
     return (first, plan.time_s, plan.layout.num_devices)
 

@@ -1,35 +1,37 @@
-"""What the planner predicts for a published row, quantity by quantity, beside what was measured.
+"""Predict every quantity of a published row with the planner, beside the measurement.
 
-A vocabulary that a source does not state is swept, as is recomputation; anything else that is missing skips the row.
-
-Read `training_case.py` for how a row becomes a question, `accuracy.py` for the errors.
+A vocabulary that a source does not state is swept, and so is rematerialization; a row that lacks anything else is
+skipped. Read `training_case.py` for how a row becomes a question to the planner, `accuracy.py` for the errors.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import cast
+from typing import Any, cast
 
-from ...pipeline.schedules import StageCost, simulate
-from ..costs.layer_time import layer_time
-from ..costs.megatron_order import qi_bubble
-from ..costs.memory_model import fullest, step_memory
-from ..costs.pipeline_time import plan_schedule
-from ..costs.precision import unpriced_precision
-from ..costs.stage_time import split_layers
-from ..costs.step_time import step_time
-from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
-from ..machines.efficiency import matmul_time_s
+from trellax.pipeline.schedules import SCHEDULES, StageCost, simulate
+from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.memory_model import fullest, step_memory
+from trellax.plan.costs.pipeline_time import plan_schedule
+from trellax.plan.costs.runtime import MEGATRON
+from trellax.plan.costs.stage_time import split_layers
+from trellax.plan.costs.step_time import step_time
+from trellax.plan.machines.collective_time import CollectiveKind, collective_time_s, make_group
+from trellax.plan.machines.kernel_time import matmul_time_s
+
 from .inference_case import infer_case, infer_predictions
+from .qi_bubble import qi_bubble
 from .rows import PublishedRow
 from .training_case import RowSkippedError, TrainCase, row_topology, train_case
 
 _GIB, _GB = 2.0**30, 1e9
 _PEAKS = {"peak_alloc_gib": _GIB, "peak_mem_gb": _GB, "peak_mem_gb_nvidia_smi": _GB, "peak_memory_bytes": 1.0}
-# A driver's reading counts CUDA's own: 1.3 to 2 GB, says the source of the rows that have one (BLOOM chronicles).
+# A driver's reading includes the CUDA context: 1.3 to 2 GB by the source of these rows (BLOOM chronicles).
 _CONTEXT_BYTES = {"peak_mem_gb_nvidia_smi": 1.65e9}
 _BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
 _SWEPT_VOCABS = (32000, 51200)
+_NARROW = re.compile(r"(nv|mx)?(?:fp|float)([48])(?!\d)")
 _PASSES = ("forward", "input_grad", "weight_grad")
 
 
@@ -62,17 +64,24 @@ def predict_row(row: PublishedRow) -> list[Prediction]:
     found = _KINDS[row.kind](row)
     if not found:
         raise RowSkippedError("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
-    if narrow := unpriced_precision(row.inputs):
-        # A quantity of its own: such an error says what a precision gains, not how good the model is.
+    narrow = unpriced_precision(row.inputs)
+    if narrow:
+        # A quantity of its own, since this error shows the gain of the precision, not the accuracy of the planner.
         return [replace(one, quantity=f"{one.quantity} {narrow} as bf16") for one in found]
     return found
 
 
+def unpriced_precision(inputs: Mapping[str, Any]) -> str:
+    """Return the precision of a published row if it is predicted as 16 bits: "fp8", "mxfp8" or "nvfp4"; else ""."""
+    found = _NARROW.search(str(inputs.get("precision", "")).lower())
+    return f"{found[1] or ''}fp{found[2]}" if found else ""
+
+
 def resolve_remat(case: TrainCase) -> TrainCase:
-    """Return the case with the least recomputation of those possible that fits in memory."""
+    """Return the case with the least rematerialization of those possible that fits in memory."""
     for remat in case.remats:
         layout = replace(case.layout, remat=remat)
-        needs = fullest(step_memory(case.model, layout=layout, num_tokens=case.num_tokens, program=case.program))
+        needs = fullest(step_memory(case.model, layout=layout, num_tokens=case.num_tokens, runtime=case.runtime))
         if needs.total <= case.topology.accelerator.memory_bytes:
             return replace(case, layout=layout)
     return replace(case, layout=replace(case.layout, remat=case.remats[-1]))
@@ -92,10 +101,10 @@ def _train(row: PublishedRow) -> list[Prediction]:
             layout=case.layout,
             topology=case.topology,
             num_tokens=case.num_tokens,
-            program=case.program,
+            runtime=case.runtime,
         )
         found.append(Prediction(quantity="step_time", measured=row.step_time_s, predicted=step.time_s))
-    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, program=case.program)
+    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, runtime=case.runtime)
     for name, unit in _PEAKS.items():
         if name in row.outputs:
             predicted = fullest(ranks).total + _CONTEXT_BYTES.get(name, 0.0)
@@ -104,7 +113,7 @@ def _train(row: PublishedRow) -> list[Prediction]:
 
 
 def _sweep(row: PublishedRow) -> list[Prediction]:
-    """The means over vocabularies that a source without one may have had, GPT-2's and Llama's; GPT shapes alone."""
+    """Return the mean predictions of a GPT row without a stated vocabulary over two sizes, Llama's and Megatron's."""
     if "swiglu" in str(row.inputs.get("mlp")):
         raise RowSkippedError("vocab is not stated")
     swept = [_train(replace(row, inputs={**row.inputs, "vocab": size})) for size in _SWEPT_VOCABS]
@@ -118,7 +127,7 @@ def _memory(row: PublishedRow) -> list[Prediction]:
 def _layer(row: PublishedRow) -> list[Prediction]:
     case = train_case(row)
     layer = layer_time(
-        case.model, layout=case.layout, program=case.program, topology=case.topology, num_tokens=case.num_tokens
+        case.model, layout=case.layout, runtime=case.runtime, topology=case.topology, num_tokens=case.num_tokens
     )
     times = {"forward_ms": layer.forward, "backward_ms": layer.backward, "combined_ms": layer.forward + layer.backward}
     return [
@@ -129,10 +138,10 @@ def _layer(row: PublishedRow) -> list[Prediction]:
 
 
 def _stage(row: PublishedRow) -> list[Prediction]:
-    """Times of a middle stage, which has no part of the vocabulary."""
+    """Predict the times of a middle stage, which has no embedding and no head."""
     case = train_case(replace(row, inputs={"vocab": 51200, **row.inputs}))
     layer = layer_time(
-        case.model, layout=case.layout, program=case.program, topology=case.topology, num_tokens=case.num_tokens
+        case.model, layout=case.layout, runtime=case.runtime, topology=case.topology, num_tokens=case.num_tokens
     )
     layers = max(split_layers(case.model.num_layers, num_stages=case.layout.num_stages))
     times = dict(zip(("tf_ms", "tb_ms", "tw_ms"), (getattr(layer, name) for name in _PASSES), strict=True))
@@ -153,9 +162,10 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
     for key, name in _BUBBLES.items():
         if key not in row.outputs:
             continue
-        chunks = (inputs["layers"] + 2) // ranks if name.startswith("interleaved") else 1
+        # Interleaved with one layer per chunk; embedding and head count as a layer each.
+        chunks = (inputs["layers"] + 2) // ranks if SCHEDULES[name].chunks == "several" else 1
         schedule = plan_schedule(
-            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, clock="async"
+            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, runtime=MEGATRON
         )
         if chunks > 1:
             stage = StageCost(**{name: cost / chunks for name, cost in costs.items()})

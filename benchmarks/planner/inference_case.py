@@ -1,14 +1,15 @@
-"""A published inference row as the planner's question: model, layout, machine, requests and program.
+"""Convert a published inference row into a question to the planner: model, layout, machine, requests and server.
 
-Read `training_case.py` first, whose models and machines these are.
+Read `training_case.py` first, which reads models and machines.
 """
 
 from dataclasses import dataclass, replace
 
-from ...layers import ModelConfig
-from ..costs.inference_time import COMPILED, EAGER, Server, inference_time
-from ..costs.layouts import Layout
-from ..machines.topology import Topology
+from trellax.layers import ModelConfig
+from trellax.plan.costs.inference_time import COMPILED, EAGER, Server, inference_time
+from trellax.plan.costs.layout import Layout
+from trellax.plan.machines.topology import Topology
+
 from .rows import PublishedRow
 from .training_case import RowSkippedError, row_model, row_topology
 
@@ -20,7 +21,7 @@ _QUANTISED = {"int8": (1.0, 0.82), "int4": (0.5625, 0.62)}
 
 @dataclass(frozen=True, kw_only=True)
 class InferCase:
-    """Requests as published."""
+    """Published inference requests."""
 
     model: ModelConfig
     layout: Layout
@@ -32,10 +33,10 @@ class InferCase:
 
 
 def infer_case(row: PublishedRow) -> InferCase:
-    """Return the question that an inference row answers.
+    """Return the requests of a row.
 
     Raises:
-        RowSkippedError: an input is missing or unlike anything that is modelled.
+        RowSkippedError: an input is missing, or the planner has no model of it.
     """
     inputs = row.inputs
     if "-megatron-" in row.id:
@@ -59,7 +60,7 @@ def infer_case(row: PublishedRow) -> InferCase:
 
 
 def infer_predictions(case: InferCase, row: PublishedRow) -> dict[str, tuple[float, float]]:
-    """Return measured and predicted seconds of every quantity that the row gives: latency, decode, prefill."""
+    """Return (measured, predicted) seconds of every quantity of the row: latency, prefill, decode."""
     out, found = row.outputs, {}
     sizes = {"layout": case.layout, "topology": case.topology, "server": case.server}
     whole = inference_time(case.model, batch=case.batch, prompt=case.prompt, generated=case.generated, **sizes)

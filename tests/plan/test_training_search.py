@@ -12,14 +12,15 @@ from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
 from trellax.pipeline.schedules import build_schedule, simulate
 from trellax.plan.costs.layer_time import layer_time
-from trellax.plan.costs.layouts import Layout, legal_layouts
-from trellax.plan.costs.program import TRELLAX
+from trellax.plan.costs.layout import Layout
+from trellax.plan.costs.runtime import TRELLAX
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
 from trellax.plan.costs.step_time import step_time
 from trellax.plan.diagnoses import diagnose
+from trellax.plan.legal_layouts import legal_layouts
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.search import TrainQuestion, layout_memory, search_train
 from trellax.plan.serving_search import ServeQuestion, price_serving, search_serving
+from trellax.plan.training_search import TrainQuestion, layout_memory, search_train
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B, LLAMA_405B
 
@@ -106,9 +107,9 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     step = step_time(question.model, **sizes)
     if layout.pipe == 1:
         return step.time_s
-    layer = layer_time(question.model, **sizes, program=TRELLAX)
-    ends = end_costs(question.model, **sizes, program=TRELLAX)
-    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, program=TRELLAX)
+    layer = layer_time(question.model, **sizes, runtime=TRELLAX)
+    ends = end_costs(question.model, **sizes, runtime=TRELLAX)
+    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=TRELLAX)
     schedule = build_schedule(
         layout.schedule,
         num_ranks=layout.pipe,

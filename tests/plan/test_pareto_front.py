@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import BboxBase
 from trellax.layers import ModelConfig
-from trellax.plan.front import front_axis, name_point, pareto_front, plot_front
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.plans import Plan
-from trellax.plan.search import TrainQuestion, price_layout, price_train, rank_train
+from trellax.plan.pareto_front import front_axis, name_point, pareto_front, plot_front
+from trellax.plan.plan import Plan
 from trellax.plan.serving_search import ServeQuestion, price_all_serving, rank_serving
+from trellax.plan.training_search import TrainQuestion, price_layout, price_train, rank_train
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B
 

@@ -1,6 +1,6 @@
-"""The picture of a search: what was asked for against memory, and the front that no other plan beats in both.
+"""Compute and draw the Pareto front of a search: the plans that no other beats in both the objective and memory.
 
-Points of the front are numbered and named below the axes, so that names never lie on points or on each other.
+Points of the front are numbered, and listed by name below the axes so that no text covers another.
 """
 
 import io
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .plans import Plan, name_layout
+from .plan import Plan, name_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ _WIDE_RANGE, _WIDER_RANGE = 8.0, 1000.0
 
 @dataclass(frozen=True, kw_only=True)
 class FrontAxis:
-    """What a search is for, as a number of a plan: its name with the unit, and a text of it."""
+    """The horizontal axis: label with unit, value and text of a plan, and +1 if larger values are better, else -1."""
 
     label: str
     value: Callable[[Plan], float]
@@ -32,12 +32,12 @@ class FrontAxis:
     better: float = -1.0
 
     def cost(self, plan: Plan) -> float:
-        """Return the value, turned so that less is better."""
+        """Return the value with a sign such that less is better."""
         return -self.better * self.value(plan)
 
 
 def front_axis(objective: str) -> FrontAxis:
-    """Return the axis of an objective: seconds of a step, seconds of a request, or tokens a second."""
+    """Return the axis of an objective: seconds per step, seconds per request, or tokens per second."""
     if objective in ("latency", "balanced"):
         return FrontAxis(
             label="seconds of one request", value=_latency_s, text=lambda plan: f"{_latency_s(plan):.2f} s"
@@ -53,7 +53,7 @@ def front_axis(objective: str) -> FrontAxis:
 
 
 def pareto_front(plans: Sequence[Plan], *, axis: FrontAxis) -> list[Plan]:
-    """Return the plans that no other beats both on the axis and in memory, best on the axis first."""
+    """Return the plans that no other beats in both the axis and memory, best on the axis first."""
     front: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (axis.cost(plan), plan.memory.total)):
         if not front or plan.memory.total < front[-1].memory.total:
@@ -62,7 +62,7 @@ def pareto_front(plans: Sequence[Plan], *, axis: FrontAxis) -> list[Plan]:
 
 
 def draw_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, title: str) -> bytes:
-    """Return a PNG of all plans as points, the front as a numbered line, and the memory limit."""
+    """Return a PNG with all plans as points, the front as a numbered line, and the memory limit."""
     figure = plot_front(plans, objective=objective, limit_bytes=limit_bytes, title=title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -71,7 +71,7 @@ def draw_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, tit
 
 def plot_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, title: str) -> "Figure":
     """Return the picture of `draw_front` as a matplotlib figure."""
-    # matplotlib takes half a second to import, and few calls draw.
+    # matplotlib takes half a second to import, and most commands draw nothing.
     from matplotlib.figure import Figure
 
     axis = front_axis(objective)
@@ -100,7 +100,7 @@ def plot_front(plans: Sequence[Plan], *, objective: str, limit_bytes: float, tit
 
 
 def name_point(plan: Plan, axis: FrontAxis) -> str:
-    """Return all that tells a plan from others, and where it lies."""
+    """Return a plan's layout and its values on both axes as one line."""
     layout = plan.layout
     words = [name_layout(layout)]
     if plan.step is not None:
@@ -121,7 +121,7 @@ def _points(plans: Sequence[Plan], axis: FrontAxis) -> tuple[list[float], list[f
 
 
 def _scale(axis: "Axis", values: Sequence[float], set_scale: Callable[[str], None]) -> None:
-    """A logarithmic axis where values differ by much, with ticks as numbers that have room."""
+    """Make an axis logarithmic if its values span more than a factor of 8, with ticks as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -135,8 +135,8 @@ def _scale(axis: "Axis", values: Sequence[float], set_scale: Callable[[str], Non
 
 
 def _number_points(figure: "Figure", axes: "Axes", points: tuple[list[float], list[float]]) -> None:
-    """A number above every point of the front; neighbours without room for their own share one, such as 3-5."""
-    # Places on the paper are known once the parts have found theirs.
+    """Number the points of the front; points that are too near for their own number share one, such as 3-5."""
+    # Positions in pixels are known only after the layout has been computed.
     figure.draw_without_rendering()
     places = axes.transData.transform(list(zip(*points, strict=True))) * 72 / figure.dpi
     groups: list[list[int]] = []

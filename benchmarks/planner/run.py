@@ -1,12 +1,11 @@
-"""The planner's error against other people's measurements, for every file of a folder.
+"""Compare the planner with published measurements, for every file of a folder.
 
-    python -m benchmarks.planner_accuracy FOLDER [--json] [--rows SOURCE]
+    python -m benchmarks.planner.run FOLDER [--json] [--rows SOURCE]
 
-A row is priced where it states what is needed and skipped with a reason where not. Rows on which constants were
-fitted are counted in `fitted`; the error of the others alone is `held out`. Rows in 8 and 4 bits are priced as 16-bit
-ones, in lines of their own, "step_time fp8 as bf16": their error is what the precision gains. Sweeps are ranked as
-well: of every model, number of GPUs and batch, what the layout that the planner puts first costs, measured, over the
-best one measured.
+A row that states enough is predicted, any other is skipped with a reason. `fitted` counts the rows on which constants
+were fitted; `held out` is the error of the others. Rows in 8 and 4 bits are predicted as 16-bit ones, in lines of their
+own such as "step_time fp8 as bf16": that error shows the gain of the precision. Sweeps are ranked as well: for every
+model, number of GPUs and batch, the measured time of the planner's first layout over the best one measured.
 """
 
 import argparse
@@ -16,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from trellax.meshes import TrellaxError
-from trellax.plan.published.accuracy import CALIBRATION, Accuracy, measure_accuracy
-from trellax.plan.published.ranking import Ranking, rank_sweeps
-from trellax.plan.published.rows import read_published
+
+from .accuracy import CALIBRATION, Accuracy, measure_accuracy
+from .ranking import Ranking, rank_sweeps
+from .rows import read_published
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Whether the planner puts the right layout first: sweeps of one model on one machine, of which all were measured.
+"""Measure how well the planner ranks layouts: regret in sweeps of one model on one machine.
 
-Read `accuracy.py` first, whose errors these are.
+A sweep is a group of measured rows that differ in their layout alone. Read `accuracy.py` first, which predicts them.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Regret of a source's sweeps: the measured time of the planner's first layout over the best, minus 1.
+    """Regret in the sweeps of a source: the measured time of the planner's first layout over the best, minus 1.
 
-    `within` counts groups with a regret of at most 5%.
+    `groups` counts sweeps, `within` those with a regret of at most 5%.
     """
 
     source: str
@@ -29,7 +29,7 @@ class Ranking:
 
 
 def rank_sweeps(accuracies: Sequence[Accuracy]) -> list[Ranking]:
-    """Return the regret of every source with two or more layouts of a model, number of GPUs and batch."""
+    """Return the regret of every source that has two or more layouts of one model, number of GPUs and batch."""
     found = []
     for one in accuracies:
         if one.quantity != "step_time":
@@ -54,7 +54,7 @@ def rank_sweeps(accuracies: Sequence[Accuracy]) -> list[Ranking]:
 
 
 def _group(errors: Sequence[RowError]) -> list[list[RowError]]:
-    """Rows of one model, machine and batch that differ in layout."""
+    """Group the rows by model, machine and batch."""
     groups: dict[tuple[str, ...], list[RowError]] = {}
     for error in errors:
         inputs = error.row.inputs
@@ -64,7 +64,7 @@ def _group(errors: Sequence[RowError]) -> list[list[RowError]]:
 
 
 def _regret(group: Sequence[RowError]) -> tuple[float, str]:
-    """Regret of the first layout; of one measured more than once the fastest, as for the best."""
+    """Return the regret of a group and the id of the planner's first row; ties count as the fastest measured."""
     first = min(group, key=lambda error: (error.prediction.predicted, error.prediction.measured))
     best = min(error.prediction.measured for error in group)
     return first.prediction.measured / best - 1, first.row.id

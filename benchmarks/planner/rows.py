@@ -1,7 +1,7 @@
-"""Other people's measurements, read from TOML files: rows of inputs, outputs and where they were seen.
+"""Read published measurements from TOML files: rows of inputs, outputs and provenance.
 
-The schema is in the README beside the files. A table with `columns` and `data` becomes a row for each of its lines.
-Read `training_case.py` next.
+The schema is in the README beside the files. A table with `columns` and `data` becomes one row per line. Read
+`training_case.py` next.
 """
 
 import tomllib
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...meshes.errors import DataError
+from trellax.meshes.errors import DataError
 
 _TOKENS_OF_DAYS = 300e9
 _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, "precision": "fp16 mixed"}
@@ -18,9 +18,9 @@ _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """One measurement: `inputs` and `outputs` by name, `unstated` the inputs that its source does not give.
+    """One measurement: `inputs` and `outputs` by name, and the names of inputs that its source does not state.
 
-    `has_sequence_parallel` tells whether any row of the source uses it, which dates the code that was measured.
+    `has_sequence_parallel` is whether any row of the source uses sequence parallelism, which dates the measured code.
     """
 
     source: str
@@ -36,7 +36,7 @@ class PublishedRow:
 
     @property
     def step_time_s(self) -> float | None:
-        """Seconds of a training step, as measured or by arithmetic on what was; None where there is none."""
+        """Seconds of a training step, measured or computed from measured rates; None if the row has neither."""
         for table in (self.outputs, self.derived):
             if "step_time_s" in table:
                 return float(table["step_time_s"])
@@ -51,12 +51,12 @@ class PublishedRow:
 
 
 def read_published(folder: str | Path) -> dict[str, list[PublishedRow]]:
-    """Return the rows of every TOML file of a folder, by the id of their source.
+    """Read the rows of every TOML file of a folder, by the id of their source.
 
-    A source's table of columns is a source of its own, named `id/table`.
+    A table of columns within a file is a source of its own, named `id/table`.
 
     Raises:
-        DataError: the folder is not there, or a file is no TOML of schema 1.
+        DataError: the folder is missing, or a file is not TOML of schema 1.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -102,7 +102,7 @@ def _make_row(row: Mapping[str, Any], *, source: str, name: str) -> PublishedRow
 
 
 def _read_table(table: Mapping[str, Any], *, source: str) -> Iterator[PublishedRow]:
-    """Rows of a table of columns; what its note says once for all lines is filled in."""
+    """Yield the rows of a table of columns, with the inputs that it states once for all lines."""
     node = 8 if "node of 8" in str(table.get("gpu", "")) else None
     for number, line in enumerate(table["data"]):
         values = dict(zip(table["columns"], line, strict=True))

@@ -1,6 +1,6 @@
-"""How far the planner is from other people's measurements, source by source, with what was calibrated named.
+"""Measure the planner's error against published measurements, source by source, calibrated rows apart.
 
-Read `../../benchmarks/planner_accuracy.py` for the command.
+Read `run.py` for the command.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +22,12 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "gpt_fast": {"Llama-2-7B": "gaps between kernels, direct all-reduce, expansion of weights"},
     "fastertransformer": {"GPT-350M": "what a host needs for a layer", "GPT-6.7B": "what a host needs for a layer"},
 }
-"""Source -> part of a row's id, or of `quantity id` -> what was fitted on it. Every other row is held out."""
+"""Source -> part of "quantity id" -> the constants that were fitted on such rows. All other rows are held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowError:
-    """One quantity of one row, and whether the planner was calibrated on it."""
+    """One quantity of one row, and whether a constant of the planner was fitted on it."""
 
     row: PublishedRow
     prediction: Prediction
@@ -36,9 +36,10 @@ class RowError:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Errors of one quantity of one source; shares of the measurement, of all rows and of those held out.
+    """Errors of one quantity of one source, as shares of the measurement, for all rows and for those held out.
 
-    `bias` is the mean of predicted over measured minus 1; `worst` names the row that is furthest off.
+    `mape` is the mean absolute percentage error, `bias` the mean of predicted over measured minus 1, `worst` the id of
+    the row with the largest error.
     """
 
     source: str
@@ -55,7 +56,7 @@ class Accuracy:
 
 
 def measure_accuracy(rows: Mapping[str, Iterable[PublishedRow]]) -> list[Accuracy]:
-    """Return the accuracy of every source and quantity; sources of which every row was skipped have no quantity.
+    """Return the accuracy of every source and quantity; a source with only skipped rows has quantity "".
 
     Args:
         rows: by source, as `read_published` returns them.
@@ -88,7 +89,7 @@ def _price(rows: Iterable[PublishedRow]) -> tuple[list[RowError], dict[str, int]
             skipped[str(skip)] = skipped.get(str(skip), 0) + 1
             continue
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-            # A file never seen may hold anything; a row that cannot be read must not hide the others.
+            # A new file may hold anything; a row that cannot be read must not stop the others.
             reason = f"cannot be read: {type(error).__name__} {error}".splitlines()[0]
             skipped[reason] = skipped.get(reason, 0) + 1
             continue

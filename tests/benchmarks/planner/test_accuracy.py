@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import flops_per_token, param_counts
-from trellax.plan.published.accuracy import Accuracy, measure_accuracy
-from trellax.plan.published.ranking import rank_sweeps
-from trellax.plan.published.rows import PublishedRow, read_published
-from trellax.plan.published.training_case import row_model
 
-FOLDER = Path(os.environ.get("PUBLISHED", Path(__file__).parents[3] / "shared" / "published"))
+from benchmarks.planner.accuracy import Accuracy, measure_accuracy
+from benchmarks.planner.ranking import rank_sweeps
+from benchmarks.planner.rows import PublishedRow, read_published
+from benchmarks.planner.training_case import row_model
+
+FOLDER = Path(os.environ.get("PUBLISHED", Path(__file__).parents[4] / "shared" / "published"))
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no published measurements here")
 
@@ -81,7 +82,7 @@ def test_single_node_sweep_of_vtrain_stays_within_9_percent_and_ranks_as_before(
 
 
 def test_single_node_rows_of_vtrain_that_differ_in_layers_alone_lie_on_a_line() -> None:
-    # Why 144 rankings hang on few measurements: see benchmarks/PLANNER.md.
+    # Why 144 rankings hang on few measurements: see benchmarks/planner/PLANNER.md.
     lines: dict[tuple[int, ...], list[tuple[int, float]]] = {}
     for row in published()["vtrain2024/single_node"]:
         key = tuple(row.inputs[name] for name in ("gpus", "gbs", "mbs", "hidden", "tp", "dp", "pp"))

@@ -1,6 +1,6 @@
-"""What to change in a layout instead: a layout that is legal, fits, and is faster or smaller, found by pricing it.
+"""Suggest changes of a layout: another one that is legal, fits, and is faster or needs less memory.
 
-`diagnoses.py` says what is wrong and takes its advice from here, so that no advice repeats what is set already.
+Every suggestion has been priced. `diagnoses.py` names the mistakes and takes its fixes from here.
 """
 
 import math
@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..meshes import MeshSpec
-from .costs.layouts import Layout, legal_meshes
-from .plans import Plan
-from .search import TrainQuestion, layout_memory, price_layout
+from .costs.layout import Layout
+from .legal_layouts import legal_meshes
+from .plan import Plan
+from .training_search import TrainQuestion, layout_memory, price_layout
 
 _GB = 1e9
 _WORTHWHILE = 0.99
@@ -18,30 +19,30 @@ _CHUNKS = (2, 4)
 _HIDDEN = ("pipeline.chunks", "pipeline.layers_per_stage")
 
 Change = dict[str, int | str]
-"""Keys of a config with their new values."""
+"""Config keys with their new values."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remedy:
-    """What to set, and what it does in words; without a change it is words alone."""
+class Suggestion:
+    """A change of the config and its effect in words; without a change only words."""
 
     change: Change
     text: str
 
 
-def make_faster(question: TrainQuestion, plan: Plan, layouts: Iterable[Layout], *, otherwise: str) -> Remedy:
-    """Return the change to the fastest of these layouts that fits, or the words if none is faster by a hundredth."""
+def suggest_faster(question: TrainQuestion, plan: Plan, layouts: Iterable[Layout], *, otherwise: str) -> Suggestion:
+    """Return the change to the fastest of these layouts that fits, or `otherwise` if none is faster by 1%."""
     room = max(question.memory_limit, plan.memory.total)
     fitting = [layout for layout in layouts if layout_memory(question, layout).total <= room]
     best = min((price_layout(question, layout) for layout in fitting), key=lambda one: one.time_s, default=None)
     if best is None or best.time_s >= _WORTHWHILE * plan.time_s:
-        return Remedy(change={}, text=otherwise)
+        return Suggestion(change={}, text=otherwise)
     change = layout_change(plan.layout, best.layout)
-    return Remedy(change=change, text=f"{_set(change)}: {best.time_s:.3g} s a step, not {plan.time_s:.3g}.")
+    return Suggestion(change=change, text=f"{_set(change)}: {best.time_s:.3g} s a step, not {plan.time_s:.3g}.")
 
 
-def make_smaller(question: TrainQuestion, plan: Plan) -> Remedy:
-    """Return the change of one key that saves most memory, or another mesh of these devices that needs less."""
+def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
+    """Return the change of one key that saves most memory, else the mesh of these devices that needs least."""
     layout = plan.layout
     changes = [replace(layout, remat="full")]
     if layout.data > 1 and layout.zero == 0:
@@ -53,12 +54,12 @@ def make_smaller(question: TrainQuestion, plan: Plan) -> Remedy:
         size, best = min(sizes, key=lambda pair: pair[0], default=(math.inf, layout))
         if size < plan.memory.total:
             change = layout_change(layout, best)
-            return Remedy(change=change, text=f"{_set(change)}: {(plan.memory.total - size) / _GB:.1f} GB less.")
-    return Remedy(change={}, text="use more devices, or a smaller model.")
+            return Suggestion(change=change, text=f"{_set(change)}: {(plan.memory.total - size) / _GB:.1f} GB less.")
+    return Suggestion(change={}, text="use more devices, or a smaller model.")
 
 
 def narrower_tensor(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
-    """Yield layouts of the same devices with a smaller tensor axis that lies within nodes."""
+    """Yield layouts of the same devices with a smaller tensor axis whose groups lie within nodes."""
     node = question.topology.devices_per_node
     for mesh in _meshes(question, layout):
         if mesh.tensor < layout.tensor and node % mesh.tensor == 0:
@@ -66,7 +67,7 @@ def narrower_tensor(question: TrainQuestion, layout: Layout) -> Iterator[Layout]
 
 
 def even_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
-    """Yield layouts whose stages are even: the same without sizes of its own, or with another pipe axis."""
+    """Yield layouts with even stages: this one without its own `layers_per_stage`, and those of another pipe axis."""
     if layout.layers_per_stage is not None:
         yield replace(layout, layers_per_stage=None)
     for mesh in _meshes(question, layout):
@@ -81,8 +82,8 @@ def fuller_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
         if shard % count:
             continue
         more = replace(layout, microbatches=count, sequences=shard // count)
-        # "auto" takes a second to build; 1F1B with chunks and more microbatches is what it would be near to.
-        if layout.schedule != "auto":
+        # A search takes about a second, and its result would be close to 1F1B with chunks and more microbatches.
+        if layout.family.order == "fixed":
             yield more
         yield replace(more, schedule="1f1b", chunks=1, max_in_flight=None, layers_per_stage=_kept(layout, 1))
         for chunks in _CHUNKS:
@@ -94,8 +95,8 @@ def fuller_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
 
 
 def layout_change(old: Layout, new: Layout) -> Change:
-    """Return the config's keys in which two layouts of one batch differ, with the new values."""
-    # A layout without a pipe does not say what its config has for these, which then begins to count.
+    """Return the config keys in which two layouts of one batch differ, with the new values."""
+    # With pipe=1 the config may hold any value of these keys; with a pipeline they take effect, so they are set.
     hidden = _HIDDEN if old.pipe == 1 < new.pipe else ()
     return {key: value for key, value in _keys(new).items() if key in hidden or value != _keys(old)[key]}
 
@@ -126,13 +127,13 @@ def _kept(layout: Layout, chunks: int) -> tuple[int, ...] | None:
 
 
 def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
-    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.program.vocab):
+    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.runtime.vocab):
         if question.batch_size % mesh.data == 0:
             yield mesh
 
 
 def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterator[Layout]:
-    """The layout on another mesh: with as many sequences a microbatch as before and fewer, by 1F1B where it must."""
+    """Yield the layout on another mesh, with as many sequences per microbatch or one; by 1F1B if it must."""
     shard = question.batch_size // mesh.data
     for sequences in {math.gcd(layout.sequences, shard), 1}:
         count = shard // sequences
@@ -152,8 +153,8 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
 
 
 def _can_keep(question: TrainQuestion, layout: Layout, mesh: MeshSpec, microbatches: int) -> bool:
-    """Whether a schedule with its chunks runs on another mesh."""
-    if not layout.schedule.startswith("interleaved"):
-        return layout.chunks == 1 and layout.schedule != "auto"
+    """Return whether a layout's schedule with its chunks runs on another mesh without a new search."""
+    if layout.family.chunks != "several":
+        return layout.chunks == 1 and layout.family.order == "fixed"
     fits = mesh.pipe * layout.chunks <= question.model.num_layers and microbatches % mesh.pipe == 0
     return mesh.pipe > 1 and layout.chunks > 1 and fits
