@@ -157,6 +157,7 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
     if "tf_ms" not in inputs:
         raise RowSkippedError("times of the stages are not stated")
     ranks, transfer = inputs["pp"], inputs.get("tcomm_ms", 0.0)
+    traits = MEGATRON.order_traits
     costs = {name: inputs[key] for name, key in zip(_PASSES, ("tf_ms", "tb_ms", "tw_ms"), strict=True)}
     found = []
     for key, name in _BUBBLES.items():
@@ -165,7 +166,7 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
         # Interleaved with one layer per chunk; embedding and head count as a layer each.
         chunks = (inputs["layers"] + 2) // ranks if SCHEDULES[name].chunks == "several" else 1
         schedule = plan_schedule(
-            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, runtime=MEGATRON
+            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, traits=traits
         )
         if chunks > 1:
             stage = StageCost(**{name: cost / chunks for name, cost in costs.items()})

@@ -1,4 +1,4 @@
-"""How long one layer takes on one device: forward, both gradients, recomputation, with the tensor axis' collectives.
+"""Compute the time of one layer on one device: forward, both gradients, recomputation, and collectives over tensor.
 
 Read `stage_time.py` next.
 """
@@ -22,9 +22,9 @@ _PASSES = ("forward", "input_grad", "weight_grad")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Seconds of one layer for one microbatch: `recompute` is what backward does again; collectives are in all four.
+    """Seconds of one layer for one microbatch, collectives included; `recompute` is repeated work of the backward.
 
-    `exposed` are the seconds of all four in which the tensor axis' collectives alone are at work.
+    `exposed` are the seconds of the other four in which the device waits for collectives over tensor.
     """
 
     forward: float
@@ -41,7 +41,7 @@ class LayerTime:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Seconds of an operation alone, by pass."""
+    """Seconds of one operation by pass, without collectives."""
 
     part: Part
     forward: float
@@ -52,7 +52,11 @@ class _Work:
 def layer_time(
     model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int
 ) -> LayerTime:
-    """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens."""
+    """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens.
+
+    Raises:
+        PlanError: `num_tokens` is below 1.
+    """
     check_count("num_tokens", num_tokens, error=PlanError)
     queries = num_tokens / layout.context
     size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
@@ -65,7 +69,7 @@ def layer_time(
     hidden = _hidden_comm_s(comm, weight_grad, runtime)
     again += comm if layout.remat == "full" else 0.0
     input_grad += comm - hidden
-    # A host that is slower than the device makes it wait, forward and backward, each as a whole.
+    # If the host launches kernels more slowly than the device runs them, the device waits, in each pass as a whole.
     passes = 3 if layout.remat == "full" else 2
     waiting = max(0.0, passes * runtime.host_layer_s - (again + input_grad + weight_grad))
     return LayerTime(
@@ -115,7 +119,7 @@ def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
 def _tensor_comm_s(
     model: ModelConfig, *, size: LayerSize, layout: Layout, runtime: Runtime, topology: Topology
 ) -> float:
-    """Seconds of the collectives of one pass: two all-reduces, or as many gathers and scatters."""
+    """Return the seconds of one pass's collectives: two all-reduces, or two all-gathers and two reduce-scatters."""
     group = make_group(topology, size=layout.tensor, stride=1)
     num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
     is_split = runtime.sequence_parallel == "on"
@@ -124,9 +128,9 @@ def _tensor_comm_s(
 
 
 def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:
-    """Seconds of a backward's collectives behind the weight gradient.
+    """Return the seconds of a backward's collectives that the weight gradient hides.
 
-    With sequence parallelism half of them, the gathers of the gradient, come before both products and stay exposed.
+    With sequence parallelism half of them, the all-gathers of the gradient, come before both products and stay exposed.
     """
     if runtime.tensor_overlap == "off":
         return 0.0
@@ -136,7 +140,7 @@ def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:
 def _exposed_context_s(
     model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology, works: list[_Work]
 ) -> float:
-    """Seconds that keys and values travel around the context axis while no attention hides them."""
+    """Return the seconds of sending keys and values around the context axis that attention does not hide."""
     if layout.context == 1:
         return 0.0
     group = make_group(topology, size=layout.context, stride=layout.tensor)

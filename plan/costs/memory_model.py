@@ -18,7 +18,7 @@ from .device_params import block_params, device_params
 from .layout import Layout
 from .operations import item_bytes
 from .pipeline_time import SearchTerms, is_searched_whole, plan_schedule, search_terms
-from .runtime import TRELLAX, Runtime
+from .runtime import TRELLAX, OrderTraits, Runtime
 from .stage_time import stage_layers
 
 _FLOAT32 = 4
@@ -56,7 +56,7 @@ def step_memory(
         num_ranks=layout.pipe,
         num_microbatches=layout.microbatches,
         num_chunks=layout.chunks,
-        runtime=runtime,
+        traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     return tuple(
@@ -85,7 +85,7 @@ def peak_in_flight(
     num_ranks: int,
     num_microbatches: int,
     num_chunks: int,
-    runtime: Runtime,
+    traits: OrderTraits,
     terms: SearchTerms | None = None,
 ) -> tuple[int, ...]:
     """Return the most microbatches of a chunk that each rank holds at once.
@@ -99,18 +99,18 @@ def peak_in_flight(
     family, everything = find_family(schedule), num_microbatches * num_chunks
     if family.peak_in_flight == "all":
         return (everything,) * num_ranks
-    if runtime.clock == "lockstep" and family.peak_in_flight is not None:
-        most = family.peak_in_flight(num_ranks, num_chunks, runtime.vocab)
+    if traits.clock == "lockstep" and family.peak_in_flight is not None:
+        most = family.peak_in_flight(num_ranks, num_chunks, traits.vocab)
         return (min(everything, most),) * num_ranks
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
     if is_searched_whole(schedule, num_stages=num_ranks * num_chunks, num_microbatches=num_microbatches):
         few = num_microbatches
     sizes = {"num_ranks": num_ranks, "num_microbatches": few, "num_chunks": num_chunks}
-    built = plan_schedule(schedule, **sizes, runtime=runtime, terms=terms)
-    peaks = simulate(built, clock=runtime.clock).peak_in_flight
+    built = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
+    peaks = simulate(built, clock=traits.clock).peak_in_flight
     if family.order == "searched" and max(peaks) == few * num_chunks:
         return (everything,) * num_ranks
-    return peaks if runtime.clock == "async" else (max(peaks),) * num_ranks
+    return peaks if traits.clock == "async" else (max(peaks),) * num_ranks
 
 
 def _rank_memory(

@@ -1,8 +1,8 @@
-"""The operations of one transformer layer on one device: matrix products by shape, the rest by bytes of memory traffic.
+"""List the operations of one transformer layer on one device: matrix products by shape, others by memory traffic.
 
-Bytes per element follow from what an operation reads and writes, activations in 16 bit (4 bytes for float32 models)
-and dropout masks in one byte. A backward reads the arriving gradient and what was kept, and writes a gradient.
-Read `layer_time.py` next.
+Bytes per element follow from the arrays that an operation reads and writes: activations of 2 bytes (4 in float32
+models), dropout masks of one. A backward reads the output's gradient and the residuals, and writes the input's
+gradient. Read `layer_time.py` next.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from ...layers import ModelConfig
 from .runtime import Runtime
 
 Part = Literal["core", "weights", "vector"]
-"""core: between tokens, what "selective" recomputes; weights: products with parameters; vector: everything else."""
+"""core: the core of attention, which "selective" recomputes; weights: products with parameters; vector: the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """`batch` products [m, k] x [k, n] forward; the backward has one for each operand."""
+    """`batch` products [m, k] x [k, n] forward; the backward has one product for each operand."""
 
     part: Part
     m: float
@@ -46,7 +46,7 @@ class Flash:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSize:
-    """What one device has of a layer: `sequences` of `queries` tokens that look at `keys`; widths over `tensor`."""
+    """One device's part of a layer: `sequences` of `queries` tokens that attend to `keys`; widths are over `tensor`."""
 
     sequences: int
     queries: float
@@ -81,12 +81,12 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
 
 
 def item_bytes(model: ModelConfig) -> int:
-    """Bytes of one number of an activation."""
+    """Return the bytes of one element of an activation."""
     return 4 if model.dtype == "float32" else 2
 
 
 def block_weights(model: ModelConfig) -> int:
-    """Number of matrix weights of a block."""
+    """Return the number of matrix weights of a block."""
     num_ffn = 3 if model.mlp == "swiglu" else 2
     return model.hidden_size * (2 * model.query_size + 2 * model.kv_size + num_ffn * model.ffn_size)
 
@@ -95,7 +95,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
     heads = size.sequences * model.num_heads / size.tensor
     scores = heads * size.queries * size.keys
     if runtime.attention == "fused":
-        # A fused kernel skips what the causal mask hides.
+        # A fused kernel skips the scores that the causal mask hides: half of 4 x scores x head_size.
         yield Flash(flops=2 * scores * model.head_size)
         return
     yield Product(part="core", m=size.queries, n=size.keys, k=model.head_size, batch=heads)

@@ -15,7 +15,7 @@ from ...layers import ModelConfig
 from ...pipeline import stage_costs
 from ...pipeline.schedules import Schedule, StageCost, build_schedule, find_family, simulate
 from .layout import Layout
-from .runtime import Runtime
+from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers
 
 _SHORT = 2
@@ -55,7 +55,7 @@ def pipeline_time_s(
     schedule: str,
     num_ranks: int,
     num_microbatches: int,
-    runtime: Runtime,
+    traits: OrderTraits,
     transfer: float = 0.0,
     shared_loss: float = 0.0,
     terms: SearchTerms | None = None,
@@ -73,8 +73,8 @@ def pipeline_time_s(
 
     def run(count: int) -> float:
         sizes = {"num_ranks": num_ranks, "num_microbatches": count, "num_chunks": num_chunks}
-        grid = plan_schedule(schedule, **sizes, runtime=runtime, terms=terms)
-        return simulate(grid, clock=runtime.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
+        grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
+        return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
     periods = (num_microbatches - _SHORT * num_ranks) // num_ranks
     if periods < 2 or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
@@ -100,20 +100,20 @@ def plan_schedule(
     num_ranks: int,
     num_microbatches: int,
     num_chunks: int,
-    runtime: Runtime,
+    traits: OrderTraits,
     terms: SearchTerms | None = None,
 ) -> Schedule:
-    """Build the schedule in the order that a runtime uses."""
+    """Build the schedule in the order that a runtime with these traits uses."""
     family = find_family(schedule)
-    if family.run_ahead is not None and runtime.chunk_order == "run-ahead":
+    if family.run_ahead is not None and traits.chunk_order == "run-ahead":
         return family.run_ahead(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     return build_schedule(
         schedule,
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
         num_chunks=num_chunks,
-        clock=runtime.clock,
-        vocab=runtime.vocab,
+        clock=traits.clock,
+        vocab=traits.vocab,
         stages=terms.stages if terms else None,
         max_in_flight=terms.max_in_flight if terms else None,
     )

@@ -17,6 +17,22 @@ from ..machines.topology import Accelerator
 Switch = Literal["on", "off"]
 
 
+ChunkOrder = Literal["paired", "run-ahead"]
+"""Order of interleaved 1F1B: a forward paired with a backward in each tick, or forwards that run ahead.
+
+Running ahead hides the time that results travel between separate programs (Narayanan et al. 2021, section 2.2).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderTraits:
+    """The traits of a runtime that determine the order of actions; a small key under which schedules are cached."""
+
+    clock: Clock
+    vocab: Vocab
+    chunk_order: ChunkOrder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Traits of a training runtime; the defaults are trellax's.
@@ -24,8 +40,7 @@ class Runtime:
     Args:
         clock: one lockstep program for all ranks, or one asynchronous program per rank; see `simulate`.
         vocab: placement of embedding and head; see `split_transformer`.
-        chunk_order: order of interleaved 1F1B: a forward paired with a backward in each tick, or forwards that run
-            ahead while results travel (Narayanan et al. 2021, section 2.2).
+        chunk_order: order of interleaved 1F1B; see `ChunkOrder`.
         attention: whether the core of attention stores its scores in memory or is one fused kernel.
         score_bytes: bytes of one stored score.
         flash: implementation of the fused kernel.
@@ -55,7 +70,7 @@ class Runtime:
 
     clock: Clock = "lockstep"
     vocab: Vocab = "split"
-    chunk_order: Literal["paired", "run-ahead"] = "paired"
+    chunk_order: ChunkOrder = "paired"
     attention: Literal["scores", "fused"] = "scores"
     score_bytes: int = 4
     flash: FlashKernel = "vendor"
@@ -80,6 +95,11 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError, least=0)
+
+    @property
+    def order_traits(self) -> OrderTraits:
+        """The traits that determine the order of actions."""
+        return OrderTraits(clock=self.clock, vocab=self.vocab, chunk_order=self.chunk_order)
 
 
 TRELLAX = Runtime()

@@ -95,7 +95,7 @@ def _pipeline_s(
         schedule=layout.schedule,
         num_ranks=layout.pipe,
         num_microbatches=layout.microbatches,
-        runtime=runtime,
+        traits=runtime.order_traits,
         # A blocking hop is part of the stages' own times already.
         transfer=0.0 if runtime.blocking_hops == "on" else ends.hop,
         shared_loss=ends.shared_loss,

@@ -1,11 +1,13 @@
-"""How long one device takes for a matrix product, for traffic to its memory, and for fused attention.
+"""Compute the time of one device's kernels: matrix products, memory traffic and fused attention.
 
-Three curves, the same for every accelerator; only peaks, cores and the share of the peak differ (`topologies.toml`).
-- A product is cut into tiles, which are dealt to the cores in waves: the last wave may be partly idle (wave
-  quantisation), smaller tiles reuse less, and short inner dimensions spend their time on filling the pipeline.
+The three models are the same for every accelerator; only peaks, cores and the share of the peak differ
+(`topologies.toml`).
+- A product [m, k] x [k, n] is divided into tiles, which run on the cores in waves. The last wave may be partly idle
+  (wave quantization), smaller tiles reuse less data, and short inner dimensions k do not fill the arithmetic pipeline.
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
-- Traffic keeps `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five rows);
-  gpt-fast's decoding of a 7B model on one A100 (0.69 with its gaps between kernels) agrees.
+- Memory traffic reaches `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five
+  rows). gpt-fast's decoding of a 7B model on one A100 agrees (0.69 with its gaps between kernels).
+- Fused attention reaches a fixed share of the peak, by kernel and direction.
 Read `../costs/layer_time.py` next.
 """
 
@@ -18,7 +20,7 @@ MEMORY_SHARE = 0.74
 """Share of the data sheet's memory bandwidth that kernels reach."""
 
 FlashKernel = Literal["vendor", "portable"]
-"""Whose fused attention runs."""
+"""Implementation of fused attention: the vendor's library, or a portable kernel (Triton, FlashAttention 2)."""
 
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 _SHORT_INNER = 150
@@ -26,13 +28,13 @@ _LONG_INNER = 512
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
 _FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
-# A portable kernel leaves the asynchronous matrix units of Hopper and later alone.
+# A portable kernel does not use the asynchronous matrix units of Hopper and later.
 _SYNCHRONOUS_SHARE = 0.65
 _ASYNCHRONOUS = ("h100", "h100-pcie", "h200", "b200", "gb200")
 
 
 def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str) -> float:
-    """Return the seconds of `batch` products [m, k] x [k, n]; as long as their traffic takes where that is longer."""
+    """Return the seconds of `batch` products [m, k] x [k, n]: the longer of arithmetic and memory traffic."""
     if min(m, n, k, batch) <= 0:
         return 0.0
     flops = min(_wave_flops(accelerator.cores, m=m, n=n, k=k, batch=batch, tile=tile) for tile in _TILES)
@@ -40,13 +42,13 @@ def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, bat
     traffic = item * batch * (m * k + k * n + m * n)
     peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
     if batch > 1 and (k % _ALIGNED or n % _ALIGNED):
-        # Rows of heads that do not start at 16 bytes keep the matrix units idle (BLOOM chronicles, 02-20 to 02-26).
+        # Heads whose rows are not aligned to 16 bytes leave matrix units idle (BLOOM chronicles, 02-20 to 02-26).
         flops, peak = 2 * batch * m * n * k, accelerator.peak_flops_per_s(dtype) * _MISALIGNED_SHARE
     return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic))
 
 
 def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
-    """Return the seconds that a kernel takes for this traffic, reads and writes counted alike."""
+    """Return the seconds of a kernel that reads and writes this many bytes in all."""
     return num_bytes / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
 
 
@@ -58,11 +60,12 @@ def flash_time_s(
     kernel: FlashKernel,
     dtype: str,
 ) -> float:
-    """Return the seconds of fused attention: `flops` of its matrix products, those of the backward with recomputation.
+    """Return the seconds of fused attention.
 
     Args:
-        kernel: the vendor's library, or a portable one (Triton, FlashAttention 2), which reaches a third of the peak
-            on Hopper where the vendor's and FlashAttention 3 reach two thirds (Shah et al. 2024, section 4).
+        flops: flops of its matrix products, in the backward with recomputation.
+        kernel: a portable kernel reaches a third of the peak on Hopper, where the vendor's library and FlashAttention 3
+            reach two thirds (Shah et al. 2024, section 4).
     """
     share = _FLASH_SHARES[kernel][direction == "backward"]
     if kernel == "portable" and accelerator.key in _ASYNCHRONOUS:
@@ -71,9 +74,10 @@ def flash_time_s(
 
 
 def _wave_flops(cores: int, *, m: float, n: float, k: float, batch: float, tile: tuple[int, int, float]) -> float:
-    """Flops that the cores could have done while the waves of one tile size ran.
+    """Return the flops that all cores could do in the time of the waves of one tile size.
 
-    Where tiles are fewer than cores the inner dimension is split too, as libraries do for products with few rows.
+    With fewer tiles than cores the inner dimension is split too (split-K), as libraries do for products with few rows.
+    For example 4,096 x 4,096 in tiles of 128 x 256 are 512 tiles: 4.7 waves on 108 cores, which take the time of 5.
     """
     rows, columns, reuse = tile
     num_tiles = batch * min(

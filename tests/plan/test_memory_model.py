@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
-from trellax.pipeline.schedules import simulate
+from trellax.pipeline.schedules import Vocab, simulate
 from trellax.plan.costs.activations import layer_activation_bytes
 from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
@@ -41,12 +41,12 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
 @pytest.mark.parametrize(
     ("name", "chunks"), [("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
 )
-def test_formulas_of_microbatches_in_flight_are_what_the_simulator_counts(name: str, chunks: int, vocab: str) -> None:
+def test_formulas_of_microbatches_in_flight_are_what_the_simulator_counts(name: str, chunks: int, vocab: Vocab) -> None:
     for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):
         sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
-        runtime = replace(TRELLAX, vocab=vocab)
-        peaks = peak_in_flight(name, **sizes, runtime=runtime)
-        schedule = plan_schedule(name, **sizes, runtime=runtime)
+        traits = replace(TRELLAX, vocab=vocab).order_traits
+        peaks = peak_in_flight(name, **sizes, traits=traits)
+        schedule = plan_schedule(name, **sizes, traits=traits)
         assert max(peaks) == max(simulate(schedule).peak_in_flight)
 
 

@@ -30,17 +30,18 @@ RUNTIMES = {"async": MEGATRON, "lockstep": replace(TRELLAX, vocab="ends")}
 @pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
 @pytest.mark.parametrize(("name", "chunks"), NAMES)
 def test_time_continues_with_the_slope_of_the_steady_state(name: str, chunks: int, runtime: Runtime) -> None:
+    traits = runtime.order_traits
     stages = uneven(4 * chunks)
     sizes = {"num_ranks": 4, "num_microbatches": 32}
-    schedule = plan_schedule(name, **sizes, num_chunks=chunks, runtime=runtime)
-    whole = simulate(schedule, clock=runtime.clock, stages=stages, transfer=0.05).makespan
-    found = pipeline_time_s(stages, schedule=name, **sizes, runtime=runtime, transfer=0.05)
+    schedule = plan_schedule(name, **sizes, num_chunks=chunks, traits=traits)
+    whole = simulate(schedule, clock=traits.clock, stages=stages, transfer=0.05).makespan
+    found = pipeline_time_s(stages, schedule=name, **sizes, traits=traits, transfer=0.05)
     assert found == pytest.approx(whole, rel=1e-9)
 
 
 def test_one_rank_has_no_bubble() -> None:
     stages = (StageCost(forward=1.0, input_grad=2.0, weight_grad=3.0),)
-    assert pipeline_time_s(stages, schedule="1f1b", num_ranks=1, num_microbatches=5, runtime=TRELLAX) == 30
+    assert pipeline_time_s(stages, schedule="1f1b", num_ranks=1, num_microbatches=5, traits=TRELLAX.order_traits) == 30
 
 
 @pytest.mark.parametrize("limit", [None, 3])
@@ -53,7 +54,7 @@ def test_auto_is_priced_as_what_training_builds(limit: int | None, clock: Clock)
     assert terms is not None
     built = build_schedule("auto", **sizes, clock=clock, vocab="split", max_in_flight=limit, stages=terms.stages)
     whole = simulate(built, clock=clock, stages=stages, transfer=0.05)
-    found = pipeline_time_s(stages, schedule="auto", **sizes, runtime=runtime, transfer=0.05, terms=terms)
+    found = pipeline_time_s(stages, schedule="auto", **sizes, traits=runtime.order_traits, transfer=0.05, terms=terms)
     assert found == whole.makespan
     assert limit is None or max(whole.peak_in_flight) <= limit
 
@@ -62,8 +63,8 @@ def test_auto_of_many_microbatches_continues_near_what_building_all_gives() -> N
     stages = uneven(4)
     terms = SearchTerms(stages=tuple(stages), max_in_flight=4)
     sizes = {"num_ranks": 4, "num_microbatches": 300}
-    found = pipeline_time_s(stages, schedule="auto", **sizes, runtime=MEGATRON, terms=terms)
-    grid = plan_schedule("auto", **sizes, num_chunks=1, runtime=MEGATRON, terms=terms)
+    found = pipeline_time_s(stages, schedule="auto", **sizes, traits=MEGATRON.order_traits, terms=terms)
+    grid = plan_schedule("auto", **sizes, num_chunks=1, traits=MEGATRON.order_traits, terms=terms)
     assert found == pytest.approx(simulate(grid, clock="async", stages=stages).makespan, rel=1e-3)
 
 
