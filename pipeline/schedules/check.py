@@ -1,4 +1,4 @@
-"""Checks that a schedule can run: every action exactly once, on its rank, after the actions that it needs.
+"""Check that a schedule can run: every action exactly once, on its rank, after the actions that it needs.
 
 A schedule is checked whenever one is made, since even published schedules have had errors of order for a year.
 """

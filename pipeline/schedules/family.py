@@ -108,3 +108,15 @@ class Family:
             f"schedule {self.name!r} has one chunk a rank, not {num_chunks}.",
             fix="set 1 chunk, or use an interleaved one.",
         )
+
+    def check_limit(self, max_in_flight: int | None) -> None:
+        """Raise if a limit of microbatches in flight is given to a family that takes none.
+
+        Raises:
+            ScheduleError: it is.
+        """
+        if max_in_flight is not None and "max_in_flight" not in self.takes:
+            raise ScheduleError(
+                f"max_in_flight={max_in_flight} is for the schedule auto alone; {self.name} takes no limit.",
+                fix="build 'auto', or leave max_in_flight out.",
+            )

@@ -8,7 +8,7 @@ from ...meshes.arguments import check_choice
 from ...meshes.errors import ScheduleError
 from .action import Kind
 from .schedule import Schedule
-from .simulate import Clock, Span, simulate, time_actions
+from .simulate import Clock, Span, Timing, simulate, time_actions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,10 +63,6 @@ def draw_picture(
     narrowest = min(length for span in spans if (length := span.end - span.start))
     width = min(_WIDEST, max(8.0, 1.2 + _INCHES_PER_CELL * timing.makespan / narrowest))
     height = min(_TALLEST, 1.5 + _INCHES_PER_RANK * schedule.num_ranks)
-    title = (
-        f"{schedule.name}: {_size_text(schedule)}, {clock} clock\n"
-        f"bubble {timing.bubble_fraction:.1%}, peak in flight {peak_text(timing.peak_in_flight)}"
-    )
     out = io.BytesIO()
     with rc_context({"svg.hashsalt": "trellax", "hatch.linewidth": 0.4, "svg.fonttype": "none"}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -76,7 +72,7 @@ def draw_picture(
         points = 72 * (width - 1.2) / timing.makespan
         rank_points = 72 * (height - 1.5) / schedule.num_ranks
         _draw_numbers(axes, schedule, spans, points_per_time=points, tallest=0.6 * rank_points)
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(_title(schedule, timing), fontsize=10, loc="left")
         _draw_legend(figure, schedule, kinds={span.action.kind for span in spans})
         figure.savefig(out, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
     return out.getvalue()
@@ -88,9 +84,13 @@ def peak_text(peak_in_flight: Iterable[int]) -> str:
     return ", ".join(map(str, peaks)) if len(peaks) <= 16 else f"{min(peaks)} to {max(peaks)}"
 
 
-def _size_text(schedule: Schedule) -> str:
+def _title(schedule: Schedule, timing: Timing) -> str:
     chunks = f" x {schedule.num_chunks} chunks" if schedule.num_chunks > 1 else ""
-    return f"{schedule.num_ranks} ranks{chunks}, {schedule.num_microbatches} microbatches"
+    return (
+        f"{schedule.name}: {schedule.num_ranks} ranks{chunks}, {schedule.num_microbatches} microbatches, "
+        f"{timing.clock} clock\n"
+        f"bubble {timing.bubble_fraction:.1%}, peak in flight {peak_text(timing.peak_in_flight)}"
+    )
 
 
 def _draw_frame(axes: "Axes", schedule: Schedule, *, makespan: float) -> None:

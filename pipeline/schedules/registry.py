@@ -1,6 +1,6 @@
 """The schedules by name, and how one is built. `SCHEDULES` is the only registry of the project."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from ...meshes.arguments import check_choice
@@ -61,20 +61,9 @@ def build_schedule(
     family = find_family(name)
     check_vocab(vocab)
     check_choice("clock", clock, get_args(Clock), error=ScheduleError)
-    check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+    check_sizes(**sizes)
     family.check_chunks(num_chunks)
-    if max_in_flight is not None and "max_in_flight" not in family.takes:
-        raise ScheduleError(
-            f"max_in_flight={max_in_flight} is for the schedule auto alone; {name} takes no limit.",
-            fix="build 'auto', or leave max_in_flight out.",
-        )
-    given: Mapping[str, Any] = {
-        "num_ranks": num_ranks,
-        "num_microbatches": num_microbatches,
-        "num_chunks": num_chunks,
-        "clock": clock,
-        "vocab": vocab,
-        "max_in_flight": max_in_flight,
-        "stages": stages,
-    }
-    return family(**family.accepted(given))
+    family.check_limit(max_in_flight)
+    options: dict[str, Any] = {"clock": clock, "vocab": vocab, "max_in_flight": max_in_flight, "stages": stages}
+    return family(**family.accepted({**sizes, **options}))

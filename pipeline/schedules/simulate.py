@@ -70,8 +70,7 @@ def simulate(
             a vocabulary that is split over all ranks, under the lockstep clock only.
 
     Raises:
-        ScheduleError: the number of `stages` is not the schedule's, a time is negative or not finite, the clock is
-            unknown, or `shared_loss` is given with the async clock.
+        ScheduleError: a time, the number of `stages` or the clock is wrong, or an async clock has a `shared_loss`.
     """
     stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     spans = _run(schedule, clock, stages, transfer, shared_loss)

@@ -50,8 +50,7 @@ def step_time(
         layer: the time of a layer if it is known already; many layouts share one.
 
     Raises:
-        PlanError: `num_tokens` is below 1.
-        ScheduleError: the layout's schedule is unknown or cannot run.
+        TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
     if layer is None:
         layer = layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
@@ -61,8 +60,9 @@ def step_time(
     pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, runtime=runtime, terms=terms)
     of_rank = sum(layers[:: layout.pipe])
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank)
-    hiding = of_rank * layer.backward
-    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=hiding)
+    data_s = _exposed_data_s(
+        data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=of_rank * layer.backward
+    )
     time_s = pipeline_s + data_s + data.optimizer
     tokens = layout.batch_size * num_tokens
     flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training

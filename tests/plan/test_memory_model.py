@@ -1,4 +1,4 @@
-"""Predicted memory against formulas of the literature, and against what compiled programs keep."""
+"""Predicted memory equals the formulas of the literature, and is near that of compiled programs."""
 
 from dataclasses import replace
 

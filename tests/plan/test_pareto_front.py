@@ -1,4 +1,4 @@
-"""The picture of a search: the numbers of the table, every point of the front named, nothing on top of anything."""
+"""The Pareto front and its picture: the numbers of the table, every point named, no text over another."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Pipelines of many microbatches: a few simulated and the rest continued give what simulating all gives."""
+"""The time of many microbatches, extrapolated from a few, equals the time of simulating all."""
 
 from dataclasses import replace
 

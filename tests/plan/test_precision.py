@@ -1,4 +1,4 @@
-"""Eight and four bits are priced as sixteen: the plan, the benchmark's table and the stages say so."""
+"""Precisions of 8 and 4 bits are predicted as 16 bits, and the plan and the benchmark's table say so."""
 
 from dataclasses import replace
 

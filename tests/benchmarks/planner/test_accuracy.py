@@ -1,4 +1,4 @@
-"""The planner against other people's measurements: bounds that hold today, so that no change makes it worse unseen.
+"""Bounds of the planner's error against published measurements, so that no change makes it worse unnoticed.
 
 The files lie beside the repository; PUBLISHED names another folder. Without them these tests are skipped.
 """

@@ -1,4 +1,4 @@
-"""What the tests of this folder draw from: every named schedule in random sizes, and rules about its actions."""
+"""Hypothesis strategies of this folder: named schedules in random sizes."""
 
 from hypothesis import strategies as st
 from trellax.pipeline import SCHEDULES, Schedule, build_schedule
@@ -7,7 +7,7 @@ WHOLE = ("naive", "gpipe", "1f1b", "interleaved-1f1b")
 """Schedules whose backwards are whole."""
 
 HALVES = ("zb-h1", "interleaved-zb-h1")
-"""Schedules whose backwards are in halves, I and W."""
+"""Schedules with split backwards, I and W."""
 
 
 @st.composite
