@@ -60,13 +60,9 @@ def step_time(
     pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, runtime=runtime, terms=terms)
     of_rank = sum(layers[:: layout.pipe])
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank)
-    data_s = _exposed_data_s(
-        data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=of_rank * layer.backward
-    )
+    backward = of_rank * layer.backward
+    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=backward)
     time_s = pipeline_s + data_s + data.optimizer
-    tokens = layout.batch_size * num_tokens
-    flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
-    peak = topology.accelerator.peak_flops_per_s(model.dtype) * layout.num_devices
     return StepTime(
         time_s=time_s,
         pipeline_s=pipeline_s,
@@ -74,8 +70,8 @@ def step_time(
         data_s=data_s,
         optimizer_s=data.optimizer,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
-        tokens_per_s=tokens / time_s,
-        mfu=tokens * flops / (time_s * peak),
+        tokens_per_s=layout.batch_size * num_tokens / time_s,
+        mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),
     )
 
 
@@ -103,6 +99,14 @@ def _pipeline_s(
     )
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
     return pipeline_s, busy
+
+
+def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: int, time_s: float) -> float:
+    """Return the model flops of a step over those that all devices could do at their peak."""
+    tokens = layout.batch_size * num_tokens
+    flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
+    peak = topology.accelerator.peak_flops_per_s(model.dtype) * layout.num_devices
+    return tokens * flops / (time_s * peak)
 
 
 def _exposed_data_s(data: UpdateTime, *, layout: Layout, runtime: Runtime, pipeline_s: float, backward: float) -> float:
