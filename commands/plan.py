@@ -1,4 +1,4 @@
-"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. Read `../plan/search.py` next."""
+"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. Read `../plan/training_search.py` next."""
 
 import argparse
 import json

@@ -89,7 +89,7 @@ def inspect_compiled(
     Args:
         mesh: the mesh whose devices it was compiled for; its axes name the traffic.
         parameters, optimizer: trees of its arguments, to tell them and gradients apart in memory.
-        minimum_bytes: what must be sent at least, by axes (see `../plan/costs/minimum.py`).
+        minimum_bytes: what must be sent at least, by axes (see `../plan/costs/minimum_traffic.py`).
         hardware: the device, for capacity and roofline.
         devices_per_node: all of them if left out.
     """
