@@ -1,4 +1,4 @@
-"""The command line, one file a command."""
+"""The command line: `registry.py` lists the commands, and each has a file."""
 
 from typing import TYPE_CHECKING
 

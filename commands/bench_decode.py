@@ -1,4 +1,4 @@
-"""`trellax bench-decode`: latency and throughput over meshes and batch sizes, beside what memory allows."""
+"""`trellax bench-decode`: measure latency and throughput of decoding, and compare them with the memory roofline."""
 
 import argparse
 import io
@@ -21,32 +21,34 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
-from .asked_file import check_files, write_file
-from .generate import open_mesh, resolve_mesh, served_model
+from .engine import apply_dtype, open_mesh, resolve_mesh
+from .output_file import check_output_files, write_output_file
 from .serving_source import open_source
 
 _GIB = 2**30
 
 
 def run_bench_decode(args: argparse.Namespace) -> int:
-    """Measure every mesh with every batch and print a table.
+    """Measure every batch size on every mesh, print a table, and return the exit code.
 
     Raises:
-        TrellaxError: a mesh or a batch that does not fit the model or the memory; nothing was measured.
+        TrellaxError: a mesh or batch size does not fit the model or the memory; then nothing was measured.
     """
-    check_files(args.png)
+    check_output_files(args.png)
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     specs = [resolve_mesh(text) for text in args.meshes.split(";") if text.strip()]
     if not specs:
-        raise ConfigError(f"--meshes {args.meshes!r} names no mesh.", fix="write --meshes 'tensor=4;pipe=4', say.")
+        raise ConfigError(
+            f"--meshes {args.meshes!r} names no mesh.", fix="write for example --meshes 'tensor=4;pipe=4'."
+        )
     batches = _read_batches(args)
     config, read = _open_model(args)
-    plans = [_Plan(config, spec, batch, args) for spec in specs for batch in batches]
+    trials = [_Trial(config, spec, batch, args) for spec in specs for batch in batches]
     memory = _Memory()
-    for plan in plans:
-        plan.check(memory)
-    rows = [plan.measure(read, memory) for plan in plans]
+    for trial in trials:
+        trial.check(memory)
+    rows = [trial.measure(read, memory) for trial in trials]
     if args.json:
         print(json.dumps({"memory": memory.source, "rows": rows}))
     else:
@@ -63,7 +65,7 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
         batches = []
     if not batches or min(batches) < 1:
         raise ConfigError(
-            f"--batch {args.batch!r} is no list of numbers of requests.", fix="write --batch 1,4,16, say."
+            f"--batch {args.batch!r} is not a list of numbers of requests.", fix="write for example --batch 1,4,16."
         )
     if args.prompt_tokens < 1 or args.new_tokens < 2:
         raise ConfigError(
@@ -74,17 +76,17 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
 
 
 def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
-    """The model, and what makes its parameters on a mesh: drawn for a config, read for a folder."""
+    """Return the model, and a function that makes its parameters on a mesh: random for a config, read for a folder."""
     if Path(args.model).is_dir():
         source = open_source(args.model)
-        config = served_model(source.config, args)
+        config = apply_dtype(source.config, args)
         return config, lambda mesh: source.read(param_shapes(config, mesh=mesh))
-    config = served_model(load_config(args.model).model, args)
+    config = apply_dtype(load_config(args.model).model, args)
     return config, lambda mesh: draw_params(config, mesh)
 
 
 class _Memory:
-    """What memory holds and moves, and how that is known; fake devices share the machine's."""
+    """Size and speed of the devices' memory, and the source of these figures; fake devices share the machine's."""
 
     def __init__(self) -> None:
         device, known = visible_devices()[0], detect_topology()
@@ -104,23 +106,23 @@ class _Memory:
             self.source = f"{self._speed / 1e9:,.0f} GB/s by the data sheet of {device.device_kind}"
 
     def num_bytes(self, mesh: MeshSpec) -> float | None:
-        """Bytes that each device of a mesh has, None where that is not known."""
+        """Return the bytes of memory of each device of a mesh, or None if that is not known."""
         return self._share(self._num_bytes, mesh)
 
     def bytes_per_s(self, mesh: MeshSpec) -> float | None:
-        """Bytes that each device of a mesh moves in a second, None where that is not known."""
+        """Return the bytes/s of memory bandwidth of each device of a mesh, or None if that is not known."""
         return self._share(self._speed, mesh)
 
     def _share(self, whole: float | None, mesh: MeshSpec) -> float | None:
         return None if whole is None else whole / (mesh.num_devices if self._is_shared else 1)
 
 
-class _Plan:
-    """One row of the table before it is measured."""
+class _Trial:
+    """One mesh and batch size to measure: a row of the table."""
 
     def __init__(self, config: ModelConfig, spec: MeshSpec, batch: int, args: argparse.Namespace) -> None:
         self.config, self.spec, self.batch, self.args = config, spec, batch, args
-        # Fewer requests than stages cannot fill more groups than they are.
+        # With fewer requests than stages, a group for each stage would leave some without a request.
         groups = args.groups or min(spec.pipe, -(-batch // spec.data))
         parts = spec.data * groups
         self.sizes = Sizes(
@@ -134,7 +136,11 @@ class _Plan:
         )
 
     def check(self, memory: _Memory) -> None:
-        """Raise unless model, mesh and memory allow it; nothing is allocated."""
+        """Check that the model splits over the mesh and that weights and cache fit; nothing is allocated.
+
+        Raises:
+            TrellaxError: they do not.
+        """
         check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens)
         mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
         cache = bytes_per_device(state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype))
@@ -148,7 +154,7 @@ class _Plan:
             )
 
     def measure(self, read: Any, memory: _Memory) -> dict[str, Any]:
-        """Build an engine and let it answer twice, once to warm up."""
+        """Build an engine, let it answer once to compile and once to be timed, and return the row."""
         print(f"{self.spec}, {self.batch} requests ...", file=sys.stderr)
         mesh, sizes = open_mesh(self.spec), self.sizes
         engine = Engine(
@@ -204,4 +210,4 @@ def _write_png(path: str, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    write_file(path, buffer.getvalue())
+    write_output_file(path, buffer.getvalue())

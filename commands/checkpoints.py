@@ -1,6 +1,6 @@
-"""`trellax checkpoints DIR`: what a run folder holds, how large it is, and whether it is what was written.
+"""`trellax checkpoints`: list the saves of a run folder with their sizes, and verify their files by their hashes.
 
-It starts no backend and changes nothing, so it may look at a run that is under way.
+It imports no jax and changes nothing, so it may be used on a run that is going on.
 """
 
 import argparse
@@ -14,15 +14,19 @@ from ..hub.saves.names import FOLDER, SaveFolder, is_own_name, read_step
 from ..hub.saves.seal import SEAL_FORMAT, Seal, find_damage, read_seal
 from ..hub.saves.seal_fields import MAX_DEPTH
 from ..meshes import CheckpointError, suggest
+from ..meshes.columns import align
 from ..meshes.files.regular_file import walk_folder
-from .argument_types import path
 
-_WIDEST = 60
+_MAX_WIDTH = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveRow:
-    """One line of the list; `problem` is "" where nothing is wrong as far as was looked."""
+    """One save, or another entry of the folder; `problem` is "" unless one was found.
+
+    `state` is "sealed" (finished, its files not read), "verified", "damaged", "other format", "unfinished",
+    "set aside" (renamed by a run that found it damaged) or "no save".
+    """
 
     name: str
     state: str
@@ -32,26 +36,19 @@ class SaveRow:
     problem: str
 
 
-def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the words of the command."""
-    parser.add_argument("folder", type=path, metavar="DIR", help="a run folder, or the checkpoints in it")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
-
-
 def run_checkpoints(args: argparse.Namespace) -> int:
-    """Print the list; the exit code is 1 where a finished save is damaged.
+    """Print the list, and return the exit code, which is 1 if a finished save is damaged.
 
     Raises:
         CheckpointError: there is no such folder, or nothing was saved in it.
     """
     folder = _find_folder(Path(args.folder))
-    looked = [_look_at(folder, name, verify=args.verify) for name in sorted(folder.names, key=_number)]
-    # A run that is under way removes and renames what is here: what has gone meanwhile is not damaged.
+    looked = [_read_row(folder, name, verify=args.verify) for name in sorted(folder.names, key=_sort_key)]
+    # A run that is going on removes and renames saves: one that has gone meanwhile is not damaged.
     rows = [row for row in looked if os.path.lexists(folder.path / row.name)]
     if not rows:
         raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")
-    print(json.dumps([asdict(row) for row in rows]) if args.json else _draw(folder, rows, verified=args.verify))
+    print(json.dumps([asdict(row) for row in rows]) if args.json else _draw_table(folder, rows, verified=args.verify))
     return int(any(row.state == "damaged" for row in rows))
 
 
@@ -61,12 +58,12 @@ def _find_folder(path: Path) -> SaveFolder:
             return SaveFolder(folder)
     siblings = [str(other) for other in path.parent.glob("*") if (other / FOLDER).is_dir()]
     raise CheckpointError(
-        f"{path} is no run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
-        fix="give the folder that `trellax train` wrote, runs/NAME say.",
+        f"{path} is not a run folder: it has no folder {FOLDER}.{suggest(str(path), siblings)}",
+        fix="give the folder that `trellax train` wrote, for example runs/NAME.",
     )
 
 
-def _look_at(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
+def _read_row(folder: SaveFolder, name: str, *, verify: bool) -> SaveRow:
     path = folder.path / name
     if read_step(name) is None:
         state = "no save" if not is_own_name(name) else "set aside" if ".damaged" in name else "unfinished"
@@ -103,14 +100,10 @@ def _layout(seal: Seal) -> str:
     return f"{sizes} {pipeline.get('schedule', '')}".strip()
 
 
-def _draw(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
+def _draw_table(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
     cells = [("step", "state", "bytes", "saved at", "saved on")]
     cells += [(_show(row.name), row.state, f"{row.num_bytes:,}", row.saved_at, _show(row.layout)) for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(5)]
-    lines = [
-        f"{name:>{widths[0]}}  {state:<{widths[1]}}  {size:>{widths[2]}}  {when:<{widths[3]}}  {where}".rstrip()
-        for name, state, size, when, where in cells
-    ]
+    lines = [align(cells, left={1, 3, 4})]
     lines += [f"{_show(row.name)}: {row.problem}" for row in rows if row.problem]
     total = f"{sum(row.num_bytes for row in rows):,} bytes in {folder.path}"
     lines.append(total if verified else f"{total}; --verify reads them")
@@ -118,11 +111,11 @@ def _draw(folder: SaveFolder, rows: list[SaveRow], *, verified: bool) -> str:
 
 
 def _show(text: str) -> str:
-    """Return a text from a folder as a terminal may see it."""
+    """Return a text from a save's files without terminal escapes, and at most 60 characters of it."""
     shown = text if text.isprintable() else ascii(text)[1:-1]
-    return shown if len(shown) <= _WIDEST else f"{shown[: _WIDEST - 3]}..."
+    return shown if len(shown) <= _MAX_WIDTH else f"{shown[: _MAX_WIDTH - 3]}..."
 
 
-def _number(name: str) -> tuple[int, str]:
+def _sort_key(name: str) -> tuple[int, str]:
     step = read_step(name.partition(".")[0])
     return (-1 if step is None else step, name)

@@ -1,57 +1,52 @@
-"""`trellax generate`: prompts in, text out as it comes. Read `../serve/engine.py` for what answers them."""
+"""`trellax generate`: answer prompts with a trained model, and print the answers as they are decoded."""
 
 import argparse
 import json
 import re
 import sys
 import time
-from dataclasses import replace
 from typing import Any, TextIO
-
-import jax
 
 from ..hub.text_stream import TextStream, Tokenizer
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshSpec, ServeError, build_mesh, suggest, use_fake_devices
-from ..meshes.build import visible_devices
+from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
 from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
-from .model_arguments import no_prompt
+from .arguments.generate import no_prompt
+from .engine import apply_dtype, open_mesh, resolve_mesh
 from .serving_source import Source, open_source
 
-DTYPES = ("float32", "bfloat16")
-
 _DEFAULT_SLOTS = 8
-_LONGEST_PROMPTS = 1 << 28
-_BETWEEN = "\n---\n"
+_MAX_PROMPTS_BYTES = 1 << 28
+_SEPARATOR = "\n---\n"
 """Between two answers, which may have blank lines of their own."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters but for line ends and tabs: C0, DEL and C1."""
+"""Control characters (C0, DEL and C1) except line ends and tabs."""
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Answer the prompts; stdout gets the answers, stderr the talk.
+    """Answer the prompts, print the answers to stdout and all else to stderr, and return the exit code.
 
     Raises:
-        TrellaxError: model, mesh and prompts do not fit each other; no weight was read.
+        TrellaxError: model, mesh and prompts do not fit each other; then no weight was read.
     """
     prompts = _read_prompts(args)
-    # Before a save is looked at, since that starts jax.
+    # Before a save is read, which starts jax.
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     spec = resolve_mesh(args.mesh)
     source = open_source(args.folder)
     for warning in source.warnings:
         print(f"warning   {warning}", file=sys.stderr)
-    config = served_model(source.config, args)
+    config = apply_dtype(source.config, args)
     requests = _make_requests(prompts, args, source)
     sizes = _engine_sizes(args, config, requests, spec)
     check_model(config, spec.sizes, max_tokens=sizes["max_tokens"])
     own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
-    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # it checks itself
+    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
     mesh = open_mesh(spec)
@@ -64,12 +59,12 @@ def run_generate(args: argparse.Namespace) -> int:
         on_token=printer.add if printer else None,
         **sizes,
     )
-    print(_describe(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
+    print(_describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     start_s = time.perf_counter()
     sequences = _answer(engine, requests, printer)
     if args.json:
         print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
-    print(_sum_up(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
+    print(_describe_pace(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
     return 0
 
 
@@ -82,61 +77,26 @@ def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None")
     return sequences
 
 
-def served_model(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
-    """Return the model as the words say to compute it.
-
-    Raises:
-        ConfigError: a type that is none.
-    """
-    for option, name in (("--dtype", args.dtype), ("--cache-dtype", args.cache_dtype)):
-        if name is not None and name not in DTYPES:
-            raise ConfigError(
-                f"{option} {shown(name)}: unknown type.{suggest(name, DTYPES)}", fix=f"use {' or '.join(DTYPES)}."
-            )
-    return replace(config, dtype=args.dtype or config.dtype)
-
-
-def resolve_mesh(text: str) -> MeshSpec:
-    """Return the mesh that was asked for; an open axis takes all devices.
-
-    Raises:
-        MeshError: the words are no mesh.
-    """
-    spec = MeshSpec.parse(text)
-    # Asked for in any case: before a model is read, since that starts jax too.
-    devices = visible_devices()
-    return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec
-
-
-def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
-    """Return the mesh on the first of the devices.
-
-    Raises:
-        MeshError: there are fewer devices than the mesh has.
-    """
-    return build_mesh(spec, devices=visible_devices()[: spec.num_devices])
-
-
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            content = read_bounded(args.prompts_file, max_bytes=_LONGEST_PROMPTS, error=ConfigError)
+            content = read_bounded(args.prompts_file, max_bytes=_MAX_PROMPTS_BYTES, error=ConfigError)
             text = content.decode("utf-8-sig").replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
-        # Not splitlines, which takes a form feed for the end of a line too.
+        # Not splitlines, for which a form feed ends a line too.
         prompts += [line for line in text.split("\n") if line]
     if not prompts:
         raise no_prompt()
     for text in (*prompts, *args.stop):
         if not _is_text(text):
-            raise ServeError(f"{shown(text)} is no UTF-8 text.", fix="convert it, or check the locale.")
+            raise ServeError(f"{shown(text)} is not UTF-8 text.", fix="convert it, or check the locale.")
     return prompts
 
 
 def _is_text(word: str) -> bool:
-    """Whether a word of the command line was text: bytes that were none come as surrogates."""
+    """Whether an argument is UTF-8 text: Python decodes other bytes of the command line to surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
@@ -145,7 +105,7 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source)
     stops += [one for one in source.end_ids if one not in stops]
     return [
         Request(
-            # As transformers has it: what is empty begins with the token that begins texts.
+            # As in transformers: an empty prompt becomes the token that begins texts.
             prompt=tuple(source.tokenizer.encode_prompt(prompt)) or source.begin_ids,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -159,12 +119,12 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source)
 
 
 def _stop_token(text: str, tokenizer: Tokenizer) -> int:
-    # A shell has no easy way to write a line end.
+    # In most shells a line end is hard to write.
     tokens = tokenizer.encode(text.replace("\\n", "\n"))
     if len(tokens) != 1:
         raise ServeError(
             f"--stop {shown(text)} is {len(tokens)} tokens; an answer ends with a single one.",
-            fix="give one, '\\n' say.",
+            fix="give a single token, for example '\\n'.",
         )
     return tokens[0]
 
@@ -176,19 +136,19 @@ def _engine_sizes(
     groups = args.groups or spec.pipe
     parts = spec.data * groups
     return {
-        # As many as there are prompts, up to 8, and then what divides.
+        # As many as there are prompts, up to 8, rounded up to what groups and data shards divide.
         "slots": args.slots or -(-min(len(requests), _DEFAULT_SLOTS) // parts) * parts,
         "max_tokens": args.max_tokens or min(needed, config.max_tokens),
         "groups": groups,
         "chunk": args.chunk,
-        # A model may have more ends than an engine looks for unasked.
+        # A model may have more end tokens than an engine compares with by default.
         "max_stops": max(MAX_STOPS, *(len(request.stop) for request in requests)),
         "cache_dtype": args.cache_dtype,
     }
 
 
 class _Printer:
-    """Answers on a terminal, in the order of the prompts: the first that is not done appears as it comes."""
+    """Print answers in the order of their prompts: the first unfinished one as it is decoded, later ones after it."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[str], requests: list[Request], out: TextIO) -> None:
         self._out = out
@@ -198,14 +158,14 @@ class _Printer:
         self._first = 0
 
     def add(self, sequence: Sequence, token: int) -> None:
-        """Show a token, or keep it until its prompt's turn."""
+        """Print a token of the answer that is being printed, or keep that of a later one."""
         self._waiting[sequence.id] += self._streams[sequence.id].add(token)
         self._show()
 
     def end(self, sequence: Sequence) -> None:
-        """Show the rest of an answer, and what has come of those behind it."""
+        """Print the rest of an answer, and what there is of those after it."""
         is_last = sequence.id == len(self._streams) - 1
-        self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _BETWEEN)
+        self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _SEPARATOR)
         self._has_ended[sequence.id] = True
         while self._first < len(self._waiting) and self._has_ended[self._first]:
             self._show()
@@ -215,9 +175,9 @@ class _Printer:
 
     def _show(self) -> None:
         text = self._waiting[self._first]
-        # A terminal would obey what a model writes; a file or a program gets it as it is.
+        # A terminal would obey control characters that a model writes; files and programs get them unchanged.
         text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if self._out.isatty() else text
-        # A stdout that is not UTF-8 lacks letters that a model writes.
+        # A stdout that is not UTF-8 cannot encode all characters that a model writes.
         encoding = self._out.encoding or "utf-8"
         self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
         self._out.flush()
@@ -234,7 +194,7 @@ def _numbers(prompt: str, sequence: Sequence, tokenizer: Tokenizer) -> dict[str,
     }
 
 
-def _describe(engine: Engine, spec: MeshSpec, seconds: float) -> str:
+def _describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     sizes, mib = engine.sizes, 2**20
     return (
         f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
@@ -244,7 +204,7 @@ def _describe(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     )
 
 
-def _sum_up(engine: Engine, sequences: list[Sequence], seconds: float) -> str:
+def _describe_pace(engine: Engine, sequences: list[Sequence], seconds: float) -> str:
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "

@@ -1,4 +1,4 @@
-"""`trellax inspect`: the compiled training step of a config, on devices that need not be there."""
+"""`trellax inspect`: compile the training step of a config, for devices that need not exist, and report on it."""
 
 import argparse
 import json
@@ -13,21 +13,21 @@ from ..programs.memory import judge_memory
 from ..programs.tables import format_bytes
 from ..train.state import Setup
 from ..train.xla import MEMORY_FRACTION
-from .asked_file import check_files, write_file
 from .inspect_advice import Knob, list_knobs
 from .inspect_step import compile_step, report_step, step_sizes
+from .output_file import check_output_files, write_output_file
 
-_MOST_KNOBS = 5
+_MAX_KNOBS = 5
 
 
 def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
-    """Compile, print the report, write the files that were asked for.
+    """Compile the step, print the report, write the files asked for, and return the exit code.
 
     Raises:
-        TrellaxError: the target is not known, the config does not fit it, or the compiler rejects the step.
+        TrellaxError: the target is unknown, the config does not fit it, or the compiler rejects the step.
     """
-    # A compile may take minutes: find out first that its results cannot be written.
-    check_files(args.hlo, args.png)
+    # Compiling may take minutes, so what cannot be written is refused before it.
+    check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
     compiled, compile_s = compile_step(setup)
     report = report_step(
@@ -43,21 +43,21 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
         print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
         print(_describe_verdict(report, setup, machine), end="")
     if args.hlo:
-        write_file(args.hlo, hlo_text(compiled).encode())
+        write_output_file(args.hlo, hlo_text(compiled).encode())
     if args.png:
-        write_file(args.png, draw_report(report))
+        write_output_file(args.png, draw_report(report))
     return 0
 
 
 def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
-    """The target's devices and the run made ready on them; the config is checked before a device is made."""
+    """Return the devices of the target, and the run set up on them; the config is checked before they are made."""
     sizes = config.mesh.sizes.values()
     needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
     num_devices = target.num_devices or needed
     if not num_devices:
         raise ConfigError(
             f"mesh {config.mesh} leaves an axis open, and target {target} does not say how many devices there are.",
-            fix=f"write --target {target}:8, say.",
+            fix=f"write for example --target {target}:8.",
         )
     if needed and num_devices != needed and -1 not in sizes:
         raise TargetError(
@@ -85,7 +85,7 @@ def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> 
 
 
 def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
-    """What to know beyond "fits" or "does not fit"."""
+    """Return advice for a step that does not fit, and for one that needs more memory than `train` gives to jax."""
     memory = report.memory
     text = "" if memory.verdict == "fits" else f"\n{_describe_knobs(report, setup)}\n"
     is_gpu = machine.devices[0].platform != "cpu"
@@ -104,7 +104,7 @@ def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
         return "no single change of microbatches, remat, ZeRO, tensor or pipe is estimated to save memory."
     lines = [
         ("what would help (estimated)", "saves", "then", "devices"),
-        *(_row(k, report) for k in knobs[:_MOST_KNOBS]),
+        *(_row(k, report) for k in knobs[:_MAX_KNOBS]),
     ]
     return align(lines)
 

@@ -1,9 +1,11 @@
-"""Which knob makes a step fit: every change of the config that saves memory, by how much, most effective first.
+"""List the changes of a config that make its training step take less memory, and estimate how much each saves.
 
-The estimates are arithmetic on the report: state by the new shardings, activations by what the layers keep and how many
-microbatches the new schedule holds. Of temporary memory, matrices cast once a step go with the parameters, what a layer
-and the head work on is taken to be twice their arrays and to shrink with these, and what is beyond that are copies of
-activations. Inspect again to be sure.
+The estimates scale the memory classes of a compiled step (`Memory`) by what a change does to them:
+- parameters, gradients and optimizer state by their new shardings;
+- activations by the bytes that a layer keeps, times the microbatches in flight under the new schedule;
+- temporary memory in three parts: matrices cast to bfloat16 once a step scale as the parameters do; the working memory
+  of a layer and of the head is taken to be twice their arrays; the rest are copies of activations.
+Inspect the changed config to be sure.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
 from ..layers import Remat, activation_bytes
-from ..layers.loss import chunk_tokens
+from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..pipeline import build_schedule, lower, resolve_layers
 from ..plan import StepSizes
@@ -20,14 +22,17 @@ from ..plan.costs.device_params import block_params, vocabulary_params
 from ..programs import Memory
 
 _WORKING_COPIES = 2
-"""Measured on H100 and H200 targets: 1.4 to 1.7 times, for Llama 3 shapes of 8B, 70B and 405B; 2.4 with all scores."""
+"""Working memory / size of the arrays worked on, measured on H100 and H200 targets.
+
+It is 1.4 to 1.7 for Llama 3 shapes of 8B, 70B and 405B, and 2.4 where attention keeps all its scores.
+"""
 
 _FLOAT32, _BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """One change of a config, as on the command line, and the bytes of a device that it is estimated to save."""
+    """One change of a config: its overrides, the bytes a device it is estimated to save, and the devices it takes."""
 
     overrides: str
     saved_bytes: int
@@ -35,9 +40,13 @@ class Knob:
 
 
 def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
-    """Return the changes that save memory and that the config allows, most effective first.
+    """Return the changes that save memory and that fit the config, the most effective first.
 
-    Those with more tensor or pipe take devices from data where it has any, and double the devices where not.
+    A larger tensor or pipe takes its devices from data, or doubles the devices where data is odd.
+
+    Args:
+        sizes: those of the step as it is.
+        memory: that of the step as it is, a device.
     """
     before = _Estimate(config, mesh, sizes)
     knobs = []
@@ -54,7 +63,7 @@ def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: M
 
 
 def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig, MeshSpec]]:
-    """Every knob turned once."""
+    """Yield the overrides, config and mesh of each change."""
     pipeline, optimizer = config.pipeline, config.optimizer
     more = pipeline.microbatches * 2
     yield f"--pipeline.microbatches {more}", _with(config, pipeline={"microbatches": more}), mesh
@@ -99,10 +108,10 @@ def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
 
 
 class _Estimate:
-    """What a config is estimated to keep on a device, in arbitrary but common units for activations."""
+    """What a config keeps on a device, in units that two configs share, so that their ratio scales a measured size."""
 
     def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
-        # Every rank has room for as many layers a stage as the largest has.
+        # One program runs on all ranks, so each has room for as many layers as the largest stage.
         room = sizes.num_layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
@@ -117,7 +126,7 @@ class _Estimate:
         self.working = _WORKING_COPIES * (whole + logits)
 
     def total(self, memory: Memory, before: "_Estimate") -> int:
-        """Bytes after the change, scaled from what the compiler said before it."""
+        """Return the bytes of this config, scaled from the compiled step of the config `before`."""
         state = (memory.parameters + memory.gradients) * self.num_params / before.num_params
         moments = memory.optimizer * self.num_moments / before.num_moments
         activations = memory.activations * self.activations / before.activations
@@ -129,7 +138,7 @@ class _Estimate:
 
 
 def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
-    """What one layer keeps of a microbatch; without rematerialisation also what it makes while it works."""
+    """Return the bytes that one layer keeps of a microbatch; with remat "none" those include what it works on."""
     return activation_bytes(
         config.model,
         num_sequences=sizes.num_sequences,
@@ -140,7 +149,7 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
 
 
 def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
-    """Microbatches of a chunk whose residuals a rank has room for."""
+    """Return the number of microbatches whose residuals a chunk of a rank has room for."""
     section = config.pipeline
     if mesh.pipe == 1 or section.schedule.endswith(".csv"):
         return 1

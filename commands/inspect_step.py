@@ -1,6 +1,6 @@
-"""The training step of a run, compiled over shapes alone and read back: what `trellax inspect` reports.
+"""Compile the training step of a run from shapes alone, and report its memory, traffic and work.
 
-The program is the one that `train` runs, from the same `make_train_step`; nothing is allocated.
+It is the program that `train` runs, from the same `make_train_step`. No array is allocated.
 """
 
 import time
@@ -24,10 +24,10 @@ from ..train.xla import compile_for
 def inspect_step(
     setup: Setup, *, hardware: Hardware | None = None, devices_per_node: int | None = None
 ) -> ProgramReport:
-    """Return the report of a run's training step on the devices of its mesh.
+    """Compile the training step of a run for the devices of its mesh, and return the report on it.
 
-    Model flops count the scores that attention's mask lets through. What it computes of the others, and again in its
-    backward, counts as recomputed.
+    Model flops count the attention scores that the mask keeps. Flops of masked scores, and of what the backward
+    computes again, count as recomputed.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -37,7 +37,7 @@ def inspect_step(
 
 
 def compile_step(setup: Setup) -> tuple[Any, float]:
-    """Return the compiled training step, and the seconds that tracing and compiling took.
+    """Compile the training step, and return it with the seconds that tracing and compiling took.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -64,7 +64,13 @@ def report_step(
     devices_per_node: int | None = None,
     compile_s: float | None = None,
 ) -> ProgramReport:
-    """Return the report of a compiled training step of this run."""
+    """Return the report on the compiled training step of a run.
+
+    Args:
+        hardware: the devices whose memory and peaks it is compared with; without it neither is judged.
+        devices_per_node: devices with fast links between them, to tell traffic within a node from that between nodes.
+        compile_s: seconds that compiling took, as `compile_step` returns them.
+    """
     config = setup.config
     num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
     model_flops = num_tokens * flops_per_token(config.model, num_tokens=config.data.seq_len).training
@@ -92,7 +98,7 @@ def report_step(
 
 
 def step_sizes(setup: Setup) -> StepSizes:
-    """Return the sizes that decide how much a run's step must send."""
+    """Return the sizes that the least traffic of a run's step follows from."""
     config, mesh = setup.config, mesh_sizes(setup.mesh)
     num_microbatches = config.pipeline.microbatches
     return StepSizes(
@@ -108,7 +114,7 @@ def step_sizes(setup: Setup) -> StepSizes:
 
 
 def batch_shapes(setup: Setup) -> Batch:
-    """Return the batch of a step as shapes: [M, B@data, T] of tokens, targets and weights."""
+    """Return the shapes and shardings of a step's batch: tokens, targets and weights, each [M, B@data, T]."""
     config = setup.config
     num_microbatches = config.pipeline.microbatches
     shape = (num_microbatches, config.train.batch_size // num_microbatches, config.data.seq_len)

@@ -1,4 +1,4 @@
-"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. Read `../plan/training_search.py` next."""
+"""`trellax plan`: rank the meshes and schedules of a config on a machine, with their predicted cost and the reasons."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ..configs.layout import layout_of
 from ..configs.run_config import RunConfig
 from ..configs.write_plan import write_plan
 from ..layers import param_counts
-from ..meshes import PlanError, suggest
+from ..meshes import PlanError
 from ..meshes.columns import align_within
 from ..meshes.terminal import fold, terminal_width
 from ..plan.costs.inference_time import COMPILED
@@ -25,48 +25,46 @@ from ..plan.pareto_front import draw_front
 from ..plan.plan import Plan, name_layout
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
 from ..plan.training_search import TrainQuestion, price_layout, price_train, rank_train
-from .asked_file import check_files, write_file
-from .command_arguments import OBJECTIVES
+from .arguments.plan import is_serving
+from .output_file import write_output_file
 
 _GB = 1e9
 
 
-def run_plan(config: RunConfig, args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> int:
-    """Print the plans or the price of the config as it stands, and write the files that were asked for.
+def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
+    """Print the ranked plans, or with --this the price of the config's own layout, and write the files asked for.
 
-    Args:
-        overrides: words by which the config differs from its file; `--write` keeps them.
+    Returns the exit code.
 
     Raises:
-        TrellaxError: the machine or the objective is not known, or nothing fits.
+        TrellaxError: the machine or the objective is unknown, or no layout fits.
     """
-    _check_words(args)
-    topology = _topology(args)
-    question = _question(config, topology)
+    topology = _find_topology(args)
+    question = _make_question(config, topology)
     priced = _price(question, args) if args.png or not args.this else []
     plans = [_price_config(config, question)] if args.this else _rank(question, priced, args)
     diagnoses = diagnose(question, plans[0])
     if args.json:
-        print(json.dumps(_numbers(plans, diagnoses, topology, args)))
+        print(json.dumps(_list_numbers(plans, diagnoses, topology, args)))
     else:
         print(_describe(config, plans, diagnoses, topology, args))
     if args.png:
         title = f"{config.run.name} on {topology.name}, objective {args.objective}"
-        limit = question.memory_limit if not _is_serving(args) else _serving(question, args).memory_limit
+        limit = question.memory_limit if not is_serving(args) else _make_serving_question(question, args).memory_limit
         picture = draw_front(priced, objective=args.objective, limit_bytes=limit, title=title)
-        write_file(args.png, picture)
+        write_output_file(args.png, picture)
     if args.write:
-        write_file(
+        write_output_file(
             args.write,
             write_plan(
-                args.config, plans[0].layout, header=_header(plans[0], topology, args), overrides=overrides
+                args.config, plans[0].layout, header=_header(plans[0], topology, args), overrides=args.overrides
             ).encode(),
         )
     return 0
 
 
 def _header(plan: Plan, topology: Topology, args: argparse.Namespace) -> list[str]:
-    """What a written config says of itself: nothing that was measured."""
+    """Return the comment at the top of a written config; its numbers are predicted, and the comment says so."""
     words = [f"--topology {quote(args.topology)}"] if args.topology else []
     words += [f"--objective {args.objective}"] if args.objective != "train" else []
     machine = f"{topology.num_devices} x {topology.accelerator.name}, {topology.devices_per_node} a node"
@@ -78,28 +76,7 @@ def _header(plan: Plan, topology: Topology, args: argparse.Namespace) -> list[st
     ]
 
 
-def _check_words(args: argparse.Namespace) -> None:
-    if args.objective not in OBJECTIVES:
-        raise PlanError(
-            f"unknown objective {args.objective!r}; there are {', '.join(OBJECTIVES)}."
-            f"{suggest(args.objective, OBJECTIVES)}",
-            fix="write --objective train, say.",
-        )
-    if args.write and (args.this or _is_serving(args)):
-        raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
-    if args.this and _is_serving(args):
-        raise PlanError(
-            f"--this prices the config's training step, and --objective {args.objective} is for serving.",
-            fix="leave out one of them.",
-        )
-    check_files(args.png, args.write)
-
-
-def _is_serving(args: argparse.Namespace) -> bool:
-    return args.objective in ("latency", "throughput", "balanced")
-
-
-def _topology(args: argparse.Namespace) -> Topology:
+def _find_topology(args: argparse.Namespace) -> Topology:
     if args.topology:
         return read_topology(args.topology)
     found = detect_topology()
@@ -111,7 +88,7 @@ def _topology(args: argparse.Namespace) -> Topology:
     return found
 
 
-def _question(config: RunConfig, topology: Topology) -> TrainQuestion:
+def _make_question(config: RunConfig, topology: Topology) -> TrainQuestion:
     return TrainQuestion(
         model=config.model,
         topology=topology,
@@ -129,19 +106,19 @@ def _price_config(config: RunConfig, question: TrainQuestion) -> Plan:
 
 
 def _price(question: TrainQuestion, args: argparse.Namespace) -> list[Plan]:
-    """Every layout with its price: what is ranked is also what is drawn."""
-    if _is_serving(args):
-        return price_all_serving(_serving(question, args), objective=args.objective)
+    """Return every legal layout with its price: what is ranked, and what --png plots."""
+    if is_serving(args):
+        return price_all_serving(_make_serving_question(question, args), objective=args.objective)
     return price_train(question)
 
 
 def _rank(question: TrainQuestion, priced: Sequence[Plan], args: argparse.Namespace) -> list[Plan]:
-    if _is_serving(args):
+    if is_serving(args):
         return rank_serving(priced, objective=args.objective)
     return rank_train(question, priced, objective=args.objective)
 
 
-def _serving(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion:
+def _make_serving_question(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion:
     return ServeQuestion(
         model=replace(question.model, dtype="bfloat16"),
         topology=question.topology,
@@ -152,7 +129,7 @@ def _serving(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion
     )
 
 
-def _numbers(
+def _list_numbers(
     plans: Sequence[Plan], diagnoses: Sequence[Diagnosis], topology: Topology, args: argparse.Namespace
 ) -> dict[str, Any]:
     return {
@@ -189,7 +166,7 @@ def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
     count = param_counts(config.model).total
     size = f"{config.run.name}: " + (f"{count / _GB:.3g} billion" if count >= _GB else f"{count / 1e6:.3g} million")
     size += " parameters"
-    if _is_serving(args):
+    if is_serving(args):
         return f"{size} in 16 bit, {args.prompt} tokens read and {args.generate} written for each request"
     return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step"
 

@@ -1,4 +1,4 @@
-"""The words of `trellax train` for many processes, and a run that they share."""
+"""Join the processes of one run, and watch them while it trains."""
 
 import argparse
 import contextlib
@@ -8,26 +8,28 @@ from collections.abc import Iterator
 
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
-from ..meshes import TrellaxError, find_processes, join_processes
+from ..meshes import TrellaxError
 from ..meshes.numbers import whole_number
+from ..meshes.processes.join import join_processes
+from ..meshes.processes.launchers import find_processes
 from ..train.processes.aborts import explained_aborts
 from ..train.processes.facts import start_facts
 from ..train.processes.watch import ProcessWatch
 from ..train.run_folder import Start
-from .command_arguments import START_S
+from .arguments.processes import START_S
 
 _MARGIN_S = 20
-"""So much longer jax itself waits: our own watch knows names."""
+"""jax waits this much longer than our watch, whose message names the lost process."""
 
 
 @contextlib.contextmanager
 def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, changes: Changes) -> Iterator[None]:
-    """Join the other processes of a run, if there are any, and watch them as long as the context lasts.
+    """Join the other processes of a run, if there are any, and watch them while the context lasts.
 
     Raises:
-        MeshError: the words contradict each other, or the others cannot be reached.
-        RunError: the processes differ in what they must have in common.
-        LostProcessError: some have not come within `--start-timeout`.
+        MeshError: the arguments contradict each other, or the other processes cannot be reached.
+        RunError: the processes have different configs, corpora or versions.
+        LostProcessError: some did not start within `--start-timeout`.
     """
     processes = find_processes(
         coordinator=args.coordinator,
@@ -48,7 +50,7 @@ def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, chang
 
 @contextlib.contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    """Gloo prints who it is connected to, from C++; stdout is for the result."""
+    """Discard what C++ writes to stdout, where Gloo reports its connections; stdout is for the result."""
     sys.stdout.flush()
     own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -66,4 +68,4 @@ def _read_number(option: str, text: str | None) -> int | None:
     try:
         return whole_number(text)
     except ValueError:
-        raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write {option} 2, say.") from None
+        raise TrellaxError(f"{option} {text}: expected a whole number.", fix=f"write for example {option} 2.") from None

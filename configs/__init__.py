@@ -1,4 +1,4 @@
-"""Experiments as TOML files, and the code that reads and checks them."""
+"""Run files: experiments as TOML, one file each, and the code that reads and checks them."""
 
 from typing import TYPE_CHECKING
 

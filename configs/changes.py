@@ -1,6 +1,7 @@
-"""What has changed between a saved run and the config that is to go on with it, and whether it matters.
+"""Compare the config of a saved run with the one that is to resume it, and refuse changes that change the result.
 
-What only says where and how fast a run computes may change freely; all else changes what comes out.
+Keys that only decide where and how fast a run computes may change: mesh, pipeline, checkpoints, logging. All others
+change the numbers that come out.
 """
 
 from collections.abc import Mapping
@@ -10,36 +11,41 @@ from ..meshes import RunError
 from .run_config import RunConfig, config_from_dict, config_keys
 
 Changes = Literal["refuse", "accept"]
-"""What to do about a config that differs in what matters from the one a run was saved with."""
+"""Whether a run may be resumed with a config that changes its result."""
 
-_FREE = {
-    *("run.name", "run.folder", "run.fake_devices", "run.silence_s", "optimizer.zero"),
-    *(
-        "train.log_every",
-        "train.eval_every",
-        "train.eval_batches",
-        "train.bad_step",
-        "train.spike_ratio",
-        "train.init_from",
-    ),
-    # The corpus itself is compared, by its hash.
-    *("data.source", "data.paths", "data.token_dtype", "data.tokenizer"),
-}
 _FREE_SECTIONS = {"mesh", "pipeline", "checkpoint"}
+_FREE_KEYS = {
+    "run.name",
+    "run.folder",
+    "run.fake_devices",
+    "run.silence_s",
+    "optimizer.zero",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.bad_step",
+    "train.spike_ratio",
+    "train.init_from",
+    # The tokens of the corpus are compared instead, by their hash.
+    "data.source",
+    "data.paths",
+    "data.token_dtype",
+    "data.tokenizer",
+}
 
 
 def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return the keys whose change would change the run, as `key: was this, is that`.
+    """Return the keys whose change would change the result, as `key: was this, is that`.
 
     Args:
         saved: the config of a save, as plain values; a key that it lacks had its default.
     """
-    here, found = config.model_dump(mode="json"), []
-    then = config_from_dict(saved).model_dump(mode="json")
+    found: list[str] = []
+    here, then = config.model_dump(mode="json"), config_from_dict(saved).model_dump(mode="json")
     for name in config_keys():
         section, _, key = name.partition(".")
         was, now = then[section][key], here[section][key]
-        if was != now and name not in _FREE and section not in _FREE_SECTIONS:
+        if was != now and name not in _FREE_KEYS and section not in _FREE_SECTIONS:
             found.append(f"{name}: was {was}, is {now}")
     return found
 
@@ -47,13 +53,15 @@ def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 def check_changes(
     saved: Mapping[str, Any], config: RunConfig, *, was: str | None, corpus: str, changes: Changes, step: int
 ) -> None:
-    """Refuse to go on with another run than was saved, unless that is accepted.
+    """Check that a run is resumed with the config and corpus it was saved with, unless changes are accepted.
 
     Args:
-        was: SHA-256 of the corpus it was trained on, `corpus` that of now.
+        was: SHA-256 of the corpus that the save was trained on, None if that is not known.
+        corpus: SHA-256 of the corpus now.
+        step: the step of the save.
 
     Raises:
-        RunError: with every key that differs.
+        RunError: with every key that changes the result.
     """
     found = list_changes(saved, config)
     if was and was != corpus:

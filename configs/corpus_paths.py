@@ -1,7 +1,7 @@
-"""The files that `data.paths` names: paths as they are, and globs.
+"""Find the files that `data.paths` names, by paths and by globs.
 
-`**` enters each folder once, however many links lead there: with two links to a folder above it, `glob` would take
-2**40 ways. Read `../train/data/corpus_files.py` for what is looked at in each file.
+`**` enters each folder once, however many links lead to it: where two links in a folder lead to its parent, `glob`
+itself follows 2**40 paths. `../train/data/corpus_files.py` checks what is in the files.
 """
 
 import glob
@@ -15,10 +15,10 @@ from ..meshes.files.regular_file import name_kind
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """Return the files that `data.paths` names, in order; none is opened.
+    """Return the files that `data.paths` names, in the order of the paths; those of a glob are sorted. None is opened.
 
     Raises:
-        DataError: a file is missing or named twice, a glob matches nothing, or a path is no file.
+        DataError: a file is missing or named twice, a glob matches nothing, or a path is not a file.
     """
     if not paths:
         raise DataError("data.paths is empty, so there is nothing to read.", fix="name files or globs in data.paths.")
@@ -27,11 +27,11 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def _check_named_once(paths: Sequence[str]) -> None:
-    """Raise if a path stands there twice, as for a weight: files are read once."""
+    """Check that no path is given twice, which other programs take as a weight and trellax does not."""
     seen = set()
     for path in paths:
-        # Links too: the same text would be read as two files.
-        name = _real(path)
+        # By their targets: two links to one file name it twice too.
+        name = _resolve(path)
         if name in seen:
             raise DataError(
                 f"data.paths names {shown(path)} more than once; a file is read once, and counts once.",
@@ -40,10 +40,10 @@ def _check_named_once(paths: Sequence[str]) -> None:
         seen.add(name)
 
 
-def _real(path: str) -> str:
+def _resolve(path: str) -> str:
     try:
         return os.path.realpath(path)
-    except ValueError:  # no file has such a name
+    except ValueError:  # it has a null character, so that no file has this name
         return path
 
 
@@ -92,7 +92,7 @@ def _is_file(name: str) -> bool:
 
 
 def _escape_folders(pattern: str) -> str:
-    """The pattern with the folders that are there under its own name as they are: run[1] is no choice of one letter."""
+    """Escape the leading folders of a pattern that exist under that very name: `run[1]` may be a folder."""
     parts = pattern.split("/")
     for index in range(len(parts) - 1):
         if not Path("/".join(parts[: index + 1]) or "/").is_dir():
@@ -101,10 +101,10 @@ def _escape_folders(pattern: str) -> str:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Yield what a glob matches, the parts `**` of it by walks of our own."""
+    """Yield the paths that a glob matches. `**` is expanded here, by `_walk`, and the rest by `glob`."""
     start, deep, rest = f"/{pattern}".partition("/**/")
     if not deep:
-        # Unlike Path.glob this takes absolute patterns too.
+        # Path.glob takes no absolute patterns.
         yield from glob.iglob(pattern)  # noqa: PTH207
         return
     while rest.startswith("**/"):
@@ -115,7 +115,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Yield a folder and those below it as `name/`, each once, hidden ones left out as globs do."""
+    """Yield a folder and all folders below it as `name/`, each once and, as in globs, without hidden ones."""
     seen = set()
     for path, names, _ in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)

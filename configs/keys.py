@@ -1,6 +1,7 @@
-"""The keys of a run file as a list: for help, for suggestions, and for the test that freezes them."""
+"""List the keys of a run file, for `trellax train --help`, docs/reference/config.md, suggestions and tests."""
 
 import dataclasses
+import itertools
 import types
 import typing
 from dataclasses import dataclass
@@ -9,48 +10,48 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ..meshes.columns import GAP, align
 from ..meshes.terminal import fold
 
-# The mesh and the model are plain dataclasses, which have no place for a description.
 _MEANINGS = {
-    "mesh.data": "devices over which the batch is split; -1 is what is left",
-    "mesh.tensor": "devices over which heads, feed-forward and vocabulary are split",
-    "mesh.pipe": "devices over which the layers are split into stages",
+    "mesh.data": "devices that the batch is split over; -1 takes all that are left",
+    "mesh.tensor": "devices that heads, feed-forward and vocabulary are split over",
+    "mesh.pipe": "devices that the layers are split over, as stages",
     "model.vocab_size": "number of token ids; 256 for bytes",
-    "model.num_layers": "transformer blocks",
+    "model.num_layers": "number of transformer blocks",
     "model.hidden_size": "width of the residual stream",
-    "model.num_heads": "query heads",
-    "model.num_kv_heads": "key and value heads; 0 means num_heads",
+    "model.num_heads": "number of query heads",
+    "model.num_kv_heads": "number of key/value heads; 0 means num_heads",
     "model.head_size": "width of one head; 0 means hidden_size / num_heads",
     "model.ffn_size": "width of the feed-forward; 0 derives it from hidden_size and mlp",
-    "model.max_tokens": "longest sequence",
+    "model.max_tokens": "longest sequence, in tokens",
     "model.mlp": "kind of feed-forward",
     "model.norm": "kind of normalisation",
-    "model.norm_epsilon": "added to the variance inside a norm",
-    "model.positions": "learned table or rotary turns",
-    "model.rope_theta": "slowest wavelength of rotary positions",
-    "model.rope_scaling": "how rotary positions are stretched past the length first trained on",
-    "model.rope_factor": "by how much they are stretched",
-    "model.rope_low_frequency_factor": "llama3: turns within rope_original_tokens below which a pair is stretched",
-    "model.rope_high_frequency_factor": "llama3: turns within rope_original_tokens above which it is not",
-    "model.rope_original_tokens": "llama3: longest sequence before stretching",
-    "model.attention": "what computes attention: flash attention where it can be (auto), or always this",
-    "model.attention_window": "tokens that a token sees, itself included; 0 means all before it",
-    "model.qk_norm": "RMSNorm of every query and key head",
-    "model.bias": "bias of linear layers and layer norms; qkv for that of query, key and value alone",
-    "model.embeddings": "whether the output shares the embedding's table",
-    "model.dtype": "type to compute in; parameters are always float32",
-    "model.matmuls": "what weights are multiplied in: the compute dtype (plain), or eight bits (needs qwix)",
+    "model.norm_epsilon": "epsilon added to the variance in a norm",
+    "model.positions": "learned position table, or rotary embeddings (RoPE)",
+    "model.rope_theta": "base of the RoPE frequencies",
+    "model.rope_scaling": "how RoPE is scaled to sequences longer than those first trained on",
+    "model.rope_factor": "factor of that scaling",
+    "model.rope_low_frequency_factor": "llama3: below so many turns in rope_original_tokens a frequency is scaled",
+    "model.rope_high_frequency_factor": "llama3: above so many turns in rope_original_tokens it is not scaled",
+    "model.rope_original_tokens": "llama3: longest sequence before scaling, in tokens",
+    "model.attention": "attention kernel; auto is flash attention (cudnn) where it can run, and xla elsewhere",
+    "model.attention_window": "tokens that a token attends to, itself included; 0 means all before it",
+    "model.qk_norm": "RMSNorm of each query and key head",
+    "model.bias": "biases of linear layers and layer norms; qkv: of query, key and value only",
+    "model.embeddings": "whether the output projection shares the embedding table",
+    "model.dtype": "dtype to compute in; parameters are always float32",
+    "model.matmuls": "precision of matrix products with weights: model.dtype (plain), or fp8 (needs qwix)",
 }
-
+"""Meanings of keys whose sections are plain dataclasses, which have no place for a description."""
 
 Kind = Literal["whole", "number", "text", "list", "auto or list"]
-"""How the text of an override is read; "auto or list" is the word auto, or whole numbers."""
+"""How an override's text is parsed; "auto or list" is the word auto, or whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key of a run file: `section.key`, what it takes, its default as TOML, and what it means."""
+    """One key of a run file, `section.key`: its kind, its type and default as help prints them, and its meaning."""
 
     name: str
     kind: Kind
@@ -70,7 +71,7 @@ class Key:
 
 
 def list_keys(config: type[BaseModel]) -> list[Key]:
-    """Return the keys of a config class in the order they are declared, sections as fields."""
+    """Return the keys of a config class, whose fields are sections, in the order of their declaration."""
     keys = []
     for section, field in config.model_fields.items():
         for name, annotation, default, meaning in _list_fields(field.annotation):
@@ -89,21 +90,37 @@ def list_keys(config: type[BaseModel]) -> list[Key]:
 def draw_keys(keys: list[Key], *, width: int | None = None) -> str:
     """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections.
 
-    Where they are wider than the width, the meaning stands below the rest.
+    Where these are wider than the width, the meaning stands below the rest, folded.
     """
-    lines: list[str] = []
-    rows = [(f"--{key.name}", key.type_text, key.default, key.meaning) for key in keys]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    is_wide = width is not None and max(len(row[3]) for row in rows) + sum(widths) + 8 > width
-    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        if i and key.section != keys[i - 1].section:
-            lines.append("")
-        if is_wide:
-            lines += [f"  {'  '.join(row[:3])}".rstrip(), fold(f"      {row[3]}".rstrip(), width=width)]
-            continue
-        name, kind, default = (cell.ljust(size) for cell, size in zip(row[:3], widths, strict=True))
-        lines.append(f"  {name}  {kind}  {default}  {row[3]}".rstrip())
-    return "\n".join(lines)
+    lines = align([_list_cells(key) for key in keys], left=4).splitlines()
+    if width is not None and max(map(len, lines)) > width:
+        lines = []
+        for key in keys:
+            *head, meaning = _list_cells(key)
+            lines.append(f"{GAP.join(head)}\n{fold(f'      {meaning}', width=width)}")
+    sections = itertools.groupby(zip(keys, lines, strict=True), key=lambda pair: pair[0].section)
+    return "\n\n".join("\n".join(line for _, line in pairs) for _, pairs in sections)
+
+
+def render_keys(keys: list[Key]) -> str:
+    """Return the keys as Markdown: a heading and a table for each section."""
+    parts = []
+    for section, own in itertools.groupby(keys, key=lambda key: key.section):
+        rows = [
+            f"| `{key.key}` | {_escape(key.type_text)} | {f'`{key.default}`' if key.default else ''} | "
+            f"{_escape(key.meaning)} |"
+            for key in own
+        ]
+        parts.append("\n".join([f"## [{section}]\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _list_cells(key: Key) -> tuple[str, ...]:
+    return (f"  --{key.name}", key.type_text, key.default, key.meaning)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _list_fields(section: Any) -> list[tuple[str, Any, Any, str]]:

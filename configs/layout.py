@@ -1,25 +1,20 @@
-"""The layout that a run configuration describes, in the planner's terms."""
+"""Convert the config of a run to a layout, the planner's value for mesh, schedule and memory options."""
 
-from ..meshes import ConfigError, PlanError
+from ..meshes import PlanError
 from ..pipeline.schedules import SCHEDULES
 from ..plan.costs.layout import Layout
+from .mesh_checks import check_batch_splits
 from .run_config import RunConfig
 
 
 def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
-    """Return the layout that a config describes on so many devices.
+    """Return the layout of a config on so many devices.
 
     Raises:
         TrellaxError: the mesh does not fit the devices, the batch does not split, or the schedule is a file.
     """
     mesh, pipeline = config.mesh.resolve(num_devices=num_devices), config.pipeline
-    shards = mesh.data * pipeline.microbatches
-    if config.train.batch_size % shards:
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} does not split into pipeline.microbatches="
-            f"{pipeline.microbatches} over mesh.data={mesh.data}.",
-            fix=f"set train.batch_size={-(-config.train.batch_size // shards) * shards}.",
-        )
+    check_batch_splits(config, data=mesh.data)
     if pipeline.schedule not in SCHEDULES:
         raise PlanError(
             f"pipeline.schedule={pipeline.schedule!r} is a file, and only named schedules are priced.",
@@ -33,7 +28,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
         microbatches=pipeline.microbatches,
-        sequences=config.train.batch_size // shards,
+        sequences=config.train.batch_size // (mesh.data * pipeline.microbatches),
         remat=pipeline.remat,
         zero=1 if config.optimizer.zero == "on" else 0,
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,

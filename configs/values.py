@@ -1,7 +1,7 @@
-"""What was read for a run, made plain enough to be checked: no value can be too deep, too long or too strange for it.
+"""Convert the values of a run to ones that JSON can represent, which is the form that pydantic validates.
 
-TOML and scripts may hold numbers of thousands of digits, lists in lists in lists and texts that are no Unicode, none of
-which JSON, the language of the checks, can say. Read `errors.py` next.
+TOML and scripts may hold integers of thousands of digits, deeply nested lists and text that is not Unicode. JSON can
+represent none of these, so they are reported here and replaced.
 """
 
 from collections.abc import Mapping
@@ -10,52 +10,55 @@ from typing import Any
 from ..meshes.errors import shown
 
 Names = tuple[str, ...]
-"""Section and key of a value."""
+"""Path of a value: its section, key, and deeper keys."""
 
-_DEEPEST = 4
-_MOST_BITS = 256
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+_MAX_DEPTH = 4
+_MAX_BITS = 256
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
+"""Of Linux."""
 
 
 def make_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Names, str]]:
-    """Return the values as JSON can hold them, and what is wrong with those that it cannot, by section and key.
+    """Return the values as JSON can represent them, and the problems of those that it cannot, by (section, key).
 
-    In the place of such a value stands an empty table, which no key takes.
+    Such a value becomes an empty table, which no key accepts, so that validation reports its key as well.
     """
-    wrong: dict[Names, str] = {}
-    return {_name(key): _plain(value, (_name(key),), wrong) for key, value in values.items()}, wrong
+    problems: dict[Names, str] = {}
+    return {_name(key): _plain(value, (_name(key),), problems) for key, value in values.items()}, problems
 
 
 def find_text_problem(value: str) -> str | None:
-    """Return why no file system takes a text for a path, or None if it does."""
+    """Return the reason why no file system accepts a text as a path, or None if one does."""
     try:
         encoded = value.encode()
     except UnicodeEncodeError:
-        # Bytes of the command line that were no text come as lone surrogates.
+        # Python decodes bytes of the command line that are not UTF-8 to lone surrogates.
         return f"expected UTF-8 text, got {shown(value, limit=60)}"
     if "\0" in value:
         return f"expected text without null characters, got {shown(value, limit=60)}"
-    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
-        # All texts of a run are choices, names or paths.
-        return f"no name has more than {_LONGEST_NAME} bytes and no path {_LONGEST_PATH}, got {shown(value, limit=60)}"
+    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+        # Every text of a run is a choice, a name or a path, so that one limit serves them all.
+        return (
+            f"no name has more than {_MAX_NAME_BYTES} bytes and no path {_MAX_PATH_BYTES}, got {shown(value, limit=60)}"
+        )
     return None
 
 
-def _plain(value: Any, names: Names, wrong: dict[Names, str]) -> Any:
+def _plain(value: Any, names: Names, problems: dict[Names, str]) -> Any:
     if problem := _find_problem(value, depth=len(names)):
-        wrong.setdefault(names[:2], problem)
+        problems.setdefault(names[:2], problem)
         return {}
     if isinstance(value, Mapping):
-        return {_name(key): _plain(item, (*names, _name(key)), wrong) for key, item in value.items()}
+        return {_name(key): _plain(item, (*names, _name(key)), problems) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, (*names, ""), wrong) for item in value]
+        return [_plain(item, (*names, ""), problems) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _find_problem(value: Any, *, depth: int) -> str | None:
-    if depth > _DEEPEST and isinstance(value, Mapping | list | tuple):
+    if depth > _MAX_DEPTH and isinstance(value, Mapping | list | tuple):
         return "lists and tables are nested too deeply"
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return f"this number is too large, got {shown(value)}"
     return find_text_problem(value) if isinstance(value, str) else None
 

@@ -1,25 +1,30 @@
-"""A config file with a plan in it: the same text, but for the keys that a plan decides or the command line set.
+"""Write a plan into a config file: the same text, except for the keys that the plan or the command line sets.
 
-Comments that a plan makes untrue go: those before the first section, which say mesh, hardware, time and what to expect,
-make place for the plan's own, those on or right above a value go with the value, and all of [mesh] and [pipeline] go
-where the plan changes these: they tell of the old layout, on whichever key they stand.
+Comments that the plan makes untrue are dropped: those before the first section, which tell the mesh, hardware, time and
+loss to expect, make place for the plan's own; those on or right above a changed value go with the old value; and where
+[mesh] or [pipeline] change at all, all comments of that section go, since they describe the old layout.
 """
 
-import json
-import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..meshes import ConfigError
+import tomlkit
+from tomlkit.container import Container
+from tomlkit.items import Comment, Table, Whitespace
+
 from ..plan.costs.layout import Layout
 from .keys import list_keys
+from .overrides import Override, read_overrides
 from .run_config import RunConfig
-from .toml_file import Override, read_config_file, read_overrides
+from .toml_file import read_config_file
 
-# What belongs to the old stages and schedule goes back to its default.
+Sections = dict[str, dict[str, Any]]
+"""Values by section and key."""
+
 _LAID_OUT = ("mesh", "pipeline")
-_RESET = (("layers_per_stage", '"auto"'), ("max_in_flight", "0"))
+_RESET = {"layers_per_stage": "auto", "max_in_flight": 0}
+"""Keys of [pipeline] that belong to the old stages and schedule: where they are set, they return to their defaults."""
 
 
 def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: Sequence[str] = ()) -> str:
@@ -30,104 +35,121 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
         overrides: words of the command line, as `load_config` took them; the layout wins over them.
 
     Raises:
-        ConfigError: the file cannot be read, or holds its sections in a form that is not edited line by line.
+        ConfigError: the file cannot be read.
     """
     file = read_config_file(path)
     given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
-    text, wanted = _without_header(file.text), _values(layout, given, was=file.values)
+    wanted = _list_values(layout, given, was=file.values)
+    document = tomlkit.parse(_drop_header(file.text))
     for section, values in wanted.items():
-        before = text
-        for key, value in values.items():
-            text = _set(text, section, key, value)
-        if section in _LAID_OUT and text != before:
-            text = _without_comments(text, section)
-    _check(text, wanted, shown=file.shown)
+        is_changed = _set_values(document, section, values)
+        if section in _LAID_OUT and is_changed:
+            _drop_comments(document, section)
+    text = tomlkit.dumps(document)
+    # What is written is read by tomllib: another library's reading of it must not be the only one.
+    written = tomllib.loads(text)
+    assert all(written[section].items() >= values.items() for section, values in wanted.items())
     return "".join(f"# {line}\n" for line in header) + "\n" + text
 
 
-def _without_header(text: str) -> str:
-    """The text from its first line on that is neither empty nor a comment."""
+def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str, Any]) -> Sections:
+    """Return the values to set: what the command line asked for, and over it what the plan chose."""
+    values: Sections = {}
+    for override in given:
+        values.setdefault(override.section, {})[override.key] = override.value
+    for section, chosen in _list_chosen(layout).items():
+        values[section] = values.get(section, {}) | chosen
+    for key, default in _RESET.items():
+        if key in was.get("pipeline", {}) or key in values["pipeline"]:
+            values["pipeline"][key] = default
+    run = was.get("run", {}) | values.get("run", {})
+    if run.get("fake_devices", 0) != 0:
+        values.setdefault("run", {})["fake_devices"] = layout.data * layout.tensor * layout.pipe
+    return values
+
+
+def _list_chosen(layout: Layout) -> Sections:
+    return {
+        "mesh": {"data": layout.data, "tensor": layout.tensor, "pipe": layout.pipe},
+        "pipeline": {
+            "schedule": layout.schedule,
+            "chunks": layout.chunks,
+            "microbatches": layout.microbatches,
+            "remat": layout.remat,
+        },
+        "optimizer": {"zero": "on" if layout.zero else "off"},
+    }
+
+
+def _drop_header(text: str) -> str:
+    """Return the text from its first line on that is neither blank nor a comment."""
     lines = text.splitlines(keepends=True)
     start = next((place for place, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
     return "".join(lines[start:])
 
 
-def _without_comments(text: str, section: str) -> str:
-    """The text without the comments of a section: in it, on its name and right above that."""
-    above = r"(?:^[ \t]*#[^\n]*\n)*"
-    found = re.search(rf"{above}^\[{section}\].*?(?=\Z|{above}^\[)", text, re.MULTILINE | re.DOTALL)
-    if not found:
-        return text
-    lines = [line for line in found[0].splitlines(keepends=True) if not line.lstrip().startswith("#")]
-    # A mark within quotes is of the value.
-    bare = [re.sub(r"""^((?:[^#"'\n]|"[^"\n]*"|'[^'\n]*')*?)[ \t]*#[^\n]*""", r"\1", line) for line in lines]
-    return text[: found.start()] + "".join(bare) + text[found.end() :]
+def _set_values(document: tomlkit.TOMLDocument, section: str, values: Mapping[str, Any]) -> bool:
+    """Set the values of a section, which is added where it is missing, and return whether any of them is new."""
+    if section not in document:
+        document[section] = tomlkit.table()
+    table: Any = document[section]
+    changed = {key: value for key, value in values.items() if key not in table or table[key] != value}
+    for key, value in changed.items():
+        if isinstance(table, Table) and key in table:
+            _drop_comments_of_key(table.value, key)
+        table[key] = value
+    return bool(changed)
 
 
-def _check(text: str, wanted: dict[str, dict[str, str]], *, shown: str) -> None:
-    try:
-        found = tomllib.loads(text)
-        done = all(
-            found[section][key] == tomllib.loads(f"x = {value}")["x"]
-            for section, values in wanted.items()
-            for key, value in values.items()
-        )
-    except tomllib.TOMLDecodeError:
-        done = False
-    if not done:
-        keys = ", ".join(
-            f"{section}.{key} = {value}" for section, values in wanted.items() for key, value in values.items()
-        )
-        raise ConfigError(
-            f"{shown}: its sections are not all written as [section] with a key a line, so the plan cannot be put in.",
-            fix=f"write them so, or set {keys}.",
-        )
+def _drop_comments_of_key(container: Container, key: str) -> None:
+    """Drop the comment on the line of a key, and those right above it."""
+    place = _find_place(container, key)
+    container.body[place][1].trivia.comment = container.body[place][1].trivia.comment_ws = ""
+    _drop_comments_before(container, place)
 
 
-def _values(layout: Layout, given: Sequence[Override], *, was: Any) -> dict[str, dict[str, str]]:
-    """The keys to set as TOML, by section: what was asked for, and over it what the plan chose."""
-    values: dict[str, dict[str, str]] = {}
-    for override in given:
-        # A TOML string escapes as JSON does, but for letters outside of ASCII.
-        text = json.dumps(override.value, ensure_ascii=False)
-        values.setdefault(override.section, {})[override.key] = text
-    for section, chosen in _chosen(layout).items():
-        values[section] = values.get(section, {}) | chosen
-    for key, default in _RESET:
-        if key in was.get("pipeline", {}) or key in values["pipeline"]:
-            values["pipeline"][key] = default
-    run = was.get("run", {}) | values.get("run", {})
-    if str(run.get("fake_devices", 0)) != "0":
-        values.setdefault("run", {})["fake_devices"] = str(layout.data * layout.tensor * layout.pipe)
-    return values
+def _drop_comments(document: Container, section: str) -> None:
+    """Drop the comments on the name of a section, right above it, and in it, but for those above the next section."""
+    place = _find_place(document, section)
+    table = document.body[place][1]
+    table.trivia.comment = table.trivia.comment_ws = ""
+    _drop_comments_before(document, place)
+    if not isinstance(table, Table):  # `mesh = { data = 2 }` has no comments inside
+        return
+    body = table.value.body
+    # The last comments of a table stand right above the next one, and are about that.
+    is_last = place == len(document.body) - 1
+    end = len(body) if is_last else _find_last_comments(table.value, len(body))
+    for index, (key, item) in enumerate(body[:end]):
+        if isinstance(item, Comment):
+            _blank(table.value, index)
+        elif key is not None:
+            item.trivia.comment = item.trivia.comment_ws = ""
 
 
-def _chosen(layout: Layout) -> dict[str, dict[str, str]]:
-    return {
-        "mesh": {"data": str(layout.data), "tensor": str(layout.tensor), "pipe": str(layout.pipe)},
-        "pipeline": {
-            "schedule": f'"{layout.schedule}"',
-            "chunks": str(layout.chunks),
-            "microbatches": str(layout.microbatches),
-            "remat": f'"{layout.remat}"',
-        },
-        "optimizer": {"zero": '"on"' if layout.zero else '"off"'},
-    }
+def _drop_comments_before(container: Container, place: int) -> None:
+    """Drop the comments right above the item at a place.
+
+    tomlkit counts comments above `[pipe]` to the table before it: `[mesh]`, `data = 2`, `# two nodes`, then `[pipe]`.
+    """
+    if place and isinstance(above := container.body[place - 1][1], Table):
+        container, place = above.value, len(above.value.body)
+    for index in range(_find_last_comments(container, place), place):
+        _blank(container, index)
 
 
-def _set(text: str, section: str, key: str, value: str) -> str:
-    """The text with one key of one section replaced, or added at the section's top."""
-    found = re.search(rf"^\[{section}\][^\n]*\n", text, re.MULTILINE)
-    if not found:
-        return f"{text.rstrip()}\n\n[{section}]\n{key} = {value}\n"
-    start = found.end()
-    following = re.search(r"^\[", text[start:], re.MULTILINE)
-    end = start + following.start() if following else len(text)
-    body = text[start:end]
-    line = re.compile(rf"((?:^#[^\n]*\n)*)^({key}\s*=\s*)([^#\n]*?)(?:\s*#[^\n]*)?$", re.MULTILINE)
-    if old := line.search(body):
-        if old[3] != value:
-            body = f"{body[: old.start()]}{old[2]}{value}{body[old.end() :]}"
-    else:
-        body = f"{key} = {value}\n{body}"
-    return text[:start] + body + text[end:]
+def _find_last_comments(container: Container, end: int) -> int:
+    """Return where the unbroken run of comments begins that ends before `end`."""
+    start = end
+    while start and isinstance(container.body[start - 1][1], Comment):
+        start -= 1
+    return start
+
+
+def _find_place(container: Container, name: str) -> int:
+    return next(place for place, (key, _) in enumerate(container.body) if key is not None and key.key == name)
+
+
+def _blank(container: Container, place: int) -> None:
+    # Replaced and not removed, since the container finds its keys by their places in `body`.
+    container.body[place] = (None, Whitespace(""))

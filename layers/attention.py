@@ -8,7 +8,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
-from .check import check_hidden
+from .check_inputs import check_hidden
 from .config import ModelConfig
 from .flash import attend_causally
 from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
@@ -35,14 +35,14 @@ class Attention(nnx.Module):
         self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **into)
         self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"
-        self.query_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
-        self.key_norm = make_head_norm(config, rngs=rngs) if is_normed else nnx.data(None)
+        self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
+        self.key_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D].
 
         Raises:
-            ModelError: x has other dimensions, or no token.
+            ModelError: x is not [B, T, D], or T is 0.
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
@@ -51,14 +51,14 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries, keys and values as attention compares them: normalized and turned where the config says so.
+        """Return queries, keys and values, normalized and rotated by position where the config says so.
 
         x[B@data, T, D] -> q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H]; no communication forward.
 
         With fewer key/value heads than tensor ranks, keys and values have a head for each rank.
 
         Args:
-            positions_BT: where the tokens stand; 0 to T - 1 if left out.
+            positions_BT: position of every token in its sequence; 0 to T - 1 if left out.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
@@ -69,16 +69,16 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, v_BTKH
 
     def join(self) -> None:
-        """Make queries, keys and values one layer, where heads are split: in this module, in place of the three.
+        """Replace the projections to queries, keys and values by one joined layer, where heads are split.
 
-        Without it every call joins them anew, which in a loop copies their kernels in every turn.
+        Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
         if self.rules.parts_in_context("heads") > 1:
             self.qkv = self._join()
             del self.query, self.key, self.value
 
     def combine(self, mixed_BTNH: jax.Array) -> jax.Array:
-        """Return the output projection of what the heads mixed; one all-reduce.
+        """Return the output projection of the heads' outputs; one all-reduce.
 
         mixed[B@data, T, N@tensor, H] -> y[B@data, T, D]
         """
@@ -88,10 +88,10 @@ class Attention(nnx.Module):
     def extend(
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
-        """Return what new tokens read of all tokens up to their own, and the cache with their keys and values.
+        """Return attention of new tokens to the cached ones and to each other, and the cache with the new tokens.
 
         x[B@data, T, D] -> y[B@data, T, D]; one all-reduce. For inference, inside `shard_map` over all axes: each device
-        has its own heads, of queries as of keys and values. One token (decoding) and a chunk of a prompt are the same.
+        has its own query heads and the key/value heads that they use. T is 1 in decode, the chunk's size in prefill.
         """
         positions_BT = new.positions(x_BTD.shape[1])
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT)
@@ -101,9 +101,9 @@ class Attention(nnx.Module):
         return self.combine(attend(q_BTNH, keys_BKSH, values_BKSH, positions_BT, window=window)), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].
+        """Compute x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].
 
-        Where heads are split, as one matmul: three would each all-reduce their own dx in the backward.
+        One matmul where heads are split: three would each all-reduce their own dx in the backward.
         """
         if self.qkv is None and self.rules.parts_in_context("heads") == 1:
             projected = [linear(x_BTD) for linear in (self.query, self.key, self.value)]

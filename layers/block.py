@@ -16,8 +16,8 @@ from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 
 Remat = Literal["none", "full", "dots"]
-"""What backward recomputes: nothing; each block from its input; or all but the outputs of weight matmuls and of flash
-attention."""
+"""Rematerialization policy: recompute nothing in the backward, each block from its input ("full"), or everything but
+the outputs of weight matmuls and of flash attention ("dots")."""
 
 
 class Block(nnx.Module):
@@ -27,9 +27,9 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
-        self.attention_norm = make_norm(config, rngs=rngs)
+        self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
         self.attention = Attention(config, rngs=rngs, rules=rules)
-        self.mlp_norm = make_norm(config, rngs=rngs)
+        self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
         self.mlp = MLP(config, rngs=rngs, rules=rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -38,9 +38,9 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
 
     def join(self) -> None:
-        """Make products of one input one, where they are split: in this module, in place of the layers that they join.
+        """Replace layers that read the same input by one joined layer each, where they are split.
 
-        What a step does once with the parameters of all its layers, so that its loops need not.
+        A training step does this once to the parameters of all layers, so that its loops do not copy kernels.
         """
         self.attention.join()
         self.mlp.join()
@@ -48,7 +48,7 @@ class Block(nnx.Module):
     def extend(
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
-        """Return new tokens after this block, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
+        """Return the block's output for new tokens, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
         attended_BTD, cache = self.attention.extend(
             apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
         )
@@ -57,10 +57,10 @@ class Block(nnx.Module):
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:
-    """Return one `Block` whose parameters have a leading dimension of layers: [L, ...], each layer drawn on its own."""
+    """Return one `Block` with a leading dimension "layer" on every parameter: [L, ...], each layer drawn on its own."""
 
     @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
     def make(layer_rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=layer_rngs, rules=rules)
 
@@ -68,14 +68,14 @@ def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = 
 
 
 def run_blocks(graph: Any, params_L: Any, x_BTD: jax.Array, *, remat: Remat = "dots") -> jax.Array:
-    """Return x after every layer of a stack, in order.
+    """Return x after all layers of a stack, run in order by one scan.
 
     params[L, ...], x[B@data, T, D] -> y[B@data, T, D]
 
     Args:
         graph: `nnx.split(block)[0]` of a stacked block.
         params_L: its state as pure arrays, [layers, ...].
-        remat: what backward recomputes.
+        remat: rematerialization policy.
     """
 
     def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
@@ -85,11 +85,12 @@ def run_blocks(graph: Any, params_L: Any, x_BTD: jax.Array, *, remat: Remat = "d
 
 
 def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """Return the layer with its backward recomputing what the policy says.
+    """Return the layer under a rematerialization policy (Chen et al. 2016, section 4).
 
-    none: what is cheap for its size, inside norms and activation functions. dots: whatever lies between products and
-    attention, whose outputs are kept; on CPUs the faster one, since less is written and read; no GPU has timed it.
-    full: all but the layer's input.
+    - "none" recomputes only the inside of norms and activation functions, which are cheap for their size.
+    - "dots" keeps the outputs of weight matmuls and of attention and recomputes all between them. On CPUs it is faster
+      than "none", since less is written and read; it has not been timed on a GPU.
+    - "full" keeps only the layer's input.
 
     Raises:
         ModelError: there is no such policy.

@@ -1,8 +1,15 @@
-"""Causal attention in plain XLA, a block of queries at a time: what runs where no fused kernel does.
+"""Causal attention in plain XLA, one block of queries at a time, for devices without a fused kernel.
 
-A block is compared with the keys that its mask lets it see: about half of the [T, T] scores are never made, and only
-those of one block exist at once. As in Dao 2023 ("FlashAttention-2", section 3) the forward keeps one number for every
-query, the logarithm of its softmax's sum, and the backward makes the scores again.
+A block of queries is multiplied only with the keys that its mask leaves visible:
+
+    keys     0    1    2    3          # computed    . never computed
+    block 0  #    .    .    .
+    block 1  #    #    .    .          about half of the [T, T] scores, and those of one block at a time
+    block 2  #    #    #    .
+    block 3  #    #    #    #
+
+As in Dao 2023 ("FlashAttention-2", section 3) the forward keeps one number for every query, the logarithm of its
+softmax's sum, and the backward recomputes the scores.
 """
 
 from collections.abc import Iterator
@@ -15,19 +22,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 FLASH_OUTPUTS = "flash_outputs"
-"""By this name rematerialisation keeps what attention made, so that the backward does not run its forward again."""
+"""Checkpoint name of attention's outputs: rematerialization keeps them, so the backward does not recompute them."""
 
 MIN_BLOCK, MAX_BLOCK, NUM_BLOCKS = 64, 1024, 4
-"""Queries of a block, and number of blocks where these bounds allow it: four leave an eighth of the scores masked, and
-blocks are written out one after another, so more would only be more to compile."""
+"""Bounds on the queries of a block, and the number of blocks within them. Four blocks compute an eighth of the scores
+in vain; each block is code of its own, so more blocks would take longer to compile."""
 
 _HIDDEN = -1e30
-"""Score of a key that is masked: its share of the softmax is 0, and no arithmetic makes NaN of it."""
+"""Score of a masked key: its share of the softmax is 0, and unlike -inf it cannot become NaN."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
-    """Return what every head mixes of the values of its tokens: the causal ones, of the last `window` unless that is 0.
+    """Compute causal attention, within the last `window` tokens unless that is 0.
 
     q[B, T, N, H], k and v[B, T, K, H] -> mixed[B, T, N, H]; sharded alike over B and over heads, no communication.
     Softmax and sums are in float32.
@@ -36,12 +43,12 @@ def attend_blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, wi
 
 
 _Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-"""What the backward reads: queries [B, K, G, T, H], keys and values [B, K, T, H], the output [B, T, N, H], and
-of every query the logarithm of its softmax's sum [B, K, G, T]."""
+"""Residuals: queries [B, K, G, T, H], keys and values [B, K, T, H], the output [B, T, N, H], and for every query the
+logarithm of its softmax's sum [B, K, G, T]."""
 
 
 def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> tuple[jax.Array, _Saved]:
-    # Batched products want heads before tokens: turned once here, not in every product.
+    # Batched products want heads before tokens: transposed once here, not in every product.
     q_BKGTH = _heads_first(q_BTNH, k_BTKH.shape[2])
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
     mixed, sums = [], []
@@ -62,7 +69,8 @@ def _backward(window: int, saved: _Saved, grad_BTNH: jax.Array) -> tuple[jax.Arr
     q_BKGTH, k_BKTH, v_BKTH, y_BTNH, sums_BKGT = saved
     num_tokens, dtype = y_BTNH.shape[1], y_BTNH.dtype
     grad_BKGTH = _heads_first(grad_BTNH, k_BKTH.shape[1])
-    # The softmax's backward needs the sum over keys of share x gradient: by the output it is one over features.
+    # The softmax's backward needs the sum over keys of share x gradient. It equals the sum over features of output x
+    # gradient of the output, so no [T, T] array is needed for it.
     own_BTN = (grad_BTNH.astype(jnp.float32) * y_BTNH.astype(jnp.float32)).sum(-1)
     own_BKGT = jnp.swapaxes(own_BTN, 1, 2).reshape(sums_BKGT.shape)
     d_q, d_k, d_v = [], [], []
@@ -116,7 +124,7 @@ def _einsum(formula: str, *arrays: jax.Array) -> jax.Array:
 
 
 def _heads_first(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [B, K, G, T, H], query heads in groups that share a key."""
+    """Transpose [B, T, N, H] -> [B, K, G, T, H]: query heads in G groups per key/value head."""
     x_BNTH = jnp.swapaxes(x_BTNH, 1, 2)
     return x_BNTH.reshape(x_BNTH.shape[0], num_kv_heads, -1, *x_BNTH.shape[2:])
 

@@ -1,7 +1,7 @@
-"""The keys and values of tokens already read, kept in place: what makes the next token cost one token.
+"""The KV cache: keys and values of earlier tokens, so that generating a token computes one token and not all of them.
 
-A cache has a fixed number of rows (sequences) and of tokens for each, so that no program ever changes its shapes. Rows
-know their own lengths, and new tokens are written behind them. `attention.py` reads it.
+A cache has a fixed number of rows (sequences) and of tokens a row, so that no program changes shape. Every row has its
+own length, and new tokens are written behind it. `attention.py` reads the cache.
 """
 
 import math
@@ -19,18 +19,18 @@ from ..meshes.arguments import check_choice, check_count
 from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16"]
-"""What keys and values are stored as; scores are summed in float32 either way."""
+"""Dtype in which keys and values are stored; scores are summed in float32 either way."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of every layer, and how many tokens of each row are there.
+    """Keys and values of every layer, and the number of cached tokens of each row.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]: in a pipeline each stage
-    has its own, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16: XLA's
-    CPU backend would scatter it in float32, a copy of the whole cache for each token. Also used as the tree of their
-    shapes.
+    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. Each pipeline stage has
+    its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
+    XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also holds the
+    shapes of a cache (`cache_shapes`).
     """
 
     keys: Any
@@ -42,7 +42,7 @@ class KVCache:
         num_tokens = k_BTKH.shape[1]
         row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
         head_11K = jnp.arange(k_BTKH.shape[2])[None, None]
-        # One past the end is dropped: so are the tokens that only fill a chunk, and those of rows that are not in use.
+        # An index one past the end is dropped by the scatter: padding of a chunk and rows that are not in use go there.
         is_real_BT = jnp.arange(num_tokens)[None] < new.counts[:, None]
         place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[3])
 
@@ -66,9 +66,9 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """Where T new tokens of each of B rows belong: rows `row` to `row + B`, positions `starts` on.
+    """The place of T new tokens of each of B rows: rows `row` to `row + B`, from positions `starts` on.
 
-    Of the T tokens of a row `counts` are real; the others are computed, but leave no trace in the cache.
+    The first `counts` of a row's T tokens are real; the others are padding, computed but not written to the cache.
     """
 
     row: Any
@@ -83,13 +83,13 @@ class NewTokens:
 def attend(
     q_BTNH: jax.Array, keys_BKSH: jax.Array, values_BKSH: jax.Array, positions_BT: jax.Array, *, window: int = 0
 ) -> jax.Array:
-    """Return what each new token reads of the cache: cached token s is seen from positions s on.
+    """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 
     q[B@data, T, N@tensor, H], keys and values [B@data, K@tensor, S, H] -> y[B@data, T, N@tensor, H]; no communication.
     Scores are float32. Unused places of `keys` may hold anything, those of `values` any finite number.
 
     Args:
-        window: how many tokens a token sees, itself and those before it; 0 is all.
+        window: number of visible tokens, the token itself included; 0 is all.
     """
     num_rows, num_tokens, _, size = q_BTNH.shape
     num_kv, num_cached = keys_BKSH.shape[1:3]
@@ -119,14 +119,14 @@ def cache_shapes(
 ) -> KVCache:
     """Return shapes and shardings of an empty cache.
 
-    Where there are fewer key/value heads than `tensor` devices, each is kept as often as makes one a device.
+    With fewer key/value heads than `tensor` devices, heads are repeated until every device has one.
 
     Args:
-        stacks: of how many layers a stage each array of keys, and of values, is.
+        stacks: number of layers a stage in each array of keys, and of values.
 
     Raises:
-        ShardingError: rows do not split over `data`.
-        ModelError: a count is below 1, or keys and values are not stored as `dtype`.
+        ShardingError: rows do not split evenly over `data`.
+        ModelError: a count is below 1, or keys and values cannot be stored as `dtype`.
     """
     check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
     for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
@@ -149,7 +149,7 @@ def cache_shapes(
 
 
 def bytes_per_device(shapes: Any) -> int:
-    """Return the bytes that each device holds of a tree of sharded shapes, a cache or parameters."""
+    """Return the bytes on each device of a tree of sharded shapes, a cache or parameters."""
 
     def one(leaf: jax.ShapeDtypeStruct) -> int:
         assert leaf.sharding is not None

@@ -1,4 +1,4 @@
-"""The sizes and choices that define a model; everything else about it is derived.
+"""The sizes and choices that define a model.
 
 Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py` next.
 """
@@ -10,33 +10,33 @@ from ..meshes import ModelError, suggest
 from ..meshes.errors import shown
 
 LARGEST_FUSED_HEAD = 128
-"""Features of the largest head that cuDNN's flash attention takes forward and backward on every GPU from Ampere on.
+"""Largest head size that cuDNN's flash attention supports, forward and backward, on every GPU from Ampere on.
 
-Hopper takes 256, but jax (0.10.2 to 0.12) asks the machine's own GPU whether it is one, not the mesh, and raises where
-there is none: `trellax inspect` could not compile the step that `train` would run. To be raised when jax asks the mesh.
+Hopper supports 256, but jax (0.10.2 to 0.12) asks the local GPU for its architecture, not the mesh, and raises where
+there is none: `trellax inspect` could not compile the step that `train` would run. Raise this when jax asks the mesh.
 """
 
 _MOST_LAYERS = 10_000
 _LARGEST_SIZE = 2**31 - 1
-"""Layers are placed one by one; every other size is a dimension of an array, or a position, of 32 bits."""
+"""Layers are assigned to stages one by one; every other size is an array dimension or a position, of 32 bits."""
 
 _ROPE_NUMBERS = ("rope_theta", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: GPT-2, Llama, Qwen and Mistral shapes and what lies between.
+    """The sizes of a decoder-only transformer: GPT-2, Llama, Qwen, Mistral and combinations of their choices.
 
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
-    `bias` "qkv" is Qwen 2's: queries, keys and values alone have one. `qk_norm` is Qwen 3's: an RMSNorm over the
-    features of every query and key head. `attention_window` is how many tokens a token sees, itself and those before
-    it; 0 is all. `attention` is what computes it, see `flash.py`; `rope_scaling` is told in `rotary.py`.
+    `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
+    features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
+    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
 
     Raises:
-        ModelError: a value of the wrong type or none of the choices, sizes that are not positive, or that do not
-            divide each other, each with the equation.
+        ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
+            divide each other; each with the equation.
     """
 
     vocab_size: int
@@ -72,8 +72,8 @@ class ModelConfig:
         self._derive()
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: every key/value head "
-                "serves the same number of query heads.",
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key/value "
+                "head serves the same number of query heads.",
                 fix=f"set num_kv_heads to a divisor of {self.num_heads}.",
             )
         if self.positions == "rotary" and self.head_size % 2:
@@ -165,7 +165,7 @@ class ModelConfig:
         if not self.head_size:
             if self.hidden_size % self.num_heads:
                 raise ModelError(
-                    f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}: "
+                    f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: "
                     f"{self.hidden_size} / {self.num_heads} = {self.hidden_size / self.num_heads:.2f}.",
                     fix="choose num_heads that divides hidden_size, or give head_size.",
                 )
@@ -189,17 +189,17 @@ class ModelConfig:
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether cuDNN has flash attention of this type and these heads, on every GPU from Ampere on."""
+        """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on."""
         return self.dtype == "bfloat16" and self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together, num_heads x head_size."""
+        """Features of all query heads together, num_heads x head_size."""
         return self.num_heads * self.head_size
 
     @property
     def kv_size(self) -> int:
-        """Width of all key (or value) heads together, num_kv_heads x head_size."""
+        """Features of all key (or value) heads together, num_kv_heads x head_size."""
         return self.num_kv_heads * self.head_size
 
 

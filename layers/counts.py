@@ -1,7 +1,7 @@
-"""Parameters, flops and activation bytes of a model, by arithmetic on its config: no array is made, nothing is traced.
+"""Parameters, flops and activation bytes of a model, computed from its config: no array is made, nothing is traced.
 
-A planner weighs layouts with these numbers and a training loop reports MFU with them, so they are exact: the tests
-hold them against the parameters, the matmuls and the residuals of the layers themselves.
+The planner compares layouts with these numbers and the training loop reports MFU with them, so they are exact: tests
+compare them with the parameters, the matmuls and the residuals of the layers.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCounts:
-    """Number of parameters of every part of a model; `block` is one of `num_layers` blocks.
+    """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks.
 
-    `head` is the final norm, and the projection to the vocabulary where that is no copy of the embedding.
+    `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding.
     """
 
     embedding: int
@@ -38,10 +38,10 @@ class ParamCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCounts:
-    """Model flops for one token: what the mathematics needs. Recomputation is no part of it (Chowdhery et al. 2022, B).
+    """Model flops for one token, without recomputation (Chowdhery et al. 2022, appendix B).
 
-    `weights` counts matmuls with parameters, 2 flops for each weight a token meets, the vocabulary projection
-    included and the embedding lookup not; `scores` counts the two matmuls between tokens, over all layers.
+    `weights` counts matmuls with parameters, 2 flops for each weight, with the vocabulary projection and without the
+    embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
     """
 
     weights: int
@@ -60,7 +60,7 @@ class FlopCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationBytes:
-    """Bytes on one device for one microbatch: `boundary` between two layers, `layer` kept by one layer for backward.
+    """Bytes on one device for one microbatch: `boundary` between two layers, `layer` the residuals of one layer.
 
     A layer keeps its input, so `layer` includes one `boundary`.
     """
@@ -105,18 +105,18 @@ def flops_per_token(
     797815296
 
     Args:
-        attention: "causal" counts half of the scores, those that the mask lets through; fewer yet with a window. "full"
-            counts all, as papers that quote Chowdhery et al. do.
+        attention: "causal" counts the scores that the mask leaves visible, half of them, or fewer with a window. "full"
+            counts all, as papers that follow Chowdhery et al. do.
 
     Raises:
-        ModelError: there are no tokens, or `attention` is no choice.
+        ModelError: `num_tokens` is below 1, or `attention` is not one of the choices.
     """
     check_count("num_tokens", num_tokens, error=ModelError)
     check_choice("attention", attention, ("causal", "full"), error=ModelError)
     weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
-    # Of the T x T scores, w (2T - w) / 2 are seen: a triangle less a smaller one.
+    # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
     causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
     return FlopCounts(weights=2 * weights, scores=full if attention == "full" else causal)
 
@@ -129,23 +129,23 @@ def activation_bytes(
     tensor: int = 1,
     remat: Remat = "none",
 ) -> ActivationBytes:
-    """Return what one microbatch of `num_sequences` on one device occupies between layers, and in one for its backward.
+    """Return the activation bytes of one microbatch of `num_sequences` on one device.
 
-    The kind of formula is that of Korthikanti et al. 2022, section 4; its terms are what our own layers keep:
+    The formula follows Korthikanti et al. 2022, section 4, with the residuals of our own layers as terms:
 
         full  D                                  the input x[b, T, D]
         dots  2D + (2N + 2K)H/t + (1 or 2)F/t    x, the outputs of weight matmuls, but the last one, and of attention
-        none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, what enters each matmul
+        none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
-    and under the last two a float32 number for each query and head, under "none" (N + K)H/t more where queries and keys
-    are normalized.
+    "dots" and "none" also keep a float32 number for each query and head; "none" keeps (N + K)H/t more where queries and
+    keys are normalized.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor: size of the axis that splits heads and feed-forward features; x and the norms are whole on each device.
+        tensor: size of the axis that splits heads and feed-forward features; x and the norms are replicated over it.
 
     Raises:
-        ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split over `tensor`.
+        ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
     """
     for name, count in {"num_sequences": num_sequences, "num_tokens": num_tokens, "tensor": tensor}.items():
         check_count(name, count, error=ModelError)
@@ -159,7 +159,7 @@ def activation_bytes(
 
 
 def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
-    """Numbers of the compute dtype that a layer keeps of a token."""
+    """Return the number of residuals, in the compute dtype, that a layer keeps for one token."""
     d, f = config.hidden_size, config.ffn_size // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
@@ -171,7 +171,7 @@ def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
 
 
 def _block_weights(config: ModelConfig) -> int:
-    """Number of matmul weights of a block: query and output, key and value, and the feed-forward's two or three."""
+    """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three."""
     d = config.hidden_size
     num_ffn = 3 if config.mlp == "swiglu" else 2
     return 2 * d * config.query_size + 2 * d * config.kv_size + num_ffn * d * config.ffn_size

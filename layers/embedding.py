@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .check import check_token_ids
+from .check_inputs import check_token_ids
 from .config import ModelConfig
 from .linear import INIT_STD, make_param
 
@@ -23,44 +23,50 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
         d = config.hidden_size
-        self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD)
+        self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD, rules=rules)
         learned = config.positions == "learned"
-        place = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD)
-        self.positions = place if learned else nnx.data(None)
+        positions = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD, rules=rules)
+        self.positions = positions if learned else nnx.data(None)
 
     def __call__(self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None) -> jax.Array:
         """tokens[B@data, T] -> x[B@data, T, D] in the compute dtype.
 
-        The row of an id outside of the vocabulary is NaN, on every mesh.
+        The row of an id outside the vocabulary is NaN, on every mesh.
 
         Args:
-            positions_BT: where the tokens stand; 0 to T - 1 if left out.
+            positions_BT: position of every token in its sequence; 0 to T - 1 if left out.
 
         Raises:
-            ModelError: tokens are no integers [B, T], or more than there are learned positions for.
-            ShardingError: B does not split over `data`, or V over its axes.
+            ModelError: tokens are not integers [B, T], or there are more of them than learned positions.
+            ShardingError: B does not split evenly over `data`, or V over its axes.
         """
         limit = self.config.max_tokens if self.positions is not None and positions_BT is None else None
         check_token_ids(tokens_BT, max_tokens=limit)
         x_BTD = lookup(self.table[...], tokens_BT, rules=self.rules)
         if self.positions is not None:
-            place_PD = self.positions[...]
-            own_BTD = place_PD[None, : tokens_BT.shape[1]] if positions_BT is None else place_PD[positions_BT]
-            x_BTD = x_BTD + own_BTD
+            table_PD = self.positions[...]
+            rows_BTD = table_PD[None, : tokens_BT.shape[1]] if positions_BT is None else table_PD[positions_BT]
+            x_BTD = x_BTD + rows_BTD
         return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "tokens", "embed"))
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = DEFAULT_RULES) -> jax.Array:
-    """Return the rows of a table whose vocabulary is split, without gathering it.
+    """Return the rows of a table whose vocabulary is split, without gathering the table.
 
     table[V@tensor, D], tokens[B@data, T] -> rows[B@data, T, D]; one all-reduce over `tensor`.
 
-    Each device looks up the tokens of its own slice and adds zeros for the others. Where an axis of the vocabulary is
-    manual, the table is this device's block of it and the rows are summed over that axis too. An id below 0, or that
-    no slice has, gets a row of NaN: left to the gather it would read another word's row, another one on each mesh.
+    Each device looks up the tokens of its own block of words and contributes zeros for the others:
+
+        tokens 1, 6          rank 0: words 0-3    rank 1: words 4-7
+        index in the block      1, -                 -, 2
+        rows                  [w1, 0]       +      [0, w6]       = [w1, w6]
+
+    Where an axis of the vocabulary is manual, the table is this device's block and the rows are summed over that axis
+    too. An id outside the vocabulary gets a row of NaN: the gather would clamp it to another word's row, a different
+    one on each mesh.
 
     Raises:
-        ShardingError: V does not split over its axes, or B over `data`.
+        ShardingError: V does not split evenly over its axes, or B over `data`.
     """
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")

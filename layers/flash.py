@@ -1,8 +1,9 @@
-"""Causal attention: cuDNN's flash attention where the machine has it, blocks in plain XLA elsewhere.
+"""Causal attention: cuDNN's flash attention on NVIDIA GPUs, blocks in plain XLA elsewhere (`blockwise.py`).
 
-Elsewhere is other devices, float32 and odd head sizes; see `blockwise.py`. Which one is decided while tracing, from
-the devices of the mesh at hand, so programs for GPUs that are not there get what the GPUs would. The algorithm is that
-of Dao 2023 ("FlashAttention-2", section 3); kept for the backward are inputs, output and one number for every query.
+Plain XLA also runs float32 and head sizes that cuDNN does not support. The kernel is chosen while tracing, from the
+devices of the mesh in context, so a program compiled for absent GPUs uses the kernel that those GPUs would. The
+algorithm is that of Dao 2023 ("FlashAttention-2", section 3); its residuals are the inputs, the output and one number
+for every query.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,14 +20,14 @@ from .blockwise import FLASH_OUTPUTS, attend_blockwise
 from .config import ModelConfig
 
 Kernel = Literal["xla", "cudnn"]
-"""What runs the attention."""
+"""The implementation of attention."""
 
 
 def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Kernel:
-    """Return what runs the attention of this model on some devices: those of the context's mesh if left out.
+    """Return the attention kernel of a model on devices of this kind; those of the mesh in context if left out.
 
     Raises:
-        ModelError: the config asks for cuDNN, and the devices are no NVIDIA GPUs.
+        ModelError: the config asks for cuDNN, and the devices are not NVIDIA GPUs.
     """
     kind = device_kind or _device_kind()
     is_there = kind.startswith("NVIDIA")
@@ -40,12 +41,12 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
 def attend_causally(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig, rules: ShardingRules
 ) -> jax.Array:
-    """Return what every head mixes of the values of its tokens: the causal ones, of the last `attention_window`.
+    """Compute causal attention within the last `attention_window` tokens.
 
     q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
 
     Raises:
-        ModelError: the config asks for a kernel that the devices do not have.
+        ModelError: the config asks for a kernel that the devices do not support.
     """
     if choose_kernel(config) == "xla":
         return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
@@ -126,9 +127,9 @@ _attend_flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _in_blocks(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Return what runs on each device's block: manual are the axes that the compiler would split over, of size 1 too.
+    """Return the function run on each device's block: every Auto axis is made manual, those of size 1 too.
 
-    Without such an axis, outside any mesh or where all are manual already, that is the function itself.
+    Without an Auto axis, outside any mesh or where all are manual already, return the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -137,7 +138,7 @@ def _in_blocks(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
 
 
 def _specs(rules: ShardingRules) -> dict[int, P]:
-    """Of [B, T, heads, H], and of the [B, heads, T] numbers that the kernel keeps for its backward."""
+    """Return the specs by rank: 4 for [B, T, heads, H], 3 for the [B, heads, T] numbers kept for the backward."""
     batch, heads = rules.auto_axes("batch") or None, rules.auto_axes("heads") or None
     return {4: P(batch, None, heads), 3: P(batch, heads)}
 

@@ -1,7 +1,19 @@
 """The two halves of tensor parallelism: a linear layer split by columns, and one split by rows.
 
-A column-parallel layer followed by a row-parallel one costs a single all-reduce (Shoeybi et al. 2019, section 3).
-The layers name logical dimensions; `ShardingRules` says which mesh axis those live on. Read `mlp.py` next.
+A column-parallel layer followed by a row-parallel one costs a single all-reduce (Shoeybi et al. 2019, section 3):
+
+                  A[D, F@tensor]           B[F@tensor, D]
+                 +------+               +------+
+    rank 0   x @ |  A0  |  -> h0 gelu ->|  B0  | -> y0 --+
+                 +------+               +------+         +-- all-reduce: y = y0 + y1, on both ranks
+    rank 1   x @ |  A1  |  -> h1 gelu ->|  B1  | -> y1 --+
+                 +------+               +------+
+             x is whole    h is split   each y is a partial sum of x's shape
+
+Columns first, since gelu(h0) and gelu(h1) are parts of gelu(h), while gelu(y0) + gelu(y1) is not gelu(y). The backward
+is the mirror image: dh is computed without sending, dx is a partial sum, one all-reduce.
+
+The layers name logical dimensions; `ShardingRules` says which mesh axis those are split over. Read `mlp.py` next.
 """
 
 from collections.abc import Sequence
@@ -15,32 +27,35 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count, check_number
-from .check import check_features
+from .check_inputs import check_features
+from .partitioning import param_metadata
 from .product import Matmuls, multiply
 
 INIT_STD = 0.02
 
 
-def make_param(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *, std: float) -> nnx.Param:
-    """Return a float32 parameter drawn from a normal distribution, carrying its logical dimensions.
+def make_param(
+    key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *, std: float, rules: ShardingRules = DEFAULT_RULES
+) -> nnx.Param:
+    """Return a float32 parameter drawn from a normal distribution, annotated with its logical dimensions.
 
     `std` 0 gives zeros. The values do not depend on the mesh.
 
     Raises:
-        ModelError: a dimension is no size, or `std` is no finite number.
+        ModelError: a dimension is negative or not a whole number, or `std` is not a finite number of 0 or more.
     """
     for size in shape:
         check_count("shape", size, error=ModelError, least=0)
     check_number("std", std, error=ModelError)
     value = jax.random.normal(key, shape, jnp.float32) * std if std else jnp.zeros(shape, jnp.float32)
-    return nnx.Param(value, dims=dims)
+    return nnx.Param(value, **param_metadata(dims, rules))
 
 
-def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Return x, the same on all devices of some manual axes, for work that differs between them.
+def mark_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return x with its type marked as varying over manual axes on which its value is still the same.
 
-    It costs nothing; its gradient is summed over the axes, one all-reduce, in float32: XLA's CPU backend aborts on
-    bfloat16 sums over manual axes.
+    The forward costs nothing. The gradient is summed over the axes, one all-reduce, in float32: XLA's CPU backend
+    aborts on bfloat16 sums over manual axes.
     """
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
@@ -48,11 +63,11 @@ def spread(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 @jax.custom_vjp
 def hide_reduction(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return x and a kernel split by columns as they are, with gradients that wait for each other.
+    """Return x and a column-split kernel unchanged, and tie their gradients so that XLA overlaps them.
 
-    The gradient of x is all-reduced; the kernel's is a product that needs nothing of it. Where both are due at one
-    moment, XLA runs that product between the halves of the all-reduce, as Megatron-LM's layers do by hand; left to
-    itself it puts the product elsewhere, and the wait is seen.
+    The gradient of x is all-reduced; that of the kernel is a product that does not depend on the all-reduce. With a
+    barrier on both, XLA schedules the product between the start and the end of the all-reduce, as Megatron-LM's layers
+    do by hand. Without it, the product is scheduled elsewhere and the all-reduce is exposed.
     """
     return x_BTD, kernel
 
@@ -63,8 +78,8 @@ hide_reduction.defvjp(lambda *both: (both, None), lambda _, grads: jax.lax.optim
 class ColumnLinear(nnx.Module):
     """A linear layer whose output features are split over the axis of `dim`.
 
-    x[B@data, T, D] @ kernel[D, F@tensor] + bias[F@tensor] -> y[B@data, T, F@tensor], or any leading dimensions, of
-    which the first is the batch.
+    x[B@data, T, D] @ kernel[D, F@tensor] + bias[F@tensor] -> y[B@data, T, F@tensor]; any leading dimensions will do,
+    the first is the batch.
 
     Forward: no communication. Backward: one all-reduce of dx over `tensor`.
 
@@ -96,8 +111,10 @@ class ColumnLinear(nnx.Module):
         check_choice("bias", bias, ("on", "off"), error=ModelError)
         check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
-        self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std)
-        self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0) if bias == "on" else nnx.data(None)
+        self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", dim), std=std, rules=rules)
+        self.bias = nnx.data(None)
+        if bias == "on":
+            self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -121,12 +138,15 @@ class JoinedLinear(nnx.Module):
 
     x[B@data, T, D] @ kernel[D, F@tensor] -> y[B@data, T, F@tensor] of every layer, in order
 
-    Each device's part of the kernel is its parts of theirs, one after another. Made of their parameters, it has none of
-    its own: where it is made in a loop, that copies kernels in every turn.
+    Each device's columns are its columns of every layer, side by side. With gate and up on two `tensor` ranks:
+
+        gate = [g0 | g1]   up = [u0 | u1]   joined = [g0 u0 | g1 u1]
+
+    The kernel is made from the layers' own: made inside a loop, it is copied in every iteration.
 
     Args:
         parts: number of devices that the first layer's features are split over.
-        unit: features that stay together; a layer of fewer units than parts has each unit in several parts.
+        unit: features that stay together, a head; a layer with fewer units than parts has each unit on several devices.
     """
 
     def __init__(self, linears: Sequence[ColumnLinear], *, parts: int, unit: int = 1) -> None:
@@ -135,8 +155,8 @@ class JoinedLinear(nnx.Module):
         kernels = [_cut_columns(linear.kernel[...], parts, unit) for linear in linears]
         biases = [_cut_columns(linear.bias[...], parts, unit) for linear in linears if linear.bias is not None]
         self.parts, self.widths = parts, tuple(kernel.shape[-1] for kernel in kernels)
-        self.kernel = nnx.Param(self._join(kernels, ("embed", self.dim)))
-        self.bias = nnx.Param(self._join(biases, (self.dim,))) if biases else nnx.data(None)
+        self.kernel = self._join(kernels, ("embed", self.dim))
+        self.bias = self._join(biases, (self.dim,)) if biases else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
@@ -152,13 +172,14 @@ class JoinedLinear(nnx.Module):
         pieces = [y_BTPW[..., end - width : end] for width, end in zip(self.widths, ends, strict=True)]
         return [self.rules.constrain(y.reshape(*lead, -1), dims) for y in pieces]
 
-    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> jax.Array:
+    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> nnx.Param:
         joined = jnp.concatenate(pieces, axis=-1)
-        return self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
+        value = self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
+        return nnx.Param(value, **param_metadata(dims, self.rules))
 
 
 def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
-    """weight[..., F] -> [..., parts, F / parts], or a unit for each part where there are fewer units."""
+    """Cut columns into parts, weight[..., F] -> [..., parts, F / parts]; with fewer units than parts, repeat units."""
     copies = max(1, parts * unit // weight.shape[-1])
     cut = weight.reshape(*weight.shape[:-1], parts // copies, 1, -1)
     repeated = jnp.broadcast_to(cut, (*cut.shape[:-2], copies, cut.shape[-1]))
@@ -168,8 +189,8 @@ def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
 class RowLinear(nnx.Module):
     """A linear layer whose input features are split over the axis of `dim`.
 
-    x[B@data, T, F@tensor] @ kernel[F@tensor, D] + bias[D] -> y[B@data, T, D], or any leading dimensions, of which the
-    first is the batch.
+    x[B@data, T, F@tensor] @ kernel[F@tensor, D] + bias[D] -> y[B@data, T, D]; any leading dimensions will do, the first
+    is the batch.
 
     Each device holds a partial sum, so forward costs one all-reduce of y over `tensor`; backward costs nothing.
     Where the axis is manual (inside `shard_map`, for inference), x is this device's block of it.
@@ -202,8 +223,10 @@ class RowLinear(nnx.Module):
         check_choice("bias", bias, ("on", "off"), error=ModelError)
         check_choice("matmuls", matmuls, get_args(Matmuls), error=ModelError)
         self.dim, self.dtype, self.matmuls, self.rules = dim, dtype, matmuls, rules
-        self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std)
-        self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0) if bias == "on" else nnx.data(None)
+        self.kernel = make_param(rngs.params(), (in_size, out_size), (dim, "embed"), std=std, rules=rules)
+        self.bias = nnx.data(None)
+        if bias == "on":
+            self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].
@@ -222,10 +245,10 @@ class RowLinear(nnx.Module):
 
 
 def _add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """y[..., F] + bias[F], in the type of y; written so that strict rank promotion allows it."""
+    """Return y[..., F] + bias[F] in the dtype of y, with explicit dimensions, as strict rank promotion demands."""
     return y + jnp.expand_dims(bias_F.astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
 def _dims_of(y: jax.Array, last: str) -> tuple[str | None, ...]:
-    """The logical dimensions of y[B, ..., F]."""
+    """Return the logical dimensions of y[B, ..., F], the last of which is named `last`."""
     return (*("batch", *[None] * y.ndim)[: y.ndim - 1], last)

@@ -42,16 +42,16 @@ class MLP(nnx.Module):
         return self.down(_swish_gate(*self._expand(self.gate, x_BTD)))
 
     def join(self) -> None:
-        """Make gate and up one layer, where features are split: in this module, in place of the two.
+        """Replace gate and up by one joined layer, where feed-forward features are split.
 
-        Without it every call joins them anew, which in a loop copies their kernels in every turn.
+        Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
         if self.gate is not None and self.rules.parts_in_context("ffn") > 1:
             self.gate_up = self._join(self.gate)
             del self.gate, self.up
 
     def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> list[jax.Array]:
-        """Both column-parallel products; as one where they are split, so that the backward all-reduces dx once."""
+        """Compute gate and up; as one product where they are split, so that the backward all-reduces dx once."""
         if self.rules.parts_in_context("ffn") == 1:
             return [gate(x_BTD), self.up(x_BTD)]
         return self._join(gate)(x_BTD)
@@ -60,8 +60,8 @@ class MLP(nnx.Module):
         return JoinedLinear((gate, self.up), parts=self.rules.parts_in_context("ffn"))
 
 
-# Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Kept are their
-# inputs alone; the backward does the arithmetic again, which no matrix unit notices.
+# Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Only their
+# inputs are kept here; the backward recomputes the rest, which is elementwise work and no matmul.
 @partial(jax.checkpoint, prevent_cse=False)
 def _gelu(up_BTF: jax.Array) -> jax.Array:
     return jax.nn.gelu(up_BTF)

@@ -1,20 +1,22 @@
-"""LayerNorm and RMSNorm from Flax, with the dimension names every parameter must carry."""
+"""LayerNorm and RMSNorm from Flax, whose parameters are annotated with their dimensions."""
 
 import jax
 from flax import nnx
 
+from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
+from .partitioning import param_metadata
 
 Norm = nnx.LayerNorm | nnx.RMSNorm
 
 
-def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
-    """Return the norm the config names, statistics in float32; `normalize` applies it.
+def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
+    """Return the norm that the config names, with statistics in float32; `normalize` applies it.
 
-    Scale and bias are whole on every tensor rank: the features they act on are not split there.
+    Scale and bias are replicated over `tensor`: the features they act on are not split.
     """
     shared = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
-    named = {"dims": ("embed",)}
+    named = param_metadata(("embed",), rules)
     if config.norm == "rmsnorm":
         return nnx.RMSNorm(config.hidden_size, scale_metadata=named, **shared)
     return nnx.LayerNorm(
@@ -28,21 +30,22 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> Norm:
     )
 
 
-def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Return the RMSNorm of query or key heads, over the features of each; its scale is whole on every tensor rank."""
+def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> nnx.RMSNorm:
+    """Return the RMSNorm over the features of each query or key head; its scale is replicated over `tensor`."""
     return nnx.RMSNorm(
         config.head_size,
         epsilon=config.norm_epsilon,
         dtype=config.dtype,
-        scale_metadata={"dims": ("head",)},
+        scale_metadata=param_metadata(("head",), rules),
         rngs=rngs,
     )
 
 
 def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D], or heads alike.
+    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D].
 
-    Plain autodiff would keep four arrays of that size more, to save a few operations on each number.
+    Heads x[B@data, T, N@tensor, H] are normalized alike. Plain autodiff would keep four more arrays of that size to
+    save a few operations on each number.
     """
     graph, state = nnx.split(norm)
 
@@ -53,6 +56,6 @@ def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
 
 
 def apply_norm(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, under jax_numpy_dtype_promotion="strict" too: Flax mixes float32 statistics with x."""
+    """Return the normalized x, also under strict dtype promotion: Flax multiplies float32 statistics with x."""
     with jax.numpy_dtype_promotion("standard"):
         return norm(x_BTD)

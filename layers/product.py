@@ -1,7 +1,7 @@
 """The product of activations and weights, in the compute dtype or in eight bits (Micikevicius et al. 2022, section 3).
 
-In eight bits both factors are scaled by their largest number of the moment ("current scaling") and rounded: e4m3 in the
-forward, e5m2 for the gradient that arrives in the backward. Sums are in float32. Quantization is qwix's.
+In eight bits both factors are scaled by their current largest value ("current scaling") and rounded: to e4m3 in the
+forward, the incoming gradient to e5m2 in the backward. Sums are in float32. The quantization is qwix's.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from ..meshes import ModelError
 
 Matmuls = Literal["plain", "fp8"]
-"""What weights are multiplied in: the compute dtype, or eight bits."""
+"""Precision of products with weights: the compute dtype ("plain"), or eight bits."""
 
 _VALUE, _GRADIENT = "float8_e4m3fn", "float8_e5m2"
 
@@ -22,7 +22,7 @@ _VALUE, _GRADIENT = "float8_e4m3fn", "float8_e5m2"
 def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain") -> jax.Array:
     """Return x[..., D] @ kernel[D, ...] -> y[..., ...] in `dtype`.
 
-    With "fp8" the residual of the backward is x in eight bits, half of what bfloat16 keeps.
+    With "fp8" the residual for the backward is x in eight bits, half the bytes of bfloat16.
 
     Raises:
         ModelError: "fp8" without the package qwix.
@@ -30,7 +30,8 @@ def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matm
     lead, (num_features, *features) = x.shape[:-1], kernel.shape
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if matmuls == "plain":
-        # In two dims: where a weight gradient sums over two, XLA's CPU backend turns an activation around first.
+        # With tokens merged into one dim: where a weight gradient sums over two, XLA's CPU backend first transposes an
+        # activation.
         y = jax.lax.dot_general(x.reshape(-1, num_features), kernel, (((1,), (0,)), ((), ())))
     else:
         y = _multiply_fp8(x if x.ndim == 3 else x.reshape(1, -1, num_features), kernel)
@@ -60,7 +61,7 @@ _multiply_fp8.defvjp(_forward, _backward)
 
 
 def _match(grad: jax.Array, like: jax.Array) -> jax.Array:
-    """Sum a gradient over manual axes on which what it belongs to is the same."""
+    """Sum a gradient over the manual axes on which its primal does not vary."""
     axes = tuple(axis for axis in jax.typeof(grad).mat.varying if axis not in jax.typeof(like).mat.varying)
     return jax.lax.psum(grad, axes) if axes else grad
 

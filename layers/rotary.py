@@ -8,13 +8,13 @@ from .config import ModelConfig
 
 
 def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | None = None) -> jax.Array:
-    """Return heads turned by their position; feature i is paired with feature i + H/2, as in Llama.
+    """Rotate heads by the position of their token; feature i is paired with feature i + H/2, as in Llama.
 
     x[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, H], angles in float32; no communication.
 
     Args:
-        config: whose `rope_frequencies` say how fast each pair turns.
-        positions_BT: where the tokens stand, [B@data, T] or [1, T]; 0 to T - 1 if left out.
+        config: gives the `rope_frequencies` of the pairs.
+        positions_BT: position of every token in its sequence, [B@data, T] or [1, T]; 0 to T - 1 if left out.
     """
     if positions_BT is None:
         positions_BT = jnp.arange(x_BTNH.shape[1])[None]
@@ -25,11 +25,12 @@ def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | 
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Return by how many radians a position turns each pair of features, float32[H/2].
+    """Return the angular frequency of each pair of features in radians per position, float32[H/2].
 
-    Pair i turns by theta**(-2i/H). Scaling "linear" divides that by `rope_factor` (Chen et al. 2023, section 3.2);
-    "llama3" divides pairs that turn less than `rope_low_frequency_factor` times within `rope_original_tokens`, keeps
-    those that turn more than `rope_high_frequency_factor` times, and mixes both in between (Llama 3.1's release).
+    The frequency of pair i is theta**(-2i/H). Scaling "linear" divides it by `rope_factor` (Chen et al. 2023, section
+    3.2). Scaling "llama3" divides the frequency of pairs that turn fewer than `rope_low_frequency_factor` times within
+    `rope_original_tokens`, keeps that of pairs that turn more than `rope_high_frequency_factor` times, and interpolates
+    in between (Llama 3.1's release).
     """
     exponent_h = np.arange(0, config.head_size, 2) / config.head_size
     own_h = config.rope_theta**-exponent_h

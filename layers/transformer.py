@@ -13,12 +13,13 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
+from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
 from .config import ModelConfig
 from .embedding import Embedding
-from .linear import INIT_STD, make_param, spread
-from .loss import projected_cross_entropy
+from .linear import INIT_STD, make_param, mark_varying
 from .norms import apply_norm, make_norm
+from .projected_loss import projected_cross_entropy
 
 
 class Head(nnx.Module):
@@ -29,8 +30,9 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        self.norm = make_norm(config, rngs=rngs)
-        own = make_param(rngs.params(), (config.vocab_size, config.hidden_size), ("vocab", "embed"), std=INIT_STD)
+        self.norm = make_norm(config, rngs=rngs, rules=rules)
+        shape = (config.vocab_size, config.hidden_size)
+        own = make_param(rngs.params(), shape, ("vocab", "embed"), std=INIT_STD, rules=rules)
         self.table = own if config.embeddings == "untied" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
@@ -39,14 +41,14 @@ class Head(nnx.Module):
         Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD = spread(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
+        x_BTD = mark_varying(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 
     def loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
     ) -> jax.Array:
-        """Return the weighted sum of cross-entropies, without holding the logits of all tokens (see `loss.py`)."""
+        """Return the weighted sum of cross-entropies without holding all logits (see `projected_loss.py`)."""
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
         return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
@@ -63,8 +65,8 @@ class Transformer(nnx.Module):
     (2, 16, 256)
 
     Args:
-        rules: where each logical dimension lives; `model_rules(config, sizes)` fits them to a mesh.
-        remat: what backward recomputes.
+        rules: the mesh axes of each logical dimension; `model_rules(config, sizes)` fits them to a mesh.
+        remat: rematerialization policy.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Transformer(nnx.Module):
 def model_rules(
     config: ModelConfig, sizes: Mapping[str, int], *, rules: ShardingRules = DEFAULT_RULES
 ) -> ShardingRules:
-    """Return the rules fitted to a model and a mesh: key/value heads fewer than the tensor axis are replicated.
+    """Return the rules fitted to a model and a mesh: too few key/value heads for the `tensor` axis are replicated.
 
     Args:
         sizes: size of each mesh axis by name, as in `mesh.shape` or `MeshSpec.sizes`.
@@ -113,12 +115,7 @@ def model_rules(
     ]
     for field, dim in split:
         axis, parts = _parts(rules, dim, sizes)
-        size = getattr(config, field)
-        if size % parts:
-            raise ModelError(
-                f"{field}={size} does not split over {axis}={parts}: {size} / {parts} = {size / parts:.2f}.",
-                fix=f"set {field}={-(-size // parts) * parts}, or choose a {axis} size that divides {size}.",
-            )
+        check_divides(field, getattr(config, field), over=axis, parts=parts, error=ModelError)
     axis, parts = _parts(rules, "kv_heads", sizes)
     heads = config.num_kv_heads
     if heads % parts == 0:
@@ -133,7 +130,7 @@ def model_rules(
 
 
 def _parts(rules: ShardingRules, dim: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """The axes of a dimension as text, and into how many parts they split it."""
+    """Return the axes of a dimension as text, and the number of parts they split it into."""
     axes = rules.axes(dim)
     return " x ".join(axes), math.prod(sizes.get(axis, 1) for axis in axes)
 
@@ -145,6 +142,5 @@ def param_dims(model: Transformer) -> dict[str, Any]:
     >>> param_dims(Transformer(config, rngs=nnx.Rngs(0)))["blocks"]["mlp"]["up"]["kernel"]
     ('layer', 'embed', 'ffn')
     """
-    dims = nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("dims"), nnx.state(model, nnx.Param)))
-    dims["blocks"] = jax.tree.map(lambda own: ("layer", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
-    return dims
+    state = nnx.state(model, nnx.Param)
+    return nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("out_sharding"), state))

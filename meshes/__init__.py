@@ -6,7 +6,6 @@ from .lazy import make_lazy
 
 if TYPE_CHECKING:
     from .build import abstract_mesh, build_mesh, mesh_sizes
-    from .describe import ShardingRow, ShardingTable, sharding_table
     from .errors import (
         CheckpointError,
         ConfigError,
@@ -26,10 +25,8 @@ if TYPE_CHECKING:
         suggest,
     )
     from .fake import use_fake_devices
-    from .processes.agreement import Facts, describe_differences
-    from .processes.join import coordination_client, join_processes, num_processes, process_index
-    from .processes.launchers import Processes, find_processes
     from .rules import DEFAULT_RULES, ShardingRules
+    from .sharding_table import ShardingTable, sharding_table
     from .spec import AXES, MeshSpec
 
 __all__ = [
@@ -38,19 +35,16 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
-    "Facts",
     "LostProcessError",
     "MeshError",
     "MeshSpec",
     "ModelError",
     "PlanError",
-    "Processes",
     "ProgramError",
     "RunError",
     "ScheduleError",
     "ServeError",
     "ShardingError",
-    "ShardingRow",
     "ShardingRules",
     "ShardingTable",
     "TargetError",
@@ -58,13 +52,7 @@ __all__ = [
     "WeightsError",
     "abstract_mesh",
     "build_mesh",
-    "coordination_client",
-    "describe_differences",
-    "find_processes",
-    "join_processes",
     "mesh_sizes",
-    "num_processes",
-    "process_index",
     "sharding_table",
     "suggest",
     "use_fake_devices",

@@ -1,7 +1,7 @@
-"""Checks of public arguments, where they enter: one of a few words, a count, a number, a value of some class.
+"""Check the arguments of public functions where they enter: a choice, a count, a number, an instance of a class.
 
-Whoever takes such an argument checks it with these, so that one mistake reads the same everywhere. Type checkers see
-most of them; scripts, notebooks and values out of files do not ask a type checker.
+Type checkers find most such mistakes, but scripts and notebooks run without one. All public functions use these checks,
+so that the same mistake gives the same error everywhere.
 """
 
 import sys
@@ -15,21 +15,21 @@ from .errors import TrellaxError, shown, suggest
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[TrellaxError]) -> None:
-    """Raise `error` unless the value is one of the choices, with the nearest of them.
+    """Raise `error` unless the value is one of the choices; the error suggests the most similar one.
 
     >>> check_choice("vocab", "splitt", get_args(Vocab), error=ScheduleError)
-    ScheduleError: vocab='splitt' is no choice. Did you mean 'split'?
+    ScheduleError: vocab='splitt' is not a choice. Did you mean 'split'?
       Fix: use 'ends' or 'split'.
     """
     known = list(choices)
-    # By type too, since True == 1.
+    # Types must agree too: True == 1.
     if not any(type(value) is type(choice) and value == choice for choice in known):
         hint = suggest(value, map(str, known)) if isinstance(value, str) else ""
-        raise error(f"{name}={shown(value)} is no choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
+        raise error(f"{name}={shown(value)} is not a choice.{hint}", fix=f"use {' or '.join(map(repr, known))}.")
 
 
 def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
-    """Raise `error` unless the value is a whole number, `least` or more if that is given; True and 2.0 are none."""
+    """Raise `error` unless the value is an integer, and `least` or more if that is given; True and 2.0 are refused."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise error(f"{name}={shown(value)} is not a whole number.", fix="give one, without quotes or a point.")
     if least is not None and value < least:
@@ -39,24 +39,34 @@ def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int 
 def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
     """Raise `error` unless the value is a finite number, 0 or more."""
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
-    # Compared as it is: a whole number may be too large for a float.
+    # Compared without conversion: an integer may be too large for a float.
     if not 0 <= number <= sys.float_info.max:
-        raise error(f"{name}={shown(value)} is no finite number, 0 or more.", fix=f"give {name}=1.0, say.")
+        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=f"give for example {name}=1.0.")
 
 
 def check_instance(
     name: str, value: Any, kind: type | tuple[type, ...], *, error: type[TrellaxError], fix: str
 ) -> None:
-    """Raise `error` unless the value is of the class, or of one of them; `fix` says how such a value is made."""
+    """Raise `error` unless the value is an instance of a class, or of one of several.
+
+    Args:
+        fix: how to make such a value.
+    """
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        # Of arrays and functions a text would say little.
+        # Only texts are quoted: the repr of an array or a function tells little.
         given = f"the text {shown(value)}" if isinstance(value, str) else f"a {type(value).__name__}"
         raise error(f"{name} is {given}, where a {wanted} is wanted.", fix=fix)
 
 
 def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
-    """Raise `error` unless every field of a dataclass that is annotated as a choice, a count or a number is one."""
+    """Check the fields of a dataclass by their annotations: `Literal` choices, `int` counts and `float` numbers.
+
+    A field annotated with None as well may be None; fields of other types are not checked.
+
+    Args:
+        least: the smallest count.
+    """
     for field in fields(value):
         own, kinds = getattr(value, field.name), _parts_of(field.type)
         if own is None and NoneType in kinds:

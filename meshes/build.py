@@ -1,7 +1,15 @@
-"""From sizes to devices: which device sits where in the mesh.
+"""Build a mesh: assign devices to positions along pipe, data and tensor.
 
-Tensor parallelism talks most, so `tensor` runs over neighbouring devices (NVLink inside a node); pipeline stages talk
-least, so `pipe` is outermost and takes the node boundaries (Narayanan et al. 2021, section 3.2). Read `rules.py` next.
+Tensor parallelism communicates most, so `tensor` runs over neighbouring devices (NVLink inside a node); pipeline stages
+communicate least, so `pipe` is outermost and crosses nodes (Narayanan et al. 2021, section 3.2). With pipe=2, data=2
+and tensor=2 on two nodes of four devices:
+
+                   data 0     data 1
+    pipe 0         0  1       2  3        node 0
+    pipe 1         4  5       6  7        node 1
+                   tensor     tensor
+
+Read `rules.py` next.
 """
 
 import os
@@ -17,8 +25,8 @@ from .spec import AXES, MeshSpec
 def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh with axes (pipe, data, tensor) over the visible devices, real or fake.
 
-    Devices are ordered by slice, process and id before they are laid out, so a `tensor` group is contiguous inside
-    a node whenever its size divides the node. Axes are Auto: the compiler places the tensor collectives.
+    Devices are ordered by slice, process and id before they are laid out, so a `tensor` group lies inside one node
+    whenever its size divides the node's. Axes are Auto: the compiler inserts the collectives outside `shard_map`.
 
     >>> build_mesh(MeshSpec(data=-1)).axis_names
     ('pipe', 'data', 'tensor')
@@ -39,7 +47,7 @@ def visible_devices() -> list[jax.Device]:
     """Return all devices that jax sees; the first call starts its backend.
 
     Raises:
-        MeshError: jax has no backend of the platform that was asked for.
+        MeshError: jax has no backend for the platform in JAX_PLATFORMS.
     """
     try:
         return jax.devices()
@@ -53,10 +61,10 @@ def visible_devices() -> list[jax.Device]:
 
 
 def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
-    """Return the mesh of a resolved spec without devices, for shapes and shardings of machines that are not there.
+    """Return the mesh of a resolved spec without devices, for shapes and shardings on absent machines.
 
     Raises:
-        MeshError: the spec still holds a -1.
+        MeshError: the spec still has a size of -1.
     """
     if -1 in spec.sizes.values():
         raise MeshError(

@@ -1,14 +1,30 @@
-"""Rows of text as columns, within a width. It imports nothing, so that commands without jax print tables too."""
+"""Draw rows of text as aligned columns, and fit them to a terminal.
 
-from collections.abc import Sequence
+Not rich.table: that wraps words inside of cells where a terminal is narrow, and this keeps every number whole, drawing
+tables below each other instead. It imports nothing, so that commands without jax start as fast as they can.
+"""
+
+from collections.abc import Collection, Sequence
+
+GAP = "  "
 
 
-def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows of words as columns: the first `left` begin together, the others end together."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def align(rows: Sequence[Sequence[str]], *, left: int | Collection[int] = 1) -> str:
+    """Return rows of words as lines of columns, two spaces apart and without spaces at the end.
+
+    >>> print(align([("mesh", "bytes"), ("data=2", "7")]))
+    mesh    bytes
+    data=2      7
+
+    Args:
+        left: the columns that are aligned to the left, by their places, or how many of the first; the others are
+            aligned to the right, as numbers are.
+    """
+    places = range(left) if isinstance(left, int) else left
+    widths = _measure_columns(rows)
     return "\n".join(
-        "  ".join(
-            word.ljust(width) if place < left else word.rjust(width)
+        GAP.join(
+            word.ljust(width) if place in places else word.rjust(width)
             for place, (word, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -16,15 +32,23 @@ def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def align_within(rows: Sequence[Sequence[str]], *, width: int | None, left: int = 1) -> str:
-    """Return rows as columns, and where they are wider than the width as tables below each other.
+    """Return rows as columns, or, where they are wider than the width, as several tables below each other.
 
-    Each of them begins with the first column, which names the rows.
+    Each of the tables begins with the first column, which names the rows.
+
+    Args:
+        width: columns of the terminal; None does not limit it.
+        left: how many of the first columns are aligned to the left.
     """
     tables: list[list[int]] = [[0]]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    widths = _measure_columns(rows)
     for place in range(1, len(widths)):
-        used = sum(widths[one] for one in tables[-1]) + widths[place] - 2
+        used = sum(widths[one] + len(GAP) for one in tables[-1]) + widths[place]
         if width is not None and used > width and tables[-1] != [0]:
             tables.append([0])
         tables[-1].append(place)
     return "\n\n".join(align([[row[place] for place in table] for row in rows], left=left) for table in tables)
+
+
+def _measure_columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,22 +1,31 @@
-"""Every error a user can cause, as one tree; commands turn them into exit code 2.
+"""Every error that a user can cause, as one tree; commands turn them into exit code 2, LostProcessError into 75.
 
-    TrellaxError(ValueError)
-     +-- MeshError          a mesh that does not fit its devices
-     +-- ShardingError      a dimension that does not fit its mesh axis
-     +-- ModelError         a model whose sizes contradict each other
-     +-- ScheduleError      a pipeline schedule that cannot run
-     +-- ConfigError        a run file or an override that is wrong
-     +-- DataError          a corpus that is missing, empty or does not fit the model
-     +-- CheckpointError    a saved run that is missing, damaged or of another shape
-     +-- RunError           a run that cannot start, or cannot go on
-     +-- LostProcessError   another process that did not come
-     +-- WeightsError       files of a Hugging Face model that cannot be read or written
-     +-- TargetError        a machine to compile for that is not known, or cannot be compiled for here
-     +-- ProgramError       a program that the compiler rejects
-     +-- PlanError          a request that no layout can meet
-     +-- ServeError         a request, or an engine, that cannot be served
+    ValueError
+     +-- TrellaxError              a mistake in the input, with its fix
+          |
+          |   sizes and layouts
+          +-- MeshError            the mesh does not fit the devices
+          +-- ShardingError        a dimension does not fit its mesh axis
+          +-- ModelError           the sizes of a model contradict each other
+          +-- ScheduleError        a pipeline schedule cannot run
+          +-- PlanError            no layout meets the request
+          |
+          |   files and settings
+          +-- ConfigError          a run file or an override is wrong
+          +-- DataError            a corpus is missing, empty or does not fit the model
+          +-- CheckpointError      a save is missing, damaged or of another shape
+          +-- WeightsError         files of a Hugging Face model cannot be read or written
+          |
+          |   running
+          +-- RunError             a run cannot start or cannot continue
+          +-- LostProcessError     another process did not arrive in time
+          +-- ServeError           a request or an engine cannot be served
+          |
+          |   compiling
+          +-- TargetError          a machine to compile for is unknown, or cannot be compiled for here
+          +-- ProgramError         the compiler rejects a program
 
-Read `spec.py` next.
+All are importable from `trellax.meshes`. Read `spec.py` next.
 """
 
 import difflib
@@ -27,11 +36,11 @@ _LONGEST_PROBLEM, _LONGEST_FIX, _LONGEST_NAME = 1_500, 400, 200
 
 
 class TrellaxError(ValueError):
-    """A mistake in what was asked, with what is true and how to fix it.
+    """A mistake in the input, with the facts and a fix.
 
     The text has three parts: what was asked with its numbers, what is true, and after `Fix:` what to do.
-    It is a `ValueError` so that validation libraries can collect several of them. Whatever a message quotes, it stays
-    below 2 kB and has no character that a terminal would obey.
+    It is a `ValueError` so that validation libraries can collect several of them. A message is at most 2 kB long and
+    contains no control characters, whatever it quotes.
     """
 
     def __init__(self, problem: str, *, fix: str | None = None) -> None:
@@ -41,59 +50,59 @@ class TrellaxError(ValueError):
 
 
 class MeshError(TrellaxError):
-    """A mesh that does not fit its devices."""
+    """The mesh does not fit the devices."""
 
 
 class ShardingError(TrellaxError):
-    """A dimension that does not fit the mesh axis it is split over."""
+    """A dimension does not fit the mesh axis that it is split over."""
 
 
 class ModelError(TrellaxError):
-    """A model whose sizes contradict each other or its mesh."""
+    """The sizes of a model contradict each other or the mesh."""
 
 
 class ScheduleError(TrellaxError):
-    """A pipeline schedule that cannot run."""
+    """A pipeline schedule cannot run."""
 
 
 class ConfigError(TrellaxError):
-    """A run file or an override that is wrong."""
+    """A run file or an override is wrong."""
 
 
 class DataError(TrellaxError):
-    """A corpus that is missing, empty or does not fit the model."""
+    """A corpus is missing, empty or does not fit the model."""
 
 
 class CheckpointError(TrellaxError):
-    """A saved run that is missing, damaged or has another shape."""
+    """A save is missing, damaged or of another shape."""
 
 
 class RunError(TrellaxError):
-    """A run that cannot start in its folder, or cannot go on."""
+    """A run cannot start in its folder, or cannot continue."""
 
 
 class LostProcessError(TrellaxError):
-    """Another process that did not come: no mistake of this one's, so commands end with 75 and may be given again."""
+    """Another process did not arrive in time; commands exit with 75, since a second try may succeed."""
 
 
 class WeightsError(TrellaxError):
-    """Files of a Hugging Face model that cannot be read or written."""
+    """Files of a Hugging Face model cannot be read or written."""
 
 
 class TargetError(TrellaxError):
-    """A machine to compile for that is not known, or cannot be compiled for here."""
+    """A machine to compile for is unknown, or cannot be compiled for here."""
 
 
 class ProgramError(TrellaxError):
-    """A program that the compiler rejects."""
+    """The compiler rejects a program."""
 
 
 class PlanError(TrellaxError):
-    """A request that no layout can meet."""
+    """No layout meets the request."""
 
 
 class ServeError(TrellaxError):
-    """A request, or an engine, that cannot be served."""
+    """A request or an engine cannot be served."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -109,9 +118,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object, *, limit: int = 80) -> str:
-    r"""Return a value that somebody else wrote, as an error may quote it: its repr, cut to `limit` characters.
+    r"""Return the repr of an untrusted value for an error message, cut to `limit` characters.
 
-    Control characters, terminal escapes and lone surrogates are escaped. What a huge value costs is bounded too.
+    Control characters, terminal escapes and lone surrogates are escaped. The time for a huge value is bounded too.
 
     >>> shown("\x1b[31mred")
     "'\\x1b[31mred'"
@@ -121,7 +130,7 @@ def shown(value: object, *, limit: int = 80) -> str:
 
 
 def printable(text: str, *, limit: int) -> str:
-    r"""Return a text of many lines with every character escaped that does not print, cut to `limit` bytes.
+    r"""Escape the unprintable characters of a text of several lines and cut it to `limit` bytes.
 
     >>> printable("a\nb\x1b[2J", limit=80)
     'a\nb\\x1b[2J'
@@ -134,7 +143,7 @@ def printable(text: str, *, limit: int) -> str:
 
 
 class _Excerpt(reprlib.Repr):
-    """A repr that looks at no more of a value than it shows."""
+    """A `repr` whose time is bounded by the length that it prints."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Packages whose public names are imported when somebody asks for them, so that `trellax --help` needs no jax.
+"""Import the public names of a package when they are first used, so that `trellax --help` does not import jax.
 
-A package writes its imports once, under `if TYPE_CHECKING:`, where type checkers read them, and then calls `make_lazy`,
-which reads the same lines (PEP 562, by the class of the module).
+A package lists its imports once, under `if TYPE_CHECKING:`, where type checkers read them, and calls `make_lazy`. That
+reads the same lines when a name is first asked for, and imports it then (PEP 562, by the class of the module).
 """
 
 import ast
@@ -13,20 +13,28 @@ from types import ModuleType
 
 
 def make_lazy(package: str) -> None:
-    """Let a package import each name of its `__all__` at first use, from where its type-checking imports say."""
+    """Make each name in the `__all__` of a package import itself at first use.
+
+    Args:
+        package: the `__name__` of the package that calls this.
+    """
     sys.modules[package].__class__ = _LazyPackage
 
 
 class _LazyPackage(ModuleType):
+    """A package that imports the names of its `__all__` at first use."""
+
     def __getattr__(self, name: str) -> object:
         if name not in self.__dict__.get("__all__", ()):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_read_imports(self.__name__)[name], self.__name__), name)
+        module, own_name = _read_imports(self.__name__)[name]
+        value = getattr(import_module(module, self.__name__), own_name)
         self.__dict__[name] = value
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Importing a submodule sets it on its package, and a public function may have its name: `pipeline.lower`.
+        # Python sets an imported submodule on its package. Where a public function has the name of its module, as in
+        # `from .lower import lower`, that must not hide the function.
         if not (isinstance(value, ModuleType) and name in self.__dict__.get("__all__", ())):
             super().__setattr__(name, value)
 
@@ -35,14 +43,15 @@ class _LazyPackage(ModuleType):
 
 
 @cache
-def _read_imports(package: str) -> dict[str, str]:
-    """The module of each name that a package imports under `if TYPE_CHECKING:`."""
-    found: dict[str, str] = {}
+def _read_imports(package: str) -> dict[str, tuple[str, str]]:
+    """Return for each name that a package imports under `if TYPE_CHECKING:` its module and its name there."""
+    found: dict[str, tuple[str, str]] = {}
     for node in ast.parse(_read_source(package)).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             for line in node.body:
                 if isinstance(line, ast.ImportFrom):
-                    found |= {alias.asname or alias.name: f"{'.' * line.level}{line.module}" for alias in line.names}
+                    module = f"{'.' * line.level}{line.module}"
+                    found |= {alias.asname or alias.name: (module, alias.name) for alias in line.names}
     return found
 
 

@@ -1,48 +1,48 @@
-"""Numbers as people type them: what Python's own `int` and `float` take, in ASCII and of a bounded size.
+"""Parse numbers as people type them: what Python's `int` and `float` take, in ASCII digits and of bounded size.
 
-`int` reads the digits of every script, and refuses thousands of them with an error of its own.
+`int` itself takes the digits of every script, and refuses thousands of digits with an error of its own.
 """
 
-_LARGEST = 2**63
-_LONGEST = 100
+_LIMIT = 2**63
+_MAX_CHARACTERS = 100
 
 
 def whole_number(text: str) -> int:
-    """Return the whole number that a word is.
+    """Parse a whole number of at most 64 bits.
 
     >>> whole_number("1_000")
     1000
 
     Raises:
-        ValueError: it is none, or needs more than 64 bits.
+        ValueError: the text is not one.
     """
-    if len(text) > _LONGEST:
+    if len(text) > _MAX_CHARACTERS:
         raise ValueError("expected a whole number of at most 64 bits")
     try:
-        number = int(_ascii(text))
+        number = int(_check_ascii(text))
     except ValueError:
         raise ValueError("expected a whole number") from None
-    if not -_LARGEST <= number < _LARGEST:
+    if not -_LIMIT <= number < _LIMIT:
         raise ValueError("expected a whole number of at most 64 bits")
     return number
 
 
 def real_number(text: str) -> float:
-    """Return the number that a word is.
+    """Parse a real number, `inf` and `nan` included.
 
     >>> real_number("1e-3")
     0.001
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not one.
     """
     try:
-        return float(_ascii(text))
+        return float(_check_ascii(text))
     except ValueError:
         raise ValueError("expected a number") from None
 
 
-def _ascii(text: str) -> str:
+def _check_ascii(text: str) -> str:
     if not text.isascii():
         raise ValueError("digits are 0 to 9")
     return text

@@ -1,8 +1,8 @@
-"""Rings of permutes that an XLA flag would turn into zeros, refused before they are compiled.
+"""Refuse rings of collective permutes under XLA flags with which they would deliver zeros.
 
-A ring over pipe is a cycle for every place on the other axes. With two cycles or more XLA's decomposer of cyclic
-permutes gives zeros to all receivers of a back edge but one (https://github.com/openxla/xla/issues/45222). It runs
-under two flags alone; delete this file when the issue is closed in every jaxlib that we support.
+A ring over pipe is one cycle for every position on the other axes. With two cycles or more, XLA's pass that decomposes
+cyclic permutes delivers zeros to all receivers of a back edge but one (https://github.com/openxla/xla/issues/45222).
+The pass runs only under two flags; delete this file when the issue is closed in every jaxlib that we support.
 """
 
 import math
@@ -18,10 +18,10 @@ _LEVEL = "xla_gpu_experimental_pipeline_parallelism_opt_level"
 
 
 def check_ring(mesh: Mesh | AbstractMesh, *, what: str) -> None:
-    """Raise if XLA, as the environment sets it, would give zeros in a ring over the pipe axis of this mesh.
+    """Raise if XLA_FLAGS would make a ring over the pipe axis of this mesh deliver zeros.
 
     Args:
-        what: has the ring; for the message.
+        what: the program with the ring, for the message.
 
     Raises:
         ScheduleError: with the flag and the number of rings.
@@ -38,14 +38,14 @@ def check_ring(mesh: Mesh | AbstractMesh, *, what: str) -> None:
 
 
 def find_ring_flag(*, platform: str, flags: str) -> str | None:
-    """Return the flag that makes XLA break cyclic permutes up on this platform, `flag=value`, or None.
+    """Return the flag that makes XLA decompose cyclic permutes on this platform, as `flag=value`, or None.
 
     >>> find_ring_flag(platform="gpu", flags="--xla_gpu_enable_pipelined_p2p=true")
     'xla_gpu_enable_pipelined_p2p=true'
     """
     if platform not in ("gpu", "cuda", "rocm"):
         return None
-    # The last one of a name counts; a bare name means true.
+    # The last flag of a name wins; a name without a value means true.
     found = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags))
     if found.get(_PIPELINED, "false").lower() in ("", "true", "1"):
         return f"{_PIPELINED}={found[_PIPELINED] or 'true'}"

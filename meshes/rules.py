@@ -1,7 +1,8 @@
-"""Sharding rules: which mesh axis, or axes, each logical dimension is split over.
+"""Sharding rules: the mesh axis, or axes, that each logical dimension is split over.
 
-Layers say what a dimension *is* ("heads"); this table says where it *lives* ("tensor"). Change the table and the
-model moves, without touching a layer. Read `describe.py` next, or `../layers/linear.py` for the use.
+Layers name a dimension by its meaning ("heads"); this table maps the name to a mesh axis ("tensor"). Change the table
+and the model is laid out differently, without a change to a layer. Read `sharding_table.py` next, or
+`../layers/linear.py` for the use.
 """
 
 import math
@@ -15,7 +16,10 @@ from .errors import ShardingError, suggest
 from .spec import AXES
 
 Axes = str | tuple[str, ...] | None
-"""What a dimension is split over: an axis, several with the first outermost, or nothing."""
+"""Mesh axes of a dimension: one, several with the first outermost, or None for a dimension that is not split."""
+
+Dim = str | tuple[str, ...] | None
+"""The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
 
 _DEFAULT: dict[str, Axes] = {
     "batch": "data",
@@ -36,12 +40,12 @@ _DEFAULT: dict[str, Axes] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """An immutable table from logical dimension to mesh axis, to several, or to None for "not split".
+    """An immutable table from logical dimensions to mesh axes.
 
     >>> DEFAULT_RULES.spec(("embed", "ffn"))
-    PartitionSpec(None, 'tensor')
+    P(None, 'tensor')
     >>> DEFAULT_RULES.replace(vocab=("pipe", "tensor")).spec(("vocab", "embed"))
-    PartitionSpec(('pipe', 'tensor'), None)
+    P(('pipe', 'tensor'), None)
 
     Raises:
         ShardingError: a rule names an axis that no mesh has.
@@ -62,14 +66,16 @@ class ShardingRules:
         """Return the rules with the given dimensions moved to other axes, or added."""
         return ShardingRules(table=tuple((dict(self.table) | axes).items()))
 
-    def axes(self, dim: str | None) -> tuple[str, ...]:
-        """Return the mesh axes that a logical dimension is split over, the outermost first; mostly one or none.
+    def axes(self, dim: Dim) -> tuple[str, ...]:
+        """Return the mesh axes that a logical dimension is split over, the outermost first; usually one or none.
 
         Raises:
-            ShardingError: no rule has this name.
+            ShardingError: the dimension has no rule.
         """
         if dim is None:
             return ()
+        if isinstance(dim, tuple):
+            return tuple(axis for own in dim for axis in self.axes(own))
         table = dict(self.table)
         if dim not in table:
             raise ShardingError(
@@ -78,11 +84,11 @@ class ShardingRules:
             )
         return _as_tuple(table[dim])
 
-    def spec(self, dims: Sequence[str | None]) -> PartitionSpec:
+    def spec(self, dims: Sequence[Dim]) -> PartitionSpec:
         """Return the partition spec of an array with these logical dimensions.
 
         Raises:
-            ShardingError: two dimensions want the same mesh axis, or one has no rule.
+            ShardingError: two dimensions are split over the same mesh axis, or one has no rule.
         """
         axes = [self.axes(dim) for dim in dims]
         for i, own in enumerate(axes):
@@ -95,18 +101,16 @@ class ShardingRules:
                 )
         return PartitionSpec(*map(_as_entry, axes))
 
-    def sharding(
-        self, dims: Sequence[str | None], *, shape: Sequence[int], mesh: Mesh, name: str = "array"
-    ) -> NamedSharding:
+    def sharding(self, dims: Sequence[Dim], *, shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
         """Return the sharding of an array of `shape` with these logical dimensions, checked to divide evenly.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis, or the number of dimensions differs.
+            ShardingError: a dimension is not a multiple of its mesh axis, or the number of dimensions differs.
         """
         self.check(dims, shape=shape, sizes=mesh.shape, name=name)
         return NamedSharding(mesh, self.spec(dims))
 
-    def check(self, dims: Sequence[str | None], *, shape: Sequence[int], sizes: Mapping[str, int], name: str) -> None:
+    def check(self, dims: Sequence[Dim], *, shape: Sequence[int], sizes: Mapping[str, int], name: str) -> None:
         """Raise unless every dimension of `shape` is a multiple of the size of its mesh axis.
 
         Raises:
@@ -126,44 +130,64 @@ class ShardingRules:
                     fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",
                 )
 
-    def constrain(self, x: jax.Array, dims: Sequence[str | None]) -> jax.Array:
-        """Return x with the compiler told where its dimensions live, on the mesh of the context if there is one.
+    def constrain(self, x: jax.Array, dims: Sequence[Dim]) -> jax.Array:
+        """Constrain the sharding of x on the mesh in context; without a mesh, return x.
 
-        Axes that are manual here (inside `shard_map`) or of size 1 are left out: on them x is already a block.
+        Axes that are manual here (inside `shard_map`) or of size 1 are left out: along them x is already a block.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis.
+            ShardingError: a dimension is not a multiple of its mesh axis.
         """
         self.check_in_context(dims, shape=x.shape, name="an activation")
         spec = [_as_entry(self.auto_axes(dim)) for dim in dims]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
-    def check_in_context(self, dims: Sequence[str | None], *, shape: Sequence[int], name: str) -> None:
-        """Raise unless an array of `shape` splits as the compiler is to split it on the mesh of the context.
+    def check_in_context(self, dims: Sequence[Dim], *, shape: Sequence[int], name: str) -> None:
+        """Raise unless an array of `shape` splits evenly over the Auto axes of the mesh in context.
 
         Raises:
-            ShardingError: a dimension is no multiple of its mesh axis, or the number of dimensions differs.
+            ShardingError: a dimension is not a multiple of its mesh axis, or the number of dimensions differs.
         """
         mesh = jax.sharding.get_abstract_mesh()
         sizes = {axis: mesh.shape[axis] for dim in dims for axis in self.auto_axes(dim)}
         self.check(dims, shape=shape, sizes=sizes, name=name)
 
-    def auto_axes(self, dim: str | None) -> tuple[str, ...]:
-        """Return the axes of `dim` that the mesh of the context leaves to the compiler, those of several devices."""
+    def auto_axes(self, dim: Dim) -> tuple[str, ...]:
+        """Return the axes of `dim` that are Auto in the mesh in context, left to the compiler; none of size 1."""
         return self._axes_in_context(dim, AxisType.Auto)
 
-    def manual_axes(self, dim: str | None) -> tuple[str, ...]:
-        """Return the axes of `dim` over which an array is already a block here, inside `shard_map`."""
+    def manual_axes(self, dim: Dim) -> tuple[str, ...]:
+        """Return the axes of `dim` that are Manual in the mesh in context: inside `shard_map`, x is already a block."""
         return self._axes_in_context(dim, AxisType.Manual)
 
     def parts_in_context(self, dim: str) -> int:
-        """Return into how many parts the compiler splits `dim` on the mesh of the context; 1 without a mesh."""
+        """Return the number of parts that the compiler splits `dim` into, on the mesh in context; 1 without a mesh."""
         return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in self.auto_axes(dim))
 
-    def _axes_in_context(self, dim: str | None, wanted: AxisType) -> tuple[str, ...]:
+    def _axes_in_context(self, dim: Dim, wanted: AxisType) -> tuple[str, ...]:
         mesh = jax.sharding.get_abstract_mesh()
         kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == wanted and mesh.shape[axis] > 1)
+
+
+def split_first_free_dim(
+    spec: PartitionSpec, *, shape: Sequence[int], axis: str, size: int, start: int = 0
+) -> PartitionSpec:
+    """Return the spec with the first dimension split over `axis` that is not split yet and that `size` divides.
+
+    Where there is none the array stays as it is, whole over that axis. The result has an entry for every dimension.
+
+    >>> split_first_free_dim(PartitionSpec(None, "tensor"), shape=(6, 8), axis="data", size=2)
+    P('data', 'tensor')
+
+    Args:
+        size: number of devices along the axis.
+        start: the first dimension that may be split.
+    """
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    free = (dim for dim in range(start, len(shape)) if entries[dim] is None and shape[dim] % size == 0)
+    first = next(free, None)
+    return PartitionSpec(*(axis if dim == first else entry for dim, entry in enumerate(entries)))
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
@@ -171,7 +195,7 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
 
 
 def _as_entry(axes: tuple[str, ...]) -> Axes:
-    """An entry of a partition spec."""
+    """Return an entry of a partition spec."""
     return axes if len(axes) > 1 else axes[0] if axes else None
 
 

@@ -1,6 +1,6 @@
 """The sizes of a mesh as pure data, before any device is touched.
 
-`MeshSpec` is what a run file says; `build.py` turns it into devices. Read `build.py` next.
+A run file gives a `MeshSpec`; `build_mesh` in `build.py` lays devices out by it. Read `build.py` next.
 """
 
 import math
@@ -10,10 +10,10 @@ from .errors import MeshError, shown, suggest
 from .numbers import whole_number
 
 MOST_FAKE_DEVICES = 4096
-"""They start in four seconds; four times as many take a minute."""
+"""Most CPU devices that `use_fake_devices` starts: these take four seconds, four times as many a minute."""
 
 _MOST_DEVICES = 1_000_000
-"""Of one axis; the largest machines have some 100,000."""
+"""Largest size of one axis; the largest machines have some 100,000 devices."""
 
 AXES = ("pipe", "data", "tensor")
 """Mesh axes from the slowest links to the fastest: `tensor` varies fastest over neighbouring devices."""
@@ -21,7 +21,7 @@ AXES = ("pipe", "data", "tensor")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """How many devices each axis of the mesh has; at most one may be -1, "whatever is left".
+    """The number of devices along each axis of a mesh; at most one may be -1 and is inferred.
 
     >>> MeshSpec.parse("data=2,tensor=2,pipe=-1").resolve(num_devices=8)
     MeshSpec(data=2, tensor=2, pipe=2)
@@ -37,7 +37,9 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():
             if isinstance(size, bool) or not isinstance(size, int):
-                raise MeshError(f"mesh axis {axis}={size!r} is not a whole number.", fix=f"write {axis}=2, say.")
+                raise MeshError(
+                    f"mesh axis {axis}={size!r} is not a whole number.", fix=f"write {axis}=2, for example."
+                )
             if size < 1 and size != -1:
                 raise MeshError(
                     f"mesh axis {axis}={size} has no devices; a size is 1 or more, or -1 for what is left.",
@@ -67,10 +69,10 @@ class MeshSpec:
 
     @classmethod
     def parse(cls, text: str) -> "MeshSpec":
-        """Return the spec written as `data=2,tensor=4,pipe=-1`; axes left out have size 1.
+        """Parse a spec such as `data=2,tensor=4,pipe=-1`; axes left out have size 1.
 
         Raises:
-            MeshError: the text is no list of `axis=size`, or names an unknown or repeated axis.
+            MeshError: the text is not a list of `axis=size`, or names an unknown or repeated axis.
         """
         sizes: dict[str, int] = {}
         for part in (p.strip() for p in text.split(",") if p.strip()):
@@ -83,14 +85,16 @@ class MeshSpec:
                 sizes[axis] = whole_number(size)
             except ValueError:
                 got = f"{shown(size)} is not a whole number" if equals else "it has no size"
-                raise MeshError(f"mesh axis {axis} in {shown(text)}: {got}.", fix=f"write {axis}=2, say.") from None
+                raise MeshError(
+                    f"mesh axis {axis} in {shown(text)}: {got}.", fix=f"write {axis}=2, for example."
+                ) from None
         return cls(**sizes)
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
-        """Return the spec with -1 replaced, checked to use exactly `num_devices` devices.
+        """Return the spec with -1 inferred, checked to use exactly `num_devices` devices.
 
         Raises:
-            MeshError: the product of the sizes is not, or cannot become, `num_devices`.
+            MeshError: the product of the sizes is not, or cannot be made, `num_devices`.
         """
         given = math.prod(size for size in self.sizes.values() if size != -1)
         open_axis = next((axis for axis, size in self.sizes.items() if size == -1), None)
@@ -104,8 +108,8 @@ class MeshSpec:
             return self
         if num_devices % given:
             raise MeshError(
-                f"mesh {self} leaves {open_axis} open, but {num_devices} devices are no multiple of the {given} that "
-                f"the other axes take: {equation} = {num_devices}.",
+                f"mesh {self} leaves {open_axis} open, but {num_devices} devices are not a multiple of the {given} "
+                f"that the other axes take: {equation} = {num_devices}.",
                 fix=f"choose sizes whose product divides {num_devices}.",
             )
         return replace(self, **{open_axis: num_devices // given})

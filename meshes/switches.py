@@ -1,4 +1,4 @@
-"""Switches of jax itself under which a program of ours cannot run, told in a sentence before it is traced."""
+"""Refuse jax config options under which our programs cannot run, before they are traced."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,9 +42,9 @@ _REFUSALS: dict[Switch, _Refusal] = {
 
 
 def check_switches(*switches: Switch, error: type[TrellaxError]) -> None:
-    """Raise `error` if one of these switches of jax is set so that our program could not run."""
+    """Raise `error` if one of these jax config options has a value under which our program cannot run."""
     for switch in switches:
-        # A release of jax may lack one.
+        # Not every release of jax has every option.
         value, refusal = getattr(jax.config, switch, None), _REFUSALS[switch]
         if value in refusal.values:
             raise error(f"{switch}={value!r}: {refusal.why}.", fix=refusal.fix)

@@ -11,7 +11,8 @@ from typing import Any, get_args
 import numpy as np
 from jax.sharding import Mesh
 
-from ..layers import CacheDtype, ModelConfig, bytes_per_device
+from ..layers import ModelConfig, bytes_per_device
+from ..layers.cache import CacheDtype
 from ..meshes import ServeError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.switches import Switch, check_switches

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
 from ..meshes import ShardingRules
+from ..meshes.rules import split_first_free_dim
 from ..pipeline import balance_layers, stages_from_layers
 
 Layers = Literal["loop", "unrolled"]
@@ -143,11 +144,8 @@ def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:
 
 def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of a stack of layers with one of its dimensions over pipe too: the layers, if they divide."""
-    num_ranks, spec = own.mesh.shape["pipe"], [*own.spec, *[None] * (len(shape) - len(own.spec))]
-    free = [dim for dim, axis in enumerate(spec) if axis is None and shape[dim] % num_ranks == 0]
-    if free:
-        spec[free[0]] = "pipe"
-    return NamedSharding(own.mesh, PartitionSpec(*spec))
+    spec = split_first_free_dim(own.spec, shape=shape, axis="pipe", size=own.mesh.shape["pipe"])
+    return NamedSharding(own.mesh, spec)
 
 
 def _abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..layers import CacheDtype, KVCache, ModelConfig, cache_shapes
+from ..layers import KVCache, ModelConfig
+from ..layers.cache import CacheDtype, cache_shapes
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_fields
 from .params import Layers, stack_sizes

@@ -20,7 +20,7 @@ from ..hub.tokenizer import keep_tokenizer
 from ..meshes import RunError, build_mesh, use_fake_devices
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices
-from ..meshes.processes.together import first_does, is_first, require_agreement
+from ..meshes.processes.messages import first_does, is_first, require_agreement
 from ..meshes.terminal import terminal_width
 from .checkpoints.store import Checkpoints
 from .checkpoints.weights import check_initial_weights

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.run_config import OptimizerSection
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count
+from ..meshes.rules import split_first_free_dim
 from ..pipeline import PipelineParams
 
 _DECAYED = ("kernel", "table", "positions")
@@ -61,9 +62,12 @@ def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mes
     """
 
     def split(lead: int) -> Any:
-        return lambda sharding, leaf: NamedSharding(
-            mesh, _add_data(sharding.spec, leaf.shape, mesh.shape["data"], lead)
-        )
+        def one(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            size = mesh.shape["data"]
+            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis="data", size=size, start=lead)
+            return NamedSharding(mesh, spec)
+
+        return one
 
     # Never the stack dimensions: XLA then rematerializes the whole stack to slice it ("Involuntary full ...").
     return PipelineParams(
@@ -85,12 +89,3 @@ def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> 
 
 def _is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in _DECAYED, params)
-
-
-def _add_data(spec: PartitionSpec, shape: tuple[int, ...], parts: int, lead: int) -> PartitionSpec:
-    axes = [*spec, *[None] * (len(shape) - len(spec))]
-    for dim in range(lead, len(shape)):
-        if axes[dim] is None and shape[dim] % parts == 0:
-            axes[dim] = "data"
-            break
-    return PartitionSpec(*axes)

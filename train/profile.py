@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..hub.saves.arrays import explain_failure
-from ..meshes.processes.together import is_first
+from ..meshes.processes.messages import is_first
 from ..programs.trace import format_operations, list_operations
 
 _FAILURES = (OSError, RuntimeError, ValueError)

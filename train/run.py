@@ -14,7 +14,7 @@ from ..configs.saved_config import read_saved_config
 from ..hub.saves.seal import Seal
 from ..layers import flops_per_token
 from ..meshes import DataError, RunError, mesh_sizes
-from ..meshes.processes.together import is_first, require_one_program, text_of_first
+from ..meshes.processes.messages import is_first, require_one_program, text_of_first
 from .bad_loss import check_last_validation, describe_bad_step, fix_bad_step
 from .checkpoints.store import Checkpoints
 from .checkpoints.weights import initial_state

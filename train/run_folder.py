@@ -23,7 +23,7 @@ from ..hub.tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
 from ..meshes import ConfigError, RunError
 from ..meshes.files.own_file import free_name, identify_file, open_own
 from ..meshes.files.regular_file import name_kind, walk_folder
-from ..meshes.processes.together import first_does, require_agreement, text_of_first
+from ..meshes.processes.messages import first_does, require_agreement, text_of_first
 from .board import BOARD_FOLDER
 from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 

@@ -1,1 +1,1 @@
-"""Files that others made, read safely, and files of our own, written whole or not at all."""
+"""Read files from elsewhere without hanging or filling memory, and write our own whole or not at all."""

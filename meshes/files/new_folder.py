@@ -1,27 +1,26 @@
-"""A folder that appears under its name when all of it is written, and never over another."""
+"""Create a folder with all its files, or nothing: it gets its name when everything in it is written."""
 
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import WeightsError
-from .own_file import free_name
+from .own_file import name_part
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a folder to write to, which is given its name at the end; nothing is left of it if that is not reached.
+    """Yield a folder to write to, which is renamed to `folder` when the context ends, and removed if that raises.
 
     Raises:
-        WeightsError: the folder is there and holds anything, or it cannot be written.
+        WeightsError: `folder` exists and is not empty, or it cannot be written.
     """
     folder = Path(folder)
     refuse_existing(folder)
     try:
-        part = _make_part(folder.absolute())
+        part = name_part(folder.absolute())
+        part.mkdir(parents=True)
         try:
             yield part
             part.replace(folder)
@@ -32,18 +31,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise WeightsError(f"{folder} cannot be written: {reason}.", fix="make room, or name another.") from None
 
 
-def _make_part(folder: Path) -> Path:
-    """Make a folder that no other process writes to: in containers many have one id, and some are killed."""
-    part = free_name(folder.with_name(f"{folder.name}.part-{socket.gethostname()}-{os.getpid()}"))
-    part.mkdir(parents=True)
-    return part
-
-
 def refuse_existing(folder: str | Path) -> None:
-    """Raise if a folder is there and holds anything.
+    """Check that a path is free: nothing is there, or an empty folder.
 
     Raises:
-        WeightsError: it does.
+        WeightsError: it is not.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

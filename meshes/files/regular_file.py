@@ -1,7 +1,7 @@
-"""Files that others made, opened so that none can hang, fill memory or lead elsewhere.
+"""Open files from elsewhere safely: opening one cannot wait, reading one cannot fill memory, and links can be refused.
 
-A FIFO blocks whoever opens it, a device has no end, a sparse file is larger than memory. Folders with models in them
-are copied between people, so every file in one is opened here.
+Folders with models are copied between people. In one of them may be a named pipe, which blocks whoever opens it, a
+device, which has no end, or a sparse file, which is larger than memory.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import CheckpointError, TrellaxError
 
 Links = Literal["follow", "refuse"]
-"""What to do about a file that is a symbolic link; folders on the way to it are the caller's."""
+"""What to do with a file that is a symbolic link; folders on the way to it may be links in either case."""
 
 
 def open_regular(
@@ -24,14 +24,15 @@ def open_regular(
     links: Links = "follow",
     error: type[TrellaxError] = CheckpointError,
 ) -> BufferedReader:
-    """Return a regular file, opened for reading; never waits.
+    """Open a regular file for reading, without waiting.
 
     Raises:
-        TrellaxError: of the class `error`: it is no regular file, has more than `max_bytes`, or is a refused link.
-        OSError: the system refuses; FileNotFoundError where there is none.
+        TrellaxError: of the class `error`: it is not a regular file, has more than `max_bytes`, or is a refused link.
+        OSError: the system refuses; FileNotFoundError if there is no such file.
     """
     file = Path(path)
-    # Looked at first, since to open a device may already do something.
+    # Checked before it is opened, since opening a device may already do something, and again once it is open, since
+    # it may have been replaced in between.
     _check(file, file.lstat() if links == "refuse" else file.stat(), max_bytes=max_bytes, error=error)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if links == "refuse" else 0)
     opened = os.fdopen(os.open(file, flags), "rb")
@@ -50,22 +51,25 @@ def read_bounded(
     links: Links = "follow",
     error: type[TrellaxError] = CheckpointError,
 ) -> bytes:
-    """Return the bytes of a regular file that has at most so many.
+    """Read a regular file of at most `max_bytes`.
 
     Raises:
-        TrellaxError: of the class `error`: it is no regular file, is too large, or is a refused link.
-        OSError: the system refuses; FileNotFoundError where there is none.
+        TrellaxError: of the class `error`: it is not a regular file, is too large, or is a refused link.
+        OSError: the system refuses; FileNotFoundError if there is no such file.
     """
     with open_regular(path, max_bytes=max_bytes, links=links, error=error) as file:
-        content = file.read(max_bytes + 1) or b""  # None where a file of /proc has nothing to say
+        content = file.read(max_bytes + 1) or b""  # None from a file of /proc without content yet
     if len(content) > max_bytes:
-        # It grew, or is one of those in /proc that say they are empty.
+        # It has grown, or is one of the files in /proc whose size is 0.
         raise _too_large(Path(path), len(content), max_bytes=max_bytes, error=error)
     return content
 
 
 def walk_folder(folder: str | Path, *, max_depth: int) -> Iterator[os.DirEntry[str]]:
-    """Yield everything under a folder, in folders at most so deep; links are yielded and not followed.
+    """Yield all entries below a folder, down to a depth; links are yielded and not followed.
+
+    Args:
+        max_depth: 1 for the folder's own entries, 2 for those of its folders as well.
 
     Raises:
         OSError: the system refuses.
@@ -81,7 +85,7 @@ def walk_folder(folder: str | Path, *, max_depth: int) -> Iterator[os.DirEntry[s
 
 
 def name_kind(mode: int) -> str:
-    """Return what a file of this mode is, "" for a regular file."""
+    """Return the kind of file that a mode (`st_mode`) is of, such as "a folder"; "" for a regular file."""
     kinds = (
         (stat.S_ISLNK, "a link"),
         (stat.S_ISDIR, "a folder"),

@@ -1,1 +1,1 @@
-"""Many processes as one program: who they are, how they meet, and what they must agree on."""
+"""Several processes as one program: their numbers, rendezvous, agreement and messages."""

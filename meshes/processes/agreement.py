@@ -1,27 +1,27 @@
-"""What the processes of one program must have in common, compared before they compute together.
+"""Compare the settings of the processes of one program before they compute together.
 
-Processes that differ do not fail: they train another model each, or wait for each other for ever. A fact is a name and
-a text; `rendezvous.py` compares those known at the start.
+Processes with different settings do not fail: each trains another model, or they wait for each other without end. A
+fact is a name and a text; `rendezvous.py` compares the facts that are known at the start.
 """
 
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
 Facts = Mapping[str, str]
-"""What a process says of itself, such as `{"train.steps": "100", "jax": "0.10.2"}`."""
+"""Settings and versions of one process, such as `{"train.steps": "100", "jax": "0.10.2"}`."""
 
 _MOST_NAMES, _MOST_CHARACTERS = 4, 80
 _NOTHING = "nothing"
 
 
 def describe_differences(facts: Mapping[int, Facts]) -> str:
-    """Return one line on what processes have otherwise than process 0, or "" where all agree.
+    """Describe in one line the facts in which processes differ from process 0; "" where all agree.
 
     >>> describe_differences({0: {"train.steps": "10"}, 1: {"train.steps": "20"}})
     'process 1 has train.steps=20, process 0 has 10'
 
     Args:
-        facts: by process; process 0 is among them.
+        facts: the facts of each process by its index; process 0 is among them.
     """
     first = facts[0]
     names = dict.fromkeys(name for each in facts.values() for name in each)
@@ -47,7 +47,7 @@ def _describe_one(name: str, facts: Mapping[int, Facts], *, expected: str) -> st
     if not others:
         return ""
     value, indices = next(iter(others.items()))
-    # Long texts, such as XLA_FLAGS, are shown from where they part.
+    # Long texts, such as XLA_FLAGS, are quoted around their first difference.
     start = max(0, _first_difference(value, expected) - _MOST_CHARACTERS // 2)
     verb = "has" if len(indices) == 1 else "have"
     return f"{name_processes(indices)} {verb} {name}={_cut(value, start)}, process 0 has {_cut(expected, start)}"

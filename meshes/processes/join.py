@@ -1,7 +1,7 @@
-"""How processes become one program: they meet, then `jax.distributed` connects them.
+"""Join processes into one program: a rendezvous, then `jax.distributed`.
 
-Process 0 hosts jax's coordinator, and afterwards `jax.devices()` are those of all processes. Read `../build.py` for
-which of them sits where.
+Process 0 hosts jax's coordinator, and afterwards `jax.devices()` lists those of all processes. Read `../build.py` next
+for their positions in the mesh.
 """
 
 import os
@@ -16,21 +16,21 @@ from .launchers import Processes
 from .rendezvous import meet
 
 _CONNECT_S = 60
-"""For jax to connect processes that have all just come."""
+"""Seconds for jax to connect processes after the rendezvous."""
 
 
 def join_processes(processes: Processes, *, silence_s: int, start_s: float = 300, facts: Facts | None = None) -> None:
-    """Connect this process to the others; before anything makes an array.
+    """Connect this process to the others; call it before anything makes an array.
 
     Args:
-        silence_s: seconds after which jax itself gives up on a process that says nothing.
-        start_s: seconds to wait for the others to come.
-        facts: what all processes must have in common, compared before they connect.
+        silence_s: seconds without a heartbeat after which jax gives up on a process.
+        start_s: seconds to wait for the others to arrive.
+        facts: settings that must be the same on all processes, compared before they connect.
 
     Raises:
         MeshError: the coordinator's port is taken, or jax cannot connect.
-        RunError: the processes have other facts than process 0.
-        LostProcessError: some processes have not come in time.
+        RunError: the facts of some processes differ from those of process 0.
+        LostProcessError: some processes did not arrive in time.
     """
     meet(processes, facts=facts or {}, start_s=start_s)
     # One GPU a process where several share a machine, unless the launcher has already given each its own.
@@ -56,15 +56,15 @@ def join_processes(processes: Processes, *, silence_s: int, start_s: float = 300
 
 
 def num_processes() -> int:
-    """Return how many processes have joined, without starting a backend."""
+    """Return the number of joined processes, without starting a backend."""
     return distributed.global_state.num_processes or 1
 
 
 def process_index() -> int:
-    """Return which of them this process is, without starting a backend."""
+    """Return the index of this process, without starting a backend."""
     return distributed.global_state.process_id or 0
 
 
 def coordination_client() -> Any:
-    """Return the client of the coordinator's key-value store, None where nothing has joined; jax has no public name."""
+    """Return the client of the coordinator's key-value store, or None in a single process; jax has no public name."""
     return distributed.global_state.client

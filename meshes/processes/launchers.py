@@ -1,4 +1,4 @@
-"""Many processes as one program: who they are under SLURM, Open MPI or plain starts. Read `join.py` next."""
+"""Find the number and index of processes under SLURM, Open MPI or from arguments. Read `join.py` next."""
 
 import os
 import zlib
@@ -11,12 +11,12 @@ from ..errors import MeshError, shown
 from ..numbers import whole_number
 
 _PORTS = (61_440, 4_096)
-"""First port and number of ports for coordinators that nobody gave an address; jax takes the same range."""
+"""First port and number of ports for coordinators without a given address; jax uses the same range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes of one program as one of them sees them; `local_` counts those on its machine.
+    """The processes of one program, seen from one of them; `local_` fields count those on its machine.
 
     Raises:
         MeshError: the numbers contradict each other.
@@ -37,25 +37,25 @@ class Processes:
         host, _, port = self.coordinator.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or not 0 < int(port) < 65_536:
             raise MeshError(
-                f"--coordinator {self.coordinator}: this is no HOST:PORT.",
-                fix="give the host of process 0 and a free port there, node1:61440 say.",
+                f"--coordinator {self.coordinator}: expected HOST:PORT.",
+                fix="give the host of process 0 and a free port there, such as node1:61440.",
             )
 
     @property
     def host(self) -> str:
-        """The machine of process 0."""
+        """Host of process 0."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """Where process 0 listens."""
+        """Port on which process 0 listens."""
         return int(self.coordinator.rpartition(":")[2])
 
 
 def find_processes(
     *, coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str] = os.environ
 ) -> Processes | None:
-    """Return what was asked for, filled up by what SLURM or Open MPI say; None for a program of one process.
+    """Return the processes from the arguments, or else from SLURM or Open MPI; None for a single process.
 
     Raises:
         MeshError: something is missing, or the numbers contradict each other.
@@ -72,7 +72,7 @@ def find_processes(
     missing = [option for name, option in options.items() if values.get(name) is None]
     if missing:
         raise MeshError(
-            f"many processes need to know of each other; not given: {', '.join(missing)}.",
+            f"several processes need all three to find each other; not given: {', '.join(missing)}.",
             fix="give all three, or start under srun or mpirun, which say the rest.",
         )
     return Processes(**values)
@@ -105,7 +105,7 @@ def _find_open_mpi(environ: Mapping[str, str]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {key: _read_number(environ, f"OMPI_COMM_WORLD_{name}") for key, name in names.items()}
     if found["local_count"] == found["count"]:
-        # All on this machine: the launcher's job, the same for all of them, says the port.
+        # All on this machine: derive the port from the launcher's job id, which they share.
         job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
         found["coordinator"] = f"127.0.0.1:{_PORTS[0] + zlib.crc32(job.encode()) % _PORTS[1]}"
     return found
@@ -118,7 +118,7 @@ def _read_number(environ: Mapping[str, str], name: str, *, least: int = 0) -> in
         number = least - 1
     if number < least:
         raise MeshError(
-            f"{name}={shown(environ[name])} in the environment is no whole number of {least} or more.",
+            f"{name}={shown(environ[name])} in the environment is not a whole number of {least} or more.",
             fix=f"unset {name}, or start with the launcher that sets it.",
         )
     return number

@@ -1,8 +1,14 @@
-"""Processes meet before jax connects them: all must come in time, and have the same facts.
+"""Rendezvous of processes before jax connects them: all must arrive in time, with the same facts.
 
-jax itself would wait for minutes and then abort from C++, without saying who is missing. So process 0 first listens on
-the coordinator's port itself. Every other process sends it one line of JSON, its facts, and gets one back once all are
-there: the verdict. Then the port is jax's.
+jax itself would wait for minutes and then abort from C++, without naming the missing process. So process 0 first
+listens on the coordinator's port, and every other process sends it one line of JSON:
+
+    process 1                              process 0                             process 2
+      {"index": 1, "facts": {...}}  ---->  listens; compares facts  <----  {"index": 2, "facts": {...}}
+      {"differ": "", "missing": ""} <----  closes the port, answers ---->  {"differ": "", "missing": ""}
+      jax.distributed.initialize           jax.distributed.initialize      jax.distributed.initialize
+
+The answer, the verdict, is sent once all have arrived or time is up. Afterwards jax listens on the port.
 """
 
 import contextlib
@@ -21,7 +27,8 @@ from .launchers import Processes
 _COUNT = "--num-processes"
 _MOST_BYTES = 1 << 20
 _WORD_S, _RETRY_S, _GRACE_S, _LINGER_S = 5.0, 0.2, 10.0, 5.0
-"""Time for one line; between two tries to connect; that a verdict may be late; for the rest once two have differed."""
+"""Seconds to receive one line; between two attempts to connect; to wait longer for a late verdict; to wait for the
+remaining processes once two have differed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class _Verdict:
 
 @dataclass(frozen=True)
 class _Guest:
-    """A process that waits for the verdict, for so many seconds."""
+    """A connected process that waits for the verdict, for at most `left_s` seconds."""
 
     connection: socket.socket
     index: int
@@ -41,7 +48,7 @@ class _Guest:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is still there; it says nothing more, so all that can be read is its end."""
+        """Whether it is still connected; it sends nothing more, so a readable socket has been closed."""
         self.connection.setblocking(False)
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK))
@@ -52,15 +59,15 @@ class _Guest:
 
 
 def meet(processes: Processes, *, facts: Facts, start_s: float) -> None:
-    """Return once all processes have come, with the same facts; every process ends with the same words otherwise.
+    """Wait until all processes have arrived with the same facts; otherwise raise the same error on every process.
 
     Args:
-        start_s: seconds to wait for the others; the shortest of all processes counts.
+        start_s: seconds to wait for the others; the shortest wait of all processes applies.
 
     Raises:
         MeshError: process 0 cannot listen on its port.
-        RunError: the processes differ.
-        LostProcessError: some have not come.
+        RunError: facts differ.
+        LostProcessError: some processes did not arrive.
     """
     own = {_COUNT: str(processes.count), **facts}
     verdict = (
@@ -92,11 +99,11 @@ def _receive_guests(processes: Processes, facts: Facts, *, start_s: float) -> _V
                 new = _accept(server, connections, left_s=left_s)
                 guests = [guest for guest in [*guests, *new] if guest.is_waiting]
                 waits_s = min((guest.left_s for guest in new), default=left_s)
-                # Once two have differed the others are waited for, but not long: they are to hear it, too.
+                # Once two have differed, wait only briefly for the others, so that they get the verdict too.
                 waits_s = min(waits_s, _LINGER_S) if new and _find_differences(guests, facts) else waits_s
                 end = min(end, time.monotonic() + waits_s)
         verdict = _judge(processes, guests, facts, start_s=start_s)
-        # The port is free by now: who hears the verdict looks for jax there.
+        # The port is free by now: whoever receives the verdict expects jax on it.
         for guest in guests:
             with contextlib.suppress(OSError):
                 guest.connection.settimeout(_WORD_S)
@@ -105,7 +112,7 @@ def _receive_guests(processes: Processes, facts: Facts, *, start_s: float) -> _V
 
 
 def _are_missing(guests: list[_Guest], facts: Facts) -> bool:
-    """Whether fewer are there than any of them says that there are."""
+    """Return whether fewer have arrived than the largest --num-processes among them."""
     return len(guests) + 1 < max(int(each[_COUNT]) for each in (facts, *(guest.facts for guest in guests)))
 
 
@@ -122,12 +129,12 @@ def _judge(processes: Processes, guests: list[_Guest], facts: Facts, *, start_s:
     if missing := set(range(1, processes.count)) - {guest.index for guest in guests}:
         verb = "has" if len(missing) == 1 else "have"
         who = f"{name_processes(missing)} of {processes.count}"
-        return _Verdict(missing=f"{who} {verb} not come to {processes.coordinator} in {start_s:g} s")
+        return _Verdict(missing=f"{who} {verb} not arrived at {processes.coordinator} in {start_s:g} s")
     return _Verdict()
 
 
 def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
-    """Knock at process 0 until it answers: it may start later than this process, or end and start anew."""
+    """Connect to process 0 until it answers: it may start later than this process, or be restarted."""
     end, problem = time.monotonic() + start_s, ""
     while (left_s := end - time.monotonic()) > 0:
         try:
@@ -138,14 +145,14 @@ def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
         except OSError as error:
             problem = error.strerror or str(error)
         except (ValueError, TypeError):
-            problem = "what listens there is no trellax that waits for others"
+            problem = "another program listens there, not a waiting trellax"
         time.sleep(_RETRY_S)
     who = f"process 0 of {processes.count}"
     return _Verdict(missing=f"{who} has not answered at {processes.coordinator} in {start_s:g} s: {problem}")
 
 
 def _accept(server: socket.socket, connections: contextlib.ExitStack, *, left_s: float) -> list[_Guest]:
-    """Return who came, if anybody did. Whoever else knocks is sent away."""
+    """Accept one process, if one connects within a second; a connection that sends no valid facts is closed."""
     server.settimeout(min(1.0, left_s))
     with contextlib.suppress(OSError):
         connection, _ = server.accept()
@@ -163,8 +170,8 @@ def _accept(server: socket.socket, connections: contextlib.ExitStack, *, left_s:
 
 @contextlib.contextmanager
 def _listen(processes: Processes) -> Iterator[socket.socket]:
-    """Listen where jax will; it shares the port with whoever listens there, or ends with a segmentation fault."""
-    # As jax reads it, all addresses of this machine unless a user says otherwise.
+    """Listen where jax will, to find a port in use: jax would share it with its owner, or crash the process."""
+    # Parsed as jax does: all addresses of this machine unless JAX_COORDINATOR_BIND_ADDRESS is set.
     host, _, port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{processes.port}").rpartition(":")
     is_any = host == "[::]" and socket.has_dualstack_ipv6()
     host = "" if host == "[::]" else host.strip("[]")
@@ -183,7 +190,7 @@ def _listen(processes: Processes) -> Iterator[socket.socket]:
 
 
 def _wait_for_jax(processes: Processes) -> None:
-    """Return when process 0's jax listens; jax's own first try would be followed by a second of waiting."""
+    """Wait until jax of process 0 listens; a failed first attempt by jax itself would cost a second of back-off."""
     end = time.monotonic() + _GRACE_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((processes.host, processes.port), timeout=1.0):
@@ -199,7 +206,7 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
     """Read one line of JSON.
 
     Raises:
-        ValueError: it is none, or too long.
+        ValueError: it is not JSON, or too long.
     """
     said = b""
     while not said.endswith(b"\n"):

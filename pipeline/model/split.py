@@ -13,7 +13,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims, rematerialize
+from ...layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims
+from ...layers.block import rematerialize
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from ...meshes.arguments import check_choice
 from ..schedules import Vocab

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ...layers import ModelConfig
-from ...layers.loss import chunk_tokens
+from ...layers.projected_loss import chunk_tokens
 from ...pipeline.schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import block_params, device_params

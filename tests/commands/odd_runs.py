@@ -38,7 +38,7 @@ def stop_before_work(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"trellax.train.loop.{name}", _check_on_any_machine)
     patch.setattr(inspect_command, "compile_step", _reach)
     patch.setattr(generate_command, "Engine", _reach)
-    patch.setattr(bench_decode_command._Plan, "measure", _reach)
+    patch.setattr(bench_decode_command._Trial, "measure", _reach)
 
 
 def find_problem(words: list[str], *, wanted: str) -> str:

@@ -74,7 +74,7 @@ def test_mistake_is_told_before_anything_is_allocated(
     assert main(["bench-decode", *MISTAKES[name].split(), "--fake-devices", "8"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    golden(f"errors/bench_decode_{name}.txt", err)
+    golden(f"errors/commands/bench_decode_{name}.txt", err)
 
 
 def test_bytes_of_a_token_are_weights_and_what_is_cached() -> None:

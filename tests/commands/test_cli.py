@@ -40,7 +40,7 @@ def test_mistake_ends_with_exit_code_2_and_a_way_out(
     assert main(MISTAKES[name].split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    golden(f"errors/cli_{name}.txt", err)
+    golden(f"errors/commands/cli_{name}.txt", err)
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_run_folder_that_cannot_be_made_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main(["train", "quickstart", "--run.folder", str(tmp_path / "file")]) == 2
-    golden("errors/cli_run_folder.txt", capsys.readouterr().err.splitlines()[0].replace(str(tmp_path), "RUN"))
+    golden("errors/commands/cli_run_folder.txt", capsys.readouterr().err.splitlines()[0].replace(str(tmp_path), "RUN"))
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_mistake_is_told_before_weights_are_read(
     monkeypatch.setattr(Checkpoints, "restore_params", lambda *args: pytest.fail("read"))
     code, out, err = ask(*MISTAKES[name])
     assert (code, out) == (2, "")
-    golden(f"errors/generate_{name}.txt", err)
+    golden(f"errors/commands/generate_{name}.txt", err)
 
 
 def test_engine_looks_for_all_ends_of_a_model() -> None:
@@ -181,7 +181,7 @@ def test_imported_run_without_its_tokenizer_is_not_served_as_bytes(
     Path("tiny", ORIGIN).write_text("{}")
     code, out, err = ask("--prompt", "x", folder="tiny")
     assert (code, out) == (2, "")
-    golden("errors/generate_no_tokenizer.txt", err)
+    golden("errors/commands/generate_no_tokenizer.txt", err)
 
 
 def test_folders_without_a_model_are_told(
@@ -191,4 +191,4 @@ def test_folders_without_a_model_are_told(
     (tmp_path / "empty").mkdir()
     errors = [ask("--prompt", "x", folder=folder) for folder in ("nowhere", "empty")]
     assert [code for code, _, _ in errors] == [2, 2]
-    golden("errors/generate_no_model.txt", "".join(err for _, _, err in errors))
+    golden("errors/commands/generate_no_model.txt", "".join(err for _, _, err in errors))

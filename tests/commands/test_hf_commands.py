@@ -201,6 +201,6 @@ def test_mistake_ends_with_exit_code_2_and_leaves_nothing(
     assert main(MISTAKES[name].split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    golden(f"errors/cli_{name}.txt", err)
+    golden(f"errors/commands/cli_{name}.txt", err)
     assert not Path("out").exists()
     assert list(here.glob("*.part*")) == []

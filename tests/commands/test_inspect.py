@@ -64,7 +64,7 @@ def test_mistake_ends_with_exit_code_2_and_a_way_out(
     assert main(MISTAKES[name].split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    golden(f"errors/cli_inspect_{name}.txt", err)
+    golden(f"errors/commands/cli_inspect_{name}.txt", err)
 
 
 def knobs_of(config: RunConfig, **memory: int) -> dict[str, int]:

@@ -140,15 +140,16 @@ def test_config_as_it_stands_is_checked_as_a_run(capsys: pytest.CaptureFixture[s
     assert "model.ffn_size=14338" in told
 
 
-def test_config_with_inline_sections_is_refused_rather_than_broken(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, golden: Callable[[str, str], None]
+@pytest.mark.parametrize("mesh", ["mesh = { tensor = 4, pipe = 2 }\n", "mesh.tensor = 4\nmesh . 'pipe' = 2\n"])
+def test_config_with_a_section_of_another_form_keeps_that_form(
+    mesh: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    inline, planned = tmp_path / "inline.toml", tmp_path / "planned.toml"
+    old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
     text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
-    inline.write_text("mesh = { tensor = 4, pipe = 2 }\n" + text.replace("[mesh]\ntensor = 4\npipe = 2\n", ""))
-    assert main(f"plan {inline} --topology h100x8 --write {planned}".split()) == 2
-    golden("errors/plan_command_inline.txt", capsys.readouterr().err.replace(str(tmp_path), "..."))
-    assert not planned.exists()
+    old.write_text(mesh + text.replace("[mesh]\ntensor = 4\npipe = 2\n", ""))
+    best = json.loads(ask(f"plan {old} --topology h100x8 --json --write {planned}", capsys))["plans"][0]
+    assert load_config(planned).mesh.sizes == best["mesh"]
+    assert "[mesh]" not in planned.read_text()
 
 
 def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,4 +178,4 @@ def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tm
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_told(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
     assert main(MISTAKES[name].split()) == 2
-    golden(f"errors/plan_command_{name}.txt", capsys.readouterr().err)
+    golden(f"errors/commands/plan_command_{name}.txt", capsys.readouterr().err)

@@ -63,7 +63,7 @@ def test_mistake_ends_with_exit_code_2_and_a_way_out(mistake: str, golden: Golde
     assert main(["schedule", *MISTAKES[mistake].split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    golden(f"errors/cli_schedule_{mistake}.txt", err)
+    golden(f"errors/commands/cli_schedule_{mistake}.txt", err)
 
 
 def test_schedule_is_drawn_plainly_where_there_is_no_terminal(golden: Golden, capsys: Capture) -> None:
@@ -169,4 +169,4 @@ def test_every_file_asked_for_is_written(capsys: Capture) -> None:
 def test_mistake_in_a_file_names_its_cell(golden: Golden, capsys: Capture) -> None:
     Path("mine.csv").write_text("0F0,,0B0\n,1F0,1Q0\n")
     assert main(["schedule", "--file", "mine.csv"]) == 2
-    golden("errors/cli_schedule_bad_cell.txt", capsys.readouterr().err)
+    golden("errors/commands/cli_schedule_bad_cell.txt", capsys.readouterr().err)

@@ -57,7 +57,7 @@ def _put(text: str, number: int, *lines: str) -> str:
 
 
 def _named(*names: str) -> str:
-    """These names, or the line of what is no TOML."""
+    """These names, or the line of what is not TOML."""
     return "|".join([*(re.escape(name[:20]) for name in names if name), r"\.toml:\d+", r"\.toml has [\d,]+ bytes"])
 
 

@@ -44,7 +44,7 @@ def test_contradiction_is_told_with_its_numbers(name: str, golden: Callable[[str
     config = load_config("tiny-dense", [*MISTAKES[name].split(), "--model.head_size=8"])
     with pytest.raises(TrellaxError) as caught:
         check_run(config, num_devices=8, known_schedules=SCHEDULES)
-    golden(f"errors/check_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/configs/check_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_fitting_run_gets_its_mesh_filled_in() -> None:

@@ -50,7 +50,7 @@ def test_younger_keys_and_sections_are_left_out_and_named(tiny: Tiny) -> None:
 def test_younger_key_of_the_model_is_refused(tiny: Tiny, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(seal_of(tiny(), model={"soft_cap": 30.0}), [])
-    golden("errors/checkpoint_newer_model.txt", str(caught.value))
+    golden("errors/configs/checkpoint_newer_model.txt", str(caught.value))
 
 
 def test_older_keys_have_their_defaults(tiny: Tiny) -> None:

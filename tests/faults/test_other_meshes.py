@@ -87,7 +87,7 @@ def test_config_that_matters_is_not_changed_by_mistake(
             train(config, console=quiet())
     finally:
         (folder / "corpus.txt").write_bytes((folder / "corpus.txt").read_bytes()[:-4])
-    golden("errors/run_changed.txt", f"RunError: {caught.value}".replace(str(folder), "RUNS"))
+    golden("errors/train/run_changed.txt", f"RunError: {caught.value}".replace(str(folder), "RUNS"))
 
 
 def test_batches_of_another_size_go_on_where_the_last_ended() -> None:

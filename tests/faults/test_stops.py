@@ -115,7 +115,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(
     code, child = zygote.run(f"{tiny_words} {DIVERGES} --run.name diverged")
     assert code == 2
     message = child.said()[child.said().index("RunError") :]
-    golden("errors/run_diverged.txt", message.replace(str(folder), "RUNS"))
+    golden("errors/train/run_diverged.txt", message.replace(str(folder), "RUNS"))
     bad = [line for line in read_metrics(folder / "diverged") if "skipped" in line]
     assert len(bad) == 1
     assert saved_steps(folder / "diverged")[-1] == bad[0]["step"] - 1
@@ -161,7 +161,7 @@ def test_save_that_the_system_refuses_ends_the_run_and_the_one_before_stays(
     child = zygote.start(f"{words} --train.steps 20 --override", largest_file=100_000)
     assert zygote.wait(child) == 2
     message = child.said()[child.said().index("CheckpointError") :]
-    golden("errors/checkpoint_refused.txt", message.replace(str(folder), "RUNS"))
+    golden("errors/train/checkpoint_refused.txt", message.replace(str(folder), "RUNS"))
     assert "Traceback" not in child.said()
     assert saved_steps(folder / "refused") == [4]
     code, again = zygote.run(f"{words} --train.steps 20 --override")

@@ -58,4 +58,4 @@ def test_save_that_could_not_be_loaded_is_not_sealed(
         with pytest.raises(CheckpointError) as caught:
             checkpoints.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    golden("errors/checkpoint_not_loadable.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+    golden("errors/hub/checkpoint_not_loadable.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))

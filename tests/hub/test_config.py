@@ -53,7 +53,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 def test_what_trellax_has_not_is_listed(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(WeightsError) as caught:
         hub_model(MISTAKES[name])
-    golden(f"errors/hub_{name}.txt", str(caught.value))
+    golden(f"errors/hub/hub_{name}.txt", str(caught.value))
 
 
 BROKEN = {"broken_json": '{"model_type": "llama",\n  "vocab_size" 64}', "no_object": "[1, 2]", "missing": None}
@@ -69,7 +69,7 @@ def test_broken_file_is_told_with_its_place(
         Path("model/config.json").write_text(text)
     with pytest.raises(WeightsError) as caught:
         read_hub_model("model")
-    golden(f"errors/hub_{name}.txt", str(caught.value))
+    golden(f"errors/hub/hub_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"vocab_size": ' + "9" * 5_000 + "}"], ids=["deep", "long number"])
@@ -148,7 +148,7 @@ def test_architecture_that_does_not_hold_the_model_is_refused(name: str, golden:
     changes, architecture = REFUSED[name]
     with pytest.raises(WeightsError) as caught:
         hub_values(model(**changes), architecture=architecture)
-    golden(f"errors/hub_architecture_{name}.txt", str(caught.value))
+    golden(f"errors/hub/hub_architecture_{name}.txt", str(caught.value))
 
 
 def test_values_are_plain_json() -> None:

@@ -199,5 +199,5 @@ def test_damage_is_told_in_full_before_a_weight_is_read(
     monkeypatch.chdir(folder.parent)
     with pytest.raises(WeightsError) as caught:
         read_weights(folder.name, shapes)
-    golden(f"errors/weights_{damage}.txt", str(caught.value))
+    golden(f"errors/hub/weights_{damage}.txt", str(caught.value))
     assert sizes == []

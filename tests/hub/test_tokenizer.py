@@ -142,7 +142,7 @@ def test_text_that_a_tokenizer_has_no_token_for_is_told(tmp_path: Path, golden: 
     Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError) as caught:
         load_tokenizer(tmp_path).encode_prompt("b")
-    golden("errors/tokenizer_no_token.txt", str(caught.value).replace(str(tmp_path), "model"))
+    golden("errors/hub/tokenizer_no_token.txt", str(caught.value).replace(str(tmp_path), "model"))
 
 
 def test_kept_tokens_are_read_and_other_text_is_tokenized_anew(
@@ -198,7 +198,7 @@ def test_mistake_says_how_to_fix_it(name: str, source: Path, here: Path, golden:
     Path("latin.txt").write_bytes("é".encode("latin-1") * 100)
     with pytest.raises(DataError) as caught:
         load_corpus(section(source, **MISTAKES[name]))
-    golden(f"errors/tokenizer_{name}.txt", str(caught.value))
+    golden(f"errors/hub/tokenizer_{name}.txt", str(caught.value))
 
 
 def test_ids_that_a_model_lacks_are_refused_where_they_occur(
@@ -213,7 +213,7 @@ def test_ids_that_a_model_lacks_are_refused_where_they_occur(
     Path("b.txt").write_text("a cat <pad>")
     with pytest.raises(DataError) as caught:
         load_corpus(section("tokenizer.json"), vocab_size=size, cache=here)
-    golden("errors/tokenizer_too_large.txt", str(caught.value))
+    golden("errors/hub/tokenizer_too_large.txt", str(caught.value))
 
 
 PANICS: dict[str, dict[str, Any]] = {

@@ -83,7 +83,7 @@ def test_folder_that_is_there_is_left_alone(
     before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
     with pytest.raises(WeightsError) as caught:
         write("gpt2", Path("out"))
-    golden("errors/weights_already_there.txt", str(caught.value))
+    golden("errors/hub/weights_already_there.txt", str(caught.value))
     assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
 
 

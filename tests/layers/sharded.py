@@ -56,7 +56,9 @@ def draw_params(module: nnx.Module) -> dict[str, Any]:
 
 def dims_of(module: nnx.Module) -> dict[str, Any]:
     """Logical dimensions of every parameter of a layer that is not stacked."""
-    return nnx.to_pure_dict(nnx.map_state(lambda _, leaf: leaf.get_metadata("dims"), nnx.state(module, nnx.Param)))
+    return nnx.to_pure_dict(
+        nnx.map_state(lambda _, leaf: leaf.get_metadata("out_sharding"), nnx.state(module, nnx.Param))
+    )
 
 
 def place(params: Any, dims: Any, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from trellax.layers import Block, Remat, run_blocks, stack_blocks
+from trellax.layers import Block, Remat
+from trellax.layers.block import run_blocks, stack_blocks
 
 from .sharded import STYLES, Probe, differing, normal, small_config
 

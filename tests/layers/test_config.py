@@ -45,7 +45,7 @@ def make(**changes: Any) -> ModelConfig:
 def test_contradiction_is_refused_with_its_numbers(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ModelError) as caught:
         make(**MISTAKES[name])
-    golden(f"errors/model_{name}.txt", str(caught.value))
+    golden(f"errors/layers/model_{name}.txt", str(caught.value))
 
 
 def test_sizes_left_out_are_derived() -> None:

@@ -18,8 +18,8 @@ from trellax.layers import (
     flops_per_token,
     model_rules,
     param_counts,
-    rematerialize,
 )
+from trellax.layers.block import rematerialize
 from trellax.meshes import ModelError
 from trellax.pipeline.executor.residuals import LayerVjp
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from trellax.layers import Embedding, lookup
+from trellax.layers import Embedding
+from trellax.layers.embedding import lookup
 
 from .sharded import STYLES, Probe, collectives, differing, mesh_of, normal, place, small_config
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash, rematerialize
+from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
+from trellax.layers.block import rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
 from trellax.pipeline.executor.residuals import LayerVjp
 
@@ -115,14 +116,14 @@ def test_kernel_runs_without_a_mesh_too() -> None:
 def test_asking_for_cudnn_elsewhere_is_a_mistake(golden: Any) -> None:
     with on_devices("TPU v5"), pytest.raises(ModelError) as error:
         flash.choose_kernel(ModelConfig(**LLAMA, attention="cudnn"))
-    golden("errors/attention_kernel_devices.txt", str(error.value))
+    golden("errors/layers/attention_kernel_devices.txt", str(error.value))
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"head_size": 20}, {"head_size": 256}])
 def test_asking_for_cudnn_where_it_cannot_be_is_a_mistake(changes: dict[str, Any], golden: Any) -> None:
     with pytest.raises(ModelError) as error:
         ModelConfig(**(LLAMA | {"attention": "cudnn"} | changes))
-    golden(f"errors/attention_kernel_{'_'.join(map(str, *changes.items()))}.txt", str(error.value))
+    golden(f"errors/layers/attention_kernel_{'_'.join(map(str, *changes.items()))}.txt", str(error.value))
 
 
 def on_devices(kind: str) -> Any:

@@ -82,7 +82,7 @@ def project_plainly(x: jax.Array, table: jax.Array, weights: jax.Array) -> jax.A
 @pytest.fixture
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk has as many tokens of the 32 as the parameter says."""
-    monkeypatch.setattr("trellax.layers.loss.chunk_tokens", lambda _: request.param)
+    monkeypatch.setattr("trellax.layers.projected_loss.chunk_tokens", lambda _: request.param)
 
 
 @pytest.mark.parametrize(

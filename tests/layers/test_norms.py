@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from trellax.layers import make_norm
-from trellax.layers.norms import normalize
+from trellax.layers.norms import make_norm, normalize
 
 from .sharded import STYLES, Probe, differing, mesh_of, normal, small_config
 

@@ -80,4 +80,4 @@ def test_without_qwix_the_fix_is_told(monkeypatch: pytest.MonkeyPatch, golden: C
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModelError) as error:
         multiply(jnp.asarray(X), jnp.asarray(KERNEL), dtype="bfloat16", matmuls="fp8")
-    golden("errors/fp8_without_qwix.txt", str(error.value))
+    golden("errors/layers/fp8_without_qwix.txt", str(error.value))

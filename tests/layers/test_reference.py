@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from trellax.layers import MLP, Attention, Block, ColumnLinear, Embedding, RowLinear, Transformer, make_norm
+from trellax.layers import MLP, Attention, Block, ColumnLinear, Embedding, RowLinear, Transformer
+from trellax.layers.norms import make_norm
 
 from . import reference
 from .sharded import STYLES, Probe, differing, draw_params, normal, small_config

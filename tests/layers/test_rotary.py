@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.layers import ModelConfig, rope_frequencies, rotate
+from trellax.layers import ModelConfig
+from trellax.layers.rotary import rope_frequencies, rotate
 
 from .sharded import differing, normal, small_config
 

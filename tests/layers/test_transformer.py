@@ -120,7 +120,7 @@ def test_model_that_does_not_split_is_refused_with_the_equation(name: str, golde
     changes, tensor = MISFITS[name]
     with pytest.raises(ModelError) as caught:
         model_rules(small_config(**changes), {"tensor": tensor})
-    golden(f"errors/model_rules_{name}.txt", str(caught.value))
+    golden(f"errors/layers/model_rules_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize(("num_kv_heads", "axes"), [(8, ("tensor",)), (4, ("tensor",)), (2, ()), (1, ())])

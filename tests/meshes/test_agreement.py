@@ -1,7 +1,6 @@
 """Processes that differ are named with the key and both values, in one line however many they are."""
 
-from trellax.meshes import describe_differences
-from trellax.meshes.processes.agreement import name_processes
+from trellax.meshes.processes.agreement import describe_differences, name_processes
 
 
 def test_processes_that_agree_have_nothing_to_tell() -> None:

@@ -62,7 +62,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 def test_mesh_that_cannot_be_built_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(MeshError) as caught:
         MISTAKES[name]()
-    golden(f"errors/build_{name}.txt", str(caught.value))
+    golden(f"errors/meshes/build_{name}.txt", str(caught.value))
 
 
 def test_platform_that_is_not_there_is_told_in_a_sentence() -> None:

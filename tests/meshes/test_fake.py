@@ -39,7 +39,7 @@ def test_asking_again_for_the_same_is_no_mistake() -> None:
 def test_asking_after_jax_has_started_is_refused(golden: Callable[[str, str], None]) -> None:
     started = "jax.config.update('jax_platforms', 'cpu'); jax.numpy.ones(2)\n"
     said = run(started + "try: use_fake_devices(8)\nexcept MeshError as error: print(error)")
-    golden("errors/fake_after_start.txt", said)
+    golden("errors/meshes/fake_after_start.txt", said)
 
 
 @pytest.mark.parametrize("num_devices", [0, -1])

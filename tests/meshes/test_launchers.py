@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-from trellax.meshes import MeshError, Processes, find_processes
+from trellax.meshes import MeshError
+from trellax.meshes.processes.launchers import Processes, find_processes
 
 SLURM = {
     "SLURM_JOB_ID": "4242",
@@ -79,4 +80,4 @@ MISTAKES: dict[str, dict] = {
 def test_mistake_is_told_with_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(MeshError) as caught:
         find(**MISTAKES[name])
-    golden(f"errors/processes_{name}.txt", f"MeshError: {caught.value}")
+    golden(f"errors/meshes/processes_{name}.txt", f"MeshError: {caught.value}")

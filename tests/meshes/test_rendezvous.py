@@ -5,7 +5,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 import pytest
-from trellax.meshes import LostProcessError, MeshError, Processes, RunError, TrellaxError
+from trellax.meshes import LostProcessError, MeshError, RunError, TrellaxError
+from trellax.meshes.processes.launchers import Processes
 from trellax.meshes.processes.rendezvous import meet
 
 Golden = Callable[[str, str], None]
@@ -60,7 +61,7 @@ def test_process_that_differs_ends_all_with_the_same_words(golden: Golden) -> No
     found = outcomes([(3, 0, {"steps": "1"}), (3, 1, {"steps": "2"}), (3, 2, {"steps": "1"})])
     assert {type(error) for error in found} == {RunError}
     assert len({str(error) for error in found}) == 1
-    golden("errors/processes_differ.txt", f"RunError: {found[0]}")
+    golden("errors/meshes/processes_differ.txt", f"RunError: {found[0]}")
 
 
 def test_other_number_of_processes_is_a_difference() -> None:
@@ -77,7 +78,7 @@ def test_process_that_does_not_come_is_named_to_all_in_time(golden: Golden) -> N
     port = free_port()
     found = outcomes([(3, 0, {}), (3, 2, {})], start_s=0.4, port=port)
     assert {type(error) for error in found} == {LostProcessError}
-    golden("errors/processes_missing.txt", f"LostProcessError: {found[1]}".replace(str(port), "PORT"))
+    golden("errors/meshes/processes_missing.txt", f"LostProcessError: {found[1]}".replace(str(port), "PORT"))
 
 
 def test_first_process_that_does_not_come_is_named() -> None:
@@ -92,7 +93,7 @@ def test_port_that_something_listens_on_is_refused(golden: Golden) -> None:
         port = other.getsockname()[1]
         (error,) = outcomes([(2, 0, {})], port=port)
     assert isinstance(error, MeshError)
-    golden("errors/processes_port_taken.txt", f"MeshError: {error}".replace(str(port), "PORT"))
+    golden("errors/meshes/processes_port_taken.txt", f"MeshError: {error}".replace(str(port), "PORT"))
 
 
 @pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n\n", b'{"index": 1}\n', b"[]\n", b""])

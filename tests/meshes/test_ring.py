@@ -62,6 +62,6 @@ def test_an_interleaved_schedule_is_refused_under_such_a_flag(
 
     with pytest.raises(ScheduleError) as caught:
         step("interleaved-1f1b", 2, "gpu")
-    golden("errors/ring_under_a_flag.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden("errors/meshes/ring_under_a_flag.txt", f"{type(caught.value).__name__}: {caught.value}")
     assert step("interleaved-1f1b", 2, "cpu").loss.shape == ()
     assert step("1f1b", 1, "gpu").loss.shape == ()

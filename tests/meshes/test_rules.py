@@ -26,7 +26,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 def test_rule_that_cannot_hold_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ShardingError) as caught:
         MISTAKES[name]()
-    golden(f"errors/rules_{name}.txt", str(caught.value))
+    golden(f"errors/meshes/rules_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize(

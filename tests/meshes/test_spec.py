@@ -33,7 +33,7 @@ MISFITS: dict[str, tuple[dict[str, int], int]] = {
 def test_text_that_is_no_mesh_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(MeshError) as caught:
         MeshSpec.parse(BAD_TEXTS[name])
-    golden(f"errors/mesh_{name}.txt", str(caught.value))
+    golden(f"errors/meshes/mesh_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("name", MISFITS)
@@ -41,7 +41,7 @@ def test_mesh_that_does_not_fit_shows_the_equation(name: str, golden: Golden) ->
     sizes, num_devices = MISFITS[name]
     with pytest.raises(MeshError) as caught:
         MeshSpec(**sizes).resolve(num_devices=num_devices)
-    golden(f"errors/mesh_{name}.txt", str(caught.value))
+    golden(f"errors/meshes/mesh_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("size", [2.0, True, "2"])

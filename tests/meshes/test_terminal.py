@@ -12,7 +12,7 @@ from typing import TextIO
 
 import pytest
 from trellax.commands.cli import main
-from trellax.meshes.describe import ShardingRow, ShardingTable
+from trellax.meshes.sharding_table import ShardingRow, ShardingTable
 from trellax.meshes.terminal import fold, terminal_width
 
 GRID = "schedule zb-h1 --ranks 4 --microbatches 8"

@@ -134,4 +134,4 @@ def test_batch_that_would_be_cut_wrongly_is_refused(golden: Callable[[str, str],
         with pytest.raises(TrellaxError) as caught:
             pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid)
         told.append(f"# {name}\n{type(caught.value).__name__}: {caught.value}")
-    golden("errors/batch.txt", "\n".join(told))
+    golden("errors/pipeline/batch.txt", "\n".join(told))

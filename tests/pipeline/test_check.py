@@ -55,7 +55,7 @@ def test_functions_that_do_not_fit_each_other_are_refused(name: str, golden: Cal
     more = {"shared_specs": P()} if "together" in name else {}
     with pytest.raises(TrellaxError) as caught:
         run(FNS | MISTAKES[name], build_mesh(MeshSpec(data=4, pipe=2)), **more)
-    golden(f"errors/fns_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/fns_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize(("name", "counts"), [("too_few", (2,)), ("too_large", (1, 3)), ("empty", (2, 0))])
@@ -64,7 +64,7 @@ def test_counts_that_do_not_fit_the_parameters_are_refused(
 ) -> None:
     with pytest.raises(TrellaxError) as caught:
         run(FNS, build_mesh(MeshSpec(data=4, pipe=2)), layers_per_stage=counts)
-    golden(f"errors/counts_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/counts_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def _shared(leaf: Any, **more: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_arguments_of_another_kind_are_refused_in_a_sentence(golden: Callable[[s
         with pytest.raises(TrellaxError) as caught:
             call(**make())
         told.append(f"# {name}\n{type(caught.value).__name__}: {caught.value}")
-    golden("errors/arguments.txt", "\n".join(told))
+    golden("errors/pipeline/arguments.txt", "\n".join(told))
 
 
 def test_an_axis_of_one_device_more_is_none_of_our_business() -> None:
@@ -140,7 +140,7 @@ def test_what_prepare_makes_of_nothing_needs_no_gradient() -> None:
 def test_mesh_that_is_not_ours_is_refused(name: str, axes: tuple[str, str], golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TrellaxError) as caught:
         run(FNS, jax.make_mesh((2, 4), axes))
-    golden(f"errors/mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_stage_parameters_that_would_lose_a_layer_are_refused(
     stages = {leaf: jnp.ones(shape) for leaf, shape in shapes.items()}
     with pytest.raises(TrellaxError) as caught:
         run(FNS, build_mesh(MeshSpec(data=4, pipe=2)), stages=stages)
-    golden(f"errors/stages_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/stages_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")

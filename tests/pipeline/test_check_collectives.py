@@ -69,7 +69,7 @@ def trace(mesh: str, **fns: Any) -> Any:
 def test_what_would_hang_is_refused_on_every_mesh(name: str, mesh: str, golden: Golden) -> None:
     with pytest.raises(TrellaxError) as caught:
         trace(mesh, **CASES[name])
-    golden(f"errors/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,16 @@ def test_what_would_hang_is_refused_on_every_mesh(name: str, mesh: str, golden: 
 def test_what_would_hang_in_branches_and_backwards_is_refused(name: str, fns: Any, golden: Golden) -> None:
     with pytest.raises(TrellaxError) as caught:
         trace("2x1x2", **fns)
-    golden(f"errors/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_a_sharding_on_the_users_own_mesh_is_refused(golden: Golden) -> None:
     place = NamedSharding(tiny_mesh("1x2x2"), P(None, "tensor"))
     with pytest.raises(TrellaxError) as caught:
         trace("1x2x2", **_after("layer", lambda x: jax.lax.with_sharding_constraint(x, place)))
-    golden("errors/collective_layer_constrains_on_a_mesh.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(
+        "errors/pipeline/collective_layer_constrains_on_a_mesh.txt", f"{type(caught.value).__name__}: {caught.value}"
+    )
 
 
 def test_a_bare_sharding_over_tensor_and_sums_over_data_are_welcome() -> None:
@@ -109,7 +111,7 @@ def test_a_bare_sharding_over_tensor_and_sums_over_data_are_welcome() -> None:
 def test_another_mesh_in_the_context_is_refused(name: str, context: Callable[[Mesh], Mesh], golden: Golden) -> None:
     with jax.set_mesh(context(tiny_mesh("2x1x2"))), pytest.raises(TrellaxError) as caught:
         trace("2x1x2")
-    golden(f"errors/context_mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/context_mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_the_same_mesh_in_the_context_is_welcome() -> None:

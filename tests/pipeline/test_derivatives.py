@@ -34,7 +34,7 @@ def test_a_gradient_of_the_batch_is_refused_and_not_zero(entry: Entry, golden: G
     given = tiny_given("2x1x2")
     with pytest.raises(ScheduleError) as caught:
         jax.eval_shape(jax.grad(lambda batch: loss_of(entry, given | {"batch": batch})), given["batch"])
-    golden("errors/derivative_of_the_batch.txt", text_of(caught))
+    golden("errors/pipeline/derivative_of_the_batch.txt", text_of(caught))
 
 
 def scaled(name: str, scale: jax.Array) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_a_gradient_of_what_a_function_closes_over_is_refused(
     loss: Any = lambda scale: loss_of(entry, given, **scaled(name, scale))  # noqa: E731
     with pytest.raises(ScheduleError) as caught:
         jax.eval_shape(jax.grad(loss if transform == "grad" else jax.jit(loss)), jnp.float32(1.5))
-    golden(f"errors/derivative_closed_over_by_{name}.txt", text_of(caught))
+    golden(f"errors/pipeline/derivative_closed_over_by_{name}.txt", text_of(caught))
 
 
 def test_a_function_may_close_over_a_traced_array() -> None:
@@ -141,4 +141,4 @@ def test_a_second_derivative_that_jax_cannot_take_is_refused(
     slopes = lambda params: sum(leaf.sum() for leaf in jax.tree.leaves(jax.grad(loss)(params)))  # noqa: E731
     with pytest.raises(ScheduleError) as caught:
         jax.eval_shape(jax.grad(slopes), given["params"])
-    golden(f"errors/derivative_second_of_{name}.txt", text_of(caught))
+    golden(f"errors/pipeline/derivative_second_of_{name}.txt", text_of(caught))

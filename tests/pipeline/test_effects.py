@@ -151,7 +151,7 @@ def test_results_from_the_host_are_refused(kind: str, golden: Golden) -> None:
     asking = StageFns(first=fns.first, layer=lambda weight, x, _: x + ask(x @ weight), last=fns.last)
     with pytest.raises(ScheduleError) as caught:
         run_pipeline(asking, mesh="2x1x2", schedule="1f1b")
-    golden(f"errors/fns_{kind}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/fns_{kind}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_calls_in_an_order_are_refused(golden: Golden) -> None:
@@ -162,4 +162,4 @@ def test_calls_in_an_order_are_refused(golden: Golden) -> None:
     fns = Watched().fns
     with pytest.raises(ScheduleError) as caught:
         run_pipeline(StageFns(first=fns.first, layer=layer, last=fns.last), mesh="1x1x1", schedule="1f1b")
-    golden("errors/fns_ordered.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden("errors/pipeline/fns_ordered.txt", f"{type(caught.value).__name__}: {caught.value}")

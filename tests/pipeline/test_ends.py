@@ -125,7 +125,7 @@ def test_chunks_of_the_loss_equal_all_logits_at_once(
     mesh: str, vocab: Vocab, embeddings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """128 tokens of a microbatch and 64 features: two chunks."""
-    monkeypatch.setattr("trellax.layers.loss.CHUNK_TOKENS", 1)
+    monkeypatch.setattr("trellax.layers.projected_loss.CHUNK_TOKENS", 1)
     data, tensor, pipe = map(int, mesh.split("x"))
     config, num_sequences = small_model(style="llama", embeddings=embeddings), 8 * data * 2
     sizes: dict[str, Any] = {"num_microbatches": 2, "num_sequences": num_sequences}

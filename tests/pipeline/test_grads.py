@@ -268,7 +268,7 @@ def test_mistake_is_refused_before_anything_runs(name: str, entry: Callable[...,
     given = MISTAKES[name](mlp())
     with pytest.raises(TrellaxError) as caught:
         entry(MLP, params=given.params, batch=given.batch, **given.kwargs())
-    golden(f"errors/grads_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/grads_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("2x2x1", marks=pytest.mark.slow), "1x2x2"])

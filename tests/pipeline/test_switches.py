@@ -116,7 +116,7 @@ def test_a_switch_that_no_pipeline_runs_with_is_named(
     step, given = pipelined("1f1b")
     with switched(name, value), pytest.raises(TrellaxError) as caught:
         step(*given)
-    golden(f"errors/switch_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/pipeline/switch_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 @pytest.mark.parametrize(

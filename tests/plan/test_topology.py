@@ -47,7 +47,7 @@ def test_own_machine_is_a_known_one_with_figures_changed(tmp_path: Path) -> None
 def test_mistake_is_told(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TargetError) as caught:
         read_topology(MISTAKES[name])
-    golden(f"errors/topology_{name}.txt", str(caught.value))
+    golden(f"errors/plan/topology_{name}.txt", str(caught.value))
 
 
 FILES = {
@@ -67,7 +67,7 @@ def test_mistake_in_a_file_is_told(
     Path("mine.toml").write_text(FILES[name])
     with pytest.raises(TargetError) as caught:
         read_topology("mine.toml")
-    golden(f"errors/topology_file_{name}.txt", str(caught.value))
+    golden(f"errors/plan/topology_file_{name}.txt", str(caught.value))
 
 
 GOOD = 'accelerator = "h100"\ndevices = 8\n'

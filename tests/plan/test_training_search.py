@@ -186,10 +186,10 @@ def test_impossible_request_says_what_would_make_it_possible(
     question = TrainQuestion(model=LLAMA_405B, topology=read_topology(machine), batch_size=batch, num_tokens=4096)
     with pytest.raises(PlanError) as caught:
         search_train(question)
-    golden(f"errors/plan_{name}.txt", str(caught.value))
+    golden(f"errors/plan/plan_{name}.txt", str(caught.value))
 
 
 def test_serving_what_does_not_fit_says_what_would(golden: Callable[[str, str], None]) -> None:
     with pytest.raises(PlanError) as caught:
         search_serving(ServeQuestion(model=LLAMA_405B, topology=read_topology("h100x8")), objective="latency")
-    golden("errors/plan_serving.txt", str(caught.value))
+    golden("errors/plan/plan_serving.txt", str(caught.value))

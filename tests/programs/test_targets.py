@@ -102,7 +102,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
 def test_wrong_targets_say_what_is_right(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TargetError) as caught:
         MISTAKES[name]()
-    golden(f"errors/target_{name}.txt", str(caught.value))
+    golden(f"errors/programs/target_{name}.txt", str(caught.value))
 
 
 def test_without_the_plugin_a_gpu_target_says_what_to_install(
@@ -111,7 +111,7 @@ def test_without_the_plugin_a_gpu_target_says_what_to_install(
     monkeypatch.setattr(targets_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TargetError) as caught:
         open_target(Target.parse("h200:8"), num_devices=8)
-    golden("errors/target_no_plugin.txt", str(caught.value))
+    golden("errors/programs/target_no_plugin.txt", str(caught.value))
 
 
 def test_a_plugin_without_descriptions_is_named_with_what_has_them(
@@ -123,7 +123,7 @@ def test_a_plugin_without_descriptions_is_named_with_what_has_them(
     monkeypatch.setattr(targets_module, "_find_plugin", lambda: library)
     with pytest.raises(TargetError) as caught:
         open_target(Target.parse("h200:8"), num_devices=8)
-    golden("errors/target_no_descriptions.txt", str(caught.value).replace(jax.__version__, "VERSION"))
+    golden("errors/programs/target_no_descriptions.txt", str(caught.value).replace(jax.__version__, "VERSION"))
 
 
 def test_hardware_is_what_the_description_says() -> None:

@@ -54,7 +54,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 def test_mistake_has_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TrellaxError) as caught:
         MISTAKES[name]()
-    golden(f"errors/serve_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
+    golden(f"errors/serve/serve_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
 def test_an_engine_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

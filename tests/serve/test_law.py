@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.layers import CacheDtype, Head, NewTokens, cache_shapes
+from trellax.layers import Head, NewTokens
 from trellax.layers import cache as cache_module
+from trellax.layers.cache import CacheDtype, cache_shapes
 from trellax.pipeline.executor.buffers import vary_among_devices as vary
 from trellax.serve.params import stage_params, stage_shapes
 from trellax.serve.stage import Stage, block_specs

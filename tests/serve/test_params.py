@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from trellax.layers import bytes_per_device, cache_shapes
+from trellax.layers import bytes_per_device
+from trellax.layers.cache import cache_shapes
 from trellax.serve.params import layers_of_stages, param_shapes, stage_params, stage_shapes
 from trellax.serve.state import Sizes, empty_state, state_shapes
 

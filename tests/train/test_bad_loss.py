@@ -39,4 +39,4 @@ def test_last_validation_that_is_not_finite_is_no_success(golden: Callable[[str,
         check_last_validation(loss, step=4, folder=Path("runs/wide"))
     with pytest.raises(RunError) as caught:
         check_last_validation(float("nan"), step=4, folder=Path("runs/wide"))
-    golden("errors/run_validation_not_finite.txt", f"RunError: {caught.value}")
+    golden("errors/train/run_validation_not_finite.txt", f"RunError: {caught.value}")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from trellax.train import stop as module
@@ -55,6 +56,15 @@ def test_only_a_second_interrupt_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def heard_hangups() -> Iterator[None]:
+    """Under nohup, which ignores SIGHUP, these tests too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_signal_to_one_process_after_the_last_step_changes_nothing(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ...meshes.rules import split_first_free_dim
 from ...pipeline import PipelineParams, natural_order, stages_from_layers
 from ..state import Setup, TrainState
 
@@ -104,9 +105,9 @@ class NaturalState:
         if self.setup.config.model.num_layers % mesh.shape["pipe"] == 0:
             return NamedSharding(mesh, PartitionSpec(rank, *rest))
         # As many layers as these no axis of the mesh divides: another dimension is split over pipe in their place.
-        free = [dim for dim, axis in enumerate(rest) if axis is None and leaf.shape[3 + dim] % mesh.shape["pipe"] == 0]
-        rest = ["pipe" if dim == min(free, default=-1) else axis for dim, axis in enumerate(rest)]
-        return NamedSharding(mesh, PartitionSpec(None, *rest))
+        size = mesh.shape["pipe"]
+        spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis="pipe", size=size)
+        return NamedSharding(mesh, PartitionSpec(None, *spec))
 
 
 @lru_cache(maxsize=2)

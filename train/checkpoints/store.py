@@ -22,7 +22,7 @@ from ...hub.saves.seal import SEAL_FORMAT, Seal, find_damage, hash_files, read_s
 from ...meshes import CheckpointError
 from ...meshes.arguments import check_count
 from ...meshes.files.own_file import identify_file
-from ...meshes.processes.together import announce_failure, gather_texts, is_first, text_of_first
+from ...meshes.processes.messages import announce_failure, gather_texts, is_first, text_of_first
 from ...pipeline import PipelineParams
 from ..state import Setup, TrainState
 from .natural import Arrays, Shapes, by_path, natural_state

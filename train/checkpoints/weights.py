@@ -16,7 +16,7 @@ from ...hub.read import open_weights, read_weights
 from ...hub.saves.names import FOLDER
 from ...layers import ModelConfig
 from ...meshes import CheckpointError, ConfigError
-from ...meshes.processes.together import is_first, text_of_first
+from ...meshes.processes.messages import is_first, text_of_first
 from ...pipeline import PipelineParams
 from ..run_folder import Start
 from ..state import Setup, TrainState

@@ -17,8 +17,10 @@ from typing import Any, Self
 
 import jax
 
-from ...meshes import Processes, TrellaxError, coordination_client
-from ...meshes.processes.together import announce_failure, read_failures
+from ...meshes import TrellaxError
+from ...meshes.processes.join import coordination_client
+from ...meshes.processes.launchers import Processes
+from ...meshes.processes.messages import announce_failure, read_failures
 
 EXIT_LOST = 75
 """A process was lost, not by a fault of this one: starting again may do (sysexits' EX_TEMPFAIL)."""

@@ -144,7 +144,7 @@ def test_layers_that_do_not_add_up_are_refused(name: str, golden: Callable[[str,
         resolve_layers(
             model(num_layers), num_ranks=ranks, num_chunks=chunks, layers_per_stage=layers or "auto", num_tokens=64
         )
-    golden(f"errors/balance_{name}.txt", f"ScheduleError: {caught.value}")
+    golden(f"errors/pipeline/balance_{name}.txt", f"ScheduleError: {caught.value}")
 
 
 def test_fewer_layers_than_stages_cannot_be_balanced() -> None:

@@ -159,7 +159,7 @@ def test_no_device_holds_a_full_array_at_birth(mesh: str) -> None:
 def test_layers_that_do_not_divide_are_refused_with_the_equation(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         check_layers(**MISFITS[name])
-    golden(f"errors/split_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/split_{name}.txt", str(caught.value))
 
 
 def test_split_refuses_layers_that_do_not_divide() -> None:

@@ -41,4 +41,4 @@ def test_space_around_an_action_is_ignored() -> None:
 def test_text_that_is_no_action_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         Action.parse(NO_ACTIONS[name])
-    golden(f"errors/action_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/action_{name}.txt", str(caught.value))

@@ -49,4 +49,4 @@ def test_auto_without_a_limit_reaches_the_floor_of_zero_bubble() -> None:
 def test_limit_below_one_microbatch_is_refused(golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ScheduleError) as caught:
         auto(num_ranks=4, num_microbatches=4, max_in_flight=0)
-    golden("errors/schedule_auto_without_room.txt", f"ScheduleError: {caught.value}")
+    golden("errors/pipeline/schedule_auto_without_room.txt", f"ScheduleError: {caught.value}")

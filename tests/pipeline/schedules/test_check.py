@@ -120,7 +120,7 @@ def test_refusal_shows_rule_and_cell(name: str, golden: Golden) -> None:
     text, num_microbatches = REFUSED[name]
     with pytest.raises(ScheduleError) as caught:
         Schedule.parse(text, name="mine", num_microbatches=num_microbatches)
-    golden(f"errors/schedule_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/schedule_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(0, 4), (2, 0), (-1, 4)])
@@ -133,10 +133,10 @@ def test_counts_below_one_are_refused(name: str, num_ranks: int, num_microbatche
 def test_no_microbatches_are_refused_with_the_numbers(golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         build_schedule("1f1b", num_ranks=2, num_microbatches=0)
-    golden("errors/schedule_no_microbatches.txt", str(caught.value))
+    golden("errors/pipeline/schedule_no_microbatches.txt", str(caught.value))
 
 
 def test_tick_without_a_cell_for_every_rank_is_refused(golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         Schedule(name="mine", num_ranks=2, num_microbatches=1, ticks=(((),),))
-    golden("errors/schedule_cells_for_ranks.txt", str(caught.value))
+    golden("errors/pipeline/schedule_cells_for_ranks.txt", str(caught.value))

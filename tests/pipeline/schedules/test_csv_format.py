@@ -120,7 +120,7 @@ def test_ticks_that_cannot_be_kept_are_said() -> None:
 def test_mistake_in_a_table_says_where_it_is(mistake: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(ScheduleError) as caught:
         schedule_from_csv(MISTAKES[mistake], name="mine.csv")
-    golden(f"errors/csv_{mistake}.txt", str(caught.value))
+    golden(f"errors/pipeline/csv_{mistake}.txt", str(caught.value))
 
 
 def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:

@@ -69,18 +69,18 @@ def test_actions_by_rank_and_tick_make_the_grid_with_its_gaps() -> None:
 def test_text_that_is_no_grid_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         Schedule.parse(NO_GRIDS[name], name="mine", num_microbatches=1)
-    golden(f"errors/grid_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/grid_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["1f1", "g-pipe", "zbh1"])
 def test_unknown_schedule_suggests_the_nearest(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         build_schedule(name, num_ranks=2, num_microbatches=2)
-    golden(f"errors/schedule_unknown_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/schedule_unknown_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize(("name", "num_chunks"), [("interleaved-1f1b", 1), ("interleaved-zb-h1", 1), ("zb-h1", 2)])
 def test_chunks_that_do_not_fit_the_name_are_refused(name: str, num_chunks: int, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         build_schedule(name, num_ranks=2, num_microbatches=2, num_chunks=num_chunks)
-    golden(f"errors/schedule_{name}_{num_chunks}_chunks.txt", str(caught.value))
+    golden(f"errors/pipeline/schedule_{name}_{num_chunks}_chunks.txt", str(caught.value))

@@ -77,7 +77,7 @@ def test_orders_that_wait_for_each_other_are_refused(name: str, golden: Golden) 
             num_microbatches=1 + max(action.microbatch for action in actions),
             num_chunks=1 + max(action.stage for action in actions) // len(orders),
         )
-    golden(f"errors/deadlock_{name}.txt", str(caught.value))
+    golden(f"errors/pipeline/deadlock_{name}.txt", str(caught.value))
 
 
 def test_orders_that_lack_an_action_are_refused() -> None:

@@ -93,13 +93,13 @@ def test_save_of_another_model_is_refused_with_the_arrays_that_differ(
         checkpoints.wait()
         with pytest.raises(CheckpointError) as caught:
             checkpoints.restore(make_setup(tiny("--model.num_layers 4 --model.bias on"), "data=8"))
-    golden("errors/checkpoint_other_model.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+    golden("errors/train/checkpoint_other_model.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
 
 
 def test_folder_without_a_save_is_refused(tiny: Tiny, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.restore(make_setup(tiny(), "data=8"))
-    golden("errors/checkpoint_none.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+    golden("errors/train/checkpoint_none.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
 
 
 def test_failed_save_is_announced_before_anybody_waits(

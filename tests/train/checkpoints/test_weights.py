@@ -172,7 +172,7 @@ def test_weights_of_another_model_are_refused_before_anything_is_made(
     config = run_of(model, text, train={"init_from": folder})
     with pytest.raises(TrellaxError) as caught:
         check_initial_weights(setup_of(config))
-    golden(f"errors/init_from_{name}.txt", str(caught.value))
+    golden(f"errors/train/init_from_{name}.txt", str(caught.value))
 
 
 def test_shapes_are_those_of_the_model_in_natural_order(text: Path) -> None:

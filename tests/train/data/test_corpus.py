@@ -52,7 +52,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 def test_corpus_that_cannot_be_read_is_refused(name: str, folder: Path, golden: Golden) -> None:
     with pytest.raises(DataError) as caught:
         load_corpus(section(**MISTAKES[name]))
-    golden(f"errors/data_{name}.txt", str(caught.value))
+    golden(f"errors/train/data_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["fake.npy", "many.npy", "zip.npy"])
@@ -98,7 +98,7 @@ def test_token_above_the_vocabulary_is_refused(folder: Path, golden: Golden) -> 
     check_vocabulary(corpus, vocab_size=100)
     with pytest.raises(DataError) as caught:
         check_vocabulary(corpus, vocab_size=99)
-    golden("errors/data_token_above_vocabulary.txt", str(caught.value))
+    golden("errors/train/data_token_above_vocabulary.txt", str(caught.value))
 
 
 def test_standard_library_is_a_large_corpus_on_every_machine() -> None:

@@ -65,7 +65,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 def test_file_of_another_kind_is_refused(name: str, folder: Path, golden: Golden) -> None:
     with pytest.raises(DataError) as caught:
         load(**MISTAKES[name])
-    golden(f"errors/corpus_{name}.txt", str(caught.value))
+    golden(f"errors/train/corpus_{name}.txt", str(caught.value))
 
 
 @pytest.mark.parametrize("file", ["ids.bin", "large.bin", "megatron.bin"])

@@ -8,7 +8,7 @@ import jax
 import pytest
 from trellax.configs import RunConfig
 from trellax.configs.run_config import config_keys
-from trellax.meshes import describe_differences
+from trellax.meshes.processes.agreement import describe_differences
 from trellax.train.processes.facts import start_facts
 
 Tiny = Callable[..., RunConfig]

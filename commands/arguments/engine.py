@@ -1,0 +1,21 @@
+"""The arguments that `generate` and `bench-decode` share: how a serving engine computes."""
+
+import argparse
+
+from .types import parse_whole
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add devices, dtypes, prompt chunk, groups and --json."""
+    parser.add_argument("--fake-devices", type=parse_whole, default=0, metavar="N", help="run on N fake CPU devices")
+    parser.add_argument("--dtype", metavar="T", help="dtype to compute in, float32 or bfloat16 (default: the model's)")
+    parser.add_argument(
+        "--cache-dtype", metavar="T", help="dtype of cached keys and values, float32 or bfloat16 (default: the model's)"
+    )
+    parser.add_argument(
+        "--chunk", type=parse_whole, default=64, metavar="N", help="prompt tokens prefilled at once (default 64)"
+    )
+    parser.add_argument(
+        "--groups", type=parse_whole, default=0, metavar="N", help="request groups in flight (default: one a stage)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -1,0 +1,80 @@
+"""The arguments of `trellax generate`."""
+
+import argparse
+
+from ...hub.folder import check_model_folder
+from ...meshes.errors import ServeError
+from .engine import add_engine_arguments
+from .types import parse_path, parse_real, parse_whole
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "folder", type=parse_path, metavar="FOLDER", help="run folder of `trellax train`, or a Hugging Face model"
+    )
+    _add_prompt_arguments(parser)
+    _add_sampling_arguments(parser)
+    parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--slots", type=parse_whole, default=0, metavar="N", help="requests decoded at a time (default: at most 8)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=parse_whole,
+        default=0,
+        metavar="N",
+        help="cached tokens of a request, prompt and answer (default: as many as needed)",
+    )
+
+
+def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--prompts-file", type=parse_path, metavar="FILE", help="a text file, one prompt a line")
+    parser.add_argument(
+        "--max-new-tokens", type=parse_whole, default=64, metavar="N", help="most tokens of an answer (default 64)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer; may be repeated"
+    )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature", type=parse_real, default=0.0, metavar="X", help="sampling temperature; 0 is greedy (default 0)"
+    )
+    parser.add_argument(
+        "--top-k", type=parse_whole, default=0, metavar="K", help="sample from the K most likely tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=parse_real,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities sum to P (default 1)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=parse_whole,
+        default=0,
+        metavar="N",
+        help="seed of prompt 0; prompt i has N + i (default 0)",
+    )
+
+
+def check_generate_arguments(args: argparse.Namespace) -> None:
+    """Check that there is a prompt and that the folder exists, before jax is imported.
+
+    Raises:
+        ServeError: no prompt is given.
+        CheckpointError: the folder does not exist or is not a folder.
+    """
+    if not (args.prompt or args.prompts_file):
+        raise no_prompt()
+    check_model_folder(args.folder)
+
+
+def no_prompt() -> ServeError:
+    """Return the error for a command line, or a file of prompts, that has none."""
+    return ServeError("there is no prompt.", fix='give --prompt "def main(" or --prompts-file FILE.')

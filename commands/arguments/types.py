@@ -1,0 +1,43 @@
+"""Argument types for argparse: paths that can exist, and numbers in ASCII digits of at most 64 bits."""
+
+import argparse
+
+from ...configs.values import find_text_problem
+from ...meshes.errors import shown
+from ...meshes.numbers import real_number, whole_number
+
+
+def parse_whole(text: str) -> int:
+    """Parse a whole number.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not one.
+    """
+    try:
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {shown(text)}") from None
+
+
+def parse_path(text: str) -> str:
+    """Return the text, which a file system accepts as a path.
+
+    Raises:
+        argparse.ArgumentTypeError: no file system does.
+    """
+    problem = find_text_problem(text) if text.strip() else f"expected a path, got {text!r}"
+    if problem:
+        raise argparse.ArgumentTypeError(problem)
+    return text
+
+
+def parse_real(text: str) -> float:
+    """Parse a real number, infinity and NaN included.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not one.
+    """
+    try:
+        return real_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {shown(text)}") from None

@@ -1,0 +1,20 @@
+"""`trellax describe`: print the mesh, shardings and schedule of a config; nothing is trained or allocated."""
+
+import argparse
+import json
+
+from ..configs.run_config import RunConfig
+from ..meshes.terminal import terminal_width
+from ..train import loop
+from ..train.report import describe
+
+
+def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
+    """Print the report of a run that is prepared and not started; return the exit code.
+
+    Raises:
+        TrellaxError: the config does not fit the devices.
+    """
+    report = describe(loop.prepare(config), width=terminal_width())
+    print(json.dumps(report.numbers) if args.json else report)
+    return 0

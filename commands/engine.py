@@ -1,0 +1,48 @@
+"""Turn the engine arguments that `generate` and `bench-decode` share into a model config and a mesh."""
+
+import argparse
+from dataclasses import replace
+
+import jax
+
+from ..layers import ModelConfig
+from ..meshes import ConfigError, MeshSpec, build_mesh, suggest
+from ..meshes.build import visible_devices
+from ..meshes.errors import shown
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def apply_dtype(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """Return the model config with the dtype of `--dtype`, if it is given.
+
+    Raises:
+        ConfigError: `--dtype` or `--cache-dtype` names no dtype that an engine computes in.
+    """
+    for option, name in (("--dtype", args.dtype), ("--cache-dtype", args.cache_dtype)):
+        if name is not None and name not in _DTYPES:
+            raise ConfigError(
+                f"{option} {shown(name)}: unknown type.{suggest(name, _DTYPES)}", fix=f"use {' or '.join(_DTYPES)}."
+            )
+    return replace(config, dtype=args.dtype or config.dtype)
+
+
+def resolve_mesh(text: str) -> MeshSpec:
+    """Parse `--mesh`, and fill in -1 with all devices that are left.
+
+    Raises:
+        MeshError: the text is not a mesh, or jax cannot start.
+    """
+    spec = MeshSpec.parse(text)
+    # Looked at even where no axis is -1: reading a save starts jax as well, with an error that is harder to read.
+    devices = visible_devices()
+    return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec
+
+
+def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
+    """Build the mesh over the first of the devices; the others stay idle.
+
+    Raises:
+        MeshError: there are fewer devices than the mesh has.
+    """
+    return build_mesh(spec, devices=visible_devices()[: spec.num_devices])

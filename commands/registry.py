@@ -1,0 +1,110 @@
+"""The commands of `trellax`, in the order that `trellax --help` lists them.
+
+A new command is one entry here, its arguments in `arguments/<command>.py` (which imports no jax), and its work in
+`<command>.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: what help says of it, and where its code is.
+
+    Functions are named as entry points are, `module:function` within this package, so that listing the commands
+    imports none of them. `check` looks at the arguments before `run`, and all that `run` needs, is imported.
+
+    `takes` says what `run` is called with: `run(config, args)` or `run(args)`.
+    """
+
+    name: str
+    help: str
+    takes: Literal["config", "arguments"] = "arguments"
+    arguments: str
+    check: str | None = None
+    run: str
+
+
+COMMANDS = (
+    Command(
+        name="train",
+        help="train a model as a config says, resuming where the last run stopped",
+        takes="config",
+        arguments="arguments.train:add_train_arguments",
+        run="train:run_train",
+    ),
+    Command(
+        name="describe",
+        help="show the mesh, shardings and schedule of a config without training",
+        takes="config",
+        arguments="arguments.config:add_config_arguments",
+        run="describe:run_describe",
+    ),
+    Command(
+        name="inspect",
+        help="compile the training step of a config for any machine, and report its memory, traffic and work",
+        takes="config",
+        arguments="arguments.inspect:add_inspect_arguments",
+        run="inspect:run_inspect",
+    ),
+    Command(
+        name="plan",
+        help="rank meshes, schedules and rematerialisation of a config on any machine, with reasons",
+        takes="config",
+        arguments="arguments.plan:add_plan_arguments",
+        check="arguments.plan:check_plan_arguments",
+        run="plan:run_plan",
+    ),
+    Command(
+        name="schedule",
+        help="draw, save or compare pipeline schedules",
+        arguments="arguments.schedule:add_schedule_arguments",
+        check="arguments.schedule:check_schedule_arguments",
+        run="schedule:run_schedule",
+    ),
+    Command(
+        name="import-hf",
+        help="make a run folder from a Hugging Face model",
+        arguments="arguments.hugging_face:add_import_arguments",
+        run="hf_commands:run_import",
+    ),
+    Command(
+        name="export-hf",
+        help="write the weights of a run as a Hugging Face model",
+        arguments="arguments.hugging_face:add_export_arguments",
+        run="hf_commands:run_export",
+    ),
+    Command(
+        name="generate",
+        help="answer prompts with a trained model, on any mesh",
+        arguments="arguments.generate:add_generate_arguments",
+        check="arguments.generate:check_generate_arguments",
+        run="generate:run_generate",
+    ),
+    Command(
+        name="bench-decode",
+        help="measure latency and throughput of decoding over meshes and batch sizes",
+        arguments="arguments.bench_decode:add_bench_decode_arguments",
+        run="bench_decode:run_bench_decode",
+    ),
+    Command(
+        name="checkpoints",
+        help="list the saves of a run folder with their sizes, and verify them",
+        arguments="arguments.checkpoints:add_checkpoints_arguments",
+        run="checkpoints:run_checkpoints",
+    ),
+)
+
+
+def find_command(name: str) -> Command:
+    """Return the command of this name, which must be one of `COMMANDS`."""
+    return next(command for command in COMMANDS if command.name == name)
+
+
+def import_function(entry: str) -> Callable[..., Any]:
+    """Import the function that `module:function` names, the module relative to this package."""
+    module, _, name = entry.partition(":")
+    return getattr(import_module(f".{module}", __package__), name)

@@ -1,0 +1,56 @@
+"""`trellax train`: train a model as a config says, and print the summary of the run."""
+
+import argparse
+import json
+import sys
+
+from ..configs.changes import Changes
+from ..configs.run_config import RunConfig
+from ..meshes.processes.messages import is_first
+from ..train import loop
+from ..train.metrics import NO_SCHEDULE, Summary, summary_values
+from ..train.outputs import LostOutputError
+from ..train.run_folder import Start
+from . import processes
+
+
+def run_train(config: RunConfig, args: argparse.Namespace) -> int:
+    """Train, and print the summary on process 0.
+
+    Returns the exit code: that of a lost stdout only with --json, since otherwise the result of a run is its folder.
+
+    Raises:
+        TrellaxError: the run cannot start or cannot go on.
+    """
+    start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
+    changes: Changes = "accept" if args.override else "refuse"
+    with processes.join_run(args, config, start=start, changes=changes):
+        summary = loop.train(config, start=start, changes=changes, profile_steps=args.profile)
+    if not is_first():
+        return 0
+    try:
+        print(json.dumps(summary_values(summary)) if args.json else _describe_summary(summary), flush=True)
+    except LostOutputError as lost:
+        print(f"{lost}; all is in {summary.folder}", file=sys.stderr)
+        return lost.exit_code if args.json else 0
+    return 0
+
+
+def _describe_summary(summary: Summary) -> str:
+    if summary.ended != "done":
+        return (
+            f"stopped by {summary.ended} after step {summary.steps}, saved in {summary.folder}; "
+            "the same command goes on"
+        )
+    pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
+    schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
+    return (
+        f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
+        f"train loss {_format_loss(summary.final_train_loss)}   "
+        f"validation loss {_format_loss(summary.final_val_loss)}\n"
+        f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
+    )
+
+
+def _format_loss(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"

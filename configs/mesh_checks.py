@@ -1,0 +1,144 @@
+"""Check that model, vocabulary, layers and batch of a run split over its mesh."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..layers import ModelConfig
+from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
+from ..meshes.divisibility import check_divides, nearest_multiples
+from ..pipeline import resolve_layers
+from ..pipeline.schedules import SCHEDULES
+from .run_config import RunConfig
+
+_MAX_FORWARDS = 50_000
+_MAX_FORWARDS_OF_AUTO = 10_000
+"""Stages x microbatches of a schedule that is built within some 20 seconds."""
+
+
+def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error for everything of a run that does not split over its mesh, whose sizes are all known."""
+    yield from _check_widths(config.model, tensor=mesh.tensor)
+    yield from _check_vocab(config, tensor=mesh.tensor, pipe=mesh.pipe)
+    yield from _check_depth(config, pipe=mesh.pipe)
+    yield from errors_of(check_batch_splits, config, data=mesh.data)
+    yield from _check_forwards(config, pipe=mesh.pipe)
+
+
+def check_batch_splits(config: RunConfig, *, data: int) -> None:
+    """Check that every microbatch has the same number of sequences on each of `data` shards.
+
+    Raises:
+        ConfigError: the batch size is not a multiple of microbatches x shards.
+    """
+    batch, microbatches = config.train.batch_size, config.pipeline.microbatches
+    if batch % (microbatches * data):
+        _, larger = nearest_multiples(batch, microbatches * data)
+        raise ConfigError(
+            f"train.batch_size={batch} does not split into pipeline.microbatches={microbatches} over mesh.data={data}: "
+            f"{batch} / ({microbatches} x {data}) = {batch / (microbatches * data):.2f} sequences a device and "
+            "microbatch.",
+            fix=f"set train.batch_size={larger}, or other microbatches.",
+        )
+
+
+def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
+    """Check that query heads and feed-forward split over tensor, and key/value heads split or can be replicated."""
+    for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
+        yield from errors_of(
+            check_divides,
+            f"model.{name}",
+            getattr(model, name),
+            over="mesh.tensor",
+            parts=tensor,
+            error=ModelError,
+            rule=f"{what} divided evenly, but ",
+        )
+    kv = model.num_kv_heads
+    if kv % tensor and tensor % kv:
+        yield ModelError(
+            f"model.num_kv_heads={kv} neither splits over mesh.tensor={tensor} nor can be copied evenly to it: "
+            f"{max(kv, tensor)} / {min(kv, tensor)} = {max(kv, tensor) / min(kv, tensor):.2f}.",
+            fix=f"make one a multiple of the other, for example mesh.tensor={kv}.",
+        )
+
+
+def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[TrellaxError]:
+    """Check that the vocabulary splits over tensor, or over pipe x tensor where the pipeline splits it too."""
+    size = config.model.vocab_size
+    is_split = pipe > 1 and config.pipeline.vocab == "split"
+    parts = tensor * pipe if is_split else tensor
+    over = f"mesh.pipe={pipe} x mesh.tensor={tensor}" if is_split else "mesh.tensor"
+    _, larger = nearest_multiples(size, parts)
+    padded = f"pad it: model.vocab_size={larger}, whose last {larger - size} ids no text uses"
+    other = [] if size % tensor == 0 else [f"choose a tensor size that divides {size}"]
+    if is_split:
+        other.append("set pipeline.vocab='ends', which splits it over tensor alone")
+    yield from errors_of(
+        check_divides,
+        "model.vocab_size",
+        size,
+        over=over,
+        parts=parts,
+        error=ModelError,
+        rule="the table is divided evenly, but ",
+        fix=f"{padded}, or {' and '.join(other)}.",
+    )
+
+
+def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
+    """Check that every stage gets a layer, and that layers given for each stage are as many as the model has."""
+    layers, chunks = config.model.num_layers, config.pipeline.chunks
+    if pipe == 1:
+        yield from _check_layers_of_one_rank(config)
+        return
+    stages = pipe * chunks
+    what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} = {stages}"
+    if layers < stages:
+        yield ModelError(
+            f"model.num_layers={layers} cannot fill {what} stages: a stage has at least one layer.",
+            fix=f"set mesh.pipe={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
+        )
+    elif not config.pipeline.schedule.endswith(".csv"):  # A file has chunks of its own, known once it is read.
+        yield from errors_of(
+            resolve_layers,
+            config.model,
+            num_ranks=pipe,
+            num_chunks=chunks,
+            layers_per_stage=config.pipeline.layers_per_stage,
+            num_tokens=config.data.seq_len,
+            vocab=config.pipeline.vocab,
+        )
+
+
+def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:
+    """Check `layers_per_stage` although one rank has all layers: the config may get more ranks later."""
+    layers, given = config.model.num_layers, config.pipeline.layers_per_stage
+    if given != "auto" and (sum(given) != layers or min(given) < 1):
+        shown = ",".join(map(str, given))
+        yield ScheduleError(
+            f"pipeline.layers_per_stage={shown} has {sum(given)} layers in {len(given)} stages, but "
+            f"model.num_layers={layers}, and a stage has at least one.",
+            fix=f"give counts whose sum is {layers}, or leave pipeline.layers_per_stage out.",
+        )
+
+
+def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
+    """Check that the schedule is small enough to be built in seconds."""
+    name, chunks, microbatches = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.microbatches
+    is_searched = name in SCHEDULES and SCHEDULES[name].order == "searched"
+    most = _MAX_FORWARDS_OF_AUTO if is_searched else _MAX_FORWARDS
+    stages = pipe * chunks if pipe > 1 else 1
+    if stages * microbatches > most:
+        yield ScheduleError(
+            f"pipeline.microbatches={microbatches} over {stages} stages are {stages * microbatches} forwards a step; "
+            f"a schedule has at most {most}.",
+            fix=f"set pipeline.microbatches={max(1, most // stages)} or less.",
+        )
+
+
+def errors_of(check: Callable[..., object], *args: Any, **options: Any) -> Iterator[TrellaxError]:
+    """Call a check that raises, and yield its error if it does."""
+    try:
+        check(*args, **options)
+    except TrellaxError as error:
+        yield error

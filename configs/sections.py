@@ -1,0 +1,133 @@
+"""The sections of a run file: frozen pydantic models, each key with its type, bounds, default and meaning.
+
+[mesh] and [model] are not here: they are `MeshSpec` and `ModelConfig`, the dataclasses that the toolkit computes with.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from ..meshes.spec import MOST_FAKE_DEVICES
+
+_MAX = 2**31 - 1
+"""Steps, tokens and ids are 32-bit integers on a device."""
+
+
+class Section(BaseModel):
+    """A section of a run file: it takes no unknown key, converts no value, has no infinity, and is immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """The run folder, seed and devices of a run."""
+
+    name: str = Field(
+        "run",
+        pattern=r"^[^/\\]*[^/\\.][^/\\]*$",
+        description="name of this run's folder; the config file's if left out",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters and the order of the data")
+    folder: str = Field("runs", min_length=1, description="folder that holds all runs")
+    fake_devices: int = Field(
+        0, ge=0, le=MOST_FAKE_DEVICES, description="number of fake CPU devices; 0 uses the real devices"
+    )
+    silence_s: int = Field(
+        30, ge=5, le=50, description="seconds without a heartbeat after which a process counts as lost"
+    )
+
+
+class DataSection(Section):
+    """The corpus, its tokens, and its split into sequences and validation."""
+
+    source: Literal["stdlib", "text", "tokens"] = Field(
+        "stdlib", description="Python's standard library sources, text files, or arrays of token ids"
+    )
+    paths: tuple[str, ...] = Field((), description="files or globs, for the sources text and tokens")
+    tokenizer: str = Field("bytes", min_length=1, description="bytes, a tokenizer.json, or a folder with one")
+    seq_len: int = Field(gt=0, le=_MAX, description="tokens of a sequence")
+    val_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of the corpus held out for validation, from its end"
+    )
+    token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="integer type of .bin token files")
+
+
+class TrainSection(Section):
+    """Length of the training, logging and validation."""
+
+    steps: int = Field(gt=0, le=_MAX, description="number of optimizer steps")
+    batch_size: int = Field(gt=0, le=_MAX, description="sequences of a step, over all devices and microbatches")
+    log_every: int = Field(10, gt=0, le=_MAX, description="steps between lines of metrics.jsonl")
+    eval_every: int = Field(0, ge=0, le=_MAX, description="steps between validations; 0 validates only at the end")
+    eval_batches: int = Field(8, gt=0, le=_MAX, description="batches of a validation")
+    init_from: str = Field(
+        "", description="Hugging Face or run folder to take initial weights from; random if left out"
+    )
+    bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or spikes")
+    spike_ratio: float = Field(
+        0.0, ge=0, description="loss / its running mean from which a loss is a spike, over 1; 0 is never"
+    )
+
+    @field_validator("spike_ratio")
+    @classmethod
+    def _check_spike_ratio(cls, value: float) -> float:
+        # At 1 every loss that does not fall is a spike, and a run stops at its second step.
+        if 0 < value <= 1:
+            raise PydanticCustomError("spike_ratio", "expected more than 1, such as 2, or 0 for no spikes")
+        return value
+
+
+class OptimizerSection(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, le=_MAX, description="steps of linear warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms and biases have none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay rate of the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
+    zero: Literal["off", "on"] = Field("off", description="shard the optimizer state over data (ZeRO-1)")
+
+
+class PipelineSection(Section):
+    """The split of a step into microbatches and stages, and their schedule."""
+
+    schedule: str = Field("1f1b", min_length=1, description="name of a schedule, or a .csv file of your own")
+    chunks: int = Field(1, gt=0, le=_MAX, description="chunks of layers on a rank; 2 or more for interleaved schedules")
+    max_in_flight: int = Field(
+        0, ge=0, le=_MAX, description="most microbatches in flight on a rank, for the schedule auto; 0 is no limit"
+    )
+    microbatches: int = Field(1, gt=0, le=_MAX, description="microbatches of a step; gradient accumulation when pipe=1")
+    remat: Literal["none", "full", "dots"] = Field(
+        "dots", description="what the backward recomputes: little (none), all but matrix products (dots), or all"
+    )
+    unroll: Literal["off", "on"] = Field("off", description="unroll the layers of a stage: faster, but compiles longer")
+    layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
+        "auto", description="layers of each stage, first to last, such as 3,3,2; auto balances their times"
+    )
+    vocab: Literal["split", "ends"] = Field(
+        "split", description="embedding and head split over pipe x tensor, or whole on the first and last stage"
+    )
+
+    @field_validator("layers_per_stage", mode="before")
+    @classmethod
+    def _read_layers(cls, value: Any) -> Any:
+        # pydantic alone would report one mistake twice, for "auto" and for the list.
+        if isinstance(value, list | tuple) and all(type(count) is int for count in value):
+            return tuple(value)
+        if value != "auto":
+            raise PydanticCustomError("auto_or_list", "expected 'auto' or a list of whole numbers")
+        return value
+
+
+class CheckpointSection(Section):
+    """How often to save, and which saves to keep."""
+
+    every: int = Field(0, ge=0, le=_MAX, description="steps between saves; 0 saves only at the end")
+    keep: int = Field(2, gt=0, le=_MAX, description="number of newest saves to keep")
+    keep_every: int = Field(
+        0, ge=0, le=_MAX, description="also keep the saves of multiples of so many steps; 0 keeps none"
+    )

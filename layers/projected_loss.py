@@ -1,0 +1,239 @@
+"""Cross-entropy fused with the projection that makes the logits, a chunk of tokens at a time.
+
+The logits of a microbatch are often its largest array, 4 bytes for every token and word: 1.6 GB for 8,192 tokens and
+GPT-2's 50,257 words. Here only a chunk's exist at once, 206 MB for 1,024 tokens, and none is computed twice: a chunk
+turns its logits into gradients on the spot, in the forward.
+
+    x[B, T, D]  --cut along T-->  [chunks, B, t, D]                  a `lax.scan` over chunks:
+
+        logits[B, t, V]  =  x @ table^T                               matmul 1
+        error [B, t, V]  =  weight * (softmax(logits) - one_hot(target))      see `loss.py`
+        grad of x        =  error @ table            [B, t, D]        matmul 2, an output of the scan
+        grad of table   +=  error^T @ x              [V, D]           matmul 3, added up in the carry, in float32
+
+    after it, once:  all-reduce of grad of x over `tensor` (each rank has summed over its words alone)
+                     all-reduce of grad of table over `data` (each rank has summed over its sequences alone)
+
+The backward only scales both gradients by the gradient that arrives, which is a number. They wait for it from the
+forward on: D numbers for every token and for every word.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from ..meshes import DEFAULT_RULES, ShardingRules
+from .check_inputs import check_features, check_targets
+from .linear import mark_varying
+from .loss import reject_unknown_targets, token_losses, weighted_sum
+
+CHUNK_TOKENS = 1024
+"""Least size that chunks are planned for; shared evenly, one has more than half as many tokens.
+
+Adding to the table's gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this, a GPU's memory
+would hold up its matrix units (an H200 does 206 flops in the time that it reads a byte)."""
+
+
+def projected_cross_entropy(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    rules: ShardingRules = DEFAULT_RULES,
+) -> jax.Array:
+    """Return `cross_entropy` of the logits x @ table^T, without ever holding the logits of all tokens.
+
+    x[B@data, T, D] in the compute dtype, table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> []
+
+    Differentiated, it takes three matmuls in all, as without chunks. A chunk has at most as many tokens as x has
+    features, so that its logits take as much memory as the table's gradient, or `CHUNK_TOKENS` if that is more; tokens
+    are shared evenly. Costs the all-reduces of `cross_entropy` chunk by chunk, and one of each gradient at the end.
+
+    >>> x, table = jnp.ones((2, 16, 64)), jnp.ones((256, 64))
+    >>> float(projected_cross_entropy(x, table, jnp.zeros((2, 16), int), jnp.full((2, 16), 1 / 32)))
+    5.545...
+
+    Raises:
+        ModelError: targets or weights are not one for each token, targets are not integers, or x and the table differ
+            in their number of features.
+        ShardingError: B does not split evenly over `data`, or V over its axes.
+    """
+    check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
+    check_targets(targets_BT, weights_BT, shape=x_BTD.shape[:-1])
+    rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
+    rules.check_in_context(("batch", "tokens", "embed"), shape=x_BTD.shape, name="x")
+    manual = rules.manual_axes("vocab")
+    targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], manual)
+    return _project(x_BTD, table_VD, targets_BT, weights_BT, rules)
+
+
+# The gradient is written by hand since autodiff would either keep all logits or compute them again.
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _project(
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, rules: ShardingRules
+) -> jax.Array:
+    batch, axes = rules.auto_axes("batch"), _vocab_axes(rules)
+
+    def block(*args: jax.Array) -> jax.Array:
+        loss = _sum_chunks(*args, axes=axes)
+        return jax.lax.psum(loss, batch) if batch else loss
+
+    return _in_blocks(block, P(), rules)(x_BTD, table_VD, targets_BT, weights_BT)
+
+
+class _Grads(NamedTuple):
+    """The loss of a block and its gradients: of x [B, T, D], of the table [V, D], of the weights [B, T]."""
+
+    loss: Any
+    x: Any
+    table: Any
+    weights: Any
+
+
+def _project_forward(
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, rules: ShardingRules
+) -> tuple[jax.Array, Any]:
+    batch, axes = rules.auto_axes("batch"), _vocab_axes(rules)
+
+    def block(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> _Grads:
+        grads = _differentiate_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
+        if not batch:
+            return grads
+        loss, table_VD = jax.lax.psum((grads.loss, grads.table), batch)
+        return grads._replace(loss=loss, table=table_VD)
+
+    vocab = rules.auto_axes("vocab")
+    specs = _Grads(P(), P(batch or None), P(vocab or None), P(batch or None))
+    grads = _in_blocks(block, specs, rules)(x_BTD, table_VD, targets_BT, weights_BT)
+    return grads.loss, (grads, x_BTD, table_VD, targets_BT, weights_BT)
+
+
+def _project_backward(_: ShardingRules, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    grads, x_BTD, table_VD, targets_BT, weights_BT = saved
+    return (
+        _return_to(x_BTD, grads.x * grad.astype(x_BTD.dtype)),
+        _return_to(table_VD, grads.table * grad),
+        np.zeros(targets_BT.shape, jax.dtypes.float0),
+        _return_to(weights_BT, grads.weights * grad),
+    )
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _sum_chunks(
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
+) -> jax.Array:
+    """Compute the loss of a block whose axes are all manual."""
+    table_VD = table_VD.astype(x_BTD.dtype)
+
+    def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x_BtD, targets_Bt, weights_Bt = part
+        losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
+        return loss + weighted_sum(weights_Bt, losses.loss), None
+
+    start = mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
+    return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
+
+
+def _differentiate_chunks(
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
+) -> _Grads:
+    """Compute the loss of a block whose axes are all manual, and its gradients; the table's in float32."""
+    cast_VD = table_VD.astype(x_BTD.dtype)
+
+    def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        x_BtD, targets_Bt, weights_Bt = part
+        losses = token_losses(_logits(x_BtD, cast_VD), targets_Bt, axes)
+        softmax_BtV = losses.exp / losses.sums[..., None]
+        error_BtV = softmax_BtV - (losses.word == targets_Bt[..., None]).astype(jnp.float32)
+        # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
+        error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
+        # Tokens merged into one dim, as in product.py: XLA's CPU backend would transpose the activation first.
+        error_nV, x_nD = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (error_BtV, x_BtD))
+        grad_VD = jnp.einsum("nv,nd->vd", error_nV, x_nD, preferred_element_type=jnp.float32)
+        grad_BtD = jnp.einsum("btv,vd->btd", error_BtV, cast_VD, preferred_element_type=jnp.float32)
+        loss = weighted_sum(weights_Bt, losses.loss)
+        return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, losses.loss)
+
+    shared = _varying(x_BTD, targets_BT, weights_BT)
+    start = (
+        mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
+        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
+    )
+    (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
+    grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
+    # One sum after the loop, in float32: XLA's CPU backend aborts on bfloat16 sums over manual axes.
+    over = tuple(axis for axis in axes if axis not in _varying(x_BTD))
+    grad_BTD = jax.lax.psum(grad_BTD, over) if over else grad_BTD
+    return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
+
+
+def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(block: Any, out_specs: Any, rules: ShardingRules) -> Any:
+    """Return the function with the axes of batch and vocabulary manual, so that sums run once and not once a chunk."""
+    batch, vocab = rules.auto_axes("batch"), rules.auto_axes("vocab")
+    if not batch and not vocab:
+        return block
+    tokens = P(batch or None)
+    in_specs = (tokens, P(vocab or None), tokens, tokens)
+    return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, axis_names={*batch, *vocab})
+
+
+def _vocab_axes(rules: ShardingRules) -> tuple[str, ...]:
+    """Return the axes that split the vocabulary inside a block, the outermost first."""
+    own = {*rules.auto_axes("vocab"), *rules.manual_axes("vocab")}
+    return tuple(axis for axis in rules.axes("vocab") if axis in own)
+
+
+def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    if len(parts[0]) > 1:
+        return jax.lax.scan(chunk, start, parts)
+    carry, out = chunk(start, tuple(part[0] for part in parts))
+    return carry, jax.tree.map(lambda leaf: leaf[None], out)
+
+
+def chunk_tokens(width: int) -> int:
+    """Return the most tokens whose logits exist at once, for x of `width` features."""
+    return max(width, CHUNK_TOKENS)
+
+
+def _cut_tokens(x_BTD: jax.Array, *rest_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Cut arrays along tokens, [B, T, ...] -> [chunks, B, t, ...]; tokens of weight 0 fill up the last chunk."""
+    num_sequences, num_tokens, width = x_BTD.shape
+    num_chunks = max(1, min(math.ceil(num_sequences * num_tokens / chunk_tokens(width)), num_tokens))
+    size = math.ceil(num_tokens / num_chunks)
+    missing = num_chunks * size - num_tokens
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        if missing:
+            leaf = jnp.pad(leaf, [(0, 0), (0, missing), *[(0, 0)] * (leaf.ndim - 2)])
+        return jnp.moveaxis(leaf.reshape(num_sequences, num_chunks, size, *leaf.shape[2:]), 1, 0)
+
+    return tuple(map(cut, (x_BTD, *rest_BT)))
+
+
+def _merge_tokens(leaf: jax.Array, num_tokens: int) -> jax.Array:
+    """Undo `_cut_tokens`: [chunks, B, t, ...] -> [B, T, ...]."""
+    joined = jnp.moveaxis(leaf, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :num_tokens]
+
+
+def _varying(*args: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the manual axes over which any of these arrays varies."""
+    return tuple({axis: None for arg in args for axis in jax.typeof(arg).mat.varying if axis not in without})
+
+
+def _return_to(primal: jax.Array, grad: jax.Array) -> jax.Array:
+    """Return a gradient in the type of its primal: summed over axes on which the primal does not vary, in its dtype."""
+    axes = tuple(axis for axis in _varying(grad) if axis not in _varying(primal))
+    return (jax.lax.psum(grad, axes) if axes else grad).astype(primal.dtype)
