@@ -92,6 +92,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "pipeline.schedules.time_actions": {"schedule": GRID},
     "pipeline.schedules.trace_from_schedule": {"schedule": GRID},
     "plan.Layout": {},
+    "plan.Runtime": {},
     "plan.ServeQuestion": {"model": MODEL, "topology": TOPOLOGY},
     "plan.StepSizes": {"model": MODEL, "mesh": MeshSpec(), "num_microbatches": 1, "num_sequences": 1, "num_tokens": 8},
     "programs.Target": {"name": "cpu"},
