@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.run_config import load_config
+from ..hub.model_folder import open_model
 from ..layers import ModelConfig, bytes_per_device
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
 from ..meshes.build import visible_devices
@@ -23,7 +24,6 @@ from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
 from .engine import apply_dtype, open_mesh, resolve_mesh
 from .output_file import check_output_files, write_output_file
-from .serving_source import open_source
 
 _GIB = 2**30
 
@@ -78,7 +78,7 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
 def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
     """Return the model, and a function that makes its parameters on a mesh: random for a config, read for a folder."""
     if Path(args.model).is_dir():
-        source = open_source(args.model)
+        source = open_model(args.model)
         config = apply_dtype(source.config, args)
         return config, lambda mesh: source.read(param_shapes(config, mesh=mesh))
     config = apply_dtype(load_config(args.model).model, args)

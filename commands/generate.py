@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+from ..hub.model_folder import ModelSource, open_model
 from ..hub.text_stream import TextStream, Tokenizer
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
@@ -16,7 +17,6 @@ from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
 from .engine import apply_dtype, open_mesh, resolve_mesh
-from .serving_source import Source, open_source
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -38,7 +38,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     spec = resolve_mesh(args.mesh)
-    source = open_source(args.folder)
+    source = open_model(args.folder)
     for warning in source.warnings:
         print(f"warning   {warning}", file=sys.stderr)
     config = apply_dtype(source.config, args)
@@ -100,7 +100,7 @@ def _is_text(word: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
-def _make_requests(prompts: list[str], args: argparse.Namespace, source: Source) -> list[Request]:
+def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSource) -> list[Request]:
     stops = [_stop_token(text, source.tokenizer) for text in args.stop]
     stops += [one for one in source.end_ids if one not in stops]
     return [

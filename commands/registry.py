@@ -69,13 +69,13 @@ COMMANDS = (
         name="import-hf",
         help="make a run folder from a Hugging Face model",
         arguments="arguments.hugging_face:add_import_arguments",
-        run="hf_commands:run_import",
+        run="import_hf:run_import",
     ),
     Command(
         name="export-hf",
         help="write the weights of a run as a Hugging Face model",
         arguments="arguments.hugging_face:add_export_arguments",
-        run="hf_commands:run_export",
+        run="export_hf:run_export",
     ),
     Command(
         name="generate",

@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face model as a `ModelConfig`; whatever trellax cannot compute is listed at once.
+"""Read the config.json of a Hugging Face model as a `ModelConfig`; list at once what trellax cannot compute.
 
-Keys that change no logits of a trained model (dropout, initial values, caches) are passed over. Where two keys say
-different things, the one counts that transformers 5 takes, and it is told. Read `config_write.py` for the way back,
-and `names.py` next.
+Keys that change no logits of a trained model (dropout, initial values, caches) are ignored. Where two keys differ, the
+one counts that transformers 5 takes, and a warning says so. Read `architectures/` for what differs between
+architectures, and `config_write.py` for the way back.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,47 +14,21 @@ from ..layers import ModelConfig
 from ..meshes import ModelError, WeightsError
 from ..meshes.errors import shown
 from .architectures import ARCHITECTURES
+from .architectures.architecture import Architecture, take_first
+from .architectures.numbers import find_wrong_numbers
 from .folder import read_json
-from .numbers import wrong_float, wrong_numbers
-from .settle import ORIGINAL_TOKENS, settle
 from .ties import has_own_head
-
-SIZES = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
-    "max_tokens": "max_position_embeddings",
-}
-"""Sizes by our name, as all architectures but GPT-2 call them."""
-
-GPT2_SIZES = {
-    "vocab_size": "vocab_size",
-    "num_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_heads": "n_head",
-    "max_tokens": "n_positions",
-}
-"""The same of GPT-2."""
-
-_MAX_TOKENS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gpt2": 1024}
-_NUM_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-"""What transformers takes where the key is missing; with null there are as many as heads."""
-
-_ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """What a config.json says: the model, the architecture by its `model_type`, and the file as it stands.
+    """The model that a config.json describes.
 
-    `warnings` is where it says two things, a line each, and which was taken.
+    Args:
+        config: the model.
+        architecture: its `model_type`, a key of `ARCHITECTURES`.
+        values: the keys of config.json as they stand.
+        warnings: one line for every two keys or files that differ, and which was taken.
     """
 
     config: ModelConfig
@@ -64,10 +38,10 @@ class HubModel:
 
 
 def read_hub_model(folder: str | Path) -> HubModel:
-    """Return the model that the config.json of a folder describes; its embeddings are tied if its weights agree.
+    """Return the model that the config.json of a folder describes; its embeddings are tied only if its weights agree.
 
     Raises:
-        WeightsError: there is none, it is broken, or it asks for what trellax does not have, all of which is listed.
+        WeightsError: there is no config.json, it is broken, or it asks for what trellax does not have, all listed.
     """
     file = Path(folder) / "config.json"
     values = read_json(folder, file.name)
@@ -80,7 +54,7 @@ def read_hub_model(folder: str | Path) -> HubModel:
         model = hub_model(values)
     except WeightsError as error:
         raise WeightsError(f"{file}: {error.problem}", fix=error.fix) from None
-    if model.config.embeddings == "tied" and has_own_head(folder, model.architecture):
+    if model.config.embeddings == "tied" and has_own_head(folder, ARCHITECTURES[model.architecture].tensors):
         warning = (
             "tie_word_embeddings is true, but the files hold an lm_head.weight of its own: it is taken, as "
             "transformers does, and the model is untied"
@@ -96,7 +70,7 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
     'on'
 
     Raises:
-        WeightsError: it asks for what trellax does not have, all of which is listed.
+        WeightsError: they ask for what trellax does not have, all of it listed.
     """
     name = values.get("model_type") if isinstance(values, Mapping) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -105,154 +79,49 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
             f"model_type={shown(name)} is no architecture that trellax has.",
             fix=f"use a model of {', '.join(ARCHITECTURES)}.",
         )
+    warnings: list[str] = []
     try:
-        settled = settle(values, architecture=name, class_name=ARCHITECTURES[name], max_tokens=_MAX_TOKENS[name])
-        config = _read_model(settled.values, name)
+        settled = _settle(values, ARCHITECTURES[name], warnings)
+        config = _read_model(settled, ARCHITECTURES[name])
     except ModelError as error:
         raise WeightsError(error.problem, fix="correct config.json.") from None
     except (TypeError, AttributeError, KeyError, OverflowError) as error:
         # Lists where numbers belong, and the like: nothing that transformers writes.
         raise WeightsError(f"a setting is of another type than it should be: {error}.", fix="copy it again.") from None
-    return HubModel(config=config, architecture=name, values=values, warnings=settled.warnings)
+    return HubModel(config=config, architecture=name, values=values, warnings=tuple(warnings))
 
 
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Return in what two models differ that matters to weights: all but the type to compute in and unused lengths."""
-    passed = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
-    names = [field.name for field in fields(ModelConfig) if field.name not in passed]
+    """Return the fields in which two models differ and that matter to weights: not the compute type, for one."""
+    ignored = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
+    names = [field.name for field in fields(ModelConfig) if field.name not in ignored]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
-def _read_model(values: Mapping[str, Any], name: str) -> ModelConfig:
-    is_gpt2 = name == "gpt2"
-    numbers = list(_wrong_sizes(values, is_gpt2))
-    found = list(_unsupported_gpt2(values) if is_gpt2 else _unsupported_llama(values, name))
-    found += _unsupported_anywhere(values)
-    # Layers are gone through one by one, so their number must be one.
-    found += numbers or ([] if is_gpt2 else _unsupported_windows(values, name))
+def _settle(values: Mapping[str, Any], architecture: Architecture, warnings: list[str]) -> dict[str, Any]:
+    """Return the keys with one value for each thing; add a line to `warnings` for every two that differ."""
+    classes = values.get("architectures") or [architecture.class_name]
+    if architecture.class_name not in classes:
+        warnings.append(f"architectures={shown(classes)}, but model_type={architecture.model_type!r} counts")
+    dtype = take_first(values, ("dtype", "torch_dtype"), warnings)
+    return {**values, "dtype": dtype} | architecture.settle(values, warnings)
+
+
+def _read_model(values: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
+    found = [*architecture.refusals(values), *_find_refusals(values)]
+    # Layers are checked one by one, so their number must be one.
+    found += list(find_wrong_numbers(values, architecture)) or architecture.layer_refusals(values)
     if found:
         are = "is" if len(found) == 1 else "are"
         raise WeightsError("\n  ".join([f"{len(found)} of its settings {are} not supported:", *found]))
-    return ModelConfig(**(_read_gpt2(values) if is_gpt2 else _read_llama(values, name)))
+    return ModelConfig(**architecture.read(values))
 
 
-def _wrong_sizes(values: Mapping[str, Any], is_gpt2: bool) -> Iterator[str]:
-    required = [key for own, key in (GPT2_SIZES if is_gpt2 else SIZES).items() if own != "max_tokens"]
-    optional = ("n_positions", "n_inner") if is_gpt2 else ("max_position_embeddings", "num_key_value_heads", "head_dim")
-    yield from wrong_numbers(values, required=required, optional=optional)
-
-
-def _unsupported_anywhere(values: Mapping[str, Any]) -> Iterator[str]:
+def _find_refusals(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each setting that no architecture can compute."""
     if values.get("quantization_config"):
         yield "quantization_config: the weights are quantised; use those that are not"
     if values.get("text_config"):
         yield "text_config: a model within a model; use that of the text alone"
     if not isinstance(tied := values.get("tie_word_embeddings", False), bool):
         yield f"tie_word_embeddings={shown(tied)} is neither true nor false"
-
-
-def _unsupported_gpt2(values: Mapping[str, Any]) -> Iterator[str]:
-    if values.get("activation_function", "gelu_new") not in _GELUS:
-        yield f"activation_function={shown(values['activation_function'])}; GPT-2 here has 'gelu_new'"
-    wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for key, value in wanted.items():
-        if values.get(key, value) != value:
-            yield f"{key}={shown(values[key])}; only {value} is"
-
-
-def _unsupported_llama(values: Mapping[str, Any], name: str) -> Iterator[str]:
-    if values.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
-    rope = values["rope"]
-    kind = rope["rope_type"]
-    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
-        yield f"rope type {shown(kind)}; only {', '.join(map(repr, _ROPE_NUMBERS))} are"
-        kind = "default"
-    yield from wrong_float("rope_theta", rope["rope_theta"])
-    for key in _ROPE_NUMBERS[kind]:
-        if key in rope:
-            yield from wrong_float(key, rope[key])
-        else:
-            yield f"rope type {kind!r} without a number {key!r}"
-    if kind == "llama3" and type(original := rope[ORIGINAL_TOKENS]) is not int:
-        yield f"{ORIGINAL_TOKENS}={shown(original)} is no whole number"
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, None):
-        yield "partial_rotary_factor: only rotary positions of whole heads are"
-    yield from _unsupported_biases(values, name)
-
-
-def _unsupported_biases(values: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Qwen 2 and Mistral have what they have, whatever these keys say."""
-    biases = {key: bool(values.get(key, False)) for key in ("attention_bias", "mlp_bias")}
-    if name == "qwen3":
-        biases["mlp_bias"] = False
-    if name in ("llama", "qwen3") and biases["attention_bias"] != biases["mlp_bias"]:
-        given = next(key for key, value in biases.items() if value)
-        yield f"{given}=true; biases are on all linear layers, on query, key and value alone (qwen2), or on none"
-
-
-def _unsupported_windows(values: Mapping[str, Any], name: str) -> Iterator[str]:
-    windows = {_window_of_layer(values, name, layer) for layer in range(values["num_hidden_layers"])}
-    if len(windows) > 1:
-        yield f"layers with attention windows of {sorted(windows)} (0 is none); all layers must have the same"
-
-
-def _read_llama(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    rope, heads = values["rope"], values["num_attention_heads"]
-    sizes = {own: values[key] for own, key in SIZES.items() if values.get(key) is not None}
-    read = {"max_tokens": _MAX_TOKENS[name]} | sizes
-    read |= {
-        "num_kv_heads": values.get("num_key_value_heads", _NUM_KV_HEADS.get(name)) or heads,
-        "head_size": values.get("head_dim") or (128 if name == "qwen3" else 0),
-        "mlp": "swiglu",
-        "norm": "rmsnorm",
-        "norm_epsilon": values.get("rms_norm_eps", 1e-6),
-        "positions": "rotary",
-        "rope_theta": float(rope["rope_theta"]),
-        "bias": "qkv" if name == "qwen2" else "on" if name == "llama" and values.get("attention_bias") else "off",
-        "qk_norm": "on" if name == "qwen3" else "off",
-        "attention_window": _window_of_layer(values, name, 0),
-        "embeddings": "tied" if values.get("tie_word_embeddings", False) else "untied",
-        "dtype": _dtype(values),
-    }
-    kind = rope["rope_type"]
-    if kind == "default":
-        return read
-    read |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
-    if kind == "llama3":
-        read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
-        read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
-        read["rope_original_tokens"] = rope[ORIGINAL_TOKENS]
-    return read
-
-
-def _read_gpt2(values: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {own: values[key] for own, key in GPT2_SIZES.items() if values.get(key) is not None}
-    return (
-        {"max_tokens": _MAX_TOKENS["gpt2"]}
-        | sizes
-        | {
-            "ffn_size": values.get("n_inner") or 4 * values["n_embd"],
-            "norm_epsilon": values.get("layer_norm_epsilon", 1e-5),
-            "embeddings": "tied" if values.get("tie_word_embeddings", True) else "untied",
-            "dtype": _dtype(values),
-        }
-    )
-
-
-def _window_of_layer(values: Mapping[str, Any], name: str, layer: int) -> int:
-    window = values.get("sliding_window", 4096) or 0
-    if name == "llama" or (name.startswith("qwen") and not values.get("use_sliding_window", False)):
-        return 0
-    if name == "mistral":
-        return window
-    kinds = values.get("layer_types") or []
-    if layer < len(kinds):
-        return window if kinds[layer] == "sliding_attention" else 0
-    return window if layer >= values.get("max_window_layers", 28) else 0
-
-
-def _dtype(values: Mapping[str, Any]) -> str:
-    # What is float16 on disk is computed in float32: bfloat16 would round it, and float16 trellax does not have.
-    kind = values.get("dtype") or "float32"
-    return kind if kind in ("float32", "bfloat16") else "float32"

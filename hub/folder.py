@@ -1,7 +1,7 @@
-"""Files of a folder with a model in it, which others made: regular, of a bounded size, and of that folder alone.
+"""Read files of a model folder that others made: only regular files, of a bounded size, inside the folder.
 
-A link that leads out of the folder would have us read, and copy to what we write, any file of this machine that the
-folder's author knows the name of. Read `tensor_files.py` and `tokenizer.py` for the uses.
+A link out of the folder would make trellax read, and copy into its output, any file of this machine whose name the
+folder's author knows. Read `tensor_files.py` and `tokenizer.py` next.
 """
 
 import json
@@ -12,18 +12,18 @@ from ..meshes import CheckpointError, TrellaxError, WeightsError
 from ..meshes.files.regular_file import open_regular, read_bounded
 
 MAX_JSON_BYTES = 10 << 20
-"""Of a config.json and its like; real ones have some thousand bytes."""
+"""The largest config.json or similar file that is read; real ones have some thousand bytes."""
 
 MAX_TOKENIZER_BYTES = 100 << 20
-"""Of a tokenizer.json and its like; the largest real ones have some 30 MiB."""
+"""The largest tokenizer.json or similar file that is read; real ones have up to 30 MiB."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def find_file(folder: str | Path, name: str, *, error: type[TrellaxError] = WeightsError) -> Path | None:
-    """Return the path of a regular file of a folder, None where there is none.
+    """Return the path of a regular file of a folder, None if there is no such file.
 
-    Links may lead to files of the folder; from a snapshot of a hub cache, to the cache's own blobs.
+    A link may lead to a file of the folder, or from a snapshot of a Hugging Face cache to the cache's own blobs.
 
     Raises:
         TrellaxError: of the class `error`: it is no regular file, a link to elsewhere, or a pointer of git lfs.
@@ -62,20 +62,20 @@ def find_file(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
 def read_file(
     folder: str | Path, name: str, *, max_bytes: int, error: type[TrellaxError] = WeightsError
 ) -> bytes | None:
-    """Return the bytes of a regular file of a folder, None where there is none.
+    """Return the bytes of a regular file of a folder, None if there is no such file.
 
     Raises:
-        TrellaxError: of the class `error`: it is none of `find_file`, or has more than `max_bytes`.
+        TrellaxError: of the class `error`: `find_file` refuses it, or it has more than `max_bytes`.
     """
     path = find_file(folder, name, error=error)
     return None if path is None else read_bounded(path, max_bytes=max_bytes, error=error)
 
 
 def read_json(folder: str | Path, name: str, *, error: type[TrellaxError] = WeightsError) -> Any:
-    """Return what a JSON file of a folder holds, None where there is no such file.
+    """Return the contents of a JSON file of a folder, None if there is no such file.
 
     Raises:
-        TrellaxError: of the class `error`: it is none of `find_file`, too large, or no JSON that Python reads.
+        TrellaxError: of the class `error`: `find_file` refuses it, it is too large, or not JSON that Python reads.
     """
     path = Path(folder) / name
     content = read_file(folder, name, max_bytes=MAX_JSON_BYTES, error=error)
@@ -92,31 +92,31 @@ def read_json(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
 
 
 def copy_file(folder: str | Path, name: str, target: Path, *, error: type[TrellaxError] = WeightsError) -> None:
-    """Write a file of a folder to `target`, in place of what is there; nothing where the folder has none.
+    """Copy a file of a folder to `target`, over a file that is there; do nothing if the folder has no such file.
 
     Raises:
-        TrellaxError: of the class `error`: as `read_file` has it.
+        TrellaxError: of the class `error`: `read_file` refuses it.
     """
     content = read_file(folder, name, max_bytes=MAX_TOKENIZER_BYTES, error=error)
     if content is None or (target.exists() and target.samefile(Path(folder) / name)):
         return
     if target.is_symlink():
-        target.unlink()  # or what it leads to would be written over
+        target.unlink()  # otherwise the file that it leads to would be overwritten
     target.write_bytes(content)
 
 
 def _is_blob_of(file: Path, folder: Path) -> bool:
-    """Whether models--org--name/snapshots/revision is the folder, and the file is in models--org--name/blobs."""
+    """Whether the folder is models--org--name/snapshots/revision, and the file in models--org--name/blobs."""
     cache = folder.parent.parent
     is_snapshot = folder.parent.name == "snapshots" and cache.name.startswith("models--")
     return is_snapshot and file.parent == cache / "blobs"
 
 
 def check_model_folder(path: str | Path) -> None:
-    """Raise unless a path is a folder.
+    """Raise unless a path is a folder; needs no jax.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not.
     """
     if not Path(path).is_dir():
         raise CheckpointError(

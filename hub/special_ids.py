@@ -1,7 +1,7 @@
-"""Ids that begin and end the texts of a model: several files of its folder name some.
+"""Find the token ids that begin and end the texts of a model, which several files of its folder can name.
 
-As in transformers 5, generation_config.json comes before config.json, and special_tokens_map.json before
-tokenizer_config.json. Read `tokenizer.py` for the use.
+As in transformers 5, generation_config.json counts before config.json, and special_tokens_map.json before
+tokenizer_config.json. Read `tokenizer.py` next.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..meshes import DataError
 from .folder import read_json
 
 ORIGIN = "hf_config.json"
-"""The config.json that a run folder's model came with."""
+"""The name, in a run folder, of the config.json that its model was imported with."""
 
 _MODEL_FILES = ("generation_config.json", "config.json", ORIGIN)
 _TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json")
@@ -22,9 +22,13 @@ _TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
-    """What ends a document in training, what ends an answer, and what begins a text of no token, if anything says so.
+    """The ids that a model's files name.
 
-    `warnings` is where files differ, a line each.
+    Args:
+        end_id: ends a document in training; None if no file names one.
+        stop_ids: end an answer.
+        begin_id: begins a text that has no token of its own; None if no file names one.
+        warnings: one line for every two files that differ.
     """
 
     end_id: int | None
@@ -34,10 +38,10 @@ class SpecialIds:
 
 
 def find_special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
-    """Return the ids that the files beside a tokenizer name, as far as the tokenizer has them.
+    """Return the ids that the files beside a tokenizer name; ids that the tokenizer does not have are left out.
 
     Raises:
-        DataError: a file is no JSON, or none that a folder from others may hold.
+        DataError: a file is not JSON, not regular, or a link out of the folder.
     """
     ends, begins = _model_ids(folder, "eos_token_id", tokenizer), _model_ids(folder, "bos_token_id", tokenizer)
     own_ends = _tokenizer_ids(folder, "eos_token", tokenizer)
@@ -57,7 +61,7 @@ def find_special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
 
 
 def _model_ids(folder: Path, key: str, tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
-    """The ids under a key by the file that has it, those files first that count first."""
+    """Return the ids under a key by the file that has it, in the order in which the files count."""
     found = {}
     for name in _MODEL_FILES:
         value = _read(folder, name).get(key)

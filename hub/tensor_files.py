@@ -1,7 +1,7 @@
-"""The safetensors files of a folder as one table of tensors, of which any slice is read without the rest.
+"""Open the safetensors files of a folder as one table of tensors; any slice is read without the rest.
 
-Opening reads headers alone. Where two files say different things, it is done as transformers does and told. Read
-`read.py` next.
+Opening reads headers alone. Where two files differ, the one is taken that transformers takes, and a warning says so.
+Read `read.py` next.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,23 +19,28 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 FLOATS = ("F32", "BF16", "F16")
-"""Types of parameters, as safetensors names them."""
+"""The types of parameters, as safetensors names them."""
 
 _MAX_HEADER_BYTES = 100_000_000
-"""Of all files together; the format allows each as much, and real models need some MB."""
+"""The most bytes of all headers together; the format allows each as much, and real models need some MB."""
 
 _MOST_TENSORS = 250_000
-"""Of all files together; the largest model that trellax reads has some 1,000."""
+"""The most tensors of all files together; the largest models have some 1,000."""
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFiles:
-    """Every tensor of a folder: its shape, its type as safetensors names it, and how to read a slice of it.
+    """Every tensor of a folder.
 
-    `mistakes` is what is wrong with the files themselves, a line each; `lost` are the tensors that those should hold.
-    `warnings` is where two files say different things, and which was taken.
+    Args:
+        shapes: shape by name.
+        dtypes: type by name, as safetensors names it.
+        slices: function that reads a slice, by name.
+        mistakes: one line for each file that cannot be read.
+        lost: names of the tensors that those files should hold.
+        warnings: one line for every two files that differ, and which was taken.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -72,7 +77,7 @@ def open_tensor_files(folder: str | Path) -> TensorFiles:
 
 @dataclass(kw_only=True)
 class _Opened:
-    """Tensors of the files opened so far; of two with one name the later counts, unless `owner` says otherwise."""
+    """Tensors of the files opened so far; of two with one name the later counts, unless `owner` names the file."""
 
     owner: Mapping[str, str] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -82,13 +87,13 @@ class _Opened:
     header_bytes: int = 0
 
     def open(self, folder: Path, file: str) -> str:
-        """Add the tensors of a file and return what is wrong with it, if anything is."""
+        """Add the tensors of a file and return what is wrong with it, "" if nothing is."""
         path = find_file(folder, file)
         if path is None:
             return f"{file} is missing"
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
-        # A larger one safetensors refuses unread.
+        # safetensors refuses a larger one itself, unread.
         self.header_bytes += header_bytes if header_bytes <= _MAX_HEADER_BYTES else 0
         if self.header_bytes > _MAX_HEADER_BYTES:
             return f"{file} has a header that brings all headers to more than {_MAX_HEADER_BYTES // 10**6} MB"
@@ -109,7 +114,7 @@ class _Opened:
         return ""
 
     def as_files(self, *, mistakes: tuple[str, ...] = (), lost: Any = (), warnings: Any = ()) -> TensorFiles:
-        """Return what was opened, with what there is to say about it."""
+        """Return the tensors that were opened."""
         return TensorFiles(
             shapes=self.shapes,
             dtypes=self.dtypes,
@@ -126,7 +131,7 @@ def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:
     homes: dict[str, list[str]] = {}
     for name, file in index.items():
         homes.setdefault(file, []).append(name)
-    # In this order transformers reads them.
+    # transformers reads them in this order.
     for file, names in sorted(homes.items()):
         if problem := found.open(folder, file):
             mistakes.append(f"{problem}; {len(names)} tensors are lost")
@@ -135,7 +140,7 @@ def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:
 
 
 def _describe_copies(found: _Opened, index: Mapping[str, str]) -> list[str]:
-    """Tensors that are in several files: the index says which is meant."""
+    """Return one line for each tensor that is in several files, with the file that is read."""
     several = {name: files for name, files in found.places.items() if len(files) > 1}
     lines = []
     for name, files in sorted(several.items())[:_SHOWN]:
@@ -157,7 +162,7 @@ def _nothing_to_read(folder: Path) -> WeightsError:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Which file each tensor is in, as the index says; empty where there is none."""
+    """Return the file of each tensor, as the index names it; empty if there is no index."""
     values = read_json(folder, INDEX)
     if values is None:
         return {}

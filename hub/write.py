@@ -1,6 +1,6 @@
-"""Parameters as the folder of a Hugging Face model, one file of tensors on the host at a time.
+"""Write parameters as the folder of a Hugging Face model, with one file of tensors on the host at a time.
 
-The folder appears under its name when it is whole. Read `../commands/hf_commands.py` next.
+The folder appears under its name once it is whole. Read `../commands/export_hf.py` next.
 """
 
 import json
@@ -18,9 +18,10 @@ from ..layers import ModelConfig
 from ..meshes import WeightsError
 from ..meshes.arguments import check_count
 from ..meshes.files.new_folder import new_folder
+from .architectures import ARCHITECTURES
 from .config_write import hub_values
 from .folder import copy_file
-from .names import NAMINGS, named
+from .saves.paths import leaves_by_path
 from .tensor_files import INDEX, SINGLE
 
 _MAX_FILE_BYTES = 5_000_000_000
@@ -56,9 +57,10 @@ def write_weights(
     values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name
-    tensors = _list_tensors(params, values["model_type"], kind)
+    leaves = leaves_by_path(params)
+    tensors = _list_tensors(leaves, values["model_type"], kind)
     with new_folder(folder) as part:
-        _write_files(part, tensors, params, kind, max_file_bytes)
+        _write_files(part, tensors, leaves, kind, max_file_bytes)
         _write_json(part / "config.json", values)
         for file in extra_files:
             copy_file(file.parent, file.name, part / file.name)
@@ -67,7 +69,7 @@ def write_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """A tensor to be: its name, size, and the parameters that it joins, by path, of one layer."""
+    """A tensor to write: its name and size, and the parameters of one layer that it joins, by path."""
 
     name: str
     num_bytes: int
@@ -76,31 +78,34 @@ class _Tensor:
     is_transposed: bool
 
 
-def _list_tensors(params: Any, model_type: str, dtype: np.dtype) -> list[_Tensor]:
-    naming = NAMINGS[model_type]
-    leaves = _by_path(params)
+def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dtype) -> list[_Tensor]:
+    names = ARCHITECTURES[model_type].tensors
+    places = names.select(leaves)
     joined: dict[str, list[str]] = {}
-    homes = named(naming, params)
-    for path in sorted(homes, key=lambda path: homes[path].part):
-        joined.setdefault(homes[path].name, []).append(path)
+    for path in sorted(places, key=lambda path: places[path].part):
+        joined.setdefault(places[path].name, []).append(path)
     tensors = []
     for name, paths in joined.items():
-        home, leaf = homes[paths[0]], leaves[paths[0]]
+        place, leaf = places[paths[0]], leaves[paths[0]]
         is_stacked = paths[0].startswith("blocks.")
-        shape = home.shape(leaf.shape[1:] if is_stacked else leaf.shape)
-        for layer in range(leaf.shape[0] if is_stacked else 1):
-            full = name if name == naming.head else naming.prefix + name.format(layer=layer)
-            size = math.prod(shape) * dtype.itemsize
-            is_transposed = home.layout == "transposed"
-            tensors.append(
-                _Tensor(name=full, num_bytes=size, paths=tuple(paths), layer=layer, is_transposed=is_transposed)
+        shape = place.shape(leaf.shape[1:] if is_stacked else leaf.shape)
+        tensors += [
+            _Tensor(
+                name=names.full_name(name.format(layer=layer), prefix=names.prefix),
+                num_bytes=math.prod(shape) * dtype.itemsize,
+                paths=tuple(paths),
+                layer=layer,
+                is_transposed=place.layout == "transposed",
             )
+            for layer in range(leaf.shape[0] if is_stacked else 1)
+        ]
     return sorted(tensors, key=lambda tensor: (tensor.layer, tensor.name))
 
 
-def _write_files(part: Path, tensors: list[_Tensor], params: Any, dtype: np.dtype, max_file_bytes: int) -> None:
+def _write_files(
+    part: Path, tensors: list[_Tensor], leaves: Mapping[str, jax.Array], dtype: np.dtype, max_file_bytes: int
+) -> None:
     groups = list(_fill_files(tensors, max_file_bytes))
-    leaves = _by_path(params)
     index = {}
     for number, group in enumerate(groups, 1):
         name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -126,7 +131,7 @@ def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_T
 
 
 def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
-    """Bring one tensor to the host."""
+    """Return one tensor, on the host."""
     parts = []
     for path in tensor.paths:
         leaf = leaves[path][tensor.layer] if path.startswith("blocks.") else leaves[path]
@@ -134,8 +139,3 @@ def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) ->
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     # A view that is not contiguous would be saved in the order of its memory.
     return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(dtype))
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -7,6 +7,7 @@ from ..meshes.lazy import make_lazy
 if TYPE_CHECKING:
     from .check import check_model, check_request
     from .engine import Completion, Engine, Usage
+    from .load import load_for_serving
     from .params import param_shapes
     from .requests import FinishReason, Request, Sequence
     from .state import Sizes
@@ -21,6 +22,7 @@ __all__ = [
     "Usage",
     "check_model",
     "check_request",
+    "load_for_serving",
     "param_shapes",
 ]
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .checkpoints.store import Checkpoints
-    from .checkpoints.weights import load_params, saved_config
+    from .checkpoints.checkpoints import Checkpoints
+    from .checkpoints.initial_weights import initial_state, weight_shapes
     from .data.batches import Batches
     from .data.corpus import Corpus, load_corpus
     from .loop import prepare, train
@@ -27,15 +27,15 @@ __all__ = [
     "TrainState",
     "describe",
     "draw_schedule",
+    "initial_state",
     "load_corpus",
-    "load_params",
     "make_eval_step",
     "make_learning_rate",
     "make_optimizer",
     "make_train_step",
     "prepare",
-    "saved_config",
     "train",
+    "weight_shapes",
 ]
 
 make_lazy(__name__)

@@ -16,14 +16,14 @@ from ..configs.changes import Changes
 from ..configs.check import CorpusFiles, check_run
 from ..configs.run_config import RunConfig
 from ..hub.saves.arrays import explain_failure
-from ..hub.tokenizer import keep_tokenizer
+from ..hub.tokenizer_files import keep_tokenizer
 from ..meshes import RunError, build_mesh, use_fake_devices
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.build import visible_devices
 from ..meshes.processes.messages import first_does, is_first, require_agreement
 from ..meshes.terminal import terminal_width
-from .checkpoints.store import Checkpoints
-from .checkpoints.weights import check_initial_weights
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .metrics import Summary
 from .outputs import SilentStream

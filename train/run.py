@@ -16,8 +16,8 @@ from ..layers import flops_per_token
 from ..meshes import DataError, RunError, mesh_sizes
 from ..meshes.processes.messages import is_first, require_one_program, text_of_first
 from .bad_loss import check_last_validation, describe_bad_step, fix_bad_step
-from .checkpoints.store import Checkpoints
-from .checkpoints.weights import initial_state
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.initial_weights import initial_state
 from .data.batches import Batches
 from .data.corpus import Corpus, check_files
 from .data.prefetch import Prefetch, place_batch

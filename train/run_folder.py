@@ -19,7 +19,9 @@ from typing import IO, Literal
 import jax
 
 from ..hub.saves.names import FOLDER, SaveFolder, is_own_name
-from ..hub.tokenizer import ORIGIN, TOKENIZER_FILES, TOKENS_FOLDER
+from ..hub.special_ids import ORIGIN
+from ..hub.tokenized_text import TOKENS_FOLDER
+from ..hub.tokenizer_files import TOKENIZER_FILES
 from ..meshes import ConfigError, RunError
 from ..meshes.files.own_file import free_name, identify_file, open_own
 from ..meshes.files.regular_file import name_kind, walk_folder

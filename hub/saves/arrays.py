@@ -1,6 +1,6 @@
-"""Arrays to files and back: the only file that knows Orbax.
+"""Write arrays to files and read them back, with Orbax; no other file imports it.
 
-A folder of arrays is written in the background and appears whole. Every process writes and reads its own shards alone.
+A folder of arrays is written in the background and appears whole. Every process writes and reads only its own shards.
 """
 
 import errno
@@ -21,9 +21,9 @@ _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+):", re.IGNORE
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], None]:
-    """Start to write arrays into a new folder; returns once they may be changed, with a function that waits.
+    """Start to write arrays into a new folder; return once they may be changed, with a function that waits.
 
-    What is written so far has another name than `folder`, so a killed process leaves nothing under it.
+    Orbax writes under another name until the end, so a killed process leaves nothing under `folder`.
     """
     # Orbax also logs what it raises, with every thread's traceback.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -31,8 +31,8 @@ def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], N
     # Cutting an array so that each of its copies writes a part compiles a program a slice: only for large ones.
     context.array.saving.min_slice_bytes_for_replica_parallel = _LARGE_BYTES
     if glob.escape(str(folder)) != str(folder):
-        # Orbax looks for what to merge by globbing the folder's path as it is (`merge_ocdbt_per_process_files`): in
-        # `a[1]` it finds and merges nothing, and no load can follow. Files of each array's own need no merge.
+        # Orbax finds the files to merge by globbing the folder's path unescaped (`merge_ocdbt_per_process_files`): in
+        # `a[1]` it finds and merges none, and no load can follow. With files for each array there is no merge.
         # TODO(trellax): delete once Orbax escapes the path.
         context.array.saving.use_ocdbt = False
         context.array.saving.array_metadata_store = None
@@ -41,10 +41,10 @@ def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], N
 
 
 def require_all(folder: Path, names: Collection[str]) -> None:
-    """Raise unless a folder has what a load of these arrays begins with: one record of all, or one of each.
+    """Raise unless a folder has the records with which a load begins: one of all arrays, or one of each.
 
     Raises:
-        FileNotFoundError: it has not.
+        FileNotFoundError: with the number of records that are missing.
     """
     store = folder / _ITEM
     if (store / "manifest.ocdbt").is_file():
@@ -55,7 +55,7 @@ def require_all(folder: Path, names: Collection[str]) -> None:
 
 
 def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Return the arrays of these names, each with the sharding its shape asks for; others in the folder stay there."""
+    """Return the arrays of these paths, each with the sharding that its shape has; others are not read."""
     context: Any = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -63,7 +63,7 @@ def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dic
 
 
 def explain_failure(error: BaseException) -> str:
-    """Return what went wrong in a few words: libraries wrap the system's error in pages of their own."""
+    """Return the cause of an error in a few words: libraries wrap the system's error in pages of text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()

@@ -1,7 +1,10 @@
-"""A checksum of an array that does not depend on how it is split over devices: integers, added in any order.
+"""Compute checksums of arrays that do not depend on how they are split over devices.
 
-It is taken on the devices before a save and after a restore, so what comes back is known to be what was there, whatever
-happened in between. It costs one pass over the array.
+The checksum is taken on the devices before a save and after a restore, so a restored array is known to be the one that
+was saved, on any mesh. It is a sum of integers, which may be added in any order, and costs one pass over the array:
+
+    bits of w        [ a, b, c, d ]          device 0: h(a, 0) + h(b, 1)
+    index            [ 0, 1, 2, 3 ]          device 1: h(c, 2) + h(d, 3)      sum of both, modulo 2^32
 """
 
 from collections.abc import Mapping
@@ -17,24 +20,25 @@ _ODD = (0x9E3779B1, 0x85EBCA77)
 
 
 def checksum(array: jax.Array) -> jax.Array:
-    """Return a checksum as uint32[2]: the sum, modulo 2^32, of a hash of every element's bits and place.
+    """Return a checksum as uint32[2]: sums, modulo 2^32, of two hashes of every element's bits and index.
 
-    Two sums with different hashes miss one in 2^64 random changes. A swap of two elements changes them too.
+    The two miss one in 2^64 random changes. Since the index is hashed as well, a swap of two elements changes them.
     """
     bits = _bits(array)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
     stride = 1
     for dim in reversed(range(bits.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * np.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * np.uint32(stride % 2**32)
         stride *= bits.shape[dim]
-    return jnp.stack([jnp.sum(_mix(bits ^ (place * np.uint32(odd) + np.uint32(1))), dtype=jnp.uint32) for odd in _ODD])
+    return jnp.stack([jnp.sum(_mix(bits ^ (index * np.uint32(odd) + np.uint32(1))), dtype=jnp.uint32) for odd in _ODD])
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """Return the checksum of every array as sixteen hexadecimal digits, the same on every process.
 
-    Arrays of one shape share a program, which compiles in a third of the time that one program of all takes. Each is
-    waited for: fake devices share a pool of threads, in which programs that meet in sums can starve each other.
+    Arrays of one shape share a program, which compiles in a third of the time that one program for all takes. The
+    arrays are summed one by one: fake devices share a pool of threads, in which several programs with collectives can
+    starve each other.
     """
     pairs = {path: np.asarray(_compile(_mesh(array))(array)).tolist() for path, array in arrays.items()}
     return {path: "".join(f"{part:08x}" for part in pair) for path, pair in pairs.items()}
@@ -47,7 +51,7 @@ def _mesh(array: jax.Array) -> Mesh | None:
 
 @lru_cache(maxsize=4)
 def _compile(mesh: Mesh | None) -> Any:
-    # Left to XLA a sum over all processes may end on one of them.
+    # Left to XLA, the sum may end up on one process only.
     return jax.jit(checksum, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
@@ -61,7 +65,7 @@ def _bits(array: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: every bit of the input changes half of the output."""
+    """Apply the finalizer of MurmurHash3: every bit of the input changes half of the bits of the output."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

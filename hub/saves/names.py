@@ -1,8 +1,12 @@
-"""The folder of a run's saves: which names mean what, so that a process may be killed at any moment.
+"""The names in the folder of a run's saves, chosen so that the process may be killed at any moment.
 
-`40` is a finished save; `40.part` (and Orbax's names that start with it) one that is being written, `40.removing` one
-that is being removed, and `40.damaged` one that is kept for a person to look at. Every change of meaning is a rename.
-Other names, `007` or `photos.part` say, are nobody's saves: they are not read, renamed or removed.
+    40            a finished save of step 40
+    40.part       a save being written (also Orbax's names that start with it)
+    40.removing   a save being removed
+    40.damaged    a damaged save, kept for a person to inspect
+
+A save changes its state by one rename, which a kill cannot interrupt. Other names, such as `007` or `photos.part`, are
+not trellax's: they are not read, renamed or removed.
 """
 
 import contextlib
@@ -16,8 +20,7 @@ from ...meshes import CheckpointError
 from ...meshes.files.own_file import free_name
 
 FOLDER = "checkpoints"
-"""What a run folder calls the folder of its saves."""
-
+"""The name of the folder of saves in a run folder."""
 
 _STEP = r"(?P<step>0|[1-9][0-9]{0,17})"
 _NAME = re.compile(
@@ -27,12 +30,12 @@ _NAME = re.compile(
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether trellax gives such a name in a folder of saves."""
+    """Return whether a name in a folder of saves is one that trellax gives."""
     return _NAME.fullmatch(name) is not None
 
 
 def read_step(name: str) -> int | None:
-    """Return the step of a finished save by its name; None for every other name."""
+    """Return the step of a finished save, by its name; None for every other name."""
     return int(name) if re.fullmatch(_STEP, name) else None
 
 
@@ -49,10 +52,10 @@ class SaveFolder:
 
     @property
     def names(self) -> list[str]:
-        """Names of everything here.
+        """Names of everything in the folder.
 
         Raises:
-            CheckpointError: the folder is a link; what it leads to is no part of the run.
+            CheckpointError: the folder is a link, so its target is not a part of the run.
         """
         if self.path.is_symlink():
             raise CheckpointError(
@@ -63,21 +66,21 @@ class SaveFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever saved here, nor set aside."""
+        """Whether there is no finished save, nor one that was set aside."""
         return not any(is_own_name(name) and not _is_unfinished(name) for name in self.names)
 
     def __truediv__(self, step: int) -> Path:
         return self.path / str(step)
 
     def part(self, step: int) -> Path:
-        """Where the save of a step is written."""
+        """Return the folder in which the save of a step is written."""
         return self.path / f"{step}.part"
 
     def publish(self, step: int) -> None:
-        """Make a written save a finished one, on the disk for good: older ones may go once this returns.
+        """Give a written save its name once all of it is on the disk; older saves may be removed afterwards.
 
         Raises:
-            OSError: there is one of that step already, or the system refuses.
+            OSError: there is a save of that step already, or the system refuses.
         """
         part = self.part(step)
         for path in (*part.rglob("*"), part):
@@ -100,14 +103,14 @@ class SaveFolder:
         return (self / step).rename(free_name(self.path / f"{step}.damaged"))
 
     def drop_unfinished(self, step: int | None = None) -> None:
-        """Remove what was not finished, of one step or of all; not while another process writes here."""
+        """Remove unfinished saves, of one step or of all; not to be called while another process writes here."""
         for name in self.names:
             found = _NAME.fullmatch(name)
             if found and _is_unfinished(name) and step in (None, int(found["step"])):
                 _remove_tree(self.path / name)
 
     def prune(self, *, keep: int, keep_every: int) -> None:
-        """Remove all saves but the newest `keep` and those of every `keep_every` steps (0: of none)."""
+        """Remove all saves but the newest `keep` and those whose step is a multiple of `keep_every` (0: none)."""
         for step in self.steps[:-keep]:
             if not (keep_every and step % keep_every == 0):
                 self.remove(step)
@@ -119,13 +122,13 @@ def _is_unfinished(name: str) -> bool:
 
 
 def _remove_tree(path: Path) -> None:
-    # rmtree follows no links, and leaves one alone. A folder nested a thousand deep is none of ours.
+    # rmtree follows no links. Folders nested a thousand deep were not made by trellax, and are left.
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _force_to_disk(path: Path) -> None:
-    # Orbax leaves its own records to the system, which may write them after the rename that makes the save count.
+    # Orbax leaves its own records to the system, which may write them after the rename that finishes the save.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The seal of a saved step: what it holds, and a hash of every file, so that damage cannot pass for a save.
+"""The seal of a save: a record of its arrays and a hash of every file, so that damage is found.
 
-Neither Orbax nor safetensors notice a flipped byte. The seal is written last and carries a hash of itself; a saved step
-without one was never finished. It is JSON: reading a checkpoint runs no code. The hash says that nothing was damaged,
-not who wrote it, so every field is checked as well. Read `../../train/checkpoints/store.py` next.
+Orbax and safetensors do not notice a flipped byte. The seal is written last and carries a hash of itself; a save
+without one was never finished. It is JSON, so reading it runs no code. The hashes show that nothing was damaged, not
+who wrote it, so every field is checked as well (`seal_fields.py`). Read `reader.py` next.
 """
 
 import hashlib
@@ -19,16 +19,27 @@ from .seal_fields import FIELD_CHECKS, MAX_DEPTH, is_count
 
 SEAL_FILE = "seal.json"
 SEAL_FORMAT = 1
+"""The version of the record; a save of another one is refused, not passed over."""
+
+PARAMS = "params."
+"""Start of the paths of a model's parameters; all other arrays belong to its trainer."""
+
 _MAX_SEAL_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """The record of one saved step.
+    """The record of one save.
 
-    `arrays` maps a path to its type, shape and checksum, `files` a name to its size and SHA-256. `config` is the run's
-    as plain values, `data` the position in the stream of batches and the SHA-256 of the corpus.
+    Args:
+        step: name of the save's folder.
+        saved_at: time in ISO 8601.
+        config: the writer's tables on what the arrays are of, plain values; nothing here reads them.
+        data: the writer's table on where in its data it was.
+        arrays: type, shape and checksum of each array, by path.
+        files: size and SHA-256 of each file, by name.
+        format: version of this record.
     """
 
     step: int
@@ -41,8 +52,8 @@ class Seal:
 
     @property
     def has_params_alone(self) -> bool:
-        """Whether this is a model before its first step: no optimizer, no place in the data."""
-        return all(path.startswith("params.") for path in self.arrays)
+        """Whether parameters are all that was saved: a model before its first step."""
+        return all(path.startswith(PARAMS) for path in self.arrays)
 
     @property
     def num_bytes(self) -> int:
@@ -65,9 +76,9 @@ def write_seal(folder: Path, seal: Seal) -> None:
 
 
 def read_seal(folder: Path) -> tuple[Seal | None, str]:
-    """Return the seal of a saved step, or None and what is wrong with it.
+    """Return the seal of a save, or None and what is wrong with it.
 
-    A seal of another format is no damage: another trellax wrote it, and its caller must not take an older step for it.
+    A seal of another format is returned without contents: it is not damaged, and an older save must not take its place.
     """
     try:
         return _parse_record(_read_record(folder), name=folder.name), ""
@@ -92,7 +103,11 @@ def _read_record(folder: Path) -> Any:
 
 
 def _parse_record(record: Any, *, name: str) -> Seal:
-    """Return a record as a seal, unless a field of it holds what no trellax writes."""
+    """Return a record as a seal.
+
+    Raises:
+        CheckpointError: a field holds what no version of trellax writes.
+    """
     found = record["format"]
     if is_count(found) and found != SEAL_FORMAT:
         nothing: dict[str, Any] = {"config": {}, "data": {}, "arrays": {}, "files": {}}
@@ -107,10 +122,10 @@ def _parse_record(record: Any, *, name: str) -> Seal:
 
 
 def find_damage(folder: Path, seal: Seal, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Return what is wrong with the files of a saved step, one text each; none if it is whole.
+    """Return what is wrong with the files of a save, one line each; none if it is whole.
 
     Args:
-        share: (index, count): look at every count-th file only, so that processes can share the work.
+        share: (index, count): check every count-th file only, so that processes can share the work.
     """
     if strangers := _find_strangers(folder):
         return strangers
@@ -120,7 +135,7 @@ def find_damage(folder: Path, seal: Seal, *, share: tuple[int, int] = (0, 1)) ->
 
 
 def _find_strangers(folder: Path) -> list[str]:
-    """Name links, pipes and the like: whoever loads the arrays would follow them, or wait for ever."""
+    """Return the links, pipes and the like: a loader of arrays would follow them, or wait without end."""
     try:
         entries = list(walk_folder(folder, max_depth=MAX_DEPTH))
         kinds = {entry.path: name_kind(entry.stat(follow_symlinks=False).st_mode) for entry in entries}
@@ -151,15 +166,15 @@ def _compare_file(folder: Path, name: str, size: int, digest: str) -> str:
 
 
 def _count_written(file: BinaryIO, size: int) -> int:
-    """Return how many bytes of a file are no holes: holes cost nothing, and a hash of them takes for ever."""
-    written, place = 0, 0
-    while place < size:
+    """Return how many bytes of a file are on the disk: a hole of a tebibyte costs nothing, but hours to hash."""
+    written, offset = 0, 0
+    while offset < size:
         try:
-            start = os.lseek(file.fileno(), place, os.SEEK_DATA)
+            start = os.lseek(file.fileno(), offset, os.SEEK_DATA)
         except OSError:
             break
-        place = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-        written += place - start
+        offset = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        written += offset - start
     return written
 
 

@@ -1,4 +1,4 @@
-"""What each field of a seal may hold. A seal may come from elsewhere: names that lead out, numbers without end."""
+"""Check each field of a seal, which may come from elsewhere: names that lead out of the folder, endless numbers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ _MOST_DIMS = 32
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number that is not negative and fits 63 bits; `true` is none."""
+    """Return whether a value is a whole number, not negative, of at most 63 bits; `true` is not."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -19,20 +19,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
 
-def _is_sha256(value: Any) -> bool:
+def is_sha256(value: Any) -> bool:
+    """Return whether a value is a SHA-256 in hexadecimal digits."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_config(value: Any) -> bool:
-    """Sections of keys; `../../configs/saved_config.py` reads what they say."""
+    """Tables by name; their readers check what is in them."""
     return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
 
 
-def _is_data(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    corpus, counts = value.get("corpus"), [value.get(name) for name in ("batches", "sequences")]
-    return (corpus is None or _is_sha256(corpus)) and all(count is None or is_count(count) for count in counts)
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _is_arrays(value: Any) -> bool:
@@ -55,20 +53,20 @@ def _is_files(value: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """A path below the folder: `../lock`, `/etc/passwd` and `a//b` are none."""
+    """Whether a path is below the folder: `../lock`, `/etc/passwd` and `a//b` are not."""
     parts = name.split("/")
     return _is_text(name) and len(parts) <= MAX_DEPTH and not {"", ".", ".."} & set(parts)
 
 
 def _is_file(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and is_count(value[0]) and _is_sha256(value[1])
+    return isinstance(value, list) and len(value) == 2 and is_count(value[0]) and is_sha256(value[1])
 
 
 FIELD_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "step": is_count,
     "saved_at": _is_text,
     "config": _is_config,
-    "data": _is_data,
+    "data": _is_table,
     "arrays": _is_arrays,
     "files": _is_files,
 }

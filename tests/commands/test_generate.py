@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from trellax.commands.cli import main
 from trellax.commands.generate import _engine_sizes, _Printer, _read_prompts
-from trellax.commands.serving_source import load_for_serving
 from trellax.configs import load_config
+from trellax.hub.saves.reader import SaveReader
+from trellax.hub.special_ids import ORIGIN
 from trellax.hub.text_stream import ByteTokenizer
-from trellax.hub.tokenizer import ORIGIN
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Completion, Engine, Request, Sequence, param_shapes
-from trellax.train.checkpoints.store import Checkpoints
-from trellax.train.checkpoints.weights import save_params
+from trellax.serve import Completion, Engine, Request, Sequence, load_for_serving, param_shapes
+from trellax.train.checkpoints.initial_weights import save_params
 
 PROMPTS = ["def f(", "é = 1", "x"]
 
@@ -127,7 +126,7 @@ MISTAKES: dict[str, list[str]] = {
 def test_mistake_is_told_before_weights_are_read(
     name: str, ask: Any, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Checkpoints, "restore_params", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(SaveReader, "read", lambda *args: pytest.fail("read"))
     code, out, err = ask(*MISTAKES[name])
     assert (code, out) == (2, "")
     golden(f"errors/commands/generate_{name}.txt", err)

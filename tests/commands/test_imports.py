@@ -59,7 +59,7 @@ def test_help_version_and_mistakes_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["meshes", "layers", "pipeline", "programs", "plan", "hub", "configs", "train", "serve", "commands"]
+    "package", ["meshes", "layers", "pipeline", "programs", "plan", "hub", "configs", "train", "serve"]
 )
 def test_every_public_name_is_there(package: str) -> None:
     module = import_module(f"trellax.{package}")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 from trellax.commands.cli import main
-from trellax.commands.serving_source import open_source
 from trellax.configs import load_config
 from trellax.configs.changes import check_changes
-from trellax.configs.saved_config import read_saved_config
+from trellax.configs.saved_config import load_saved_config, read_saved_config
+from trellax.hub.model_folder import open_model
+from trellax.hub.run_params import is_run_folder
 from trellax.hub.saves.seal import Seal, hash_files, write_seal
 from trellax.layers import param_counts
 from trellax.meshes import CheckpointError, RunError, TrellaxError
 from trellax.meshes.files.own_file import replace_file
 from trellax.train import Checkpoints
-from trellax.train.checkpoints.weights import is_run_folder, saved_config
 from trellax.train.metrics import MetricsLog, Summary, read_metrics, read_summary, write_summary
 from trellax.train.run_folder import Start, open_run_folder
 
@@ -118,7 +118,7 @@ def read_all(run_folder: Path) -> str:
 
     with redirect_stdout(said), redirect_stderr(said):
         main(["checkpoints", str(run_folder), "--verify"])
-        for read in (lambda: saved_config(run_folder), lambda: open_source(run_folder), restore):
+        for read in (lambda: load_saved_config(run_folder), lambda: open_model(run_folder), restore):
             try:
                 read()
             except TrellaxError as error:
@@ -226,4 +226,4 @@ def test_folder_whose_saves_are_a_link_is_no_source(place: Path) -> None:
     (place / "run" / "checkpoints").symlink_to(place / "saves")
     assert is_run_folder(place / "run")
     with pytest.raises(CheckpointError, match="checkpoints is a link"):
-        saved_config(place / "run")
+        load_saved_config(place / "run")

@@ -17,11 +17,13 @@ import pytest
 from trellax.commands import checkpoints as checkpoints_command
 from trellax.commands.cli import main
 from trellax.configs import load_config
+from trellax.hub import load_params
+from trellax.hub.saves import reader
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
 from trellax.pipeline import PipelineParams, natural_order
 from trellax.train import Checkpoints, Setup
-from trellax.train.checkpoints import store as checkpoint
-from trellax.train.checkpoints.natural import natural_params
+from trellax.train.checkpoints.initial_weights import weight_shapes
+from trellax.train.checkpoints.layer_order import as_pipeline
 
 Damage = Callable[[Path], object]
 FILES = {
@@ -207,7 +209,7 @@ def test_undamaged_save_is_used(setup: Setup, saved: tuple[Path, dict[int, Any]]
     folder, states = saved
     with Checkpoints(folder) as checkpoints:
         assert equal(checkpoints.restore(setup), states[2])
-        assert equal(checkpoints.restore_params(natural_params(setup)), natural(states[2].params))
+        assert equal(as_pipeline(load_params(folder, weight_shapes(setup))), natural(states[2].params))
 
 
 def test_save_of_another_format_is_refused_and_left_alone(
@@ -250,7 +252,7 @@ def test_whole_save_that_cannot_be_loaded_is_no_damage(
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
 
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
-    monkeypatch.setattr(checkpoint, "load_arrays", refuse)
+    monkeypatch.setattr(reader, "load_arrays", refuse)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="2 is whole, but cannot be loaded"):
         checkpoints.restore(setup)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
@@ -269,7 +271,7 @@ def test_unfinished_saves_are_no_saves(setup: Setup, saved: tuple[Path, dict[int
 def test_reader_of_parameters_changes_nothing(setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
     cut(0.5)(one_file(tmp_path / "checkpoints" / "2", FILES["array data"]))
-    params = Checkpoints(tmp_path).restore_params(natural_params(setup))
+    params = as_pipeline(load_params(tmp_path, weight_shapes(setup)))
     assert equal(params, natural(saved[1][1].params))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 

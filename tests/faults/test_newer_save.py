@@ -1,4 +1,7 @@
-"""A save of a newer trellax: train, generate and export go on or refuse alike, and `checkpoints` lists it."""
+"""A save of a newer trellax: train, generate and export go on or refuse alike, and `checkpoints` lists it.
+
+Commands that read the whole config name the keys that they leave out; generate reads the model and its tokens alone.
+"""
 
 from pathlib import Path
 
@@ -24,8 +27,9 @@ def test_all_commands_take_a_newer_save_alike(zygote: Zygote, folder: Path, tiny
     for command in commands:
         code, child = zygote.run(command)
         assert code == 0, child.said()
-        assert "train.new" in child.said()
-        assert "later.key" in child.said()
+        reads_all = not command.startswith("generate")
+        assert ("train.new" in child.said()) == reads_all
+        assert ("later.key" in child.said()) == reads_all
     reseal(run / "checkpoints" / "20", lambda record: record["config"]["model"].update(soft_cap=30.0))
     for command in commands:
         code, child = zygote.run(command.replace("/out", "/out2"))

@@ -1,4 +1,4 @@
-"""Folders that say one thing twice, each beside a folder that says it once, as transformers 5.24 takes it."""
+"""Folders in which two keys or files differ, each beside a folder with only the value that transformers 5.24 takes."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Double:
-    """A model of the goldens, how a folder of it comes to say two things, and how another says the one that counts.
+    """A model of the goldens and two changes to its folder: one adds a second value, one leaves the value that counts.
 
-    `is_ours` marks what transformers reads otherwise, or fails on.
+    `is_ours` marks cases that transformers reads otherwise, or fails on.
     """
 
     model: str

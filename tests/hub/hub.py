@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face folders share: small models of every architecture, trellax's answers, the question."""
+"""Small models of every architecture and their logits by trellax, for the tests of Hugging Face folders."""
 
 from functools import cache
 from pathlib import Path
@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx
 from trellax.configs import config_from_dict
 from trellax.hub.config import read_hub_model
+from trellax.hub.model_folder import load_params
 from trellax.layers import ModelConfig, Transformer, model_rules
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import pipeline_loss
 from trellax.train import Setup
-from trellax.train.checkpoints.natural import params_from_natural
-from trellax.train.checkpoints.weights import as_pipeline, load_params, weight_shapes
+from trellax.train.checkpoints.initial_weights import weight_shapes
+from trellax.train.checkpoints.layer_order import as_pipeline, params_in_stages
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
 VOCAB, T = 64, 24
@@ -46,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
 }
-"""What differs from `_SIZES` and from an architecture's own defaults."""
+"""The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
 MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
 
@@ -95,7 +96,7 @@ def logits_of(folder: Path, mesh: str) -> np.ndarray:
 def token_losses_of(folder: Path, mesh: str) -> np.ndarray:
     """The pipeline's loss of each token alone, [B, T], where the target is the token itself."""
     setup = setup_of(read_hub_model(folder).config, mesh)
-    params = params_from_natural(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
+    params = params_in_stages(setup, as_pipeline(load_params(folder, weight_shapes(setup))))
     tokens = tokens_of().reshape(setup.config.pipeline.microbatches, -1, T)
 
     @jax.jit
@@ -122,12 +123,12 @@ def wrong_by(folder: Path, mesh: str, logits: np.ndarray) -> float:
 
 
 def shapes_of(folder: Path, mesh: str = "data=1") -> Any:
-    """What `read_weights` is asked for."""
+    """Shapes of a folder's parameters, as `read_weights` takes them."""
     return weight_shapes(setup_of(read_hub_model(folder).config, mesh))
 
 
 def build_longer(name: str, folder: Path, *, num_tokens: int, monkeypatch: Any) -> np.ndarray:
-    """Save a model with room for more positions, and return how transformers goes on from `tokens_of`: [B, new]."""
+    """Save a model with room for more positions, and return how transformers continues `tokens_of`: [B, new]."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
 """Write tests/golden/hf: a small model of every architecture as transformers saves it, and the logits it then has.
 
-Run with the extra `hf` installed: `python -m tests.train.make_hf_goldens`, from the top folder. Answers are float32
+Run with the extra `hf` installed: `python -m tests.hub.make_hf_goldens`, from the top folder. Answers are float32
 numbers of torch on a CPU; they differ in the last bits between machines, which the tests' tolerance allows for.
 """
 

@@ -11,7 +11,6 @@ import pytest
 from trellax.configs import RunConfig
 from trellax.hub.saves.arrays import load_arrays, require_all, save_arrays
 from trellax.meshes import CheckpointError
-from trellax.pipeline import PipelineParams
 from trellax.train import Checkpoints
 from trellax.train.checkpoints import store as checkpoint
 
@@ -48,7 +47,7 @@ def test_save_that_could_not_be_loaded_is_not_sealed(
 
         return finish
 
-    params, config = PipelineParams(stages={"kernel": jnp.ones(8)}, shared={"head": jnp.ones(8)}), tiny()
+    params, config = {"embed": jnp.ones(8), "blocks": {"kernel": jnp.ones(8)}}, tiny()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save_params(params, config)
         checkpoints.wait()

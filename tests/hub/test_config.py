@@ -1,4 +1,4 @@
-"""config.json to a model and back, and everything that trellax cannot compute said at once."""
+"""config.json is read as a model and written back; everything that trellax cannot compute is listed at once."""
 
 import json
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""A folder that says one thing twice is read as the folder that says once what counts, and a line says what was taken.
+"""Where two keys or files of a folder differ, the value counts that transformers takes, and a warning says so.
 
-test_transformers.py asks transformers itself.
+test_transformers.py compares with transformers itself.
 """
 
 from collections.abc import Callable

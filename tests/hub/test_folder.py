@@ -1,4 +1,4 @@
-"""Files of a model's folder are regular, bounded and of that folder alone; a hub cache may keep them as its blobs."""
+"""Only regular files of bounded size inside a model's folder are read; a Hugging Face cache may link to its blobs."""
 
 import os
 from collections.abc import Callable

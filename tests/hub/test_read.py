@@ -1,4 +1,4 @@
-"""Weights of transformers give its logits on every mesh, each device reads its part alone, and damage is told first.
+"""Weights of transformers give its logits on every mesh; each device reads its part alone; damage is found first.
 
 The expected logits were computed by transformers (make_hf_goldens.py). The tolerance is 2e-4 absolute in float32, on
 logits of about 5: other orders of addition and other exponentials, which cost 1e-5 here.

@@ -1,4 +1,4 @@
-"""A save has its name when it is on the disk, and never takes another's place."""
+"""A save gets its name once it is on the disk, and never replaces another save."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Hugging Face folders served as they are: the tokens that transformers itself would take, on any mesh."""
+"""Hugging Face folders are served as they are: the tokens are those of transformers, on any mesh."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Text while tokens come: no character is shown before all of it is there, and none is lost."""
+"""Text is decoded while tokens come: no character is shown before all its bytes are there, and none is lost."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Text becomes ids of a model's own tokenizer, documents end where they end, and a second run reads what was kept."""
+"""Documents become ids of a model's own tokenizer, each with its end; a second run reads the ids that were kept."""
 
 import json
 import shutil
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from trellax.configs.run_config import DataSection
-from trellax.hub import tokenizer as module
-from trellax.hub.tokenizer import keep_tokenizer, load_tokenizer, tokenize
+from trellax.hub import tokenized_text as module
+from trellax.hub.tokenized_text import tokenize
+from trellax.hub.tokenizer import load_tokenizer
+from trellax.hub.tokenizer_files import keep_tokenizer
 from trellax.meshes import DataError
 from trellax.train.data.corpus import load_corpus
 

@@ -1,4 +1,4 @@
-"""Against transformers itself, where the extra `hf` is installed: random models of every architecture, both ways.
+"""Compare with transformers itself, where the extra `hf` is installed: random models of every architecture, both ways.
 
 Tolerances as in test_read.py. transformers runs on torch, on the CPU, in float32.
 """

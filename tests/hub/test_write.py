@@ -1,4 +1,4 @@
-"""What is written is what was read, bit for bit, in files that fit on the host, and whole or not at all."""
+"""Weights are written as they were read, bit for bit, in files that fit on the host; a folder is whole or not there."""
 
 import json
 from collections.abc import Callable

@@ -16,7 +16,8 @@ import numpy as np
 
 from ...configs.corpus_paths import find_files
 from ...configs.run_config import DataSection
-from ...hub.tokenizer import load_tokenizer, tokenize
+from ...hub.tokenized_text import tokenize
+from ...hub.tokenizer import load_tokenizer
 from ...meshes import DataError
 from ...meshes.arguments import check_count
 from ...meshes.errors import printable

@@ -1,140 +1,113 @@
-"""What one mesh saved another reads, bit for bit."""
+"""A store of arrays by path: no trainer is needed to save, find, keep and read them."""
 
-import queue
-import re
-from collections.abc import Callable
-from dataclasses import replace
+import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from trellax.configs import RunConfig
-from trellax.meshes import CheckpointError, MeshSpec, build_mesh
-from trellax.pipeline import natural_order
-from trellax.train import Checkpoints, Setup, TrainState
-from trellax.train.checkpoints import store as checkpoint
+from trellax.hub.saves.reader import Damaged, SaveReader
+from trellax.hub.saves.seal import Seal
+from trellax.meshes import CheckpointError
+from trellax.train.checkpoints import store as store_module
+from trellax.train.checkpoints.store import SaveStore
 
-Tiny = Callable[..., RunConfig]
-
-
-def make_setup(config: RunConfig, mesh: str) -> Setup:
-    return Setup(config, build_mesh(MeshSpec.parse(mesh)))
+CONFIG = {"model": {"layers": 2}}
 
 
-def arrays(tree: object) -> list[np.ndarray]:
-    # The stack dimensions [chunks, ranks, layers] differ between meshes, their order does not.
-    return [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+def arrays_of(step: int) -> dict[str, jax.Array]:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    return {
+        "params.kernel": jax.device_put(np.arange(32, dtype=np.float32).reshape(16, 2) + step, split),
+        "step": jax.device_put(np.int32(step), whole),
+    }
 
 
-def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
-    counts = setup.model.fns.layers_per_stage
-    stages = natural_order(state.params.stages, layers_per_stage=counts)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((stages, state.params.shared))]
+def shapes_of(arrays: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one) for path, leaf in arrays.items()}
 
 
-@pytest.mark.parametrize("other", ["data=2,tensor=4", "data=4,pipe=2", pytest.param("data=8", marks=pytest.mark.slow)])
-def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
-    config = tiny("--optimizer.zero on")
-    saved = make_setup(config, "data=2,tensor=2,pipe=2")
-    state = saved.init_state()
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state, saved)
-        checkpoints.wait()
-        setup = make_setup(config, other)
-        restored = checkpoints.restore(setup)
-    assert all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(restored), strict=True))
-    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == setup.shardings
+def save_steps(folder: Path, *steps: int, keep: int = 9, keep_every: int = 0) -> SaveStore:
+    with SaveStore(folder, keep=keep, keep_every=keep_every) as store:
+        for step in steps:
+            store.save(step, arrays_of(step), config=CONFIG, data={"batches": step})
+    return store
 
 
-UNEVEN = {
-    "by hand": ("data=2,tensor=2,pipe=2", "--pipeline.layers_per_stage 5,2"),
-    "chunks": ("data=2,tensor=2,pipe=2", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"),
-    "balanced": ("data=2,pipe=4", ""),
-    "whole vocabulary": ("tensor=2,pipe=4", "--pipeline.vocab ends"),
-    "one rank": ("data=8", ""),
-}
+def test_arrays_and_record_come_back_with_another_sharding(tmp_path: Path) -> None:
+    store = save_steps(tmp_path, 3)
+    seal, found = SaveReader(folder=store.folder).read(lambda _: shapes_of(arrays_of(3)))
+    assert (seal.step, seal.config, seal.data) == (3, CONFIG, {"batches": 3})
+    assert all(np.array_equal(found[path], leaf) for path, leaf in arrays_of(3).items())
+    assert {device for leaf in found.values() for device in leaf.devices()} == {jax.devices()[0]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", UNEVEN)
-def test_seven_layers_move_between_stages_of_any_depth(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    saved = make_setup(tiny("--model.num_layers 7 --optimizer.zero on"), "data=2,pipe=4")
-    mesh, words = UNEVEN[name]
-    setup = make_setup(tiny(f"--model.num_layers 7 {words}"), mesh)
-    state = saved.init_state()
-    with Checkpoints(tmp_path / "there", keep=1) as there, Checkpoints(tmp_path / "back", keep=1) as back:
-        there.save(state, saved)
-        there.wait()
-        moved = there.restore(setup)
-        back.save(moved, setup)
-        back.wait()
-        again = back.restore(saved)
-    assert all(np.array_equal(a, b) for a, b in zip(natural(saved, state), natural(setup, moved), strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(arrays(state), arrays(again), strict=True))
-
-
-def test_only_the_newest_saves_are_kept(tiny: Tiny, tmp_path: Path) -> None:
-    setup = make_setup(tiny(), "data=8")
-    state = setup.init_state()
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 2, 3):
-            checkpoints.save(replace(state, step=state.step + step), setup)
-        assert checkpoints.last_step == 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-
-
-def test_save_of_another_model_is_refused_with_the_arrays_that_differ(
-    tiny: Tiny, tmp_path: Path, golden: Callable[[str, str], None]
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "kept"), [(1, 0, [6]), (2, 0, [5, 6]), (1, 3, [3, 6]), (2, 2, [2, 4, 5, 6])]
+)
+def test_newest_saves_and_those_of_every_so_many_steps_are_kept(
+    keep: int, keep_every: int, kept: list[int], tmp_path: Path
 ) -> None:
-    saved = make_setup(tiny(), "data=8")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(saved.init_state(), saved)
-        checkpoints.wait()
-        with pytest.raises(CheckpointError) as caught:
-            checkpoints.restore(make_setup(tiny("--model.num_layers 4 --model.bias on"), "data=8"))
-    golden("errors/train/checkpoint_other_model.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+    store = save_steps(tmp_path, *range(1, 7), keep=keep, keep_every=keep_every)
+    assert store.folder.steps == kept
 
 
-def test_folder_without_a_save_is_refused(tiny: Tiny, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
-    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(CheckpointError) as caught:
-        checkpoints.restore(make_setup(tiny(), "data=8"))
-    golden("errors/train/checkpoint_none.txt", f"CheckpointError: {caught.value}".replace(str(tmp_path), "RUN"))
+@pytest.mark.parametrize("damaged", ["set aside", "pass over"])
+def test_damaged_save_gives_way_to_the_one_before(damaged: Damaged, tmp_path: Path) -> None:
+    store = save_steps(tmp_path, 1, 2)
+    (store.folder / 2 / "state" / "manifest.ocdbt").unlink()
+    told: list[str] = []
+    reader = SaveReader(folder=store.folder, damaged=damaged, say=told.append)
+    seal, _ = reader.read(lambda _: shapes_of(arrays_of(1)))
+    assert seal.step == 1
+    assert told[0].startswith("checkpoint 2 is damaged: state/manifest.ocdbt is missing.")
+    assert store.folder.names == (["1", "2"] if damaged == "pass over" else ["1", "2.damaged"])
 
 
-def test_failed_save_is_announced_before_anybody_waits(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The watches of all processes end them then; none of them gets as far as to ask.
-    announced: queue.Queue[BaseException] = queue.Queue()
+def test_record_that_its_owner_finds_wrong_is_damage(tmp_path: Path) -> None:
+    store = save_steps(tmp_path, 1, 2)
 
+    def check(seal: Seal) -> str:
+        return "too many batches" if seal.data["batches"] == 2 else ""
+
+    reader = SaveReader(folder=store.folder, check=check)
+    newest = reader.newest()
+    assert newest
+    assert newest.step == 1
+
+
+def test_folder_without_a_save_has_no_newest(tmp_path: Path) -> None:
+    reader = SaveReader(folder=SaveStore(tmp_path).folder)
+    assert reader.newest() is None
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        reader.require_newest()
+
+
+def test_failed_save_is_raised_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_seal", refuse)
-    monkeypatch.setattr(checkpoint, "announce_failure", announced.put)
-    checkpoints = Checkpoints(tmp_path)
-    setup = make_setup(tiny(), "data=8")
-    checkpoints.save(setup.init_state(), setup)
-    assert re.match(
-        r"step 0 could not be saved in .*: No space left on device. Nothing was saved yet.",
-        str(announced.get(timeout=60)),
-    )
-    with pytest.raises(CheckpointError, match="step 0 could not be saved"):
-        checkpoints.wait()
-    assert checkpoints.folder.names == []
+    store = save_steps(tmp_path, 1)
+    monkeypatch.setattr(store_module, "write_seal", refuse)
+    monkeypatch.setattr(store_module, "announce_failure", lambda _: None)
+    store.save(2, arrays_of(2), config=CONFIG, data={})
+    with pytest.raises(CheckpointError, match=r"step 2 could not be saved in .*: No space left on device. The save of"):
+        store.save(3, arrays_of(3), config=CONFIG, data={})
+    assert store.folder.names == ["1"]
 
 
-def test_save_whose_run_folder_moves_meanwhile_says_that(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    monkeypatch.setattr(checkpoint, "require_all", lambda *_: run.rename(tmp_path / "away"))
-    checkpoints = Checkpoints(run)
-    setup = make_setup(tiny(), "data=8")
-    checkpoints.save(setup.init_state(), setup)
-    with pytest.raises(
-        CheckpointError, match="run was moved or removed while the run wrote to it: step 0 is not saved"
-    ):
-        checkpoints.wait()
+def test_store_and_format_know_no_trainer_and_no_model() -> None:
+    root = Path(store_module.__file__).parents[2]
+    files = [root / "train/checkpoints/store.py", *(root / "hub/saves").glob("*.py")]
+    names = {
+        alias.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    assert "Seal" in names
+    assert names & {"RunConfig", "Setup", "TrainState", "PipelineParams", "ModelConfig", "Transformer"} == set()

@@ -1,4 +1,4 @@
-"""A run may begin with given weights: those of a Hugging Face folder or of another run, on any mesh, or say why not."""
+"""A run can begin with the weights of a Hugging Face folder or of another run, on any mesh; wrong ones are refused."""
 
 import shutil
 from collections.abc import Callable
@@ -9,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 from trellax.configs import RunConfig, config_from_dict
+from trellax.hub import run_params
 from trellax.hub.config import read_hub_model
+from trellax.hub.model_folder import load_params
 from trellax.hub.read import read_weights
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import natural_order
 from trellax.serve import param_shapes
 from trellax.train import Checkpoints, Setup, train
-from trellax.train.checkpoints import weights as run_weights
-from trellax.train.checkpoints.weights import (
+from trellax.train.checkpoints import initial_weights as run_weights
+from trellax.train.checkpoints.initial_weights import (
     check_initial_weights,
     initial_state,
-    load_params,
     save_params,
     weight_shapes,
 )
@@ -197,6 +198,6 @@ def test_first_process_says_whether_a_run_begins(
     monkeypatch.setattr(run_weights, "text_of_first", answer_of_first)
     check_initial_weights(setup)
     assert asked == ["empty"]
-    monkeypatch.setattr(run_weights, "is_first", lambda: False)
-    run_weights._say("told by the first process alone")
+    monkeypatch.setattr(run_params, "is_first", lambda: False)
+    run_params.say_on_stderr("told by the first process alone")
     assert capsys.readouterr().err == ""

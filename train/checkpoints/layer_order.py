@@ -1,9 +1,10 @@
-"""The state of a run in the natural order of its layers, by path: what a checkpoint holds, whatever the mesh.
+"""Convert the state of a run to arrays in layer order, by path, and back: a checkpoint does not depend on the mesh.
 
-Stage parameters [chunks, ranks, layers, ...] become [all layers, ...] and back. `store.py` saves and restores it.
+A pipeline holds stage parameters [chunks, ranks, layers, ...]; a checkpoint holds [all layers, ...] in the order of the
+model. For 6 layers on 2 ranks with 1 chunk, leaf w[1, 2, 3, ...] is saved as w[6, ...], so 3 ranks can read it as
+w[1, 3, 2, ...]. Parameters and the optimizer's moments are converted alike; `checkpoints.py` saves them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,49 +13,48 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ...hub.saves.paths import leaves_by_path
+from ...hub.saves.reader import Arrays
 from ...meshes.rules import split_first_free_dim
 from ...pipeline import PipelineParams, natural_order, stages_from_layers
 from ..state import Setup, TrainState
 
-Arrays = Mapping[str, jax.Array]
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-
 
 @dataclass(frozen=True)
-class NaturalState:
-    """The two ways between a run's state and its saved form, each compiled once."""
+class LayerOrder:
+    """The conversion of a run's state to its saved form and back, each way compiled once."""
 
     setup: Setup
 
     @cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every saved array as this run's mesh wants it: shape, type and sharding by path."""
+        """Shape, type and sharding of every saved array, by path, as this run's mesh splits it."""
         shapes = jax.eval_shape(self._merge, self.setup.shapes)
-        return by_path(jax.tree.map(_place, shapes, self._shardings))
+        return leaves_by_path(jax.tree.map(_place, shapes, self._shardings))
 
     def from_state(self, state: TrainState) -> Arrays:
         """Return the arrays of a state by path, as copies that outlive it."""
         return self._take(state)
 
     def to_state(self, arrays: Arrays) -> TrainState:
-        """Return the state made of saved arrays; consumes them where their memory can be reused."""
+        """Return the state that saved arrays hold; the arrays are donated where their memory can be reused."""
         return self._put(dict(arrays))
 
     @cached_property
     def params(self) -> PipelineParams:
-        """Shapes and shardings of the parameters alone, blocks [L, ...]."""
+        """Shapes and shardings of the parameters alone, stages [L, ...]."""
         shapes = jax.eval_shape(self._merge_params, self.setup.model.params)
         return jax.tree.map(_place, shapes, self._shardings.params)
 
     def to_params(self, params: PipelineParams) -> PipelineParams:
-        """Return parameters of natural order cut into the run's stages; they are given up."""
+        """Return parameters in layer order cut into the run's stages; they are donated."""
         own = self.setup.model.shardings
         return jax.jit(self._cut_params, out_shardings=own, donate_argnums=self._donated)(params)
 
     @cached_property
     def _take(self) -> Any:
         own = {path: leaf.sharding for path, leaf in self.shapes.items()}
-        return jax.jit(lambda state: by_path(self._merge(state)), out_shardings=own)
+        return jax.jit(lambda state: leaves_by_path(self._merge(state)), out_shardings=own)
 
     @cached_property
     def _put(self) -> Any:
@@ -69,11 +69,11 @@ class NaturalState:
 
     @property
     def _donated(self) -> tuple[int, ...]:
-        # Padded stages are larger than what they are made of, so they cannot take its place in memory.
+        # Padded stages are larger than their layers, so they cannot take over the memory.
         return () if self.setup.model.fns.layers_per_stage else (0,)
 
     def _merge(self, state: TrainState) -> TrainState:
-        # A run that was halted starts again with the state it was halted at.
+        # A halted run resumes from the state at which it was halted, with the flag cleared.
         return replace(map_params(self._merge_params, state), health=replace(state.health, halted=None))
 
     def _merge_params(self, params: PipelineParams) -> PipelineParams:
@@ -92,51 +92,52 @@ class NaturalState:
 
     @cached_property
     def _shardings(self) -> TrainState:
-        def natural(shardings: PipelineParams) -> PipelineParams:
+        def merge(shardings: PipelineParams) -> PipelineParams:
             stages = jax.tree.map(self._merge_sharding, shardings.stages, self.setup.model.params.stages)
             return PipelineParams(stages=stages, shared=shardings.shared)
 
         own = self.setup.shardings
-        return replace(map_params(natural, own), health=replace(own.health, halted=None))
+        return replace(map_params(merge, own), health=replace(own.health, halted=None))
 
     def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         mesh = self.setup.mesh
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
         if self.setup.config.model.num_layers % mesh.shape["pipe"] == 0:
             return NamedSharding(mesh, PartitionSpec(rank, *rest))
-        # As many layers as these no axis of the mesh divides: another dimension is split over pipe in their place.
+        # 7 layers do not split over 2 ranks: another dimension that does is split over pipe in their place.
         size = mesh.shape["pipe"]
         spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis="pipe", size=size)
         return NamedSharding(mesh, PartitionSpec(None, *spec))
 
 
 @lru_cache(maxsize=2)
-def natural_state(setup: Setup) -> NaturalState:
-    """Return the way between this run's state and its saved form; the same one again for the same run."""
-    return NaturalState(setup)
+def layer_order(setup: Setup) -> LayerOrder:
+    """Return the conversion of this run; the same one again for the same run."""
+    return LayerOrder(setup)
 
 
-def natural_params(setup: Setup) -> PipelineParams:
-    """Return shapes and shardings of a run's parameters as checkpoints have them: in natural order, stages [L, ...]."""
-    return natural_state(setup).params
+def params_in_layer_order(setup: Setup) -> PipelineParams:
+    """Return shapes and shardings of a run's parameters as checkpoints hold them, stages [L, ...]."""
+    return layer_order(setup).params
 
 
-def params_from_natural(setup: Setup, params: PipelineParams) -> PipelineParams:
-    """Return parameters of natural order cut into the run's stages; they are given up."""
-    return natural_state(setup).to_params(params)
+def params_in_stages(setup: Setup, params: PipelineParams) -> PipelineParams:
+    """Return parameters in layer order cut into the run's stages; they are donated."""
+    return layer_order(setup).to_params(params)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by path.
+def as_model(params: PipelineParams) -> dict[str, Any]:
+    """Return parameters in layer order as a model groups them: {"embed", "blocks", "head"}."""
+    return {"blocks": params.stages, **params.shared}
 
-    Flat names do not depend on the classes of optax or of ours, so a save outlives their changes.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+def as_pipeline(params: dict[str, Any]) -> PipelineParams:
+    """Return a model's parameters as a pipeline groups them, still in layer order."""
+    return PipelineParams(stages=params["blocks"], shared={"embed": params["embed"], "head": params["head"]})
 
 
 def map_params(change: Any, tree: Any) -> Any:
-    """Return the tree with `change` made to every copy of the parameter tree: parameters and optimizer moments."""
+    """Return a tree with `change` applied to every parameter tree in it: the parameters and the optimizer's moments."""
 
     def is_params(node: Any) -> bool:
         return isinstance(node, PipelineParams)

@@ -1,0 +1,44 @@
+"""`trellax export-hf CHECKPOINT OUT`: write the newest weights of a run folder as a Hugging Face folder."""
+
+import argparse
+from pathlib import Path
+
+from ..configs.saved_config import load_saved_config
+from ..hub.config_write import hub_values
+from ..hub.model_folder import load_params
+from ..hub.tokenizer_files import read_origin
+from ..hub.write import write_weights
+from ..meshes import mesh_sizes
+from ..meshes.files.new_folder import refuse_existing
+from ..train.checkpoints.initial_weights import weight_shapes
+from ..train.state import Setup
+from .hf_folders import build_asked_mesh, count_text, list_tokenizer_files, print_result, say
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of the config.json that a model came with which its export has again."""
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write the folder and return the exit code.
+
+    Raises:
+        TrellaxError: there is no save, no architecture holds the model, or OUT is there.
+    """
+    source, out = Path(args.source), Path(args.out)
+    # Before a save is read, since that starts jax.
+    mesh = build_asked_mesh(args)
+    config, origin = load_saved_config(source), read_origin(source)
+    values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
+    refuse_existing(out)
+    say(f"reading   {source}: {count_text(config.model)} parameters, on {mesh_sizes(mesh)}")
+    write_weights(
+        load_params(source, weight_shapes(Setup(config, mesh))),
+        config.model,
+        out,
+        architecture=values["model_type"],
+        dtype=args.dtype or config.model.dtype,
+        extra_values={key: origin[key] for key in _SPECIAL_IDS if key in origin},
+        extra_files=[source / name for name in list_tokenizer_files(source)],
+    )
+    print_result(args, values["model_type"], config.model, files=sorted(file.name for file in out.iterdir()))
+    return 0

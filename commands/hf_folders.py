@@ -1,0 +1,52 @@
+"""Functions that `import-hf` and `export-hf` share: the mesh to read weights on, and the result."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from ..hub.folder import find_file
+from ..hub.tokenizer_files import TOKENIZER_FILES
+from ..layers import ModelConfig, param_counts
+from ..meshes import MeshSpec, build_mesh, use_fake_devices
+from ..meshes.build import visible_devices
+
+
+def build_asked_mesh(args: argparse.Namespace) -> Mesh:
+    """Return the mesh of `--mesh`, on as many of the devices as it needs.
+
+    Raises:
+        MeshError: it is no mesh, or there are fewer devices.
+    """
+    spec = MeshSpec.parse(args.mesh)
+    if args.fake_devices is not None:
+        use_fake_devices(args.fake_devices)
+    devices = visible_devices()
+    return build_mesh(spec, devices=devices if -1 in spec.sizes.values() else devices[: spec.num_devices])
+
+
+def list_tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files that belong to a tokenizer."""
+    return [name for name in TOKENIZER_FILES if find_file(folder, name)]
+
+
+def count_text(config: ModelConfig) -> str:
+    """Return the number of a model's parameters as text."""
+    return f"{param_counts(config).total:,}"
+
+
+def print_result(args: argparse.Namespace, architecture: str, config: ModelConfig, *, files: list[str]) -> None:
+    """Print what was written, as text or as JSON."""
+    if args.json:
+        numbers = {"folder": args.out, "architecture": architecture, "parameters": param_counts(config).total}
+        print(json.dumps(numbers | {"model": asdict(config), "files": files}))
+        return
+    print(f"{architecture}, {count_text(config)} parameters\n{args.out}: {', '.join(files)}")
+
+
+def say(text: str) -> None:
+    """Print a line of progress on stderr."""
+    print(text, file=sys.stderr)

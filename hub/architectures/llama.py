@@ -1,0 +1,34 @@
+"""Llama 1 to 3: biases on all linear layers, or on none."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...layers import ModelConfig
+from .architecture import Values
+from .llama_family import BIASES, LlamaFamily
+
+
+def _read_bias(values: Values) -> dict[str, Any]:
+    return {"bias": "on" if values.get("attention_bias") else "off"}
+
+
+def _write_bias(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.bias == "on", "mlp_bias": config.bias == "on"}
+
+
+def _refuse_biases(values: Values) -> Iterator[str]:
+    given = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+    if len(given) == 1:
+        yield f"{given[0]}=true; {BIASES}"
+
+
+LLAMA = LlamaFamily(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    max_tokens=2048,
+    holds={"bias": ("on", "off")},
+    read_more=_read_bias,
+    write_more=_write_bias,
+    refuse_more=_refuse_biases,
+)
+"""Llama; `tensors` and all keys of config.json are those of the family."""

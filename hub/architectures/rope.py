@@ -1,0 +1,106 @@
+"""Rotary positions (RoPE) in a config.json: read, checked and written.
+
+transformers 4 wrote `rope_theta` and `rope_scaling`, version 5 writes `rope_parameters`, and edited files have both.
+All three become one table here, which the other functions read under the key `rope`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...layers import ModelConfig
+from ...meshes.errors import shown
+from .architecture import Values
+from .numbers import check_positive
+
+_ORIGINAL_TOKENS = "original_max_position_embeddings"
+
+_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""The numbers that each type of scaling needs."""
+
+
+def settle_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dict[str, Any]:
+    """Return the numbers of rotary positions as one table with `rope_type` and `rope_theta`.
+
+    Args:
+        max_tokens: the architecture's own, where the file says nothing.
+        warnings: gets a line for every key that another one overrides.
+
+    Raises:
+        TypeError: `rope_parameters` or `rope_scaling` is no table.
+    """
+    parameters, scaling = _read_table(values, "rope_parameters"), _read_table(values, "rope_scaling")
+    rope = dict(scaling or parameters)
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    # A base in the table that is not taken does not count either.
+    theta = next((one for one in (rope.get("rope_theta"), values.get("rope_theta")) if one is not None), 10_000.0)
+    rope["rope_theta"] = theta
+    if rope["rope_type"] == "llama3":
+        own = values.get(_ORIGINAL_TOKENS)
+        first = rope.get(_ORIGINAL_TOKENS) if own is None else own
+        rope[_ORIGINAL_TOKENS] = values.get("max_position_embeddings", max_tokens) if first is None else first
+    beside = {"rope_theta": values["rope_theta"]} if "rope_theta" in values and (parameters or scaling) else {}
+    for name, table in (("rope_parameters", parameters), ("rope_scaling", scaling), ("config.json", beside)):
+        for key, value in table.items():
+            taken = rope["rope_type"] if key == "type" else rope.get(key)
+            if value is not None and taken != value:
+                warnings.append(f"{key}={shown(value)} of {name} does not count, but {shown(taken)}")
+    return rope
+
+
+def find_rope_refusals(values: Values) -> Iterator[str]:
+    """Yield one line for each setting of rotary positions that trellax cannot compute."""
+    rope = values["rope"]
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in _NUMBERS:
+        yield f"rope type {shown(kind)}; only {', '.join(map(repr, _NUMBERS))} are"
+        kind = "default"
+    yield from check_positive("rope_theta", rope["rope_theta"])
+    for key in _NUMBERS[kind]:
+        if key in rope:
+            yield from check_positive(key, rope[key])
+        else:
+            yield f"rope type {kind!r} without a number {key!r}"
+    if kind == "llama3" and type(original := rope[_ORIGINAL_TOKENS]) is not int:
+        yield f"{_ORIGINAL_TOKENS}={shown(original)} is no whole number"
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, None):
+        yield "partial_rotary_factor: only rotary positions of whole heads are"
+
+
+def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `ModelConfig` that a settled table describes."""
+    read: dict[str, Any] = {"positions": "rotary", "rope_theta": float(rope["rope_theta"])}
+    kind = rope["rope_type"]
+    if kind != "default":
+        read |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    if kind == "llama3":
+        read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
+        read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
+        read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
+    return read
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of rotary positions: transformers 5 reads the first, version 4 the other two."""
+    rope: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
+    if config.rope_scaling != "none":
+        rope["factor"] = config.rope_factor
+    if config.rope_scaling == "llama3":
+        rope["low_freq_factor"] = config.rope_low_frequency_factor
+        rope["high_freq_factor"] = config.rope_high_frequency_factor
+        rope[_ORIGINAL_TOKENS] = config.rope_original_tokens
+    return {
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling == "none" else rope,
+    }
+
+
+def _read_table(values: Values, name: str) -> Mapping[str, Any]:
+    table = values.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{name}={shown(table)} is no table")
+    return table

@@ -1,0 +1,54 @@
+"""Load the model in a folder as a `Transformer` with its parameters on a mesh, to be called as `model(tokens)`.
+
+For answers to prompts use `trellax.serve`, for more training `trellax train` with `train.init_from`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..layers import Transformer, model_rules, param_dims
+from ..meshes import ConfigError, MeshSpec, build_mesh
+from ..meshes.arguments import check_choice
+from .model_folder import load_params, read_model_config
+from .saves.paths import path_text
+
+
+def load_model(
+    folder: str | Path, *, mesh: Mesh | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> Transformer:
+    """Return the model in a run folder or a Hugging Face folder, each device having read its part of the parameters.
+
+    >>> model = load_model("runs/quickstart", mesh=build_mesh(MeshSpec(tensor=2)))
+    >>> model(jnp.zeros((1, 16), int)).shape
+    (1, 16, 256)
+
+    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and copied over the other axes, since
+    the model runs all its layers on every device; `trellax.pipeline.split_transformer` cuts one over `pipe`.
+
+    Args:
+        mesh: where the parameters live; the first device alone if left out.
+        dtype: type of the parameters and to compute in; the model's own if left out.
+
+    Raises:
+        TrellaxError: there is no model, or it does not fit the mesh; then no weight was read.
+    """
+    check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
+    config = read_model_config(folder)
+    config = replace(config, dtype=dtype or config.dtype)
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1]) if mesh is None else mesh
+    rules = model_rules(config, mesh.shape)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+
+    def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=path_text(path))
+        return jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=sharding)
+
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    wanted = jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    nnx.update(model, load_params(folder, wanted))
+    return model

@@ -1,0 +1,135 @@
+"""Open a folder with a model in it: config and tokenizer are read first, weights only when asked for.
+
+Either a run folder, as `trellax train` or `import-hf` writes it, or a Hugging Face model. Read `read.py` and
+`run_params.py` for the weights of the two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..layers import ModelConfig
+from ..meshes import CheckpointError
+from .config import read_hub_model
+from .folder import check_model_folder, find_file
+from .read import read_weights
+from .run_params import is_run_folder, read_run_params, run_saves, say_on_stderr
+from .saved_model import read_saved_model
+from .saves.names import FOLDER
+from .saves.reader import SaveReader
+from .special_ids import ORIGIN
+from .text_stream import ByteTokenizer, Tokenizer
+from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
+
+_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model whose weights are not read yet.
+
+    Args:
+        config: the model.
+        tokenizer: text to its token ids and back.
+        end_ids: tokens that end an answer.
+        read: returns parameters of the shapes, types and shardings that it is given: a tree {"embed", "blocks",
+            "head"} of `jax.ShapeDtypeStruct`, blocks [L, ...].
+        begin_ids: tokens that begin a text which has none; empty where no file says so.
+        warnings: one line for every two files of the folder that differ.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    end_ids: tuple[int, ...]
+    read: Callable[[Any], Any]
+    begin_ids: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def open_model(folder: str | Path) -> ModelSource:
+    """Return the model in a folder.
+
+    >>> source = open_model("runs/quickstart")
+    >>> source.tokenizer.encode("hi")
+    [104, 105]
+
+    Raises:
+        CheckpointError: there is no such folder, no model in it, or a run without a save or without a tokenizer.
+        WeightsError: the Hugging Face folder holds no model that trellax has.
+        DataError: its tokenizer is missing or broken.
+    """
+    folder = Path(folder)
+    if is_run_folder(folder):
+        return _open_run(folder)
+    check_model_folder(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds no model: neither {FOLDER} of a run nor the config.json of a Hugging Face model.",
+            fix="train into it first, or name another folder.",
+        )
+    model = read_hub_model(folder)
+    return _with_tokenizer(load_tokenizer(folder), model.config, read=partial(load_params, folder))
+
+
+def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters in a run folder (its newest save) or a Hugging Face folder, each device reading its part.
+
+    A damaged save is named on stderr, and the one before is used.
+
+    Args:
+        shapes: the parameters wanted, a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings,
+            blocks [L, ...]; such as `trellax.serve.param_shapes` or `trellax.train.weight_shapes` returns.
+
+    Raises:
+        CheckpointError: the run folder has none, or those of another model.
+        WeightsError: the Hugging Face folder is not whole, or of another model.
+    """
+    if is_run_folder(folder):
+        return read_run_params(folder, shapes)
+    return read_weights(folder, shapes, say=say_on_stderr)
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """Return the model whose weights a run folder or a Hugging Face folder holds.
+
+    Raises:
+        CheckpointError: the run folder has no save, or one of a model that this version does not know.
+        WeightsError: the Hugging Face folder holds no model that trellax has.
+    """
+    return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
+
+
+def _open_run(folder: Path) -> ModelSource:
+    config, data = _read_run(folder)
+    read = partial(load_params, folder)
+    if find_file(folder, TOKENIZER):
+        return _with_tokenizer(load_tokenizer(folder), config, read=read)
+    reads_bytes = data.get("source", "stdlib") != "tokens" and data.get("tokenizer", "bytes") == "bytes"
+    if not reads_bytes or find_file(folder, ORIGIN) is not None or config.vocab_size < _BYTES:
+        raise CheckpointError(
+            f"the model in {folder} reads token ids, and there is no {TOKENIZER} that says what text they are.",
+            fix=f"copy the model's {TOKENIZER} there, or use trellax.serve.Engine with token ids of your own.",
+        )
+    return ModelSource(config=config, tokenizer=ByteTokenizer(), end_ids=(), read=read)
+
+
+def _read_run(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the model of the newest save, and the `data` section of its config."""
+    saves = run_saves(folder)
+    seal = SaveReader(folder=saves).require_newest()
+    return read_saved_model(seal, folder=saves / seal.step), dict(seal.config.get("data", {}))
+
+
+def _with_tokenizer(tokenizer: ModelTokenizer, config: ModelConfig, *, read: Callable[[Any], Any]) -> ModelSource:
+    """Return the model with its tokenizer, without ids that the model does not have: those are refused where used."""
+    special, begin = tokenizer.special, tokenizer.special.begin_id
+    return ModelSource(
+        config=config,
+        tokenizer=tokenizer,
+        end_ids=tuple(one for one in special.stop_ids if one < config.vocab_size),
+        begin_ids=() if begin is None or begin >= config.vocab_size else (begin,),
+        warnings=special.warnings,
+        read=read,
+    )

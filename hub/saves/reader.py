@@ -1,0 +1,150 @@
+"""Read the newest save that is whole; pass over damaged ones, or set them aside.
+
+Of many processes all call each method, and all come to the same answer: each checks its share of the files.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from ...meshes import CheckpointError
+from ...meshes.processes.messages import gather_texts, is_first, text_of_first
+from .arrays import explain_failure, load_arrays
+from .checksum import checksums
+from .names import SaveFolder
+from .seal import SEAL_FORMAT, Seal, find_damage, read_seal
+
+Arrays = Mapping[str, jax.Array]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+Damaged = Literal["set aside", "pass over"]
+"""What to do with a damaged save: rename it, or leave it as it is, as a reader who owns nothing here must."""
+
+
+def _say_nothing(_told: str) -> None:
+    pass
+
+
+def _find_nothing(_seal: Seal) -> str:
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReader:
+    """A reader of the saves in a folder.
+
+    Args:
+        folder: the saves.
+        damaged: what to do with damaged ones.
+        say: called with a sentence for each of them.
+        check: returns what is wrong with a record as far as its owner can tell, "" if nothing is.
+    """
+
+    folder: SaveFolder
+    damaged: Damaged = "pass over"
+    say: Callable[[str], object] = _say_nothing
+    check: Callable[[Seal], str] = _find_nothing
+
+    def newest(self, *, without: Collection[int] = ()) -> Seal | None:
+        """Return the seal of the newest save whose files are as they were written, or None; reads every file once.
+
+        Args:
+            without: steps to ignore.
+
+        Raises:
+            CheckpointError: another format of trellax wrote it.
+        """
+        tried = set(without)
+        while step := text_of_first(str(max(set(self.folder.steps) - tried, default=""))):
+            tried.add(int(step))
+            seal, problem = self._examine(int(step))
+            if not problem:
+                return seal
+            self._pass_by(int(step), problem)
+        return None
+
+    def require_newest(self) -> Seal:
+        """Return the same, where there must be one.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        was_empty = self.folder.is_empty
+        if (seal := self.newest()) is None:
+            raise self._nothing_there(was_empty=was_empty)
+        return seal
+
+    def read(self, choose: Callable[[Seal], Shapes]) -> tuple[Seal, Arrays]:
+        """Return the newest whole save and arrays of it, each with the sharding that its shape has.
+
+        Args:
+            choose: returns the arrays to read of a save; raises to refuse it. Called before an array is read.
+
+        Raises:
+            CheckpointError: there is no whole save, or it cannot be loaded.
+        """
+        was_empty, wrong = self.folder.is_empty, set[int]()
+        while (seal := self.newest(without=wrong)) is not None:
+            arrays = _load(self.folder / seal.step, choose(seal))
+            problem = _compare(arrays, seal)
+            if not problem:
+                return seal, arrays
+            self._pass_by(seal.step, problem)
+            wrong.add(seal.step)
+        raise self._nothing_there(was_empty=was_empty)
+
+    def _examine(self, step: int) -> tuple[Seal | None, str]:
+        folder = self.folder / step
+        seal, problem = read_seal(folder)
+        if seal is not None and seal.format != SEAL_FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {seal.format}; this trellax reads format {SEAL_FORMAT}.",
+                fix="use the trellax it was saved with.",
+            )
+        if seal is not None:
+            share = (jax.process_index(), jax.process_count())
+            problem = self.check(seal) or "; ".join(find_damage(folder, seal, share=share)[:3])
+        return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
+
+    def _pass_by(self, step: int, problem: str) -> None:
+        what = f"checkpoint {step} is damaged: {problem}."
+        if self.damaged == "pass over":
+            self.say(f"{what} The one before is used.")
+            return
+        aside = ""
+        if is_first():
+            try:
+                aside = self.folder.set_aside(step).name
+            except OSError as error:
+                raise CheckpointError(
+                    f"{what} It cannot be set aside: {error.strerror}.", fix=f"make {self.folder.path} writable."
+                ) from None
+        self.say(f"{what} It is kept as {text_of_first(aside)}, and the one before is used.")
+
+    def _nothing_there(self, *, was_empty: bool) -> CheckpointError:
+        if was_empty:
+            return CheckpointError(f"{self.folder.path} holds no checkpoint.", fix="train from the start.")
+        return CheckpointError(
+            f"{self.folder.path} holds no whole checkpoint: what is there is damaged.",
+            fix="put a copy back in its place, or start over with --fresh --force, which keeps what is there.",
+        )
+
+
+def _load(folder: Path, shapes: Shapes) -> Arrays:
+    try:
+        return load_arrays(folder, shapes)
+    except Exception as error:
+        # Its files are as they were written, so it is not damaged: memory may be short, or a disk away for a moment.
+        raise CheckpointError(
+            f"{folder} is whole, but cannot be loaded: {explain_failure(error)}.",
+            fix="give it more memory or devices, then the same command again; to do without it, move it elsewhere.",
+        ) from error
+
+
+def _compare(arrays: Arrays, seal: Seal) -> str:
+    """Return what is wrong with loaded arrays, by their checksums; "" if they are those that were saved."""
+    sums = checksums(arrays)
+    return next((f"{path} is not what was saved" for path in arrays if sums[path] != seal.arrays[path][2]), "")

@@ -1,0 +1,33 @@
+"""Load the model in a folder for an engine: its parameters on a mesh, each device having read its own part."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from ..hub.model_folder import ModelSource, open_model
+from ..meshes import ConfigError
+from ..meshes.arguments import check_choice
+from .params import param_shapes
+
+
+def load_for_serving(
+    path: str | Path, *, mesh: Mesh, dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[ModelSource, Any]:
+    """Return the model in a folder and its parameters on a mesh.
+
+    >>> source, params = load_for_serving("runs/quickstart", mesh=mesh)
+    >>> engine = Engine(source.config, params, mesh=mesh)
+
+    Args:
+        dtype: type of the parameters and to compute in; the model's own if left out.
+
+    Raises:
+        TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
+    """
+    check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
+    source = open_model(path)
+    # The config too: an engine is made of both.
+    config = replace(source.config, dtype=dtype or source.config.dtype)
+    return replace(source, config=config), source.read(param_shapes(config, mesh=mesh))
