@@ -1,4 +1,4 @@
-"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. Read `../plan/training_search.py` next."""
+"""`trellax plan`: which mesh for a config on a machine, what it costs, and why. See `../plan/training_search.py`."""
 
 import argparse
 import json
