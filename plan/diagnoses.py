@@ -25,6 +25,7 @@ from .training_search import TrainQuestion, layout_memory, price_layout
 Severity = Literal["error", "warning", "note"]
 
 _GB = 1e9
+# Thresholds, as shares of the step or of memory; `_UNEVEN_SHARE` is the largest rank over the mean.
 _IDLE_SHARE = 0.2
 _EXPECTED_SHARE = 0.05
 _UNEVEN_SHARE = 1.1

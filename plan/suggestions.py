@@ -14,6 +14,7 @@ from .plan import Plan
 from .training_search import TrainQuestion, layout_memory, price_layout
 
 _GB = 1e9
+# A suggestion must save at least 1% of the step.
 _WORTHWHILE = 0.99
 _CHUNKS = (2, 4)
 _HIDDEN = ("pipeline.chunks", "pipeline.layers_per_stage")

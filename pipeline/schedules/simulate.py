@@ -166,6 +166,7 @@ def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: flo
             if shared_loss and any(_is_last_forward(schedule, action) for _, action in actions):
                 # The loss is a collective over all ranks, so ranks with a shorter action wait.
                 ends = [max(ends) + shared_loss] * schedule.num_ranks
+        # One collective permute ends the tick for all ranks, whether one or all of them send.
         is_hop = any(_is_sent(schedule, action) for cell in cells for action in cell)
         now = max(ends) + (transfer if is_hop else 0.0)
     return spans

@@ -67,6 +67,7 @@ def layer_time(
     comm = _tensor_comm_s(model, size=size, layout=layout, runtime=runtime, topology=topology)
     comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
     hidden = _hidden_comm_s(comm, weight_grad, runtime)
+    # Only full rematerialization runs the collectives of the forward again.
     again += comm if layout.remat == "full" else 0.0
     input_grad += comm - hidden
     # If the host launches kernels more slowly than the device runs them, the device waits, in each pass as a whole.

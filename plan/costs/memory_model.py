@@ -126,6 +126,7 @@ def _rank_memory(
     stage = 0 if rank == 0 else -1 if rank == layout.pipe - 1 else 1
     params = device_params(model, layout=layout, runtime=runtime, num_layers=sum(layers), stage=stage)
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
     state = _state_bytes(layout, runtime)
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
@@ -141,6 +142,7 @@ def _rank_memory(
 
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
+    # ZeRO-1 splits the optimizer state over all copies of a parameter, ZeRO-3 and fsdp everything over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
     whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)

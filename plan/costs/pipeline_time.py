@@ -79,6 +79,7 @@ def pipeline_time_s(
     periods = (num_microbatches - _SHORT * num_ranks) // num_ranks
     if periods < 2 or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
         return run(num_microbatches)
+    # 8 ranks and 100 microbatches: periods = 10, so schedules of 20 and 28 microbatches are simulated.
     few = num_microbatches - periods * num_ranks
     start = run(few)
     return start + periods * (run(few + num_ranks) - start)

@@ -36,6 +36,7 @@ def update_time(
     """Return the seconds of the update on the first rank, which ends last and holds `num_layers` layers."""
     params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, stage=0)
     group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
+    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
     if runtime.shard_overlap == "off" and group.num_nodes > 1:
         group = Group(size=group.size, per_node=1)
     shards = layout.replicas if layout.zero else 1
@@ -45,6 +46,7 @@ def update_time(
         return collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
 
     if layout.fsdp > 1 or layout.zero == 3:
+        # Parameters are gathered for the forward and again for the backward of every microbatch.
         rounds = layout.microbatches
         gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES * params)
         reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes * params)

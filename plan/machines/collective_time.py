@@ -59,6 +59,7 @@ def collective_time_s(kind: CollectiveKind, *, num_bytes: float, group: Group, t
         return 0.0
     if kind == "send":
         return _send_s(num_bytes, group, topology)
+    # An all-gather or reduce-scatter is half of a ring all-reduce: (n - 1) / n of the array instead of 2 (n - 1) / n.
     is_ring = kind != "all_reduce"
     if group.num_nodes == 1:
         whole = _node_all_reduce_s(num_bytes, group.size, topology, is_ring=is_ring)
@@ -92,6 +93,7 @@ def _node_all_reduce_s(num_bytes: float, size: int, topology: Topology, *, is_ri
 def _network_all_reduce_s(num_bytes: float, group: Group, topology: Topology) -> float:
     accelerator = topology.accelerator
     wire = 2 * (group.size - 1) / group.size * num_bytes
+    # Every device of the group has an adapter of its own, and all of them send at once; the links inside may be slower.
     network = group.per_node * _NETWORK_SHARE * accelerator.network_bytes_per_s
     speed = min(network, _LINK_SHARE * accelerator.link_bytes_per_s)
     return 2 * _NETWORK_START_S * math.log2(group.num_nodes) + 2 * _LINK_START_S + wire / speed

@@ -22,11 +22,14 @@ MEMORY_SHARE = 0.74
 FlashKernel = Literal["vendor", "portable"]
 """Implementation of fused attention: the vendor's library, or a portable kernel (Triton, FlashAttention 2)."""
 
+# Rows and columns of a tile, and its speed relative to the largest: smaller tiles load more data per product.
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
+# Inner dimension whose time a tile spends on filling the arithmetic pipeline, and the least that is worth splitting.
 _SHORT_INNER = 150
 _LONG_INNER = 512
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
+# Shares of the peak, forward and backward.
 _FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
 # A portable kernel does not use the asynchronous matrix units of Hopper and later.
 _SYNCHRONOUS_SHARE = 0.65

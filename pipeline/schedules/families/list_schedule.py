@@ -68,6 +68,7 @@ class _State:
         for rank, action in enumerate(chosen):
             if action is not None:
                 self.waiting[rank][action.kind].pop()
+                # A microbatch is held until its weight gradient, which needs the layer's inputs.
                 self.held[rank] += {"F": 1, "W": -1}.get(action.kind, 0)
                 self.ticks_of[rank][self.tick] = [action]
                 self.tick_of[action] = self.tick
