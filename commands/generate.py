@@ -13,7 +13,7 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, Sequence, Sizes, check_model, check_request, param_shapes
+from ..serve import Engine, Request, ServedSequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
 from .engine import apply_dtype, open_mesh, resolve_mesh
@@ -68,9 +68,9 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[Sequence]:
+def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[ServedSequence]:
     sequences = [engine.submit(request) for request in requests]
-    while not engine.schedule.is_idle:
+    while not engine.scheduler.is_idle:
         for sequence in engine.step():
             if printer:
                 printer.end(sequence)
@@ -157,12 +157,12 @@ class _Printer:
         self._has_ended = [False] * len(prompts)
         self._first = 0
 
-    def add(self, sequence: Sequence, token: int) -> None:
+    def add(self, sequence: ServedSequence, token: int) -> None:
         """Print a token of the answer that is being printed, or keep that of a later one."""
         self._waiting[sequence.id] += self._streams[sequence.id].add(token)
         self._show()
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: ServedSequence) -> None:
         """Print the rest of an answer, and what there is of those after it."""
         is_last = sequence.id == len(self._streams) - 1
         self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _SEPARATOR)
@@ -184,7 +184,7 @@ class _Printer:
         self._waiting[self._first] = ""
 
 
-def _numbers(prompt: str, sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
+def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dict[str, Any]:
     stream = TextStream(tokenizer, prompt=sequence.request.prompt)
     return {
         "prompt": prompt,
@@ -204,7 +204,7 @@ def _describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     )
 
 
-def _describe_pace(engine: Engine, sequences: list[Sequence], seconds: float) -> str:
+def _describe_pace(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "

@@ -8,9 +8,9 @@ from ..configs.check import check_run
 from ..configs.run_config import RunConfig
 from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
 from ..meshes.columns import align
-from ..programs import Machine, ProgramReport, Target, describe_report, draw_report, hlo_text, open_target
+from ..programs import Machine, ProgramReport, Target, draw_report, format_report, hlo_text, open_target
 from ..programs.memory import judge_memory
-from ..programs.tables import format_bytes
+from ..programs.report_tables import format_bytes
 from ..train.state import Setup
 from ..train.xla import MEMORY_FRACTION
 from .inspect_advice import Knob, list_knobs
@@ -40,7 +40,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
-        print(_describe_program(report, setup, machine), describe_report(report), sep="\n\n")
+        print(_describe_program(report, setup, machine), format_report(report), sep="\n\n")
         print(_describe_verdict(report, setup, machine), end="")
     if args.hlo:
         write_output_file(args.hlo, hlo_text(compiled).encode())

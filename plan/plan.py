@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..layers import ModelConfig
+from ..meshes.notebook import table_html
 from ..pipeline.schedules import Vocab
 from .costs.inference_time import InferenceTime
 from .costs.layout import Layout
@@ -68,6 +69,23 @@ class Plan:
         if self.inference is not None:
             found |= {"latency_s": self.inference.latency_s, "prefill_s": self.inference.prefill_s}
         return found
+
+    def _repr_html_(self) -> str:
+        """Return the plan as a table of two columns in HTML, which a notebook shows."""
+        layout = self.layout
+        rows = [
+            ("mesh", name_layout(layout)),
+            ("schedule", f"{layout.schedule}, {layout.microbatches} microbatches" if layout.pipe > 1 else "none"),
+            ("remat", layout.remat),
+            ("zero", str(layout.zero)),
+            ("time of a step" if self.step is not None else "time of a token", f"{self.time_s:.4g} s"),
+            ("tokens per second", f"{self.tokens_per_s:,.0f}"),
+            ("MFU", f"{self.mfu:.1%}"),
+            ("bubble", f"{self.bubble_fraction:.1%}"),
+            ("memory per device", f"{self.memory.total / 1e9:.1f} GB"),
+            ("why", self.why),
+        ]
+        return table_html([("plan", ""), *rows], left=2)
 
 
 def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vocab) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The inspector: what a compiled program keeps, sends and computes on each device, read from the program itself."""
+"""The inspector: read memory, traffic and work per device from a compiled program."""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +6,10 @@ from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
     from .hardware import Hardware, hardware_from_description, measure_host
-    from .inspect import ProgramReport, hlo_text, inspect_compiled
     from .memory import Memory
-    from .picture import draw_report
-    from .tables import describe_report
+    from .report import ProgramReport, hlo_text, inspect_compiled
+    from .report_picture import draw_report
+    from .report_tables import format_report
     from .targets import Machine, Target, list_gpus, open_target
     from .testing import assert_fits, assert_sends_at_most, assert_sends_near_minimum, compilations
     from .traffic import Traffic
@@ -25,8 +25,8 @@ __all__ = [
     "assert_sends_at_most",
     "assert_sends_near_minimum",
     "compilations",
-    "describe_report",
     "draw_report",
+    "format_report",
     "hardware_from_description",
     "hlo_text",
     "inspect_compiled",

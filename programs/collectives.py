@@ -1,15 +1,16 @@
-"""What a program sends: every collective with its mesh axis, how often each device runs it, and bytes on the wire.
+"""List the collectives of a compiled program: mesh axis, number of runs on each device, and bytes sent.
 
-Bytes are what one device sends in the bandwidth-optimal algorithm (Thakur et al. 2005; NCCL's rings), in a group of n:
+The bytes are those that one device sends with a bandwidth-optimal algorithm (Thakur et al. 2005, "Optimization of
+Collective Communication Operations in MPICH"; NCCL's rings) in a group of n devices:
 
     all-reduce          2 (n - 1) / n x operand
-    all-gather          (n - 1) x operand, a shard
+    all-gather          (n - 1) x operand, which is a shard
     reduce-scatter      (n - 1) / n x operand
     all-to-all          (n - 1) / n x operand
-    collective-permute  the operand, from devices that are a source and not their own target
+    collective-permute  the operand, if the device is the source of a pair and not its own target
     broadcast           the operand
 
-A real implementation may send more, never less. Read `traffic.py` next.
+A real implementation may send more, but not less. Read `traffic.py` next.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from .executions import Executions
+from .execution_counts import ExecutionCounts
 from .groups import Groups, axis_of_groups, axis_of_pairs, read_groups
-from .hlo import Instruction, Program
+from .hlo import HloModule, Instruction
 
 KINDS = (
     "all-reduce",
@@ -31,15 +32,16 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-"""Opcodes of collectives; `-start` is counted for its pair, `-done` is not."""
+"""Opcodes of collectives. Of an asynchronous pair, `-start` is counted and `-done` is not."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Collective:
     """One collective instruction of a program.
 
-    `count` and `sent_bytes` are for a whole step, [devices]; `operand_bytes` for one run; `op_name` says where in the
-    user's program it comes from; `axis` is `data`, `pipe+data`, `part of tensor` or the like, or `unattributed`.
+    `count` and `sent_bytes` are arrays [devices] for a whole run of the program; `operand_bytes` is for one execution.
+    `op_name` is its place in the user's program. `axis` names mesh axes, such as `data`, `pipe+data` or `part of
+    tensor`, or is `unattributed`.
     """
 
     name: str
@@ -51,15 +53,15 @@ class Collective:
     sent_bytes: np.ndarray
 
 
-def list_collectives(program: Program, executions: Executions, *, mesh: Mesh) -> tuple[Collective, ...]:
-    """Return all collectives that some device runs.
+def list_collectives(program: HloModule, executions: ExecutionCounts, *, mesh: Mesh) -> tuple[Collective, ...]:
+    """Return all collectives that at least one device runs.
 
-    Partition i of the program must be the i-th device of the mesh in row-major order, as `jax.jit` has it.
+    Partition i of the program must be the i-th device of the mesh in row-major order, as `jax.jit` makes it.
     """
     return tuple(_find(program, executions, mesh))
 
 
-def _find(program: Program, executions: Executions, mesh: Mesh) -> Iterator[Collective]:
+def _find(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterator[Collective]:
     num_devices = mesh.devices.size
     for computation, instruction in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
@@ -82,7 +84,7 @@ def _find(program: Program, executions: Executions, mesh: Mesh) -> Iterator[Coll
 
 
 def _factors(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
-    """How many operands each device sends in one run."""
+    """Return the bytes that each device sends in one execution, in units of its operand, [devices]."""
     if kind == "collective-permute":
         sources = [pair[0] for pair in groups or () if pair[0] != pair[1]]
         return np.isin(np.arange(num_devices), sources).astype(float)

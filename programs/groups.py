@@ -1,4 +1,4 @@
-"""Who takes part in a collective: the device groups in every notation of XLA, and the mesh axes they run along."""
+"""Read the device groups of a collective, in every notation of XLA, and find the mesh axes along which they run."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import numpy as np
 from .hlo import Instruction
 
 Groups = tuple[tuple[int, ...], ...]
-"""Partition numbers, group by group; for a permute pairs of source and target."""
+"""Partition numbers by group; for a permute, pairs of source and target."""
 
 UNATTRIBUTED = "unattributed"
 """The axis of groups that run along no combination of mesh axes."""
@@ -25,7 +25,7 @@ _SUB_AXIS = re.compile(r"'?([^':]+)'?(?::\((\d+)\)(\d+))?$")
 
 
 def read_groups(instruction: Instruction, *, num_devices: int) -> Groups | None:
-    """Return the groups of a collective, or None if they are written in a way this file does not know."""
+    """Return the groups of a collective, or None if their notation is unknown."""
     text = instruction.attributes
     if found := _LISTS.search(text):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1]))
@@ -40,9 +40,10 @@ def read_groups(instruction: Instruction, *, num_devices: int) -> Groups | None:
 
 
 def axis_of_groups(groups: Groups | None, *, axes: Sequence[str], shape: Sequence[int]) -> str:
-    """Return the mesh axes along which groups run, as `data` or `pipe+data`; `unattributed` if along none.
+    """Return the mesh axes along which groups run, such as `data` or `pipe+data`, or else `unattributed`.
 
-    They must be all the lines (planes, ...) of these axes. Pieces of lines of one axis are `part of data`.
+    The groups must be all lines (planes, ...) along these axes. Groups that are parts of the lines along one axis are
+    `part of data`.
 
     Args:
         axes, shape: names and sizes of the mesh's axes; device i is number i in row-major order.
@@ -62,7 +63,7 @@ def axis_of_pairs(pairs: Groups | None, *, axes: Sequence[str], shape: Sequence[
 
 
 def _moving_axes(groups: Groups | None, axes: Sequence[str], shape: Sequence[int]) -> list[str]:
-    """The axes on which members of a group differ, in the order of the mesh."""
+    """Return the axes on which members of a group differ, in the order of the mesh."""
     if groups is None or any(device >= math.prod(shape) for group in groups for device in group):
         return []
     moving: set[str] = set()
@@ -73,14 +74,14 @@ def _moving_axes(groups: Groups | None, axes: Sequence[str], shape: Sequence[int
 
 
 def _lines(moving: Sequence[int], shape: Sequence[int]) -> set[frozenset[int]]:
-    """The groups of devices that differ in these axes only."""
+    """Return the groups of devices that differ in these axes only."""
     fixed = [axis for axis in range(len(shape)) if axis not in moving]
     ids = np.arange(math.prod(shape)).reshape(shape).transpose([*fixed, *moving])
     return set(map(frozenset, ids.reshape(-1, math.prod(shape[axis] for axis in moving)).tolist()))
 
 
 def _read_mesh(sizes_text: str, ids_text: str | None, axes_text: str) -> Groups | None:
-    """`mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: groups run along the named axes, or parts of them."""
+    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: groups along the named axes, or parts of them."""
     pairs = [part.rpartition("=") for part in sizes_text.split(",")]
     names, sizes = [name.strip(" '") for name, _, _ in pairs], [int(size) for _, _, size in pairs]
     ids = _read_ids(ids_text, math.prod(sizes))
@@ -103,7 +104,7 @@ def _read_mesh(sizes_text: str, ids_text: str | None, axes_text: str) -> Groups 
 
 
 def _cut(size: int, parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Cut an axis into the sub-axes (size of what comes before, own size), and what is left between."""
+    """Cut an axis into sub-axes (product of the sizes before it, own size) and the remainders between them."""
     cut, done = [], 1
     for before, own in parts:
         if before > done:
@@ -114,7 +115,7 @@ def _cut(size: int, parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _read_ids(text: str | None, num_devices: int) -> np.ndarray | None:
-    """Device numbers in the order of the mesh: counted, counted and transposed, or listed."""
+    """Read device numbers in the order of the mesh: an iota, a transposed iota, or a list."""
     if text is None:
         return np.arange(num_devices)
     if found := re.match(r"\[([\d,]+)\](?:<=\[[\d,]+\])?(?:T\(([\d,]+)\))?$", text):

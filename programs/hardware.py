@@ -1,8 +1,8 @@
-"""What a device can do: memory, peak flops and bandwidths, from XLA's own description of it or measured here.
+"""Peak rates of one device: memory, flops and bandwidths, from XLA's description of a GPU or measured on this machine.
 
-A description is XLA's `GpuTargetConfigProto` as text (xla/stream_executor/device_description.proto). It gives memory,
-memory bandwidth, cores, clocks and the multiply-adds a clock of vector and matrix units by element type. It does not
-give the speed of links between devices: that is from the vendors' data sheets below. Read `roofline.py` next.
+A description is XLA's `GpuTargetConfigProto` as text (xla/stream_executor/device_description.proto). It has the memory,
+its bandwidth, cores, clocks, and the multiply-adds per clock of vector and matrix units by element type. It lacks the
+speed of links between devices, which comes from the vendors' data sheets below. Read `roofline.py` next.
 """
 
 import re
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
-"""One NVLink in one direction, by CUDA major version: data sheets of P100, V100, A100, H100 and H200, B200."""
+"""Bandwidth of one NVLink in one direction by CUDA major version; data sheets of P100, V100, A100, H100/H200, B200."""
 
 XLA_MEMORY_SHARE = 0.80 * 0.95
-"""Share of a GPU's memory that XLA plans a program for: four fifths, less its slop factor (inferred from programs).
+"""Share of a GPU's memory for which XLA plans a program: 80%, times its slop factor (inferred from programs).
 
-Past it XLA computes again what it could keep, by itself, and makes every collective wait: an H100 step of 70B loses all
-overlap. `--xla_gpu_memory_limit_slop_factor=N` in XLA_FLAGS changes the 95 of 100.
+For a larger program XLA rematerialises by itself and serialises collectives: an H100 step of a 70B model loses all
+overlap. `--xla_gpu_memory_limit_slop_factor=N` in XLA_FLAGS replaces the slop factor of 95%.
 """
 
 NETWORK_BYTES_PER_S = {8: 25e9, 9: 50e9, 10: 50e9}
-"""Network of one GPU in one direction: DGX A100 has a 200 Gb/s adapter for each GPU, DGX H100 and B200 400 Gb/s."""
+"""Network bandwidth of one GPU in one direction: DGX A100 has 200 Gb/s per GPU, DGX H100 and B200 400 Gb/s."""
 
 # Numbers of XLA's PrimitiveType (xla/xla_data.proto).
 _TYPES = {10: "f16", 11: "f32", 12: "f64", 16: "bf16", 2: "s8", 19: "f8e5m2", 20: "f8e4m3fn"}
@@ -35,10 +35,10 @@ _HOST_MATRIX_DTYPE = "float32"
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Peaks of one device, per second; flops by element type as HLO names it. 0 stands for not known.
+    """Peak rates of one device; flops are by element type, named as in HLO. 0 means unknown.
 
-    `link_bytes_per_s` is what a device can send to others of its node, `network_bytes_per_s` beyond it.
-    `compiler_limit_bytes` is the memory that XLA plans a program for; None where it has no such limit.
+    A device sends at `link_bytes_per_s` within its node and at `network_bytes_per_s` to other nodes.
+    `compiler_limit_bytes` is the memory for which XLA plans a program; None if XLA has no such limit.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Hardware:
     compiler_limit_bytes: int | None = None
 
     def matrix_peak(self, dtype: str) -> float:
-        """Return the matrix peak for an element type, that of float32 where it is not listed."""
+        """Return the matrix peak of an element type, or that of float32 if the type is not listed."""
         peaks = self.matrix_flops_per_s
         return peaks.get(dtype) or peaks.get("f32") or self.vector_flops_per_s
 
 
 def hardware_from_description(text: str) -> Hardware:
-    """Return what XLA's description of a GPU says, and the data sheets about its links.
+    """Return the peaks of a GPU from XLA's description, with link speeds from data sheets.
 
     float32 products run on the matrix units as TF32, jax's default precision on GPUs.
     """
@@ -80,10 +80,10 @@ def hardware_from_description(text: str) -> Hardware:
 
 
 def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
-    """Return what one of several fake devices on this machine gets when all work: measured now, in about 0.1 s.
+    """Measure in about 0.1 s the peaks of one of `num_devices` fake devices on this machine when all of them work.
 
-    Matrix flops from a float32 product, vector flops from a sum in cache, bandwidth from a copy; a message between
-    fake devices is a copy too. Memory and peaks are shared evenly.
+    Matrix flops come from a float32 product, vector flops from a sum in cache, and bandwidth from a copy; messages
+    between fake devices are copies too. Memory and peaks are divided evenly.
     """
     matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), _HOST_MATRIX_DTYPE)
     long, short = np.ones(_PROBE_ELEMENTS, np.float32), np.ones(1 << 14, np.float32)
@@ -104,14 +104,14 @@ def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
 
 
 def _link_bytes_per_s(text: str, major: int) -> float:
-    """All NVLinks together, or PCI Express where there is none; 0 where the description names neither."""
-    # The A100's description names no links: its data sheet has 12, on the SXM4 module only.
+    """Return the bandwidth of all NVLinks, or of PCI Express without NVLink; 0 if the description has neither."""
+    # The A100's description has no links; its data sheet lists 12, for the SXM4 module only.
     num_links = _field(text, "active_links") or (12 if "SXM4" in text else 0)
     return num_links * LINK_BYTES_PER_S.get(major, 0.0) or _field(text, "pcie_bandwidth")
 
 
 def _rates(text: str, cores: int) -> dict[str, float]:
-    """Flops per second by element type: a multiply-add is two."""
+    """Return flops per second by element type; a multiply-add is two flops."""
     return {
         _TYPES[int(key)]: 2e9 * cores * float(clock) * int(units) * int(ops)
         for key, clock, units, ops in _RATE.findall(text)

@@ -1,7 +1,13 @@
-"""Compiled HLO text taken apart: computations, their instructions, and who calls whom.
+"""Parse the HLO text of a compiled program into computations, instructions and their calls.
 
-Reads what `compiled.as_text()` of jax 0.10.2 to 0.12 prints on CPU and GPU. It knows the grammar, not the meaning: how
-often something runs is in `executions.py`, what a collective sends in `collectives.py`. Read `executions.py` next.
+It reads the output of `compiled.as_text()` on CPU and GPU, of jax 0.10.2 to 0.12. Example:
+
+    ENTRY %main (x: f32[4,8]) -> f32[4,8] {                                  a Computation, the entry
+      %x = f32[4,8]{1,0} parameter(0)                                        an Instruction: name, type, opcode, payload
+      ROOT %sum = f32[4,8]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add      ... and attributes
+    }
+
+This file knows the grammar only. Counts of executions are in `execution_counts.py`, traffic is in `collectives.py`.
 """
 
 import math
@@ -23,7 +29,7 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """The type of one array: `f32[4,128]{1,0}`. Row-major says that its layout is the usual one."""
+    """The type of an array, such as `f32[4,128]{1,0}`; `{1,0}` is its layout, here row-major."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -62,26 +68,26 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where the instruction comes from in the user's program, as jax says: `jit(step)/while/body/dot_general`."""
+        """The place in the user's program as jax names it: `jit(step)/while/body/dot_general`."""
         return self.text("op_name")
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the result, all leaves of a tuple together."""
+        """Bytes of the result; of a tuple, the sum over its arrays."""
         return sum(leaf.num_bytes for leaf in leaves(self.type))
 
     def text(self, key: str) -> str:
-        """Return the attribute key="value", or an empty string."""
+        """Return the text of an attribute key="value", or an empty string."""
         found = re.search(rf'\b{key}="((?:[^"\\]|\\.)*)"', self.attributes)
         return found[1] if found else ""
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """Return the attribute key={1,2} or key=1 as numbers; empty if it is not there."""
+        """Return the numbers of an attribute key={1,2} or key=1; empty if there is none."""
         found = re.search(rf"\b{key}=(?:\{{([\d,\s-]*)\}}|(-?\d+))", self.attributes)
         return tuple(int(n) for n in re.findall(r"-?\d+", found[1] or found[2] or "")) if found else ()
 
     def called(self) -> dict[str, tuple[str, ...]]:
-        """Return the computations that this instruction names, by attribute (`calls`, `body`, `to_apply`, ...)."""
+        """Return the names of called computations by attribute (`calls`, `body`, `to_apply`, ...)."""
         if "=" not in self.attributes:
             return {}
         return {
@@ -91,14 +97,14 @@ class Instruction:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Branches of a conditional; the first is taken for true, or for index 0."""
+        """Names of the branches of a conditional; the first one is for true, or for index 0."""
         called = self.called()
         both = called.get("true_computation", ()) + called.get("false_computation", ())
         return both or called.get("branch_computations", ())
 
     @property
     def known_trip_count(self) -> int | None:
-        """How often a while loop runs, where the compiler knows."""
+        """Number of iterations of a while loop, None if the compiler does not know it."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)
         return int(found[1]) if found else None
 
@@ -112,7 +118,7 @@ class Computation:
 
     @cached_property
     def root(self) -> Instruction:
-        """The instruction whose value is the computation's."""
+        """The instruction whose value the computation returns."""
         return next(i for i in reversed(list(self.instructions.values())) if i.is_root)
 
     def operand_types(self, instruction: Instruction) -> tuple[Type, ...]:
@@ -120,15 +126,15 @@ class Computation:
         return tuple(self.instructions[name].type for name in instruction.operands)
 
     def operand_bytes(self, instruction: Instruction) -> int:
-        """Return the bytes of an instruction's operands together."""
+        """Return the bytes of all operands of an instruction."""
         return sum(leaf.num_bytes for type_ in self.operand_types(instruction) for leaf in leaves(type_))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
-    """A compiled module: its computations by name, and the one that is run.
+class HloModule:
+    """A compiled HLO module: its computations by name, and its entry computation.
 
-    >>> program = Program.parse(jax.jit(f).lower(x).compile().as_text())
+    >>> program = HloModule.parse(jax.jit(f).lower(x).compile().as_text())
     >>> program.num_instructions
     12
     """
@@ -138,8 +144,8 @@ class Program:
     _computed: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def parse(cls, text: str) -> "Program":
-        """Return the module that this text describes."""
+    def parse(cls, text: str) -> "HloModule":
+        """Parse the text of a module."""
         computations: dict[str, Computation] = {}
         own: dict[str, Instruction] = {}
         entry = ""
@@ -155,11 +161,11 @@ class Program:
 
     @property
     def num_instructions(self) -> int:
-        """Number of lines in all computations."""
+        """Number of instructions in all computations."""
         return sum(len(computation.instructions) for computation in self.computations.values())
 
     def in_loops(self) -> set[str]:
-        """Return the names of the computations that some loop runs, in its body or below."""
+        """Return the names of computations that a loop runs, directly in its body or through calls."""
         called = {
             name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
             for name, computation in self.computations.items()
@@ -174,7 +180,7 @@ class Program:
         return found
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
-        """Yield every instruction with the computation it is in."""
+        """Yield every instruction with its computation."""
         for computation in self.computations.values():
             for instruction in computation.instructions.values():
                 yield computation, instruction
@@ -189,7 +195,7 @@ def bits_of(dtype: str) -> int:
 
 
 def leaves(type_: Type) -> Iterator[Array]:
-    """Yield the arrays of a type, tuples opened."""
+    """Yield the arrays of a type, those inside tuples included."""
     if isinstance(type_, Array):
         yield type_
     else:

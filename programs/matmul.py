@@ -1,4 +1,4 @@
-"""Flops of matrix products, however the compiler writes them: dots, convolutions, and calls to libraries."""
+"""Count the flops of matrix products, which the compiler writes as dots, convolutions or library calls."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import re
 from .hlo import Array, Computation, Instruction, leaves
 
 _FLASH = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
-"""Products of flash attention, all of [T, S] scores with [S, H]: the backward makes the scores again."""
+"""Number of products [T, S] x [S, H] in flash attention; its backward recomputes the scores."""
 
 _GEMM = ("__cublas$", "__onednn$matmul", "__triton_gemm")
 _CONVOLUTIONS = {  # library call: which of (first operand, second operand, result) are the output and the kernel
@@ -18,7 +18,7 @@ _CONVOLUTIONS = {  # library call: which of (first operand, second operand, resu
 
 
 def matrix_flops(instruction: Instruction, computation: Computation) -> int:
-    """Return the flops of one run of an instruction on the matrix units: 2 for each multiply and add; 0 for others."""
+    """Return the flops of one execution of an instruction on matrix units: 2 per multiply-add, 0 without a product."""
     opcode = instruction.opcode
     if opcode in ("dot", "ragged-dot", "scaled-dot"):
         return _dot(instruction, computation, instruction.numbers("lhs_contracting_dims"))
@@ -42,7 +42,7 @@ def _library_flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def _flash_product(instruction: Instruction, computation: Computation) -> int:
-    """Flops of one product of flash attention, which leaves out what its mask hides: the later half, or a window."""
+    """Return the flops of one product of flash attention without masked scores: half if causal, less with a window."""
     head_size = _operand(instruction, computation, 0).dims[-1]
     found = re.search(
         r'"intermediate_tensor_shape":\s*{"element_type":\s*"\w+",\s*"dimensions":\s*\[([^\]]*)\]',
@@ -60,7 +60,7 @@ def _flash_product(instruction: Instruction, computation: Computation) -> int:
 
 
 def matrix_dtype(instruction: Instruction, computation: Computation) -> str:
-    """Return the element type of the first operand, by which matrix units differ in speed."""
+    """Return the element type of the first operand, on which the speed of matrix units depends."""
     return next((leaf.dtype for type_ in computation.operand_types(instruction) for leaf in leaves(type_)), "f32")
 
 
@@ -70,7 +70,7 @@ def _dot(instruction: Instruction, computation: Computation, contracting: tuple[
 
 
 def _guess_dot(instruction: Instruction, computation: Computation) -> int:
-    """A library's product [..., m, k] x [..., k, n], in whatever order of its dimensions: k from the sizes alone."""
+    """Return the flops of a product [..., m, k] x [..., k, n] in any order of dimensions: find k from the sizes."""
     left, right, result = (
         _operand(instruction, computation, 0),
         _operand(instruction, computation, 1),
@@ -82,7 +82,7 @@ def _guess_dot(instruction: Instruction, computation: Computation) -> int:
 
 
 def _convolution(instruction: Instruction, computation: Computation, *, output: int, kernel: int) -> int:
-    """Every output element meets every kernel element of its feature."""
+    """Return the flops of a convolution: each output element uses every kernel element of its feature."""
     arrays = [_operand(instruction, computation, 0), _operand(instruction, computation, 1), _result(instruction)]
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
     features = arrays[kernel].dims[labels[1].index("o")] if labels else 1
@@ -94,5 +94,5 @@ def _operand(instruction: Instruction, computation: Computation, index: int) -> 
 
 
 def _result(instruction: Instruction) -> Array:
-    """A library call returns its workspace beside the result."""
+    """Return the type of the result; a library call also returns its workspace, after the result."""
     return next(leaves(instruction.type))

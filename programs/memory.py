@@ -1,10 +1,10 @@
-"""What a program keeps on each device, by purpose, adding up to what the compiler says it takes.
+"""Divide the memory that a program takes on each device by purpose; the parts add up to the compiler's total.
 
 The total is exact, and so are parameters and optimizer state, from their shardings. Gradients and in-flight activations
-are read from what the loops carry from one iteration to the next. An outermost loop carries the sums of the gradients,
-one float32 array of each parameter's shape; all else that it carries and changes are activations, and so is what a loop
-of the forward inside it adds: a pipeline's ring buffers in the first case, the stacked residuals of a scan over layers
-in the second. What XLA keeps beside that is temporary.
+are read from the values that loops carry from one iteration to the next. An outermost loop carries the sums of the
+gradients, one float32 array of each parameter's shape. All other arrays that it carries and changes are activations,
+such as a pipeline's ring buffers. So are arrays that only a forward loop inside it carries, such as the stacked
+residuals of a scan over layers. The rest of the total is temporary.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import Any, Literal
 
 import jax
 
-from .evaluate import is_invariant
 from .hardware import Hardware
-from .hlo import Array, Instruction, Program
+from .hlo import Array, HloModule, Instruction
+from .static_values import is_invariant
 
 Verdict = Literal["fits", "over XLA's limit", "does not fit"]
-"""Over XLA's limit a program runs, but XLA recomputes by itself and its collectives wait (`hardware.py`)."""
+"""Over XLA's limit a program runs, but XLA rematerialises and serialises collectives (see `hardware.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the fullest device; `capacity` is the device's and `limit` XLA's own, None where they are not known.
+    """Bytes on the fullest device; `capacity` is that of the device, `limit` that of XLA, None if unknown.
 
-    `temporary` holds everything that is none of the others: also the batch, and outputs that reuse no input.
+    `temporary` is the rest of the total, which includes the batch and outputs that reuse no input.
     """
 
     parameters: int
@@ -41,7 +41,7 @@ class Memory:
 
     @property
     def classes(self) -> dict[str, int]:
-        """The parts that add up to the total."""
+        """Bytes by purpose; they add up to the total."""
         return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity", "limit")}
 
     @property
@@ -51,14 +51,14 @@ class Memory:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether so much fits; None where the capacity is not known."""
+        """Whether the program fits the device and XLA's limit; None if the capacity is unknown."""
         return judge_memory(self.total, capacity=self.capacity, limit=self.limit)
 
 
 def count_memory(
-    compiled: Any, program: Program, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
+    compiled: Any, program: HloModule, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
 ) -> Memory:
-    """Return the memory of a compiled program, one device's.
+    """Return the memory that a compiled program takes on one device.
 
     Args:
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
@@ -77,7 +77,7 @@ def count_memory(
 
 
 def judge_memory(total: float, *, capacity: float | None, limit: float | None) -> Verdict | None:
-    """Return whether so many bytes fit a device, and XLA's limit; None where the capacity is not known."""
+    """Return whether `total` bytes fit a device and XLA's limit; None if the capacity is unknown."""
     if capacity is None:
         return None
     if total > capacity:
@@ -86,7 +86,7 @@ def judge_memory(total: float, *, capacity: float | None, limit: float | None) -
 
 
 def total_bytes(stats: Any) -> int:
-    """Return what a program takes while it runs: arguments, temporaries, outputs that reuse no argument, its code."""
+    """Return the bytes of arguments, temporaries, outputs that reuse no argument, and code of a program."""
     return (
         stats.argument_size_in_bytes
         + stats.temp_size_in_bytes
@@ -101,7 +101,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
+def count_carried(program: HloModule, *, parameters: Any) -> tuple[int, int]:
     """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
     inside = program.in_loops()
     loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
@@ -115,14 +115,14 @@ def count_carried(program: Program, *, parameters: Any) -> tuple[int, int]:
             gradients += array.num_bytes
         else:
             activations += array.num_bytes
-    # What a loop hands on to the one inside it has the same type there. jax names the backward of a loop "transpose".
+    # A value that an outer loop passes to an inner one has the same type there. jax names a backward loop "transpose".
     forward = [loop for is_inside, loop in loops if is_inside and "transpose(" not in loop.op_name]
     added = [sum(array.num_bytes for array in _without(_carried(program, loop), outer)) for loop in forward]
     return gradients, activations + max(added, default=0)
 
 
-def _carried(program: Program, loop: Instruction) -> list[Array]:
-    """The arrays that a loop changes and hands on."""
+def _carried(program: HloModule, loop: Instruction) -> list[Array]:
+    """Return the types of arrays that a loop carries and changes."""
     if isinstance(loop.type, Array):
         return []
     body = program.computations[loop.called()["body"][0]]
@@ -145,5 +145,5 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _plain(dims: Any) -> tuple[int, ...]:
-    """A shape without dimensions of 1, which loops may leave out, and sorted: layouts may turn dimensions round."""
+    """Return the sorted dimensions without those of 1: loops may drop these, and layouts may permute dimensions."""
     return tuple(sorted(size for size in dims if size != 1))

@@ -1,9 +1,9 @@
-"""How long a step would take if every operation ran at the device's peak, by class: a bound, not a prediction.
+"""Bound the time of a step from below, by class, with every operation at the device's peak.
 
-An operation takes as long as its flops or its bytes do, whichever is longer (Williams et al. 2009); a collective as
-long as what it sends does on its slowest link. Across nodes a group sends through the network adapters of all its
-members in a node: rings of as many beginnings share what crosses (NCCL's channels). Nothing overlaps or waits: bubbles,
-launches and latencies are left out.
+An operation takes as long as its flops or its bytes, whichever is longer (Williams et al. 2009, "Roofline"); a
+collective as long as its bytes take on its slowest link. Across nodes, a group sends through the network adapters of
+all its members in a node, since NCCL builds rings that start at different members. Nothing overlaps or waits: the bound
+leaves out bubbles, launches and latencies.
 """
 
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ def roofline_times_s(
     mesh: Mesh,
     devices_per_node: int,
 ) -> dict[Class, float]:
-    """Return the seconds of each class in a step, of the device that takes longest.
+    """Return the seconds of each class in a step, on the slowest device.
 
     Args:
-        devices_per_node: collectives among more of the mesh's devices than share a node use the network.
+        devices_per_node: number of devices that share a node; collectives across nodes use the network.
     """
     times = {kind: np.zeros(mesh.devices.size) for kind in CLASSES}
     for operation in operations:
@@ -43,7 +43,7 @@ def roofline_times_s(
 
 
 def bound_time_s(operation: Operation, hardware: Hardware) -> float:
-    """Return the least that one run of an operation takes on this device."""
+    """Return the seconds of one execution of an operation at the device's peaks."""
     costs = [
         (operation.matrix_flops, hardware.matrix_peak(operation.dtype)),
         (operation.vector_flops, hardware.vector_flops_per_s),
@@ -53,7 +53,7 @@ def bound_time_s(operation: Operation, hardware: Hardware) -> float:
 
 
 class _Adapters:
-    """How many adapters a device's group has in each node, by the mesh axes of the group; inf inside one node."""
+    """Number of network adapters of a device's group in each node, by mesh axes; inf for groups inside one node."""
 
     def __init__(self, mesh: Mesh, devices_per_node: int) -> None:
         self._mesh = mesh
@@ -62,7 +62,7 @@ class _Adapters:
         self._known: dict[str, np.ndarray] = {}
 
     def of(self, axis: str) -> np.ndarray:
-        """Return the number for every device, those of the node where the group has fewest."""
+        """Return the number for each device, taken from the node where its group has fewest, [devices]."""
         if axis not in self._known:
             self._known[axis] = self._count(axis)
         return self._known[axis]
@@ -72,7 +72,7 @@ class _Adapters:
         if nodes.max() == 0:
             return np.full(nodes.size, np.inf)
         if not set(axis.split("+")) <= set(names):
-            # Nobody knows who is in these groups: one adapter is the slowest that it can be.
+            # The members of these groups are unknown: assume one adapter, the slowest case.
             return np.ones(nodes.size)
         places = [names.index(name) for name in axis.split("+")]
         order = [*(place for place in range(nodes.ndim) if place not in places), *places]
@@ -86,10 +86,10 @@ class _Adapters:
 
 
 def _collective_time_s(collective: Collective, hardware: Hardware, adapters: _Adapters) -> np.ndarray:
-    """Seconds of every device, 0 over links of which nothing is known."""
+    """Return the seconds of a collective on each device, 0 if the speed of its links is unknown, [devices]."""
     of_group = adapters.of(collective.axis)
     if collective.kind in _DIRECT:
-        # Each device sends its own, over its own adapter.
+        # Each device sends its own data over its own adapter.
         of_group = np.where(np.isinf(of_group), np.inf, 1.0)
     inside = _times(collective.sent_bytes, hardware.link_bytes_per_s)
     across = _times(collective.sent_bytes / of_group, hardware.network_bytes_per_s)
@@ -97,5 +97,5 @@ def _collective_time_s(collective: Collective, hardware: Hardware, adapters: _Ad
 
 
 def _times(sent_bytes: np.ndarray, bytes_per_s: float) -> np.ndarray:
-    """Seconds by device; 0 over links of which nothing is known."""
+    """Return seconds by device, 0 if the bandwidth is unknown."""
     return sent_bytes / bytes_per_s if bytes_per_s else np.zeros_like(sent_bytes)

@@ -1,7 +1,7 @@
-"""The machine to compile for: fake CPU devices, or GPUs that are not there.
+"""Targets to compile for: fake CPU devices, or GPUs that need not be present.
 
-GPU programs are compiled by jax's CUDA plugin, without a GPU. XLA's descriptions of GPUs are read from the plugin that
-is installed, so that names and numbers are always those of the compiler at hand. Read `hardware.py` next.
+jax's CUDA plugin compiles GPU programs without a GPU. XLA's descriptions of GPUs are read from the installed plugin, so
+that names and numbers match the compiler in use. Read `hardware.py` next.
 """
 
 import importlib.util
@@ -21,10 +21,10 @@ from ..meshes.build import visible_devices
 from .hardware import Hardware, hardware_from_description, measure_host
 
 MAX_DEVICES = 1024
-"""Devices of the largest target that is compiled for."""
+"""Largest number of devices of a target."""
 
 DEVICES_PER_NODE = 8
-"""GPUs of a node where the target does not say."""
+"""Default number of GPUs per node."""
 
 _SYNTAX = re.compile(r"([a-z0-9][a-z0-9.\-]*)(?::([0-9]{1,9}))?(?:/([0-9]{1,9}))?$")
 _DESCRIPTION = re.compile(rb'device_description_str: "([^"]*)"')
@@ -34,7 +34,7 @@ _VARIANTS = ("pcie", "mig")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A machine as asked for: `cpu`, `h200:8`, `h100:64/8` (8 a node); 0 devices are as many as the mesh needs.
+    """The name of a machine: `cpu`, `h200:8`, `h100:64/8` (8 per node); 0 devices means as many as the mesh needs.
 
     Raises:
         TargetError: the text is no target, or asks for too many devices or uneven nodes.
@@ -46,7 +46,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Return the target written as `name`, `name:devices` or `name:devices/devices a node`."""
+        """Parse a target written as `name`, `name:devices` or `name:devices/devices per node`."""
         found = _SYNTAX.match(text.strip().lower())
         if found is None:
             raise TargetError(f"{text!r} is no target.", fix="write cpu, h200:8, or h100:64/8 for 8 GPUs a node.")
@@ -72,7 +72,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A target made ready: devices to build a mesh on, and what they can do."""
+    """An opened target: devices for a mesh, and their peaks."""
 
     devices: Sequence[jax.Device]
     hardware: Hardware
@@ -80,10 +80,10 @@ class Machine:
 
 
 def open_target(target: Target, *, num_devices: int) -> Machine:
-    """Return the devices of a target; GPUs are only described, CPU devices are made.
+    """Return the devices of a target: fake CPU devices, or descriptions of GPUs.
 
     Args:
-        num_devices: for targets that do not say.
+        num_devices: number of devices for targets that do not name one.
 
     Raises:
         TargetError: an unknown GPU, no plugin to compile for it, or devices that do not fill nodes.
@@ -102,7 +102,7 @@ def open_target(target: Target, *, num_devices: int) -> Machine:
 
 
 def list_gpus() -> dict[str, str]:
-    """Return XLA's descriptions of GPUs by name (`h200-141gb-hbm3e`), from the CUDA plugin that is installed.
+    """Return XLA's descriptions of GPUs by name (`h200-141gb-hbm3e`) from the installed CUDA plugin.
 
     Raises:
         TargetError: no CUDA plugin is installed, or one that holds no descriptions.
@@ -125,13 +125,13 @@ def list_gpus() -> dict[str, str]:
 
 
 def choose_gpu(name: str, known: Sequence[str]) -> str:
-    """Return the known name that a short one stands for: `h200`, `a100-80`; PCIe cards and slices only if asked for.
+    """Return the full name for a short one such as `h200` or `a100-80`; PCIe cards and MIG slices only if named.
 
     >>> choose_gpu("h100", ["h100-80gb-hbm3", "h100-pcie", "h200-141gb-hbm3e"])
     'h100-80gb-hbm3'
 
     Raises:
-        TargetError: none, or several, with their names.
+        TargetError: no name fits, or several do.
     """
     wanted = name.split("-")
     fitting = [one for one in known if all(_is_named(word, one.split("-")) for word in wanted)]
@@ -156,9 +156,9 @@ def _open_gpus(target: Target) -> Machine:
             f"target {target}: {target.num_devices} devices do not fill nodes of {per_node}.",
             fix=f"say how many a node has, {target.name}:{target.num_devices}/4 say.",
         )
-    # The plugin tells stderr about programs that do not fit, which the report says better.
+    # The plugin warns on stderr about programs that do not fit; the report has the same information.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Only to compile: with GPUs left out, a machine without them starts, and one with them is not disturbed.
+    # Compiling needs no GPU: on "cpu" jax starts without one, and leaves one that is there alone.
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
@@ -173,7 +173,7 @@ def _open_gpus(target: Target) -> Machine:
 
 
 def _find_plugin() -> Path:
-    """The shared library of jax's CUDA plugin."""
+    """Find the shared library of jax's CUDA plugin."""
     spec = importlib.util.find_spec("jax_plugins")
     for path in (spec.submodule_search_locations if spec else None) or ():
         for module in pkgutil.iter_modules([path]):

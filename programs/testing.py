@@ -1,11 +1,12 @@
-"""Assertions about compiled programs, for tests of your own: a step that starts to send more, or to keep more, fails.
+"""Assertions about compiled programs: a test fails if a step needs more memory or sends more than it should.
 
     def test_my_step_is_lean():
         report = inspect_compiled(jax.jit(step).lower(state, batch).compile(), mesh, parameters=state.params)
         assert_fits(report, memory_bytes=80 * 10**9)
         assert_sends_at_most(report, over="tensor", max_bytes=2**30)
 
-A failure prints the table, so that one sees what grew. `compilations` tells what a loop compiles that should be done.
+A failure prints the table, which shows what grew. `compilations` lists the programs that jax compiles in a block. Read
+`pytest_plugin.py` next, for fake devices in tests.
 """
 
 import logging
@@ -18,22 +19,22 @@ import jax
 from ..meshes import ProgramError
 from ..meshes.arguments import check_choice, check_number
 from ..meshes.columns import align
-from .inspect import ProgramReport
-from .tables import describe_memory, describe_traffic, format_bytes
+from .report import ProgramReport
+from .report_tables import format_bytes, format_memory, format_traffic
 from .traffic import EVERY_KIND
 
 _MOST_LINES = 8
 
 
 def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["xla", "device"] = "xla") -> None:
-    """Fail unless one device needs at most `memory_bytes` for the program, and no more than XLA plans for.
+    """Fail unless the program needs at most `memory_bytes` per device and is within XLA's own limit.
 
     Args:
-        limit: "device" lets a program pass that is over XLA's own limit, where XLA recomputes by itself and lets
-            collectives wait. A report of a GPU knows that limit; others have none.
+        limit: "device" ignores XLA's own limit, over which XLA rematerialises and serialises collectives. Only reports
+            for GPUs have that limit.
 
     Raises:
-        AssertionError: with the memory by purpose.
+        AssertionError: the program needs more; the message has the memory by purpose.
     """
     __tracebackhide__ = True
     check_number("memory_bytes", memory_bytes, error=ProgramError)
@@ -42,17 +43,17 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["x
     if total > memory_bytes:
         raise AssertionError(
             f"the program takes {format_bytes(total)} ({total:,} bytes) of each device, "
-            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{describe_memory(report)}"
+            f"{format_bytes(total - memory_bytes)} more than {memory_bytes:,.0f} bytes.\n{format_memory(report)}"
         )
     if limit == "xla" and report.memory.verdict == "over XLA's limit":
-        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{describe_memory(report)}")
+        raise AssertionError(f"the program is over XLA's limit; limit='device' allows it.\n{format_memory(report)}")
 
 
 def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) -> None:
-    """Fail unless the busiest device sends at most `max_bytes` over these mesh axes (`tensor`, `pipe+data`) in a run.
+    """Fail unless the busiest device sends at most `max_bytes` per run over these mesh axes (`tensor`, `pipe+data`).
 
     Raises:
-        AssertionError: with the traffic, and the largest collectives over these axes by the names of the program.
+        AssertionError: it sends more; the message has the traffic and the largest collectives over these axes.
     """
     __tracebackhide__ = True
     check_number("max_bytes", max_bytes, error=ProgramError)
@@ -60,15 +61,15 @@ def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) 
     if sent > max_bytes:
         raise AssertionError(
             f"the program sends {sent:,.0f} bytes over {over} from the busiest device, more than {max_bytes:,.0f}.\n"
-            f"{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+            f"{format_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )
 
 
 def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: float = 1.02) -> None:
-    """Fail unless the traffic over these axes is at most `max_ratio` of the minimum that the report was given.
+    """Fail unless the traffic over these axes is at most `max_ratio` times the minimum in the report.
 
     Raises:
-        AssertionError: with the traffic and the largest collectives; or if the report has no minimum for these axes.
+        AssertionError: it is more, or the report has no minimum for these axes.
     """
     __tracebackhide__ = True
     check_number("max_ratio", max_ratio, error=ProgramError)
@@ -81,13 +82,13 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
             else (f"has no minimum over {over}")
         )
         raise AssertionError(
-            f"the program {what}.\n{describe_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
+            f"the program {what}.\n{format_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )
 
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Yield a list that grows by a line for each program that jax compiles inside.
+    """Yield a list to which jax adds a line for each program that it compiles in the block.
 
     >>> with compilations() as compiled:
     ...     jax.jit(jnp.sin)(1.0)
@@ -108,7 +109,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 class _Collector(logging.Handler):
-    """A handler that keeps messages in a list."""
+    """A logging handler that appends messages to a list."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class _Collector(logging.Handler):
 
 
 def _describe_largest(report: ProgramReport, axis: str) -> str:
-    """The collectives over an axis that send most, with where they come from."""
+    """Return a table of the collectives over an axis that send most, with their places in the user's program."""
     found = [collective for collective in report.collectives if collective.axis == axis]
     found.sort(key=lambda collective: -collective.sent_bytes.max())
     lines = [("largest", "count", "bytes", "from")]

@@ -1,7 +1,7 @@
-"""Profiles of compiled programs: which instruction took how long, and what it kept busy.
+"""Read profiles of compiled programs: the time and the class of every instruction.
 
 The CPU runtime names its events after instructions of the compiled program; events of GPU kernels carry the name of the
-instruction that launched them. Classes are those of `work.py`.
+instruction that launched them. The classes are those of `work.py`.
 """
 
 import warnings
@@ -12,19 +12,19 @@ from typing import Any
 
 import jax
 
-from .executions import count_executions
+from .execution_counts import count_executions
 from .hardware import Hardware
-from .hlo import Program
-from .inspect import hlo_text
+from .hlo import HloModule
+from .report import hlo_text
 from .roofline import bound_time_s
 from .work import CLASSES, Class, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedOperation:
-    """An instruction, its class, how often it ran and how long in all, on all devices together.
+    """An instruction with its class, number of executions and total time on all devices.
 
-    `bound_s` is the least that all runs would have taken by the device's peaks; 0 without them.
+    `bound_s` is the time of all executions at the device's peaks, 0 if these are unknown.
     """
 
     name: str
@@ -38,16 +38,16 @@ class TimedOperation:
 def list_operations(
     folder: str | Path, compiled: Any, *, num_devices: int, hardware: Hardware | None = None
 ) -> tuple[TimedOperation, ...]:
-    """Return the operations of a compiled program that a profile has seen, the longest first.
+    """Return the operations of a compiled program that occur in a profile, the longest first.
 
-    Loops, branches and calls are left out: their time is that of what is inside.
+    Loops, branches and calls are left out, since their time is that of the instructions inside.
 
     Args:
-        folder: what `jax.profiler.trace` wrote to; the newest profile in it is read.
-        hardware: one device, for the bounds.
+        folder: the folder given to `jax.profiler.trace`; its newest profile is read.
+        hardware: peaks of one device, for the bounds.
     """
     text = hlo_text(compiled)
-    program, module = Program.parse(text), text.split(maxsplit=2)[1].rstrip(",")
+    program, module = HloModule.parse(text), text.split(maxsplit=2)[1].rstrip(",")
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
@@ -75,13 +75,13 @@ def list_operations(
 
 
 def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[Class, float]:
-    """Return the seconds of every class that took any."""
+    """Return the seconds of every class with operations."""
     sums = {kind: sum(one.time_s for one in operations if one.kind == kind) for kind in CLASSES}
     return {kind: time_s for kind, time_s in sums.items() if time_s}
 
 
 def format_operations(operations: Sequence[TimedOperation], *, num_steps: int, top: int = 10) -> str:
-    """Return the longest operations and the sums of classes as text, milliseconds a step on all devices together."""
+    """Format the longest operations and the sums of classes, in milliseconds per step on all devices."""
     total_s = sum(one.time_s for one in operations)
     if not total_s:
         return "the profile holds no operation of the program"
@@ -98,7 +98,7 @@ def format_operations(operations: Sequence[TimedOperation], *, num_steps: int, t
 
 
 def _shorten(op_name: str) -> str:
-    """The end of a path of jax's scopes, without the steps that say nothing."""
+    """Return the last three parts of a path of jax's scopes, without uninformative ones."""
     parts = [part for part in op_name.split("/") if part not in _EMPTY_SCOPES]
     return "/".join(parts[-3:])
 
@@ -107,9 +107,9 @@ _EMPTY_SCOPES = ("while", "body", "eval_jaxpr", "closed_call", "cond", "shard_ma
 
 
 def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:
-    """Name and seconds of every event: of the devices' own where they have any, else of the threads of the host.
+    """Yield name and seconds of every event, from the planes of devices if there are any, else from host threads.
 
-    Those that name another program than `module` are left out: its instructions may have the same names.
+    Events of other programs than `module` are left out, since their instructions may have the same names.
     """
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     data: Any = jax.profiler.ProfileData.from_file(str(newest))

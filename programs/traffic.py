@@ -1,4 +1,4 @@
-"""The traffic of a step as a table: by mesh axes and kind, beside the least that must be sent."""
+"""Sum the traffic of a step by mesh axes and kind of collective, beside the least that must be sent."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ import numpy as np
 from .collectives import Collective
 
 EVERY_KIND = "all kinds"
-"""The `kind` of the row that sums an axis up and holds its minimum."""
+"""The `kind` of the row with the sum over all kinds, which also has the minimum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What the busiest device sends over an axis in a step: number of collectives and bytes.
+    """Number of collectives and bytes that the busiest device sends over an axis in a step.
 
-    `minimum_bytes` and `ratio` are those of the axis, in its row of all kinds; None elsewhere, and where no minimum is
-    known.
+    `minimum_bytes` and `ratio` are set only in the row of all kinds of an axis, if its minimum is known.
     """
 
     axis: str
@@ -30,9 +29,9 @@ class Traffic:
 def sum_traffic(
     collectives: Iterable[Collective], *, minimum: Mapping[str, float] | None = None
 ) -> tuple[Traffic, ...]:
-    """Return a row for every axis and kind, and one for all kinds of an axis; most bytes first.
+    """Return one row per axis and kind, and one for all kinds of each axis; the axis with most bytes comes first.
 
-    Axes of the minimum over which nothing is sent have a row too.
+    Axes that occur only in the minimum have a row too.
     """
     found = list(collectives)
     axes = dict.fromkeys([collective.axis for collective in found] + list(minimum or ()))
@@ -52,7 +51,7 @@ def _row(axis: str, kind: str, collectives: list[Collective], least: float | Non
 
 
 def _busiest(collectives: list[Collective]) -> tuple[int, float]:
-    """Collectives and bytes of the device that sends most."""
+    """Return the number of collectives and bytes of the device that sends most."""
     if not collectives:
         return 0, 0.0
     sent = np.sum([collective.sent_bytes for collective in collectives], axis=0)

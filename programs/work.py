@@ -1,9 +1,9 @@
-"""What a program computes: for every instruction its class, flops, bytes moved and how often each device runs it.
+"""Count the work of a program: class, flops, moved bytes and executions of every instruction.
 
-Flops of matrix products count every multiply and add; vector flops one for every element of an arithmetic operation on
-floating-point numbers, transcendental functions too. Bytes are what an instruction reads and writes in main memory:
-operands and result of a fusion, but not what stays inside; of a buffer that is sliced or updated in place, the part.
-Read `roofline.py` next.
+A multiply-add of a matrix product is two flops. Vector flops are one per element of an arithmetic operation on
+floating-point numbers, including transcendental functions. Moved bytes are those that an instruction reads and writes
+in main memory: operands and result of a fusion but not its intermediate values, and only the touched part of a buffer
+that is sliced or updated in place. Read `roofline.py` next.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,15 +14,15 @@ from typing import Literal
 import numpy as np
 
 from .collectives import KINDS
-from .executions import Executions
-from .hlo import Array, Computation, Instruction, Program, leaves
+from .execution_counts import ExecutionCounts
+from .hlo import Array, Computation, HloModule, Instruction, leaves
 from .matmul import matrix_dtype, matrix_flops
 
 Class = Literal["matrix", "vector", "communication", "control"]
-"""What an instruction keeps busy; control is what steers: loops, branches, tuples, single numbers."""
+"""The unit that an instruction keeps busy; control is for loops, branches, tuples and scalars."""
 
 Unit = Literal["matrix", "vector"]
-"""What flops run on."""
+"""The units that compute flops."""
 
 UNITS: tuple[Unit, ...] = ("matrix", "vector")
 """In the order of tables."""
@@ -31,7 +31,7 @@ CLASSES: tuple[Class, ...] = ("matrix", "vector", "communication", "control")
 """In the order of tables."""
 
 SMALL_ELEMENTS = 64
-"""Instructions without a product whose results are no larger steer the program."""
+"""Instructions without a matrix product whose arrays have at most this many elements count as control."""
 
 _CONTROL = {
     *("while", "conditional", "call", "tuple", "get-tuple-element", "parameter", "constant", "bitcast", "partition-id"),
@@ -69,7 +69,7 @@ _ARITHMETIC = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operation:
-    """One instruction: its class, what one run costs, and its runs on every device, [devices]."""
+    """One instruction: its class, the costs of one execution, and its executions on each device, [devices]."""
 
     name: str
     op_name: str
@@ -83,23 +83,23 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """All operations of a program; `uncounted` names library calls whose flops are not known."""
+    """All operations of a program; `uncounted` names library calls with unknown flops."""
 
     operations: tuple[Operation, ...]
     uncounted: tuple[str, ...]
 
     def flops(self, unit: Unit) -> np.ndarray:
-        """Return the flops of a step on every device, [devices]."""
+        """Return the flops of a step on each device, [devices]."""
         costs = [(getattr(o, f"{unit}_flops"), o.count) for o in self.operations]
         return np.sum([cost * count for cost, count in costs if cost] or [np.zeros(1)], axis=0)
 
     def moved_bytes(self, kind: Class) -> np.ndarray:
-        """Return the bytes that operations of a class move in a step on every device, [devices]."""
+        """Return the bytes that operations of a class move in a step on each device, [devices]."""
         return np.sum([o.moved_bytes * o.count for o in self.operations if o.kind == kind] or [np.zeros(1)], axis=0)
 
 
-def count_work(program: Program, executions: Executions, *, num_devices: int) -> Work:
-    """Return what a program computes in one run."""
+def count_work(program: HloModule, executions: ExecutionCounts, *, num_devices: int) -> Work:
+    """Return the work of one run of a program."""
     costs = _Costs(program)
     return Work(
         operations=tuple(_list(program, executions, costs, num_devices)),
@@ -107,11 +107,11 @@ def count_work(program: Program, executions: Executions, *, num_devices: int) ->
     )
 
 
-def _list(program: Program, executions: Executions, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
+def _list(program: HloModule, executions: ExecutionCounts, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
     inside = {name for _, i in program.instructions() if i.opcode.startswith("fusion") for name in _calls(i)}
     for computation, instruction in program.instructions():
         count = np.broadcast_to(executions.of(computation), (num_devices,))
-        # The first half of an asynchronous pair stands for both; the code of a fusion belongs to the fusion.
+        # The start of an asynchronous pair counts for both, and a fusion for the instructions in it.
         if computation.name in inside or not count.any() or instruction.opcode.endswith(("-done", "-update")):
             continue
         kind = costs.kind(instruction, computation)
@@ -129,9 +129,9 @@ def _list(program: Program, executions: Executions, costs: "_Costs", num_devices
 
 
 class _Costs:
-    """What one run of an instruction costs; sums over a fusion's code are kept."""
+    """The costs of one execution of an instruction; sums over a fusion's code are cached."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: HloModule) -> None:
         self.program = program
         self.uncounted: list[str] = []
         self.inner_matrix = cache(lambda name: self._sum(name, self.matrix))
@@ -158,7 +158,7 @@ class _Costs:
         return flops
 
     def dtype(self, instruction: Instruction, computation: Computation) -> str:
-        """Of the products, if there are any."""
+        """Return the element type of the matrix products, or of the first operand without products."""
         for name in _calls(instruction):
             within = self.program.computations[name]
             for inner in within.instructions.values():
@@ -212,7 +212,10 @@ def _moved_by_one(instruction: Instruction, computation: Computation) -> int:
 
 
 def _moved_by_fusion(code: Computation) -> int:
-    """Parameters that are only sliced are read in part; a root that updates a parameter in place writes the update."""
+    """Return the bytes that a fusion moves.
+
+    A parameter that is only sliced is read in part; a root that updates a parameter in place writes the update only.
+    """
     users: dict[str, list[Instruction]] = {}
     for instruction in code.instructions.values():
         for name in instruction.operands:
@@ -252,7 +255,7 @@ def _operand_bytes(instruction: Instruction, computation: Computation, index: in
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Of an asynchronous start the last part: the first repeats the operands."""
+    """Return the bytes of the result; the tuple of an asynchronous start has its operands first."""
     type_ = instruction.type
     if isinstance(type_, Array) or not instruction.opcode.endswith("-start"):
         return instruction.num_bytes

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .engine import Completion, Engine, Usage
     from .load import load_for_serving
     from .params import param_shapes
-    from .requests import FinishReason, Request, Sequence
+    from .requests import FinishReason, Request, ServedSequence
     from .state import Sizes
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Engine",
     "FinishReason",
     "Request",
-    "Sequence",
+    "ServedSequence",
     "Sizes",
     "Usage",
     "check_model",

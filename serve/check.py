@@ -1,4 +1,4 @@
-"""The checks of an engine and of its requests, from numbers alone: before devices are touched or weights are read."""
+"""Check the sizes of an engine and of its requests before devices are used or weights are read."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,12 @@ from .state import MAX_STOPS
 
 
 def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: int) -> None:
-    """Raise unless a model can be served on a mesh of these sizes with a cache of so many tokens.
+    """Raise unless a model can be served on a mesh of these sizes with a cache of `max_tokens` tokens.
 
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: the cache is longer than what the model can read.
+        ServeError: the cache is longer than the context of the model.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
     model_rules(config, sizes)
@@ -29,7 +29,7 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: in
 
 
 def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max_stops: int = MAX_STOPS) -> None:
-    """Raise unless a request fits the cache and the vocabulary.
+    """Raise unless a request fits into the cache, and its tokens into the vocabulary.
 
     Raises:
         ServeError: prompt and answer together are longer than a row of the cache, a token is not in the vocabulary, or

@@ -1,9 +1,16 @@
-"""Decoding as one program: groups of sequences follow each other through the stages, a token further each round.
+"""Decode tokens in a pipeline: groups of sequences follow each other through the stages.
 
-In a tick every rank runs its stage for one group; then activations move one rank on, and the token that the last rank
-chose moves round the ring to the first. A round has as many ticks as there are groups, or ranks if those are more: with
-as many groups as ranks no stage waits. What is between stages stays there between calls. One rank is the same program.
-Read `prefill.py` for how a sequence begins.
+In each tick, every rank runs its stage for one group. Then activations move to the next rank, and the tokens that the
+last rank has chosen move around the ring to the first. With 3 ranks and groups a, b, c:
+
+    tick     0   1   2   3   4   5
+    rank 0   a0  b0  c0  a1  b1  c1     a1: group a with the token that rank 2 chose in tick 2
+    rank 1   .   a0  b0  c0  a1  b1
+    rank 2   .   .   a0  b0  c0  a1
+
+A round, one token of every sequence, has max(groups, ranks) ticks, so no stage waits if there are as many groups as
+ranks. Between two calls, activations stay between the stages. One rank runs the same program. Read `prefill.py` for how
+a sequence starts.
 """
 
 from dataclasses import replace
@@ -14,44 +21,45 @@ import jax.numpy as jnp
 
 from ..layers import NewTokens
 from ..pipeline.executor.buffers import vary_among_devices as vary
-from .sampling import Choice, ends
+from .sampling import SamplingSettings, finish_reasons
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
 NOTHING = -1
-"""In place of a token: there is none, since the slot was not in use."""
+"""A placeholder for the token of a slot that is not in use."""
 
 _LAST = -2
+"""A message to the first rank, in place of a token: the sequence has ended."""
 
 
 def decode(
-    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, choice: Choice, num_rounds: jax.Array
+    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, num_rounds: jax.Array
 ) -> tuple[ServeState, jax.Array]:
-    """Return the state after some rounds, and what the last rank chose; inside `shard_map` over all axes.
+    """Run `num_rounds` rounds inside `shard_map` over all axes; return the state and the chosen tokens.
 
-    -> tokens and reasons [1, rounds, slots of this shard, 2], of which the last rank's are true; NOTHING where a slot
-    had none. Costs a tick one permute of x[b, 1, D] and one of [b] over `pipe`.
+    -> tokens and finish reasons [1, rounds, slots of this shard, 2], valid on the last rank; NOTHING for slots that are
+    not in use. A tick costs one permute of x[b, 1, D] and one of [b] over `pipe`.
     """
     ticks = ticks_of_round(sizes, stage.num_ranks)
     chosen = vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
-    machine = _Machine(stage, sizes, params, choice, ticks)
-    return jax.lax.fori_loop(0, num_rounds * ticks, machine.tick, (state, chosen))
+    loop = _DecodeLoop(stage, sizes, params, settings, ticks)
+    return jax.lax.fori_loop(0, num_rounds * ticks, loop.tick, (state, chosen))
 
 
 def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
-    """Return the ticks in which every group passes every rank once."""
+    """Return the number of ticks in which every group passes every rank once."""
     return max(sizes.groups, num_ranks)
 
 
-class _Machine:
-    """One rank's view of the loop."""
+class _DecodeLoop:
+    """The body of the loop over ticks on one rank."""
 
-    def __init__(self, stage: Stage, sizes: Sizes, params: Any, choice: Choice, ticks: int) -> None:
-        self.stage, self.sizes, self.params, self.choice, self.ticks = stage, sizes, params, choice, ticks
+    def __init__(self, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, ticks: int) -> None:
+        self.stage, self.sizes, self.params, self.settings, self.ticks = stage, sizes, params, settings, ticks
         self.last = stage.num_ranks - 1
 
     def tick(self, tick: jax.Array, carry: tuple[ServeState, jax.Array]) -> tuple[ServeState, jax.Array]:
-        """Run this rank's stage for the group that is here, if it holds a token, then pass on."""
+        """Run this rank's stage for the group that has arrived, if a slot of it is in use, then pass on."""
         state, chosen = carry
         size = self.sizes.group_size
         group = jnp.remainder(tick - self.stage.rank, self.ticks)
@@ -70,7 +78,7 @@ class _Machine:
     def _work(
         self, state: ServeState, chosen: jax.Array, is_full_B: jax.Array, row: jax.Array, turn: jax.Array
     ) -> tuple[ServeState, Any]:
-        """Run the stage for one group: its x, and its message: that a slot holds a token, or which token comes next."""
+        """Run the stage for one group; return x and a message per slot: in use, or (last rank) the next token."""
         size = self.sizes.group_size
         starts_B = rows_of(state.cache.lengths[0], row, size)
         new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32))
@@ -81,12 +89,12 @@ class _Machine:
         x, cache = self.stage.run_layers(self.params, x, cache=state.cache, new=new)
 
         def finish() -> tuple[jax.Array, jax.Array]:
-            own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.choice)
+            own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.settings)
             token_B = self.stage.choose(self.params, x, own, position_B=starts_B + 1)
-            reason_B = ends(token_B, own, length_B=starts_B + 2)
-            said = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
+            reason_B = finish_reasons(token_B, own, length_B=starts_B + 2)
+            chosen_tokens = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
             message_B = jnp.where(reason_B > 0, _LAST, token_B)
-            return jax.lax.dynamic_update_slice(chosen, said[None, None], (0, turn, row, 0)), vary(message_B)
+            return jax.lax.dynamic_update_slice(chosen, chosen_tokens[None, None], (0, turn, row, 0)), vary(message_B)
 
         chosen, message_B = self.stage.on_rank(self.last, finish, lambda: (chosen, vary(jnp.zeros(size, jnp.int32))))
         state = replace(state, cache=cache, busy=state.busy + 1)
@@ -94,7 +102,7 @@ class _Machine:
 
     @jax.named_scope("exchange")
     def _exchange(self, state: ServeState, x: jax.Array, message_B: jax.Array, tick: jax.Array) -> ServeState:
-        """Pass x to the next rank; on the first rank, take note of the tokens that come back from the last."""
+        """Pass x to the next rank, and store on the first rank the tokens that arrive from the last."""
         size = self.sizes.group_size
         message_B = self.stage.pass_on(message_B, shape="ring")
         state = replace(state, x=self.stage.pass_on(x, shape="line"), is_full=(message_B != NOTHING)[None])
@@ -105,7 +113,7 @@ class _Machine:
             token_B = rows_of(state.next_token[0], row, size)
             is_open_B = rows_of(state.is_open[0], row, size)
             token_B = jnp.where(message_B >= 0, message_B, token_B)
-            # A slot that was not in use when its group went by may have been taken meanwhile: its entry stays.
+            # A new sequence may have taken a slot that was not in use when its group passed: keep its entry.
             is_open_B = jnp.where(message_B == NOTHING, is_open_B, message_B >= 0)
             place = (0, row)
             return replace(

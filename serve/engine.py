@@ -1,7 +1,8 @@
-"""An engine: a model on a mesh that answers many requests at once, each as if it were alone.
+"""Answer many requests at once with a model on a mesh; each gets the answer that it would get alone.
 
-Requests come and go between calls of two compiled programs; none of them stops the others or compiles anything. Start
-with `Engine.generate`; `submit` and `step` are for those who have requests that arrive one after another.
+Requests start and end between calls of two compiled programs (continuous batching, Yu et al. 2022, "Orca", section
+3), so a new request neither stops the others nor compiles anything. Use `Engine.generate` for a list of requests, and
+`submit` and `step` for requests that arrive one after another.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,23 +18,23 @@ from ..meshes import ServeError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
+from .compiled_programs import compile_programs
 from .decode import NOTHING, ticks_of_round
-from .params import Layers, stage_params, stage_shapes
+from .params import LayerLoop, stage_params, stage_shapes
 from .prefill import Chunks
-from .programs import compile_programs
-from .requests import Chunk, FinishReason, Request, Schedule, Sequence
-from .sampling import Choice
+from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
+from .sampling import SamplingSettings
 from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
 
-OnToken = Callable[[Sequence, int], None]
-"""What is called with a sequence and each token it has just got, in order; it may have got more by then."""
+OnToken = Callable[[ServedSequence, int], None]
+"""A callback for each new token of a sequence, in order; the sequence may already hold later tokens."""
 
 _REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a request got: its new tokens, without a stop token, and why it ended."""
+    """The answer to a request: its new tokens, without a stop token, and the reason for its end."""
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason
@@ -41,7 +42,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Ticks of decoding so far, in how many of them each device row [P, data] had work, and ticks of prefill."""
+    """Ticks of decoding and of prefill so far; `busy`, [P, data], counts those in which each rank had work."""
 
     decode_ticks: int
     prefill_ticks: int
@@ -49,33 +50,35 @@ class Usage:
 
     @property
     def idle_share(self) -> float:
-        """Share of all ticks in which a stage had nothing to do, mean over stages: filling and emptying included."""
+        """Share of ticks in which a stage was idle, mean over stages, with filling and draining of the pipeline."""
         ticks = self.decode_ticks + self.prefill_ticks
         return 1 - float(self.busy.mean()) / ticks if ticks else 0.0
 
 
 class Engine:
-    """Prefill, pipelined decode and continuous batching on any mesh.
+    """An inference engine on any mesh: prefill, pipelined decode and continuous batching.
 
     >>> engine = Engine(config, params, mesh=mesh, slots=4, max_tokens=128)
     >>> engine.generate([Request(prompt=(72, 105), max_new_tokens=8)])[0].tokens
 
     Args:
-        params: natural order, as `param_shapes(config, mesh=mesh)` says; given up to the engine.
-        slots: sequences at a time, over all data shards.
-        max_tokens: tokens of a sequence, prompt and answer, at most; what the cache has room for.
-        groups: parts of a data shard's slots that follow each other through the stages; as many as stages if left out.
-        cache_dtype: of keys and values; the compute dtype if left out.
-        chunk: tokens of a prompt that are read at once.
-        chunks_per_step: chunks that a step reads at most before it decodes, so that long prompts do not stop others.
-        layers: one loop over a rank's layers, or code for each; if left out, a loop on CPUs, where nothing is gained.
-        rounds: tokens of each sequence that a step decodes at most before it looks at the queue.
-        max_stops: stop tokens of a request at most.
-        on_token: called with every new token as soon as the host has it.
-        fill: "nan" poisons the cache before use, to prove that nothing of it leaks.
+        params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
+        slots: number of sequences in progress at a time, over all data shards.
+        max_tokens: most tokens of a sequence, prompt and answer; the length of the cache.
+        groups: number of parts of a data shard's slots, which follow each other through the stages; by default the
+            number of stages.
+        cache_dtype: dtype of keys and values; by default the compute dtype.
+        chunk: number of prompt tokens in one tick of prefill.
+        chunks_per_step: most chunks that a step reads before it decodes, so that long prompts do not delay others.
+        layers: "loop" for one loop over a rank's layers, "unrolled" for separate code; by default "loop" on CPUs, where
+            unrolling gains nothing, and "unrolled" elsewhere.
+        rounds: most tokens of each sequence that a step decodes before it admits requests from the queue.
+        max_stops: most stop tokens of a request.
+        on_token: a callback for every new token.
+        fill: "nan" fills the unused cache with NaN, to prove that it does not affect answers.
 
     Raises:
-        TrellaxError: model, mesh and sizes do not fit each other; nothing was allocated.
+        TrellaxError: model, mesh and sizes are incompatible; nothing was allocated.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Engine:
         chunks_per_step: int = 16,
         rounds: int = 8,
         max_stops: int = MAX_STOPS,
-        layers: Layers | None = None,
+        layers: LayerLoop | None = None,
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
@@ -109,35 +112,35 @@ class Engine:
             stops=max_stops,
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens)
-        self.layers: Layers = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
+        self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
         stored = cache_dtype or config.dtype
         self.shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=stored, layers=self.layers)
         self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers)
-        self.schedule = Schedule(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
+        self.scheduler = RequestScheduler(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
         self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
         self._state = empty_state(self.shapes, fill=fill)
-        self._choice = _empty_choice(sizes)
+        self._settings = _empty_settings(sizes)
         self._decode_ticks = self._prefill_ticks = 0
 
     @property
     def cache_bytes_per_device(self) -> int:
-        """Bytes of keys, values and lengths that each device holds."""
+        """Bytes of the cache (keys, values and lengths) on each device."""
         return bytes_per_device(self.shapes.cache)
 
     @property
     def param_bytes_per_device(self) -> int:
-        """Bytes of parameters that each device holds."""
+        """Bytes of parameters on each device."""
         return bytes_per_device(stage_shapes(self.config, mesh=self.mesh))
 
     @property
     def usage(self) -> Usage:
-        """How busy the stages have been."""
+        """Ticks so far, and how many of them each rank worked."""
         return Usage(
             decode_ticks=self._decode_ticks, prefill_ticks=self._prefill_ticks, busy=np.asarray(self._state.busy)
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Return the answers to some requests, in their order; all of them are checked before any is run.
+        """Answer requests, and return their completions in order; all are checked before the first one starts.
 
         Raises:
             ServeError: a request does not fit the cache or the vocabulary, or logits are not finite.
@@ -150,38 +153,38 @@ class Engine:
             self.step()
         return [Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length") for s in sequences]
 
-    def submit(self, request: Request) -> Sequence:
-        """Put a request in the queue and return its sequence, which `step` fills.
+    def submit(self, request: Request) -> ServedSequence:
+        """Put a request in the queue, and return its sequence, to which `step` adds tokens.
 
         Raises:
             ServeError: it does not fit the cache or the vocabulary.
         """
         self._check(request)
-        return self.schedule.submit(request)
+        return self.scheduler.submit(request)
 
-    def step(self) -> list[Sequence]:
-        """Admit requests, read some of their prompts, decode some tokens; return the sequences that ended.
+    def step(self) -> list[ServedSequence]:
+        """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
 
         Raises:
             ServeError: the logits of a sequence are not finite; it ended with "error", and the others can go on.
         """
-        for sequence in self.schedule.admit():
-            self._write_choice(sequence)
+        for sequence in self.scheduler.admit():
+            self._write_settings(sequence)
         ended = self._read_prompts()
         return ended + self._decode()
 
     def _check(self, request: Request) -> None:
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
-    def _read_prompts(self) -> list[Sequence]:
-        chunks = self.schedule.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
+    def _read_prompts(self) -> list[ServedSequence]:
+        chunks = self.scheduler.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        args = self._params, self._state, self._choice, self._pack(chunks), np.int32(num_chunks)
-        self._state, said = self.programs.prefill(*args)
+        args = self._params, self._state, self._settings, self._pack(chunks), np.int32(num_chunks)
+        self._state, chosen_tokens = self.programs.prefill(*args)
         self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
-        first = np.asarray(said)[-1]
+        first = np.asarray(chosen_tokens)[-1]
         return self._note(
             (chunk.sequence, *first[shard, item].tolist())
             for shard, own in enumerate(chunks)
@@ -189,36 +192,38 @@ class Engine:
             if chunk.is_last
         )
 
-    def _decode(self) -> list[Sequence]:
-        decoding = {s.slot: s for s in self.schedule.decoding}
+    def _decode(self) -> list[ServedSequence]:
+        decoding = {s.slot: s for s in self.scheduler.decoding}
         if not decoding:
             return []
         longest = max(self._num_left(sequence) for sequence in decoding.values())
         num_rounds = min(self.sizes.rounds, longest)
-        self._state, said = self.programs.decode(self._params, self._state, self._choice, np.int32(num_rounds))
+        self._state, chosen_tokens = self.programs.decode(
+            self._params, self._state, self._settings, np.int32(num_rounds)
+        )
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.mesh.shape["pipe"])
         return self._note(
             (decoding[slot], token, reason)
-            for turn in np.asarray(said)[-1, :num_rounds]
+            for turn in np.asarray(chosen_tokens)[-1, :num_rounds]
             for slot, (token, reason) in enumerate(turn.tolist())
             if token != NOTHING
         )
 
-    def _num_left(self, sequence: Sequence) -> int:
-        """Rounds until a sequence ends: one more where its token may be between two stages."""
+    def _num_left(self, sequence: ServedSequence) -> int:
+        """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.mesh.shape["pipe"] > 1)
 
-    def _note(self, said: Iterable[tuple[Sequence, int, int]]) -> list[Sequence]:
-        """Take note of tokens with their reasons to end, tell them, and return the sequences that ended."""
+    def _note(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
+        """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
         heard, ended = [], []
-        for sequence, token, reason in said:
+        for sequence, token, reason in chosen_tokens:
             if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)
                 heard.append((sequence, token))
             if reason:
-                self.schedule.finish(sequence, _REASONS[reason])
+                self.scheduler.finish(sequence, _REASONS[reason])
                 ended.append(sequence)
-        # Told once all are noted: a listener that raises must not lose what the devices have gone on from.
+        # Only after all tokens are stored: the devices have moved on, and a callback may raise.
         if self.on_token:
             for sequence, token in heard:
                 self.on_token(sequence, token)
@@ -227,17 +232,17 @@ class Engine:
                 raise _not_finite(sequence)
         return ended
 
-    def _write_choice(self, sequence: Sequence) -> None:
+    def _write_settings(self, sequence: ServedSequence) -> None:
         request, slot = sequence.request, sequence.slot
-        self._choice.temperature[slot] = request.temperature
-        self._choice.top_k[slot] = min(request.top_k, self.config.vocab_size)
-        self._choice.top_p[slot] = request.top_p
-        self._choice.seed[slot] = request.seed
-        self._choice.limit[slot] = len(request.prompt) + request.max_new_tokens
-        self._choice.stops[slot] = [*request.stop, *[-1] * (self.sizes.stops - len(request.stop))]
+        self._settings.temperature[slot] = request.temperature
+        self._settings.top_k[slot] = min(request.top_k, self.config.vocab_size)
+        self._settings.top_p[slot] = request.top_p
+        self._settings.seed[slot] = request.seed
+        self._settings.limit[slot] = len(request.prompt) + request.max_new_tokens
+        self._settings.stops[slot] = [*request.stop, *[-1] * (self.sizes.stops - len(request.stop))]
 
     def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
-        """Chunks as arrays; what is left over counts no tokens."""
+        """Pack chunks into arrays; unused entries have count 0."""
         sizes = self.sizes
         shape = (sizes.num_shards, sizes.items)
         tokens = np.zeros((*shape, sizes.chunk), np.int32)
@@ -253,18 +258,18 @@ class Engine:
 
 
 def _check_values(
-    cache_dtype: CacheDtype | None, layers: Layers | None, fill: Fill, chunks_per_step: int, max_stops: int
+    cache_dtype: CacheDtype | None, layers: LayerLoop | None, fill: Fill, chunks_per_step: int, max_stops: int
 ) -> None:
-    """Check jax's switches, and what `Sizes` would call by another name or does not hold."""
+    """Check jax's switches, and arguments that `Sizes` does not check or knows by another name."""
     check_switches(*get_args(Switch), error=ServeError)
     check_count("chunks_per_step", chunks_per_step, error=ServeError)
     check_count("max_stops", max_stops, error=ServeError)
     check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
-    check_choice("layers", layers, (None, *get_args(Layers)), error=ServeError)
+    check_choice("layers", layers, (None, *get_args(LayerLoop)), error=ServeError)
     check_choice("fill", fill, get_args(Fill), error=ServeError)
 
 
-def _not_finite(sequence: Sequence) -> ServeError:
+def _not_finite(sequence: ServedSequence) -> ServeError:
     return ServeError(
         f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
         "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
@@ -272,9 +277,9 @@ def _not_finite(sequence: Sequence) -> ServeError:
     )
 
 
-def _empty_choice(sizes: Sizes) -> Choice:
+def _empty_settings(sizes: Sizes) -> SamplingSettings:
     slots = sizes.slots
-    return Choice(
+    return SamplingSettings(
         temperature=np.zeros(slots, np.float32),
         top_k=np.zeros(slots, np.int32),
         top_p=np.ones(slots, np.float32),

@@ -1,8 +1,7 @@
-"""How fast an engine answers: time to the first token, time for each further one, and what memory would allow.
+"""Measure the speed of an engine: time to the first token, time per further token, and the memory roofline.
 
-Decoding reads all weights and all that is cached for every token, and computes little: the time that the memory of the
-fullest device needs for that is the roofline (Pope et al. 2022, section 2.1). Printed by
-`../commands/bench_decode.py`.
+Decoding reads all weights and the whole cache for every token and computes little. The roofline is therefore the time
+in which the fullest device reads them (Pope et al. 2022, section 2.1). `../commands/bench_decode.py` prints them.
 """
 
 import statistics
@@ -16,19 +15,19 @@ from jax.sharding import Mesh
 from ..layers import ModelConfig, bytes_per_device
 from .engine import Engine
 from .params import layers_of_stages, param_shapes, stage_shapes
-from .requests import Request, Sequence
+from .requests import Request, ServedSequence
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTimes:
-    """What a batch of equal requests took, all submitted at once.
+    """Times of a batch of equal requests that are submitted at once.
 
     Args:
         first_token_s: median time from submission to a request's first token.
         per_token_s: median time between the tokens of a request after that.
         tokens_per_s: new tokens of all requests over the whole time.
-        idle_share: share of ticks in which a stage had nothing to do, mean over stages.
-        read_bytes: what the fullest device reads for a token of each sequence, weights and cache.
+        idle_share: share of ticks in which a stage was idle, mean over stages.
+        read_bytes: bytes of weights and cache that the fullest device reads for one token of each sequence.
     """
 
     first_token_s: float
@@ -38,15 +37,15 @@ class DecodeTimes:
     read_bytes: float
 
     def roofline_share(self, memory_bytes_per_s: float) -> float:
-        """Return the time that the fullest device's memory needs over the time that was taken."""
+        """Return the time to read `read_bytes` as a share of the measured time per token."""
         return self.read_bytes / memory_bytes_per_s / self.per_token_s
 
 
 def measure_decode(engine: Engine, *, batch: int, prompt: int, new: int) -> DecodeTimes:
-    """Return the times of `batch` requests with `prompt` tokens each and `new` in answer, after one round to warm up.
+    """Time `batch` requests of `prompt` tokens with answers of `new` tokens, after one warm-up batch.
 
     Raises:
-        ServeError: they do not fit the cache.
+        ServeError: the requests do not fit the cache.
     """
     vocab = engine.config.vocab_size
     requests = [
@@ -56,7 +55,7 @@ def measure_decode(engine: Engine, *, batch: int, prompt: int, new: int) -> Deco
     engine.generate(requests)
     heard: dict[int, list[float]] = {}
 
-    def hear(sequence: Sequence, _token: int) -> None:
+    def hear(sequence: ServedSequence, _token: int) -> None:
         heard.setdefault(sequence.id, []).append(time.perf_counter())
 
     before, heard_before, engine.on_token = engine.usage, engine.on_token, hear
@@ -75,9 +74,9 @@ def measure_decode(engine: Engine, *, batch: int, prompt: int, new: int) -> Deco
 
 
 def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
-    """Return what the fullest device must read for one token of each of `batch` sequences of `context` tokens.
+    """Return the bytes that the fullest device reads for one token of each of `batch` sequences of `context` tokens.
 
-    Weights once for each group that is in flight, and the keys and values that are there, not those there is room for.
+    They are the weights, once per group in flight, and the stored keys and values, without the unused cache.
     """
     config, mesh = engine.config, engine.mesh
     params = stage_shapes(config, mesh=mesh)
@@ -94,7 +93,7 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
 
 
 def draw_params(config: ModelConfig, mesh: Mesh) -> Any:
-    """Return random parameters in natural order, as a reader would deliver them, every device drawing its part."""
+    """Return random parameters in natural order, of which every device makes its part."""
     shapes = param_shapes(config, mesh=mesh)
     leaves, tree = jax.tree.flatten(shapes)
 

@@ -1,7 +1,7 @@
-"""Parameters for inference: what a reader fills, in the order of the model, and how the devices then hold it.
+"""Shapes of a model's parameters for inference, in natural order and divided into pipeline stages.
 
-A reader (of a run folder, of Hugging Face files) is given `param_shapes` and returns arrays of these, each device
-having read its part. `stage_params` turns them into stages, once. Everything is held in the compute dtype, so that no
+A reader of a run folder or of Hugging Face files gets `param_shapes` and returns arrays of these shapes, of which each
+device has read its part. `stage_params` divides them into stages, once. Parameters are in the compute dtype, so that no
 step casts a weight. Read `stage.py` next.
 """
 
@@ -19,24 +19,25 @@ from ..meshes import ShardingRules
 from ..meshes.rules import split_first_free_dim
 from ..pipeline import balance_layers, stages_from_layers
 
-Layers = Literal["loop", "unrolled"]
-"""Whether a rank's layers are one loop over one array, or each has arrays and code of its own.
+LayerLoop = Literal["loop", "unrolled"]
+"""Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
 
-A GPU's matrix products cannot read a slice of an array whose place is known only when they run: in a loop XLA copies
-every layer's weights first, which makes decoding three times as long. A loop compiles in the time of one layer.
+On a GPU, a matrix product cannot read a slice of an array at an index that is known only at run time: in a loop, XLA
+first copies the weights of every layer, and decoding takes three times as long. A loop compiles faster, in the time of
+one layer.
 """
 
 _KV = ("key", "value")
 
 
 def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -> Any:
-    """Return shapes and shardings of a `Transformer`'s parameters as a reader must deliver them.
+    """Return shapes and shardings of a `Transformer`'s parameters in natural order, for a reader to fill.
 
-    A tree {"embed", "blocks", "head"} in natural order, blocks [L@pipe, ...]. Where pipe does not divide the layers,
-    another dimension is split over it, if one can be.
+    They are a tree {"embed", "blocks", "head"}, blocks [L@pipe, ...]. If pipe does not divide the number of layers, it
+    splits the first other dimension that it divides.
 
     Args:
-        dtype: of all parameters; the compute dtype of the config if left out.
+        dtype: dtype of all parameters; by default the compute dtype of the config.
 
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over the mesh.
@@ -57,10 +58,10 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
 
 
-def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, layers: Layers = "loop") -> Any:
-    """Return shapes and shardings of the parameters as the devices hold them: blocks, a tuple of [P@pipe, layers, ...].
+def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, layers: LayerLoop = "loop") -> Any:
+    """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
-    Embedding and head are whole over pipe: only the first and the last stage use theirs.
+    Embedding and head are replicated over pipe, although only the first and the last stage use them.
     """
     rules = model_rules(config, mesh.shape).replace(kv_heads="tensor")
     natural = param_shapes(config, mesh=mesh, dtype=dtype)
@@ -74,10 +75,10 @@ def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, l
     return natural | {"blocks": tuple(jax.tree.map(place, dims, stack, is_leaf=_is_dims) for stack in stacks)}
 
 
-def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: Layers = "loop") -> Any:
-    """Return the parameters a reader delivered as stages; blocks are given up, so that no device holds both.
+def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerLoop = "loop") -> Any:
+    """Divide parameters into stages; the blocks are donated, so that no device holds them twice.
 
-    Unequal stages are padded with zeros; key/value heads that are fewer than `tensor` devices are repeated.
+    Unequal stages are padded with zeros. If there are fewer key/value heads than `tensor` devices, they are repeated.
     """
     dtype = jax.tree.leaves(params)[0].dtype
     shapes = stage_shapes(config, mesh=mesh, dtype=dtype, layers=layers)["blocks"]
@@ -85,7 +86,7 @@ def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: Layers
     if layers == "loop" and not _changes_shape(config, mesh):
         cut = jax.jit(partial(_to_stacks, config, mesh, layers), out_shardings=shardings, donate_argnums=0)
         return params | {"blocks": cut(params["blocks"])}
-    # Other shapes cannot take the place of what they are made of: parameter by parameter, little is there twice.
+    # Buffers of other shapes cannot be donated. Parameter by parameter, only one is in memory twice at a time.
     paths, tree = jax.tree_util.tree_flatten_with_path(params["blocks"])
     columns = []
     for (path, leaf), *own in zip(paths, *map(jax.tree.leaves, shardings), strict=True):
@@ -95,37 +96,37 @@ def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: Layers
     return params | {"blocks": tuple(jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True))}
 
 
-def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: Layers) -> tuple[int, ...]:
-    """Return how many layers of a stage each array of parameters holds: all of them, or one."""
+def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[int, ...]:
+    """Return the number of layers in each array of a stage's parameters: all layers, or one each."""
     room = max(layers_of_stages(config, num_ranks=num_ranks))
     return (room,) if layers == "loop" else (1,) * room
 
 
 def served_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """Return the model as the devices see it: at least one key/value head for each of a tensor group."""
+    """Return the config with at least one key/value head for each device of a tensor group."""
     return replace(config, num_kv_heads=max(config.num_kv_heads, mesh.shape["tensor"]))
 
 
 def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
-    """Return how many layers each stage has, so that the bytes a token reads are spread evenly.
+    """Return the number of layers of each stage that spreads the bytes read per token evenly.
 
     Raises:
         ScheduleError: there are fewer layers than stages.
     """
-    # Decoding waits for memory: the head weighs as many layers as its table has bytes of a layer's weights.
+    # Decoding is bound by memory: the head counts as the number of layers whose weights have the bytes of its table.
     head = config.vocab_size * config.hidden_size / param_counts(config).block
     return balance_layers(config.num_layers, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
 
 
-def _to_stacks(config: ModelConfig, mesh: Mesh, layers: Layers, blocks: Any) -> tuple[Any, ...]:
+def _to_stacks(config: ModelConfig, mesh: Mesh, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
     cut = jax.tree_util.tree_map_with_path(partial(_cut, config, mesh, layers), blocks)
     is_cut = lambda node: isinstance(node, tuple)  # noqa: E731
     count = len(jax.tree.leaves(cut, is_leaf=is_cut)[0])
     return tuple(jax.tree.map(lambda leaf: leaf[index], cut, is_leaf=is_cut) for index in range(count))  # noqa: B023
 
 
-def _cut(config: ModelConfig, mesh: Mesh, layers: Layers, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
-    """One parameter of all layers [L, ...] as arrays [P, layers, ...]."""
+def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """Cut one parameter of all layers, [L, ...], into arrays [P, layers, ...]."""
     num_ranks = mesh.shape["pipe"]
     copies = served_config(config, mesh).num_kv_heads // config.num_kv_heads
     if copies > 1 and any(getattr(key, "key", None) in _KV for key in path):

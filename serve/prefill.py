@@ -1,8 +1,8 @@
-"""Prompts into the cache, in chunks of one size: chunk i is on rank r at tick i + r, whatever sequence it belongs to.
+"""Read prompts into the cache in chunks of one size, in a pipeline: chunk i is on rank r in tick i + r.
 
-A chunk is one row of T tokens on each data shard; the chunks of one prompt follow each other, and so do prompts. The
-number of chunks is data, so no prompt is too long or too short for the one program. What is on its way through decoding
-is not touched. Read `decode.py` for what comes after.
+A chunk is one row of T tokens on each data shard. The chunks of a prompt follow each other, and so do prompts. The
+number of chunks is data, so one program reads prompts of any length. Activations of decoding between two stages stay
+where they are. Read `decode.py` next.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from ..layers import KVCache, NewTokens
 from ..pipeline.executor.buffers import read
 from ..pipeline.executor.buffers import vary_among_devices as vary
 from .decode import NOTHING
-from .sampling import Choice, ends
+from .sampling import SamplingSettings, finish_reasons
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
@@ -27,8 +27,8 @@ class Chunks:
     """Up to I chunks for each data shard: tokens [data, I, T], the rest [data, I].
 
     Args:
-        slot: row of the shard's cache.
-        start, count: position of the first token, and how many of T are real; 0 for no chunk.
+        slot: row in the cache of the shard.
+        start, count: position of the first token, and number of real tokens among T; 0 for an unused entry.
         is_last: whether the prompt ends here, so that the next token is chosen.
     """
 
@@ -40,7 +40,7 @@ class Chunks:
 
 
 def chunk_shapes(sizes: Sizes, *, mesh: Mesh) -> Chunks:
-    """Return shapes and shardings of the chunks of one call: the same on all ranks."""
+    """Return shapes and shardings of the chunks of one call, which are the same on all ranks."""
 
     def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
         shape = (sizes.num_shards, sizes.items, *inner)
@@ -51,17 +51,17 @@ def chunk_shapes(sizes: Sizes, *, mesh: Mesh) -> Chunks:
 
 
 def prefill(
-    state: ServeState, *, stage: Stage, params: Any, choice: Choice, chunks: Chunks, num_chunks: jax.Array
+    state: ServeState, *, stage: Stage, params: Any, settings: SamplingSettings, chunks: Chunks, num_chunks: jax.Array
 ) -> tuple[ServeState, jax.Array]:
-    """Return the state with the chunks read, and the first token of each prompt that ends; inside `shard_map`.
+    """Read chunks inside `shard_map`; return the state and the first token after each prompt that ends.
 
-    -> tokens and reasons [1, I, 2], NOTHING where no prompt ends. A tick costs one permute of x[1, T, D] over `pipe`,
-    a call one all-reduce of [I, 2].
+    -> tokens and finish reasons [1, I, 2], NOTHING for chunks that end no prompt. A tick costs one permute of
+    x[1, T, D] over `pipe`, and a call one all-reduce of [I, 2].
     """
     chunks = jax.tree.map(lambda leaf: leaf[0], chunks)
     num_items, num_tokens = chunks.tokens.shape
     x = vary(jnp.zeros((1, num_tokens, stage.config.hidden_size), state.x.dtype))
-    said = vary(jnp.zeros((num_items, 2), jnp.int32))
+    chosen_tokens = vary(jnp.zeros((num_items, 2), jnp.int32))
 
     def tick(tick: jax.Array, carry: Any) -> Any:
         item = tick - stage.rank
@@ -69,40 +69,40 @@ def prefill(
         is_here = (item >= 0) & (item < num_chunks) & (chunk.count > 0)
 
         def work(carry: Any) -> Any:
-            return _work(carry, stage=stage, params=params, choice=choice, chunk=chunk, item=item)
+            return _work(carry, stage=stage, params=params, settings=settings, chunk=chunk, item=item)
 
-        state, x, said = jax.lax.cond(vary(is_here), work, lambda carry: carry, carry)
-        return state, stage.pass_on(x, shape="line"), said
+        state, x, chosen_tokens = jax.lax.cond(vary(is_here), work, lambda carry: carry, carry)
+        return state, stage.pass_on(x, shape="line"), chosen_tokens
 
-    state, _, said = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, said))
-    # Only the last rank has chosen; the others hold zeros.
-    said = jax.lax.psum(said, "pipe") if stage.num_ranks > 1 else said
-    return _open(state, chunks, said), jnp.where(chunks.is_last[:, None], said, NOTHING)[None]
+    state, _, chosen_tokens = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, chosen_tokens))
+    # Only the last rank has chosen tokens; the others hold zeros.
+    chosen_tokens = jax.lax.psum(chosen_tokens, "pipe") if stage.num_ranks > 1 else chosen_tokens
+    return _open(state, chunks, chosen_tokens), jnp.where(chunks.is_last[:, None], chosen_tokens, NOTHING)[None]
 
 
-def _work(carry: Any, *, stage: Stage, params: Any, choice: Choice, chunk: Chunks, item: jax.Array) -> Any:
-    """Run one chunk through this rank's layers; the last rank chooses the next token where the prompt ends."""
-    state, x, said = carry
+def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, chunk: Chunks, item: jax.Array) -> Any:
+    """Run this rank's layers on one chunk; at the end of a prompt the last rank chooses the next token."""
+    state, x, chosen_tokens = carry
     new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None])
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
     x, cache = stage.run_layers(params, x, cache=_wiped(state.cache, chunk), new=new)
 
     def finish() -> jax.Array:
-        own = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), choice)
+        own = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), settings)
         x_11D = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)
         length_1 = (chunk.start + chunk.count)[None]
         token_1 = stage.choose(params, x_11D, own, position_B=length_1)
-        first = jnp.stack([token_1, ends(token_1, own, length_B=length_1 + 1)], axis=-1)
-        return jax.lax.dynamic_update_slice(said, first, (item, 0))
+        first = jnp.stack([token_1, finish_reasons(token_1, own, length_B=length_1 + 1)], axis=-1)
+        return jax.lax.dynamic_update_slice(chosen_tokens, first, (item, 0))
 
     is_chosen = chunk.is_last & (stage.rank == stage.num_ranks - 1)
-    said = jax.lax.cond(vary(is_chosen), finish, lambda: said)
-    return replace(state, cache=cache, busy=state.busy + 1), x, said
+    chosen_tokens = jax.lax.cond(vary(is_chosen), finish, lambda: chosen_tokens)
+    return replace(state, cache=cache, busy=state.busy + 1), x, chosen_tokens
 
 
 def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
-    """The cache with the slot of a sequence that begins emptied: zero weights times a NaN of the one before are NaN."""
+    """Zero the slot of a sequence that starts: masked positions have weight 0, but 0 times an old NaN is NaN."""
 
     def wipe(values: jax.Array) -> jax.Array:
         num_layers, _, *inner = values.shape
@@ -115,12 +115,12 @@ def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
     return KVCache(keys=cache.keys, values=values, lengths=cache.lengths)
 
 
-def _open(state: ServeState, chunks: Chunks, said: jax.Array) -> ServeState:
-    """Let the sequences whose prompts are read enter the first stage with their first token."""
+def _open(state: ServeState, chunks: Chunks, chosen_tokens: jax.Array) -> ServeState:
+    """Open the slots of sequences whose prompts are read, with their first token."""
     num_slots = state.next_token.shape[1]
     slot = jnp.where(chunks.is_last, chunks.slot, num_slots)
     return replace(
         state,
-        next_token=state.next_token.at[0, slot].set(said[:, 0], mode="drop"),
-        is_open=state.is_open.at[0, slot].set(said[:, 1] == 0, mode="drop"),
+        next_token=state.next_token.at[0, slot].set(chosen_tokens[:, 0], mode="drop"),
+        is_open=state.is_open.at[0, slot].set(chosen_tokens[:, 1] == 0, mode="drop"),
     )

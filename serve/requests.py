@@ -1,7 +1,7 @@
-"""Who is served when: a queue, slots, and prompts cut into chunks. Plain Python, no jax.
+"""Schedule requests: a queue, slots, and prompts cut into chunks. Plain Python, no jax.
 
-First come, first served: a request takes a slot as soon as one is free, and prompts are read in the order in which they
-took theirs. `engine.py` drives it.
+Requests are served first come, first served: each takes a slot as soon as one is free, and prompts are read in the
+order of admission. `engine.py` uses the scheduler.
 """
 
 import operator
@@ -14,24 +14,24 @@ from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
 
 FinishReason = Literal["stop", "length", "error"]
-"""Why a sequence ended: a stop token, its own limit of tokens or the cache's, or logits that are not finite."""
+"""The reason for the end of a sequence: a stop token, its limit of tokens, or logits that are not finite."""
 
 _HOTTEST = 3.4e38
-"""A larger temperature would be infinite in float32, and any token as likely as another."""
+"""The largest temperature; a larger one would be infinite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt as token ids, and how to go on from it.
+    """A prompt as token ids, and the settings for its answer.
 
     Args:
-        prompt: whole numbers; a list or an array becomes a tuple, and so does that of `stop`.
-        max_new_tokens: tokens to add at most.
-        temperature: 0 takes the likeliest token; else what logits are divided by before a draw.
-        top_k: draw among so many of the likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have this probability; 1 for all.
-        seed: of the draws; the same seed gives the same tokens on any mesh, among any other requests.
-        stop: tokens that end the sequence; they are not part of the answer.
+        prompt: token ids; a list or an array becomes a tuple, as does `stop`.
+        max_new_tokens: most tokens of the answer.
+        temperature: divisor of the logits before a draw; 0 takes the likeliest token.
+        top_k: number of likeliest tokens to draw from; 0 for all.
+        top_p: total probability of the likeliest tokens to draw from; 1 for all (Holtzman et al. 2020, section 3.1).
+        seed: seed of the draws; it gives the same tokens on any mesh and beside any other requests.
+        stop: token ids that end the answer and are not part of it.
 
     Raises:
         ServeError: the prompt is empty, a token is no whole number, or a number is out of its range.
@@ -65,7 +65,7 @@ class Request:
 
 
 def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
-    """Any whole numbers as a tuple of Python's own."""
+    """Return token ids as a tuple of Python integers."""
     try:
         return tuple(map(operator.index, tokens))
     except TypeError:
@@ -77,8 +77,8 @@ def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
 
 
 @dataclass(kw_only=True)
-class Sequence:
-    """A request on its way: its slot once it has one, and its answer so far."""
+class ServedSequence:
+    """A request in the queue or in progress: its slot, None in the queue, and its answer so far."""
 
     id: int
     request: Request
@@ -89,15 +89,15 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its prompt is read and its answer is not at its end."""
+        """Whether the prompt is read and the answer has not ended."""
         return self.num_read == len(self.request.prompt) and self.finish_reason is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A piece of a sequence's prompt: tokens `start` on, for the cache row of its slot."""
+    """A part of a sequence's prompt, which begins at position `start`."""
 
-    sequence: Sequence
+    sequence: ServedSequence
     start: int
     tokens: tuple[int, ...]
 
@@ -107,41 +107,41 @@ class Chunk:
         return self.start + len(self.tokens) == len(self.sequence.request.prompt)
 
 
-class Schedule:
-    """The queue and the slots: `num_shards` data shards with `groups` groups of `group_size` slots each.
+class RequestScheduler:
+    """A queue and slots: `num_shards` data shards with `groups` groups of `group_size` slots each.
 
-    >>> schedule = Schedule(num_shards=1, groups=2, group_size=1)
-    >>> waiting = [schedule.submit(Request(prompt=(1, 2, 3))) for _ in range(3)]
-    >>> [sequence.slot for sequence in schedule.admit()]
+    >>> scheduler = RequestScheduler(num_shards=1, groups=2, group_size=1)
+    >>> waiting = [scheduler.submit(Request(prompt=(1, 2, 3))) for _ in range(3)]
+    >>> [sequence.slot for sequence in scheduler.admit()]
     [0, 1]
     """
 
     def __init__(self, *, num_shards: int, groups: int, group_size: int) -> None:
         self.num_shards, self.groups, self.group_size = num_shards, groups, group_size
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
-        self._reading: list[deque[Sequence]] = [deque() for _ in range(num_shards)]
+        self.waiting: deque[ServedSequence] = deque()
+        self.running: dict[int, ServedSequence] = {}
+        self._reading: list[deque[ServedSequence]] = [deque() for _ in range(num_shards)]
         self._num_submitted = 0
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
+        """Whether no request waits or runs."""
         return not self.waiting and not self.running
 
     @property
-    def decoding(self) -> list[Sequence]:
-        """The sequences whose next token is due."""
+    def decoding(self) -> list[ServedSequence]:
+        """The sequences that are decoding."""
         return [sequence for sequence in self.running.values() if sequence.is_decoding]
 
-    def submit(self, request: Request) -> Sequence:
+    def submit(self, request: Request) -> ServedSequence:
         """Put a request at the end of the queue."""
-        sequence = Sequence(id=self._num_submitted, request=request)
+        sequence = ServedSequence(id=self._num_submitted, request=request)
         self._num_submitted += 1
         self.waiting.append(sequence)
         return sequence
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to those that wait, the first first, and return them."""
+    def admit(self) -> list[ServedSequence]:
+        """Give free slots to waiting sequences in order, and return the admitted ones."""
         admitted = []
         while self.waiting and (slot := self._free_slot()) is not None:
             sequence = self.waiting.popleft()
@@ -152,11 +152,11 @@ class Schedule:
         return admitted
 
     def take_chunks(self, *, size: int, limit: int) -> list[list[Chunk]]:
-        """Return the next chunks to read on each data shard, at most `limit`; they count as read."""
+        """Return the next chunks to read on each data shard, at most `limit`, and mark them as read."""
         return [list(self._take(reading, size, limit)) for reading in self._reading]
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Take note that a sequence has ended; its slot is free."""
+    def finish(self, sequence: ServedSequence, reason: FinishReason) -> None:
+        """End a sequence and free its slot."""
         assert sequence.slot is not None
         assert self.running[sequence.slot] is sequence
         sequence.finish_reason = reason
@@ -167,7 +167,7 @@ class Schedule:
         return self.groups * self.group_size
 
     def _free_slot(self) -> int | None:
-        """The first free slot of the group that has most of them: groups that are alike keep all stages at work."""
+        """Return a free slot of the group with most free slots: groups of equal size keep all stages busy."""
         groups = [range(first, first + self.group_size) for first in self._first_slots()]
         free = [[slot for slot in group if slot not in self.running] for group in groups]
         emptiest = max(free, key=len)
@@ -176,7 +176,7 @@ class Schedule:
     def _first_slots(self) -> Iterable[int]:
         return range(0, self.num_shards * self._slots_per_shard, self.group_size)
 
-    def _take(self, reading: deque[Sequence], size: int, limit: int) -> Iterable[Chunk]:
+    def _take(self, reading: deque[ServedSequence], size: int, limit: int) -> Iterable[Chunk]:
         for _ in range(limit):
             if not reading:
                 return

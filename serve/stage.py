@@ -1,7 +1,7 @@
-"""One rank's part of the model on new tokens: embedding, its own layers over the cache, head and choice.
+"""Run one rank's part of the model on new tokens: embedding, its layers with the cache, and head with sampling.
 
-For use inside `shard_map` over all mesh axes: every collective is one that is written here or in the layers, two
-all-reduces a layer over `tensor`. Read `decode.py` next.
+For use inside `shard_map` over all mesh axes. All collectives are explicit, here or in the layers: two all-reduces per
+layer over `tensor`. Read `decode.py` next.
 """
 
 from functools import partial
@@ -18,13 +18,13 @@ from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from ..pipeline.executor.buffers import vary_among_devices as vary
 from .params import layers_of_stages, served_config
-from .sampling import Choice, choose
+from .sampling import SamplingSettings, choose
 
 
 class Stage:
-    """The model as the ranks of a mesh run it; holds no arrays.
+    """The model as the ranks of a mesh run it; it holds no arrays.
 
-    Params are as `stage_shapes` has them, this device's block: blocks, a tuple of [1, layers, ...].
+    Parameters are this device's blocks of those of `stage_shapes`: a tuple of [1, layers, ...].
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
@@ -37,24 +37,24 @@ class Stage:
 
     @property
     def rank(self) -> jax.Array | int:
-        """The place of this device along `pipe`."""
+        """The position of this device along `pipe`."""
         return jax.lax.axis_index("pipe") if self.num_ranks > 1 else 0
 
     def on_rank(self, rank: int, work: Any, otherwise: Any) -> Any:
-        """Return what `work()` gives on one rank and `otherwise()` on the others, each doing just its own."""
+        """Return `work()` on one rank and `otherwise()` on the others; no rank runs both."""
         if self.num_ranks == 1:
             return work()
         return jax.lax.cond(self.rank == rank, work, otherwise)
 
     @jax.named_scope("embed")
     def embed(self, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """tokens[b, T] at positions [b, T] -> x[b, T, D]; one all-reduce of x over `tensor`."""
+        """Embed tokens[b, T] at positions [b, T] -> x[b, T, D]; costs one all-reduce of x over `tensor`."""
         embed: Embedding = nnx.merge(self._graphs["embed"], params["embed"])
         return vary(embed(tokens_BT, positions_BT=positions_BT))
 
     @jax.named_scope("layers")
     def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
-        """Return x after this rank's layers, and the cache with the new tokens: two all-reduces a layer."""
+        """Run this rank's layers; return x and the cache with the new tokens. Costs two all-reduces per layer."""
         keys, values, first = [], [], 0
         for stack, own_keys, own_values in zip(params["blocks"], cache.keys, cache.values, strict=True):
             own = KVCache(keys=own_keys, values=own_values, lengths=cache.lengths)
@@ -71,7 +71,7 @@ class Stage:
     def _run_stack(
         self, stack: Any, x_BTD: jax.Array, cache: KVCache, new: NewTokens, *, first: int
     ) -> tuple[jax.Array, KVCache]:
-        """The layers of one array of parameters; those that only fill up a shorter stage are not run."""
+        """Run the layers of one array of parameters, without the padding of a shorter stage."""
 
         def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             x_BTD, cache = carry
@@ -86,15 +86,15 @@ class Stage:
         return jax.lax.fori_loop(0, own, layer, (x_BTD, cache))
 
     @jax.named_scope("choose")
-    def choose(self, params: Any, x_B1D: jax.Array, choice: Choice, *, position_B: jax.Array) -> jax.Array:
-        """x[b, 1, D] of the last tokens -> the next ones, tokens[b], for places `position_B` of their sequences."""
+    def choose(self, params: Any, x_B1D: jax.Array, settings: SamplingSettings, *, position_B: jax.Array) -> jax.Array:
+        """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
         axes = DEFAULT_RULES.manual_axes("vocab")
-        return vary(choose(logits_B1V[:, 0], choice, position_B=position_B, axes=axes))
+        return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
 
     def pass_on(self, x: jax.Array, *, shape: str) -> jax.Array:
-        """Return what the rank before had: shape "line" leaves out the way from the last rank back to the first."""
+        """Return x of the previous rank; shape "line" has no link from the last rank to the first, "ring" has."""
         if self.num_ranks == 1:
             return x
         if shape == "ring":
@@ -104,7 +104,7 @@ class Stage:
 
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:
-    """Return the specs of sharded shapes for a `shard_map`, without axes of one device: on these nothing differs."""
+    """Return the specs of sharded shapes for a `shard_map`, without axes of one device, along which nothing varies."""
 
     def keep(entry: Any) -> Any:
         axes = (entry,) if isinstance(entry, str) else entry or ()

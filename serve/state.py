@@ -1,4 +1,4 @@
-"""What the devices keep between two calls: the cache, what enters the first stage next, and what is between stages."""
+"""State on the devices between two calls: the cache, the next tokens, and activations between stages."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,29 +11,29 @@ from ..layers import KVCache, ModelConfig
 from ..layers.cache import CacheDtype, cache_shapes
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_fields
-from .params import Layers, stack_sizes
-from .sampling import Choice
+from .params import LayerLoop, stack_sizes
+from .sampling import SamplingSettings
 
 MAX_STOPS = 8
-"""Stop tokens that a request may have, unless an engine is made for more."""
+"""Default for the most stop tokens of a request."""
 
 Fill = Literal["zeros", "nan"]
-"""What a cache holds before use; "nan" proves that none of it reaches a result."""
+"""Content of an unused cache; "nan" proves that it does not affect results."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ServeState:
-    """Donated to every call and given back changed, in place. Also used as the tree of its shapes.
+    """The state of an engine, which every call donates and returns; also the tree of its shapes.
 
     A slot is a row of the cache, [B@data]; a group is the slots of a data shard that pass through the stages together.
 
     Args:
-        next_token, is_open: [P@pipe, B@data]: the token of each slot that enters the first stage next, and whether its
-            sequence goes on. True on the first rank alone.
-        x, is_full: [P@pipe, b@data, 1, D] and [P@pipe, b@data]: what has just arrived at each rank, b slots of one
-            group, and which of them hold a token. Kept between calls, so that no stage runs dry.
-        busy: [P@pipe, data]: ticks in which each rank had work.
+        next_token, is_open: [P@pipe, B@data]: the next token of each slot for the first stage, and whether its sequence
+            goes on. Only the first rank's entries are valid.
+        x, is_full: [P@pipe, b@data, 1, D] and [P@pipe, b@data]: activations that have arrived at each rank, for b slots
+            of one group, and which of these hold a token. They stay between calls, so that the pipeline does not drain.
+        busy: [P@pipe, data]: number of ticks in which each rank had work.
     """
 
     cache: KVCache
@@ -48,8 +48,9 @@ class ServeState:
 class Sizes:
     """The static sizes of an engine.
 
-    `slots` rows of `max_tokens` over all data shards, in `groups` a data shard; prompts in chunks of `chunk` tokens, at
-    most `items` chunks a call; at most `rounds` tokens of each slot a call. A request has at most `stops` stop tokens.
+    The cache has `slots` rows of `max_tokens` tokens over all data shards, and each data shard's rows form `groups`
+    groups. A call reads at most `items` chunks of `chunk` prompt tokens, or decodes at most `rounds` tokens per slot. A
+    request has at most `stops` stop tokens.
 
     Raises:
         ServeError: the sizes do not divide, or are not positive.
@@ -65,7 +66,7 @@ class Sizes:
     stops: int = MAX_STOPS
 
     def __post_init__(self) -> None:
-        # Slots that are left out are made of groups.
+        # The default number of slots is computed from groups.
         check_count("groups", self.groups, error=ServeError)
         check_fields(self, error=ServeError)
         parts = self.num_shards * self.groups
@@ -78,17 +79,17 @@ class Sizes:
 
     @property
     def slots_per_shard(self) -> int:
-        """Rows of one data shard."""
+        """Number of slots of one data shard."""
         return self.slots // self.num_shards
 
     @property
     def group_size(self) -> int:
-        """Slots that pass through the stages together."""
+        """Number of slots that pass through the stages together."""
         return self.slots_per_shard // self.groups
 
 
 def state_shapes(
-    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: CacheDtype, layers: Layers = "loop"
+    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: CacheDtype, layers: LayerLoop = "loop"
 ) -> ServeState:
     """Return shapes and shardings of the state."""
     num_ranks = mesh.shape["pipe"]
@@ -116,13 +117,13 @@ def state_shapes(
     )
 
 
-def choice_shapes(sizes: Sizes, *, mesh: Mesh) -> Choice:
-    """Return shapes and shardings of how every slot chooses its tokens: the same on all ranks."""
+def settings_shapes(sizes: Sizes, *, mesh: Mesh) -> SamplingSettings:
+    """Return shapes and shardings of the sampling settings of all slots, which are the same on all ranks."""
 
     def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((sizes.slots, *inner), dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
 
-    return Choice(
+    return SamplingSettings(
         temperature=leaf(jnp.float32),
         top_k=leaf(jnp.int32),
         top_p=leaf(jnp.float32),
@@ -136,7 +137,7 @@ _NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0}
 
 
 def empty_state(shapes: Any, *, fill: Fill = "zeros") -> Any:
-    """Return a state in which no slot is in use, every device making its own part."""
+    """Return a state in which no slot is in use; every device makes its own part."""
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.full(leaf.shape, _NAN.get(str(leaf.dtype), 0) if fill == "nan" else 0, leaf.dtype)

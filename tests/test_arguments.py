@@ -150,7 +150,7 @@ RESULTS = {
     ),
     *(
         "serve.Completion",
-        "serve.Sequence",
+        "serve.ServedSequence",
         "serve.Usage",
         "train.Corpus",
         "hub.ModelTokenizer",

@@ -8,6 +8,7 @@ activations and gradients with their neighbours, so a result can be used on anot
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ...meshes.notebook import picture_html
 from .action import Action
 from .check import Unchecked, check_actions
 from .grid import Ticks, draw_grid, parse_grid
@@ -93,3 +94,11 @@ class Schedule:
 
     def __str__(self) -> str:
         return "\n".join(draw_grid(self.ticks, num_ranks=self.num_ranks))
+
+    def _repr_html_(self) -> str:
+        """Return the picture of the schedule as HTML, which a notebook shows."""
+        # `picture.py` imports this file, so it is reached through the room, when a notebook shows a schedule.
+        from . import draw_picture
+
+        sizes = f"{self.num_ranks} ranks, {self.num_microbatches} microbatches"
+        return picture_html(draw_picture(self, format="svg"), format="svg", alt=f"{self.name}: {sizes}")

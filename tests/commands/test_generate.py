@@ -18,7 +18,7 @@ from trellax.hub.saves.reader import SaveReader
 from trellax.hub.special_ids import ORIGIN
 from trellax.hub.text_stream import ByteTokenizer
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Completion, Engine, Request, Sequence, load_for_serving, param_shapes
+from trellax.serve import Completion, Engine, Request, ServedSequence, load_for_serving, param_shapes
 from trellax.train.checkpoints.initial_weights import save_params
 
 PROMPTS = ["def f(", "é = 1", "x"]
@@ -144,7 +144,7 @@ def test_letters_that_stdout_lacks_are_escaped() -> None:
     out = TextIOWrapper(BytesIO(), encoding="ascii")
     printer = _Printer(ByteTokenizer(), ["é "], [Request(prompt=(1,))], out)
     for token in "ü".encode():
-        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+        printer.add(ServedSequence(id=0, request=Request(prompt=(1,))), token)
     assert out.buffer.getvalue() == rb"\xe9 \xfc"
 
 
@@ -162,7 +162,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kin
     out = kind(BytesIO(), encoding="utf-8")
     printer = _Printer(ByteTokenizer(), [""], [Request(prompt=(1,))], out)
     for token in text.encode():
-        printer.add(Sequence(id=0, request=Request(prompt=(1,))), token)
+        printer.add(ServedSequence(id=0, request=Request(prompt=(1,))), token)
     assert out.buffer.getvalue() == (text.encode() if shown is None else shown)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from trellax.layers import cross_entropy, projected_cross_entropy
-from trellax.programs.hlo import Program, leaves
+from trellax.programs.hlo import HloModule, leaves
 from trellax.programs.matmul import matrix_flops
 
 from .sharded import collectives, differing, mesh_of, normal, place, text_of
@@ -104,7 +104,7 @@ def test_projected_loss_and_its_gradients_match_all_logits_at_once(mesh: str) ->
 @pytest.mark.usefixtures("chunks")
 def test_no_logits_of_all_tokens_and_none_computed_twice() -> None:
     step = jax.jit(jax.value_and_grad(project, argnums=(0, 1))).lower(X, TABLE, MASKED).compile()
-    program = Program.parse(text_of(step))
+    program = HloModule.parse(text_of(step))
     sizes = [leaf.num_elements for _, i in program.instructions() for leaf in leaves(i.type)]
     assert max(sizes) < B * T * V
     assert B * 2 * V in sizes

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trellax.programs.collectives import KINDS
 from trellax.programs.groups import Groups, read_groups
-from trellax.programs.hlo import Program, leaves
+from trellax.programs.hlo import HloModule, leaves
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Collective:
     groups: Groups
 
 
-def collectives_of(program: Program, *, num_devices: int = 8) -> list[Collective]:
+def collectives_of(program: HloModule, *, num_devices: int = 8) -> list[Collective]:
     """Return the communications of a program."""
     inside, found = program.in_loops(), []
     for computation, instruction in program.instructions():

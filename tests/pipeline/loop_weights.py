@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from trellax.programs.hlo import Array, Computation, Instruction, Program, Type, leaves
+from trellax.programs.hlo import Array, Computation, HloModule, Instruction, Type, leaves
 
 NOTHING, WEIGHTS, DATA = 0, 1, 2
 """What a value depends on, each including those before it."""
@@ -29,7 +29,7 @@ class Made:
     kinds: frozenset[str]
 
 
-def made_of_weights(program: Program) -> list[Made]:
+def made_of_weights(program: HloModule) -> list[Made]:
     """Return what the loops of a step make of the matrices of its layers alone; slices that products read themselves,
     inside one call, are none."""
     walk = _Walk(program)
@@ -48,7 +48,7 @@ def _origin_of_argument(parameter: Instruction) -> int:
 
 
 class _Walk:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: HloModule) -> None:
         self.program, self.found = program, {}
         inside = {name for _, i in program.instructions() for name in i.called().get("calls", ())}
         self._watched = program.in_loops() - inside

@@ -20,7 +20,7 @@ from trellax.pipeline import (
     stages_from_layers,
 )
 from trellax.pipeline.schedules import Vocab
-from trellax.programs.hlo import Program, leaves
+from trellax.programs.hlo import HloModule, leaves
 
 from .law import NUM_TOKENS, VOCAB_SIZE, answer_of, beyond, errors_of, mesh_of, one_device, pipeline_step, small_model
 
@@ -132,7 +132,7 @@ def test_chunks_of_the_loss_equal_all_logits_at_once(
     step = pipeline_step(config, mesh=mesh, schedule="1f1b", vocab=vocab, **sizes)
     assert beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE) == {}
     run: Any = step.run
-    program = Program.parse(run.lower(step.params, step.batch).compile().as_text())
+    program = HloModule.parse(run.lower(step.params, step.batch).compile().as_text())
     parts = tensor * pipe if vocab == "split" else tensor
     arrays = {leaf.dims for _, i in program.instructions() for leaf in leaves(i.type)}
     assert (8, 8, VOCAB_SIZE // parts) in arrays

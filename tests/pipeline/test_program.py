@@ -14,7 +14,7 @@ from trellax.layers import ModelConfig
 from trellax.pipeline import build_schedule, pipeline_grads
 from trellax.pipeline.schedules import Vocab
 from trellax.programs.groups import Groups
-from trellax.programs.hlo import Program
+from trellax.programs.hlo import HloModule
 
 from .hlo import Collective, collectives_of
 from .law import Step, mesh_of, pipeline_step, small_model
@@ -61,8 +61,8 @@ def compiled(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Any
 
 
 @cache
-def program(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> Program:
-    return Program.parse(compiled(schedule, num_microbatches, vocab).as_text())
+def program(schedule: str, num_microbatches: int, vocab: Vocab = "ends") -> HloModule:
+    return HloModule.parse(compiled(schedule, num_microbatches, vocab).as_text())
 
 
 def crosses_data(collective: Collective) -> bool:
@@ -140,7 +140,7 @@ def test_loops_make_nothing_of_weights_but_slices_of_their_stack() -> None:
     sizes = {"num_microbatches": 2, "num_sequences": 8}
     step = pipeline_step(config, mesh="2x2x2", schedule="1f1b", **sizes)
     text: Any = jax.jit(step.run).lower(step.params, step.batch).compile().as_text()
-    made = made_of_weights(Program.parse(text))
+    made = made_of_weights(HloModule.parse(text))
     # Of queries with keys and values, of what mixes heads, of gate with up, and of down: forward and backward.
     assert [one.kinds for one in made] == [{"dynamic-slice"}] * 8
     assert sum(one.num_bytes for one in made) == 2 * 4 * block_matrices(config) // 2
@@ -179,7 +179,7 @@ def test_program_does_not_grow_with_the_layers(schedule: str) -> None:
     def num_instructions(num_layers: int) -> int:
         step = step_of(schedule, 4, "split", num_layers)
         text: Any = jax.jit(step.run).lower(step.params, step.batch).compile().as_text()
-        return Program.parse(text).num_instructions
+        return HloModule.parse(text).num_instructions
 
     assert num_instructions(96) / num_instructions(12) <= 1.05
 

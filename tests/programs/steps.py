@@ -14,8 +14,8 @@ from trellax.configs import load_config
 from trellax.meshes import build_mesh
 from trellax.programs import ProgramReport, hlo_text
 from trellax.programs.collectives import Collective, list_collectives
-from trellax.programs.executions import count_executions
-from trellax.programs.hlo import Program
+from trellax.programs.execution_counts import count_executions
+from trellax.programs.hlo import HloModule
 from trellax.train import Setup
 
 SPLIT = "--pipeline.vocab split"
@@ -48,7 +48,7 @@ def report_of(mesh: str, extra: str = "", config: str = "tiny-dense") -> Program
 
 def collectives_of(compiled: Any, mesh: jax.sharding.Mesh) -> tuple[Collective, ...]:
     """All collectives of a compiled program."""
-    program = Program.parse(hlo_text(compiled))
+    program = HloModule.parse(hlo_text(compiled))
     executions = count_executions(program, num_devices=mesh.devices.size)
     assert executions.notes == ()
     return list_collectives(program, executions, mesh=mesh)

@@ -18,7 +18,7 @@ from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.runtime import TRELLAX
 from trellax.programs import Memory
 from trellax.programs.collectives import KINDS
-from trellax.programs.hlo import Computation, Instruction, Program, leaves
+from trellax.programs.hlo import Computation, HloModule, Instruction, leaves
 from trellax.programs.matmul import matrix_flops
 
 from ..pipeline.loop_weights import made_of_weights
@@ -80,18 +80,18 @@ NUM_SEQUENCES, VOCAB_PARTS = {"2x2x2": 8, "1x1x1": 16}, {"2x2x2": 4, "1x1x1": 1}
 
 
 @pytest.fixture(scope="module", params=MESHES)
-def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Program]:
+def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, HloModule]:
     """A mesh, and the training step of a bfloat16 model on it."""
     file = tmp_path_factory.mktemp("hlo") / "step.hlo"
     inspect(f"{MESHES[request.param]} {FLASH}", hlo=str(file))
-    return request.param, Program.parse(file.read_text())
+    return request.param, HloModule.parse(file.read_text())
 
 
-def arrays_of(program: Program) -> set[tuple[int, ...]]:
+def arrays_of(program: HloModule) -> set[tuple[int, ...]]:
     return {leaf.dims for _, i in program.instructions() for leaf in leaves(i.type)}
 
 
-def test_attention_is_fused_and_no_scores_are_held(step: tuple[str, Program]) -> None:
+def test_attention_is_fused_and_no_scores_are_held(step: tuple[str, HloModule]) -> None:
     _, program = step
     targets = {i.text("custom_call_target") for _, i in program.instructions() if i.opcode == "custom-call"}
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= targets
@@ -99,7 +99,7 @@ def test_attention_is_fused_and_no_scores_are_held(step: tuple[str, Program]) ->
     assert [dims for dims in arrays_of(program) if dims[-2:] == (SEQ, SEQ)] == []
 
 
-def test_no_logits_of_a_whole_microbatch_are_held(step: tuple[str, Program]) -> None:
+def test_no_logits_of_a_whole_microbatch_are_held(step: tuple[str, HloModule]) -> None:
     mesh, program = step
     num_tokens, words = NUM_SEQUENCES[mesh] * SEQ, VOCAB // VOCAB_PARTS[mesh]
     with_words = [dims for dims in arrays_of(program) if words in dims]
@@ -123,7 +123,7 @@ def test_loops_make_nothing_of_weights(mesh: str, tmp_path: Path) -> None:
     # slice of the stack themselves. Without a GPU nothing is measured and XLA's own kernels are taken; they are given
     # copies of the slices.
     inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags="--xla_gpu_enable_triton_gemm=false")
-    program = Program.parse((tmp_path / "step.hlo").read_text())
+    program = HloModule.parse((tmp_path / "step.hlo").read_text())
     assert any(i.text("custom_call_target").startswith("__cublas") for _, i in program.instructions())
     assert made_of_weights(program) == []
 
@@ -165,14 +165,14 @@ def test_planned_memory_is_near_what_a_large_model_takes(remat: str) -> None:
 def test_collectives_overlap_with_products(remat: str, kernels: str, tmp_path: Path) -> None:
     words, flags = f"{MESHES['2x2x2']} {FLASH} --pipeline.remat {remat}", f"--xla_gpu_enable_triton_gemm={kernels}"
     inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags=flags)
-    found = list(list_asynchronous(Program.parse((tmp_path / "step.hlo").read_text())))
+    found = list(list_asynchronous(HloModule.parse((tmp_path / "step.hlo").read_text())))
     assert {kind for kind, _, _ in found} >= {"all-reduce", "collective-permute"}
     # Both sums of a layer's backward, that of attention's and that of the feed-forward's input gradient.
     backward = [between for kind, start, between in found if kind == "all-reduce" and "/backward/" in start.op_name]
     assert sum(bool(between) for between in backward) == 2
 
 
-def list_asynchronous(program: Program) -> Iterator[tuple[str, Instruction, list[str]]]:
+def list_asynchronous(program: HloModule) -> Iterator[tuple[str, Instruction, list[str]]]:
     """Every collective in two halves: kind, first half, and the matrix products that are started between them."""
     for computation in program.computations.values():
         order = list(computation.instructions.values())
@@ -188,11 +188,11 @@ def list_asynchronous(program: Program) -> Iterator[tuple[str, Instruction, list
                 yield kind, start, [i.name for i in between if is_product(program, i, computation)]
 
 
-def own(program: Program, name: str) -> Iterator[Instruction]:
+def own(program: HloModule, name: str) -> Iterator[Instruction]:
     yield from program.computations[name].instructions.values()
 
 
-def is_product(program: Program, instruction: Instruction, computation: Computation) -> bool:
+def is_product(program: HloModule, instruction: Instruction, computation: Computation) -> bool:
     if matrix_flops(instruction, computation):
         return True
     called = instruction.called().get("calls", ()) if instruction.opcode == "fusion" else ()

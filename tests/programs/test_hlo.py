@@ -1,7 +1,7 @@
 """The grammar of HLO text, as CPU and GPU compilers print it."""
 
-from trellax.programs.executions import count_executions
-from trellax.programs.hlo import Array, Program, parse_type
+from trellax.programs.execution_counts import count_executions
+from trellax.programs.hlo import Array, HloModule, parse_type
 from trellax.programs.matmul import matrix_flops
 from trellax.programs.work import count_work
 
@@ -48,7 +48,7 @@ def test_types_are_read_with_their_bytes() -> None:
 
 
 def test_instructions_are_read() -> None:
-    program = Program.parse(TEXT)
+    program = HloModule.parse(TEXT)
     start = program.entry.instructions["start"]
     assert (start.opcode, start.operands, start.called()) == ("fusion-start", ("param",), {"calls": ("inside",)})
     assert program.entry.root.name == "result"
@@ -57,7 +57,7 @@ def test_instructions_are_read() -> None:
 
 
 def test_a_collective_inside_an_asynchronous_fusion_counts_once() -> None:
-    program = Program.parse(TEXT)
+    program = HloModule.parse(TEXT)
     executions = count_executions(program, num_devices=2)
     assert executions.counts["inside"].tolist() == [1, 1]
     work = count_work(program, executions, num_devices=2)
@@ -68,5 +68,5 @@ def test_a_collective_inside_an_asynchronous_fusion_counts_once() -> None:
 
 
 def test_products_in_library_calls_are_counted() -> None:
-    program = Program.parse(TEXT)
+    program = HloModule.parse(TEXT)
     assert matrix_flops(program.entry.instructions["call"], program.entry) == 2 * 4 * 4 * 8

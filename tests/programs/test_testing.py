@@ -1,5 +1,6 @@
 """The assertions that users write about their own programs, and the table that a failure shows; the picture."""
 
+import base64
 import re
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ from trellax.programs import (
     assert_sends_at_most,
     assert_sends_near_minimum,
     compilations,
-    describe_report,
     draw_report,
+    format_report,
 )
 
 from .steps import compiled_step, report_of, setup_of
@@ -84,7 +85,7 @@ def test_what_does_not_fit_is_said_with_how_much() -> None:
     report = report_step(compiled_step("2x2x2"), setup_of("2x2x2"), hardware=HARDWARE)
     assert report.fits is False
     too_much = report.memory.total - HARDWARE.memory_bytes
-    assert f"does not fit: {too_much / 2**20:.1f} MiB too much" in describe_report(report)
+    assert f"does not fit: {too_much / 2**20:.1f} MiB too much" in format_report(report)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,11 @@ def test_verdict_tells_xla_s_limit_from_the_device_s(limit: float | None, capaci
     hardware = replace(HARDWARE, memory_bytes=int(capacity * total), compiler_limit_bytes=limit_bytes)
     report = report_step(compiled_step("2x2x2"), setup_of("2x2x2"), hardware=hardware)
     assert report.to_dict()["verdict"] == report.memory.verdict == verdict
-    assert f"\n{verdict}: " in describe_report(report)
+    assert f"\n{verdict}: " in format_report(report)
     assert draw_report(report).startswith(b"\x89PNG")
     assert_fits(report, memory_bytes=total, limit="device")
     if verdict == "over XLA's limit":
-        assert "(45%)" in describe_report(report)
+        assert "(45%)" in format_report(report)
         with pytest.raises(AssertionError, match=r"over XLA's limit; limit='device' allows it"):
             assert_fits(report, memory_bytes=total)
 
@@ -127,3 +128,12 @@ def test_picture_is_drawn(capacity: int | None) -> None:
 
 def test_picture_of_a_program_that_sends_nothing_is_drawn() -> None:
     assert draw_report(replace(report_of("2x2x2"), traffic=())).startswith(b"\x89PNG")
+
+
+def test_notebook_shows_picture_and_tables() -> None:
+    report = report_of("2x2x2")
+    html = report._repr_html_()
+    picture = base64.b64decode(html.partition("base64,")[2].partition('"')[0])
+    assert picture == draw_report(report)
+    assert "memory per device" in html
+    assert f"{report.memory.total:,}" in html

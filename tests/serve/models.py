@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from trellax.layers import ModelConfig, Transformer
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.serve import Engine, Request, param_shapes
-from trellax.serve.sampling import Choice, choose
+from trellax.serve.sampling import SamplingSettings, choose
 
 MAX_TOKENS = 24
 
@@ -79,19 +79,21 @@ def logits_of(config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
     return np.asarray(_full(config)(numbers_of(config), padded))[:, : tokens_BT.shape[1]]
 
 
-_choose = jax.jit(lambda logits, choice, position: choose(logits, choice, position_B=position, axes=()))
+_choose = jax.jit(lambda logits, settings, position: choose(logits, settings, position_B=position, axes=()))
 
 
 @cache
 def answer_of(config: ModelConfig, request: Request) -> tuple[tuple[int, ...], str]:
-    """What a request must get: every token by recomputing the whole sequence, with the same rule of choice."""
+    """What a request must get: every token by recomputing the whole sequence, with the same rule of settings."""
     tokens, new = list(request.prompt), []
     one = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p, "seed": request.seed}
     types = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, "seed": jnp.uint32}
-    choice = Choice(limit=0, stops=0, **{name: jnp.asarray([value], types[name]) for name, value in one.items()})
+    settings = SamplingSettings(
+        limit=0, stops=0, **{name: jnp.asarray([value], types[name]) for name, value in one.items()}
+    )
     while len(new) < request.max_new_tokens:
         logits_1V = logits_of(config, np.asarray([tokens]))[:, -1]
-        token = int(_choose(logits_1V, choice, np.asarray([len(tokens)], np.int32))[0])
+        token = int(_choose(logits_1V, settings, np.asarray([len(tokens)], np.int32))[0])
         if token in request.stop:
             return tuple(new), "stop"
         new.append(token)

@@ -19,7 +19,7 @@ import json, sys
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.plan import Target, open_target
-from trellax.serve.programs import compile_programs
+from trellax.serve.compiled_programs import compile_programs
 from trellax.serve.state import Sizes, state_shapes
 
 tensor, layers = int(sys.argv[1]), sys.argv[2]

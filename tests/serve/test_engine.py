@@ -88,7 +88,7 @@ def test_requests_that_come_at_any_time_get_what_they_get_alone(
             for _ in range(steps):
                 busy_engine.step()
             sequences.append(busy_engine.submit(REQUESTS[index]))
-        while not busy_engine.schedule.is_idle:
+        while not busy_engine.scheduler.is_idle:
             busy_engine.step()
     expected = [answer_of(model_of("llama"), REQUESTS[index]) for index, _ in arrivals]
     assert [(tuple(s.tokens), s.finish_reason) for s in sequences] == expected
@@ -100,7 +100,7 @@ def test_tokens_are_told_as_they_come() -> None:
     engine = shared("data=1", "llama", slots=3)
     engine.on_token = lambda sequence, token: heard.append((sequence.id, token))
     sequences = [engine.submit(request) for request in REQUESTS[:4]]
-    while not engine.schedule.is_idle:
+    while not engine.scheduler.is_idle:
         engine.step()
     engine.on_token = None
     told = [[token for own, token in heard if own == sequence.id] for sequence in sequences]
@@ -122,7 +122,7 @@ def test_a_listener_that_fails_loses_no_token_of_anybody() -> None:
         with suppress(LostError):
             engine.step()
     engine.on_token = None
-    assert engine.schedule.is_idle
+    assert engine.scheduler.is_idle
     assert [tuple(s.tokens) for s in sequences] == [answer_of(model_of("llama"), s.request)[0] for s in sequences]
 
 
@@ -146,7 +146,7 @@ def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> No
     poisoned = replace(state.cache, values=values, keys=keys)
     engine._state = replace(state, cache=poisoned)
     told = []
-    while not engine.schedule.is_idle:
+    while not engine.scheduler.is_idle:
         try:
             engine.step()
         except ServeError as error:
@@ -190,7 +190,7 @@ def test_logits_that_are_not_finite_are_told_and_stop_no_other_sequence(mesh: st
             well = engine.submit(Request(prompt=(5, 6, 8), max_new_tokens=1, temperature=1.0, top_k=3))
             with pytest.raises(ServeError, match=r"after 0 tokens .* logits are NaN or infinite"):
                 engine.step()
-            while not engine.schedule.is_idle:
+            while not engine.scheduler.is_idle:
                 engine.step()
         finally:
             engine._params = whole

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from trellax.serve import Request
-from trellax.serve.requests import Chunk, Schedule, Sequence
+from trellax.serve.requests import Chunk, RequestScheduler, ServedSequence
 
 shapes = st.fixed_dictionaries(
     {"num_shards": st.integers(1, 3), "groups": st.integers(1, 3), "group_size": st.integers(1, 3)}
@@ -23,30 +23,30 @@ class Play:
     """An engine without a model: every step admits, reads chunks and adds a token to every sequence."""
 
     def __init__(self, shape: dict[str, int], *, size: int, limit: int) -> None:
-        self.schedule = Schedule(**shape)
+        self.scheduler = RequestScheduler(**shape)
         self.num_slots = shape["num_shards"] * shape["groups"] * shape["group_size"]
         self.shard_size = shape["groups"] * shape["group_size"]
         self.size, self.limit = size, limit
-        self.admitted: list[Sequence] = []
+        self.admitted: list[ServedSequence] = []
         self.chunks: list[Chunk] = []
         self.steps = 0
 
     def step(self) -> None:
         """One turn, with everything checked that must always hold."""
         self.steps += 1
-        self.admitted += self.schedule.admit()
+        self.admitted += self.scheduler.admit()
         # Nobody waits while a slot is free.
-        assert not self.schedule.waiting or len(self.schedule.running) == self.num_slots
-        assert all(sequence.slot == slot for slot, sequence in self.schedule.running.items())
-        assert all(0 <= slot < self.num_slots for slot in self.schedule.running)
-        for shard, chunks in enumerate(self.schedule.take_chunks(size=self.size, limit=self.limit)):
+        assert not self.scheduler.waiting or len(self.scheduler.running) == self.num_slots
+        assert all(sequence.slot == slot for slot, sequence in self.scheduler.running.items())
+        assert all(0 <= slot < self.num_slots for slot in self.scheduler.running)
+        for shard, chunks in enumerate(self.scheduler.take_chunks(size=self.size, limit=self.limit)):
             assert len(chunks) <= self.limit
             assert all((chunk.sequence.slot or 0) // self.shard_size == shard for chunk in chunks)
             self.chunks += chunks
-        for sequence in self.schedule.decoding:
+        for sequence in self.scheduler.decoding:
             sequence.tokens.append(0)
             if len(sequence.tokens) == sequence.request.max_new_tokens:
-                self.schedule.finish(sequence, "length")
+                self.scheduler.finish(sequence, "length")
 
 
 @given(shape=shapes, requests=runs, size=st.integers(1, 4), limit=st.integers(1, 3))
@@ -55,12 +55,12 @@ def test_everyone_is_served_in_order_and_no_slot_serves_two(
 ) -> None:
     play, sequences = Play(shape, size=size, limit=limit), []
     for prompt, new, pause in requests:
-        sequences.append(play.schedule.submit(Request(prompt=tuple(range(prompt)), max_new_tokens=new)))
+        sequences.append(play.scheduler.submit(Request(prompt=tuple(range(prompt)), max_new_tokens=new)))
         for _ in range(pause):
             play.step()
     # At worst one chunk is read and one token made in a step: more steps would be starvation.
     bound = play.steps + sum(prompt + new + 1 for prompt, new, _ in requests)
-    while not play.schedule.is_idle:
+    while not play.scheduler.is_idle:
         play.step()
         assert play.steps <= bound
     assert [sequence.id for sequence in play.admitted] == list(range(len(requests)))
@@ -74,10 +74,10 @@ def test_everyone_is_served_in_order_and_no_slot_serves_two(
 
 @given(shape=shapes, num_requests=st.integers(1, 9))
 def test_groups_get_equally_many(shape: dict[str, int], num_requests: int) -> None:
-    schedule = Schedule(**shape)
+    scheduler = RequestScheduler(**shape)
     for _ in range(num_requests):
-        schedule.submit(Request(prompt=(1,)))
-    schedule.admit()
+        scheduler.submit(Request(prompt=(1,)))
+    scheduler.admit()
     num_groups = shape["num_shards"] * shape["groups"]
-    loads = [sum(slot // shape["group_size"] == group for slot in schedule.running) for group in range(num_groups)]
+    loads = [sum(slot // shape["group_size"] == group for slot in scheduler.running) for group in range(num_groups)]
     assert max(loads) - min(loads) <= 1

@@ -1,5 +1,6 @@
 """Pictures and traces show every action where the simulation puts it."""
 
+import base64
 import itertools
 import json
 import struct
@@ -98,6 +99,14 @@ def test_picture_grows_so_that_8_ranks_and_32_microbatches_can_be_read() -> None
 def test_picture_is_the_same_every_time() -> None:
     schedule = build("gpipe")
     assert draw_picture(schedule, format="svg") == draw_picture(schedule, format="svg")
+
+
+def test_notebook_shows_the_picture() -> None:
+    schedule = build("zb-h1")
+    html = schedule._repr_html_()
+    picture = base64.b64decode(html.partition("base64,")[2].removesuffix('">'))
+    assert html.startswith('<img alt="zb-h1: 4 ranks, 8 microbatches" ')
+    assert picture == draw_picture(schedule, format="svg")
 
 
 def test_peaks_of_many_ranks_are_a_range() -> None:

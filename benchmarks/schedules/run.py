@@ -1,0 +1,124 @@
+"""Compare all pipeline schedules: memory, executed work, simulated ticks and measured steps.
+
+Command:  python benchmarks/schedules/run.py [--quick] [--json]
+Time: about 8 minutes on two quiet cores, 2 with --quick. Other programs on the machine distort times.
+
+The model is work R1 (see `../workers/work_r1.py`) without remat on 4 ranks. With 2 data shards it measures the compiled
+temporary memory, which may grow with the number of microbatches for GPipe only; the executed matmul work, counted in a
+profiler trace, over the ideal; permutes; and the bubble by the lockstep clock. With 1 data shard it measures times of
+actions, the ticks of every schedule by these times, and whole steps (see `times.py`). The last part is a transformer
+with a large vocabulary, on the end stages or split over all ranks.
+
+Fake devices share the cores, so a bubble costs a measured step nothing, while ticks are the time of ranks that each
+have a device. The verdicts say where the two disagree. Tables go to stdout, progress to stderr; the exit code is 1 if a
+target is missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from trellax.pipeline.schedules import simulate
+
+from benchmarks.schedules.tables import print_report
+from benchmarks.schedules.times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
+from benchmarks.schedules.verdicts import compare_schedules, compare_vocabularies, explain_actions
+from benchmarks.targets import MIB, Target
+from benchmarks.workers.process import Worker
+
+SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1", "auto")
+MICROBATCHES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much to measure; `steps` maps numbers of microbatches to rounds."""
+
+    memory: tuple[int, ...] = MICROBATCHES
+    steps: dict[int, int] = field(default_factory=lambda: {8: 9, 16: 5, 32: 3})
+    traces: int = 7
+    vocabulary_rounds: int = 7
+
+
+QUICK = Effort(memory=(8,), steps={8: 3}, traces=3, vocabulary_rounds=3)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="8 microbatches alone and fewer rounds")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    arguments = parser.parse_args()
+    report = measure_all(QUICK if arguments.quick else Effort())
+    targets = judge(report["rows"])
+    if arguments.json:
+        print(json.dumps(report | {"targets": [asdict(target) for target in targets]}, indent=2))
+    else:
+        print_report(report, targets)
+    return 0 if all(target.is_met for target in targets) else 1
+
+
+def measure_all(effort: Effort) -> dict[str, Any]:
+    """Return all measurements and the verdicts on them as plain data."""
+    about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0]} | asdict(effort)
+    with Worker("benchmarks.workers.work_r1", num_devices=8) as worker:
+        rows = [_measure(worker, schedule, effort.memory) for schedule in SCHEDULES]
+    with Worker("benchmarks.workers.work_r1", num_devices=4) as worker:
+        actions = measure_actions(worker, num_microbatches=8, rounds=effort.traces)
+        times = [
+            measure_times(worker, SCHEDULES, m=m, rounds=rounds, actions=actions) for m, rounds in effort.steps.items()
+        ]
+    with Worker("benchmarks.schedules.vocabulary", num_devices=4) as worker:
+        vocabulary = measure_vocabulary(worker, m=8, rounds=effort.vocabulary_rounds, traces=effort.traces)
+    return {
+        "about": about,
+        "rows": rows,
+        "actions": actions,
+        "times": times,
+        "vocabulary": vocabulary,
+        "verdicts": explain_actions(actions) + [line for own in times for line in compare_schedules(own, actions)],
+        "vocabulary_verdict": compare_vocabularies(vocabulary),
+    }
+
+
+def judge(rows: list[dict[str, Any]]) -> list[Target]:
+    """Compare the measurements with the targets of the schedules."""
+    of = {row["schedule"]: row for row in rows}
+    growth = [r["temp_mib"][32] / r["temp_mib"][8] for n, r in of.items() if n != "gpipe" and 32 in r["temp_mib"]]
+    targets = [Target.at_most("memory, m=32 over m=8, all but gpipe", max(growth), 1.02)] if growth else []
+    targets += [
+        Target.at_most("zb-h1 memory, MiB, largest over m", max(of["zb-h1"]["temp_mib"].values()), 110),
+        Target.at_most("matmul work over ideal, all", max(row["matmul_over_ideal"] for row in rows), 1.0),
+    ]
+    for name in ("zb-h1", "interleaved-1f1b"):
+        for m in (8, 32):
+            ratio = of[name]["makespan"][m] / of["1f1b"]["makespan"][m]
+            targets.append(Target.below(f"{name} simulated makespan over 1f1b's, F = I = W, m={m}", ratio, 1.0))
+    return targets
+
+
+def _measure(worker: Worker, schedule: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    tell(f"memory and work: {schedule}")
+    timings = {m: simulate(build(schedule, m)) for m in MICROBATCHES}
+    memory = {m: worker.ask("memory", schedule=schedule, remat="none", num_microbatches=m) / MIB for m in counts}
+    work = worker.ask("work", schedule=schedule, remat="none", num_microbatches=8)
+    return {
+        "schedule": schedule,
+        "chunks": num_chunks(schedule),
+        "temp_mib": memory,
+        "bubble_fraction": {m: timing.bubble_fraction for m, timing in timings.items()},
+        "makespan": {m: timing.makespan for m, timing in timings.items()},
+        "peak_in_flight": list(timings[8].peak_in_flight),
+        "matmul_over_ideal": work["matmul_over_ideal"],
+        "permutes": work["permutes"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

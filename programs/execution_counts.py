@@ -1,0 +1,145 @@
+"""Count how often each device executes each computation in one run of a program.
+
+Loops multiply the counts of their bodies, and branches are followed for each device. Where loop bounds and conditions
+depend only on constants, counters and the device's number, the count is exact (see `static_values.py`). Where they
+depend on data the count is an upper bound, which takes the most expensive branch, and `notes` says so. Read
+`collectives.py` and `work.py` next, which count instructions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .hlo import Computation, HloModule, Instruction
+from .static_values import Scope, chosen_branch, entry_scope
+
+MAX_ITERATIONS = 100_000
+"""Largest number of iterations of a loop that are followed one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionCounts:
+    """Number of executions of every computation on each device, [devices], and notes on inexact counts.
+
+    The computation of a fusion counts as often as the fusion. The computations of reductions (`to_apply`) do not count.
+    """
+
+    counts: Mapping[str, np.ndarray]
+    notes: tuple[str, ...]
+
+    def of(self, computation: Computation) -> np.ndarray:
+        """Return the executions of a computation on each device, zeros if no device executes it."""
+        return self.counts.get(computation.name, np.zeros(1, np.int64))
+
+
+def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts:
+    """Count the executions of each computation on `num_devices` devices in one run of the program."""
+    walk = _Walk(program, num_devices)
+    scope = entry_scope(program, num_devices=num_devices)
+    walk.enter(scope, np.ones(num_devices, np.int64))
+    return ExecutionCounts(counts=walk.counts, notes=tuple(dict.fromkeys(walk.notes)))
+
+
+class _Walk:
+    """A walk along the control flow from the entry, which adds up counts."""
+
+    def __init__(self, program: HloModule, num_devices: int) -> None:
+        self.program, self.num_devices = program, num_devices
+        self.counts: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+        self._callers: dict[str, tuple[Instruction, ...]] = {}
+        self._branching: dict[str, bool] = {}
+        self._weights: dict[str, int] = {}
+
+    def enter(self, scope: Scope, times: np.ndarray) -> None:
+        """Add `times`, [devices], to the counts of a computation and of all that it calls."""
+        name = scope.computation.name
+        self.counts[name] = self.counts.get(name, 0) + times
+        for instruction in self._calls_of(name):
+            if instruction.opcode == "while":
+                self._enter_loop(scope, instruction, times)
+            elif instruction.opcode == "conditional":
+                self._enter_branches(scope, instruction, times)
+            else:
+                for called in _bodies(instruction):
+                    self.enter(scope.called_by(instruction, called), times)
+
+    def _enter_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+        loop, trips = scope.loop(instruction), instruction.known_trip_count
+        if trips is None:
+            self._enter_open_loop(scope, instruction, times)
+        elif trips and (not self._is_branching(instruction.called()["body"][0]) or trips > MAX_ITERATIONS):
+            self.enter(loop.body(0), times * trips)
+        else:
+            for iteration in range(trips):
+                self.enter(loop.body(iteration), times)
+
+    def _enter_open_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+        """Follow a loop whose number of iterations the compiler does not know, by evaluating its condition."""
+        loop = scope.loop(instruction)
+        running = times
+        for iteration in range(MAX_ITERATIONS):
+            goes_on = loop.goes_on(iteration)
+            if not isinstance(goes_on, np.ndarray):
+                self.notes.append(f"{instruction.name}: the number of iterations depends on data; counted as 1.")
+                self.enter(loop.body(0), times)
+                return
+            running = np.where(goes_on.reshape(-1), running, 0)
+            if not running.any():
+                return
+            self.enter(loop.body(iteration), running)
+        self.notes.append(f"{instruction.name}: counted {MAX_ITERATIONS:,} iterations and no end.")
+
+    def _enter_branches(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+        chosen = chosen_branch(instruction, scope.operand(instruction, 0))
+        if chosen is None:
+            heaviest = max(range(len(instruction.branches)), key=lambda b: self._weigh(instruction.branches[b]))
+            where = instruction.op_name or instruction.name
+            self.notes.append(f"{where}: the branch depends on data; the heaviest is counted every time.")
+            chosen = np.array([heaviest])
+        for branch in np.unique(chosen):
+            share = np.where(chosen == branch, times, 0)
+            if share.any():
+                self.enter(scope.branch(instruction, int(branch)), share)
+
+    def _calls_of(self, name: str) -> tuple[Instruction, ...]:
+        if name not in self._callers:
+            own = self.program.computations[name].instructions.values()
+            self._callers[name] = tuple(i for i in own if i.opcode in ("while", "conditional") or _bodies(i))
+        return self._callers[name]
+
+    def _is_branching(self, name: str) -> bool:
+        """Return whether two executions of this computation can differ."""
+        if name not in self._branching:
+            self._branching[name] = any(
+                i.opcode == "conditional"
+                or (i.opcode == "while" and i.known_trip_count is None)
+                or any(map(self._is_branching, _bodies(i) or i.called().get("body", ())))
+                for i in self._calls_of(name)
+            )
+        return self._branching[name]
+
+    def _weigh(self, name: str) -> int:
+        """Return the bytes that a computation produces, loops multiplied, by which branches are compared."""
+        if name not in self._weights:
+            own = self.program.computations[name].instructions.values()
+            self._weights[name] = sum(i.num_bytes for i in own if i.opcode not in _FREE) + sum(
+                self._weigh(called) * (i.known_trip_count or 1)
+                for i in self._calls_of(name)
+                for called in (*_bodies(i), *i.branches, *i.called().get("body", ()))
+            )
+        return self._weights[name]
+
+
+_FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
+
+
+def _bodies(instruction: Instruction) -> tuple[str, ...]:
+    """Return computations that run once per execution of an instruction; the end of an asynchronous pair has none."""
+    if instruction.opcode.endswith(("-done", "-update")):
+        return ()
+    called = instruction.called()
+    if instruction.opcode == "call":
+        return called.get("to_apply", ()) + called.get("called_computations", ())
+    return called.get("calls", ())

@@ -1,0 +1,68 @@
+"""Compile the two programs of an engine, prefill and decode, once for fixed shapes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..layers import ModelConfig
+from .decode import decode
+from .params import LayerLoop, stage_shapes
+from .prefill import chunk_shapes, prefill
+from .sampling import SamplingSettings
+from .stage import Stage, block_specs
+from .state import ServeState, Sizes, settings_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledPrograms:
+    """The compiled programs of an engine; both donate the state and return it.
+
+    prefill(params, state, settings, chunks, num_chunks) -> state, first tokens [P@pipe, data, I, 2]
+    decode(params, state, settings, num_rounds) -> state, tokens [P@pipe, rounds, B@data, 2]
+    """
+
+    prefill: Any
+    decode: Any
+
+
+def compile_programs(
+    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, state: ServeState, layers: LayerLoop = "loop"
+) -> CompiledPrograms:
+    """Compile both programs for parameters of `stage_shapes` and a state of these shapes."""
+    stage, params = Stage(config, mesh), stage_shapes(config, mesh=mesh, layers=layers)
+    settings, chunks = settings_shapes(sizes, mesh=mesh), chunk_shapes(sizes, mesh=mesh)
+    pipe, data = ("pipe" if mesh.shape["pipe"] > 1 else None), ("data" if mesh.shape["data"] > 1 else None)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+
+    def run_prefill(
+        params: Any, state: ServeState, settings: SamplingSettings, chunks: Any, num_chunks: jax.Array
+    ) -> Any:
+        state, chosen_tokens = prefill(
+            state, stage=stage, params=params, settings=settings, chunks=chunks, num_chunks=num_chunks
+        )
+        return state, chosen_tokens[None]
+
+    def run_decode(params: Any, state: ServeState, settings: SamplingSettings, num_rounds: jax.Array) -> Any:
+        return decode(state, stage=stage, sizes=sizes, params=params, settings=settings, num_rounds=num_rounds)
+
+    return CompiledPrograms(
+        prefill=_compile(run_prefill, mesh, (params, state, settings, chunks, number), P(pipe, data)),
+        decode=_compile(run_decode, mesh, (params, state, settings, number), P(pipe, None, data)),
+    )
+
+
+def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
+    """Compile with all axes manual, so that the partitioner adds no communication."""
+    specs = block_specs(shapes, mesh)
+    # The specs omit axes of one device, but results must have exactly the shardings that the next call expects.
+    placed = jax.tree.map(lambda leaf: leaf.sharding, shapes[1])
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=(specs[1], tokens_spec), axis_names=set(mesh.axis_names)
+    )
+    jitted = jax.jit(mapped, donate_argnums=1, out_shardings=(placed, NamedSharding(mesh, tokens_spec)))
+    return jitted.lower(*shapes).compile()

@@ -1,0 +1,104 @@
+"""What the compiled programs keep and send: the cache in place, two all-reduces a layer, one hop a tick."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from trellax.layers import bytes_per_device
+from trellax.programs.collectives import Collective, list_collectives
+from trellax.programs.execution_counts import count_executions
+from trellax.programs.hlo import HloModule
+from trellax.serve.compiled_programs import CompiledPrograms, compile_programs
+from trellax.serve.state import ServeState, Sizes, state_shapes
+
+from .models import mesh_of, model_of
+
+SLOTS, CHUNK = 8, 16
+FLOAT = 4
+
+
+@cache
+def build(
+    mesh_text: str, *, max_tokens: int = 64, cache: Any = "float32", **changes: Any
+) -> tuple[CompiledPrograms, ServeState]:
+    """Both programs, compiled over shapes alone."""
+    config, mesh = model_of("llama", max_tokens=max_tokens, **changes), mesh_of(mesh_text)
+    sizes = Sizes(
+        slots=SLOTS,
+        max_tokens=max_tokens,
+        groups=mesh.shape["pipe"],
+        num_shards=mesh.shape["data"],
+        chunk=CHUNK,
+        items=2,
+        rounds=2,
+    )
+    shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=cache)
+    return compile_programs(config, sizes, mesh=mesh, state=shapes), shapes
+
+
+@pytest.mark.parametrize(("mesh", "cache"), [("data=1", "float32"), ("tensor=2,pipe=2", "bfloat16")])
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_cache_is_updated_in_place(mesh: str, cache: str, name: str) -> None:
+    wide_heads = {"num_heads": 2, "head_size": 64}
+    programs, shapes = build(mesh, cache=cache, max_tokens=4096, num_layers=8, **wide_heads)
+    compiled, held = getattr(programs, name), bytes_per_device(shapes.cache)
+    memory = compiled.memory_analysis()
+    # Every byte of the state goes out where it came in.
+    assert memory.alias_size_in_bytes >= bytes_per_device(shapes)
+    # XLA's CPU backend takes out one layer's keys and values of the rows at hand, in float32, for its products; a copy
+    # of the cache would be eight layers of them, or four.
+    layers = 8 // mesh_of(mesh).shape["pipe"]
+    wide = 1 if cache == "float32" else 2
+    assert memory.temp_size_in_bytes < 1.7 * wide * held / layers
+    (keys,) = shapes.cache.keys
+    whole = keys.sharding.shard_shape(keys.shape)
+    text = HloModule.parse(compiled.as_text())
+    made = {i.opcode for _, i in text.instructions() if getattr(i.type, "dims", None) == whole}
+    assert made.isdisjoint({"copy", "copy-start", "convert", "select", "broadcast", "transpose", "pad"})
+
+
+def sent(mesh: str, name: str) -> list[Collective]:
+    """Collectives of one tick, the branches that data decides taken."""
+    compiled, own = getattr(build(mesh)[0], name), mesh_of(mesh)
+    program = HloModule.parse(compiled.as_text())
+    return list(list_collectives(program, count_executions(program, num_devices=own.devices.size), mesh=own))
+
+
+def tally(collectives: list[Collective], scope: str, device: int) -> dict[tuple[str, str, int], int]:
+    """How often a device sends in a part of the program: by kind, axis and bytes."""
+    found: dict[tuple[str, str, int], int] = {}
+    for one in collectives:
+        if scope in one.op_name.split("/") and one.count[device]:
+            key = one.kind, one.axis, one.operand_bytes
+            found[key] = found.get(key, 0) + int(one.count[device])
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "pipe=4", "data=2,tensor=2,pipe=2"])
+def test_a_tick_sends_two_all_reduces_a_layer_and_one_hop(mesh: str) -> None:
+    sizes = mesh_of(mesh).shape
+    pipe, is_split = sizes["pipe"], sizes["tensor"] > 1
+    rows = SLOTS // sizes["data"] // pipe
+    x = rows * 32 * FLOAT
+    found, first, last = sent(mesh, "decode"), 0, mesh_of(mesh).devices.size - 1
+    two_a_layer = {("all-reduce", "tensor", x): 2 * (4 // pipe)} if is_split else {}
+    one_hop = {("collective-permute", "pipe", x): 1, ("collective-permute", "pipe", rows * 4): 1} if pipe > 1 else {}
+    for device in (first, last):
+        assert tally(found, "layers", device) == two_a_layer
+        assert tally(found, "exchange", device) == one_hop
+    assert tally(found, "embed", first) == ({("all-reduce", "tensor", x): 1} if is_split else {})
+    # The best score and its token; the logits themselves only where a request asks for top-k or top-p.
+    logits = ("all-gather", "tensor", rows * 64 // sizes["tensor"] * FLOAT)
+    assert tally(found, "choose", last) == ({("all-reduce", "tensor", rows * 4): 2, logits: 1} if is_split else {})
+    if pipe > 1:
+        assert tally(found, "embed", last) == tally(found, "choose", first) == {}
+    scopes = {"layers", "exchange", "embed", "choose"}
+    assert [one.op_name for one in found if scopes.isdisjoint(one.op_name.split("/"))] == []
+
+
+def test_a_chunk_of_a_prompt_sends_as_much_for_each_token() -> None:
+    found = sent("data=2,tensor=2,pipe=2", "prefill")
+    x = CHUNK * 32 * FLOAT
+    assert tally(found, "layers", 0) == {("all-reduce", "tensor", x): 4}
+    hops = [one for one in found if one.kind == "collective-permute"]
+    assert [(one.operand_bytes, one.count.max()) for one in hops] == [(x, 1)]
