@@ -1,6 +1,6 @@
 """Compare the planner with published measurements, for every file of a folder.
 
-    python -m benchmarks.planner.run FOLDER [--json] [--rows SOURCE]
+    python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE]
 
 A row that states enough is predicted, any other is skipped with a reason. `fitted` counts the rows on which constants
 were fitted; `held out` is the error of the others. Rows in 8 and 4 bits are predicted as 16-bit ones, in lines of their
@@ -12,13 +12,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+# Run as a script, this file finds the folder `benchmarks` at the root of the repository.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trellax.meshes import TrellaxError
 
-from .accuracy import CALIBRATION, Accuracy, measure_accuracy
-from .ranking import Ranking, rank_sweeps
-from .rows import read_published
+from benchmarks.planner.accuracy import CALIBRATION, Accuracy, measure_accuracy
+from benchmarks.planner.ranking import Ranking, rank_sweeps
+from benchmarks.planner.rows import read_published
 
 
 def main(argv: Sequence[str] | None = None) -> int:
