@@ -18,7 +18,7 @@ from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..pipeline import build_schedule, lower, resolve_layers
 from ..plan import StepSizes
-from ..plan.costs.minimum import block_params, vocabulary_params
+from ..plan.costs.device_params import block_params, vocabulary_params
 from ..programs import Memory
 
 _WORKING_COPIES = 2

@@ -17,14 +17,14 @@ from ..meshes import PlanError
 from ..meshes.columns import align_within
 from ..meshes.terminal import fold, terminal_width
 from ..plan.costs.inference_time import COMPILED
-from ..plan.costs.program import trellax_program
+from ..plan.costs.runtime import trellax_runtime
 from ..plan.diagnoses import Diagnosis, diagnose
-from ..plan.front import draw_front
 from ..plan.machines.detect import detect_topology
 from ..plan.machines.topology import Topology, read_topology
-from ..plan.plans import Plan, name_layout
-from ..plan.search import TrainQuestion, price_layout, price_train, rank_train
+from ..plan.pareto_front import draw_front
+from ..plan.plan import Plan, name_layout
 from ..plan.serving_search import ServeQuestion, price_all_serving, rank_serving
+from ..plan.training_search import TrainQuestion, price_layout, price_train, rank_train
 from .arguments.plan import is_serving
 from .output_file import write_output_file
 
@@ -94,7 +94,7 @@ def _make_question(config: RunConfig, topology: Topology) -> TrainQuestion:
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        program=trellax_program(config.model, topology.accelerator, vocab=config.pipeline.vocab),
+        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
     )
 
 

@@ -27,7 +27,7 @@ from ..pipeline.schedules import (
     simulate,
     trace_from_schedule,
 )
-from ..pipeline.schedules.draw import peak_text
+from ..pipeline.schedules.picture import peak_text
 from .arguments.schedule import COSTS, read_layers
 from .output_file import check_output_files, write_output_file
 from .schedule_grid import draw_grid
@@ -61,22 +61,20 @@ def _say(text: str) -> None:
 
 
 def _build(name: str, args: argparse.Namespace, *, num_chunks: int | None) -> Schedule:
-    if name == "auto":
-        sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks or 1}
-        stages = _list_stage_costs(name, args, num_ranks=args.ranks, num_chunks=num_chunks or 1)
+    family = SCHEDULES[name]
+    num_chunks = num_chunks or family.default_chunks
+    if family.order == "searched":
+        sizes = {"num_ranks": args.ranks, "num_microbatches": args.microbatches, "num_chunks": num_chunks}
+        stages = _list_stage_costs(name, args, num_ranks=args.ranks, num_chunks=num_chunks)
         more = {"stages": stages, "clock": args.clock, "max_in_flight": args.max_in_flight}
-        return SCHEDULES[name](**sizes, **_rank_costs(args), **more)
+        return family(**sizes, **_rank_costs(args), **more)
     return build_schedule(
         name,
         num_ranks=args.ranks,
         num_microbatches=args.microbatches,
-        num_chunks=num_chunks or (2 if _is_interleaved(name) else 1),
+        num_chunks=num_chunks,
         clock=args.clock,
     )
-
-
-def _is_interleaved(name: str) -> bool:
-    return name.startswith("interleaved")
 
 
 def _rank_costs(args: argparse.Namespace) -> dict[str, float]:
@@ -178,7 +176,11 @@ def _describe_schedule(schedule: Schedule, timing: Timing, args: argparse.Namesp
 
 
 def _print_comparison(args: argparse.Namespace) -> None:
-    rows = [_compare_one(name, args) for name in SCHEDULES if not (_is_interleaved(name) and args.chunks == 1)]
+    rows = [
+        _compare_one(name, args)
+        for name, family in SCHEDULES.items()
+        if not (family.chunks == "several" and args.chunks == 1)
+    ]
     if args.json:
         print(json.dumps(rows))
         return
@@ -203,7 +205,7 @@ def _print_comparison(args: argparse.Namespace) -> None:
 
 
 def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    schedule = _build(name, args, num_chunks=args.chunks if _is_interleaved(name) or name == "auto" else 1)
+    schedule = _build(name, args, num_chunks=1 if SCHEDULES[name].chunks == "one" else args.chunks)
     timing = _simulate(schedule, args)
     return _list_numbers(schedule, timing, args) | {"messages": count_messages(schedule)}
 

@@ -3,6 +3,7 @@
 from rich.text import Text
 
 from ..pipeline.schedules import Schedule
+from ..pipeline.schedules.grid import IDLE, column_widths, grid_words
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
 """Colours of forwards, whole backwards, input gradients and weight gradients."""
@@ -15,8 +16,8 @@ def draw_grid(schedule: Schedule, *, width: int | None) -> Text:
         width: columns of the terminal; where the grid is wider, it is drawn in blocks of whole ticks below each other.
             None does not limit it.
     """
-    words = [["+".join(map(str, cells[rank])) or "." for cells in schedule.ticks] for rank in range(schedule.num_ranks)]
-    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
+    words = grid_words(schedule.ticks, num_ranks=schedule.num_ranks)
+    widths = column_widths(words)
     heads = [f"rank {rank}".ljust(len(f"rank {schedule.num_ranks - 1}")) + " |" for rank in range(schedule.num_ranks)]
     text = Text()
     for first, last in _split_blocks(widths, room=None if width is None else width - len(heads[0])):
@@ -46,7 +47,7 @@ def _split_blocks(widths: list[int], *, room: int | None) -> list[tuple[int, int
 
 def _append_cell(text: Text, word: str) -> None:
     """Append a cell, each action on the colour of its kind; `.` is an idle tick."""
-    if word == ".":
+    if word == IDLE:
         text.append(word, style="dim")
         return
     for number, part in enumerate(word.split("+")):

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
 from ..meshes.arguments import check_choice, check_count
-from ..pipeline.schedules import SCHEDULES
+from ..pipeline.schedules import SCHEDULES, Family
 from .corpus_paths import find_files
 from .mesh_checks import errors_of, find_mesh_errors
 from .run_config import RunConfig
@@ -61,7 +61,8 @@ def check_run(
 def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None) -> Iterator[TrellaxError]:
     name, limit = config.pipeline.schedule, config.pipeline.max_in_flight
     names = sorted(SCHEDULES if known is None else known)
-    if limit and name != "auto":
+    family = SCHEDULES.get(name)
+    if limit and (family is None or "max_in_flight" not in family.takes):
         yield ScheduleError(
             f"pipeline.max_in_flight={limit} is for the schedule auto alone; {name} takes no limit.",
             fix="set pipeline.schedule='auto', or leave pipeline.max_in_flight out.",
@@ -78,18 +79,18 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
             f"pipeline.schedule={name!r} is not a schedule.{suggest(name, names)}",
             fix=f"use one of {', '.join(names)}, or a .csv of your own.",
         )
-    elif pipe > 1 and name != "auto":
-        yield from _check_chunks(name, config.pipeline.chunks, names=names)
+    elif pipe > 1 and family is not None:
+        yield from _check_chunks(family, config.pipeline.chunks, names=names)
 
 
-def _check_chunks(name: str, chunks: int, *, names: list[str]) -> Iterator[TrellaxError]:
+def _check_chunks(family: Family, chunks: int, *, names: list[str]) -> Iterator[TrellaxError]:
     """Check that an interleaved schedule has several chunks a rank, and any other has one."""
-    if name.startswith("interleaved") == (chunks > 1):
+    if family.allows_chunks(chunks):
         return
     wants = "2 or more" if chunks == 1 else "1"
-    other = name.removeprefix("interleaved-") if chunks == 1 else f"interleaved-{name}"
+    other = family.counterpart
     yield ScheduleError(
-        f"pipeline.schedule={name!r} with pipeline.chunks={chunks}: interleaved schedules take turns between "
+        f"pipeline.schedule={family.name!r} with pipeline.chunks={chunks}: interleaved schedules take turns between "
         "chunks, the others have one.",
         fix=f"set pipeline.chunks to {wants}" + (f", or pipeline.schedule={other!r}." if other in names else "."),
     )

@@ -2,7 +2,7 @@
 
 from ..meshes import PlanError
 from ..pipeline.schedules import SCHEDULES
-from ..plan.costs.layouts import Layout
+from ..plan.costs.layout import Layout
 from .mesh_checks import check_batch_splits
 from .run_config import RunConfig
 

@@ -7,6 +7,7 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
+from ..pipeline.schedules import SCHEDULES
 from .run_config import RunConfig
 
 _MAX_FORWARDS = 50_000
@@ -124,7 +125,8 @@ def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:
 def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
     """Check that the schedule is small enough to be built in seconds."""
     name, chunks, microbatches = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.microbatches
-    most = _MAX_FORWARDS_OF_AUTO if name == "auto" else _MAX_FORWARDS
+    is_searched = name in SCHEDULES and SCHEDULES[name].order == "searched"
+    most = _MAX_FORWARDS_OF_AUTO if is_searched else _MAX_FORWARDS
     stages = pipe * chunks if pipe > 1 else 1
     if stages * microbatches > most:
         yield ScheduleError(

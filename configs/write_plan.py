@@ -13,7 +13,7 @@ import tomlkit
 from tomlkit.container import Container
 from tomlkit.items import Comment, Table, Whitespace
 
-from ..plan.costs.layouts import Layout
+from ..plan.costs.layout import Layout
 from .keys import list_keys
 from .overrides import Override, read_overrides
 from .run_config import RunConfig

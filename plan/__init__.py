@@ -1,4 +1,7 @@
-"""The planner: which layout to choose for a model and a machine, what it costs, and why."""
+"""Plan a layout for a model and a machine: search, predicted time and memory, and diagnoses.
+
+Read `training_search.py` first; `costs/` has the cost and memory model, `machines/` the accelerators and their links.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -6,16 +9,17 @@ from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
     from .costs.inference_time import InferenceTime, inference_time
-    from .costs.layouts import Layout
+    from .costs.layout import Layout
     from .costs.memory_model import MemoryUse, step_memory
-    from .costs.minimum import StepSizes, minimum_bytes
+    from .costs.minimum_traffic import StepSizes, minimum_bytes
+    from .costs.runtime import Runtime
     from .costs.step_time import StepTime, step_time
     from .diagnoses import Diagnosis, diagnose
     from .machines.detect import detect_topology
     from .machines.topology import Accelerator, Topology, read_topology
-    from .plans import Plan
-    from .search import TrainQuestion, price_layout, search_train
+    from .plan import Plan
     from .serving_search import ServeQuestion, search_serving
+    from .training_search import TrainQuestion, price_layout, search_train
 
 __all__ = [
     "Accelerator",
@@ -24,6 +28,7 @@ __all__ = [
     "Layout",
     "MemoryUse",
     "Plan",
+    "Runtime",
     "ServeQuestion",
     "StepSizes",
     "StepTime",

@@ -1,22 +1,31 @@
-"""Common mistakes of a layout, each with the number that makes it true and what to do instead.
+"""Diagnose a plan: common mistakes of a layout, each with the number that shows it and a fix.
 
-Read `search.py` for how layouts are priced.
+Read `suggestions.py` for the fixes, `training_search.py` for how layouts are priced.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .costs.layouts import Layout
+from .costs.layout import Layout
 from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
 from .costs.stage_time import stage_layers
-from .plans import Plan
-from .remedies import Change, even_pipes, fuller_pipes, layout_change, make_faster, make_smaller, narrower_tensor
-from .search import TrainQuestion, layout_memory, price_layout
+from .plan import Plan
+from .suggestions import (
+    Change,
+    even_pipes,
+    fuller_pipes,
+    layout_change,
+    narrower_tensor,
+    suggest_faster,
+    suggest_smaller,
+)
+from .training_search import TrainQuestion, layout_memory, price_layout
 
 Severity = Literal["error", "warning", "note"]
 
 _GB = 1e9
+# Thresholds, as shares of the step or of memory; `_UNEVEN_SHARE` is the largest rank over the mean.
 _IDLE_SHARE = 0.2
 _EXPECTED_SHARE = 0.05
 _UNEVEN_SHARE = 1.1
@@ -27,9 +36,9 @@ _SAVED_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A mistake by name: `number` is what makes it true, in the unit that the message says.
+    """A mistake of a layout: `number` is the measure that shows it, in the unit of the message.
 
-    `fix` is in words; `change` has the keys of the config that it sets, none where it sets none.
+    `fix` is in words; `change` has the config keys that it sets, and is empty if there are none.
     """
 
     name: str
@@ -41,7 +50,7 @@ class Diagnosis:
 
 
 def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
-    """Return what is wrong with a training plan, or wasteful, and of any plan what its price leaves out."""
+    """Return the mistakes of a training plan, errors first; of an inference plan only those of its prediction."""
     checks = _CHECKS if plan.step is not None else (_check_precision,)
     found = [diagnosis for check in checks for diagnosis in check(question, plan)]
     order = ("error", "warning", "note")
@@ -52,15 +61,15 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     needs, limit = plan.memory.total, question.device_limit
     if needs <= question.memory_limit:
         return
-    remedy = make_smaller(question, plan)
+    suggestion = suggest_smaller(question, plan)
     if needs > limit:
         yield Diagnosis(
             name="out-of-memory",
             severity="error",
             number=needs / _GB,
             message=f"needs {needs / _GB:.1f} GB a device, and {limit / _GB:.1f} GB may be used",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
     else:
         yield Diagnosis(
@@ -69,8 +78,8 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             number=needs / _GB,
             message=f"needs {needs / _GB:.1f} GB a device, and XLA plans for {question.memory_limit / _GB:.1f} GB: "
             "beyond it computes again what it could keep, and collectives wait, which is not priced",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
 
 
@@ -100,14 +109,14 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
         spans = f"tensor={tensor} spans nodes of {node}" if tensor > node else ""
         where, waits = spans or f"groups of tensor={tensor} straddle nodes", " on the network"
     otherwise = "expect it: no mesh of these devices with a smaller tensor axis fits and is faster."
-    remedy = make_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
+    suggestion = suggest_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
     yield Diagnosis(
         name=name,
         severity="warning",
         number=share,
         message=f"{where}: {share:.0%} of the step waits for its collectives{waits}",
-        fix=remedy.text,
-        change=remedy.change,
+        fix=suggestion.text,
+        change=suggestion.change,
     )
 
 
@@ -118,15 +127,15 @@ def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
     share = plan.step.tensor_s / plan.time_s
     if share > _TENSOR_SHARE:
         otherwise = "expect it: no mesh of these devices with a smaller tensor axis fits and is faster."
-        remedy = make_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
+        suggestion = suggest_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
         yield Diagnosis(
             name="tensor-too-wide",
             severity="warning",
             number=share,
             message=f"tensor={tensor} is wide for hidden size {question.model.hidden_size}: {share:.0%} of the step is "
             "its communication",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
 
 
@@ -135,22 +144,22 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     if layout.pipe == 1:
         return
     least = (layout.pipe - 1) / (layout.microbatches + layout.pipe - 1)
-    remedy = make_faster(
+    suggestion = suggest_faster(
         question,
         plan,
         fuller_pipes(question, layout) if idle > _IDLE_SHARE else (),
         otherwise="raise train.batch_size, or lower mesh.pipe: no schedule of this batch on this mesh is faster.",
     )
     if layout.is_backward_split and idle > max(_IDLE_SHARE, 2 * least):
-        # In one program every rank waits for the longest turn, and a recomputed half is longer than a forward.
+        # In lockstep every rank waits for the longest action, and an input gradient that recomputes outlasts a forward.
         yield Diagnosis(
             name="uneven-turns",
             severity="warning",
             number=idle,
             message=f"schedule {layout.schedule!r} leaves {layout.pipe} ranks idle {idle:.0%} of the time: a turn "
             f"lasts as long as its longest action; 1f1b's equal stages are idle {least:.0%}",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
     elif idle > _IDLE_SHARE:
         yield Diagnosis(
@@ -158,8 +167,8 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             severity="warning",
             number=idle,
             message=f"{layout.microbatches} microbatches leave {layout.pipe} ranks idle {idle:.0%} of the time",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
     elif idle > _EXPECTED_SHARE:
         yield Diagnosis(
@@ -180,15 +189,15 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
         otherwise = "expect it: no even mesh of these devices fits and is faster."
-        remedy = make_faster(question, plan, even_pipes(question, layout), otherwise=otherwise)
+        suggestion = suggest_faster(question, plan, even_pipes(question, layout), otherwise=otherwise)
         yield Diagnosis(
             name="unbalanced-stages",
             severity="warning",
             number=uneven,
             message=f"the largest rank has {max(ranks)} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
             f"lasts {uneven:.2f} times as long",
-            fix=remedy.text,
-            change=remedy.change,
+            fix=suggestion.text,
+            change=suggestion.change,
         )
 
 

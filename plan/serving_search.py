@@ -1,7 +1,7 @@
-"""The search for an inference layout: the latency of one request, or the throughput of many.
+"""Search for an inference layout: the latency of one request, or the throughput of many.
 
-Every stage has its own group of requests in turn, so a pipeline needs as many groups as stages to be busy. Read
-`costs/inference_time.py` for the times, `plans.py` for what comes out.
+The stages of a pipeline work on different groups of requests in turn, so it is busy only with as many groups as stages.
+Read `costs/inference_time.py` for the times, `plan.py` for the result.
 """
 
 import math
@@ -12,11 +12,13 @@ from ..layers import ModelConfig, flops_per_token, param_counts
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import PlanError
 from .costs.inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
-from .costs.layouts import Layout, legal_meshes
+from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
+from .explanations import explain_plans
+from .legal_layouts import legal_meshes
 from .machines.topology import Topology
-from .plans import Plan, explain_plans
-from .search import MEMORY_RESERVE
+from .plan import Plan
+from .training_search import MEMORY_RESERVE
 
 _TOP = 5
 _GB = 1e9
@@ -27,9 +29,9 @@ _SAMPLE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ServeQuestion:
-    """What is to be served where: `requests` at a time, each with `prompt` tokens read and `generated` written.
+    """A model to serve on a machine: `requests` at a time, each with `prompt` tokens and `generated` new ones.
 
-    With `requests=0` every layout serves as many as it can hold, up to 4,096.
+    With `requests=0` every layout serves as many as its memory holds, up to 4,096.
 
     Raises:
         PlanError: fewer than one token, or a negative number of requests.
@@ -48,19 +50,20 @@ class ServeQuestion:
 
     @property
     def memory_limit(self) -> float:
-        """Bytes that a plan may use of each device."""
+        """Bytes of each device that a plan can use."""
         return (1 - MEMORY_RESERVE) * self.topology.accelerator.memory_bytes
 
 
 def search_serving(question: ServeQuestion, *, objective: str, top: int = _TOP) -> list[Plan]:
-    """Return the best plans, best first, each with the reason for its place.
+    """Return the best plans, best first, each with the reason for its rank.
 
     Args:
-        objective: "latency" of one request alone, "throughput" of all together in tokens/s, "memory" of the fullest
-            device, or "balanced": nearest to the best of both, see `balance_plans`.
+        objective: "latency" of one request alone, "throughput" of all together in tokens per second, "memory" of the
+            fullest device, or "balanced" between latency and throughput; see `balance_plans`.
+        top: number of plans.
 
     Raises:
-        PlanError: nothing fits, with what would.
+        PlanError: nothing fits (the message says what would), or the objective is unknown.
     """
     check_choice("objective", objective, ("latency", "throughput", "memory", "balanced"), error=PlanError)
     check_count("top", top, error=PlanError)
@@ -75,12 +78,13 @@ def rank_serving(plans: Iterable[Plan], *, objective: str, top: int = _TOP) -> l
 
 
 def price_all_serving(question: ServeQuestion, *, objective: str) -> list[Plan]:
-    """Return the plan of every mesh that fits, in no order.
+    """Return the plan of every mesh that fits, unsorted.
 
-    For "latency" of one request alone; for "balanced" with the latency of one alone and the throughput of all.
+    For "latency" a plan serves one request alone; for "balanced" it has the latency of one alone and the throughput of
+    all.
 
     Raises:
-        PlanError: nothing fits, with what would.
+        PlanError: nothing fits; the message says what would.
     """
     asked = replace(question, requests=1) if objective == "latency" else question
     plans = [plan for plan in _price_all(asked) if plan.memory.total <= asked.memory_limit]
@@ -90,10 +94,10 @@ def price_all_serving(question: ServeQuestion, *, objective: str) -> list[Plan]:
 
 
 def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
-    """Return the plans that no other beats in both latency and throughput, nearest to the best of both first.
+    """Return the Pareto front of latency and throughput, nearest to the ideal point of both first.
 
-    Latency is that of one request alone, throughput that of a full machine; the plans carry both. Distances are in
-    logarithms, so that losing a factor counts alike everywhere, each over its range on this front.
+    Latency is that of one request alone, throughput that of a full machine. Distances are logarithms, each divided by
+    its range on the front, so that a factor counts the same everywhere.
     """
     both = [(plan, plan.inference.latency_s, plan.tokens_per_s) for plan in plans if plan.inference]
     front = [
@@ -111,7 +115,7 @@ def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
-    """Return what the fullest device of a layout keeps: weights, the cache of all its requests, working space."""
+    """Return the memory of the fullest device: weights, the key-value cache of all its requests, and activations."""
     model = question.model
     layers = math.ceil(model.num_layers / layout.pipe)
     requests = math.ceil(question.requests / layout.data)
@@ -129,7 +133,7 @@ def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
 
 
 def most_requests(question: ServeQuestion, layout: Layout) -> int:
-    """Return how many requests at a time the caches of a layout can hold, 1 at least and 4,096 at most."""
+    """Return the number of requests at a time that the caches of a layout hold, from 1 to 4,096."""
     many = serving_memory(replace(question, requests=_SAMPLE * layout.data), layout)
     free = question.memory_limit - (many.total - many.kv_cache)
     return max(1, min(_MOST_REQUESTS, layout.data * int(max(0.0, free) * _SAMPLE / many.kv_cache)))
@@ -173,12 +177,12 @@ def _price_all(question: ServeQuestion) -> Iterable[Plan]:
 
 
 def _place(value: float, values: Sequence[float]) -> float:
-    """Where a value lies between the least and the largest, from 0 to 1."""
+    """Return the position of a value between the least and the largest, from 0 to 1."""
     return (value - min(values)) / max(max(values) - min(values), 1e-9)
 
 
 def _with_latency_alone(question: ServeQuestion, full: Plan) -> Plan:
-    """The plan of a full machine with the times of one request alone."""
+    """Return the plan of a full machine with the times of one request alone."""
     alone = price_serving(replace(question, requests=1), replace(full.layout, data=1))
     assert full.inference is not None
     assert alone.inference is not None
@@ -197,7 +201,7 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 
 
 def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> dict[str, float]:
-    """Seconds of a request by what they are spent on; communication is what links of no time would save."""
+    """Return the seconds of a request by purpose; communication is the difference to links that take no time."""
     fast = replace(question.topology.accelerator, link_bytes_per_s=1e18, network_bytes_per_s=1e18, curve="")
     free = inference_time(
         question.model,
@@ -217,7 +221,7 @@ def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> di
 
 
 def _decode_traffic(model: ModelConfig, *, layout: Layout, batch: int) -> dict[str, float]:
-    """Bytes that a device sends for one token of each request of a group."""
+    """Return the bytes that a device sends for one token of each request of a group."""
     message, t = 2.0 * batch * model.hidden_size, layout.tensor
     layers = math.ceil(model.num_layers / layout.pipe)
     found = {"tensor": 2 * layers * 2 * (t - 1) / t * message, "pipe": message if layout.pipe > 1 else 0.0}
@@ -225,7 +229,7 @@ def _decode_traffic(model: ModelConfig, *, layout: Layout, batch: int) -> dict[s
 
 
 def _mfu(question: ServeQuestion, tokens_per_s: float) -> float:
-    """Flops of prompts and generated tokens over the machine's peak."""
+    """Return the flops of prompts and generated tokens over the machine's peak."""
     whole = question.prompt + question.generated
     flops = flops_per_token(question.model, num_tokens=whole).forward * whole / question.generated
     peak = question.topology.accelerator.peak_flops_per_s("bfloat16") * question.topology.num_devices

@@ -33,7 +33,6 @@ GRID = build_schedule("1f1b", num_ranks=2, num_microbatches=2)
 MESH = abstract_mesh(MeshSpec())
 OPTIMIZER = OptimizerSection(learning_rate=1e-3)
 SIZES: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 2}
-CHUNKS = SIZES | {"num_chunks": 2}
 TOPOLOGY = read_topology("h100x8")
 TRAIN = TrainQuestion(model=MODEL, topology=TOPOLOGY, batch_size=8, num_tokens=16)
 LINEAR: dict[str, Any] = {"in_size": 4, "out_size": 4, "dim": "ffn", "rngs": nnx.Rngs(0)}
@@ -83,22 +82,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "pipeline.stage_costs": {"config": MODEL, "layers_per_stage": (2, 2), "num_tokens": 8},
     "pipeline.stages_from_layers": {"layers": {}, "num_ranks": 2},
     "pipeline.Schedule": SIZES | {"name": "mine", "ticks": GRID.ticks},
-    "pipeline.schedules.auto": SIZES,
+    "pipeline.schedules.Family": {"name": "mine", "build": print},
     "pipeline.schedules.draw_picture": {"schedule": GRID},
     "pipeline.schedules.explain_difference": {"schedule": GRID, "formula": None, "timing": None},
     "pipeline.schedules.find_formula": {"schedule": GRID},
-    "pipeline.schedules.gpipe": SIZES,
-    "pipeline.schedules.interleaved_1f1b": CHUNKS,
-    "pipeline.schedules.interleaved_zb_h1": CHUNKS,
     "pipeline.schedules.load_schedule": {"path": "mine.csv"},
-    "pipeline.schedules.naive": SIZES,
-    "pipeline.schedules.one_f_one_b": SIZES,
     "pipeline.schedules.schedule_from_csv": {"text": "0F0,0B0", "name": "mine"},
     "pipeline.schedules.schedule_from_orders": {"orders": [[], []], "name": "mine", "num_microbatches": 2},
     "pipeline.schedules.time_actions": {"schedule": GRID},
     "pipeline.schedules.trace_from_schedule": {"schedule": GRID},
-    "pipeline.schedules.zb_h1": SIZES,
     "plan.Layout": {},
+    "plan.Runtime": {},
     "plan.ServeQuestion": {"model": MODEL, "topology": TOPOLOGY},
     "plan.StepSizes": {"model": MODEL, "mesh": MeshSpec(), "num_microbatches": 1, "num_sequences": 1, "num_tokens": 8},
     "programs.Target": {"name": "cpu"},

@@ -3,11 +3,11 @@
 from ..configs.layout import layout_of
 from ..configs.run_config import RunConfig
 from ..meshes import TrellaxError
-from ..plan.costs.program import trellax_program
+from ..plan.costs.runtime import trellax_runtime
 from ..plan.diagnoses import diagnose
 from ..plan.machines.detect import detect_topology
 from ..plan.machines.topology import Topology
-from ..plan.search import TrainQuestion, price_layout
+from ..plan.training_search import TrainQuestion, price_layout
 
 
 def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> list[str]:
@@ -24,7 +24,7 @@ def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> li
         topology=machine,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        program=trellax_program(config.model, machine.accelerator, vocab=config.pipeline.vocab),
+        runtime=trellax_runtime(config.model, machine.accelerator, vocab=config.pipeline.vocab),
     )
     try:
         plan = price_layout(question, layout_of(config, num_devices=machine.num_devices))

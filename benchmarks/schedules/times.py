@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trellax.pipeline.schedules import Schedule, StageCost, Timing, Vocab, build_schedule, simulate
+from trellax.pipeline.schedules import SCHEDULES, Schedule, StageCost, Timing, Vocab, build_schedule, simulate
 
 from benchmarks.workers.process import Worker
 
@@ -24,7 +24,7 @@ _KINDS = {"F": "forward", "B": "backward", "I": "input_grad", "W": "weight_grad"
 
 def num_chunks(schedule: str) -> int:
     """Return the number of chunks per rank in a named schedule."""
-    return 2 if schedule.startswith("interleaved") else 1
+    return SCHEDULES[schedule].default_chunks
 
 
 def build(schedule: str, num_microbatches: int) -> Schedule:

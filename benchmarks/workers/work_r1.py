@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import SCHEDULES, PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
 from trellax.programs.hlo import HloModule, leaves
 
 from benchmarks.workers.process import serve, start_devices
@@ -145,7 +145,7 @@ def _build_schedule(schedule: str, num_microbatches: int) -> Schedule:
 
 
 def _num_chunks(schedule: str) -> int:
-    return 2 if schedule.startswith("interleaved") else 1
+    return SCHEDULES[schedule].default_chunks if schedule in SCHEDULES else 1
 
 
 @cache

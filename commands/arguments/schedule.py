@@ -162,7 +162,7 @@ def _check_limit(args: argparse.Namespace) -> None:
     limit = args.max_in_flight
     if limit is None:
         return
-    if args.name != "auto":
+    if not args.name or "max_in_flight" not in SCHEDULES[args.name].takes:
         what = args.name or ("--file" if args.file else "--compare")
         raise ScheduleError(
             f"--max-in-flight is for the schedule auto alone; {what} takes no limit.",

@@ -13,7 +13,7 @@ from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count, check_number
 from ..schedules import StageCost, Vocab
 from ..schedules.check import check_sizes
-from ..schedules.place import check_vocab
+from ..schedules.vocab import check_vocab
 from .stack import check_layers
 from .stage import check_counts
 

@@ -18,7 +18,7 @@ from ...layers.block import rematerialize
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from ...meshes.arguments import check_choice
 from ..schedules import Vocab
-from ..schedules.place import check_vocab
+from ..schedules.vocab import check_vocab
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
 

@@ -1,4 +1,4 @@
-"""The smallest piece of a schedule: one stage does one thing to one microbatch."""
+"""One action of a schedule: a stage runs a forward or a backward of one microbatch. Read `grid.py` next."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ...meshes.arguments import check_choice, check_count
 from ...meshes.errors import ScheduleError
 
 Kind = Literal["F", "B", "I", "W"]
-"""F forward; B backward, or in two halves I its input gradient and W its weight gradient."""
+"""F forward, B backward; a split backward is I, the gradient of the inputs, and W, the gradient of the weights."""
 
 _PATTERN = re.compile(r"(\d+)([A-Z])(\d+)")
 _KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
@@ -22,7 +22,7 @@ class Action:
     Action(stage=2, kind='F', microbatch=0)
 
     Raises:
-        ScheduleError: the kind is none, or a number is not whole.
+        ScheduleError: the kind is unknown, or a number is negative or not an integer.
     """
 
     stage: int
@@ -30,7 +30,7 @@ class Action:
     microbatch: int
 
     def __post_init__(self) -> None:
-        # A schedule has thousands of actions, so what is right is seen at a glance.
+        # A schedule has thousands of actions, so valid ones skip the checks that build messages.
         if self.kind not in _KINDS:
             check_choice("kind", self.kind, _KINDS, error=ScheduleError)
         is_whole = type(self.stage) is int and type(self.microbatch) is int
@@ -40,10 +40,10 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> "Action":
-        """Return the action written as `2F0`.
+        """Parse an action written as `2F0`.
 
         Raises:
-            ScheduleError: the text is no stage, kind and microbatch.
+            ScheduleError: the text is not a stage, a kind and a microbatch.
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None or match[2] not in _KINDS:

@@ -1,7 +1,7 @@
-"""How long a schedule takes and how much it holds, from the grid alone, by either of two clocks.
+"""Simulate a schedule: its time, bubble and peak of microbatches in flight, under one of two clocks.
 
-`lockstep`: one jitted program, in which a tick lasts as long as its slowest rank; what trellax runs.
-`async`: a program for every rank, which waits only for what it needs; what Megatron runs.
+`lockstep` is one jitted program for all ranks, in which a tick lasts as long as its slowest rank. trellax runs this.
+`async` is one program per rank, which waits only for the results that it needs. Megatron runs this.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from ...meshes.arguments import check_choice, check_instance, check_number
 from ...meshes.errors import ScheduleError
 from .action import Action
 from .check import needs
-from .grid import Schedule
+from .schedule import Schedule
 from .stage_cost import StageCost
 
 Clock = Literal["lockstep", "async"]
-"""Whose time it is: one program for all ranks, or a program for every rank."""
+"""How ranks keep time: all in one program, tick by tick, or each in its own program."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One action in time: its rank is at work on it from `start` to `end`."""
+    """An action with its rank and the times at which it starts and ends."""
 
     rank: int
     action: Action
@@ -31,10 +31,11 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What a schedule costs, in the unit of the costs given.
+    """The simulated times of a schedule, in the unit of the costs given.
 
-    `busy` is each rank's working time; `bubble_fraction` the share of all ranks' time that is idle;
-    `peak_in_flight` the most microbatches of a chunk that each rank holds, from a forward to the end of its backward.
+    `makespan` is the time from the first start to the last end, `busy` each rank's working time, and `bubble_fraction`
+    the idle share of all ranks' time. `peak_in_flight` is, for each rank, the most microbatches of a chunk that it
+    holds at once, from a forward to the end of its backward.
     """
 
     clock: Clock
@@ -55,19 +56,21 @@ def simulate(
     stages: Sequence[StageCost] | None = None,
     shared_loss: float = 0.0,
 ) -> Timing:
-    """Return the timing of a schedule by a clock.
+    """Simulate a schedule under a clock.
+
+    >>> simulate(build_schedule("gpipe", num_ranks=2, num_microbatches=2)).makespan
+    9.0
 
     Args:
-        forward, input_grad, weight_grad: time of one rank's whole layer set for one microbatch; a chunk of v costs 1/v,
-            a whole backward the sum of both halves.
-        transfer: time of one hop between neighbours; in lockstep every tick with a hop pays it.
+        forward, input_grad, weight_grad: time of all layers of one rank for one microbatch; each of v chunks takes 1/v
+            of it, and a whole backward the sum of both gradients.
+        transfer: time of one send between neighbours; in lockstep every tick with a send takes this much longer.
         stages: time of every stage for one microbatch, in place of the three times above.
-        shared_loss: time that all ranks spend together on the loss of a microbatch, once the turn of its last forward
-            is over; for a vocabulary that is split over all ranks, and in lockstep alone.
+        shared_loss: time that all ranks spend together on the loss of a microbatch, after its last forward. It is for
+            a vocabulary that is split over all ranks, under the lockstep clock only.
 
     Raises:
-        ScheduleError: `stages` are not as many as the schedule's, a time is none, the clock is unknown, or
-            `shared_loss` is given to the async clock.
+        ScheduleError: a time, the number of `stages` or the clock is wrong, or an async clock has a `shared_loss`.
     """
     stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     spans = _run(schedule, clock, stages, transfer, shared_loss)
@@ -95,16 +98,16 @@ def time_actions(
     stages: Sequence[StageCost] | None = None,
     shared_loss: float = 0.0,
 ) -> tuple[Span, ...]:
-    """Return when every action starts and ends by a clock; what pictures are drawn from.
+    """Return the start and end of every action under a clock, for pictures and traces.
 
-    Arguments and errors as in `simulate`. A shared loss is no action: it is a gap between spans.
+    Arguments and errors are those of `simulate`. A shared loss is not an action: it shows as a gap between spans.
     """
     stages = _stage_costs(schedule, stages, StageCost(forward=forward, input_grad=input_grad, weight_grad=weight_grad))
     return tuple(_run(schedule, clock, stages, transfer, shared_loss))
 
 
 def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: StageCost) -> Sequence[StageCost]:
-    """The given times, or those of equal stages that together take a rank's."""
+    """Return the given times, or those of equal stages, of which a rank's chunks together take the rank's time."""
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     if stages is None:
         v = schedule.num_chunks
@@ -139,7 +142,7 @@ def _run(
 
 
 def count_messages(schedule: Schedule) -> int:
-    """Return how many activations and gradients travel from one rank to another in a step."""
+    """Return the number of activations and gradients that are sent between ranks in a step."""
     return sum(_is_sent(schedule, action) for _, _, action in schedule.placed())
 
 
@@ -153,15 +156,17 @@ def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: flo
     now = 0.0
     for cells in schedule.ticks:
         ends = [now] * schedule.num_ranks
-        for turn in range(max(map(len, cells))):
-            actions = [(rank, cell[turn]) for rank, cell in enumerate(cells) if turn < len(cell)]
+        # The executor runs the first action of every rank's cell, then the second; only a shared loss makes them meet.
+        for position in range(max(map(len, cells))):
+            actions = [(rank, cell[position]) for rank, cell in enumerate(cells) if position < len(cell)]
             for rank, action in actions:
                 end = ends[rank] + stages[action.stage].time_of(action.kind)
                 spans.append(Span(rank=rank, action=action, start=ends[rank], end=end))
                 ends[rank] = end
             if shared_loss and any(_is_last_forward(schedule, action) for _, action in actions):
-                # All ranks meet here, so those whose turn was shorter wait.
+                # The loss is a collective over all ranks, so ranks with a shorter action wait.
                 ends = [max(ends) + shared_loss] * schedule.num_ranks
+        # One collective permute ends the tick for all ranks, whether one or all of them send.
         is_hop = any(_is_sent(schedule, action) for cell in cells for action in cell)
         now = max(ends) + (transfer if is_hop else 0.0)
     return spans
@@ -176,7 +181,7 @@ def _run_async(schedule: Schedule, stages: Sequence[StageCost], transfer: float)
     end_of: dict[Action, float] = {}
     free_at = [0.0] * schedule.num_ranks
     spans: list[Span] = []
-    # In the order of the grid every dependency comes first.
+    # In the order of the grid an action comes after everything it needs, so its end is known here.
     for _, rank, action in schedule.placed():
         start = free_at[rank]
         for needed in needs(action, num_stages=schedule.num_stages, has_halves=has_halves):

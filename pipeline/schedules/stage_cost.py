@@ -1,4 +1,4 @@
-"""The time of one stage, for pipelines whose stages differ. Read `simulate.py` next, which takes a list of them."""
+"""The time that one stage takes for one microbatch. Read `simulate.py` next, which takes one per stage."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from .action import Kind
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """Time of one stage for one microbatch, in any unit; a whole backward takes both gradients' time.
+    """Time of one stage for one microbatch, in any unit; a whole backward takes the sum of both gradients' times.
 
     Raises:
-        ScheduleError: a time is negative or no finite number.
+        ScheduleError: a time is negative or not finite.
     """
 
     forward: float

@@ -1,9 +1,12 @@
-"""A simulated schedule as a trace that Perfetto and chrome://tracing open: a thread a rank, a slice an action."""
+"""Write a simulated schedule as a Chrome trace: one thread per rank, one slice per action.
+
+Perfetto and chrome://tracing open such files.
+"""
 
 import json
 from collections.abc import Sequence
 
-from .grid import Schedule
+from .schedule import Schedule
 from .simulate import Clock, time_actions
 from .stage_cost import StageCost
 
@@ -15,12 +18,15 @@ _NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight g
 def trace_from_schedule(
     schedule: Schedule, *, clock: Clock = "lockstep", stages: Sequence[StageCost] | None = None, **costs: float
 ) -> str:
-    """Return Chrome trace JSON, in which a unit of cost lasts a millisecond.
+    """Return the trace as JSON; one unit of cost lasts a millisecond.
 
     >>> Path("gpipe.json").write_text(trace_from_schedule(schedule, clock="async", forward=0.8))
 
     Args:
         stages, costs: as in `simulate`; costs are forward, input_grad, weight_grad and transfer.
+
+    Raises:
+        ScheduleError: as `simulate`.
     """
     events: list[dict[str, object]] = [
         {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": f"{schedule.name} ({clock})"}}

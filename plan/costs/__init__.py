@@ -1,1 +1,1 @@
-"""The cost model: time and memory of a layout, from one layer to one training step."""
+"""The cost model: time, memory and traffic of one layout. Read `layout.py` and `runtime.py` first."""

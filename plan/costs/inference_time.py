@@ -1,7 +1,7 @@
-"""How long a request takes and how many tokens a machine serves: prefill and decoding under tensor and pipe.
+"""Compute the latency of a request and the throughput of a machine: prefill and decoding under tensor and pipe.
 
-Decoding reads every weight and the cache once a token, so it is memory that sets the pace, then the start of each
-kernel, then the start of each small collective (Pope et al. 2022, section 2). Read `memory_model.py` next.
+Decoding reads every weight and the key-value cache once per token, so memory bandwidth limits it; after that the
+launches of kernels, then the latency of small collectives (Pope et al. 2022, section 2). Read `memory_model.py` next.
 """
 
 import math
@@ -12,20 +12,25 @@ from ...layers import ModelConfig, param_counts
 from ...meshes import PlanError
 from ...meshes.arguments import check_count, check_fields
 from ..machines.collective_time import Group, collective_time_s, make_group
-from ..machines.efficiency import matmul_time_s, memory_time_s
+from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
-from .layouts import Layout
-from .minimum import block_params
+from .device_params import block_params
+from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
-from .program import Program
+from .runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Traits of an inference program: kernels of a layer, the gap between two, and what the host needs for a layer.
+    """Traits of an inference server.
 
-    `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory. `weight_bytes` are those of one weight;
-    below 2 they are expanded on the way, which costs `expand_share` of the bandwidth.
+    `kernels` is the number of kernels per layer, `gap_s` the seconds between two, `host_layer_s` the seconds in which a
+    host launches those of a layer. `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory.
+    `weight_bytes` are those of one weight; weights of less than 2 bytes are expanded while they are read, which reaches
+    `expand_share` of the bandwidth.
+
+    Raises:
+        PlanError: a number is below its least value, or `all_reduce` is unknown.
     """
 
     kernels: int = 7
@@ -40,22 +45,22 @@ class Server:
 
 
 COMPILED = Server()
-"""One compiled program a token: kernels follow each other without the host."""
+"""One compiled program per token, whose kernels follow each other without the host."""
 
 EAGER = Server(kernels=12, host_layer_s=110e-6)
-"""A host that starts every kernel (FasterTransformer): short layers wait for it."""
+"""A host that launches every kernel (FasterTransformer), for which short layers wait."""
 
 # 10 us and 2 us for each doubling of the ranks: fitted on gpt-fast's Llama-2-7B on 2, 4 and 8 A100.
 _DIRECT_START_S = 10e-6
 _DIRECT_STEP_S = 2e-6
-_PREFILL = Program(clock="async", vocab="ends", attention="scores", score_bytes=2)
+_RUNTIME = Runtime(clock="async", vocab="ends", attention="scores", score_bytes=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceTime:
-    """Seconds of a batch of requests: all prompts, one decoding step, and the whole; tokens/s of the machine.
+    """Seconds of a batch of requests: prefill of all prompts, one decoding step, and both in all.
 
-    `tokens_per_s` counts generated tokens of such batches one after another, stages being full all the time.
+    `tokens_per_s` counts generated tokens of the whole machine, for such batches in sequence with all stages busy.
     """
 
     prefill_s: float
@@ -74,22 +79,25 @@ def inference_time(
     generated: int,
     server: Server = COMPILED,
 ) -> InferenceTime:
-    """Return the time of `batch` requests that together pass through tensor and pipe, and the machine's throughput.
+    """Return the time of `batch` requests that are decoded together, and the machine's throughput.
 
     Args:
-        batch: requests that are decoded together; each of `layout.data` copies of the model has as many.
+        batch: requests of one of the `layout.data` copies of the model.
         prompt, generated: tokens of each request.
+
+    Raises:
+        PlanError: a count is below 1.
     """
     for name, count in {"batch": batch, "prompt": prompt, "generated": generated}.items():
         check_count(name, count, error=PlanError)
     sizes: dict[str, Any] = {"layout": layout, "topology": topology, "server": server}
     ways = _groups(layout, batch)
     prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=way, **sizes) for way in ways)
-    # A machine that is never without requests does not wait for its stages to fill.
+    # With requests always waiting, no stage is idle while the pipeline fills.
     busy = min(
         way * _prefill_s(model, batch=math.ceil(batch / way), num_tokens=prompt, **sizes) / layout.pipe for way in ways
     )
-    # Groups that follow each other through the stages take turns; as many as stages cost no time.
+    # Groups of requests pass through the stages in turn; as many groups as stages keep every stage busy.
     groups = min(layout.pipe, batch)
     context = prompt + generated / 2
     step = decode_time_s(model, batch=math.ceil(batch / groups), context=context, **sizes)
@@ -109,7 +117,7 @@ def decode_time_s(
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
-    for operation in layer_operations(model, size=size, program=_PREFILL):
+    for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product) and operation.part == "weights":
             busy += _decode_product_s(operation, topology, model, server)
         elif isinstance(operation, Stream) and operation.part == "vector":
@@ -125,7 +133,7 @@ def decode_time_s(
 
 
 def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
-    """Return the bytes that one layer caches for a token on one device: keys and values of its heads."""
+    """Return the bytes of keys and values that one layer caches for a token on one device."""
     return 2 * max(model.kv_size / tensor, model.head_size) * item_bytes(model)
 
 
@@ -162,14 +170,14 @@ def _hops_s(message: float, *, layout: Layout, topology: Topology) -> float:
 
 
 def _groups(layout: Layout, batch: int) -> set[int]:
-    """Into how many groups prompts may be cut: none, or enough to keep the stages at work."""
+    """Return the numbers of groups to divide prompts into: 1, or multiples of the stages that keep them busy."""
     return {1} | {min(batch, times * layout.pipe) for times in (1, 2, 4, 8)}
 
 
 def _piped_prefill_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server, groups: int
 ) -> float:
-    """Seconds until the last of several groups of prompts has left the last stage."""
+    """Return the seconds until the last of several groups of prompts has left the last stage."""
     size = math.ceil(batch / groups)
     one = _prefill_s(model, layout=layout, topology=topology, batch=size, num_tokens=num_tokens, server=server)
     return one * (layout.pipe + groups - 1) / layout.pipe
@@ -178,11 +186,11 @@ def _piped_prefill_s(
 def _prefill_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
 ) -> float:
-    """Seconds of all prompts through all stages, in one piece."""
+    """Return the seconds of all prompts through all stages, without dividing them into groups."""
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
     busy = server.kernels * server.gap_s
-    for operation in layer_operations(model, size=size, program=_PREFILL):
+    for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product):
             busy += matmul_time_s(
                 device, m=operation.m, n=operation.n, k=operation.k, batch=operation.batch, dtype=model.dtype

@@ -1,4 +1,4 @@
-"""How long one layer takes on one device: forward, both gradients, recomputation, with the tensor axis' collectives.
+"""Compute the time of one layer on one device: forward, both gradients, recomputation, and collectives over tensor.
 
 Read `stage_time.py` next.
 """
@@ -11,20 +11,20 @@ from ...layers import ModelConfig
 from ...meshes import PlanError
 from ...meshes.arguments import check_count
 from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
-from ..machines.efficiency import flash_time_s, matmul_time_s, memory_time_s
+from ..machines.kernel_time import flash_time_s, matmul_time_s, memory_time_s
 from ..machines.topology import Accelerator, Topology
-from .layouts import Layout
+from .layout import Layout
 from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
-from .program import Program
+from .runtime import Runtime
 
 _PASSES = ("forward", "input_grad", "weight_grad")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Seconds of one layer for one microbatch: `recompute` is what backward does again; collectives are in all four.
+    """Seconds of one layer for one microbatch, collectives included; `recompute` is repeated work of the backward.
 
-    `exposed` are the seconds of all four in which the tensor axis' collectives alone are at work.
+    `exposed` are the seconds of the other four in which the device waits for collectives over tensor.
     """
 
     forward: float
@@ -41,7 +41,7 @@ class LayerTime:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Seconds of an operation alone, by pass."""
+    """Seconds of one operation by pass, without collectives."""
 
     part: Part
     forward: float
@@ -50,26 +50,31 @@ class _Work:
 
 
 def layer_time(
-    model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int
 ) -> LayerTime:
-    """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens."""
+    """Return the seconds of one layer for one microbatch of `layout.sequences` sequences of `num_tokens` tokens.
+
+    Raises:
+        PlanError: `num_tokens` is below 1.
+    """
     check_count("num_tokens", num_tokens, error=PlanError)
     queries = num_tokens / layout.context
     size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
-    operations = layer_operations(model, size=size, program=program)
-    works = [_time_operation(operation, topology.accelerator, program, model.dtype) for operation in operations]
+    operations = layer_operations(model, size=size, runtime=runtime)
+    works = [_time_operation(operation, topology.accelerator, runtime, model.dtype) for operation in operations]
     forward, input_grad, weight_grad = (sum(getattr(work, name) for work in works) for name in _PASSES)
     again = _sum_recomputed(works, layout)
-    comm = _tensor_comm_s(model, size=size, layout=layout, program=program, topology=topology)
+    comm = _tensor_comm_s(model, size=size, layout=layout, runtime=runtime, topology=topology)
     comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
-    hidden = _hidden_comm_s(comm, weight_grad, program)
+    hidden = _hidden_comm_s(comm, weight_grad, runtime)
+    # Only full rematerialization runs the collectives of the forward again.
     again += comm if layout.remat == "full" else 0.0
     input_grad += comm - hidden
-    # A host that is slower than the device makes it wait, forward and backward, each as a whole.
+    # If the host launches kernels more slowly than the device runs them, the device waits, in each pass as a whole.
     passes = 3 if layout.remat == "full" else 2
-    waiting = max(0.0, passes * program.host_layer_s - (again + input_grad + weight_grad))
+    waiting = max(0.0, passes * runtime.host_layer_s - (again + input_grad + weight_grad))
     return LayerTime(
-        forward=max(forward + comm, program.host_layer_s),
+        forward=max(forward + comm, runtime.host_layer_s),
         recompute=again,
         input_grad=input_grad + waiting / 2,
         weight_grad=weight_grad + waiting / 2,
@@ -77,9 +82,9 @@ def layer_time(
     )
 
 
-def _time_operation(operation: Operation, accelerator: Accelerator, program: Program, dtype: str) -> _Work:
+def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Runtime, dtype: str) -> _Work:
     if isinstance(operation, Flash):
-        more: dict[str, Any] = {"kernel": program.flash, "dtype": dtype}
+        more: dict[str, Any] = {"kernel": runtime.flash, "dtype": dtype}
         return _Work(
             part="core",
             forward=flash_time_s(accelerator, flops=operation.flops, direction="forward", **more),
@@ -113,30 +118,30 @@ def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
 
 
 def _tensor_comm_s(
-    model: ModelConfig, *, size: LayerSize, layout: Layout, program: Program, topology: Topology
+    model: ModelConfig, *, size: LayerSize, layout: Layout, runtime: Runtime, topology: Topology
 ) -> float:
-    """Seconds of the collectives of one pass: two all-reduces, or as many gathers and scatters."""
+    """Return the seconds of one pass's collectives: two all-reduces, or two all-gathers and two reduce-scatters."""
     group = make_group(topology, size=layout.tensor, stride=1)
     num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
-    is_split = program.sequence_parallel == "on"
+    is_split = runtime.sequence_parallel == "on"
     kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
     return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
 
 
-def _hidden_comm_s(comm: float, weight_grad: float, program: Program) -> float:
-    """Seconds of a backward's collectives behind the weight gradient.
+def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:
+    """Return the seconds of a backward's collectives that the weight gradient hides.
 
-    With sequence parallelism half of them, the gathers of the gradient, come before both products and stay exposed.
+    With sequence parallelism half of them, the all-gathers of the gradient, come before both products and stay exposed.
     """
-    if program.tensor_overlap == "off":
+    if runtime.tensor_overlap == "off":
         return 0.0
-    return min(comm / 2 if program.sequence_parallel == "on" else comm, weight_grad)
+    return min(comm / 2 if runtime.sequence_parallel == "on" else comm, weight_grad)
 
 
 def _exposed_context_s(
     model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology, works: list[_Work]
 ) -> float:
-    """Seconds that keys and values travel around the context axis while no attention hides them."""
+    """Return the seconds of sending keys and values around the context axis that attention does not hide."""
     if layout.context == 1:
         return 0.0
     group = make_group(topology, size=layout.context, stride=layout.tensor)

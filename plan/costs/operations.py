@@ -1,8 +1,8 @@
-"""The operations of one transformer layer on one device: matrix products by shape, the rest by bytes of memory traffic.
+"""List the operations of one transformer layer on one device: matrix products by shape, others by memory traffic.
 
-Bytes per element follow from what an operation reads and writes, activations in 16 bit (4 bytes for float32 models)
-and dropout masks in one byte. A backward reads the arriving gradient and what was kept, and writes a gradient.
-Read `layer_time.py` next.
+Bytes per element follow from the arrays that an operation reads and writes: activations of 2 bytes (4 in float32
+models), dropout masks of one. A backward reads the output's gradient and the residuals, and writes the input's
+gradient. Read `layer_time.py` next.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig
-from .program import Program
+from .runtime import Runtime
 
 Part = Literal["core", "weights", "vector"]
-"""core: between tokens, what "selective" recomputes; weights: products with parameters; vector: everything else."""
+"""core: the core of attention, which "selective" recomputes; weights: products with parameters; vector: the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """`batch` products [m, k] x [k, n] forward; the backward has one for each operand."""
+    """`batch` products [m, k] x [k, n] forward; the backward has one product for each operand."""
 
     part: Part
     m: float
@@ -46,7 +46,7 @@ class Flash:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSize:
-    """What one device has of a layer: `sequences` of `queries` tokens that look at `keys`; widths over `tensor`."""
+    """One device's part of a layer: `sequences` of `queries` tokens that attend to `keys`; widths are over `tensor`."""
 
     sequences: int
     queries: float
@@ -57,10 +57,10 @@ class LayerSize:
 Operation = Product | Stream | Flash
 
 
-def layer_operations(model: ModelConfig, *, size: LayerSize, program: Program) -> Iterator[Operation]:
+def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     """Yield the operations of one block."""
     tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
-    whole = tokens * model.hidden_size / (t if program.sequence_parallel == "on" else 1)
+    whole = tokens * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
     d, query, kv = model.hidden_size, model.query_size / t, max(model.kv_size / t, model.head_size)
     yield _norm(whole, item)
     yield Product(part="weights", m=tokens, n=query + 2 * kv, k=d)
@@ -69,39 +69,39 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, program: Program) -
     if model.positions == "rotary":
         turned = tokens * (query + kv)
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
-    yield from _core(model, size=size, program=program)
+    yield from _core(model, size=size, runtime=runtime)
     yield Product(part="weights", m=tokens, n=d, k=query)
-    yield _residual(whole, item, program)
+    yield _residual(whole, item, runtime)
     yield _norm(whole, item)
     yield from _feed_forward(model, tokens=tokens, tensor=t)
-    yield _residual(whole, item, program)
+    yield _residual(whole, item, runtime)
     # Microbatches add their weight gradients to one array.
     weights = block_weights(model) / t
-    yield Stream(part="weights", forward_bytes=0, backward_bytes=program.sum_traffic_bytes * weights)
+    yield Stream(part="weights", forward_bytes=0, backward_bytes=runtime.sum_traffic_bytes * weights)
 
 
 def item_bytes(model: ModelConfig) -> int:
-    """Bytes of one number of an activation."""
+    """Return the bytes of one element of an activation."""
     return 4 if model.dtype == "float32" else 2
 
 
 def block_weights(model: ModelConfig) -> int:
-    """Number of matrix weights of a block."""
+    """Return the number of matrix weights of a block."""
     num_ffn = 3 if model.mlp == "swiglu" else 2
     return model.hidden_size * (2 * model.query_size + 2 * model.kv_size + num_ffn * model.ffn_size)
 
 
-def _core(model: ModelConfig, *, size: LayerSize, program: Program) -> Iterator[Operation]:
+def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     heads = size.sequences * model.num_heads / size.tensor
     scores = heads * size.queries * size.keys
-    if program.attention == "fused":
-        # A fused kernel skips what the causal mask hides.
+    if runtime.attention == "fused":
+        # A fused kernel skips the scores that the causal mask hides: half of 4 x scores x head_size.
         yield Flash(flops=2 * scores * model.head_size)
         return
     yield Product(part="core", m=size.queries, n=size.keys, k=model.head_size, batch=heads)
-    b = program.score_bytes
+    b = runtime.score_bytes
     yield Stream(part="core", forward_bytes=2 * b * scores, backward_bytes=3 * b * scores)
-    if program.dropout == "on":
+    if runtime.dropout == "on":
         yield Stream(part="core", forward_bytes=(2 * b + 1) * scores, backward_bytes=(2 * b + 1) * scores)
     yield Product(part="core", m=size.queries, n=model.head_size, k=size.keys, batch=heads)
 
@@ -120,7 +120,7 @@ def _norm(numbers: float, item: int) -> Stream:
     return Stream(part="vector", forward_bytes=2 * item * numbers, backward_bytes=4 * item * numbers)
 
 
-def _residual(numbers: float, item: int, program: Program) -> Stream:
-    mask = 1 if program.dropout == "on" else 0
+def _residual(numbers: float, item: int, runtime: Runtime) -> Stream:
+    mask = 1 if runtime.dropout == "on" else 0
     # Backward: the mask is applied to the gradient, the bias sums it, and both branches' gradients are added.
     return Stream(part="vector", forward_bytes=(3 * item + mask) * numbers, backward_bytes=(6 * item + mask) * numbers)

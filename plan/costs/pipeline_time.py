@@ -1,7 +1,11 @@
-"""How long a pipeline takes for many microbatches, by the schedule's own simulator.
+"""Compute the time of a pipeline for many microbatches with the schedule's own simulator.
 
-A schedule is periodic once it is full, so a few microbatches are simulated and the rest continue with the slope of
-the last `p`: exact where the steady state is reached. Read `step_time.py` next.
+A schedule is periodic once the pipeline is full, so a few microbatches are simulated and the rest extrapolated with
+the slope of the last `p`. That is exact where the steady state is reached:
+
+    time(m) = time(few) + (m - few) / p * (time(few + p) - time(few))
+
+Read `step_time.py` next.
 """
 
 from dataclasses import dataclass
@@ -9,35 +13,38 @@ from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...pipeline import stage_costs
-from ...pipeline.schedules import Clock, Schedule, StageCost, Vocab, build_schedule, simulate
-from .layouts import Layout
-from .megatron_order import megatron_interleaved
+from ...pipeline.schedules import Schedule, StageCost, build_schedule, find_family, simulate
+from .layout import Layout
+from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers
 
 _SHORT = 2
-_AUTO_ACTIONS = 1024
+_MOST_SEARCHED_ACTIONS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoTerms:
-    """What schedule "auto" is built for: times of the stages in any unit, and the most microbatches a rank may hold."""
+class SearchTerms:
+    """The inputs of a searched schedule: times of the stages in any unit, and the most microbatches a rank may hold."""
 
     stages: tuple[StageCost, ...]
     max_in_flight: int | None
 
 
-def auto_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vocab) -> AutoTerms | None:
-    """Return what training builds a layout's schedule for, so that the same is priced; None for all but "auto"."""
-    if layout.schedule != "auto" or layout.pipe == 1:
+def search_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime: Runtime) -> SearchTerms | None:
+    """Return the inputs with which training searches for a layout's schedule; None if its order is fixed.
+
+    The same inputs give the same schedule, so the plan prices what training runs.
+    """
+    if layout.pipe == 1 or layout.family.order == "fixed":
         return None
     stages = stage_costs(
         model,
         layers_per_stage=stage_layers(model, layout),
         num_tokens=num_tokens,
-        vocab=vocab,
+        vocab=runtime.vocab,
         remat="dots" if layout.remat == "selective" else layout.remat,
     )
-    return AutoTerms(stages=stages, max_in_flight=layout.max_in_flight)
+    return SearchTerms(stages=stages, max_in_flight=layout.max_in_flight)
 
 
 # Layouts that differ in ZeRO alone have the same pipeline.
@@ -48,18 +55,17 @@ def pipeline_time_s(
     schedule: str,
     num_ranks: int,
     num_microbatches: int,
-    clock: Clock,
-    vocab: Vocab = "ends",
+    traits: OrderTraits,
     transfer: float = 0.0,
     shared_loss: float = 0.0,
-    auto: AutoTerms | None = None,
+    terms: SearchTerms | None = None,
 ) -> float:
-    """Return the seconds from the first forward to the last gradient, by the schedule's simulator.
+    """Return the seconds from the first forward to the last gradient.
 
     Args:
-        stages: times of every stage, first to last; their number over the ranks is the number of chunks.
+        stages: times of every stage, first to last; their number divided by the ranks is the number of chunks.
         transfer, shared_loss: as in `simulate`.
-        auto: what schedule "auto" is built for.
+        terms: inputs of a searched schedule.
     """
     num_chunks = len(stages) // num_ranks
     if num_ranks == 1:
@@ -67,20 +73,25 @@ def pipeline_time_s(
 
     def run(count: int) -> float:
         sizes = {"num_ranks": num_ranks, "num_microbatches": count, "num_chunks": num_chunks}
-        grid = plan_schedule(schedule, **sizes, clock=clock, vocab=vocab, auto=auto)
-        return simulate(grid, clock=clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
+        grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
+        return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
     periods = (num_microbatches - _SHORT * num_ranks) // num_ranks
-    if periods < 2 or is_auto_built_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
+    if periods < 2 or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
         return run(num_microbatches)
+    # 8 ranks and 100 microbatches: periods = 10, so schedules of 20 and 28 microbatches are simulated.
     few = num_microbatches - periods * num_ranks
     start = run(few)
     return start + periods * (run(few + num_ranks) - start)
 
 
-def is_auto_built_whole(schedule: str, *, num_stages: int, num_microbatches: int) -> bool:
-    """Return whether "auto" is built for all microbatches: what it chooses may turn on their number; a second or so."""
-    return schedule == "auto" and num_stages * num_microbatches <= _AUTO_ACTIONS
+def is_searched_whole(schedule: str, *, num_stages: int, num_microbatches: int) -> bool:
+    """Return whether a schedule is searched for with all microbatches rather than extrapolated.
+
+    What a search finds may depend on their number; up to this size it takes about a second.
+    """
+    is_searched = find_family(schedule).order == "searched"
+    return is_searched and num_stages * num_microbatches <= _MOST_SEARCHED_ACTIONS
 
 
 @lru_cache(maxsize=256)
@@ -90,20 +101,20 @@ def plan_schedule(
     num_ranks: int,
     num_microbatches: int,
     num_chunks: int,
-    clock: Clock,
-    vocab: Vocab = "ends",
-    auto: AutoTerms | None = None,
+    traits: OrderTraits,
+    terms: SearchTerms | None = None,
 ) -> Schedule:
-    """Return the grid of a schedule by the clock it is for."""
-    if schedule == "interleaved-1f1b" and clock == "async":
-        return megatron_interleaved(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
+    """Build the schedule in the order that a runtime with these traits uses."""
+    family = find_family(schedule)
+    if family.run_ahead is not None and traits.chunk_order == "run-ahead":
+        return family.run_ahead(num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     return build_schedule(
         schedule,
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
         num_chunks=num_chunks,
-        clock=clock,
-        vocab=vocab,
-        stages=auto.stages if auto else None,
-        max_in_flight=auto.max_in_flight if auto else None,
+        clock=traits.clock,
+        vocab=traits.vocab,
+        stages=terms.stages if terms else None,
+        max_in_flight=terms.max_in_flight if terms else None,
     )

@@ -1,34 +1,22 @@
-"""Precisions below 16 bits, which nothing here has a price for: whatever shows such a price says so.
+"""Precisions below 16 bits, for which the cost model has no times; plans predict them as bfloat16 and warn.
 
-Published steps in these precisions are predicted as bfloat16, which is 47% too slow for fp8 (28 rows of
-dgxc_benchmarking; -6% for 4 of llm_foundry), 90% for mxfp8 and 115% for nvfp4 (megatron_bridge).
+Against published steps such predictions are 47% too slow for fp8 (28 rows of dgxc_benchmarking; -6% for 4 of
+llm_foundry), 90% for mxfp8 and 115% for nvfp4 (megatron_bridge).
 """
-
-import re
-from collections.abc import Mapping
-from typing import Any
 
 from ...layers import ModelConfig
 
 PRICED_AS = "bfloat16"
-"""What products of these precisions are priced as."""
+"""The precision whose times are used instead."""
 
 FP8_STEP_ERROR = 0.47
-"""Predicted over measured, minus 1, of the largest source of fp8 training steps."""
-
-_NARROW = re.compile(r"(nv|mx)?(?:fp|float)([48])(?!\d)")
+"""Predicted over measured time, minus 1, of the largest source of fp8 training steps."""
 
 
 def unpriced_matmuls(model: ModelConfig) -> str:
-    """Return the precision of a model's products that is priced as another, "" where there is none.
+    """Return the precision of a model's matrix products if it is predicted as another, else "".
 
     >>> unpriced_matmuls(ModelConfig(..., matmuls="fp8"))
     'fp8'
     """
     return "" if model.matmuls == "plain" else model.matmuls
-
-
-def unpriced_precision(inputs: Mapping[str, Any]) -> str:
-    """Return what a published row computes in where that is priced as 16 bits: "fp8", "mxfp8", "nvfp4"; else ""."""
-    found = _NARROW.search(str(inputs.get("precision", "")).lower())
-    return f"{found[1] or ''}fp{found[2]}" if found else ""

@@ -1,6 +1,6 @@
-"""The time of every stage for one microbatch: its layers, embedding and head, and hops that nothing hides.
+"""Compute the time of every stage for one microbatch: its layers, embedding and head, and blocking hops.
 
-Read `step_time.py` next.
+A hop is one send of an activation or gradient between neighbouring stages. Read `step_time.py` next.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from ...layers import ModelConfig
 from ...pipeline import balance_layers
 from ...pipeline.schedules import StageCost
 from ..machines.collective_time import collective_time_s, make_group
-from ..machines.efficiency import matmul_time_s, memory_time_s
+from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
 from .layer_time import LayerTime
-from .layouts import Layout
+from .layout import Layout
 from .operations import item_bytes
-from .program import Program
+from .runtime import Runtime
 
 _FLOAT32 = 4
 # Float32 logits: written, read for their maximum, the sum of exponentials and the target's; the gradient is written.
@@ -25,7 +25,7 @@ _LOSS_BACKWARD_BYTES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class EndCosts:
-    """Seconds of embedding, head and one hop for a microbatch; gradients of the head are input and weight gradient."""
+    """Seconds of embedding, head and one hop for a microbatch; `shared_loss` is a head that all ranks run together."""
 
     embedding: StageCost
     head: StageCost
@@ -34,10 +34,10 @@ class EndCosts:
 
 
 def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
-    """Return the layers of every stage: equal, or with one fewer at both ends, or else as even as can be.
+    """Return the layers of every stage: equal, or one fewer at both ends, or else as even as possible.
 
-    One fewer at the ends makes room for embedding and head, as BLOOM's 70 layers on 12 stages and Zero Bubble's
-    22 on 8 do.
+    One fewer at the ends makes room for embedding and head, as in BLOOM (70 layers on 12 stages) and Zero Bubble (22
+    on 8).
     """
     if num_layers % num_stages and num_stages > 2 and (num_layers + 2) % num_stages == 0:
         size = (num_layers + 2) // num_stages
@@ -46,30 +46,30 @@ def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
 
 
 def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
-    """Return the layers of every stage of a layout: those it names, or those of `split_layers`."""
+    """Return the layers of every stage of a layout: those it states, or those of `split_layers`."""
     return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
 
 
-def end_costs(model: ModelConfig, *, layout: Layout, program: Program, topology: Topology, num_tokens: int) -> EndCosts:
-    """Return what the ends of the model cost a microbatch, by who works on the vocabulary."""
+def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int) -> EndCosts:
+    """Return the cost of embedding and head for a microbatch, by the placement of the vocabulary, and of a hop."""
     tokens = layout.sequences * num_tokens / layout.context
-    head = _head(model, tokens=tokens, layout=layout, program=program, topology=topology)
-    hop = _hop_s(model, tokens=tokens, layout=layout, program=program, topology=topology)
+    head = _head(model, tokens=tokens, layout=layout, runtime=runtime, topology=topology)
+    hop = _hop_s(model, tokens=tokens, layout=layout, runtime=runtime, topology=topology)
     embedding = _embedding(model, tokens=tokens, layout=layout, topology=topology)
-    if program.vocab == "ends" or layout.pipe == 1:
+    if runtime.vocab == "ends" or layout.pipe == 1:
         return EndCosts(embedding=embedding, head=head, shared_loss=0.0, hop=hop)
     group = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))
     num_bytes = _FLOAT32 * tokens * model.hidden_size
-    # x and dy are summed over pipe, y and dx sent to all: about three all-reduces, in float32.
+    # x and dy are all-reduced over pipe, y and dx broadcast: about three all-reduces, in float32.
     shared = head.total + 3 * collective_time_s("all_reduce", num_bytes=num_bytes, group=group, topology=topology)
     none = StageCost(forward=0.0, input_grad=0.0, weight_grad=0.0)
     return EndCosts(embedding=embedding, head=none, shared_loss=shared, hop=hop)
 
 
-def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, program: Program) -> tuple[StageCost, ...]:
-    """Return the seconds of every stage for one microbatch; recomputation belongs to the input gradient."""
+def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runtime: Runtime) -> tuple[StageCost, ...]:
+    """Return the seconds of every stage for one microbatch; recomputation counts as input gradient."""
     last = len(layers) - 1
-    hop = ends.hop if program.pipe_overlap == "off" and program.clock == "async" else 0.0
+    hop = ends.hop if runtime.blocking_hops == "on" else 0.0
     stages = []
     for place, size in enumerate(layers):
         extras = [part for part, at in ((ends.embedding, 0), (ends.head, last)) if place == at]
@@ -97,8 +97,8 @@ def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: T
     )
 
 
-def _head(model: ModelConfig, *, tokens: float, layout: Layout, program: Program, topology: Topology) -> StageCost:
-    is_split = program.vocab == "split" and layout.pipe > 1
+def _head(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtime, topology: Topology) -> StageCost:
+    is_split = runtime.vocab == "split" and layout.pipe > 1
     columns = model.vocab_size / (layout.tensor * (layout.pipe if is_split else 1))
     device, d = topology.accelerator, model.hidden_size
     forward, input_grad, weight_grad = (
@@ -115,15 +115,15 @@ def _head(model: ModelConfig, *, tokens: float, layout: Layout, program: Program
     )
 
 
-def _hop_s(model: ModelConfig, *, tokens: float, layout: Layout, program: Program, topology: Topology) -> float:
-    """Seconds of one activation from a stage to the next."""
+def _hop_s(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtime, topology: Topology) -> float:
+    """Return the seconds of sending one activation to the next stage."""
     if layout.pipe == 1:
         return 0.0
     num_bytes = item_bytes(model) * tokens * model.hidden_size
     group = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))
-    if program.sequence_parallel == "on" or program.scatter_hops == "on":
+    if runtime.sequence_parallel == "on" or runtime.scatter_hops == "on":
         sent = collective_time_s("send", num_bytes=num_bytes / layout.tensor, group=group, topology=topology)
-        if program.sequence_parallel == "on":
+        if runtime.sequence_parallel == "on":
             return sent
         own = make_group(topology, size=layout.tensor, stride=1)
         return sent + collective_time_s("all_gather", num_bytes=num_bytes, group=own, topology=topology)

@@ -1,26 +1,28 @@
-"""How long one training step takes: stages through the schedule, then sums over data and the optimizer.
+"""Compute the time of one training step: the pipeline by its schedule, then the update.
 
-Read `memory_model.py` for what it needs, `../search.py` for how layouts are compared.
+Read `memory_model.py` for the memory of a step, `../training_search.py` for how layouts are compared.
 """
 
 from dataclasses import dataclass
 
 from ...layers import ModelConfig, flops_per_token
 from ..machines.topology import Topology
-from .data_time import DataTime, data_time
 from .layer_time import LayerTime, layer_time
-from .layouts import Layout
-from .pipeline_time import AutoTerms, auto_terms, pipeline_time_s
-from .program import TRELLAX, Program
+from .layout import Layout
+from .pipeline_time import SearchTerms, pipeline_time_s, search_terms
+from .runtime import TRELLAX, Runtime
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
+from .update_time import UpdateTime, update_time
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step and what they are made of; `bubble_fraction` is the idle share of the pipeline's time.
+    """Seconds of a step and their parts: `time_s` is `pipeline_s` + `data_s` + `optimizer_s`.
 
-    `tensor_s` are exposed collectives of the tensor axis on the slowest rank, part of `pipeline_s`; `data_s` exposed
-    sums over data; `mfu` the model flops (all scores counted, nothing recomputed) over what the peaks would do.
+    `tensor_s` is the part of `pipeline_s` in which the slowest rank waits for collectives over tensor; `data_s` is the
+    exposed reduction of gradients and all-gather of parameters; `bubble_fraction` is the idle share of the pipeline.
+    `mfu` is model flops utilization: the flops of the model, with all attention scores and without recomputation, over
+    those of the devices' peak.
     """
 
     time_s: float
@@ -39,28 +41,28 @@ def step_time(
     layout: Layout,
     topology: Topology,
     num_tokens: int,
-    program: Program = TRELLAX,
+    runtime: Runtime = TRELLAX,
     layer: LayerTime | None = None,
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
     Args:
-        layer: the layer's time if it is known already; many layouts share one.
+        layer: the time of a layer if it is known already; many layouts share one.
+
+    Raises:
+        TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
     if layer is None:
-        layer = layer_time(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
-    ends = end_costs(model, layout=layout, program=program, topology=topology, num_tokens=num_tokens)
+        layer = layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
+    ends = end_costs(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
     layers = stage_layers(model, layout)
-    auto = auto_terms(model, layout=layout, num_tokens=num_tokens, vocab=program.vocab)
-    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, program=program, auto=auto)
+    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, runtime=runtime, terms=terms)
     of_rank = sum(layers[:: layout.pipe])
-    data = data_time(model, layout=layout, program=program, topology=topology, num_layers=of_rank)
-    hiding = of_rank * layer.backward
-    data_s = _exposed_data_s(data, layout=layout, program=program, pipeline_s=pipeline_s, backward=hiding)
+    data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank)
+    backward = of_rank * layer.backward
+    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=backward)
     time_s = pipeline_s + data_s + data.optimizer
-    tokens = layout.batch_size * num_tokens
-    flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
-    peak = topology.accelerator.peak_flops_per_s(model.dtype) * layout.num_devices
     return StepTime(
         time_s=time_s,
         pipeline_s=pipeline_s,
@@ -68,8 +70,8 @@ def step_time(
         data_s=data_s,
         optimizer_s=data.optimizer,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
-        tokens_per_s=tokens / time_s,
-        mfu=tokens * flops / (time_s * peak),
+        tokens_per_s=layout.batch_size * num_tokens / time_s,
+        mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),
     )
 
 
@@ -79,35 +81,43 @@ def _pipeline_s(
     layers: tuple[int, ...],
     *,
     layout: Layout,
-    program: Program,
-    auto: AutoTerms | None,
+    runtime: Runtime,
+    terms: SearchTerms | None,
 ) -> tuple[float, float]:
-    """Seconds of the pipeline, and those in which the mean rank is at work."""
-    stages = stage_times(layer, layers=layers, ends=ends, program=program)
+    """Return the seconds of the pipeline, and those in which the mean rank is busy."""
+    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime)
     pipeline_s = pipeline_time_s(
         stages,
         schedule=layout.schedule,
         num_ranks=layout.pipe,
         num_microbatches=layout.microbatches,
-        clock=program.clock,
-        vocab=program.vocab,
-        transfer=ends.hop if program.clock == "lockstep" or program.pipe_overlap == "on" else 0.0,
+        traits=runtime.order_traits,
+        # A blocking hop is part of the stages' own times already.
+        transfer=0.0 if runtime.blocking_hops == "on" else ends.hop,
         shared_loss=ends.shared_loss,
-        auto=auto,
+        terms=terms,
     )
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
     return pipeline_s, busy
 
 
-def _exposed_data_s(data: DataTime, *, layout: Layout, program: Program, pipeline_s: float, backward: float) -> float:
-    """Seconds of sums over data that no computation hides."""
+def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: int, time_s: float) -> float:
+    """Return the model flops of a step over those that all devices could do at their peak."""
+    tokens = layout.batch_size * num_tokens
+    flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
+    peak = topology.accelerator.peak_flops_per_s(model.dtype) * layout.num_devices
+    return tokens * flops / (time_s * peak)
+
+
+def _exposed_data_s(data: UpdateTime, *, layout: Layout, runtime: Runtime, pipeline_s: float, backward: float) -> float:
+    """Return the seconds of reductions and all-gathers over data that no computation hides."""
     if layout.fsdp > 1 or layout.zero == 3:
-        if program.shard_overlap == "off":
+        if runtime.shard_overlap == "off":
             return data.gather + data.reduce + data.tied
-        # Gathers run one layer ahead: whatever is longer sets the pace.
+        # All-gathers run one layer ahead of the computation, so the longer of the two sets the pace.
         return max(0.0, data.gather + data.reduce - pipeline_s) + data.tied
     whole = data.gather + data.reduce
-    if program.data_overlap == "off":
+    if runtime.data_overlap == "off":
         return whole + data.tied
-    # Hidden behind the last microbatch's backward, but for the first layer's share.
+    # Hidden behind the last microbatch's backward, except the gradients of the first layer, which come last.
     return max(whole - backward, whole / 16) + data.tied

@@ -1,1 +1,1 @@
-"""Machines: accelerators, their links, and how fast they multiply, read memory and communicate."""
+"""Machines: accelerators, their links, and the time of their kernels and collectives."""

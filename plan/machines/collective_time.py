@@ -1,8 +1,8 @@
-"""How long collectives take, by size, width and the links that a group spans.
+"""Compute the time of collectives by size, number of devices and the links between them.
 
-Inside a node: measured bus bandwidths (`all_reduces.toml`), interpolated over size and width. Across nodes: a ring over
-the adapters of the group's devices, and a start that grows with the logarithm of the nodes (Thakur et al. 2005).
-Read `../costs/layer_time.py` next.
+Inside a node it is interpolated from measured bus bandwidths (`all_reduces.toml`) over size and number of ranks. Across
+nodes it is a ring over the network adapters of the group's devices, with a latency that grows with the logarithm of the
+nodes (Thakur et al. 2005). Read `../costs/layer_time.py` next.
 """
 
 import math
@@ -20,19 +20,19 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 _DATA = Path(__file__).with_name("all_reduces.toml")
 _MIB = 2.0**20
-# Below the smallest size measured time falls towards this share of it: 43.8 us at 32 KiB, 101.9 us at 1 MiB on A100.
+# Below the smallest measured size the time falls to this share of it: 43.8 us at 32 KiB, 101.9 us at 1 MiB on A100.
 _START_SHARE = 0.43
 _LINK_SHARE = 0.78
 _NETWORK_SHARE = 0.92
 _LINK_START_S = 10e-6
 _NETWORK_START_S = 15e-6
-# Switches that add up on their way (NVLS) serve all-reduce only: 361 against 473 GB/s at 8 GiB on eight H200.
+# Switches that reduce in the network (NVLS) serve all-reduce only: 361 against 473 GB/s at 8 GiB on eight H200.
 _RING_SHARE = {"h200": 0.765, "b200": 0.765}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Devices that take part in a collective: `size` of them, `per_node` in each node they are in."""
+    """Devices that take part in a collective: `size` in all, `per_node` in each of their nodes."""
 
     size: int
     per_node: int
@@ -44,7 +44,7 @@ class Group:
 
 
 def make_group(topology: Topology, *, size: int, stride: int) -> Group:
-    """Return the group of `size` devices that are `stride` apart, devices being numbered node by node."""
+    """Return the group of `size` devices that are `stride` apart; devices are numbered node by node."""
     per_node = max(1, min(size, topology.devices_per_node // stride))
     return Group(size=size, per_node=per_node)
 
@@ -53,13 +53,13 @@ def collective_time_s(kind: CollectiveKind, *, num_bytes: float, group: Group, t
     """Return the seconds of one collective.
 
     Args:
-        num_bytes: the whole array: what is summed, or what all devices together have after a gather; of a "send" the
-            message.
+        num_bytes: bytes of the whole array: the reduced array, the gathered array, or the message of a "send".
     """
     if group.size <= 1 or num_bytes <= 0:
         return 0.0
     if kind == "send":
         return _send_s(num_bytes, group, topology)
+    # An all-gather or reduce-scatter is half of a ring all-reduce: (n - 1) / n of the array instead of 2 (n - 1) / n.
     is_ring = kind != "all_reduce"
     if group.num_nodes == 1:
         whole = _node_all_reduce_s(num_bytes, group.size, topology, is_ring=is_ring)
@@ -93,13 +93,14 @@ def _node_all_reduce_s(num_bytes: float, size: int, topology: Topology, *, is_ri
 def _network_all_reduce_s(num_bytes: float, group: Group, topology: Topology) -> float:
     accelerator = topology.accelerator
     wire = 2 * (group.size - 1) / group.size * num_bytes
+    # Every device of the group has an adapter of its own, and all of them send at once; the links inside may be slower.
     network = group.per_node * _NETWORK_SHARE * accelerator.network_bytes_per_s
     speed = min(network, _LINK_SHARE * accelerator.link_bytes_per_s)
     return 2 * _NETWORK_START_S * math.log2(group.num_nodes) + 2 * _LINK_START_S + wire / speed
 
 
 def _bus_bytes_per_s(points: tuple[tuple[float, float], ...], num_bytes: float) -> float:
-    """Bus bandwidth at a size: straight lines in time between the sizes measured."""
+    """Return the bus bandwidth at a size; time is linear between the measured sizes."""
     sizes = [size for size, _ in points]
     if num_bytes <= sizes[0]:
         size, speed = points[0]
@@ -115,12 +116,12 @@ def _bus_bytes_per_s(points: tuple[tuple[float, float], ...], num_bytes: float) 
 
 @lru_cache
 def _curves() -> dict[str, dict[int, tuple[tuple[float, float], ...]]]:
-    """Measured (bytes, bytes/s) by curve and number of ranks."""
+    """Read the measured (bytes, bytes/s) by curve and number of ranks."""
     found: dict[str, dict[int, tuple[tuple[float, float], ...]]] = {}
     for row in tomllib.loads(_DATA.read_text())["all_reduce"]:
         sizes = [_MIB * mib for mib in row["mib"]]
         times = [size / (1e9 * speed) for size, speed in zip(sizes, row["bus_gb_per_s"], strict=True)]
-        # Noise makes some small messages slower than larger ones; no message waits for less than a smaller one.
+        # Noise makes some small messages slower than larger ones; times are made to grow with size.
         points = tuple((size, size / time) for size, time in zip(sizes, accumulate(times, max), strict=True))
         found.setdefault(row["curve"], {})[row["ranks"]] = points
     return found

@@ -1,4 +1,4 @@
-"""The machine that this process runs on, as a topology. Read `topology.py` for what that is."""
+"""Detect the machine that this process runs on. Read `topology.py` for the value."""
 
 import jax
 
@@ -8,9 +8,9 @@ from .topology import Accelerator, Topology, find_accelerator
 
 
 def detect_topology() -> Topology | None:
-    """Return the visible devices as a topology, None where they are CPUs or nothing the planner has figures of.
+    """Return the topology of the visible devices; None if they are CPUs or an unknown accelerator.
 
-    Devices of one process share a node.
+    The devices of one process are taken to share a node.
     """
     devices = visible_devices()
     accelerator = match_accelerator(devices[0].device_kind)
@@ -25,7 +25,7 @@ def detect_topology() -> Topology | None:
 
 
 def match_accelerator(device_kind: str) -> Accelerator | None:
-    """Return the known accelerator that jax calls by this name, the most specific; None if there is none.
+    """Return the most specific known accelerator for jax's name of a device; None if there is none.
 
     >>> match_accelerator("NVIDIA H200 141GB HBM3e").key
     'h200'

@@ -1,4 +1,4 @@
-"""Machines as the planner sees them: an accelerator, how many, how many share a node, and what links them.
+"""Describe a machine: the kind and number of accelerators, how many share a node, and their links.
 
 `h100x8` is one node, `h100x64/8` eight nodes of eight; a TOML file describes any other machine. The figures of known
 accelerators are in `topologies.toml`, each with its source. Read `collective_time.py` next.
@@ -24,7 +24,7 @@ _GIGA = 1e9
 _MOST_BYTES = 50_000
 _MOST_DEVICES = 1_000_000
 
-# No machine is near these ends, and what is computed from them stays finite.
+# No machine is near these limits, and all results computed within them stay finite.
 _Figure = Annotated[float, Field(ge=1e-6, le=1e12)]
 _Count = Annotated[int, Field(ge=1, le=1 << 60)]
 
@@ -33,8 +33,8 @@ _Count = Annotated[int, Field(ge=1, le=1 << 60)]
 class Accelerator:
     """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
 
-    `matmul_share` is the largest share of the peak that long matrix products keep; `cores` are the units that tiles
-    of a product are dealt to; `curve` names the measured all-reduces of its links, "" where there are none.
+    `matmul_share` is the share of the peak that large matrix products reach; `cores` run the tiles of a product;
+    `curve` names the measured all-reduces over its links and is "" if there are none.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Topology:
     8
 
     Raises:
-        TargetError: no devices, or nodes that are not full.
+        TargetError: there are no devices, too many, or they do not fill their nodes.
     """
 
     name: str
@@ -98,12 +98,12 @@ class Topology:
         return -(-self.num_devices // self.devices_per_node)
 
     def with_devices(self, num_devices: int) -> "Topology":
-        """Return the same machine with another number of devices, a whole number of nodes or part of one."""
+        """Return the same machine with another number of devices: whole nodes, or part of one."""
         return replace(self, name=f"{self.accelerator.key}x{num_devices}", num_devices=num_devices)
 
 
 def read_topology(text: str) -> Topology:
-    """Return the machine that a text names, or that a TOML file describes.
+    """Parse the name of a machine, or read a TOML file that describes one.
 
     `h100` is one device, `h100x8` eight in a node, `h100x64/8` sixty-four with eight a node. A file has a key
     `accelerator` (a known name, or a table with all of its figures), `devices`, and may set `devices_per_node` and any
@@ -113,7 +113,7 @@ def read_topology(text: str) -> Topology:
     8
 
     Raises:
-        TargetError: the accelerator or the file is not known, or the numbers do not fit.
+        TargetError: the accelerator is unknown, the file cannot be read, or the numbers do not fit.
     """
     if text.endswith(".toml"):
         return _read_file(Path(text))
@@ -127,10 +127,10 @@ def read_topology(text: str) -> Topology:
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """Return a known accelerator by its key, its full name or another name of it, in any case.
+    """Return a known accelerator by its key, its full name or an alias; case does not matter.
 
     Raises:
-        TargetError: there is none; the text suggests the nearest.
+        TargetError: the name is unknown; the message suggests the nearest.
     """
     known = _accelerators()
     wanted = name.lower()
@@ -159,7 +159,7 @@ def _tables() -> dict[str, dict[str, Any]]:
 
 
 class _Peaks(BaseModel):
-    """Dense matrix peaks in 10^12 flops/s; 0 where a device has no such units."""
+    """Dense matrix peaks in 10^12 flops/s; 0 if a device has no units for a type."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -170,7 +170,7 @@ class _Peaks(BaseModel):
 
 
 class _Figures(BaseModel):
-    """The table of an accelerator in a file, as `topologies.toml` writes it."""
+    """Schema of an accelerator in a TOML file; `topologies.toml` has examples."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -236,7 +236,7 @@ def _read_file(path: Path) -> Topology:
 
 
 def _read_count(path: Path, table: dict[str, Any], key: str) -> int:
-    """A number of devices, taken out of the table; 0 where it is left out."""
+    """Remove a number of devices from the table and return it; 0 if it is left out."""
     count = table.pop(key, 0)
     if type(count) is not int or not 0 <= count <= _MOST_DEVICES:
         raise TargetError(
@@ -247,7 +247,7 @@ def _read_count(path: Path, table: dict[str, Any], key: str) -> int:
 
 
 def _explain(path: Path, error: ValidationError) -> TargetError:
-    """All that is wrong with a file's figures."""
+    """Return one error that lists every invalid figure of a file."""
     own = {"missing": "is not given", "model_type": "is a table, such as { bfloat16 = 989, float32 = 67 }"}
     lines = []
     for one in error.errors():
@@ -263,5 +263,5 @@ def _explain(path: Path, error: ValidationError) -> TargetError:
 
 
 def _divisor(topology: Topology) -> int:
-    """The most devices a node that a number of devices fills."""
+    """Return the largest number of devices per node that divides the number of devices."""
     return max(n for n in range(1, topology.devices_per_node + 1) if topology.num_devices % n == 0)

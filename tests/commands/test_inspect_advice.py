@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from trellax.configs import RunConfig, check_run, load_config
 from trellax.configs.layout import layout_of
 from trellax.meshes import TrellaxError
-from trellax.plan.costs.program import trellax_program
+from trellax.plan.costs.runtime import trellax_runtime
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.search import TrainQuestion, price_layout
+from trellax.plan.training_search import TrainQuestion, price_layout
 
 SMALLER = {"out-of-memory", "over-xla-limit", "remat-would-save"}
 MACHINES = ("h100x8", "h100x16/4", "a100-pciex8", "l40sx8", "h100x32/8", "h200x12/6")
@@ -22,7 +22,7 @@ def question_of(config: RunConfig, machine: str) -> TrainQuestion:
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        program=trellax_program(config.model, topology.accelerator, vocab=config.pipeline.vocab),
+        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
     )
 
 

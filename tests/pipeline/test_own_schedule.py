@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 from trellax.pipeline import Schedule
-from trellax.pipeline.schedules import Vocab, auto, schedule_from_csv
+from trellax.pipeline.schedules import Vocab, schedule_from_csv
+from trellax.pipeline.schedules.families.auto import auto
 
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 

@@ -1,4 +1,4 @@
-"""Models and layouts that several tests of the planner ask about."""
+"""Models and layouts that several tests of the planner share."""
 
 from typing import Any
 

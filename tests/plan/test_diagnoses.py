@@ -2,10 +2,10 @@
 
 import pytest
 from trellax.layers import ModelConfig
-from trellax.plan.costs.layouts import Layout
+from trellax.plan.costs.layout import Layout
 from trellax.plan.diagnoses import Diagnosis, diagnose
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.search import TrainQuestion, price_layout
+from trellax.plan.training_search import TrainQuestion, price_layout
 
 from .models import GPT2, LLAMA_8B
 

@@ -1,16 +1,17 @@
-"""Eight and four bits are priced as sixteen: the plan, the benchmark's table and the stages say so."""
+"""Precisions of 8 and 4 bits are predicted as 16 bits, and the plan and the benchmark's table say so."""
 
 from dataclasses import replace
 
 import pytest
-from trellax.plan.costs.layouts import Layout
-from trellax.plan.costs.precision import unpriced_precision
+from trellax.plan.costs.layout import Layout
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.published.accuracy import measure_accuracy
-from trellax.plan.published.rows import PublishedRow
-from trellax.plan.search import TrainQuestion, price_layout
 from trellax.plan.serving_search import ServeQuestion, price_serving
+from trellax.plan.training_search import TrainQuestion, price_layout
+
+from benchmarks.planner.accuracy import measure_accuracy
+from benchmarks.planner.predictions import unpriced_precision
+from benchmarks.planner.rows import PublishedRow
 
 from .models import GPT2
 

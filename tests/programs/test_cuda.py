@@ -15,7 +15,7 @@ from trellax.configs import load_config
 from trellax.configs.layout import layout_of
 from trellax.plan import StepSizes
 from trellax.plan.costs.memory_model import fullest, step_memory
-from trellax.plan.costs.program import TRELLAX
+from trellax.plan.costs.runtime import TRELLAX
 from trellax.programs import Memory
 from trellax.programs.collectives import KINDS
 from trellax.programs.hlo import Computation, HloModule, Instruction, leaves
@@ -154,8 +154,8 @@ def test_planned_memory_is_near_what_a_large_model_takes(remat: str) -> None:
     assert isinstance(memory, dict)
     config = load_config("llama3-8b-8gpu", ["--pipeline.remat", remat])
     layout = layout_of(config, num_devices=8)
-    program = replace(TRELLAX, vocab=config.pipeline.vocab)
-    planned = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, program=program))
+    runtime = replace(TRELLAX, vocab=config.pipeline.vocab)
+    planned = fullest(step_memory(config.model, layout=layout, num_tokens=config.data.seq_len, runtime=runtime))
     # 2 to 3% were seen: workspaces of kernels are not planned.
     assert planned.total == pytest.approx(memory["total"], rel=0.05)
 

@@ -8,7 +8,8 @@ import jax
 import pytest
 from trellax.commands.inspect_step import inspect_step, step_sizes
 from trellax.pipeline import StageFns
-from trellax.plan.costs.minimum import block_params, minimum_bytes, vocabulary_params
+from trellax.plan.costs.device_params import block_params, vocabulary_params
+from trellax.plan.costs.minimum_traffic import minimum_bytes
 from trellax.programs import ProgramReport, Traffic
 from trellax.programs.traffic import EVERY_KIND
 from trellax.train import Setup

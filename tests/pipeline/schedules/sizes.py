@@ -1,13 +1,13 @@
-"""What the tests of this folder draw from: every named schedule in random sizes, and rules about its actions."""
+"""Hypothesis strategies of this folder: named schedules in random sizes."""
 
 from hypothesis import strategies as st
-from trellax.pipeline import Schedule, build_schedule
+from trellax.pipeline import SCHEDULES, Schedule, build_schedule
 
 WHOLE = ("naive", "gpipe", "1f1b", "interleaved-1f1b")
 """Schedules whose backwards are whole."""
 
 HALVES = ("zb-h1", "interleaved-zb-h1")
-"""Schedules whose backwards are in halves, I and W."""
+"""Schedules with split backwards, I and W."""
 
 
 @st.composite
@@ -22,7 +22,7 @@ def named_schedules(
 ) -> Schedule:
     """Any named schedule; fewer microbatches than ranks, and numbers that ranks do not divide, are among them."""
     name = draw(st.sampled_from(names))
-    num_chunks = draw(st.integers(2, max_chunks)) if name.startswith("interleaved") else 1
+    num_chunks = draw(st.integers(2, max_chunks)) if SCHEDULES[name].chunks == "several" else 1
     return build_schedule(
         name,
         num_ranks=draw(st.integers(min_ranks, max_ranks)),

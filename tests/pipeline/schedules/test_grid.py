@@ -20,7 +20,7 @@ NO_GRIDS = {
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(3, 4), (4, 8)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_grid_of_a_named_schedule(name: str, num_ranks: int, num_microbatches: int, golden: Golden) -> None:
-    num_chunks = 2 if name.startswith("interleaved") else 1
+    num_chunks = SCHEDULES[name].default_chunks
     schedule = build_schedule(name, num_ranks=num_ranks, num_microbatches=num_microbatches, num_chunks=num_chunks)
     golden(f"schedules/{name}_{num_ranks}x{num_microbatches}.txt", str(schedule))
 

@@ -1,0 +1,223 @@
+"""Predict every quantity of a published row with the planner, beside the measurement.
+
+A vocabulary that a source does not state is swept, and so is rematerialization; a row that lacks anything else is
+skipped. Read `training_case.py` for how a row becomes a question to the planner, `accuracy.py` for the errors.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any, cast
+
+from trellax.pipeline.schedules import SCHEDULES, StageCost, simulate
+from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.memory_model import fullest, step_memory
+from trellax.plan.costs.pipeline_time import plan_schedule
+from trellax.plan.costs.runtime import MEGATRON
+from trellax.plan.costs.stage_time import split_layers
+from trellax.plan.costs.step_time import step_time
+from trellax.plan.machines.collective_time import CollectiveKind, collective_time_s, make_group
+from trellax.plan.machines.kernel_time import matmul_time_s
+
+from .inference_case import infer_case, infer_predictions
+from .qi_bubble import qi_bubble
+from .rows import PublishedRow
+from .training_case import RowSkippedError, TrainCase, row_topology, train_case
+
+_GIB, _GB = 2.0**30, 1e9
+_PEAKS = {"peak_alloc_gib": _GIB, "peak_mem_gb": _GB, "peak_mem_gb_nvidia_smi": _GB, "peak_memory_bytes": 1.0}
+# A driver's reading includes the CUDA context: 1.3 to 2 GB by the source of these rows (BLOOM chronicles).
+_CONTEXT_BYTES = {"peak_mem_gb_nvidia_smi": 1.65e9}
+_BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
+_SWEPT_VOCABS = (32000, 51200)
+_NARROW = re.compile(r"(nv|mx)?(?:fp|float)([48])(?!\d)")
+_PASSES = ("forward", "input_grad", "weight_grad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One number measured and predicted, in the same unit."""
+
+    quantity: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, minus 1."""
+        return self.predicted / self.measured - 1
+
+
+def predict_row(row: PublishedRow) -> list[Prediction]:
+    """Return a prediction for every quantity of a row that the planner knows.
+
+    Raises:
+        RowSkippedError: with the reason.
+    """
+    if row.provenance.startswith("recalled"):
+        raise RowSkippedError("recalled, not seen")
+    if row.value_kind in ("error-only", "vendor-spec"):
+        raise RowSkippedError(f"{row.value_kind}: no measurement")
+    if row.kind not in _KINDS:
+        raise RowSkippedError(f"nothing predicts a row of kind {row.kind!r}")
+    found = _KINDS[row.kind](row)
+    if not found:
+        raise RowSkippedError("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
+    narrow = unpriced_precision(row.inputs)
+    if narrow:
+        # A quantity of its own, since this error shows the gain of the precision, not the accuracy of the planner.
+        return [replace(one, quantity=f"{one.quantity} {narrow} as bf16") for one in found]
+    return found
+
+
+def unpriced_precision(inputs: Mapping[str, Any]) -> str:
+    """Return the precision of a published row if it is predicted as 16 bits: "fp8", "mxfp8" or "nvfp4"; else ""."""
+    found = _NARROW.search(str(inputs.get("precision", "")).lower())
+    return f"{found[1] or ''}fp{found[2]}" if found else ""
+
+
+def resolve_remat(case: TrainCase) -> TrainCase:
+    """Return the case with the least rematerialization of those possible that fits in memory."""
+    for remat in case.remats:
+        layout = replace(case.layout, remat=remat)
+        needs = fullest(step_memory(case.model, layout=layout, num_tokens=case.num_tokens, runtime=case.runtime))
+        if needs.total <= case.topology.accelerator.memory_bytes:
+            return replace(case, layout=layout)
+    return replace(case, layout=replace(case.layout, remat=case.remats[-1]))
+
+
+def _train(row: PublishedRow) -> list[Prediction]:
+    if "vocab" in row.unstated and "vocab" not in row.inputs:
+        return _sweep(row)
+    known = row.step_time_s is not None or any(name in row.outputs for name in _PEAKS)
+    if not known:
+        raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
+    case = resolve_remat(train_case(row))
+    found = []
+    if row.step_time_s is not None:
+        step = step_time(
+            case.model,
+            layout=case.layout,
+            topology=case.topology,
+            num_tokens=case.num_tokens,
+            runtime=case.runtime,
+        )
+        found.append(Prediction(quantity="step_time", measured=row.step_time_s, predicted=step.time_s))
+    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, runtime=case.runtime)
+    for name, unit in _PEAKS.items():
+        if name in row.outputs:
+            predicted = fullest(ranks).total + _CONTEXT_BYTES.get(name, 0.0)
+            found.append(Prediction(quantity="memory", measured=unit * row.outputs[name], predicted=predicted))
+    return found
+
+
+def _sweep(row: PublishedRow) -> list[Prediction]:
+    """Return the mean predictions of a GPT row without a stated vocabulary over two sizes, Llama's and Megatron's."""
+    if "swiglu" in str(row.inputs.get("mlp")):
+        raise RowSkippedError("vocab is not stated")
+    swept = [_train(replace(row, inputs={**row.inputs, "vocab": size})) for size in _SWEPT_VOCABS]
+    return [replace(each[0], predicted=mean(one.predicted for one in each)) for each in zip(*swept, strict=True)]
+
+
+def _memory(row: PublishedRow) -> list[Prediction]:
+    return [prediction for prediction in _train(row) if prediction.quantity == "memory"]
+
+
+def _layer(row: PublishedRow) -> list[Prediction]:
+    case = train_case(row)
+    layer = layer_time(
+        case.model, layout=case.layout, runtime=case.runtime, topology=case.topology, num_tokens=case.num_tokens
+    )
+    times = {"forward_ms": layer.forward, "backward_ms": layer.backward, "combined_ms": layer.forward + layer.backward}
+    return [
+        Prediction(quantity=f"layer_{name.removesuffix('_ms')}", measured=row.outputs[name] / 1e3, predicted=value)
+        for name, value in times.items()
+        if name in row.outputs
+    ]
+
+
+def _stage(row: PublishedRow) -> list[Prediction]:
+    """Predict the times of a middle stage, which has no embedding and no head."""
+    case = train_case(replace(row, inputs={"vocab": 51200, **row.inputs}))
+    layer = layer_time(
+        case.model, layout=case.layout, runtime=case.runtime, topology=case.topology, num_tokens=case.num_tokens
+    )
+    layers = max(split_layers(case.model.num_layers, num_stages=case.layout.num_stages))
+    times = dict(zip(("tf_ms", "tb_ms", "tw_ms"), (getattr(layer, name) for name in _PASSES), strict=True))
+    return [
+        Prediction(quantity="stage_time", measured=row.outputs[name] / 1e3, predicted=layers * value)
+        for name, value in times.items()
+        if name in row.outputs
+    ]
+
+
+def _bubble(row: PublishedRow) -> list[Prediction]:
+    inputs = row.inputs
+    if "tf_ms" not in inputs:
+        raise RowSkippedError("times of the stages are not stated")
+    ranks, transfer = inputs["pp"], inputs.get("tcomm_ms", 0.0)
+    traits = MEGATRON.order_traits
+    costs = {name: inputs[key] for name, key in zip(_PASSES, ("tf_ms", "tb_ms", "tw_ms"), strict=True)}
+    found = []
+    for key, name in _BUBBLES.items():
+        if key not in row.outputs:
+            continue
+        # Interleaved with one layer per chunk; embedding and head count as a layer each.
+        chunks = (inputs["layers"] + 2) // ranks if SCHEDULES[name].chunks == "several" else 1
+        schedule = plan_schedule(
+            name, num_ranks=ranks, num_microbatches=inputs["num_microbatches"], num_chunks=chunks, traits=traits
+        )
+        if chunks > 1:
+            stage = StageCost(**{name: cost / chunks for name, cost in costs.items()})
+            predicted = qi_bubble(schedule, stage=stage, transfer=transfer)
+        else:
+            predicted = simulate(schedule, clock="async", transfer=transfer, **costs).bubble_fraction
+        found.append(Prediction(quantity=f"bubble {name}", measured=row.outputs[key], predicted=predicted))
+    return found
+
+
+def _infer(row: PublishedRow) -> list[Prediction]:
+    if not set(row.outputs) & {"latency_ms", "total_ms", "prefill_ms", "decode_ms_per_token", "tokens_per_s"}:
+        raise RowSkippedError("no latency: " + ", ".join(sorted(row.outputs)))
+    found = infer_predictions(infer_case(row), row)
+    return [Prediction(quantity=name, measured=pair[0], predicted=pair[1]) for name, pair in found.items()]
+
+
+def _collective(row: PublishedRow) -> list[Prediction]:
+    inputs = row.inputs
+    if "ranks" not in inputs:
+        raise RowSkippedError("ranks are not stated")
+    nodes = inputs.get("nodes", 1)
+    topology = row_topology(
+        replace(row, inputs={"gpus_per_node": inputs["ranks"] // nodes, **inputs, "gpus": inputs["ranks"]})
+    )
+    ranks, num_bytes = inputs["ranks"], inputs["bytes"]
+    kind = cast("CollectiveKind", inputs["collective"])
+    group = make_group(topology, size=ranks, stride=1)
+    predicted = collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
+    wire = (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks * num_bytes
+    return [Prediction(quantity="collective", measured=wire / (1e9 * row.outputs["busbw_gbs"]), predicted=predicted)]
+
+
+def _gemm(row: PublishedRow) -> list[Prediction]:
+    name = str(row.inputs["name"]).removeprefix("NVIDIA ")
+    if row.inputs.get("dtype") not in ("bf16", "fp16"):
+        raise RowSkippedError("products in 8 bit are not modelled")
+    case = row_topology(replace(row, inputs={"gpu": name, "gpus": 1}))
+    m, n, k = (int(size) for size in str(row.inputs["shape_mnk"]).split("x"))
+    predicted = matmul_time_s(case.accelerator, m=m, n=n, k=k, dtype="bfloat16")
+    measured = 2 * m * n * k / (1e12 * row.outputs["max_achieved_tflops"])
+    return [Prediction(quantity="product", measured=measured, predicted=predicted)]
+
+
+_KINDS: Mapping[str, Callable[[PublishedRow], list[Prediction]]] = {
+    "train": _train,
+    "memory": _memory,
+    "layer_time": _layer,
+    "stage_time": _stage,
+    "bubble": _bubble,
+    "infer": _infer,
+    "collective": _collective,
+    "gemm": _gemm,
+}

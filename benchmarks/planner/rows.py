@@ -1,0 +1,116 @@
+"""Read published measurements from TOML files: rows of inputs, outputs and provenance.
+
+The schema is in the README beside the files. A table with `columns` and `data` becomes one row per line. Read
+`training_case.py` next.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trellax.meshes.errors import DataError
+
+_TOKENS_OF_DAYS = 300e9
+_TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, "precision": "fp16 mixed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRow:
+    """One measurement: `inputs` and `outputs` by name, and the names of inputs that its source does not state.
+
+    `has_sequence_parallel` is whether any row of the source uses sequence parallelism, which dates the measured code.
+    """
+
+    source: str
+    id: str
+    kind: str
+    value_kind: str
+    provenance: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    derived: Mapping[str, Any]
+    unstated: tuple[str, ...]
+    has_sequence_parallel: bool
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Seconds of a training step, measured or computed from measured rates; None if the row has neither."""
+        for table in (self.outputs, self.derived):
+            if "step_time_s" in table:
+                return float(table["step_time_s"])
+        gbs, gpus, seq = (self.inputs.get(key) for key in ("gbs", "gpus", "seq"))
+        if gbs and gpus and "samples_per_gpu_per_s" in self.outputs:
+            return gbs / (gpus * self.outputs["samples_per_gpu_per_s"])
+        if gbs and seq and "tokens_per_s" in self.outputs:
+            return gbs * seq / self.outputs["tokens_per_s"]
+        if gbs and seq and "days_for_300b_tokens" in self.outputs:
+            return self.outputs["days_for_300b_tokens"] * 86400 * gbs * seq / _TOKENS_OF_DAYS
+        return None
+
+
+def read_published(folder: str | Path) -> dict[str, list[PublishedRow]]:
+    """Read the rows of every TOML file of a folder, by the id of their source.
+
+    A table of columns within a file is a source of its own, named `id/table`.
+
+    Raises:
+        DataError: the folder is missing, or a file is not TOML of schema 1.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder.", fix="name the folder that holds the TOML files of measurements.")
+    found: dict[str, list[PublishedRow]] = {}
+    for file in sorted(path.glob("*.toml")):
+        for row in _read_file(file):
+            found.setdefault(row.source, []).append(row)
+    return found
+
+
+def _read_file(file: Path) -> Iterator[PublishedRow]:
+    try:
+        content = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}.", fix="mend it, or move it out of the folder.") from error
+    if content.get("schema") != 1:
+        raise DataError(f"{file} has schema {content.get('schema')!r}; 1 is read.", fix="set schema = 1.")
+    source = content.get("source", {}).get("id", file.stem)
+    rows = content.get("row", [])
+    is_dated = any(row.get("in", {}).get("seq_parallel") for row in rows)
+    for place, row in enumerate(rows):
+        made = _make_row(row, source=source, name=str(row.get("id", f"row {place}")))
+        yield replace(made, has_sequence_parallel=is_dated)
+    for name, table in content.items():
+        if isinstance(table, dict) and {"columns", "data"} <= table.keys():
+            yield from _read_table(table, source=f"{source}/{name}")
+
+
+def _make_row(row: Mapping[str, Any], *, source: str, name: str) -> PublishedRow:
+    return PublishedRow(
+        source=source,
+        id=name,
+        kind=row.get("kind", "train"),
+        value_kind=row.get("value_kind", "measured"),
+        provenance=row.get("provenance", ""),
+        inputs=row.get("in", {}),
+        outputs=row.get("out", {}),
+        derived=row.get("derived", {}),
+        unstated=tuple(row.get("unstated", ())),
+        has_sequence_parallel=False,
+    )
+
+
+def _read_table(table: Mapping[str, Any], *, source: str) -> Iterator[PublishedRow]:
+    """Yield the rows of a table of columns, with the inputs that it states once for all lines."""
+    node = 8 if "node of 8" in str(table.get("gpu", "")) else None
+    for number, line in enumerate(table["data"]):
+        values = dict(zip(table["columns"], line, strict=True))
+        outputs = {"step_time_s": values.pop("step_time_ms") / 1e3} if "step_time_ms" in values else {}
+        inputs = {**_TABLE_DEFAULTS, "gpu": table.get("gpu", ""), **values}
+        inputs |= {"gpus_per_node": node} if node else {}
+        inputs |= {"ffn": 4 * values["hidden"], "kv_heads": values["heads"]} if "hidden" in values else {}
+        inputs |= {"schedule": "1f1b" if values.get("pp", 1) > 1 else "none (pp=1)"}
+        name = "-".join(f"{key}{values[key]}" for key in values if key not in ("seq", "heads"))
+        row = {"in": inputs, "out": outputs} | {key: table[key] for key in ("value_kind", "provenance") if key in table}
+        yield _make_row(row, source=source, name=f"{number}-{name}")

@@ -1,0 +1,88 @@
+"""The layout of a step: axis sizes, schedule, microbatches and rematerialization. Read `runtime.py` next."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...meshes import MeshSpec, PlanError
+from ...meshes.arguments import check_fields
+from ...pipeline.schedules import Family, find_family
+
+PlanRemat = Literal["none", "selective", "dots", "full"]
+"""Rematerialization in the backward: trellax's policies, and Megatron's "selective", the core of attention only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of a step. Devices are numbered with tensor fastest, then context, data (with fsdp), and pipe slowest.
+
+    Args:
+        context: devices that share each sequence.
+        fsdp: data shards that split parameters, gradients and optimizer state too.
+        sequences: sequences of one microbatch on one data shard.
+        zero: what is split over data: 0 nothing, 1 the optimizer state, 3 parameters and gradients too.
+        layers_per_stage: layers of every stage; None for stages as even as possible.
+        max_in_flight: limit of microbatches on a rank for a schedule that is searched for; None is no limit.
+
+    Raises:
+        PlanError: a size is below 1, or `remat` or `zero` is unknown.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    pipe: int = 1
+    context: int = 1
+    fsdp: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    microbatches: int = 1
+    sequences: int = 1
+    remat: PlanRemat = "none"
+    zero: Literal[0, 1, 3] = 0
+    layers_per_stage: tuple[int, ...] | None = None
+    max_in_flight: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError)
+
+    @property
+    def mesh(self) -> MeshSpec:
+        """The mesh of trellax's three axes; data includes fsdp and context."""
+        return MeshSpec(data=self.data * self.fsdp * self.context, tensor=self.tensor, pipe=self.pipe)
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices."""
+        return self.data * self.tensor * self.pipe * self.context * self.fsdp
+
+    @property
+    def replicas(self) -> int:
+        """Number of data shards: devices that process different sequences with the same parameters."""
+        return self.data * self.fsdp
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one step."""
+        return self.replicas * self.microbatches * self.sequences
+
+    @property
+    def is_backward_split(self) -> bool:
+        """Whether backwards are split into input and weight gradient.
+
+        A family that may do either nearly always splits, unless the input gradient recomputes whole layers.
+        """
+        backward = self.family.backward
+        return backward == "split" or (backward == "either" and self.remat != "full")
+
+    @property
+    def family(self) -> Family:
+        """The family of the schedule.
+
+        Raises:
+            ScheduleError: no schedule has this name.
+        """
+        return find_family(self.schedule)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of the pipeline."""
+        return self.pipe * self.chunks

@@ -1,0 +1,150 @@
+"""The traits of a training runtime that determine the cost of a layout: how it keeps time, overlaps and stores.
+
+trellax compiles one program for all ranks; Megatron runs an eager program on each. One cost model prices both: it asks
+for these traits and never for the name of a runtime. Read `step_time.py` and `memory_model.py` for where they enter.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...layers import ModelConfig
+from ...meshes import PlanError
+from ...meshes.arguments import check_fields
+from ...pipeline.schedules import Clock, Vocab
+from ..machines.kernel_time import FlashKernel
+from ..machines.topology import Accelerator
+
+Switch = Literal["on", "off"]
+
+
+ChunkOrder = Literal["paired", "run-ahead"]
+"""Order of interleaved 1F1B: a forward paired with a backward in each tick, or forwards that run ahead.
+
+Running ahead hides the time that results travel between separate programs (Narayanan et al. 2021, section 2.2).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderTraits:
+    """The traits of a runtime that determine the order of actions; a small key under which schedules are cached."""
+
+    clock: Clock
+    vocab: Vocab
+    chunk_order: ChunkOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Traits of a training runtime; the defaults are trellax's.
+
+    Args:
+        clock: one lockstep program for all ranks, or one asynchronous program per rank; see `simulate`.
+        vocab: placement of embedding and head; see `split_transformer`.
+        chunk_order: order of interleaved 1F1B; see `ChunkOrder`.
+        attention: whether the core of attention stores its scores in memory or is one fused kernel.
+        score_bytes: bytes of one stored score.
+        flash: implementation of the fused kernel.
+        dropout: whether masks are stored and applied.
+        sequence_parallel: splits norms and residuals over tensor too (Korthikanti et al. 2022, section 4.2.2).
+        tensor_overlap: hides collectives of the input gradient behind the weight gradient.
+        data_overlap: hides the reduction of gradients behind the backward.
+        shard_overlap: hides all-gathers of sharded parameters. Where it is off, they also use one network adapter per
+            node, as DeepSpeed's ZeRO-3 did (Narayanan et al. 2021, Table 2).
+        blocking_hops: whether a rank waits while it sends or receives, so that hops count as its own working time.
+        scatter_hops: sends 1/tensor of an activation between stages and gathers it again (the same, section 4.1).
+        residuals: whose layers decide the residuals of the backward: trellax's, or Megatron's list of tensors
+            (Korthikanti et al. 2022, section 4).
+        logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
+        weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
+        workspace_bytes: memory of a device that libraries allocate for themselves.
+        weight_bytes, optimizer_state_bytes: bytes per parameter that stay in memory.
+        gradient_bytes: bytes per parameter of the accumulated gradient, in memory and in its reduction.
+        fresh_gradient_bytes: bytes per parameter of a microbatch's own gradient, if it is stored beside the sum.
+        sum_traffic_bytes: memory traffic per weight of adding a microbatch's gradient to the sum.
+        optimizer_bytes: memory traffic per parameter of an optimizer step.
+        host_layer_s: least seconds of a layer's forward where a host launches its kernels one by one.
+
+    Raises:
+        PlanError: a number is negative, or a trait is not one of its choices.
+    """
+
+    clock: Clock = "lockstep"
+    vocab: Vocab = "split"
+    chunk_order: ChunkOrder = "paired"
+    attention: Literal["scores", "fused"] = "scores"
+    score_bytes: int = 4
+    flash: FlashKernel = "vendor"
+    dropout: Switch = "off"
+    sequence_parallel: Switch = "off"
+    tensor_overlap: Switch = "off"
+    data_overlap: Switch = "off"
+    shard_overlap: Switch = "on"
+    blocking_hops: Switch = "off"
+    scatter_hops: Switch = "off"
+    residuals: Literal["trellax", "megatron"] = "trellax"
+    logits: Literal["chunked", "whole"] = "chunked"
+    weight_copies: Switch = "on"
+    workspace_bytes: int = 0
+    weight_bytes: int = 4
+    optimizer_state_bytes: int = 8
+    gradient_bytes: int = 4
+    fresh_gradient_bytes: int = 0
+    sum_traffic_bytes: int = 12
+    optimizer_bytes: int = 32
+    host_layer_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, error=PlanError, least=0)
+
+    @property
+    def order_traits(self) -> OrderTraits:
+        """The traits that determine the order of actions."""
+        return OrderTraits(clock=self.clock, vocab=self.vocab, chunk_order=self.chunk_order)
+
+
+TRELLAX = Runtime()
+"""The step that trellax compiles: lockstep, the vocabulary split over pipe x tensor, attention scores in float32.
+
+`trellax_runtime` adds where attention is fused.
+"""
+
+MEGATRON_2021 = Runtime(
+    clock="async",
+    vocab="ends",
+    chunk_order="run-ahead",
+    score_bytes=2,
+    dropout="on",
+    blocking_hops="on",
+    scatter_hops="on",
+    residuals="megatron",
+    logits="whole",
+    weight_copies="off",
+    workspace_bytes=1 << 28,
+    # 16-bit weights; the optimizer has a float32 copy of them and two moments.
+    weight_bytes=2,
+    optimizer_state_bytes=12,
+    gradient_bytes=2,
+    sum_traffic_bytes=12,
+    optimizer_bytes=30,
+    host_layer_s=0.85e-3,
+)
+"""Megatron-LM as of Narayanan et al. 2021 and its DeepSpeed fork: eager, unfused attention, dropout, no overlap.
+
+The optimizer's traffic of 30 bytes per parameter is Adam's 28 and the 16-bit weight. The 240 rows of two GPUs in vTrain
+show 30.0 to 31.0, by width and tensor: it is what a layer adds to a step whatever the number of microbatches.
+"""
+
+MEGATRON = replace(MEGATRON_2021, tensor_overlap="on", sum_traffic_bytes=8, optimizer_bytes=64)
+"""Megatron-LM since Korthikanti et al. 2022: collectives behind weight gradients, gradients summed inside products.
+
+The optimizer's traffic per parameter: gradients cleared, copied, unscaled, measured and clipped 30, Adam 28, weights 6.
+"""
+
+_FUSED_ON = ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090")
+"""Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
+
+
+def trellax_runtime(model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab) -> Runtime:
+    """Return the traits of the step that trellax compiles for a model on an accelerator."""
+    is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
+    return replace(TRELLAX, vocab=vocab, attention="fused" if is_fused else "scores")

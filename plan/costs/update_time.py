@@ -1,0 +1,74 @@
+"""Compute the time of the update: reduction of gradients, all-gather of parameters, and the optimizer step.
+
+Read `step_time.py` next, which hides some of it behind computation.
+"""
+
+from dataclasses import dataclass
+
+from ...layers import ModelConfig
+from ..machines.collective_time import Group, collective_time_s, make_group
+from ..machines.kernel_time import memory_time_s
+from ..machines.topology import Topology
+from .device_params import device_params
+from .layout import Layout
+from .runtime import Runtime
+
+_WEIGHT_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateTime:
+    """Seconds of a step beside the pipeline.
+
+    `gather` is the all-gather of parameters and `reduce` the reduction of gradients over data; with a fully sharded
+    axis both run for every microbatch. `tied` is the reduction of a tied embedding between the first and last stage.
+    """
+
+    gather: float
+    reduce: float
+    tied: float
+    optimizer: float
+
+
+def update_time(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_layers: int
+) -> UpdateTime:
+    """Return the seconds of the update on the first rank, which ends last and holds `num_layers` layers."""
+    params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, stage=0)
+    group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
+    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
+    if runtime.shard_overlap == "off" and group.num_nodes > 1:
+        group = Group(size=group.size, per_node=1)
+    shards = layout.replicas if layout.zero else 1
+
+    def time_of(kind: str, num_bytes: float) -> float:
+        assert kind in ("all_reduce", "all_gather", "reduce_scatter")
+        return collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
+
+    if layout.fsdp > 1 or layout.zero == 3:
+        # Parameters are gathered for the forward and again for the backward of every microbatch.
+        rounds = layout.microbatches
+        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES * params)
+        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes * params)
+        shards = layout.replicas
+    elif layout.zero:
+        gather = time_of("all_gather", _WEIGHT_BYTES * params)
+        reduce = time_of("reduce_scatter", runtime.gradient_bytes * params)
+    else:
+        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes * params)
+    moved = runtime.optimizer_bytes * params / shards
+    return UpdateTime(
+        gather=gather,
+        reduce=reduce,
+        tied=_tied_s(model, layout=layout, runtime=runtime, topology=topology),
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
+    )
+
+
+def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:
+    if layout.pipe == 1 or model.embeddings == "untied" or runtime.vocab == "split":
+        return 0.0
+    stride = layout.tensor * layout.context * layout.replicas * (layout.pipe - 1)
+    table = runtime.gradient_bytes * model.vocab_size * model.hidden_size / layout.tensor
+    group = make_group(topology, size=2, stride=stride)
+    return collective_time_s("all_reduce", num_bytes=table, group=group, topology=topology)

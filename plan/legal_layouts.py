@@ -1,0 +1,76 @@
+"""Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from ..layers import ModelConfig
+from ..meshes import MeshSpec
+from .costs.layout import Layout, PlanRemat
+
+
+def legal_meshes(
+    model: ModelConfig, *, num_devices: int, vocab: Literal["split", "ends"] = "split"
+) -> Iterator[MeshSpec]:
+    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split."""
+    for tensor in _divisors(num_devices):
+        if model.num_heads % tensor or model.ffn_size % tensor or not _splits_kv(model, tensor):
+            continue
+        for pipe in _divisors(num_devices // tensor):
+            parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
+            if pipe <= model.num_layers and model.vocab_size % parts == 0:
+                yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe)
+
+
+def legal_layouts(
+    model: ModelConfig, *, num_devices: int, batch_size: int, remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
+) -> Iterator[Layout]:
+    """Yield the layouts of a training step on `num_devices` devices that the search prices.
+
+    Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
+    chunk per rank or interleaved with 2 or 4.
+    """
+    for mesh in legal_meshes(model, num_devices=num_devices):
+        if batch_size % mesh.data:
+            continue
+        shard = batch_size // mesh.data
+        for sequences in _divisors(shard):
+            if sequences & (sequences - 1) and sequences != shard:
+                continue
+            for schedule, chunks in _schedules(model, pipe=mesh.pipe, microbatches=shard // sequences):
+                for remat in remats:
+                    for zero in (0, 1) if mesh.data > 1 else (0,):
+                        yield Layout(
+                            data=mesh.data,
+                            tensor=mesh.tensor,
+                            pipe=mesh.pipe,
+                            schedule=schedule,
+                            chunks=chunks,
+                            microbatches=shard // sequences,
+                            sequences=sequences,
+                            remat=remat,
+                            zero=zero,
+                        )
+
+
+def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:
+    yield "1f1b", 1
+    if pipe == 1:
+        return
+    yield "zb-h1", 1
+    for chunks in (2, 4):
+        if pipe * chunks > model.num_layers:
+            continue
+        # A last group of fewer microbatches than ranks leaves idle ticks in every chunk.
+        if microbatches % pipe == 0:
+            yield "interleaved-1f1b", chunks
+        # It only saves bubble, and with many microbatches there is little bubble to save.
+        if 1 < microbatches <= 2 * pipe:
+            yield "interleaved-zb-h1", chunks
+
+
+def _splits_kv(model: ModelConfig, tensor: int) -> bool:
+    return model.num_kv_heads % tensor == 0 or tensor % model.num_kv_heads == 0
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,92 @@
+"""Compute the time of one device's kernels: matrix products, memory traffic and fused attention.
+
+The three models are the same for every accelerator; only peaks, cores and the share of the peak differ
+(`topologies.toml`).
+- A product [m, k] x [k, n] is divided into tiles, which run on the cores in waves. The last wave may be partly idle
+  (wave quantization), smaller tiles reuse less data, and short inner dimensions k do not fill the arithmetic pipeline.
+  Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
+- Memory traffic reaches `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five
+  rows). gpt-fast's decoding of a 7B model on one A100 agrees (0.69 with its gaps between kernels).
+- Fused attention reaches a fixed share of the peak, by kernel and direction.
+Read `../costs/layer_time.py` next.
+"""
+
+import math
+from typing import Literal
+
+from .topology import Accelerator
+
+MEMORY_SHARE = 0.74
+"""Share of the data sheet's memory bandwidth that kernels reach."""
+
+FlashKernel = Literal["vendor", "portable"]
+"""Implementation of fused attention: the vendor's library, or a portable kernel (Triton, FlashAttention 2)."""
+
+# Rows and columns of a tile, and its speed relative to the largest: smaller tiles load more data per product.
+_TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
+# Inner dimension whose time a tile spends on filling the arithmetic pipeline, and the least that is worth splitting.
+_SHORT_INNER = 150
+_LONG_INNER = 512
+_ALIGNED = 8
+_MISALIGNED_SHARE = 0.1
+# Shares of the peak, forward and backward.
+_FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
+# A portable kernel does not use the asynchronous matrix units of Hopper and later.
+_SYNCHRONOUS_SHARE = 0.65
+_ASYNCHRONOUS = ("h100", "h100-pcie", "h200", "b200", "gb200")
+
+
+def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str) -> float:
+    """Return the seconds of `batch` products [m, k] x [k, n]: the longer of arithmetic and memory traffic."""
+    if min(m, n, k, batch) <= 0:
+        return 0.0
+    flops = min(_wave_flops(accelerator.cores, m=m, n=n, k=k, batch=batch, tile=tile) for tile in _TILES)
+    item = 4 if dtype == "float32" else 2
+    traffic = item * batch * (m * k + k * n + m * n)
+    peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
+    if batch > 1 and (k % _ALIGNED or n % _ALIGNED):
+        # Heads whose rows are not aligned to 16 bytes leave matrix units idle (BLOOM chronicles, 02-20 to 02-26).
+        flops, peak = 2 * batch * m * n * k, accelerator.peak_flops_per_s(dtype) * _MISALIGNED_SHARE
+    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic))
+
+
+def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
+    """Return the seconds of a kernel that reads and writes this many bytes in all."""
+    return num_bytes / (MEMORY_SHARE * accelerator.memory_bytes_per_s)
+
+
+def flash_time_s(
+    accelerator: Accelerator,
+    *,
+    flops: float,
+    direction: Literal["forward", "backward"],
+    kernel: FlashKernel,
+    dtype: str,
+) -> float:
+    """Return the seconds of fused attention.
+
+    Args:
+        flops: flops of its matrix products, in the backward with recomputation.
+        kernel: a portable kernel reaches a third of the peak on Hopper, where the vendor's library and FlashAttention 3
+            reach two thirds (Shah et al. 2024, section 4).
+    """
+    share = _FLASH_SHARES[kernel][direction == "backward"]
+    if kernel == "portable" and accelerator.key in _ASYNCHRONOUS:
+        share *= _SYNCHRONOUS_SHARE
+    return flops / (accelerator.peak_flops_per_s(dtype) * share)
+
+
+def _wave_flops(cores: int, *, m: float, n: float, k: float, batch: float, tile: tuple[int, int, float]) -> float:
+    """Return the flops that all cores could do in the time of the waves of one tile size.
+
+    With fewer tiles than cores the inner dimension is split too (split-K), as libraries do for products with few rows.
+    For example 4,096 x 4,096 in tiles of 128 x 256 are 512 tiles: 4.7 waves on 108 cores, which take the time of 5.
+    """
+    rows, columns, reuse = tile
+    num_tiles = batch * min(
+        math.ceil(m / rows) * math.ceil(n / columns),
+        math.ceil(m / columns) * math.ceil(n / rows),
+    )
+    splits = max(1, min(int(cores // num_tiles), int(k // _LONG_INNER))) if num_tiles < cores else 1
+    waves = math.ceil(num_tiles * splits / cores)
+    return 2 * waves * cores * rows * columns / reuse * (k / splits + _SHORT_INNER)

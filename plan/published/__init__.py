@@ -1,1 +1,0 @@
-"""Other people's measurements, and how far the planner is from them."""
