@@ -72,7 +72,15 @@ def train(
     setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
     console = _open_console(console, warning)
-    say = partial(say_on, console)
+    profile = StepProfile(config.run_folder, num_steps=profile_steps, say=partial(say_on, console))
+    return _train_in_folder(setup, console=console, start=start, changes=changes, profile=profile, start_s=start_s)
+
+
+def _train_in_folder(
+    setup: Setup, *, console: Console, start: Start, changes: Changes, profile: StepProfile, start_s: float
+) -> Summary:
+    """Lock the run folder, take the steps and finish the run in it."""
+    config, say = setup.config, partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
     with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as folder:
@@ -80,7 +88,6 @@ def train(
             corpus = _open_corpus(setup, say)
             with checkpoints:
                 parts = {"corpus": corpus, "checkpoints": checkpoints, "folder": folder, "console": console}
-                profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
                 run, state = build_run(setup, **parts, profile=profile, changes=changes)
                 with run.open_log() as log:
                     taken = take_steps(run, state, log=log, stop=stop)
@@ -99,19 +106,11 @@ def take_steps(run: Run, state: TrainState, *, log: MetricsLog | NoLog, stop: St
     prefetch = Prefetch(run.data.train_batch, end=run.intervals.steps)
     with run.open_progress() as progress, prefetch, closing(run.profile):
         recorder = run.make_recorder(log, progress)
-        state = _loop(run, state, prefetch, recorder=recorder, log=log, stop=stop)
+        state = _loop(run, state, batches=prefetch, recorder=recorder, stop=stop)
     return StepsTaken(state=state, last_loss=recorder.last_loss)
 
 
-def _loop(
-    run: Run,
-    state: TrainState,
-    batches: Prefetch,
-    *,
-    recorder: StepRecorder,
-    log: MetricsLog | NoLog,
-    stop: StopRequest,
-) -> TrainState:
+def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecorder, stop: StopRequest) -> TrainState:
     """Take the steps of a run, and record, validate and save between them; return the last state."""
     due, timer, profile = run.intervals, run.timer, run.profile
     profile.begin_after(due.first_step, steps=due.steps)
@@ -137,7 +136,7 @@ def _loop(
             if profile.ends_with(step):
                 profile.stop(state, run.compiled.train, num_devices=run.setup.mesh.devices.size)
             if due.validates(step):
-                log.write(step, {"val_loss": validate(state, run.compiled.evaluate, run.data)})
+                recorder.log_validation(step, validate(state, run.compiled.evaluate, run.data))
             if due.saves(step):
                 run.saver.save(state)
             timer.restart()

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 
@@ -109,20 +110,11 @@ def build_run(
     Raises:
         TrellaxError: the save is of another run, or the corpus does not give a batch.
     """
-
-    def tell(text: str) -> None:
-        say(console, text)
-
-    config = setup.config
+    config, tell = setup.config, partial(say, console)
     state, seal = restore_or_initialize(setup, checkpoints, corpus_sha256=corpus.sha256, changes=changes, say=tell)
     first_step = int(state.step)
-    data = make_training_data(
-        config,
-        corpus,
-        sharding=setup.batch_sharding,
-        first_sequence=_find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size),
-        say=tell,
-    )
+    first_sequence = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)
+    data = make_training_data(config, corpus, sharding=setup.batch_sharding, first_sequence=first_sequence, say=tell)
     compiled = compile_steps(setup, say=tell)
     # A run that is resumed at its end takes no step: its last loss is the one on record.
     lines = read_metrics(config.run_folder) if seal else []

@@ -65,6 +65,10 @@ class StepRecorder:
             self._record(*pending)
             self._bad_steps.check(*pending, state)
 
+    def log_validation(self, step: int, loss: float) -> None:
+        """Log the validation loss after a step."""
+        self._log.write(step, {"val_loss": loss})
+
     def _record(self, step: int, metrics: StepMetrics) -> None:
         with self._timer.waiting("device"):
             loss, is_taken = float(metrics.loss), bool(metrics.taken)
