@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.run_config import RunConfig
-from ..meshes import RunError, mesh_sizes
+from ..meshes import MeshSpec, RunError
 from ..meshes.files.own_file import free_name, replace_file
 from ..meshes.files.regular_file import open_regular
-from .state import Setup
 
 CONFIG_FILE = "config.toml"
 
@@ -19,27 +18,27 @@ _HEADER = f"{_FIRST_LINE}# Command:  trellax train THIS-FILE   (from the same wo
 _GIVEN_FILE = "config.given.toml"
 
 
-def resolve_config(setup: Setup) -> RunConfig:
-    """Return the config of a run with the sizes of its mesh filled in, where the file may say -1 for the rest."""
-    return setup.config.model_copy(update={"mesh": mesh_sizes(setup.mesh)})
+def resolve_config(config: RunConfig, *, sizes: MeshSpec) -> RunConfig:
+    """Return a config with the sizes of the mesh it runs on, where it may have -1 for all remaining devices."""
+    return config.model_copy(update={"mesh": sizes})
 
 
-def write_resolved_config(setup: Setup, *, say: Callable[[str], object]) -> Path:
-    """Write config.toml into the run folder and return its path.
+def write_resolved_config(config: RunConfig, *, say: Callable[[str], object]) -> Path:
+    """Write a resolved config into its run folder as config.toml, and return the path.
 
     A file of that name that no run wrote, such as the one of `import-hf`, is renamed and not lost.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    # Not needed before the run starts, and the command line imports this room's files.
+    # Imported here, so that commands that only look at run folders do not wait for it.
     import tomlkit
 
-    path = setup.config.run_folder / CONFIG_FILE
+    path = config.run_folder / CONFIG_FILE
     if os.path.lexists(path) and not is_resolved_config(path):
         given = path.rename(free_name(path.with_name(_GIVEN_FILE)))
         say(f"config    {path} now holds every key of this run; the file that was there is {given.name}")
-    values = resolve_config(setup).model_dump(mode="json")
+    values = config.model_dump(mode="json")
     replace_file(path, (_HEADER + tomlkit.dumps(values)).encode())
     return path
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
 from ..hub.saves.seal import Seal
+from ..meshes import mesh_sizes
 from ..meshes.processes.messages import is_first
 from .bad_steps import BadSteps
 from .checkpoints.checkpoints import Checkpoints
@@ -63,18 +64,19 @@ class Run:
         say(self.console, text)
 
     def open_log(self) -> MetricsLog | NoLog:
-        """Write the resolved config, and open the log of metrics, a context manager; steps to be retaken are dropped.
+        """Write the resolved config, and open the log of metrics, without the lines of steps that will be taken again.
 
         Raises:
             OSError: the run folder cannot be written.
         """
         if not is_first():
             return NoLog()
-        write_resolved_config(self.setup, say=self.say)
+        config = resolve_config(self.config, sizes=mesh_sizes(self.setup.mesh))
+        write_resolved_config(config, say=self.say)
         return MetricsLog(
             self.config.run_folder,
             resumed_step=self.intervals.first_step,
-            hyperparameters=list_hyperparameters(resolve_config(self.setup)),
+            hyperparameters=list_hyperparameters(config),
             say=self.say,
         )
 

@@ -190,7 +190,7 @@ def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
                 fix="wait for that run, stop it, or set another run.name.",
             ) from None
         if (before := _read_holder(file)) != _NOBODY:
-            say(f"the run before, {before}, ended without a goodbye")
+            say(f"the run before, {before}, was killed or crashed")
         _write_holder(file, {"process": os.getpid(), "host": socket.gethostname()})
         try:
             yield

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from trellax.configs import RunConfig, load_config
 from trellax.configs.run_config import config_keys
+from trellax.meshes import mesh_sizes
 from trellax.train import prepare, train
 from trellax.train.config_file import (
     is_resolved_config,
@@ -20,18 +21,22 @@ from trellax.train.config_file import (
 Tiny = Callable[..., RunConfig]
 
 
+def resolved(config: RunConfig) -> RunConfig:
+    return resolve_config(config, sizes=mesh_sizes(prepare(config).mesh))
+
+
 def make_folder(config: RunConfig) -> Path:
     config.run_folder.mkdir(parents=True)
     return config.run_folder
 
 
 def test_every_key_is_in_the_file_and_read_back_as_it_was(tiny: Tiny) -> None:
-    setup = prepare(tiny("--mesh.data -1 --train.spike_ratio 1.5 --run.seed 7 --pipeline.layers_per_stage auto"))
-    make_folder(setup.config)
-    path = write_resolved_config(setup, say=pytest.fail)
+    config = resolved(tiny("--mesh.data -1 --train.spike_ratio 1.5 --run.seed 7 --pipeline.layers_per_stage auto"))
+    make_folder(config)
+    path = write_resolved_config(config, say=pytest.fail)
     values = tomllib.loads(path.read_text())
     assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == config_keys()
-    assert load_config(path) == resolve_config(setup)
+    assert load_config(path) == config
     # The sizes are those of the mesh, where the config asked for the rest of the devices.
     assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1}
 
@@ -41,7 +46,7 @@ def test_odd_names_are_written_as_toml(name: str, tiny: Tiny) -> None:
     config = tiny("--mesh.data 8")
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     make_folder(config)
-    assert load_config(write_resolved_config(prepare(config), say=pytest.fail)).run.name == name
+    assert load_config(write_resolved_config(config, say=pytest.fail)).run.name == name
 
 
 def test_run_folder_is_trained_on_from_its_own_config(tiny: Tiny) -> None:
@@ -56,11 +61,11 @@ def test_run_folder_is_trained_on_from_its_own_config(tiny: Tiny) -> None:
 
 
 def test_file_that_no_run_wrote_is_renamed(tiny: Tiny, tmp_path: Path) -> None:
-    setup, said = prepare(tiny("--mesh.data 8")), list[str]()
-    folder = make_folder(setup.config)
+    config, said = tiny("--mesh.data 8"), list[str]()
+    folder = make_folder(config)
     (folder / "config.toml").write_text("# mine\n")
     for _ in range(2):
-        write_resolved_config(setup, say=said.append)
+        write_resolved_config(config, say=said.append)
     assert (folder / "config.given.toml").read_text() == "# mine\n"
     assert is_resolved_config(folder / "config.toml")
     assert len(said) == 1
@@ -68,7 +73,7 @@ def test_file_that_no_run_wrote_is_renamed(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "outside.toml").write_text("# theirs\n")
     (folder / "config.toml").unlink()
     (folder / "config.toml").symlink_to(tmp_path / "outside.toml")
-    write_resolved_config(setup, say=said.append)
+    write_resolved_config(config, say=said.append)
     assert (tmp_path / "outside.toml").read_text() == "# theirs\n"
     assert is_resolved_config(folder / "config.toml")
 
