@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ...meshes import RunError, ScheduleError, mesh_sizes, sharding_table
 from ...meshes.arguments import check_count
+from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
 from ...pipeline import Schedule, StageCost, simulate
 from ...pipeline.schedules.stage_cost import is_even
@@ -17,7 +18,7 @@ _MORE = " ..."
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The report of a run as texts, which `str()` joins, and as `numbers` for scripts."""
+    """The report of a run as texts, which `str()` and notebooks show, and as `numbers` for scripts."""
 
     mesh: str
     parameters: str
@@ -27,6 +28,10 @@ class Report:
 
     def __str__(self) -> str:
         return "\n\n".join(part for part in (self.mesh, self.parameters, self.stages, self.schedule) if part)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        return text_html(str(self))
 
 
 def describe_run(setup: Setup, *, width: int | None = None) -> Report:
