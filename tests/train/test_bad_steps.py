@@ -24,7 +24,7 @@ def make_metrics(*, loss: float, grad_norm: float = 3.0) -> StepMetrics:
         (2.0, float("inf"), "step 7: the loss is 2, the gradient's norm inf", False),
     ],
 )
-def test_bad_step_is_told_with_what_made_it_bad(loss: float, grad_norm: float, text: str, has_ratio: bool) -> None:
+def test_bad_step_is_described_by_its_numbers(loss: float, grad_norm: float, text: str, has_ratio: bool) -> None:
     metrics = make_metrics(loss=loss, grad_norm=grad_norm)
     assert describe_bad_step(7, metrics, spike_ratio=1.5) == text
     assert ("a higher --train.spike_ratio" in fix_bad_step(metrics)) == has_ratio

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for one user, where nobody else can put one, and never in a run folder."""
+"""Compiled programs are cached in a folder that only the user can write, never in a run folder."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     CONFIG.update("jax_compilation_cache_max_size", before[1])
 
 
-def test_programs_are_kept_in_a_folder_of_the_user_alone(unset: Path) -> None:
+def test_programs_are_cached_in_a_folder_of_the_user_alone(unset: Path) -> None:
     assert enable_compilation_cache() == ""
     assert CONFIG.jax_compilation_cache_dir == str(unset / ".cache" / "trellax" / "xla")
     assert CONFIG.jax_compilation_cache_max_size == MAX_BYTES
@@ -37,7 +37,7 @@ def test_programs_are_kept_in_a_folder_of_the_user_alone(unset: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "TRELLAX_CACHE"])
-def test_environment_says_where(variable: str, unset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_the_folder(variable: str, unset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, str(unset / "other"))
     assert enable_compilation_cache() == ""
     inside = Path("trellax", "xla") if variable == "XDG_CACHE_HOME" else Path()
@@ -51,7 +51,7 @@ def test_cache_can_be_switched_off(unset: Path, monkeypatch: pytest.MonkeyPatch)
     assert not any(unset.iterdir())
 
 
-def test_cache_that_jax_was_told_of_is_left_alone(unset: Path) -> None:
+def test_cache_configured_in_jax_is_left_alone(unset: Path) -> None:
     CONFIG.update("jax_compilation_cache_dir", "elsewhere")
     assert enable_compilation_cache() == ""
     assert CONFIG.jax_compilation_cache_dir == "elsewhere"
@@ -82,7 +82,7 @@ def test_folder_of_another_user_is_not_used_through_a_link_either(unset: Path, m
     assert f"{unset / 'theirs'} belongs to another user" in enable_compilation_cache()
 
 
-def test_home_that_cannot_be_written_is_told(unset: Path) -> None:
+def test_home_that_cannot_be_written_gives_a_warning(unset: Path) -> None:
     (unset / ".cache").write_text("a file")
     assert "are not kept: [Errno 20] Not a directory" in enable_compilation_cache()
 

@@ -66,7 +66,7 @@ def test_state_is_restored_and_evaluated_by_public_names(config: RunConfig) -> N
     assert np.array_equal(params["embed"]["table"], state.params.shared["embed"]["table"])
 
 
-def test_fresh_state_guesses(tiny: Tiny) -> None:
+def test_fresh_state_has_the_loss_of_a_uniform_guess(tiny: Tiny) -> None:
     setup = prepare(tiny(MESH))
     assert isinstance(setup, Setup)
     # Every byte is as likely as any other, but for the noise of the initial parameters.

@@ -1,4 +1,4 @@
-"""A run leaves its folder behind, and a run cut in two is the run uncut."""
+"""A run writes its folder, and a run that was stopped and resumed is the uninterrupted run, to the digit."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
         assert part in talk
 
 
-def test_record_removed_after_the_last_step_is_whole(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_removed_after_the_last_step_is_complete(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(f"{MESH} --train.steps 3")
 
     def remove_and_validate(*args: Any) -> float:
@@ -73,7 +73,7 @@ def test_record_removed_after_the_last_step_is_whole(tiny: Tiny, monkeypatch: py
     assert [line["step"] for line in read_metrics(config.run_folder)] == [1, 2, 3, 3]
 
 
-def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
+def test_resumed_run_is_the_uninterrupted_run(tiny: Tiny) -> None:
     whole = tiny(f"{MESH} --train.steps 6 --run.name whole")
     cut = tiny(f"{MESH} --train.steps 6 --run.name cut --checkpoint.every 3 --checkpoint.keep 9")
     expected = train(whole, console=quiet())
@@ -86,7 +86,7 @@ def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
     assert again.final_val_loss == expected.final_val_loss
 
 
-def test_profile_is_written_and_its_gist_said(tiny: Tiny) -> None:
+def test_profile_is_written_and_summarized(tiny: Tiny) -> None:
     config = tiny("--mesh.data 8 --train.steps 6")
     talk = io.StringIO()
     train(config, console=Console(file=talk), profile_steps=2)

@@ -1,4 +1,4 @@
-"""A bad step changes nothing: the state after it is the state before it, bit by bit."""
+"""A bad step leaves the state unchanged, bit by bit."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_skipped_batch_leaves_no_trace_in_the_weights(tiny: Tiny, batches: Any, 
     assert metrics[2].lr == good[1].lr
 
 
-def test_step_under_way_after_a_bad_one_changes_nothing(tiny: Tiny, batches: Any) -> None:
+def test_step_in_progress_after_a_bad_one_changes_nothing(tiny: Tiny, batches: Any) -> None:
     config = tiny("--pipeline.microbatches 2")
     batch = batches(config)
     expected, _ = run(config, [batch(0)])

@@ -1,4 +1,4 @@
-"""What a run counts as the time of its steps, on a clock of our own: no device, no training."""
+"""The time of a step excludes validation, saving and profiling; measured with a simulated clock and device."""
 
 import io
 from types import SimpleNamespace
@@ -117,7 +117,7 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
 
 
 @pytest.mark.parametrize("due", [{}, {"eval_every": 1}, {"eval_every": 2, "save_every": 3}])
-def test_a_step_takes_as_long_whatever_comes_between_steps(
+def test_step_time_excludes_all_that_happens_between_steps(
     due: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()

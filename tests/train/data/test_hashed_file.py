@@ -1,4 +1,4 @@
-"""A file that changes while a run reads it is told, however it changes; a copy of it is no change."""
+"""A file that changes while a run reads it is an error, however it changes; an identical copy is not a change."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ HEADER, TOKENS = b"header", bytes(range(200))
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> HashedFile:
+def hashed(tmp_path: Path) -> HashedFile:
     (tmp_path / "tokens.bin").write_bytes(HEADER + TOKENS)
     file = HashedFile(tmp_path / "tokens.bin")
     file.expect(hashlib.sha256(TOKENS).hexdigest(), offset=len(HEADER), num_bytes=len(TOKENS))
@@ -64,13 +64,13 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", CHANGES)
-def test_change_is_told(kind: str, watched: HashedFile) -> None:
-    watched.check()
+def test_change_is_an_error(kind: str, hashed: HashedFile) -> None:
+    hashed.check()
     change, text = CHANGES[kind]
-    change(watched.path)
+    change(hashed.path)
     for _ in range(2):
         with pytest.raises(DataError, match=f"tokens.bin: {text}"):
-            watched.check()
+            hashed.check()
 
 
 def replace_by_a_copy(path: Path) -> None:
@@ -79,15 +79,15 @@ def replace_by_a_copy(path: Path) -> None:
 
 
 @pytest.mark.parametrize("same", [Path.touch, lambda path: path.chmod(0o600), replace_by_a_copy])
-def test_same_bytes_are_no_change(same: Callable[[Path], object], watched: HashedFile) -> None:
-    same(watched.path)
-    watched.check()
-    write_in_place(watched.path)
+def test_same_bytes_are_not_a_change(same: Callable[[Path], object], hashed: HashedFile) -> None:
+    same(hashed.path)
+    hashed.check()
+    write_in_place(hashed.path)
     with pytest.raises(DataError, match="other tokens"):
-        watched.check()
+        hashed.check()
 
 
-def test_change_between_opening_and_hashing_is_told(tmp_path: Path) -> None:
+def test_change_between_opening_and_hashing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tokens.bin").write_bytes(TOKENS)
     file = HashedFile(tmp_path / "tokens.bin")
     write_in_place(file.path)

@@ -1,4 +1,4 @@
-"""What a run writes down can be read back, survives a kill and a resume, and can be drawn."""
+"""Metrics and summary are read back as written, survive a kill and a resume, and can be drawn."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_lines_are_read_back_as_written(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 2.5, "val_loss": 2.75}]
 
 
-def test_resume_drops_the_lines_that_will_come_again(tmp_path: Path) -> None:
+def test_resume_drops_the_lines_of_steps_to_be_retaken(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 6))
     write_steps(tmp_path, range(4, 7), resumed_step=3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -76,7 +76,7 @@ def test_last_loss_is_that_of_a_step_that_was_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_full_disk_is_told_and_not_waited_for(tmp_path: Path) -> None:
+def test_full_disk_is_an_error_at_once(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log, Path("/dev/full").open("wb", buffering=0) as full:
         log._events.close()
         log._events._file = full
@@ -97,7 +97,7 @@ def test_number_that_is_not_finite_becomes_null(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err == ""
 
 
-def test_lines_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
+def test_malformed_lines_are_left_out(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 3))
     strange = ['{"step": "3"}', '{"step": true}', '{"step": -1}', f'{{"step": {10**400}}}', "[" * 100_000]
     strange += ['{"step": 3, "loss": NaN}', f'{{"step": 3, "loss": {10**400}}}', '{"step": 3, "loss": [1]}']
@@ -107,7 +107,7 @@ def test_lines_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_removed_record_is_written_again_whole(tmp_path: Path) -> None:
+def test_removed_log_is_written_again_in_full(tmp_path: Path) -> None:
     told: list[str] = []
     with MetricsLog(tmp_path, say=told.append) as log:
         for step in (1, 2, 3):
@@ -118,14 +118,14 @@ def test_removed_record_is_written_again_whole(tmp_path: Path) -> None:
     assert told[0].endswith("metrics.jsonl was removed or replaced while the run wrote it; it is there again, whole")
 
 
-def test_record_removed_after_its_last_line_is_written_again(tmp_path: Path) -> None:
+def test_log_removed_after_its_last_line_is_written_again(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.write(1, {"loss": 1.0})
         (tmp_path / "metrics.jsonl").unlink()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
-def test_replaced_record_is_written_again_and_the_other_is_kept(tmp_path: Path) -> None:
+def test_replaced_log_is_written_again_and_the_other_file_is_kept(tmp_path: Path) -> None:
     told: list[str] = []
     with MetricsLog(tmp_path, say=told.append) as log:
         log.write(1, {"loss": 1.0})
@@ -138,7 +138,7 @@ def test_replaced_record_is_written_again_and_the_other_is_kept(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("is_made_anew", [False, True])
-def test_record_of_a_folder_that_was_moved_is_not_split(is_made_anew: bool, tmp_path: Path) -> None:
+def test_log_of_a_moved_folder_is_not_split(is_made_anew: bool, tmp_path: Path) -> None:
     told = pytest.raises(RunError, match="run was moved or removed while the run wrote to it")
     with told, MetricsLog(tmp_path / "run") as log:
         log.write(1, {"loss": 1.0})
@@ -163,7 +163,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_symlink() or path.suffix == ".part"]
 
 
-def test_summary_says_what_became_of_the_run(tmp_path: Path) -> None:
+def test_summary_is_written_as_json(tmp_path: Path) -> None:
     path = write_summary(summary_of(tmp_path))
     assert json.loads(path.read_text()) == {
         "ended": "done",
@@ -184,27 +184,27 @@ STRANGE_VALUES = [("tokens_per_s", "fast"), ("tokens_per_s", None), ("wall_time_
 
 
 @pytest.mark.parametrize("text", STRANGE_SUMMARIES)
-def test_summary_that_no_run_writes_is_none(text: str, tmp_path: Path) -> None:
+def test_malformed_summary_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(text)
     assert read_summary(tmp_path) is None
 
 
 @pytest.mark.parametrize(("key", "value"), STRANGE_VALUES)
-def test_summary_with_a_value_that_no_run_writes_is_none(key: str, value: object, tmp_path: Path) -> None:
+def test_summary_with_a_value_of_another_type_is_none(key: str, value: object, tmp_path: Path) -> None:
     path = write_summary(summary_of(tmp_path))
     assert read_summary(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert read_summary(tmp_path) is None
 
 
-def test_loss_is_drawn_as_a_picture(tmp_path: Path) -> None:
+def test_loss_is_plotted(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 9))
     path = draw_loss(tmp_path)
     assert path == tmp_path / "loss.png"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_without_a_line_has_no_picture(tmp_path: Path) -> None:
+def test_run_without_a_loss_has_no_plot(tmp_path: Path) -> None:
     assert draw_loss(tmp_path) is None
 
 

@@ -1,4 +1,4 @@
-"""What a run says is printed as it is."""
+"""Messages of a run are printed without interpreting them as markup."""
 
 import io
 
@@ -6,7 +6,7 @@ from rich.console import Console
 from trellax.train.metrics.progress import StepProgress, say
 
 
-def test_text_is_no_markup() -> None:
+def test_text_is_not_read_as_markup() -> None:
     file = io.StringIO()
     text = "resumed   of runs/[red]lr=[3]/b]/[/x] [link=a]:smile: " + "wide " * 40
     say(Console(file=file, width=40, force_terminal=True), text)

@@ -1,4 +1,4 @@
-"""The parts of a step's time add up to it."""
+"""The parts of a step's time add up to the time of the step."""
 
 import time
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from trellax.train.metrics.step_timer import StepTimer
 from trellax.train.run import _MIN_TIMED_STEPS
 
 
-def test_parts_are_what_was_waited_and_add_up() -> None:
+def test_parts_are_the_waiting_times_and_add_up() -> None:
     timer = StepTimer(window=2)
     for _ in range(2):
         with timer.waiting("input"):

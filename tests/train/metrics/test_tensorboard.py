@@ -1,4 +1,4 @@
-"""TensorBoard is given every number of the record once, however often the run was killed or called again."""
+"""TensorBoard gets every value of metrics.jsonl once, however often the run was killed or resumed."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def call(folder: Path, steps: range, *, resumed_step: int) -> None:
             log.write(step, {"loss": 5.0 / step, "val_loss": 6.0 if step % 2 else None, "bad": float("nan")})
 
 
-def test_every_number_is_an_event(tmp_path: Path) -> None:
+def test_every_value_is_an_event(tmp_path: Path) -> None:
     call(tmp_path, range(1, 5), resumed_step=0)
     assert drawn(tmp_path) == recorded(tmp_path)
     assert len(drawn(tmp_path)) == 6
@@ -56,7 +56,7 @@ def test_hyperparameters_are_given_to_the_plugin_and_are_no_scalars(tmp_path: Pa
     assert read_steps(tmp_path / "tensorboard") == {"loss": {1, 2}}
 
 
-def test_six_short_calls_in_a_row_lose_no_number(tmp_path: Path) -> None:
+def test_six_short_calls_in_a_row_lose_no_value(tmp_path: Path) -> None:
     for number in range(6):
         call(tmp_path, range(4 * number + 1, 4 * number + 5), resumed_step=4 * number)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 6
@@ -64,14 +64,14 @@ def test_six_short_calls_in_a_row_lose_no_number(tmp_path: Path) -> None:
     assert len(drawn(tmp_path)) == 36
 
 
-def test_numbers_are_with_the_system_before_the_next_step(tmp_path: Path) -> None:
+def test_values_are_flushed_before_the_next_step(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.write(1, {"loss": 2.0})
         assert drawn(tmp_path) == {("loss", 1): 2.0}
 
 
 @pytest.mark.parametrize("lost", [1, 40, 10_000])
-def test_what_a_kill_has_cut_off_is_written_at_the_next_start(lost: int, tmp_path: Path) -> None:
+def test_events_cut_off_by_a_kill_are_written_at_the_next_start(lost: int, tmp_path: Path) -> None:
     call(tmp_path, range(1, 8), resumed_step=0)
     (events,) = (tmp_path / "tensorboard").iterdir()
     os.truncate(events, max(0, events.stat().st_size - lost))
@@ -87,7 +87,7 @@ def test_whole_events_are_not_written_twice(tmp_path: Path) -> None:
     assert [event.step for event in read_events(second)] == [0, 5, 5]
 
 
-def test_numbers_that_come_again_are_drawn_once(tmp_path: Path) -> None:
+def test_values_of_retaken_steps_are_drawn_once(tmp_path: Path) -> None:
     call(tmp_path, range(1, 9), resumed_step=0)
     call(tmp_path, range(4, 7), resumed_step=3)
     assert drawn(tmp_path) == recorded(tmp_path)
@@ -104,7 +104,7 @@ def test_clock_that_goes_back_keeps_the_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [bytes(1000), b"\xff" * 1000, b"text"])
-def test_file_that_holds_no_events_is_passed_over(content: bytes, tmp_path: Path) -> None:
+def test_file_without_events_is_skipped(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1.broken").write_bytes(content)
     assert read_steps(tmp_path / "tensorboard") == {}

@@ -1,4 +1,4 @@
-"""An abort from C ends a process with a sentence and a code of ours, or aborts where there is nothing to say."""
+"""An abort from C ends the process with a message and an exit code, or aborts it if there is no message."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What processes compare before they join: every key but places, the flags, the versions, the switches."""
+"""Processes compare their settings before they join: all keys but paths, XLA flags, versions, options of jax."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def differences(one: dict[str, str], other: dict[str, str]) -> str:
     return describe_differences({0: one, 1: other})
 
 
-def test_every_key_is_compared_but_places_on_a_machine(tiny: Tiny) -> None:
+def test_every_key_but_paths_is_compared(tiny: Tiny) -> None:
     assert set(config_keys()) - facts(tiny()).keys() == PLACES
 
 
@@ -38,7 +38,7 @@ def test_every_key_is_compared_but_places_on_a_machine(tiny: Tiny) -> None:
         ("run.name", "other"),
     ],
 )
-def test_other_value_is_told_by_its_key(key: str, value: str, tiny: Tiny) -> None:
+def test_differing_value_is_reported_with_its_key(key: str, value: str, tiny: Tiny) -> None:
     told = differences(facts(tiny()), facts(tiny(f"--{key} {value}")))
     assert f"process 1 has {key}={value}, process 0 has " in told
 
@@ -70,7 +70,7 @@ def test_flags_of_xla_are_compared_in_any_order_and_without_dumps(tiny: Tiny, mo
     )
 
 
-def test_initial_weights_are_compared_by_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
+def test_initial_weights_are_compared_by_content(tiny: Tiny, tmp_path: Path) -> None:
     found = []
     for name, byte in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The table of stages adds up to the model, its time to one, and its activations to what ranks hold."""
+"""In the table of stages parameters add up to the model, times to 1, and activations to those that a rank holds."""
 
 import json
 from collections.abc import Callable
@@ -106,7 +106,7 @@ def test_scripts_get_the_stages_and_their_own_bubble(capsys: pytest.CaptureFixtu
     assert timing.bubble_fraction > 3 / 11
 
 
-def test_bubble_of_uneven_stages_says_so() -> None:
+def test_bubble_of_uneven_stages_is_marked() -> None:
     schedule = build_schedule("1f1b", num_ranks=2, num_microbatches=4)
     even, large = (StageCost(forward=n, input_grad=n, weight_grad=n) for n in (1, 2))
     assert draw_schedule(schedule, stages=[even, even]) == draw_schedule(schedule)
@@ -119,7 +119,7 @@ def test_layers_are_balanced_unless_they_are_given() -> None:
     assert setup_of("--mesh.data 4 --mesh.pipe 1 --pipeline.layers_per_stage 2,2").layers_per_stage == (4,)
 
 
-def test_time_of_eight_bits_is_said_to_be_that_of_sixteen() -> None:
+def test_note_says_that_8_bit_products_are_counted_as_16_bit() -> None:
     note = "Time counts products in fp8 as 16-bit ones"
     setup = setup_of(FOUR)
     assert note not in str(tabulate_stages(setup))
