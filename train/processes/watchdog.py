@@ -87,9 +87,8 @@ class ProcessWatchdog:
         try:
             socket.create_connection((self._processes.host, self._processes.port), _PATIENCE_S).close()
         except OSError:
-            return self._explain_stop(
-                f"{self._name(0)}, the coordinator at {self._processes.coordinator}, died"
-            ), EXIT_LOST
+            coordinator = f"{self._name(0)}, the coordinator at {self._processes.coordinator},"
+            return self._explain_stop(f"{coordinator} died"), EXIT_LOST
         # jax may notice a loss earlier than `silence_s`, so a shorter silence counts here.
         lost = self._find_lost(time.monotonic(), silence_s=_PATIENCE_S)
         return (self._explain_stop(lost), EXIT_LOST) if lost else None
