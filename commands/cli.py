@@ -48,7 +48,7 @@ def _run_reporting(words: Sequence[str]) -> int:
         print(fold(f"{type(error).__name__}: {error}", width=terminal_width(sys.stderr)), file=sys.stderr)
         if not isinstance(error, LostProcessError):
             return 2
-        from ..train.processes.watch import EXIT_LOST
+        from ..train.processes.watchdog import EXIT_LOST
 
         return EXIT_LOST
     except KeyboardInterrupt:

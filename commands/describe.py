@@ -6,7 +6,7 @@ import json
 from ..configs.run_config import RunConfig
 from ..meshes.terminal import terminal_width
 from ..train import loop
-from ..train.report import describe
+from ..train.report import describe_run
 
 
 def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
@@ -15,6 +15,6 @@ def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the config does not fit the devices.
     """
-    report = describe(loop.prepare(config), width=terminal_width())
+    report = describe_run(loop.prepare(config), width=terminal_width())
     print(json.dumps(report.numbers) if args.json else report)
     return 0

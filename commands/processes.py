@@ -12,9 +12,9 @@ from ..meshes import TrellaxError
 from ..meshes.numbers import whole_number
 from ..meshes.processes.join import join_processes
 from ..meshes.processes.launchers import find_processes
-from ..train.processes.aborts import explained_aborts
-from ..train.processes.facts import start_facts
-from ..train.processes.watch import ProcessWatch
+from ..train.processes.abort_handler import handle_aborts
+from ..train.processes.run_settings import collect_run_settings
+from ..train.processes.watchdog import ProcessWatchdog
 from ..train.run_folder import Start
 from .arguments.processes import START_S
 
@@ -40,9 +40,10 @@ def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, chang
     if processes is None:
         yield
         return
-    silence_s, facts = config.run.silence_s, start_facts(config, start=start, changes=changes)
-    watch = ProcessWatch(processes, silence_s=silence_s)
-    with _quiet_stdout(), explained_aborts(watch.explain_abort):
+    silence_s = config.run.silence_s
+    facts = collect_run_settings(config, start=start, changes=changes)
+    watch = ProcessWatchdog(processes, silence_s=silence_s)
+    with _quiet_stdout(), handle_aborts(watch.explain_abort):
         join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts)
         with watch:
             yield

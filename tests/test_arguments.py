@@ -116,7 +116,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "train.Batches": {"tokens": np.zeros(99, np.int32), "seq_len": 8, "batch_size": 2, "microbatches": 1, "seed": 0},
     "train.Checkpoints": {"run_folder": "mine", "keep": 1},
     "configs.check_run": {"config": None, "num_devices": 8},
-    "train.describe": {"setup": None},
+    "train.describe_run": {"setup": None},
     "train.draw_schedule": {"schedule": GRID},
     "train.load_corpus": {"data": None},
     "serve.load_for_serving": {"path": "mine", "mesh": MESH},

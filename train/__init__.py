@@ -1,4 +1,4 @@
-"""Training: from a run configuration to a run folder."""
+"""Train a model: from a run configuration to a run folder, and from a run folder to its state and its loss."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from .checkpoints.initial_weights import initial_state, weight_shapes
     from .data.batches import Batches
     from .data.corpus import Corpus, load_corpus
-    from .loop import prepare, train
-    from .metrics import Summary
+    from .evaluate import evaluate, evaluate_state
+    from .loop import train
+    from .metrics.summary import Summary
     from .optimizer import make_learning_rate, make_optimizer
-    from .report import Report, describe, draw_schedule
+    from .prepare import prepare
+    from .report.run_report import Report, describe_run, draw_schedule
     from .state import Setup, TrainState
     from .step import StepMetrics, make_eval_step, make_train_step
 
@@ -25,8 +27,10 @@ __all__ = [
     "StepMetrics",
     "Summary",
     "TrainState",
-    "describe",
+    "describe_run",
     "draw_schedule",
+    "evaluate",
+    "evaluate_state",
     "initial_state",
     "load_corpus",
     "make_eval_step",

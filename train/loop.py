@@ -1,59 +1,45 @@
-"""The training loop: read a config, build everything, take the steps, leave a run folder behind.
+"""Train: build everything a config asks for, take the steps, and leave a run folder behind.
 
-The host never waits for the step it has just started: it looks at the step before, while the devices work. Read
-`run.py` next for what a run does between its steps.
+The order of a step is to be read in `_loop`. The host never waits for the step it has just started: it records the
+step before it while the devices work (`metrics/recorder.py`). Read `run.py` next for the parts of a run.
 """
 
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any, get_args
 
 from rich.console import Console
 
 from ..configs.changes import Changes
-from ..configs.check import CorpusFiles, check_run
 from ..configs.run_config import RunConfig
 from ..hub.saves.arrays import explain_failure
 from ..hub.tokenizer_files import keep_tokenizer
-from ..meshes import RunError, build_mesh, use_fake_devices
+from ..meshes import DataError, RunError
 from ..meshes.arguments import check_choice, check_count
-from ..meshes.build import visible_devices
 from ..meshes.processes.messages import first_does, is_first, require_agreement
 from ..meshes.terminal import terminal_width
 from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
-from .metrics import Summary
+from .data.prefetch import Prefetch
+from .evaluate import validate
+from .finish import StepsTaken, finish_run
+from .metrics import MetricsLog, NoLog, Summary
+from .metrics.progress import say as say_on
+from .metrics.recorder import StepRecorder
 from .outputs import SilentStream
-from .plan_warnings import warn_of_layout
-from .processes.facts import digest
+from .prepare import prepare
+from .processes.run_settings import short_hash
 from .profile import StepProfile
-from .progress import say as say_on
-from .report import describe
-from .run import Run
+from .report import describe_run, warn_of_layout
+from .run import Run, build_run
 from .run_folder import Start, open_run_folder
-from .state import Setup
+from .state import Setup, TrainState
 from .stop import StopRequest
 from .xla import prepare_backend
-
-
-def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
-    """Return the run made ready on its mesh, every check passed, before any array is made.
-
-    Args:
-        corpus: whether the files of the corpus must be there.
-
-    Raises:
-        TrellaxError: the config does not fit itself or the devices.
-    """
-    if config.run.fake_devices:
-        use_fake_devices(config.run.fake_devices)
-    spec = check_run(config, num_devices=len(visible_devices()), corpus=corpus)
-    setup = Setup(config, build_mesh(spec))
-    _ = setup.model, setup.schedule
-    return setup
 
 
 def train(
@@ -64,14 +50,18 @@ def train(
     changes: Changes = "refuse",
     profile_steps: int = 0,
 ) -> Summary:
-    """Train as the config says and return what came of it; talks on `console` (stderr if left out).
+    """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
-    Goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the step it is in, saved.
+    Training goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the current step,
+    which is saved.
+
+    >>> train(load_config("quickstart", "--train.steps 20")).steps
+    20
 
     Args:
         start: whether to go on from what is saved, or to start over.
-        changes: whether a config may go on that differs in what matters from the one that was saved.
-        profile_steps: steps to trace, see `profile.py`.
+        changes: whether to go on although the config differs from the saved one in what changes the result.
+        profile_steps: number of steps to trace for a profiler, see `profile.py`.
 
     Raises:
         TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
@@ -82,30 +72,79 @@ def train(
     setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
     console = _open_console(console, warning)
-    say = partial(say_on, console)
+    profile = StepProfile(config.run_folder, num_steps=profile_steps, say=partial(say_on, console))
+    return _train_in_folder(setup, console=console, start=start, changes=changes, profile=profile, start_s=start_s)
+
+
+def _train_in_folder(
+    setup: Setup, *, console: Console, start: Start, changes: Changes, profile: StepProfile, start_s: float
+) -> Summary:
+    """Lock the run folder, take the steps and finish the run in it."""
+    config, say = setup.config, partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
-    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as held:
+    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as folder:
         try:
             corpus = _open_corpus(setup, say)
             with checkpoints:
-                profile = StepProfile(config.run_folder, num_steps=profile_steps, say=say)
-                run = Run(setup, corpus, checkpoints, held, console=console, changes=changes, profile=profile)
+                parts = {"corpus": corpus, "checkpoints": checkpoints, "folder": folder, "console": console}
+                run, state = build_run(setup, **parts, profile=profile, changes=changes)
                 with run.open_log() as log:
-                    run.take_steps(stop, log)
-                    return run.finish(stop, log, start_s=start_s)
+                    taken = take_steps(run, state, log=log, stop=stop)
+                    return finish_run(run, taken, log=log, stop=stop, start_s=start_s)
         except OSError as error:
-            raise _refused(error, config, checkpoints) from error
+            raise _explain_os_error(error, config, checkpoints) from error
 
 
-def _open_console(console: Console | None, warning: str) -> Console:
-    """Return what the run talks on, one process of many, with the first thing said."""
-    stream: Any = SilentStream(sys.stderr)
-    console = console or Console(file=stream)
-    console.quiet = not is_first()
-    if warning:
-        say_on(console, warning)
-    return console
+def take_steps(run: Run, state: TrainState, *, log: MetricsLog | NoLog, stop: StopRequest) -> StepsTaken:
+    """Take steps until the last one, or until asked to stop.
+
+    Raises:
+        DataError: a file of the corpus is lost or changed; the state is saved, unless there are many processes.
+        RunError: a loss is not finite or spikes; the last good state is saved.
+    """
+    prefetch = Prefetch(run.data.train_batch, end=run.intervals.steps)
+    with run.open_progress() as progress, prefetch, closing(run.profile):
+        recorder = run.make_recorder(log, progress)
+        state = _loop(run, state, batches=prefetch, recorder=recorder, stop=stop)
+    return StepsTaken(state=state, last_loss=recorder.last_loss)
+
+
+def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecorder, stop: StopRequest) -> TrainState:
+    """Take the steps of a run, and record, validate and save between them; return the last state."""
+    due, timer, profile = run.intervals, run.timer, run.profile
+    profile.begin_after(due.first_step, steps=due.steps)
+    timer.restart()
+    try:
+        for step in range(due.first_step + 1, due.steps + 1):
+            if stop.is_due(step - 1):
+                break
+            if profile.begins_with(step):
+                recorder.flush(state)
+                profile.start(state)
+                timer.restart()
+            with timer.waiting("input"):
+                batch = batches[step - 1]
+            # Returns at once: the devices work on this step while the host records the one before.
+            state, metrics = run.compiled.train(state, batch, run.setup.peak_rate)
+            recorder.add(step, metrics, state)
+            if not (due.validates(step) or due.saves(step) or profile.ends_with(step)):
+                continue
+            # All that follows waits for the devices, so the step is timed and logged first. The line must also be
+            # written before the save: a run killed in between would go on after this step and never log it.
+            recorder.flush(state)
+            if profile.ends_with(step):
+                profile.stop(state, run.compiled.train, num_devices=run.setup.mesh.devices.size)
+            if due.validates(step):
+                recorder.log_validation(step, validate(state, run.compiled.evaluate, run.data))
+            if due.saves(step):
+                run.saver.save(state)
+            timer.restart()
+        recorder.flush(state)
+    except DataError as error:
+        recorder.flush(state)
+        raise run.saver.save_before(error, state) from None
+    return state
 
 
 def _check_values(start: Start, changes: Changes, profile_steps: int) -> None:
@@ -114,22 +153,33 @@ def _check_values(start: Start, changes: Changes, profile_steps: int) -> None:
     check_choice("changes", changes, get_args(Changes), error=RunError)
 
 
+def _open_console(console: Console | None, warning: str) -> Console:
+    """Return the console of a run, silent on every process but the first, with a first warning printed."""
+    stream: Any = SilentStream(sys.stderr)
+    console = console or Console(file=stream)
+    console.quiet = not is_first()
+    if warning:
+        say_on(console, warning)
+    return console
+
+
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
-    """Return the corpus of a run, and say what the run is."""
+    """Load the corpus of a run, and print the report of the run."""
     config = setup.config
     first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
-    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", "schedule": digest(str(setup.schedule))})
-    say(describe(setup, width=terminal_width(sys.stderr)))
+    schedule = short_hash(str(setup.schedule))
+    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", "schedule": schedule})
+    say(describe_run(setup, width=terminal_width(sys.stderr)))
     for warning in warn_of_layout(config):
         say(warning)
     say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")
     return corpus
 
 
-def _refused(error: OSError, config: RunConfig, checkpoints: Checkpoints) -> RunError:
-    """What the system said about a file of the run, in a sentence."""
+def _explain_os_error(error: OSError, config: RunConfig, checkpoints: Checkpoints) -> RunError:
+    """Return the error of a run whose file the operating system refuses to read or write."""
     return RunError(
         f"{error.filename or config.run_folder} cannot be used: {explain_failure(error)}. {checkpoints.kept_text()}",
         fix="make room, or let it be written, then give the same command again.",

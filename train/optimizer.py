@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, clipped by the true global norm; its state may be split over `data` (ZeRO-1)."""
+"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and shard its state (ZeRO-1)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,36 +14,36 @@ from ..meshes.rules import split_first_free_dim
 from ..pipeline import PipelineParams
 
 _DECAYED = ("kernel", "table", "positions")
-"""Names of matrices. Norm scales and biases are not pulled to zero."""
+"""Names of matrices, which have weight decay; norm scales and biases have none."""
 
 _STACKED_DIMS = 3
-"""Leading dimensions [chunks, ranks, layers] of stage parameters."""
+"""Number of leading dimensions of a stage parameter: [chunks, ranks, layers, ...]."""
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:
-    """Return step -> learning rate: linear warm-up, then a cosine down to `min_lr_ratio` of the peak.
+    """Return a function step -> learning rate: linear warm-up, then cosine decay to `min_lr_ratio` of the peak.
 
     Args:
-        peak: the peak where it is an input of the program, a float32 scalar; the section's if left out.
+        peak: the peak learning rate float32[], if it is an input of the program; the section's if left out.
 
     Raises:
         ConfigError: there are no steps.
     """
     check_count("steps", steps, error=ConfigError)
     peak = section.learning_rate if peak is None else peak
-    share = optax.warmup_cosine_decay_schedule(
-        # Not from 0: the first step would be taken for nothing.
+    fraction = optax.warmup_cosine_decay_schedule(
+        # Not from 0, with which the first step would change nothing.
         init_value=1 / (section.warmup_steps + 1),
         peak_value=1.0,
         warmup_steps=section.warmup_steps,
         decay_steps=max(steps, section.warmup_steps + 1),
         end_value=section.min_lr_ratio,
     )
-    return lambda step: peak * share(step)
+    return lambda step: peak * fraction(step)
 
 
 def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -> optax.GradientTransformation:
-    """Return clipping by global norm, then AdamW that decays matrices alone; `peak` as in `make_learning_rate`."""
+    """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`."""
     adamw = optax.adamw(
         make_learning_rate(section, steps=steps, peak=peak),
         b1=section.beta1,
@@ -56,9 +56,12 @@ def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -
 
 
 def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mesh) -> PipelineParams:
-    """Return the shardings with one more dimension of every array split over `data`, where one divides evenly.
+    """Return the shardings with the first free dimension that divides evenly split over `data`, for every array.
 
-    This is ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1) for optimizer state laid out like the parameters.
+    kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]
+
+    This is ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1) for optimizer moments, which have the shapes of the
+    parameters. It divides their memory by the size of `data`.
     """
 
     def split(lead: int) -> Any:
@@ -69,7 +72,7 @@ def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mes
 
         return one
 
-    # Never the stack dimensions: XLA then rematerializes the whole stack to slice it ("Involuntary full ...").
+    # Never a stack dimension: to slice it XLA would gather the whole stack ("Involuntary full rematerialization").
     return PipelineParams(
         stages=jax.tree.map(split(_STACKED_DIMS), shardings.stages, shapes.stages),
         shared=jax.tree.map(split(0), shardings.shared, shapes.shared),
@@ -77,7 +80,7 @@ def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mes
 
 
 def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:
-    """Return the shardings of an optax state: its copies of the parameter tree as given, all else replicated."""
+    """Return the shardings of an optax state: `like_params` for copies of the parameter tree, else replicated."""
 
     def is_copy(node: Any) -> bool:
         return isinstance(node, PipelineParams)

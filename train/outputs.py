@@ -1,8 +1,8 @@
-"""stdin, stdout and stderr that may be closed, full, or a pipe that nobody reads: none of them costs a run its work.
+"""Guard a command against a stdin, stdout or stderr that is closed, full, or a pipe without a reader.
 
-A stderr that cannot be written loses its talk and nothing else. A stdout that cannot be written is a result lost, which
-is an error of its own. And a closed one leaves its number to the next file that is opened: what C++ logs would land
-there, in the lock of a run say.
+A run must not lose its work over one. Messages that stderr cannot take are dropped. A result that stdout cannot take is
+an error of its own. A closed stream must be reopened: else the next file to be opened, such as the lock of a run, gets
+its file descriptor, and C++ code logs into that file.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 EXIT_LOST_OUTPUT, EXIT_UNREAD = 1, 141
-"""stdout cannot be written; nobody reads it any more, as a shell says of a process that SIGPIPE ended."""
+"""Exit codes: stdout cannot be written; and its reader has gone, 128 + SIGPIPE as shells report it."""
 
 
 class LostOutputError(Exception):
-    """stdout cannot be written; no `OSError`, which a command may take for one of its own files."""
+    """Raised when stdout cannot be written. It is not an `OSError`, which a command may catch for its own files."""
 
     def __init__(self, error: OSError) -> None:
         self.exit_code = EXIT_UNREAD if isinstance(error, BrokenPipeError) else EXIT_LOST_OUTPUT
@@ -25,57 +25,57 @@ class LostOutputError(Exception):
 
 
 class SilentStream:
-    """A text stream that drops what cannot be written."""
+    """Wrap a text stream and drop what it cannot write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.is_broken = stream, False
 
     def write(self, text: str) -> int:
-        """Write if it can be, and say that it was."""
-        with self._trying():
+        """Write the text if possible, and return its length in any case."""
+        with self._catching():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush if it can be."""
-        with self._trying():
+        """Flush if possible."""
+        with self._catching():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
-    def _trying(self) -> Iterator[None]:
+    def _catching(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.is_broken = True
-            self._meet(error)
+            self._handle(error)
 
-    def _meet(self, error: OSError) -> None:
+    def _handle(self, error: OSError) -> None:
         pass
 
 
 class _ResultStream(SilentStream):
-    """A text stream that says so when it cannot be written."""
+    """Wrap a text stream and raise `LostOutputError` when it cannot be written."""
 
-    def _meet(self, error: OSError) -> None:
-        # What was not written would fail again with the next flush.
+    def _handle(self, error: OSError) -> None:
+        # The unwritten text stays in the buffer, and the next flush would fail again.
         _drop(self)
         raise LostOutputError(error)
 
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Inside, stdout raises `LostOutputError`, stderr never fails, and both exist, as stdin does."""
-    # Lowest first: each opening takes the lowest free number.
+    """Inside the context stdin, stdout and stderr are open, stdout raises `LostOutputError`, and stderr never fails."""
+    # In this order, since each open() takes the lowest free file descriptor: 0, 1, 2.
     sys.stdin = sys.stdin or _open(os.O_RDONLY, "r")
-    # Nothing can be written to it, as to a closed one.
+    # Opened for reading, so that writing fails as it does on a closed stream.
     sys.stdout = sys.stdout or _open(os.O_RDONLY, "w")
     sys.stderr = sys.stderr or _open(os.O_WRONLY, "w")
     before: tuple[Any, Any] = sys.stdout, sys.stderr
     if reconfigure := getattr(before[0], "reconfigure", None):
-        # As stderr does: a folder's name may have bytes that are no text.
+        # As on stderr: the name of a folder may hold bytes that are not valid text.
         reconfigure(errors="backslashreplace")
     guards: tuple[Any, Any] = _ResultStream(before[0]), SilentStream(before[1])
     sys.stdout, sys.stderr = guards
@@ -88,7 +88,7 @@ def guarded_outputs() -> Iterator[None]:
 
 
 def _drop(stream: Any) -> None:
-    """Let what is still to be written go nowhere: Python flushes when it ends, and would complain and exit with 120."""
+    """Redirect a stream to /dev/null: Python flushes it at exit, and would print an error and exit with code 120."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

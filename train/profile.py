@@ -1,4 +1,4 @@
-"""`trellax train --profile N`: a trace of a few steps for TensorBoard (xprof) and for Perfetto, and its gist."""
+"""Trace a few steps of a run for TensorBoard (xprof) and Perfetto, and print where their time went."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,33 +12,38 @@ from ..meshes.processes.messages import is_first
 from ..programs.trace import format_operations, list_operations
 
 _FAILURES = (OSError, RuntimeError, ValueError)
-"""What jax's profiler raises where it cannot write, has begun already, or finds other traces than its own."""
+"""Errors of jax's profiler: the folder cannot be written, a trace is already running, or other traces are in it."""
 
 WARM_UP_STEPS = 3
-"""Steps before the first that is traced: the first ones load programs and fill caches."""
+"""Steps before the first that is traced; they load programs and fill caches."""
 
 
 class StepProfile:
-    """Traces `num_steps` steps of a run, once it is warm, and says where their time went.
+    """Trace `num_steps` steps of a run after its warm-up.
 
-    Of many processes the first traces its own devices. A trace that cannot be written or read costs the run nothing.
+    With many processes the first one traces its own devices. A trace that cannot be written or read does not stop the
+    run. Steps are numbered as in `Intervals`: the first of a run is 1.
 
     Args:
-        folder: of the run; the trace goes into its `profile`.
+        folder: the run folder; the trace goes into its folder `profile`.
         num_steps: 0 traces nothing.
-        say: takes the text.
+        say: called with each message.
     """
 
     def __init__(self, folder: Path, *, num_steps: int, say: Callable[[str], None]) -> None:
         self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
-        self._start, self._is_on = WARM_UP_STEPS, False
+        self._first, self._is_on = WARM_UP_STEPS + 1, False
 
     def begin_after(self, first_step: int, *, steps: int) -> None:
-        """Say with which step the run begins and with how many it ends; what does not fit between is not traced."""
-        self._start = first_step + WARM_UP_STEPS
-        most = max(0, steps - self._start)
+        """Choose the steps to trace, in a run that takes the steps after `first_step` up to `steps`.
+
+        Nothing is traced, and a message says why, if they do not fit.
+        """
+        before = first_step + WARM_UP_STEPS
+        self._first = before + 1
+        most = max(0, steps - before)
         if self._num_steps > most:
-            needed = self._start + self._num_steps
+            needed = before + self._num_steps
             fix = f"--profile {most}, or --train.steps {needed}" if most else f"--train.steps {needed}"
             self._say(
                 f"profile   none: {WARM_UP_STEPS} steps to warm up and {self._num_steps} to trace are more than the "
@@ -47,11 +52,11 @@ class StepProfile:
             self._num_steps = 0
 
     def begins_with(self, step: int) -> bool:
-        """Return whether this step, not taken yet, is the first to trace."""
-        return bool(self._num_steps) and step == self._start
+        """Return whether this step is the first to trace."""
+        return bool(self._num_steps) and step == self._first
 
     def start(self, state: Any) -> None:
-        """Begin to trace, once the devices have done what was asked of them."""
+        """Start the trace once the devices have computed the state, so that no earlier step is in it."""
         jax.block_until_ready(state)
         if not is_first():
             return
@@ -64,11 +69,11 @@ class StepProfile:
             self._is_on = True
 
     def ends_with(self, step: int) -> bool:
-        """Return whether this step, just begun, is the last to trace."""
-        return self._is_on and step + 1 == self._start + self._num_steps
+        """Return whether this step is the last to trace, and a trace is running."""
+        return self._is_on and step == self._first + self._num_steps - 1
 
     def stop(self, state: Any, compiled: Any, *, num_devices: int) -> None:
-        """Wait for the last step, end the trace and say what was seen."""
+        """Wait for the state, stop the trace, and print its largest operations."""
         self._is_on = False
         jax.block_until_ready(state)
         try:
@@ -81,7 +86,7 @@ class StepProfile:
         self._say(format_operations(operations, num_steps=self._num_steps))
 
     def close(self) -> None:
-        """Drop a trace that the end of the run cut off."""
+        """Stop a trace that the end of the run has cut off."""
         if self._is_on:
             self._is_on = False
             with suppress(*_FAILURES):

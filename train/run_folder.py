@@ -1,7 +1,8 @@
-"""The folder of a run, held by one run at a time: opened, locked, and cleared of what a killed run left.
+"""Open and lock the folder of a run, and remove what a killed run left unfinished.
 
-A run folder may come from elsewhere. What is in it under our names must be files and folders: a link would let a run
-write, or remove, outside. The folder itself may be a link, since whoever starts a run names it.
+A run folder may come from another person. So every entry that a run reads, writes or removes must be a regular file or
+folder: a link would let the run write or remove outside of its folder. The folder itself may be a link, since the user
+names it.
 """
 
 import contextlib
@@ -26,44 +27,45 @@ from ..meshes import ConfigError, RunError
 from ..meshes.files.own_file import free_name, identify_file, open_own
 from ..meshes.files.regular_file import name_kind, walk_folder
 from ..meshes.processes.messages import first_does, require_agreement, text_of_first
-from .board import BOARD_FOLDER
-from .metrics import METRICS_FILE, PLOT_FILE, SUMMARY_FILE
+from .config_file import CONFIG_FILE, is_resolved_config
+from .metrics import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 
 LOCK_FILE = "lock"
 ASIDE = "aside"
 PROFILE_FOLDER = "profile"
 _LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, BOARD_FOLDER, FOLDER)
-"""Saves last: moved in part, it is still a run. The rest is no run's: an imported model's config and tokenizer."""
+"""What --force moves aside, besides a run's config.toml. Saves come last: if the process is killed in between, the
+folder still holds a run. An imported model's own config and its tokenizer stay."""
 
 _FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, *TOKENIZER_FILES, ORIGIN}
 _FOLDERS = {BOARD_FOLDER, FOLDER, TOKENS_FOLDER, PROFILE_FOLDER}
 _DEPTHS = {PROFILE_FOLDER: 8}
-"""How deep a run writes in a folder; in the others directly, and Orbax in folders that it has just made."""
+"""Levels of folders that a run writes below a folder; 1 for the others."""
 _OLD_CACHE = "xla"
-_MOST_HOLDER_BYTES = 4096
+_MAX_HOLDER_BYTES = 4096
 
-_SEEN_S = 10.0
-"""A file system of a network shows what another machine writes a little later."""
+_VISIBLE_S = 10.0
+"""Time that a network file system may take to show what another machine has written."""
 
 Start = Literal["resume", "fresh", "replace"]
-"""Go on from the newest save; start over, where nothing is saved; or start over and set aside what is there."""
+"""Go on from the newest save; start over if nothing is saved; or start over and move what is there aside."""
 
 
 class HeldFolder:
-    """A run folder while a run holds it; of many processes the first does."""
+    """A run folder that this run has locked; with many processes the first one holds the lock."""
 
     def __init__(self, path: Path, *, take_lock: Callable[[], object]) -> None:
-        # Saves go to the absolute path: a folder above this one may be what moves.
+        # Saves go to the absolute path, so a folder above this one that is moved counts, too.
         self._path, self._take_lock = path.absolute(), take_lock
         self._ids = self._identify()
 
     def check(self) -> None:
-        """Raise unless the folder is still the one that was opened, with nobody else in it; all processes call it.
+        """Raise unless the folder is still the one that was opened, and locked; all processes call it.
 
-        A lock that was removed is taken again.
+        A lock file that was removed is made and locked again.
 
         Raises:
-            RunError: it was moved or removed, or another run has it.
+            RunError: the folder was moved or removed, or another run has locked it.
         """
         first_does(self._check)
 
@@ -85,12 +87,12 @@ class HeldFolder:
 
 @contextlib.contextmanager
 def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object]) -> Iterator[HeldFolder]:
-    """Hold a run's folder as its only run; all processes of a run call it together.
+    """Create and lock the folder of a run; all processes of a run call it together.
 
     Raises:
         ConfigError: it cannot be written.
-        RunError: another run holds it, a fresh start would overwrite what is there, a part of it is a link, or a
-            process has another folder.
+        RunError: another run has locked it, a fresh start would overwrite a run, an entry is a link, or the processes
+            see different folders.
     """
     with contextlib.ExitStack() as held:
 
@@ -109,8 +111,8 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                     f"the run folder {folder} cannot be written: {error.strerror}.",
                     fix="make room, or set run.folder to a place that can.",
                 ) from None
-            for what in _list_unread(folder):
-                say(what)
+            for message in _list_unread(folder):
+                say(message)
 
         first_does(take)
         _require_one_folder(folder)
@@ -118,7 +120,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
 
 
 def _list_unread(folder: Path) -> Iterator[str]:
-    """Yield what to say of things that somebody may take for a part of the run."""
+    """Yield a message for each entry that looks like a part of the run and is not read."""
     saves = SaveFolder(folder / FOLDER)
     for name in saves.names:
         if name.isdigit() and not is_own_name(name):
@@ -128,11 +130,11 @@ def _list_unread(folder: Path) -> Iterator[str]:
 
 
 def check_entries(folder: Path) -> None:
-    """Raise unless what a run reads, writes or removes in its folder are files and folders of its own.
+    """Raise unless every entry that a run reads, writes or removes is a regular file or folder.
 
     Raises:
         RunError: naming the first that is a link, a pipe or the like.
-        OSError: the system refuses.
+        OSError: the folder cannot be read.
     """
     for entry in list(walk_folder(folder, max_depth=1)):
         name = entry.name.removesuffix(".part")
@@ -141,7 +143,7 @@ def check_entries(folder: Path) -> None:
         elif name in _FOLDERS:
             _check_kind(entry, wanted="a folder")
             for inner in walk_folder(entry.path, max_depth=_DEPTHS.get(name, 1)):
-                # What else somebody keeps beside the saves, a link to the best one say, is never touched.
+                # Other entries beside the saves, such as a user's link to the best one, are never touched.
                 if name != FOLDER or is_own_name(inner.name):
                     _check_kind(inner, wanted="a folder" if inner.is_dir(follow_symlinks=False) else "a file")
 
@@ -158,12 +160,12 @@ def _check_kind(entry: os.DirEntry[str], *, wanted: Literal["a file", "a folder"
 
 
 def _require_one_folder(folder: Path) -> None:
-    """Return once every process has seen the first one's lock in the folder: they share it."""
+    """Return once every process has read the first one's lock file, which shows that they share the folder."""
     if jax.process_count() == 1:
         return
     place = f"{folder.absolute()} on {socket.gethostname()}"
     held, first = text_of_first(_read_text(folder / LOCK_FILE)), text_of_first(place)
-    end = time.monotonic() + _SEEN_S
+    end = time.monotonic() + _VISIBLE_S
     while not (is_seen := _read_text(folder / LOCK_FILE) == held) and time.monotonic() < end:
         time.sleep(0.2)
     require_agreement("run folder", {"run folder": first if is_seen else place})
@@ -178,7 +180,7 @@ def _read_text(file: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """The kernel lets go of the lock when its process ends, however it ends: a lock is never stale."""
+    """Lock the folder for this process; the kernel releases the lock when the process ends, so it is never stale."""
     with open_own(folder / LOCK_FILE, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,7 +190,7 @@ def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
                 fix="wait for that run, stop it, or set another run.name.",
             ) from None
         if (before := _read_holder(file)) != _NOBODY:
-            say(f"the run before, {before}, ended without a goodbye")
+            say(f"the run before, {before}, was killed or crashed")
         _write_holder(file, {"process": os.getpid(), "host": socket.gethostname()})
         try:
             yield
@@ -202,7 +204,7 @@ _NOBODY = "another process"
 def _read_holder(file: IO[bytes]) -> str:
     file.seek(0)
     try:
-        holder = json.loads(file.read(_MOST_HOLDER_BYTES))
+        holder = json.loads(file.read(_MAX_HOLDER_BYTES))
         process, host = holder["process"], holder["host"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return _NOBODY
@@ -233,4 +235,6 @@ def _clear(folder: Path, *, start: Start, say: Callable[[str], object]) -> None:
     for name in _LEFT_BY_A_RUN:
         if (folder / name).exists():
             (folder / name).rename(aside / name)
+    if is_resolved_config(folder / CONFIG_FILE):
+        (folder / CONFIG_FILE).rename(aside / CONFIG_FILE)
     say(f"moved     {what} to {aside}")

@@ -1,4 +1,4 @@
-"""Everything a run trains with, made from its config: model, schedule, optimizer, and the state they act on."""
+"""Build what a run trains with from its config: model, schedule, optimizer, and the state that they act on."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,28 +23,32 @@ from ..pipeline import (
     stage_costs,
 )
 from ..pipeline.schedules import load_schedule
-from .health import Health, healthy
 from .optimizer import make_optimizer, optimizer_shardings, split_over_data
+from .step_health import StepHealth, initial_health
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a step changes and a checkpoint holds: steps taken, parameters, optimizer state, health.
+    """The state that a step changes and a checkpoint holds; also the tree of its shapes, and of its shardings.
 
-    `step` is also the position in the data: batches are a function of seed and step. The optimizer counts its updates
-    itself; they are fewer by the batches that were left out. Also used as the tree of shapes and of shardings.
+    `step` int32[] counts the steps taken. It is also the position in the data, since batches are a function of seed
+    and step. `opt_state` is optax's, which counts its updates itself: skipped batches make none. `params` are
+    `stages`, leaves [chunks, ranks@pipe, layers, ...], and `shared`, the embedding and the head. A save names its
+    arrays by these fields, so renaming one makes old saves unreadable.
     """
 
     step: Any
     params: PipelineParams
     opt_state: Any
-    health: Health
+    health: StepHealth
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run made ready on a mesh; nothing is allocated until `init_state`.
+    """A config on a mesh, and what follows from both: model, schedule, optimizer, shapes and shardings.
+
+    Everything is built when it is first asked for, and nothing is allocated on a device before `init_state`.
 
     >>> setup = Setup(load_config("quickstart"), build_mesh(MeshSpec(data=-1)))
     >>> setup.init_state().params.shared["embed"]["table"].shape
@@ -74,14 +78,14 @@ class Setup:
 
     @cached_property
     def num_chunks(self) -> int:
-        """Chunks of layers a rank: one without a pipeline; a schedule of the user's own says it itself."""
+        """Chunks of layers per rank: 1 without a pipeline; a schedule read from a file has its own number."""
         if self.mesh.shape["pipe"] == 1:
             return 1
-        return self._own_schedule.num_chunks if self._own_schedule else self.config.pipeline.chunks
+        return self._file_schedule.num_chunks if self._file_schedule else self.config.pipeline.chunks
 
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
-        """Layers of every stage, first to last: those of the config, or balanced ones."""
+        """Number of layers of every stage, first to last: given by the config, or balanced by their time."""
         if self.mesh.shape["pipe"] == 1:
             return (self.config.model.num_layers,)
         return resolve_layers(
@@ -106,13 +110,13 @@ class Setup:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The order of forwards and backwards."""
+        """The order of forwards and backwards on every rank."""
         section, num_ranks = self.config.pipeline, self.mesh.shape["pipe"]
         if num_ranks == 1:
-            # A single rank runs its layers one after another, whatever the schedule.
-            sequence = build_schedule("gpipe", num_ranks=1, num_microbatches=section.microbatches)
-            return replace(sequence, name=section.schedule)
-        return self._own_schedule or build_schedule(
+            # With one rank every schedule is the same: gradient accumulation, one microbatch after another.
+            accumulation = build_schedule("gpipe", num_ranks=1, num_microbatches=section.microbatches)
+            return replace(accumulation, name=section.schedule)
+        return self._file_schedule or build_schedule(
             section.schedule,
             num_ranks=num_ranks,
             num_microbatches=section.microbatches,
@@ -123,36 +127,39 @@ class Setup:
         )
 
     @cached_property
-    def _own_schedule(self) -> Schedule | None:
+    def _file_schedule(self) -> Schedule | None:
         section = self.config.pipeline
-        return _load(section, self.mesh.shape["pipe"]) if section.schedule.endswith(".csv") else None
+        return _load_schedule_file(section, self.mesh.shape["pipe"]) if section.schedule.endswith(".csv") else None
 
     @cached_property
     def peak_rate(self) -> jax.Array:
-        """The peak of the learning rate, a replicated float32 scalar."""
+        """The peak learning rate, float32[], replicated."""
         shape, peak = self.peak_rate_shape, np.asarray(self.config.optimizer.learning_rate, np.float32)
         with jax.transfer_guard("allow"):
             return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: peak)
 
     @property
     def peak_rate_shape(self) -> jax.ShapeDtypeStruct:
-        """The shape and sharding of `peak_rate`, for programs of devices that need not be there."""
+        """Shape and sharding of `peak_rate`, to compile for devices that this machine may lack."""
         return jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     @cached_property
     def optimizer(self) -> Any:
-        """Clipping and AdamW, an `optax.GradientTransformation`; Any, since optax's types know no dataclass trees."""
+        """Gradient clipping and AdamW, an `optax.GradientTransformation`.
+
+        Annotated as Any because optax's types do not admit dataclasses as parameter trees.
+        """
         return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
-        """Where the optimizer's copies of the parameter tree live: with the parameters, or split over `data` too."""
+        """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over `data`."""
         own = self.model.shardings
         return split_over_data(own, self.model.params, self.mesh) if self.config.optimizer.zero == "on" else own
 
     @cached_property
     def shapes(self) -> TrainState:
-        """Shapes and shardings of the whole state."""
+        """Shapes, types and shardings of the whole state, as `jax.ShapeDtypeStruct`."""
         shapes = jax.eval_shape(self._fresh, self.model.params)
         return jax.tree.map(
             lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, self.shardings
@@ -160,36 +167,46 @@ class Setup:
 
     @cached_property
     def shardings(self) -> TrainState:
-        """Where the whole state lives."""
+        """Shardings of the whole state."""
         opt_state = jax.eval_shape(self.optimizer.init, self.model.params)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         return TrainState(
-            step=everywhere,
+            step=replicated,
             params=self.model.shardings,
             opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
-            health=Health(skipped=everywhere, mean_loss=everywhere, halted=everywhere),
+            health=StepHealth(skipped=replicated, mean_loss=replicated, halted=replicated),
         )
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Where a batch lives: [M, B@data, T]."""
+        """Sharding of every array of a batch: [M, B@data, T]."""
         return NamedSharding(self.mesh, PartitionSpec(None, "data", None))
 
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a batch: tokens and targets int32, weights float32, each [M, B@data, T]."""
+        microbatches = self.config.pipeline.microbatches
+        shape = (microbatches, self.config.train.batch_size // microbatches, self.config.data.seq_len)
+        dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in dtypes.items()
+        }
+
     def init_state(self) -> TrainState:
-        """Return the state before the first step, every device making its own part."""
+        """Return a state before the first step, its parameters drawn from the seed, each device making its own part."""
         return self.state_of(self.model.init(self.config.run.seed))
 
     def state_of(self, params: PipelineParams) -> TrainState:
-        """Return the state before the first step with these parameters, which are given up."""
+        """Return a state before the first step with the given parameters, whose buffers are donated."""
         return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
 
     def _fresh(self, params: PipelineParams) -> TrainState:
         opt_state = self.optimizer.init(params)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=healthy())
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=initial_health())
 
 
-def _load(section: PipelineSection, num_ranks: int) -> Schedule:
-    """A user's own schedule, checked to be for this mesh and batch."""
+def _load_schedule_file(section: PipelineSection, num_ranks: int) -> Schedule:
+    """Load a schedule from a .csv file, and check that it fits the mesh and the number of microbatches."""
     schedule = load_schedule(section.schedule, vocab=section.vocab)
     if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, section.microbatches):
         raise ScheduleError(

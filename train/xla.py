@@ -1,7 +1,7 @@
-"""Settings of XLA that trellax chooses for GPUs, each with its reason.
+"""Choose XLA's compiler options for GPUs, each with its reason, and compile with them.
 
-A user's own `XLA_FLAGS` win: what they name is left alone. Programs for GPUs that are not there are compiled with the
-same settings, so that `trellax inspect` reads the program that would run. `program_cache.py` keeps what was compiled.
+Options named in the user's `XLA_FLAGS` are left alone. Programs for GPUs that this machine lacks are compiled with the
+same options, so that `trellax inspect` reads the program that would run. `compilation_cache.py` stores the programs.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 
-from .program_cache import open_program_cache
+from .compilation_cache import enable_compilation_cache
 
 CompilerOption = bool | int | str
-"""Value of a setting, as `Lowered.compile` takes it."""
+"""Value of a compiler option, as `Lowered.compile` takes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A setting of XLA, and why it is set."""
+    """A compiler option of XLA, with the reason for its value."""
 
     name: str
     value: CompilerOption
@@ -30,7 +30,7 @@ GPU_SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="xla_gpu_enable_latency_hiding_scheduler",
         value=True,
-        why="moves the start of a collective up and its end down, so that products run in between",
+        why="starts a collective earlier and waits for it later, so that matrix products run in between",
     ),
     Setting(
         name="xla_gpu_enable_highest_priority_async_stream",
@@ -38,15 +38,17 @@ GPU_SETTINGS: tuple[Setting, ...] = (
         why="a collective that queues behind a product is not hidden behind it",
     ),
 )
-"""Left as XLA has them, until a GPU says otherwise: command buffers (on, collectives outside), and how much of the
-gradients one sum takes (30 MB): with more, all gradients become one sum that nothing overlaps."""
+"""Two options keep XLA's default, until a measurement on a GPU says otherwise: command buffers (on, without
+collectives), and the threshold up to which all-reduces of gradients are combined (30 MB). With a higher one all
+gradients become one all-reduce, which nothing is left to overlap with."""
 
 MEMORY_FRACTION = 0.92
-"""Share of a GPU that jax may take: 0.75, its default, leaves 35 GB of an H200 idle; the rest is for libraries."""
+"""Fraction of a GPU's memory that jax may allocate. Its default of 0.75 leaves 35 GB of an H200 idle; 8% stay for
+libraries such as NCCL."""
 
 
 def compile_for(lowered: Any, *, platform: str) -> Any:
-    """Return the compiled program, with the settings for its platform that this XLA knows.
+    """Compile a lowered program with the options for its platform that this version of XLA knows.
 
     >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
     Array(0., dtype=float32, ...)
@@ -56,14 +58,14 @@ def compile_for(lowered: Any, *, platform: str) -> Any:
         try:
             return lowered.compile(compiler_options=options or None)
         except jax.errors.JaxRuntimeError as error:
-            # Names come and go with XLA's versions; one that is not known is told before anything is compiled.
+            # Options come and go with XLA's versions; XLA names an unknown one before it compiles anything.
             unknown = re.search(r"No such compile option: '(\w+)'", str(error))
             if unknown is None or options.pop(unknown[1], None) is None:
                 raise
 
 
 def choose_options(platform: str) -> dict[str, CompilerOption]:
-    """Return the settings for a platform (`gpu`, `cpu`) that the user's XLA_FLAGS leave open."""
+    """Return the options for a platform (`gpu`, `cpu`) that the user's XLA_FLAGS do not set."""
     if platform not in ("gpu", "cuda"):
         return {}
     named = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
@@ -71,10 +73,9 @@ def choose_options(platform: str) -> dict[str, CompilerOption]:
 
 
 def prepare_backend() -> str:
-    """Set what must be set before jax starts: the share of GPU memory, and the cache of compiled programs.
+    """Set GPU memory fraction and compilation cache, which jax reads when its backend starts.
 
-    What the environment or jax's own configuration says already is left alone. Returns what a person should know, or
-    "".
+    Values that the environment or jax's configuration already has are left alone. Returns a warning to print, or "".
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    return open_program_cache()
+    return enable_compilation_cache()

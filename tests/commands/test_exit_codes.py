@@ -7,7 +7,7 @@ import pytest
 from trellax.commands import cli
 from trellax.meshes import LostProcessError, MeshError
 from trellax.train.outputs import EXIT_LOST_OUTPUT, EXIT_UNREAD
-from trellax.train.processes.watch import EXIT_LOST
+from trellax.train.processes.watchdog import EXIT_LOST
 from trellax.train.stop import EXIT_INTERRUPTED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from trellax.configs import load_config
 from trellax.hub.read import read_weights
 from trellax.serve import Request
 from trellax.train import run
+from trellax.train.restore import restore_or_initialize
 
 from ..hub.hub import GOLDEN, shapes_of
 
@@ -65,12 +66,16 @@ def test_training_begins_with_the_weights_and_the_tokenizer_that_are_named(
     main(["import-hf", "model", "runs/mine"])
     states = []
 
-    def stop(run: Any, *_: Any) -> None:
-        states.append(run.state)
+    def keep_state(*args: Any, **options: Any) -> Any:
+        states.append(restore_or_initialize(*args, **options)[0])
+        return states[0], None
+
+    def stop(*_: Any, **__: Any) -> None:
         raise ReadyError
 
+    monkeypatch.setattr(run, "restore_or_initialize", keep_state)
     # Compiling the step takes most of the time, and is tested elsewhere.
-    monkeypatch.setattr(run.Run, "_compile", stop)
+    monkeypatch.setattr(run, "compile_steps", stop)
     with pytest.raises(ReadyError):
         main(f"train runs/mine/config.toml --run.name other --train.init_from model {TEXT}".split())
     err = capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_wrong_vocabulary_and_missing_corpus_are_told_together(tiny: Callable[..
 
 
 def test_run_without_its_corpus_is_described_all_the_same(tiny: Callable[..., RunConfig]) -> None:
-    from trellax.train.loop import prepare
+    from trellax.train.prepare import prepare
 
     assert prepare(tiny(f"{EIGHT} --data.paths nowhere.txt")).config.train.batch_size == 8
     assert load_config("gpt2-124m").data.source == "tokens"

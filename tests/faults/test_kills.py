@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trellax.train.board import read_steps
 from trellax.train.metrics import read_metrics
+from trellax.train.metrics.tensorboard import read_steps
 
 from .conftest import losses
 from .zygote import Child, Zygote, is_alive

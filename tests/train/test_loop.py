@@ -1,18 +1,21 @@
-"""A run leaves its folder behind, and a run cut in two is the run uncut."""
+"""A run writes its folder, and a run that was stopped and resumed is the uninterrupted run, to the digit."""
 
 import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from trellax.configs import RunConfig
+from trellax.configs import RunConfig, load_config
 from trellax.meshes import RunError
-from trellax.train import train
+from trellax.train import finish, train
+from trellax.train.evaluate import validate
 from trellax.train.metrics import read_metrics, read_summary
-from trellax.train.run import Run
+
+from .metrics.event_files import hyperparameters
 
 Tiny = Callable[..., RunConfig]
 
@@ -34,6 +37,7 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     folder = config.run_folder
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
+        "config.toml",
         "lock",
         "loss.png",
         "metrics.jsonl",
@@ -49,25 +53,27 @@ def test_run_leaves_metrics_summary_picture_and_checkpoint(tiny: Tiny) -> None:
     assert sum(first[name] for name in parts) == pytest.approx(first["step_time_s"])
     assert [line["step"] for line in read_metrics(folder) if "val_loss" in line] == [2, 4]
     assert summary.steps == 4
+    assert load_config(folder / "config.toml") == config
+    (shown,) = hyperparameters(folder)
+    assert (shown["optimizer.learning_rate"], shown["mesh.pipe"]) == (config.optimizer.learning_rate, 2)
     talk = talk_file.getvalue()
     for part in ("mesh      data=2 tensor=2 pipe=2", "256@pipe+tensor, 32", "rank 1 |", "bubble", "step 4/4", "sha256"):
         assert part in talk
 
 
-def test_record_removed_after_the_last_step_is_whole(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = Run.validate
-
-    def remove_and_validate(self: Run) -> float:
-        (self.config.run_folder / "metrics.jsonl").unlink()
-        return validate(self)
-
-    monkeypatch.setattr(Run, "validate", remove_and_validate)
+def test_log_removed_after_the_last_step_is_complete(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(f"{MESH} --train.steps 3")
+
+    def remove_and_validate(*args: Any) -> float:
+        (config.run_folder / "metrics.jsonl").unlink()
+        return validate(*args)
+
+    monkeypatch.setattr(finish, "validate", remove_and_validate)
     train(config, console=quiet())
     assert [line["step"] for line in read_metrics(config.run_folder)] == [1, 2, 3, 3]
 
 
-def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
+def test_resumed_run_is_the_uninterrupted_run(tiny: Tiny) -> None:
     whole = tiny(f"{MESH} --train.steps 6 --run.name whole")
     cut = tiny(f"{MESH} --train.steps 6 --run.name cut --checkpoint.every 3 --checkpoint.keep 9")
     expected = train(whole, console=quiet())
@@ -80,7 +86,7 @@ def test_run_that_is_resumed_is_the_run_uncut(tiny: Tiny) -> None:
     assert again.final_val_loss == expected.final_val_loss
 
 
-def test_profile_is_written_and_its_gist_said(tiny: Tiny) -> None:
+def test_profile_is_written_and_summarized(tiny: Tiny) -> None:
     config = tiny("--mesh.data 8 --train.steps 6")
     talk = io.StringIO()
     train(config, console=Console(file=talk), profile_steps=2)

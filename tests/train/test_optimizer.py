@@ -1,4 +1,4 @@
-"""AdamW decays matrices alone, warms up, and its state follows the parameters."""
+"""AdamW decays only matrices, warms up, and its state is sharded like the parameters."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_learning_rate_is_never_zero(overrides: list[str]) -> None:
     assert all(float(rate(step)) > 0 for step in range(20))
 
 
-def test_weight_decay_leaves_norms_and_biases_alone() -> None:
+def test_weight_decay_leaves_norms_and_biases_unchanged() -> None:
     optimizer: Any = make_optimizer(load_config("tiny-dense").optimizer, steps=20)
     params = PipelineParams(
         stages={"up": {"kernel": jnp.ones((1, 1, 1, 2, 2)), "bias": jnp.ones((1, 1, 1, 2))}},

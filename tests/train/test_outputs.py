@@ -1,4 +1,4 @@
-"""stdout and stderr that are closed, full or unread: a lost result is an error, lost talk is nothing."""
+"""With a stdout or stderr that is closed, full or unread, a lost result is an error and a lost message is not."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def test_lost_result_is_an_error(
 
 
 @pytest.mark.parametrize("how", ["full", "closed", "unread"])
-def test_lost_talk_changes_no_result(
+def test_lost_messages_change_no_result(
     how: str, opened: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stderr", opened(how))
@@ -82,7 +82,7 @@ def test_run_is_done_though_its_summary_is_lost(
     assert capsys.readouterr().err == f"stdout cannot be written: No space left on device; all is in {tmp_path}\n"
 
 
-def test_talk_goes_on_when_there_is_room_again() -> None:
+def test_messages_go_on_when_there_is_room_again() -> None:
     class Full(io.StringIO):
         is_full = True
 

@@ -1,4 +1,4 @@
-"""A run folder that cannot be held is refused in a sentence, and what is in it never half moved away."""
+"""A run folder that cannot be locked is refused with an error, and its content is never moved away in part."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from trellax.meshes import ConfigError, RunError
 from trellax.train.run_folder import open_run_folder
 
 
-def test_lock_that_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_refused_by_the_system_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(38, os.strerror(38))
 
@@ -22,7 +22,7 @@ def test_lock_that_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytes
         pass
 
 
-def test_run_that_was_half_moved_aside_is_still_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_moved_aside_in_part_is_still_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / FOLDER / "40").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("{}")
     rename = Path.rename
@@ -39,7 +39,7 @@ def test_run_that_was_half_moved_aside_is_still_a_run(tmp_path: Path, monkeypatc
     assert SaveFolder(tmp_path / FOLDER).steps == [40]
 
 
-def test_what_is_not_read_is_told(tmp_path: Path) -> None:
+def test_entries_that_are_not_read_are_reported(tmp_path: Path) -> None:
     for name in ("xla", "checkpoints/007", "checkpoints/²", "checkpoints/7", "checkpoints/notes"):
         (tmp_path / name).mkdir(parents=True)
     told: list[str] = []
@@ -74,7 +74,7 @@ def test_lock_that_another_run_has_taken_stops_the_first(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("is_made_anew", [False, True])
-def test_folder_that_moved_is_told(is_made_anew: bool, tmp_path: Path) -> None:
+def test_moved_folder_is_an_error(is_made_anew: bool, tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "run", start="resume", say=print) as held:
         (tmp_path / "run").rename(tmp_path / "away")
         if is_made_anew:
@@ -83,7 +83,7 @@ def test_folder_that_moved_is_told(is_made_anew: bool, tmp_path: Path) -> None:
             held.check()
 
 
-def test_folder_above_that_moved_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moved_parent_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A relative path would still lead there, and the saves go to an absolute one.
     (tmp_path / "above").mkdir()
     monkeypatch.chdir(tmp_path / "above")

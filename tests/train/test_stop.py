@@ -1,4 +1,4 @@
-"""What a signal means is decided before a step; only a second Ctrl-C ends at once, heard or not."""
+"""A signal stops a run before its next step; only a second Ctrl-C ends the process at once."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def test_run_stops_before_the_next_step() -> None:
     assert stop.signal_name == "SIGTERM"
 
 
-def test_lost_terminal_stops_a_run_unless_it_is_to_be_ignored() -> None:
+def test_lost_terminal_stops_a_run_unless_sighup_is_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
@@ -80,7 +80,7 @@ def test_signal_to_one_process_after_the_last_step_changes_nothing(
     assert (stop.signal_name, passed_on) == ("", [signal.SIGTERM])
 
 
-def test_nobody_to_tell_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_stderr_does_not_stop_the_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     def break_pipe(*_: object) -> None:
         raise BrokenPipeError
 

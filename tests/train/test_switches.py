@@ -1,4 +1,4 @@
-"""`trellax train` under jax's own switches: the same losses, whatever widths, checks and guards are asked for."""
+"""`trellax train` gives the same losses under jax's options for 64-bit types, promotion, transfers and checks."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def losses(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_training_is_the_same_with_switches_of_jax(tmp_path: Path) -> None:
+def test_training_is_the_same_under_options_of_jax(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain")
     assert plain.returncode == 0, plain.stderr
     assert len(losses(plain)) == 3
@@ -43,7 +43,7 @@ def test_training_is_the_same_with_switches_of_jax(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("JAX_DISABLE_JIT", "1"), ("JAX_AUTO_PCAST", "0")])
-def test_training_that_a_switch_forbids_ends_with_its_name(tmp_path: Path, name: str, value: str) -> None:
+def test_option_that_forbids_training_is_named_in_the_error(tmp_path: Path, name: str, value: str) -> None:
     done = run(tmp_path, **{name: value})
     assert done.returncode == 2
     assert f"{name.lower()}=" in done.stderr

@@ -1,1 +1,1 @@
-"""Training data: corpora as rows of tokens, and batches by step number."""
+"""Load corpora as arrays of tokens, and cut batches out of them by step number."""

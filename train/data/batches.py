@@ -1,6 +1,7 @@
-"""Batches by step number: which sequences a step sees is a pure function of the seed and the step.
+"""Cut batches out of a corpus, each a pure function of the seed and the step.
 
-So a run resumes from its step alone, and a run on another mesh sees the same data. Grain shuffles; next: `../step.py`.
+A run therefore resumes from its step alone, without the state of an iterator, and sees the same data on any mesh. Grain
+shuffles. Read `../step.py` next.
 """
 
 from dataclasses import dataclass
@@ -11,22 +12,30 @@ import numpy as np
 
 from ...meshes import DataError
 from ...meshes.arguments import check_count
-from .file_change import check_size
+from .hashed_file import check_size
 
 
 class Batches:
-    """Random access to the batches of an endless, reshuffled corpus.
+    """Index the batches of a corpus that repeats without end and is shuffled anew in every epoch.
 
     `batches[step]` is a dict of `tokens` and `targets` int32[M, B, T] and `weights` float32[M, B, T], where M is
-    `microbatches` and B is `batch_size / microbatches`. Weights sum to 1 over a step: the loss of a step is the sum of
-    weights x negative log-likelihood, however it is cut. An epoch covers every token; its windows do not overlap but
-    for the last, which ends where the corpus ends. Batches run on across epochs, so no sequence is left out.
-    `first_sequence` is where in that endless row batch 0 starts; it is not 0, and may be negative, for a run that went
-    on with batches of another size.
+    `microbatches` and B is `batch_size / microbatches`. The weights of a step sum to 1, so its loss is the sum of
+    weights x negative log-likelihood, however the step is cut.
+
+    An epoch covers every token once. Its windows of T + 1 tokens share only their end points, except for the last
+    window, which is moved back to end where the corpus ends. A batch may lie across two epochs, so that no sequence
+    is dropped:
+
+        sequence | 0 1 2 3 4 5 6 0' 1' 2' 3' 4' ...     7 windows an epoch
+        batch    | 0 0 0 0 1 1 1 1  2  2  2  2  ...     batch_size = 4
 
     >>> batches = Batches(np.arange(100, dtype=np.uint8), seq_len=8, batch_size=4, microbatches=2, seed=0)
     >>> batches[7]["tokens"].shape
     (2, 2, 8)
+
+    Args:
+        first_sequence: index of the sequence at which batch 0 starts. It is not 0, and may be negative, for a run
+            that was resumed with another batch size.
 
     Raises:
         DataError: the corpus has no full sequence, or the batch does not split into microbatches.
@@ -61,10 +70,10 @@ class Batches:
         self._shape = (microbatches, batch_size // microbatches, seq_len)
         self._batch_size, self._first_sequence = batch_size, first_sequence
         self.num_windows = len(windows)
-        """Sequences of one epoch."""
+        """Number of sequences in one epoch."""
 
     def num_sequences(self, step: int) -> int:
-        """Return how many sequences of the endless row come before batch `step`."""
+        """Return the index of the first sequence of batch `step`, counted over all epochs."""
         return self._first_sequence + step * self._batch_size
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
@@ -80,7 +89,7 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class _Windows:
-    """The corpus as windows of seq_len + 1 tokens: each window's targets end where the next one's tokens begin."""
+    """Index the windows of seq_len + 1 tokens in a corpus; the last token of one is the first of the next."""
 
     tokens: np.ndarray
     seq_len: int
@@ -94,15 +103,16 @@ class _Windows:
 
 
 def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Return tokens[start : start + count], of a mapped file by reading it.
+    """Return tokens[start : start + count]; those of a memory-mapped file are read from the file.
 
-    Touching a map whose file was cut short kills the process, in whatever moment before that one looked.
+    Reading through the map would kill the process with SIGBUS if the file was truncated, even right after a check.
 
     Raises:
-        DataError: the file has gone or changed its size.
+        DataError: the file is lost or has another size.
     """
     if not isinstance(tokens, np.memmap):
         return tokens[start : start + count]
+    # A slice keeps the offset of the whole map, so the place in the file follows from the two addresses.
     whole = tokens.base if isinstance(tokens.base, np.memmap) else tokens
     place = whole.offset + tokens.ctypes.data - whole.ctypes.data + start * tokens.itemsize
     file = Path(str(tokens.filename))

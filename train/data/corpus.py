@@ -1,7 +1,7 @@
-"""Corpora: text and token arrays as one row of tokens, cut into a training part and a held-out tail.
+"""Load a corpus of text or of token arrays as one array of tokens, split into a training and a held-out part.
 
-The default corpus is Python's own standard library, which every machine has: no download. It differs between Python
-versions, so its SHA-256 is printed beside every loss. Read `batches.py` next.
+The default corpus is the source of Python's standard library, which every machine has, so nothing is downloaded. It
+differs between Python versions, which is why a run prints the corpus's SHA-256. Read `batches.py` next.
 """
 
 import codecs
@@ -23,7 +23,7 @@ from ...meshes.arguments import check_count
 from ...meshes.errors import printable
 from ...meshes.files.regular_file import read_bounded
 from .corpus_files import check_text_file, check_token_file
-from .file_change import WatchedFile
+from .hashed_file import HashedFile
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CHUNK = 1 << 24
@@ -32,10 +32,10 @@ _MOST_TEXT_BYTES = 1 << 31
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids for training and for validation, both `[num_tokens]`, uint8 for bytes, else uint16 or uint32.
+    """The token ids of a corpus for training and for validation, each [num_tokens], uint8, uint16 or uint32.
 
-    `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the files that are read
-    while the run goes on; the others are in memory, and may change.
+    `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the memory-mapped files,
+    which are read during the whole run and must not change; the content of all other files is in memory.
     """
 
     train: np.ndarray
@@ -43,27 +43,36 @@ class Corpus:
     sha256: str
     description: str
     vocab_size_needed: int
-    mapped: tuple[WatchedFile, ...] = ()
+    mapped: tuple[HashedFile, ...] = ()
+
+    def check_files(self) -> None:
+        """Raise if a memory-mapped file is lost or has changed since it was hashed.
+
+        Raises:
+            DataError: naming the file.
+        """
+        for file in self.mapped:
+            file.check()
 
 
 def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
-    """Return the corpus that a run file asks for, its tail of `val_fraction` held out.
+    """Load the corpus that a config names, and hold out its last `val_fraction` for validation.
 
-    Token files stay on disk and are mapped; they are read once, in order, for the hash and the largest id.
+    A token file is memory-mapped; it is read through once, for its hash and its largest id.
 
     Args:
-        vocab_size: that of the model, to stop at the first text with an id that it does not have.
-        cache: folder that keeps tokenized text.
+        vocab_size: the model's, so that tokenizing stops at the first text with a larger id.
+        cache: folder in which tokenized text is kept.
 
     Raises:
         DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter
-            than one sequence, or the tokenizer is none or gives an id that the model does not have.
+            than one sequence, or the tokenizer cannot be read or gives an id that the model does not have.
     """
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, error=DataError)
     if data.source == "tokens":
         files = find_files(data.paths)
-        mapped = WatchedFile(files[0]) if len(files) == 1 else None
+        mapped = HashedFile(files[0]) if len(files) == 1 else None
         return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data, mapped=mapped)
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
@@ -72,18 +81,8 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     tokenizer = load_tokenizer(data.tokenizer)
     documents, what = _read_documents(data)
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
-    mapped = WatchedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
+    mapped = HashedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
     return _cut(tokens, f"{what} by {tokenizer.file}", data=data, mapped=mapped)
-
-
-def check_files(corpus: Corpus) -> None:
-    """Raise if a file that the run still reads has gone or changed.
-
-    Raises:
-        DataError: naming the file.
-    """
-    for file in corpus.mapped:
-        file.check()
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -101,7 +100,7 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
 
 
 def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
-    """Names and contents of all files, and what they are."""
+    """Return the names and contents of all files, and a description of them."""
     if data.source == "stdlib":
         return _read_stdlib()
     files = find_files(data.paths)
@@ -109,7 +108,7 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
 
 
 def _join_texts(texts: Sequence[bytes]) -> bytes:
-    """Return texts one after another, a line break between two of which the first ends within a line."""
+    """Concatenate texts, with a line break after each that does not end with one, the last excepted."""
     texts = [text for text in texts if text]
     ended = [text if text.endswith(b"\n") else text + b"\n" for text in texts[:-1]]
     return b"".join([*ended, *texts[-1:]])
@@ -118,7 +117,7 @@ def _join_texts(texts: Sequence[bytes]) -> bytes:
 def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root).as_posix() for file in root.rglob("*.py") if _is_library(file.relative_to(root))]
-    # Ordered by the hash of the name, the held-out tail is a fair sample and not the modules from u to z.
+    # In the order of the names' hashes the held-out tail is a random sample, not the modules from u to z.
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     if not names:
         raise DataError(
@@ -130,13 +129,13 @@ def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
 
 
 def _is_library(name: Path) -> bool:
-    # Files of the machine's own build (sysconfig data) hold its paths, so they differ between equal Pythons.
+    # Build files (sysconfig data) hold paths of the machine, so they differ between equal Python versions.
     built = name.name.startswith("_sysconfigdata") or name.parts[0].startswith("config-")
     return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
 
 
 def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
-    """Names and contents; all of them are in memory at once, so a size that cannot be meant is refused first."""
+    """Read files whole and return names and contents; since all are in memory at once, too large ones are refused."""
     try:
         sizes = {file: file.stat().st_size for file in files}
         total = sum(sizes.values())
@@ -152,13 +151,13 @@ def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
         texts = {str(file): read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError) for file in files}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
-    # The mark that editors on Windows put before a text is no part of it.
+    # Editors on Windows put a byte order mark before the text; it is not part of it.
     return [(name, text.removeprefix(codecs.BOM_UTF8)) for name, text in texts.items()]
 
 
 def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
     parts = [_map_file(file, dtype=np.dtype(data.token_dtype)) for file in files]
-    # One file stays a map of the disk; several are joined in memory.
+    # One file stays memory-mapped; several are joined in memory.
     if len(parts) == 1:
         return parts[0]
     needed, memory = sum(part.nbytes for part in parts), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -169,7 +168,7 @@ def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
             fix="join them into one file, which stays on disk.",
         )
     joined = np.result_type(*parts)
-    # Of uint64 and signed ids numpy makes floats.
+    # numpy promotes uint64 and signed integers to float64, which cannot hold all ids.
     return np.concatenate(parts, dtype=joined if joined.kind in "ui" else np.int64, casting="unsafe")
 
 
@@ -198,13 +197,13 @@ def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
 def _map_array(file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")
-    # A header is a Python literal: numpy raises whatever parsing it, or a shape of any numbers, comes to.
+    # The header is a Python literal that may hold anything, so numpy may raise any error while it parses it.
     except Exception as error:
         why = printable(str(error).partition("\n")[0].rstrip("."), limit=200) or type(error).__name__
         raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
 
 
-def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: WatchedFile | None = None) -> Corpus:
+def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: HashedFile | None = None) -> Corpus:
     if not tokens.size:
         raise DataError(
             f"the corpus is empty: {description}, 0 tokens.", fix="name files that hold something in data.paths."

@@ -1,7 +1,7 @@
-"""Checks that the files of a corpus are what a run takes them for: plain text, or token ids of the type it says.
+"""Check that the files of a corpus hold what the config says: plain text, or token ids of the given type.
 
-A file of another kind trains without an error, on braces or on compressed bytes, and a loss that stays high is all
-that one sees. So each is looked at first: its name, its first bytes, what lies beside it.
+A file of another kind would train without an error, on the braces of JSON or on compressed bytes, and the only symptom
+would be a high loss. So the name, the first bytes and the files beside each file are checked before the run.
 """
 
 import codecs
@@ -29,29 +29,29 @@ _MAGIC = {
     b"\x93NUMPY": "numpy's .npy",
 }
 _WIDE_MAGIC = {20240520: "llm.c", 20240801: "llm.c"}
-"""The first 32 bits of headers before token ids."""
+"""Programs whose token files begin with a header, by its first 32 bits."""
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 """Type codes of the .idx files beside Megatron-LM's .bin files."""
 
 _SAMPLE, _TEXT_SAMPLE = 1 << 20, 1 << 16
-"""Bytes that are looked at: of ids at three places of a file, of text at its start."""
+"""Bytes that are read: of token ids at three places of the file, of text at its start."""
 
 _FEWEST = 64
-"""Tokens below which nothing can be guessed from them."""
+"""Smallest number of tokens from which their type is guessed."""
 
 _LARGEST_HALF = 7
-"""Upper halves of ids of vocabularies up to 2**19 words, in 32 bits, are no larger."""
+"""Largest upper half of a 32-bit id, for vocabularies of up to 2**19 words."""
 
 _TYPE_OF = {"u2": "'uint16'", "u4": "'uint32'", "i4": "'uint32'"}
 
 
 def check_text_file(file: Path) -> None:
-    """Raise if a file is no plain text, by its name or its first bytes: records, compressed or binary.
+    """Raise if the name or the first bytes of a file show that it is not plain text: records, compressed or binary.
 
     Raises:
-        DataError: naming the file and what it is.
+        DataError: naming the file and its kind.
     """
     head, suffix = _read_head(file, _TEXT_SAMPLE), file.suffix.lower()
     packed = _magic_of(head) or (f"compressed ({suffix})" if suffix in _COMPRESSED else None)
@@ -77,13 +77,13 @@ def check_text_file(file: Path) -> None:
 
 
 def check_token_file(file: Path, dtype: np.dtype) -> None:
-    """Raise if a raw file of token ids has a header, or says or looks like another type than `dtype`.
+    """Raise if a raw file of token ids has a header, or seems to hold another type than `dtype`.
 
     Args:
-        dtype: what `data.token_dtype` says.
+        dtype: the value of `data.token_dtype`.
 
     Raises:
-        DataError: naming the file, the type and what speaks against it.
+        DataError: naming the file, the type and the evidence against it.
     """
     head = _read_head(file, _SAMPLE)
     if name := _magic_of(head) or ("text" if _is_text(head) else None):
@@ -94,7 +94,7 @@ def check_token_file(file: Path, dtype: np.dtype) -> None:
             f"{file}: this begins with the header of {name}, 256 numbers that are no tokens.",
             fix="cut its first 1,024 bytes off, or save the tokens with numpy.save as .npy.",
         )
-    for beside, said in _types_beside(file):
+    for beside, said in _read_types_beside(file):
         if said.kind not in "ui" or said.itemsize != dtype.itemsize or not said.isnative:
             raise DataError(
                 f"{file}: {beside.name} says {said}, but data.token_dtype='{dtype}'.",
@@ -113,7 +113,11 @@ def check_token_file(file: Path, dtype: np.dtype) -> None:
 
 
 def _find_wider(file: Path, dtype: np.dtype) -> np.dtype | None:
-    """Return the type of which numbers of `dtype` look like pieces: all pieces but one are small in every id."""
+    """Return a wider type whose ids look like pieces of `dtype` when they are read as that; None if there is none.
+
+    Read as uint16, the uint32 ids 17, 70000 and 5 are 17 0 4464 1 5 0: in every pair one number is small. Ids that are
+    uint16 have no such pattern.
+    """
     size = file.stat().st_size
     for wide in map(np.dtype, ("<u8", ">u8", "<u4", ">u4")):
         pieces = wide.itemsize // dtype.itemsize
@@ -128,8 +132,8 @@ def _find_wider(file: Path, dtype: np.dtype) -> np.dtype | None:
     return None
 
 
-def _types_beside(file: Path) -> list[tuple[Path, np.dtype]]:
-    """What the files beside a .bin file say of its type."""
+def _read_types_beside(file: Path) -> list[tuple[Path, np.dtype]]:
+    """Return the types that files beside a .bin file give for it, with their paths."""
     index, found = file.with_suffix(".idx"), []
     if index.is_file() and (code := _megatron_code(index)) in _MEGATRON_TYPES:
         found.append((index, np.dtype(_MEGATRON_TYPES[code])))
@@ -142,7 +146,7 @@ def _types_beside(file: Path) -> list[tuple[Path, np.dtype]]:
 
 def _megatron_code(index: Path) -> int | None:
     head = _read_head(index, 18)
-    # Magic, then a version in 64 bits, then the code.
+    # The index begins with 9 bytes of magic and a version of 8 bytes; the type code follows.
     return head[17] if head.startswith(_MEGATRON_MAGIC) and len(head) == 18 else None
 
 
@@ -155,7 +159,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _is_records(head: bytes) -> bool:
-    """Whether a text begins with lines each of which is a JSON object."""
+    """Return whether the first lines of a text are JSON objects."""
     lines = [line for line in head.split(b"\n")[:-1] if line.strip()][:3]
     try:
         return len(lines) > 1 and all(isinstance(json.loads(line), dict) for line in lines)
@@ -164,7 +168,7 @@ def _is_records(head: bytes) -> bool:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes are UTF-8 of characters that print, as numbers never are."""
+    """Return whether bytes are printable UTF-8, which an array of ids practically never is."""
     text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(head[: 1 << 12])
     return len(head) > 4 * _FEWEST and "\ufffd" not in text and text.translate(_SPACES).isprintable()
 
@@ -173,7 +177,7 @@ _SPACES = str.maketrans("\t\n\r\f\ufeff", "     ")
 
 
 def _read_sample(file: Path, size: int) -> bytes:
-    """Bytes of the start, the middle and the end of a file, or the whole of a short one; 8 bytes are never cut."""
+    """Return bytes of the start, the middle and the end of a file, or all of a short one, in multiples of 8 bytes."""
     if size <= 3 * _SAMPLE:
         return _read_head(file, size)
     starts = (0, size // 16 * 8, size - _SAMPLE - size % 8)

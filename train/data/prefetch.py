@@ -1,4 +1,4 @@
-"""Batches made and placed while the devices are at the step before: the next one is there when it is due."""
+"""Prefetch batches in a thread: read and place the next one while the devices work on the current step."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,16 +12,16 @@ Batch = TypeVar("Batch")
 
 
 class Prefetch(Generic[Batch]):
-    """Random access to what `make(step)` returns, the following step made ahead by a thread; use as a context manager.
+    """Index the results of `make(step)`, computing the next step ahead in a thread; use as a context manager.
 
-    What `make` raises for a step is raised when that step is asked for, not before.
+    An error that `make` raises for a step is raised when that step is asked for, not before.
 
     >>> with Prefetch(lambda step: step**2, end=10) as squares:
     ...     [squares[step] for step in range(3)]
     [0, 1, 4]
 
     Args:
-        end: first step that nobody will ask for.
+        end: number of steps; no result is computed ahead for this index or a later one.
     """
 
     def __init__(self, make: Callable[[int], Batch], *, end: int) -> None:
@@ -48,8 +48,8 @@ class Prefetch(Generic[Batch]):
 
 
 def place_batch(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Return a batch on the devices; every process has all of it in its hands and places its devices' part."""
-    # What a step needs sent is sent, whatever jax_transfer_guard says.
+    """Place a batch on the devices; every process holds the whole batch and transfers the part of its own devices."""
+    # This transfer is intended, so a user's jax_transfer_guard does not apply to it.
     with jax.transfer_guard("allow"):
         return {
             name: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__) for name, leaf in batch.items()

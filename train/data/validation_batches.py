@@ -1,4 +1,4 @@
-"""The held-out batches of a run: the same sequences at every validation, each counted once, whatever the seed."""
+"""Cut the validation batches out of the held-out part: the same sequences at every validation, each once."""
 
 import math
 
@@ -7,28 +7,31 @@ import numpy as np
 from .batches import Batches
 
 _SEED = 0
-"""Of all runs: with a seed's own windows, the losses of two seeds could not be compared."""
+"""Seed of all runs, so that the validation losses of two seeds are of the same sequences."""
 
 
 class ValidationBatches:
-    """At most `most` batches of the held-out part, as `Batches` has them.
+    """Index at most `max_batches` batches of the held-out part, each a dict as `Batches` gives it.
 
-    Weights sum to 1 over all batches, so that the sum of their losses is the mean over the sequences read. Where the
-    part has fewer sequences than `most` batches, there are fewer batches, and what fills up the last one weighs 0.
+    Weights sum to 1 over all batches together, so the sum of their losses is the mean over the sequences. A short
+    held-out part gives fewer batches; the last one is filled up with sequences of weight 0.
 
-    >>> batches = ValidationBatches(np.arange(50, dtype=np.uint8), seq_len=8, batch_size=4, microbatches=2, most=5)
-    >>> len(batches), batches.num_sequences
+    >>> tokens = np.arange(50, dtype=np.uint8)
+    >>> batches = ValidationBatches(tokens, seq_len=8, batch_size=4, microbatches=2, max_batches=5)
+    >>> len(batches), batches.num_sequences   # batches of 4 and 3 sequences
     (2, 7)
 
     Raises:
-        DataError: the part has no full sequence, or a batch does not split into microbatches.
+        DataError: the held-out part has no full sequence, or a batch does not split into microbatches.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int, batch_size: int, microbatches: int, most: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, *, seq_len: int, batch_size: int, microbatches: int, max_batches: int
+    ) -> None:
         self._batches = Batches(tokens, seq_len=seq_len, batch_size=batch_size, microbatches=microbatches, seed=_SEED)
         self._batch_size = batch_size
-        self.num_sequences = min(self._batches.num_windows, most * batch_size)
-        """Sequences of one validation."""
+        self.num_sequences = min(self._batches.num_windows, max_batches * batch_size)
+        """Number of sequences in one validation."""
 
     def __len__(self) -> int:
         return math.ceil(self.num_sequences / self._batch_size)

@@ -1,1 +1,1 @@
-"""A run of many processes: what they must have in common, and how they watch each other."""
+"""Compare the settings of a run's processes, and end them all when one of them fails or is lost."""

@@ -40,7 +40,7 @@ def test_weights_are_equal_and_sum_to_one(batch_size: int, microbatches: int) ->
     assert weights.sum(dtype=np.float64) == pytest.approx(1, rel=1e-7)
 
 
-def test_step_alone_decides_the_batch() -> None:
+def test_batch_depends_on_the_step_alone() -> None:
     one, other = make(), make()
     for step in range(9):
         one[step]
@@ -91,7 +91,7 @@ def test_batch_that_does_not_split_is_refused() -> None:
 
 
 @pytest.mark.parametrize("part", [slice(None), slice(60, None)])
-def test_a_mapped_file_is_read_as_it_is_and_one_cut_short_is_named(part: slice, tmp_path: Path) -> None:
+def test_mapped_file_is_read_and_a_truncated_one_is_an_error(part: slice, tmp_path: Path) -> None:
     file = tmp_path / "tokens.npy"
     np.save(file, np.arange(100, dtype=np.uint16))
     mapped = np.lib.format.open_memmap(file, mode="r")[part]

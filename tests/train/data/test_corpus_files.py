@@ -1,4 +1,4 @@
-"""Files that are no plain text, or token ids of another type, are refused before a run trains on them."""
+"""Files that are not plain text, or hold token ids of another type, are refused before a run trains on them."""
 
 import gzip
 import json
@@ -75,7 +75,7 @@ def test_ids_of_32_bits_are_read_where_the_config_says_so(file: str, folder: Pat
 
 
 @pytest.mark.parametrize("ids", [IDS, IDS % 300, IDS % 5, np.arange(4_000) % 9])
-def test_ids_of_16_bits_are_never_taken_for_wider_ones(ids: np.ndarray, tmp_path: Path) -> None:
+def test_16_bit_ids_are_never_taken_for_wider_ones(ids: np.ndarray, tmp_path: Path) -> None:
     ids.astype(np.uint16).tofile(tmp_path / "ids.bin")
     assert (load([str(tmp_path / "ids.bin")], source="tokens") == ids).all()
 
@@ -98,14 +98,14 @@ ODD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_text_is_looked_at_and_not_only_its_name(name: str, tmp_path: Path) -> None:
+def test_content_of_text_is_checked_and_not_only_its_name(name: str, tmp_path: Path) -> None:
     content, problem = ODD[name]
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=problem):
         load([str(tmp_path / "a.txt")])
 
 
-def test_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT)
     assert load([str(tmp_path / "a.txt")]).tobytes() == TEXT
 
@@ -113,9 +113,7 @@ def test_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("read", ["uint16", "uint32"])
 @pytest.mark.parametrize("ids", [IDS, IDS % 6], ids=["words", "letters"])
 @pytest.mark.parametrize("written", ["<u4", ">u4", "<i8", ">i8"])
-def test_wider_ids_are_not_read_as_narrow_ones_and_zeros(
-    ids: np.ndarray, written: str, read: str, tmp_path: Path
-) -> None:
+def test_wider_ids_are_not_read_as_narrow_ones(ids: np.ndarray, written: str, read: str, tmp_path: Path) -> None:
     # Padding before them, longer than what was looked at.
     padded = np.concatenate([np.zeros(1 << 20, np.int64), ids])
     padded.astype(written).tofile(tmp_path / "ids.bin")

@@ -1,4 +1,4 @@
-"""What is made ahead is what was asked for, and mistakes come when their step does."""
+"""Prefetched results are those of the steps asked for, and an error is raised at its own step."""
 
 import threading
 
@@ -11,7 +11,7 @@ def test_steps_come_in_any_order() -> None:
         assert [squares[step] for step in (0, 1, 5, 6, 2)] == [0, 1, 25, 36, 4]
 
 
-def test_next_step_is_made_while_nobody_asks_and_the_last_one_is_the_end() -> None:
+def test_next_step_is_computed_ahead_until_the_last() -> None:
     made, is_made = [], threading.Event()
 
     def make(step: int) -> int:
@@ -27,7 +27,7 @@ def test_next_step_is_made_while_nobody_asks_and_the_last_one_is_the_end() -> No
     assert made == [3, 4]
 
 
-def test_mistake_is_told_at_its_step_and_not_before() -> None:
+def test_error_is_raised_at_its_step_and_not_before() -> None:
     def make(step: int) -> int:
         if step == 1:
             raise ValueError("step 1 is lost")

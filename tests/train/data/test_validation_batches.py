@@ -8,7 +8,7 @@ from trellax.train.data.validation_batches import ValidationBatches
 
 def make(num_tokens: int, *, most: int = 3, batch_size: int = 4) -> ValidationBatches:
     tokens = np.arange(num_tokens, dtype=np.uint16)
-    return ValidationBatches(tokens, seq_len=8, batch_size=batch_size, microbatches=2, most=most)
+    return ValidationBatches(tokens, seq_len=8, batch_size=batch_size, microbatches=2, max_batches=most)
 
 
 def weights_of(batches: ValidationBatches) -> dict[int, float]:

@@ -1,0 +1,83 @@
+"""Hold the batches of a run, for training and validation, and place them on the mesh."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from ...configs.run_config import RunConfig
+from .batches import Batches
+from .corpus import Corpus
+from .prefetch import place_batch
+from .validation_batches import ValidationBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The batches of a run: host arrays [M, B, T] by index, placed as [M, B@data, T]."""
+
+    corpus: Corpus
+    train: Batches
+    validation: ValidationBatches
+    sharding: jax.sharding.NamedSharding
+
+    def train_batch(self, step: int) -> dict[str, jax.Array]:
+        """Return the batch of a training step, placed on the devices.
+
+        Raises:
+            DataError: a file of the corpus is lost or changed.
+        """
+        return self._place(self.train[step])
+
+    def validation_batches(self) -> Iterator[dict[str, jax.Array]]:
+        """Yield the batches of one validation, the same at every validation.
+
+        Raises:
+            DataError: a file of the corpus is lost or changed.
+        """
+        return (self._place(batch) for batch in self.validation)
+
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        # Checked after the batch was read: a change that comes later is not part of it.
+        self.corpus.check_files()
+        return place_batch(batch, self.sharding)
+
+
+def make_training_data(
+    config: RunConfig,
+    corpus: Corpus,
+    *,
+    sharding: jax.sharding.NamedSharding,
+    first_sequence: int = 0,
+    say: Callable[[str], object] = lambda _: None,
+) -> TrainingData:
+    """Return the batches that a config cuts out of a corpus.
+
+    Args:
+        first_sequence: as for `Batches`.
+        say: told when the held-out part has fewer sequences than `train.eval_batches` asks for.
+
+    Raises:
+        DataError: a part of the corpus has no full sequence, or a batch does not split into microbatches.
+    """
+    size, microbatches, seq_len = config.train.batch_size, config.pipeline.microbatches, config.data.seq_len
+    train = Batches(
+        corpus.train,
+        seq_len=seq_len,
+        batch_size=size,
+        microbatches=microbatches,
+        seed=config.run.seed,
+        first_sequence=first_sequence,
+    )
+    validation = ValidationBatches(
+        corpus.validation,
+        seq_len=seq_len,
+        batch_size=size,
+        microbatches=microbatches,
+        max_batches=config.train.eval_batches,
+    )
+    asked, found = config.train.eval_batches * size, validation.num_sequences
+    if found < asked:
+        say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")
+    return TrainingData(corpus=corpus, train=train, validation=validation, sharding=sharding)

@@ -1,0 +1,104 @@
+"""Compute the validation loss of a run folder, or of a state, on any mesh."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ..configs.saved_config import load_saved_config
+from ..hub.model_folder import load_params
+from ..meshes import DataError
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.initial_weights import weight_shapes
+from .checkpoints.layer_order import as_pipeline, params_in_stages
+from .compiled_steps import compile_eval_step
+from .data.corpus import Corpus, check_vocabulary, load_corpus
+from .data.training_data import TrainingData, make_training_data
+from .prepare import prepare
+from .state import Setup, TrainState
+
+
+def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
+    """Return the validation loss of the newest save in a run folder, in nats per token.
+
+    It is the `val_loss` that the run logged at that step: to the digit on the mesh of the run, and on another mesh up
+    to the rounding of sums in another order. Nothing is saved.
+
+    >>> evaluate("runs/quickstart")
+    1.9...
+    >>> evaluate("runs/quickstart", mesh=build_mesh(MeshSpec(data=2), devices=jax.devices()[:2]))
+    1.9...
+
+    Args:
+        mesh: the mesh to compute on; that of the run's config if left out.
+
+    Raises:
+        CheckpointError: the folder has no save.
+        DataError: the files of the run's corpus are missing or changed.
+        TrellaxError: the model does not fit the mesh.
+    """
+    config = load_saved_config(folder)
+    setup = prepare(config) if mesh is None else Setup(config, mesh)
+    corpus = _load_corpus(setup, cache=Path(folder))
+    _check_same_corpus(Path(folder), corpus)
+    params = as_pipeline(load_params(folder, weight_shapes(setup)))
+    return _evaluate_on(corpus, setup, setup.state_of(params_in_stages(setup, params)))
+
+
+def evaluate_state(setup: Setup, state: TrainState) -> float:
+    """Return the validation loss of a state, in nats per token, on the corpus of its config.
+
+    The state is not changed, and it may come from anywhere: `initial_state`, `Checkpoints.restore`, a step of yours.
+
+    >>> setup = prepare(load_config("quickstart"))
+    >>> evaluate_state(setup, initial_state(setup))   # near ln(256) = 5.55
+    5.6...
+
+    Raises:
+        DataError: a file of the corpus is missing, or its held-out part has no full sequence.
+    """
+    return _evaluate_on(_load_corpus(setup, cache=None), setup, state)
+
+
+def validate(state: TrainState, eval_step: Callable[..., Any], data: TrainingData) -> float:
+    """Return the mean loss of the held-out sequences of a run, the same ones at every call.
+
+    Every batch carries weights that sum to 1 over all batches, so the mean is the sum of the batches' losses.
+
+    Args:
+        eval_step: maps (state, batch) to the loss of one batch, compiled.
+
+    Raises:
+        DataError: a file of the corpus is lost or changed.
+    """
+    # The list starts all batches before the first loss is waited for.
+    losses = [eval_step(state, batch) for batch in data.validation_batches()]
+    return float(np.sum(jax.device_get(losses)))
+
+
+def _evaluate_on(corpus: Corpus, setup: Setup, state: TrainState) -> float:
+    data = make_training_data(setup.config, corpus, sharding=setup.batch_sharding)
+    return validate(state, compile_eval_step(setup, say=lambda _: None), data)
+
+
+def _load_corpus(setup: Setup, *, cache: Path | None) -> Corpus:
+    vocab_size = setup.config.model.vocab_size
+    corpus = load_corpus(setup.config.data, vocab_size=vocab_size, cache=cache)
+    check_vocabulary(corpus, vocab_size=vocab_size)
+    return corpus
+
+
+def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
+    """Raise unless the corpus is the one the newest save was trained on; an imported model was trained on none."""
+    with Checkpoints(folder) as checkpoints:
+        seal = checkpoints.newest()
+    trained_on = seal.data.get("corpus") if seal else None
+    if trained_on and trained_on != corpus.sha256:
+        raise DataError(
+            f"{folder} was trained on the corpus with sha256 {trained_on[:12]}, and its files now give "
+            f"{corpus.sha256[:12]}: the loss could not be compared with the run's.",
+            fix="bring the old files back, or call evaluate_state() with a config that names the new ones.",
+        )

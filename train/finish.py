@@ -1,0 +1,83 @@
+"""End a run: save its last state, validate it, and write the summary and the plot."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..meshes import RunError, mesh_sizes
+from ..meshes.processes.messages import is_first
+from .evaluate import validate
+from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
+from .metrics.summary import keep_throughput
+from .run import Run
+from .state import TrainState
+from .stop import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsTaken:
+    """The result of the loop: the last state, and the last training loss, None if no step was ever taken."""
+
+    state: TrainState
+    last_loss: float | None
+
+
+def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: StopRequest, start_s: float) -> Summary:
+    """Save and validate the last state, write summary.json and loss.png, and return the summary.
+
+    A run that was asked to stop is saved and not validated.
+
+    Raises:
+        RunError: the validation loss is not finite; all files are written first.
+        DataError: a file of the corpus is lost or changed; the state is saved.
+    """
+    folder, state, saver = run.config.run_folder, taken.state, run.saver
+    step = int(state.step)
+    saver.save(state)
+    val_loss = None if stop.signal_name else validate(state, run.compiled.evaluate, run.data)
+    saver.checkpoints.wait()
+    # A folder that was moved away would be made again by the files written below.
+    saver.folder.check()
+    summary = _sum_up(run, taken, ended=stop.signal_name or "done", val_loss=val_loss, start_s=start_s)
+    if is_first():
+        # The end of a run that is resumed at its end is on record already.
+        if val_loss is not None and {"step": step, "val_loss": val_loss} not in read_metrics(folder):
+            log.write(step, {"val_loss": val_loss})
+        write_summary(summary)
+        draw_loss(folder)
+    saver.folder.check()
+    check_last_validation(val_loss, step=step, folder=folder)
+    return summary
+
+
+def check_last_validation(loss: float | None, *, step: int, folder: Path) -> None:
+    """Raise if the last validation loss is not finite, so that the saved parameters are useless; None passes.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    if loss is None or math.isfinite(loss):
+        return
+    raise RunError(
+        f"the validation loss after the last step, {step}, is {loss:.4g}: its update broke the parameters. They "
+        f"are saved as step {step} in {folder}.",
+        fix="start over with a lower --optimizer.learning_rate, --fresh and --force, which keeps what is there.",
+    )
+
+
+def _sum_up(run: Run, taken: StepsTaken, *, ended: str, val_loss: float | None, start_s: float) -> Summary:
+    folder, schedule, step = run.config.run_folder, run.setup.schedule, int(taken.state.step)
+    summary = Summary(
+        ended=ended,
+        steps=step,
+        final_train_loss=taken.last_loss,
+        final_val_loss=val_loss,
+        tokens_per_s=run.throughput.tokens_per_s(run.timer.mean_step_time_s),
+        wall_time_s=time.perf_counter() - start_s,
+        mesh=str(mesh_sizes(run.setup.mesh)),
+        schedule=schedule.name if schedule.num_ranks > 1 else NO_SCHEDULE,
+        folder=str(folder),
+    )
+    is_without_steps = step == run.intervals.first_step
+    return keep_throughput(summary, read_summary(folder)) if is_without_steps else summary

@@ -1,0 +1,95 @@
+"""Record the metrics of each training step one step late, so that the devices never wait for the host.
+
+The host starts a step and returns at once; reading its loss would block until it is done. So the host reads the loss
+of the step before, while the devices work on the new one:
+
+    host    | start 5 | record 4 | start 6 | record 5 | start 7 ...
+    devices |   step 4    |    step 5     |     step 6     | ...
+"""
+
+from ..bad_steps import BadSteps
+from ..intervals import Intervals
+from ..state import TrainState
+from ..step import StepMetrics
+from .log import MetricsLog, NoLog
+from .memory import peak_memory_bytes
+from .progress import StepProgress
+from .step_timer import StepTimer
+from .throughput import Throughput
+
+
+class StepRecorder:
+    """Log each finished step, show it as progress, and stop the run if it was bad.
+
+    Args:
+        last_loss: the last training loss on record before the first step, None if there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        log: MetricsLog | NoLog,
+        progress: StepProgress,
+        timer: StepTimer,
+        throughput: Throughput,
+        intervals: Intervals,
+        bad_steps: BadSteps,
+        last_loss: float | None,
+    ) -> None:
+        self._log, self._progress, self._timer = log, progress, timer
+        self._throughput, self._intervals, self._bad_steps = throughput, intervals, bad_steps
+        self._pending: tuple[int, StepMetrics] | None = None
+        self.last_loss = last_loss
+        """Loss of the last recorded step whose update was taken."""
+
+    def add(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
+        """Record the pending step, and keep this one, which the devices have just begun, pending.
+
+        Raises:
+            RunError: as `flush` does.
+        """
+        self.flush(state)
+        self._pending = step, metrics
+
+    def flush(self, state: TrainState) -> None:
+        """Wait for the pending step, if there is one, and record it.
+
+        Args:
+            state: the newest state, which is saved if the step was bad.
+
+        Raises:
+            RunError: the step was bad and stops the run; the state is saved first.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            self._record(*pending)
+            self._bad_steps.check(*pending, state)
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Log the validation loss after a step."""
+        self._log.write(step, {"val_loss": loss})
+
+    def _record(self, step: int, metrics: StepMetrics) -> None:
+        with self._timer.waiting("device"):
+            loss, is_taken = float(metrics.loss), bool(metrics.taken)
+        self._timer.end_step()
+        step_time_s = self._timer.step_time_s
+        tokens_per_s = self._throughput.tokens_per_s(step_time_s)
+        self._progress.advance(step, loss=loss, tokens_per_s=tokens_per_s)
+        if is_taken:
+            self.last_loss = loss
+        if self._intervals.logs(step) or not is_taken:
+            self._log.write(
+                step,
+                {
+                    "loss": loss,
+                    "grad_norm": float(metrics.grad_norm),
+                    "lr": float(metrics.lr),
+                    "tokens_per_s": tokens_per_s,
+                    "step_time_s": step_time_s,
+                    **self._timer.breakdown_s,
+                    "mfu": self._throughput.mfu(step_time_s),
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    "skipped": None if is_taken else 1,
+                },
+            )

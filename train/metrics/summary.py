@@ -1,0 +1,77 @@
+"""Write and read summary.json: how a run ended, with its last losses and its throughput."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...meshes import RunError
+from ...meshes.files.own_file import replace_file
+from ...meshes.files.regular_file import read_bounded
+from .log import finite_or_none, is_finite_or_none
+
+SUMMARY_FILE = "summary.json"
+
+NO_SCHEDULE = "none"
+"""The `schedule` of a run without a pipeline."""
+
+_MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The result of a run and its folder; losses are in nats per token.
+
+    `ended` is "done", or the name of the signal that stopped the run; a run that was stopped has no
+    `final_val_loss`. `tokens_per_s` and `wall_time_s` are of this call alone, not of the calls it resumes.
+    """
+
+    ended: str
+    steps: int
+    final_train_loss: float | None
+    final_val_loss: float | None
+    tokens_per_s: float
+    wall_time_s: float
+    mesh: str
+    schedule: str
+    folder: str
+
+
+def summary_values(summary: Summary) -> dict[str, Any]:
+    """Return a summary as a dict for JSON, with None for numbers that are not finite."""
+    return {name: finite_or_none(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
+
+
+def write_summary(summary: Summary) -> Path:
+    """Write summary.json into the run's folder atomically, and return its path."""
+    path = Path(summary.folder) / SUMMARY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(summary_values(summary), indent=2) + "\n").encode())
+    return path
+
+
+def read_summary(folder: str | Path) -> Summary | None:
+    """Return the summary in a run's folder, or None if summary.json is missing or damaged."""
+    try:
+        content = read_bounded(Path(folder) / SUMMARY_FILE, max_bytes=_MAX_FILE_BYTES, error=RunError)
+        summary = Summary(**json.loads(content))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    texts = (summary.ended, summary.mesh, summary.schedule, summary.folder)
+    numbers = (summary.steps, summary.tokens_per_s, summary.wall_time_s)
+    losses = (summary.final_train_loss, summary.final_val_loss)
+    is_valid = all(isinstance(text, str) for text in texts) and None not in numbers
+    return summary if is_valid and all(map(is_finite_or_none, (*numbers, *losses))) else None
+
+
+def keep_throughput(summary: Summary, before: Summary | None) -> Summary:
+    """Return the summary of a call that took no step, with the throughput and mesh of the call before it."""
+    if before is None or before.steps != summary.steps:
+        return summary
+    return replace(
+        summary,
+        tokens_per_s=before.tokens_per_s,
+        wall_time_s=before.wall_time_s,
+        mesh=before.mesh,
+        schedule=before.schedule,
+    )

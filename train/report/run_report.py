@@ -1,0 +1,101 @@
+"""Report a run before it starts: its mesh, its parameters with their shardings, its schedule with its bubble."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...meshes import RunError, ScheduleError, mesh_sizes, sharding_table
+from ...meshes.arguments import check_count
+from ...meshes.notebook import text_html
+from ...meshes.terminal import fold
+from ...pipeline import Schedule, StageCost, simulate
+from ...pipeline.schedules.stage_cost import is_even
+from ..state import Setup
+from .stage_table import tabulate_stages
+
+_MAX_GRID_COLUMNS = 100
+_MORE = " ..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The report of a run as texts, which `str()` and notebooks show, and as `numbers` for scripts."""
+
+    mesh: str
+    parameters: str
+    stages: str
+    schedule: str
+    numbers: dict[str, object]
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self.mesh, self.parameters, self.stages, self.schedule) if part)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        return text_html(str(self))
+
+
+def describe_run(setup: Setup, *, width: int | None = None) -> Report:
+    """Return the report of a run, computed from shapes: no array is allocated.
+
+    >>> print(describe_run(prepare(load_config("quickstart"))).mesh)
+    mesh      data=2 tensor=2 pipe=2: 8 x cpu (cpu)
+
+    Args:
+        width: largest number of columns of the texts; None for no limit.
+
+    Raises:
+        RunError: the width is not a positive whole number.
+    """
+    if width is not None:
+        check_count("width", width, error=RunError)
+    table = sharding_table(setup.model.params)
+    stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
+    timing = simulate(setup.schedule, stages=setup.stage_costs)
+    devices = setup.mesh.devices.ravel()
+    sizes = mesh_sizes(setup.mesh)
+    return Report(
+        mesh=f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        parameters=table.draw(width=width),
+        stages=stages.draw(width=width) if stages else "",
+        schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
+        numbers={
+            "mesh": str(sizes),
+            "devices": len(devices),
+            "parameters": [
+                {"name": r.name, "shape": r.shape, "bytes": r.total_bytes, "device_bytes": r.device_bytes}
+                for r in table.rows
+            ],
+            "device_bytes": table.device_bytes,
+            "stages": stages.numbers if stages else [],
+            "schedule": setup.schedule.name,
+            "bubble_fraction": timing.bubble_fraction,
+            "peak_in_flight": list(timing.peak_in_flight),
+        },
+    )
+
+
+def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:
+    """Draw a schedule: a line with its bubble and peak of microbatches in flight, and its grid, cut to the width.
+
+    Args:
+        stages: time of every stage; equal times if left out.
+        width: largest number of columns; None for a grid of at most 100.
+
+    Raises:
+        ScheduleError: the width is not a positive whole number.
+    """
+    if width is not None:
+        check_count("width", width, error=ScheduleError)
+    if schedule.num_ranks == 1:
+        return f"schedule  one stage, microbatches one after another ({schedule.num_microbatches}): no bubble"
+    timing = simulate(schedule, stages=stages)
+    uneven = "" if stages is None or is_even(stages) else " with these stages"
+    peaks = ", ".join(map(str, timing.peak_in_flight))
+    head = (
+        f"schedule  {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, bubble "
+        f"{timing.bubble_fraction:.1%} of the time{uneven}, in flight per rank {peaks}"
+    )
+    lines = str(schedule).splitlines()
+    room = min(_MAX_GRID_COLUMNS, max(0, (width or _MAX_GRID_COLUMNS + len(_MORE)) - len(_MORE)))
+    grid = [f"{line[:room]}{_MORE}" if len(lines[0]) > room + len(_MORE) else line for line in lines]
+    return "\n".join([fold(head, width=width), *grid])

@@ -1,0 +1,178 @@
+"""Tabulate the stages of a pipeline: layers, share of the time, parameters and activations of each."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from ...layers import activation_bytes, param_counts
+from ...meshes import mesh_sizes
+from ...meshes.columns import align_within
+from ...meshes.terminal import fold
+from ...pipeline import Schedule, simulate
+from ...plan.costs.activations import halves_bytes
+from ...plan.costs.precision import unpriced_matmuls
+from ..state import Setup
+
+_PARAM_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """One stage, with its memory on each device of its rank.
+
+    `time_share` is its part of the time of all stages, computed from their matrix products. `parameters` are counted
+    before sharding, those of the vocabulary at the stage that has them; a tied table counts once, with the embedding.
+    `in_flight` is the number of microbatches that the stage holds when its rank holds most, and `activation_bytes`
+    what their layers keep for the backward.
+    """
+
+    stage: int
+    rank: int
+    layers: int
+    time_share: float
+    parameters: int
+    parameter_bytes: int
+    in_flight: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTable:
+    """The rows of all stages, and `notes` below them on what a single program for all ranks costs in memory."""
+
+    rows: tuple[StageRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The rows as dicts, for scripts."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        return self.draw()
+
+    def draw(self, *, width: int | None = None) -> str:
+        """Return the table as text; where it is wider than `width`, its columns follow in parts below each other."""
+        lines = [("stage", "rank", "layers", "time", "parameters", "bytes/device", "in flight", "activations/device")]
+        lines += [
+            (
+                str(row.stage),
+                str(row.rank),
+                str(row.layers),
+                f"{row.time_share:.1%}",
+                f"{row.parameters:,}",
+                f"{row.parameter_bytes:,}",
+                str(row.in_flight),
+                f"{row.activation_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        parts = []
+        for part in align_within(lines, width=width, left=0).split("\n\n"):
+            head, *rows = part.splitlines()
+            parts.append("\n".join([head, "-" * len(head), *rows]))
+        return "\n".join(["\n\n".join(parts), *(fold(note, width=width) for note in self.notes)])
+
+
+def tabulate_stages(setup: Setup) -> StageTable:
+    """Return the table of the stages of a run with several ranks, computed from shapes."""
+    config, sizes, layers = setup.config, mesh_sizes(setup.mesh), setup.layers_per_stage
+    total = sum(cost.total for cost in setup.stage_costs)
+    held = microbatches_at_peak(setup.schedule, layers_per_stage=layers)
+    kept = _count_kept(setup)
+    block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
+    rows = []
+    for stage, cost in enumerate(setup.stage_costs):
+        end, end_bytes = _count_ends(setup, stage)
+        rows.append(
+            StageRow(
+                stage=stage,
+                rank=stage % sizes.pipe,
+                layers=layers[stage],
+                time_share=cost.total / total,
+                parameters=layers[stage] * block + end,
+                parameter_bytes=layers[stage] * layer_bytes + end_bytes,
+                in_flight=held[stage],
+                activation_bytes=held[stage] * layers[stage] * kept,
+            )
+        )
+    return StageTable(rows=tuple(rows), notes=_write_notes(setup, kept=kept))
+
+
+def microbatches_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...]) -> tuple[int, ...]:
+    """Return for every stage the microbatches it holds at the moment at which its rank holds the most activations.
+
+    With one chunk per rank it is the peak in flight. With more, the stages of a rank are counted at the same moment, so
+    that their activations add up to what the rank needs. Example: a rank with stages 0 and 3 of 2 layers each that
+    holds (4, 0), then (3, 2), then (1, 3) microbatches counts 3 and 2, since 3 * 2 + 2 * 2 = 10 layers are most.
+    """
+    held: Counter[int] = Counter()
+    at_peak, most = [0] * schedule.num_stages, [0] * schedule.num_ranks
+    for _, rank, action in schedule.placed():
+        held[action.stage] += {"F": 1, "I": 0, "W": -1, "B": -1}[action.kind]
+        own = range(rank, schedule.num_stages, schedule.num_ranks)
+        num_layers = sum(held[stage] * layers_per_stage[stage] for stage in own)
+        if num_layers > most[rank]:
+            most[rank] = num_layers
+            for stage in own:
+                at_peak[stage] = held[stage]
+    return tuple(at_peak)
+
+
+def _count_kept(setup: Setup) -> int:
+    """Return the bytes that one layer keeps of one microbatch for the backward, on one device."""
+    config, sizes = setup.config, mesh_sizes(setup.mesh)
+    shapes: dict[str, Any] = {
+        "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
+        "num_tokens": config.data.seq_len,
+        "tensor": sizes.tensor,
+        "remat": config.pipeline.remat,
+    }
+    kept = activation_bytes(config.model, **shapes).layer
+    has_halves = any(action.kind == "W" for _, _, action in setup.schedule.placed())
+    return kept + round(halves_bytes(config.model, **shapes)) if has_halves else kept
+
+
+def _count_layer_bytes(setup: Setup) -> int:
+    """Return the bytes of one layer's parameters on one device, from leaves [chunks, ranks@pipe, layers, ...]."""
+    total = 0
+    for leaf in jax.tree.leaves(setup.model.params.stages):
+        chunks, _, slots = leaf.shape[:3]
+        own = leaf.sharding.shard_shape(leaf.shape)
+        total += leaf.dtype.itemsize * math.prod(own) // (chunks * slots)
+    return total
+
+
+def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
+    """Return the number of parameters of embedding and head at a stage, and their bytes on each of its devices."""
+    config, sizes = setup.config.model, mesh_sizes(setup.mesh)
+    counts, last = param_counts(config), setup.schedule.num_stages - 1
+    table = counts.embedding
+    is_untied = config.embeddings == "untied"
+    norm = counts.head - (table if is_untied else 0)
+    whole = (counts.positions if stage == 0 else 0) + (norm if stage == last else 0)
+    if setup.config.pipeline.vocab == "split":
+        # Every rank has an equal part of the tables, counted with its first stage.
+        part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
+        return whole + part, _PARAM_BYTES * (whole + part // sizes.tensor)
+    own = table if stage == 0 or (stage == last and is_untied) else 0
+    # A tied table is one parameter, but takes memory at the last stage as well.
+    used = table if stage in (0, last) else 0
+    return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
+
+
+def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
+    most, slots = max(setup.layers_per_stage), max(simulate(setup.schedule).peak_in_flight)
+    room = (
+        f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight, "
+        f"{slots * most * kept:,} bytes of activations"
+    )
+    notes = (f"{room}, and for embedding and head, wherever they are used.",)
+    if setup.config.pipeline.vocab == "split":
+        notes = (f"{room}.", "The vocabulary's time is no stage's: all ranks share it.")
+    if narrow := unpriced_matmuls(setup.config.model):
+        notes += (f"Time counts products in {narrow} as 16-bit ones: layers take less of it than is said.",)
+    return notes

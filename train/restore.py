@@ -1,0 +1,45 @@
+"""Give a run its first state: the newest save of its folder, or a fresh one where nothing is saved."""
+
+from collections.abc import Callable
+
+from ..configs.changes import Changes, check_changes
+from ..configs.saved_config import read_saved_config
+from ..hub.saves.seal import Seal
+from ..meshes.processes.messages import text_of_first
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.initial_weights import initial_state
+from .state import Setup, TrainState
+
+
+def restore_or_initialize(
+    setup: Setup, checkpoints: Checkpoints, *, corpus_sha256: str, changes: Changes, say: Callable[[str], object]
+) -> tuple[TrainState, Seal | None]:
+    """Return the state to train on from, and the seal of the save it comes from, None for a fresh state.
+
+    Raises:
+        RunError: config or corpus differ from those of the save, and `changes` refuses that.
+        CheckpointError: all saves are damaged, or the newest is of another model.
+    """
+    config = setup.config
+    # The first process decides: on a network file system the others may see the folder's content later.
+    if text_of_first("empty" if checkpoints.folder.is_empty else ""):
+        state = initial_state(setup)
+        if config.train.init_from:
+            say(f"weights   of {config.train.init_from}")
+        return state, None
+    accepted: list[Seal] = []
+
+    def accept(seal: Seal) -> None:
+        # A save of parameters alone, as `import-hf` writes it, has no run yet whose config could have changed.
+        if not seal.has_params_alone:
+            was = seal.data.get("corpus")
+            saved = read_saved_config(seal, folder=checkpoints.folder / seal.step, say=say)
+            check_changes(saved, config, was=was, corpus=corpus_sha256, changes=changes, step=seal.step)
+        accepted.append(seal)
+
+    state = checkpoints.restore(setup, accept=accept)
+    step, steps = int(state.step), config.train.steps
+    rest = f"{steps - step} to go" if step < steps else f"train.steps={steps}: none to take"
+    say(f"resumed   at step {step} of {config.run_folder}, {rest}")
+    # Damaged saves were accepted before it; the last one is the save that was restored.
+    return state, accepted[-1]
