@@ -7,12 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-Carry = dict[str, Any]
-"""What the loop carries: buffers and sums by name."""
-
-Row = dict[str, jax.Array]
-"""One turn: this rank's entry of every column of the tables."""
-
 
 def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
     """Return x marked as differing over those of the axes that are manual; over none if there is a single device.
@@ -108,8 +102,3 @@ def fill_whole(sums: Any, params: Any) -> Any:
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
-
-
-def leave(carry: Carry, buffer: str, value: jax.Array, slot: jax.Array) -> Carry:
-    """Return the carry with a result put where it waits, unless nobody wants it: slot is -1."""
-    return carry | {buffer: jax.lax.cond(slot < 0, lambda b: b, lambda b: write(b, value, slot), carry[buffer])}

@@ -23,12 +23,13 @@ from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns
 from .checks.user_errors import check_context, explain_errors
 from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
-from .ends import Wants
-from .execute import Bubbles, run_turns
+from .execute import run_turns
+from .loop_plan import Bubbles
+from .loop_state import Wants
 from .lower import lower
 from .prepare import check_prepare
-from .program import Closed, Program, trace_program
 from .sequential import run_sequence
+from .traced_function import ClosedOver, TracedFunction, trace_function
 
 
 def pipeline_grads(
@@ -59,9 +60,9 @@ def pipeline_grads(
         MeshError: the mesh lacks an axis, or has another one.
     """
     how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    program = _trace(how, params, batch, wants="grads")
-    given = watch_derivatives((params, batch, program.closed), check=how.check_second)
-    loss, grads = program.run(*given)
+    traced = _trace(how, params, batch, wants="grads")
+    given = watch_derivatives((params, batch, traced.closed_over), check=how.check_second)
+    loss, grads = traced.run(*given)
     return LossAndGrads(loss=loss, grads=grads)
 
 
@@ -77,11 +78,11 @@ def pipeline_loss(
         ScheduleError: also for a derivative with respect to the batch, or to an array that a function closes over.
     """
     how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    program = _trace(how, params, batch, wants="loss")
+    traced = _trace(how, params, batch, wants="loss")
 
     @jax.custom_jvp
-    def loss_of(params: PipelineParams, batch: Any, closed: Closed) -> jax.Array:
-        return program.run(params, batch, closed)[0]
+    def loss_of(params: PipelineParams, batch: Any, closed_over: ClosedOver) -> jax.Array:
+        return traced.run(params, batch, closed_over)[0]
 
     def rule(primals: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
         check_first(tangents, owners=how.facts.owners)
@@ -90,7 +91,7 @@ def pipeline_loss(
         return loss, tangent_of_loss(tangents[0], grads)
 
     loss_of.defjvp(rule, symbolic_zeros=True)
-    return loss_of(params, batch, program.closed)
+    return loss_of(params, batch, traced.closed_over)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +117,16 @@ def _check(
     return _How(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
 
-def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Program:
+def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> TracedFunction:
     run = partial(_run, how, wants=wants)
     try:
-        program = trace_program(partial(run, named=how.facts.axes), params, batch)
+        traced = trace_function(partial(run, named=how.facts.axes), params, batch)
     except NameError:
         # A function that marks an array as varying names axes in a way that its trace does not tell from jax's own.
         with explain_errors("the gradient of a function", how.mesh):
-            program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
-    check_branches(program.jaxpr.jaxpr)
-    return program
+            traced = trace_function(partial(run, named=frozenset(("pipe", "data"))), params, batch)
+    check_branches(traced.jaxpr.jaxpr)
+    return traced
 
 
 def _run(

@@ -17,7 +17,7 @@ from ...model.stage import PipelineParams, StageFns
 from ...model.trees import check_arrays, spread_specs
 from ...schedules import Schedule
 from ..batch import check_batch
-from ..execute import Bubbles
+from ..loop_plan import Bubbles
 
 
 def check_arguments(
