@@ -110,7 +110,7 @@ def _backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     dy = read(state.gradients, turn.gradients.read)
     slot = turn.compute.residuals
     dx, sums = backward_layers(
-        plan.stack(turn), plan.vjp, dy, state.residuals, microbatch, state.stage_grads, slot=slot
+        plan.stack(turn), plan.vjp, dy, state.residuals, microbatch, slot=slot, sums=state.stage_grads
     )
     return plan.enter.leave_back(replace(state, stage_grads=sums), dx, turn, microbatch)
 
@@ -130,7 +130,9 @@ def _weight_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     assert plan.halves is not None
     microbatch = read(plan.batch, turn.compute.microbatch)
     slot = turn.compute.residuals
-    sums = weight_grad_layers(plan.stack(turn), plan.halves, state.residuals, microbatch, state.stage_grads, slot=slot)
+    sums = weight_grad_layers(
+        plan.stack(turn), plan.halves, state.residuals, microbatch, slot=slot, sums=state.stage_grads
+    )
     return replace(state, stage_grads=sums)
 
 
@@ -153,8 +155,6 @@ def _exchange(plan: LoopPlan, buffer: jax.Array, transfer: Transfer, *, step: in
         if plan.bubbles == "nan":
             value = jnp.where(transfer.send == NONE, plan.fill(value.shape, value.dtype), value)
         arrived = jax.lax.ppermute(value, "pipe", links)
-        return jax.lax.cond(
-            transfer.receive == NONE, lambda b: b, lambda b: write(b, arrived, transfer.receive), slots
-        )
+        return jax.lax.cond(transfer.receive == NONE, lambda b: b, lambda b: write(b, arrived, transfer.receive), slots)
 
     return jax.lax.cond(transfer.is_active == 1, exchange, lambda slots: slots, buffer)

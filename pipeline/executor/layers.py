@@ -75,9 +75,9 @@ def backward_layers(
     dy: jax.Array,
     buffers: list[jax.Array],
     microbatch: Any,
-    sums: Any,
     *,
     slot: Index,
+    sums: Any,
 ) -> tuple[jax.Array, Any]:
     """Return dx[b, ...], and the sums [C, k, ...] with the gradients of all layers added."""
 
@@ -113,7 +113,7 @@ def input_grad_layers(
 
 
 def weight_grad_layers(
-    stack: LayerStack, halves: SplitBackward, buffers: list[jax.Array], microbatch: Any, sums: Any, *, slot: Index
+    stack: LayerStack, halves: SplitBackward, buffers: list[jax.Array], microbatch: Any, *, slot: Index, sums: Any
 ) -> Any:
     """Return the sums [C, k, ...] with the gradients of all layers added, from what `input_grad_layers` left."""
 

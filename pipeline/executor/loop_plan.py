@@ -121,7 +121,9 @@ def plan_loop(
         params=PipelineParams(stages=own, shared=shared),
         batch=batch,
         stages=stages,
-        enter=EnterAlone(fns=fns, shared=shared) if is_alone else EnterTogether(fns=fns, shared=shared, batch=end_batch),
+        enter=EnterAlone(fns=fns, shared=shared)
+        if is_alone
+        else EnterTogether(fns=fns, shared=shared, batch=end_batch),
         leave=LeaveAlone(fns=fns, shared=shared, wants=wants)
         if is_alone
         else LeaveTogether(fns=fns, shared=shared, batch=end_batch, wants=wants),

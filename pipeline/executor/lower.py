@@ -1,29 +1,28 @@
 """Lower a schedule to tables: assign a turn to every action and a buffer slot to every value.
 
-Worked example: a dense layer y = tanh(x @ w) a stage, 2 stages on 2 ranks, 1F1B. The activation y of microbatch 0 is
-made on rank 0 in turn 0, sent at the end of that turn, and read by rank 1 in turn 1. That takes two slots, one on each
-rank, each busy for an interval. Time is counted in thirds of a turn, so that order inside a turn counts too:
+Worked example: a dense layer y = tanh(x @ w) on each of 2 ranks, 1F1B with 2 microbatches, whose tables are printed in
+`tables.py`. Rank 0 makes y of microbatch 0 in turn 0 and sends it at the end of that turn; rank 1 reads it in turn 1.
+So y takes one slot on each rank, each for an interval of time. Time is counted in thirds of a turn:
 
-    third   0     1     2     3     4     5      3t      an action reads its inputs
-    turn    |-- turn 0 ---|-- turn 1 ---|        3t + 1  it writes its output
-    rank 0        [y]                            3t + 2  the exchange delivers
-    rank 1              [y---]                   3t - 1  `first`, run by all ranks, delivers
-                  made  arrives
-                  sent        read
+    turn           |------ 0 ------|------ 1 ------|
+    third          0     1     2     3     4     5          3t      an action reads its inputs
+    rank 0         F0   [y]    |                            3t + 1  it writes its output
+    exchange                   +---+                        3t + 2  the exchange delivers
+    rank 1                        [y    F0]                 3t - 1  `first`, run by all ranks together, delivers
 
-The residuals (x and y here, see `residuals.py`) of that microbatch take a slot from its forward to its backward:
+The residuals x and y of microbatch 0 take a slot of rank 0 from its forward in turn 0 to its backward in turn 3. The
+next forward in turn 1 overlaps that interval and takes another slot: rank 0 needs two, and rank 1, whose backwards
+follow their forwards at once, needs one. Every rank allocates the largest number.
 
-    rank 0   F0 F1  .  . B0 B1      2 slots: both microbatches are in flight in turn 1 to 4
-    rank 1    . F0 F1 B0 B1  .      2 slots: F1 writes before B0 is done
-
-Slots of one buffer on one rank are intervals on a line; giving each the lowest free slot, in order of start, uses as
-few as possible (interval partitioning). Read `execute.py` next; `tables.py` draws a turn.
+Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval partitioning).
+Read `execute.py` next.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import get_args
 
+import jax
 import numpy as np
 
 from ...meshes import ScheduleError
@@ -57,8 +56,8 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
         transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
     return Tables(
         turns=turns,
-        num_activation_slots=_count_slots(*_columns_of(turns.activations), turns.forward.receive),
-        num_gradient_slots=_count_slots(*_columns_of(turns.gradients), turns.backward.receive),
+        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), turns.forward.receive),
+        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), turns.backward.receive),
         num_residual_slots=_count_slots(turns.compute.residuals),
     )
 
@@ -206,10 +205,6 @@ class _Lowering:
             slots[slot:] = [use.end, *slots[slot + 1 :]]
             for column, turn in use.entries:
                 column[turn, use.rank] = slot
-
-
-def _columns_of(group: object) -> list[Column]:
-    return [getattr(group, field.name) for field in fields(group)]  # pyrefly: ignore
 
 
 def _count_slots(*columns: np.ndarray) -> int:

@@ -16,9 +16,9 @@ w does not, and is read from the parameters again:
                         +---> residuals buffer [slot, layer] -----+
 
 What depends on parameters and microbatch alone (casts of weights, causal masks, rotary tables) is computed again in the
-backward turn, so it takes no room in the buffer. An array that the backward reads in two shapes is kept once. If the
-layer is wrapped in `jax.checkpoint`, the trace reads less, and less is kept: rematerialisation stays the layer's choice.
-Read `split_backward.py` next.
+backward turn, so it takes no room in the buffer. An array that the backward reads in two shapes is kept once. A
+layer wrapped in `jax.checkpoint` has a backward that reads less, so less is kept: rematerialisation is the layer's
+choice. Read `split_backward.py` next.
 """
 
 from collections.abc import Callable, Iterable
@@ -114,7 +114,7 @@ def plan_layer(
         copies=copies,
         forward_eqns=needed(traced.forward, [traced.y, *residuals], acts=True),
         again_eqns=needed(traced.forward, [v for v in read if v not in dependent]),
-        unprepare=(lambda grads: grads) if prepare is None else (lambda grads: transpose(prepare, unprepared)(grads)),
+        unprepare=(lambda grads: grads) if prepare is None else transpose(prepare, unprepared),
     )
 
 

@@ -120,7 +120,7 @@ class _WholeModel:
     ) -> tuple[jax.Array, Any, list[Any]]:
         for chunk in reversed(self.chunks):
             if self.fns.unroll == "off":
-                dx, sums = backward_layers(chunk, vjp, dx, saved, microbatch, sums, slot=chunk.chunk)
+                dx, sums = backward_layers(chunk, vjp, dx, saved, microbatch, slot=chunk.chunk, sums=sums)
                 continue
             for index in reversed(range(_static_count(chunk))):
                 *saved, kept = saved

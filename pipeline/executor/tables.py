@@ -1,23 +1,26 @@
 """Typed tables of integers that tell the executor what every rank does in every turn.
 
-A **tick** is a time step of the schedule; it becomes one or more **turns**, in each of which a rank runs at most one
-action. The tables of `1F1B` on 2 ranks and 2 microbatches, with one column of `Compute` and two of the transfers:
+A tick, the time step of a schedule, becomes one or more turns. In a turn every rank runs at most one action, and in the
+last turn of a tick neighbours exchange what they made. 1F1B with 2 ranks and 2 microbatches, one dense layer
+y = tanh(x @ w) a rank, where rank 1 runs a forward and a backward in ticks 1 and 2:
 
-    turn               0       1       2       3       4       5
-    tick               0       1       2       2       3       4
-    rank 0 kind        F0      F1      .       .       B0      B1
-    rank 1 kind        .       F0      F1      B0      B1      .       turn 2 and 3 are one tick: F1+B0
-    activations sent   0 -> 1  0 -> 1  .       .       .       .
-    gradients sent     .       .       .       1 -> 0  1 -> 0  .       only in the last turn of a tick
+    tick                   0       1               2               3
+    turn                   0       1       2       3       4       5
+    rank 0   kind          F0      F1      .       B0      .       B1
+             residuals     0       1       .       0       .       1         slots of x and y until the backward
+    rank 1   kind          .       F0      B0      F1      B1      .
+             residuals     .       0       0       0       0       .
+    forward.is_active      1       .       1       .       .       .         y: rank 0 -> rank 1
+    backward.is_active     .       .       1       .       1       .         dx: rank 0 <- rank 1
 
 Inside a turn the steps have a fixed order. Right of each step are the columns that decide it:
 
     turn t  +-------------------------------------------------------------+
             | 1 first       all ranks make x of one microbatch            | ends.first, activations.first
             | 2 action      every rank runs its own:                      | compute.kind, .microbatch, .chunk
-            |     forward      x <- activations; residuals -> save        | activations.read, compute.residuals
+            |     forward      x <- activations; residuals -> their slot  | activations.read, compute.residuals
             |                  y -> activations, or the loss of y         | activations.write, gradients.loss
-            |     backward     dy <- gradients; residuals <- save         | gradients.read, compute.residuals
+            |     backward     dy <- gradients; residuals <- their slot   | gradients.read, compute.residuals
             |                  dx -> gradients, or through `first`        | gradients.write
             |     input_grad   as backward, but dw waits in the residuals | (the same)
             |     weight_grad  dw <- residuals                            | compute.residuals

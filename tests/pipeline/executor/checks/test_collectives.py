@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
 from trellax.pipeline import StageFns, pipeline_grads
 
-from .tiny import FNS, tiny_given, tiny_mesh
+from ...tiny import FNS, tiny_given, tiny_mesh
 
 Golden = Callable[[str, str], None]
 

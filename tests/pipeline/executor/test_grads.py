@@ -22,7 +22,7 @@ from trellax.pipeline import (
     pipeline_loss,
 )
 
-from .law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
+from ..law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
 
 Golden = Callable[[str, str], None]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from .tiny import FNS, Fns, grads_of, natural, plain_loss, tiny_given, worst
+from ..tiny import FNS, Fns, grads_of, natural, plain_loss, tiny_given, worst
 
 TOLERANCE = 2e-5  # sums in another order, in float32: see test_law.py
 

@@ -16,9 +16,9 @@ from trellax.pipeline.schedules import Vocab
 from trellax.programs.groups import Groups
 from trellax.programs.hlo import Program
 
-from .hlo import Collective, collectives_of
-from .law import Step, mesh_of, pipeline_step, small_model
-from .loop_weights import made_of_weights
+from ..hlo import Collective, collectives_of
+from ..law import Step, mesh_of, pipeline_step, small_model
+from ..loop_weights import made_of_weights
 
 NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS = 1
 """The loss."""

@@ -16,7 +16,7 @@ import pytest
 from trellax.meshes import ScheduleError
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads, stages_from_layers
 
-from .law import mesh_of
+from ..law import mesh_of
 
 Golden = Callable[[str, str], None]
 
