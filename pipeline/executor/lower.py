@@ -10,7 +10,7 @@ So y takes one slot on each rank, each for an interval of time. Time is counted 
     exchange                   +---+                        3t + 2  the exchange delivers
     rank 1                        [y    F0]                 3t - 1  `first`, run by all ranks together, delivers
 
-The residuals x and y of microbatch 0 take a slot of rank 0 from its forward in turn 0 to its backward in turn 3. The
+The residuals of microbatch 0 take a slot of rank 0 from its forward in turn 0 to its backward in turn 3. The
 next forward in turn 1 overlaps that interval and takes another slot: rank 0 needs two, and rank 1, whose backwards
 follow their forwards at once, needs one. Every rank allocates the largest number.
 

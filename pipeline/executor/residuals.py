@@ -1,19 +1,20 @@
 """Decide what a layer keeps for its backward, and cut its forward and backward out of one trace.
 
-Worked example, a dense layer y = tanh(x @ w) with x[b, D] and w[D, F]. `trace_vjp` gives one jaxpr of both passes:
+Worked example, a dense layer y = tanh(x @ w) with x[b, D] and w[D, D]. `trace_vjp` gives one jaxpr of both passes:
 
-    forward     a = x @ w                backward    da = dy * (1 - y * y)
-                y = tanh(a)                          dw = x.T @ da
+    forward     a = x @ w                backward    h  = dy * s
+                y = tanh(a)                          da = h + h * y
+                s = 1 - y                            dw = x.T @ da
                                                      dx = da @ w.T
 
-The backward reads y, x and w. x and y depend on the layer's input, so they differ between microbatches and are kept;
-w does not, and is read from the parameters again:
+The backward reads s, y, x and w. The first three depend on the layer's input, so they differ between microbatches and
+are kept; w does not, and is read from the parameters again:
 
-               +----------- forward turn ----------+          +---- backward turn ----+
-    x, w  ---> | x @ w -> tanh                     | --> y    | da -> dw, dx          | <--- dy
-               +-----------------------------------+          +-----------------------+
-                        | x[b, D], y[b, F]                        ^ x, y          ^ w (from the parameters)
-                        +---> residuals buffer [slot, layer] -----+
+               +------- forward turn --------+            +------ backward turn ------+
+    x, w  ---> |  x @ w -> tanh -> 1 - y     | ---> y     |  dx, and dw to its sum    | <--- dy, w
+               +-----------------------------+            +---------------------------+
+                       |                                              ^
+                       +--- s, y, x ---> buffers [slot, layer] -------+
 
 What depends on parameters and microbatch alone (casts of weights, causal masks, rotary tables) is computed again in the
 backward turn, so it takes no room in the buffer. An array that the backward reads in two shapes is kept once. A

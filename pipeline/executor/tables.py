@@ -7,7 +7,7 @@ y = tanh(x @ w) a rank, where rank 1 runs a forward and a backward in ticks 1 an
     tick                   0       1               2               3
     turn                   0       1       2       3       4       5
     rank 0   kind          F0      F1      .       B0      .       B1
-             residuals     0       1       .       0       .       1         slots of x and y until the backward
+             residuals     0       1       .       0       .       1         slots from forward to backward
     rank 1   kind          .       F0      B0      F1      B1      .
              residuals     .       0       0       0       0       .
     forward.is_active      1       .       1       .       .       .         y: rank 0 -> rank 1
