@@ -1,4 +1,4 @@
-"""Pipeline parallelism: schedules as data, one executor, any stage function."""
+"""Pipeline parallelism: schedules as data, and one executor that runs them on any stage functions."""
 
 from typing import TYPE_CHECKING
 

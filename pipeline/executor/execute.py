@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
-from .buffers import fill_whole, read, write
+from .buffers import fill_integers, read, write
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import LoopState, Wants
@@ -47,7 +47,7 @@ def run_turns(
     state, _ = jax.lax.scan(partial(_run_turn, plan), plan.start_state(tables), turns)
     if wants == "loss":
         return state.loss, None
-    return state.loss, fill_whole(PipelineParams(stages=state.stage_grads, shared=state.shared_grads), params)
+    return state.loss, fill_integers(PipelineParams(stages=state.stage_grads, shared=state.shared_grads), params)
 
 
 def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:

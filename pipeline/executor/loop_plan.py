@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
-from .buffers import read, room_for, vary, zeros_for
+from .buffers import empty_buffer, read, vary, zeros_for
 from .enter import EnterAlone, EnterTogether
 from .layers import LayerStack
 from .leave import LeaveAlone, LeaveTogether
@@ -61,7 +61,7 @@ class LoopPlan:
             loss=loss,
             activations=activations,
             gradients=self.fill((tables.num_gradient_slots, *self.x.shape), self.x.dtype),
-            residuals=[room_for(leaf, *rooms, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
+            residuals=[empty_buffer(leaf, *rooms, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
             stage_grads=jax.tree.map(zeros_for, self.params.stages),
             shared_grads=jax.tree.map(zeros_for, self.params.shared),
         )
@@ -113,7 +113,7 @@ def plan_loop(
         vjp = plan_layer(fns.layer, layer, example, microbatch, prepare=fns.prepare, unprepared=read(own, 0, 0))
         kept = vjp.kept
         if tables.has_halves:
-            halves = SplitBackward(vjp, layer, [room_for(leaf) for leaf in kept], microbatch, example)
+            halves = SplitBackward(vjp, layer, [empty_buffer(leaf) for leaf in kept], microbatch, example)
             kept = [*kept, *halves.extra]
     is_alone = fns.shared_specs is None
     return LoopPlan(

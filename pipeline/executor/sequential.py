@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
-from .buffers import add, fill_whole, read, room_for, vary, zeros_for
+from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
 from .loop_state import Wants
 from .prepare import prepare_layers
@@ -40,7 +40,7 @@ def run_sequence(
     vjp = model.plan(params.stages, microbatch)
     state = _State(loss=loss, grads=jax.tree.map(zeros_for, params), residuals=model.empty_buffers(vjp))
     state, _ = jax.lax.scan(lambda state, microbatch: model.add_grads(vjp, state, microbatch), state, batch)
-    return state.loss, fill_whole(state.grads, params)
+    return state.loss, fill_integers(state.grads, params)
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +78,7 @@ class _WholeModel:
         """Return buffers for the residuals of all layers and one microbatch; none where layers are written out."""
         if self.fns.unroll == "on":
             return []
-        return [room_for(leaf, len(self.chunks), self.num_layers) for leaf in vjp.kept]
+        return [empty_buffer(leaf, len(self.chunks), self.num_layers) for leaf in vjp.kept]
 
     def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
         """Run one microbatch forward, and add its loss."""

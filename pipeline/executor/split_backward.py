@@ -53,8 +53,8 @@ class SplitBackward:
         *grads, dx = self._jaxpr.outvars
         only_dx = needed(self._jaxpr.eqns, [dx])
         rest = without(self._jaxpr.eqns, only_dx)
-        # Gradients of biases and norm scales are sums over tokens. They run in the first half: put off, each would keep an
-        # activation [b, T, D] for a vector [D].
+        # Gradients of biases and norm scales are sums over tokens. They run in the first half: put off, each would keep
+        # an activation [b, T, D] for a vector [D].
         light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
         self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
         second = without(needed(self._jaxpr.eqns, grads), self._first)
@@ -129,7 +129,7 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """Return the reshapes among the others that these equations read; run again, so that an array is kept in one shape."""
+    """Return the reshapes among the others that these equations read; running them again saves keeping two shapes."""
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
     found = []
     for eqn in reversed(others):
