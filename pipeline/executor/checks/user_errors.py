@@ -29,8 +29,9 @@ def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
         if not any(words in str(error) for words in _ABOUT_SHARDING):
             raise
         raise ShardingError(
-            f"{name} constrains a sharding on a mesh of its own, or over an axis that is manual in a pipeline: pipe and "
-            "data are manual, each device sees its own layers and microbatch, and only tensor is left to the compiler.",
+            f"{name} constrains a sharding on a mesh of its own, or over an axis that is manual in a pipeline: pipe "
+            "and data are manual, where each device sees its own layers and microbatch, and only tensor is left to the "
+            "compiler.",
             fix="write jax.lax.with_sharding_constraint(x, PartitionSpec(...)) without a mesh, and name tensor alone.",
         ) from error
 
