@@ -1,4 +1,4 @@
-"""A batch is split over data where it has a batch dimension and nowhere else: the law with tables, numbers and keys."""
+"""Leaves with a batch dimension are split over data, all others are whole: the law with tables, scalars and keys."""
 
 from collections.abc import Callable
 from functools import cache

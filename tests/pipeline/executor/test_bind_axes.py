@@ -1,4 +1,4 @@
-"""Functions may name the axes pipe and data on every mesh, and what they say is counted as on one device."""
+"""Functions may name the axes pipe and data on every mesh, and results equal those of one device."""
 
 from typing import Any
 

@@ -64,7 +64,7 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
 
 
 def _is_ready(action: Action, num_stages: int, *, before: frozenset[Action], todo: set[Action]) -> bool:
-    """What it needs has run: on its own stage in this tick or before, elsewhere before this tick."""
+    """Return whether all that an action needs has run: on its own stage by this tick, elsewhere before it."""
     needed = needs(action, num_stages=num_stages, has_halves=action.kind in ("I", "W"))
     return all(other not in (todo if other.stage == action.stage else before) for other in needed)
 
@@ -73,7 +73,7 @@ ANY_SCHEDULE = st.one_of(named_schedules(min_ranks=2, max_microbatches=16), rand
 
 
 class Interpreter:
-    """Runs tables on names, and notes which action found which names where it looked."""
+    """Runs tables on names, and records which names each action read."""
 
     def __init__(self, tables: Tables, schedule: Schedule) -> None:
         self.tables, self.schedule = tables, schedule
@@ -139,7 +139,7 @@ class Interpreter:
             _put(self.gradients[-1], turn.gradients.loss[-1], loss_grad)
 
     def _exchange(self, transfer: Transfer, buffers: list[list[Any]], *, step: int) -> None:
-        """What nobody sends arrives as None, as the executor's permute delivers zeros or NaN."""
+        """Move names to the neighbour. None arrives where nobody sends, as the permute delivers zeros or NaN."""
         if not transfer.is_active:
             return
         sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(transfer.send, buffers, strict=True)]

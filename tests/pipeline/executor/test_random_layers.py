@@ -1,4 +1,4 @@
-"""Whatever a layer is made of, its gradients are those of one device: a property over random layers.
+"""Gradients of layers made of random primitives equal those of one device.
 
 The tolerance is 1e-5 of a gradient's largest number: both sides run the same equations in float32, which the compiler
 may fuse in other ways. A residual that is reused for what it is not is off by 1e-1 or more.

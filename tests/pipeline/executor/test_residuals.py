@@ -1,4 +1,4 @@
-"""Of a layer, what depends on its input is kept for the backward pass, and nothing else."""
+"""A layer keeps for its backward the values that depend on its input, and nothing else."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""A backward in two halves does the work of one, none of it twice, and the first half leaves the weights alone."""
+"""The two halves of a backward do its work once, and the first half computes no weight gradient."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a function may say to other devices is checked by tracing, with the same answer on every mesh."""
+"""Collectives in functions are checked by tracing, with the same answer on every mesh."""
 
 from collections.abc import Callable
 from functools import partial
