@@ -115,18 +115,14 @@ def plan_loop(
         if tables.has_halves:
             halves = SplitBackward(vjp, layer, [empty_buffer(leaf) for leaf in kept], microbatch, example)
             kept = [*kept, *halves.extra]
-    is_alone = fns.shared_specs is None
+    enter, leave = _choose_ends(fns, shared, end_batch, wants)
     return LoopPlan(
         fns=fns,
         params=PipelineParams(stages=own, shared=shared),
         batch=batch,
         stages=stages,
-        enter=EnterAlone(fns=fns, shared=shared)
-        if is_alone
-        else EnterTogether(fns=fns, shared=shared, batch=end_batch),
-        leave=LeaveAlone(fns=fns, shared=shared, wants=wants)
-        if is_alone
-        else LeaveTogether(fns=fns, shared=shared, batch=end_batch, wants=wants),
+        enter=enter,
+        leave=leave,
         x=x,
         vjp=vjp,
         halves=halves,
@@ -134,6 +130,16 @@ def plan_loop(
         wants=wants,
         bubbles=bubbles,
     )
+
+
+def _choose_ends(
+    fns: StageFns, shared: Any, batch: Any, wants: Wants
+) -> tuple[EnterAlone | EnterTogether, LeaveAlone | LeaveTogether]:
+    """Return who runs `first` and who runs `last`: the end stages alone, or all ranks together."""
+    if fns.shared_specs is None:
+        return EnterAlone(fns=fns, shared=shared), LeaveAlone(fns=fns, shared=shared, wants=wants)
+    together = EnterTogether(fns=fns, shared=shared, batch=batch)
+    return together, LeaveTogether(fns=fns, shared=shared, batch=batch, wants=wants)
 
 
 def _filling(bubbles: Bubbles, dtype: Any) -> float:
