@@ -31,6 +31,7 @@ class LoopPlan:
     params: stages [C, k, ...] of this rank, marked as varying, and shared.
     batch: leaves [M, b, ...] on this data shard, marked as varying.
     stages: the parameters as layers take them, after `StageFns.prepare`, [C, k, ...].
+    enter, leave: what runs `first` and `last`.
     x: type of the activation between layers, [b, ...].
     vjp: forward and backward of a layer; None where only the loss is wanted.
     halves: the backward in two, for tables with such actions.
@@ -56,12 +57,12 @@ class LoopPlan:
         activations = self.fill((tables.num_activation_slots, *self.x.shape), self.x.dtype)
         if self.wants == "loss":
             return LoopState(loss=loss, activations=activations)
-        rooms = tables.num_residual_slots, self.num_layers
+        lead = tables.num_residual_slots, self.num_layers
         return LoopState(
             loss=loss,
             activations=activations,
             gradients=self.fill((tables.num_gradient_slots, *self.x.shape), self.x.dtype),
-            residuals=[empty_buffer(leaf, *rooms, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
+            residuals=[empty_buffer(leaf, *lead, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
             stage_grads=jax.tree.map(zeros_for, self.params.stages),
             shared_grads=jax.tree.map(zeros_for, self.params.shared),
         )
