@@ -161,4 +161,4 @@ def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
         max_in_flight=section.max_in_flight or None,
         vocab=section.vocab,
     )
-    return lower(schedule).num_save_slots
+    return lower(schedule).num_residual_slots

@@ -1,13 +1,14 @@
-"""Pipeline parallelism: schedules as data, one executor, any stage function."""
+"""Pipeline parallelism: schedules as data, and one executor that runs them on any stage functions."""
 
 from typing import TYPE_CHECKING
 
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .executor.execute import Bubbles
     from .executor.grads import pipeline_grads, pipeline_loss
-    from .executor.lower import Tables, lower
+    from .executor.loop_plan import Bubbles
+    from .executor.lower import lower
+    from .executor.tables import Tables
     from .model.balance import balance_layers, resolve_layers, stage_costs
     from .model.split import PipelinedModel, split_transformer
     from .model.stack import check_layers, natural_order, stages_from_layers

@@ -59,7 +59,7 @@ class VocabBench:
             "temp_bytes": analysis.temp_size_in_bytes,
             "activation_slots": tables.num_activation_slots,
             "gradient_slots": tables.num_gradient_slots,
-            "save_slots": tables.num_save_slots,
+            "save_slots": tables.num_residual_slots,
             "peak_in_flight": list(simulate(schedule).peak_in_flight),
         }
 

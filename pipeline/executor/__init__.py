@@ -1,1 +1,1 @@
-"""The executor: one jitted program that runs any schedule over any stage functions."""
+"""The executor: one jitted program that runs any schedule on any stage functions. Start reading at `grads.py`."""

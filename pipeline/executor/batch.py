@@ -1,8 +1,8 @@
-"""What every data shard is given of a batch: its part of [M, B, ...], or all of what is marked as whole.
+"""Check a batch and choose how each leaf lies on the data shards: split over B, or whole on every shard.
 
-    batch = {"x": [M, B, D], "temperature": [M]}              split over B; whole, since it has no B
-    batch = {"x": [M, B, D], "class_weights": [M, V]}         refused: V is no B, and half a table is no table
-    StageFns(batch_specs={"x": P(None, "data"), "class_weights": P()})     so it is whole
+    batch = {"x": [M, B, D], "temperature": [M]}         x is split over B; temperature has no B and is whole
+    batch = {"x": [M, B, D], "class_weights": [M, V]}    refused: the second dimension of class_weights is V, not B
+    StageFns(batch_specs={"x": P(None, "data"), "class_weights": P()})    says that class_weights is whole
 
 Read `checks/arguments.py` next.
 """
@@ -21,10 +21,10 @@ _SPLIT, _WHOLE = P(None, "data"), P()
 
 
 def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards: int) -> None:
-    """Raise unless every leaf is [M], or [M, B, ...] with the B of all others, or is marked by `fns.batch_specs`.
+    """Raise unless every leaf is [M], or [M, B, ...] with the same B, or has a spec in `fns.batch_specs`.
 
     Raises:
-        ScheduleError: a leaf is no array, or does not have M microbatches.
+        ScheduleError: a leaf is not an array, or does not have M microbatches.
         ShardingError: leaves disagree on B, or B does not split over the data shards.
     """
     leaves = check_arrays("batch", batch)
@@ -43,10 +43,10 @@ def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards:
 
 
 def batch_specs(fns: StageFns, batch: Any) -> Any:
-    """Return for every leaf of a batch how it lies on the data shards: P(None, "data"), or P() for whole.
+    """Return a spec for every leaf of a batch: P(None, "data") for split over B, P() for whole on every data shard.
 
     Raises:
-        ShardingError: `fns.batch_specs` is no prefix of the batch's tree, or splits another way.
+        ShardingError: `fns.batch_specs` is not a prefix of the batch's tree, or splits another dimension.
     """
     if fns.batch_specs is None:
         return jax.tree.map(lambda leaf: _SPLIT if leaf.ndim > 1 else _WHOLE, batch)

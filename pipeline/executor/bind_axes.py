@@ -1,8 +1,8 @@
-"""What the executor makes of a user's functions: names of axes bound where there is one device, results marked.
+"""Wrap a user's functions: bind axis names where there is one device, and mark results as varying.
 
-Where data x pipe is 1, no manual axis has a size, and XLA compiles no collective over it ("IsManualSubgroup"). There
-`vmap` binds the names, and makes of each collective what it is among one device: functions that name an axis,
-`jax.lax.pmean(x, "data")` say, run on every mesh.
+Where data x pipe is 1, XLA compiles no collective over a manual axis ("IsManualSubgroup"). There `vmap` binds the axis
+names instead, and turns each collective into what it is for one device, so that a function that names an axis, say
+`jax.lax.pmean(x, "data")`, runs on every mesh.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .buffers import vary
 
 
 def bind_axes(fns: StageFns, axes: tuple[str, ...]) -> StageFns:
-    """Return the functions with `axes` bound in them as axes of size 1; inside a `shard_map` without checks of axes."""
+    """Return the functions with `axes` bound as axes of size 1; for use in a `shard_map` with `check_vma=False`."""
     if not axes:
         return fns
 
@@ -31,9 +31,10 @@ def bind_axes(fns: StageFns, axes: tuple[str, ...]) -> StageFns:
 
 
 def mark_results(fns: StageFns) -> StageFns:
-    """Return the functions with results marked as differing between the devices that have copies of them.
+    """Return the functions with results marked as varying over the devices that have copies of them.
 
-    What a function has summed over data, its loss say, every data shard counts: only so marked, its gradient does too.
+    A result that a function has summed over data is counted once by every data shard. Only when it is marked as varying
+    is its gradient counted the same way.
     """
     axes = ("pipe", "data") if fns.shared_specs is None else ("data",)
 

@@ -1,4 +1,8 @@
-"""The few operations on buffers that the executor is made of."""
+"""Operations on buffers and gradient sums inside `shard_map`, and marks of the mesh axes over which arrays vary.
+
+Inside `shard_map` with `check_vma=True` every array has a type that says over which manual axes its value differs. The
+carry of a loop must keep that type, so buffers and sums are marked as varying before the loop starts.
+"""
 
 from typing import Any
 
@@ -7,35 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-Carry = dict[str, Any]
-"""What the loop carries: buffers and sums by name."""
-
-Row = dict[str, jax.Array]
-"""One turn: this rank's entry of every column of the tables."""
-
 
 def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as differing over those of the axes that are manual; over none if there is a single device.
+    """Return x marked as varying over the manual axes among `axes`; unmarked if they hold a single device in all.
 
-    A manual axis of size 1 counts, so that functions may name it; alone it cannot, since XLA would compile no sum over
-    it ("IsManualSubgroup").
+    An axis of size 1 beside a larger one is marked too, so that functions may name it. If all manual axes have size 1,
+    XLA compiles no sum over them ("IsManualSubgroup"), so nothing is marked.
     """
     sizes = _manual_sizes(axes=("pipe", "data"))
     return _mark(x, [axis for axis in sizes if axis in axes] if max(sizes.values(), default=1) > 1 else [])
 
 
 def vary_among_devices(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as differing over those of the axes that are manual and of several devices."""
+    """Return x marked as varying over the manual axes among `axes` that have more than one device."""
     return _mark(x, [axis for axis, size in _manual_sizes(axes=axes).items() if size > 1])
 
 
 def type_of(v: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of a traced value, with the axes over which it differs: a sum over data does not over that."""
+    """Return shape, dtype and varying axes of a traced value. A sum over data, say, does not vary over data."""
     return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, manual_axis_type=v.aval.mat)
 
 
-def room_for(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
-    """Return a buffer [*slots, ...] for arrays of a type, marked as they are: equations take them as they were made."""
+def empty_buffer(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
+    """Return a buffer [*slots, ...] for arrays of a type, varying over the same axes as they do."""
     differs: Any = kept.manual_axis_type
     return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), tuple(differs.varying))
 
@@ -52,14 +50,14 @@ def _mark(x: jax.Array, axes: list[str]) -> jax.Array:
 
 
 def zeros_for(param: jax.Array) -> jax.Array | None:
-    """Return a float32 sum for the gradients of a parameter, differing over the same axes; none for whole numbers."""
+    """Return zeros in float32 to sum the gradients of a parameter in, varying over its axes; None for integers."""
     if not jnp.issubdtype(param.dtype, jnp.inexact):
         return None
     return vary(jnp.zeros(param.shape, jnp.float32), tuple(jax.typeof(param).mat.varying))
 
 
 def read(tree: Any, *place: jax.Array | int) -> Any:
-    """Return every leaf at the given position of its leading dimensions."""
+    """Return every leaf [..., *inner] at a position of its leading dimensions, as [*inner]."""
 
     def one(leaf: jax.Array) -> jax.Array:
         starts = _starts(place, leaf.ndim)
@@ -70,25 +68,25 @@ def read(tree: Any, *place: jax.Array | int) -> Any:
 
 
 def write(buffer: jax.Array, value: jax.Array, *place: jax.Array | int) -> jax.Array:
-    """Return the buffer with the value at the given position of its leading dimensions."""
+    """Return the buffer [..., *inner] with a value [*inner] at a position of its leading dimensions."""
     starts = _starts(place, len(place) + value.ndim)
     return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
 
 
 def _starts(place: tuple[jax.Array | int, ...], ndim: int) -> list[Any]:
-    """Of one integer type, also where jax_enable_x64 makes Python's numbers and loop counters 64 bits wide."""
+    """Return start indices of one integer type, also where jax_enable_x64 makes Python integers 64 bits wide."""
     starts = (*place, *[0] * (ndim - len(place)))
-    # Constants stay constants: jax guards against negative ones where it cannot see them.
+    # Python integers stay constants: for traced ones jax adds code that handles negative indices.
     return [np.int32(start) if isinstance(start, int) else start.astype(jnp.int32) for start in starts]
 
 
 def _accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, ...] = ()) -> jax.Array:
-    """Return the sums with a gradient added at the given position, in the precision of the sums."""
+    """Return the sums with a gradient added at a position, in the dtype of the sums."""
     return write(sums, read(sums, *place) + grad.astype(sums.dtype), *place)
 
 
 def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
-    """Return the sums with gradients added to them; whole numbers have neither, their sum is `None`."""
+    """Return the sums with gradients added at a position; None stays None (integer parameters have no gradient)."""
 
     def one(own: jax.Array | None, grad: Any) -> jax.Array | None:
         return None if own is None else _accumulate(own, grad, place)
@@ -96,11 +94,11 @@ def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
     return jax.tree.map(one, sums, grads, is_leaf=_is_none)
 
 
-def fill_whole(sums: Any, params: Any) -> Any:
-    """Return the sums with zeros of their own type for whole numbers: a gradient for every parameter."""
+def fill_integers(sums: Any, params: Any) -> Any:
+    """Return the sums with zeros in place of None for integer parameters: a gradient for every parameter."""
 
     def one(own: jax.Array | None, param: jax.Array | None) -> jax.Array | None:
-        # A `None` of the user's own, for a bias that is not there say, stays one.
+        # A None of the user's own tree, say for an absent bias, stays None.
         return jnp.zeros(param.shape, param.dtype) if own is None and param is not None else own
 
     return jax.tree.map(one, sums, params, is_leaf=_is_none)
@@ -108,8 +106,3 @@ def fill_whole(sums: Any, params: Any) -> Any:
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
-
-
-def leave(carry: Carry, buffer: str, value: jax.Array, slot: jax.Array) -> Carry:
-    """Return the carry with a result put where it waits, unless nobody wants it: slot is -1."""
-    return carry | {buffer: jax.lax.cond(slot < 0, lambda b: b, lambda b: write(b, value, slot), carry[buffer])}

@@ -1,7 +1,9 @@
-"""Which derivatives a pipeline has, and one sentence for those that it has not.
+"""Check which derivatives of a pipeline are asked for, and raise a readable error for those it does not have.
 
-It computes the gradients of its parameters itself. A second derivative jax takes of the executor. What is left is
-refused: asked for a derivative with respect to anything else, jax would sum it in branches that one rank takes alone.
+first derivative in params      computed by the schedule itself
+second derivative in params     taken by jax through the executor, with limits (`check_second`)
+any derivative in the batch,    refused: jax would sum it over devices inside branches that one rank takes
+or in closed-over arrays        alone, and such a sum hangs
 """
 
 from collections.abc import Callable, Mapping
@@ -16,11 +18,11 @@ from ..model.stage import PipelineParams, StageFns
 from ..schedules import Schedule
 
 Tangents = tuple[PipelineParams, Any, dict[int, Any]]
-"""Those of the parameters, of the batch, and of arrays that functions close over."""
+"""Tangents of the parameters, of the batch, and of arrays that functions close over (by `id`)."""
 
 
 def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
-    """Return the inputs as they are; where they are differentiated, `check` is given the tangents and may raise."""
+    """Return the inputs unchanged; when they are differentiated, call `check` with their tangents."""
 
     @jax.custom_jvp
     def same(inputs: Any) -> Any:
@@ -28,7 +30,7 @@ def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
 
     def rule(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
         check(tangents[0])
-        # In numpy jax takes them for constants of the program, of a kind that it does not compile.
+        # Tangents that are numpy arrays become constants of the program, of a kind that jax does not compile.
         own = jax.tree.map(lambda tangent: tangent if _is_zero(tangent) else jnp.asarray(tangent), tangents[0])
         return primals[0], own
 
@@ -37,10 +39,10 @@ def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
 
 
 def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
-    """Raise unless a derivative is one with respect to parameters alone.
+    """Raise unless the derivative is with respect to parameters alone.
 
     Raises:
-        ScheduleError: it is one with respect to the batch, or to an array that the function owners[id] closes over.
+        ScheduleError: it is with respect to the batch, or to an array that the function owners[id] closes over.
     """
     _, batch, closed = tangents
     for path, tangent in jax.tree_util.tree_leaves_with_path(batch):
@@ -60,11 +62,13 @@ def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
 
 
 def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns, schedule: Schedule) -> None:
-    """Raise unless jax can differentiate the executor: not a loop of unknown length, nor sums in few bits.
+    """Raise unless jax can differentiate the executor.
+
+    It cannot differentiate a loop of a length unknown at trace time, or sum gradients of less than 32 bits.
 
     Raises:
-        ScheduleError: stages differ in their number of layers, parameters are of less than 32 bits, or the derivative
-            is not one with respect to parameters alone.
+        ScheduleError: stages differ in their number of layers, parameters have less than 32 bits, or the derivative is
+            not with respect to parameters alone.
     """
     check_first(tangents, owners=owners)
     counts = fns.layers_per_stage
@@ -76,7 +80,7 @@ def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns
         )
     for path, tangent in jax.tree_util.tree_leaves_with_path(tangents[0]):
         if not _is_zero(tangent) and tangent.dtype.itemsize < 4:
-            # The transpose of the executor sums this over manual axes, where XLA's CPU backend aborts.
+            # The transpose of the executor sums this over manual axes, and XLA's CPU backend aborts on such sums.
             raise ScheduleError(
                 f"gradients of a pipeline are differentiated, and params{jax.tree_util.keystr(path)} is "
                 f"{tangent.dtype}: what is summed over devices is float32.",
@@ -85,7 +89,7 @@ def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns
 
 
 def tangent_of_loss(params: PipelineParams, grads: PipelineParams) -> jax.Array:
-    """Return the loss's tangent for tangents of the parameters: their transposes are the gradients."""
+    """Return the tangent of the loss: the sum of gradient times tangent over all parameters, float32 []."""
 
     def one(tangent: Any, grad: Any) -> Any:
         return 0.0 if _is_zero(tangent) else jnp.sum(grad * tangent.astype(jnp.float32))
@@ -94,5 +98,5 @@ def tangent_of_loss(params: PipelineParams, grads: PipelineParams) -> jax.Array:
 
 
 def _is_zero(tangent: Any) -> bool:
-    """Whether a tangent is known to be zero, or is that of whole numbers, which have none."""
+    """Return whether a tangent is known to be zero, or belongs to integers, which have none."""
     return isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0

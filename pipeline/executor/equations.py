@@ -1,7 +1,7 @@
-"""Lists of a jaxpr's equations: which of them some results need, and running those alone.
+"""Select equations of a jaxpr by what they depend on, and run a selection.
 
-A layer's forward, its backward and both halves of that are such lists, cut out of one trace of the layer: nobody runs
-a function again for half of what it computes.
+A layer's forward, its backward and the two halves of the backward are lists of equations cut out of one trace. Running
+`needed(eqns, [dx])`, for example, computes dx and nothing else.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -20,8 +20,8 @@ def needed(
     """Return the equations that results depend on, in order.
 
     Args:
-        given: variables whose values are at hand, so that what makes them is not needed.
-        acts: whether equations that do something besides computing, print say, are needed too.
+        given: variables whose values are known already; equations that make only those are left out.
+        acts: whether equations with a side effect, such as a print, are needed too.
     """
     wanted = {v for v in results if isinstance(v, Var)}.difference(given)
     kept = []
@@ -33,7 +33,7 @@ def needed(
 
 
 def without(eqns: Iterable[JaxprEqn], others: Iterable[JaxprEqn]) -> list[JaxprEqn]:
-    """Return the equations that are not among the others, in order."""
+    """Return the equations that are not among the others (compared by identity), in order."""
     gone = set(map(id, others))
     return [eqn for eqn in eqns if id(eqn) not in gone]
 
@@ -46,14 +46,14 @@ def read_by(eqns: Iterable[JaxprEqn]) -> dict[Var, None]:
 def cuts_between(
     first: Iterable[JaxprEqn], second: Iterable[JaxprEqn], results: Iterable[Any], *, given: Iterable[Var] = ()
 ) -> list[Var]:
-    """Return what the first equations make, or was given to them, that the second or results read."""
+    """Return the variables, made by the first equations or given, that the second equations or results read."""
     made = {out for eqn in first for out in eqn.outvars}.union(given)
     read = read_by(second) | dict.fromkeys(v for v in results if isinstance(v, Var))
     return [v for v in read if v in made]
 
 
 def depending_on(eqns: Iterable[JaxprEqn], sources: Iterable[Var]) -> set[Var]:
-    """Return the sources, what depends on them, and what comes of equations that must not run a second time."""
+    """Return the sources, all variables that depend on them, and results of equations that must not run twice."""
     found = set(sources)
     for eqn in eqns:
         if is_acting(eqn) or any(isinstance(v, Var) and v in found for v in eqn.invars):
@@ -62,8 +62,8 @@ def depending_on(eqns: Iterable[JaxprEqn], sources: Iterable[Var]) -> set[Var]:
 
 
 def is_acting(eqn: JaxprEqn) -> bool:
-    """Whether an equation does something besides computing: a print, a callback."""
-    # Collectives have an effect that only names their axis. Its class is not public.
+    """Return whether an equation has a side effect, such as a print or a callback."""
+    # The effect of a collective only names its axis; the class of that effect is not public.
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
@@ -71,13 +71,13 @@ _HEAVY = {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "
 
 
 def is_heavy(eqn: JaxprEqn) -> bool:
-    """Whether an equation, or one inside it, is work worth putting off."""
+    """Return whether an equation, or one inside it, is a matmul, a loop or the like: work worth delaying."""
     inner = (one for jaxpr in jaxprs_in_params(eqn.params) for one in jaxpr.eqns)
     return eqn.primitive.name in _HEAVY or any(map(is_heavy, inner))
 
 
 def keeps_numbers(eqn: JaxprEqn) -> bool:
-    """Whether the result has all numbers of the operand in their order, and perhaps another shape or placement."""
+    """Return whether the result is the operand in another shape or sharding, with its elements in the same order."""
     if eqn.primitive is primitives.sharding_constraint_p:
         return True
     # With `dimensions` a reshape transposes first: `jnp.ravel(x, order="F")`.
@@ -85,7 +85,7 @@ def keeps_numbers(eqn: JaxprEqn) -> bool:
 
 
 def run(eqns: Iterable[JaxprEqn], env: Env) -> None:
-    """Add what equations make to the values at hand. Scopes of the trace are kept, for profiles."""
+    """Run equations, and add their results to `env`. Named scopes of the trace are kept, for profiles."""
     for eqn in eqns:
         names = source_info_util.current_name_stack() + eqn.source_info.name_stack
         values = [value_of(env, v) for v in eqn.invars]
@@ -100,6 +100,6 @@ def value_of(env: Env, v: Any) -> Any:
 
 
 def start_env(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Env:
-    """Return constants and inputs by variable; inputs at the end may be left out."""
+    """Return the values of constants and of the leading inputs by variable; trailing inputs may be left out."""
     env = dict(zip(jaxpr.invars[: len(args)], args, strict=True))
     return env | dict(zip(jaxpr.constvars, consts, strict=True))

@@ -1,7 +1,12 @@
-"""Loss and gradients of a pipelined model, for `jax.jit`: the door to the executor.
+"""Compute the loss and gradients of a pipelined model: the public functions of the executor.
 
-`pipeline_grads` returns both at once; `pipeline_loss` is an ordinary differentiable function for those who write
-`jax.value_and_grad` themselves. Read `execute.py` next.
+`pipeline_grads` returns both at once. `pipeline_loss` is a differentiable function, for use under `jax.value_and_grad`.
+
+    check arguments and functions -> trace -> shard_map(region) over pipe and data
+                                                region:  run_turns, or run_sequence with one rank
+                                                         sum gradients over data, once
+
+Read `lower.py` next, then `execute.py`.
 """
 
 from dataclasses import dataclass
@@ -23,12 +28,13 @@ from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns
 from .checks.user_errors import check_context, explain_errors
 from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
-from .ends import Wants
-from .execute import Bubbles, run_turns
+from .execute import run_turns
+from .loop_plan import Bubbles
+from .loop_state import Wants
 from .lower import lower
 from .prepare import check_prepare
-from .program import Closed, Program, trace_program
 from .sequential import run_sequence
+from .traced_function import ClosedOver, TracedFunction, trace_function
 
 
 def pipeline_grads(
@@ -40,15 +46,15 @@ def pipeline_grads(
     schedule: Schedule,
     bubbles: Bubbles = "zeros",
 ) -> LossAndGrads:
-    """Return the loss of a batch and its gradients, computed as the schedule says.
+    """Return the loss of a batch and its gradients, computed in the order of a schedule.
 
-    params.stages [chunks, ranks@pipe, layers, ...], params.shared as `fns.shared_specs` says, or replicated over pipe,
+    params.stages [chunks, ranks@pipe, layers, ...]; params.shared replicated over pipe, or as `fns.shared_specs` says;
     batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
-    -> loss [], gradients float32 and sharded as the parameters; those of whole numbers are zeros of their own type.
+    -> loss [], gradients in float32, sharded as the parameters; those of integers are zeros of their own dtype.
 
-    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step, and with ends run together four
-    all-reduces of an activation over `pipe` a microbatch. With a pipe axis of 1 the
-    microbatches run one after another and the schedule only gives their number.
+    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. With `fns.shared_specs`, also
+    four all-reduces of an activation over `pipe` a microbatch. With pipe=1 microbatches run one after another, and the
+    schedule gives only their number.
 
     Args:
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
@@ -56,45 +62,47 @@ def pipeline_grads(
     Raises:
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
         ShardingError: the batch does not split over `data`, or its leaves disagree on B.
-        MeshError: the mesh lacks an axis, or has another one.
+        MeshError: the mesh lacks an axis, or has an unknown one.
     """
-    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    program = _trace(how, params, batch, wants="grads")
-    given = watch_derivatives((params, batch, program.closed), check=how.check_second)
-    loss, grads = program.run(*given)
+    call = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    traced = _trace(call, params, batch, wants="grads")
+    given = watch_derivatives((params, batch, traced.closed_over), check=call.check_second)
+    loss, grads = traced.run(*given)
     return LossAndGrads(loss=loss, grads=grads)
 
 
 def pipeline_loss(
     fns: StageFns, *, params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule, bubbles: Bubbles = "zeros"
 ) -> jax.Array:
-    """Return the loss of a batch, a float32 scalar, running only the schedule's forwards.
+    """Return the loss of a batch, float32 [], by the forwards of a schedule.
 
-    Differentiable in `params`: under `jax.grad`, and as well under `jax.jvp`, it runs the whole schedule once, and
-    gradients come in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+    It is differentiable in `params`: under `jax.grad` or `jax.jvp` it runs the whole schedule once. `jax.grad` gives
+    gradients in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
 
     Raises:
         ScheduleError: also for a derivative with respect to the batch, or to an array that a function closes over.
     """
-    how = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    program = _trace(how, params, batch, wants="loss")
+    call = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    traced = _trace(call, params, batch, wants="loss")
 
     @jax.custom_jvp
-    def loss_of(params: PipelineParams, batch: Any, closed: Closed) -> jax.Array:
-        return program.run(params, batch, closed)[0]
+    def loss_of(params: PipelineParams, batch: Any, closed_over: ClosedOver) -> jax.Array:
+        return traced.run(params, batch, closed_over)[0]
 
     def rule(primals: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
-        check_first(tangents, owners=how.facts.owners)
-        given = watch_derivatives(primals, check=how.check_second)
-        loss, grads = _trace(how, *given[:2], wants="grads").run(*given)
+        check_first(tangents, owners=call.facts.owners)
+        given = watch_derivatives(primals, check=call.check_second)
+        loss, grads = _trace(call, *given[:2], wants="grads").run(*given)
         return loss, tangent_of_loss(tangents[0], grads)
 
     loss_of.defjvp(rule, symbolic_zeros=True)
-    return loss_of(params, batch, program.closed)
+    return loss_of(params, batch, traced.closed_over)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _How:
+class _Call:
+    """The checked arguments of one call, and what tracing says about its functions."""
+
     fns: StageFns
     facts: FnFacts
     mesh: Mesh
@@ -107,33 +115,34 @@ class _How:
 
 def _check(
     fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
-) -> _How:
+) -> _Call:
     check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
     check_context(mesh)
     if schedule.num_chunks > 1:
         check_ring(mesh, what=f"schedule {schedule.name!r}")
     facts = check_fns(fns, params, batch, mesh=mesh)
-    return _How(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
 
-def _trace(how: _How, params: PipelineParams, batch: Any, *, wants: Wants) -> Program:
-    run = partial(_run, how, wants=wants)
+def _trace(call: _Call, params: PipelineParams, batch: Any, *, wants: Wants) -> TracedFunction:
+    run = partial(_run, call, wants=wants)
     try:
-        program = trace_program(partial(run, named=how.facts.axes), params, batch)
+        traced = trace_function(partial(run, named=call.facts.axes), params, batch)
     except NameError:
-        # A function that marks an array as varying names axes in a way that its trace does not tell from jax's own.
-        with explain_errors("the gradient of a function", how.mesh):
-            program = trace_program(partial(run, named=frozenset(("pipe", "data"))), params, batch)
-    check_branches(program.jaxpr.jaxpr)
-    return program
+        # A function that marks arrays as varying names axes, and its trace cannot be told from jax's own marks. Trace
+        # again with both axes bound.
+        with explain_errors("the gradient of a function", call.mesh):
+            traced = trace_function(partial(run, named=frozenset(("pipe", "data"))), params, batch)
+    check_branches(traced.jaxpr.jaxpr)
+    return traced
 
 
 def _run(
-    how: _How, params: PipelineParams, batch: Any, *, wants: Wants, named: frozenset[str]
+    call: _Call, params: PipelineParams, batch: Any, *, wants: Wants, named: frozenset[str]
 ) -> tuple[jax.Array, Any]:
-    fns, mesh, schedule = how.fns, how.mesh, how.schedule
+    fns, mesh, schedule = call.fns, call.mesh, call.schedule
     is_pipelined = schedule.num_ranks > 1
-    # Axes of size 1 appear in no spec or sum, unless a function names them beside an axis that is larger.
+    # Axes of size 1 appear in no spec and no sum, unless a function names them and another axis is larger.
     has_devices = mesh.shape["pipe"] * mesh.shape["data"] > 1
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1 or (has_devices and axis in named))
     fns = mark_results(bind_axes(fns, () if has_devices else tuple(sorted(named))))
@@ -149,8 +158,8 @@ def _run(
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
         else:
-            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=how.bubbles, wants=wants)
-        # Ends that ran together have summed over the ranks what had to be.
+            loss, grads = run_turns(fns, params, batch, tables=tables, bubbles=call.bubbles, wants=wants)
+        # Where the ends ran together, their gradients are summed over pipe already.
         shared_axes = tuple(axis for axis in axes if axis == "data") if is_together else axes
         return _sum(loss, axes), None if grads is None else _sum_grads(grads, axes, shared_axes)
 
@@ -167,18 +176,18 @@ def _run(
 
 
 def _own(params: PipelineParams) -> PipelineParams:
-    """Drop the rank dimension, of which this rank holds one entry."""
+    """Drop the rank dimension: [C, 1, k, ...] -> [C, k, ...]."""
     return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
 
 
 def _sum_grads(grads: PipelineParams, axes: tuple[str, ...], shared_axes: tuple[str, ...]) -> PipelineParams:
-    """Sum over the data shards, and what every rank holds whole over the ranks too: once a step."""
+    """Sum gradients over the data shards, and those of shared parameters over `shared_axes`: once a step."""
     stages = _sum(grads.stages, tuple(axis for axis in axes if axis == "data"))
     return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, shared_axes))
 
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Sum over axes; the zeros that whole numbers have for a gradient are the same everywhere."""
+    """Sum over axes in one all-reduce. Gradients of integers are zeros on every device and stay as they are."""
     leaves, structure = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]

@@ -1,66 +1,44 @@
-"""From a schedule to tables of integers: which slot of which buffer every action reads and writes.
+"""Lower a schedule to tables: assign a turn to every action and a buffer slot to every value.
 
-The executor is one loop over the rows of these tables and knows no schedule by name. A row is a turn: every rank runs
-one action or none. A tick is one turn or more, and its last turn ends with the exchange between neighbours. Read
-`execute.py` next.
+Worked example: a dense layer y = tanh(x @ w) on each of 2 ranks, 1F1B with 2 microbatches, whose tables are printed in
+`tables.py`. Rank 0 makes y of microbatch 0 in turn 0 and sends it at the end of that turn; rank 1 reads it in turn 1.
+So y takes one slot on each rank, each for an interval of time. Time is counted in thirds of a turn:
+
+    turn           |------ 0 ------|------ 1 ------|
+    third          0     1     2     3     4     5          3t      an action reads its inputs
+    rank 0         F0   [y]    |                            3t + 1  it writes its output
+    exchange                   +---+                        3t + 2  the exchange delivers
+    rank 1                        [y    F0]                 3t - 1  `first`, run by all ranks together, delivers
+
+The residuals of microbatch 0 take a slot of rank 0 from its forward in turn 0 to its backward in turn 3. The
+next forward in turn 1 overlaps that interval and takes another slot: rank 0 needs two, and rank 1, whose backwards
+follow their forwards at once, needs one. Every rank allocates the largest number.
+
+Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval partitioning).
+Read `execute.py` next.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+import jax
 import numpy as np
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_instance
 from ..schedules import Action, Kind, Schedule
-
-NONE = -1
-"""Table entry for "not here"."""
-
-Ends = Literal["alone", "together"]
-"""Who runs what comes before the first layer and after the last: the first and last stage, or all ranks at once."""
-
-IDLE, FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = range(5)
-"""Values of the column `kind`."""
+from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Column, Ends, Tables, Transfer, Turns, empty_turns
 
 _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """A lowered schedule: int32 arrays, and how many slots each buffer needs.
-
-    Columns [turns, ranks] of actions:
-        kind: IDLE, FORWARD, BACKWARD, INPUT_GRAD or WEIGHT_GRAD.
-        microbatch, chunk: what to run it on.
-        source: slot of the activations (forward) or gradients (backward) to read; NONE for the first stage's forward,
-            unless the ends run together.
-        target: slot to leave the result in until it is taken; NONE where nobody waits for it, at either end alone.
-        save: slot of the residuals, written by the forward, read by the backward or by both of its halves.
-        loss_grad: slot of the gradients for that of the loss; NONE but in the last stage's forward.
-        first_slot, last_slot, first_back_slot: where the ends together leave what enters the first stage and take what
-            left the last, and the gradient that left the first; NONE on other ranks.
-    Columns [turns, ranks] of the exchange, NONE but in the last turn of a tick:
-        send, arrive: slots of the activations to send on and to receive into.
-        send_grad, arrive_grad: the same of the gradients.
-    Columns [turns]:
-        passes_on, passes_back: 1 if any rank sends an activation, or a gradient, in this turn.
-        first, last, first_back: the microbatch that all ranks run the ends of; NONE in most turns, and always NONE for
-            ends alone. `first` comes before the actions of the turn, the others after them.
-    """
-
-    columns: dict[str, np.ndarray]
-    num_activation_slots: int
-    num_gradient_slots: int
-    num_save_slots: int
-
-
 def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Ends = "alone") -> Tables:
-    """Return the tables of a schedule; with `kinds=("F",)` those of its forwards alone, without gaps between.
+    """Return the tables of a schedule: columns [turns, ranks] and [turns], and the slots of each buffer.
 
     Args:
-        ends: whether the first and last stage run the ends of the model themselves, or all ranks together.
+        kinds: ("F",) lowers the forwards alone, without idle turns between them.
+        ends: whether the first and last stage run `first` and `last` themselves, or all ranks together.
 
     Raises:
         ScheduleError: an argument is none of these.
@@ -68,153 +46,167 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
     check_choice("ends", ends, get_args(Ends), error=ScheduleError)
-    lowering = _Lowering(schedule, kinds)
+    lowering = _Lowering(schedule, _place_turns(schedule, kinds))
     lowering.route_activations(ends)
     if len(kinds) > 1:
         lowering.route_residuals()
         lowering.route_gradients(ends)
-    columns = lowering.columns
-    columns["passes_on"] = (columns["send"] != NONE).any(axis=1).astype(np.int32)
-    columns["passes_back"] = (columns["send_grad"] != NONE).any(axis=1).astype(np.int32)
+    turns = lowering.turns
+    for transfer in (turns.forward, turns.backward):
+        transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
     return Tables(
-        columns=columns,
-        num_activation_slots=lowering.count("source", "target", "arrive", "first_slot", kinds=[FORWARD]),
-        num_gradient_slots=lowering.count("source", "target", "arrive_grad", "loss_grad", kinds=[BACKWARD, INPUT_GRAD]),
-        num_save_slots=lowering.count("save"),
+        turns=turns,
+        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), turns.forward.receive),
+        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), turns.backward.receive),
+        num_residual_slots=_count_slots(turns.compute.residuals),
     )
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class _Use:
-    """A slot is needed from `start` to `end` on one rank; then these (column, turn) entries are set to it."""
+@dataclass(frozen=True, kw_only=True)
+class _TurnOf:
+    """Turn of every action, last turn of its tick (where the exchange happens), and the number of turns."""
+
+    action: dict[Action, int]
+    exchange: dict[Action, int]
+    num_turns: int
+
+
+def _place_turns(schedule: Schedule, kinds: Sequence[Kind]) -> _TurnOf:
+    """Give every action a turn: a tick takes as many turns as the rank with the most actions in it."""
+    turn_of: dict[Action, int] = {}
+    exchange_of: dict[Action, int] = {}
+    turn = 0
+    for cells in schedule.ticks:
+        kept = [[action for action in cell if action.kind in kinds] for cell in cells]
+        num_turns = max(map(len, kept))
+        for cell in kept:
+            for position, action in enumerate(cell):
+                turn_of[action], exchange_of[action] = turn + position, turn + num_turns - 1
+        turn += num_turns
+    return _TurnOf(action=turn_of, exchange=exchange_of, num_turns=turn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Interval:
+    """A value that needs a slot from third `start` to third `end` on one rank.
+
+    entries: (column, turn) pairs that are set to the slot once it is chosen.
+    """
 
     start: int
     end: int
     rank: int
-    entries: tuple[tuple[str, int], ...]
+    entries: tuple[tuple[Column, int], ...]
 
 
 class _Lowering:
-    """Time runs in thirds of a turn: an action reads at 3t, writes at 3t + 1; the exchange is at 3t + 2.
+    """The columns of one schedule, filled value by value; see the module's picture for thirds of a turn."""
 
-    Ends together make what enters the first stage at 3t - 1, and take what left a stage at 3t + 1.
-    """
-
-    def __init__(self, schedule: Schedule, kinds: Sequence[Kind]) -> None:
-        self.schedule = schedule
-        self.turn_of: dict[Action, int] = {}
-        self.last_turn_of: dict[Action, int] = {}
-        turn = 0
-        for cells in schedule.ticks:
-            kept = [[action for action in cell if action.kind in kinds] for cell in cells]
-            num_turns = max(map(len, kept))
-            for cell in kept:
-                for position, action in enumerate(cell):
-                    self.turn_of[action], self.last_turn_of[action] = turn + position, turn + num_turns - 1
-            turn += num_turns
+    def __init__(self, schedule: Schedule, placed: _TurnOf) -> None:
+        self.schedule, self.turn_of, self.exchange_of = schedule, placed.action, placed.exchange
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
-        names = ("kind", "microbatch", "chunk", "source", "target", "save", "loss_grad")
-        names += ("send", "arrive", "send_grad", "arrive_grad", "first_slot", "last_slot", "first_back_slot")
-        self.columns: dict[str, np.ndarray] = {
-            name: np.full((turn, schedule.num_ranks), NONE, np.int32) for name in names
-        }
-        self.columns |= {name: np.full(turn, NONE, np.int32) for name in ("first", "last", "first_back")}
-        self.columns["kind"][:] = IDLE
+        self.turns: Turns = empty_turns(num_turns=placed.num_turns, num_ranks=schedule.num_ranks)
+        compute = self.turns.compute
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
-            self.columns["kind"][turn, rank] = _CODES[action.kind]
-            self.columns["microbatch"][turn, rank] = action.microbatch
-            self.columns["chunk"][turn, rank] = action.stage // schedule.num_ranks
+            compute.kind[turn, rank] = _CODES[action.kind]
+            compute.microbatch[turn, rank] = action.microbatch
+            compute.chunk[turn, rank] = action.stage // schedule.num_ranks
 
     def rank(self, action: Action) -> int:
         return action.stage % self.schedule.num_ranks
 
     def route_activations(self, ends: Ends) -> None:
-        """From each stage's forward to the next stage's; together, from and to what all ranks run."""
-        uses = self._hops(kind="F", step=1, send="send", arrive="arrive")
+        """Route each stage's output to the next stage, and with ends together `first` in and `last` out."""
+        turns, last_stage = self.turns, self.schedule.num_stages - 1
+        slots = turns.activations
+        uses = self._route_hops(kind="F", step=1, read=slots.read, write=slots.write, transfer=turns.forward)
         if ends == "together":
-            uses += self._enters(column="first", stage=0)
-            uses += self._leaves(kind="F", column="last", stage=self.schedule.num_stages - 1)
+            uses += self._route_first()
+            uses += self._route_out(kind="F", stage=last_stage, write=slots.write, slot=slots.last, to=turns.ends.last)
         self._assign(uses)
 
     def route_gradients(self, ends: Ends) -> None:
-        """From each stage's backward to the one before, and from the loss to the last stage's own backward."""
-        kind: Kind = "I" if self.has_halves else "B"
-        uses = self._hops(kind=kind, step=-1, send="send_grad", arrive="arrive_grad")
+        """Route each stage's input gradient to the stage before, and the loss's to the last stage's backward."""
+        turns, kind = self.turns, self._backward_kind()
+        slots = turns.gradients
+        uses = self._route_hops(kind=kind, step=-1, read=slots.read, write=slots.write, transfer=turns.backward)
         if ends == "together":
-            uses += self._leaves(kind=kind, column="first_back", stage=0)
+            uses += self._route_out(
+                kind=kind, stage=0, write=slots.write, slot=slots.first_back, to=turns.ends.first_back
+            )
+        last_stage = self.schedule.num_stages - 1
         for microbatch in range(self.schedule.num_microbatches):
-            last = self.schedule.num_stages - 1
-            made = self.turn_of[Action(stage=last, kind="F", microbatch=microbatch)]
-            used = self.turn_of[action := Action(stage=last, kind=kind, microbatch=microbatch)]
-            entries = (("loss_grad", made), ("source", used))
-            uses.append(_Use(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=entries))
+            made = self.turn_of[Action(stage=last_stage, kind="F", microbatch=microbatch)]
+            used = self.turn_of[action := Action(stage=last_stage, kind=kind, microbatch=microbatch)]
+            entries = ((slots.loss, made), (slots.read, used))
+            uses.append(_Interval(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=entries))
         self._assign(uses)
 
     def route_residuals(self) -> None:
-        """From each forward to its own backward, whole or in halves."""
+        """Keep each forward's residuals until its backward, or the later of its halves, has read them."""
         readers: list[Kind] = ["I", "W"] if self.has_halves else ["B"]
+        column = self.turns.compute.residuals
         uses = []
         for forward, made in self.turn_of.items():
             if forward.kind == "F":
                 stage, microbatch = forward.stage, forward.microbatch
                 used = [self.turn_of[Action(stage=stage, kind=k, microbatch=microbatch)] for k in readers]
-                entries = tuple(("save", turn) for turn in [made, *used])
-                # The buffer is written while the forward runs and read while the backward does.
-                uses.append(_Use(start=3 * made, end=3 * max(used) + 1, rank=self.rank(forward), entries=entries))
+                entries = tuple((column, turn) for turn in [made, *used])
+                # Written while the forward runs and read while the backward does: the slot is busy in both turns whole.
+                uses.append(_Interval(start=3 * made, end=3 * max(used) + 1, rank=self.rank(forward), entries=entries))
         self._assign(uses)
 
-    def _hops(self, *, kind: Kind, step: int, send: str, arrive: str) -> list[_Use]:
+    def _backward_kind(self) -> Kind:
+        """Kind of the action that makes the gradient of a stage's input."""
+        return "I" if self.has_halves else "B"
+
+    def _route_hops(self, *, kind: Kind, step: int, read: Column, write: Column, transfer: Transfer) -> list[_Interval]:
+        """Two slots for every value between neighbours: where it waits to be sent, and where it waits to be read."""
         uses = []
         for action, made in self.turn_of.items():
             user = Action(stage=max(0, action.stage + step), kind=kind, microbatch=action.microbatch)
             if action.kind != kind or user == action or user not in self.turn_of:
                 continue
-            sent, used = self.last_turn_of[action], self.turn_of[user]
-            leave = (("target", made), (send, sent))
-            uses.append(_Use(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
-            wait = ((arrive, sent), ("source", used))
-            uses.append(_Use(start=3 * sent + 2, end=3 * used, rank=self.rank(user), entries=wait))
+            sent, used = self.exchange_of[action], self.turn_of[user]
+            leave = ((write, made), (transfer.send, sent))
+            uses.append(_Interval(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
+            wait = ((transfer.receive, sent), (read, used))
+            uses.append(_Interval(start=3 * sent + 2, end=3 * used, rank=self.rank(user), entries=wait))
         return uses
 
-    def _enters(self, *, column: str, stage: int) -> list[_Use]:
-        """What all ranks make just before a stage's forward, at that stage's rank."""
+    def _route_first(self) -> list[_Interval]:
+        """A slot on the first stage's rank for what all ranks make just before the first stage's forward."""
+        slots = self.turns.activations
         uses = []
         for microbatch in range(self.schedule.num_microbatches):
-            turn = self.turn_of[action := Action(stage=stage, kind="F", microbatch=microbatch)]
-            self.columns[column][turn] = microbatch
-            entries = ((f"{column}_slot", turn), ("source", turn))
-            uses.append(_Use(start=3 * turn - 1, end=3 * turn, rank=self.rank(action), entries=entries))
+            turn = self.turn_of[action := Action(stage=0, kind="F", microbatch=microbatch)]
+            self.turns.ends.first[turn] = microbatch
+            entries = ((slots.first, turn), (slots.read, turn))
+            uses.append(_Interval(start=3 * turn - 1, end=3 * turn, rank=self.rank(action), entries=entries))
         return uses
 
-    def _leaves(self, *, kind: Kind, column: str, stage: int) -> list[_Use]:
-        """What all ranks take just after a stage's action, from that stage's rank."""
+    def _route_out(self, *, kind: Kind, stage: int, write: Column, slot: Column, to: Column) -> list[_Interval]:
+        """A slot on a stage's rank for what all ranks take just after that stage's action."""
         uses = []
         for microbatch in range(self.schedule.num_microbatches):
             turn = self.turn_of[action := Action(stage=stage, kind=kind, microbatch=microbatch)]
-            self.columns[column][turn] = microbatch
-            entries = (("target", turn), (f"{column}_slot", turn))
-            uses.append(_Use(start=3 * turn + 1, end=3 * turn + 1, rank=self.rank(action), entries=entries))
+            to[turn] = microbatch
+            entries = ((write, turn), (slot, turn))
+            uses.append(_Interval(start=3 * turn + 1, end=3 * turn + 1, rank=self.rank(action), entries=entries))
         return uses
 
-    def _assign(self, uses: list[_Use]) -> None:
-        """Give every use the lowest slot that is free: first come, first served is optimal for intervals."""
+    def _assign(self, uses: list[_Interval]) -> None:
+        """Set the entries of every interval to the lowest slot that is free on its rank."""
         free_from: list[list[int]] = [[] for _ in range(self.schedule.num_ranks)]
-        for use in sorted(uses):
+        for use in sorted(uses, key=lambda use: (use.start, use.end, use.rank)):
             slots = free_from[use.rank]
             slot = next((i for i, free in enumerate(slots) if free < use.start), len(slots))
             slots[slot:] = [use.end, *slots[slot + 1 :]]
             for column, turn in use.entries:
-                self.columns[column][turn, use.rank] = slot
+                column[turn, use.rank] = slot
 
-    def count(self, *names: str, kinds: Sequence[int] = ()) -> int:
-        """Number of slots used: one more than the largest entry, and at least one.
 
-        `source` and `target` name slots of either buffer, by the kind of action, so they count for these kinds only.
-        """
-        is_counted = np.isin(self.columns["kind"], kinds)
-        tables = [
-            np.where(is_counted, self.columns[name], NONE) if name in ("source", "target") else self.columns[name]
-            for name in names
-        ]
-        return 1 + max(0, *(int(table.max()) for table in tables))
+def _count_slots(*columns: np.ndarray) -> int:
+    """Return one more than the largest slot, and at least one."""
+    return 1 + max(0, *(int(column.max()) for column in columns))

@@ -1,7 +1,9 @@
-"""A jaxpr without calls: what they hold stands where they were.
+"""Inline the calls of a jaxpr: `jit`, `jax.checkpoint` and `custom_jvp`.
 
-A call that computes both gradients would otherwise belong to the first half of a backward as a whole. In a backward
-tick nothing of the forward is left that a rematerialised part could be merged with.
+    dx, dw = jit(f)(dy)      ->      dx = ...;  dw = ...
+
+A call that computes both gradients would otherwise belong to the first half of a split backward as a whole. Inlining
+`jax.checkpoint` undoes no rematerialisation here: in a backward turn nothing of the forward is left to merge with.
 """
 
 from collections.abc import Sequence
@@ -13,11 +15,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from .equations import run, start_env, value_of
 
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
-"""Primitives that only run a jaxpr, and the parameter that holds it."""
+"""Primitives that run a jaxpr, and the name of the parameter that holds it."""
 
 
 def open_calls(closed: ClosedJaxpr, example: Any) -> ClosedJaxpr:
-    """Return the jaxpr with calls opened; the leaves of `example` have the types of its inputs."""
+    """Return the jaxpr with calls inlined; the leaves of `example` have the types of its inputs."""
 
     def flat(*args: Any) -> list[Any]:
         return _run_open(closed.jaxpr, closed.consts, jax.tree.leaves(args))
@@ -29,7 +31,7 @@ def _run_open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
     env = start_env(jaxpr, consts, args)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "optimization_barrier":
-            # What waits for each other in one backward need not where its halves run apart.
+            # A barrier ties values of one backward together; its two halves run in different turns.
             env.update(zip(eqn.outvars, [value_of(env, v) for v in eqn.invars], strict=True))
             continue
         inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))

@@ -1,6 +1,9 @@
-"""`StageFns.prepare`: what layers are given instead of their parameters, and the way back for gradients.
+"""Apply `StageFns.prepare` to all layers once a step, and map gradients back through its transpose.
 
-Gradients of the parameters come back through the transpose of `prepare`, so it is checked to have one.
+    parameters, float32  --prepare-->  matrices in bfloat16, say  --> every layer of every microbatch
+    gradients, float32   <-transpose-  gradients of those matrices
+
+A transpose exists for linear functions alone, so `prepare` is checked to be linear.
 """
 
 from typing import Any
@@ -13,20 +16,20 @@ from .buffers import vary
 
 
 def prepare_layers(fns: StageFns, stages: Any) -> Any:
-    """Return what the layers of one rank are given instead of their parameters, leaves [C, k, ...] both."""
+    """Return the prepared parameters of one rank's layers, leaves [C, k, ...] -> [C, k, ...]."""
     if fns.prepare is None:
         return stages
-    # What does not depend on the parameters is marked as differing between devices, as its gradient will be.
+    # Results that do not depend on the parameters are marked as varying too, as their gradients will be.
     return jax.tree.map(vary, jax.vmap(jax.vmap(fns.prepare))(stages))
 
 
 def check_prepare(fns: StageFns, stages: Any) -> None:
-    """Raise unless `fns.prepare` is linear in parameters that are floats; for use inside `shard_map`.
+    """Raise unless `fns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
 
-    Leaves of stages are [C, k, ...]; nothing is computed. What `prepare` itself raises is passed on.
+    Leaves of stages are [C, k, ...]; nothing is computed. An error of `prepare` itself is passed on.
 
     Raises:
-        ScheduleError: it is not linear, or is given integers.
+        ScheduleError: it is not linear, or a parameter is an integer array.
     """
     prepare = fns.prepare
     if prepare is None:
@@ -55,7 +58,7 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
 
 
 def transpose(prepare: Any, own: Any) -> Any:
-    """Return the way back from gradients of what `prepare` makes of one layer's parameters to those of these."""
+    """Return a function from gradients of one layer's prepared parameters to gradients of its parameters."""
 
     def make(own: Any) -> Any:
         return jax.tree.map(vary, prepare(own))

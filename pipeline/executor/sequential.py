@@ -1,20 +1,25 @@
-"""The path of a single pipeline rank: plain gradient accumulation over microbatches, one at a time.
+"""The path of a single pipeline rank: gradient accumulation over microbatches, one at a time.
 
-As in the executor, what a layer keeps for its backward goes into buffers that all microbatches share, and gradients are
-added to their sums layer by layer. Autodiff of a scan over layers would make such buffers anew for every microbatch,
-and a second copy of all gradients. Layers that are written out need no buffers: each keeps arrays of its own.
+    for each microbatch:  first -> chunk 0 -> chunk 1 -> ... -> last
+                          first <- chunk 0 <- chunk 1 <- ... <- dy
+
+As in `execute.py`, what layers keep for their backward goes into buffers that all microbatches share, and gradients are
+added to their sums layer by layer. Layers that are written out (`unroll="on"`) need no buffers: each keeps arrays of
+its own.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
-from .buffers import add, fill_whole, read, room_for, vary, zeros_for
-from .ends import Wants
+from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
+from .layers import LayerStack, backward_layers, forward_layers, run_layers
+from .loop_state import Wants
 from .prepare import prepare_layers
-from .residuals import Layers, LayerVjp
+from .residuals import LayerVjp, plan_layer
 from .traced_vjp import pull_back
 
 
@@ -27,77 +32,112 @@ def run_sequence(
     {U:data}, gradients {U:data}.
     """
     params, batch = jax.tree.map(vary, (params, batch))
-    sequence, loss = _Sequence(fns, params), vary(jnp.zeros((), jnp.float32))
+    model = _cut_chunks(fns, params)
+    loss = vary(jnp.zeros((), jnp.float32))
     if wants == "loss":
-        return jax.lax.scan(sequence.add_loss, loss, batch)[0], None
-    carry = (loss, jax.tree.map(zeros_for, params), sequence.buffers(read(batch, 0)))
-    (loss, sums, _), _ = jax.lax.scan(sequence.add_grads, carry, batch)
-    return loss, fill_whole(sums, params)
+        return jax.lax.scan(model.add_loss, loss, batch)[0], None
+    microbatch = read(batch, 0)
+    vjp = model.plan(params.stages, microbatch)
+    state = _State(loss=loss, grads=jax.tree.map(zeros_for, params), residuals=model.empty_buffers(vjp))
+    state, _ = jax.lax.scan(lambda state, microbatch: model.add_grads(vjp, state, microbatch), state, batch)
+    return state.loss, fill_integers(state.grads, params)
 
 
-class _Sequence:
-    """All layers of a model, chunk after chunk."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What the scan over microbatches carries: sums, and buffers [chunks, layers, ...] of residuals."""
 
-    def __init__(self, fns: StageFns, params: PipelineParams) -> None:
-        self.fns, self.shared = fns, params.shared
-        self.vjp = LayerVjp(fns.layer, prepare=fns.prepare, own=read(params.stages, 0, 0))
-        num_chunks, self.num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
-        counts = fns.layers_per_stage or (self.num_layers,) * num_chunks
-        stages = prepare_layers(fns, params.stages)
-        self.chunks = [Layers(stages=stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)]
+    loss: jax.Array
+    grads: PipelineParams
+    residuals: list[jax.Array]
 
-    def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
-        """Run one microbatch forward."""
-        x = vary(self.fns.first(self.shared, microbatch))
-        for chunk in self.chunks:
 
-            def layer(index: jax.Array, x: jax.Array, chunk: Layers = chunk) -> jax.Array:
-                return vary(self.fns.layer(chunk.own(index), x, microbatch))
+@dataclass(frozen=True, kw_only=True)
+class _WholeModel:
+    """All stages of a model, chunk after chunk, with `first` before and `last` after them."""
 
-            x = chunk.loop(layer, x)
-        return loss + vary(self.fns.last(self.shared, x, microbatch)), None
+    fns: StageFns
+    shared: Any
+    chunks: list[LayerStack]
+    num_layers: int
 
-    def buffers(self, microbatch: Any) -> list[jax.Array]:
-        """Room for what all layers keep of one microbatch, [chunks, layers, ...]; none where they are written out."""
+    def plan(self, stages: Any, microbatch: Any) -> LayerVjp:
+        """Return the forward and backward of a layer, with residuals chosen."""
         x = jax.eval_shape(lambda: self.fns.first(self.shared, microbatch))
-        kept = self.vjp.plan(self.chunks[0].own(jnp.int32(0)), vary(jnp.zeros(x.shape, x.dtype)), microbatch)
+        return plan_layer(
+            self.fns.layer,
+            self.chunks[0].params(jnp.int32(0)),
+            vary(jnp.zeros(x.shape, x.dtype)),
+            microbatch,
+            prepare=self.fns.prepare,
+            unprepared=read(stages, 0, 0),
+        )
+
+    def empty_buffers(self, vjp: LayerVjp) -> list[jax.Array]:
+        """Return buffers for the residuals of all layers and one microbatch; none where layers are written out."""
         if self.fns.unroll == "on":
             return []
-        lead = len(self.chunks), self.num_layers
-        return [room_for(leaf, *lead) for leaf in kept]
+        return [empty_buffer(leaf, len(self.chunks), self.num_layers) for leaf in vjp.kept]
 
-    def add_grads(self, carry: Any, microbatch: Any) -> tuple[Any, None]:
-        """Run one microbatch forward and backward."""
-        loss, sums, saved = carry
-        x, saved = self._forward(vary(self.fns.first(self.shared, microbatch)), saved, microbatch)
-        own_loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
+    def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
+        """Run one microbatch forward, and add its loss."""
+        x = vary(self.fns.first(self.shared, microbatch))
+        for chunk in self.chunks:
+            x = run_layers(chunk, self.fns.layer, x, microbatch)
+        return loss + vary(self.fns.last(self.shared, x, microbatch)), None
+
+    def add_grads(self, vjp: LayerVjp, state: _State, microbatch: Any) -> tuple[_State, None]:
+        """Run one microbatch forward and backward, and add its loss and gradients."""
+        x = vary(self.fns.first(self.shared, microbatch))
+        x, saved = self._forward(vjp, x, state.residuals, microbatch)
+        loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
             self.shared, x, microbatch
         )
-        dx, stages, saved = self._backward(vary(dx), saved, microbatch, sums.stages)
+        dx, stages, residuals = self._backward(vjp, vary(dx), saved, microbatch, state.grads.stages)
         first_grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
-        shared = add(sums.shared, d_shared)
-        shared = add(shared, first_grads)
-        return (loss + vary(own_loss), PipelineParams(stages=stages, shared=shared), saved), None
+        shared = add(add(state.grads.shared, d_shared), first_grads)
+        grads = PipelineParams(stages=stages, shared=shared)
+        return _State(loss=state.loss + vary(loss), grads=grads, residuals=residuals), None
 
-    def _forward(self, x: jax.Array, buffers: list[jax.Array], microbatch: Any) -> tuple[jax.Array, list[Any]]:
+    def _forward(
+        self, vjp: LayerVjp, x: jax.Array, buffers: list[jax.Array], microbatch: Any
+    ) -> tuple[jax.Array, list[Any]]:
+        """Return the output, and the buffers followed by the residuals of each layer that is written out."""
         own: list[Any] = []
         for chunk in self.chunks:
             if self.fns.unroll == "off":
-                x, buffers = self.vjp.forward_stack(chunk, x, buffers, microbatch, slot=(chunk.chunk,))
+                x, buffers = forward_layers(chunk, vjp, x, buffers, microbatch, slot=chunk.chunk)
                 continue
-            for index in range(chunk.count):
-                y, kept = self.vjp.forward(chunk.own(index), x, microbatch)
+            for index in range(_static_count(chunk)):
+                y, kept = vjp.forward(chunk.params(index), x, microbatch)
                 x = vary(y)
                 own.append(kept)
         return x, [*buffers, *own]
 
-    def _backward(self, dx: jax.Array, saved: list[Any], microbatch: Any, sums: Any) -> tuple[jax.Array, Any, list]:
+    def _backward(
+        self, vjp: LayerVjp, dx: jax.Array, saved: list[Any], microbatch: Any, sums: Any
+    ) -> tuple[jax.Array, Any, list[Any]]:
         for chunk in reversed(self.chunks):
             if self.fns.unroll == "off":
-                dx, sums = self.vjp.backward_stack(chunk, dx, saved, microbatch, sums, slot=(chunk.chunk,))
+                dx, sums = backward_layers(chunk, vjp, dx, saved, microbatch, slot=chunk.chunk, sums=sums)
                 continue
-            for index in reversed(range(chunk.count)):
+            for index in reversed(range(_static_count(chunk))):
                 *saved, kept = saved
-                grads, dx = self.vjp.backward(chunk.own(index), kept, microbatch, dx)
+                grads, dx = vjp.backward(chunk.params(index), kept, microbatch, dx)
                 dx, sums = vary(dx), add(sums, grads, (chunk.chunk, index))
         return dx, sums, saved
+
+
+def _cut_chunks(fns: StageFns, params: PipelineParams) -> _WholeModel:
+    num_chunks, num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
+    counts = fns.layers_per_stage or (num_layers,) * num_chunks
+    stages = prepare_layers(fns, params.stages)
+    chunks = [LayerStack(stages=stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)]
+    return _WholeModel(fns=fns, shared=params.shared, chunks=chunks, num_layers=num_layers)
+
+
+def _static_count(chunk: LayerStack) -> int:
+    """Return the number of layers of a chunk, which a single rank knows before it runs."""
+    assert isinstance(chunk.count, int)
+    return chunk.count

@@ -1,11 +1,21 @@
-"""A layer's backward in two: the input gradient, for which the rank before waits, and the weight gradient, which can.
+"""Split a layer's backward into its input gradient, which the rank before waits for, and its weight gradient.
 
-The backward's jaxpr is sliced by what the input gradient needs (Qi et al. 2024, section 2, for any layer function).
-What the weight gradient needs of the first half, the gradients of matmul outputs above all, is kept between the two. It
-is put where residuals were that only the first half needed, so that splitting costs little memory where residuals are
-kept. A layer that recomputes all of itself keeps none: what its first half recomputed waits for the second, in all as
-much as with "dots" about (work R1: 52 MiB where a whole backward takes 17; without remat 105 beside 140). A scan or a
-loop inside the layer is one piece of work, done where its input's gradient is due; branches are cut in two.
+Worked example, a dense layer y = tanh(x @ w) with residuals s = 1 - y, y and x, each [b, D] (see `residuals.py`):
+
+    residuals         first half, `input_grad`            kept between          second half, `weight_grad`
+    [s, y, x]   -->   h  = dy * s                  -->    [da, y, x]      -->   dw = x.T @ da, added to its sum
+                      da = h + h * y
+                      dx = da @ w.T  --> rank before
+
+The backward's equations are sliced by what dx depends on (Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section
+2), for any layer function. The second half needs da from the first; such a value is called a cut. The second half does
+not read s, and da has its shape and dtype, so da takes the place of s in the residuals buffer: splitting this layer
+costs no memory. A cut for which there is no such place gets a buffer of its own (`extra`).
+
+Measured on work R1 (`benchmarks/work_r1.py`, compiled temporary memory): 105 MiB split beside 140 whole without remat.
+A layer that recomputes all of itself keeps only x, and what its first half has recomputed waits for the second: 52 MiB
+beside 17. A scan or loop inside the layer is one equation and runs where its input gradient is due; branches are split
+by `split_branches.py`.
 """
 
 import math
@@ -23,10 +33,13 @@ from .split_branches import split_branches
 
 
 class SplitBackward:
-    """The two halves of a planned `LayerVjp`'s backward.
+    """The two halves of a `LayerVjp`'s backward.
 
-    `saved` is the list of kept residuals. The first half returns it changed: some entries replaced, some added at the
-    end; `extra` has the shapes of those. The second half reads that list.
+    The first half returns the list of residuals with some entries replaced and some added at the end; the second half
+    reads that list.
+
+    num_saved: number of residuals that the forward keeps.
+    extra: types of the entries that the first half adds.
     """
 
     def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], microbatch: Any, grad: Any) -> None:
@@ -40,7 +53,8 @@ class SplitBackward:
         *grads, dx = self._jaxpr.outvars
         only_dx = needed(self._jaxpr.eqns, [dx])
         rest = without(self._jaxpr.eqns, only_dx)
-        # Sums over tokens (biases, norm scales) are done at once: put off, each would keep an activation for a vector.
+        # Gradients of biases and norm scales are sums over tokens. They run in the first half: put off, each would keep
+        # an activation [b, T, D] for a vector [D].
         light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
         self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
         second = without(needed(self._jaxpr.eqns, grads), self._first)
@@ -51,7 +65,7 @@ class SplitBackward:
     def input_grad(
         self, params: Any, saved: list[jax.Array], microbatch: Any, grad: jax.Array
     ) -> tuple[jax.Array, list]:
-        """Return dx, and what `weight_grad` needs in place of the saved residuals."""
+        """Return dx, and the residuals with what `weight_grad` needs in them."""
         env = self._env(params, saved, microbatch, grad)
         run(self._first, env)
         kept = [*saved, *[None] * len(self.extra)]
@@ -61,24 +75,27 @@ class SplitBackward:
         return value_of(env, self._jaxpr.outvars[-1]), kept
 
     def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
-        """Return the gradients of the parameters."""
+        """Return the gradients of the parameters, given the list that `input_grad` returned."""
         env = self._env(params, kept[: self.num_saved], microbatch)
         env |= {cut: kept[place].reshape(_shape(cut)) for cut, place in zip(self._cuts, self._places, strict=True)}
         run(self._second, env)
         return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[:-1]])
 
     def _env(self, *args: Any) -> Env:
-        # The last input, the output's gradient, is left out by the second half: it is a cut where it is needed.
+        # The second half gives no value for the last input, the output's gradient: where it is needed, it is a cut.
         return start_env(self._jaxpr, self._consts, jax.tree.leaves(args))
 
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
-        """Values of the first half, and the output's gradient, that the second half or a result needs."""
+        """Return the values, made by the first half or the output's gradient itself, that the second half reads."""
         again = {out for eqn in self._second for out in eqn.outvars}
         cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-1:])
         return [v for v in cuts if v not in again]
 
     def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
-        """For every cut an entry of `saved` of its rows that the second half does not read, or a new one."""
+        """Return a position for every cut, and the types of the positions that are new.
+
+        A cut takes the place of a residual of its type that the second half does not read, if there is one.
+        """
         saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
         read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
         free = [(index, v.aval) for index, v in enumerate(saved) if v not in read]
@@ -104,12 +121,15 @@ def _is_like(a: Any, b: Any) -> bool:
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, T, D] or [B, T, N, H] as products take it, [B T, D]. Other shapes stay: devices may split them unlike."""
+    """Return [B * T, D] for [B, T, D], and [B * T, N * H] for [B, T, N, H], the shapes in which matmuls read them.
+
+    Other shapes stay as they are: the compiler may shard their dimensions in other ways.
+    """
     return (math.prod(shape[:2]), math.prod(shape[2:])) if len(shape) in (3, 4) else shape
 
 
 def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """The reshapes among the others that these equations read: done twice, so that an array is kept in one shape."""
+    """Return the reshapes among the others that these equations read; running them again saves keeping two shapes."""
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
     found = []
     for eqn in reversed(others):

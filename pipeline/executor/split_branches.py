@@ -1,9 +1,11 @@
-"""`lax.cond` and `lax.switch` in two, where only some of their results are due in the first half of a backward.
+"""Split `lax.cond` and `lax.switch` in two, where only some results are needed in the first half of a backward.
 
     dx, dw = cond(i, both, grad)    ->    dx, h = cond(i, first, grad);  dw = cond(i, second, h)
 
-A backward's branch makes gradients of inputs and of weights. As one equation it would run as a whole where the input's
-is due. What the second branches need of the first is handed on; branches share the places for that.
+A branch of a backward computes gradients of inputs and of weights. As one equation it would run as a whole in the first
+half. Values h that the second branch reads from the first are results of the first cond. All branches of a cond return
+the same types, so h has as many entries of each type as the branch that needs the most, and zeros where a branch has
+fewer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,7 @@ from .open_calls import open_calls
 
 
 def split_branches(closed: ClosedJaxpr, example: Any, *, first: Sequence[Any]) -> ClosedJaxpr:
-    """Return the jaxpr with conds split, so that those of the second half are not needed by the outputs `first`.
+    """Return the jaxpr with conds split, so that the outputs `first` need only the first part of each.
 
     The leaves of `example` have the types of its inputs.
     """
@@ -41,7 +43,7 @@ def split_branches(closed: ClosedJaxpr, example: Any, *, first: Sequence[Any]) -
 def _run_cond(eqn: JaxprEqn, env: Env, is_due: list[bool]) -> None:
     index, *operands = (value_of(env, v) for v in eqn.invars)
     branches = [_open_branch(branch, operands, is_due) for branch in eqn.params["branches"]]
-    # Light sums go with the first half, as outside of branches.
+    # Gradients of biases and norm scales go with the first half, as in split_backward.py.
     is_first = [due or all(_is_light(one, number, is_due) for one in branches) for number, due in enumerate(is_due)]
     if all(is_first) or not any(is_first):
         return run([eqn], env)
@@ -73,12 +75,16 @@ def _is_light(branch: ClosedJaxpr, number: int, is_due: list[bool]) -> bool:
 
 
 Slot = tuple[tuple[int, ...], Any, tuple[str, ...]]
-"""Shape, dtype and axes over which a value differs."""
+"""Shape, dtype and varying axes of a value that the first cond returns for the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Halves:
-    """A branch as two lists of equations; `cuts` are what the first hands on to the second."""
+    """A branch as two lists of equations.
+
+    cuts: variables that the first list makes and the second reads.
+    early, late: outputs of the first and of the second.
+    """
 
     closed: ClosedJaxpr
     first: list[JaxprEqn]
@@ -131,7 +137,7 @@ def _cut(closed: ClosedJaxpr, is_first: list[bool]) -> _Halves:
 
 
 def _share_slots(halves: Iterable[_Halves]) -> list[Slot]:
-    """Places for what any branch hands on: of each type as many as the branch with the most of it needs."""
+    """Return the types of the values between both conds: of each type as many as any branch needs."""
     slots: list[Slot] = []
     for half in halves:
         own = [_slot_of(cut) for cut in half.cuts]

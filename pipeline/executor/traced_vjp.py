@@ -1,7 +1,20 @@
-"""A function and its pullback, traced once over types: two lists of equations of one jaxpr.
+"""Trace a function and its pullback together, as two lists of equations of one jaxpr.
 
-Nothing is executed while tracing. Whoever wants a part of the two runs the equations that it needs: no value is made up
-for what is not at hand, and what the function prints is not printed again.
+Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, microbatch) -> y:
+
+    { w, x, dy =>
+        a = x @ w                            forward
+        y = tanh(a)
+        s = 1 - y                            a part of the derivative that does not need dy: forward too
+        mark = optimization_barrier(dy)      divides the trace: only equations after it can read dy
+        h = mark * s                         backward
+        da = h + h * y                       = dy * (1 - y) * (1 + y)
+        dw = x.T @ da
+        dx = da @ w.T
+        return y, mark, dw, dx }
+
+Nothing is executed while tracing. A caller runs only the equations it needs: no value is invented for an input that is
+not at hand, and a print in the function does not print twice. Read `residuals.py` next.
 """
 
 from collections.abc import Callable
@@ -17,12 +30,15 @@ from .equations import Env, needed, run, start_env, value_of
 
 @dataclass(frozen=True, kw_only=True)
 class TracedVjp:
-    """y = function(params, x, microbatch), and (gradients of params, of x) from the gradient of y.
+    """The trace of y = fn(params, x, microbatch) and of its pullback, gradient of y -> gradients of (params, x).
 
-    Args:
-        closed: invars are all leaves of (params, x, microbatch, grad).
-        forward: the equations that make y, and what the backward reads.
-        backward: those after them, that read `grad`.
+    closed: jaxpr whose inputs are the leaves of (params, x, microbatch, grad).
+    forward: equations that make y and what the backward reads.
+    backward: equations after those, without any that no gradient needs.
+    x: input variables of x.
+    grad: variable of the gradient of y as the backward reads it.
+    y: variable of y.
+    outs, outs_tree: variables of the gradients, and the tree of (gradients of params, gradient of x).
     """
 
     closed: ClosedJaxpr
@@ -35,25 +51,25 @@ class TracedVjp:
     outs_tree: Any
 
     def env(self, *args: Any) -> Env:
-        """Return the values of params and of as many of (x, microbatch) as are given, by variable."""
+        """Return values by variable for the leading inputs: params, then x and microbatch if they are given."""
         return start_env(self.closed.jaxpr, self.closed.consts, jax.tree.leaves(args))
 
     def results(self, env: Env) -> tuple[Any, Any]:
-        """Return (gradients of params, gradient of x), once their equations ran."""
+        """Return (gradients of params, gradient of x) from the values of equations that have run."""
         return jax.tree.unflatten(self.outs_tree, [value_of(env, out) for out in self.outs])
 
 
 def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, microbatch: Any, grad: Any) -> TracedVjp:
-    """Return fn(params, x, microbatch) and its pullback; arguments, and the gradient of the result, give their types.
+    """Return the trace of fn(params, x, microbatch) and of its pullback; only the types of the arguments matter.
 
-    Whole numbers among the parameters have no gradient: `None` stands in their place.
+    Integer parameters have no gradient: `None` stands in their place.
     """
     trees: list[Any] = []
 
     def whole(params: Any, x: Any, microbatch: Any, grad: jax.Array) -> tuple[Any, ...]:
         floats, merge = _split_floats(params)
         y, pull = jax.vjp(lambda floats, x: fn(merge(floats), x, microbatch), floats, x)
-        # This equation parts the trace: all before it is forward, all after it backward.
+        # All equations before this one are forward, all after it are backward: only they can read `mark`.
         mark = jax.lax.optimization_barrier(grad)
         d_floats, dx = pull(mark)
         outs, tree = jax.tree.flatten((_split_floats(params, others="none")[1](d_floats), dx))
@@ -79,7 +95,7 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
 def _split_floats(
     params: Any, *, others: Literal["same", "none"] = "same"
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the leaves that have gradients, and what puts others like them in their places."""
+    """Return the leaves that have gradients, and a function that puts such a list back into the tree."""
     leaves, tree = jax.tree.flatten(params)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
@@ -92,9 +108,9 @@ def _split_floats(
 
 
 def pull_back(fn: Callable[[Any, Any], jax.Array], params: Any, microbatch: Any, grad: jax.Array) -> Any:
-    """Return the gradients of params, given that of fn(params, microbatch), of which nothing was kept.
+    """Return the gradients of params, given the gradient of fn(params, microbatch), with no residuals.
 
-    The forward runs again as far as they need it. What it prints it does not print again.
+    The forward runs again as far as the gradients need it, without its prints.
     """
     traced = trace_vjp(lambda params, _, microbatch: fn(params, microbatch), params, (), microbatch, grad)
     env = traced.env(params, (), microbatch) | {traced.grad: grad}

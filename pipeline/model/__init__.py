@@ -1,1 +1,1 @@
-"""Models as pipeline stages: the stage protocol, the order of layers, balance, and our own transformer cut."""
+"""Models cut into pipeline stages: the stage protocol, the order of layers, balancing, and our own transformer."""

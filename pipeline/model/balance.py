@@ -1,6 +1,12 @@
-"""How many layers each stage gets, so that no stage takes much longer than the others, and what stages then cost.
+"""Choose how many layers each stage gets so that the longest stage is as short as possible, and compute stage costs.
 
-All layers are alike, so time is counted in layers; only the ends of the model differ. Read `split.py` next.
+All layers are equal, so time is counted in layers; only the first and the last stage have more to do:
+
+    10 layers, 4 stages, a head that takes as long as 2.5 layers
+    (2, 2, 3, 3)  ->  times 2  2  3  5.5     equal layers: every tick waits for the last stage
+    (3, 3, 3, 1)  ->  times 3  3  3  3.5     balanced
+
+Read `split.py` next.
 """
 
 import heapq
@@ -18,7 +24,7 @@ from .stack import check_layers
 from .stage import check_counts
 
 LayersPerStage = Literal["auto"] | Sequence[int]
-"""Layers of every stage, first to last, or "auto" to have them balanced."""
+"""Number of layers of every stage, first to last, or "auto" for balanced ones."""
 
 _FLOPS_PER_BYTE = 200
 _ITEM_BYTES = 4
@@ -27,10 +33,10 @@ _PASSES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EndTimes:
-    """What the ends of a model take beside their layers, in units of one layer's forward.
+    """Time of the embedding and the head, in units of one layer's forward.
 
-    `embedding` and `embedding_grad` fall to the first stage's forward and backward; `head`, with its loss and its
-    backward, to the last stage's forward, which is where the executor runs all of it.
+    embedding, embedding_grad: added to the forward and the backward of the first stage.
+    head: the head with loss and backward, added to the forward of the last stage, where the executor runs all three.
     """
 
     embedding: float
@@ -41,9 +47,9 @@ class EndTimes:
 def balance_layers(
     num_layers: int, *, num_stages: int, first_extra: float = 0.0, last_extra: float = 0.0
 ) -> tuple[int, ...]:
-    """Return the layers of each stage, one or more, that make the longest stage as short as it can be.
+    """Return the number of layers of each stage, at least one, that minimises the time of the longest stage.
 
-    Where two stages would be equally long the later gets the layer: earlier ones hold more microbatches in flight.
+    Of two equally long stages the later gets the next layer, since earlier stages hold more microbatches in flight.
 
     >>> balance_layers(10, num_stages=4)
     (2, 2, 3, 3)
@@ -51,7 +57,7 @@ def balance_layers(
     (3, 3, 3, 1)
 
     Args:
-        first_extra, last_extra: time of the first and the last stage beside their layers, in units of one layer.
+        first_extra, last_extra: time that the first and the last stage need besides their layers, in layers.
 
     Raises:
         ScheduleError: there are fewer layers than stages.
@@ -65,7 +71,7 @@ def balance_layers(
     extras[0] += first_extra
     extras[-1] += last_extra
     layers = [1] * num_stages
-    # Layers are alike, so giving each to the stage that is then shortest makes the best split.
+    # Layers are equal, so giving each to the stage that is shortest so far is optimal.
     shortest = [(1 + extra, -stage) for stage, extra in enumerate(extras)]
     heapq.heapify(shortest)
     for _ in range(num_layers - num_stages):
@@ -84,10 +90,10 @@ def resolve_layers(
     num_tokens: int,
     vocab: Vocab = "split",
 ) -> tuple[int, ...]:
-    """Return the layers of every stage: those given, once they are known to add up, or balanced ones for "auto".
+    """Return the number of layers of every stage: the given ones after a check of their sum, or balanced for "auto".
 
     Args:
-        num_tokens: tokens of a sequence; long ones make a layer's attention weigh more against the ends.
+        num_tokens: tokens of a sequence; attention makes layers of long sequences slower, compared with the head.
 
     Raises:
         ScheduleError: there are fewer layers than stages, or the list has another length, an entry below 1 or another
@@ -122,11 +128,12 @@ def stage_costs(
 ) -> tuple[StageCost, ...]:
     """Return the time of every stage for one microbatch, in units of one layer's forward.
 
-    Each gradient of a layer takes as long as its forward. What is recomputed comes before the input gradient: all of a
-    layer with remat="full", else next to nothing. With vocab="split" the vocabulary is no stage's: all ranks share it.
+    The input gradient and the weight gradient of a layer each take as long as its forward. With remat="full" the
+    forward is computed again before the input gradient; other choices recompute next to nothing. With vocab="split"
+    embedding and head belong to no stage: all ranks share them.
 
     Raises:
-        ScheduleError: a count is none, or a word is no choice.
+        ScheduleError: a count is not positive, or a word is not one of the choices.
     """
     check_choice("remat", remat, get_args(Remat), error=ScheduleError)
     check_counts(layers_per_stage)
@@ -144,12 +151,12 @@ def stage_costs(
 
 
 def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -> EndTimes:
-    """Return what embedding and head add to the end stages; nothing with vocab="split".
+    """Return the time that embedding and head add to the end stages; zero with vocab="split".
 
-    A layer and the head are their matmuls: for a token, the head's are 2 V D flops forward and 4 V D backward, a
-    layer's include the scores that the causal mask lets through. The embedding has no matmul. It moves rows of D
-    float32 numbers: one read and one written in the forward; in the backward the gradient's read, the table's read and
-    written. Each byte counts as 200 flops, near the balance of an H200 (989 TFLOP/s in bfloat16 over 4.8 TB/s).
+    Layers and head are priced by their matmuls. For one token the head takes 2 V D flops forward and 4 V D backward; a
+    layer's flops include the attention scores that the causal mask lets through. The embedding moves rows of D float32
+    numbers: it reads one and writes one in the forward, and reads two and writes one in the backward. One byte counts
+    as 200 flops, close to the ratio of an H200 (989 TFLOP/s in bfloat16 over 4.8 TB/s).
     """
     check_count("num_tokens", num_tokens, error=ScheduleError)
     check_vocab(vocab)
@@ -162,7 +169,7 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
 
 
 def _layer_flops(config: ModelConfig, *, num_tokens: int) -> float:
-    """Flops of a layer's forward for one token, masked scores left out."""
+    """Return the flops of one layer's forward for one token, without masked attention scores."""
     flops = flops_per_token(config, num_tokens=num_tokens)
     return (flops.forward - 2 * config.vocab_size * config.hidden_size) / config.num_layers
 

@@ -1,7 +1,10 @@
-"""Our transformer as pipeline stages: embedding first, runs of blocks, head last.
+"""Cut our transformer into pipeline stages: embedding, runs of blocks, head.
 
-Embedding and head are the ends of the pipeline; their tables are split over pipe x tensor, and all ranks work on them
-together, or each rank holds them whole over pipe and the end stages work on them alone.
+    vocab="ends"    rank 0: embedding, blocks    rank 1: blocks    ...    rank p-1: blocks, head
+    vocab="split"   every rank: a part of the embedding table, its blocks, a part of the head
+
+With "ends" every rank holds the tables whole over pipe, and the end stages work on them alone. With "split" the tables
+are split over pipe x tensor, and all ranks work on them together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +28,12 @@ from .stage import PipelineParams, StageFns
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinedModel:
-    """A transformer cut into stages: its functions, how its parameters are born, and where they live.
+    """A transformer cut into stages.
 
-    `params` are shapes only; `init(seed)` makes the arrays, each device its own part.
+    fns: stage functions for `pipeline_grads`.
+    params: shapes, dtypes and shardings of the parameters.
+    shardings: a `NamedSharding` for every parameter.
+    init: init(seed) returns the parameters; every device computes only its own part.
     """
 
     fns: StageFns
@@ -49,14 +55,14 @@ def split_transformer(
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages.
 
-    Stage parameters are [chunks, ranks@pipe, layers, ...]; embedding and head are shared, replicated over pipe, but for
-    tables [V@pipe+tensor, D] if `vocab` is "split". The values that `init` draws do not depend on the mesh.
+    Stage parameters are [chunks, ranks@pipe, layers, ...]. Embedding and head are shared: replicated over pipe, or with
+    vocab="split" tables [V@pipe+tensor, D]. The values of `init` do not depend on the mesh.
     Batches are dicts of tokens, targets and weights, each [M, B@data, T].
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
-        vocab: as the schedule was made with: tables split over pipe too for all ranks, or for the end stages alone.
-        unroll: whether the layers of a stage are written out or looped over.
+        vocab: the choice that the schedule was built with: "split" over all ranks, or at the "ends" alone.
+        unroll: whether the layers of a stage are written out ("on") or looped over ("off").
         rules: fitted to model and mesh by `layers.model_rules`.
 
     Raises:
@@ -68,18 +74,18 @@ def split_transformer(
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     if vocab == "split" and num_ranks > 1:
         rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
-    born = partial(_born, config, num_ranks, num_chunks, counts)
+    make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    shapes, dims = jax.eval_shape(born, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
+    shapes, dims = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
     fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
-    init = partial(_init, jax.jit(born, out_shardings=shardings))
+    init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
 def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
-    # A single number, before anything runs: jax_transfer_guard="disallow" is meant for what a loop sends.
+    # The seed is one number, sent once; jax_transfer_guard="disallow" is meant for transfers in the training loop.
     with jax.transfer_guard("allow"):
         return make(jax.numpy.uint32(seed))
 
@@ -89,7 +95,7 @@ def _check_words(vocab: Vocab, remat: Remat) -> None:
     check_choice("remat", remat, get_args(Remat), error=ScheduleError)
 
 
-def _born(
+def _make_params(
     config: ModelConfig, num_ranks: int, num_chunks: int, counts: tuple[int, ...], seed: jax.Array
 ) -> PipelineParams:
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
@@ -132,7 +138,7 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
 
 
 def _graphs_of_block(model: Transformer, mesh: Mesh) -> tuple[Any, Any]:
-    """The structure of a block as its parameters are kept, and as layers are given them on this mesh."""
+    """Return the structure of a block with parameters as stored, and with parameters as `prepare` returns them."""
 
     def make(columns: Literal["apart", "joined"]) -> Block:
         block = Block(model.config, rngs=nnx.Rngs(0), rules=model.rules)
@@ -146,7 +152,7 @@ def _graphs_of_block(model: Transformer, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:
-    """Return parameters with their matrices in the compute dtype; all else is small, and norms compute in float32."""
+    """Return parameters with kernels in the compute dtype. Norms compute in float32, and all else is small."""
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if getattr(path[-1], "key", None) == "kernel" else leaf
@@ -160,7 +166,7 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
 
 
 def _shared_specs(dims: dict[str, Any], rules: ShardingRules) -> Any:
-    """Over pipe alone, for `shard_map`: the compiler knows about the other axes. None if no table is split over it."""
+    """Return specs over pipe alone, for `shard_map`, or None if no table is split over pipe."""
     if "pipe" not in rules.axes("vocab"):
         return None
 

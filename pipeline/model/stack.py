@@ -1,7 +1,11 @@
-"""Stage parameters and the natural order of layers: [chunks, ranks, layers, ...] to [all layers, ...] and back.
+"""Convert parameters between [all layers, ...], the model's order, and [chunks, ranks, layers, ...] of the stages.
 
-Stage s is chunk s // ranks of rank s % ranks, so for equal stages both ways are a reshape. Where stages differ, every
-stage has room for as many layers as the largest, and what is left over is zero and never run.
+    8 layers, 2 ranks, 2 chunks          rank 0        rank 1
+                              chunk 0    layers 0 1    layers 2 3       stage s is chunk s // ranks
+                              chunk 1    layers 4 5    layers 6 7       of rank s % ranks
+
+For equal stages both conversions are a reshape. Where stages differ, every stage has room for as many layers as the
+largest; the rest of it is zero and never run.
 """
 
 import math
@@ -22,13 +26,13 @@ from .trees import check_arrays
 def stages_from_layers(
     layers: Any, *, num_ranks: int, num_chunks: int = 1, layers_per_stage: Sequence[int] | None = None
 ) -> Any:
-    """Return parameters [all layers, ...] in the order of the model as stage parameters [chunks, ranks, layers, ...].
+    """Return stage parameters [chunks, ranks, layers, ...] from parameters [all layers, ...] in the model's order.
 
     Args:
-        layers_per_stage: number of layers of each of the num_chunks x num_ranks stages; equal if left out.
+        layers_per_stage: number of layers of each stage, first to last; equal if left out.
 
     Raises:
-        ScheduleError: the layers do not divide into the stages, or the numbers do not add up to them.
+        ScheduleError: the layers do not divide into equal stages, or the given numbers do not add up to them.
     """
     check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
     num_layers = _count_layers(layers)
@@ -59,14 +63,14 @@ def _count_layers(layers: Any) -> int:
 
 
 def natural_order(stages: Any, *, layers_per_stage: Sequence[int] | None = None) -> Any:
-    """Return stage parameters [chunks, ranks, layers, ...] as [all layers, ...] in the order of the model."""
+    """Return parameters [all layers, ...] in the model's order from stage parameters [chunks, ranks, layers, ...]."""
 
     def merge(leaf: Any) -> Any:
         whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
         if layers_per_stage is None or len(set(layers_per_stage)) == 1:
             return whole
         if isinstance(whole, np.ndarray):
-            # Gradients of whole numbers, float0, are no arrays of jax.
+            # Gradients of integers have dtype float0 and are numpy arrays.
             return whole[_places(layers_per_stage)]
         return jnp.take(whole, _places(layers_per_stage), axis=0, unique_indices=True, indices_are_sorted=True)
 
@@ -76,10 +80,10 @@ def natural_order(stages: Any, *, layers_per_stage: Sequence[int] | None = None)
 def check_layers(
     num_layers: int, *, num_ranks: int, num_chunks: int = 1, layers_per_stage: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Return the number of layers of each stage, once they are known to be all the layers: none may be dropped.
+    """Return the number of layers of each stage, after checking that they add up to all layers.
 
     Raises:
-        ScheduleError: with the equation.
+        ScheduleError: with the equation that does not hold.
     """
     for name, count in {"num_layers": num_layers, "num_ranks": num_ranks, "num_chunks": num_chunks}.items():
         check_count(name, count, error=ScheduleError)
@@ -124,6 +128,6 @@ def _check_counts(counts: tuple[int, ...], *, num_layers: int, num_stages: int, 
 
 
 def _places(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Where each layer of the model is among the padded layers of all stages."""
+    """Return the position of each layer of the model among the padded layers of all stages."""
     room = max(counts)
     return np.concatenate([stage * room + np.arange(count, dtype=np.int32) for stage, count in enumerate(counts)])

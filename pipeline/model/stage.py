@@ -1,6 +1,8 @@
-"""What a pipeline runs: three functions and their parameters. Any model that fits the protocol is welcome.
+"""The protocol between a model and the pipeline: three functions and their parameters.
 
-`split.py` cuts our transformer into this shape; a user's own model needs nothing else of trellax.layers.
+    microbatch -> first -> layer -> ... -> layer -> last -> loss
+
+`split.py` cuts our transformer into this form. A user's own model needs nothing of `trellax.layers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,40 +20,39 @@ Unroll = Literal["off", "on"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageFns:
-    """A model cut for a pipeline: a stage is a run of layers; the first and last stage also run `first` and `last`.
+    """A model cut for a pipeline. A stage is a run of layers; the first and last stage also run `first` and `last`.
 
     first(shared, microbatch) -> x
-        What enters the first layer: an embedding, or just the input. Cheap: its gradient is taken from the
-        microbatch again, so nothing of it is kept.
+        Make the input of the first layer: an embedding, or just a leaf of the microbatch. Its backward runs it again
+        from the microbatch and keeps nothing, so it should be cheap.
     layer(params, x, microbatch) -> x
-        One layer; `params` are its own, without the leading [chunks, ranks, layers]. What its backward needs is kept
-        as `jax.vjp` says: rematerialisation inside it is the author's choice. A stage that is no run of equal layers
+        Run one layer. `params` are its own, without the leading [chunks, ranks, layers]. The residuals of `jax.vjp`
+        are kept for its backward; wrap it in `jax.checkpoint` to keep less. A stage that is not a run of equal layers
         is one layer.
     last(shared, x, microbatch) -> loss
-        This microbatch's part of the loss, a float32 scalar. Parts are *added* over microbatches and data shards:
-        for a mean, divide by the count of the whole batch, not of the microbatch.
-        A part that is summed over data already counts once a shard: take its mean, `jax.lax.pmean(loss, "data")`.
+        Compute this microbatch's part of the loss, float32 []. Parts are *added* over microbatches and data shards:
+        for a mean, divide by the count of the whole batch, not of the microbatch. A part that is summed over data
+        inside `last` would count once for each shard: take its mean, `jax.lax.pmean(loss, "data")`.
 
-    A microbatch is one slice of the batch, on this data shard: leaves [b, ...] of [M, B@data, ...], and [] of [M], a
-    temperature or a key, the same on all shards.
-    x is one array, of one shape and dtype between all layers.
+    A microbatch is one slice of the batch on this data shard: leaves [b, ...] of [M, B@data, ...], and leaves [] of
+    [M] (a temperature, a key), which are the same on all shards. x is one array, of the same shape and dtype between
+    all layers.
 
     Args:
-        layers_per_stage: number of layers of each stage in the order of the model, where they are not all alike.
-        num_layers: layers of the whole model. Needed where stages differ: their parameters have room for more layers
-            than there are, and a shape alone does not tell an empty place from a layer that would never run.
-        batch_specs: for batches with leaves that have no batch dimension: a `PartitionSpec` for every leaf (or a prefix
-            of the tree), P(None, "data") for [M, B, ...] and P() for what all data shards are given whole.
-        shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). Given, all
+        layers_per_stage: number of layers of each stage in the model's order, if stages differ.
+        num_layers: number of layers of the whole model. Needed if stages differ: their parameters are padded, and a
+            shape alone does not tell padding from a layer.
+        batch_specs: a `PartitionSpec` for every leaf of the batch (or a prefix of its tree), if leaves without a batch
+            dimension have two dimensions or more: P(None, "data") for [M, B, ...], P() for whole on every data shard.
+        shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). If given, all
             ranks run `first` and `last` together on one microbatch, each with its part of `shared`, inside `shard_map`:
-            what differs between ranks must be summed over "pipe" before it is returned.
-        prepare: parameters of a layer -> what `layer` is given instead of them, made once a step for all layers: no
-            loop then makes it again for every microbatch. A linear function, casts and other arrangements say: each
-            layer's gradients come back through its transpose, and are summed in float32.
-        unroll: whether the layers of a stage are written out one after another instead of looped over.
+            a result that differs between ranks must be summed over "pipe" before it is returned.
+        prepare: a linear function from the parameters of one layer to those that `layer` is given, run once a step for
+            all layers, for instance a cast. Gradients come back through its transpose and are summed in float32.
+        unroll: "on" to write the layers of a stage out one after another, "off" to loop over them.
 
     Raises:
-        ScheduleError: a function cannot be called, a count is no count, or `unroll` is no choice.
+        ScheduleError: a function is not callable, a count is not a count, or `unroll` is not one of the choices.
     """
 
     first: Callable[[Any, Any], jax.Array]
@@ -82,13 +83,13 @@ class StageFns:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PipelineParams:
-    """Parameters of a pipeline, also the shape of their gradients.
+    """Parameters of a pipeline; gradients have the same form.
 
     stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r. `stages_from_layers`
-        makes them of [all layers, ...] in natural order; for equal stages it is a plain reshape.
-        To an optimizer they are one array of rank 5 for all matrices of a kind: `optax.contrib.muon` silently runs Adam
-        on those, unless its `muon_weight_dimension_numbers` say that the last two dimensions are the matrix.
-    shared: any tree, seen by `first` and `last` (an embedding, a head, tied or not); replicated over pipe, unless
+        makes them from [all layers, ...]; for equal stages it is a reshape.
+        An optimizer sees one array of five dimensions for all matrices of a kind. `optax.contrib.muon` silently runs
+        Adam on such arrays, unless `muon_weight_dimension_numbers` name the last two dimensions as the matrix.
+    shared: any tree, given to `first` and `last` (an embedding, a head, tied or not); replicated over pipe, unless
         `StageFns.shared_specs` says otherwise.
     """
 
@@ -106,10 +107,10 @@ class LossAndGrads:
 
 
 def check_counts(layers_per_stage: Any) -> None:
-    """Raise unless these are whole numbers, one or more of them.
+    """Raise unless these are integers, at least one.
 
     Raises:
-        ScheduleError: they are no list of whole numbers.
+        ScheduleError: they are not a sequence of integers.
     """
     if not isinstance(layers_per_stage, Sequence) or isinstance(layers_per_stage, str) or not layers_per_stage:
         raise ScheduleError(

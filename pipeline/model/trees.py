@@ -1,4 +1,4 @@
-"""Trees that users give, checked leaf by leaf: arrays, and partition specs beside them."""
+"""Check trees given by users, leaf by leaf: arrays, and the partition specs that belong to them."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from ...meshes import ScheduleError, ShardingError
 
 
 def check_arrays(name: str, tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by name, `batch['x']` say, all of them arrays that jax takes.
+    """Return the leaves of a tree by name, such as `batch['x']`, after checking that each is an array of numbers.
 
     Raises:
-        ScheduleError: a leaf is a Python number, a text or an array of objects.
+        ScheduleError: a leaf is a Python number, a string or an array of objects.
     """
     leaves = {f"{name}{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for each, leaf in leaves.items():
@@ -30,7 +30,7 @@ def spread_specs(name: str, specs: Any, tree: Any, *, of: str) -> Any:
     """Return a partition spec for every leaf of the tree, given a prefix of it.
 
     Raises:
-        ShardingError: the specs are no prefix of the tree, or are no `PartitionSpec`s.
+        ShardingError: the specs are not a prefix of the tree, or not of type `PartitionSpec`.
     """
     is_spec = lambda node: isinstance(node, PartitionSpec) or node is None  # noqa: E731
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):

@@ -21,7 +21,7 @@ from trellax.layers import (
 )
 from trellax.layers.block import rematerialize
 from trellax.meshes import ModelError
-from trellax.pipeline.executor.residuals import LayerVjp
+from trellax.pipeline.executor.residuals import plan_layer
 
 from .sharded import STYLES, mesh_of, small_config
 
@@ -88,10 +88,10 @@ def traced_flops(config: ModelConfig, *, what: str, remat: Remat = "none") -> in
     return dot_flops(jax.make_jaxpr(run)(params, tokens, tokens, weights).jaxpr)
 
 
-def layer_vjp(config: ModelConfig, remat: Remat, *, tensor: int = 1) -> tuple[LayerVjp, Any]:
+def layer_of(config: ModelConfig, remat: Remat, *, tensor: int = 1) -> tuple[Any, Any]:
     rules = model_rules(config, {"tensor": tensor})
     graph, params = split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), rules=rules)))
-    return LayerVjp(rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat)), params
+    return rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat), params
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -157,9 +157,9 @@ def test_training_is_near_six_flops_a_parameter() -> None:
 @given(config=CONFIGS, dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: ModelConfig, dtype: str) -> None:
     config = ModelConfig(**(vars(config) | {"dtype": dtype}))
-    vjp, params = layer_vjp(config, remat)
+    layer, params = layer_of(config, remat)
     x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), dtype)
-    kept = vjp.plan(params, x, None)
+    kept = plan_layer(layer, params, x, None).kept
     expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected.layer
     assert B * T * config.hidden_size * jnp.dtype(dtype).itemsize == expected.boundary
@@ -169,10 +169,10 @@ def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: M
 @pytest.mark.parametrize(("style", "num_kv_heads"), [("gpt", 8), ("llama", 4), ("llama", 2), ("qwen", 4)])
 def test_device_keeps_as_many_bytes_as_its_part_of_the_residuals(style: str, num_kv_heads: int, remat: Remat) -> None:
     config, mesh = small_config(style, num_kv_heads=num_kv_heads), mesh_of("tensor=4")
-    vjp, params = layer_vjp(config, remat, tensor=4)
+    layer, params = layer_of(config, remat, tensor=4)
     x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
     with jax.set_mesh(mesh):
-        vjp.plan(params, x, None)
+        vjp = plan_layer(layer, params, x, None)
         # With y, though it is not looked at: what made it would be dropped, and with it what splits the residuals.
         forward = jax.jit(lambda params, x: vjp.forward(params, x, None))
         shardings = forward.lower(params, x).compile().output_shardings[1]

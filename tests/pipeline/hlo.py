@@ -1,4 +1,4 @@
-"""Reading a compiled step with the inspector's own reader: which collectives it has, and which of them lie in loops."""
+"""Read the collectives of a compiled step, and whether a loop runs them, with the inspector's own reader."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: small models, masked batches, the reference on one device, the comparison."""
+"""Shared by tests of pipelines: small models, masked batches, the reference on one device, the comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from trellax.pipeline import (
 from trellax.pipeline.schedules import Vocab
 
 Attention = Literal["mha", "gqa", "mqa"]
-"""As many key/value heads as query heads (8), half as many, or one: fewer than any tensor axis above 1."""
+"""Number of key/value heads: as many as query heads (8), half as many, or one."""
 
 KV_HEADS: dict[Attention, int] = {"mha": 8, "gqa": 4, "mqa": 1}
 NUM_TOKENS = 16
@@ -91,7 +91,7 @@ def microbatches(batch: dict[str, np.ndarray], *, mesh: Mesh, num_microbatches: 
 
 @cache
 def natural_params(config: ModelConfig) -> dict[str, Any]:
-    """Parameters as a plain `Transformer` holds them, in numpy; not at zeros and ones, which would hide bugs."""
+    """Return parameters in the form of a plain `Transformer`, in numpy; random also where they start as 0 or 1."""
     rng = np.random.default_rng(0)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
@@ -123,7 +123,7 @@ class Answer:
 
 @cache
 def one_device(config: ModelConfig, num_sequences: int) -> Answer:
-    """What plain autodiff says of the whole batch and all its logits: no mesh, no microbatches, no fused loss."""
+    """Compute the reference by `jax.grad` on the whole batch: no mesh, no microbatches, no fused loss."""
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
     def loss_of(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
@@ -146,7 +146,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A jitted step of the pipeline with its arguments, for those who run it and those who read its program."""
+    """A jitted step of the pipeline with its arguments, for tests that run it or read its compiled program."""
 
     model: PipelinedModel
     run: Callable[..., tuple[LossAndGrads, jax.Array]]

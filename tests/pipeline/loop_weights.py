@@ -1,4 +1,4 @@
-"""What a compiled step makes of parameters alone inside its loops: copies, transposes, joins and casts of weights.
+"""Find copies, transposes, joins and casts of weights inside the loops of a compiled step.
 
 Where a value comes from is followed from the entry's parameters through loops, branches and calls. What depends on
 weights and on nothing else, numbers and places aside, could be made once a step.
@@ -12,7 +12,7 @@ from typing import Any
 from trellax.programs.hlo import Array, Computation, HloModule, Instruction, Type, leaves
 
 NOTHING, WEIGHTS, DATA = 0, 1, 2
-"""What a value depends on, each including those before it."""
+"""Kinds of values by what they depend on; each includes those before it."""
 
 Origin = Any
 """One of these, or a tuple of origins."""
@@ -22,7 +22,7 @@ _SAME = ("bitcast", "call", "opt-barrier")
 
 @dataclass(frozen=True)
 class Made:
-    """An array that a loop makes of weights alone, and the operations that it takes."""
+    """An array that a loop computes from weights alone, and the operations that compute it."""
 
     name: str
     num_bytes: int
@@ -111,7 +111,7 @@ class _Walk:
 
 
 def _spread(type_: Type, operands: list[Origin]) -> Origin:
-    """The origin of an ordinary result: the widest of its operands'; single numbers are places, not data."""
+    """Return the origin of an ordinary result: the widest of its operands' origins. Scalars are indices, not data."""
     if not isinstance(type_, Array):
         return tuple(_spread(part, operands) for part in type_)
     return max((one for origin in operands for one in _flat(origin)), default=NOTHING) if type_.dims else NOTHING

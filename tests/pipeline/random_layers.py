@@ -19,13 +19,13 @@ BATCH, TOKENS, WIDTH = 2, 3, 4
 """The shape of a layer's input."""
 
 _MOST = 96
-"""Numbers in an array of the pool."""
+"""Number of elements of an array in the pool."""
 
 Layer = Callable[[Any, jax.Array, Any], jax.Array]
 
 
 def random_layer(seed: int, num_steps: int) -> Layer:
-    """Return layer(params, x, microbatch) of so many steps; what `random_inputs` gives suits every layer."""
+    """Return a layer(params, x, microbatch) of a number of random steps; every layer takes `random_inputs`."""
 
     def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
         draw = np.random.default_rng(seed)
@@ -74,12 +74,12 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _bits(ids: jax.Array) -> jax.Array:
-    """Numbers of -1 to 1 that an integer says, by shifts and masks."""
+    """Return numbers in [-1, 1], derived from an integer by shifts and masks."""
     mixed = (ids.astype(jnp.uint32) * np.uint32(2654435761)) >> np.uint32(7)
     return ((mixed ^ (mixed << np.uint32(3))) & np.uint32(255)).astype(jnp.float32) / 128 - 1
 
 
 def _small(value: jax.Array) -> jax.Array:
-    """Cut what became large, and give a scalar a dimension."""
+    """Cut a large array to size, and give a scalar a dimension."""
     value = value.astype(jnp.float32)
     return fit(value, (_MOST // 8, 4)) if value.size > _MOST else value.reshape(1) if value.ndim == 0 else value

@@ -1,4 +1,4 @@
-"""Steps of random layers, by name: what takes an array and another of its shape, and makes one array of floats.
+"""Steps of random layers, by name. A step maps two arrays of one shape to one array of floats.
 
 Together they hold more than a hundred primitives of jax, structured control flow and hand-written gradients among them.
 """
@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 Draw = np.random.Generator
 Step = Callable[[Draw, jax.Array, jax.Array], jax.Array]
-"""Of a source of choices, an array, and another one fitted to its shape."""
+"""step(choices, array, another array of the same shape) -> array."""
 
 
 def fit(value: jax.Array, shape: Iterable[int]) -> jax.Array:
@@ -30,7 +30,7 @@ def _axis(draw: Draw, x: jax.Array) -> int:
 
 
 def _unary(function: Callable[[jax.Array], jax.Array]) -> Step:
-    """Half of the time a step ends in a tanh, which keeps its result; else in a product, which keeps its operand."""
+    """End a step in a tanh, whose residual is its result, or in a product, whose residual is its operand."""
 
     def op(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
         y = function(jnp.clip(x, -0.9, 0.9))
@@ -112,7 +112,7 @@ def _top(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _product(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
-    """A matmul with a square of the other's numbers, or of batches of matrices."""
+    """Multiply by a square matrix made of the other array's elements, or multiply batches of matrices."""
     if x.ndim == 3 and draw.integers(2):
         return lax.dot_general(x, other, (((2,), (2,)), ((0,), (0,)))) / 2
     return x @ fit(other, (x.shape[-1], x.shape[-1])) / 2
@@ -147,7 +147,7 @@ def _solve(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _round(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
-    """What has no gradient, beside what has."""
+    """Combine values without a gradient with values that have one."""
     steps = jnp.floor(3 * x) + jnp.ceil(2 * other) + jnp.round(4 * x) + jnp.sign(other)
     return jnp.tanh(x * steps)
 
@@ -181,7 +181,7 @@ def _scan(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _while(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
-    """A loop whose length the data says; it has no gradient, and what it is times has one."""
+    """Multiply by the result of a loop whose length depends on the data and which has no gradient."""
     halve = lambda state: (state[0] / 2, state[1] + 1)  # noqa: E731
     start = lax.stop_gradient(1 + jnp.abs(other).sum()), jnp.float32(0)
     count = lax.while_loop(lambda state: state[0] > 0.5, halve, start)[1]
@@ -217,7 +217,7 @@ _bent.defjvp(lambda primals, tangents: (_bent(primals[0]), tangents[0] * jnp.cos
 
 
 def _own_vjp(draw: Draw, x: jax.Array, other: jax.Array) -> jax.Array:
-    """A gradient written by hand; or one that closes over a value of the layer's."""
+    """Apply a function with a custom gradient, or one that closes over a value of the layer."""
     if draw.integers(2):
         return _scaled(x, other)
     fixed = lax.stop_gradient(jnp.cos(other))

@@ -1,4 +1,4 @@
-"""Ends that all ranks run together: a user's own model too, and a loss alone is the loss that comes with gradients."""
+"""Ends that all ranks run together equal one device, for our model and a user's own, with and without gradients."""
 
 from functools import cache
 from typing import Any

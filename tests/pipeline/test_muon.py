@@ -1,4 +1,4 @@
-"""What README says of optax's muon: stacks of layers are no matrices to it unless it is told."""
+"""optax's muon treats stacked layers as matrices only if `muon_weight_dimension_numbers` says so."""
 
 from typing import Any
 

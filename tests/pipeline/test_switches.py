@@ -1,4 +1,4 @@
-"""Under each of jax's own switches a pipeline equals one device, or says in a sentence why it does not run."""
+"""With each of jax's switches a pipeline equals one device, or raises a readable error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +73,7 @@ def loss_on_one_device(layers: jax.Array, enter: jax.Array, x: np.ndarray) -> ja
 
 
 def pipelined(schedule: str) -> tuple[Callable[..., Any], Any]:
-    """The compiled-to-be step on 2x1x2, and its arguments where they belong."""
+    """Return the step on 2x1x2, not yet compiled, and its arguments with their shardings."""
     mesh, (layers, enter, x) = mesh_of("2x1x2"), arrays()
     grid = build_schedule(schedule, num_ranks=2, num_microbatches=M)
     stages = {"w": stages_from_layers(jnp.asarray(layers), num_ranks=2, layers_per_stage=COUNTS)}

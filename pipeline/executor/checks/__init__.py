@@ -1,1 +1,1 @@
-"""Checks of what a pipeline is given, made from types and shapes before anything runs."""
+"""Checks of a pipeline's arguments and functions, from types and shapes, before anything runs."""

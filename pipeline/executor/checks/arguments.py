@@ -1,6 +1,6 @@
-"""Checks of a pipeline's arguments, from their types and shapes alone and before anything runs.
+"""Check the arguments of a pipeline against each other, from their types and shapes, before anything runs.
 
-`functions.py` checks the functions among them, by tracing.
+Read `functions.py` next: it checks the functions, by tracing them.
 """
 
 from typing import Any, get_args
@@ -17,7 +17,7 @@ from ...model.stage import PipelineParams, StageFns
 from ...model.trees import check_arrays, spread_specs
 from ...schedules import Schedule
 from ..batch import check_batch
-from ..execute import Bubbles
+from ..loop_plan import Bubbles
 
 
 def check_arguments(
@@ -26,11 +26,11 @@ def check_arguments(
     """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, layers, microbatches and data shards.
 
     Raises:
-        MeshError: the mesh lacks an axis, has one that a pipeline does not know, or its axes are not Auto.
-        ScheduleError: an argument is of another kind, a count differs, or parameters are missing.
+        MeshError: the mesh lacks an axis, has an unknown one, or its axes are not Auto.
+        ScheduleError: an argument has the wrong type, a count differs, or parameters are missing.
         ShardingError: the batch does not split over `data`, or `shared` not over `pipe`.
     """
-    # With its other switches it runs: see test_switches.py.
+    # It runs with all other switches of jax: see tests/pipeline/test_switches.py.
     check_switches("jax_disable_jit", "jax_auto_pcast", error=ScheduleError)
     _check_kinds(fns, params, mesh, schedule, bubbles)
     _check_mesh(mesh)
@@ -70,7 +70,7 @@ def _check_mesh(mesh: Mesh) -> None:
         )
     others = [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]
     if others:
-        # Over such an axis shard_map would run everything again, and its transposes would add up the copies.
+        # shard_map would repeat all work along such an axis, and its transpose would sum the copies of a gradient.
         sizes = " ".join(f"{axis}={mesh.shape[axis]}" for axis in others)
         raise MeshError(
             f"the mesh has {sizes}, but a pipeline runs over pipe, data and tensor alone.",
@@ -84,7 +84,7 @@ def _check_mesh(mesh: Mesh) -> None:
 
 
 def _check_numbers(params: PipelineParams) -> None:
-    """Complex numbers would come back as the real part of their gradient, since sums are float32."""
+    """Raise for complex parameters: gradients are summed in float32, which would drop the imaginary part."""
     for name, leaf in check_arrays("params", params).items():
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ScheduleError(
@@ -100,7 +100,7 @@ def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
     num_layers = max((leaf.shape[2] for _, leaf in leaves if leaf.ndim > 2), default=0)
     want = (schedule.num_chunks, schedule.num_ranks, max(1, num_layers))
     for path, leaf in leaves:
-        # A leaf with fewer layers than another would be read past its end, and XLA would read its last layer again.
+        # XLA clamps an index past the end: of a leaf with fewer layers it would silently read the last one again.
         if leaf.shape[:3] != want:
             raise ScheduleError(
                 f"stage parameter params.stages{jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule "
@@ -111,7 +111,7 @@ def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
 
 
 def _check_counts(fns: StageFns, params: PipelineParams, schedule: Schedule) -> None:
-    """Every place of the parameters is a layer that runs, or known to be empty."""
+    """Raise unless every layer of the parameters runs, or is known to be padding."""
     counts, room = fns.layers_per_stage, jax.tree.leaves(params.stages)[0].shape[2]
     places = room * schedule.num_stages
     if counts is None:

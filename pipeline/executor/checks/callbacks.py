@@ -1,7 +1,7 @@
-"""Calls of the host in the functions of a pipeline: prints are welcome, results from the host are not.
+"""Refuse host callbacks that return a result in the functions of a pipeline; `jax.debug` callbacks are allowed.
 
 XLA compiles a `pure_callback` or an `io_callback` only where every axis of the mesh is manual, and `tensor` is not.
-`jax.debug.print` and `jax.debug.callback` run on each device of pipe and data, once a microbatch and layer.
+`jax.debug.print` and `jax.debug.callback` run on each device of pipe x data, once for each microbatch and layer.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ _ANSWERING = ("pure_callback", "io_callback")
 
 
 def check_callbacks(name: str, jaxpr: Any) -> None:
-    """Raise if the function `name` asks the host for a result, or calls it in an order.
+    """Raise if the function `name` reads a result from the host, or has an ordered callback.
 
     Raises:
-        ScheduleError: with the kind of callback.
+        ScheduleError: naming the callback.
     """
     for eqn in _equations(jaxpr):
         primitive = eqn.primitive.name

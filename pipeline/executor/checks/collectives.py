@@ -1,11 +1,12 @@
-"""Collectives in the functions of a pipeline: refused where not all devices that must take part do.
+"""Refuse collectives in the functions of a pipeline that some of the devices they need would not run.
 
-    turn     rank 0         rank 1
-     3       layer: psum    (idle)      rank 0 waits for rank 1, which waits for it at the end of the turn: for ever
+    turn     rank 0                  rank 1
+     3       layer: psum over pipe   idle         a deadlock: rank 0 waits for rank 1 inside its layer, and
+             (waiting)               exchange     rank 1 waits for rank 0 at the end of the turn
 
-A layer runs in a branch that one rank takes alone, with all its data shards. So it may sum and gather over data, but
-not over pipe. A permute (`ppermute`) in it is never right: XLA lets all devices of the mesh take part in one, and pairs
-those that run another turn; the result is a hang, or numbers of another microbatch.
+A layer runs in a branch that one pipeline rank takes with all its data shards. So it may sum and gather over data, but
+not over pipe. A `ppermute` in it is always wrong: XLA lets all devices of the mesh take part in one, and pairs devices
+that run different turns. The result is a deadlock, or values of another microbatch.
 """
 
 from collections.abc import Iterator
@@ -25,17 +26,17 @@ _GROUPED = (
     "reduce_scatter",
     "all_to_all",
 )
-"""Collectives among the devices of one group, whatever others do."""
+"""Collectives for which the devices of one group need no other devices."""
 
 _LOCAL = ("axis_index", "pvary", "pcast")
-"""They name an axis, and send nothing."""
+"""Primitives that name an axis and send nothing."""
 
 
 def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", "one rank"]) -> None:
-    """Raise for a collective of the function `name` that some of its devices would not reach.
+    """Raise for a collective in the function `name` that some of its devices would not run.
 
     Raises:
-        ScheduleError: with the collective and its axes.
+        ScheduleError: naming the collective and its axes.
     """
     for eqn in _equations(jaxpr):
         axes = _axes_of(eqn)
@@ -45,7 +46,7 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", 
         if "pipe" in axes:
             hint = "; first and last are run by all ranks where StageFns(shared_specs=...) is given"
             raise ScheduleError(
-                f"{what}, but one rank of the pipe runs it alone: it would wait for the others for ever.",
+                f"{what}, but one rank of the pipe runs it alone: it would wait for the others forever.",
                 fix=f"leave it out: a rank has what it needs{'' if name in ('layer', 'prepare') else hint}.",
             )
         if eqn.primitive.name not in _GROUPED:
@@ -57,12 +58,12 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", 
 
 
 def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
-    """Raise for a collective in a branch or loop that not all its devices take: in the function `name`, or a program.
+    """Raise for a collective in a branch or loop that not all of its devices take.
 
-    A function may branch by its rank itself, and in the whole program there is the backward pass of the functions too.
+    A function may branch on its rank itself. The whole program (name=None) also holds the backward of the functions.
 
     Raises:
-        ScheduleError: with the collective and its axes.
+        ScheduleError: naming the collective and its axes.
     """
     for eqn, differs in _branched_equations(jaxpr, frozenset()):
         axes = frozenset(_axes_of(eqn))
@@ -79,13 +80,13 @@ def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
 
 
 def named_axes(jaxpr: Jaxpr) -> set[str]:
-    """Return the mesh axes that a function names; jax itself marks arrays as varying, so that does not count."""
+    """Return the mesh axes that a function names. Marks of varying arrays do not count, since jax adds them itself."""
     eqns = (eqn for eqn in _equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
     return {axis for eqn in eqns for axis in _axes_of(eqn)}
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """All equations, those inside of others too."""
+    """Yield all equations, also those nested in others."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in _inner(eqn):
@@ -93,7 +94,7 @@ def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
 
 
 def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple[JaxprEqn, frozenset[str]]]:
-    """All equations, each with the axes along which devices may not take the same way to it."""
+    """Yield all equations, each with the axes along which devices may differ in whether they run it."""
     for eqn in jaxpr.eqns:
         yield eqn, differs
         inside = differs | _decides_by(eqn)
@@ -102,7 +103,7 @@ def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple
 
 
 def _decides_by(eqn: JaxprEqn) -> frozenset[str]:
-    """The axes along which the choice of a branch, or the length of a loop, differs."""
+    """Return the axes along which the choice of a branch, or the length of a loop, may differ."""
     if eqn.primitive.name == "cond":
         return _varying(eqn.invars[0])
     if eqn.primitive.name == "while":
@@ -125,7 +126,7 @@ def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
 
 
 def _axes_of(eqn: JaxprEqn) -> tuple[str, ...]:
-    """The mesh axes that an equation names: sums over dimensions have numbers there."""
+    """Return the mesh axes that an equation names; for sums over array dimensions the parameter holds integers."""
     axes = eqn.params.get("axis_name", eqn.params.get("axes", ()))
     return tuple(axis for axis in (axes if isinstance(axes, tuple | list) else (axes,)) if isinstance(axis, str))
 

@@ -1,7 +1,7 @@
-"""Checks of the three functions of a pipeline, by tracing each of them once over shapes before anything runs.
+"""Check the functions of a pipeline by tracing each of them once on shapes, before anything runs.
 
-On every mesh they are traced alike, with axes of size 1 as with larger ones: what is refused on one mesh is refused on
-all. Read `collectives.py` next.
+They are traced in the same way on every mesh, also along axes of size 1, so that a function that one mesh refuses is
+refused on all. Read `collectives.py` next.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,10 @@ _AXES = ("pipe", "data")
 
 @dataclass(frozen=True, kw_only=True)
 class FnFacts:
-    """What tracing says about the functions of a pipeline.
+    """Facts about the functions of a pipeline, found by tracing.
 
-    axes: which of pipe and data they name.
-    owners: for every traced array that a function closes over, by `id`: the name of the function.
+    axes: those of pipe and data that they name.
+    owners: name of the function that closes over a traced array, by the array's `id`.
     """
 
     axes: frozenset[str]
@@ -38,13 +38,13 @@ class FnFacts:
 
 
 def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) -> FnFacts:
-    """Return what is known of the functions; raise unless they fit each other. Nothing is computed.
+    """Return facts about the functions; raise unless they fit each other. Nothing is computed.
 
     params.stages leaves [C, ranks, k, ...], batch leaves [M, B, ...].
 
     Raises:
-        ScheduleError: `first` gives no single array, `layer` changes its shape or dtype, `last` gives no scalar, or one
-            of them communicates where not all devices take part, or asks the host for a result.
+        ScheduleError: `first` does not return one array, `layer` changes its shape or dtype, `last` does not return a
+            scalar, or one of them has a collective that some devices would not run, or a callback with a result.
     """
     trace = _Trace(mesh)
 
@@ -62,7 +62,7 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """What a function returns, and the axes of the mesh on which that differs."""
+    """The type of a function's result, and the mesh axes over which it varies."""
 
     value: Any
     varying: frozenset[str]
@@ -70,7 +70,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Trace:
-    """Traces of the functions inside `shard_map`, and what they show."""
+    """Traces the functions inside `shard_map`, and collects the mesh axes and closed-over arrays that they use."""
 
     mesh: Mesh
     axes: set[str] = field(default_factory=set)
@@ -107,7 +107,7 @@ class _Trace:
         check_branches(jaxpr.jaxpr, name=name)
         self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
         if any(map(is_acting, jaxpr.jaxpr.eqns)):
-            # With two axes left to the compiler jax does not lower a debug.callback.
+            # jax lowers no debug.callback where axes besides tensor are left to the compiler: keep both manual.
             self.axes.update(_AXES)
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return _Result(value=value, varying=_varying(jaxpr))
@@ -151,7 +151,7 @@ def _like(tree: Any, axes: tuple[str, ...]) -> Any:
 
 
 def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Mark arrays as differing over these axes, also over those of size 1."""
+    """Mark arrays as varying over these axes, also over those of size 1."""
 
     def one(leaf: jax.Array) -> jax.Array:
         missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).mat.varying)

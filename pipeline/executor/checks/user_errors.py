@@ -1,4 +1,4 @@
-"""jax's own errors about axes and shardings in a user's function, as one sentence with a way out."""
+"""Translate jax's errors about axes and shardings in a user's function into ours, with a fix."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from ....meshes import MeshError, ScheduleError, ShardingError, suggest
 
 @contextmanager
 def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
-    """Trace `name` inside, `layer()` say: what jax raises about axes of the mesh becomes one of our errors.
+    """Translate errors that jax raises about mesh axes in this context, while a function `name` is traced.
 
     Raises:
-        ScheduleError: it names an axis in a collective that is not there, or that the compiler has.
-        ShardingError: it constrains a sharding on another mesh, or over axes that are manual inside.
+        ScheduleError: the function names an axis in a collective that is unknown, or that is left to the compiler.
+        ShardingError: it constrains a sharding on another mesh, or over axes that are manual.
     """
     try:
         yield
@@ -29,9 +29,10 @@ def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
         if not any(words in str(error) for words in _ABOUT_SHARDING):
             raise
         raise ShardingError(
-            f"{name} constrains a sharding on a mesh from outside, or over axes that are not the compiler's: in a "
-            "pipeline a device sees its own microbatch and its own layers, and tensor alone is the compiler's.",
-            fix="write the bare jax.lax.with_sharding_constraint(x, PartitionSpec(...)), and name tensor alone.",
+            f"{name} constrains a sharding on a mesh of its own, or over an axis that is manual in a pipeline: pipe "
+            "and data are manual, where each device sees its own layers and microbatch, and only tensor is left to the "
+            "compiler.",
+            fix="write jax.lax.with_sharding_constraint(x, PartitionSpec(...)) without a mesh, and name tensor alone.",
         ) from error
 
 
@@ -40,11 +41,11 @@ _ABOUT_SHARDING = (
     "Axes mentioned in `manual_axis_type` field",
     "is not found in mesh",
 )
-"""What jax says of a `NamedSharding`, or of an axis that is manual or missing, in a constraint inside `shard_map`."""
+"""Parts of jax's messages about a sharding constraint inside `shard_map` that names another mesh or a manual axis."""
 
 
 def check_context(mesh: Mesh) -> None:
-    """Raise unless the mesh of the context, `jax.set_mesh`, is this one or none.
+    """Raise unless the context's mesh (`jax.set_mesh`) is unset or equal to this one.
 
     Raises:
         MeshError: they differ in axes or sizes, or the context's axes are not Auto.

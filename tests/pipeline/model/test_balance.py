@@ -1,4 +1,4 @@
-"""Layers are spread so that no stage is longer than it must be, and none is ever lost."""
+"""Layers are balanced so that the longest stage is as short as possible, and no layer is lost."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise

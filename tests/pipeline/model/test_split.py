@@ -1,4 +1,4 @@
-"""A transformer is cut into stages that hold each layer once, in order, and is born where it lives."""
+"""A transformer is cut into stages that hold each layer once, in order; parameters are initialised in place."""
 
 import math
 import re

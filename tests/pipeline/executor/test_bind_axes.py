@@ -1,4 +1,4 @@
-"""Functions may name the axes pipe and data on every mesh, and what they say is counted as on one device."""
+"""Functions may name the axes pipe and data on every mesh, and results equal those of one device."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from .tiny import FNS, Fns, grads_of, natural, plain_loss, tiny_given, worst
+from ..tiny import FNS, Fns, grads_of, natural, plain_loss, tiny_given, worst
 
 TOLERANCE = 2e-5  # sums in another order, in float32: see test_law.py
 

@@ -10,16 +10,27 @@ Ends that run together make ("y", -1, k) and take the last stage's output and ("
 from itertools import count, product
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.pipeline import Action, Schedule, build_schedule, lower, simulate
-from trellax.pipeline.executor.lower import BACKWARD, FORWARD, IDLE, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables
+from trellax.pipeline.executor.tables import (
+    BACKWARD,
+    FORWARD,
+    IDLE,
+    INPUT_GRAD,
+    NONE,
+    WEIGHT_GRAD,
+    Tables,
+    Transfer,
+    Turns,
+)
 from trellax.pipeline.schedules import Kind
 from trellax.pipeline.schedules.check import needs
 
-from .schedules.sizes import named_schedules
+from ..schedules.sizes import named_schedules
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W"))
 """With whole backwards, and with halves."""
@@ -53,7 +64,7 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
 
 
 def _is_ready(action: Action, num_stages: int, *, before: frozenset[Action], todo: set[Action]) -> bool:
-    """What it needs has run: on its own stage in this tick or before, elsewhere before this tick."""
+    """Return whether all that an action needs has run: on its own stage by this tick, elsewhere before it."""
     needed = needs(action, num_stages=num_stages, has_halves=action.kind in ("I", "W"))
     return all(other not in (todo if other.stage == action.stage else before) for other in needed)
 
@@ -62,79 +73,80 @@ ANY_SCHEDULE = st.one_of(named_schedules(min_ranks=2, max_microbatches=16), rand
 
 
 class Interpreter:
-    """Runs tables on names, and notes which action found which names where it looked."""
+    """Runs tables on names, and records which names each action read."""
 
     def __init__(self, tables: Tables, schedule: Schedule) -> None:
-        self.columns, self.schedule = tables.columns, schedule
+        self.tables, self.schedule = tables, schedule
         ranks = range(schedule.num_ranks)
         self.activations: list[list[Any]] = [[None] * tables.num_activation_slots for _ in ranks]
         self.gradients: list[list[Any]] = [[None] * tables.num_gradient_slots for _ in ranks]
-        self.saved: list[list[Any]] = [[None] * tables.num_save_slots for _ in ranks]
+        self.saved: list[list[Any]] = [[None] * tables.num_residual_slots for _ in ranks]
         self.read: dict[Action, tuple[Any, ...]] = {}
         self.order: list[Action] = []
         self.taken: list[Any] = []
 
     def run(self) -> "Interpreter":
-        for turn in range(len(self.columns["kind"])):
+        for number in range(self.tables.num_turns):
+            turn = jax.tree.map(lambda column, number=number: column[number], self.tables.turns)
             self._enter(turn)
             for rank in range(self.schedule.num_ranks):
-                self._act(turn, rank)
+                self._act(turn.at_rank(rank), rank)
             self._leave(turn)
-            self._exchange(turn, self.activations, "send", "arrive", "passes_on", step=1)
-            self._exchange(turn, self.gradients, "send_grad", "arrive_grad", "passes_back", step=-1)
+            self._exchange(turn.forward, self.activations, step=1)
+            self._exchange(turn.backward, self.gradients, step=-1)
         return self
 
-    def _act(self, turn: int, rank: int) -> None:
-        row = {name: int(column[turn, rank]) for name, column in self.columns.items() if column.ndim == 2}
-        if row["kind"] == IDLE:
+    def _act(self, turn: Turns, rank: int) -> None:
+        kind, residuals = turn.compute.kind, turn.compute.residuals
+        if kind == IDLE:
             return
-        stage, microbatch = row["chunk"] * self.schedule.num_ranks + rank, row["microbatch"]
-        if row["kind"] == FORWARD:
-            action = Action(stage=stage, kind="F", microbatch=microbatch)
-            self.read[action] = (None if row["source"] == NONE else self.activations[rank][row["source"]],)
-            _put(self.saved[rank], row["save"], ("saved", stage, microbatch))
-            _put(self.activations[rank], row["target"], ("y", stage, microbatch))
-            if self.columns["last"][turn] == NONE:
-                _put(self.gradients[rank], row["loss_grad"], ("dy", stage, microbatch))
-        elif row["kind"] == WEIGHT_GRAD:
+        stage, microbatch = int(turn.compute.chunk) * self.schedule.num_ranks + rank, int(turn.compute.microbatch)
+        if kind == FORWARD:
+            action, slot = Action(stage=stage, kind="F", microbatch=microbatch), turn.activations.read
+            self.read[action] = (None if slot == NONE else self.activations[rank][slot],)
+            _put(self.saved[rank], residuals, ("saved", stage, microbatch))
+            _put(self.activations[rank], turn.activations.write, ("y", stage, microbatch))
+            if turn.ends.last == NONE:
+                _put(self.gradients[rank], turn.gradients.loss, ("dy", stage, microbatch))
+        elif kind == WEIGHT_GRAD:
             action = Action(stage=stage, kind="W", microbatch=microbatch)
-            self.read[action] = (self.saved[rank][row["save"]],)
+            self.read[action] = (self.saved[rank][residuals],)
         else:
-            is_half = row["kind"] == INPUT_GRAD
-            assert is_half or row["kind"] == BACKWARD
+            is_half = kind == INPUT_GRAD
+            assert is_half or kind == BACKWARD
             action = Action(stage=stage, kind="I" if is_half else "B", microbatch=microbatch)
-            self.read[action] = (self.gradients[rank][row["source"]], self.saved[rank][row["save"]])
-            _put(self.gradients[rank], row["target"], ("dy", stage - 1, microbatch))
+            self.read[action] = (self.gradients[rank][turn.gradients.read], self.saved[rank][residuals])
+            _put(self.gradients[rank], turn.gradients.write, ("dy", stage - 1, microbatch))
             if is_half:
-                self.saved[rank][row["save"]] = ("halved", stage, microbatch)
+                self.saved[rank][residuals] = ("halved", stage, microbatch)
         self.order.append(action)
 
-    def _enter(self, turn: int) -> None:
-        microbatch = int(self.columns["first"][turn])
-        for rank, buffer in enumerate(self.activations):
-            _put(buffer, int(self.columns["first_slot"][turn, rank]), ("y", -1, microbatch))
+    def _enter(self, turn: Turns) -> None:
+        for buffer, slot in zip(self.activations, turn.activations.first, strict=True):
+            _put(buffer, slot, ("y", -1, int(turn.ends.first)))
 
-    def _leave(self, turn: int) -> None:
-        for name, buffers in (("last", self.activations), ("first_back", self.gradients)):
-            microbatch = int(self.columns[name][turn])
-            slots = self.columns[f"{name}_slot"][turn]
+    def _leave(self, turn: Turns) -> None:
+        steps = (
+            ("last", turn.ends.last, self.activations, turn.activations.last),
+            ("first_back", turn.ends.first_back, self.gradients, turn.gradients.first_back),
+        )
+        for name, microbatch, buffers, slots in steps:
             assert (slots != NONE).sum() == (microbatch != NONE)
             found = [buffer[slot] for buffer, slot in zip(buffers, slots, strict=True) if slot != NONE]
-            self.taken += [(name, microbatch, *value) for value in found]
-        if self.columns["last"][turn] != NONE:
-            loss_grad = ("dy", self.schedule.num_stages - 1, int(self.columns["last"][turn]))
-            _put(self.gradients[-1], int(self.columns["loss_grad"][turn, -1]), loss_grad)
+            self.taken += [(name, int(microbatch), *value) for value in found]
+        if turn.ends.last != NONE:
+            loss_grad = ("dy", self.schedule.num_stages - 1, int(turn.ends.last))
+            _put(self.gradients[-1], turn.gradients.loss[-1], loss_grad)
 
-    def _exchange(self, turn: int, buffers: list[list[Any]], send: str, arrive: str, passes: str, *, step: int) -> None:
-        """What nobody sends arrives as None, as the executor's permute delivers zeros or NaN."""
-        if not self.columns[passes][turn]:
+    def _exchange(self, transfer: Transfer, buffers: list[list[Any]], *, step: int) -> None:
+        """Move names to the neighbour. None arrives where nobody sends, as the permute delivers zeros or NaN."""
+        if not transfer.is_active:
             return
-        slots = [int(slot) for slot in self.columns[send][turn]]
-        sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(slots, buffers, strict=True)]
+        sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(transfer.send, buffers, strict=True)]
         num_ranks, is_ring = len(sent), self.schedule.num_chunks > 1
         for rank, buffer in enumerate(buffers):
             is_linked = is_ring or 0 <= rank - step < num_ranks
-            _put(buffer, int(self.columns[arrive][turn, rank]), sent[(rank - step) % num_ranks] if is_linked else None)
+            _put(buffer, transfer.receive[rank], sent[(rank - step) % num_ranks] if is_linked else None)
 
 
 def _put(buffer: list[Any], slot: int, value: Any) -> None:
@@ -197,7 +209,7 @@ def test_forward_tables_read_exactly_what_they_need(schedule: Schedule) -> None:
 @every_schedule
 @given(ANY_SCHEDULE)
 def test_forward_tables_have_no_backward_and_no_idle_turn(schedule: Schedule) -> None:
-    kinds = lower(schedule, kinds=("F",)).columns["kind"]
+    kinds = lower(schedule, kinds=("F",)).turns.compute.kind
     assert set(np.unique(kinds)) <= {IDLE, FORWARD}
     assert (kinds == FORWARD).any(axis=1).all()
 
@@ -205,28 +217,29 @@ def test_forward_tables_have_no_backward_and_no_idle_turn(schedule: Schedule) ->
 @every_schedule
 @given(ANY_SCHEDULE)
 def test_only_the_ends_are_without_neighbours(schedule: Schedule) -> None:
-    columns = lower(schedule).columns
-    is_forward, is_backward = columns["kind"] == FORWARD, np.isin(columns["kind"], [BACKWARD, INPUT_GRAD])
-    stage = columns["chunk"] * schedule.num_ranks + np.arange(schedule.num_ranks)[None]
+    turns = lower(schedule).turns
+    activations, gradients, kind = turns.activations, turns.gradients, turns.compute.kind
+    is_forward, is_backward = kind == FORWARD, np.isin(kind, [BACKWARD, INPUT_GRAD])
+    stage = turns.compute.chunk * schedule.num_ranks + np.arange(schedule.num_ranks)[None]
     is_first, is_last = stage == 0, stage == schedule.num_stages - 1
-    assert np.array_equal(is_forward & (columns["source"] == NONE), is_forward & is_first)
-    assert np.array_equal(is_forward & (columns["target"] == NONE), is_forward & is_last)
-    assert np.array_equal(is_forward & (columns["loss_grad"] != NONE), is_forward & is_last)
-    assert np.array_equal(is_backward & (columns["target"] == NONE), is_backward & is_first)
-    assert not (is_backward & (columns["source"] == NONE)).any()
+    assert np.array_equal(activations.read != NONE, is_forward & ~is_first)
+    assert np.array_equal(activations.write != NONE, is_forward & ~is_last)
+    assert np.array_equal(gradients.loss != NONE, is_forward & is_last)
+    assert np.array_equal(gradients.write != NONE, is_backward & ~is_first)
+    assert np.array_equal(gradients.read != NONE, is_backward)
 
 
 @every_schedule
 @given(ANY_SCHEDULE)
 def test_residuals_take_as_many_slots_as_microbatches_are_in_flight(schedule: Schedule) -> None:
-    assert lower(schedule).num_save_slots == max(simulate(schedule).peak_in_flight)
+    assert lower(schedule).num_residual_slots == max(simulate(schedule).peak_in_flight)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 8, 32])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_slots_of_1f1b_do_not_grow_with_the_microbatches(num_ranks: int, num_microbatches: int) -> None:
     tables = lower(build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches))
-    slots = (tables.num_activation_slots, tables.num_gradient_slots, tables.num_save_slots)
+    slots = (tables.num_activation_slots, tables.num_gradient_slots, tables.num_residual_slots)
     assert slots == (1, 1, min(num_microbatches, 2 * (num_ranks - 1)))
 
 
@@ -235,7 +248,7 @@ def test_slots_of_1f1b_do_not_grow_with_the_microbatches(num_ranks: int, num_mic
 def test_slots_of_1f1b_with_a_split_vocabulary_are_one_more(num_ranks: int, num_microbatches: int) -> None:
     schedule = build_schedule("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches, vocab="split")
     tables = lower(schedule, ends="together")
-    assert tables.num_save_slots == min(num_microbatches, 2 * (num_ranks - 1) + 1)
+    assert tables.num_residual_slots == min(num_microbatches, 2 * (num_ranks - 1) + 1)
     assert max(tables.num_activation_slots, tables.num_gradient_slots) <= 2
 
 
@@ -243,36 +256,37 @@ def test_slots_of_1f1b_with_a_split_vocabulary_are_one_more(num_ranks: int, num_
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_slots_of_zb_h1_do_not_grow_with_the_microbatches(num_ranks: int, num_microbatches: int) -> None:
     tables = lower(build_schedule("zb-h1", num_ranks=num_ranks, num_microbatches=num_microbatches))
-    assert tables.num_save_slots == min(num_microbatches, num_ranks)
+    assert tables.num_residual_slots == min(num_microbatches, num_ranks)
     assert max(tables.num_activation_slots, tables.num_gradient_slots) <= 2
 
 
 @every_schedule
 @given(ANY_SCHEDULE)
 def test_weight_gradients_touch_no_buffer_but_the_residuals(schedule: Schedule) -> None:
-    columns = lower(schedule).columns
-    is_weight_grad = columns["kind"] == WEIGHT_GRAD
-    touched = [name for name in ("source", "target", "loss_grad") if (columns[name][is_weight_grad] != NONE).any()]
-    assert touched == []
+    turns = lower(schedule).turns
+    is_weight_grad = turns.compute.kind == WEIGHT_GRAD
+    slots = jax.tree.leaves((turns.activations, turns.gradients))
+    assert [int((column[is_weight_grad] != NONE).sum()) for column in slots] == [0] * 8
 
 
 @pytest.mark.parametrize("name", ["naive", "1f1b"])
 def test_tick_with_two_actions_takes_two_turns(name: str) -> None:
     schedule = build_schedule(name, num_ranks=2, num_microbatches=1)
     assert schedule.num_ticks == 3
-    assert len(lower(schedule).columns["kind"]) == 4
+    assert lower(schedule).num_turns == 4
 
 
 def test_exchange_happens_in_the_last_turn_of_a_tick() -> None:
     schedule = Schedule.parse("0F0 0F1 0B0 0B1; . 1F0+1B0 1F1+1B1 .", name="mine", num_microbatches=2)
-    columns = lower(schedule).columns
-    assert columns["passes_on"].tolist() == [1, 0, 1, 0, 0, 0]
-    assert columns["passes_back"].tolist() == [0, 0, 1, 0, 1, 0]
+    turns = lower(schedule).turns
+    assert turns.forward.is_active.tolist() == [1, 0, 1, 0, 0, 0]
+    assert turns.backward.is_active.tolist() == [0, 0, 1, 0, 1, 0]
 
 
 def test_columns_are_int32_of_turns_by_ranks() -> None:
-    columns = lower(build_schedule("gpipe", num_ranks=3, num_microbatches=4)).columns
-    passes = {"passes_on", "passes_back", "first", "last", "first_back"}
-    assert {column.dtype for column in columns.values()} == {np.dtype(np.int32)}
-    assert {column.shape for name, column in columns.items() if name not in passes} == {(12, 3)}
-    assert {columns[name].shape for name in passes} == {(12,)}
+    turns = lower(build_schedule("gpipe", num_ranks=3, num_microbatches=4)).turns
+    of_all_ranks = [turns.forward.is_active, turns.backward.is_active, *jax.tree.leaves(turns.ends)]
+    columns = jax.tree.leaves(turns)
+    assert {column.dtype for column in columns} == {np.dtype(np.int32)}
+    assert {column.shape for column in of_all_ranks} == {(12,)}
+    assert [column.shape for column in columns].count((12, 3)) == len(columns) - len(of_all_ranks)

@@ -1,4 +1,4 @@
-"""Whatever a layer is made of, its gradients are those of one device: a property over random layers.
+"""Gradients of layers made of random primitives equal those of one device.
 
 The tolerance is 1e-5 of a gradient's largest number: both sides run the same equations in float32, which the compiler
 may fuse in other ways. A residual that is reused for what it is not is off by 1e-1 or more.
@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
-from trellax.pipeline.executor.residuals import LayerVjp
+from trellax.pipeline.executor.residuals import plan_layer
 from trellax.pipeline.executor.split_backward import SplitBackward
 
-from .law import mesh_of
-from .random_layers import Layer, primitives_of, random_inputs, random_layer
+from ..law import mesh_of
+from ..random_layers import Layer, primitives_of, random_inputs, random_layer
 
 TOLERANCE = 1e-5
 NUM_STEPS = 12
@@ -40,9 +40,8 @@ def worst(actual: Any, expected: Any) -> float:
 
 def every_way(layer: Layer, params: Any, microbatch: Any) -> tuple[Any, Any, Any]:
     """Return (y, gradients) by whole backwards and by halves, from residuals as data, and as `jax.vjp` has them."""
-    vjp = LayerVjp(layer)
-    kept = vjp.plan(params, microbatch["x"], microbatch)
-    split = SplitBackward(vjp, params, kept, microbatch, microbatch["x"])
+    vjp = plan_layer(layer, params, microbatch["x"], microbatch)
+    split = SplitBackward(vjp, params, vjp.kept, microbatch, microbatch["x"])
 
     def run(params: Any, microbatch: Any) -> tuple[Any, Any, Any]:
         x = microbatch["x"]

@@ -11,7 +11,7 @@ import pytest
 from trellax.meshes import ScheduleError
 from trellax.pipeline import StageFns, pipeline_grads, pipeline_loss
 
-from .tiny import FNS, natural, plain_loss, tiny_given, worst
+from ..tiny import FNS, natural, plain_loss, tiny_given, worst
 
 Golden = Callable[[str, str], None]
 Entry = Callable[..., Any]

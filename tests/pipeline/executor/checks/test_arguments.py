@@ -1,4 +1,4 @@
-"""A user's functions and mesh are checked from shapes alone, with a way out in every error."""
+"""Functions, mesh and arguments are checked from shapes alone, and every error names a fix."""
 
 from collections.abc import Callable
 from typing import Any

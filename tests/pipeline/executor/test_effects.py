@@ -1,4 +1,4 @@
-"""What a user's functions do besides computing, a print say, happens as often as on one device, on real values alone.
+"""Side effects of a user's functions, such as prints, happen as often as on one device, and only on real values.
 
 Each device of data runs its part of a microbatch, so with data=2 it happens twice as often. Ends that ranks run
 together are left out: there each rank of the pipe runs them.
@@ -16,7 +16,7 @@ import pytest
 from trellax.meshes import ScheduleError
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads, stages_from_layers
 
-from .law import mesh_of
+from ..law import mesh_of
 
 Golden = Callable[[str, str], None]
 

@@ -1,4 +1,4 @@
-"""A batch is split over data where it has a batch dimension and nowhere else: the law with tables, numbers and keys."""
+"""Leaves with a batch dimension are split over data, all others are whole: the law with tables, scalars and keys."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
 
-from .law import mesh_of
+from ..law import mesh_of
 
 M, B, WIDTH, CLASSES, NUM_LAYERS = 3, 8, 6, 4, 4
 TOLERANCE = 2e-5  # the same sums in another order, in float32: see test_law.py

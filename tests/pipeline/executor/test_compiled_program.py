@@ -1,4 +1,4 @@
-"""What the compiler made of a step: where it communicates, how large it is and how much memory it takes.
+"""The compiled program of a step: its collectives, its size and its memory.
 
 A mesh of 2x2x2 with 1F1B, and with ZB-H1, whose backwards are in halves, and with a vocabulary split over pipe; the
 size of a microbatch stays, only their number changes.
@@ -16,9 +16,9 @@ from trellax.pipeline.schedules import Vocab
 from trellax.programs.groups import Groups
 from trellax.programs.hlo import HloModule
 
-from .hlo import Collective, collectives_of
-from .law import Step, mesh_of, pipeline_step, small_model
-from .loop_weights import made_of_weights
+from ..hlo import Collective, collectives_of
+from ..law import Step, mesh_of, pipeline_step, small_model
+from ..loop_weights import made_of_weights
 
 NUM_ARRAYS_SUMMED_BESIDES_GRADIENTS = 1
 """The loss."""
@@ -95,7 +95,7 @@ def test_gradients_are_summed_in_two_all_reduces(schedule: str) -> None:
 
 @every_schedule
 def test_tensor_ranks_talk_inside_the_loop(schedule: str) -> None:
-    """The reading of loops works: what must be there is found there."""
+    """The reader of loops finds in them the collectives that must be there."""
     found = program(schedule, 4)
     pairs = {c.groups for c in collectives_of(found) if c.kind == "all-reduce" and c.is_in_loop}
     assert pairs == {((0, 1), (2, 3), (4, 5), (6, 7))}
@@ -147,7 +147,7 @@ def test_loops_make_nothing_of_weights_but_slices_of_their_stack() -> None:
 
 
 def block_matrices(config: ModelConfig) -> int:
-    """Numbers in the matrices of a layer."""
+    """Number of elements in the matrices of a layer."""
     d = config.hidden_size
     return 2 * d * config.query_size + 2 * d * config.kv_size + 3 * d * config.ffn_size
 

@@ -1,4 +1,4 @@
-"""A backward in two halves does the work of one, none of it twice, and the first half leaves the weights alone."""
+"""The two halves of a backward do its work once, and the first half computes no weight gradient."""
 
 import math
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from trellax.layers import Remat, activation_bytes
 from trellax.layers.linear import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
-from trellax.pipeline.executor.residuals import LayerVjp
+from trellax.pipeline.executor.residuals import LayerVjp, plan_layer
 from trellax.pipeline.executor.split_backward import SplitBackward
 from trellax.plan.costs.activations import halves_bytes
 
-from .law import NUM_TOKENS, natural_params, small_model
+from ..law import NUM_TOKENS, natural_params, small_model
 
 NUM_SEQUENCES = 2
 NUM_WEIGHTS = {"gpt": 6, "llama": 7, "qwen": 7}
@@ -64,10 +64,9 @@ class Halves:
 
 
 def halves_of(layer: Callable[..., jax.Array], params: Any, x: jax.Array, microbatch: Any = None) -> Halves:
-    vjp = LayerVjp(layer)
-    kept = vjp.plan(params, x, microbatch)
-    split = SplitBackward(vjp, params, kept, microbatch, x)
-    return Halves(vjp=vjp, split=split, params=params, x=x, microbatch=microbatch, kept=kept)
+    vjp = plan_layer(layer, params, x, microbatch)
+    split = SplitBackward(vjp, params, vjp.kept, microbatch, x)
+    return Halves(vjp=vjp, split=split, params=params, x=x, microbatch=microbatch, kept=vjp.kept)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a function may say to other devices is checked by tracing, with the same answer on every mesh."""
+"""Collectives in functions are checked by tracing, with the same answer on every mesh."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
 from trellax.pipeline import StageFns, pipeline_grads
 
-from .tiny import FNS, tiny_given, tiny_mesh
+from ...tiny import FNS, tiny_given, tiny_mesh
 
 Golden = Callable[[str, str], None]
 

@@ -1,4 +1,4 @@
-"""The door to the executor: its two functions agree, nothing leaks from bubbles, any stage function is welcome."""
+"""pipeline_grads and pipeline_loss agree, nothing leaks from bubbles, and any stage functions work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from trellax.pipeline import (
     pipeline_loss,
 )
 
-from .law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
+from ..law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
 
 Golden = Callable[[str, str], None]
 

@@ -1,0 +1,147 @@
+"""What the executor decides before its loop starts: what layers keep, whether the backward is split, room for both.
+
+All of it follows from types, so nothing is computed here but the parameters that `StageFns.prepare` makes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ..model.stage import PipelineParams, StageFns
+from .buffers import empty_buffer, read, vary, zeros_for
+from .enter import EnterAlone, EnterTogether
+from .layers import LayerStack
+from .leave import LeaveAlone, LeaveTogether
+from .loop_state import LoopState, Wants
+from .prepare import prepare_layers
+from .residuals import LayerVjp, plan_layer
+from .split_backward import SplitBackward
+from .tables import Tables, Turns
+
+Bubbles = Literal["zeros", "nan"]
+"""What fills buffers before use and what idle ranks send; "nan" proves that none of it reaches a result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPlan:
+    """All that a turn needs besides the state and its row of the tables. Nothing in it changes from turn to turn.
+
+    params: stages [C, k, ...] of this rank, marked as varying, and shared.
+    batch: leaves [M, b, ...] on this data shard, marked as varying.
+    stages: the parameters as layers take them, after `StageFns.prepare`, [C, k, ...].
+    enter, leave: what runs `first` and `last`.
+    x: type of the activation between layers, [b, ...].
+    vjp: forward and backward of a layer; None where only the loss is wanted.
+    halves: the backward in two, for tables with such actions.
+    kept: types of the residuals of one layer and microbatch, with what the first half of a backward adds.
+    """
+
+    fns: StageFns
+    params: PipelineParams
+    batch: Any
+    stages: Any
+    enter: EnterAlone | EnterTogether
+    leave: LeaveAlone | LeaveTogether
+    x: jax.ShapeDtypeStruct
+    vjp: LayerVjp | None
+    halves: SplitBackward | None
+    kept: list[jax.ShapeDtypeStruct]
+    wants: Wants
+    bubbles: Bubbles
+
+    def start_state(self, tables: Tables) -> LoopState:
+        """Return the state before the first turn: unused buffers, sums of zero."""
+        loss = vary(jnp.zeros((), jnp.float32))
+        activations = self.fill((tables.num_activation_slots, *self.x.shape), self.x.dtype)
+        if self.wants == "loss":
+            return LoopState(loss=loss, activations=activations)
+        lead = tables.num_residual_slots, self.num_layers
+        return LoopState(
+            loss=loss,
+            activations=activations,
+            gradients=self.fill((tables.num_gradient_slots, *self.x.shape), self.x.dtype),
+            residuals=[empty_buffer(leaf, *lead, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
+            stage_grads=jax.tree.map(zeros_for, self.params.stages),
+            shared_grads=jax.tree.map(zeros_for, self.params.shared),
+        )
+
+    def stack(self, turn: Turns) -> LayerStack:
+        """Return the layers of the stage that a turn's action runs."""
+        chunk = turn.compute.chunk
+        return LayerStack(stages=self.stages, chunk=chunk, count=self._count_layers(chunk), unroll=self.fns.unroll)
+
+    def fill(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Return an array of what unused buffers hold."""
+        return vary(jnp.full(shape, _filling(self.bubbles, dtype), dtype))
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of stages of this rank."""
+        return jax.tree.leaves(self.params.stages)[0].shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Room for layers in a stage, which is what the largest stage has."""
+        return jax.tree.leaves(self.params.stages)[0].shape[1]
+
+    def _count_layers(self, chunk: jax.Array) -> jax.Array | int:
+        """Number of layers of a stage: a constant, unless stages differ."""
+        counts = self.fns.layers_per_stage
+        if counts is None or len(set(counts)) == 1:
+            return self.num_layers
+        return jnp.asarray(counts)[chunk * jax.lax.axis_size("pipe") + jax.lax.axis_index("pipe")]
+
+
+def plan_loop(
+    fns: StageFns, params: PipelineParams, batch: Any, *, tables: Tables, bubbles: Bubbles, wants: Wants
+) -> LoopPlan:
+    """Return the plan of one rank's loop; for use inside `shard_map` over pipe and data.
+
+    params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
+    """
+    # Parameters that are the same on all ranks stay marked so where the ends run together: see EnterTogether.
+    axes = ("pipe", "data") if fns.shared_specs is None else ("data",)
+    shared, end_batch = jax.tree.map(lambda leaf: vary(leaf, axes), (params.shared, batch))
+    own, batch = jax.tree.map(vary, (params.stages, batch))
+    stages = prepare_layers(fns, own)
+    x = jax.eval_shape(lambda: fns.first(shared, read(end_batch, 0)))
+    vjp, halves, kept = None, None, []
+    if wants == "grads":
+        layer, microbatch = read(stages, 0, 0), read(batch, 0)
+        example = vary(jnp.zeros(x.shape, x.dtype))
+        vjp = plan_layer(fns.layer, layer, example, microbatch, prepare=fns.prepare, unprepared=read(own, 0, 0))
+        kept = vjp.kept
+        if tables.has_halves:
+            halves = SplitBackward(vjp, layer, [empty_buffer(leaf) for leaf in kept], microbatch, example)
+            kept = [*kept, *halves.extra]
+    enter, leave = _choose_ends(fns, shared, end_batch, wants)
+    return LoopPlan(
+        fns=fns,
+        params=PipelineParams(stages=own, shared=shared),
+        batch=batch,
+        stages=stages,
+        enter=enter,
+        leave=leave,
+        x=x,
+        vjp=vjp,
+        halves=halves,
+        kept=kept,
+        wants=wants,
+        bubbles=bubbles,
+    )
+
+
+def _choose_ends(
+    fns: StageFns, shared: Any, batch: Any, wants: Wants
+) -> tuple[EnterAlone | EnterTogether, LeaveAlone | LeaveTogether]:
+    """Return who runs `first` and who runs `last`: the end stages alone, or all ranks together."""
+    if fns.shared_specs is None:
+        return EnterAlone(fns=fns, shared=shared), LeaveAlone(fns=fns, shared=shared, wants=wants)
+    together = EnterTogether(fns=fns, shared=shared, batch=batch)
+    return together, LeaveTogether(fns=fns, shared=shared, batch=batch, wants=wants)
+
+
+def _filling(bubbles: Bubbles, dtype: Any) -> float:
+    return jnp.nan if bubbles == "nan" and jnp.issubdtype(dtype, jnp.floating) else 0

@@ -1,0 +1,183 @@
+"""Typed tables of integers that tell the executor what every rank does in every turn.
+
+A tick, the time step of a schedule, becomes one or more turns. In a turn every rank runs at most one action, and in the
+last turn of a tick neighbours exchange what they made. 1F1B with 2 ranks and 2 microbatches, one dense layer
+y = tanh(x @ w) a rank, where rank 1 runs a forward and a backward in ticks 1 and 2:
+
+    tick                   0       1               2               3
+    turn                   0       1       2       3       4       5
+    rank 0   kind          F0      F1      .       B0      .       B1
+             residuals     0       1       .       0       .       1         slots from forward to backward
+    rank 1   kind          .       F0      B0      F1      B1      .
+             residuals     .       0       0       0       0       .
+    forward.is_active      1       .       1       .       .       .         y: rank 0 -> rank 1
+    backward.is_active     .       .       1       .       1       .         dx: rank 0 <- rank 1
+
+Inside a turn the steps have a fixed order. Right of each step are the columns that decide it:
+
+    turn t  +-------------------------------------------------------------+
+            | 1 first       all ranks make x of one microbatch            | ends.first, activations.first
+            | 2 action      every rank runs its own:                      | compute.kind, .microbatch, .chunk
+            |     forward      x <- activations; residuals -> their slot  | activations.read, compute.residuals
+            |                  y -> activations, or the loss of y         | activations.write, gradients.loss
+            |     backward     dy <- gradients; residuals <- their slot   | gradients.read, compute.residuals
+            |                  dx -> gradients, or through `first`        | gradients.write
+            |     input_grad   as backward, but dw waits in the residuals | (the same)
+            |     weight_grad  dw <- residuals                            | compute.residuals
+            | 3 last        all ranks make the loss of one microbatch     | ends.last, activations.last
+            |   first_back  all ranks take dx through `first`             | ends.first_back, gradients.first_back
+            | 4 exchange    activations move one rank on                  | forward.send, .receive, .is_active
+            |               gradients move one rank back                  | backward.send, .receive, .is_active
+            +-------------------------------------------------------------+
+
+Steps 1 and 3 happen only where the ends of the model run on all ranks together (`Ends`). A slot is a position in one of
+three buffers of a rank (activations, gradients, residuals); `NONE` means that the step does not happen on that rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+NONE = -1
+"""Entry of a column for "not on this rank in this turn"."""
+
+IDLE, FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = range(5)
+"""Values of `Compute.kind`."""
+
+Ends = Literal["alone", "together"]
+"""Who runs `first` and `last`: the first and the last stage, or all ranks at once."""
+
+Column = Any
+"""int32 [turns, ranks] or [turns] in `Tables`; one turn of it, [ranks] or [], in the scan; [] at one rank."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """The action of each rank, columns [turns, ranks].
+
+    kind: IDLE, FORWARD, BACKWARD, INPUT_GRAD or WEIGHT_GRAD.
+    microbatch, chunk: what it runs on; stage = chunk * ranks + rank.
+    residuals: slot that the forward writes, and that the backward or both of its halves read.
+    """
+
+    kind: Column
+    microbatch: Column
+    chunk: Column
+    residuals: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ActivationSlots:
+    """Slots of the activations buffer, columns [turns, ranks].
+
+    read: input of a forward; NONE on the first stage with ends alone.
+    write: output of a forward, until it is sent or taken; NONE on the last stage with ends alone.
+    first: where the output of `first` goes, on the rank of the first stage; ends together only.
+    last: where the output of the last stage is, on the rank of that stage; ends together only.
+    """
+
+    read: Column
+    write: Column
+    first: Column
+    last: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class GradientSlots:
+    """Slots of the gradients buffer, columns [turns, ranks].
+
+    read: gradient of a stage's output, read by its backward or input-gradient half.
+    write: gradient of a stage's input, until it is sent or taken; NONE on the first stage with ends alone.
+    loss: where the gradient of the last stage's output goes when the loss is computed.
+    first_back: where the gradient of the first stage's input is; ends together only.
+    """
+
+    read: Column
+    write: Column
+    loss: Column
+    first_back: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One direction of the exchange between neighbours, at the end of a tick's last turn.
+
+    send, receive: slot to send from and slot to receive into, [turns, ranks].
+    is_active: 1 in turns where any rank sends, else 0, [turns].
+    """
+
+    send: Column
+    receive: Column
+    is_active: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class EndTurns:
+    """Microbatch whose ends all ranks run together in a turn, columns [turns]; NONE everywhere for ends alone."""
+
+    first: Column
+    last: Column
+    first_back: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """All columns. `lax.scan` over it gives one turn of all ranks, `at_rank` one turn of one rank."""
+
+    compute: Compute
+    activations: ActivationSlots
+    gradients: GradientSlots
+    forward: Transfer
+    backward: Transfer
+    ends: EndTurns
+
+    def at_rank(self, rank: jax.Array) -> "Turns":
+        """Return one rank's entries [] of one turn, columns [ranks] or []."""
+        return jax.tree.map(lambda column: column[rank] if column.ndim else column, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """A lowered schedule: int32 columns of all turns, and the number of slots of each buffer."""
+
+    turns: Turns
+    num_activation_slots: int
+    num_gradient_slots: int
+    num_residual_slots: int
+
+    @property
+    def num_turns(self) -> int:
+        """Number of turns, one or more for each tick."""
+        return len(self.turns.compute.kind)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether the backward is split into input-gradient and weight-gradient actions."""
+        return bool((self.turns.compute.kind == INPUT_GRAD).any())
+
+
+def empty_turns(*, num_turns: int, num_ranks: int) -> Turns:
+    """Return columns in which every rank is idle and every slot is NONE, to be filled in place."""
+
+    def per_rank(fill: int = NONE) -> Column:
+        return np.full((num_turns, num_ranks), fill, np.int32)
+
+    def per_turn(fill: int = NONE) -> Column:
+        return np.full(num_turns, fill, np.int32)
+
+    return Turns(
+        compute=Compute(kind=per_rank(IDLE), microbatch=per_rank(), chunk=per_rank(), residuals=per_rank()),
+        activations=ActivationSlots(read=per_rank(), write=per_rank(), first=per_rank(), last=per_rank()),
+        gradients=GradientSlots(read=per_rank(), write=per_rank(), loss=per_rank(), first_back=per_rank()),
+        forward=Transfer(send=per_rank(), receive=per_rank(), is_active=per_turn(0)),
+        backward=Transfer(send=per_rank(), receive=per_rank(), is_active=per_turn(0)),
+        ends=EndTurns(first=per_turn(), last=per_turn(), first_back=per_turn()),
+    )
