@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from trellax.commands import cli
 from trellax.configs import RunConfig, check_run, load_config
 from trellax.meshes import MeshSpec
+from trellax.plan import read_topology
 
 from .pages import PAGES, ROOT, blocks_of, commands_of, name_of, run_as_user
 
@@ -63,6 +64,8 @@ def _check_config(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ReachedError) as caught:
         cli.main(words)
     config = caught.value.config
+    if "--topology" in words:
+        assert read_topology(words[words.index("--topology") + 1]).num_devices > 1
     # A target, or the machine that a page is about, has as many devices as the mesh needs.
     num_devices = config.run.fake_devices or config.mesh.num_devices
     assert check_run(config, num_devices=num_devices)
@@ -135,11 +138,12 @@ def _lay_out(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (folder / "notes").mkdir()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (folder / "notes" / "a.txt").write_text(readme * 6, encoding="utf-8")
+    (folder / "notes" / "a.txt").write_text(readme * 20, encoding="utf-8")
     (folder / "prompts.txt").write_text("one two\nthree\n", encoding="utf-8")
     model = folder / "models" / "llama"
     shutil.copytree(ROOT / "tests" / "golden" / "hf" / "llama2", model)
     values = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 1024}), encoding="utf-8")
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2, "three": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(model / "tokenizer.json"))
