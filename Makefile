@@ -36,7 +36,7 @@ golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the 
 
 docs: $(STAMP)  ## build the documentation into site/, every warning an error
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(PIP) -e '.[docs]'
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python

@@ -83,9 +83,7 @@ def commands_of(block: Block) -> list[str]:
     return [line.partition("  #")[0].rstrip() for line in lines if line.startswith("trellax ")]
 
 
-def run_as_user(
-    words: list[str], *, folder: Path, timeout_s: float | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run_as_user(words: list[str], *, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python as a person would, without what conftest.py sets for the tests but its compilation cache.
 
     `variables` are of the environment.
@@ -93,6 +91,4 @@ def run_as_user(
     for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
     env |= variables | {"PYTHONPATH": str(ROOT / ".src")}
-    return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=timeout_s
-    )
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
