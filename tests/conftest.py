@@ -34,6 +34,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs the CUDA plugin: pip install 'trellax[cuda]'")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of `slow_cases.txt` as slow: siblings of cases that stay in `make test`, chosen by their time."""
+    slow = slow_cases()
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+def slow_cases() -> set[str]:
+    """Return the cases of `slow_cases.txt` by their names in pytest."""
+    lines = (ROOT / "tests" / "slow_cases.txt").read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
 @cache
 def _plugin_is_missing() -> bool:
     from trellax.meshes import TargetError

@@ -80,6 +80,12 @@ def test_no_function_is_long() -> None:
     assert long == {}
 
 
+def test_cases_left_to_the_slow_suite_exist() -> None:
+    lines = (ROOT / "tests" / "slow_cases.txt").read_text(encoding="utf-8").splitlines()
+    cases = [re.split(r"::|\[", line)[:2] for line in lines if line and not line.startswith("#")]
+    assert [case for case in cases if f"def {case[1]}(" not in (ROOT / case[0]).read_text(encoding="utf-8")] == []
+
+
 def test_no_file_names_a_machine_or_a_package_registry() -> None:
     found = [
         f"{name_of(path)}:{number}: {line.strip()}"
