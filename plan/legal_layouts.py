@@ -1,17 +1,19 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
+from ..pipeline.schedules import Vocab
 from .costs.layout import Layout, PlanRemat
 
 
-def legal_meshes(
-    model: ModelConfig, *, num_devices: int, vocab: Literal["split", "ends"] = "split"
-) -> Iterator[MeshSpec]:
-    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split."""
+def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Iterator[MeshSpec]:
+    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split.
+
+    Args:
+        vocab: "split" divides the vocabulary over pipe x tensor, "ends" over tensor alone.
+    """
     for tensor in _divisors(num_devices):
         if model.num_heads % tensor or model.ffn_size % tensor or not _splits_kv(model, tensor):
             continue
@@ -22,14 +24,19 @@ def legal_meshes(
 
 
 def legal_layouts(
-    model: ModelConfig, *, num_devices: int, batch_size: int, remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
+    model: ModelConfig,
+    *,
+    num_devices: int,
+    batch_size: int,
+    remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
+    vocab: Vocab = "split",
 ) -> Iterator[Layout]:
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
     chunk per rank or interleaved with 2 or 4.
     """
-    for mesh in legal_meshes(model, num_devices=num_devices):
+    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab):
         if batch_size % mesh.data:
             continue
         shard = batch_size // mesh.data

@@ -128,7 +128,7 @@ def _kept(layout: Layout, chunks: int) -> tuple[int, ...] | None:
 
 
 def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
-    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.runtime.vocab):
+    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.priced_runtime.vocab):
         if question.batch_size % mesh.data == 0:
             yield mesh
 

@@ -13,7 +13,6 @@ from trellax.meshes import PlanError
 from trellax.pipeline.schedules import build_schedule, simulate
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
-from trellax.plan.costs.runtime import TRELLAX
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
 from trellax.plan.costs.step_time import step_time
 from trellax.plan.diagnoses import diagnose
@@ -107,9 +106,10 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     step = step_time(question.model, **sizes)
     if layout.pipe == 1:
         return step.time_s
-    layer = layer_time(question.model, **sizes, runtime=TRELLAX)
-    ends = end_costs(question.model, **sizes, runtime=TRELLAX)
-    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=TRELLAX)
+    runtime = question.priced_runtime
+    layer = layer_time(question.model, **sizes, runtime=runtime)
+    ends = end_costs(question.model, **sizes, runtime=runtime)
+    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=runtime)
     schedule = build_schedule(
         layout.schedule,
         num_ranks=layout.pipe,
