@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from ..meshes.columns import align
 from .execution_counts import count_executions
 from .hardware import Hardware
 from .hlo import HloModule
@@ -86,15 +87,20 @@ def format_operations(operations: Sequence[TimedOperation], *, num_steps: int, t
     if not total_s:
         return "the profile holds no operation of the program"
     sums = [f"{kind} {time_s / total_s:.0%}" for kind, time_s in sum_classes(operations).items()]
-    lines = [f"{1e3 * total_s / num_steps:,.1f} ms a step in operations, all devices together: {', '.join(sums)}"]
+    head = f"{1e3 * total_s / num_steps:,.1f} ms a step in operations, all devices together: {', '.join(sums)}"
     if "communication" in sum_classes(operations):
-        lines[0] += " (with waiting for others)"
-    lines += [
-        f"{one.time_s / total_s:6.1%} {1e3 * one.time_s / num_steps:9.2f} ms  {one.kind:<13} {one.name:<36.36} "
-        f"{_shorten(one.op_name)}".rstrip()
+        head += " (with waiting for others)"
+    rows = [
+        (
+            f"{one.time_s / total_s:.1%}",
+            f"{1e3 * one.time_s / num_steps:.2f} ms",
+            one.kind,
+            one.name[:_NAME_WIDTH],
+            _shorten(one.op_name),
+        )
         for one in operations[:top]
     ]
-    return "\n".join(lines)
+    return f"{head}\n{align(rows, left=(2, 3, 4))}"
 
 
 def _shorten(op_name: str) -> str:
@@ -103,6 +109,7 @@ def _shorten(op_name: str) -> str:
     return "/".join(parts[-3:])
 
 
+_NAME_WIDTH = 36
 _EMPTY_SCOPES = ("while", "body", "eval_jaxpr", "closed_call", "cond", "shard_map", "branch_0_fun", "branch_1_fun")
 
 
