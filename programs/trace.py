@@ -1,4 +1,4 @@
-"""Read profiles of compiled programs: the time and the class of every instruction.
+"""Sum the times of a profile by instruction and class.
 
 The CPU runtime names its events after instructions of the compiled program; events of GPU kernels carry the name of the
 instruction that launched them. The classes are those of `work.py`.
@@ -18,7 +18,7 @@ from .hardware import Hardware
 from .hlo import HloModule
 from .report import hlo_text
 from .roofline import bound_time_s
-from .work import CLASSES, Class, count_work
+from .work import CLASSES, WorkClass, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class TimedOperation:
 
     name: str
     op_name: str
-    kind: Class
+    kind: WorkClass
     count: int
     time_s: float
     bound_s: float = 0.0
@@ -52,7 +52,8 @@ def list_operations(
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
-    # The type of an event's stats warns when it is made first (jax 0.12); as an error that aborts the process.
+    # In jax 0.12 the first read of an event's stats warns of a deprecation; where warnings are errors that aborts the
+    # process, since the C++ code that reads them does not expect a Python exception.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         events = list(_list_events(Path(folder), module))
@@ -75,7 +76,7 @@ def list_operations(
     return tuple(sorted(found, key=lambda operation: -operation.time_s))
 
 
-def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[Class, float]:
+def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[WorkClass, float]:
     """Return the seconds of every class with operations."""
     sums = {kind: sum(one.time_s for one in operations if one.kind == kind) for kind in CLASSES}
     return {kind: time_s for kind, time_s in sums.items() if time_s}
@@ -127,6 +128,6 @@ def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:
             if line.name.startswith(("XLA ", "Steps")):
                 continue
             for event in line.events:
-                told = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
-                if told.get("hlo_module", module) == module:
-                    yield told.get("hlo_op", event.name), 1e-9 * event.duration_ns
+                stats = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
+                if stats.get("hlo_module", module) == module:
+                    yield stats.get("hlo_op", event.name), 1e-9 * event.duration_ns

@@ -75,7 +75,7 @@ def test_what_is_compiled_is_told_and_what_was_before_is_not() -> None:
 
 
 def test_a_program_above_its_minimum_fails() -> None:
-    with pytest.raises(AssertionError, match=r"sends 1\.50\d of the minimum over pipe, more than 1\.02"):
+    with pytest.raises(AssertionError, match=r"sends 1\.50\d times the minimum over pipe, more than 1\.02"):
         assert_sends_near_minimum(report_of("2x1x4"), over="pipe")
     with pytest.raises(AssertionError, match="has no minimum over elsewhere"):
         assert_sends_near_minimum(report_of("2x1x4"), over="elsewhere")
