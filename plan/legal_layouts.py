@@ -6,6 +6,7 @@ from ..layers import ModelConfig
 from ..meshes import MeshSpec
 from ..pipeline.schedules import Vocab
 from .costs.layout import Layout, PlanRemat
+from .machines.topology import Topology
 
 
 def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Iterator[MeshSpec]:
@@ -21,6 +22,15 @@ def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Itera
             parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
             if pipe <= model.num_layers and model.vocab_size % parts == 0:
                 yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe)
+
+
+def device_counts(topology: Topology) -> tuple[int, ...]:
+    """Return the numbers of devices on which a search tries meshes, in ascending order.
+
+    They are all devices, the largest power of two of them (which divides more batches), one node, and one device.
+    """
+    power = 1 << topology.num_devices.bit_length() - 1
+    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
 
 
 def legal_layouts(
@@ -60,6 +70,7 @@ def legal_layouts(
 
 
 def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:
+    """Yield the names of schedules to price, each with its number of chunks per rank."""
     yield "1f1b", 1
     if pipe == 1:
         return
@@ -70,7 +81,7 @@ def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[
         # A last group of fewer microbatches than ranks leaves idle ticks in every chunk.
         if microbatches % pipe == 0:
             yield "interleaved-1f1b", chunks
-        # It only saves bubble, and with many microbatches there is little bubble to save.
+        # A split backward only saves bubble, and with many microbatches there is little bubble to save.
         if 1 < microbatches <= 2 * pipe:
             yield "interleaved-zb-h1", chunks
 

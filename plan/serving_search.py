@@ -16,15 +16,17 @@ from .costs.inference_time import COMPILED, InferenceTime, Server, inference_tim
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
 from .explanations import explain_plans
-from .legal_layouts import legal_meshes
+from .legal_layouts import device_counts, legal_meshes
 from .machines.topology import Topology
 from .plan import Plan
 from .training_search import MEMORY_RESERVE
 
 _TOP = 5
 _GB = 1e9
+# Prompt tokens that a server reads at a time, whose activations are in memory together.
 _WORKING_TOKENS = 4096
 _MOST_REQUESTS = 4096
+# Requests for which the cache of one is computed.
 _SAMPLE = 64
 
 
@@ -120,7 +122,7 @@ def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
 
     def distance(point: tuple[Plan, float, float]) -> float:
         _, latency, pace = point
-        return math.hypot(_place(latency, latencies), _place(pace, paces))
+        return math.hypot(_position(latency, latencies), _position(pace, paces))
 
     return [plan for plan, *_ in sorted(front, key=distance)]
 
@@ -132,6 +134,8 @@ def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
     requests = math.ceil(question.requests / layout.data)
     tokens = requests * (question.prompt + question.generated)
     cache = tokens * layers * kv_bytes_per_token(model, tensor=layout.tensor)
+    # Elements of 16 bit for each token being read: the residual stream with its norms and branches, the feed-forward
+    # part, and float32 logits (two elements each) of an eighth of the tokens.
     width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * model.vocab_size / layout.tensor / 8
     return MemoryUse(
         weights=weight_bytes(model, layout=layout, server=question.server),
@@ -178,16 +182,14 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
 
 
 def _price_all(question: ServeQuestion) -> Iterable[Plan]:
-    topology = question.topology
-    power = 1 << topology.num_devices.bit_length() - 1
-    counts = sorted({topology.num_devices, power, topology.devices_per_node, 1})
-    for count in counts:
+    """Yield the plan of every mesh that the model splits over, without more copies of it than requests."""
+    for count in device_counts(question.topology):
         for mesh in legal_meshes(question.served_model, num_devices=count, vocab="ends"):
             if mesh.data <= (question.requests or mesh.data):
                 yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
 
 
-def _place(value: float, values: Sequence[float]) -> float:
+def _position(value: float, values: Sequence[float]) -> float:
     """Return the position of a value between the least and the largest, from 0 to 1."""
     return (value - min(values)) / max(max(values) - min(values), 1e-9)
 

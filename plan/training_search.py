@@ -19,7 +19,7 @@ from .costs.memory_model import MemoryUse, fullest, step_memory
 from .costs.runtime import Runtime, trellax_runtime
 from .costs.step_time import step_time
 from .explanations import explain_plans
-from .legal_layouts import legal_layouts, legal_meshes
+from .legal_layouts import device_counts, legal_layouts, legal_meshes
 from .machines.topology import Topology
 from .plan import Plan, step_costs, step_traffic
 
@@ -179,7 +179,7 @@ def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
 
 
 def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
-    for layout in _candidates(question, _device_counts(question)):
+    for layout in _candidates(question, device_counts(question.topology)):
         memory = layout_memory(question, layout)
         if memory.total <= question.device_limit:
             yield layout, memory
@@ -196,14 +196,8 @@ def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layo
         )
 
 
-def _device_counts(question: TrainQuestion) -> tuple[int, ...]:
-    """Return all devices, the largest power of two of them (which divides more batches), one node, and one device."""
-    topology = question.topology
-    power = 1 << topology.num_devices.bit_length() - 1
-    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
-
-
 def _best_of_meshes(plans: Iterable[Plan], objective: str) -> list[Plan]:
+    """Return the best plan of every mesh, best first."""
     best: dict[str, Plan] = {}
     for plan in plans:
         name = str(plan.layout.mesh)

@@ -14,8 +14,8 @@ from ...pipeline.schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
 
-Switch = Literal["on", "off"]
-
+OnOff = Literal["on", "off"]
+"""Whether a runtime has a trait."""
 
 ChunkOrder = Literal["paired", "run-ahead"]
 """Order of interleaved 1F1B: a forward paired with a backward in each tick, or forwards that run ahead.
@@ -74,16 +74,16 @@ class Runtime:
     attention: Literal["scores", "fused"] = "scores"
     score_bytes: int = 4
     flash: FlashKernel = "vendor"
-    dropout: Switch = "off"
-    sequence_parallel: Switch = "off"
-    tensor_overlap: Switch = "off"
-    data_overlap: Switch = "off"
-    shard_overlap: Switch = "on"
-    blocking_hops: Switch = "off"
-    scatter_hops: Switch = "off"
+    dropout: OnOff = "off"
+    sequence_parallel: OnOff = "off"
+    tensor_overlap: OnOff = "off"
+    data_overlap: OnOff = "off"
+    shard_overlap: OnOff = "on"
+    blocking_hops: OnOff = "off"
+    scatter_hops: OnOff = "off"
     residuals: Literal["trellax", "megatron"] = "trellax"
     logits: Literal["chunked", "whole"] = "chunked"
-    weight_copies: Switch = "on"
+    weight_copies: OnOff = "on"
     workspace_bytes: int = 0
     weight_bytes: int = 4
     optimizer_state_bytes: int = 8

@@ -1,5 +1,6 @@
 """Every benchmark describes itself, and says in a sentence what is wrong with its arguments."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ MISTAKES = {
 
 def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / name / "run.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    # The package of this checkout, whichever one is installed.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".src")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 @pytest.mark.slow
