@@ -1,13 +1,12 @@
-"""Targets of the benchmarks, and the Markdown tables in which they print their numbers."""
+"""Compare measurements with their targets: a table of verdicts, JSON, and the exit code of a benchmark."""
 
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
-from rich.box import MARKDOWN
-from rich.table import Table
-
-MIB = 2**20
+from benchmarks.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,20 @@ class Target:
         return cls(name=name, measured=measured, limit=limit, is_met=measured < limit, bound="below")
 
 
-def make_table(title: str, *columns: str) -> Table:
-    """Return an empty Markdown table whose columns after the first are aligned right."""
-    table = Table(title=title, box=MARKDOWN)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
+def format_targets(targets: Sequence[Target]) -> str:
+    """Return a Markdown table with the measurement, the limit and the verdict of every target."""
+    rows = [("what", "measured", "limit", "verdict")]
+    for target in targets:
+        verdict = "met" if target.is_met else "MISSED"
+        rows.append((target.name, f"{target.measured:.3f}", f"{target.bound} {target.limit:g}", verdict))
+    return format_table("Targets", rows)
+
+
+def print_json(report: Mapping[str, Any], targets: Sequence[Target]) -> None:
+    """Print a report and its targets as JSON."""
+    print(json.dumps({**report, "targets": [asdict(target) for target in targets]}, indent=2))
+
+
+def exit_code(targets: Sequence[Target]) -> int:
+    """Return 0 if all targets are met, else 1."""
+    return 0 if all(target.is_met for target in targets) else 1

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 from ..configs.check import check_run
-from ..configs.layout import layout_of
+from ..configs.layout import layout_of, question_of
 from ..configs.run_config import RunConfig
 from ..configs.write_plan import write_plan
 from ..layers import param_counts
@@ -17,7 +17,6 @@ from ..meshes import PlanError
 from ..meshes.columns import align_within
 from ..meshes.terminal import fold, terminal_width
 from ..plan.costs.inference_time import COMPILED
-from ..plan.costs.runtime import trellax_runtime
 from ..plan.diagnoses import Diagnosis, diagnose
 from ..plan.machines.detect import detect_topology
 from ..plan.machines.topology import Topology, read_topology
@@ -40,7 +39,7 @@ def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
         TrellaxError: the machine or the objective is unknown, or no layout fits.
     """
     topology = _find_topology(args)
-    question = _make_question(config, topology)
+    question = question_of(config, topology=topology)
     priced = _price(question, args) if args.png or not args.this else []
     plans = [_price_config(config, question)] if args.this else _rank(question, priced, args)
     diagnoses = diagnose(question, plans[0])
@@ -88,16 +87,6 @@ def _find_topology(args: argparse.Namespace) -> Topology:
     return found
 
 
-def _make_question(config: RunConfig, topology: Topology) -> TrainQuestion:
-    return TrainQuestion(
-        model=config.model,
-        topology=topology,
-        batch_size=config.train.batch_size,
-        num_tokens=config.data.seq_len,
-        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
-    )
-
-
 def _price_config(config: RunConfig, question: TrainQuestion) -> Plan:
     num_devices = question.topology.num_devices
     check_run(config, num_devices=num_devices)
@@ -120,7 +109,7 @@ def _rank(question: TrainQuestion, priced: Sequence[Plan], args: argparse.Namesp
 
 def _make_serving_question(question: TrainQuestion, args: argparse.Namespace) -> ServeQuestion:
     return ServeQuestion(
-        model=replace(question.model, dtype="bfloat16"),
+        model=question.model,
         topology=question.topology,
         requests=1 if args.objective == "latency" else args.requests,
         prompt=args.prompt,

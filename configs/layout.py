@@ -1,8 +1,11 @@
-"""Convert the config of a run to a layout, the planner's value for mesh, schedule and memory options."""
+"""Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
 from ..meshes import PlanError
 from ..pipeline.schedules import SCHEDULES
 from ..plan.costs.layout import Layout
+from ..plan.costs.runtime import trellax_runtime
+from ..plan.machines.topology import Topology
+from ..plan.training_search import TrainQuestion
 from .mesh_checks import check_batch_splits
 from .run_config import RunConfig
 
@@ -33,4 +36,19 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         zero=1 if config.optimizer.zero == "on" else 0,
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,
+    )
+
+
+def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
+    """Return the question which layout trains the model of a config fastest on a machine, by trellax's own step.
+
+    Raises:
+        PlanError: a size is below 1.
+    """
+    return TrainQuestion(
+        model=config.model,
+        topology=topology,
+        batch_size=config.train.batch_size,
+        num_tokens=config.data.seq_len,
+        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
     )

@@ -6,7 +6,6 @@ Expect:  five meshes of 8 H100 for a Llama 3 8B, best first, then one layout of 
 
 from trellax.configs import load_config
 from trellax.plan import Layout, TrainQuestion, price_layout, read_topology, search_train
-from trellax.plan.costs.runtime import trellax_runtime
 
 # --8<-- [start:question]
 config = load_config("llama3-8b-8gpu")
@@ -16,9 +15,6 @@ question = TrainQuestion(
     topology=topology,
     batch_size=config.train.batch_size,
     num_tokens=config.data.seq_len,
-    runtime=trellax_runtime(
-        config.model, topology.accelerator, vocab="split"
-    ),  # flash attention where the kernel exists
 )
 # --8<-- [end:question]
 

@@ -20,15 +20,7 @@ def align(rows: Sequence[Sequence[str]], *, left: int | Collection[int] = 1) -> 
         left: the columns that are aligned to the left, by their places, or how many of the first; the others are
             aligned to the right, as numbers are.
     """
-    places = range(left) if isinstance(left, int) else left
-    widths = _measure_columns(rows)
-    return "\n".join(
-        GAP.join(
-            word.ljust(width) if place in places else word.rjust(width)
-            for place, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(GAP.join(words).rstrip() for words in _pad(rows, left))
 
 
 def align_within(rows: Sequence[Sequence[str]], *, width: int | None, left: int = 1) -> str:
@@ -50,5 +42,35 @@ def align_within(rows: Sequence[Sequence[str]], *, width: int | None, left: int 
     return "\n\n".join(align([[row[place] for place in table] for row in rows], left=left) for table in tables)
 
 
+def align_markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return rows of words as a Markdown table, the first row its head, in aligned columns.
+
+    >>> print(align_markdown([("mesh", "bytes"), ("data=2", "7")]))
+    | mesh   | bytes |
+    |--------|-------|
+    | data=2 |     7 |
+
+    Args:
+        left: how many of the first columns are aligned to the left.
+    """
+    rule = "-|-".join("-" * width for width in _measure_columns(rows))
+    head, *body = [f"| {' | '.join(words)} |" for words in _pad(rows, left)]
+    return "\n".join([head, f"|-{rule}-|", *body])
+
+
+def _pad(rows: Sequence[Sequence[str]], left: int | Collection[int]) -> list[list[str]]:
+    """Return the rows with every word padded to the width of its column."""
+    places = range(left) if isinstance(left, int) else left
+    widths = _measure_columns(rows)
+    return [
+        [
+            word.ljust(width) if place in places else word.rjust(width)
+            for place, (word, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
+
+
 def _measure_columns(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the width of every column: that of its longest word."""
     return [max(map(len, column)) for column in zip(*rows, strict=True)]

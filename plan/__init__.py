@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .costs.layout import Layout
     from .costs.memory_model import MemoryUse, step_memory
     from .costs.minimum_traffic import StepSizes, minimum_bytes
-    from .costs.runtime import Runtime
+    from .costs.runtime import Runtime, trellax_runtime
     from .costs.step_time import StepTime, step_time
     from .diagnoses import Diagnosis, diagnose
     from .machines.detect import detect_topology
@@ -44,6 +44,7 @@ __all__ = [
     "search_train",
     "step_memory",
     "step_time",
+    "trellax_runtime",
 ]
 
 make_lazy(__name__)

@@ -58,6 +58,7 @@ def diagnose(question: TrainQuestion, plan: Plan) -> list[Diagnosis]:
 
 
 def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a layout that the device, or XLA, has no memory for."""
     needs, limit = plan.memory.total, question.device_limit
     if needs <= question.memory_limit:
         return
@@ -84,6 +85,7 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_precision(question: TrainQuestion, _: Plan) -> Iterator[Diagnosis]:
+    """Find matrix products that are priced as those of another precision."""
     if narrow := unpriced_matmuls(question.model):
         yield Diagnosis(
             name="priced-as-bfloat16",
@@ -96,18 +98,20 @@ def _check_precision(question: TrainQuestion, _: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a tensor axis over slow links: PCIe, or the network between nodes."""
     topology, tensor = question.topology, plan.layout.tensor
     if tensor == 1 or plan.step is None:
         return
     share = plan.step.tensor_s / plan.time_s
     node = topology.devices_per_node
-    if tensor <= node and node % tensor == 0 and topology.accelerator.link != "pcie":
+    if tensor > node:
+        name, where, waits = "tensor-across-nodes", f"tensor={tensor} spans nodes of {node}", " on the network"
+    elif node % tensor:
+        name, where, waits = "slow-axis-on-fast-link", f"groups of tensor={tensor} straddle nodes", " on the network"
+    elif topology.accelerator.link == "pcie":
+        name, where, waits = "tensor-over-pcie", f"tensor={tensor} talks over PCIe", ""
+    else:
         return
-    name, where, waits = "tensor-over-pcie", f"tensor={tensor} talks over PCIe", ""
-    if tensor > node or node % tensor:
-        name = "tensor-across-nodes" if tensor > node else "slow-axis-on-fast-link"
-        spans = f"tensor={tensor} spans nodes of {node}" if tensor > node else ""
-        where, waits = spans or f"groups of tensor={tensor} straddle nodes", " on the network"
     otherwise = "expect it: no mesh of these devices with a smaller tensor axis fits and is faster."
     suggestion = suggest_faster(question, plan, narrower_tensor(question, plan.layout), otherwise=otherwise)
     yield Diagnosis(
@@ -121,6 +125,7 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
 
 
 def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a tensor axis that spends much of the step on communication inside a node."""
     tensor, node = plan.layout.tensor, question.topology.devices_per_node
     if plan.step is None or tensor == 1 or tensor > node or question.topology.accelerator.link == "pcie":
         return
@@ -140,6 +145,7 @@ def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
 
 
 def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a pipeline that is idle for much of the step, or say what its bubble is."""
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
@@ -181,6 +187,7 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find stages with more layers than the mean."""
     layout = plan.layout
     if layout.pipe == 1:
         return
@@ -202,6 +209,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a data axis that spends much of the step on summing gradients."""
     if plan.step is None or plan.layout.data == 1:
         return
     share = plan.step.data_s / plan.time_s
@@ -217,6 +225,7 @@ def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find a split model that data parallelism alone would train faster."""
     layout = plan.layout
     if layout.tensor == layout.pipe == 1 or question.batch_size % layout.num_devices:
         return
@@ -244,6 +253,7 @@ def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_remat(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find activations that full rematerialization would make much smaller."""
     if plan.layout.remat == "full":
         return
     full = layout_memory(question, replace(plan.layout, remat="full"))

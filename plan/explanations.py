@@ -25,9 +25,9 @@ def _explain_first(first: Plan, second: Plan | None, objective: str) -> str:
     if objective == "memory":
         saved = (second.memory.total - first.memory.total) / _GB
         return f"least memory: {saved:.1f} GB a device below the next."
-    part, saved = _largest(second.costs, first.costs)
-    share = _how_much(second, first, objective).replace("slower", "faster")
-    return f"{share} than {name_layout(second.layout)}, most of it in {part} ({_s(saved)} less)."
+    part, saved = _largest_loss(second.costs, first.costs)
+    lead = _lead(second, first, objective)
+    return f"{lead:.1%} faster than {name_layout(second.layout)}, most of it in {part} ({_format_s(saved)} less)."
 
 
 def _explain_other(plan: Plan, first: Plan, objective: str) -> str:
@@ -37,32 +37,33 @@ def _explain_other(plan: Plan, first: Plan, objective: str) -> str:
         return f"{(plan.memory.total - first.memory.total) / _GB:.1f} GB more a device, most of it {part}."
     if objective == "balanced":
         return f"{_both(plan)}: farther from the best of both."
-    part, lost = _largest(plan.costs, first.costs)
-    if lost <= 0:
-        return f"{_how_much(plan, first, objective)}; the two spend their time alike."
-    return f"{_how_much(plan, first, objective)}: {_s(lost)} more on {part}."
+    part, lost = _largest_loss(plan.costs, first.costs)
+    slower = f"{_lead(plan, first, objective):.1%} slower"
+    return f"{slower}: {_format_s(lost)} more on {part}." if lost > 0 else f"{slower}; the two spend their time alike."
 
 
 def _both(plan: Plan) -> str:
+    """Return the latency of one request and the throughput of a full machine in words."""
     assert plan.inference is not None
-    return f"{_s(plan.inference.latency_s)} for one request alone, {plan.tokens_per_s:,.0f} tokens/s when full"
+    return f"{_format_s(plan.inference.latency_s)} for one request alone, {plan.tokens_per_s:,.0f} tokens/s when full"
 
 
-def _largest(costs: dict[str, float], base: dict[str, float]) -> tuple[str, float]:
+def _largest_loss(costs: dict[str, float], base: dict[str, float]) -> tuple[str, float]:
+    """Return the purpose on which a plan spends most seconds more than the base, and these seconds."""
     lost = {name: value - base.get(name, 0.0) for name, value in costs.items()}
     name = max(lost, key=lambda part: lost[part])
     return name, lost[name]
 
 
-def _how_much(slower: Plan, faster: Plan, objective: str) -> str:
+def _lead(slower: Plan, faster: Plan, objective: str) -> float:
+    """Return the relative difference of two plans in throughput, or in latency."""
     if objective in ("train", "throughput"):
-        share = faster.tokens_per_s / slower.tokens_per_s - 1
-    else:
-        assert slower.inference is not None
-        assert faster.inference is not None
-        share = slower.inference.latency_s / faster.inference.latency_s - 1
-    return f"{share:.1%} slower"
+        return faster.tokens_per_s / slower.tokens_per_s - 1
+    assert slower.inference is not None
+    assert faster.inference is not None
+    return slower.inference.latency_s / faster.inference.latency_s - 1
 
 
-def _s(time_s: float) -> str:
+def _format_s(time_s: float) -> str:
+    """Return a time in seconds, or in milliseconds below 0.1 s."""
     return f"{time_s:.2f} s" if time_s >= 0.1 else f"{1e3 * time_s:.2f} ms"

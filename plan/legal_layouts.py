@@ -1,17 +1,20 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
+from ..pipeline.schedules import Vocab
 from .costs.layout import Layout, PlanRemat
+from .machines.topology import Topology
 
 
-def legal_meshes(
-    model: ModelConfig, *, num_devices: int, vocab: Literal["split", "ends"] = "split"
-) -> Iterator[MeshSpec]:
-    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split."""
+def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Iterator[MeshSpec]:
+    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split.
+
+    Args:
+        vocab: "split" divides the vocabulary over pipe x tensor, "ends" over tensor alone.
+    """
     for tensor in _divisors(num_devices):
         if model.num_heads % tensor or model.ffn_size % tensor or not _splits_kv(model, tensor):
             continue
@@ -21,15 +24,29 @@ def legal_meshes(
                 yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe)
 
 
+def device_counts(topology: Topology) -> tuple[int, ...]:
+    """Return the numbers of devices on which a search tries meshes, in ascending order.
+
+    They are all devices, the largest power of two of them (which divides more batches), one node, and one device.
+    """
+    power = 1 << topology.num_devices.bit_length() - 1
+    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
+
+
 def legal_layouts(
-    model: ModelConfig, *, num_devices: int, batch_size: int, remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
+    model: ModelConfig,
+    *,
+    num_devices: int,
+    batch_size: int,
+    remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
+    vocab: Vocab = "split",
 ) -> Iterator[Layout]:
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
     chunk per rank or interleaved with 2 or 4.
     """
-    for mesh in legal_meshes(model, num_devices=num_devices):
+    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab):
         if batch_size % mesh.data:
             continue
         shard = batch_size // mesh.data
@@ -53,6 +70,7 @@ def legal_layouts(
 
 
 def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:
+    """Yield the names of schedules to price, each with its number of chunks per rank."""
     yield "1f1b", 1
     if pipe == 1:
         return
@@ -63,7 +81,7 @@ def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[
         # A last group of fewer microbatches than ranks leaves idle ticks in every chunk.
         if microbatches % pipe == 0:
             yield "interleaved-1f1b", chunks
-        # It only saves bubble, and with many microbatches there is little bubble to save.
+        # A split backward only saves bubble, and with many microbatches there is little bubble to save.
         if 1 < microbatches <= 2 * pipe:
             yield "interleaved-zb-h1", chunks
 

@@ -1,4 +1,4 @@
-"""A plan: a layout with its predicted time, memory and traffic. Read `training_search.py` next."""
+"""Define a plan: a layout with its predicted time, memory and traffic. Read `training_search.py` next."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -7,6 +7,7 @@ Read `costs/inference_time.py` for the times, `plan.py` for the result.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..layers import ModelConfig, flops_per_token, param_counts
 from ..meshes.arguments import check_choice, check_count
@@ -15,15 +16,17 @@ from .costs.inference_time import COMPILED, InferenceTime, Server, inference_tim
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
 from .explanations import explain_plans
-from .legal_layouts import legal_meshes
+from .legal_layouts import device_counts, legal_meshes
 from .machines.topology import Topology
 from .plan import Plan
 from .training_search import MEMORY_RESERVE
 
 _TOP = 5
 _GB = 1e9
+# Prompt tokens that a server reads at a time, whose activations are in memory together.
 _WORKING_TOKENS = 4096
 _MOST_REQUESTS = 4096
+# Requests for which the cache of one is computed.
 _SAMPLE = 64
 
 
@@ -31,7 +34,12 @@ _SAMPLE = 64
 class ServeQuestion:
     """A model to serve on a machine: `requests` at a time, each with `prompt` tokens and `generated` new ones.
 
-    With `requests=0` every layout serves as many as its memory holds, up to 4,096.
+    The model is priced in 16 bit, whatever its `dtype`: activations and cache in bfloat16, weights as `server` says.
+
+    Args:
+        requests: number of requests served at a time; 0 for as many as the memory of a layout holds, up to 4,096.
+        prompt, generated: tokens of each request.
+        server: traits of the inference server.
 
     Raises:
         PlanError: fewer than one token, or a negative number of requests.
@@ -47,6 +55,11 @@ class ServeQuestion:
     def __post_init__(self) -> None:
         for name, least in (("requests", 0), ("prompt", 1), ("generated", 1)):
             check_count(name, getattr(self, name), error=PlanError, least=least)
+
+    @cached_property
+    def served_model(self) -> ModelConfig:
+        """The model in bfloat16, which is the one that is priced."""
+        return replace(self.model, dtype="bfloat16")
 
     @property
     def memory_limit(self) -> float:
@@ -109,18 +122,20 @@ def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
 
     def distance(point: tuple[Plan, float, float]) -> float:
         _, latency, pace = point
-        return math.hypot(_place(latency, latencies), _place(pace, paces))
+        return math.hypot(_position(latency, latencies), _position(pace, paces))
 
     return [plan for plan, *_ in sorted(front, key=distance)]
 
 
 def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
     """Return the memory of the fullest device: weights, the key-value cache of all its requests, and activations."""
-    model = question.model
+    model = question.served_model
     layers = math.ceil(model.num_layers / layout.pipe)
     requests = math.ceil(question.requests / layout.data)
     tokens = requests * (question.prompt + question.generated)
     cache = tokens * layers * kv_bytes_per_token(model, tensor=layout.tensor)
+    # Elements of 16 bit for each token being read: the residual stream with its norms and branches, the feed-forward
+    # part, and float32 logits (two elements each) of an eighth of the tokens.
     width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * model.vocab_size / layout.tensor / 8
     return MemoryUse(
         weights=weight_bytes(model, layout=layout, server=question.server),
@@ -143,7 +158,7 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
     """Return the plan of one inference layout, whether or not it fits."""
     if not question.requests:
         question = replace(question, requests=most_requests(question, layout))
-    model, topology = question.model, question.topology
+    model, topology = question.served_model, question.topology
     batch = math.ceil(question.requests / layout.data)
     timing = inference_time(
         model,
@@ -167,16 +182,14 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
 
 
 def _price_all(question: ServeQuestion) -> Iterable[Plan]:
-    topology = question.topology
-    power = 1 << topology.num_devices.bit_length() - 1
-    counts = sorted({topology.num_devices, power, topology.devices_per_node, 1})
-    for count in counts:
-        for mesh in legal_meshes(question.model, num_devices=count, vocab="ends"):
+    """Yield the plan of every mesh that the model splits over, without more copies of it than requests."""
+    for count in device_counts(question.topology):
+        for mesh in legal_meshes(question.served_model, num_devices=count, vocab="ends"):
             if mesh.data <= (question.requests or mesh.data):
                 yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
 
 
-def _place(value: float, values: Sequence[float]) -> float:
+def _position(value: float, values: Sequence[float]) -> float:
     """Return the position of a value between the least and the largest, from 0 to 1."""
     return (value - min(values)) / max(max(values) - min(values), 1e-9)
 
@@ -204,7 +217,7 @@ def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> di
     """Return the seconds of a request by purpose; communication is the difference to links that take no time."""
     fast = replace(question.topology.accelerator, link_bytes_per_s=1e18, network_bytes_per_s=1e18, curve="")
     free = inference_time(
-        question.model,
+        question.served_model,
         layout=layout,
         topology=replace(question.topology, accelerator=fast, devices_per_node=layout.num_devices),
         batch=math.ceil(question.requests / layout.data),
@@ -231,13 +244,13 @@ def _decode_traffic(model: ModelConfig, *, layout: Layout, batch: int) -> dict[s
 def _mfu(question: ServeQuestion, tokens_per_s: float) -> float:
     """Return the flops of prompts and generated tokens over the machine's peak."""
     whole = question.prompt + question.generated
-    flops = flops_per_token(question.model, num_tokens=whole).forward * whole / question.generated
+    flops = flops_per_token(question.served_model, num_tokens=whole).forward * whole / question.generated
     peak = question.topology.accelerator.peak_flops_per_s("bfloat16") * question.topology.num_devices
     return tokens_per_s * flops / peak
 
 
 def _nothing_fits(question: ServeQuestion) -> PlanError:
-    topology, model = question.topology, question.model
+    topology, model = question.topology, question.served_model
     plans = list(_price_all(question))
     asked = f"{param_counts(model).total / _GB:.1f} billion parameters on {topology.name}"
     if not plans:

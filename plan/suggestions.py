@@ -17,6 +17,7 @@ _GB = 1e9
 # A suggestion must save at least 1% of the step.
 _WORTHWHILE = 0.99
 _CHUNKS = (2, 4)
+# Keys without effect if pipe=1.
 _HIDDEN = ("pipeline.chunks", "pipeline.layers_per_stage")
 
 Change = dict[str, int | str]
@@ -103,6 +104,7 @@ def layout_change(old: Layout, new: Layout) -> Change:
 
 
 def _keys(layout: Layout) -> Change:
+    """Return the config keys that a layout sets, with their values."""
     stages = layout.layers_per_stage
     return {
         "mesh.data": layout.data,
@@ -119,16 +121,19 @@ def _keys(layout: Layout) -> Change:
 
 
 def _set(change: Change) -> str:
+    """Return a change in words."""
     words = [f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}" for key, value in change.items()]
     return f"set {', '.join(words)}"
 
 
 def _kept(layout: Layout, chunks: int) -> tuple[int, ...] | None:
+    """Return the layout's own stages, or None for even ones if the number of stages changes."""
     return layout.layers_per_stage if chunks == layout.chunks else None
 
 
 def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
-    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.runtime.vocab):
+    """Yield the legal meshes of the layout's devices that the batch splits over."""
+    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.priced_runtime.vocab):
         if question.batch_size % mesh.data == 0:
             yield mesh
 

@@ -6,6 +6,7 @@ result, `serving_search.py` for inference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import get_args
 
 from ..layers import ModelConfig
@@ -15,10 +16,10 @@ from ..programs.hardware import XLA_MEMORY_SHARE
 from .costs.layer_time import LayerTime, layer_time
 from .costs.layout import Layout, PlanRemat
 from .costs.memory_model import MemoryUse, fullest, step_memory
-from .costs.runtime import TRELLAX, Runtime
+from .costs.runtime import Runtime, trellax_runtime
 from .costs.step_time import step_time
 from .explanations import explain_plans
-from .legal_layouts import legal_layouts, legal_meshes
+from .legal_layouts import device_counts, legal_layouts, legal_meshes
 from .machines.topology import Topology
 from .plan import Plan, step_costs, step_traffic
 
@@ -33,7 +34,10 @@ _GB = 1e9
 class TrainQuestion:
     """A model to train on a machine, with `batch_size` sequences of `num_tokens` tokens per step.
 
-    `remats` are the rematerialization policies to try.
+    Args:
+        runtime: traits of the training runtime to price; if left out, those of trellax's own step for this model on
+            this accelerator, with the vocabulary split over the pipeline (`trellax_runtime`).
+        remats: rematerialization policies to try.
 
     Raises:
         PlanError: a size is below 1, or a policy is unknown.
@@ -43,13 +47,18 @@ class TrainQuestion:
     topology: Topology
     batch_size: int
     num_tokens: int
-    runtime: Runtime = TRELLAX
+    runtime: Runtime | None = None
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
         for remat in self.remats:
             check_choice("remats", remat, get_args(PlanRemat), error=PlanError)
+
+    @cached_property
+    def priced_runtime(self) -> Runtime:
+        """The runtime that is priced: `runtime`, or trellax's own if that is None."""
+        return self.runtime or trellax_runtime(self.model, self.topology.accelerator)
 
     @property
     def memory_limit(self) -> float:
@@ -106,7 +115,7 @@ def price_train(question: TrainQuestion) -> list[Plan]:
             layers[key] = layer_time(
                 question.model,
                 layout=layout,
-                runtime=question.runtime,
+                runtime=question.priced_runtime,
                 topology=question.topology,
                 num_tokens=question.num_tokens,
             )
@@ -124,7 +133,9 @@ def price_layout(question: TrainQuestion, layout: Layout) -> Plan:
 
 def layout_memory(question: TrainQuestion, layout: Layout) -> MemoryUse:
     """Return the memory of the fullest device of a layout."""
-    return fullest(step_memory(question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.runtime))
+    return fullest(
+        step_memory(question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.priced_runtime)
+    )
 
 
 def smallest_fitting(question: TrainQuestion) -> int | None:
@@ -147,7 +158,7 @@ def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, 
         layout=layout,
         topology=question.topology,
         num_tokens=question.num_tokens,
-        runtime=question.runtime,
+        runtime=question.priced_runtime,
         layer=layer,
     )
     return Plan(
@@ -162,13 +173,13 @@ def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, 
 
 
 def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
-    vocab = question.runtime.vocab
+    vocab = question.priced_runtime.vocab
     traffic = step_traffic(question.model, layout=plan.layout, num_tokens=question.num_tokens, vocab=vocab)
     return replace(plan, traffic_bytes=traffic)
 
 
 def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
-    for layout in _candidates(question, _device_counts(question)):
+    for layout in _candidates(question, device_counts(question.topology)):
         memory = layout_memory(question, layout)
         if memory.total <= question.device_limit:
             yield layout, memory
@@ -177,18 +188,16 @@ def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
 def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layout]:
     for count in counts:
         yield from legal_layouts(
-            question.model, num_devices=count, batch_size=question.batch_size, remats=question.remats
+            question.model,
+            num_devices=count,
+            batch_size=question.batch_size,
+            remats=question.remats,
+            vocab=question.priced_runtime.vocab,
         )
 
 
-def _device_counts(question: TrainQuestion) -> tuple[int, ...]:
-    """Return all devices, the largest power of two of them (which divides more batches), one node, and one device."""
-    topology = question.topology
-    power = 1 << topology.num_devices.bit_length() - 1
-    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
-
-
 def _best_of_meshes(plans: Iterable[Plan], objective: str) -> list[Plan]:
+    """Return the best plan of every mesh, best first."""
     best: dict[str, Plan] = {}
     for plan in plans:
         name = str(plan.layout.mesh)
@@ -208,7 +217,8 @@ def _nothing_fits(question: TrainQuestion) -> PlanError:
     asked = f"{question.model.num_layers} layers of width {question.model.hidden_size} on {topology.name}"
     layouts = list(_candidates(question, (topology.num_devices,)))
     if not layouts:
-        meshes = list(legal_meshes(question.model, num_devices=topology.num_devices))
+        vocab = question.priced_runtime.vocab
+        meshes = list(legal_meshes(question.model, num_devices=topology.num_devices, vocab=vocab))
         datas = sorted({mesh.data for mesh in meshes})
         why = f"train.batch_size={question.batch_size} splits over none of data={', '.join(map(str, datas))}"
         return PlanError(

@@ -58,10 +58,11 @@ def list_collectives(program: HloModule, executions: ExecutionCounts, *, mesh: M
 
     Partition i of the program must be the i-th device of the mesh in row-major order, as `jax.jit` makes it.
     """
-    return tuple(_find(program, executions, mesh))
+    return tuple(_list_executed(program, executions, mesh))
 
 
-def _find(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterator[Collective]:
+def _list_executed(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterator[Collective]:
+    """Yield the collectives with the axes along which they run."""
     num_devices = mesh.devices.size
     for computation, instruction in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
@@ -71,7 +72,7 @@ def _find(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterat
         groups = read_groups(instruction, num_devices=num_devices)
         operand_bytes = computation.operand_bytes(instruction)
         find_axis = axis_of_pairs if kind == "collective-permute" else axis_of_groups
-        factor = _factors(kind, groups, num_devices)
+        factor = _sent_operands(kind, groups, num_devices)
         yield Collective(
             name=instruction.name,
             kind=kind,
@@ -83,7 +84,7 @@ def _find(program: HloModule, executions: ExecutionCounts, mesh: Mesh) -> Iterat
         )
 
 
-def _factors(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
+def _sent_operands(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
     """Return the bytes that each device sends in one execution, in units of its operand, [devices]."""
     if kind == "collective-permute":
         sources = [pair[0] for pair in groups or () if pair[0] != pair[1]]
@@ -100,4 +101,5 @@ def _factors(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
 
 
 def _op_name(instruction: Instruction) -> str:
+    """Return the place in the user's program, or the opcode of an instruction that the compiler made."""
     return instruction.op_name or f"({instruction.opcode})"

@@ -15,7 +15,10 @@ from .hlo import Computation, HloModule, Instruction
 from .static_values import Scope, chosen_branch, entry_scope
 
 MAX_ITERATIONS = 100_000
-"""Largest number of iterations of a loop that are followed one by one."""
+"""Largest number of iterations of a loop that are followed one by one.
+
+A loop that runs longer is counted by its first iteration, so branches that change later are missed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,32 +69,34 @@ class _Walk:
                     self.enter(scope.called_by(instruction, called), times)
 
     def _enter_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+        """Count a loop: the first iteration times their number, or one by one if iterations can differ."""
         loop, trips = scope.loop(instruction), instruction.known_trip_count
         if trips is None:
-            self._enter_open_loop(scope, instruction, times)
+            self._enter_loop_by_condition(scope, instruction, times)
         elif trips and (not self._is_branching(instruction.called()["body"][0]) or trips > MAX_ITERATIONS):
             self.enter(loop.body(0), times * trips)
         else:
             for iteration in range(trips):
                 self.enter(loop.body(iteration), times)
 
-    def _enter_open_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+    def _enter_loop_by_condition(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
         """Follow a loop whose number of iterations the compiler does not know, by evaluating its condition."""
         loop = scope.loop(instruction)
         running = times
         for iteration in range(MAX_ITERATIONS):
-            goes_on = loop.goes_on(iteration)
-            if not isinstance(goes_on, np.ndarray):
+            continues = loop.continues(iteration)
+            if not isinstance(continues, np.ndarray):
                 self.notes.append(f"{instruction.name}: the number of iterations depends on data; counted as 1.")
                 self.enter(loop.body(0), times)
                 return
-            running = np.where(goes_on.reshape(-1), running, 0)
+            running = np.where(continues.reshape(-1), running, 0)
             if not running.any():
                 return
             self.enter(loop.body(iteration), running)
-        self.notes.append(f"{instruction.name}: counted {MAX_ITERATIONS:,} iterations and no end.")
+        self.notes.append(f"{instruction.name}: the loop did not end within {MAX_ITERATIONS:,} iterations.")
 
     def _enter_branches(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
+        """Count each branch on the devices that take it; the heaviest on all if the choice depends on data."""
         chosen = chosen_branch(instruction, scope.operand(instruction, 0))
         if chosen is None:
             heaviest = max(range(len(instruction.branches)), key=lambda b: self._weigh(instruction.branches[b]))
@@ -104,6 +109,7 @@ class _Walk:
                 self.enter(scope.branch(instruction, int(branch)), share)
 
     def _calls_of(self, name: str) -> tuple[Instruction, ...]:
+        """Return the instructions of a computation that run other computations."""
         if name not in self._callers:
             own = self.program.computations[name].instructions.values()
             self._callers[name] = tuple(i for i in own if i.opcode in ("while", "conditional") or _bodies(i))
@@ -132,6 +138,7 @@ class _Walk:
         return self._weights[name]
 
 
+# Instructions that produce no bytes of their own.
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 

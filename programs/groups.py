@@ -1,4 +1,16 @@
-"""Read the device groups of a collective, in every notation of XLA, and find the mesh axes along which they run."""
+"""Parse the device groups of a collective, in every notation of XLA, and find the mesh axes along which they run.
+
+The groups {0,1} and {2,3} of four devices are written in one of these ways:
+
+    replica_groups={{0,1},{2,3}}                          lists
+    replica_groups=[2,2]<=[4]                             0 to 3 in rows of 2
+    replica_groups=[2,2]<=[2,2]T(1,0)                     of the transposed numbers: {0,2} and {1,3}
+    replica_groups=mesh['a'=2,'b'=2] {'b'}                lines along axis b of a mesh
+    replica_groups=mesh['a'=4] {'a':(2)2}                 part of axis a: pre-size 2, size 2
+    source_target_pairs={{0,1},{2,3}}                     of a permute
+
+A mesh may state `device_ids=(...)`, the order of its devices. Read `collectives.py` next.
+"""
 
 import math
 import re
@@ -81,13 +93,18 @@ def _lines(moving: Sequence[int], shape: Sequence[int]) -> set[frozenset[int]]:
 
 
 def _read_mesh(sizes_text: str, ids_text: str | None, axes_text: str) -> Groups | None:
-    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: groups along the named axes, or parts of them."""
+    """Parse `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: groups along the named axes, or parts of them.
+
+    Every axis is cut into sub-axes, of which the named ones vary within a group and the others between groups. For
+    example {'a':(2)2} of a mesh 'a'=8 cuts a into sizes 2 x 2 x 2, of which the middle one is named: the groups are
+    {0,2}, {1,3}, {4,6} and {5,7}.
+    """
     pairs = [part.rpartition("=") for part in sizes_text.split(",")]
     names, sizes = [name.strip(" '") for name, _, _ in pairs], [int(size) for _, _, size in pairs]
     ids = _read_ids(ids_text, math.prod(sizes))
     if ids is None:
         return None
-    dims: list[tuple[str, int, int]] = []
+    # Axis -> its named parts, each as (product of the sizes before it, own size); the whole axis is (1, size).
     wanted: dict[str, list[tuple[int, int]]] = {}
     for word in axes_text.split(","):
         found = _SUB_AXIS.match(word.strip())
@@ -95,16 +112,22 @@ def _read_mesh(sizes_text: str, ids_text: str | None, axes_text: str) -> Groups 
             return None
         whole = sizes[names.index(found[1])]
         wanted.setdefault(found[1], []).append((int(found[2] or 1), int(found[3] or whole)))
+    # All sub-axes of the mesh in order, each as (axis, product of the sizes before it, own size).
+    dims: list[tuple[str, int, int]] = []
     for name, size in zip(names, sizes, strict=True):
         dims += [(name, before, part) for before, part in _cut(size, sorted(wanted.get(name, [])))]
     inner = [dims.index((name, *part)) for name, parts in wanted.items() for part in parts]
     outer = [place for place in range(len(dims)) if place not in inner]
-    laid = ids.reshape([part for _, _, part in dims]).transpose([*outer, *inner])
-    return tuple(map(tuple, laid.reshape(-1, math.prod(dims[place][2] for place in inner)).tolist()))
+    # Named parts last, so that each row of the flattened array is one group.
+    by_group = ids.reshape([part for _, _, part in dims]).transpose([*outer, *inner])
+    return tuple(map(tuple, by_group.reshape(-1, math.prod(dims[place][2] for place in inner)).tolist()))
 
 
 def _cut(size: int, parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Cut an axis into sub-axes (product of the sizes before it, own size) and the remainders between them."""
+    """Cut an axis into sub-axes, as (product of the sizes before it, own size): `parts` and the remainders between.
+
+    An axis of 8 with the part (2, 2) is cut into (1, 2), (2, 2) and (4, 2).
+    """
     cut, done = [], 1
     for before, own in parts:
         if before > done:
@@ -125,6 +148,7 @@ def _read_ids(text: str | None, num_devices: int) -> np.ndarray | None:
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Return the numbers from 0 in an array of these sizes, transposed if an order is given."""
     shape = _numbers(sizes)
     ids = np.arange(math.prod(shape)).reshape(shape)
     return ids.transpose(_numbers(order)) if order else ids

@@ -7,10 +7,12 @@ speed of links between devices, which comes from the vendors' data sheets below.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..meshes.errors import TargetError
 
 LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
 """Bandwidth of one NVLink in one direction by CUDA major version; data sheets of P100, V100, A100, H100/H200, B200."""
@@ -60,7 +62,16 @@ def hardware_from_description(text: str) -> Hardware:
     """Return the peaks of a GPU from XLA's description, with link speeds from data sheets.
 
     float32 products run on the matrix units as TF32, jax's default precision on GPUs.
+
+    Raises:
+        TargetError: the text has no name of a device, so it describes none.
     """
+    name = re.search(r'device_description_str: "([^"]*)"', text)
+    if name is None:
+        raise TargetError(
+            "the text has no `device_description_str`, which XLA's description of a GPU has.",
+            fix="take one from list_gpus().",
+        )
     cores = int(_field(text, "core_count"))
     scalar, _, matrix = text.partition("matrix_unit_description")
     vector = _rates(scalar.partition("scalar_unit_description")[2], cores).get("f32", 0.0)
@@ -68,7 +79,7 @@ def hardware_from_description(text: str) -> Hardware:
     memory_bytes = int(_field(text, "device_memory_size"))
     major = int(_field(text.partition("cuda_compute_capability")[2], "major"))
     return Hardware(
-        name=re.findall(r'device_description_str: "([^"]*)"', text)[0],
+        name=name[1],
         memory_bytes=memory_bytes,
         memory_bytes_per_s=_field(text, "memory_bandwidth"),
         matrix_flops_per_s=_rates(matrix, cores),
@@ -86,11 +97,12 @@ def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
     between fake devices are copies too. Memory and peaks are divided evenly.
     """
     matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), _HOST_MATRIX_DTYPE)
-    long, short = np.ones(_PROBE_ELEMENTS, np.float32), np.ones(1 << 14, np.float32)
-    target, sums = np.empty_like(long), np.empty_like(short)
+    # 32 MiB, which no cache holds, and 64 KiB, which every cache holds.
+    large, small = np.ones(_PROBE_ELEMENTS, np.float32), np.ones(1 << 14, np.float32)
+    target, sums = np.empty_like(large), np.empty_like(small)
     matrix_flops = 2 * _PROBE_SIZE**3 / _time_s(lambda: matrix @ matrix)
-    vector_flops = 100 * short.size / _time_s(lambda: [np.add(short, short, out=sums) for _ in range(100)])
-    copied = 2 * long.nbytes / _time_s(lambda: np.copyto(target, long))
+    vector_flops = 100 * small.size / _time_s(lambda: [np.add(small, small, out=sums) for _ in range(100)])
+    copied = 2 * large.nbytes / _time_s(lambda: np.copyto(target, large))
     share = 1 / num_devices
     return Hardware(
         name="cpu",
@@ -120,12 +132,13 @@ def _rates(text: str, cores: int) -> dict[str, float]:
 
 
 def _field(text: str, name: str) -> float:
+    """Return the first number of a field, 0 if there is none."""
     found = re.search(rf"\b{name}: ([\d.]+)", text)
     return float(found[1]) if found else 0.0
 
 
-def _time_s(run: object) -> float:
-    assert callable(run)
+def _time_s(run: Callable[[], object]) -> float:
+    """Return the least seconds of three runs, after one to warm up."""
     times_s = []
     for _ in range(4):
         start_s = time.perf_counter()

@@ -13,13 +13,14 @@ This file knows the grammar only. Counts of executions are in `execution_counts.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_SEPARATOR = re.compile(r"(?:,|\s|/\*[^*]*\*/)+")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)"
@@ -141,11 +142,14 @@ class HloModule:
 
     computations: Mapping[str, Computation]
     entry: Computation
-    _computed: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "HloModule":
-        """Parse the text of a module."""
+        """Parse the text of a module.
+
+        Raises:
+            ValueError: a type in it is not written as HLO.
+        """
         computations: dict[str, Computation] = {}
         own: dict[str, Instruction] = {}
         entry = ""
@@ -170,13 +174,13 @@ class HloModule:
             name: {one for i in computation.instructions.values() for names in i.called().values() for one in names}
             for name, computation in self.computations.items()
         }
-        left = [one for _, i in self.instructions() if i.opcode == "while" for one in i.called()["body"]]
+        pending = [one for _, i in self.instructions() if i.opcode == "while" for one in i.called()["body"]]
         found: set[str] = set()
-        while left:
-            name = left.pop()
+        while pending:
+            name = pending.pop()
             if name not in found:
                 found.add(name)
-                left += called[name]
+                pending += called[name]
         return found
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
@@ -204,11 +208,16 @@ def leaves(type_: Type) -> Iterator[Array]:
 
 
 def parse_type(text: str) -> Type:
-    """Return the type written as `f32[4,128]{1,0}` or `(s32[], (f32[2]{0}))`."""
+    """Parse a type written as `f32[4,128]{1,0}` or `(s32[], (f32[2]{0}))`.
+
+    Raises:
+        ValueError: the text is not a type.
+    """
     return _read_type(text, 0)[0]
 
 
 def _read_instruction(line: str, start: re.Match[str], types: dict[str, Type]) -> Instruction:
+    """Parse one line; `types` has those parsed before, since the lines of a program share few types."""
     type_end = _end_of_type(line, start.end())
     type_text = line[start.end() : type_end]
     if type_text not in types:
@@ -230,6 +239,7 @@ def _end_of_type(line: str, start: int) -> int:
 
 
 def _end_of_parenthesis(line: str, opening: int) -> int:
+    """Return the place after the parenthesis that closes the one at `opening`."""
     depth, place = 0, opening
     for found in re.finditer(r"[()]", line[opening:]):
         depth += 1 if found[0] == "(" else -1
@@ -240,6 +250,7 @@ def _end_of_parenthesis(line: str, opening: int) -> int:
 
 
 def _read_type(text: str, at: int) -> tuple[Type, int]:
+    """Parse the type that begins at a place, and return it with the place after its end."""
     if text[at] != "(":
         found = _ARRAY.match(text, at)
         if found is None:
@@ -250,7 +261,7 @@ def _read_type(text: str, at: int) -> tuple[Type, int]:
     parts: list[Type] = []
     at += 1
     while text[at] != ")":
-        if separator := re.compile(r"(?:,|\s|/\*[^*]*\*/)+").match(text, at):
+        if separator := _SEPARATOR.match(text, at):
             at = separator.end()
             continue
         part, at = _read_type(text, at)

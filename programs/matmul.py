@@ -6,10 +6,14 @@ import re
 from .hlo import Array, Computation, Instruction, leaves
 
 _FLASH = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
-"""Number of products [T, S] x [S, H] in flash attention; its backward recomputes the scores."""
+"""Number of products [T, S] x [S, H] in flash attention; its backward recomputes the scores.
+
+Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
+"""
 
 _GEMM = ("__cublas$", "__onednn$matmul", "__triton_gemm")
-_CONVOLUTIONS = {  # library call: which of (first operand, second operand, result) are the output and the kernel
+# Library call: places of the convolution's output and kernel among first operand, second operand and result.
+_CONVOLUTIONS = {
     "__cudnn$convForward": (2, 1),
     "__cudnn$convBiasActivationForward": (2, 1),
     "__cudnn$convBackwardInput": (0, 1),
@@ -70,7 +74,11 @@ def _dot(instruction: Instruction, computation: Computation, contracting: tuple[
 
 
 def _guess_dot(instruction: Instruction, computation: Computation) -> int:
-    """Return the flops of a product [..., m, k] x [..., k, n] in any order of dimensions: find k from the sizes."""
+    """Return the flops of a product [..., m, k] x [..., k, n] in any order of dimensions.
+
+    A library call need not say which dimension is contracted. Its size follows from the numbers of elements: with a
+    batch of b, left x right / (result x b) = bmk x bkn / (bmn x b) = k squared.
+    """
     left, right, result = (
         _operand(instruction, computation, 0),
         _operand(instruction, computation, 1),

@@ -106,10 +106,10 @@ def count_carried(program: HloModule, *, parameters: Any) -> tuple[int, int]:
     inside = program.in_loops()
     loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
     outer = [array for is_inside, loop in loops if not is_inside for array in _carried(program, loop)]
-    left = Counter(_plain(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
+    left = Counter(_sorted_sizes(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
     gradients = activations = 0
     for array in outer:
-        dims = _plain(array.dims)
+        dims = _sorted_sizes(array.dims)
         if array.dtype == "f32" and dims and left[dims]:
             left[dims] -= 1
             gradients += array.num_bytes
@@ -131,6 +131,7 @@ def _carried(program: HloModule, loop: Instruction) -> list[Array]:
 
 
 def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:
+    """Yield the arrays that are left when each of the others has cancelled one of the same type."""
     left = Counter(others)
     for array in arrays:
         if left[array]:
@@ -140,10 +141,11 @@ def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:
 
 
 def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    """Return the shape of an array's part on one device."""
     sharding = getattr(leaf, "sharding", None)
     return tuple(leaf.shape) if sharding is None else tuple(sharding.shard_shape(leaf.shape))
 
 
-def _plain(dims: Any) -> tuple[int, ...]:
+def _sorted_sizes(dims: Any) -> tuple[int, ...]:
     """Return the sorted dimensions without those of 1: loops may drop these, and layouts may permute dimensions."""
     return tuple(sorted(size for size in dims if size != 1))

@@ -64,7 +64,7 @@ def fake_devices(pytestconfig: pytest.Config) -> list[Any]:
     Without flag and ini option, jax is started with 8 CPU devices when the first test uses this fixture.
 
     Raises:
-        MeshError: jax has already started with fewer devices, or with others than CPUs.
+        MeshError: jax has already started with fewer devices, or with devices other than CPUs.
     """
     return _start_devices(read_count(pytestconfig) or DEFAULT_DEVICES)
 
@@ -96,7 +96,7 @@ def _start_devices(count: int) -> list[Any]:
     try:
         use_fake_devices(count)
     except MeshError:
-        # More devices than asked for will do.
+        # jax has already started: its devices are used if they are CPUs and enough.
         visible = jax.devices()
         if len(visible) < count or visible[0].platform != "cpu":
             raise MeshError(

@@ -19,7 +19,7 @@ from .hlo import HloModule
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
 from .traffic import Traffic, sum_traffic
-from .work import CLASSES, UNITS, Class, Work, count_work
+from .work import CLASSES, UNITS, Work, WorkClass, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ProgramReport:
 
     def _repr_html_(self) -> str:
         """Return the picture and the tables of the report as HTML, which a notebook shows."""
-        # Both files import this one. So they are reached through the room, and only when somebody wants the report.
+        # At the top of the file this would be a circle: both files import `ProgramReport`.
         from . import draw_report, format_report
 
         return picture_html(draw_report(self), format="png", alt=self.target) + text_html(format_report(self))
@@ -123,7 +123,7 @@ def inspect_compiled(
 
 def _bound_times(
     work: Work, collectives: tuple[Collective, ...], hardware: Hardware | None, mesh: Mesh, devices_per_node: int | None
-) -> dict[Class, float]:
+) -> dict[WorkClass, float]:
     """Return seconds by class; empty without hardware, or if no class takes time."""
     if hardware is None:
         return {}

@@ -23,7 +23,9 @@ _SENT = COLOURS["parameters"]
 _EXCESS = (0.80, 0.25, 0.20)
 _GIBI = 2**30
 _MEBI = 2**20
+# Least share of the bar's width in which a number is readable.
 _NARROWEST_LABEL = 0.06
+# Least share of the capacity at which the bar has room for the capacity too.
 _SMALLEST_SHARE = 0.1
 
 
@@ -48,10 +50,11 @@ def draw_report(report: ProgramReport) -> bytes:
 
 
 def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
+    """Draw one bar of memory by purpose, with lines for the capacity and for XLA's limit."""
     memory = report.memory
     # On an almost empty device the parts would be too small to see: the title has the capacity, the bar leaves it out.
-    is_near = memory.total > _SMALLEST_SHARE * (memory.capacity or 0)
-    widest = max(memory.total, memory.capacity or 0) if is_near else memory.total
+    has_room = memory.total > _SMALLEST_SHARE * (memory.capacity or 0)
+    widest = max(memory.total, memory.capacity or 0) if has_room else memory.total
     unit, name = (_GIBI, "GiB") if widest >= _GIBI else (_MEBI, "MiB")
     start = 0
     for purpose, size in memory.classes.items():
@@ -64,7 +67,7 @@ def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
         start += size
     verdict = f"memory per device: {format_bytes(memory.total)}"
     if memory.capacity is not None and memory.free is not None:
-        if is_near:
+        if has_room:
             axes.axvline(memory.capacity / unit, color="black", linewidth=2.5)
         rest = "left" if memory.free >= 0 else "too much"
         verdict += f" of {format_bytes(memory.capacity)}, {format_bytes(abs(memory.free))} {rest}"

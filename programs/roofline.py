@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from .collectives import Collective
 from .hardware import Hardware
-from .work import CLASSES, Class, Operation
+from .work import CLASSES, Operation, WorkClass
 
 _DIRECT = ("collective-permute", "all-to-all", "ragged-all-to-all")
+"""Collectives in which a device sends its data straight to others rather than around a ring."""
 
 
 def roofline_times_s(
@@ -25,7 +26,7 @@ def roofline_times_s(
     hardware: Hardware,
     mesh: Mesh,
     devices_per_node: int,
-) -> dict[Class, float]:
+) -> dict[WorkClass, float]:
     """Return the seconds of each class in a step, on the slowest device.
 
     Args:
@@ -68,12 +69,14 @@ class _Adapters:
         return self._known[axis]
 
     def _count(self, axis: str) -> np.ndarray:
+        """Count the members of each device's group in the node where it has fewest, [devices]."""
         names, nodes = self._mesh.axis_names, self._nodes
         if nodes.max() == 0:
             return np.full(nodes.size, np.inf)
         if not set(axis.split("+")) <= set(names):
             # The members of these groups are unknown: assume one adapter, the slowest case.
             return np.ones(nodes.size)
+        # As rows of `devices`, the groups of devices that differ in these axes only.
         places = [names.index(name) for name in axis.split("+")]
         order = [*(place for place in range(nodes.ndim) if place not in places), *places]
         size = int(np.prod([nodes.shape[place] for place in places]))
@@ -87,12 +90,12 @@ class _Adapters:
 
 def _collective_time_s(collective: Collective, hardware: Hardware, adapters: _Adapters) -> np.ndarray:
     """Return the seconds of a collective on each device, 0 if the speed of its links is unknown, [devices]."""
-    of_group = adapters.of(collective.axis)
+    num_adapters = adapters.of(collective.axis)
     if collective.kind in _DIRECT:
         # Each device sends its own data over its own adapter.
-        of_group = np.where(np.isinf(of_group), np.inf, 1.0)
+        num_adapters = np.where(np.isinf(num_adapters), np.inf, 1.0)
     inside = _times(collective.sent_bytes, hardware.link_bytes_per_s)
-    across = _times(collective.sent_bytes / of_group, hardware.network_bytes_per_s)
+    across = _times(collective.sent_bytes / num_adapters, hardware.network_bytes_per_s)
     return np.maximum(inside, across)
 
 

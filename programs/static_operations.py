@@ -1,4 +1,6 @@
-"""XLA's operations on small arrays in numpy, for all devices at once; `static_values.py` evaluates programs with them.
+"""Compute XLA's operations on small arrays with numpy, for all devices at once.
+
+`static_values.py` evaluates programs with them.
 
 A value is [devices, ...], with a first dimension of 1 if all devices have the same value. An operation returns None if
 its result is unknown.
@@ -68,6 +70,7 @@ def _slice(instruction: Instruction, _: Array, x: np.ndarray) -> np.ndarray | No
 
 def _dynamic_slice(instruction: Instruction, _: Array, x: np.ndarray, *starts: np.ndarray) -> np.ndarray | None:
     sizes = instruction.numbers("dynamic_slice_sizes")
+    # Devices may slice at different places: gather with one index array per dimension, [devices, ...].
     rows = max(len(x), *map(len, starts)) if starts else len(x)
     x = np.broadcast_to(x, (rows, *x.shape[1:]))
     places: list[np.ndarray] = [np.arange(rows).reshape(-1, *[1] * len(sizes))]
@@ -113,6 +116,8 @@ def _align(*values: np.ndarray) -> list[np.ndarray]:
 
 
 def _apply(function: Callable[..., Any]) -> NumpyOperation:
+    """Return an operation that applies a numpy function elementwise, with the result in the instruction's type."""
+
     def operation(_: Instruction, type_: Array, *values: np.ndarray) -> np.ndarray | None:
         return np.asarray(function(*values)).astype(DTYPES[type_.dtype], copy=False)
 

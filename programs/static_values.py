@@ -75,6 +75,7 @@ class Scope:
         return None if value is None or isinstance(value, np.ndarray) else value.element(index)
 
     def _compute(self, instruction: Instruction) -> Value:
+        """Evaluate an instruction, and the operands that it needs."""
         opcode, type_ = instruction.opcode, instruction.type
         if isinstance(type_, Array) and (type_.num_elements > MAX_ELEMENTS or type_.dtype not in DTYPES):
             return None
@@ -85,7 +86,7 @@ class Scope:
             "replica-id": lambda _: np.zeros(1, np.uint32),
             "copy": lambda copy: self.operand(copy, 0),
             "optimization-barrier": lambda barrier: self.operand(barrier, 0),
-            "tuple": lambda made: _Parts(lambda index: self.operand(made, index)),
+            "tuple": lambda made: _LazyTuple(lambda index: self.operand(made, index)),
             "while": self._finish_loop,
             "conditional": self._choose,
             "fusion": self._call_whole,
@@ -107,20 +108,22 @@ class Scope:
 
     def _finish_loop(self, instruction: Instruction) -> Value:
         loop, trips = self.loop(instruction), instruction.known_trip_count
-        return None if trips is None or trips > MAX_ELEMENTS else _Parts(lambda index: loop.element(trips, index))
+        return None if trips is None or trips > MAX_ELEMENTS else _LazyTuple(lambda index: loop.element(trips, index))
 
     def _call_whole(self, instruction: Instruction) -> Value:
         called = self.called_by(instruction, next(iter(instruction.called().values()))[0])
         return called.value(called.computation.root.name)
 
     def _choose(self, instruction: Instruction) -> Value:
+        """Evaluate a conditional: the branches that some device takes, merged."""
         chosen = chosen_branch(instruction, self.operand(instruction, 0))
         if chosen is None:
             return None
         taken = [int(branch) for branch in np.unique(chosen)]
         scopes = {branch: self.branch(instruction, branch) for branch in taken}
 
-        def mix(values: dict[int, Value]) -> Value:
+        def merge(values: dict[int, Value]) -> Value:
+            """Take the value of each device from the branch that it takes."""
             if len(taken) == 1:
                 return values[taken[0]]
             result = values[taken[0]]
@@ -133,8 +136,10 @@ class Scope:
 
         roots = {branch: scope.computation.root.name for branch, scope in scopes.items()}
         if isinstance(instruction.type, Array):
-            return mix({branch: scope.value(roots[branch]) for branch, scope in scopes.items()})
-        return _Parts(lambda i: mix({branch: scope.element_of(roots[branch], i) for branch, scope in scopes.items()}))
+            return merge({branch: scope.value(roots[branch]) for branch, scope in scopes.items()})
+        return _LazyTuple(
+            lambda i: merge({branch: scope.element_of(roots[branch], i) for branch, scope in scopes.items()})
+        )
 
     def branch(self, instruction: Instruction, number: int) -> "Scope":
         """Return the scope of one branch of a conditional."""
@@ -158,7 +163,7 @@ class Loop:
             self._scopes.append(self._enter(self._body, len(self._scopes)))
         return self._scopes[iteration]
 
-    def goes_on(self, iteration: int) -> Value:
+    def continues(self, iteration: int) -> Value:
         """Return whether the loop runs its body in this iteration."""
         scope = self._enter(self._condition, iteration)
         return scope.value(scope.computation.root.name)
@@ -170,17 +175,17 @@ class Loop:
             carried.append(self._outside.element_of(self._instruction.operands[0], index))
         if is_invariant(self.body(0).computation, index):
             return carried[0]
-        # Forwards from the start: backwards by recursion would be as deep as the loop is long.
+        # Forwards from the start, since recursion from the end would nest as deep as the loop is long.
         while len(carried) <= iteration:
             carried.append(self.body(len(carried) - 1).element_of(self._root.name, index))
         return carried[iteration]
 
     def _enter(self, name: str, iteration: int) -> Scope:
-        return self._outside.call(name, lambda _: _Parts(lambda index: self.element(iteration, index)))
+        return self._outside.call(name, lambda _: _LazyTuple(lambda index: self.element(iteration, index)))
 
 
-class _Parts:
-    """A tuple made from a function of the index."""
+class _LazyTuple:
+    """A tuple that evaluates an element when it is asked for."""
 
     def __init__(self, part: Callable[[int], Value]) -> None:
         self._part = part

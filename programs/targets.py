@@ -80,7 +80,7 @@ class Machine:
 
 
 def open_target(target: Target, *, num_devices: int) -> Machine:
-    """Return the devices of a target: fake CPU devices, or descriptions of GPUs.
+    """Return the devices and peaks of a target: fake CPU devices, or GPUs that only the compiler knows.
 
     Args:
         num_devices: number of devices for targets that do not name one.
@@ -187,9 +187,11 @@ def _find_plugin() -> Path:
 
 
 def _words(name: str) -> list[str]:
+    """Return the lower-case words of a GPU's name without its maker: `NVIDIA H200 141GB` gives h200 and 141gb."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
     return [word for word in words if word not in _MAKERS]
 
 
 def _is_named(word: str, words: Sequence[str]) -> bool:
+    """Return whether a word of a short name is in the full one; `80` stands for `80gb`."""
     return word in words or f"{word}gb" in words

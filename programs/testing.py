@@ -75,12 +75,9 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
     check_number("max_ratio", max_ratio, error=ProgramError)
     ratios = [row.ratio for row in report.traffic if (row.axis, row.kind) == (over, EVERY_KIND)]
     if not ratios or ratios[0] is None or ratios[0] > max_ratio:
-        is_known = ratios and ratios[0] is not None
-        what = (
-            f"sends {ratios[0]:.3f} of the minimum over {over}, more than {max_ratio}"
-            if is_known
-            else (f"has no minimum over {over}")
-        )
+        what = f"has no minimum over {over}"
+        if ratios and ratios[0] is not None:
+            what = f"sends {ratios[0]:.3f} times the minimum over {over}, more than {max_ratio}"
         raise AssertionError(
             f"the program {what}.\n{format_traffic(report.traffic)}\n\n{_describe_largest(report, over)}"
         )

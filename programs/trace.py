@@ -1,4 +1,4 @@
-"""Read profiles of compiled programs: the time and the class of every instruction.
+"""Sum the times of a profile by instruction and class.
 
 The CPU runtime names its events after instructions of the compiled program; events of GPU kernels carry the name of the
 instruction that launched them. The classes are those of `work.py`.
@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 
+from ..meshes.columns import align
 from .execution_counts import count_executions
 from .hardware import Hardware
 from .hlo import HloModule
 from .report import hlo_text
 from .roofline import bound_time_s
-from .work import CLASSES, Class, count_work
+from .work import CLASSES, WorkClass, count_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class TimedOperation:
 
     name: str
     op_name: str
-    kind: Class
+    kind: WorkClass
     count: int
     time_s: float
     bound_s: float = 0.0
@@ -51,7 +52,8 @@ def list_operations(
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
-    # The type of an event's stats warns when it is made first (jax 0.12); as an error that aborts the process.
+    # In jax 0.12 the first read of an event's stats warns of a deprecation; where warnings are errors that aborts the
+    # process, since the C++ code that reads them does not expect a Python exception.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         events = list(_list_events(Path(folder), module))
@@ -74,7 +76,7 @@ def list_operations(
     return tuple(sorted(found, key=lambda operation: -operation.time_s))
 
 
-def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[Class, float]:
+def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[WorkClass, float]:
     """Return the seconds of every class with operations."""
     sums = {kind: sum(one.time_s for one in operations if one.kind == kind) for kind in CLASSES}
     return {kind: time_s for kind, time_s in sums.items() if time_s}
@@ -86,15 +88,20 @@ def format_operations(operations: Sequence[TimedOperation], *, num_steps: int, t
     if not total_s:
         return "the profile holds no operation of the program"
     sums = [f"{kind} {time_s / total_s:.0%}" for kind, time_s in sum_classes(operations).items()]
-    lines = [f"{1e3 * total_s / num_steps:,.1f} ms a step in operations, all devices together: {', '.join(sums)}"]
+    head = f"{1e3 * total_s / num_steps:,.1f} ms a step in operations, all devices together: {', '.join(sums)}"
     if "communication" in sum_classes(operations):
-        lines[0] += " (with waiting for others)"
-    lines += [
-        f"{one.time_s / total_s:6.1%} {1e3 * one.time_s / num_steps:9.2f} ms  {one.kind:<13} {one.name:<36.36} "
-        f"{_shorten(one.op_name)}".rstrip()
+        head += " (with waiting for others)"
+    rows = [
+        (
+            f"{one.time_s / total_s:.1%}",
+            f"{1e3 * one.time_s / num_steps:.2f} ms",
+            one.kind,
+            one.name[:_NAME_WIDTH],
+            _shorten(one.op_name),
+        )
         for one in operations[:top]
     ]
-    return "\n".join(lines)
+    return f"{head}\n{align(rows, left=(2, 3, 4))}"
 
 
 def _shorten(op_name: str) -> str:
@@ -103,6 +110,7 @@ def _shorten(op_name: str) -> str:
     return "/".join(parts[-3:])
 
 
+_NAME_WIDTH = 36
 _EMPTY_SCOPES = ("while", "body", "eval_jaxpr", "closed_call", "cond", "shard_map", "branch_0_fun", "branch_1_fun")
 
 
@@ -120,6 +128,6 @@ def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:
             if line.name.startswith(("XLA ", "Steps")):
                 continue
             for event in line.events:
-                told = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
-                if told.get("hlo_module", module) == module:
-                    yield told.get("hlo_op", event.name), 1e-9 * event.duration_ns
+                stats = {key: str(value) for key, value in event.stats if key in ("hlo_op", "hlo_module")}
+                if stats.get("hlo_module", module) == module:
+                    yield stats.get("hlo_op", event.name), 1e-9 * event.duration_ns

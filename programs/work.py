@@ -6,7 +6,7 @@ in main memory: operands and result of a fusion but not its intermediate values,
 that is sliced or updated in place. Read `roofline.py` next.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -18,7 +18,7 @@ from .execution_counts import ExecutionCounts
 from .hlo import Array, Computation, HloModule, Instruction, leaves
 from .matmul import matrix_dtype, matrix_flops
 
-Class = Literal["matrix", "vector", "communication", "control"]
+WorkClass = Literal["matrix", "vector", "communication", "control"]
 """The unit that an instruction keeps busy; control is for loops, branches, tuples and scalars."""
 
 Unit = Literal["matrix", "vector"]
@@ -27,44 +27,24 @@ Unit = Literal["matrix", "vector"]
 UNITS: tuple[Unit, ...] = ("matrix", "vector")
 """In the order of tables."""
 
-CLASSES: tuple[Class, ...] = ("matrix", "vector", "communication", "control")
+CLASSES: tuple[WorkClass, ...] = ("matrix", "vector", "communication", "control")
 """In the order of tables."""
 
 SMALL_ELEMENTS = 64
 """Instructions without a matrix product whose arrays have at most this many elements count as control."""
 
-_CONTROL = {
-    *("while", "conditional", "call", "tuple", "get-tuple-element", "parameter", "constant", "bitcast", "partition-id"),
-    *("replica-id", "after-all", "add-dependency", "optimization-barrier", "opt-barrier", "domain", "iota"),
-}
-_ARITHMETIC = {
-    *("add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum", "negate", "abs", "sign", "floor"),
-    *(
-        "ceil",
-        "round-nearest-afz",
-        "round-nearest-even",
-        "compare",
-        "select",
-        "clamp",
-        "power",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-    ),
-    *(
-        "exponential",
-        "exponential-minus-one",
-        "log",
-        "log-plus-one",
-        "logistic",
-        "tanh",
-        "tan",
-        "sine",
-        "cosine",
-        "erf",
-    ),
-    *("atan2", "convert"),
-}
+_CONTROL = (
+    {"while", "conditional", "call", "tuple", "get-tuple-element", "parameter", "constant", "bitcast", "iota"}
+    | {"partition-id", "replica-id", "after-all", "add-dependency", "domain"}
+    | {"optimization-barrier", "opt-barrier"}
+)
+# Opcodes that compute one flop for each element of the result.
+_ARITHMETIC = (
+    {"add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum", "negate", "abs", "sign", "clamp"}
+    | {"floor", "ceil", "round-nearest-afz", "round-nearest-even", "convert", "compare", "select"}
+    | {"power", "sqrt", "rsqrt", "cbrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "logistic"}
+    | {"tanh", "tan", "sine", "cosine", "atan2", "erf"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +53,7 @@ class Operation:
 
     name: str
     op_name: str
-    kind: Class
+    kind: WorkClass
     dtype: str
     matrix_flops: int
     vector_flops: int
@@ -93,7 +73,7 @@ class Work:
         costs = [(getattr(o, f"{unit}_flops"), o.count) for o in self.operations]
         return np.sum([cost * count for cost, count in costs if cost] or [np.zeros(1)], axis=0)
 
-    def moved_bytes(self, kind: Class) -> np.ndarray:
+    def moved_bytes(self, kind: WorkClass) -> np.ndarray:
         """Return the bytes that operations of a class move in a step on each device, [devices]."""
         return np.sum([o.moved_bytes * o.count for o in self.operations if o.kind == kind] or [np.zeros(1)], axis=0)
 
@@ -102,12 +82,15 @@ def count_work(program: HloModule, executions: ExecutionCounts, *, num_devices: 
     """Return the work of one run of a program."""
     costs = _Costs(program)
     return Work(
-        operations=tuple(_list(program, executions, costs, num_devices)),
+        operations=tuple(_list_operations(program, executions, costs, num_devices)),
         uncounted=tuple(dict.fromkeys(costs.uncounted)),
     )
 
 
-def _list(program: HloModule, executions: ExecutionCounts, costs: "_Costs", num_devices: int) -> Iterator[Operation]:
+def _list_operations(
+    program: HloModule, executions: ExecutionCounts, costs: "_Costs", num_devices: int
+) -> Iterator[Operation]:
+    """Yield the instructions that some device executes, those inside fusions excepted."""
     inside = {name for _, i in program.instructions() if i.opcode.startswith("fusion") for name in _calls(i)}
     for computation, instruction in program.instructions():
         count = np.broadcast_to(executions.of(computation), (num_devices,))
@@ -137,7 +120,8 @@ class _Costs:
         self.inner_matrix = cache(lambda name: self._sum(name, self.matrix))
         self.inner_vector = cache(lambda name: self._sum(name, self.vector))
 
-    def kind(self, instruction: Instruction, computation: Computation) -> Class:
+    def kind(self, instruction: Instruction, computation: Computation) -> WorkClass:
+        """Return the unit that an instruction keeps busy."""
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in KINDS or any(i.opcode in KINDS for name in _calls(instruction) for i in self._own(name)):
             return "communication"
@@ -150,6 +134,7 @@ class _Costs:
         return "control" if largest <= SMALL_ELEMENTS else "vector"
 
     def matrix(self, instruction: Instruction, computation: Computation) -> int:
+        """Return the flops on matrix units; library calls with unknown flops are noted."""
         if instruction.opcode.startswith("fusion"):
             return sum(map(self.inner_matrix, _calls(instruction)))
         flops = matrix_flops(instruction, computation)
@@ -167,6 +152,7 @@ class _Costs:
         return matrix_dtype(instruction, computation)
 
     def vector(self, instruction: Instruction, computation: Computation) -> int:
+        """Return the flops on vector units: one per element, of the operand for a reduction."""
         opcode = instruction.opcode
         if opcode.startswith("fusion"):
             return sum(map(self.inner_vector, _calls(instruction)))
@@ -182,14 +168,15 @@ class _Costs:
         return 0
 
     def moved(self, instruction: Instruction, computation: Computation) -> int:
+        """Return the bytes that are read from and written to main memory."""
         if instruction.opcode.startswith("fusion"):
             (name,) = _calls(instruction)
             return _moved_by_fusion(self.program.computations[name])
         return _moved_by_one(instruction, computation)
 
-    def _sum(self, name: str, cost: object) -> int:
+    def _sum(self, name: str, cost: Callable[[Instruction, Computation], int]) -> int:
+        """Return the sum of a cost over the instructions of a computation."""
         computation = self.program.computations[name]
-        assert callable(cost)
         return sum(cost(instruction, computation) for instruction in computation.instructions.values())
 
     def _own(self, name: str) -> Iterable[Instruction]:
@@ -201,6 +188,7 @@ def _calls(instruction: Instruction) -> tuple[str, ...]:
 
 
 def _moved_by_one(instruction: Instruction, computation: Computation) -> int:
+    """Return the bytes that an instruction outside of fusions moves."""
     opcode = instruction.opcode
     if opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * instruction.num_bytes
@@ -230,11 +218,13 @@ def _moved_by_fusion(code: Computation) -> int:
 
 
 def _read_of(parameter: Instruction, users: Mapping[str, list[Instruction]], code: Computation) -> int:
+    """Return the bytes of a fusion's parameter that are read: all of it unless every user takes a part."""
     read = 0
     for user in users.get(parameter.name, []):
         if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == parameter.name:
             read += user.num_bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            # The buffer that is updated in place is not read.
             continue
         elif user.opcode in ("bitcast", "copy", "convert", "reshape"):
             read += min(_read_of(user, users, code), parameter.num_bytes)
@@ -244,6 +234,7 @@ def _read_of(parameter: Instruction, users: Mapping[str, list[Instruction]], cod
 
 
 def _written_by(root: Instruction, code: Computation) -> int:
+    """Return the bytes that a result of a fusion writes: the update alone if it updates a parameter in place."""
     made = root
     while made.opcode in ("bitcast", "copy", "convert") and made.operands:
         made = code.instructions[made.operands[0]]

@@ -109,7 +109,7 @@ class _DecodeLoop:
         group = jnp.remainder(tick - self.last, self.ticks)
         row = jnp.minimum(group, self.sizes.groups - 1) * size
 
-        def note(state: ServeState) -> ServeState:
+        def store(state: ServeState) -> ServeState:
             token_B = rows_of(state.next_token[0], row, size)
             is_open_B = rows_of(state.is_open[0], row, size)
             token_B = jnp.where(message_B >= 0, message_B, token_B)
@@ -122,4 +122,4 @@ class _DecodeLoop:
                 is_open=jax.lax.dynamic_update_slice(state.is_open, is_open_B[None], place),
             )
 
-        return self.stage.on_rank(0, lambda: note(state), lambda: state)
+        return self.stage.on_rank(0, lambda: store(state), lambda: state)

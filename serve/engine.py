@@ -1,4 +1,4 @@
-"""Answer many requests at once with a model on a mesh; each gets the answer that it would get alone.
+"""Answer many requests at once with a model on a mesh; every answer is the one that its request would get alone.
 
 Requests start and end between calls of two compiled programs (continuous batching, Yu et al. 2022, "Orca", section
 3), so a new request neither stops the others nor compiles anything. Use `Engine.generate` for a list of requests, and
@@ -177,6 +177,7 @@ class Engine:
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
     def _read_prompts(self) -> list[ServedSequence]:
+        """Run prefill on the next chunks, and return the sequences that their first token ends."""
         chunks = self.scheduler.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
         num_chunks = max(map(len, chunks))
         if not num_chunks:
@@ -185,7 +186,7 @@ class Engine:
         self._state, chosen_tokens = self.programs.prefill(*args)
         self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
         first = np.asarray(chosen_tokens)[-1]
-        return self._note(
+        return self._record_tokens(
             (chunk.sequence, *first[shard, item].tolist())
             for shard, own in enumerate(chunks)
             for item, chunk in enumerate(own)
@@ -193,6 +194,7 @@ class Engine:
         )
 
     def _decode(self) -> list[ServedSequence]:
+        """Run some rounds of decode, and return the sequences that ended."""
         decoding = {s.slot: s for s in self.scheduler.decoding}
         if not decoding:
             return []
@@ -202,7 +204,7 @@ class Engine:
             self._params, self._state, self._settings, np.int32(num_rounds)
         )
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.mesh.shape["pipe"])
-        return self._note(
+        return self._record_tokens(
             (decoding[slot], token, reason)
             for turn in np.asarray(chosen_tokens)[-1, :num_rounds]
             for slot, (token, reason) in enumerate(turn.tolist())
@@ -213,19 +215,19 @@ class Engine:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.mesh.shape["pipe"] > 1)
 
-    def _note(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
+    def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
         """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
-        heard, ended = [], []
+        added, ended = [], []
         for sequence, token, reason in chosen_tokens:
             if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)
-                heard.append((sequence, token))
+                added.append((sequence, token))
             if reason:
                 self.scheduler.finish(sequence, _REASONS[reason])
                 ended.append(sequence)
         # Only after all tokens are stored: the devices have moved on, and a callback may raise.
         if self.on_token:
-            for sequence, token in heard:
+            for sequence, token in added:
                 self.on_token(sequence, token)
         for sequence in ended:
             if sequence.finish_reason == "error":
@@ -233,6 +235,7 @@ class Engine:
         return ended
 
     def _write_settings(self, sequence: ServedSequence) -> None:
+        """Write the settings of an admitted request into the row of its slot."""
         request, slot = sequence.request, sequence.slot
         self._settings.temperature[slot] = request.temperature
         self._settings.top_k[slot] = min(request.top_k, self.config.vocab_size)
@@ -248,12 +251,15 @@ class Engine:
         tokens = np.zeros((*shape, sizes.chunk), np.int32)
         slot, start, count = (np.zeros(shape, np.int32) for _ in range(3))
         is_last = np.zeros(shape, np.bool_)
-        for s, own in enumerate(chunks):
-            for i, chunk in enumerate(own):
+        for shard, own in enumerate(chunks):
+            for item, chunk in enumerate(own):
+                place = shard, item
                 assert chunk.sequence.slot is not None
-                tokens[s, i, : len(chunk.tokens)] = chunk.tokens
-                slot[s, i] = chunk.sequence.slot % sizes.slots_per_shard
-                start[s, i], count[s, i], is_last[s, i] = chunk.start, len(chunk.tokens), chunk.is_last
+                tokens[(*place, slice(len(chunk.tokens)))] = chunk.tokens
+                slot[place] = chunk.sequence.slot % sizes.slots_per_shard
+                start[place] = chunk.start
+                count[place] = len(chunk.tokens)
+                is_last[place] = chunk.is_last
         return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
 
 
@@ -278,6 +284,7 @@ def _not_finite(sequence: ServedSequence) -> ServeError:
 
 
 def _empty_settings(sizes: Sizes) -> SamplingSettings:
+    """Return settings of unused slots, on the host: a request overwrites its row, and each call sends them all."""
     slots = sizes.slots
     return SamplingSettings(
         temperature=np.zeros(slots, np.float32),

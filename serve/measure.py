@@ -53,21 +53,23 @@ def measure_decode(engine: Engine, *, batch: int, prompt: int, new: int) -> Deco
         for i in range(batch)
     ]
     engine.generate(requests)
-    heard: dict[int, list[float]] = {}
+    token_times_s: dict[int, list[float]] = {}
 
-    def hear(sequence: ServedSequence, _token: int) -> None:
-        heard.setdefault(sequence.id, []).append(time.perf_counter())
+    def record_time(sequence: ServedSequence, _token: int) -> None:
+        token_times_s.setdefault(sequence.id, []).append(time.perf_counter())
 
-    before, heard_before, engine.on_token = engine.usage, engine.on_token, hear
+    before, users_callback = engine.usage, engine.on_token
+    engine.on_token = record_time
     start_s = time.perf_counter()
     engine.generate(requests)
-    total_s, engine.on_token = time.perf_counter() - start_s, heard_before
-    after = engine.usage
+    total_s = time.perf_counter() - start_s
+    engine.on_token = users_callback
+    after, all_times_s = engine.usage, list(token_times_s.values())
     ticks = after.decode_ticks + after.prefill_ticks - before.decode_ticks - before.prefill_ticks
     return DecodeTimes(
-        first_token_s=statistics.median(times[0] for times in heard.values()) - start_s,
-        per_token_s=statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in heard.values()),
-        tokens_per_s=sum(map(len, heard.values())) / total_s,
+        first_token_s=statistics.median(times[0] for times in all_times_s) - start_s,
+        per_token_s=statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in all_times_s),
+        tokens_per_s=sum(map(len, all_times_s)) / total_s,
         idle_share=1 - float((after.busy - before.busy).mean()) / ticks,
         read_bytes=read_bytes(engine, batch=batch, context=prompt + new / 2),
     )

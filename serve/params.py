@@ -97,7 +97,11 @@ def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerL
 
 
 def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[int, ...]:
-    """Return the number of layers in each array of a stage's parameters: all layers, or one each."""
+    """Return the number of layers in each array of a stage's parameters: all layers, or one each.
+
+    Raises:
+        ScheduleError: there are fewer layers than stages.
+    """
     room = max(layers_of_stages(config, num_ranks=num_ranks))
     return (room,) if layers == "loop" else (1,) * room
 
@@ -119,10 +123,10 @@ def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
 
 
 def _to_stacks(config: ModelConfig, mesh: Mesh, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
-    cut = jax.tree_util.tree_map_with_path(partial(_cut, config, mesh, layers), blocks)
-    is_cut = lambda node: isinstance(node, tuple)  # noqa: E731
-    count = len(jax.tree.leaves(cut, is_leaf=is_cut)[0])
-    return tuple(jax.tree.map(lambda leaf: leaf[index], cut, is_leaf=is_cut) for index in range(count))  # noqa: B023
+    """Cut the parameters of all layers, [L, ...], into one tree of arrays [P, layers, ...] for each stack."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(blocks)
+    cut = [_cut(config, mesh, layers, path, leaf) for path, leaf in paths]
+    return tuple(jax.tree.unflatten(tree, stack) for stack in zip(*cut, strict=True))
 
 
 def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
@@ -139,12 +143,13 @@ def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, path: Any, leaf: ja
 
 
 def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:
+    """Return whether stages need padding or key/value heads are repeated."""
     counts = layers_of_stages(config, num_ranks=mesh.shape["pipe"])
     return len(set(counts)) > 1 or served_config(config, mesh) != config
 
 
 def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a stack of layers with one of its dimensions over pipe too: the layers, if they divide."""
+    """Return the sharding of a stack of layers with one more dimension over pipe: the layers, if pipe divides them."""
     spec = split_first_free_dim(own.spec, shape=shape, axis="pipe", size=own.mesh.shape["pipe"])
     return NamedSharding(own.mesh, spec)
 

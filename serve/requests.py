@@ -16,7 +16,7 @@ from ..meshes.arguments import check_count, check_number
 FinishReason = Literal["stop", "length", "error"]
 """The reason for the end of a sequence: a stop token, its limit of tokens, or logits that are not finite."""
 
-_HOTTEST = 3.4e38
+_MAX_TEMPERATURE = 3.4e38
 """The largest temperature; a larger one would be infinite in float32."""
 
 
@@ -49,13 +49,16 @@ class Request:
         for name in ("prompt", "stop"):
             object.__setattr__(self, name, _read_tokens(name, getattr(self, name)))
         if not self.prompt:
-            raise ServeError("a prompt is empty: there is nothing to go on from.", fix="give at least one token.")
+            raise ServeError("a prompt is empty: there is nothing to continue.", fix="give at least one token.")
         for name in ("max_new_tokens", "top_k", "seed"):
             check_count(name, getattr(self, name), error=ServeError, least=1 if name == "max_new_tokens" else 0)
         for name in ("temperature", "top_p"):
             check_number(name, getattr(self, name), error=ServeError)
         ranges = {
-            "temperature": (self.temperature <= _HOTTEST, f"from 0 to {_HOTTEST:g}, what float32 holds"),
+            "temperature": (
+                self.temperature <= _MAX_TEMPERATURE,
+                f"from 0 to {_MAX_TEMPERATURE:g}, what float32 holds",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "seed": (self.seed < 2**32, "from 0 to 4294967295"),
         }
@@ -174,9 +177,11 @@ class RequestScheduler:
         return emptiest[0] if emptiest else None
 
     def _first_slots(self) -> Iterable[int]:
+        """Return the first slot of every group."""
         return range(0, self.num_shards * self._slots_per_shard, self.group_size)
 
     def _take(self, reading: deque[ServedSequence], size: int, limit: int) -> Iterable[Chunk]:
+        """Yield at most `limit` chunks of `size` tokens of one data shard; a prompt that ends leaves the queue."""
         for _ in range(limit):
             if not reading:
                 return

@@ -1,5 +1,9 @@
 """Choose tokens from logits with a split vocabulary: greedy, or drawn with temperature, top-k and top-p.
 
+Top-k keeps the k likeliest tokens (Fan et al. 2018, section 5.4), top-p the likeliest with a total probability of p
+(Holtzman et al. 2020, section 3.1). A draw adds Gumbel noise to the logits and takes the largest (Maddison et al. 2014,
+"A* sampling", section 2).
+
 The settings are data, one row per sequence, so one program serves all requests. The noise of a draw depends only on the
 request's seed and the token's position, so the tokens are the same on any mesh, in any slot and beside any other
 requests. Read `stage.py` for the caller.
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 NOT_FINITE = -3
 """A placeholder for the token where logits are NaN or infinite."""
 
-_COLDEST = 1e-30
+_MIN_TEMPERATURE = 1e-30
 """The lowest temperature for a draw: below it logits would overflow, and draws are greedy long before."""
 
 
@@ -55,13 +59,14 @@ def choose(
     """
     # A row of temperature 0 is divided by 1 and gets no noise.
     is_drawn_B = settings.temperature > 0
-    scaled_BV = logits_BV / jnp.where(is_drawn_B, jnp.maximum(settings.temperature, _COLDEST), 1.0)[:, None]
+    scaled_BV = logits_BV / jnp.where(is_drawn_B, jnp.maximum(settings.temperature, _MIN_TEMPERATURE), 1.0)[:, None]
     is_cut_B = is_drawn_B & ((settings.top_k > 0) | (settings.top_p < 1))
     cut_BV = jax.lax.cond(is_cut_B.any(), lambda x: _cut(x, settings, is_cut_B, axes), lambda x: x, scaled_BV)
-    noisy_BV = jax.lax.cond(
-        is_drawn_B.any(), lambda x: jnp.where(is_drawn_B[:, None], x + _noise(x, settings, position_B, axes), x),
-        lambda x: x, cut_BV,
-    )  # fmt: skip
+
+    def add_noise(x_BV: jax.Array) -> jax.Array:
+        return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes), x_BV)
+
+    noisy_BV = jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
     top_B, token_B = noisy_BV.max(-1), noisy_BV.argmax(-1).astype(jnp.int32)
     # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
     is_finite_B = jnp.isfinite(logits_BV.max(-1))
@@ -88,7 +93,11 @@ def _noise(like_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array
 
 
 def _cut(scaled_BV: jax.Array, settings: SamplingSettings, is_cut_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Set logits outside of top-k and then of top-p to minus infinity; ties with the last one inside stay."""
+    """Set logits outside of top-k and then of top-p to minus infinity; ties with the last one inside stay.
+
+    Both filters keep the logits from some least one up, which is searched for among integers in the order of floats.
+    With logits 3, 2, 2, 1 and top_k=2 the least is 2, since 3 logits are at least 2 and only one is more.
+    """
     whole_BV = jax.lax.all_gather(scaled_BV, axes, axis=1, tiled=True) if axes else scaled_BV
     order_BV, num_tokens = _ordered(whole_BV), whole_BV.shape[1]
     wanted_B = jnp.where(settings.top_k > 0, settings.top_k, num_tokens)
@@ -107,7 +116,11 @@ def _cut(scaled_BV: jax.Array, settings: SamplingSettings, is_cut_B: jax.Array, 
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], *, like_B: jax.Array) -> jax.Array:
-    """Find the largest 32-bit number for which a monotone condition holds, bit by bit, without sorting."""
+    """Find the largest 32-bit number for which a monotone condition holds, bit by bit, without sorting.
+
+    From the highest bit down, a bit is set if the condition still holds. With 3 bits and "at most 5": 100 holds, 110
+    does not, 101 does.
+    """
 
     def try_bit(turn: jax.Array, found_B: jax.Array) -> jax.Array:
         trial_B = found_B | (jnp.uint32(1) << (31 - turn).astype(jnp.uint32))
@@ -117,7 +130,11 @@ def _largest(holds: Callable[[jax.Array], jax.Array], *, like_B: jax.Array) -> j
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Map floats to 32-bit unsigned integers of the same order."""
+    """Map floats to 32-bit unsigned integers of the same order.
+
+    Positive floats have the order of their bits, so they get the highest bit; negative ones have the reverse order, so
+    their bits are inverted.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

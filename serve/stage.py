@@ -5,7 +5,7 @@ layer over `tensor`. Read `decode.py` next.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class Stage:
         size = jax.tree.leaves(stack)[0].shape[1]
         if first + size <= min(self.counts):
             return layer(0, (x_BTD, cache)) if size == 1 else jax.lax.fori_loop(0, size, layer, (x_BTD, cache))
+        # Stages with fewer layers end the loop before their padding.
         own = jnp.clip(jnp.asarray(self.counts)[self.rank] - first, 0, size)
         return jax.lax.fori_loop(0, own, layer, (x_BTD, cache))
 
@@ -93,8 +94,12 @@ class Stage:
         axes = DEFAULT_RULES.manual_axes("vocab")
         return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
 
-    def pass_on(self, x: jax.Array, *, shape: str) -> jax.Array:
-        """Return x of the previous rank; shape "line" has no link from the last rank to the first, "ring" has."""
+    def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
+        """Return x of the previous rank; costs one permute over `pipe`.
+
+        Args:
+            shape: "ring" links the last rank to the first, "line" does not, and the first rank receives zeros.
+        """
         if self.num_ranks == 1:
             return x
         if shape == "ring":
@@ -115,3 +120,4 @@ def block_specs(shapes: Any, mesh: Mesh) -> Any:
 
 
 rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)
+"""Return rows of an array: `rows_of(x, start, size)`, with a start that is known only at run time."""

@@ -133,6 +133,7 @@ def settings_shapes(sizes: Sizes, *, mesh: Mesh) -> SamplingSettings:
     )
 
 
+# Cache dtype -> a NaN; uint16 holds the bits of bfloat16.
 _NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0}
 
 

@@ -7,17 +7,15 @@ A Llama of 8 layers and width 256 on 4 stages answers 200 requests of mixed leng
 with one group in flight, where three of the four stages wait at any time, and then with four groups. The benchmark
 counts ticks, which is the time that real devices would take. Fake devices share the cores, so waiting costs them
 nothing; the CPU seconds show that both runs do the same work. All programs are compiled before the requests arrive, and
-compilations after that are counted too.
+compilations after that are counted too. With `--quick` the last requests, which leave groups empty, are a larger share:
+the gain is 3.196, and the target for 200 requests, 3.2, is missed.
 
 Tables go to stdout, progress to stderr. The exit code is 1 if a target is missed.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
-from rich.console import Console
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
 from trellax.programs import compilations
 from trellax.serve import Engine, Request
 from trellax.serve.measure import draw_params
 
-from benchmarks.targets import Target, make_table
+from benchmarks.arguments import make_parser
+from benchmarks.rounds import tell
+from benchmarks.tables import format_table
+from benchmarks.targets import Target, exit_code, format_targets, print_json
 
 STAGES, GROUP_SIZE, MAX_TOKENS = 4, 4, 128
 MODEL = ModelConfig(
@@ -51,10 +51,7 @@ MODEL = ModelConfig(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="40 requests")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, quick="40 requests instead of 200").parse_args()
     use_fake_devices(STAGES)
     requests = make_requests(40 if arguments.quick else 200)
     rows = [measure(groups, requests) for groups in (1, STAGES)]
@@ -62,10 +59,10 @@ def main() -> int:
     targets = judge(*rows, is_same=same)
     report = {"about": {"cpu_cores": os.cpu_count(), "jax": jax.__version__, "requests": len(requests)}, "rows": rows}
     if arguments.json:
-        print(json.dumps(report | {"targets": [asdict(target) for target in targets]}, indent=2))
+        print_json(report, targets)
     else:
-        show(report, targets)
-    return 0 if all(target.is_met for target in targets) else 1
+        print_report(report, targets)
+    return exit_code(targets)
 
 
 def make_requests(count: int) -> list[Request]:
@@ -82,7 +79,7 @@ def make_requests(count: int) -> list[Request]:
 
 def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
     """Answer all requests with `groups` groups in flight; return ticks, seconds, tokens and compilations."""
-    print(f"{groups} of {STAGES} groups ...", file=sys.stderr)
+    tell(f"{groups} of {STAGES} groups")
     mesh = build_mesh(MeshSpec(pipe=STAGES))
     engine = Engine(
         MODEL,
@@ -119,21 +116,21 @@ def measure(groups: int, requests: list[Request]) -> dict[str, Any]:
     }
 
 
-def judge(one: dict[str, Any], all_: dict[str, Any], *, is_same: bool) -> list[Target]:
-    """Compare both runs with the targets."""
-    gain = all_["tokens_per_tick"] / one["tokens_per_tick"]
+def judge(one: dict[str, Any], four: dict[str, Any], *, is_same: bool) -> list[Target]:
+    """Compare the runs with one and with four groups in flight with the targets."""
+    gain = four["tokens_per_tick"] / one["tokens_per_tick"]
     return [
         Target.at_most(f"ideal gain in tokens a tick, {STAGES}, over measured (1 / 0.8)", STAGES / gain, 1.25),
-        Target.at_most("CPU seconds, four groups over one", all_["cpu_s"] / one["cpu_s"], 1.1),
-        Target.at_most("programs compiled while requests came", one["compiled"] + all_["compiled"], 0),
+        Target.at_most("CPU seconds, four groups over one", four["cpu_s"] / one["cpu_s"], 1.1),
+        Target.at_most("programs compiled while requests came", one["compiled"] + four["compiled"], 0),
         Target.at_most("answers that differ (1 if any)", float(not is_same), 0),
     ]
 
 
-def show(report: dict[str, Any], targets: list[Target]) -> None:
-    """Print both tables in Markdown."""
-    console, about = Console(width=140, highlight=False), report["about"]
-    console.print(f"jax {about['jax']}, {about['cpu_cores']} cores, {about['requests']} requests on {STAGES} stages\n")
+def print_report(report: dict[str, Any], targets: list[Target]) -> None:
+    """Print the measurements and the verdicts in Markdown."""
+    about, rows = report["about"], report["rows"]
+    print(f"jax {about['jax']}, {about['cpu_cores']} cores, {about['requests']} requests on {STAGES} stages")
     names = {
         "decoded_tokens": "tokens decoded",
         "decode_ticks": "ticks of decoding",
@@ -145,18 +142,12 @@ def show(report: dict[str, Any], targets: list[Target]) -> None:
         "cpu_s": "CPU seconds",
         "compiled": "programs compiled",
     }
-    table = make_table("", "what", *(f"{row['groups']} in flight" for row in report["rows"]))
+    table = [("what", *(f"{row['groups']} in flight" for row in rows))]
     for key, name in names.items():
-        table.add_row(
-            name, *(f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for row in report["rows"])
-        )
-    console.print(table)
-    verdicts = make_table("", "promise", "measured", "at most", "verdict")
-    for target in targets:
-        verdicts.add_row(
-            target.name, f"{target.measured:.3f}", f"{target.limit:.3f}", "met" if target.is_met else "MISSED"
-        )
-    console.print(verdicts)
+        values = (f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for row in rows)
+        table.append((name, *values))
+    print(format_table("One group in flight and one per stage", table))
+    print(format_targets(targets))
 
 
 if __name__ == "__main__":

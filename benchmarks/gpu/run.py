@@ -7,9 +7,10 @@ For each case the benchmark prints tokens per second, MFU with causal and with f
 beside the prediction of `trellax inspect`, the profile by class, and the three largest losses against the roofline.
 Then it runs the same model, batch and precision under torch.compile if torch is installed.
 
-Every measurement runs in its own process, one at a time, so that a failure costs no other result. The file is written
-after every case and survives an interrupted command. No case starts after `--minutes`, and 90 seconds later the last
-one is ended; cases that were not reached are named. `--tiny` runs everything on any CPU in a minute.
+Every measurement runs in its own process, one at a time, so that a failure costs no other result. `--json FILE` writes
+all numbers after every case, so that they survive an interrupted command. No case starts after `--minutes`, and 90
+seconds later the last one is ended; cases that were not reached are named. `--tiny` runs everything on any CPU in a
+minute.
 
 It needs `pip install -e '.[cuda]' torch`. For a machine without a network that has Python 3.12, jax (such as 0.11.2)
 with its CUDA plugin, torch, and their dependencies and those of orbax, download the rest, 10 MB of wheels, into .whl:
@@ -44,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trellax.layers import ModelConfig, flops_per_token
 
+from benchmarks.arguments import parse_count, parse_minutes
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.workers.process import find_modules
 
@@ -73,17 +75,19 @@ _GIB = 2**30
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no case is begun after them")
-    parser.add_argument("--steps", type=int, default=10, help="steps to time")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="such as 1b@2048,pipeline.unroll=on")
+    parser.add_argument(
+        "--minutes", type=parse_minutes, default=8.0, help="minutes after which no case starts (default 8)"
+    )
+    parser.add_argument("--steps", type=parse_count, default=10, help="number of steps to time (default 10)")
+    parser.add_argument("--json", metavar="FILE", help="file for all numbers")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, to see that all of it runs")
     arguments = parser.parse_args()
     cases = arguments.cases or (("tiny@64,pipeline.unroll=on", "tiny@128") if arguments.tiny else CASES)
     for case in cases:
         name, _, seq_len = case.split(",")[0].partition("@")
         if name not in SHAPES or not seq_len.isdecimal():
-            parser.error(f"{case!r} is no case: SHAPE@TOKENS, where SHAPE is one of {', '.join(SHAPES)}.")
+            parser.error(f"argument CASE: expected SHAPE@TOKENS with a shape of {', '.join(SHAPES)}, got {case!r}")
     end_s, rows, torch_rows = time.monotonic() + 60 * arguments.minutes, [], {}
     with tempfile.TemporaryDirectory() as cache:
         for case in cases:
@@ -92,7 +96,7 @@ def main() -> int:
                 continue
             how = {"steps": arguments.steps, "tiny": arguments.tiny, "cache": cache, "end_s": end_s + GRACE_S}
             rows.append(measure(case, **how, torch_rows=torch_rows))
-            print(describe(rows[-1]), flush=True)
+            print(describe_case(rows[-1]), flush=True)
             if arguments.json:
                 # After every case, so that a time limit on the command loses none.
                 Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -142,8 +146,8 @@ def _derive(name: str, seq_len: int, ours: dict[str, Any]) -> dict[str, Any]:
     return {"tokens_per_s": tokens_per_s, "mfu_causal": causal, "mfu_full": full}
 
 
-def describe(row: dict[str, Any]) -> str:
-    """Return a case as text."""
+def describe_case(row: dict[str, Any]) -> str:
+    """Return the measurements of a case as text."""
     ours = row["trellax"]
     if "error" in ours:
         lines = [f"\n{row['case']}: FAILED", ours["error"]]
@@ -162,9 +166,9 @@ def _describe_parts(row: dict[str, Any]) -> Iterator[str]:
     """Yield lines about MFU, memory, classes and losses; parts that failed are left out."""
     ours = row["trellax"]
     if "mfu_causal" in row:
-        tflops = ours["peak_flops_per_s"] / 1e12
-        yield f"  MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, of the measured {tflops:.1f} Tflop/s"
-    peak = f"the allocator's peak {ours['peak_bytes'] / _GIB:.2f} GiB" if ours["peak_bytes"] else "no peak told"
+        peak = f"{ours['peak_flops_per_s'] / 1e12:.1f} Tflop/s"
+        yield f"  MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full, of the measured {peak}"
+    peak = f"the allocator's peak {ours['peak_bytes'] / _GIB:.2f} GiB" if ours["peak_bytes"] else "no peak reported"
     if "predicted_bytes" in ours:
         yield f"  memory: predicted {ours['predicted_bytes'] / _GIB:.2f} GiB, {peak}"
         yield f"  roofline {1e3 * (ours['roofline_s'] or 0):.1f} ms"
@@ -178,6 +182,7 @@ def _describe_parts(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _describe_peer(row: dict[str, Any]) -> str:
+    """Return the line about torch."""
     peer, ours = row["torch"], row["trellax"]
     if not peer or "error" in peer:
         return f"  torch: {peer['error'] if peer else 'not installed'}"
@@ -193,18 +198,18 @@ def judge(rows: list[dict[str, Any]], *, cases: Sequence[str]) -> list[tuple[str
     verdicts = [(f"MISSED: {case} was not measured", False) for case in cases if case not in done]
     found = [row for row in rows if row["case"].startswith("1b@2048") and "step_s" in row["trellax"]]
     if not found:
-        return verdicts or [("no promise is made for these cases", True)]
+        return verdicts or [("these cases have no target", True)]
     best = min(found, key=lambda row: row["trellax"]["step_s"])
     peer = best["torch"] or {}
     ratio = peer["step_s"] / best["trellax"]["step_s"] if "step_s" in peer else None
-    promises = [
+    targets = [
         (f"MFU of {best['case']}", best.get("mfu_causal"), ENOUGH_MFU),
         ("speed over torch.compile", ratio, OVER_TORCH),
     ]
-    for name, measured, least in promises:
+    for name, measured, least in targets:
         is_met = measured is not None and measured >= least
-        told = "not measured" if measured is None else f"{measured:.3f}"
-        verdicts.append((f"{'met' if is_met else 'MISSED'}: {name}: {told}, at least {least:g}", is_met))
+        number = "not measured" if measured is None else f"{measured:.3f}"
+        verdicts.append((f"{'met' if is_met else 'MISSED'}: {name}: {number}, at least {least:g}", is_met))
     return verdicts
 
 

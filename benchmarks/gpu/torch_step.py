@@ -70,11 +70,12 @@ class Model(nn.Module):
 
 
 def normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """Statistics in float32, as autocast has them, and what comes out in bfloat16."""
+    """Normalize with statistics in float32, as autocast does, and return the result in the dtype of x."""
     return norm(x).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary positions to queries or keys, [b, t, heads, head]."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -82,6 +83,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def run_step(
     model: Model, loss_of: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, tokens: torch.Tensor
 ) -> torch.Tensor:
+    """Accumulate gradients over the microbatches of tokens [m, b, t + 1], update, and return the mean loss."""
     total = torch.zeros((), device=tokens.device)
     for microbatch in tokens:
         with torch.autocast(tokens.device.type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A worker of the GPU benchmark: time, weigh and profile trellax's training step of one shape on one device.
+"""A worker of the GPU benchmark: measure time, memory and profile of trellax's training step of one shape.
 
 Arguments: shape, tokens per sequence, number of steps to time, then config overrides. It prints one line of JSON.
 """

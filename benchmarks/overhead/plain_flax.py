@@ -2,7 +2,7 @@
 
 Plain Flax is `nnx.Linear`, `nnx.LayerNorm` and `nnx.Embed`, a scan over stacked layers, optax's cross-entropy, and a
 scan over microbatches that sums gradients. trellax is its layers on a 1x1x1 mesh, and its executor with one stage. Both
-use the same AdamW. The model is that of `../workers/train_step.py`. `run.py` starts this worker.
+use the same AdamW. Model and batch are those of `../workers/train_step.py`. `run.py` starts this worker.
 """
 
 import sys
@@ -21,10 +21,7 @@ from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import build_schedule, pipeline_grads, split_transformer
 
 from benchmarks.workers.process import serve, start_devices
-
-CONFIG = ModelConfig(vocab_size=1024, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128)
-NUM_SEQUENCES = 4
-"""In each microbatch."""
+from benchmarks.workers.train_step import CONFIG, NUM_SEQUENCES, make_batch
 
 Grads = Callable[[Any, Any], tuple[jax.Array, Any]]
 
@@ -151,10 +148,8 @@ class OverheadBench:
 
 
 def _batch(num_microbatches: int, *, is_whole: bool) -> dict[str, np.ndarray]:
-    shape = (num_microbatches, NUM_SEQUENCES, CONFIG.max_tokens)
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, shape, dtype=np.int32)
-    batch = {"tokens": tokens, "targets": tokens, "weights": np.full(shape, 1 / tokens.size, np.float32)}
-    return {name: leaf.reshape(-1, shape[-1]) for name, leaf in batch.items()} if is_whole else batch
+    batch = make_batch(CONFIG, num_microbatches, NUM_SEQUENCES)
+    return {name: leaf.reshape(-1, CONFIG.max_tokens) for name, leaf in batch.items()} if is_whole else batch
 
 
 def _named(batch: Any) -> dict[str, Any]:

@@ -1,121 +1,155 @@
 """Measure the overhead of trellax over plain Flax and over PyTorch's pipelining, on a CPU.
 
-Command:  python benchmarks/overhead/run.py [--rounds 7] [--quick]
+Command:  python benchmarks/overhead/run.py [--rounds 7] [--quick] [--json]
 
 Three comparisons: trellax's layers on a 1x1x1 mesh against the same GPT in plain Flax, on the whole batch; its executor
 with one stage against plain Flax with gradients accumulated over microbatches; and four stages against one device and,
-where torch is installed, against `torch.distributed.pipelining` with four processes. The ways take turns, and medians
-count. Fake devices share the cores, so pipeline bubbles are free, and CPU seconds are printed beside wall seconds. The
-last results are in RESULTS.md.
+where torch is installed, against `torch.distributed.pipelining` with four processes. The ways take turns, and a target
+is compared with the median of the ratios of each round, since other load slows both ways of a round. Fake devices share
+the cores, so pipeline bubbles are free, and CPU seconds are printed beside wall seconds. The last results are in
+RESULTS.md.
 """
 
-import argparse
 import importlib.util
 import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.targets import Target
+from benchmarks.arguments import make_parser, parse_count
+from benchmarks.rounds import Times, Ways, take_turns
+from benchmarks.tables import format_table
+from benchmarks.targets import Target, exit_code, format_targets, print_json
 from benchmarks.workers.process import Worker
 
-Times = dict[str, float]
-Ways = Mapping[str, Callable[[], Times]]
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two ways to do the same work, and the most that the first may take over the second."""
+
+    name: str
+    ours: str
+    theirs: str
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Times of several ways to do the same work in interleaved rounds, and the pairs of them that are compared."""
+
+    title: str
+    times: Mapping[str, list[Times]]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def targets(self) -> list[Target]:
+        """The targets for wall seconds."""
+        return [Target.at_most(f"{pair.name}, wall", self.ratio_of(pair, "wall_s"), pair.limit) for pair in self.pairs]
+
+    def ratio_of(self, pair: Pair, clock: str) -> float:
+        """Return the median of the ratios of a pair's seconds in each round."""
+        both = zip(self.times[pair.ours], self.times[pair.theirs], strict=True)
+        return statistics.median(ours[clock] / theirs[clock] for ours, theirs in both)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="m=8 alone")
+    parser = make_parser(__doc__, quick="8 microbatches alone, not 16 too")
+    parser.add_argument("--rounds", type=parse_count, default=7, help="number of rounds (default 7)")
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
+    about = {"cpu_cores": os.cpu_count(), "load_before": os.getloadavg()[0], "rounds": arguments.rounds}
+    comparisons = measure_all((8,) if arguments.quick else (8, 16), rounds=arguments.rounds)
+    targets = [target for comparison in comparisons for target in comparison.targets]
+    if arguments.json:
+        times = {comparison.title: comparison.times for comparison in comparisons}
+        print_json({"about": about, "times": times}, targets)
+    else:
+        print_report(about, comparisons, targets)
+    return exit_code(targets)
+
+
+def measure_all(counts: tuple[int, ...], *, rounds: int) -> list[Comparison]:
+    """Return all comparisons, with four stages for each number of microbatches."""
     with ExitStack() as stack:
         flax = stack.enter_context(Worker("benchmarks.overhead.plain_flax", num_devices=1))
         stages = stack.enter_context(Worker("benchmarks.workers.train_step", num_devices=4))
         device = stack.enter_context(Worker("benchmarks.workers.train_step", num_devices=1))
         has_torch = importlib.util.find_spec("torch") is not None
         torch = stack.enter_context(Worker("benchmarks.overhead.torch_pipeline", num_devices=4)) if has_torch else None
-        targets = [*measure_layers(flax, arguments.rounds), *measure_executor(flax, arguments.rounds)]
-        for m in (8,) if arguments.quick else (8, 16):
-            targets += measure_stages(stages, device, torch, m, arguments.rounds)
-    for target in targets:
-        print(f"{'met' if target.is_met else 'MISSED'}: {target.name}: {target.measured:.3f}, at most {target.limit:g}")
-    return 0 if all(target.is_met for target in targets) else 1
+        return [
+            measure_layers(flax, rounds),
+            measure_executor(flax, rounds),
+            *(measure_stages(stages, device, torch, m, rounds) for m in counts),
+        ]
 
 
-def measure_layers(flax: Worker, rounds: int) -> list[Target]:
+def measure_layers(flax: Worker, rounds: int) -> Comparison:
     """Compare the layers alone, on 16 sequences at once."""
     ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=4) for way in ("layers", "plain")}
-    times = take_turns("layers against plain Flax", ways, rounds)
-    return judge("layers on 1x1x1 over plain Flax", times, "layers", "plain", 1.01)
+    title = "layers against plain Flax"
+    times = take_turns(ways, rounds=rounds, what=title, warm_up="every turn")
+    pair = Pair(name="layers on 1x1x1 over plain Flax", ours="layers", theirs="plain", limit=1.01)
+    return Comparison(title=title, times=times, pairs=(pair,))
 
 
-def measure_executor(flax: Worker, rounds: int) -> list[Target]:
+def measure_executor(flax: Worker, rounds: int) -> Comparison:
     """Compare the executor with one stage and 8 microbatches with plain accumulation."""
-    names = ("executor", "plain_accumulation")
+    pair = Pair(
+        name="executor, one stage, m=8, over plain accumulation",
+        ours="executor",
+        theirs="plain_accumulation",
+        limit=1.03,
+    )
+    names = (pair.ours, pair.theirs)
     ways: Ways = {way: lambda way=way: flax.ask("step", way=way, num_microbatches=8) for way in names}
-    times = take_turns("executor with one stage against plain accumulation", ways, rounds)
-    return judge("executor, one stage, m=8, over plain accumulation", times, *names, 1.03)
+    title = "executor with one stage against plain accumulation"
+    times = take_turns(ways, rounds=rounds, what=title, warm_up="every turn")
+    return Comparison(title=title, times=times, pairs=(pair,))
 
 
-def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int, rounds: int) -> list[Target]:
+def measure_stages(stages: Worker, device: Worker, torch: Worker | None, m: int, rounds: int) -> Comparison:
     """Compare four stages with one device, which accumulates or takes the full batch, and with torch."""
-    ways: dict[str, Callable[[], Times]] = {
-        "4 stages": lambda: stages.ask("step", num_microbatches=m, num_sequences=4),
+    one_device: Ways = {
         "one device, accumulation": lambda: device.ask("step", num_microbatches=m, num_sequences=4),
         "one device, full batch": lambda: device.ask("step", num_microbatches=1, num_sequences=4 * m),
     }
+    ways = {"4 stages": lambda: stages.ask("step", num_microbatches=m, num_sequences=4), **one_device}
     if torch is not None:
         ways["torch, 4 processes"] = lambda: torch.ask("step", num_microbatches=m)
-    times = take_turns(f"four stages, m={m}", ways, rounds)
-    best = min(list(ways)[1:3], key=lambda way: median(times[way], "wall_s"))
-    found = judge(f"4 stages over one device, m={m}", times, "4 stages", best, 0.99)
+    title = f"four stages, m={m}"
+    times = take_turns(ways, rounds=rounds, what=title, warm_up="every turn")
+    best = min(one_device, key=lambda way: median_of(times[way], "wall_s"))
+    pairs = [Pair(name=f"4 stages over one device, m={m}", ours="4 stages", theirs=best, limit=0.99)]
     if torch is not None:
-        found += judge(f"4 stages over torch's pipelining, m={m}", times, "4 stages", "torch, 4 processes", 1.0)
-    return found
+        name = f"4 stages over torch's pipelining, m={m}"
+        pairs.append(Pair(name=name, ours="4 stages", theirs="torch, 4 processes", limit=1.0))
+    return Comparison(title=title, times=times, pairs=tuple(pairs))
 
 
-def take_turns(title: str, ways: Ways, rounds: int) -> dict[str, list[Times]]:
-    """Measure every way once per round, print a table, and return the times without those of the first round.
-
-    Each round begins with another way, and the first round warms up. Every turn begins with a step that is not
-    counted: a process is idle while the others run, and the system needs time to bring back memory that was not touched
-    for seconds (0.2 to 0.6 s of a step here, more for more memory).
-    """
-    names, times = list(ways), {way: [] for way in ways}
-    for turn in range(-1, rounds):
-        print(f"{title}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-        start = turn % len(names)
-        for way in (*names[start:], *names[:start]):
-            ways[way]()
-            measured = ways[way]()
-            if turn >= 0:
-                times[way].append(measured)
-    print(f"\n**{title}: seconds, median (minimum) of {rounds} interleaved rounds**\n")
-    print("| | wall | CPU |\n|---|---|---|")
-    for way, own in times.items():
-        cells = (f"{median(own, c):.3f} ({min(one[c] for one in own):.3f})" for c in ("wall_s", "cpu_s"))
-        print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
-    return times
+def print_report(about: Mapping[str, Any], comparisons: list[Comparison], targets: list[Target]) -> None:
+    """Print the times of all ways and the verdicts in Markdown."""
+    print(f"{about['cpu_cores']} cores, load before {about['load_before']:.1f}")
+    for comparison in comparisons:
+        rows = [("way", "wall s", "CPU s")]
+        for way, own in comparison.times.items():
+            wall, cpu = (f"{median_of(own, c):.3f} ({min(one[c] for one in own):.3f})" for c in ("wall_s", "cpu_s"))
+            rows.append((way, wall, cpu))
+        title = f"{comparison.title}: median (minimum) of {about['rounds']} interleaved rounds"
+        print(format_table(title, rows))
+        for pair in comparison.pairs:
+            wall, cpu = (comparison.ratio_of(pair, clock) for clock in ("wall_s", "cpu_s"))
+            print(f"\n{pair.name}: wall {wall:.3f}, CPU {cpu:.3f} (medians of the ratios in each round)")
+    print(format_targets(targets))
 
 
-def judge(name: str, times: dict[str, list[Times]], ours: str, theirs: str, limit: float) -> list[Target]:
-    """Compare the median of the ratios of each round with the limit: other load slows both ways of a round."""
-    wall, cpu = (
-        statistics.median(a[clock] / b[clock] for a, b in zip(times[ours], times[theirs], strict=True))
-        for clock in ("wall_s", "cpu_s")
-    )
-    print(f"\n{name}: wall {wall:.3f}, CPU {cpu:.3f} (medians of the ratios in each round)")
-    return [Target.at_most(f"{name}, wall", wall, limit)]
-
-
-def median(own: list[Any], clock: str) -> float:
+def median_of(own: list[Times], clock: str) -> float:
+    """Return the median seconds of one clock."""
     return statistics.median(one[clock] for one in own)
 
 

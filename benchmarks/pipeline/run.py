@@ -13,12 +13,9 @@ and pays 0.2 s of page faults for the next. `--malloc default` measures without 
 machine distort step times and even their ratios: look at the load in the first line of the output.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,11 @@ from typing import Any
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.arguments import make_parser
 from benchmarks.pipeline.tables import print_report
-from benchmarks.targets import MIB, Target
+from benchmarks.rounds import Ways, take_turns, tell
+from benchmarks.tables import MIB
+from benchmarks.targets import Target, exit_code, print_json
 from benchmarks.workers.process import Malloc, Worker
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -50,18 +50,16 @@ QUICK = Effort(memory=(8, 32), step_time=(8,), work=(4,), rounds=5, compile_roun
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer microbatch counts and rounds")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser = make_parser(__doc__, quick="fewer microbatch counts and rounds")
     parser.add_argument("--malloc", choices=("huge", "default"), default="huge", help="how all workers allocate")
     arguments = parser.parse_args()
     report = measure_all(QUICK if arguments.quick else Effort(), malloc=arguments.malloc)
     targets = judge(report)
     if arguments.json:
-        print(json.dumps(report | {"targets": [asdict(target) for target in targets]}, indent=2))
+        print_json(report, targets)
     else:
         print_report(report, targets)
-    return 0 if all(target.is_met for target in targets) else 1
+    return exit_code(targets)
 
 
 def measure_all(effort: Effort, *, malloc: Malloc) -> dict[str, Any]:
@@ -108,26 +106,15 @@ def judge(report: dict[str, Any]) -> list[Target]:
 
 
 def _measure_steps(stages: Worker, device: Worker, num_microbatches: int, rounds: int) -> dict[str, Any]:
-    """Time three ways to do the same work in turns; each round starts with another of them.
-
-    Every turn begins with a step that is not counted, as in `../overhead/run.py`.
-    """
+    """Time three ways to do the same work in turns."""
     both = {"num_microbatches": num_microbatches, "num_sequences": NUM_SEQUENCES}
     full = {"num_microbatches": 1, "num_sequences": NUM_SEQUENCES * num_microbatches}
-    ways: dict[str, Callable[[], dict[str, float]]] = {
+    ways: Ways = {
         "stages": lambda: stages.ask("step", **both),
         "accumulation": lambda: device.ask("step", **both),
         "full_batch": lambda: device.ask("step", **full),
     }
-    seconds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    names = list(ways)
-    for turn in range(-1, rounds):
-        _tell(f"step time, m={num_microbatches}, round {turn + 1} of {rounds}")
-        for name in (*names[turn % 3 :], *names[: turn % 3]):
-            ways[name]()
-            measured = ways[name]()
-            if turn >= 0:
-                seconds[name].append(measured)
+    seconds = take_turns(ways, rounds=rounds, what=f"step time, m={num_microbatches}", warm_up="every turn")
     row: dict[str, Any] = {"num_microbatches": num_microbatches}
     for name, own in seconds.items():
         for clock in ("wall_s", "cpu_s"):
@@ -143,7 +130,7 @@ def _measure_compile(stages: Worker, rounds: int) -> list[dict[str, Any]]:
     runs: dict[int, list[dict[str, float]]] = {4: [], 64: []}
     for turn in range(rounds):
         for m, own in runs.items():
-            _tell(f"compile time, m={m}, round {turn + 1} of {rounds}")
+            tell(f"compile time, m={m}, round {turn + 1} of {rounds}")
             own.append(stages.ask("compile", schedule="1f1b", num_microbatches=m))
     return [
         {"num_microbatches": m} | {key: min(one[key] for one in own) for key in ("wall_s", "cpu_s", "instructions")}
@@ -182,12 +169,8 @@ def _check_bubbles(stages: Worker, work: Worker) -> list[dict[str, Any]]:
 
 
 def _ask(worker: Worker, call: str, row: dict[str, Any]) -> Any:
-    _tell(f"{call} {', '.join(f'{key}={value}' for key, value in row.items())}")
+    tell(f"{call} {', '.join(f'{key}={value}' for key, value in row.items())}")
     return worker.ask(call, **row)
-
-
-def _tell(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.targets import MIB, Target, make_table
+from benchmarks.tables import MIB, Rows, format_table
+from benchmarks.targets import Target, format_targets
 
 # Measured by us on the same work and 8 fake devices (pipe=4 x data=2): GPipe as vmap and shift, m -> MiB.
 MAXTEXT_MIB = {
@@ -16,15 +14,12 @@ MAXTEXT_MIB = {
 
 def print_report(report: dict[str, Any], targets: list[Target]) -> None:
     """Print all tables to stdout, in Markdown."""
-    console = Console(width=140, highlight=False)
     about = report["about"]
-    console.print(
+    print(
         f"jax {about['jax']}, Python {about['python']}, {about['cpu_cores']} cores, load before "
         f"{about['load_before']:.1f}, malloc {about['malloc']}"
     )
-    console.print(
-        "Training step: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, AdamW"
-    )
+    print("Training step: hidden 256, 8 layers, 4 heads, sequence 128, microbatch 4, vocabulary 1024, float32, AdamW")
     for table in (
         _memory_table(report["memory"]),
         *_step_tables(report["step_time"], about["rounds"]),
@@ -32,94 +27,83 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
         _work_memory_table(report["work_memory"]),
         _work_table(report["work"]),
         _bubble_table(report["bubbles"]),
-        _target_table(targets),
+        format_targets(targets),
     ):
-        # Printed by itself, since rich would wrap a title to the width of its table.
-        title, table.title = table.title, None
-        console.print(f"\n**{title}**")
-        console.print(table)
+        print(table)
 
 
-def _memory_table(rows: list[dict[str, Any]]) -> Table:
+def _memory_table(rows: list[dict[str, Any]]) -> str:
     counts = sorted({row["num_microbatches"] for row in rows})
-    table = make_table("Training step on 4 stages: compiled temporary memory, MiB a device", "schedule", *_m(counts))
+    table = [("schedule", *_m(counts))]
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         own = {row["num_microbatches"]: row["temp_bytes"] for row in rows if row["schedule"] == schedule}
-        table.add_row(schedule, *(f"{own[m] / MIB:.1f}" for m in counts))
-    return table
+        table.append((schedule, *(f"{own[m] / MIB:.1f}" for m in counts)))
+    return format_table("Training step on 4 stages: compiled temporary memory, MiB a device", table)
 
 
-def _step_tables(rows: list[dict[str, Any]], rounds: int) -> list[Table]:
+def _step_tables(rows: list[dict[str, Any]], rounds: int) -> list[str]:
     ways = {
         "stages": "4 stages, 1F1B",
         "accumulation": "one device, accumulation",
         "full_batch": "one device, full batch",
     }
-    seconds = make_table(
-        f"Training step: seconds, median (minimum) of {rounds} interleaved rounds", "m", "clock", *ways.values()
-    )
-    ratios = make_table(
-        "4 stages over the better of one device", "m", "wall, medians", "wall, minimums", "CPU, medians"
-    )
+    seconds = [("m", "clock", *ways.values())]
+    ratios: Rows = [("m", "wall, medians", "wall, minimums", "CPU, medians")]
     for row in rows:
         m = str(row["num_microbatches"])
         for clock, name in {"wall_s": "wall", "cpu_s": "CPU"}.items():
-            seconds.add_row(m, name, *(f"{row[way][clock]:.3f} ({row[way][f'{clock}_min']:.3f})" for way in ways))
-        ratios.add_row(m, *(f"{row[key]:.3f}" for key in ("wall_ratio", "wall_ratio_min", "cpu_ratio")))
-    return [seconds, ratios]
+            seconds.append((m, name, *(f"{row[way][clock]:.3f} ({row[way][f'{clock}_min']:.3f})" for way in ways)))
+        ratios.append((m, *(f"{row[key]:.3f}" for key in ("wall_ratio", "wall_ratio_min", "cpu_ratio"))))
+    return [
+        format_table(f"Training step: seconds, median (minimum) of {rounds} interleaved rounds", seconds),
+        format_table("4 stages over the better of one device", ratios),
+    ]
 
 
-def _compile_table(rows: list[dict[str, Any]], rounds: int) -> Table:
+def _compile_table(rows: list[dict[str, Any]], rounds: int) -> str:
     title = f"Training step, 1F1B on 4 stages: tracing and compiling, minimum of {rounds} interleaved rounds"
-    table = make_table(title, "m", "wall s", "CPU s", "HLO instructions")
+    table = [("m", "wall s", "CPU s", "HLO instructions")]
     for row in rows:
-        table.add_row(
-            str(row["num_microbatches"]), f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", str(row["instructions"])
-        )
-    return table
+        m, instructions = str(row["num_microbatches"]), str(row["instructions"])
+        table.append((m, f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", instructions))
+    return format_table(title, table)
 
 
-def _work_memory_table(rows: list[dict[str, Any]]) -> Table:
+def _work_memory_table(rows: list[dict[str, Any]]) -> str:
     counts = sorted({row["num_microbatches"] for row in rows})
     title = "Work R1 (own model, pipe=4 x data=2): compiled temporary memory, MiB a device"
-    table = make_table(title, "executor", "remat", *_m(counts))
+    table = [("executor", "remat", *_m(counts))]
     for schedule, remat in dict.fromkeys((row["schedule"], row["remat"]) for row in rows):
         own = {
             row["num_microbatches"]: row["temp_bytes"] / MIB
             for row in rows
             if (row["schedule"], row["remat"]) == (schedule, remat)
         }
-        table.add_row(f"trellax {schedule}", remat, *(f"{own[m]:.1f}" for m in counts))
+        table.append((f"trellax {schedule}", remat, *(f"{own[m]:.1f}" for m in counts)))
     for remat, theirs in MAXTEXT_MIB.items():
-        table.add_row("MaxText GPipe (measured earlier)", remat, *(f"{theirs[m]:.1f}" for m in counts))
-    return table
+        table.append(("MaxText GPipe (measured earlier)", remat, *(f"{theirs[m]:.1f}" for m in counts)))
+    return format_table(title, table)
 
 
-def _work_table(rows: list[dict[str, Any]]) -> Table:
+def _work_table(rows: list[dict[str, Any]]) -> str:
     title = "Work R1, 1F1B: executed in one step, counted in a profiler trace (collectives a device)"
-    heads = ("m", "remat", "matmul work / ideal without recomputation", "gradient all-reduces", "permutes", "2(m+3)")
-    table = make_table(title, *heads)
+    head = ("m", "remat", "matmul work / ideal without recomputation", "gradient all-reduces", "permutes", "2(m+3)")
+    table = [head]
     for row in rows:
         m, work = row["num_microbatches"], f"{row['matmul_over_ideal']:.3f}"
         collectives = f"{row['gradient_all_reduces']:g}", f"{row['permutes']:g}"
-        table.add_row(str(m), row["remat"], work, *collectives, str(2 * (m + 3)))
-    return table
+        table.append((str(m), row["remat"], work, *collectives, str(2 * (m + 3))))
+    return format_table(title, table)
 
 
-def _bubble_table(rows: list[dict[str, Any]]) -> Table:
-    table = make_table("Bubbles filled with NaN: loss and gradients against zeros", "model", "schedule", "m", "result")
+def _bubble_table(rows: list[dict[str, Any]]) -> str:
+    table = [("model", "schedule", "m", "result")]
     for row in rows:
         result = "same bits" if row["is_same"] else "DIFFERENT"
-        table.add_row(row["model"], row["schedule"], str(row["num_microbatches"]), result)
-    return table
-
-
-def _target_table(targets: list[Target]) -> Table:
-    table = make_table("Targets", "what", "measured", "at most", "verdict")
-    for target in targets:
-        table.add_row(target.name, f"{target.measured:.3f}", f"{target.limit:g}", "met" if target.is_met else "MISSED")
-    return table
+        table.append((row["model"], row["schedule"], str(row["num_microbatches"]), result))
+    return format_table("Bubbles filled with NaN: loss and gradients against zeros", table)
 
 
 def _m(counts: list[int]) -> list[str]:
+    """Return the heads of columns for numbers of microbatches."""
     return [f"m={m}" for m in counts]

@@ -15,12 +15,15 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},
     "hardware": {"mamf": "largest share of the peak"},
     "korthikanti2022": {"table4": "share of the memory bandwidth"},
-    "vtrain2024/single_node": {"gpus2-": "what a host needs for a layer, an optimizer's bytes"},
-    "bigscience_bloom": {"L704": "heads that are not aligned", "L740": "heads that are not aligned"},
-    "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, through one adapter"},
-    "simumax_b200_a100": {"memory": "which temporary buffers are alive together"},
+    "vtrain2024/single_node": {"gpus2-": "seconds of the host for a layer, bytes of the optimizer"},
+    "bigscience_bloom": {
+        "L704": "speed of products with unaligned heads",
+        "L740": "speed of products with unaligned heads",
+    },
+    "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, over one adapter of a node"},
+    "simumax_b200_a100": {"memory": "temporary buffers that are alive together"},
     "gpt_fast": {"Llama-2-7B": "gaps between kernels, direct all-reduce, expansion of weights"},
-    "fastertransformer": {"GPT-350M": "what a host needs for a layer", "GPT-6.7B": "what a host needs for a layer"},
+    "fastertransformer": {"GPT-350M": "seconds of the host for a layer", "GPT-6.7B": "seconds of the host for a layer"},
 }
 """Source -> part of "quantity id" -> the constants that were fitted on such rows. All other rows are held out."""
 
@@ -63,7 +66,7 @@ def measure_accuracy(rows: Mapping[str, Iterable[PublishedRow]]) -> list[Accurac
     """
     found: list[Accuracy] = []
     for source, of_source in rows.items():
-        errors, skipped = _price(of_source)
+        errors, skipped = _predict(of_source)
         quantities = list(dict.fromkeys(error.prediction.quantity for error in errors))
         if not quantities:
             found.append(_summarise(source, "", [], skipped))
@@ -79,7 +82,7 @@ def is_calibrating(row: PublishedRow, quantity: str) -> bool:
     return any(part in f"{quantity} {row.id}" for part in parts)
 
 
-def _price(rows: Iterable[PublishedRow]) -> tuple[list[RowError], dict[str, int]]:
+def _predict(rows: Iterable[PublishedRow]) -> tuple[list[RowError], dict[str, int]]:
     errors: list[RowError] = []
     skipped: dict[str, int] = {}
     for row in rows:

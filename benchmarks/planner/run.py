@@ -1,6 +1,7 @@
 """Compare the planner with published measurements, for every file of a folder.
 
-    python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE]
+Command:  python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE]
+Time: half a minute on one core.
 
 A row that states enough is predicted, any other is skipped with a reason. `fitted` counts the rows on which constants
 were fitted; `held out` is the error of the others. Rows in 8 and 4 bits are predicted as 16-bit ones, in lines of their
@@ -8,7 +9,6 @@ own such as "step_time fp8 as bf16": that error shows the gain of the precision.
 model, number of GPUs and batch, the measured time of the planner's first layout over the best one measured.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,42 +18,53 @@ from typing import Any
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from trellax.meshes import TrellaxError
+from trellax.meshes import DataError, TrellaxError, suggest
+from trellax.meshes.columns import align
 
+from benchmarks.arguments import make_parser
 from benchmarks.planner.accuracy import CALIBRATION, Accuracy, measure_accuracy
 from benchmarks.planner.ranking import Ranking, rank_sweeps
-from benchmarks.planner.rows import read_published
+from benchmarks.planner.rows import PublishedRow, read_published
+from benchmarks.tables import Rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or JSON, and return the exit code."""
-    parser = argparse.ArgumentParser(description="The planner's error against published measurements.")
-    parser.add_argument("folder", help="folder of TOML files of the published schema")
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON: source -> used, skipped, mape, bias, worst, ..."
-    )
+    """Print the tables, or JSON by source, and return the exit code."""
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="folder of TOML files of measurements")
     parser.add_argument("--rows", metavar="SOURCE", help="print every row of one source")
-    args = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        published = read_published(args.folder)
+        published = _read_sources(arguments.folder, arguments.rows)
     except TrellaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    if args.rows:
-        published = {name: rows for name, rows in published.items() if name == args.rows}
     accuracies = measure_accuracy(published)
     rankings = rank_sweeps(accuracies)
-    if args.json:
-        print(json.dumps(_numbers(accuracies, rankings), indent=2))
-    elif args.rows:
-        print(_draw_rows(accuracies))
+    if arguments.json:
+        print(json.dumps(_list_numbers(accuracies, rankings), indent=2))
+    elif arguments.rows:
+        print(_format_rows(accuracies))
     else:
-        print(_draw_table(accuracies, rankings))
+        print(_format_tables(accuracies, rankings))
     return 0
 
 
-def _numbers(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> dict[str, Any]:
-    """Source -> its first quantity; further quantities as `source:quantity`."""
+def _read_sources(folder: str, source: str | None) -> dict[str, list[PublishedRow]]:
+    """Return the rows of one source, or of all if `source` is None."""
+    published = read_published(folder)
+    if source is None:
+        return published
+    if source not in published:
+        raise DataError(
+            f"no source {source!r} in {folder}; there are {', '.join(published)}.{suggest(source, published)}",
+            fix="name one of them, or leave out --rows.",
+        )
+    return {source: published[source]}
+
+
+def _list_numbers(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> dict[str, Any]:
+    """Return the numbers of each source for its first quantity, and of further ones as `source:quantity`."""
     found: dict[str, Any] = {}
     ranking_of = {ranking.source: ranking for ranking in rankings}
     for one in accuracies:
@@ -80,42 +91,59 @@ def _numbers(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> dic
     return found
 
 
-def _draw_table(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> str:
-    lines = [f"{'source':<26}{'quantity':<26}{'rows':>5}{'fitted':>7}{'error':>8}{'bias':>8}{'held out':>9}  worst"]
+def _format_tables(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> str:
+    """Return the tables of errors, of skipped rows, of ranked sweeps and of fitted rows."""
+    parts = {
+        "errors": align(_list_errors(accuracies), left=(0, 1, 8)),
+        "skipped": align(_list_skipped(accuracies), left=(0, 2)),
+        "ranking of sweeps: the planner's first layout, measured, over the best one measured": align(
+            _list_rankings(rankings), left=(0, 5)
+        ),
+        "fitted on": align(_list_calibration(), left=3),
+    }
+    return "\n\n".join(f"{title}\n{table}" for title, table in parts.items())
+
+
+def _list_errors(accuracies: Sequence[Accuracy]) -> Rows:
+    rows: Rows = [("source", "quantity", "rows", "fitted", "error", "bias", "held out", "worst", "row")]
     for one in accuracies:
-        if not one.used:
-            continue
-        held = "-" if one.held_out_mape is None else f"{one.held_out_mape:.1%}"
-        lines.append(
-            f"{one.source:<26}{one.quantity:<26}{one.used:>5}{one.calibrating:>7}{one.mape:>8.1%}{one.bias:>+8.1%}"
-            f"{held:>9}  {one.worst_error:+.1%} {one.worst}"
-        )
-    lines += ["", "skipped"]
-    for source, skipped in {one.source: one.skipped for one in accuracies}.items():
-        lines += [f"  {source:<26}{count:>4}  {reason}" for reason, count in skipped.items()]
-    lines += ["", "ranking of sweeps: the planner's first layout, measured, over the best one measured"]
-    for ranking in rankings:
-        lines.append(
-            f"  {ranking.source:<26}{ranking.groups:>4} groups, {ranking.within} within 5%, "
-            f"mean {ranking.mean_regret:+.1%}, worst {ranking.worst_regret:+.1%} ({ranking.worst})"
-        )
-    lines += ["", "fitted on"]
-    for source, parts in CALIBRATION.items():
-        lines += [f"  {source:<26}{part or 'all rows'}: {what}" for part, what in parts.items()]
-    return "\n".join(lines)
+        if one.used:
+            counts = (str(one.used), str(one.calibrating))
+            held_out = "-" if one.held_out_mape is None else f"{one.held_out_mape:.1%}"
+            errors = (f"{one.mape:.1%}", f"{one.bias:+.1%}", held_out, f"{one.worst_error:+.1%}")
+            rows.append((one.source, one.quantity, *counts, *errors, one.worst))
+    return rows
 
 
-def _draw_rows(accuracies: Sequence[Accuracy]) -> str:
-    lines = []
+def _list_skipped(accuracies: Sequence[Accuracy]) -> Rows:
+    # The quantities of a source share its skipped rows.
+    skipped = {one.source: one.skipped for one in accuracies}
+    reasons = [(source, str(count), reason) for source, counts in skipped.items() for reason, count in counts.items()]
+    return [("source", "rows", "reason"), *reasons]
+
+
+def _list_rankings(rankings: Sequence[Ranking]) -> Rows:
+    rows: Rows = [("source", "groups", "within 5%", "mean", "worst", "row")]
+    for one in rankings:
+        regrets = (f"{one.mean_regret:+.1%}", f"{one.worst_regret:+.1%}")
+        rows.append((one.source, str(one.groups), str(one.within), *regrets, one.worst))
+    return rows
+
+
+def _list_calibration() -> Rows:
+    fitted = [(source, part or "all", what) for source, parts in CALIBRATION.items() for part, what in parts.items()]
+    return [("source", "rows", "constants"), *fitted]
+
+
+def _format_rows(accuracies: Sequence[Accuracy]) -> str:
+    """Return a table with every prediction of the sources, in the unit of its measurement."""
+    rows: Rows = [("row", "quantity", "measured", "predicted", "error", "")]
     for one in accuracies:
         for error in one.errors:
             pair = error.prediction
-            mark = " fitted" if error.is_calibrating else ""
-            lines.append(
-                f"{error.row.id:<50}{pair.quantity:<26}{pair.measured:>14.6g}{pair.predicted:>14.6g}"
-                f"{pair.error:>+8.1%}{mark}"
-            )
-    return "\n".join(lines)
+            numbers = (f"{pair.measured:.6g}", f"{pair.predicted:.6g}", f"{pair.error:+.1%}")
+            rows.append((error.row.id, pair.quantity, *numbers, "fitted" if error.is_calibrating else ""))
+    return align(rows, left=(0, 1, 5))
 
 
 if __name__ == "__main__":

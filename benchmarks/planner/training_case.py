@@ -12,7 +12,7 @@ from typing import Literal, cast
 from trellax.layers import ModelConfig
 from trellax.meshes.errors import TargetError, TrellaxError
 from trellax.plan.costs.layout import Layout, PlanRemat
-from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, Runtime, Switch
+from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, OnOff, Runtime
 from trellax.plan.machines.topology import Accelerator, Topology, find_accelerator
 
 from .rows import PublishedRow
@@ -213,7 +213,7 @@ def _runtime(row: PublishedRow) -> Runtime:
     is_overlapped = inputs.get("comm_overlap", True)
     precision = str(inputs.get("precision", ""))
 
-    def switch(value: object) -> Switch:
+    def switch(value: object) -> OnOff:
         return "on" if value else "off"
 
     return replace(

@@ -14,8 +14,6 @@ have a device. The verdicts say where the two disagree. Tables go to stdout, pro
 target is missed.
 """
 
-import argparse
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass, field
@@ -27,10 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trellax.pipeline.schedules import simulate
 
+from benchmarks.arguments import make_parser
+from benchmarks.rounds import tell
 from benchmarks.schedules.tables import print_report
-from benchmarks.schedules.times import build, measure_actions, measure_times, measure_vocabulary, num_chunks, tell
+from benchmarks.schedules.times import build, measure_actions, measure_times, measure_vocabulary, num_chunks
 from benchmarks.schedules.verdicts import compare_schedules, compare_vocabularies, explain_actions
-from benchmarks.targets import MIB, Target
+from benchmarks.tables import MIB
+from benchmarks.targets import Target, exit_code, print_json
 from benchmarks.workers.process import Worker
 
 SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "interleaved-zb-h1", "auto")
@@ -51,17 +52,14 @@ QUICK = Effort(memory=(8,), steps={8: 3}, traces=3, vocabulary_rounds=3)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="8 microbatches alone and fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, quick="8 microbatches alone and fewer rounds").parse_args()
     report = measure_all(QUICK if arguments.quick else Effort())
     targets = judge(report["rows"])
     if arguments.json:
-        print(json.dumps(report | {"targets": [asdict(target) for target in targets]}, indent=2))
+        print_json(report, targets)
     else:
         print_report(report, targets)
-    return 0 if all(target.is_met for target in targets) else 1
+    return exit_code(targets)
 
 
 def measure_all(effort: Effort) -> dict[str, Any]:

@@ -2,44 +2,36 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.schedules.times import SHARES
-from benchmarks.targets import MIB, Target, make_table
+from benchmarks.tables import MIB, Rows, format_table
+from benchmarks.targets import Target, format_targets
 
 
 def print_report(report: dict[str, Any], targets: list[Target]) -> None:
     """Print all tables to stdout, in Markdown."""
-    console = Console(width=200, highlight=False)
     about = report["about"]
-    console.print(f"{about['cpu_cores']} cores, load before {about['load_before']:.1f}")
+    print(f"{about['cpu_cores']} cores, load before {about['load_before']:.1f}")
     parts = [
         ("Work R1, 4 ranks x 2 data shards: memory, work, permutes, simulated bubble", _memory_table(report["rows"])),
         (_action_title(about), _action_table(report["actions"])),
         *((_time_title(rows, about), _time_table(rows)) for rows in report["times"]),
         (_vocabulary_title(report["vocabulary"], about), _vocabulary_table(report["vocabulary"])),
     ]
-    for title, table in parts:
-        console.print(f"\n**{title}**\n", soft_wrap=True)
-        console.print(table)
-    console.print(f"\n{report['vocabulary_verdict']}", soft_wrap=True)
-    console.print("\n**Verdicts**\n")
+    for title, rows in parts:
+        print(format_table(title, rows))
+    print(f"\n{report['vocabulary_verdict']}")
+    print("\n**Verdicts**\n")
     for line in report["verdicts"]:
-        console.print(f"- {line}", soft_wrap=True)
-    console.print("\n**Promises**\n")
-    for target in targets:
-        verdict = "met" if target.is_met else "MISSED"
-        console.print(f"- {verdict}: {target.name}: {target.measured:.3f}, {target.bound} {target.limit:g}")
+        print(f"- {line}")
+    print(format_targets(targets))
 
 
-def _memory_table(rows: list[dict[str, Any]]) -> Table:
+def _memory_table(rows: list[dict[str, Any]]) -> Rows:
     sizes = [f"MiB m={m}" for m in rows[0]["temp_mib"]]
-    table = make_table(
-        "", "schedule", "chunks", *sizes, "bubble m=8", "bubble m=32", "in flight m=8", "work m=8", "permutes m=8"
-    )
-    for row in rows:
-        table.add_row(
+    bubbles = ("bubble m=8", "bubble m=32")
+    head = ("schedule", "chunks", *sizes, *bubbles, "in flight m=8", "work m=8", "permutes m=8")
+    body = [
+        (
             row["schedule"],
             str(row["chunks"]),
             *(f"{size:.1f}" for size in row["temp_mib"].values()),
@@ -48,7 +40,9 @@ def _memory_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['matmul_over_ideal']:.3f}",
             f"{row['permutes']:.0f}",
         )
-    return table
+        for row in rows
+    ]
+    return [head, *body]
 
 
 def _action_title(about: dict[str, Any]) -> str:
@@ -58,14 +52,12 @@ def _action_title(about: dict[str, Any]) -> str:
     )
 
 
-def _action_table(actions: dict[str, Any]) -> Table:
-    table = make_table(
-        "", "backward", "F", "B", "I", "W", "all", "in no action", "of two ranks at once", "outside the loop"
-    )
+def _action_table(actions: dict[str, Any]) -> Rows:
+    table: Rows = [("backward", "F", "B", "I", "W", "all", "in no action", "of two ranks at once", "outside the loop")]
     for name, own in actions.items():
         seconds = own["seconds"]
         times = (f"{seconds[kind] * 1e3:.2f}" if kind in seconds else "" for kind in "FBIW")
-        table.add_row(name, *times, f"{sum(seconds.values()) * 1e3:.2f}", *(f"{own[s]:.1%}" for s in SHARES))
+        table.append((name, *times, f"{sum(seconds.values()) * 1e3:.2f}", *(f"{own[s]:.1%}" for s in SHARES)))
     return table
 
 
@@ -77,11 +69,10 @@ def _time_title(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     )
 
 
-def _time_table(rows: list[dict[str, Any]]) -> Table:
-    names = ("F=I=W", "busy", "ticks ms", "ticks", "busy", "wall s", "wall", "wall min", "CPU s", "CPU")
-    table = make_table("", "schedule", *names)
-    for row in rows:
-        table.add_row(
+def _time_table(rows: list[dict[str, Any]]) -> Rows:
+    head = ("schedule", "F=I=W", "busy", "ticks ms", "ticks", "busy", "wall s", "wall", "wall min", "CPU s", "CPU")
+    body = [
+        (
             row["schedule"],
             f"{row['unit_ratio']:.2f}",
             f"{row['unit_busy']:.1%}",
@@ -94,7 +85,9 @@ def _time_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['cpu_s']:.3f}",
             f"{row['cpu_ratio']:.2f}",
         )
-    return table
+        for row in rows
+    ]
+    return [head, *body]
 
 
 def _vocabulary_title(vocabulary: dict[str, Any], about: dict[str, Any]) -> str:
@@ -107,11 +100,12 @@ def _vocabulary_title(vocabulary: dict[str, Any], about: dict[str, Any]) -> str:
     )
 
 
-def _vocabulary_table(vocabulary: dict[str, Any]) -> Table:
-    names = ("params MiB", "temp MiB", "slots x, grad, saved", "in flight", "all-reduces/microbatch", "once a step")
-    table = make_table("", "vocabulary", *names, "last/mean", "ticks ms", "busy", "wall s", "CPU s")
-    for name, row in vocabulary["rows"].items():
-        table.add_row(
+def _vocabulary_table(vocabulary: dict[str, Any]) -> Rows:
+    memory = ("params MiB", "temp MiB", "slots x, grad, saved", "in flight")
+    traffic = ("all-reduces/microbatch", "once a step")
+    head = ("vocabulary", *memory, *traffic, "last/mean", "ticks ms", "busy", "wall s", "CPU s")
+    body = [
+        (
             name,
             *(f"{row[key] / MIB:.1f}" for key in ("param_bytes", "temp_bytes")),
             ", ".join(str(row[f"{key}_slots"]) for key in ("activation", "gradient", "save")),
@@ -123,4 +117,6 @@ def _vocabulary_table(vocabulary: dict[str, Any]) -> Table:
             f"{row['wall_s']:.3f}",
             f"{row['cpu_s']:.3f}",
         )
-    return table
+        for name, row in vocabulary["rows"].items()
+    ]
+    return [head, *body]

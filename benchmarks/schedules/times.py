@@ -6,12 +6,12 @@ costs of a schedule, such as that of a split backward. Read `verdicts.py` next, 
 """
 
 import statistics
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from trellax.pipeline.schedules import SCHEDULES, Schedule, StageCost, Timing, Vocab, build_schedule, simulate
 
+from benchmarks.rounds import Ways, take_turns, tell
 from benchmarks.workers.process import Worker
 
 RANKS = 4
@@ -98,28 +98,14 @@ def measure_vocabulary(worker: Worker, *, m: int, rounds: int, traces: int) -> d
     return {"num_microbatches": m, "rows": rows} | {share: traced[share] for share in SHARES} | times["means"]
 
 
-def tell(progress: str) -> None:
-    """Print progress to stderr."""
-    print(progress, file=sys.stderr, flush=True)
-
-
 def _action_s(seconds: Mapping[str, list[float]], action: str) -> float:
     """Return the mean over ranks of the seconds of one action, including the model's ends inside it."""
     return sum(sum(own) for scope, own in seconds.items() if scope.split("/")[0] == action) / RANKS
 
 
-def _time_rounds(
-    ways: Mapping[str, Callable[[], dict[str, float]]], *, rounds: int, what: str
-) -> dict[str, dict[str, float]]:
-    """Measure all ways in turns; each round starts with another, and the first round warms up."""
-    names, seconds = list(ways), {name: [] for name in ways}
-    for turn in range(-1, rounds):
-        tell(f"{what}, round {turn + 1} of {rounds}")
-        start = turn % len(names)
-        for name in (*names[start:], *names[:start]):
-            measured = ways[name]()
-            if turn >= 0:
-                seconds[name].append(measured)
+def _time_rounds(ways: Ways, *, rounds: int, what: str) -> dict[str, dict[str, float]]:
+    """Measure all ways in turns; return the median of each clock and the least wall seconds of every way."""
+    seconds = take_turns(ways, rounds=rounds, what=what, warm_up="first round")
     return {
         name: {clock: statistics.median(one[clock] for one in own) for clock in ("wall_s", "cpu_s")}
         | {"wall_s_min": min(one["wall_s"] for one in own)}

@@ -31,6 +31,7 @@ from trellax.programs.hlo import HloModule
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import count_in_loop, time_scopes
 from benchmarks.workers.traces import count_traced, instructions_of
+from benchmarks.workers.train_step import make_batch
 
 CONFIG = ModelConfig(
     vocab_size=8192, num_layers=8, hidden_size=256, num_heads=4, max_tokens=128, embeddings="untied", dtype="float32"
@@ -92,9 +93,7 @@ class VocabBench:
         return build_schedule(name, num_ranks=self.mesh.size, num_microbatches=num_microbatches, vocab=vocab)
 
     def _batch(self, num_microbatches: int) -> dict[str, np.ndarray]:
-        shape = (num_microbatches, NUM_SEQUENCES, CONFIG.max_tokens)
-        tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, shape, dtype=np.int32)
-        return {"tokens": tokens, "targets": tokens, "weights": np.full(shape, 1 / tokens.size, np.float32)}
+        return make_batch(CONFIG, num_microbatches, NUM_SEQUENCES)
 
     def _compile(self, name: str, vocab: Vocab, num_microbatches: int) -> Any:
         key = name, vocab, num_microbatches

@@ -39,7 +39,7 @@ class StepBench:
     def compile(self, schedule: str, num_microbatches: int) -> dict[str, float]:
         """Compile a step without a cache; return seconds, instructions and temporary bytes per device."""
         start, cpu_start = time.perf_counter(), time.process_time()
-        compiled = self._compile(schedule, self._batch(num_microbatches, NUM_SEQUENCES))
+        compiled = self._compile(schedule, make_batch(CONFIG, num_microbatches, NUM_SEQUENCES))
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
         return {
             "wall_s": wall_s,
@@ -52,7 +52,7 @@ class StepBench:
         """Run one step (the first call compiles it and warms it up); return its wall and CPU seconds."""
         key = f"{num_microbatches} x {num_sequences}"
         if key not in self.steps:
-            batch = self._batch(num_microbatches, num_sequences)
+            batch = make_batch(CONFIG, num_microbatches, num_sequences)
             self.steps[key] = self._compile("1f1b", batch), batch
             self._run(key)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -61,7 +61,7 @@ class StepBench:
 
     def bubbles(self, schedule: str, num_microbatches: int) -> bool:
         """Return whether loss and gradients are the same to the bit when bubbles are filled with NaN."""
-        batch = self._batch(num_microbatches, NUM_SEQUENCES)
+        batch = make_batch(CONFIG, num_microbatches, NUM_SEQUENCES)
         grid = build_schedule(schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=num_microbatches)
 
         def grads(fill: Any) -> Any:
@@ -79,11 +79,6 @@ class StepBench:
         self.state.update(params=params, opt_state=opt_state)
         jax.block_until_ready((params, opt_state, loss))
 
-    def _batch(self, num_microbatches: int, num_sequences: int) -> dict[str, np.ndarray]:
-        shape = (num_microbatches, num_sequences, CONFIG.max_tokens)
-        tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, shape, dtype=np.int32)
-        return {"tokens": tokens, "targets": tokens, "weights": np.full(shape, 1 / tokens.size, np.float32)}
-
     def _compile(self, schedule: str, batch: dict[str, np.ndarray]) -> Any:
         num_microbatches = batch["tokens"].shape[0]
         grid = build_schedule(schedule, num_ranks=self.mesh.shape["pipe"], num_microbatches=num_microbatches)
@@ -97,6 +92,13 @@ class StepBench:
         state = self.state["params"], self.state["opt_state"]
         shardings = (*jax.tree.map(lambda leaf: leaf.sharding, state), None)
         return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings).lower(*state, batch).compile()
+
+
+def make_batch(config: ModelConfig, num_microbatches: int, num_sequences: int) -> dict[str, np.ndarray]:
+    """Return random tokens, targets and weights [M, B, T] whose weighted losses add up to their mean."""
+    shape = (num_microbatches, num_sequences, config.max_tokens)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+    return {"tokens": tokens, "targets": tokens, "weights": np.full(shape, 1 / tokens.size, np.float32)}
 
 
 def _open(num_devices: int) -> dict[str, Callable[..., Any]]:

@@ -29,11 +29,13 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
         remat=remat,
     )
     sizes = {"num_sequences": layout.sequences, "num_tokens": num_tokens, "tensor": layout.tensor}
-    deferred = halves_bytes(model, remat=remat, **sizes) if layout.is_backward_split else 0.0
+    deferred = split_backward_bytes(model, remat=remat, **sizes) if layout.is_backward_split else 0.0
     return (counted.layer + deferred) / layout.context
 
 
-def halves_bytes(model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, remat: Remat) -> float:
+def split_backward_bytes(
+    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, remat: Remat
+) -> float:
     """Return the bytes that a layer stores in addition if its backward is split into input and weight gradient.
 
     The weight gradient of a product needs its input and its output gradient, which are stored until it runs. Output
@@ -41,6 +43,7 @@ def halves_bytes(model: ModelConfig, *, num_sequences: int, num_tokens: int, ten
     `split_backward.py`). With remat "full" everything that the input gradient recomputed is stored, as much as with
     "dots".
     """
+    # Widths in elements per token on this device.
     t, d = tensor, model.hidden_size
     query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
     # The input of the last product is recomputed from the activation function's output and, for SwiGLU, its factor.
@@ -61,6 +64,11 @@ def boundary_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_
 
 
 def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes that Megatron stores of a layer: Korthikanti et al. 2022, equations 1 to 4.
+
+    For a GPT in 16 bit without parallelism and with unfused attention they add up to s b h (34 + 5 a s / h), where s is
+    the sequence, b the microbatch, h the hidden size and a the number of heads.
+    """
     if layout.remat == "full":
         return boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     tokens, t, item = layout.sequences * num_tokens / layout.context, layout.tensor, item_bytes(model)

@@ -91,11 +91,11 @@ def inference_time(
     for name, count in {"batch": batch, "prompt": prompt, "generated": generated}.items():
         check_count(name, count, error=PlanError)
     sizes: dict[str, Any] = {"layout": layout, "topology": topology, "server": server}
-    ways = _groups(layout, batch)
-    prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=way, **sizes) for way in ways)
+    counts = _prompt_groups(layout, batch)
+    prefill = min(_piped_prefill_s(model, batch=batch, num_tokens=prompt, groups=n, **sizes) for n in counts)
     # With requests always waiting, no stage is idle while the pipeline fills.
     busy = min(
-        way * _prefill_s(model, batch=math.ceil(batch / way), num_tokens=prompt, **sizes) / layout.pipe for way in ways
+        n * _prefill_s(model, batch=math.ceil(batch / n), num_tokens=prompt, **sizes) / layout.pipe for n in counts
     )
     # Groups of requests pass through the stages in turn; as many groups as stages keep every stage busy.
     groups = min(layout.pipe, batch)
@@ -113,7 +113,11 @@ def inference_time(
 def decode_time_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, context: float, server: Server
 ) -> float:
-    """Return the seconds of one token for each of `batch` requests, through all stages."""
+    """Return the seconds of one token for each of `batch` requests, through all stages.
+
+    Args:
+        context: tokens of a request that are in the cache, on average.
+    """
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
@@ -128,6 +132,7 @@ def decode_time_s(
     group = make_group(topology, size=t, stride=1)
     message = batch * model.hidden_size * item_bytes(model)
     layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
+    # Reading the head's table in 16 bit takes longer than its product with a few tokens.
     head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
     return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)
 
@@ -147,6 +152,7 @@ def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILE
 
 
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
+    """Return the seconds of a product with weights, or of reading and expanding weights below 16 bit."""
     device = topology.accelerator
     computed = matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=model.dtype)
     if server.weight_bytes == 2.0:
@@ -156,6 +162,7 @@ def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig
 
 
 def _all_reduce_s(num_bytes: float, group: Group, topology: Topology, server: Server) -> float:
+    """Return the seconds of an all-reduce over tensor, by the faster of NCCL and a direct one if the server has it."""
     nccl = collective_time_s("all_reduce", num_bytes=num_bytes, group=group, topology=topology)
     nccl += 2 * server.gap_s if group.size > 1 else 0.0
     if server.all_reduce == "nccl" or group.size == 1 or group.num_nodes > 1:
@@ -165,11 +172,12 @@ def _all_reduce_s(num_bytes: float, group: Group, topology: Topology, server: Se
 
 
 def _hops_s(message: float, *, layout: Layout, topology: Topology) -> float:
+    """Return the seconds of sending an activation through all stages."""
     group = make_group(topology, size=layout.pipe, stride=layout.tensor)
     return (layout.pipe - 1) * collective_time_s("send", num_bytes=message, group=group, topology=topology)
 
 
-def _groups(layout: Layout, batch: int) -> set[int]:
+def _prompt_groups(layout: Layout, batch: int) -> set[int]:
     """Return the numbers of groups to divide prompts into: 1, or multiples of the stages that keep them busy."""
     return {1} | {min(batch, times * layout.pipe) for times in (1, 2, 4, 8)}
 

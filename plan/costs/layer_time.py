@@ -83,8 +83,14 @@ def layer_time(
 
 
 def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Runtime, dtype: str) -> _Work:
+    """Return the seconds of one operation by pass.
+
+    The backward of a product of two activations, as in the core of attention, is all input gradient: only a product
+    with parameters has a weight gradient.
+    """
     if isinstance(operation, Flash):
         more: dict[str, Any] = {"kernel": runtime.flash, "dtype": dtype}
+        # The backward has five products for the forward's two (Dao et al. 2022, algorithm 4).
         return _Work(
             part="core",
             forward=flash_time_s(accelerator, flops=operation.flops, direction="forward", **more),
@@ -97,6 +103,7 @@ def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Run
         if operation.part == "weights":
             return _Work(part="weights", forward=forward, input_grad=0.0, weight_grad=backward)
         return _Work(part=operation.part, forward=forward, input_grad=backward)
+    # y[m, n] = x[m, k] w[k, n]; dx[m, k] = dy w^T sums over n, and dw[k, n] = x^T dy over m.
     m, n, k, batch = operation.m, operation.n, operation.k, operation.batch
     forward, left, right = (
         matmul_time_s(accelerator, m=rows, n=columns, k=inner, batch=batch, dtype=dtype)
@@ -108,6 +115,7 @@ def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Run
 
 
 def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
+    """Return the seconds of the operations that the layout's rematerialization runs again in the backward."""
     parts: dict[str, tuple[Part, ...]] = {
         "none": (),
         "selective": ("core",),

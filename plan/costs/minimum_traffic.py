@@ -145,6 +145,7 @@ def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple
 
 
 def _all_reduce(size: int) -> float:
+    """Return the bytes that each of `size` devices sends per byte of an all-reduced array."""
     return 2 * (size - 1) / size
 
 

@@ -92,6 +92,7 @@ def block_weights(model: ModelConfig) -> int:
 
 
 def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
+    """Yield the core of attention: scores, softmax, dropout and the weighted sum of values, or one fused kernel."""
     heads = size.sequences * model.num_heads / size.tensor
     scores = heads * size.queries * size.keys
     if runtime.attention == "fused":
@@ -99,6 +100,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
         yield Flash(flops=2 * scores * model.head_size)
         return
     yield Product(part="core", m=size.queries, n=size.keys, k=model.head_size, batch=heads)
+    # The softmax reads and writes the scores; its backward reads output and gradient, and writes one.
     b = runtime.score_bytes
     yield Stream(part="core", forward_bytes=2 * b * scores, backward_bytes=3 * b * scores)
     if runtime.dropout == "on":
@@ -107,6 +109,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
 
 
 def _feed_forward(model: ModelConfig, *, tokens: float, tensor: int) -> Iterator[Operation]:
+    """Yield both products of the feed-forward part, and the activation function between them."""
     item, f = item_bytes(model), model.ffn_size / tensor
     num_up = 2 if model.mlp == "swiglu" else 1
     yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size)
@@ -117,10 +120,12 @@ def _feed_forward(model: ModelConfig, *, tokens: float, tensor: int) -> Iterator
 
 
 def _norm(numbers: float, item: int) -> Stream:
+    """Return the traffic of a norm over so many numbers of `item` bytes."""
     return Stream(part="vector", forward_bytes=2 * item * numbers, backward_bytes=4 * item * numbers)
 
 
 def _residual(numbers: float, item: int, runtime: Runtime) -> Stream:
+    """Return the traffic of adding a branch to the residual stream, with its bias and dropout."""
     mask = 1 if runtime.dropout == "on" else 0
     # Backward: the mask is applied to the gradient, the bias sums it, and both branches' gradients are added.
     return Stream(part="vector", forward_bytes=(3 * item + mask) * numbers, backward_bytes=(6 * item + mask) * numbers)

@@ -18,6 +18,7 @@ from .layout import Layout
 from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers
 
+# Microbatches of the shortest simulated schedule, in units of ranks.
 _SHORT = 2
 _MOST_SEARCHED_ACTIONS = 1024
 
@@ -88,7 +89,7 @@ def pipeline_time_s(
 def is_searched_whole(schedule: str, *, num_stages: int, num_microbatches: int) -> bool:
     """Return whether a schedule is searched for with all microbatches rather than extrapolated.
 
-    What a search finds may depend on their number; up to this size it takes about a second.
+    The order that a search finds may depend on their number; a search of up to 1,024 actions takes about a second.
     """
     is_searched = find_family(schedule).order == "searched"
     return is_searched and num_stages * num_microbatches <= _MOST_SEARCHED_ACTIONS

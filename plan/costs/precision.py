@@ -1,4 +1,4 @@
-"""Precisions below 16 bits, for which the cost model has no times; plans predict them as bfloat16 and warn.
+"""Name the precisions below 16 bit, which the cost model has no times for and prices as bfloat16 with a warning.
 
 Against published steps such predictions are 47% too slow for fp8 (28 rows of dgxc_benchmarking; -6% for 4 of
 llm_foundry), 90% for mxfp8 and 115% for nvfp4 (megatron_bridge).

@@ -14,8 +14,8 @@ from ...pipeline.schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
 
-Switch = Literal["on", "off"]
-
+OnOff = Literal["on", "off"]
+"""Whether a runtime has a trait."""
 
 ChunkOrder = Literal["paired", "run-ahead"]
 """Order of interleaved 1F1B: a forward paired with a backward in each tick, or forwards that run ahead.
@@ -74,16 +74,16 @@ class Runtime:
     attention: Literal["scores", "fused"] = "scores"
     score_bytes: int = 4
     flash: FlashKernel = "vendor"
-    dropout: Switch = "off"
-    sequence_parallel: Switch = "off"
-    tensor_overlap: Switch = "off"
-    data_overlap: Switch = "off"
-    shard_overlap: Switch = "on"
-    blocking_hops: Switch = "off"
-    scatter_hops: Switch = "off"
+    dropout: OnOff = "off"
+    sequence_parallel: OnOff = "off"
+    tensor_overlap: OnOff = "off"
+    data_overlap: OnOff = "off"
+    shard_overlap: OnOff = "on"
+    blocking_hops: OnOff = "off"
+    scatter_hops: OnOff = "off"
     residuals: Literal["trellax", "megatron"] = "trellax"
     logits: Literal["chunked", "whole"] = "chunked"
-    weight_copies: Switch = "on"
+    weight_copies: OnOff = "on"
     workspace_bytes: int = 0
     weight_bytes: int = 4
     optimizer_state_bytes: int = 8
@@ -103,9 +103,9 @@ class Runtime:
 
 
 TRELLAX = Runtime()
-"""The step that trellax compiles: lockstep, the vocabulary split over pipe x tensor, attention scores in float32.
+"""The step that trellax compiles where attention is not fused: lockstep, the vocabulary split over pipe x tensor.
 
-`trellax_runtime` adds where attention is fused.
+Attention scores are stored in float32. `trellax_runtime` returns the traits for a model on an accelerator.
 """
 
 MEGATRON_2021 = Runtime(
@@ -144,7 +144,20 @@ _FUSED_ON = ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090")
 """Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
 
 
-def trellax_runtime(model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab) -> Runtime:
-    """Return the traits of the step that trellax compiles for a model on an accelerator."""
+def trellax_runtime(model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab = "split") -> Runtime:
+    """Return the traits of the step that trellax compiles for a model on an accelerator.
+
+    Attention is one fused kernel (cuDNN's) if `model.attention` allows it, the model's shapes suit the kernel, and the
+    accelerator has it; else its scores are stored in memory.
+
+    >>> trellax_runtime(llama, read_topology("h100x8").accelerator).attention
+    'fused'
+
+    Args:
+        vocab: placement of embedding and head, `pipeline.vocab` in a config.
+
+    Raises:
+        PlanError: `vocab` is not one of its choices.
+    """
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
     return replace(TRELLAX, vocab=vocab, attention="fused" if is_fused else "scores")

@@ -86,6 +86,7 @@ def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runt
 
 
 def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: Topology) -> StageCost:
+    """Return the seconds of the embedding: rows read and summed over tensor, and their gradient added in float32."""
     item, numbers = item_bytes(model), tokens * model.hidden_size
     group = make_group(topology, size=layout.tensor, stride=1)
     summed = collective_time_s("all_reduce", num_bytes=item * numbers, group=group, topology=topology)
@@ -98,6 +99,7 @@ def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: T
 
 
 def _head(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtime, topology: Topology) -> StageCost:
+    """Return the seconds of the head's products and of the loss, for this device's columns of the vocabulary."""
     is_split = runtime.vocab == "split" and layout.pipe > 1
     columns = model.vocab_size / (layout.tensor * (layout.pipe if is_split else 1))
     device, d = topology.accelerator, model.hidden_size
@@ -131,4 +133,5 @@ def _hop_s(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtim
 
 
 def _pipe_stride(layout: Layout) -> int:
+    """Return the distance between the device numbers of neighbouring stages."""
     return layout.tensor * layout.context * layout.replicas

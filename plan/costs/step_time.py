@@ -10,7 +10,7 @@ from ..machines.topology import Topology
 from .layer_time import LayerTime, layer_time
 from .layout import Layout
 from .pipeline_time import SearchTerms, pipeline_time_s, search_terms
-from .runtime import TRELLAX, Runtime
+from .runtime import Runtime, trellax_runtime
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
 from .update_time import UpdateTime, update_time
 
@@ -41,17 +41,19 @@ def step_time(
     layout: Layout,
     topology: Topology,
     num_tokens: int,
-    runtime: Runtime = TRELLAX,
+    runtime: Runtime | None = None,
     layer: LayerTime | None = None,
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
     Args:
+        runtime: traits of the training runtime; those of `trellax_runtime` if left out.
         layer: the time of a layer if it is known already; many layouts share one.
 
     Raises:
         TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
+    runtime = runtime or trellax_runtime(model, topology.accelerator)
     if layer is None:
         layer = layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)

@@ -6,13 +6,14 @@ Read `step_time.py` next, which hides some of it behind computation.
 from dataclasses import dataclass
 
 from ...layers import ModelConfig
-from ..machines.collective_time import Group, collective_time_s, make_group
+from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
 from .device_params import device_params
 from .layout import Layout
 from .runtime import Runtime
 
+# Gathered parameters are in 16 bit.
 _WEIGHT_BYTES = 2
 
 
@@ -41,8 +42,7 @@ def update_time(
         group = Group(size=group.size, per_node=1)
     shards = layout.replicas if layout.zero else 1
 
-    def time_of(kind: str, num_bytes: float) -> float:
-        assert kind in ("all_reduce", "all_gather", "reduce_scatter")
+    def time_of(kind: CollectiveKind, num_bytes: float) -> float:
         return collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
 
     if layout.fsdp > 1 or layout.zero == 3:
@@ -66,6 +66,7 @@ def update_time(
 
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:
+    """Return the seconds of summing a tied table's gradient, of which both end stages have a part."""
     if layout.pipe == 1 or model.embeddings == "untied" or runtime.vocab == "split":
         return 0.0
     stride = layout.tensor * layout.context * layout.replicas * (layout.pipe - 1)

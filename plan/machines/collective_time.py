@@ -22,6 +22,7 @@ _DATA = Path(__file__).with_name("all_reduces.toml")
 _MIB = 2.0**20
 # Below the smallest measured size the time falls to this share of it: 43.8 us at 32 KiB, 101.9 us at 1 MiB on A100.
 _START_SHARE = 0.43
+# Shares of the data sheets' bandwidths that messages reach, and seconds until the first byte arrives.
 _LINK_SHARE = 0.78
 _NETWORK_SHARE = 0.92
 _LINK_START_S = 10e-6
@@ -83,11 +84,13 @@ def _node_all_reduce_s(num_bytes: float, size: int, topology: Topology, *, is_ri
         return 2 * _LINK_START_S * math.log2(size) + wire / (_LINK_SHARE * accelerator.link_bytes_per_s)
     share = _RING_SHARE.get(accelerator.curve, 1.0) if is_ring else 1.0
     widths = sorted(curves)
+    # Interpolate between the measured numbers of ranks on both sides; outside of them the nearest one counts.
     place = min(bisect_left(widths, size), len(widths) - 1)
-    low, high = widths[max(0, place - 1)] if widths[place] > size else widths[place], widths[place]
+    high = widths[place]
+    low = widths[max(0, place - 1)] if high > size else high
     weight = 0.0 if high == low or size <= low else (size - low) / (high - low)
-    speeds = [_bus_bytes_per_s(curves[width], num_bytes) for width in (low, high)]
-    return wire / (speeds[0] * (1 - weight) + speeds[1] * weight) / share
+    slow, fast = (_bus_bytes_per_s(curves[width], num_bytes) for width in (low, high))
+    return wire / (slow * (1 - weight) + fast * weight) / share
 
 
 def _network_all_reduce_s(num_bytes: float, group: Group, topology: Topology) -> float:

@@ -145,6 +145,7 @@ def find_accelerator(name: str) -> Accelerator:
 
 @lru_cache
 def _accelerators() -> dict[str, Accelerator]:
+    """Return the known accelerators by key, name and alias, in lower case."""
     found = {}
     for key, table in _tables().items():
         accelerator = _make_accelerator(key, table)
@@ -210,6 +211,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
 
 
 def _read_file(path: Path) -> Topology:
+    """Read a machine from a TOML file: figures of its own, or those of a known accelerator with some replaced."""
     try:
         content = read_bounded(path, max_bytes=_MOST_BYTES, error=TargetError)
         table = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))

@@ -3,34 +3,22 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trellax.configs import RunConfig, check_run, load_config
-from trellax.configs.layout import layout_of
+from trellax.configs import check_run, load_config
+from trellax.configs.layout import layout_of, question_of
 from trellax.meshes import TrellaxError
-from trellax.plan.costs.runtime import trellax_runtime
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.topology import read_topology
-from trellax.plan.training_search import TrainQuestion, price_layout
+from trellax.plan.training_search import price_layout
 
 SMALLER = {"out-of-memory", "over-xla-limit", "remat-would-save"}
 MACHINES = ("h100x8", "h100x16/4", "a100-pciex8", "l40sx8", "h100x32/8", "h200x12/6")
-
-
-def question_of(config: RunConfig, machine: str) -> TrainQuestion:
-    topology = read_topology(machine)
-    return TrainQuestion(
-        model=config.model,
-        topology=topology,
-        batch_size=config.train.batch_size,
-        num_tokens=config.data.seq_len,
-        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
-    )
 
 
 def check_advice(name: str, words: list[str], machine: str) -> set[str]:
     """Hold every diagnosis of a config against the config that follows its advice; return what was found."""
     config, num_devices = load_config(name, words), read_topology(machine).num_devices
     check_run(config, num_devices=num_devices)
-    question = question_of(config, machine)
+    question = question_of(config, topology=read_topology(machine))
     plan = price_layout(question, layout_of(config, num_devices=num_devices))
     found = diagnose(question, plan)
     for one in found:

@@ -8,6 +8,7 @@ import pytest
 from trellax.commands.cli import main
 from trellax.configs import check_run, load_config
 from trellax.configs.toml_file import PACKAGED_CONFIGS
+from trellax.plan import ServeQuestion, TrainQuestion, read_topology, search_serving, search_train
 
 ASK = "plan llama3-8b-8gpu --topology h100x8"
 
@@ -44,6 +45,46 @@ def test_json_has_these_keys(objective: str, capsys: pytest.CaptureFixture[str])
         assert set(PLAN_KEYS.split()) <= set(plan)
         assert plan["why"].endswith(".")
         assert plan["memory_bytes"]["total"] < 80.8e9
+
+
+@pytest.mark.parametrize("config", ["llama3-8b-8gpu", "quickstart"])
+@pytest.mark.parametrize("objective", ["train", "memory", "latency", "throughput", "balanced"])
+def test_search_from_python_agrees_with_the_command_to_the_digit(
+    config: str, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = json.loads(ask(f"plan {config} --topology h100x8 --objective {objective} --json", capsys))["plans"]
+    loaded, topology = load_config(config), read_topology("h100x8")
+    if objective in ("train", "memory"):
+        question = TrainQuestion(
+            model=loaded.model,
+            topology=topology,
+            batch_size=loaded.train.batch_size,
+            num_tokens=loaded.data.seq_len,
+        )
+        plans = search_train(question, objective=objective)
+    else:
+        plans = search_serving(ServeQuestion(model=loaded.model, topology=topology), objective=objective)
+    assert json.loads(json.dumps([plan.numbers for plan in plans])) == told
+
+
+def test_vocabulary_on_the_ends_is_priced_there(capsys: pytest.CaptureFixture[str]) -> None:
+    split, ends = (
+        json.loads(ask(f"{ASK} --this --json --mesh.pipe 4 --mesh.tensor 2 --pipeline.vocab {vocab}", capsys))["plans"][
+            0
+        ]
+        for vocab in ("split", "ends")
+    )
+    # An end stage holds one of two whole tables, a rank of a split vocabulary a quarter of each.
+    assert ends["memory_bytes"]["weights"] > split["memory_bytes"]["weights"]
+    assert ends["bubble_fraction"] > split["bubble_fraction"]
+
+
+def test_vocabulary_on_the_ends_need_not_split_over_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    # 50257 is prime, so no mesh with pipe > 1 splits it, and no other mesh has room for this model.
+    words = f"{ASK} --model.vocab_size 50257 --json --pipeline.vocab"
+    assert main(f"{words} split".split()) == 2
+    capsys.readouterr()
+    assert {plan["mesh"]["pipe"] for plan in json.loads(ask(f"{words} ends", capsys))["plans"]} >= {8}
 
 
 def test_table_gives_a_reason_for_every_plan(

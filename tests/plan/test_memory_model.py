@@ -10,7 +10,7 @@ from trellax.plan.costs.activations import layer_activation_bytes
 from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
-from trellax.plan.costs.runtime import MEGATRON, TRELLAX, Switch
+from trellax.plan.costs.runtime import MEGATRON, TRELLAX, OnOff
 
 from ..programs.steps import report_of, setup_of
 
@@ -30,7 +30,7 @@ FORMULAS = [
 
 @pytest.mark.parametrize(("tensor", "sequence_parallel", "remat", "expected"), FORMULAS)
 def test_activations_of_a_layer_are_korthikantis_to_the_byte(
-    tensor: int, sequence_parallel: Switch, remat: PlanRemat, expected: float
+    tensor: int, sequence_parallel: OnOff, remat: PlanRemat, expected: float
 ) -> None:
     layout = Layout(tensor=tensor, sequences=B, remat=remat)
     runtime = replace(MEGATRON, sequence_parallel=sequence_parallel)
@@ -41,7 +41,7 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
 @pytest.mark.parametrize(
     ("name", "chunks"), [("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
 )
-def test_formulas_of_microbatches_in_flight_are_what_the_simulator_counts(name: str, chunks: int, vocab: Vocab) -> None:
+def test_formulas_of_microbatches_in_flight_agree_with_the_simulator(name: str, chunks: int, vocab: Vocab) -> None:
     for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):
         sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
         traits = replace(TRELLAX, vocab=vocab).order_traits

@@ -46,7 +46,7 @@ def test_one_rank_has_no_bubble() -> None:
 
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("clock", ["async", "lockstep"])
-def test_auto_is_priced_as_what_training_builds(limit: int | None, clock: Clock) -> None:
+def test_auto_is_priced_by_the_schedule_that_training_builds(limit: int | None, clock: Clock) -> None:
     runtime = replace(TRELLAX, clock=clock)
     stages, sizes = uneven(4), {"num_ranks": 4, "num_microbatches": 16}
     layout = Layout(pipe=4, microbatches=16, schedule="auto", max_in_flight=limit)
@@ -59,7 +59,7 @@ def test_auto_is_priced_as_what_training_builds(limit: int | None, clock: Clock)
     assert limit is None or max(whole.peak_in_flight) <= limit
 
 
-def test_auto_of_many_microbatches_continues_near_what_building_all_gives() -> None:
+def test_extrapolated_auto_is_near_the_price_of_the_whole_schedule() -> None:
     stages = uneven(4)
     terms = SearchTerms(stages=tuple(stages), max_in_flight=4)
     sizes = {"num_ranks": 4, "num_microbatches": 300}

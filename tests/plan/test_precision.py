@@ -46,7 +46,7 @@ def row(precision: str) -> PublishedRow:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_benchmark_names_what_is_priced_as_another_precision(precision: str) -> None:
+def test_benchmark_names_precisions_that_are_priced_as_another(precision: str) -> None:
     narrow = PRECISIONS[precision]
     assert unpriced_precision({"precision": precision}) == narrow
     (found,) = measure_accuracy({"test": [row(precision)]})

@@ -60,7 +60,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_mistake_in_a_file_is_told(
+def test_mistake_in_a_file_is_an_error(
     name: str, tmp_path: Path, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -99,7 +99,7 @@ def test_more_devices_than_any_machine_has_are_refused() -> None:
         read_topology("h100x999999999/999999998")
 
 
-def test_file_of_windows_is_read_and_what_it_names_is_shown_escaped(tmp_path: Path) -> None:
+def test_file_of_windows_is_read_and_its_names_are_shown_escaped(tmp_path: Path) -> None:
     figures = "tflops = { bfloat16 = 1, float32 = 1 }\nmemory_bytes = 9\nmemory_gb_per_s = 1\ncores = 1\n"
     figures += 'matmul_share = 1\nlink = "pcie"\nlink_gb_per_s = 1\ndevices_per_node = 8\nnetwork_gb_per_s = 1\n'
     text = f'devices = 8\n[accelerator]\nname = "\\u001b[31mred"\n{figures}'

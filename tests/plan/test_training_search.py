@@ -1,4 +1,4 @@
-"""The search: legal layouts alone, the worked examples of the field, speed, and what it says when nothing fits."""
+"""The search: legal layouts alone, published examples, speed, and the errors when nothing fits."""
 
 import math
 import time
@@ -13,7 +13,6 @@ from trellax.meshes import PlanError
 from trellax.pipeline.schedules import build_schedule, simulate
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
-from trellax.plan.costs.runtime import TRELLAX
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
 from trellax.plan.costs.step_time import step_time
 from trellax.plan.diagnoses import diagnose
@@ -46,7 +45,7 @@ def test_every_layout_is_legal(heads: int, kv: int, layers: int, devices: int, b
         assert layout.schedule.startswith("interleaved") == (layout.chunks > 1)
 
 
-def test_plans_keep_within_what_xla_plans_for_where_any_does() -> None:
+def test_plans_keep_within_xlas_limit_if_any_layout_does() -> None:
     question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h100x8"), batch_size=16, num_tokens=4096)
     assert question.memory_limit == 0.76 * question.topology.accelerator.memory_bytes
     assert all(plan.memory.total <= question.memory_limit for plan in search_train(question))
@@ -94,7 +93,7 @@ def test_search_finds_the_best_of_simulating_every_layout_whole(
     assert costs == pytest.approx(sorted(best.values())[:5], rel=1e-9)
 
 
-def test_batches_of_few_sequences_may_take_chunks_with_weight_gradients_put_off() -> None:
+def test_small_batches_may_use_interleaved_zb_h1() -> None:
     model = replace(GPT2, num_layers=24, hidden_size=1024, num_heads=8, num_kv_heads=8, ffn_size=4096)
     question = TrainQuestion(model=model, topology=read_topology("h100x8"), batch_size=4, num_tokens=512)
     # Without it the best was zb-h1, 11% slower.
@@ -107,9 +106,10 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     step = step_time(question.model, **sizes)
     if layout.pipe == 1:
         return step.time_s
-    layer = layer_time(question.model, **sizes, runtime=TRELLAX)
-    ends = end_costs(question.model, **sizes, runtime=TRELLAX)
-    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=TRELLAX)
+    runtime = question.priced_runtime
+    layer = layer_time(question.model, **sizes, runtime=runtime)
+    ends = end_costs(question.model, **sizes, runtime=runtime)
+    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=runtime)
     schedule = build_schedule(
         layout.schedule,
         num_ranks=layout.pipe,
@@ -180,7 +180,7 @@ def test_weights_of_70b_are_35_gb_for_tensor_4_and_pipe_4() -> None:
 
 
 @pytest.mark.parametrize(("name", "machine", "batch"), [("too_large", "a100x8", 64), ("batch", "h100x1024", 7)])
-def test_impossible_request_says_what_would_make_it_possible(
+def test_error_of_an_impossible_request_names_a_possible_one(
     name: str, machine: str, batch: int, golden: Callable[[str, str], None]
 ) -> None:
     question = TrainQuestion(model=LLAMA_405B, topology=read_topology(machine), batch_size=batch, num_tokens=4096)
@@ -189,7 +189,7 @@ def test_impossible_request_says_what_would_make_it_possible(
     golden(f"errors/plan/plan_{name}.txt", str(caught.value))
 
 
-def test_serving_what_does_not_fit_says_what_would(golden: Callable[[str, str], None]) -> None:
+def test_error_of_a_model_too_large_to_serve_names_a_machine_that_holds_it(golden: Callable[[str, str], None]) -> None:
     with pytest.raises(PlanError) as caught:
         search_serving(ServeQuestion(model=LLAMA_405B, topology=read_topology("h100x8")), objective="latency")
     golden("errors/plan/plan_serving.txt", str(caught.value))

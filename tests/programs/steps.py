@@ -1,4 +1,4 @@
-"""Small training steps, compiled once a session, and what the profiler says that a program really ran."""
+"""Compile small training steps, once a session, and count in a profile the instructions that they run."""
 
 import tempfile
 from collections import Counter

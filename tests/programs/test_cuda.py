@@ -1,4 +1,4 @@
-"""Programs for GPUs that are not there, compiled by jax's CUDA plugin; skipped where it is not installed."""
+"""Programs for GPUs that are not present, compiled by jax's CUDA plugin; skipped where it is not installed."""
 
 import json
 import math
@@ -116,7 +116,7 @@ LLAMA = (
 
 
 @pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
-def test_loops_make_nothing_of_weights(mesh: str, tmp_path: Path) -> None:
+def test_loops_copy_no_weights(mesh: str, tmp_path: Path) -> None:
     data, tensor, pipe = mesh.split("x")
     words = f"{LLAMA} --mesh.data {data} --mesh.tensor {tensor} --mesh.pipe {pipe}"
     # With products by cuBLAS, which a GPU measures to be the fastest where they are large, and which read a layer's

@@ -1,4 +1,4 @@
-"""How often instructions run, against what the profiler saw, and against counting by hand."""
+"""Counts of executions equal those of a profile, and counts by hand."""
 
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ SQUARE = np.ones((32, 32), np.float32)
 @pytest.mark.parametrize(
     ("mesh", "schedule"), [("2x2x2", "1f1b"), pytest.param("1x1x4", "zb-h1", marks=pytest.mark.slow)]
 )
-def test_the_step_runs_what_is_counted(mesh: str, schedule: str) -> None:
+def test_counts_are_those_of_a_profile(mesh: str, schedule: str) -> None:
     extra = f"--pipeline.schedule {schedule}"
     setup, compiled = setup_of(mesh, extra), compiled_step(mesh, extra)
     num_devices = setup.mesh.devices.size
@@ -55,7 +55,7 @@ def test_the_step_runs_what_is_counted(mesh: str, schedule: str) -> None:
     assert executions.notes == ()
 
 
-def test_loops_multiply() -> None:
+def test_loops_multiply_the_counts_of_their_bodies() -> None:
     def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jax.lax.fori_loop(0, 3, lambda _, y: y @ y, x), None
 

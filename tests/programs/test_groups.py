@@ -50,7 +50,7 @@ def test_groups_belong_to_axes(name: str) -> None:
     assert axis_of_groups(groups, **AXES) == axis
 
 
-def test_half_an_axis_is_said_to_be_a_part() -> None:
+def test_groups_of_half_an_axis_are_named_part_of_it() -> None:
     assert axis_of_groups(((0, 1), (2, 3)), axes=("data",), shape=(4,)) == "part of data"
 
 

@@ -1,4 +1,4 @@
-"""The plugin is tried as users have it: by a pytest of its own, in a folder with nothing of our conftest."""
+"""The pytest plugin works in a pytest process of its own, in a folder without our conftest."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_fewer_devices_than_asked_for_are_an_error_with_its_fix(run: Run, golden
     golden("errors/programs/plugin_started.txt", "\n".join(lines))
 
 
-def test_more_devices_than_asked_for_will_do(run: Run) -> None:
+def test_more_devices_than_asked_for_are_accepted(run: Run) -> None:
     starts = "from trellax.meshes import use_fake_devices\nuse_fake_devices(10)\n"
     done = run({"conftest.py": starts, "test_devices.py": COUNTS})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,13 +85,13 @@ def test_more_devices_than_asked_for_will_do(run: Run) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "many", "5000"])
-def test_what_is_no_number_of_devices_is_a_usage_error(run: Run, count: str) -> None:
+def test_text_that_is_no_number_of_devices_is_a_usage_error(run: Run, count: str) -> None:
     done = run({"pytest.ini": f"[pytest]\nfake_devices = {count}\n", "test_nothing.py": "def test_nothing(): pass\n"})
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"the ini option fake_devices is '{count}'" in done.stderr
 
 
-def test_plugin_imports_no_jax_until_it_is_asked_for_devices(run: Run) -> None:
+def test_plugin_imports_jax_only_for_devices(run: Run) -> None:
     check = "import sys\ndef test_imports():\n    assert {'jax', 'numpy', 'flax'} & sys.modules.keys() == set()\n"
     done = run({"test_imports.py": check})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ on_five_meshes = pytest.mark.parametrize("mesh", FIVE_MESHES)
 
 
 @on_five_meshes
-def test_memory_adds_up_to_what_the_compiler_says(mesh: str) -> None:
+def test_memory_adds_up_to_the_compilers_total(mesh: str) -> None:
     memory = report_of(mesh).memory
     stats = compiled_step(mesh).memory_analysis()
     assert memory.total == total_bytes(stats)
@@ -54,7 +54,7 @@ two and four: four whole products less.
 
 
 @on_five_meshes
-def test_executed_products_are_what_the_mathematics_needs(mesh: str) -> None:
+def test_executed_products_are_those_of_the_formula(mesh: str) -> None:
     report = report_of(mesh)
     assert report.recompute_flops == SCORES / setup_of(mesh).mesh.devices.size
     assert report.model_flops
@@ -81,7 +81,7 @@ def test_traffic_belongs_to_its_axis_in_any_order_of_devices() -> None:
     assert sent == {"rows": 2 * 3 / 4 * 32 * 4, "columns": 2 * 1 / 2 * 16 * 4}
 
 
-def test_report_of_a_users_own_function_needs_no_more_than_its_mesh() -> None:
+def test_report_of_a_users_own_function_needs_its_mesh_alone() -> None:
     mesh = setup_of("4x2x1").mesh
     x = jax.ShapeDtypeStruct((64, 64), "float32", sharding=jax.NamedSharding(mesh, jax.P("data")))
     compiled = jax.jit(lambda x: x.sum(0)).lower(x).compile()

@@ -1,4 +1,4 @@
-"""Collectives across nodes by hand: a group sends through the adapters of all its members in a node."""
+"""The time of collectives across nodes by hand: a group uses the adapters of all its members in a node."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "axis", "shape", "seconds_a_byte"), CASES)
-def test_groups_use_an_adapter_a_member(
+def test_each_member_of_a_group_has_a_network_adapter(
     kind: str, axis: str, shape: tuple[int, int, int], seconds_a_byte: float
 ) -> None:
     one = Collective(

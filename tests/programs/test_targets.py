@@ -1,4 +1,4 @@
-"""Names of machines, what their descriptions say, and what is wrong with a target."""
+"""Names of targets, the hardware of their descriptions, and the errors of wrong ones."""
 
 import os
 from collections.abc import Callable
@@ -99,13 +99,13 @@ MISTAKES: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_wrong_targets_say_what_is_right(name: str, golden: Callable[[str, str], None]) -> None:
+def test_error_of_a_wrong_target_gives_a_right_one(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TargetError) as caught:
         MISTAKES[name]()
     golden(f"errors/programs/target_{name}.txt", str(caught.value))
 
 
-def test_without_the_plugin_a_gpu_target_says_what_to_install(
+def test_error_without_the_plugin_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
 ) -> None:
     monkeypatch.setattr(targets_module.importlib.util, "find_spec", lambda name: None)
@@ -114,7 +114,7 @@ def test_without_the_plugin_a_gpu_target_says_what_to_install(
     golden("errors/programs/target_no_plugin.txt", str(caught.value))
 
 
-def test_a_plugin_without_descriptions_is_named_with_what_has_them(
+def test_error_of_a_plugin_without_descriptions_names_a_version_with_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:
     # That of jax 0.10.2 is such a one.
@@ -126,7 +126,7 @@ def test_a_plugin_without_descriptions_is_named_with_what_has_them(
     golden("errors/programs/target_no_descriptions.txt", str(caught.value).replace(jax.__version__, "VERSION"))
 
 
-def test_hardware_is_what_the_description_says() -> None:
+def test_hardware_has_the_numbers_of_the_description() -> None:
     hardware = hardware_from_description(DESCRIPTION)
     assert hardware.name == "NVIDIA X1 80GB"
     assert hardware.memory_bytes == 80 * 10**9

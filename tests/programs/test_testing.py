@@ -1,4 +1,4 @@
-"""The assertions that users write about their own programs, and the table that a failure shows; the picture."""
+"""The assertions that users write about their own programs, the tables of their failures, and the picture."""
 
 import base64
 import re
@@ -64,7 +64,7 @@ def test_a_program_that_sends_more_fails_with_its_largest_collectives() -> None:
     assert sizes[0] > 0
 
 
-def test_what_is_compiled_is_told_and_what_was_before_is_not() -> None:
+def test_compilations_are_listed_and_earlier_ones_are_not() -> None:
     double = jax.jit(lambda x: 2 * x)
     with compilations() as first:
         double(np.ones(5, np.float32))
@@ -75,13 +75,13 @@ def test_what_is_compiled_is_told_and_what_was_before_is_not() -> None:
 
 
 def test_a_program_above_its_minimum_fails() -> None:
-    with pytest.raises(AssertionError, match=r"sends 1\.50\d of the minimum over pipe, more than 1\.02"):
+    with pytest.raises(AssertionError, match=r"sends 1\.50\d times the minimum over pipe, more than 1\.02"):
         assert_sends_near_minimum(report_of("2x1x4"), over="pipe")
     with pytest.raises(AssertionError, match="has no minimum over elsewhere"):
         assert_sends_near_minimum(report_of("2x1x4"), over="elsewhere")
 
 
-def test_what_does_not_fit_is_said_with_how_much() -> None:
+def test_table_of_a_program_that_does_not_fit_has_the_excess() -> None:
     report = report_step(compiled_step("2x2x2"), setup_of("2x2x2"), hardware=HARDWARE)
     assert report.fits is False
     too_much = report.memory.total - HARDWARE.memory_bytes
@@ -92,7 +92,9 @@ def test_what_does_not_fit_is_said_with_how_much() -> None:
     ("limit", "capacity", "verdict"),
     [(1.1, 2.0, "fits"), (0.9, 2.0, "over XLA's limit"), (0.5, 0.9, "does not fit"), (None, 2.0, "fits")],
 )
-def test_verdict_tells_xla_s_limit_from_the_device_s(limit: float | None, capacity: float, verdict: str) -> None:
+def test_verdict_distinguishes_xla_s_limit_from_the_capacity(
+    limit: float | None, capacity: float, verdict: str
+) -> None:
     total = report_of("2x2x2").memory.total
     limit_bytes = None if limit is None else int(limit * total)
     hardware = replace(HARDWARE, memory_bytes=int(capacity * total), compiler_limit_bytes=limit_bytes)

@@ -1,4 +1,4 @@
-"""A profile read back: the operations of the program that ran, by time and class."""
+"""The operations of a program in its profile, by time and class."""
 
 from pathlib import Path
 

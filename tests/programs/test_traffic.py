@@ -1,4 +1,4 @@
-"""What a step sends: by hand for five meshes, against the minimum, and with more planted in it."""
+"""The traffic of a step: by hand for five meshes, against the minimum, and with an extra collective."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_data_traffic_is_one_sum_of_the_gradients(mesh: str, layers: int, tensor
     ("mesh", "extra"),
     [("2x2x2", SPLIT), ("1x4x2", SPLIT), ("2x2x2", ""), ("1x4x2", ""), ("2x2x1", ""), ("4x2x1", "")],
 )
-def test_the_step_sends_what_it_must_and_no_more(mesh: str, extra: str) -> None:
+def test_the_step_sends_the_minimum(mesh: str, extra: str) -> None:
     ratios = {axis: round(row.ratio, 2) for axis, row in rows(report_of(mesh, extra)).items() if row.ratio}
     assert set(ratios.values()) == {1.0}
     assert {"data", "tensor", "pipe"} & ratios.keys() == {a for a, n in setup_of(mesh).mesh.shape.items() if n > 1}
@@ -119,7 +119,7 @@ def plant(setup: Setup) -> Setup:
     return planted
 
 
-def test_a_planted_all_reduce_in_the_loop_over_microbatches_shows() -> None:
+def test_an_extra_all_reduce_in_the_loop_over_microbatches_is_found() -> None:
     before, after = (rows(report)["data"] for report in (report_of("2x1x2"), inspect_step(plant(setup_of("2x1x2")))))
     # Two layers a rank, for each of four microbatches; with two data shards an all-reduce sends its operand once.
     assert after.count == before.count + 2 * M

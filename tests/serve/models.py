@@ -1,4 +1,4 @@
-"""What the tests of this folder share: small models, their answers by full recomputation, and engines."""
+"""Small models, their answers by full recomputation, and engines, for the tests of this folder."""
 
 from functools import cache
 from typing import Any

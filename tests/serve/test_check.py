@@ -1,4 +1,4 @@
-"""Mistakes of engines and requests: what was asked, what is true, and a way out; before anything is allocated."""
+"""Mistakes in engines and requests are errors with a fix, before anything is allocated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +51,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_has_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
+def test_error_has_a_fix(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(TrellaxError) as caught:
         MISTAKES[name]()
     golden(f"errors/serve/serve_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")

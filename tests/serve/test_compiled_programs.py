@@ -1,4 +1,4 @@
-"""What the compiled programs keep and send: the cache in place, two all-reduces a layer, one hop a tick."""
+"""The compiled programs update the cache in place, and send two all-reduces a layer and one hop a tick."""
 
 from functools import cache
 from typing import Any

@@ -1,4 +1,4 @@
-"""The programs for a GPU that is not there, compiled by jax's CUDA plugin; skipped where it is not installed."""
+"""The programs for a GPU that is not present, compiled by jax's CUDA plugin; skipped where it is not installed."""
 
 import json
 import os

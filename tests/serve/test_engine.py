@@ -1,4 +1,4 @@
-"""An engine gives each request what it would get alone, on any mesh and in any company."""
+"""An engine gives each request the answer that it would get alone, on any mesh and beside any others."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_answers_are_those_of_one_device_without_a_cache(mesh: str, style: str, 
     check_answers(shared(mesh, style, **sizes), style, [*REQUESTS, STOPPING])
 
 
-def test_engine_may_look_for_as_many_stop_tokens_as_a_model_has() -> None:
+def test_engine_accepts_as_many_stop_tokens_as_a_model_has() -> None:
     request = replace(STOPPING, stop=tuple(range(0, 64, 5)))
     check_answers(shared("pipe=2", "uneven", **MANY_STOPS), "uneven", [request])
 
@@ -78,7 +78,7 @@ def busy_engine() -> Engine:
 
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=16))
-def test_requests_that_come_at_any_time_get_what_they_get_alone(
+def test_requests_that_arrive_at_any_time_get_the_answers_of_requests_alone(
     busy_engine: Engine, arrivals: list[tuple[int, int]]
 ) -> None:
     """Each arrival is a request and the number of steps after which it comes; the engine is the same all the time."""
@@ -95,7 +95,7 @@ def test_requests_that_come_at_any_time_get_what_they_get_alone(
     assert compiled == []
 
 
-def test_tokens_are_told_as_they_come() -> None:
+def test_callback_gets_every_token_in_order() -> None:
     heard: list[tuple[int, int]] = []
     engine = shared("data=1", "llama", slots=3)
     engine.on_token = lambda sequence, token: heard.append((sequence.id, token))
@@ -111,7 +111,7 @@ class LostError(Exception):
     """Whoever listened has gone."""
 
 
-def test_a_listener_that_fails_loses_no_token_of_anybody() -> None:
+def test_a_callback_that_raises_loses_no_token() -> None:
     def fail(*_: Any) -> None:
         raise LostError
 
@@ -126,7 +126,7 @@ def test_a_listener_that_fails_loses_no_token_of_anybody() -> None:
     assert [tuple(s.tokens) for s in sequences] == [answer_of(model_of("llama"), s.request)[0] for s in sequences]
 
 
-def test_top_k_of_more_than_there_are_is_all_of_them() -> None:
+def test_top_k_above_the_vocabulary_keeps_all_tokens() -> None:
     requests = [Request(prompt=(1, 2), max_new_tokens=4, temperature=1.0, top_k=top_k) for top_k in (0, 2**40)]
     every, more = shared("data=1", "llama", slots=3).generate(requests)
     assert more == every
@@ -173,7 +173,7 @@ def test_stages_are_busy_when_there_are_as_many_groups() -> None:
 
 
 @pytest.mark.parametrize(("mesh", "style"), [("data=1", "llama"), ("data=2,tensor=2,pipe=2", "llama")])
-def test_logits_that_are_not_finite_are_told_and_stop_no_other_sequence(mesh: str, style: str) -> None:
+def test_logits_that_are_not_finite_are_an_error_and_stop_no_other_sequence(mesh: str, style: str) -> None:
     engine = shared(mesh, style, **({"slots": 3} if mesh == "data=1" else {}))
     whole, config = engine._params, model_of(style)
     params = numbers_of(config)

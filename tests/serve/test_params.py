@@ -1,4 +1,4 @@
-"""Parameters as readers deliver them and as devices hold them: sizes, places and copies."""
+"""Parameters as readers deliver them and as devices hold them: sizes, shardings and copies."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def held_by_each(tree: object) -> set[int]:
 
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_per_device_are_what_the_devices_hold(style: str, dtype: str) -> None:
+def test_bytes_per_device_are_those_of_the_arrays(style: str, dtype: str) -> None:
     config, mesh = model_of(style, dtype=dtype), mesh_of(MESH)
     sizes = Sizes(slots=8, max_tokens=24, groups=2, num_shards=2, chunk=4, items=2, rounds=2)
     shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype="bfloat16")
@@ -65,7 +65,7 @@ def test_a_heavy_vocabulary_takes_layers_from_the_last_stage() -> None:
     assert layers_of_stages(heavy, num_ranks=1) == (8,)
 
 
-def test_readers_are_asked_for_parts_over_all_axes() -> None:
+def test_param_shapes_are_sharded_over_all_axes() -> None:
     config = model_of("llama")
     whole = bytes_per_device(param_shapes(config, mesh=mesh_of("data=1")))
     split = bytes_per_device(param_shapes(config, mesh=mesh_of("tensor=4,pipe=2")))

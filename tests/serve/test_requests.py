@@ -50,7 +50,7 @@ class Play:
 
 
 @given(shape=shapes, requests=runs, size=st.integers(1, 4), limit=st.integers(1, 3))
-def test_everyone_is_served_in_order_and_no_slot_serves_two(
+def test_requests_are_served_in_order_and_no_slot_serves_two(
     shape: dict[str, int], requests: list[tuple[int, int, int]], size: int, limit: int
 ) -> None:
     play, sequences = Play(shape, size=size, limit=limit), []

@@ -1,4 +1,4 @@
-"""The settings of tokens: filters against sorting in numpy, draws against the probabilities, and no mesh in either."""
+"""Sampling: filters against sorting in numpy, draws against probabilities, and the same tokens on any mesh."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def kept(logits_V: np.ndarray, *, top_k: int, top_p: float) -> set[int]:
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (V + 9, 1.0), (0, 0.3), (0, 0.95), (6, 0.7), (0, 1e-6)]
 )
-def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float) -> None:
+def test_filters_keep_the_tokens_that_sorting_keeps(top_k: int, top_p: float) -> None:
     cut_BV = np.asarray(_cut(jnp.asarray(LOGITS_BV), settings_of(top_k=top_k, top_p=top_p), jnp.ones(6, bool), ()))
     found = [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in cut_BV]
     assert found == [kept(row, top_k=top_k, top_p=top_p) for row in LOGITS_BV]
@@ -74,7 +74,7 @@ def test_draws_have_the_probabilities_of_the_softmax(temperature: float, top_k: 
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
 
 
-def test_seed_and_position_decide_and_rows_do_not() -> None:
+def test_draws_depend_on_seed_and_position_and_not_on_the_row() -> None:
     logits_BV = np.broadcast_to(LOGITS_BV[0], (6, V))
     same = choose(logits_BV, settings_of(seed=3), position_B=np.full(6, 11), axes=())
     assert len(set(same.tolist())) == 1

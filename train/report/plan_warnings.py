@@ -1,13 +1,12 @@
-"""List the planner's warnings about the layout of a run. Read `../../plan/diagnoses.py` for what they are."""
+"""List the planner's warnings about the layout of a run. Read `../../plan/diagnoses.py` for how it finds them."""
 
-from ...configs.layout import layout_of
+from ...configs.layout import layout_of, question_of
 from ...configs.run_config import RunConfig
 from ...meshes import TrellaxError
-from ...plan.costs.runtime import trellax_runtime
 from ...plan.diagnoses import diagnose
 from ...plan.machines.detect import detect_topology
 from ...plan.machines.topology import Topology
-from ...plan.training_search import TrainQuestion, price_layout
+from ...plan.training_search import price_layout
 
 
 def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> list[str]:
@@ -19,13 +18,7 @@ def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> li
     machine = topology or detect_topology()
     if machine is None:
         return []
-    question = TrainQuestion(
-        model=config.model,
-        topology=machine,
-        batch_size=config.train.batch_size,
-        num_tokens=config.data.seq_len,
-        runtime=trellax_runtime(config.model, machine.accelerator, vocab=config.pipeline.vocab),
-    )
+    question = question_of(config, topology=machine)
     try:
         plan = price_layout(question, layout_of(config, num_devices=machine.num_devices))
     except TrellaxError:

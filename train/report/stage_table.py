@@ -12,7 +12,7 @@ from ...meshes import mesh_sizes
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...pipeline import Schedule, simulate
-from ...plan.costs.activations import halves_bytes
+from ...plan.costs.activations import split_backward_bytes
 from ...plan.costs.precision import unpriced_matmuls
 from ..state import Setup
 
@@ -133,7 +133,7 @@ def _count_kept(setup: Setup) -> int:
     }
     kept = activation_bytes(config.model, **shapes).layer
     has_halves = any(action.kind == "W" for _, _, action in setup.schedule.placed())
-    return kept + round(halves_bytes(config.model, **shapes)) if has_halves else kept
+    return kept + round(split_backward_bytes(config.model, **shapes)) if has_halves else kept
 
 
 def _count_layer_bytes(setup: Setup) -> int:

@@ -17,7 +17,7 @@ from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
 from trellax.pipeline.executor.residuals import LayerVjp, plan_layer
 from trellax.pipeline.executor.split_backward import SplitBackward
-from trellax.plan.costs.activations import halves_bytes
+from trellax.plan.costs.activations import split_backward_bytes
 
 from ..law import NUM_TOKENS, natural_params, small_model
 
@@ -196,7 +196,7 @@ def test_plan_and_describe_count_what_both_halves_keep(style: str, remat: Remat)
     sizes: dict[str, Any] = {"num_sequences": NUM_SEQUENCES, "num_tokens": NUM_TOKENS, "tensor": 1, "remat": remat}
     counted = activation_bytes(small_model(style=style), **sizes).layer
     # What vectors keep, statistics of norms say, is counted by neither.
-    assert counted + halves_bytes(small_model(style=style), **sizes) == pytest.approx(kept, rel=0.03)
+    assert counted + split_backward_bytes(small_model(style=style), **sizes) == pytest.approx(kept, rel=0.03)
 
 
 def branching(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
