@@ -21,7 +21,7 @@ from ..model.stage import StageFns
 from .buffers import add, read, vary
 from .loop_state import LoopState, broadcast_slot, put
 from .tables import NONE, Turns
-from .traced_vjp import pull_back
+from .backward.traced_vjp import pull_back
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import jax
 
 from ..model.stage import Unroll
 from .buffers import add, read, vary, write
-from .residuals import LayerVjp
-from .split_backward import SplitBackward
+from .backward.residuals import LayerVjp
+from .backward.split_backward import SplitBackward
 
 Index = jax.Array | int
 

@@ -16,8 +16,8 @@ from .layers import LayerStack
 from .leave import LeaveAlone, LeaveTogether
 from .loop_state import LoopState, Wants
 from .prepare import prepare_layers
-from .residuals import LayerVjp, plan_layer
-from .split_backward import SplitBackward
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.split_backward import SplitBackward
 from .tables import Tables, Turns
 
 Bubbles = Literal["zeros", "nan"]

@@ -19,8 +19,8 @@ from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
 from .loop_state import Wants
 from .prepare import prepare_layers
-from .residuals import LayerVjp, plan_layer
-from .traced_vjp import pull_back
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.traced_vjp import pull_back
 
 
 def run_sequence(

@@ -21,7 +21,7 @@ from trellax.layers import (
 )
 from trellax.layers.block import rematerialize
 from trellax.meshes import ModelError
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from .sharded import STYLES, mesh_of, small_config
 

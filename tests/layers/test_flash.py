@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
 from trellax.layers.block import rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from .sharded import differing, mesh_of, normal, place, small_config
 

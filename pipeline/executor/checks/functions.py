@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ....meshes import ScheduleError
 from ...model.stage import PipelineParams, StageFns
 from ..batch import batch_specs
-from ..equations import is_acting
+from ..backward.equations import is_acting
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives, named_axes
 from .user_errors import explain_errors

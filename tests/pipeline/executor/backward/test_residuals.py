@@ -18,11 +18,11 @@ from trellax.pipeline import (
     split_transformer,
     stages_from_layers,
 )
-from trellax.pipeline.executor.equations import keeps_numbers
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.equations import keeps_numbers
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
-from ..law import NUM_TOKENS, mesh_of, natural_params, small_model
-from ..random_layers import random_inputs, random_layer
+from ...law import NUM_TOKENS, mesh_of, natural_params, small_model
+from ...random_layers import random_inputs, random_layer
 
 Layer = Callable[[Any, jax.Array, Any], jax.Array]
 

@@ -15,11 +15,11 @@ from trellax.layers import Remat, activation_bytes
 from trellax.layers.linear import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
-from trellax.pipeline.executor.residuals import LayerVjp, plan_layer
-from trellax.pipeline.executor.split_backward import SplitBackward
+from trellax.pipeline.executor.backward.residuals import LayerVjp, plan_layer
+from trellax.pipeline.executor.backward.split_backward import SplitBackward
 from trellax.plan.costs.activations import halves_bytes
 
-from ..law import NUM_TOKENS, natural_params, small_model
+from ...law import NUM_TOKENS, natural_params, small_model
 
 NUM_SEQUENCES = 2
 NUM_WEIGHTS = {"gpt": 6, "llama": 7, "qwen": 7}

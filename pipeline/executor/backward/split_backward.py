@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var, primitives
 
-from .buffers import type_of
+from ..buffers import type_of
 from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
 from .open_calls import open_calls
 from .residuals import LayerVjp
