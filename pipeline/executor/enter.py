@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from ..model.stage import StageFns
+from .backward.traced_vjp import pull_back
 from .buffers import add, read, vary
 from .loop_state import LoopState, broadcast_slot, put
 from .tables import NONE, Turns
-from .backward.traced_vjp import pull_back
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 from ..model.stage import Unroll
-from .buffers import add, read, vary, write
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
+from .buffers import add, read, vary, write
 
 Index = jax.Array | int
 

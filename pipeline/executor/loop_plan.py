@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, read, vary, zeros_for
 from .enter import EnterAlone, EnterTogether
 from .layers import LayerStack
 from .leave import LeaveAlone, LeaveTogether
 from .loop_state import LoopState, Wants
 from .prepare import prepare_layers
-from .backward.residuals import LayerVjp, plan_layer
-from .backward.split_backward import SplitBackward
 from .tables import Tables, Turns
 
 Bubbles = Literal["zeros", "nan"]

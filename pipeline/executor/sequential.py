@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.traced_vjp import pull_back
 from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
 from .loop_state import Wants
 from .prepare import prepare_layers
-from .backward.residuals import LayerVjp, plan_layer
-from .backward.traced_vjp import pull_back
 
 
 def run_sequence(

@@ -30,8 +30,8 @@ import jax
 from jax.extend.core import JaxprEqn, Var
 
 from ..buffers import type_of, vary
-from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
 from ..prepare import transpose
+from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
 from .traced_vjp import TracedVjp, trace_vjp
 
 

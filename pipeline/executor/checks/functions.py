@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from ....meshes import ScheduleError
 from ...model.stage import PipelineParams, StageFns
-from ..batch import batch_specs
 from ..backward.equations import is_acting
+from ..batch import batch_specs
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives, named_axes
 from .user_errors import explain_errors
