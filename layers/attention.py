@@ -11,8 +11,10 @@ from .cache import KVCache, NewTokens, attend
 from .check_inputs import check_hidden
 from .config import ModelConfig
 from .flash import attend_causally
-from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
+from .joined_linear import JoinedLinear
+from .linear import ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
+from .partitioning import INIT_STD
 from .rotary import rotate
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_token_ids
 from .config import ModelConfig
-from .linear import INIT_STD, make_param
+from .partitioning import INIT_STD, make_param
 
 
 class Embedding(nnx.Module):

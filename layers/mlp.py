@@ -8,7 +8,9 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
-from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
+from .joined_linear import JoinedLinear
+from .linear import ColumnLinear, RowLinear
+from .partitioning import INIT_STD
 
 
 class MLP(nnx.Module):

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_features, check_targets
-from .linear import mark_varying
+from .collectives import mark_varying, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -138,7 +138,7 @@ def _sum_chunks(
         losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
         return loss + weighted_sum(weights_Bt, losses.loss), None
 
-    start = mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
+    start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes))
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
@@ -162,15 +162,15 @@ def _differentiate_chunks(
         loss = weighted_sum(weights_Bt, losses.loss)
         return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, losses.loss)
 
-    shared = _varying(x_BTD, targets_BT, weights_BT)
+    shared = varying_axes(x_BTD, targets_BT, weights_BT)
     start = (
-        mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
-        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
+        mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes)),
+        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *varying_axes(table_VD))),
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
     # One sum after the loop, in float32: XLA's CPU backend aborts on bfloat16 sums over manual axes.
-    over = tuple(axis for axis in axes if axis not in _varying(x_BTD))
+    over = tuple(axis for axis in axes if axis not in varying_axes(x_BTD))
     grad_BTD = jax.lax.psum(grad_BTD, over) if over else grad_BTD
     return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
 
@@ -228,12 +228,6 @@ def _merge_tokens(leaf: jax.Array, num_tokens: int) -> jax.Array:
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :num_tokens]
 
 
-def _varying(*args: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the manual axes over which any of these arrays varies."""
-    return tuple({axis: None for arg in args for axis in jax.typeof(arg).mat.varying if axis not in without})
-
-
 def _return_to(primal: jax.Array, grad: jax.Array) -> jax.Array:
-    """Return a gradient in the type of its primal: summed over axes on which the primal does not vary, in its dtype."""
-    axes = tuple(axis for axis in _varying(grad) if axis not in _varying(primal))
-    return (jax.lax.psum(grad, axes) if axes else grad).astype(primal.dtype)
+    """Return a gradient in the type of its primal: summed over the axes that it lacks, in its dtype."""
+    return sum_like(grad, primal).astype(primal.dtype)

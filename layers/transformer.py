@@ -15,10 +15,11 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
 from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
+from .collectives import mark_varying
 from .config import ModelConfig
 from .embedding import Embedding
-from .linear import INIT_STD, make_param, mark_varying
 from .norms import apply_norm, make_norm
+from .partitioning import INIT_STD, make_param
 from .projected_loss import projected_cross_entropy
 
 

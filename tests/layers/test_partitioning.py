@@ -24,7 +24,7 @@ from trellax.layers import (
     param_dims,
     place_model,
 )
-from trellax.layers.linear import JoinedLinear
+from trellax.layers.joined_linear import JoinedLinear
 from trellax.meshes import DEFAULT_RULES, MeshError, MeshSpec, ModelError, ShardingError, ShardingRules, abstract_mesh
 
 from .sharded import TOLERANCE, differing, mesh_of, normal, small_config

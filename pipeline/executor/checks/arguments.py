@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ....meshes import AXES, MeshError, ScheduleError, ShardingError, mesh_sizes
 from ....meshes.arguments import check_choice, check_instance
+from ....meshes.divisibility import check_divides
 from ....meshes.switches import check_switches
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
@@ -156,9 +157,12 @@ def _check_shared(specs: Any, shared: Any, *, num_ranks: int) -> None:
                 fix="name no more dimensions than it has.",
             )
         for dim, entry in enumerate(axes):
-            if entry == ("pipe",) and leaf.shape[dim] % num_ranks:
-                raise ShardingError(
-                    f"{name} of shape {leaf.shape} does not split over pipe={num_ranks} in dimension {dim}: "
-                    f"{leaf.shape[dim]} / {num_ranks} = {leaf.shape[dim] / num_ranks:.2f}.",
+            if entry == ("pipe",):
+                check_divides(
+                    f"{name}.shape[{dim}]",
+                    leaf.shape[dim],
+                    over="pipe",
+                    parts=num_ranks,
+                    error=ShardingError,
                     fix=f"pad it to a multiple of {num_ranks}.",
                 )

@@ -163,5 +163,5 @@ def test_layers_that_do_not_divide_are_refused_with_the_equation(name: str, gold
 
 
 def test_split_refuses_layers_that_do_not_divide() -> None:
-    with pytest.raises(ScheduleError, match="num_layers=8 on 4 ranks x 3 chunks = 12 stages"):
+    with pytest.raises(ScheduleError, match="num_layers=8 does not split over 4 ranks x 3 chunks = 12 stages"):
         split("1x1x4", num_chunks=3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 from trellax.layers import Remat, activation_bytes
-from trellax.layers.linear import hide_reduction
+from trellax.layers.collectives import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
 from trellax.pipeline.executor.backward.residuals import LayerVjp, plan_layer
