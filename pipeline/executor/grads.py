@@ -23,10 +23,10 @@ from ..model.stage import LossAndGrads, PipelineParams, StageFns
 from ..schedules import Kind, Schedule
 from .batch import batch_specs
 from .bind_axes import bind_axes, mark_results
-from .checks.arguments import check_arguments
+from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns
-from .checks.user_errors import check_context, explain_errors
+from .checks.user_errors import explain_errors
 from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
 from .execute import run_turns
 from .loop_plan import Bubbles

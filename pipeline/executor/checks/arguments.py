@@ -84,6 +84,25 @@ def _check_mesh(mesh: Mesh) -> None:
         )
 
 
+def check_context(mesh: Mesh) -> None:
+    """Raise unless the context's mesh (`jax.set_mesh`) is unset or equal to this one.
+
+    Raises:
+        MeshError: they differ in axes or sizes, or the context's axes are not Auto.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    is_same = tuple(context.shape.items()) == tuple(mesh.shape.items())
+    if context.empty or (is_same and all(kind == AxisType.Auto for kind in context.axis_types)):
+        return
+    axes = zip(context.shape.items(), context.axis_types, strict=True)
+    found = " ".join(f"{axis}={size} ({kind})" for (axis, size), kind in axes)
+    asked = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    raise MeshError(
+        f"the pipeline's mesh is {asked}, all Auto, but it is called where the mesh of the context is {found}.",
+        fix="call it outside of that jax.set_mesh() or shard_map, or inside jax.set_mesh(mesh) with the same mesh.",
+    )
+
+
 def _check_numbers(params: PipelineParams) -> None:
     """Raise for complex parameters: gradients are summed in float32, which would drop the imaginary part."""
     for name, leaf in check_arrays("params", params).items():
