@@ -4,9 +4,10 @@ Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from ..meshes import ModelError, suggest
+from ..meshes import ModelError
+from ..meshes.arguments import check_fields
 from ..meshes.divisibility import check_divides
 from ..meshes.errors import shown
 
@@ -67,8 +68,8 @@ class ModelConfig:
     matmuls: Literal["plain", "fp8"] = "plain"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+        # Signs and upper limits are checked below, with a fix for each.
+        check_fields(self, error=ModelError, least=None)
         self._check_sizes()
         self._derive()
         check_divides(
@@ -166,6 +167,7 @@ class ModelConfig:
                 raise ModelError(f"{name}={getattr(self, name)} must be above 0.", fix=f"leave {name} out.")
 
     def _derive(self) -> None:
+        """Fill in the sizes that were left out; the dataclass is frozen, so by `object.__setattr__`."""
         if not self.head_size:
             check_divides(
                 "hidden_size",
@@ -209,13 +211,3 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Features of all key (or value) heads together, num_kv_heads x head_size."""
         return self.num_kv_heads * self.head_size
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if choices := get_args(kind):
-        if value not in choices:
-            hint = suggest(str(value), choices)
-            raise ModelError(f"{name}={value!r} is no choice.{hint}", fix=f"use {' or '.join(map(repr, choices))}.")
-    elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        what = "whole number" if kind is int else "number"
-        raise ModelError(f"{name}={value!r} is not a {what}.", fix=f"give a {what}, without quotes.")

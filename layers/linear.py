@@ -78,6 +78,7 @@ class ColumnLinear(nnx.Module):
         """
         check_features(x_BTD, self.kernel.shape[0], layer="ColumnLinear")
         kernel = self.kernel[...].astype(self.dtype)
+        # Where the compiler splits F it will all-reduce dx; elsewhere there is nothing to overlap.
         if self.rules.parts_in_context(self.dim) > 1:
             x_BTD, kernel = hide_reduction(x_BTD, kernel)
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
@@ -135,6 +136,7 @@ class RowLinear(nnx.Module):
         check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
+        # The compiler sums over Auto axes when y is constrained; over Manual ones this is the only sum.
         axes = self.rules.manual_axes(self.dim)
         y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, name_dims(y_BTD, "embed"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.

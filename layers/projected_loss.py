@@ -33,10 +33,10 @@ from .collectives import mark_varying, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
-"""Least size that chunks are planned for; shared evenly, one has more than half as many tokens.
+"""Most tokens of a chunk for x of no more features than this; shared evenly, a chunk may have up to half fewer.
 
-Adding to the table's gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this, a GPU's memory
-would hold up its matrix units (an H200 does 206 flops in the time that it reads a byte)."""
+A chunk adds to the table's gradient: 8 bytes read and written for every number, and 2 flops for each token. With fewer
+tokens than this a GPU would wait for its memory (an H200 does 206 flops in the time that it reads a byte)."""
 
 
 def projected_cross_entropy(
@@ -130,7 +130,7 @@ _project.defvjp(_project_forward, _project_backward)
 def _sum_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
 ) -> jax.Array:
-    """Compute the loss of a block whose axes are all manual."""
+    """Compute the loss of a block whose axes are all manual, chunk by chunk: x[B, T, D], table[V, D] -> []."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -151,6 +151,7 @@ def _differentiate_chunks(
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
         losses = token_losses(_logits(x_BtD, cast_VD), targets_Bt, axes)
+        # d loss / d logits = softmax - one-hot of the target, see loss.py.
         softmax_BtV = losses.exp / losses.sums[..., None]
         error_BtV = softmax_BtV - (losses.word == targets_Bt[..., None]).astype(jnp.float32)
         # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
@@ -162,6 +163,7 @@ def _differentiate_chunks(
         loss = weighted_sum(weights_Bt, losses.loss)
         return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, losses.loss)
 
+    # The carry of a scan keeps its type, so sums start with the marks that they end with.
     shared = varying_axes(x_BTD, targets_BT, weights_BT)
     start = (
         mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes)),

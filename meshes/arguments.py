@@ -20,6 +20,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
     >>> check_choice("vocab", "splitt", get_args(Vocab), error=ScheduleError)
     ScheduleError: vocab='splitt' is not a choice. Did you mean 'split'?
       Fix: use 'ends' or 'split'.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     known = list(choices)
     # Types must agree too: True == 1.
@@ -29,7 +32,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
 
 
 def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
-    """Raise `error` unless the value is an integer, and `least` or more if that is given; True and 2.0 are refused."""
+    """Raise `error` unless the value is an integer, and `least` or more if that is given; True and 2.0 are refused.
+
+    Raises:
+        TrellaxError: of the class `error`.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise error(f"{name}={shown(value)} is not a whole number.", fix="give one, without quotes or a point.")
     if least is not None and value < least:
@@ -37,7 +44,11 @@ def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int 
 
 
 def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
-    """Raise `error` unless the value is a finite number, 0 or more."""
+    """Raise `error` unless the value is a finite number, 0 or more.
+
+    Raises:
+        TrellaxError: of the class `error`.
+    """
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
     # Compared without conversion: an integer may be too large for a float.
     if not 0 <= number <= sys.float_info.max:
@@ -51,6 +62,9 @@ def check_instance(
 
     Args:
         fix: how to make such a value.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
@@ -59,13 +73,16 @@ def check_instance(
         raise error(f"{name} is {given}, where a {wanted} is wanted.", fix=fix)
 
 
-def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
+def check_fields(value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
     """Check the fields of a dataclass by their annotations: `Literal` choices, `int` counts and `float` numbers.
 
     A field annotated with None as well may be None; fields of other types are not checked.
 
     Args:
-        least: the smallest count.
+        least: the smallest count; None checks only that counts are whole numbers.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     for field in fields(value):
         own, kinds = getattr(value, field.name), _parts_of(field.type)

@@ -54,7 +54,7 @@ def _check_number(num_devices: int, *, count: int) -> None:
         )
     if num_devices > MOST_FAKE_DEVICES:
         raise MeshError(
-            f"fake devices: {shown(num_devices)} are too many, each of which is threads and memory of this machine; "
+            f"fake devices: {shown(num_devices)} are too many, and each takes threads and memory of this machine; "
             f"{MOST_FAKE_DEVICES} are the most.",
             fix="ask for fewer, for example 8; `trellax plan` and `trellax inspect` need no devices.",
         )

@@ -17,7 +17,7 @@ from .errors import ShardingError, suggest
 from .spec import AXES
 
 Axes = str | tuple[str, ...] | None
-"""Mesh axes of a dimension: one, several with the first outermost, or None for a dimension that is not split."""
+"""Mesh axes that a dimension is split over: one, several with the first outermost, or None for no split."""
 
 Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""

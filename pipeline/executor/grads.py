@@ -142,9 +142,11 @@ def _run(
 ) -> tuple[jax.Array, Any]:
     fns, mesh, schedule = call.fns, call.mesh, call.schedule
     is_pipelined = schedule.num_ranks > 1
+    # Manual are pipe and data; tensor is left to the compiler, which splits layers along it by their rules.
     # Axes of size 1 appear in no spec and no sum, unless a function names them and another axis is larger.
     has_devices = mesh.shape["pipe"] * mesh.shape["data"] > 1
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1 or (has_devices and axis in named))
+    # On a single device `vmap` binds the names instead, see bind_axes.py.
     fns = mark_results(bind_axes(fns, () if has_devices else tuple(sorted(named))))
     tables = None
     is_together = is_pipelined and fns.shared_specs is not None
@@ -170,7 +172,9 @@ def _run(
         mesh=mesh,
         in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
         out_specs=(P(), split if wants == "grads" else P()),
+        # Not an empty set, which would make all axes manual, tensor too.
         axis_names=set(axes or named) or {"data"},
+        # Names bound by `vmap` are unknown to the types that this checks.
         check_vma=has_devices or not named,
     )(params, batch)
 

@@ -38,6 +38,7 @@ def stages_from_layers(
     check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
+    # `room` is the number of layers of the largest stage: all stages are padded to it.
     room, places = max(counts), _places(counts)
 
     def cut(leaf: jax.Array) -> jax.Array:
