@@ -1,4 +1,4 @@
-"""Collectives of layers: what is summed over mesh axes, and in which direction of a step.
+"""Sum over mesh axes inside layers, in the forward or in the backward.
 
 Tensor parallelism leaves most sums to the compiler, which sees that a matmul's contracted dimension is split. Inside
 `shard_map` nothing is left to it along manual axes, and there an array's type says over which of them its value varies

@@ -1,4 +1,4 @@
-"""Token embedding with its vocabulary split over `tensor`, and learned positions."""
+"""Token embedding with its vocabulary split over `tensor` (Shoeybi et al. 2019, section 3), and learned positions."""
 
 from functools import partial
 

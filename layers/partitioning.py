@@ -106,7 +106,7 @@ def _split(model: ModelT) -> tuple[nnx.GraphDef[ModelT], nnx.State]:
 
 
 def _shardings(state: nnx.State, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
-    """The sharding of every array, in a tree like the state's."""
+    """Return the sharding of every array, in a tree like the state's."""
 
     def one(path: Any, variable: nnx.Variable[Any]) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -135,7 +135,7 @@ def _sharding_of(
 
 
 def _rules_on(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ShardingRules:
-    """The rules without axes that the mesh lacks, and with every mesh axis as a name for itself."""
+    """Return the rules without axes that the mesh lacks, and with every mesh axis as a name for itself."""
     table = {dim: tuple(axis for axis in rules.axes(dim) if axis in mesh.shape) for dim, _ in rules.table}
     axes = {axis: axis for axis in mesh.axis_names if axis not in table}
     return ShardingRules(table=tuple({**table, **axes}.items()))

@@ -1,6 +1,6 @@
-"""The whole model as three parts, which is also how a pipeline cuts it: embedding, stacked blocks, head.
+"""A decoder-only transformer of three parts: embedding, stacked blocks, head.
 
-It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/model/split.py` cuts it into stages.
+It runs without a pipeline under `jax.jit` on any data x tensor mesh; `../pipeline/model/split.py` cuts it into stages.
 """
 
 import math

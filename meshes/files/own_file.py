@@ -1,4 +1,4 @@
-"""Files that trellax writes: never through a link, which would write somewhere else, and whole or not at all.
+"""Write our own files: whole or not at all, and never through a link, which leads somewhere else.
 
 A file is written under another name in the same folder and then renamed, which replaces the old one in one step: a
 reader finds the old content or the new, also after a crash. `new_folder.py` does the same for folders.

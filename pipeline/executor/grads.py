@@ -155,7 +155,7 @@ def _run(
         tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
-        params = _own(params)
+        params = _drop_rank_dim(params)
         check_prepare(fns, params.stages)
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
@@ -179,7 +179,7 @@ def _run(
     )(params, batch)
 
 
-def _own(params: PipelineParams) -> PipelineParams:
+def _drop_rank_dim(params: PipelineParams) -> PipelineParams:
     """Drop the rank dimension: [C, 1, k, ...] -> [C, k, ...]."""
     return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
 

@@ -14,7 +14,8 @@ The residuals of microbatch 0 take a slot of rank 0 from its forward in turn 0 t
 next forward in turn 1 overlaps that interval and takes another slot: rank 0 needs two, and rank 1, whose backwards
 follow their forwards at once, needs one. Every rank allocates the largest number.
 
-Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval partitioning).
+Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval
+partitioning: Kleinberg and Tardos 2005, section 4.1).
 Read `execute.py` next.
 """
 

@@ -1,4 +1,4 @@
-"""The path of a single pipeline rank: gradient accumulation over microbatches, one at a time.
+"""Run a pipeline of a single rank: gradient accumulation over microbatches, one at a time.
 
     for each microbatch:  first -> chunk 0 -> chunk 1 -> ... -> last
                           first <- chunk 0 <- chunk 1 <- ... <- dy

@@ -70,7 +70,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Trace:
-    """Traces the functions inside `shard_map`, and collects the mesh axes and closed-over arrays that they use."""
+    """Trace the functions inside `shard_map`, and collect the mesh axes and closed-over arrays that they use."""
 
     mesh: Mesh
     axes: set[str] = field(default_factory=set)

@@ -137,7 +137,7 @@ def test_halves_of_a_users_layer_equal_the_whole() -> None:
     assert differences(users_halves()) == {}
 
 
-def test_what_waits_for_each_other_in_one_backward_is_cut_apart() -> None:
+def test_gradients_tied_by_a_barrier_run_in_separate_halves() -> None:
     def layer(kernel: jax.Array, x: jax.Array, _: Any) -> jax.Array:
         x, kernel = hide_reduction(x, kernel)
         return jnp.tanh(x @ kernel)
