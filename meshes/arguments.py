@@ -43,8 +43,11 @@ def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int 
         raise error(f"{name}={shown(value)} is below {least}.", fix=f"give {least} or more.")
 
 
-def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
+def check_number(name: str, value: Any, *, error: type[TrellaxError], example: float = 1.0) -> None:
     """Raise `error` unless the value is a finite number, 0 or more.
+
+    Args:
+        example: a sensible value, for the error.
 
     Raises:
         TrellaxError: of the class `error`.
@@ -52,7 +55,8 @@ def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
     # Compared without conversion: an integer may be too large for a float.
     if not 0 <= number <= sys.float_info.max:
-        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=f"give for example {name}=1.0.")
+        fix = f"give a number, for example {name}={example}."
+        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=fix)
 
 
 def check_instance(
@@ -94,7 +98,9 @@ def check_fields(value: Any, *, error: type[TrellaxError], least: int | None = 1
         elif int in kinds:
             check_count(field.name, own, error=error, least=least)
         elif float in kinds:
-            check_number(field.name, own, error=error)
+            # A default is a sensible value, unless it is 0 for "off".
+            default = field.default if isinstance(field.default, float) else 0.0
+            check_number(field.name, own, error=error, example=default or 1.0)
 
 
 def _parts_of(annotation: Any) -> tuple[Any, ...]:
