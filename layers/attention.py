@@ -11,8 +11,10 @@ from .cache import KVCache, NewTokens, attend
 from .check_inputs import check_hidden
 from .config import ModelConfig
 from .flash import attend_causally
-from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
+from .joined_linear import JoinedLinear
+from .linear import ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
+from .partitioning import INIT_STD
 from .rotary import rotate
 
 
@@ -22,17 +24,18 @@ class Attention(nnx.Module):
     x[B@data, T, D] -> y[B@data, T, D], with N@tensor in between; one all-reduce forward, one backward.
 
     With fewer key/value heads than tensor ranks, their parameters are whole on every rank and each rank computes
-    just the head that its query heads use; their gradients then cost a small collective more.
+    only the head that its query heads use; the gradients of these parameters then cost one small collective more.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        into = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
+        shared = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
         d, std = config.hidden_size, INIT_STD / (2 * config.num_layers) ** 0.5
-        self.query = ColumnLinear(d, config.query_size, dim="heads", bias=config.qkv_bias, **into)
-        self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
-        self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **into)
-        self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **into)
+        self.query = ColumnLinear(d, config.query_size, dim="heads", bias=config.qkv_bias, **shared)
+        self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **shared)
+        self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **shared)
+        # As in mlp.py: residual branches add up over the layers.
+        self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **shared)
         self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"
         self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)

@@ -25,8 +25,10 @@ FLASH_OUTPUTS = "flash_outputs"
 """Checkpoint name of attention's outputs: rematerialization keeps them, so the backward does not recompute them."""
 
 MIN_BLOCK, MAX_BLOCK, NUM_BLOCKS = 64, 1024, 4
-"""Bounds on the queries of a block, and the number of blocks within them. Four blocks compute an eighth of the scores
-in vain; each block is code of its own, so more blocks would take longer to compile."""
+"""Bounds on the queries of a block, and the number of blocks within them.
+
+Of four blocks' scores on the diagonal half are masked, an eighth of all [T, T] that is computed for nothing; each block
+is code of its own, so more blocks would waste less and compile longer."""
 
 _HIDDEN = -1e30
 """Score of a masked key: its share of the softmax is 0, and unlike -inf it cannot become NaN."""
@@ -69,20 +71,21 @@ def _backward(window: int, saved: _Saved, grad_BTNH: jax.Array) -> tuple[jax.Arr
     q_BKGTH, k_BKTH, v_BKTH, y_BTNH, sums_BKGT = saved
     num_tokens, dtype = y_BTNH.shape[1], y_BTNH.dtype
     grad_BKGTH = _heads_first(grad_BTNH, k_BKTH.shape[1])
-    # The softmax's backward needs the sum over keys of share x gradient. It equals the sum over features of output x
-    # gradient of the output, so no [T, T] array is needed for it.
-    own_BTN = (grad_BTNH.astype(jnp.float32) * y_BTNH.astype(jnp.float32)).sum(-1)
-    own_BKGT = jnp.swapaxes(own_BTN, 1, 2).reshape(sums_BKGT.shape)
+    # The softmax's backward needs the sum over keys of share x gradient of the share (D in the paper's algorithm 2). It
+    # equals the sum over features of output x gradient of the output, so no [T, T] array is needed for it.
+    delta_BTN = (grad_BTNH.astype(jnp.float32) * y_BTNH.astype(jnp.float32)).sum(-1)
+    delta_BKGT = jnp.swapaxes(delta_BTN, 1, 2).reshape(sums_BKGT.shape)
     d_q, d_k, d_v = [], [], []
     for block in _blocks(num_tokens, window):
         rows, keys = block
         grad_BKGtH = grad_BKGTH[..., rows, :]
         share_BKGts = jnp.exp(_scores(q_BKGTH, k_BKTH, block, window) - sums_BKGT[..., rows, None])
         d_share_BKGts = _einsum("bkgth,bksh->bkgts", grad_BKGtH, v_BKTH[:, :, keys])
-        d_scores_BKGts = (share_BKGts * (d_share_BKGts - own_BKGT[..., rows, None])).astype(dtype)
+        d_scores_BKGts = (share_BKGts * (d_share_BKGts - delta_BKGT[..., rows, None])).astype(dtype)
         d_q.append(_einsum("bkgts,bksh->bkgth", d_scores_BKGts, k_BKTH[:, :, keys]))
         d_k_BKsH = _einsum("bkgts,bkgth->bksh", d_scores_BKGts, q_BKGTH[..., rows, :])
         d_v_BKsH = _einsum("bkgts,bkgth->bksh", share_BKGts.astype(dtype), grad_BKGtH)
+        # A block's gradient of keys and values, padded to all of them: sums of whole arrays, no scatter.
         around = [(0, 0), (0, 0), (keys.start, num_tokens - keys.stop), (0, 0)]
         d_k.append(jnp.pad(d_k_BKsH, around))
         d_v.append(jnp.pad(d_v_BKsH, around))

@@ -57,6 +57,7 @@ class KVCache:
 
         def take(stored: jax.Array) -> jax.Array:
             _, _, *inner = stored.shape
+            # This layer's [K, S, H] of the rows of the new tokens.
             start = (layer, new.row, 0, 0, 0)
             return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts.shape[0], *inner))[0])
 
@@ -101,6 +102,7 @@ def attend(
     is_seen_BTS = place_S[None, None] <= positions_BT[..., None]
     if window:
         is_seen_BTS &= place_S[None, None] > positions_BT[..., None] - window
+    # A real token sees at least itself, so its row is never -inf throughout, which would make the softmax NaN.
     scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(size), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, values_BKSH)
@@ -132,6 +134,7 @@ def cache_shapes(
     for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
         check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
+    # One key/value head a device at least: queries never read another device's cache.
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
 
     def stack(layers: int) -> jax.ShapeDtypeStruct:

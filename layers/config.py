@@ -4,9 +4,11 @@ Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from ..meshes import ModelError, suggest
+from ..meshes import ModelError
+from ..meshes.arguments import check_fields
+from ..meshes.divisibility import check_divides
 from ..meshes.errors import shown
 
 LARGEST_FUSED_HEAD = 128
@@ -66,16 +68,19 @@ class ModelConfig:
     matmuls: Literal["plain", "fp8"] = "plain"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+        # Signs and upper limits are checked below, with a fix for each.
+        check_fields(self, error=ModelError, least=None)
         self._check_sizes()
         self._derive()
-        if self.num_heads % self.num_kv_heads:
-            raise ModelError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key/value "
-                "head serves the same number of query heads.",
-                fix=f"set num_kv_heads to a divisor of {self.num_heads}.",
-            )
+        check_divides(
+            "num_heads",
+            self.num_heads,
+            over="num_kv_heads",
+            parts=self.num_kv_heads,
+            error=ModelError,
+            rule="every key/value head serves the same number of query heads, but ",
+            fix=f"set num_kv_heads to a divisor of {self.num_heads}.",
+        )
         if self.positions == "rotary" and self.head_size % 2:
             raise ModelError(
                 f"head_size={self.head_size} is odd, and rotary positions turn pairs of features.",
@@ -162,18 +167,23 @@ class ModelConfig:
                 raise ModelError(f"{name}={getattr(self, name)} must be above 0.", fix=f"leave {name} out.")
 
     def _derive(self) -> None:
+        """Fill in the sizes that were left out; the dataclass is frozen, so by `object.__setattr__`."""
         if not self.head_size:
-            if self.hidden_size % self.num_heads:
-                raise ModelError(
-                    f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: "
-                    f"{self.hidden_size} / {self.num_heads} = {self.hidden_size / self.num_heads:.2f}.",
-                    fix="choose num_heads that divides hidden_size, or give head_size.",
-                )
+            check_divides(
+                "hidden_size",
+                self.hidden_size,
+                over="num_heads",
+                parts=self.num_heads,
+                error=ModelError,
+                fix="choose num_heads that divides hidden_size, or give head_size.",
+            )
             object.__setattr__(self, "head_size", self.hidden_size // self.num_heads)
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.ffn_size:
             wide = 4 * self.hidden_size
+            # Two matrices into the feed-forward instead of one: 2/3 of the width keeps the number of parameters
+            # (Shazeer 2020, section 3), rounded up to 64 as in Llama.
             thin = -(-8 * self.hidden_size // 3 // 64) * 64
             object.__setattr__(self, "ffn_size", wide if self.mlp == "gelu" else thin)
 
@@ -201,13 +211,3 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Features of all key (or value) heads together, num_kv_heads x head_size."""
         return self.num_kv_heads * self.head_size
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if choices := get_args(kind):
-        if value not in choices:
-            hint = suggest(str(value), choices)
-            raise ModelError(f"{name}={value!r} is no choice.{hint}", fix=f"use {' or '.join(map(repr, choices))}.")
-    elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        what = "whole number" if kind is int else "number"
-        raise ModelError(f"{name}={value!r} is not a {what}.", fix=f"give a {what}, without quotes.")

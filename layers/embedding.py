@@ -1,4 +1,4 @@
-"""Token embedding with its vocabulary split over `tensor`, and learned positions."""
+"""Token embedding with its vocabulary split over `tensor` (Shoeybi et al. 2019, section 3), and learned positions."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_token_ids
 from .config import ModelConfig
-from .linear import INIT_STD, make_param
+from .partitioning import INIT_STD, make_param
 
 
 class Embedding(nnx.Module):
@@ -25,6 +25,7 @@ class Embedding(nnx.Module):
         d = config.hidden_size
         self.table = make_param(rngs.params(), (config.vocab_size, d), ("vocab", "embed"), std=INIT_STD, rules=rules)
         learned = config.positions == "learned"
+        # Drawn in either case: every draw advances the stream, so that later parameters do not depend on this choice.
         positions = make_param(rngs.params(), (config.max_tokens, d), ("positions", "embed"), std=INIT_STD, rules=rules)
         self.positions = positions if learned else nnx.data(None)
 
@@ -81,8 +82,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
     if auto:
         rows_BTD = _lookup_split(table_VD, tokens_BT, auto, rules)
     elif manual:
-        is_mine_BT = (tokens_BT >= 0) & (tokens_BT < table_VD.shape[0])
-        rows_BTD = jnp.where(is_mine_BT[..., None], table_VD[jnp.where(is_mine_BT, tokens_BT, 0)], 0.0)
+        rows_BTD = _take_own_rows(table_VD, tokens_BT)
     else:
         rows_BTD = table_VD[tokens_BT]
     rows_BTD = jax.lax.psum(rows_BTD, manual) if manual else rows_BTD
@@ -95,9 +95,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, rules: ShardingRules = 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _lookup_split(table_VD: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], rules: ShardingRules) -> jax.Array:
     def block(table_vD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axes)
-        rows_BTD = jnp.where(mine_BT[..., None], table_vD[jnp.where(mine_BT, local_BT, 0)], 0.0)
-        return jax.lax.psum(rows_BTD, axes)
+        local_BT = tokens_BT - jax.lax.axis_index(axes) * table_vD.shape[0]
+        return jax.lax.psum(_take_own_rows(table_vD, local_BT), axes)
 
     batch = rules.auto_axes("batch")
     manual = {*axes, *batch}
@@ -115,7 +114,8 @@ def _lookup_backward(
     axes: tuple[str, ...], rules: ShardingRules, saved: tuple[jax.Array, ...], grad_BTD: jax.Array
 ) -> tuple[jax.Array, np.ndarray[tuple[int, ...], np.dtype[np.void]]]:
     def block(table_vD: jax.Array, tokens_BT: jax.Array, grad_BTD: jax.Array) -> jax.Array:
-        local_BT, mine_BT = _localize(tokens_BT, table_vD.shape[0], axes)
+        local_BT = tokens_BT - jax.lax.axis_index(axes) * table_vD.shape[0]
+        mine_BT = (local_BT >= 0) & (local_BT < table_vD.shape[0])
         # One past the end is dropped; a negative index would wrap to another token's row.
         row_BT = jnp.where(mine_BT, local_BT, table_vD.shape[0])
         grad_vD = jnp.zeros_like(table_vD).at[row_BT].add(grad_BTD, mode="drop")
@@ -133,6 +133,7 @@ def _lookup_backward(
 _lookup_split.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _localize(tokens_BT: jax.Array, num_rows: int, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    local_BT = tokens_BT - jax.lax.axis_index(axes) * num_rows
-    return local_BT, (local_BT >= 0) & (local_BT < num_rows)
+def _take_own_rows(table_vD: jax.Array, local_BT: jax.Array) -> jax.Array:
+    """Return the rows of this device's block of words [B, T, D]; zeros for an index outside it, a word of another."""
+    mine_BT = (local_BT >= 0) & (local_BT < table_vD.shape[0])
+    return jnp.where(mine_BT[..., None], table_vD[jnp.where(mine_BT, local_BT, 0)], 0.0)

@@ -30,12 +30,12 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
         ModelError: the config asks for cuDNN, and the devices are not NVIDIA GPUs.
     """
     kind = device_kind or _device_kind()
-    is_there = kind.startswith("NVIDIA")
-    if config.attention == "cudnn" and not is_there:
+    is_nvidia = kind.startswith("NVIDIA")
+    if config.attention == "cudnn" and not is_nvidia:
         raise ModelError(
             f"attention='cudnn' needs NVIDIA GPUs, but the devices are {kind!r}.", fix="set model.attention='auto'."
         )
-    return "cudnn" if config.attention != "xla" and is_there and config.can_be_fused else "xla"
+    return "cudnn" if config.attention != "xla" and is_nvidia and config.can_be_fused else "xla"
 
 
 def attend_causally(
@@ -85,6 +85,8 @@ def _flash_forward(
 ) -> tuple[jax.Array, Any]:
     flash, specs = partial(_attend, window=window), _specs(rules)
 
+    # jax's vjp of the kernel is a tree whose leaves are its residuals. Inputs and output among them are kept as they
+    # are; `made` are the others, the logarithms of the softmax sums.
     def block(*qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         y_BTNH, vjp = jax.vjp(flash, *qkv)
         return y_BTNH, [leaf for leaf in jax.tree.leaves(vjp) if leaf.size and not _is_among(leaf, (*qkv, y_BTNH))]
@@ -104,16 +106,18 @@ def _flash_backward(
     def block(
         known: tuple[jax.Array, ...], made: list[jax.Array], grad_BTNH: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # As in pipeline/executor/residuals.py: the forward traced here gives only the structure; the compiler drops it.
+        # The forward is traced again for the tree alone: all that it computes is replaced, so the compiler drops it.
         *qkv, y_BTNH = known
         traced_BTNH, vjp = jax.vjp(flash, *qkv)
         leaves, tree = jax.tree.flatten(vjp)
         rest = iter(made)
-        leaves = [
-            y_BTNH if leaf is traced_BTNH else leaf if not leaf.size or _is_among(leaf, qkv) else next(rest)
-            for leaf in leaves
-        ]
-        return jax.tree.unflatten(tree, leaves)(grad_BTNH)
+
+        def restore(leaf: jax.Array) -> jax.Array:
+            if leaf is traced_BTNH:
+                return y_BTNH
+            return leaf if not leaf.size or _is_among(leaf, qkv) else next(rest)
+
+        return jax.tree.unflatten(tree, list(map(restore, leaves)))(grad_BTNH)
 
     in_specs = (specs[4],) * 4, [specs[leaf.ndim] for leaf in saved[1]], specs[4]
     return _in_blocks(block, in_specs, (specs[4],) * 3)(*saved, grad_BTNH)

@@ -8,7 +8,9 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
-from .linear import INIT_STD, ColumnLinear, JoinedLinear, RowLinear
+from .joined_linear import JoinedLinear
+from .linear import ColumnLinear, RowLinear
+from .partitioning import INIT_STD
 
 
 class MLP(nnx.Module):
@@ -19,19 +21,20 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.rules = rules
-        into: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "dim": "ffn",
             "bias": config.other_bias,
             "dtype": config.dtype,
             "matmuls": config.matmuls,
+            "rngs": rngs,
+            "rules": rules,
         }
-        into |= {"rngs": rngs, "rules": rules}
         d, f = config.hidden_size, config.ffn_size
-        self.up = ColumnLinear(d, f, **into)
-        self.gate = ColumnLinear(d, f, **into) if config.mlp == "swiglu" else nnx.data(None)
+        self.up = ColumnLinear(d, f, **shared)
+        self.gate = ColumnLinear(d, f, **shared) if config.mlp == "swiglu" else nnx.data(None)
         self.gate_up: JoinedLinear | None = nnx.data(None)
         # Residual branches add up: without the 1/sqrt(2L) the stream's variance grows with depth (GPT-2, section 2.3).
-        self.down = RowLinear(f, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **into)
+        self.down = RowLinear(f, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **shared)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm from Flax, whose parameters are annotated with their dimensions."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019) from Flax, with annotated dimensions."""
 
 import jax
 from flax import nnx

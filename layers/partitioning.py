@@ -13,15 +13,36 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ..meshes import DEFAULT_RULES, MeshError, ModelError, ShardingError, ShardingRules
-from ..meshes.arguments import check_instance
+from ..meshes.arguments import check_count, check_instance, check_number
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 Dims = tuple[str | tuple[str, ...] | None, ...]
+
+INIT_STD = 0.02
+"""Standard deviation of initial weights (Radford et al. 2019, GPT-2's code)."""
+
+
+def make_param(
+    key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], *, std: float, rules: ShardingRules = DEFAULT_RULES
+) -> nnx.Param:
+    """Return a float32 parameter drawn from a normal distribution, annotated with its logical dimensions.
+
+    `std` 0 gives zeros. The values do not depend on the mesh.
+
+    Raises:
+        ModelError: a dimension is negative or not a whole number, or `std` is not a finite number of 0 or more.
+    """
+    for size in shape:
+        check_count("shape", size, error=ModelError, least=0)
+    check_number("std", std, error=ModelError)
+    value = jax.random.normal(key, shape, jnp.float32) * std if std else jnp.zeros(shape, jnp.float32)
+    return nnx.Param(value, **param_metadata(dims, rules))
 
 
 def param_metadata(dims: tuple[str, ...], rules: ShardingRules = DEFAULT_RULES) -> dict[str, Any]:
@@ -85,7 +106,7 @@ def _split(model: ModelT) -> tuple[nnx.GraphDef[ModelT], nnx.State]:
 
 
 def _shardings(state: nnx.State, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
-    """The sharding of every array, in a tree like the state's."""
+    """Return the sharding of every array, in a tree like the state's."""
 
     def one(path: Any, variable: nnx.Variable[Any]) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -114,7 +135,7 @@ def _sharding_of(
 
 
 def _rules_on(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ShardingRules:
-    """The rules without axes that the mesh lacks, and with every mesh axis as a name for itself."""
+    """Return the rules without axes that the mesh lacks, and with every mesh axis as a name for itself."""
     table = {dim: tuple(axis for axis in rules.axes(dim) if axis in mesh.shape) for dim, _ in rules.table}
     axes = {axis: axis for axis in mesh.axis_names if axis not in table}
     return ShardingRules(table=tuple({**table, **axes}.items()))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..meshes import ModelError
+from .collectives import sum_like
 
 Matmuls = Literal["plain", "fp8"]
 """Precision of products with weights: the compute dtype ("plain"), or eight bits."""
@@ -54,16 +55,10 @@ def _backward(saved: tuple[Any, Any], grad: jax.Array) -> tuple[jax.Array, jax.A
     features = tuple(range(2, grad.ndim))
     d_x = _dot(g, w, (features, tuple(range(1, grad.ndim - 1))), grad.dtype)
     d_kernel = _dot(x, g, ((0, 1), (0, 1)), grad.dtype)
-    return d_x, _match(d_kernel, w.qvalue)
+    return d_x, sum_like(d_kernel, w.qvalue)
 
 
 _multiply_fp8.defvjp(_forward, _backward)
-
-
-def _match(grad: jax.Array, like: jax.Array) -> jax.Array:
-    """Sum a gradient over the manual axes on which its primal does not vary."""
-    axes = tuple(axis for axis in jax.typeof(grad).mat.varying if axis not in jax.typeof(like).mat.varying)
-    return jax.lax.psum(grad, axes) if axes else grad
 
 
 def _quantize(array: jax.Array, qtype: str) -> Any:

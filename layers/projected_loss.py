@@ -29,14 +29,14 @@ from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_features, check_targets
-from .linear import mark_varying
+from .collectives import mark_varying, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
-"""Least size that chunks are planned for; shared evenly, one has more than half as many tokens.
+"""Most tokens of a chunk for x of no more features than this; shared evenly, a chunk may have up to half fewer.
 
-Adding to the table's gradient moves 8 bytes a number for 2 flops a token: with fewer tokens than this, a GPU's memory
-would hold up its matrix units (an H200 does 206 flops in the time that it reads a byte)."""
+A chunk adds to the table's gradient: 8 bytes read and written for every number, and 2 flops for each token. With fewer
+tokens than this a GPU would wait for its memory (an H200 does 206 flops in the time that it reads a byte)."""
 
 
 def projected_cross_entropy(
@@ -130,7 +130,7 @@ _project.defvjp(_project_forward, _project_backward)
 def _sum_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
 ) -> jax.Array:
-    """Compute the loss of a block whose axes are all manual."""
+    """Compute the loss of a block whose axes are all manual, chunk by chunk: x[B, T, D], table[V, D] -> []."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -138,7 +138,7 @@ def _sum_chunks(
         losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
         return loss + weighted_sum(weights_Bt, losses.loss), None
 
-    start = mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes))
+    start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes))
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
@@ -151,6 +151,7 @@ def _differentiate_chunks(
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
         losses = token_losses(_logits(x_BtD, cast_VD), targets_Bt, axes)
+        # d loss / d logits = softmax - one-hot of the target, see loss.py.
         softmax_BtV = losses.exp / losses.sums[..., None]
         error_BtV = softmax_BtV - (losses.word == targets_Bt[..., None]).astype(jnp.float32)
         # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
@@ -162,15 +163,16 @@ def _differentiate_chunks(
         loss = weighted_sum(weights_Bt, losses.loss)
         return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, losses.loss)
 
-    shared = _varying(x_BTD, targets_BT, weights_BT)
+    # The carry of a scan keeps its type, so sums start with the marks that they end with.
+    shared = varying_axes(x_BTD, targets_BT, weights_BT)
     start = (
-        mark_varying(jnp.zeros((), jnp.float32), _varying(x_BTD, targets_BT, weights_BT, without=axes)),
-        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *_varying(table_VD))),
+        mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes)),
+        mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *varying_axes(table_VD))),
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
     # One sum after the loop, in float32: XLA's CPU backend aborts on bfloat16 sums over manual axes.
-    over = tuple(axis for axis in axes if axis not in _varying(x_BTD))
+    over = tuple(axis for axis in axes if axis not in varying_axes(x_BTD))
     grad_BTD = jax.lax.psum(grad_BTD, over) if over else grad_BTD
     return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
 
@@ -228,12 +230,6 @@ def _merge_tokens(leaf: jax.Array, num_tokens: int) -> jax.Array:
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :num_tokens]
 
 
-def _varying(*args: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the manual axes over which any of these arrays varies."""
-    return tuple({axis: None for arg in args for axis in jax.typeof(arg).mat.varying if axis not in without})
-
-
 def _return_to(primal: jax.Array, grad: jax.Array) -> jax.Array:
-    """Return a gradient in the type of its primal: summed over axes on which the primal does not vary, in its dtype."""
-    axes = tuple(axis for axis in _varying(grad) if axis not in _varying(primal))
-    return (jax.lax.psum(grad, axes) if axes else grad).astype(primal.dtype)
+    """Return a gradient in the type of its primal: summed over the axes that it lacks, in its dtype."""
+    return sum_like(grad, primal).astype(primal.dtype)

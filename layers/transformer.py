@@ -1,6 +1,6 @@
-"""The whole model as three parts, which is also how a pipeline cuts it: embedding, stacked blocks, head.
+"""A decoder-only transformer of three parts: embedding, stacked blocks, head.
 
-It works by itself under `jax.jit` on any data x tensor mesh; `../pipeline/model/split.py` cuts it into stages.
+It runs without a pipeline under `jax.jit` on any data x tensor mesh; `../pipeline/model/split.py` cuts it into stages.
 """
 
 import math
@@ -15,10 +15,11 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
 from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
+from .collectives import mark_varying
 from .config import ModelConfig
 from .embedding import Embedding
-from .linear import INIT_STD, make_param, mark_varying
 from .norms import apply_norm, make_norm
+from .partitioning import INIT_STD, make_param
 from .projected_loss import projected_cross_entropy
 
 
@@ -32,6 +33,7 @@ class Head(nnx.Module):
         self.config, self.rules = config, rules
         self.norm = make_norm(config, rngs=rngs, rules=rules)
         shape = (config.vocab_size, config.hidden_size)
+        # Drawn even where it is not used, as in embedding.py.
         own = make_param(rngs.params(), shape, ("vocab", "embed"), std=INIT_STD, rules=rules)
         self.table = own if config.embeddings == "untied" else nnx.data(None)
 
@@ -48,7 +50,10 @@ class Head(nnx.Module):
     def loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
     ) -> jax.Array:
-        """Return the weighted sum of cross-entropies without holding all logits (see `projected_loss.py`)."""
+        """Return the weighted sum of cross-entropies without holding all logits (see `projected_loss.py`).
+
+        x[B@data, T, D], targets and weights [B@data, T], embedding[V@tensor, D] (used when tied) -> []
+        """
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
         return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
@@ -88,7 +93,10 @@ class Transformer(nnx.Module):
         return self.head(self._run_blocks(tokens_BT), embedding_VD=self.embed.table[...])
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        """Return the weighted sum of cross-entropies; the mean where the weights sum to 1."""
+        """Return the weighted sum of cross-entropies; the mean where the weights sum to 1.
+
+        tokens, targets and weights [B@data, T] -> [], float32
+        """
         x_BTD = self._run_blocks(tokens_BT)
         return self.head.loss(x_BTD, targets_BT, weights_BT, embedding_VD=self.embed.table[...])
 
@@ -116,6 +124,8 @@ def model_rules(
     for field, dim in split:
         axis, parts = _parts(rules, dim, sizes)
         check_divides(field, getattr(config, field), over=axis, parts=parts, error=ModelError)
+    # A query head needs its key/value head on its device: whole heads are split over the axis, or each is repeated on
+    # equally many devices.
     axis, parts = _parts(rules, "kv_heads", sizes)
     heads = config.num_kv_heads
     if heads % parts == 0:

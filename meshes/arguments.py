@@ -20,6 +20,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
     >>> check_choice("vocab", "splitt", get_args(Vocab), error=ScheduleError)
     ScheduleError: vocab='splitt' is not a choice. Did you mean 'split'?
       Fix: use 'ends' or 'split'.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     known = list(choices)
     # Types must agree too: True == 1.
@@ -29,19 +32,31 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], *, error: type[T
 
 
 def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
-    """Raise `error` unless the value is an integer, and `least` or more if that is given; True and 2.0 are refused."""
+    """Raise `error` unless the value is an integer, and `least` or more if that is given; True and 2.0 are refused.
+
+    Raises:
+        TrellaxError: of the class `error`.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise error(f"{name}={shown(value)} is not a whole number.", fix="give one, without quotes or a point.")
     if least is not None and value < least:
         raise error(f"{name}={shown(value)} is below {least}.", fix=f"give {least} or more.")
 
 
-def check_number(name: str, value: Any, *, error: type[TrellaxError]) -> None:
-    """Raise `error` unless the value is a finite number, 0 or more."""
+def check_number(name: str, value: Any, *, error: type[TrellaxError], example: float = 1.0) -> None:
+    """Raise `error` unless the value is a finite number, 0 or more.
+
+    Args:
+        example: a sensible value, for the error.
+
+    Raises:
+        TrellaxError: of the class `error`.
+    """
     number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1
     # Compared without conversion: an integer may be too large for a float.
     if not 0 <= number <= sys.float_info.max:
-        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=f"give for example {name}=1.0.")
+        fix = f"give a number, for example {name}={example}."
+        raise error(f"{name}={shown(value)} is not a finite number of 0 or more.", fix=fix)
 
 
 def check_instance(
@@ -51,6 +66,9 @@ def check_instance(
 
     Args:
         fix: how to make such a value.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     if not isinstance(value, kind):
         wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
@@ -59,13 +77,16 @@ def check_instance(
         raise error(f"{name} is {given}, where a {wanted} is wanted.", fix=fix)
 
 
-def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> None:
+def check_fields(value: Any, *, error: type[TrellaxError], least: int | None = 1) -> None:
     """Check the fields of a dataclass by their annotations: `Literal` choices, `int` counts and `float` numbers.
 
     A field annotated with None as well may be None; fields of other types are not checked.
 
     Args:
-        least: the smallest count.
+        least: the smallest count; None checks only that counts are whole numbers.
+
+    Raises:
+        TrellaxError: of the class `error`.
     """
     for field in fields(value):
         own, kinds = getattr(value, field.name), _parts_of(field.type)
@@ -77,7 +98,9 @@ def check_fields(value: Any, *, error: type[TrellaxError], least: int = 1) -> No
         elif int in kinds:
             check_count(field.name, own, error=error, least=least)
         elif float in kinds:
-            check_number(field.name, own, error=error)
+            # A default is a sensible value, unless it is 0 for "off".
+            default = field.default if isinstance(field.default, float) else 0.0
+            check_number(field.name, own, error=error, example=default or 1.0)
 
 
 def _parts_of(annotation: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ import os
 import jax
 
 from .build import visible_devices
+from .divisibility import check_divides, nearest_multiples
 from .errors import MeshError, shown
 from .processes.join import num_processes
 from .spec import MOST_FAKE_DEVICES
@@ -53,12 +54,15 @@ def _check_number(num_devices: int, *, count: int) -> None:
         )
     if num_devices > MOST_FAKE_DEVICES:
         raise MeshError(
-            f"fake devices: {shown(num_devices)} are too many, each of which is threads and memory of this machine; "
+            f"fake devices: {shown(num_devices)} are too many, and each takes threads and memory of this machine; "
             f"{MOST_FAKE_DEVICES} are the most.",
             fix="ask for fewer, for example 8; `trellax plan` and `trellax inspect` need no devices.",
         )
-    if num_devices % count:
-        raise MeshError(
-            f"fake devices: {num_devices} do not divide evenly among {count} processes.",
-            fix=f"ask for {-(-num_devices // count) * count}, or start another number of processes.",
-        )
+    check_divides(
+        "fake devices: num_devices",
+        num_devices,
+        over="processes",
+        parts=count,
+        error=MeshError,
+        fix=f"ask for {nearest_multiples(num_devices, count)[1]}, or start another number of processes.",
+    )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .divisibility import check_divides
 from .errors import ShardingError, suggest
 from .spec import AXES
 
 Axes = str | tuple[str, ...] | None
-"""Mesh axes of a dimension: one, several with the first outermost, or None for a dimension that is not split."""
+"""Mesh axes that a dimension is split over: one, several with the first outermost, or None for no split."""
 
 Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
@@ -91,14 +92,16 @@ class ShardingRules:
             ShardingError: two dimensions are split over the same mesh axis, or one has no rule.
         """
         axes = [self.axes(dim) for dim in dims]
-        for i, own in enumerate(axes):
-            twice = [(dims[j], axis) for j in range(i) for axis in axes[j] if axis in own]
-            for other, axis in twice:
+        # jax would refuse such a spec too, by the axis alone; here both dimensions are named.
+        owner: dict[str, Dim] = {}
+        for dim, axis in ((dim, axis) for dim, own in zip(dims, axes, strict=True) for axis in own):
+            if axis in owner:
                 raise ShardingError(
-                    f"dimensions {other!r} and {dims[i]!r} of {tuple(dims)} are both split over {axis!r}; "
+                    f"dimensions {owner[axis]!r} and {dim!r} of {tuple(dims)} are both split over {axis!r}; "
                     "an axis can split an array once.",
-                    fix=f"map one of them to None with rules.replace({dims[i]}=None).",
+                    fix=f"map one of them to None with rules.replace({dim}=None).",
                 )
+            owner[axis] = dim
         return PartitionSpec(*map(_as_entry, axes))
 
     def sharding(self, dims: Sequence[Dim], *, shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
@@ -123,12 +126,14 @@ class ShardingRules:
             )
         for dim, size, axes in zip(dims, shape, map(self.axes, dims), strict=True):
             parts = math.prod(sizes.get(axis, 1) for axis in axes)
-            if size % parts:
-                raise ShardingError(
-                    f"{name}: dimension {dim!r} of size {size} is split over {' x '.join(axes)}={parts}, "
-                    f"but {size} / {parts} = {size / parts:.2f}.",
-                    fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",
-                )
+            check_divides(
+                f"{name}: dimension {dim!r}",
+                size,
+                over=" x ".join(axes),
+                parts=parts,
+                error=ShardingError,
+                fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",
+            )
 
     def constrain(self, x: jax.Array, dims: Sequence[Dim]) -> jax.Array:
         """Constrain the sharding of x on the mesh in context; without a mesh, return x.
@@ -166,6 +171,7 @@ class ShardingRules:
 
     def _axes_in_context(self, dim: Dim, wanted: AxisType) -> tuple[str, ...]:
         mesh = jax.sharding.get_abstract_mesh()
+        # Without a mesh in context, as in plain eager code, no axis splits anything.
         kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == wanted and mesh.shape[axis] > 1)
 
@@ -191,12 +197,16 @@ def split_first_free_dim(
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def _as_entry(axes: tuple[str, ...]) -> Axes:
-    """Return an entry of a partition spec."""
-    return axes if len(axes) > 1 else axes[0] if axes else None
+    """Return an entry of a partition spec: None for no axis, the axis itself for one."""
+    if len(axes) > 1:
+        return axes
+    return axes[0] if axes else None
 
 
 DEFAULT_RULES = ShardingRules(table=tuple(_DEFAULT.items()))

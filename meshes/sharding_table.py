@@ -64,7 +64,9 @@ def sharding_table(tree: Any) -> ShardingTable:
 
 def _align(lines: Sequence[tuple[str, ...]]) -> list[str]:
     """Align columns: texts to the left, the numbers in the last columns to the right."""
-    return align(lines, left=len(lines[0]) - (2 if len(lines[0]) == 4 else 1)).splitlines()
+    # A whole table ends with bytes in total and per device, a shortened one with those per device alone.
+    num_numbers = 2 if len(lines[0]) == 4 else 1
+    return align(lines, left=len(lines[0]) - num_numbers).splitlines()
 
 
 def _row(name: str, x: jax.Array | jax.ShapeDtypeStruct) -> ShardingRow:

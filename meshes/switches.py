@@ -42,7 +42,11 @@ _REFUSALS: dict[Switch, _Refusal] = {
 
 
 def check_switches(*switches: Switch, error: type[TrellaxError]) -> None:
-    """Raise `error` if one of these jax config options has a value under which our program cannot run."""
+    """Raise `error` if one of these jax config options has a value under which our program cannot run.
+
+    Raises:
+        TrellaxError: of the class `error`, with the option, the reason and what to set instead.
+    """
     for switch in switches:
         # Not every release of jax has every option.
         value, refusal = getattr(jax.config, switch, None), _REFUSALS[switch]

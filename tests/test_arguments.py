@@ -23,7 +23,7 @@ from trellax.serve import Request
 PUBLIC = (Path(__file__).parent / "golden" / "public_names.txt").read_text(encoding="utf-8").split()
 INTERNAL = [
     *("trellax.meshes.processes.launchers.find_processes", "trellax.layers.block.rematerialize"),
-    *("trellax.layers.block.run_blocks", "trellax.layers.cache.cache_shapes", "trellax.layers.linear.make_param"),
+    *("trellax.layers.block.run_blocks", "trellax.layers.cache.cache_shapes", "trellax.layers.partitioning.make_param"),
 ]
 """Functions that no package exports, and that check what they are given all the same."""
 
@@ -63,7 +63,7 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "layers.flops_per_token": {"config": MODEL, "num_tokens": 8},
     "layers.RowLinear": LINEAR,
-    "layers.linear.make_param": {"key": None, "shape": (2,), "dims": ("embed",), "std": 1.0},
+    "layers.partitioning.make_param": {"key": None, "shape": (2,), "dims": ("embed",), "std": 1.0},
     "layers.Transformer": {"config": MODEL, "rngs": None},
     "layers.block.run_blocks": {"graph": None, "params_L": None, "x_BTD": None},
     "layers.block.rematerialize": {"layer": print, "remat": "dots"},

@@ -1,7 +1,7 @@
-"""Files that trellax writes: never through a link, which would write somewhere else, and whole or not at all.
+"""Write our own files: whole or not at all, and never through a link, which leads somewhere else.
 
-A file is written under another name in the same folder and then renamed, which replaces the old one in one step: who
-reads it finds the old content or the new, also after a crash. `new_folder.py` does the same for folders.
+A file is written under another name in the same folder and then renamed, which replaces the old one in one step: a
+reader finds the old content or the new, also after a crash. `new_folder.py` does the same for folders.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def replacing_file(path: Path, *, writers: Writers = "one") -> Iterator[IO[bytes
 
 
 def name_part(path: Path) -> Path:
-    """Return a free name beside `path` that no other process takes: in containers many processes have one id."""
+    """Return a free name beside `path` that no other process takes: containers have the same process ids."""
     return free_name(path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}"))
 
 

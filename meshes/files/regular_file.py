@@ -1,7 +1,7 @@
 """Open files from elsewhere safely: opening one cannot wait, reading one cannot fill memory, and links can be refused.
 
-Folders with models are copied between people. In one of them may be a named pipe, which blocks whoever opens it, a
-device, which has no end, or a sparse file, which is larger than memory.
+Folders with models are copied between people. One of their files may be a named pipe, which blocks the
+process that opens it, a device, which has no end, or a sparse file, which is larger than memory.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import CheckpointError, TrellaxError
 
 Links = Literal["follow", "refuse"]
-"""What to do with a file that is a symbolic link; folders on the way to it may be links in either case."""
+"""Treatment of a file that is a symbolic link; folders on the way to it may be links in either case."""
 
 
 def open_regular(

@@ -103,7 +103,7 @@ def _receive_guests(processes: Processes, facts: Facts, *, start_s: float) -> _V
                 waits_s = min(waits_s, _LINGER_S) if new and _find_differences(guests, facts) else waits_s
                 end = min(end, time.monotonic() + waits_s)
         verdict = _judge(processes, guests, facts, start_s=start_s)
-        # The port is free by now: whoever receives the verdict expects jax on it.
+        # The port is free by now: a process that has the verdict expects jax on it.
         for guest in guests:
             with contextlib.suppress(OSError):
                 guest.connection.settimeout(_WORD_S)

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from ...meshes import ScheduleError, ShardingError
+from ...meshes.divisibility import check_divides
 from ..model.stage import StageFns
 from ..model.trees import check_arrays, spread_specs
 
@@ -56,6 +57,7 @@ def batch_specs(fns: StageFns, batch: Any) -> Any:
 
 def _read_spec(path: Any, spec: P, leaf: Any) -> P:
     entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec]
+    # Trailing None mean nothing in a spec: P(None, "data", None) is P(None, "data").
     while entries and entries[-1] is None:
         entries.pop()
     if P(*entries) not in (_SPLIT, _WHOLE) or len(entries) > leaf.ndim:
@@ -89,6 +91,7 @@ def _check_microbatches(name: str, shape: tuple[int, ...], num_microbatches: int
 def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
     if not shapes:
         return
+    # The size that most leaves have is taken for the batch, so that the error names the odd one out.
     size, _ = Counter(shape[1] for shape in shapes.values()).most_common(1)[0]
     like = next(name for name, shape in shapes.items() if shape[1] == size)
     for name, shape in shapes.items():
@@ -99,8 +102,7 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
                 fix='mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, "data") for the '
                 "others.",
             )
-    if size % num_shards or not size:
-        raise ShardingError(
-            f"{like}: {size} sequences a microbatch do not split over data={num_shards}.",
-            fix=f"use a microbatch size that is a multiple of {num_shards}.",
-        )
+    fix = f"use a microbatch size that is a multiple of {num_shards}."
+    if not size:
+        raise ShardingError(f"{like} has no sequences: its shape is {shapes[like]}.", fix=fix)
+    check_divides(f"{like}: microbatch size", size, over="data", parts=num_shards, error=ShardingError, fix=fix)

@@ -1,7 +1,7 @@
-"""What enters a stage: the activation of the rank before, or what `first` makes of the microbatch.
+"""Give a stage its input: the activation from the rank before, or the output of `first` for the first stage.
 
-The way back is here too: the gradient of a stage's input goes to the rank before, or through `first` to the shared
-parameters. There are two ways to run `first` (see `tables.Ends`):
+The backward of this is here too: the gradient of a stage's input goes to the rank before, or through `first` to the
+shared parameters. There are two ways to run `first` (see `tables.Ends`):
 
     alone       rank 0   first + layers    rank 1   layers       `first` is part of the first stage's own action
     together    rank 0   first             rank 1   first        a step of its own, before the actions of a turn,
@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from ..model.stage import StageFns
+from .backward.traced_vjp import pull_back
 from .buffers import add, read, vary
 from .loop_state import LoopState, broadcast_slot, put
 from .tables import NONE, Turns
-from .traced_vjp import pull_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class EnterAlone:
 
         @jax.named_scope("first_back")
         def through_first(sums: Any) -> Any:
+            # `first` runs again: it is cheap, and keeping its residuals would take a buffer more.
             grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
             return add(sums, grads)
 
@@ -107,6 +108,7 @@ class EnterTogether:
     @jax.named_scope("first_back")
     def _add_first_grads(self, state: LoopState, *, turn: Turns) -> LoopState:
         microbatch = read(self.batch, turn.ends.first_back)
+        # dx is on the rank of the first stage alone, and every rank needs it for its own rows of the table.
         dx = broadcast_slot(state.gradients, turn.gradients.first_back)
         grads = pull_back(self.fns.first, self.shared, microbatch, dx)
         return replace(state, shared_grads=add(state.shared_grads, grads))

@@ -12,8 +12,9 @@ rank and gradients to the one before:
                              +- forward:  enter -> layers -> leave
                              +- backward: layers -> enter.leave_back
 
-An idle rank costs nothing, since `lax.cond` really branches. Residuals wait in buffers with as many slots as
-microbatches are in flight, written and read in place. Gradients are summed over `data` once, after the loop.
+An idle rank computes nothing, since inside `shard_map` each device takes its own branch of a `lax.cond`. Residuals wait
+in buffers with as many slots as microbatches are in flight, written and read in place. Gradients are summed over `data`
+once, after the loop.
 `tables.py` draws a turn; a mesh with one pipeline rank takes `sequential.py` instead. Read `layers.py` next.
 """
 
@@ -43,6 +44,7 @@ def run_turns(
     Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one.
     """
     plan = plan_loop(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
+    # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
     turns = jax.tree.map(jnp.asarray, tables.turns)
     state, _ = jax.lax.scan(partial(_run_turn, plan), plan.start_state(tables), turns)
     if wants == "loss":
@@ -52,6 +54,7 @@ def run_turns(
 
 def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
+    # All ranks run this one program; what differs between them is only the entries of the tables.
     turn = turns.at_rank(jax.lax.axis_index("pipe"))
     state = plan.enter.run_first(state, turn)
     state = _run_action(plan, state, turn)

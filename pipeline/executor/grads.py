@@ -23,10 +23,10 @@ from ..model.stage import LossAndGrads, PipelineParams, StageFns
 from ..schedules import Kind, Schedule
 from .batch import batch_specs
 from .bind_axes import bind_axes, mark_results
-from .checks.arguments import check_arguments
+from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns
-from .checks.user_errors import check_context, explain_errors
+from .checks.user_errors import explain_errors
 from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
 from .execute import run_turns
 from .loop_plan import Bubbles
@@ -142,9 +142,11 @@ def _run(
 ) -> tuple[jax.Array, Any]:
     fns, mesh, schedule = call.fns, call.mesh, call.schedule
     is_pipelined = schedule.num_ranks > 1
+    # Manual are pipe and data; tensor is left to the compiler, which splits layers along it by their rules.
     # Axes of size 1 appear in no spec and no sum, unless a function names them and another axis is larger.
     has_devices = mesh.shape["pipe"] * mesh.shape["data"] > 1
     axes = tuple(axis for axis in ("pipe", "data") if mesh.shape[axis] > 1 or (has_devices and axis in named))
+    # On a single device `vmap` binds the names instead, see bind_axes.py.
     fns = mark_results(bind_axes(fns, () if has_devices else tuple(sorted(named))))
     tables = None
     is_together = is_pipelined and fns.shared_specs is not None
@@ -153,7 +155,7 @@ def _run(
         tables = lower(schedule, kinds=kinds, ends="together" if is_together else "alone")
 
     def region(params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
-        params = _own(params)
+        params = _drop_rank_dim(params)
         check_prepare(fns, params.stages)
         if tables is None:
             loss, grads = run_sequence(fns, params, batch, wants=wants)
@@ -170,12 +172,14 @@ def _run(
         mesh=mesh,
         in_specs=(split, batch_specs(fns, batch) if "data" in axes else P()),
         out_specs=(P(), split if wants == "grads" else P()),
+        # Not an empty set, which would make all axes manual, tensor too.
         axis_names=set(axes or named) or {"data"},
+        # Names bound by `vmap` are unknown to the types that this checks.
         check_vma=has_devices or not named,
     )(params, batch)
 
 
-def _own(params: PipelineParams) -> PipelineParams:
+def _drop_rank_dim(params: PipelineParams) -> PipelineParams:
     """Drop the rank dimension: [C, 1, k, ...] -> [C, k, ...]."""
     return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
 

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 from ..model.stage import Unroll
+from .backward.residuals import LayerVjp
+from .backward.split_backward import SplitBackward
 from .buffers import add, read, vary, write
-from .residuals import LayerVjp
-from .split_backward import SplitBackward
 
 Index = jax.Array | int
 
@@ -38,6 +38,7 @@ class LayerStack:
 
     def loop(self, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
         """Return the state after body(0, state) to body(count - 1, state)."""
+        # A count that differs between ranks is a traced number: such a loop cannot be written out.
         is_written_out = self.unroll == "on" and isinstance(self.count, int)
         return jax.lax.fori_loop(0, self.count, body, state, unroll=is_written_out or None)
 
@@ -79,7 +80,10 @@ def backward_layers(
     slot: Index,
     sums: Any,
 ) -> tuple[jax.Array, Any]:
-    """Return dx[b, ...], and the sums [C, k, ...] with the gradients of all layers added."""
+    """Return dx[b, ...], and the sums [C, k, ...] with the gradients of all layers added.
+
+    dy[b, ...], buffers [slots, layers, ...] -> dx[b, ...], sums in float32; no communication of its own.
+    """
 
     def body(turn: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         dy, sums = state

@@ -1,4 +1,4 @@
-"""What leaves a stage: its output goes to the next rank, or the loss is computed from it by `last`.
+"""Take a stage's output: send it to the next rank, or compute the loss of it with `last`.
 
 Loss and gradient are computed at once, in the forward turn of the last stage, so that logits never wait in a buffer;
 only dy[b, ...] waits, in the gradients buffer, until that stage's backward. As with `first` (see `enter.py`), `last` is
@@ -32,6 +32,7 @@ class LeaveAlone:
     def leave(self, state: LoopState, y: jax.Array, turn: Turns, microbatch: Any) -> LoopState:
         """Put y[b, ...] into its slot; on the last stage, add the loss and its gradients instead."""
         slot = turn.activations.write
+        # `put` and `finish` exclude each other: only the last stage has no slot to write to.
         state = replace(state, activations=put(state.activations, y, slot))
         finish = partial(self._add_loss, y, microbatch)
         if self.wants == "grads":
@@ -62,8 +63,8 @@ class LeaveTogether:
     """Run `last` on all ranks at once, in a step of its own after the actions of a turn.
 
     It costs two all-reduces of one activation over `pipe` a microbatch, in float32: of y, and of dy inside the gradient
-    of `last`. All ranks meet there; where all actions of a turn are of one kind, as in schedules built with
-    vocab="split", nobody waits for that.
+    of `last`. These synchronize the ranks; in schedules built with vocab="split" all actions of such a turn are of one
+    kind, so no rank waits for a longer action.
 
     shared, batch: as in `EnterTogether`.
     """

@@ -1,6 +1,10 @@
-"""What the executor decides before its loop starts: what layers keep, whether the backward is split, room for both.
+"""Plan the executor's loop before it starts: residuals of a layer, halves of its backward, buffers of the right size.
 
-All of it follows from types, so nothing is computed here but the parameters that `StageFns.prepare` makes.
+    parameters, batch, x  --types-->  vjp     forward and backward of a layer
+    tables                            halves  the backward in two, if the tables have such actions
+                                      kept    types of the residuals --> buffers [slots, layers, ...]
+
+Types alone decide; the only computation is `StageFns.prepare`, once for all layers. Read `loop_state.py` next.
 """
 
 from dataclasses import dataclass
@@ -10,23 +14,23 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, read, vary, zeros_for
 from .enter import EnterAlone, EnterTogether
 from .layers import LayerStack
 from .leave import LeaveAlone, LeaveTogether
 from .loop_state import LoopState, Wants
 from .prepare import prepare_layers
-from .residuals import LayerVjp, plan_layer
-from .split_backward import SplitBackward
 from .tables import Tables, Turns
 
 Bubbles = Literal["zeros", "nan"]
-"""What fills buffers before use and what idle ranks send; "nan" proves that none of it reaches a result."""
+"""Content of buffers before use and of idle sends; "nan" proves that none of it reaches a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPlan:
-    """All that a turn needs besides the state and its row of the tables. Nothing in it changes from turn to turn.
+    """Constants of the loop: all that a turn needs besides the state and its row of the tables.
 
     params: stages [C, k, ...] of this rank, marked as varying, and shared.
     batch: leaves [M, b, ...] on this data shard, marked as varying.
@@ -73,7 +77,7 @@ class LoopPlan:
         return LayerStack(stages=self.stages, chunk=chunk, count=self._count_layers(chunk), unroll=self.fns.unroll)
 
     def fill(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Return an array of what unused buffers hold."""
+        """Return a buffer as it is before use: zeros, or NaN to prove that it is not read."""
         return vary(jnp.full(shape, _filling(self.bubbles, dtype), dtype))
 
     @property
@@ -88,6 +92,7 @@ class LoopPlan:
 
     def _count_layers(self, chunk: jax.Array) -> jax.Array | int:
         """Number of layers of a stage: a constant, unless stages differ."""
+        # A constant lets jax unroll and differentiate the loop over layers; a traced count allows neither.
         counts = self.fns.layers_per_stage
         if counts is None or len(set(counts)) == 1:
             return self.num_layers
@@ -107,6 +112,7 @@ def plan_loop(
     own, batch = jax.tree.map(vary, (params.stages, batch))
     stages = prepare_layers(fns, own)
     x = jax.eval_shape(lambda: fns.first(shared, read(end_batch, 0)))
+    # One layer stands for all: they have the same types, and a residual of each gets a place of its own in the buffers.
     vjp, halves, kept = None, None, []
     if wants == "grads":
         layer, microbatch = read(stages, 0, 0), read(batch, 0)

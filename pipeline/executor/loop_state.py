@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .buffers import read, write
 
 Wants = Literal["loss", "grads"]
-"""What a program computes: the loss by forwards alone, or the loss and its gradients."""
+"""Result of a program: the loss by forwards alone, or the loss and its gradients."""
 
 
 @jax.tree_util.register_dataclass

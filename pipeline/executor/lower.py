@@ -14,7 +14,8 @@ The residuals of microbatch 0 take a slot of rank 0 from its forward in turn 0 t
 next forward in turn 1 overlaps that interval and takes another slot: rank 0 needs two, and rank 1, whose backwards
 follow their forwards at once, needs one. Every rank allocates the largest number.
 
-Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval partitioning).
+Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval
+partitioning: Kleinberg and Tardos 2005, section 4.1).
 Read `execute.py` next.
 """
 
@@ -36,12 +37,15 @@ _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WE
 def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Ends = "alone") -> Tables:
     """Return the tables of a schedule: columns [turns, ranks] and [turns], and the slots of each buffer.
 
+    >>> lower(build_schedule("1f1b", num_ranks=2, num_microbatches=2)).num_turns
+    6
+
     Args:
-        kinds: ("F",) lowers the forwards alone, without idle turns between them.
-        ends: whether the first and last stage run `first` and `last` themselves, or all ranks together.
+        kinds: all four kinds, or ("F",) to lower the forwards alone, without idle turns between them.
+        ends: "alone" if the first and last stage run `first` and `last` themselves, "together" if all ranks do.
 
     Raises:
-        ScheduleError: an argument is none of these.
+        ScheduleError: `schedule` is not a `Schedule`, or `kinds` or `ends` is not one of the choices.
     """
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
@@ -53,6 +57,7 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
         lowering.route_gradients(ends)
     turns = lowering.turns
     for transfer in (turns.forward, turns.backward):
+        # The same on all ranks: a permute that some ranks skip would hang the others.
         transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
     return Tables(
         turns=turns,
@@ -64,7 +69,11 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
 
 @dataclass(frozen=True, kw_only=True)
 class _TurnOf:
-    """Turn of every action, last turn of its tick (where the exchange happens), and the number of turns."""
+    """Time of every action.
+
+    action: turn in which it runs.
+    exchange: last turn of its tick, at the end of which its result is sent.
+    """
 
     action: dict[Action, int]
     exchange: dict[Action, int]
@@ -81,16 +90,17 @@ def _place_turns(schedule: Schedule, kinds: Sequence[Kind]) -> _TurnOf:
         num_turns = max(map(len, kept))
         for cell in kept:
             for position, action in enumerate(cell):
-                turn_of[action], exchange_of[action] = turn + position, turn + num_turns - 1
+                turn_of[action] = turn + position
+                exchange_of[action] = turn + num_turns - 1
         turn += num_turns
     return _TurnOf(action=turn_of, exchange=exchange_of, num_turns=turn)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Interval:
-    """A value that needs a slot from third `start` to third `end` on one rank.
+    """A value that needs a slot from third `start` to third `end` of a turn on one rank, both included.
 
-    entries: (column, turn) pairs that are set to the slot once it is chosen.
+    entries: places (column, turn) in the tables that name the slot, filled once it is chosen.
     """
 
     start: int
@@ -114,6 +124,7 @@ class _Lowering:
             compute.chunk[turn, rank] = action.stage // schedule.num_ranks
 
     def rank(self, action: Action) -> int:
+        """Return the rank that runs an action."""
         return action.stage % self.schedule.num_ranks
 
     def route_activations(self, ends: Ends) -> None:
@@ -137,10 +148,12 @@ class _Lowering:
             )
         last_stage = self.schedule.num_stages - 1
         for microbatch in range(self.schedule.num_microbatches):
+            # The loss and dy are computed in the turn of the forward; dy waits for the backward of that stage.
             made = self.turn_of[Action(stage=last_stage, kind="F", microbatch=microbatch)]
-            used = self.turn_of[action := Action(stage=last_stage, kind=kind, microbatch=microbatch)]
+            backward = Action(stage=last_stage, kind=kind, microbatch=microbatch)
+            used = self.turn_of[backward]
             entries = ((slots.loss, made), (slots.read, used))
-            uses.append(_Interval(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=entries))
+            uses.append(_Interval(start=3 * made + 1, end=3 * used, rank=self.rank(backward), entries=entries))
         self._assign(uses)
 
     def route_residuals(self) -> None:
@@ -153,7 +166,8 @@ class _Lowering:
                 stage, microbatch = forward.stage, forward.microbatch
                 used = [self.turn_of[Action(stage=stage, kind=k, microbatch=microbatch)] for k in readers]
                 entries = tuple((column, turn) for turn in [made, *used])
-                # Written while the forward runs and read while the backward does: the slot is busy in both turns whole.
+                # Layers write residuals all through the forward and read them all through the backward, so the slot
+                # is taken from the first third of the one to the output of the other.
                 uses.append(_Interval(start=3 * made, end=3 * max(used) + 1, rank=self.rank(forward), entries=entries))
         self._assign(uses)
 
@@ -162,13 +176,15 @@ class _Lowering:
         return "I" if self.has_halves else "B"
 
     def _route_hops(self, *, kind: Kind, step: int, read: Column, write: Column, transfer: Transfer) -> list[_Interval]:
-        """Two slots for every value between neighbours: where it waits to be sent, and where it waits to be read."""
+        """Give every value that passes from stage to stage two slots: until it is sent, and until it is read."""
         uses = []
         for action, made in self.turn_of.items():
-            user = Action(stage=max(0, action.stage + step), kind=kind, microbatch=action.microbatch)
-            if action.kind != kind or user == action or user not in self.turn_of:
+            next_stage = action.stage + step
+            if action.kind != kind or not 0 <= next_stage < self.schedule.num_stages:
                 continue
+            user = Action(stage=next_stage, kind=kind, microbatch=action.microbatch)
             sent, used = self.exchange_of[action], self.turn_of[user]
+            # Between two chunks on one rank (pipe=1) this is a send to itself: two slots all the same.
             leave = ((write, made), (transfer.send, sent))
             uses.append(_Interval(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
             wait = ((transfer.receive, sent), (read, used))
@@ -176,21 +192,23 @@ class _Lowering:
         return uses
 
     def _route_first(self) -> list[_Interval]:
-        """A slot on the first stage's rank for what all ranks make just before the first stage's forward."""
+        """Give the output of `first`, made by all ranks just before the first stage's forward, a slot on its rank."""
         slots = self.turns.activations
         uses = []
         for microbatch in range(self.schedule.num_microbatches):
-            turn = self.turn_of[action := Action(stage=0, kind="F", microbatch=microbatch)]
+            action = Action(stage=0, kind="F", microbatch=microbatch)
+            turn = self.turn_of[action]
             self.turns.ends.first[turn] = microbatch
             entries = ((slots.first, turn), (slots.read, turn))
             uses.append(_Interval(start=3 * turn - 1, end=3 * turn, rank=self.rank(action), entries=entries))
         return uses
 
     def _route_out(self, *, kind: Kind, stage: int, write: Column, slot: Column, to: Column) -> list[_Interval]:
-        """A slot on a stage's rank for what all ranks take just after that stage's action."""
+        """Give the result of an end stage, which all ranks take just after its action, a slot on its rank."""
         uses = []
         for microbatch in range(self.schedule.num_microbatches):
-            turn = self.turn_of[action := Action(stage=stage, kind=kind, microbatch=microbatch)]
+            action = Action(stage=stage, kind=kind, microbatch=microbatch)
+            turn = self.turn_of[action]
             to[turn] = microbatch
             entries = ((write, turn), (slot, turn))
             uses.append(_Interval(start=3 * turn + 1, end=3 * turn + 1, rank=self.rank(action), entries=entries))
@@ -198,11 +216,14 @@ class _Lowering:
 
     def _assign(self, uses: list[_Interval]) -> None:
         """Set the entries of every interval to the lowest slot that is free on its rank."""
-        free_from: list[list[int]] = [[] for _ in range(self.schedule.num_ranks)]
+        # ends_of[rank][slot] is the end of the last interval in that slot.
+        ends_of: list[list[int]] = [[] for _ in range(self.schedule.num_ranks)]
         for use in sorted(uses, key=lambda use: (use.start, use.end, use.rank)):
-            slots = free_from[use.rank]
-            slot = next((i for i, free in enumerate(slots) if free < use.start), len(slots))
-            slots[slot:] = [use.end, *slots[slot + 1 :]]
+            ends = ends_of[use.rank]
+            slot = next((slot for slot, end in enumerate(ends) if end < use.start), len(ends))
+            if slot == len(ends):
+                ends.append(use.end)
+            ends[slot] = use.end
             for column, turn in use.entries:
                 column[turn, use.rank] = slot
 

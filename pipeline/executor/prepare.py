@@ -63,6 +63,7 @@ def transpose(prepare: Any, own: Any) -> Any:
     def make(own: Any) -> Any:
         return jax.tree.map(vary, prepare(own))
 
+    # For a linear function the transpose is the whole backward, and it needs no residuals: nothing is kept for it.
     back = jax.linear_transpose(make, own)
     return lambda grads: back(grads)[0]
 

@@ -1,11 +1,10 @@
-"""The path of a single pipeline rank: gradient accumulation over microbatches, one at a time.
+"""Run a pipeline of a single rank: gradient accumulation over microbatches, one at a time.
 
     for each microbatch:  first -> chunk 0 -> chunk 1 -> ... -> last
                           first <- chunk 0 <- chunk 1 <- ... <- dy
 
-As in `execute.py`, what layers keep for their backward goes into buffers that all microbatches share, and gradients are
-added to their sums layer by layer. Layers that are written out (`unroll="on"`) need no buffers: each keeps arrays of
-its own.
+As in `execute.py`, residuals go into buffers that all microbatches share, and gradients are added to sums layer by
+layer. Layers that are written out (`unroll="on"`) need no buffers: their residuals are separate arrays.
 """
 
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import PipelineParams, StageFns
+from .backward.residuals import LayerVjp, plan_layer
+from .backward.traced_vjp import pull_back
 from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
 from .loop_state import Wants
 from .prepare import prepare_layers
-from .residuals import LayerVjp, plan_layer
-from .traced_vjp import pull_back
 
 
 def run_sequence(
@@ -33,9 +32,11 @@ def run_sequence(
     """
     params, batch = jax.tree.map(vary, (params, batch))
     model = _cut_chunks(fns, params)
+    # Marked as varying before the scan: a carry must keep its type, and every result of a microbatch varies over data.
     loss = vary(jnp.zeros((), jnp.float32))
     if wants == "loss":
         return jax.lax.scan(model.add_loss, loss, batch)[0], None
+    # Any microbatch will do: only its types matter.
     microbatch = read(batch, 0)
     vjp = model.plan(params.stages, microbatch)
     state = _State(loss=loss, grads=jax.tree.map(zeros_for, params), residuals=model.empty_buffers(vjp))
@@ -46,7 +47,7 @@ def run_sequence(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What the scan over microbatches carries: sums, and buffers [chunks, layers, ...] of residuals."""
+    """The carry of the scan over microbatches: sums, and buffers [chunks, layers, ...] of residuals."""
 
     loss: jax.Array
     grads: PipelineParams
@@ -123,6 +124,7 @@ class _WholeModel:
                 dx, sums = backward_layers(chunk, vjp, dx, saved, microbatch, slot=chunk.chunk, sums=sums)
                 continue
             for index in reversed(range(_static_count(chunk))):
+                # Residuals form a stack: the last layer of the forward is the first of the backward.
                 *saved, kept = saved
                 grads, dx = vjp.backward(chunk.params(index), kept, microbatch, dx)
                 dx, sums = vary(dx), add(sums, grads, (chunk.chunk, index))

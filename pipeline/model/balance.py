@@ -27,8 +27,10 @@ LayersPerStage = Literal["auto"] | Sequence[int]
 """Number of layers of every stage, first to last, or "auto" for balanced ones."""
 
 _FLOPS_PER_BYTE = 200
+"""Flops that take as long as moving one byte, see `end_times`."""
 _ITEM_BYTES = 4
 _PASSES = 3
+"""Forward, input gradient and weight gradient of a layer take equally long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ def resolve_layers(
             config.num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage
         )
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
+    # The extras are times in forwards, and a layer costs three of them in a step.
     return balance_layers(
         config.num_layers,
         num_stages=num_stages,

@@ -33,7 +33,7 @@ class PipelinedModel:
     fns: stage functions for `pipeline_grads`.
     params: shapes, dtypes and shardings of the parameters.
     shardings: a `NamedSharding` for every parameter.
-    init: init(seed) returns the parameters; every device computes only its own part.
+    init: init(seed) returns the parameters, the same values on every mesh; every device computes only its own part.
     """
 
     fns: StageFns
@@ -56,8 +56,7 @@ def split_transformer(
     """Return the transformer of `config` cut into num_chunks x pipe stages.
 
     Stage parameters are [chunks, ranks@pipe, layers, ...]. Embedding and head are shared: replicated over pipe, or with
-    vocab="split" tables [V@pipe+tensor, D]. The values of `init` do not depend on the mesh.
-    Batches are dicts of tokens, targets and weights, each [M, B@data, T].
+    vocab="split" tables [V@pipe+tensor, D]. Batches are dicts of tokens, targets and weights [M, B@data, T].
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
@@ -69,30 +68,33 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    _check_words(vocab, remat)
-    num_ranks, layers = mesh.shape["pipe"], config.num_layers
+    check_vocab(vocab)
+    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
+    layers, num_ranks = config.num_layers, mesh.shape["pipe"]
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    if vocab == "split" and num_ranks > 1:
-        rules = rules.replace(vocab=("pipe", *rules.axes("vocab")))
+    rules = _place_vocab(rules, vocab, num_ranks=num_ranks)
     make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    shapes, dims = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
+    shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
+    dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
-    params = jax.tree.map(lambda a, s: a.update(sharding=s), shapes, shardings)
-    fns = replace(_stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules)), unroll=unroll)
+    params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
+    fns = _stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules))
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+    return PipelinedModel(fns=replace(fns, unroll=unroll), params=params, shardings=shardings, init=init)
+
+
+def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
+    """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
+    if vocab == "ends" or num_ranks == 1:
+        return rules
+    return rules.replace(vocab=("pipe", *rules.axes("vocab")))
 
 
 def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
     # The seed is one number, sent once; jax_transfer_guard="disallow" is meant for transfers in the training loop.
     with jax.transfer_guard("allow"):
         return make(jax.numpy.uint32(seed))
-
-
-def _check_words(vocab: Vocab, remat: Remat) -> None:
-    check_vocab(vocab)
-    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
 
 
 def _make_params(
@@ -116,6 +118,8 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
         block: Block = nnx.merge(given, params)
         return block(x_BTD)
 
+    # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
+    # again for every microbatch.
     def prepare(params: Any) -> Any:
         block: Block = nnx.merge(own, params)
         block.join()
@@ -130,6 +134,7 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
         first=first,
         layer=rematerialize(layer, remat),
         last=last,
+        # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
         shared_specs=shared_specs,
@@ -161,6 +166,7 @@ def _cast_kernels(dtype: str, params: Any) -> Any:
 
 
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
+    """Return the logical dimensions of stage and shared parameters: blocks have chunk and stage before their own."""
     blocks = jax.tree.map(lambda own: ("chunk", "stage", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
 

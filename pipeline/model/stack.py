@@ -18,6 +18,7 @@ import numpy as np
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_count
+from ...meshes.divisibility import check_divides, nearest_multiples
 from ..schedules.check import check_sizes
 from .stage import check_counts
 from .trees import check_arrays
@@ -37,6 +38,7 @@ def stages_from_layers(
     check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
+    # `room` is the number of layers of the largest stage: all stages are padded to it.
     room, places = max(counts), _places(counts)
 
     def cut(leaf: jax.Array) -> jax.Array:
@@ -94,13 +96,15 @@ def check_layers(
         counts = tuple(layers_per_stage)
         _check_counts(counts, num_layers=num_layers, num_stages=num_stages, what=what)
         return counts
-    if num_layers < num_stages or num_layers % num_stages:
-        raise ScheduleError(
-            f"num_layers={num_layers} on {what} = {num_stages} stages: {num_layers} / {num_stages} = "
-            f"{num_layers / num_stages:.2f} layers a stage.",
-            fix=f"set num_layers={-(-num_layers // num_stages) * num_stages}, choose a pipe size that divides "
-            f"{num_layers}, or say how many layers each stage has.",
-        )
+    check_divides(
+        "num_layers",
+        num_layers,
+        over=f"{what} = {num_stages} stages",
+        parts=num_stages,
+        error=ScheduleError,
+        fix=f"set num_layers={nearest_multiples(num_layers, num_stages)[1]}, choose a pipe size that divides "
+        f"{num_layers}, or say how many layers each stage has.",
+    )
     return (num_layers // num_stages,) * num_stages
 
 

@@ -114,7 +114,8 @@ def check_counts(layers_per_stage: Any) -> None:
     """
     if not isinstance(layers_per_stage, Sequence) or isinstance(layers_per_stage, str) or not layers_per_stage:
         raise ScheduleError(
-            f"layers_per_stage={layers_per_stage!r} is no list of counts.", fix="give a number for every stage: (3, 4)."
+            f"layers_per_stage={layers_per_stage!r} is not a list of counts.",
+            fix="give a number for every stage: (3, 4).",
         )
     for stage, count in enumerate(layers_per_stage):
         check_count(f"layers_per_stage[{stage}]", count, error=ScheduleError, least=0)

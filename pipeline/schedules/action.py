@@ -48,7 +48,7 @@ class Action:
         match = _PATTERN.fullmatch(text.strip())
         if match is None or match[2] not in _KINDS:
             raise ScheduleError(
-                f"{text!r} is no action; one is a stage, a kind ({', '.join(_KINDS)}) and a microbatch.",
+                f"{text!r} is not an action; one is a stage, a kind ({', '.join(_KINDS)}) and a microbatch.",
                 fix="write 2F0 for the forward of microbatch 0 on stage 2.",
             )
         return cls(stage=int(match[1]), kind=_KINDS[match[2]], microbatch=int(match[3]))

@@ -28,8 +28,8 @@ _MOST_ACTIONS = 60_000
 """Three actions for each of 20,000 microbatches, the most that the command line takes."""
 _MOST_BYTES = 16 << 20
 
-_NOT_OURS = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
-"""Actions of torch.distributed.pipelining that the executor inserts itself."""
+_COMMUNICATION = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
+"""Actions of torch.distributed.pipelining that our executor runs without being told."""
 
 
 def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None) -> Schedule:
@@ -54,7 +54,7 @@ def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str
         near = suggest(path.name, [file.name for file in path.parent.glob("*") if file.is_file()])
         raise ScheduleError(f"there is no file {str(path)!r}.{near}", fix="give the path of a CSV file.") from error
     except UnicodeDecodeError as error:
-        raise ScheduleError(f"{str(path)!r} is no text in UTF-8.", fix="save it as CSV.") from error
+        raise ScheduleError(f"{str(path)!r} is not text in UTF-8.", fix="save it as CSV.") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ScheduleError(f"{str(path)!r} cannot be read: {why}.", fix="give the path of a CSV file.") from error
@@ -77,14 +77,14 @@ def schedule_from_csv(
         ScheduleError: a cell is not an action, an action is on the wrong rank, repeated or missing, or the ranks wait
             for each other.
     """
-    rows = _leave_out(_split_rows(text, name), say)
+    rows = _drop_communication(_split_rows(text, name), say)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}
-    cells = _spell_halves(list(_read_actions(rows, name)))
+    cells = _read_old_backwards(list(_read_actions(rows, name)))
     for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
         if action.stage % len(rows) != rank:
-            raise _misplaced(f"{name}, {place}", action, rank, num_ranks=len(rows))
+            raise _misplaced_error(f"{name}, {place}", action, rank, num_ranks=len(rows))
         if action in seen:
             raise ScheduleError(f"{name}, {place}: {action} a second time; the first is in {seen[action]}.")
         seen[action] = place
@@ -97,7 +97,7 @@ def schedule_from_csv(
         num_chunks=1 + max(action.stage for action in seen) // len(rows),
         vocab=vocab,
     )
-    _say_moved(schedule, {action: column for _, column, action in cells}, say)
+    _report_moved(schedule, {action: column for _, column, action in cells}, say)
     return schedule
 
 
@@ -116,22 +116,22 @@ def _split_rows(text: str, name: str) -> list[list[str]]:
         # An empty line is not a rank: a rank that is idle throughout still has its commas.
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except csv.Error as error:
-        raise ScheduleError(f"{name} is no CSV: {error}.", fix="write a row a rank and a cell a tick.") from error
+        raise ScheduleError(f"{name} is not CSV: {error}.", fix="write a row a rank and a cell a tick.") from error
     if not any(cell.strip() for row in rows for cell in row):
         raise ScheduleError(f"{name} is empty.", fix="write a row a rank and a cell a tick, such as 0F0,,0B0.")
     return rows
 
 
-def _leave_out(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
+def _drop_communication(rows: list[list[str]], say: Callable[[str], None]) -> list[list[str]]:
     """Empty the cells with torch's sends, gathers and reductions, and say how many there were."""
-    found = [match[1] for row in rows for cell in row if (match := _NOT_OURS.fullmatch(cell.strip()))]
+    found = [match[1] for row in rows for cell in row if (match := _COMMUNICATION.fullmatch(cell.strip()))]
     if found:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(found).items()))
         say(f"left out {counts}: sends, gathers and sums of gradients come by themselves")
-    return [["" if _NOT_OURS.fullmatch(cell.strip()) else cell for cell in row] for row in rows]
+    return [["" if _COMMUNICATION.fullmatch(cell.strip()) else cell for cell in row] for row in rows]
 
 
-def _say_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[str], None]) -> None:
+def _report_moved(schedule: Schedule, columns: dict[Action, int], say: Callable[[str], None]) -> None:
     """Say how many actions run at other ticks than their columns in the file."""
     ticks = {action: tick for tick, cells in enumerate(schedule.ticks) for cell in cells for action in cell}
     moved = [action for action, column in columns.items() if ticks[action] != column]
@@ -150,10 +150,10 @@ def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[in
             if cell.strip() in {"", IDLE}:
                 continue
             for word in cell.split("+"):
-                yield rank, column, _parse_word(word, f"{name}, row {rank + 1}, column {column + 1}")
+                yield rank, column, _parse_action(word, f"{name}, row {rank + 1}, column {column + 1}")
 
 
-def _misplaced(place: str, action: Action, rank: int, *, num_ranks: int) -> ScheduleError:
+def _misplaced_error(place: str, action: Action, rank: int, *, num_ranks: int) -> ScheduleError:
     home = action.stage % num_ranks
     return ScheduleError(
         f"{place}: {action} is in the row of rank {rank}, but with {num_ranks} rows stage {action.stage} lives on rank "
@@ -171,17 +171,17 @@ def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
         )
 
 
-def _spell_halves(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:
+def _read_old_backwards(cells: list[tuple[int, int, Action]]) -> list[tuple[int, int, Action]]:
     """Read B as the input gradient, as torch 2.5 meant it, if every B has a W and there is no I."""
-    of: dict[str, set[tuple[int, int]]] = {kind: set() for kind in get_args(Kind)}
+    found: dict[str, set[tuple[int, int]]] = {kind: set() for kind in get_args(Kind)}
     for _, _, action in cells:
-        of[action.kind].add((action.stage, action.microbatch))
-    if of["I"] or not of["W"] or of["B"] != of["W"]:
+        found[action.kind].add((action.stage, action.microbatch))
+    if found["I"] or not found["W"] or found["B"] != found["W"]:
         return cells
     return [(rank, column, replace(a, kind="I") if a.kind == "B" else a) for rank, column, a in cells]
 
 
-def _parse_word(word: str, place: str) -> Action:
+def _parse_action(word: str, place: str) -> Action:
     if len(word) > _LONGEST_CELL:
         word = f"{word[:_LONGEST_CELL]}..."
     try:

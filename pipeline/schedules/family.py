@@ -16,8 +16,7 @@ from .stage_cost import StageCost
 from .vocab import Vocab
 
 Option = Literal["num_chunks", "clock", "vocab", "max_in_flight", "stages"]
-"""An argument that a builder may take beside `num_ranks` and `num_microbatches`."""
-
+"""An argument that a builder may take besides `num_ranks` and `num_microbatches`."""
 
 PeakInFlight = Callable[[int, int, Vocab], int]
 """The most microbatches of a chunk that any rank holds in lockstep, by number of ranks, chunks per rank, and vocab.

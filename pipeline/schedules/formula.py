@@ -31,7 +31,7 @@ def fill_drain_bubble(schedule: Schedule, _: StageCost, *, text: str, source: st
     return Formula(bubble_fraction=(p - 1) / (v * m + p - 1), text=text, source=source)
 
 
-def zero_bubble_bubble(schedule: Schedule, costs: StageCost, *, text: str, source: str) -> Formula:
+def split_backward_bubble(schedule: Schedule, costs: StageCost, *, text: str, source: str) -> Formula:
     """Return the bubble of ZB-H1 and its interleaved form (Qi et al. 2024, Table 2; Appendix H for m < p).
 
     Each of the p-1 gaps of F+I is filled by a weight gradient, as far as there are microbatches:

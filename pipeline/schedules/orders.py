@@ -67,6 +67,7 @@ def _fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab
         return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in needed)
 
     def fill(order: Sequence[Action]) -> Cell:
+        # As many of the rank's next actions as can run in this tick: the first that cannot ends the cell.
         cell: Cell = ()
         for action in order:
             if action.kind in {other.kind for other in cell} or not is_ready(action, cell):
@@ -76,6 +77,7 @@ def _fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab
 
     while any(place < len(order) for place, order in zip(next_of, orders, strict=True)):
         cells = tuple(fill(order[place : place + width]) for place, order in zip(next_of, orders, strict=True))
+        # No rank has anything to run although some are not done: each waits for another.
         if not any(cells):
             raise ScheduleError(
                 _draw_deadlock(orders, next_of, name),

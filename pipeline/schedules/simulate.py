@@ -107,7 +107,7 @@ def time_actions(
 
 
 def _stage_costs(schedule: Schedule, stages: Sequence[StageCost] | None, rank: StageCost) -> Sequence[StageCost]:
-    """Return the given times, or those of equal stages, of which a rank's chunks together take the rank's time."""
+    """Return the given times of the stages, or else equal ones: a rank's time divided by its number of chunks."""
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     if stages is None:
         v = schedule.num_chunks
@@ -178,6 +178,7 @@ def _is_last_forward(schedule: Schedule, action: Action) -> bool:
 
 def _run_async(schedule: Schedule, stages: Sequence[StageCost], transfer: float) -> list[Span]:
     has_halves = any(action.kind == "I" for _, _, action in schedule.placed())
+    # Each rank runs its actions in order, each as soon as it is free and the results of others have arrived.
     end_of: dict[Action, float] = {}
     free_at = [0.0] * schedule.num_ranks
     spans: list[Span] = []
@@ -195,6 +196,7 @@ def _run_async(schedule: Schedule, stages: Sequence[StageCost], transfer: float)
 def _peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     held, peak = [0] * schedule.num_ranks, [0] * schedule.num_ranks
     for _, rank, action in schedule.placed():
+        # Held until the whole backward or the weight gradient: both halves read the residuals.
         held[rank] += {"F": 1, "I": 0, "W": -1, "B": -1}[action.kind]
         peak[rank] = max(peak[rank], held[rank])
     return tuple(peak)

@@ -1,4 +1,4 @@
-"""Which ranks run the embedding and the head. Read `orders.py` for what that changes in a schedule."""
+"""Placement of embedding and head: on the end stages, or split over all ranks. `orders.py` places actions by it."""
 
 from typing import Literal, get_args
 
@@ -9,7 +9,7 @@ Vocab = Literal["ends", "split"]
 """Placement of embedding and head: on the first and last stage, or split by vocabulary over all ranks.
 
 With "split" all ranks compute the loss of a microbatch together, after the forward of its last stage. The ranks wait
-for each other least if all of them run forwards in that tick, so the last stage's backward comes one tick later.
+for each other least if all of them run forwards in that turn, so the last stage's backward comes one tick later.
 """
 
 
@@ -23,5 +23,5 @@ def check_vocab(vocab: Vocab) -> None:
 
 
 def backward_delay(vocab: Vocab) -> int:
-    """Return by how many ticks backwards come later than with the vocabulary at the ends."""
+    """Return the number of ticks by which backwards are delayed, compared with the vocabulary at the ends."""
     return 1 if vocab == "split" else 0

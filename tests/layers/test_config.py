@@ -68,5 +68,5 @@ def test_head_size_given_frees_hidden_from_the_heads() -> None:
     assert make(num_heads=5, head_size=16).query_size == 80
 
 
-def test_whole_number_is_a_number_too() -> None:
+def test_rope_theta_may_be_a_whole_number() -> None:
     assert make(positions="rotary", rope_theta=500_000).rope_theta == 500_000

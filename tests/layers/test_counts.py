@@ -21,7 +21,7 @@ from trellax.layers import (
 )
 from trellax.layers.block import rematerialize
 from trellax.meshes import ModelError
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from .sharded import STYLES, mesh_of, small_config
 
@@ -121,7 +121,7 @@ def test_flops_are_those_of_the_traced_matmuls(config: ModelConfig) -> None:
     assert traced_flops(config, what="training") == B * T * (flops.training + flops.scores / 2)
 
 
-def test_recomputation_is_no_model_flop() -> None:
+def test_recomputation_does_not_count_as_model_flops() -> None:
     config = small_config()
     flops = flops_per_token(config, num_tokens=T, attention="full")
     blocks = flops.forward + flops.scores / 2 - 2 * config.vocab_size * config.hidden_size

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
 from trellax.layers.block import rematerialize
 from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from .sharded import differing, mesh_of, normal, place, small_config
 
@@ -113,14 +113,14 @@ def test_kernel_runs_without_a_mesh_too() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_asking_for_cudnn_elsewhere_is_a_mistake(golden: Any) -> None:
+def test_cudnn_on_other_devices_is_refused(golden: Any) -> None:
     with on_devices("TPU v5"), pytest.raises(ModelError) as error:
         flash.choose_kernel(ModelConfig(**LLAMA, attention="cudnn"))
     golden("errors/layers/attention_kernel_devices.txt", str(error.value))
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"head_size": 20}, {"head_size": 256}])
-def test_asking_for_cudnn_where_it_cannot_be_is_a_mistake(changes: dict[str, Any], golden: Any) -> None:
+def test_cudnn_for_a_dtype_or_head_size_that_it_lacks_is_refused(changes: dict[str, Any], golden: Any) -> None:
     with pytest.raises(ModelError) as error:
         ModelConfig(**(LLAMA | {"attention": "cudnn"} | changes))
     golden(f"errors/layers/attention_kernel_{'_'.join(map(str, *changes.items()))}.txt", str(error.value))

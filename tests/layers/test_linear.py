@@ -34,7 +34,7 @@ def test_linear_on_any_mesh_matches_one_device(name: str, mesh: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "expected"), [("column", []), ("row", [("all-reduce", (2 * 4, 24))])])
-def test_only_the_row_layer_talks_and_only_once(name: str, expected: list[Any]) -> None:
+def test_only_the_row_layer_communicates_and_only_once(name: str, expected: list[Any]) -> None:
     found = collectives(probe(name).program(X, mesh=mesh_of("tensor=4")))
     assert [(one.kind, one.shape) for one in found] == expected
 

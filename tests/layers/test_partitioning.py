@@ -24,7 +24,7 @@ from trellax.layers import (
     param_dims,
     place_model,
 )
-from trellax.layers.linear import JoinedLinear
+from trellax.layers.joined_linear import JoinedLinear
 from trellax.meshes import DEFAULT_RULES, MeshError, MeshSpec, ModelError, ShardingError, ShardingRules, abstract_mesh
 
 from .sharded import TOLERANCE, differing, mesh_of, normal, small_config
@@ -123,7 +123,7 @@ def expected() -> dict[str, Any]:
     return loss_and_grads(build(), normal(8, 16))
 
 
-def test_our_transformer_born_as_any_flax_model_matches_one_device() -> None:
+def test_our_transformer_initialized_as_any_flax_model_matches_one_device() -> None:
     mesh, rng = mesh_of("data=2,tensor=4"), np.random.default_rng(0)
     rules = model_rules(GROUPED, mesh.shape)
     tokens, targets = (rng.integers(0, GROUPED.vocab_size, (4, 8)).astype(np.int32) for _ in range(2))
@@ -159,13 +159,13 @@ def test_annotations_split_and_the_rest_is_whole_on_every_device() -> None:
         assert held["norm"] == {"scale": (16,), "bias": (16,)}
 
 
-def test_numbers_of_a_born_model_are_those_of_one_device() -> None:
+def test_initial_values_of_a_model_are_those_of_one_device() -> None:
     born = nnx.to_pure_dict(nnx.state(init_model(build, mesh=mesh_of("tensor=8"))))
     whole = nnx.to_pure_dict(nnx.state(init_model(build, mesh=mesh_of("tensor=1"))))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), born, whole)
 
 
-def test_born_model_is_never_whole_on_a_device() -> None:
+def test_initialized_model_is_never_whole_on_a_device() -> None:
     mesh = mesh_of("tensor=8")
     placed = nnx.state(place_model(nnx.eval_shape(build), mesh=mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
@@ -242,7 +242,7 @@ def test_mesh_of_other_axes_is_refused() -> None:
         place_model(build(), mesh=other)
 
 
-def test_what_is_no_module_is_refused() -> None:
+def test_model_that_is_not_a_module_is_refused() -> None:
     state: Any = {"kernel": jnp.ones(2)}
     with pytest.raises(ModelError, match=r"give a flax\.nnx\.Module"):
         place_model(state, mesh=mesh_of("tensor=2"))

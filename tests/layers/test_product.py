@@ -69,7 +69,9 @@ def test_backward_keeps_its_input_in_eight_bits() -> None:
     assert [leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.shape == X.shape] == [jnp.float8_e4m3fn]
 
 
-def test_without_qwix_the_fix_is_told(monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]) -> None:
+def test_without_qwix_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -33,28 +33,28 @@ def test_scores_depend_on_the_distance_alone() -> None:
     assert differing(scores[1:, 1:], scores[:-1, :-1]) == {}
 
 
-def test_first_token_is_not_turned() -> None:
+def test_first_token_is_not_rotated() -> None:
     assert bool((rotate(jnp.asarray(X), config=config_of())[:, 0] == X[:, 0]).all())
 
 
-def test_type_of_the_heads_is_kept() -> None:
+def test_dtype_of_the_heads_is_kept() -> None:
     assert rotate(jnp.asarray(X, jnp.bfloat16), config=config_of()).dtype == jnp.bfloat16
 
 
-def test_tokens_may_stand_anywhere() -> None:
+def test_tokens_may_have_any_positions() -> None:
     places = np.array([[3, 1, 9, 0], [15, 15, 2, 7]])
     picked = jnp.take_along_axis(jnp.asarray(X), places[:, :, None, None], axis=1)
     expected = jnp.take_along_axis(rotate(jnp.asarray(X), config=config_of()), places[:, :, None, None], axis=1)
     assert differing(rotate(picked, config=config_of(), positions_BT=jnp.asarray(places)), expected) == {}
 
 
-def test_linear_scaling_is_a_slower_walk() -> None:
+def test_linear_scaling_divides_every_frequency() -> None:
     scaled = rotate(jnp.asarray(X), config=config_of(rope_scaling="linear", rope_factor=4.0))
     slow = rotate(jnp.asarray(X), config=config_of(), positions_BT=jnp.arange(T)[None] / 4)
     assert differing(scaled, slow) == {}
 
 
-def test_llama3_scaling_keeps_fast_pairs_and_slows_slow_ones() -> None:
+def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones() -> None:
     plain = rope_frequencies(small_config("llama", head_size=16))
     sizes: dict[str, Any] = {"rope_factor": 8.0, "rope_original_tokens": 256}
     scaled = rope_frequencies(small_config("llama", head_size=16, rope_scaling="llama3", **sizes))

@@ -85,7 +85,7 @@ def test_every_parameter_says_its_dimensions(style: str) -> None:
     assert set(jax.tree.leaves(dims)) <= set(dict(DEFAULT_RULES.table))
 
 
-def test_parameters_are_born_split_the_same_on_any_mesh_and_never_whole() -> None:
+def test_parameters_are_initialized_split_the_same_on_any_mesh_and_never_whole() -> None:
     def draw() -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.state(Transformer(CONFIGS["llama"], rngs=nnx.Rngs(0)), nnx.Param))
 
@@ -108,7 +108,7 @@ def test_layer_sends_its_activation_four_times(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_rest_of_the_step_sends_rows_and_numbers_per_token(name: str) -> None:
+def test_rest_of_the_step_sends_rows_and_numbers_for_each_token(name: str) -> None:
     found = program(name, "tensor=2").sent("once")
     # Embedding forward, head backward; maximum, normaliser and target logit of the loss.
     assert sorted(one.shape for one in found) == [(B, T)] * 3 + [(B, T, 32)] * 2

@@ -3,7 +3,7 @@
 from trellax.meshes.processes.agreement import describe_differences, name_processes
 
 
-def test_processes_that_agree_have_nothing_to_tell() -> None:
+def test_processes_that_agree_have_no_differences() -> None:
     assert describe_differences({0: {"train.steps": "10"}, 1: {"train.steps": "10"}}) == ""
 
 
@@ -12,7 +12,7 @@ def test_process_and_key_and_both_values_are_named() -> None:
     assert describe_differences(facts) == "process 1 has train.steps=20, process 0 has 10"
 
 
-def test_equal_processes_are_told_of_together_and_many_keys_are_counted() -> None:
+def test_processes_that_differ_alike_are_reported_together_and_many_keys_are_counted() -> None:
     first = {f"key{number}": "a" for number in range(7)}
     other = {f"key{number}": "b" for number in range(6)} | {"more": "c"}
     told = describe_differences({0: first, 1: first, 2: other, 5: other})

@@ -65,7 +65,7 @@ def test_mesh_that_cannot_be_built_is_refused(name: str, golden: Callable[[str, 
     golden(f"errors/meshes/build_{name}.txt", str(caught.value))
 
 
-def test_platform_that_is_not_there_is_told_in_a_sentence() -> None:
+def test_missing_platform_is_reported_in_a_sentence() -> None:
     script = (
         "from trellax.meshes import MeshSpec, build_mesh\ntry: build_mesh(MeshSpec())\nexcept ValueError as e: print(e)"
     )

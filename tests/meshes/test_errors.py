@@ -53,5 +53,5 @@ def test_letters_of_any_language_are_printed_as_they_are() -> None:
     assert printable("größe 大きさ 💥\nnext", limit=80) == "größe 大きさ 💥\nnext"
 
 
-def test_nothing_is_suggested_for_a_name_that_nobody_typed() -> None:
+def test_nothing_is_suggested_for_a_huge_name() -> None:
     assert suggest("tensor" * 10_000, ["tensor" * 10_000]) == ""

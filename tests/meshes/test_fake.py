@@ -32,7 +32,7 @@ def test_one_line_gives_as_many_devices_as_asked() -> None:
     assert run("use_fake_devices(6); print(len(jax.devices()), jax.devices()[0].platform)") == "6 cpu"
 
 
-def test_asking_again_for_the_same_is_no_mistake() -> None:
+def test_asking_again_for_the_same_number_is_allowed() -> None:
     assert run("use_fake_devices(3); jax.numpy.ones(2); use_fake_devices(3); print(len(jax.devices()))") == "3"
 
 

@@ -28,14 +28,14 @@ def find(environ: dict[str, str] | None = None, **given: object) -> Processes | 
     return find_processes(**words, environ=environ or {})  # type: ignore[arg-type]
 
 
-def test_one_process_is_nothing_to_join() -> None:
+def test_a_single_process_joins_nothing() -> None:
     assert find() is None
     assert find(SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
     # An sbatch script before srun knows of tasks, but is one process.
     assert find({name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}) is None
 
 
-def test_words_of_the_command_line_are_enough() -> None:
+def test_arguments_alone_are_enough() -> None:
     assert find(coordinator="[::1]:5000", count=2, index=1) == Processes(coordinator="[::1]:5000", count=2, index=1)
 
 
@@ -43,12 +43,12 @@ def test_words_of_the_command_line_are_enough() -> None:
     ("nodes", "host"),
     [("gpu[007-009,012],fat1", "gpu007"), ("a1", "a1"), ("a1,a2", "a1"), ("a[3,5-6]", "a3"), ("a1,b[2-3]", "a1")],
 )
-def test_slurm_says_all(nodes: str, host: str) -> None:
+def test_slurm_gives_every_number(nodes: str, host: str) -> None:
     found = find(SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert found == Processes(coordinator=f"{host}:{61440 + 146}", count=40, index=9, local_count=8, local_index=1)
 
 
-def test_open_mpi_on_one_machine_says_all_and_its_processes_agree() -> None:
+def test_open_mpi_on_one_machine_gives_every_number_and_its_processes_agree() -> None:
     found = find(OPEN_MPI)
     assert found
     assert (found.count, found.index, found.local_index) == (4, 3, 3)
@@ -58,7 +58,7 @@ def test_open_mpi_on_one_machine_says_all_and_its_processes_agree() -> None:
     assert found.coordinator.startswith("127.0.0.1:")
 
 
-def test_own_words_win() -> None:
+def test_arguments_take_precedence_over_the_launcher() -> None:
     found = find(SLURM, coordinator="node1:1234")
     assert found
     assert found.coordinator == "node1:1234"
@@ -77,7 +77,7 @@ MISTAKES: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told_with_a_way_out(name: str, golden: Callable[[str, str], None]) -> None:
+def test_mistake_is_reported_with_a_fix(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(MeshError) as caught:
         find(**MISTAKES[name])
     golden(f"errors/meshes/processes_{name}.txt", f"MeshError: {caught.value}")

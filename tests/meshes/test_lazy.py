@@ -48,7 +48,7 @@ def test_a_function_with_the_name_of_its_module_is_the_function(orchard: str) ->
     assert package.apple() == "red"
 
 
-def test_a_name_that_is_not_public_is_no_attribute() -> None:
+def test_a_private_name_is_not_an_attribute() -> None:
     with pytest.raises(AttributeError, match=r"module 'trellax.plan' has no attribute 'Polan'"):
         _ = trellax.plan.Polan  # type: ignore[attr-defined]
 

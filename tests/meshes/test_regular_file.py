@@ -21,7 +21,7 @@ def test_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(10)
-def test_device_without_an_end_is_refused_through_a_link_too(tmp_path: Path) -> None:
+def test_endless_device_file_is_refused_even_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="is a device"):
         read_bounded(tmp_path / "link", max_bytes=4)
@@ -52,6 +52,6 @@ def test_file_that_says_it_is_empty_and_is_not_is_bounded() -> None:
         read_bounded("/proc/self/status", max_bytes=3)
 
 
-def test_missing_file_is_told_by_the_system(tmp_path: Path) -> None:
+def test_missing_file_raises_the_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_bounded(tmp_path / "nothing", max_bytes=4)

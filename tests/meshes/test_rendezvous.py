@@ -57,7 +57,7 @@ def test_processes_that_agree_go_on() -> None:
     assert outcomes([(3, 2, {"a": "1"}), (3, 0, {"a": "1"}), (3, 1, {"a": "1"})]) == [None, None, None]
 
 
-def test_process_that_differs_ends_all_with_the_same_words(golden: Golden) -> None:
+def test_process_that_differs_ends_all_with_the_same_error(golden: Golden) -> None:
     found = outcomes([(3, 0, {"steps": "1"}), (3, 1, {"steps": "2"}), (3, 2, {"steps": "1"})])
     assert {type(error) for error in found} == {RunError}
     assert len({str(error) for error in found}) == 1
@@ -69,7 +69,7 @@ def test_other_number_of_processes_is_a_difference() -> None:
         assert "processes 1 and 2 have --num-processes=3, process 0 has 2" in str(error)
 
 
-def test_id_that_is_given_twice_is_told() -> None:
+def test_duplicate_process_id_is_reported() -> None:
     for error in outcomes([(3, 0, {}), (3, 1, {}), (3, 1, {})]):
         assert "--process-id 1 is given to 2 processes" in str(error)
 
@@ -97,7 +97,7 @@ def test_port_that_something_listens_on_is_refused(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n\n", b'{"index": 1}\n', b"[]\n", b""])
-def test_strangers_that_knock_are_sent_away(words: bytes) -> None:
+def test_connections_of_other_programs_are_closed(words: bytes) -> None:
     port = free_port()
 
     def knock() -> None:

@@ -38,7 +38,7 @@ def mesh(*sizes: int, platform: str = "gpu") -> AbstractMesh:
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 2)])
-def test_a_single_ring_or_none_is_welcome(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_ring_or_none_is_allowed(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", f"{PIPELINED}=true")
     check_ring(mesh(*sizes), what="decoding")
 

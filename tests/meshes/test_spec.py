@@ -30,7 +30,7 @@ MISFITS: dict[str, tuple[dict[str, int], int]] = {
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
-def test_text_that_is_no_mesh_is_refused(name: str, golden: Golden) -> None:
+def test_text_that_is_not_a_mesh_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(MeshError) as caught:
         MeshSpec.parse(BAD_TEXTS[name])
     golden(f"errors/meshes/mesh_{name}.txt", str(caught.value))

@@ -63,7 +63,7 @@ def test_narrow_tables_lose_no_column(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert sorted(set(wide.split())) == sorted(set(printed(words, capsys).split()))
 
 
-def test_what_a_sharding_table_leaves_out_is_said() -> None:
+def test_a_sharding_table_reports_the_columns_that_it_leaves_out() -> None:
     row = ShardingRow(name="stages." + "x" * 30, shape="[8, 8192@tensor, 1024]", total_bytes=2**40, device_bytes=2**30)
     table = ShardingTable(rows=(row,))
     for width in (None, 100, 80, 60):
@@ -118,7 +118,7 @@ def test_colours_are_for_terminals_and_not_with_no_color(no_color: str, monkeypa
     assert "ticks 0 to" in shown
 
 
-def test_a_pipe_gets_no_escape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_no_escape_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     assert "\x1b" not in printed(GRID, capsys)

@@ -110,7 +110,7 @@ def test_a_number_that_is_not_finite_is_found_inside_a_pipeline(name: str, large
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_a_switch_that_no_pipeline_runs_with_is_named(
+def test_a_jax_option_that_pipelines_cannot_run_with_is_refused_by_name(
     name: str, value: Any, golden: Callable[[str, str], None]
 ) -> None:
     step, given = pipelined("1f1b")

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ....meshes import AXES, MeshError, ScheduleError, ShardingError, mesh_sizes
 from ....meshes.arguments import check_choice, check_instance
+from ....meshes.divisibility import check_divides
 from ....meshes.switches import check_switches
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
@@ -81,6 +82,25 @@ def _check_mesh(mesh: Mesh) -> None:
             f"the mesh has axis types {', '.join(str(kind) for kind in mesh.axis_types)}; a pipeline needs Auto.",
             fix="make it with build_mesh(MeshSpec(...)): jax.make_mesh gives Explicit axes unless told otherwise.",
         )
+
+
+def check_context(mesh: Mesh) -> None:
+    """Raise unless the context's mesh (`jax.set_mesh`) is unset or equal to this one.
+
+    Raises:
+        MeshError: they differ in axes or sizes, or the context's axes are not Auto.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    is_same = tuple(context.shape.items()) == tuple(mesh.shape.items())
+    if context.empty or (is_same and all(kind == AxisType.Auto for kind in context.axis_types)):
+        return
+    axes = zip(context.shape.items(), context.axis_types, strict=True)
+    found = " ".join(f"{axis}={size} ({kind})" for (axis, size), kind in axes)
+    asked = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    raise MeshError(
+        f"the pipeline's mesh is {asked}, all Auto, but it is called where the mesh of the context is {found}.",
+        fix="call it outside of that jax.set_mesh() or shard_map, or inside jax.set_mesh(mesh) with the same mesh.",
+    )
 
 
 def _check_numbers(params: PipelineParams) -> None:
@@ -156,9 +176,12 @@ def _check_shared(specs: Any, shared: Any, *, num_ranks: int) -> None:
                 fix="name no more dimensions than it has.",
             )
         for dim, entry in enumerate(axes):
-            if entry == ("pipe",) and leaf.shape[dim] % num_ranks:
-                raise ShardingError(
-                    f"{name} of shape {leaf.shape} does not split over pipe={num_ranks} in dimension {dim}: "
-                    f"{leaf.shape[dim]} / {num_ranks} = {leaf.shape[dim] / num_ranks:.2f}.",
+            if entry == ("pipe",):
+                check_divides(
+                    f"{name}.shape[{dim}]",
+                    leaf.shape[dim],
+                    over="pipe",
+                    parts=num_ranks,
+                    error=ShardingError,
                     fix=f"pad it to a multiple of {num_ranks}.",
                 )

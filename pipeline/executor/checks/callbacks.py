@@ -4,12 +4,10 @@ XLA compiles a `pure_callback` or an `io_callback` only where every axis of the 
 `jax.debug.print` and `jax.debug.callback` run on each device of pipe x data, once for each microbatch and layer.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
-
 from ....meshes import ScheduleError
+from ..backward.equations import nested_equations
 
 _ANSWERING = ("pure_callback", "io_callback")
 
@@ -20,7 +18,7 @@ def check_callbacks(name: str, jaxpr: Any) -> None:
     Raises:
         ScheduleError: naming the callback.
     """
-    for eqn in _equations(jaxpr):
+    for eqn in nested_equations(jaxpr):
         primitive = eqn.primitive.name
         if primitive in _ANSWERING:
             raise ScheduleError(
@@ -33,10 +31,3 @@ def check_callbacks(name: str, jaxpr: Any) -> None:
                 f"{name}() calls jax.debug with ordered=True; jax keeps an order on one device alone.",
                 fix="leave ordered out, and print with it what tells the order.",
             )
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jaxprs_in_params(eqn.params):
-            yield from _equations(inner)

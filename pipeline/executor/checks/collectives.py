@@ -12,9 +12,10 @@ that run different turns. The result is a deadlock, or values of another microba
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 from ....meshes import ScheduleError
+from ..backward.equations import nested_equations
 
 _GROUPED = (
     "psum",
@@ -38,7 +39,7 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", 
     Raises:
         ScheduleError: naming the collective and its axes.
     """
-    for eqn in _equations(jaxpr):
+    for eqn in nested_equations(jaxpr):
         axes = _axes_of(eqn)
         if not axes or eqn.primitive.name in _LOCAL or runs_on == "all ranks":
             continue
@@ -69,6 +70,7 @@ def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
         axes = frozenset(_axes_of(eqn))
         if not axes or not differs or eqn.primitive.name in _LOCAL:
             continue
+        # Over axes along which the devices decide alike a grouped collective is fine: its whole group arrives.
         if axes & differs or eqn.primitive.name not in _GROUPED:
             what = "the gradient of a function" if name is None else f"{name}()"
             raise ScheduleError(
@@ -81,16 +83,8 @@ def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
 
 def named_axes(jaxpr: Jaxpr) -> set[str]:
     """Return the mesh axes that a function names. Marks of varying arrays do not count, since jax adds them itself."""
-    eqns = (eqn for eqn in _equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
+    eqns = (eqn for eqn in nested_equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
     return {axis for eqn in eqns for axis in _axes_of(eqn)}
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Yield all equations, also those nested in others."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in _inner(eqn):
-            yield from _equations(inner)
 
 
 def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple[JaxprEqn, frozenset[str]]]:
@@ -98,7 +92,7 @@ def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple
     for eqn in jaxpr.eqns:
         yield eqn, differs
         inside = differs | _decides_by(eqn)
-        for inner in _inner(eqn):
+        for inner in jaxprs_in_params(eqn.params):
             yield from _branched_equations(inner, inside)
 
 
@@ -116,19 +110,12 @@ def _varying(v: Any) -> frozenset[str]:
     return frozenset(aval.mat.varying) if isinstance(v, Var) else frozenset()
 
 
-def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
-
-
 def _axes_of(eqn: JaxprEqn) -> tuple[str, ...]:
-    """Return the mesh axes that an equation names; for sums over array dimensions the parameter holds integers."""
+    """Return the mesh axes that an equation names."""
     axes = eqn.params.get("axis_name", eqn.params.get("axes", ()))
-    return tuple(axis for axis in (axes if isinstance(axes, tuple | list) else (axes,)) if isinstance(axis, str))
+    entries = axes if isinstance(axes, tuple | list) else (axes,)
+    # Sums over array dimensions have integers in the same parameter.
+    return tuple(axis for axis in entries if isinstance(axis, str))
 
 
 def _public_name(eqn: JaxprEqn) -> str:

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from ....meshes import ScheduleError
 from ...model.stage import PipelineParams, StageFns
+from ..backward.equations import is_acting
 from ..batch import batch_specs
-from ..equations import is_acting
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives, named_axes
 from .user_errors import explain_errors
@@ -70,7 +70,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Trace:
-    """Traces the functions inside `shard_map`, and collects the mesh axes and closed-over arrays that they use."""
+    """Trace the functions inside `shard_map`, and collect the mesh axes and closed-over arrays that they use."""
 
     mesh: Mesh
     axes: set[str] = field(default_factory=set)
@@ -78,6 +78,8 @@ class _Trace:
 
     def check(self, fns: StageFns, params: PipelineParams, batch: Any) -> None:
         is_together = fns.shared_specs is not None
+        # The types that arguments have in the executor: microbatch and layers differ between all devices, the ends'
+        # arguments only between data shards where all ranks run them together.
         ends, axes = ("all ranks", ("data",)) if is_together else ("one rank", _AXES)
         shared, end_batch = _mark((params.shared, jax.tree.map(lambda leaf: leaf[0], batch)), axes)
         first = self._trace("first", fns.first, shared, end_batch, runs_on=ends)
@@ -100,6 +102,7 @@ class _Trace:
     def _trace(
         self, name: str, fn: Callable[..., Any], *args: Any, runs_on: Literal["all ranks", "one rank"]
     ) -> _Result:
+        # Types and shapes alone: a trace runs the function's Python code, and none of its operations.
         with explain_errors(f"{name}()", self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
         check_callbacks(name, jaxpr.jaxpr)

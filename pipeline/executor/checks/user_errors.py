@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from ....meshes import MeshError, ScheduleError, ShardingError, suggest
+from ....meshes import ScheduleError, ShardingError, suggest
 
 
 @contextmanager
@@ -42,25 +41,6 @@ _ABOUT_SHARDING = (
     "is not found in mesh",
 )
 """Parts of jax's messages about a sharding constraint inside `shard_map` that names another mesh or a manual axis."""
-
-
-def check_context(mesh: Mesh) -> None:
-    """Raise unless the context's mesh (`jax.set_mesh`) is unset or equal to this one.
-
-    Raises:
-        MeshError: they differ in axes or sizes, or the context's axes are not Auto.
-    """
-    context = jax.sharding.get_abstract_mesh()
-    is_same = tuple(context.shape.items()) == tuple(mesh.shape.items())
-    if context.empty or (is_same and all(kind == AxisType.Auto for kind in context.axis_types)):
-        return
-    axes = zip(context.shape.items(), context.axis_types, strict=True)
-    found = " ".join(f"{axis}={size} ({kind})" for (axis, size), kind in axes)
-    asked = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    raise MeshError(
-        f"the pipeline's mesh is {asked}, all Auto, but it is called where the mesh of the context is {found}.",
-        fix="call it outside of that jax.set_mesh() or shard_map, or inside jax.set_mesh(mesh) with the same mesh.",
-    )
 
 
 def _unbound(name: str, axis: str, mesh: Mesh) -> ScheduleError:

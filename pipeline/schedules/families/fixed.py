@@ -1,4 +1,4 @@
-"""The families whose order the sizes alone decide; `auto.py` compares them, `../registry.py` names them."""
+"""List the families of fixed order, which follows from the sizes alone. `auto.py` compares their schedules."""
 
 from ..family import Family
 from .gpipe import GPIPE

@@ -8,7 +8,7 @@ from functools import partial
 
 from ..check import check_sizes
 from ..family import Family
-from ..formula import zero_bubble_bubble
+from ..formula import split_backward_bubble
 from ..schedule import Schedule
 from .list_schedule import list_schedule
 
@@ -39,7 +39,7 @@ INTERLEAVED_ZB_H1 = Family(
     chunks="several",
     backward="split",
     bubble=partial(
-        zero_bubble_bubble,
+        split_backward_bubble,
         text="(p-1)(F+I-W)/v / (m(F+I+W) + (p-1)(F+I-W)/v)",
         source="Qi et al. 2024, Table 2, with chunks as in Narayanan et al. 2021",
     ),

@@ -4,9 +4,9 @@
     rank 1 |   . 1F0     1F1 1B0+1F2 1B1+1F3     1B2 1B3   .
     rank 2 |   .   . 2F0+2B0 2F1+2B1 2F2+2B2 2F3+2B3   .   .
 
-In one synchronous program a tick lasts as long as its slowest rank. A forward on one rank beside a backward on another
-would make both wait, so here a rank runs a forward and a backward in the same tick. Separate programs, one per rank,
-reach the same speed with fewer microbatches in flight; the `async` clock selects that order.
+In one synchronous program a tick lasts as long as its slowest rank. With a forward on one rank and a backward on
+another the first would wait, so here a rank runs a forward and a backward in the same tick. Separate programs, one per
+rank, reach the same speed with fewer microbatches in flight; the `async` clock selects that order.
 """
 
 from functools import partial

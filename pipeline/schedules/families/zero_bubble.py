@@ -1,7 +1,7 @@
 """ZB-H1: weight gradients fill the bubbles of 1F1B without holding more microbatches (Qi et al. 2024, section 2.1).
 
-The backward is split: the input gradient I is needed by the stage before, the weight gradient W by nobody, so W can
-wait for a tick in which the rank would be idle.
+The backward is split: the stage before needs the input gradient I, while only the optimizer needs the weight gradient
+W, so W can wait for a tick in which the rank would be idle.
 
     rank 0 | 0F0 0F1 0F2   .   . 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
     rank 1 |   . 1F0 1F1   . 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
@@ -13,7 +13,7 @@ from functools import partial
 from ..action import Action
 from ..check import check_sizes
 from ..family import Family
-from ..formula import zero_bubble_bubble
+from ..formula import split_backward_bubble
 from ..orders import schedule_from_orders
 from ..schedule import Schedule
 from ..vocab import Vocab
@@ -40,6 +40,7 @@ def _order_of_rank(rank: int, *, num_ranks: int, num_microbatches: int) -> list[
         if warm_up + k < num_microbatches:
             words.append(("F", warm_up + k))
         words.append(("I", k))
+        # The ranks before wait for I alone: the later a rank, the longer its W are put off.
         if k >= rank:
             words.append(("W", k - rank))
     words += [("W", k) for k in range(max(0, num_microbatches - rank), num_microbatches)]
@@ -53,7 +54,7 @@ ZB_H1 = Family(
     backward="split",
     peak_in_flight=lambda num_ranks, _chunks, _vocab: num_ranks,
     bubble=partial(
-        zero_bubble_bubble,
+        split_backward_bubble,
         text="(p-1)(F+I-W) / (m(F+I+W) + (p-1)(F+I-W))",
         source="Qi et al. 2024, Table 2",
     ),

@@ -94,7 +94,7 @@ def test_gradients_are_summed_in_two_all_reduces(schedule: str) -> None:
 
 
 @every_schedule
-def test_tensor_ranks_talk_inside_the_loop(schedule: str) -> None:
+def test_tensor_ranks_communicate_inside_the_loop(schedule: str) -> None:
     """The reader of loops finds in them the collectives that must be there."""
     found = program(schedule, 4)
     pairs = {c.groups for c in collectives_of(found) if c.kind == "all-reduce" and c.is_in_loop}
@@ -135,7 +135,7 @@ def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
     assert {c.kind for c in collectives_of(program(schedule, 4, vocab))} == {"all-reduce", "collective-permute"}
 
 
-def test_loops_make_nothing_of_weights_but_slices_of_their_stack() -> None:
+def test_loops_only_slice_the_stack_of_weights() -> None:
     config = small_model(style="llama", attention="gqa")
     sizes = {"num_microbatches": 2, "num_sequences": 8}
     step = pipeline_step(config, mesh="2x2x2", schedule="1f1b", **sizes)

@@ -123,7 +123,7 @@ def test_effects_happen_as_often_as_on_one_device_and_on_real_values(mesh: str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_what_is_rematerialised_happens_again_as_on_one_device(schedule: str) -> None:
+def test_effects_of_rematerialised_layers_happen_again_as_on_one_device(schedule: str) -> None:
     watched, alone = Watched(is_recomputed=True), Watched(is_recomputed=True)
     run_pipeline(watched.fns, mesh="2x1x2", schedule=schedule)
     once = count_on_one_device(alone)

@@ -70,7 +70,7 @@ def test_head_and_layers_are_counted_by_their_matmuls() -> None:
     assert ends.embedding_grad == pytest.approx(3 * 768 * 4 * 200 / layer, rel=1e-12)
 
 
-def test_whole_vocabulary_is_work_of_the_end_stages() -> None:
+def test_whole_vocabulary_adds_time_to_the_end_stages() -> None:
     ends = end_times(GPT2, num_tokens=1024, vocab="ends")
     first, middle, last = stage_costs(GPT2, layers_per_stage=(5, 5, 2), num_tokens=1024, vocab="ends")
     assert first == StageCost(forward=5 + ends.embedding, input_grad=5 + ends.embedding_grad, weight_grad=5)
@@ -78,12 +78,12 @@ def test_whole_vocabulary_is_work_of_the_end_stages() -> None:
     assert last == StageCost(forward=2 + ends.head, input_grad=2, weight_grad=2)
 
 
-def test_split_vocabulary_is_no_stages_work() -> None:
+def test_split_vocabulary_adds_no_time_to_any_stage() -> None:
     costs = stage_costs(GPT2, layers_per_stage=(6, 6), num_tokens=1024, vocab="split")
     assert costs == (StageCost(forward=6, input_grad=6, weight_grad=6),) * 2
 
 
-def test_what_is_recomputed_comes_before_the_input_gradient() -> None:
+def test_recomputation_comes_before_the_input_gradient() -> None:
     sizes = {"layers_per_stage": (6, 6), "num_tokens": 1024}
     full, _ = stage_costs(GPT2, **sizes, remat="full")
     dots, _ = stage_costs(GPT2, **sizes, remat="dots")

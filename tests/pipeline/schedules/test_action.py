@@ -38,7 +38,7 @@ def test_space_around_an_action_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", NO_ACTIONS)
-def test_text_that_is_no_action_is_refused(name: str, golden: Golden) -> None:
+def test_text_that_is_not_an_action_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         Action.parse(NO_ACTIONS[name])
     golden(f"errors/pipeline/action_{name}.txt", str(caught.value))

@@ -79,7 +79,7 @@ def test_b_beside_w_is_the_input_gradient_as_in_torch_2_5() -> None:
     )
 
 
-def test_blanks_are_only_drawing() -> None:
+def test_blank_cells_and_lines_change_no_schedule() -> None:
     tight = schedule_from_csv("0F0,0B0\n1F0,1B0\n", name="mine")
     assert schedule_from_csv("., ,0F0 ,,,0B0,,\n,1F0,,1B0\n\n", name="mine") == tight
 
@@ -95,7 +95,7 @@ def load_and_listen(text: str) -> tuple[Schedule, list[str]]:
     return schedule_from_csv(text, name="mine", say=said.append), said
 
 
-def test_actions_of_torch_that_a_schedule_does_not_have_are_left_out_and_said() -> None:
+def test_actions_of_torch_that_a_schedule_does_not_have_are_left_out_and_reported() -> None:
     text = TORCH_GPIPE.replace("0B1\r", "0B1,0REDUCE_GRAD\r").replace("1B1,\r", "1B1,,1REDUCE_GRAD\r")
     schedule, said = load_and_listen(text)
     assert schedule == schedule_from_csv(TORCH_GPIPE, name="mine")
@@ -110,7 +110,7 @@ def test_lowered_list_of_torch_with_sends_and_gathers_loads() -> None:
     assert said[0].startswith("left out 1 RECV_B, 1 RECV_F, 1 REDUCE_GRAD, 1 RESHARD, 1 SEND_B, 1 SEND_F, 2 UNSHARD:")
 
 
-def test_ticks_that_cannot_be_kept_are_said() -> None:
+def test_ticks_that_cannot_be_kept_are_reported() -> None:
     wanted = "the order of the file is kept, its ticks are not: 2 of 4 actions run at others, the first of them 1F0 at "
     assert load_and_listen("0F0,,,0B0\n1F0,1B0,,\n")[1] == [f"{wanted}tick 1, not 0"]
     assert load_and_listen("0F0,,,0B0\n,1F0,1B0,\n")[1] == []
@@ -130,7 +130,7 @@ def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe0\x00", None])
-def test_what_is_no_text_file_is_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_file_that_is_not_text_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ScheduleError, match=r"mine\.csv"):

@@ -69,7 +69,7 @@ def test_equal_costs_in_whole_groups_reach_every_formula_in_lockstep(name: str, 
         ("zb-h1", 8, "async", {"weight_grad": 3.0}, "no longer than F and I"),
     ],
 )
-def test_difference_has_a_reason(
+def test_difference_from_the_formula_is_explained(
     name: str, microbatches: int, clock: Clock, costs: dict[str, Any], reason: str
 ) -> None:
     schedule = build(name, 4, microbatches, clock)
@@ -79,7 +79,7 @@ def test_difference_has_a_reason(
     assert reason in str(explain_difference(schedule, formula, timing, **costs))
 
 
-def test_formula_says_who_states_it() -> None:
+def test_formula_names_its_source() -> None:
     formula = find_formula(build("zb-h1", 4, 8))
     assert formula
     assert formula.source == "Qi et al. 2024, Table 2"

@@ -66,7 +66,7 @@ def test_actions_by_rank_and_tick_make_the_grid_with_its_gaps() -> None:
 
 
 @pytest.mark.parametrize("name", NO_GRIDS)
-def test_text_that_is_no_grid_is_refused(name: str, golden: Golden) -> None:
+def test_text_that_is_not_a_grid_is_refused(name: str, golden: Golden) -> None:
     with pytest.raises(ScheduleError) as caught:
         Schedule.parse(NO_GRIDS[name], name="mine", num_microbatches=1)
     golden(f"errors/pipeline/grid_{name}.txt", str(caught.value))

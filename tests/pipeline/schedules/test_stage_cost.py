@@ -138,7 +138,7 @@ def test_stages_that_differ_by_rounding_are_even() -> None:
 
 
 @pytest.mark.parametrize("time", [-1.0, math.nan, math.inf])
-def test_time_that_is_none_is_refused(time: float) -> None:
+def test_time_that_is_negative_or_not_finite_is_refused(time: float) -> None:
     with pytest.raises(ScheduleError, match=r"input_grad=.* is not a finite number"):
         StageCost(forward=1, input_grad=time, weight_grad=1)
 

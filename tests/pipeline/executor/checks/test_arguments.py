@@ -114,13 +114,13 @@ def test_arguments_of_another_kind_are_refused_in_a_sentence(golden: Callable[[s
     golden("errors/pipeline/arguments.txt", "\n".join(told))
 
 
-def test_an_axis_of_one_device_more_is_none_of_our_business() -> None:
+def test_a_further_axis_of_one_device_is_ignored() -> None:
     mesh = jax.make_mesh((2, 4, 1), ("pipe", "data", "batch"), axis_types=(AxisType.Auto,) * 3)
     assert jax.eval_shape(lambda: call(mesh=mesh)).loss.shape == ()
 
 
 @pytest.mark.parametrize("pipe", [1, 2])
-def test_nothing_in_the_place_of_a_parameter_has_nothing_for_a_gradient(pipe: int) -> None:
+def test_none_in_place_of_a_parameter_has_none_for_a_gradient(pipe: int) -> None:
     stages = {"w": jnp.ones((1, pipe, 2, 8, 8)), "bias": None}
     given = {
         "params": PipelineParams(stages=stages, shared={"bias": None}),
@@ -131,13 +131,15 @@ def test_nothing_in_the_place_of_a_parameter_has_nothing_for_a_gradient(pipe: in
     assert jax.tree.structure(grads) == jax.tree.structure(given["params"])
 
 
-def test_what_prepare_makes_of_nothing_needs_no_gradient() -> None:
+def test_constants_that_prepare_returns_need_no_gradient() -> None:
     fns = StageFns(**FNS, prepare=lambda params: params | {"mask": jnp.ones(3)})
     assert jax.eval_shape(lambda: call(fns=fns)).grads.stages["w"].shape == (1, 2, 2, 8, 8)
 
 
 @pytest.mark.parametrize(("name", "axes"), [("other_axes", ("stage", "dp")), ("explicit_axes", ("pipe", "data"))])
-def test_mesh_that_is_not_ours_is_refused(name: str, axes: tuple[str, str], golden: Callable[[str, str], None]) -> None:
+def test_mesh_of_unknown_or_explicit_axes_is_refused(
+    name: str, axes: tuple[str, str], golden: Callable[[str, str], None]
+) -> None:
     with pytest.raises(TrellaxError) as caught:
         run(FNS, jax.make_mesh((2, 4), axes))
     golden(f"errors/pipeline/mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")

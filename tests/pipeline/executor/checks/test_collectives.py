@@ -66,7 +66,7 @@ def trace(mesh: str, **fns: Any) -> Any:
 
 @pytest.mark.parametrize("mesh", ["2x1x2", "1x1x1"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_would_hang_is_refused_on_every_mesh(name: str, mesh: str, golden: Golden) -> None:
+def test_collectives_that_would_hang_are_refused_on_every_mesh(name: str, mesh: str, golden: Golden) -> None:
     with pytest.raises(TrellaxError) as caught:
         trace(mesh, **CASES[name])
     golden(f"errors/pipeline/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
@@ -80,7 +80,7 @@ def test_what_would_hang_is_refused_on_every_mesh(name: str, mesh: str, golden: 
         ("over_tensor_in_the_backward", _after("layer", _sum_backwards_over_tensor)),
     ],
 )
-def test_what_would_hang_in_branches_and_backwards_is_refused(name: str, fns: Any, golden: Golden) -> None:
+def test_collectives_that_would_hang_in_branches_and_backwards_are_refused(name: str, fns: Any, golden: Golden) -> None:
     with pytest.raises(TrellaxError) as caught:
         trace("2x1x2", **fns)
     golden(f"errors/pipeline/collective_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
@@ -95,7 +95,7 @@ def test_a_sharding_on_the_users_own_mesh_is_refused(golden: Golden) -> None:
     )
 
 
-def test_a_bare_sharding_over_tensor_and_sums_over_data_are_welcome() -> None:
+def test_a_sharding_constraint_over_tensor_and_sums_over_data_are_allowed() -> None:
     constrain = _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P(None, "tensor")))
     gather = _after("first", lambda x: x + jax.lax.all_gather(x, "data").mean((0, 1))[None])
     assert trace("2x2x2", **constrain, **gather).loss.shape == ()
@@ -114,6 +114,6 @@ def test_another_mesh_in_the_context_is_refused(name: str, context: Callable[[Me
     golden(f"errors/pipeline/context_mesh_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
 
 
-def test_the_same_mesh_in_the_context_is_welcome() -> None:
+def test_the_same_mesh_in_the_context_is_allowed() -> None:
     with jax.set_mesh(tiny_mesh("2x1x2")):
         assert trace("2x1x2").loss.dtype == jnp.float32

@@ -1,10 +1,10 @@
-"""Select equations of a jaxpr by what they depend on, and run a selection.
+"""Select equations of a jaxpr by their dependencies, and run a selection.
 
 A layer's forward, its backward and the two halves of the backward are lists of equations cut out of one trace. Running
 `needed(eqns, [dx])`, for example, computes dx and nothing else.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from jax.extend import source_info_util
@@ -23,6 +23,7 @@ def needed(
         given: variables whose values are known already; equations that make only those are left out.
         acts: whether equations with a side effect, such as a print, are needed too.
     """
+    # Backwards from the results: an equation is met after all that read it, so one pass is enough.
     wanted = {v for v in results if isinstance(v, Var)}.difference(given)
     kept = []
     for eqn in reversed(eqns):
@@ -59,6 +60,14 @@ def depending_on(eqns: Iterable[JaxprEqn], sources: Iterable[Var]) -> set[Var]:
         if is_acting(eqn) or any(isinstance(v, Var) and v in found for v in eqn.invars):
             found.update(eqn.outvars)
     return found
+
+
+def nested_equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Yield all equations, those inside calls, loops and branches too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from nested_equations(inner)
 
 
 def is_acting(eqn: JaxprEqn) -> bool:

@@ -14,7 +14,8 @@ Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, microbatch) -> 
         return y, mark, dw, dx }
 
 Nothing is executed while tracing. A caller runs only the equations it needs: no value is invented for an input that is
-not at hand, and a print in the function does not print twice. Read `residuals.py` next.
+not at hand, and a print in the function does not print twice. The gradient is jax's own (`jax.vjp`: Radul et al. 2023,
+"You Only Linearize Once"); only its equations are sorted here. Read `residuals.py` next.
 """
 
 from collections.abc import Callable
@@ -72,17 +73,19 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
         # All equations before this one are forward, all after it are backward: only they can read `mark`.
         mark = jax.lax.optimization_barrier(grad)
         d_floats, dx = pull(mark)
-        outs, tree = jax.tree.flatten((_split_floats(params, others="none")[1](d_floats), dx))
+        outs, tree = jax.tree.flatten((merge(d_floats, others="none"), dx))
         trees.append(tree)
         return y, mark, *outs
 
     closed = jax.make_jaxpr(whole)(params, x, microbatch, grad)
     y, mark, *outs = closed.jaxpr.outvars
+    # The barrier's equation divides the list; it belongs to neither part, since `run` is given a value for `mark`.
     position = next(index for index, eqn in enumerate(closed.jaxpr.eqns) if mark in eqn.outvars)
     num_params = len(jax.tree.leaves(params))
     return TracedVjp(
         closed=closed,
         forward=closed.jaxpr.eqns[:position],
+        # Without dead equations, but with prints and callbacks of a custom backward, whose results nothing reads.
         backward=needed(closed.jaxpr.eqns[position + 1 :], outs, acts=True),
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
         grad=mark,
@@ -92,19 +95,23 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
     )
 
 
-def _split_floats(
-    params: Any, *, others: Literal["same", "none"] = "same"
-) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the leaves that have gradients, and a function that puts such a list back into the tree."""
+def _split_floats(params: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """Return the leaves that have gradients, and `merge`, which puts such a list back into the tree.
+
+    merge(floats) fills the other places with the integers of `params`, merge(floats, others="none") with None.
+    """
     leaves, tree = jax.tree.flatten(params)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
 
-    def merge(floats: list[Any]) -> Any:
-        own = iter(floats)
-        rest = leaves if others == "same" else [None] * len(leaves)
-        return jax.tree.unflatten(tree, [next(own) if one else leaf for leaf, one in zip(rest, is_float, strict=True)])
+    def merge(floats: list[Any], *, others: Literal["same", "none"] = "same") -> Any:
+        merged = list(leaves) if others == "same" else [None] * len(leaves)
+        places = [place for place, is_its in enumerate(is_float) if is_its]
+        for place, leaf in zip(places, floats, strict=True):
+            merged[place] = leaf
+        return jax.tree.unflatten(tree, merged)
 
-    return [leaf for leaf, one in zip(leaves, is_float, strict=True) if one], merge
+    return floats, merge
 
 
 def pull_back(fn: Callable[[Any, Any], jax.Array], params: Any, microbatch: Any, grad: jax.Array) -> Any:

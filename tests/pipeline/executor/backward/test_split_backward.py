@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 from trellax.layers import Remat, activation_bytes
-from trellax.layers.linear import hide_reduction
+from trellax.layers.collectives import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
-from trellax.pipeline.executor.residuals import LayerVjp, plan_layer
-from trellax.pipeline.executor.split_backward import SplitBackward
+from trellax.pipeline.executor.backward.residuals import LayerVjp, plan_layer
+from trellax.pipeline.executor.backward.split_backward import SplitBackward
 from trellax.plan.costs.activations import split_backward_bytes
 
-from ..law import NUM_TOKENS, natural_params, small_model
+from ...law import NUM_TOKENS, natural_params, small_model
 
 NUM_SEQUENCES = 2
 NUM_WEIGHTS = {"gpt": 6, "llama": 7, "qwen": 7}
@@ -137,7 +137,7 @@ def test_halves_of_a_users_layer_equal_the_whole() -> None:
     assert differences(users_halves()) == {}
 
 
-def test_what_waits_for_each_other_in_one_backward_is_cut_apart() -> None:
+def test_gradients_tied_by_a_barrier_run_in_separate_halves() -> None:
     def layer(kernel: jax.Array, x: jax.Array, _: Any) -> jax.Array:
         x, kernel = hide_reduction(x, kernel)
         return jnp.tanh(x @ kernel)

@@ -1,4 +1,4 @@
-"""Decide what a layer keeps for its backward, and cut its forward and backward out of one trace.
+"""Choose a layer's residuals, the values kept for its backward, and cut forward and backward out of one trace.
 
 Worked example, a dense layer y = tanh(x @ w) with x[b, D] and w[D, D]. `trace_vjp` gives one jaxpr of both passes:
 
@@ -16,10 +16,10 @@ are kept; w does not, and is read from the parameters again:
                        |                                              ^
                        +--- s, y, x ---> buffers [slot, layer] -------+
 
-What depends on parameters and microbatch alone (casts of weights, causal masks, rotary tables) is computed again in the
-backward turn, so it takes no room in the buffer. An array that the backward reads in two shapes is kept once. A
-layer wrapped in `jax.checkpoint` has a backward that reads less, so less is kept: rematerialisation is the layer's
-choice. Read `split_backward.py` next.
+Values of parameters and microbatch alone (casts of weights, causal masks, rotary tables) are computed again in the
+backward turn, so they take no room in the buffer. An array that the backward reads in two shapes is kept once. The
+backward of a layer under `jax.checkpoint` reads less, so less is kept: rematerialisation (Chen et al. 2016, section 4)
+is the layer's choice. Read `split_backward.py` next.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,9 +29,9 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from .buffers import type_of, vary
+from ..buffers import type_of, vary
+from ..prepare import transpose
 from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
-from .prepare import transpose
 from .traced_vjp import TracedVjp, trace_vjp
 
 
@@ -104,9 +104,11 @@ def plan_layer(
         return vary(layer(params, x, microbatch))
 
     traced = trace_vjp(marked, params, x, microbatch, x)
+    # A gradient may be a forward value itself, such as x, and then no backward equation reads it.
     read = read_by(traced.backward) | dict.fromkeys(v for v in traced.outs if isinstance(v, Var))
     dependent = depending_on(traced.forward, traced.x)
     made = (*traced.x, *(v for eqn in traced.forward for v in eqn.outvars))
+    # Sought in the order in which the values are made, so that an original comes before its reshapes.
     copies = _find_copies(traced.forward, [v for v in made if v in read and v in dependent])
     residuals = [v for v in read if v in dependent and v not in copies]
     return LayerVjp(
@@ -131,6 +133,7 @@ def _find_copies(eqns: Iterable[JaxprEqn], residuals: Iterable[Any]) -> dict[Any
         root = v
         while root in operands:
             root = operands[root]
-        if (first := firsts.setdefault(root, v)) is not v:
+        first = firsts.setdefault(root, v)
+        if first is not v:
             copies[v] = first
     return copies

@@ -18,11 +18,11 @@ from trellax.pipeline import (
     split_transformer,
     stages_from_layers,
 )
-from trellax.pipeline.executor.equations import keeps_numbers
-from trellax.pipeline.executor.residuals import plan_layer
+from trellax.pipeline.executor.backward.equations import keeps_numbers
+from trellax.pipeline.executor.backward.residuals import plan_layer
 
-from ..law import NUM_TOKENS, mesh_of, natural_params, small_model
-from ..random_layers import random_inputs, random_layer
+from ...law import NUM_TOKENS, mesh_of, natural_params, small_model
+from ...random_layers import random_inputs, random_layer
 
 Layer = Callable[[Any, jax.Array, Any], jax.Array]
 
@@ -172,12 +172,12 @@ def twice_flat(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize("layer", [permuted, column_major, twice_flat])
-def test_numbers_in_another_order_are_no_copy(layer: Layer) -> None:
+def test_a_permuted_array_is_not_a_copy(layer: Layer) -> None:
     actual, expected = both_ways(layer, PARAMS, jnp.asarray(X), MICROBATCH)
     assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-6, atol=1e-6), actual, expected))
 
 
-def test_what_counts_as_a_copy_has_all_numbers_in_their_order() -> None:
+def test_a_copy_has_all_numbers_in_the_same_order() -> None:
     """Of all equations in random layers, each that is taken for a copy of its operand is run and compared."""
     params, microbatch = random_inputs(0)
     run_on: list[str] = []
@@ -202,7 +202,7 @@ def test_a_gradient_written_by_hand_may_close_over_the_microbatch() -> None:
     assert jax.tree.all(jax.tree.map(partial(np.allclose, rtol=1e-6, atol=1e-6), actual, expected))
 
 
-def test_nothing_is_made_up_for_the_input_in_the_backward() -> None:
+def test_backward_invents_no_value_for_the_input() -> None:
     """The backward reads parameters, residuals, microbatch and gradient: its program has no zeros of the input."""
     vjp = plan_layer(lambda params, x, _: jnp.log(x) @ params["w"], PARAMS, jnp.asarray(X), MICROBATCH)
     jaxpr = jax.make_jaxpr(lambda p, k, g: vjp.backward(p, k, MICROBATCH, g))(PARAMS, vjp.kept, X)

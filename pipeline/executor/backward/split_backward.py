@@ -12,10 +12,10 @@ The backward's equations are sliced by what dx depends on (Qi et al. 2024, "Zero
 not read s, and da has its shape and dtype, so da takes the place of s in the residuals buffer: splitting this layer
 costs no memory. A cut for which there is no such place gets a buffer of its own (`extra`).
 
-Measured on work R1 (`benchmarks/work_r1.py`, compiled temporary memory): 105 MiB split beside 140 whole without remat.
-A layer that recomputes all of itself keeps only x, and what its first half has recomputed waits for the second: 52 MiB
-beside 17. A scan or loop inside the layer is one equation and runs where its input gradient is due; branches are split
-by `split_branches.py`.
+Under `jax.checkpoint` a layer keeps only x; its first half recomputes the rest, and the part of it that the second half
+reads becomes extra entries. docs/internals/split-backward.md has the memory that this takes, as measured. A scan or
+loop inside the layer is one equation and runs where its input gradient is due; branches are split by
+`split_branches.py`.
 """
 
 import math
@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var, primitives
 
-from .buffers import type_of
+from ..buffers import type_of
 from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
 from .open_calls import open_calls
 from .residuals import LayerVjp
@@ -33,10 +33,11 @@ from .split_branches import split_branches
 
 
 class SplitBackward:
-    """The two halves of a `LayerVjp`'s backward.
+    """The two halves of a `LayerVjp`'s backward, from the types of its arguments.
 
     The first half returns the list of residuals with some entries replaced and some added at the end; the second half
-    reads that list.
+    reads that list. Together they compute what `LayerVjp.backward` does, each equation in exactly one half, but for
+    reshapes, which cost nothing.
 
     num_saved: number of residuals that the forward keeps.
     extra: types of the entries that the first half adds.
@@ -47,10 +48,12 @@ class SplitBackward:
         self._grads_tree = jax.tree.structure(jax.eval_shape(vjp.backward, *example)[0])
         self._num_before = len(jax.tree.leaves(params))
         self.num_saved = len(residuals)
+        # The whole backward as one flat jaxpr: inputs (params, residuals, microbatch, grad), outputs (*grads, dx).
         whole = open_calls(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
         closed = split_branches(whole, example, first=whole.jaxpr.outvars[-1:])
         self._consts, self._jaxpr = closed.consts, closed.jaxpr
         *grads, dx = self._jaxpr.outvars
+        # The first half is what dx needs, the second what gradients need besides.
         only_dx = needed(self._jaxpr.eqns, [dx])
         rest = without(self._jaxpr.eqns, only_dx)
         # Gradients of biases and norm scales are sums over tokens. They run in the first half: put off, each would keep
@@ -71,6 +74,7 @@ class SplitBackward:
         kept = [*saved, *[None] * len(self.extra)]
         for cut, place in zip(self._cuts, self._places, strict=True):
             value = value_of(env, cut)
+            # A residual [B, T, D] may have the place of a cut [B * T, D], see `_flat`.
             kept[place] = value.reshape(saved[place].shape) if place < self.num_saved else value
         return value_of(env, self._jaxpr.outvars[-1]), kept
 
@@ -96,6 +100,7 @@ class SplitBackward:
 
         A cut takes the place of a residual of its type that the second half does not read, if there is one.
         """
+        # Parameters come before the residuals among the inputs.
         saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
         read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
         free = [(index, v.aval) for index, v in enumerate(saved) if v not in read]
@@ -117,6 +122,7 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 
 def _is_like(a: Any, b: Any) -> bool:
+    """Return whether a value of type a can stand in the place of one of type b."""
     return (_flat(a.shape), a.dtype, a.mat.varying) == (_flat(b.shape), b.dtype, b.mat.varying)
 
 

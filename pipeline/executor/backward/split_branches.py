@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, primitives
 
-from .buffers import vary
+from ..buffers import vary
 from .equations import Env, cuts_between, is_acting, is_heavy, needed, read_by, run, start_env, value_of, without
 from .open_calls import open_calls
 
@@ -26,11 +26,13 @@ def split_branches(closed: ClosedJaxpr, example: Any, *, first: Sequence[Any]) -
 
     The leaves of `example` have the types of its inputs.
     """
+    # Variables that the first half reads or returns: results of a cond among them are due in its first part.
     due = read_by(needed(closed.jaxpr.eqns, first)) | dict.fromkeys(v for v in first if isinstance(v, Var))
 
     def flat(*args: Any) -> list[Any]:
         env = start_env(closed.jaxpr, closed.consts, jax.tree.leaves(args))
         for eqn in closed.jaxpr.eqns:
+            # A cond that prints stays whole: in two parts it could print twice.
             if eqn.primitive is primitives.cond_p and not is_acting(eqn):
                 _run_cond(eqn, env, [out in due for out in eqn.outvars])
             else:
@@ -41,25 +43,28 @@ def split_branches(closed: ClosedJaxpr, example: Any, *, first: Sequence[Any]) -
 
 
 def _run_cond(eqn: JaxprEqn, env: Env, is_due: list[bool]) -> None:
+    """Add the results of a cond to `env`, computed by two conds if only some of them are due in the first half."""
     index, *operands = (value_of(env, v) for v in eqn.invars)
     branches = [_open_branch(branch, operands, is_due) for branch in eqn.params["branches"]]
     # Gradients of biases and norm scales go with the first half, as in split_backward.py.
     is_first = [due or all(_is_light(one, number, is_due) for one in branches) for number, due in enumerate(is_due)]
     if all(is_first) or not any(is_first):
-        return run([eqn], env)
+        run([eqn], env)
+        return
     halves = [_cut(one, is_first) for one in branches]
     slots = _share_slots(halves)
     early, kept = jax.lax.switch(index, [half.first_branch(slots) for half in halves], *operands)
+    # Only operands that some second branch reads: the others need not live until the second half.
     used = sorted({place for half in halves for place in half.operands_of_second()})
     late = jax.lax.switch(
         index, [half.second_branch(slots, used) for half in halves], kept, [operands[place] for place in used]
     )
-    results = iter(early), iter(late)
-    env |= {out: next(results[0 if is_its else 1]) for out, is_its in zip(eqn.outvars, is_first, strict=True)}
-    return None
+    env |= zip(_chosen(eqn.outvars, is_first), early, strict=True)
+    env |= zip(_chosen(eqn.outvars, [not one for one in is_first]), late, strict=True)
 
 
 def _open_branch(branch: ClosedJaxpr, operands: list[Any], is_due: list[bool]) -> ClosedJaxpr:
+    """Return a branch with its calls inlined and its own conds split."""
     opened = open_calls(branch, operands)
     return split_branches(opened, operands, first=_chosen(opened.jaxpr.outvars, is_due))
 
@@ -69,6 +74,7 @@ def _chosen(values: Iterable[Any], is_chosen: Iterable[bool]) -> list[Any]:
 
 
 def _is_light(branch: ClosedJaxpr, number: int, is_due: list[bool]) -> bool:
+    """Return whether an output of a branch needs no heavy equation besides those of the outputs that are due."""
     outs, eqns = branch.jaxpr.outvars, branch.jaxpr.eqns
     early = needed(eqns, _chosen(outs, is_due))
     return not any(map(is_heavy, needed(without(eqns, early), [outs[number]])))
@@ -94,6 +100,8 @@ class _Halves:
     late: list[Any]
 
     def first_branch(self, slots: Sequence[Slot]) -> Any:
+        """Return a function from the operands to (early outputs, a value for every slot: cuts, and zeros)."""
+
         def branch(*operands: Any) -> tuple[list[Any], list[Any]]:
             env = start_env(self.closed.jaxpr, self.closed.consts, operands)
             run(self.first, env)
@@ -104,6 +112,8 @@ class _Halves:
         return branch
 
     def second_branch(self, slots: Sequence[Slot], used: Sequence[int]) -> Any:
+        """Return a function from the values of the slots and the operands at places `used` to the late outputs."""
+
         def branch(kept: list[Any], operands: list[Any]) -> list[Any]:
             env = start_env(self.closed.jaxpr, self.closed.consts, ())
             env |= {self.closed.jaxpr.invars[place]: value for place, value in zip(used, operands, strict=True)}
@@ -114,10 +124,12 @@ class _Halves:
         return branch
 
     def operands_of_second(self) -> list[int]:
+        """Return the places of the operands that the second list of equations reads."""
         read = read_by(self.second) | dict.fromkeys(v for v in self.late if isinstance(v, Var))
         return [place for place, v in enumerate(self.closed.jaxpr.invars) if v in read]
 
     def _places(self, slots: Sequence[Slot]) -> list[int]:
+        """Return a slot of its own type for every cut."""
         free = list(range(len(slots)))
         places = []
         for cut in self.cuts:
@@ -128,6 +140,7 @@ class _Halves:
 
 
 def _cut(closed: ClosedJaxpr, is_first: list[bool]) -> _Halves:
+    """Divide the equations of a branch by the outputs that need them."""
     outs, eqns = closed.jaxpr.outvars, closed.jaxpr.eqns
     early, late = _chosen(outs, is_first), _chosen(outs, [not one for one in is_first])
     first = needed(eqns, early)

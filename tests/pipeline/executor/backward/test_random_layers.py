@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
-from trellax.pipeline.executor.residuals import plan_layer
-from trellax.pipeline.executor.split_backward import SplitBackward
+from trellax.pipeline.executor.backward.residuals import plan_layer
+from trellax.pipeline.executor.backward.split_backward import SplitBackward
 
-from ..law import mesh_of
-from ..random_layers import Layer, primitives_of, random_inputs, random_layer
+from ...law import mesh_of
+from ...random_layers import Layer, primitives_of, random_inputs, random_layer
 
 TOLERANCE = 1e-5
 NUM_STEPS = 12
