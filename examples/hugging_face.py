@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trellax.hub import read_hub_model, read_weights, write_weights
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
 from trellax.serve import Engine, Request, param_shapes
@@ -19,10 +20,10 @@ use_fake_devices(4)
 
 # --8<-- [start:tiny]
 def write_tiny_llama(folder: Path) -> Path:
-    """Write a two-layer Llama of random weights, as `transformers` would save it."""
+    """Write a two-layer Llama of random weights whose tokens are bytes, as `transformers` would save it."""
     config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "dtype": "float32"}
-    config |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+    config |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     shapes = {"model.embed_tokens": (256, 64), "model.norm": (64,), "lm_head": (256, 64)}
@@ -35,6 +36,10 @@ def write_tiny_llama(folder: Path) -> Path:
     draw = np.random.default_rng(0).standard_normal
     tensors = {f"{name}.weight": 0.1 * draw(shape, dtype=np.float32) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -72,9 +72,7 @@ def train(make: type[nnx.Module], spec: MeshSpec, *, num_steps: int = 200) -> li
     return losses
 
 
-# --8<-- [end:train]
-
-
 for make in (TwoLayer, PlainFlax):
     split, alone = train(make, MeshSpec(data=2, tensor=4)), train(make, MeshSpec())
     print(f"{make.__name__}: loss {split[0]:.3f} -> {split[-1]:.3f}; on one device {alone[-1]:.3f}")
+# --8<-- [end:train]

@@ -10,10 +10,11 @@ import optax
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
 
-use_fake_devices(8)
-
+# --8<-- [start:mesh]
+use_fake_devices(8)  # before the first array; leave it out where there are eight real devices
 mesh = build_mesh(MeshSpec(data=2, pipe=4))
 schedule = build_schedule("1f1b", num_ranks=4, num_microbatches=8)
+# --8<-- [end:mesh]
 
 # --8<-- [start:data]
 x_MBD = jax.random.normal(jax.random.key(0), (8, 4, 64))  # [microbatches, sequences, width]

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from importlib.abc import InspectLoader
+from pathlib import Path
 from types import ModuleType
 
 
@@ -58,5 +59,8 @@ def _read_imports(package: str) -> dict[str, tuple[str, str]]:
 def _read_source(package: str) -> str:
     spec = sys.modules[package].__spec__
     assert spec is not None
-    assert isinstance(spec.loader, InspectLoader)
-    return spec.loader.get_source(package) or ""
+    if isinstance(spec.loader, InspectLoader):
+        return spec.loader.get_source(package) or ""
+    # pytest's loader, which rewrites the assertions of a plugin's package: it gives no source, but its file is known.
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")

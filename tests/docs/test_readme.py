@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from trellax.pipeline import build_schedule
-from trellax.train import draw_schedule
+from trellax.commands import cli
 
 from .pages import DOCS, PAGES, ROOT, blocks_of, name_of
 
@@ -24,9 +23,12 @@ def test_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-def test_schedule_in_the_readme_is_what_the_code_draws() -> None:
+def test_schedule_in_the_readme_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = text_blocks(README, "4 ranks")
-    assert block == draw_schedule(build_schedule("1f1b", num_ranks=4, num_microbatches=8)).splitlines()
+    command = "schedule 1f1b --ranks 4 --microbatches 8"
+    assert f"`trellax {command}`" in README.read_text(encoding="utf-8")
+    assert cli.main(command.split()) == 0
+    assert capsys.readouterr().out.splitlines() == block
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if text_blocks(page, "mesh      data=2")], ids=name_of)

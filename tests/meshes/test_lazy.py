@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.abc import InspectLoader
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,15 @@ make_lazy(__name__)
 @pytest.fixture
 def orchard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a package with a function of its module's name, and a class under another name."""
-    folder = tmp_path / "lazy_orchard"
+    yield from _plant(tmp_path / "lazy_orchard", monkeypatch)
+
+
+def _plant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     folder.mkdir()
     (folder / "__init__.py").write_text(PACKAGE)
     (folder / "apple.py").write_text("def apple(): return 'red'\n")
     (folder / "pear.py").write_text("class Pear: pass\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(folder.parent))
     yield folder.name
     for name in [name for name in sys.modules if name.startswith(folder.name)]:
         del sys.modules[name]
@@ -40,6 +44,16 @@ def test_names_are_imported_at_first_use(orchard: str) -> None:
     assert package.Fruit.__name__ == "Pear"
     assert f"{orchard}.pear" in sys.modules
     assert {"Fruit", "apple"} <= set(dir(package))
+
+
+def test_names_are_found_where_pytest_rewrites_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As it does with the package of its plugin where trellax is installed with `pip install -e`.
+    pytest.register_assert_rewrite("lazy_rewritten")
+    for name in _plant(tmp_path / "lazy_rewritten", monkeypatch):
+        package = import_module(name)
+        assert package.__spec__ is not None
+        assert not isinstance(package.__spec__.loader, InspectLoader)
+        assert package.Fruit.__name__ == "Pear"
 
 
 def test_a_function_with_the_name_of_its_module_is_the_function(orchard: str) -> None:
