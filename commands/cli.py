@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..meshes.errors import LostProcessError, TrellaxError, suggest
 from ..meshes.terminal import fold, terminal_width
-from ..train.outputs import EXIT_UNREAD, LostOutputError, guarded_outputs
 from .registry import COMMANDS, Command, find_command, import_function
+from .standard_streams import EXIT_UNREAD, LostOutputError, guarded_outputs
 
 if TYPE_CHECKING:
     from ..configs.run_config import RunConfig

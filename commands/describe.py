@@ -5,7 +5,7 @@ import json
 
 from ..configs.run_config import RunConfig
 from ..meshes.terminal import terminal_width
-from ..train import loop
+from ..train.prepare import prepare
 from ..train.report import describe_run
 
 
@@ -15,6 +15,6 @@ def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the config does not fit the devices.
     """
-    report = describe_run(loop.prepare(config), width=terminal_width())
+    report = describe_run(prepare(config), width=terminal_width())
     print(json.dumps(report.numbers) if args.json else report)
     return 0

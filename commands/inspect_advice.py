@@ -31,7 +31,7 @@ _FLOAT32, _BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knob:
+class MemorySaving:
     """One change of a config: its overrides, the bytes a device it is estimated to save, and the devices it takes."""
 
     overrides: str
@@ -39,7 +39,9 @@ class Knob:
     devices: int
 
 
-def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
+def list_memory_savings(
+    config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory
+) -> tuple[MemorySaving, ...]:
     """Return the changes that save memory and that fit the config, the most effective first.
 
     A larger tensor or pipe takes its devices from data, or doubles the devices where data is odd.
@@ -49,7 +51,7 @@ def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: M
         memory: that of the step as it is, a device.
     """
     before = _Estimate(config, mesh, sizes)
-    knobs = []
+    savings = []
     for overrides, changed, other in _changes(config, mesh):
         try:
             check_run(changed, num_devices=other.num_devices)
@@ -58,8 +60,10 @@ def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: M
         except TrellaxError:
             continue
         if total < memory.total:
-            knobs.append(Knob(overrides=overrides, saved_bytes=memory.total - total, devices=other.num_devices))
-    return tuple(sorted(knobs, key=lambda knob: (-knob.saved_bytes, knob.devices)))
+            savings.append(
+                MemorySaving(overrides=overrides, saved_bytes=memory.total - total, devices=other.num_devices)
+            )
+    return tuple(sorted(savings, key=lambda saving: (-saving.saved_bytes, saving.devices)))
 
 
 def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig, MeshSpec]]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ..layers import flops_per_token
 from ..meshes import ProgramError, mesh_sizes
@@ -17,7 +16,7 @@ from ..plan import StepSizes, minimum_bytes
 from ..programs import Hardware, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
 from ..train.state import Setup
-from ..train.step import Batch, make_train_step
+from ..train.step import make_train_step
 from ..train.xla import compile_for
 
 
@@ -45,7 +44,7 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     start_s = time.perf_counter()
     step: Any = make_train_step(setup)
     try:
-        lowered = step.lower(setup.shapes, batch_shapes(setup), setup.peak_rate_shape)
+        lowered = step.lower(setup.shapes, setup.batch_shapes, setup.peak_rate_shape)
         compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
@@ -111,15 +110,3 @@ def step_sizes(setup: Setup) -> StepSizes:
         layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
         vocab=config.pipeline.vocab,
     )
-
-
-def batch_shapes(setup: Setup) -> Batch:
-    """Return the shapes and shardings of a step's batch: tokens, targets and weights, each [M, B@data, T]."""
-    config = setup.config
-    num_microbatches = config.pipeline.microbatches
-    shape = (num_microbatches, config.train.batch_size // num_microbatches, config.data.seq_len)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    shapes: Any = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=setup.batch_sharding) for name, dtype in dtypes.items()
-    }
-    return shapes

@@ -6,7 +6,8 @@ Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from ..meshes import ModelError, suggest
+from ..meshes import ModelError
+from ..meshes.arguments import check_choice
 from ..meshes.errors import shown
 
 LARGEST_FUSED_HEAD = 128
@@ -205,9 +206,7 @@ class ModelConfig:
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if choices := get_args(kind):
-        if value not in choices:
-            hint = suggest(str(value), choices)
-            raise ModelError(f"{name}={value!r} is no choice.{hint}", fix=f"use {' or '.join(map(repr, choices))}.")
+        check_choice(name, value, choices, error=ModelError)
     elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         what = "whole number" if kind is int else "number"
         raise ModelError(f"{name}={value!r} is not a {what}.", fix=f"give a {what}, without quotes.")

@@ -20,6 +20,7 @@ from ..hub.tokenizer_files import keep_tokenizer
 from ..meshes import DataError, RunError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.processes.messages import first_does, is_first, require_agreement
+from ..meshes.silent_stream import SilentStream
 from ..meshes.terminal import terminal_width
 from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import check_initial_weights
@@ -30,7 +31,6 @@ from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
 from .metrics.recorder import StepRecorder
-from .outputs import SilentStream
 from .prepare import prepare
 from .processes.run_settings import short_hash
 from .profile import StepProfile

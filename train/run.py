@@ -9,6 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from ..configs.changes import Changes
+from ..configs.resolved_config import list_hyperparameters, resolve_config, write_resolved_config
 from ..configs.run_config import RunConfig
 from ..hub.saves.seal import Seal
 from ..meshes import mesh_sizes
@@ -16,7 +17,6 @@ from ..meshes.processes.messages import is_first
 from .bad_steps import BadSteps
 from .checkpoints.checkpoints import Checkpoints
 from .compiled_steps import CompiledSteps, compile_steps
-from .config_file import list_hyperparameters, resolve_config, write_resolved_config
 from .data.corpus import Corpus
 from .data.training_data import TrainingData, make_training_data
 from .intervals import Intervals, make_intervals

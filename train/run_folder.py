@@ -19,6 +19,7 @@ from typing import IO, Literal
 
 import jax
 
+from ..configs.resolved_config import CONFIG_FILE, is_resolved_config
 from ..hub.saves.names import FOLDER, SaveFolder, is_own_name
 from ..hub.special_ids import ORIGIN
 from ..hub.tokenized_text import TOKENS_FOLDER
@@ -27,7 +28,6 @@ from ..meshes import ConfigError, RunError
 from ..meshes.files.own_file import free_name, identify_file, open_own
 from ..meshes.files.regular_file import name_kind, walk_folder
 from ..meshes.processes.messages import first_does, require_agreement, text_of_first
-from .config_file import CONFIG_FILE, is_resolved_config
 from .metrics import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 
 LOCK_FILE = "lock"

@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not finite": ({"rope_theta": float("inf")}, "cannot read: model: rope_theta=inf is not finite"),
     "other size": ({"num_layers": 3}, "was saved with the config of a model of .* parameters, and holds"),
     "endless": ({"num_layers": 10_000}, "was saved with the config of a model of .* parameters, and holds"),
-    "list": ({"mlp": ["gelu"]}, r"cannot read: model: mlp=\['gelu'\] is no choice"),
+    "list": ({"mlp": ["gelu"]}, r"cannot read: model: mlp=\['gelu'\] is not a choice"),
 }
 
 

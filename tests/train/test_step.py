@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from trellax.commands.inspect_step import batch_shapes
 from trellax.configs import RunConfig
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import natural_order
@@ -115,7 +114,7 @@ def test_reported_norm_is_that_of_the_whole_gradient(tiny: Tiny) -> None:
 def test_runs_of_two_learning_rates_are_one_program_and_two_results(tiny: Tiny) -> None:
     setups = [Setup(tiny(f"--optimizer.learning_rate {rate}"), build_mesh(MeshSpec.parse(MESHES[0]))) for rate in RATES]
     steps: list[Any] = [make_train_step(setup) for setup in setups]
-    shapes = [(setup.shapes, batch_shapes(setup), setup.peak_rate_shape) for setup in setups]
+    shapes = [(setup.shapes, setup.batch_shapes, setup.peak_rate_shape) for setup in setups]
     texts = {step.lower(*args).as_text() for step, args in zip(steps, shapes, strict=True)}
     assert len(texts) == 1
     assert [float(setup.peak_rate) for setup in setups] == pytest.approx(RATES)

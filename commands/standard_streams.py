@@ -10,7 +10,9 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
+
+from ..meshes.silent_stream import SilentStream
 
 EXIT_LOST_OUTPUT, EXIT_UNREAD = 1, 141
 """Exit codes: stdout cannot be written; and its reader has gone, 128 + SIGPIPE as shells report it."""
@@ -22,38 +24,6 @@ class LostOutputError(Exception):
     def __init__(self, error: OSError) -> None:
         self.exit_code = EXIT_UNREAD if isinstance(error, BrokenPipeError) else EXIT_LOST_OUTPUT
         super().__init__(f"stdout cannot be written: {os.strerror(error.errno or errno.EIO)}")
-
-
-class SilentStream:
-    """Wrap a text stream and drop what it cannot write."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self.is_broken = stream, False
-
-    def write(self, text: str) -> int:
-        """Write the text if possible, and return its length in any case."""
-        with self._catching():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush if possible."""
-        with self._catching():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _catching(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.is_broken = True
-            self._handle(error)
-
-    def _handle(self, error: OSError) -> None:
-        pass
 
 
 class _ResultStream(SilentStream):
