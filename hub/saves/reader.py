@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 
 from ...meshes import CheckpointError
+from ...meshes.processes.join import num_processes, process_index
 from ...meshes.processes.messages import gather_texts, is_first, text_of_first
 from .arrays import explain_failure, load_arrays
 from .checksum import checksums
@@ -105,7 +106,7 @@ class SaveReader:
                 fix="use the trellax it was saved with.",
             )
         if seal is not None:
-            share = (jax.process_index(), jax.process_count())
+            share = (process_index(), num_processes())
             problem = self.check(seal) or "; ".join(find_damage(folder, seal, share=share)[:3])
         return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
 

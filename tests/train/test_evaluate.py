@@ -1,6 +1,8 @@
 """A run folder, restored by public names alone, has the validation loss that its run logged, on any mesh."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +73,21 @@ def test_fresh_state_has_the_loss_of_a_uniform_guess(tiny: Tiny) -> None:
     assert isinstance(setup, Setup)
     # Every byte is as likely as any other, but for the noise of the initial parameters.
     assert evaluate_state(setup, initial_state(setup)) == pytest.approx(np.log(256), abs=0.3)
+
+
+READ_FIRST = """
+from trellax.configs import load_saved_config
+from trellax.meshes import use_fake_devices
+config = load_saved_config({folder!r})
+use_fake_devices(3)
+"""
+
+
+def test_reading_a_save_starts_no_backend_so_fake_devices_can_follow(config: RunConfig) -> None:
+    # `evaluate("runs/quickstart")` learns the number of fake devices from the save.
+    code = READ_FIRST.format(folder=str(config.run_folder))
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
 
 
 def test_folder_without_a_save_is_refused(tiny: Tiny) -> None:
