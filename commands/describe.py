@@ -1,4 +1,4 @@
-"""`trellax describe`: print the mesh, shardings and schedule of a config; nothing is trained or allocated."""
+"""`trellax describe`: print the mesh, shardings and schedule of a config; no array is allocated."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ from ..train.report import describe_run
 
 
 def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
-    """Print the report of a run that is prepared and not started; return the exit code.
+    """Print the report of a run, and return the exit code.
 
     Raises:
-        TrellaxError: the config does not fit the devices.
+        TrellaxError: the config does not fit itself or the devices.
     """
     report = describe_run(prepare(config), width=terminal_width())
     print(json.dumps(report.numbers) if args.json else report)

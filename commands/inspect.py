@@ -26,7 +26,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the target is unknown, the config does not fit it, or the compiler rejects the step.
     """
-    # Compiling may take minutes, so what cannot be written is refused before it.
+    # Compiling may take minutes, so the output files are checked first.
     check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
     compiled, compile_s = compile_step(setup)
@@ -50,7 +50,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
-    """Return the devices of the target, and the run set up on them; the config is checked before they are made."""
+    """Return the devices of the target and the setup of the run on them; the config is checked first."""
     sizes = config.mesh.sizes.values()
     needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
     num_devices = target.num_devices or needed

@@ -1,8 +1,8 @@
 """Guard a command against a stdin, stdout or stderr that is closed, full, or a pipe without a reader.
 
-A run must not lose its work over one. Messages that stderr cannot take are dropped. A result that stdout cannot take is
-an error of its own. A closed stream must be reopened: else the next file to be opened, such as the lock of a run, gets
-its file descriptor, and C++ code logs into that file.
+Messages that cannot be written to stderr are dropped, so that no run is lost over them. A result that cannot be written
+to stdout is a `LostOutputError`. Closed streams are reopened: otherwise the next opened file, such as the lock of a
+run, would get the file descriptor, and C++ code would log into it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 from ..meshes.silent_stream import SilentStream
 
 EXIT_LOST_OUTPUT, EXIT_UNREAD = 1, 141
-"""Exit codes: stdout cannot be written; and its reader has gone, 128 + SIGPIPE as shells report it."""
+"""Exit codes: stdout cannot be written; and the reader of its pipe has ended, 128 + SIGPIPE as in shells."""
 
 
 class LostOutputError(Exception):
@@ -30,7 +30,7 @@ class _ResultStream(SilentStream):
     """Wrap a text stream and raise `LostOutputError` when it cannot be written."""
 
     def _handle(self, error: OSError) -> None:
-        # The unwritten text stays in the buffer, and the next flush would fail again.
+        # The text stays in the buffer, so without this the next flush would fail again.
         _drop(self)
         raise LostOutputError(error)
 

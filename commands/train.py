@@ -17,10 +17,10 @@ from .standard_streams import LostOutputError
 def run_train(config: RunConfig, args: argparse.Namespace) -> int:
     """Train, and print the summary on process 0.
 
-    Returns the exit code: that of a lost stdout only with --json, since otherwise the result of a run is its folder.
+    Returns the exit code. A lost stdout is an error only with --json: otherwise the run folder is the result.
 
     Raises:
-        TrellaxError: the run cannot start or cannot go on.
+        TrellaxError: the run cannot start or cannot continue.
     """
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
     changes: Changes = "accept" if args.override else "refuse"

@@ -1,4 +1,4 @@
-"""Convert the config of a run to a layout, the planner's value for mesh, schedule and memory options."""
+"""Convert a run config to a `Layout`: mesh, schedule and memory options as the planner takes them."""
 
 from ..meshes import PlanError
 from ..pipeline.schedules import SCHEDULES
@@ -8,7 +8,7 @@ from .run_config import RunConfig
 
 
 def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
-    """Return the layout of a config on so many devices.
+    """Return the layout of a config on `num_devices` devices.
 
     Raises:
         TrellaxError: the mesh does not fit the devices, the batch does not split, or the schedule is a file.

@@ -1,7 +1,7 @@
-"""Train: build everything a config asks for, take the steps, and leave a run folder behind.
+"""Train as a config says: set up the run, take the steps, and write the run folder.
 
-The order of a step is to be read in `_loop`. The host never waits for the step it has just started: it records the
-step before it while the devices work (`metrics/recorder.py`). Read `run.py` next for the parts of a run.
+`_loop` has the order of a step. The host never waits for the step it has just started; it records the previous one
+while the devices work (`metrics/recorder.py`). Read `run.py` next for the parts of a run.
 """
 
 import sys
@@ -52,19 +52,19 @@ def train(
 ) -> Summary:
     """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
-    Training goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the current step,
+    Training resumes from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT stop it after the current step,
     which is saved.
 
     >>> train(load_config("quickstart", "--train.steps 20")).steps
     20
 
     Args:
-        start: whether to go on from what is saved, or to start over.
-        changes: whether to go on although the config differs from the saved one in what changes the result.
+        start: whether to resume from the newest save, or to start over.
+        changes: whether to resume if the config differs from the saved one in keys that change the result.
         profile_steps: number of steps to trace for a profiler, see `profile.py`.
 
     Raises:
-        TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
+        TrellaxError: config, corpus or saves have a mistake, or the run cannot continue; earlier saves are kept.
     """
     _check_values(start, changes, profile_steps)
     start_s = time.perf_counter()

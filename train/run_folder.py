@@ -34,8 +34,8 @@ LOCK_FILE = "lock"
 ASIDE = "aside"
 PROFILE_FOLDER = "profile"
 _LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, BOARD_FOLDER, FOLDER)
-"""What --force moves aside, besides a run's config.toml. Saves come last: if the process is killed in between, the
-folder still holds a run. An imported model's own config and its tokenizer stay."""
+"""Entries that --force moves aside, besides the config.toml of a run. Saves are moved last: if the process is killed in
+between, the folder still holds a run. The config and the tokenizer of an imported model stay."""
 
 _FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, *TOKENIZER_FILES, ORIGIN}
 _FOLDERS = {BOARD_FOLDER, FOLDER, TOKENS_FOLDER, PROFILE_FOLDER}
@@ -45,7 +45,7 @@ _OLD_CACHE = "xla"
 _MAX_HOLDER_BYTES = 4096
 
 _VISIBLE_S = 10.0
-"""Time that a network file system may take to show what another machine has written."""
+"""Longest time until a network file system shows a file that another machine has written."""
 
 Start = Literal["resume", "fresh", "replace"]
 """Go on from the newest save; start over if nothing is saved; or start over and move what is there aside."""
@@ -55,7 +55,7 @@ class HeldFolder:
     """A run folder that this run has locked; with many processes the first one holds the lock."""
 
     def __init__(self, path: Path, *, take_lock: Callable[[], object]) -> None:
-        # Saves go to the absolute path, so a folder above this one that is moved counts, too.
+        # Saves are written to the absolute path, so moving a folder above this one is detected too.
         self._path, self._take_lock = path.absolute(), take_lock
         self._ids = self._identify()
 
@@ -133,7 +133,7 @@ def check_entries(folder: Path) -> None:
     """Raise unless every entry that a run reads, writes or removes is a regular file or folder.
 
     Raises:
-        RunError: naming the first that is a link, a pipe or the like.
+        RunError: an entry is a link, a pipe or a device; the first is named.
         OSError: the folder cannot be read.
     """
     for entry in list(walk_folder(folder, max_depth=1)):

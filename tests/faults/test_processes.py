@@ -61,16 +61,16 @@ def words(tiny_words: str) -> str:
 
 
 def test_one_process_then_two_of_which_one_is_killed_then_one(zygote: Zygote, folder: Path, words: str) -> None:
-    words = f"{words} --mesh.pipe 2 --mesh.tensor 2 --fake-devices 4"
+    words = f"{words} --mesh.pipe 2 --mesh.tensor 2 --fake-devices 4 --model.num_layers 2"
     uncut, moved = folder / "uncut", folder / "moved"
     alone = zygote.start(f"{words} --checkpoint.keep_every 5 --run.name uncut")
-    wait_for_step(alone, uncut, 30)
+    wait_for_step(alone, uncut, 20)
     alone.kill()
     zygote.wait(alone)
     shutil.copytree(uncut / "checkpoints" / "5", moved / "checkpoints" / "5")
 
     both = start(zygote, f"{words} --run.name moved", count=2)
-    wait_for_step(both[0], moved, 17)
+    wait_for_step(both[0], moved, 12)
     both[1].kill()
     zygote.wait(both[1])
     checked(zygote, both[:1], culprit=1, count=2)

@@ -1,4 +1,4 @@
-"""List the planner's warnings about the layout of a run. Read `../../plan/diagnoses.py` for what they are."""
+"""List the planner's warnings about the layout of a run. Read `../../plan/diagnoses.py` for their definitions."""
 
 from ...configs.layout import layout_of
 from ...configs.run_config import RunConfig
