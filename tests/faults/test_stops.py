@@ -91,7 +91,7 @@ def test_run_whose_outputs_are_full_is_done_and_saved(zygote: Zygote, folder: Pa
     assert f"No space left on device; all is in {folder / 'full'}" in json_asked.said()
 
 
-def test_lock_keeps_a_second_run_out_and_outlives_no_process(zygote: Zygote, tiny_words: str) -> None:
+def test_lock_refuses_a_second_run_and_is_released_by_a_kill(zygote: Zygote, tiny_words: str) -> None:
     words = f"{tiny_words} --train.steps 4000 --run.name locked"
     first = zygote.start(words)
     # The report comes after the lock, and before the steps are compiled.
@@ -124,7 +124,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(
 
 
 @pytest.mark.slow
-def test_bad_batches_are_left_out_if_asked_but_not_for_ever(zygote: Zygote, folder: Path, tiny_words: str) -> None:
+def test_bad_batches_are_skipped_if_asked_up_to_ten_in_a_row(zygote: Zygote, folder: Path, tiny_words: str) -> None:
     words = f"{tiny_words} {DIVERGES} --train.steps 40 --train.bad_step skip --run.name skipped"
     code, child = zygote.run(words)
     assert code == 2

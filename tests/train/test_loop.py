@@ -126,7 +126,7 @@ def test_finished_run_takes_no_more_steps(tiny: Tiny) -> None:
     assert [line["step"] for line in read_metrics(config.run_folder) if "val_loss" in line] == [2]
 
 
-def test_fresh_run_is_the_run_again_and_the_old_one_is_kept(tiny: Tiny) -> None:
+def test_fresh_run_has_the_same_losses_and_the_old_one_is_kept(tiny: Tiny) -> None:
     config = tiny("--mesh.data 8 --train.steps 2 --train.log_every 1")
     train(config, console=quiet())
     before = losses(config.run_folder)
