@@ -13,6 +13,7 @@ from .architecture import Values
 from .numbers import check_positive
 
 _ORIGINAL_TOKENS = "original_max_position_embeddings"
+_ROPE_THETA = 10_000.0
 
 _NUMBERS = {
     "default": (),
@@ -36,19 +37,29 @@ def resolve_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dic
     rope = dict(scaling or parameters)
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     # The base of the table that was taken, or else the one beside the tables: never that of the other table.
-    theta = next((one for one in (rope.get("rope_theta"), values.get("rope_theta")) if one is not None), 10_000.0)
-    rope["rope_theta"] = theta
+    rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), _ROPE_THETA)
     if rope["rope_type"] == "llama3":
-        own = values.get(_ORIGINAL_TOKENS)
-        first = rope.get(_ORIGINAL_TOKENS) if own is None else own
-        rope[_ORIGINAL_TOKENS] = values.get("max_position_embeddings", max_tokens) if first is None else first
+        rope[_ORIGINAL_TOKENS] = _first_given(
+            values.get(_ORIGINAL_TOKENS),
+            rope.get(_ORIGINAL_TOKENS),
+            values.get("max_position_embeddings", max_tokens),
+        )
     beside = {"rope_theta": values["rope_theta"]} if "rope_theta" in values and (parameters or scaling) else {}
     for name, table in (("rope_parameters", parameters), ("rope_scaling", scaling), ("config.json", beside)):
-        for key, value in table.items():
-            taken = rope["rope_type"] if key == "type" else rope.get(key)
-            if value is not None and taken != value:
-                warnings.append(f"{key}={shown(value)} of {name} does not count, but {shown(taken)}")
+        warnings += _list_ignored(table, name, rope)
     return rope
+
+
+def _first_given(*options: Any) -> Any:
+    return next((option for option in options if option is not None), None)
+
+
+def _list_ignored(table: Mapping[str, Any], name: str, rope: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each key of a table whose value is not the one in the resolved table `rope`."""
+    for key, value in table.items():
+        taken = rope["rope_type"] if key == "type" else rope.get(key)
+        if value is not None and taken != value:
+            yield f"{key}={shown(value)} of {name} does not count, but {shown(taken)}"
 
 
 def find_unsupported_rope(values: Values) -> Iterator[str]:
