@@ -1,1 +1,1 @@
-"""The command line: `registry.py` lists the commands, and each has a file."""
+"""Implement the command line: `registry.py` lists the commands, `cli.py` runs them, and each has a file."""

@@ -32,7 +32,7 @@ def run_bench_decode(args: argparse.Namespace) -> int:
     """Measure every batch size on every mesh, print a table, and return the exit code.
 
     Raises:
-        TrellaxError: a mesh or batch size does not fit the model or the memory; then nothing was measured.
+        TrellaxError: a mesh or batch size does not fit the model or the memory; nothing is measured then.
     """
     check_output_files(args.png)
     if args.fake_devices:
@@ -76,7 +76,7 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
 
 
 def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
-    """Return the model, and a function that makes its parameters on a mesh: random for a config, read for a folder."""
+    """Return the model, and a function mesh -> parameters: random for a config, read for a folder."""
     if Path(args.model).is_dir():
         source = open_model(args.model)
         config = apply_dtype(source.config, args)
@@ -86,7 +86,7 @@ def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
 
 
 class _Memory:
-    """Size and speed of the devices' memory, and the source of these figures; fake devices share the machine's."""
+    """Size and bandwidth of device memory, and the source of these figures; fake devices share the host's memory."""
 
     def __init__(self) -> None:
         device, known = visible_devices()[0], detect_topology()
@@ -106,11 +106,11 @@ class _Memory:
             self.source = f"{self._speed / 1e9:,.0f} GB/s by the data sheet of {device.device_kind}"
 
     def num_bytes(self, mesh: MeshSpec) -> float | None:
-        """Return the bytes of memory of each device of a mesh, or None if that is not known."""
+        """Return the memory of each device of a mesh in bytes, or None if it is unknown."""
         return self._share(self._num_bytes, mesh)
 
     def bytes_per_s(self, mesh: MeshSpec) -> float | None:
-        """Return the bytes/s of memory bandwidth of each device of a mesh, or None if that is not known."""
+        """Return the memory bandwidth of each device of a mesh in bytes/s, or None if it is unknown."""
         return self._share(self._speed, mesh)
 
     def _share(self, whole: float | None, mesh: MeshSpec) -> float | None:
@@ -136,10 +136,10 @@ class _Trial:
         )
 
     def check(self, memory: _Memory) -> None:
-        """Check that the model splits over the mesh and that weights and cache fit; nothing is allocated.
+        """Check that the model splits over the mesh, and that weights and cache fit into memory; allocates nothing.
 
         Raises:
-            TrellaxError: they do not.
+            TrellaxError: the model does not split, or the memory is too small.
         """
         check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens)
         mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
@@ -154,7 +154,7 @@ class _Trial:
             )
 
     def measure(self, read: Any, memory: _Memory) -> dict[str, Any]:
-        """Build an engine, let it answer once to compile and once to be timed, and return the row."""
+        """Build an engine, run it once to compile and once to be timed, and return the row."""
         print(f"{self.spec}, {self.batch} requests ...", file=sys.stderr)
         mesh, sizes = open_mesh(self.spec), self.sizes
         engine = Engine(

@@ -1,6 +1,6 @@
 """`trellax checkpoints`: list the saves of a run folder with their sizes, and verify their files by their hashes.
 
-It imports no jax and changes nothing, so it may be used on a run that is going on.
+It imports no jax and changes nothing, so it can be used while the run is training.
 """
 
 import argparse
@@ -24,8 +24,8 @@ _MAX_WIDTH = 60
 class SaveRow:
     """One save, or another entry of the folder; `problem` is "" unless one was found.
 
-    `state` is "sealed" (finished, its files not read), "verified", "damaged", "other format", "unfinished",
-    "set aside" (renamed by a run that found it damaged) or "no save".
+    `state` is "sealed" (finished, files not read), "verified", "damaged", "other format", "unfinished", "set aside"
+    (renamed by a run that found it damaged) or "no save".
     """
 
     name: str
@@ -40,11 +40,11 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     """Print the list, and return the exit code, which is 1 if a finished save is damaged.
 
     Raises:
-        CheckpointError: there is no such folder, or nothing was saved in it.
+        CheckpointError: there is no such folder, or no save in it.
     """
     folder = _find_folder(Path(args.folder))
     looked = [_read_row(folder, name, verify=args.verify) for name in sorted(folder.names, key=_sort_key)]
-    # A run that is going on removes and renames saves: one that has gone meanwhile is not damaged.
+    # A running training removes and renames saves: one that has disappeared is not damaged.
     rows = [row for row in looked if os.path.lexists(folder.path / row.name)]
     if not rows:
         raise CheckpointError(f"{folder.path} holds no checkpoint.", fix="give the folder of a run that has saved.")

@@ -1,8 +1,7 @@
 """The command line `trellax COMMAND ...`: parse the arguments, run the command, turn errors into exit codes.
 
-Results go to stdout, everything else to stderr. The exit codes are in docs/reference/exit-codes.md. What a command
-does is in `<command>.py`, which is imported when it runs: help, --version and mistakes need no jax, and so take a tenth
-of the time.
+Results go to stdout, everything else to stderr. Exit codes are listed in docs/reference/exit-codes.md. `<command>.py`
+is imported only when the command runs, so help, --version and mistakes do not wait for jax.
 """
 
 import argparse
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..meshes.errors import LostProcessError, TrellaxError, suggest
 from ..meshes.terminal import fold, terminal_width
-from ..train.outputs import EXIT_UNREAD, LostOutputError, guarded_outputs
 from .registry import COMMANDS, Command, find_command, import_function
+from .standard_streams import EXIT_UNREAD, LostOutputError, guarded_outputs
 
 if TYPE_CHECKING:
     from ..configs.run_config import RunConfig
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_reporting(words: Sequence[str]) -> int:
-    """Run a command, and print a user's mistake or an interruption to stderr."""
+    """Run a command, and report user errors and interruptions on stderr; return the exit code."""
     try:
         return _run(words)
     except TrellaxError as error:
@@ -66,7 +65,7 @@ def _run(words: Sequence[str]) -> int:
             f"`trellax {command.name}` reads no config, so it takes no {overrides[0]}.",
             fix=f"see `trellax {command.name} --help`.",
         )
-    # In the order of their cost: a config is read in 0.2 s, while what `run` imports takes seconds.
+    # Cheapest first: reading a config takes 0.2 s, importing the module of `run` takes seconds.
     values = [_load_config(args, overrides)] if command.takes == "config" else []
     if command.check:
         import_function(command.check)(args)
@@ -74,7 +73,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _load_config(args: argparse.Namespace, overrides: Sequence[str]) -> "RunConfig":
-    """Read the config, and keep all its overrides as `args.overrides`."""
+    """Load the config, and keep its overrides as `args.overrides`."""
     from ..configs.run_config import load_config
 
     short = [] if args.fake_devices is None else ["--run.fake_devices", args.fake_devices]
@@ -91,7 +90,7 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = rest.pop()
         if not (word.startswith("--") and "." in word.partition("=")[0]):
             if word.startswith("--") and word.endswith("=--"):
-                # argparse would read an empty list.
+                # argparse would take the value for an empty list.
                 raise TrellaxError(f"{word}: a value is missing.", fix="see `trellax --help`.")
             own.append(word)
             continue
@@ -126,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Print the version; it is looked up only when asked for, since that takes 50 ms."""
+    """Print the version, which is looked up only here, since that takes 50 ms."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         import importlib.metadata

@@ -1,20 +1,20 @@
-"""`trellax describe`: print the mesh, shardings and schedule of a config; nothing is trained or allocated."""
+"""`trellax describe`: print the mesh, shardings and schedule of a config; no array is allocated."""
 
 import argparse
 import json
 
 from ..configs.run_config import RunConfig
 from ..meshes.terminal import terminal_width
-from ..train import loop
+from ..train.prepare import prepare
 from ..train.report import describe_run
 
 
 def run_describe(config: RunConfig, args: argparse.Namespace) -> int:
-    """Print the report of a run that is prepared and not started; return the exit code.
+    """Print the report of a run, and return the exit code.
 
     Raises:
-        TrellaxError: the config does not fit the devices.
+        TrellaxError: the config does not fit itself or the devices.
     """
-    report = describe_run(loop.prepare(config), width=terminal_width())
+    report = describe_run(prepare(config), width=terminal_width())
     print(json.dumps(report.numbers) if args.json else report)
     return 0

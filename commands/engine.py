@@ -1,4 +1,4 @@
-"""Turn the engine arguments that `generate` and `bench-decode` share into a model config and a mesh."""
+"""Convert arguments to a model config and a mesh, for commands that load a model."""
 
 import argparse
 from dataclasses import replace
@@ -14,10 +14,10 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def apply_dtype(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
-    """Return the model config with the dtype of `--dtype`, if it is given.
+    """Return the model config with the dtype of `--dtype` if it is given; check `--cache-dtype`.
 
     Raises:
-        ConfigError: `--dtype` or `--cache-dtype` names no dtype that an engine computes in.
+        ConfigError: one of them is not a dtype that an engine computes in.
     """
     for option, name in (("--dtype", args.dtype), ("--cache-dtype", args.cache_dtype)):
         if name is not None and name not in _DTYPES:
@@ -28,13 +28,13 @@ def apply_dtype(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
 
 
 def resolve_mesh(text: str) -> MeshSpec:
-    """Parse `--mesh`, and fill in -1 with all devices that are left.
+    """Parse `--mesh`, and replace -1 by the number of devices that are left.
 
     Raises:
         MeshError: the text is not a mesh, or jax cannot start.
     """
     spec = MeshSpec.parse(text)
-    # Looked at even where no axis is -1: reading a save starts jax as well, with an error that is harder to read.
+    # Even if no axis is -1: this starts jax, whose errors `visible_devices` explains.
     devices = visible_devices()
     return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec
 

@@ -15,17 +15,17 @@ from ..train.state import Setup
 from .hf_folders import build_asked_mesh, count_text, list_tokenizer_files, print_result, say
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of the config.json that a model came with which its export has again."""
+"""Keys that are copied from the config.json that a model was imported with."""
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Write the folder and return the exit code.
 
     Raises:
-        TrellaxError: there is no save, no architecture holds the model, or OUT is there.
+        TrellaxError: there is no save, no architecture supports the model, or OUT exists.
     """
     source, out = Path(args.source), Path(args.out)
-    # Before a save is read, since that starts jax.
+    # First, since fake devices must be chosen before jax starts.
     mesh = build_asked_mesh(args)
     config, origin = load_saved_config(source), read_origin(source)
     values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))

@@ -21,7 +21,7 @@ from .engine import apply_dtype, open_mesh, resolve_mesh
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
 _SEPARATOR = "\n---\n"
-"""Between two answers, which may have blank lines of their own."""
+"""Printed between answers, which may contain blank lines."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters (C0, DEL and C1) except line ends and tabs."""
@@ -31,10 +31,10 @@ def run_generate(args: argparse.Namespace) -> int:
     """Answer the prompts, print the answers to stdout and all else to stderr, and return the exit code.
 
     Raises:
-        TrellaxError: model, mesh and prompts do not fit each other; then no weight was read.
+        TrellaxError: model, mesh and prompts do not fit each other; no weight is read then.
     """
     prompts = _read_prompts(args)
-    # Before a save is read, which starts jax.
+    # First, since fake devices must be chosen before jax starts.
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     spec = resolve_mesh(args.mesh)
@@ -85,7 +85,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             text = content.decode("utf-8-sig").replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
-        # Not splitlines, for which a form feed ends a line too.
+        # Not splitlines, which splits at form feeds too.
         prompts += [line for line in text.split("\n") if line]
     if not prompts:
         raise no_prompt()
@@ -96,7 +96,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _is_text(word: str) -> bool:
-    """Whether an argument is UTF-8 text: Python decodes other bytes of the command line to surrogates."""
+    """Return whether a word of the command line is UTF-8: Python decodes other bytes to surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
@@ -105,7 +105,7 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSo
     stops += [one for one in source.end_ids if one not in stops]
     return [
         Request(
-            # As in transformers: an empty prompt becomes the token that begins texts.
+            # As in transformers, an empty prompt becomes the first token of a text.
             prompt=tuple(source.tokenizer.encode_prompt(prompt)) or source.begin_ids,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -119,7 +119,7 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSo
 
 
 def _stop_token(text: str, tokenizer: Tokenizer) -> int:
-    # In most shells a line end is hard to write.
+    # A line end is hard to write in most shells, so `\n` stands for one.
     tokens = tokenizer.encode(text.replace("\\n", "\n"))
     if len(tokens) != 1:
         raise ServeError(
@@ -136,7 +136,7 @@ def _engine_sizes(
     groups = args.groups or spec.pipe
     parts = spec.data * groups
     return {
-        # As many as there are prompts, up to 8, rounded up to what groups and data shards divide.
+        # One for each prompt, at most 8, rounded up to a multiple of groups x data shards.
         "slots": args.slots or -(-min(len(requests), _DEFAULT_SLOTS) // parts) * parts,
         "max_tokens": args.max_tokens or min(needed, config.max_tokens),
         "groups": groups,
@@ -158,12 +158,12 @@ class _Printer:
         self._first = 0
 
     def add(self, sequence: ServedSequence, token: int) -> None:
-        """Print a token of the answer that is being printed, or keep that of a later one."""
+        """Print a token of the first unfinished answer, or keep a token of a later one."""
         self._waiting[sequence.id] += self._streams[sequence.id].add(token)
         self._show()
 
     def end(self, sequence: ServedSequence) -> None:
-        """Print the rest of an answer, and what there is of those after it."""
+        """Print the rest of an answer, and the available text of the next ones."""
         is_last = sequence.id == len(self._streams) - 1
         self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _SEPARATOR)
         self._has_ended[sequence.id] = True

@@ -1,4 +1,4 @@
-"""Functions that `import-hf` and `export-hf` share: the mesh to read weights on, and the result."""
+"""Build the mesh that `import-hf` and `export-hf` hold the weights on, and print what they wrote."""
 
 import argparse
 import json
@@ -11,21 +11,19 @@ from jax.sharding import Mesh
 from ..hub.folder import find_file
 from ..hub.tokenizer_files import TOKENIZER_FILES
 from ..layers import ModelConfig, param_counts
-from ..meshes import MeshSpec, build_mesh, use_fake_devices
-from ..meshes.build import visible_devices
+from ..meshes import use_fake_devices
+from .engine import open_mesh, resolve_mesh
 
 
 def build_asked_mesh(args: argparse.Namespace) -> Mesh:
-    """Return the mesh of `--mesh`, on as many of the devices as it needs.
+    """Return the mesh of `--mesh`, over the first of the devices.
 
     Raises:
-        MeshError: it is no mesh, or there are fewer devices.
+        MeshError: `--mesh` is not a mesh, or there are fewer devices.
     """
-    spec = MeshSpec.parse(args.mesh)
     if args.fake_devices is not None:
         use_fake_devices(args.fake_devices)
-    devices = visible_devices()
-    return build_mesh(spec, devices=devices if -1 in spec.sizes.values() else devices[: spec.num_devices])
+    return open_mesh(resolve_mesh(args.mesh))
 
 
 def list_tokenizer_files(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`trellax import-hf DIR OUT`: make a run folder of a Hugging Face folder, to train or serve from."""
+"""`trellax import-hf DIR OUT`: create a run folder from a Hugging Face folder, to train or serve."""
 
 import argparse
 import json
@@ -27,10 +27,10 @@ _SEQ_LEN = 1024
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Make the run folder and return the exit code.
+    """Create the run folder and return the exit code.
 
     Raises:
-        TrellaxError: the Hugging Face folder cannot be read, or OUT is there.
+        TrellaxError: the Hugging Face folder cannot be read, or OUT exists.
     """
     source, out = Path(args.source), Path(args.out)
     model = read_hub_model(source)
@@ -48,9 +48,9 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> RunConfig:
-    """Write config.toml and the tokenizer's files, and return the run."""
+    """Write config.toml and the files of the tokenizer, and return the config."""
     if find_file(source, TOKENIZER):
-        # A run whose tokenizer cannot be read could neither train nor answer.
+        # Loaded to fail here: with a broken tokenizer the run could neither train nor answer.
         for warning in load_tokenizer(source).special.warnings:
             say(f"warning   {warning}")
     copy_tokenizer(source, part)
@@ -60,7 +60,7 @@ def _write_run_folder(part: Path, out: Path, source: Path, model: HubModel) -> R
 
 
 def _config_text(source: Path, out: Path, model: HubModel) -> str:
-    # Whole paths, so that the config means the same in every working directory.
+    # Absolute paths, so that the config works in every working directory.
     config, out = model.config, out.resolve()
     values: dict[str, dict[str, Any]] = {
         "run": {"name": out.name, "folder": str(out.parent)},
@@ -81,7 +81,7 @@ def _config_text(source: Path, out: Path, model: HubModel) -> str:
         )
         for section, keys in values.items()
     ]
-    # A comment ends with its line, a folder's name may have a line end in it.
+    # The name of a folder may contain a line end, which would end the comment.
     folder = printable(shlex.quote(str(out)), limit=5_000).replace("\n", "\\n")
     class_name = ARCHITECTURES[model.architecture].class_name
     head = (

@@ -13,11 +13,11 @@ from ..programs.memory import judge_memory
 from ..programs.report_tables import format_bytes
 from ..train.state import Setup
 from ..train.xla import MEMORY_FRACTION
-from .inspect_advice import Knob, list_knobs
+from .inspect_advice import MemorySaving, list_memory_savings
 from .inspect_step import compile_step, report_step, step_sizes
 from .output_file import check_output_files, write_output_file
 
-_MAX_KNOBS = 5
+_MAX_SAVINGS = 5
 
 
 def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the target is unknown, the config does not fit it, or the compiler rejects the step.
     """
-    # Compiling may take minutes, so what cannot be written is refused before it.
+    # Compiling may take minutes, so the output files are checked first.
     check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
     compiled, compile_s = compile_step(setup)
@@ -50,7 +50,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
-    """Return the devices of the target, and the run set up on them; the config is checked before they are made."""
+    """Return the devices of the target and the setup of the run on them; the config is checked first."""
     sizes = config.mesh.sizes.values()
     needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
     num_devices = target.num_devices or needed
@@ -87,7 +87,7 @@ def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> 
 def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> str:
     """Return advice for a step that does not fit, and for one that needs more memory than `train` gives to jax."""
     memory = report.memory
-    text = "" if memory.verdict == "fits" else f"\n{_describe_knobs(report, setup)}\n"
+    text = "" if memory.verdict == "fits" else f"\n{_describe_savings(report, setup)}\n"
     is_gpu = machine.devices[0].platform != "cpu"
     if is_gpu and MEMORY_FRACTION * machine.hardware.memory_bytes < memory.total <= machine.hardware.memory_bytes:
         text += (
@@ -97,20 +97,20 @@ def _describe_verdict(report: ProgramReport, setup: Setup, machine: Machine) -> 
     return text
 
 
-def _describe_knobs(report: ProgramReport, setup: Setup) -> str:
+def _describe_savings(report: ProgramReport, setup: Setup) -> str:
     sizes = step_sizes(setup)
-    knobs = list_knobs(setup.config, mesh=sizes.mesh, sizes=sizes, memory=report.memory)
-    if not knobs:
+    savings = list_memory_savings(setup.config, mesh=sizes.mesh, sizes=sizes, memory=report.memory)
+    if not savings:
         return "no single change of microbatches, remat, ZeRO, tensor or pipe is estimated to save memory."
     lines = [
         ("what would help (estimated)", "saves", "then", "devices"),
-        *(_row(k, report) for k in knobs[:_MAX_KNOBS]),
+        *(_row(k, report) for k in savings[:_MAX_SAVINGS]),
     ]
     return align(lines)
 
 
-def _row(knob: Knob, report: ProgramReport) -> tuple[str, ...]:
-    total = report.memory.total - knob.saved_bytes
+def _row(saving: MemorySaving, report: ProgramReport) -> tuple[str, ...]:
+    total = report.memory.total - saving.saved_bytes
     memory = report.memory
     verdict = judge_memory(total, capacity=memory.capacity, limit=memory.limit) or "fits"
-    return knob.overrides, format_bytes(knob.saved_bytes), f"{format_bytes(total)}, {verdict}", str(knob.devices)
+    return saving.overrides, format_bytes(saving.saved_bytes), f"{format_bytes(total)}, {verdict}", str(saving.devices)

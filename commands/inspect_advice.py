@@ -1,11 +1,12 @@
-"""List the changes of a config that make its training step take less memory, and estimate how much each saves.
+"""List the changes of a config that reduce the memory of its training step, with an estimate of the savings.
 
 The estimates scale the memory classes of a compiled step (`Memory`) by what a change does to them:
 - parameters, gradients and optimizer state by their new shardings;
-- activations by the bytes that a layer keeps, times the microbatches in flight under the new schedule;
-- temporary memory in three parts: matrices cast to bfloat16 once a step scale as the parameters do; the working memory
-  of a layer and of the head is taken to be twice their arrays; the rest are copies of activations.
-Inspect the changed config to be sure.
+- activations by the residuals of a layer in bytes, times the microbatches in flight under the new schedule;
+- temporary memory in three parts: matrices cast to bfloat16 scale with the parameters, the working memory of a layer
+  and of the head is estimated as twice their arrays, and the rest scales with activations.
+
+To verify an estimate, inspect the changed config.
 """
 
 from collections.abc import Iterator
@@ -31,25 +32,27 @@ _FLOAT32, _BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knob:
-    """One change of a config: its overrides, the bytes a device it is estimated to save, and the devices it takes."""
+class MemorySaving:
+    """A change of a config: its overrides, the estimated bytes saved on each device, and the devices it needs."""
 
     overrides: str
     saved_bytes: int
     devices: int
 
 
-def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory) -> tuple[Knob, ...]:
-    """Return the changes that save memory and that fit the config, the most effective first.
+def list_memory_savings(
+    config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: Memory
+) -> tuple[MemorySaving, ...]:
+    """Return the valid changes of a config that save memory, the largest saving first.
 
     A larger tensor or pipe takes its devices from data, or doubles the devices where data is odd.
 
     Args:
-        sizes: those of the step as it is.
-        memory: that of the step as it is, a device.
+        sizes: sizes of the compiled step.
+        memory: memory of the compiled step on one device.
     """
     before = _Estimate(config, mesh, sizes)
-    knobs = []
+    savings = []
     for overrides, changed, other in _changes(config, mesh):
         try:
             check_run(changed, num_devices=other.num_devices)
@@ -58,8 +61,10 @@ def list_knobs(config: RunConfig, *, mesh: MeshSpec, sizes: StepSizes, memory: M
         except TrellaxError:
             continue
         if total < memory.total:
-            knobs.append(Knob(overrides=overrides, saved_bytes=memory.total - total, devices=other.num_devices))
-    return tuple(sorted(knobs, key=lambda knob: (-knob.saved_bytes, knob.devices)))
+            savings.append(
+                MemorySaving(overrides=overrides, saved_bytes=memory.total - total, devices=other.num_devices)
+            )
+    return tuple(sorted(savings, key=lambda saving: (-saving.saved_bytes, saving.devices)))
 
 
 def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig, MeshSpec]]:
@@ -108,7 +113,7 @@ def _resize(config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> StepSizes:
 
 
 class _Estimate:
-    """What a config keeps on a device, in units that two configs share, so that their ratio scales a measured size."""
+    """Sizes of a config on a device; the ratio of two configs scales the measured memory of one to the other."""
 
     def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
         # One program runs on all ranks, so each has room for as many layers as the largest stage.
@@ -138,7 +143,7 @@ class _Estimate:
 
 
 def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
-    """Return the bytes that one layer keeps of a microbatch; with remat "none" those include what it works on."""
+    """Return the bytes of residuals of one layer for one microbatch; with remat "none", of all its arrays."""
     return activation_bytes(
         config.model,
         num_sequences=sizes.num_sequences,
@@ -149,7 +154,7 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
 
 
 def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
-    """Return the number of microbatches whose residuals a chunk of a rank has room for."""
+    """Return the number of microbatches whose residuals a chunk of layers holds at a time."""
     section = config.pipeline
     if mesh.pipe == 1 or section.schedule.endswith(".csv"):
         return 1

@@ -1,6 +1,6 @@
 """Compile the training step of a run from shapes alone, and report its memory, traffic and work.
 
-It is the program that `train` runs, from the same `make_train_step`. No array is allocated.
+The program is the one that `train` runs, made by the same `make_train_step`. No array is allocated.
 """
 
 import time
@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ..layers import flops_per_token
 from ..meshes import ProgramError, mesh_sizes
@@ -17,7 +16,7 @@ from ..plan import StepSizes, minimum_bytes
 from ..programs import Hardware, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
 from ..train.state import Setup
-from ..train.step import Batch, make_train_step
+from ..train.step import make_train_step
 from ..train.xla import compile_for
 
 
@@ -26,8 +25,8 @@ def inspect_step(
 ) -> ProgramReport:
     """Compile the training step of a run for the devices of its mesh, and return the report on it.
 
-    Model flops count the attention scores that the mask keeps. Flops of masked scores, and of what the backward
-    computes again, count as recomputed.
+    Model FLOPs include attention scores inside the mask. FLOPs of masked scores, and of recomputation in the backward,
+    count as recomputed.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -37,7 +36,7 @@ def inspect_step(
 
 
 def compile_step(setup: Setup) -> tuple[Any, float]:
-    """Compile the training step, and return it with the seconds that tracing and compiling took.
+    """Compile the training step; return it with the time of tracing and compiling in seconds.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -45,7 +44,7 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     start_s = time.perf_counter()
     step: Any = make_train_step(setup)
     try:
-        lowered = step.lower(setup.shapes, batch_shapes(setup), setup.peak_rate_shape)
+        lowered = step.lower(setup.shapes, setup.batch_shapes, setup.peak_rate_shape)
         compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
@@ -67,9 +66,9 @@ def report_step(
     """Return the report on the compiled training step of a run.
 
     Args:
-        hardware: the devices whose memory and peaks it is compared with; without it neither is judged.
-        devices_per_node: devices with fast links between them, to tell traffic within a node from that between nodes.
-        compile_s: seconds that compiling took, as `compile_step` returns them.
+        hardware: device to compare memory and peak rates with; neither is judged if left out.
+        devices_per_node: number of devices of a node, to separate traffic within a node from that between nodes.
+        compile_s: time of compiling in seconds, from `compile_step`.
     """
     config = setup.config
     num_tokens = config.train.batch_size * config.data.seq_len / setup.mesh.devices.size
@@ -98,7 +97,7 @@ def report_step(
 
 
 def step_sizes(setup: Setup) -> StepSizes:
-    """Return the sizes that the least traffic of a run's step follows from."""
+    """Return the sizes that determine the minimum traffic of a training step."""
     config, mesh = setup.config, mesh_sizes(setup.mesh)
     num_microbatches = config.pipeline.microbatches
     return StepSizes(
@@ -111,15 +110,3 @@ def step_sizes(setup: Setup) -> StepSizes:
         layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
         vocab=config.pipeline.vocab,
     )
-
-
-def batch_shapes(setup: Setup) -> Batch:
-    """Return the shapes and shardings of a step's batch: tokens, targets and weights, each [M, B@data, T]."""
-    config = setup.config
-    num_microbatches = config.pipeline.microbatches
-    shape = (num_microbatches, config.train.batch_size // num_microbatches, config.data.seq_len)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-    shapes: Any = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=setup.batch_sharding) for name, dtype in dtypes.items()
-    }
-    return shapes

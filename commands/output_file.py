@@ -1,4 +1,4 @@
-"""Files that the user asked a command to write: checked before the work, and written after it."""
+"""Check the output files of a command before its work, and write them after it."""
 
 import os
 import sys
@@ -11,10 +11,10 @@ _FIX = "name a file in a folder that is there."
 
 
 def check_output_files(*paths: str | None) -> None:
-    """Check that these files can be written, before hours of work; None and "" are options that were not given.
+    """Check that files can be written; None and "" are options that were not given.
 
     Raises:
-        ConfigError: one is a folder, or its folder does not exist.
+        ConfigError: a path is a folder, or its folder does not exist.
     """
     for path in filter(None, paths):
         try:
@@ -27,14 +27,14 @@ def check_output_files(*paths: str | None) -> None:
 
 
 def write_output_file(path: str, content: bytes) -> None:
-    """Write the file in place of an older one, and report it on stderr.
+    """Write a file, replacing an older one, and report it on stderr.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
-        target = Path(path).resolve()  # A link leads where the user wants the file.
-        # A pipe or a device, such as /dev/stdout, is written to; so is a file whose folder takes no new one.
+        target = Path(path).resolve()  # The target of a link is replaced, not the link.
+        # Pipes and devices, such as /dev/stdout, cannot be replaced, nor can a file in a read-only folder.
         if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
             target.write_bytes(content)
         else:

@@ -63,7 +63,7 @@ def run_plan(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _header(plan: Plan, topology: Topology, args: argparse.Namespace) -> list[str]:
-    """Return the comment at the top of a written config; its numbers are predicted, and the comment says so."""
+    """Return the comment at the top of a written config, with the predicted time and memory."""
     words = [f"--topology {quote(args.topology)}"] if args.topology else []
     words += [f"--objective {args.objective}"] if args.objective != "train" else []
     machine = f"{topology.num_devices} x {topology.accelerator.name}, {topology.devices_per_node} a node"
@@ -95,7 +95,7 @@ def _price_config(config: RunConfig, question: TrainQuestion) -> Plan:
 
 
 def _price(question: TrainQuestion, args: argparse.Namespace) -> list[Plan]:
-    """Return every legal layout with its price: what is ranked, and what --png plots."""
+    """Return all valid layouts with their prices, to rank, and to plot with --png."""
     if is_serving(args):
         return price_all_serving(_make_serving_question(question, args), objective=args.objective)
     return price_train(question)

@@ -1,4 +1,4 @@
-"""Join the processes of one run, and watch them while it trains."""
+"""Join the processes of a run, and watch them while it trains."""
 
 import argparse
 import contextlib
@@ -19,12 +19,12 @@ from ..train.run_folder import Start
 from .arguments.processes import START_S
 
 _MARGIN_S = 20
-"""jax waits this much longer than our watch, whose message names the lost process."""
+"""Seconds that jax waits longer than the watchdog, whose message names the lost process."""
 
 
 @contextlib.contextmanager
 def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, changes: Changes) -> Iterator[None]:
-    """Join the other processes of a run, if there are any, and watch them while the context lasts.
+    """Join the other processes of a run, if there are any, and watch them inside the context.
 
     Raises:
         MeshError: the arguments contradict each other, or the other processes cannot be reached.

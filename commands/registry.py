@@ -1,4 +1,4 @@
-"""The commands of `trellax`, in the order that `trellax --help` lists them.
+"""List the commands of `trellax`, in the order of `trellax --help`.
 
 A new command is one entry here, its arguments in `arguments/<command>.py` (which imports no jax), and its work in
 `<command>.py`.
@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: what help says of it, and where its code is.
+    """A command: its name, the line that help prints, and its functions.
 
-    Functions are named as entry points are, `module:function` within this package, so that listing the commands
-    imports none of them. `check` looks at the arguments before `run`, and all that `run` needs, is imported.
-
-    `takes` says what `run` is called with: `run(config, args)` or `run(args)`.
+    Functions are given as `module:function` within this package, like entry points, so that listing the commands
+    imports none of them. `arguments` adds the arguments to a parser. `check` checks them before the module of `run` is
+    imported.
+    `run` is called as `run(config, args)` or `run(args)`, depending on `takes`.
     """
 
     name: str

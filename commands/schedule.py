@@ -89,9 +89,9 @@ def _costs(schedule: Schedule, args: argparse.Namespace) -> dict[str, Any]:
 def _list_stage_costs(
     name: str, args: argparse.Namespace, *, num_ranks: int, num_chunks: int
 ) -> list[StageCost] | None:
-    """Return the times of the stages that --layers gives the sizes of, or None without --layers: all are equal then.
+    """Return the times of stages with the sizes of --layers, or None without --layers, for equal stages.
 
-    A rank of average size takes the times of the options, and each stage its share by its layers.
+    The time options are those of a rank of average size; each stage takes a share in proportion to its layers.
     """
     if args.layers is None:
         return None
@@ -118,7 +118,7 @@ def _simulate(schedule: Schedule, args: argparse.Namespace) -> Timing:
 
 
 def _find_formula(schedule: Schedule, args: argparse.Namespace) -> Formula | None:
-    # A file may have the name of a schedule of ours and hold another one.
+    # A file may be named like a built-in schedule and hold another one.
     if args.file:
         return None
     return find_formula(schedule, forward=args.forward, input_grad=args.input_grad, weight_grad=args.weight_grad)

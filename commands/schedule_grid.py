@@ -1,4 +1,4 @@
-"""Draw a schedule in the colours of its actions, within the width of a terminal."""
+"""Draw the grid of a schedule, with a colour for each kind of action, within the width of a terminal."""
 
 from rich.text import Text
 
@@ -46,7 +46,7 @@ def _split_blocks(widths: list[int], *, room: int | None) -> list[tuple[int, int
 
 
 def _append_cell(text: Text, word: str) -> None:
-    """Append a cell, each action on the colour of its kind; `.` is an idle tick."""
+    """Append a cell of the grid, each action in the colour of its kind; `.` is an idle tick."""
     if word == IDLE:
         text.append(word, style="dim")
         return

@@ -7,25 +7,25 @@ import sys
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
 from ..meshes.processes.messages import is_first
-from ..train import loop
+from ..train.loop import train
 from ..train.metrics import NO_SCHEDULE, Summary, summary_values
-from ..train.outputs import LostOutputError
 from ..train.run_folder import Start
 from . import processes
+from .standard_streams import LostOutputError
 
 
 def run_train(config: RunConfig, args: argparse.Namespace) -> int:
     """Train, and print the summary on process 0.
 
-    Returns the exit code: that of a lost stdout only with --json, since otherwise the result of a run is its folder.
+    Returns the exit code. A lost stdout is an error only with --json: otherwise the run folder is the result.
 
     Raises:
-        TrellaxError: the run cannot start or cannot go on.
+        TrellaxError: the run cannot start or cannot continue.
     """
     start: Start = "resume" if not args.fresh else "replace" if args.force else "fresh"
     changes: Changes = "accept" if args.override else "refuse"
     with processes.join_run(args, config, start=start, changes=changes):
-        summary = loop.train(config, start=start, changes=changes, profile_steps=args.profile)
+        summary = train(config, start=start, changes=changes, profile_steps=args.profile)
     if not is_first():
         return 0
     try:
@@ -48,7 +48,7 @@ def _describe_summary(summary: Summary) -> str:
         f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
         f"train loss {_format_loss(summary.final_train_loss)}   "
         f"validation loss {_format_loss(summary.final_val_loss)}\n"
-        f"{summary.folder}: summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
+        f"{summary.folder}: config.toml, summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
     )
 
 

@@ -1,4 +1,4 @@
-"""Run files: experiments as TOML, one file each, and the code that reads and checks them."""
+"""Read and check run configs, which are TOML files, and packaged configs such as `quickstart.toml`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Compare the config of a saved run with the one that is to resume it, and refuse changes that change the result.
+"""Compare the config of a save with the config that resumes it, and refuse changes that would change the result.
 
-Keys that only decide where and how fast a run computes may change: mesh, pipeline, checkpoints, logging. All others
-change the numbers that come out.
+Keys that only affect where and how fast a run computes may change: mesh, pipeline, checkpoints, logging. All other keys
+change the losses.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..meshes import RunError
 from .run_config import RunConfig, config_from_dict, config_keys
 
 Changes = Literal["refuse", "accept"]
-"""Whether a run may be resumed with a config that changes its result."""
+"""What to do if the config changes the result of the run that it resumes."""
 
 _FREE_SECTIONS = {"mesh", "pipeline", "checkpoint"}
 _FREE_KEYS = {
@@ -26,7 +26,7 @@ _FREE_KEYS = {
     "train.bad_step",
     "train.spike_ratio",
     "train.init_from",
-    # The tokens of the corpus are compared instead, by their hash.
+    # The hash of the tokens is compared instead.
     "data.source",
     "data.paths",
     "data.token_dtype",
@@ -35,10 +35,10 @@ _FREE_KEYS = {
 
 
 def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return the keys whose change would change the result, as `key: was this, is that`.
+    """Return a line `key: was this, is that` for each changed key that changes the result.
 
     Args:
-        saved: the config of a save, as plain values; a key that it lacks had its default.
+        saved: the config of a save as nested dicts; a missing key has its default.
     """
     found: list[str] = []
     here, then = config.model_dump(mode="json"), config_from_dict(saved).model_dump(mode="json")
@@ -53,15 +53,15 @@ def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 def check_changes(
     saved: Mapping[str, Any], config: RunConfig, *, was: str | None, corpus: str, changes: Changes, step: int
 ) -> None:
-    """Check that a run is resumed with the config and corpus it was saved with, unless changes are accepted.
+    """Raise if a run is resumed with another config or corpus than it was saved with, unless changes are accepted.
 
     Args:
-        was: SHA-256 of the corpus that the save was trained on, None if that is not known.
+        was: SHA-256 of the corpus that the save was trained on, None if it is unknown.
         corpus: SHA-256 of the corpus now.
         step: the step of the save.
 
     Raises:
-        RunError: with every key that changes the result.
+        RunError: the config or the corpus changes the result; all such keys are listed.
     """
     found = list_changes(saved, config)
     if was and was != corpus:

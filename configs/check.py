@@ -1,7 +1,7 @@
-"""Check what needs two sections of a run at once, before any array is made.
+"""Check the sections of a run config against each other and against the devices, before any array is made.
 
-Every check yields the errors that it finds, so that a run with three mistakes is told all three. `mesh_checks.py` has
-those that divide by the sizes of the mesh.
+Each check yields its errors, so that all mistakes of a config are reported at once. The checks of divisibility by mesh
+sizes are in `mesh_checks.py`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from .run_config import RunConfig
 _NUM_BYTES = 256
 
 CorpusFiles = Literal["needed", "later"]
-"""Whether the files of the corpus must exist; `trellax describe` shows a run without them."""
+"""Whether the files of the corpus must exist: `train` needs them at once, `describe` does not."""
 
 
 def check_run(
@@ -28,14 +28,14 @@ def check_run(
     known_schedules: Iterable[str] | None = None,
     corpus: CorpusFiles = "later",
 ) -> MeshSpec:
-    """Check that the sections of a run fit each other and the devices, and return its mesh with -1 filled in.
+    """Check a run config against itself and the devices, and return its mesh with -1 replaced by a size.
 
     Args:
-        known_schedules: names that `pipeline.schedule` may have; those of trellax if left out.
-        corpus: whether its files must exist; none is read.
+        known_schedules: names that `pipeline.schedule` may have; those of `SCHEDULES` if left out.
+        corpus: whether the files of the corpus must exist; they are not read.
 
     Raises:
-        TrellaxError: the one mistake, or a ConfigError that lists all of them.
+        TrellaxError: the config has a mistake; with several, a ConfigError lists all of them.
     """
     check_count("num_devices", num_devices, error=MeshError)
     check_choice("corpus", corpus, get_args(CorpusFiles), error=ConfigError)
@@ -45,7 +45,7 @@ def check_run(
         mesh = mesh.resolve(num_devices=num_devices)
     except MeshError as error:
         found.append(error)
-    # Where -1 cannot be filled in, there is nothing to divide by.
+    # A mesh size is still -1 if it cannot be resolved; that error has been added above.
     if min(mesh.sizes.values()) > 0:
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
@@ -68,7 +68,7 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
             fix="set pipeline.schedule='auto', or leave pipeline.max_in_flight out.",
         )
     if name.endswith(".csv"):
-        # With several ranks the file is read when the run is set up; with one it never is.
+        # With several ranks a missing file is an error when it is read; with one rank it is never read.
         if pipe == 1 and not Path(name).is_file():
             yield ScheduleError(
                 f"pipeline.schedule={name!r}: there is no such file.",
@@ -84,7 +84,7 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
 
 
 def _check_chunks(family: Family, chunks: int, *, names: list[str]) -> Iterator[TrellaxError]:
-    """Check that an interleaved schedule has several chunks a rank, and any other has one."""
+    """Yield an error unless an interleaved schedule has several chunks a rank, and any other schedule one."""
     if family.allows_chunks(chunks):
         return
     wants = "2 or more" if chunks == 1 else "1"
@@ -97,7 +97,7 @@ def _check_chunks(family: Family, chunks: int, *, names: list[str]) -> Iterator[
 
 
 def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
-    """Check the sequence length against the model's, and warm-up and saves against the steps."""
+    """Yield an error if sequences are longer than the model reads, warm-up than the run, or saves are never kept."""
     seq_len, max_tokens = config.data.seq_len, config.model.max_tokens
     if seq_len > max_tokens:
         yield ModelError(
@@ -119,7 +119,7 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
 
 
 def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
-    """Check that source, paths, tokenizer and vocabulary go together."""
+    """Yield an error for each contradiction between source, paths, tokenizer and vocabulary."""
     source, paths, vocab_size = config.data.source, config.data.paths, config.model.vocab_size
     if source != "tokens" and config.data.tokenizer == "bytes" and vocab_size < _NUM_BYTES:
         yield ModelError(

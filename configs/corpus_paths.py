@@ -1,7 +1,7 @@
-"""Find the files that `data.paths` names, by paths and by globs.
+"""Find the files of `data.paths`, given by paths and by globs.
 
-`**` enters each folder once, however many links lead to it: where two links in a folder lead to its parent, `glob`
-itself follows 2**40 paths. `../train/data/corpus_files.py` checks what is in the files.
+`**` visits each folder once, however many links lead to it. With two links to a parent folder inside it, the `glob`
+module would follow 2**40 paths. `../train/data/corpus_files.py` checks what is in the files.
 """
 
 import glob
@@ -15,7 +15,7 @@ from ..meshes.files.regular_file import name_kind
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """Return the files that `data.paths` names, in the order of the paths; those of a glob are sorted. None is opened.
+    """Return the files of `data.paths` in the order of the paths, those of a glob sorted; no file is opened.
 
     Raises:
         DataError: a file is missing or named twice, a glob matches nothing, or a path is not a file.
@@ -27,10 +27,10 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def _check_named_once(paths: Sequence[str]) -> None:
-    """Check that no path is given twice, which other programs take as a weight and trellax does not."""
+    """Raise if a path is given twice, which other programs understand as a weight."""
     seen = set()
     for path in paths:
-        # By their targets: two links to one file name it twice too.
+        # Links are resolved: two links to one file name it twice.
         name = _resolve(path)
         if name in seen:
             raise DataError(
@@ -43,7 +43,7 @@ def _check_named_once(paths: Sequence[str]) -> None:
 def _resolve(path: str) -> str:
     try:
         return os.path.realpath(path)
-    except ValueError:  # it has a null character, so that no file has this name
+    except ValueError:  # a null character, which no file name has
         return path
 
 
@@ -92,7 +92,7 @@ def _is_file(name: str) -> bool:
 
 
 def _escape_folders(pattern: str) -> str:
-    """Escape the leading folders of a pattern that exist under that very name: `run[1]` may be a folder."""
+    """Escape the leading folders of a pattern that exist literally, such as a folder named `run[1]`."""
     parts = pattern.split("/")
     for index in range(len(parts) - 1):
         if not Path("/".join(parts[: index + 1]) or "/").is_dir():
@@ -101,7 +101,7 @@ def _escape_folders(pattern: str) -> str:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Yield the paths that a glob matches. `**` is expanded here, by `_walk`, and the rest by `glob`."""
+    """Yield the paths that a glob matches: `**` is expanded by `_walk`, the rest by the `glob` module."""
     start, deep, rest = f"/{pattern}".partition("/**/")
     if not deep:
         # Path.glob takes no absolute patterns.
@@ -115,7 +115,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Yield a folder and all folders below it as `name/`, each once and, as in globs, without hidden ones."""
+    """Yield a folder and the folders below it as `name/`, each once; hidden folders are skipped, as in globs."""
     seen = set()
     for path, names, _ in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)

@@ -1,4 +1,4 @@
-"""List the keys of a run file, for `trellax train --help`, docs/reference/config.md, suggestions and tests."""
+"""List the keys of a run config, for `trellax train --help`, docs/reference/config.md, suggestions and tests."""
 
 import dataclasses
 import itertools
@@ -43,15 +43,15 @@ _MEANINGS = {
     "model.dtype": "dtype to compute in; parameters are always float32",
     "model.matmuls": "precision of matrix products with weights: model.dtype (plain), or fp8 (needs qwix)",
 }
-"""Meanings of keys whose sections are plain dataclasses, which have no place for a description."""
+"""Meanings of the keys of dataclass sections, whose fields have no description."""
 
 Kind = Literal["whole", "number", "text", "list", "auto or list"]
-"""How an override's text is parsed; "auto or list" is the word auto, or whole numbers."""
+"""How the text of an override is parsed; "auto or list" is the word auto, or whole numbers with commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key of a run file, `section.key`: its kind, its type and default as help prints them, and its meaning."""
+    """A key of a run config, `section.key`, with its type, default and meaning as help prints them."""
 
     name: str
     kind: Kind
@@ -90,7 +90,7 @@ def list_keys(config: type[BaseModel]) -> list[Key]:
 def draw_keys(keys: list[Key], *, width: int | None = None) -> str:
     """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections.
 
-    Where these are wider than the width, the meaning stands below the rest, folded.
+    If they are wider than `width` columns, the meaning is folded onto lines of its own.
     """
     lines = align([_list_cells(key) for key in keys], left=4).splitlines()
     if width is not None and max(map(len, lines)) > width:

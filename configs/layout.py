@@ -11,7 +11,7 @@ from .run_config import RunConfig
 
 
 def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
-    """Return the layout of a config on so many devices.
+    """Return the layout of a config on `num_devices` devices.
 
     Raises:
         TrellaxError: the mesh does not fit the devices, the batch does not split, or the schedule is a file.

@@ -1,4 +1,4 @@
-"""Check that model, vocabulary, layers and batch of a run split over its mesh."""
+"""Check that the model, vocabulary, layers and batch of a run divide evenly over its mesh."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +12,11 @@ from .run_config import RunConfig
 
 _MAX_FORWARDS = 50_000
 _MAX_FORWARDS_OF_AUTO = 10_000
-"""Stages x microbatches of a schedule that is built within some 20 seconds."""
+"""Largest stages x microbatches of a schedule that is built within about 20 seconds."""
 
 
 def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
-    """Yield an error for everything of a run that does not split over its mesh, whose sizes are all known."""
+    """Yield an error for each size of a run that does not divide over a mesh, none of whose sizes is -1."""
     yield from _check_widths(config.model, tensor=mesh.tensor)
     yield from _check_vocab(config, tensor=mesh.tensor, pipe=mesh.pipe)
     yield from _check_depth(config, pipe=mesh.pipe)
@@ -25,7 +25,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
 
 
 def check_batch_splits(config: RunConfig, *, data: int) -> None:
-    """Check that every microbatch has the same number of sequences on each of `data` shards.
+    """Raise unless every microbatch has the same number of sequences on each of `data` shards.
 
     Raises:
         ConfigError: the batch size is not a multiple of microbatches x shards.
@@ -42,7 +42,7 @@ def check_batch_splits(config: RunConfig, *, data: int) -> None:
 
 
 def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
-    """Check that query heads and feed-forward split over tensor, and key/value heads split or can be replicated."""
+    """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
     for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
         yield from errors_of(
             check_divides,
@@ -63,7 +63,7 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
 
 
 def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[TrellaxError]:
-    """Check that the vocabulary splits over tensor, or over pipe x tensor where the pipeline splits it too."""
+    """Yield an error unless the vocabulary splits over tensor, or over pipe x tensor with pipeline.vocab="split"."""
     size = config.model.vocab_size
     is_split = pipe > 1 and config.pipeline.vocab == "split"
     parts = tensor * pipe if is_split else tensor
@@ -86,7 +86,7 @@ def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[Trell
 
 
 def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
-    """Check that every stage gets a layer, and that layers given for each stage are as many as the model has."""
+    """Yield an error unless every stage has a layer and `layers_per_stage` sums to the layers of the model."""
     layers, chunks = config.model.num_layers, config.pipeline.chunks
     if pipe == 1:
         yield from _check_layers_of_one_rank(config)
@@ -98,7 +98,7 @@ def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
             f"model.num_layers={layers} cannot fill {what} stages: a stage has at least one layer.",
             fix=f"set mesh.pipe={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
         )
-    elif not config.pipeline.schedule.endswith(".csv"):  # A file has chunks of its own, known once it is read.
+    elif not config.pipeline.schedule.endswith(".csv"):  # A file sets its own chunks, known once it is read.
         yield from errors_of(
             resolve_layers,
             config.model,
@@ -111,7 +111,7 @@ def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
 
 
 def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:
-    """Check `layers_per_stage` although one rank has all layers: the config may get more ranks later."""
+    """Yield an error for a wrong `layers_per_stage` even with one rank: the run may be resumed on more."""
     layers, given = config.model.num_layers, config.pipeline.layers_per_stage
     if given != "auto" and (sum(given) != layers or min(given) < 1):
         shown = ",".join(map(str, given))
@@ -123,7 +123,7 @@ def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:
 
 
 def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
-    """Check that the schedule is small enough to be built in seconds."""
+    """Yield an error unless the schedule is small enough to be built in seconds."""
     name, chunks, microbatches = config.pipeline.schedule, config.pipeline.chunks, config.pipeline.microbatches
     is_searched = name in SCHEDULES and SCHEDULES[name].order == "searched"
     most = _MAX_FORWARDS_OF_AUTO if is_searched else _MAX_FORWARDS

@@ -1,4 +1,4 @@
-"""Mistakes in a run file or an override, collected so that one error reports all of them, a line each."""
+"""Collect the mistakes in a run file and its overrides, and report them in one error, a line each."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MAX_PLACE, _MAX_TEXT = 120, 500
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """One mistake: where it was written, what is wrong with it, and how to fix it where that is known.
+    """A mistake: the place where it was written, the problem, and a fix if one is known.
 
     `place` is `file:line`, words of the command line, or empty for values from a dict.
     """
@@ -24,13 +24,13 @@ class Mistake:
     fix: str | None = None
 
     def __str__(self) -> str:
-        # Each mistake is cut on its own, so that a long one leaves room for the others.
+        # Each mistake is shortened by itself, so that a long one does not push out the others.
         text = printable(self.text, limit=_MAX_TEXT)
         return f"{printable(self.place, limit=_MAX_PLACE)}: {text}" if self.place else text
 
 
 def make_config_error(mistakes: Sequence[Mistake]) -> ConfigError:
-    """Return one error that lists the mistakes, each on its own line; of more than ten it counts the rest."""
+    """Return an error that lists the first ten mistakes, a line each, and counts the others."""
     if len(mistakes) == 1:
         return ConfigError(str(mistakes[0]), fix=mistakes[0].fix or _GENERAL_FIX)
     first = mistakes[:_MAX_LINES]

@@ -14,7 +14,7 @@ from .mistakes import Mistake, find_nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """One override: the key it sets, its value, and the words it was written with."""
+    """An override: section and key, the parsed value, and the words of the command line."""
 
     section: str
     key: str
@@ -26,7 +26,7 @@ def split_words(text: str) -> list[str]:
     """Split overrides given as one text into words, as a shell does.
 
     Raises:
-        ConfigError: a quotation is not closed.
+        ConfigError: a quote is not closed.
     """
     try:
         return shlex.split(text)
@@ -37,9 +37,9 @@ def split_words(text: str) -> list[str]:
 
 
 def read_overrides(words: Sequence[str], *, keys: Sequence[Key]) -> tuple[list[Override], list[Mistake]]:
-    """Parse the words, and return the overrides that name a key and the mistakes among the rest.
+    """Parse words of the command line; return the overrides of known keys, and the mistakes.
 
-    A value is read as its key wants it, and left as text where it cannot be: validation reports it then.
+    A value is parsed by the type of its key. If that fails it stays text, which validation reports.
 
     >>> overrides, mistakes = read_overrides(["--train.steps", "50", "--mesh.data=4"], keys=list_keys(RunConfig))
     >>> [(override.key, override.value) for override in overrides]
@@ -70,7 +70,7 @@ def read_overrides(words: Sequence[str], *, keys: Sequence[Key]) -> tuple[list[O
 
 
 def _describe_unknown(name: str, *, keys: Sequence[Key]) -> str:
-    """Suggest the key of the same name in another section, or else the most similar key."""
+    """Return the message for an unknown key; it suggests that key of another section, or else the most similar one."""
     same = next((key.name for key in keys if key.key == name.rpartition(".")[2]), None)
     near = same or find_nearest(name, [key.name for key in keys])
     return f"unknown option; did you mean --{near}?" if near else "unknown option"
@@ -87,7 +87,7 @@ def _read_value(text: str, *, key: Key) -> Any:
 
 
 def _read_list(text: str) -> list[Any]:
-    """Read a TOML list, or else words with commas between them."""
+    """Parse a TOML list, or else words separated by commas."""
     try:
         found = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
@@ -96,8 +96,8 @@ def _read_list(text: str) -> list[Any]:
 
 
 def _read_number(text: str, *types: type[int] | type[float]) -> int | float | str:
-    """Return the text as the first of the types that takes it, or unchanged."""
-    # int() and float() also take the digits of other scripts; a run file does not.
+    """Return the text converted to the first type that accepts it, or unchanged."""
+    # int() and float() also accept non-ASCII digits, which TOML does not.
     for convert in types if text.isascii() else ():
         try:
             return convert(text)

@@ -1,6 +1,6 @@
-"""Translate pydantic's validation errors into mistakes in plain words, each at its file and line or its override.
+"""Convert pydantic's validation errors to mistakes with a place: file and line, or override.
 
-pydantic words its messages for programmers; `_WORDS` words them for whoever writes a run file.
+pydantic's messages are written for programmers; `_WORDS` replaces them by ones for users of run files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ _WORDS = {
     "less_than_equal": "expected at most {le:.10g}",
     "literal_error": "expected {expected}",
 }
-"""What to say for each of pydantic's error types."""
+"""The message for each of pydantic's error types."""
 
 _BOUNDS = {
     MOST_FAKE_DEVICES: ", each of which is threads and memory of this machine",
     2**31 - 1: ", the largest whole number of 32 bits",
 }
-"""The reason for an upper bound, where the number alone does not tell it."""
+"""The reasons for upper bounds that are not obvious, appended to the message."""
 
 _MAX_NAME = 60
 
@@ -54,7 +54,7 @@ def list_mistakes(
 
     Args:
         errors: `ValidationError.errors()`.
-        unrepresentable: problems that `make_plain` found before pydantic, by (section, key).
+        unrepresentable: problems found by `make_plain` before pydantic ran, by (section, key).
     """
     in_file: list[tuple[int, Mistake]] = []
     in_overrides: list[Mistake] = []
@@ -75,7 +75,7 @@ def list_mistakes(
 
 
 def _first_of_each(errors: Sequence[Any]) -> dict[tuple[str, ...], Any]:
-    """Return the first error of every (section, key): a list with a thousand wrong entries is one mistake."""
+    """Return the first error of each (section, key), so that a list with a thousand wrong entries is one mistake."""
     first: dict[tuple[str, ...], Any] = {}
     for error in errors:
         first.setdefault(tuple(str(name) for name in error["loc"][:2]), error)
@@ -112,7 +112,7 @@ def _describe(error: Mapping[str, Any], *, names: tuple[str, ...], keys: Sequenc
 
 
 def _describe_unknown(names: tuple[str, ...], *, value: Any, keys: Sequence[Key]) -> str:
-    """Say what an unknown section or key may have been meant to be."""
+    """Return the message for an unknown section or key, with the most likely one that was meant."""
     home = next((key.section for key in keys if key.key == names[-1]), None)
     if len(names) == 1 and isinstance(value, dict):
         sections = list(dict.fromkeys(key.section for key in keys))

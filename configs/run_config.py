@@ -1,7 +1,7 @@
-"""The config of a run as one typed value, read from a TOML file and the command line.
+"""Load the config of a run from a TOML file and the command line as one typed value, `RunConfig`.
 
-Nothing here starts a jax backend, so that fake devices can still be asked for afterwards. Read `sections.py` next,
-which has the keys, and then `check.py`, which has the checks across sections.
+Nothing here starts a jax backend, so `use_fake_devices` can still be called afterwards. Read `sections.py` next for the
+keys, then `check.py` for the checks across sections.
 """
 
 import json
@@ -43,7 +43,7 @@ This page is written by `trellax.configs.run_config.render_reference`; a test ke
 
 
 class RunConfig(Section):
-    """The config of a run: everything that defines it. `load_config` reads one from a file."""
+    """The config of a run, frozen and validated section by section. `load_config` reads one from a file."""
 
     run: RunSection = RunSection()
     mesh: MeshSpec = MeshSpec()
@@ -56,11 +56,11 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """The folder that this run writes to."""
+        """The folder that the run writes to, `run.folder/run.name`."""
         return Path(self.run.folder) / self.run.name
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks: a row for each section, with the values that are not defaults."""
+        """Return an HTML table for notebooks: a row for each section, with the values that are not defaults."""
         rows = [("section", "values that are not defaults")]
         for section, values in self.model_dump(mode="json").items():
             given = {key: value for key, value in values.items() if not self._is_default(section, key)}
@@ -74,17 +74,17 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunConfig:
-    """Read the config of a run from a TOML file, with overrides from the command line.
+    """Load the config of a run from a TOML file, with overrides from the command line.
 
     >>> load_config("quickstart", ["--train.steps", "50", "--mesh.data=4"]).train.steps
     50
 
     Args:
-        path: a file, or the name of a config that comes with trellax, such as "quickstart".
-        overrides: `--section.key value` or `--section.key=value`, as words or as one text.
+        path: a TOML file, or the name of a packaged config such as "quickstart".
+        overrides: `--section.key value` or `--section.key=value`, as a list of words or as one text.
 
     Raises:
-        ConfigError: with a line for every mistake, each with its file and line or its override.
+        ConfigError: the file cannot be read, or has mistakes; each is listed with its line or its override.
     """
     file = read_config_file(path)
     words = split_words(overrides) if isinstance(overrides, str) else overrides
@@ -101,7 +101,7 @@ def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunCon
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Return the config of a run given as nested dicts, for scripts without a file.
+    """Validate nested dicts as the config of a run, for scripts without a file.
 
     >>> values = {
     ...     "model": {"vocab_size": 256, "num_layers": 1, "hidden_size": 8, "num_heads": 1},
@@ -113,13 +113,13 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     'stdlib'
 
     Raises:
-        ConfigError: with a line for every mistake.
+        ConfigError: there are mistakes, which are all listed.
     """
     return _validate(values, file=None, overrides=(), mistakes=[])
 
 
 def config_keys() -> list[str]:
-    """Return every key that a run file may have, as `section.key`."""
+    """Return all keys of a run config, as `section.key`."""
     return [key.name for key in list_keys(RunConfig)]
 
 
@@ -136,7 +136,7 @@ def render_reference() -> str:
 def _validate(
     values: Mapping[str, Any], *, file: ConfigFile | None, overrides: Sequence[Override], mistakes: list[Mistake]
 ) -> RunConfig:
-    # pydantic fills dataclasses from plain tables, while it stays strict about numbers, only in its JSON mode.
+    # Only from JSON does pydantic build dataclasses from dicts and stay strict about numbers.
     plain, unrepresentable = make_plain(values)
     try:
         config = RunConfig.model_validate_json(json.dumps(plain))

@@ -1,7 +1,7 @@
 """Read the config in the record of a save, which another version of trellax may have written.
 
-One rule for all readers (training, serving, export): an unknown key of `model` is refused, as it may change every
-number (`../hub/saved_model.py`); another unknown key or section is left out, and named.
+Training, serving and export follow one rule. An unknown key of `model` is an error, since it may change every number
+(`../hub/saved_model.py`). Any other unknown key or section is left out, with a message.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,22 +17,27 @@ from .run_config import RunConfig, config_from_dict, config_keys
 
 
 def load_saved_config(folder: str | Path) -> RunConfig:
-    """Return the config of the newest whole save in a run folder; names unknown keys on stderr.
+    """Return the config of the newest whole save in a run folder; unknown keys are listed on stderr.
 
     Raises:
-        CheckpointError: there is no save, or it is of a model that this version does not know.
+        CheckpointError: there is no save, or its config has unknown model keys or invalid values.
     """
     saves = run_saves(folder)
     seal = SaveReader(folder=saves).require_newest()
-    return config_from_dict(read_saved_config(seal, folder=saves / seal.step, say=say_on_stderr))
+    return config_from_seal(seal, folder=saves / seal.step, say=say_on_stderr)
+
+
+def config_from_seal(seal: Seal, *, folder: Path, say: Callable[[str], object]) -> RunConfig:
+    """Return the config in the record of a save; arguments and errors are those of `read_saved_config`."""
+    return config_from_dict(read_saved_config(seal, folder=folder, say=say))
 
 
 def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object]) -> dict[str, dict[str, Any]]:
-    """Return the config of a save as plain values, all of them known and valid; keys that are younger are missing.
+    """Return the config of a save as nested dicts of known keys with valid values; keys newer than the save are absent.
 
     Args:
-        folder: of the save, to name it.
-        say: called with the keys that are left out.
+        folder: folder of the save, named in messages.
+        say: called with a message that lists the keys that are left out.
 
     Raises:
         CheckpointError: a key of the model is not known, or a value is not valid.

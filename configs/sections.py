@@ -1,6 +1,6 @@
-"""The sections of a run file: frozen pydantic models, each key with its type, bounds, default and meaning.
+"""Define the sections of a run config as frozen pydantic models: each key with type, bounds, default and meaning.
 
-[mesh] and [model] are not here: they are `MeshSpec` and `ModelConfig`, the dataclasses that the toolkit computes with.
+The sections [mesh] and [model] are `MeshSpec` and `ModelConfig`, the dataclasses that the toolkit itself uses.
 """
 
 from typing import Any, Literal
@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 from ..meshes.spec import MOST_FAKE_DEVICES
 
 _MAX = 2**31 - 1
-"""Steps, tokens and ids are 32-bit integers on a device."""
+"""Largest count: steps, tokens and ids are int32 on a device."""
 
 
 class Section(BaseModel):
-    """A section of a run file: it takes no unknown key, converts no value, has no infinity, and is immutable."""
+    """A section of a run config: frozen, without unknown keys, type conversions, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -72,7 +72,7 @@ class TrainSection(Section):
     @field_validator("spike_ratio")
     @classmethod
     def _check_spike_ratio(cls, value: float) -> float:
-        # At 1 every loss that does not fall is a spike, and a run stops at its second step.
+        # At 1, every loss above the mean would be a spike, and most runs would stop at their second step.
         if 0 < value <= 1:
             raise PydanticCustomError("spike_ratio", "expected more than 1, such as 2, or 0 for no spikes")
         return value
@@ -115,7 +115,7 @@ class PipelineSection(Section):
     @field_validator("layers_per_stage", mode="before")
     @classmethod
     def _read_layers(cls, value: Any) -> Any:
-        # pydantic alone would report one mistake twice, for "auto" and for the list.
+        # pydantic would report a mistake twice, once for each member of the union.
         if isinstance(value, list | tuple) and all(type(count) is int for count in value):
             return tuple(value)
         if value != "auto":

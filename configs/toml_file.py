@@ -1,4 +1,4 @@
-"""Read a run file: find it, decode it, parse it, and report a syntax error at its line."""
+"""Find, decode and parse the TOML file of a run, and report syntax errors with their line."""
 
 import codecs
 import re
@@ -14,11 +14,11 @@ from ..meshes.files.regular_file import read_bounded
 from .toml_lines import Lines, map_lines
 
 PACKAGED_CONFIGS = Path(__file__).parent
-"""The folder of the configs that come with trellax."""
+"""The folder of the packaged configs."""
 
 _MAX_BYTES = 1_000_000
 
-# tomllib takes the square of the length of a dotted key, and so would a pattern that backtracks (`*+` does not).
+# tomllib takes quadratic time for a long dotted key, and so would a pattern that backtracks; `*+` does not.
 _NAME = r"""(?:[\w\-]+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*(?:{_NAME}[ \t]*\.[ \t]*){{50}}", flags=re.MULTILINE)
 _LONG_NUMBER = re.compile(r"\d{4301}")
@@ -28,9 +28,9 @@ _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)"
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile:
-    """A parsed run file.
+    """A parsed TOML file.
 
-    `shown` is the path as errors name it. `text` has Unix line ends and no byte order mark.
+    `shown` is the path as errors print it. `text` has Unix line ends and no byte order mark.
     """
 
     path: Path
@@ -40,16 +40,16 @@ class ConfigFile:
 
     @cached_property
     def lines(self) -> Lines:
-        """The line of every section and key; found when first asked for, which is when there is a mistake."""
+        """The line of every section and key; computed at first use, which is the first mistake."""
         return map_lines(self.text)
 
     def line(self, *names: str) -> int | None:
-        """Return the line of a key, or else of the section that encloses it; None if neither is written."""
+        """Return the line of a key, or of its section if the file does not have the key; None if it has neither."""
         prefixes = (names[:length] for length in range(len(names), 0, -1))
         return next((self.lines[prefix] for prefix in prefixes if prefix in self.lines), None)
 
     def place(self, *names: str) -> str:
-        """Return `file:line` of a key or of its section, or the file alone if neither is written."""
+        """Return `file:line` of a key or its section, or only the file if it has neither."""
         line = self.line(*names)
         return self.shown if line is None else f"{self.shown}:{line}"
 
@@ -102,7 +102,7 @@ def _shorten(path: Path) -> str:
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (OSError, ValueError):
-        # It is elsewhere, or the working directory has been removed.
+        # The path is elsewhere, or the working directory has been removed.
         return str(path)
 
 
@@ -112,7 +112,7 @@ def _read_text(path: Path, *, shown: str) -> str:
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
     try:
-        # Editors on Windows write a byte order mark, and two characters at the end of a line.
+        # Editors on Windows write a byte order mark, and CR LF at the end of a line.
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -121,7 +121,7 @@ def _read_text(path: Path, *, shown: str) -> str:
 
 
 def _toml_error(error: ValueError | RecursionError, *, text: str, shown: str) -> ConfigError:
-    """Return tomllib's error in our words; tomllib gives no line for numbers and nesting, so it is looked for here."""
+    """Return a `ConfigError` for an error of tomllib, which gives no line for long numbers and deep nesting."""
     lines = text.split("\n")
     if isinstance(error, RecursionError):
         line = next((number for number, line in enumerate(lines, 1) if line.count("[") + line.count("{") > 50), 1)

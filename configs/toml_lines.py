@@ -1,7 +1,7 @@
-"""Find the line of every section and key of a TOML text, for errors that say where a mistake was written.
+"""Find the line of every section and key of a TOML text, for error messages.
 
-`tomllib` gives values without positions. `tomlkit` keeps the text between the values as well, so that a line is the
-number of line ends in what comes before.
+`tomllib` gives no positions. `tomlkit` keeps the text between values, so a line number is the count of line ends in
+all items before it.
 """
 
 from typing import TYPE_CHECKING
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from tomlkit.container import Container
 
 Lines = dict[tuple[str, ...], int]
-"""Line numbers, from 1, by dotted name: `("train", "steps")`."""
+"""Line numbers, from 1, by path: `("train", "steps")`."""
 
 _MAX_CHARACTERS = 100_000
-"""tomlkit takes the square of a text's length: 0.2 s for 100,000 empty lines, 18 s for a million."""
+"""tomlkit takes quadratic time: 0.2 s for 100,000 empty lines, 18 s for a million."""
 
 
 def map_lines(text: str) -> Lines:
-    r"""Return the line of every table and key of a TOML text; that of the first, for what is written in parts.
+    r"""Return the line of every table and key of a TOML text; the first line, for a table written in several parts.
 
     >>> map_lines("[model]\nnum_layers = 2\n\n[data]\n")
     {('model',): 1, ('model', 'num_layers'): 2, ('data',): 4}
 
-    A text of more than 100,000 characters, or one that tomlkit cannot parse, has no lines.
+    The result is empty for a text of more than 100,000 characters, or one that tomlkit cannot parse.
     """
     if len(text) > _MAX_CHARACTERS:
         return {}
-    # Only a run with a mistake needs it, and it takes as long to import as all of `configs`.
+    # Needed only for configs with mistakes, and as slow to import as all of `configs`.
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
 
@@ -51,7 +51,7 @@ def _walk(container: "Container", *, above: tuple[str, ...], line: int, lines: L
         lines.setdefault(name, line + item.trivia.indent.count("\n"))
         tables = [item] if isinstance(item, Table) else item.body if isinstance(item, AoT) else []
         for table in tables:
-            # The [x] above [x.y], and the x of `x.y = 1`, are written on no line of their own.
+            # The implied [x] of [x.y], and the x of `x.y = 1`, have no line of their own.
             has_header = not table.is_super_table() and not key.is_dotted()
             line += (table.trivia.indent + table.trivia.trail).count("\n") if has_header else 0
             line = _walk(table.value, above=name, line=line, lines=lines)

@@ -1,7 +1,7 @@
-"""Convert the values of a run to ones that JSON can represent, which is the form that pydantic validates.
+"""Convert config values to JSON, the form that pydantic validates, and report those that JSON cannot hold.
 
-TOML and scripts may hold integers of thousands of digits, deeply nested lists and text that is not Unicode. JSON can
-represent none of these, so they are reported here and replaced.
+Those are integers of thousands of digits, deeply nested lists, and text that is not Unicode. They are replaced by an
+empty table, which no key accepts.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,17 @@ Names = tuple[str, ...]
 _MAX_DEPTH = 4
 _MAX_BITS = 256
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
-"""Of Linux."""
+"""Limits of Linux, for a file name and a path."""
 
 
 def make_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Names, str]]:
-    """Return the values as JSON can represent them, and the problems of those that it cannot, by (section, key).
-
-    Such a value becomes an empty table, which no key accepts, so that validation reports its key as well.
-    """
+    """Return the values as JSON can hold them, and the problems of those that it cannot, by (section, key)."""
     problems: dict[Names, str] = {}
     return {_name(key): _plain(value, (_name(key),), problems) for key, value in values.items()}, problems
 
 
 def find_text_problem(value: str) -> str | None:
-    """Return the reason why no file system accepts a text as a path, or None if one does."""
+    """Return the reason that a text cannot be a path, or None if it can."""
     try:
         encoded = value.encode()
     except UnicodeEncodeError:
@@ -37,7 +34,7 @@ def find_text_problem(value: str) -> str | None:
     if "\0" in value:
         return f"expected text without null characters, got {shown(value, limit=60)}"
     if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
-        # Every text of a run is a choice, a name or a path, so that one limit serves them all.
+        # Every text of a config is a choice, a name or a path, so the limit of paths applies to all.
         return (
             f"no name has more than {_MAX_NAME_BYTES} bytes and no path {_MAX_PATH_BYTES}, got {shown(value, limit=60)}"
         )

@@ -1,8 +1,9 @@
-"""Write a plan into a config file: the same text, except for the keys that the plan or the command line sets.
+"""Write the layout of a plan into the text of a config file, and keep everything else of the text.
 
-Comments that the plan makes untrue are dropped: those before the first section, which tell the mesh, hardware, time and
-loss to expect, make place for the plan's own; those on or right above a changed value go with the old value; and where
-[mesh] or [pipeline] change at all, all comments of that section go, since they describe the old layout.
+Comments that may no longer be true are removed:
+- the header before the first section (hardware, time, expected loss), which the plan's own header replaces;
+- comments on, or right above, a value that changes;
+- all comments of [mesh] and [pipeline], if any value of that section changes.
 """
 
 import tomllib
@@ -24,15 +25,15 @@ Sections = dict[str, dict[str, Any]]
 
 _LAID_OUT = ("mesh", "pipeline")
 _RESET = {"layers_per_stage": "auto", "max_in_flight": 0}
-"""Keys of [pipeline] that belong to the old stages and schedule: where they are set, they return to their defaults."""
+"""Keys of [pipeline] that describe the old stages and schedule: if they are set, they are reset to their defaults."""
 
 
 def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: Sequence[str] = ()) -> str:
-    """Return the text of a config with the overrides' and the layout's keys set; every other key stays.
+    """Return the text of a config file with the keys of a layout, and of overrides, set.
 
     Args:
-        header: lines of the comment that the text begins with.
-        overrides: words of the command line, as `load_config` took them; the layout wins over them.
+        header: lines of the comment at the top of the text.
+        overrides: words of the command line, as `load_config` takes them; the layout takes precedence.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -46,14 +47,14 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
         if section in _LAID_OUT and is_changed:
             _drop_comments(document, section)
     text = tomlkit.dumps(document)
-    # What is written is read by tomllib: another library's reading of it must not be the only one.
+    # `load_config` parses with tomllib, so the text that tomlkit wrote must mean the same there.
     written = tomllib.loads(text)
     assert all(written[section].items() >= values.items() for section, values in wanted.items())
     return "".join(f"# {line}\n" for line in header) + "\n" + text
 
 
 def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str, Any]) -> Sections:
-    """Return the values to set: what the command line asked for, and over it what the plan chose."""
+    """Return the values to set: those of the overrides, and over them those of the layout."""
     values: Sections = {}
     for override in given:
         values.setdefault(override.section, {})[override.key] = override.value
@@ -82,7 +83,7 @@ def _list_chosen(layout: Layout) -> Sections:
 
 
 def _drop_header(text: str) -> str:
-    """Return the text from its first line on that is neither blank nor a comment."""
+    """Return the text without the blank lines and comments at its top."""
     lines = text.splitlines(keepends=True)
     start = next((place for place, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
     return "".join(lines[start:])
@@ -109,7 +110,7 @@ def _drop_comments_of_key(container: Container, key: str) -> None:
 
 
 def _drop_comments(document: Container, section: str) -> None:
-    """Drop the comments on the name of a section, right above it, and in it, but for those above the next section."""
+    """Drop the comments on the header of a section, right above it, and inside it."""
     place = _find_place(document, section)
     table = document.body[place][1]
     table.trivia.comment = table.trivia.comment_ws = ""
@@ -117,7 +118,7 @@ def _drop_comments(document: Container, section: str) -> None:
     if not isinstance(table, Table):  # `mesh = { data = 2 }` has no comments inside
         return
     body = table.value.body
-    # The last comments of a table stand right above the next one, and are about that.
+    # tomlkit puts the comments right above the next table at the end of this one; they belong to the next.
     is_last = place == len(document.body) - 1
     end = len(body) if is_last else _find_last_comments(table.value, len(body))
     for index, (key, item) in enumerate(body[:end]):
@@ -139,7 +140,7 @@ def _drop_comments_before(container: Container, place: int) -> None:
 
 
 def _find_last_comments(container: Container, end: int) -> int:
-    """Return where the unbroken run of comments begins that ends before `end`."""
+    """Return the index of the first of the consecutive comments right before `end`."""
     start = end
     while start and isinstance(container.body[start - 1][1], Comment):
         start -= 1
@@ -151,5 +152,5 @@ def _find_place(container: Container, name: str) -> int:
 
 
 def _blank(container: Container, place: int) -> None:
-    # Replaced and not removed, since the container finds its keys by their places in `body`.
+    # Replaced instead of removed, since the container finds its keys by their index in `body`.
     container.body[place] = (None, Whitespace(""))

@@ -1,4 +1,4 @@
-"""Folders with a model in them, from Hugging Face or from a run: opened, read onto a mesh, and written back."""
+"""Read models from run folders and Hugging Face folders onto a mesh, and write Hugging Face folders."""
 
 from typing import TYPE_CHECKING
 

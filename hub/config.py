@@ -1,8 +1,8 @@
-"""Read the config.json of a Hugging Face model as a `ModelConfig`; list at once what trellax cannot compute.
+"""Read the config.json of a Hugging Face model as a `ModelConfig`, or list all settings that trellax cannot compute.
 
-Keys that change no logits of a trained model (dropout, initial values, caches) are ignored. Where two keys differ, the
-one counts that transformers 5 takes, and a warning says so. Read `architectures/` for what differs between
-architectures, and `config_write.py` for the way back.
+Keys that do not change the logits of a trained model (dropout, initialization, caches) are ignored. If two keys differ,
+the one that transformers 5 reads is used, with a warning. Read `architectures/architecture.py` next, and
+`config_write.py` for the other direction.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ class HubModel:
     Args:
         config: the model.
         architecture: its `model_type`, a key of `ARCHITECTURES`.
-        values: the keys of config.json as they stand.
-        warnings: one line for every two keys or files that differ, and which was taken.
+        values: the keys of config.json, unchanged.
+        warnings: a line for every two keys or files that differ, with the one that was used.
     """
 
     config: ModelConfig
@@ -38,10 +38,10 @@ class HubModel:
 
 
 def read_hub_model(folder: str | Path) -> HubModel:
-    """Return the model that the config.json of a folder describes; its embeddings are tied only if its weights agree.
+    """Read the config.json of a folder; embeddings are tied only if the weights do not hold two different tables.
 
     Raises:
-        WeightsError: there is no config.json, it is broken, or it asks for what trellax does not have, all listed.
+        WeightsError: there is no config.json, it is broken, or it has unsupported settings, which are all listed.
     """
     file = Path(folder) / "config.json"
     values = read_json(folder, file.name)
@@ -64,60 +64,60 @@ def read_hub_model(folder: str | Path) -> HubModel:
 
 
 def hub_model(values: Mapping[str, Any]) -> HubModel:
-    """Return the model that the keys of a config.json describe.
+    """Convert the keys of a config.json.
 
     >>> hub_model({"model_type": "gpt2", "vocab_size": 50257, "n_layer": 12, "n_embd": 768, "n_head": 12}).config.bias
     'on'
 
     Raises:
-        WeightsError: they ask for what trellax does not have, all of it listed.
+        WeightsError: settings are not supported; all are listed.
     """
     name = values.get("model_type") if isinstance(values, Mapping) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        # No nearest name: "llama4" is no misspelt "llama", and loading it as one would be a wrong model.
+        # No nearest name is suggested: "llama4" is not a misspelt "llama", and loading it as one would be wrong.
         raise WeightsError(
             f"model_type={shown(name)} is no architecture that trellax has.",
             fix=f"use a model of {', '.join(ARCHITECTURES)}.",
         )
     warnings: list[str] = []
     try:
-        settled = _settle(values, ARCHITECTURES[name], warnings)
-        config = _read_model(settled, ARCHITECTURES[name])
+        resolved = _resolve_keys(values, ARCHITECTURES[name], warnings)
+        config = _read_model(resolved, ARCHITECTURES[name])
     except ModelError as error:
         raise WeightsError(error.problem, fix="correct config.json.") from None
     except (TypeError, AttributeError, KeyError, OverflowError) as error:
-        # Lists where numbers belong, and the like: nothing that transformers writes.
+        # A list in place of a number, for example, which transformers never writes.
         raise WeightsError(f"a setting is of another type than it should be: {error}.", fix="copy it again.") from None
     return HubModel(config=config, architecture=name, values=values, warnings=tuple(warnings))
 
 
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Return the fields in which two models differ and that matter to weights: not the compute type, for one."""
+    """Return the fields that differ between two models and change the meaning of weights; `dtype` does not."""
     ignored = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
     names = [field.name for field in fields(ModelConfig) if field.name not in ignored]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
-def _settle(values: Mapping[str, Any], architecture: Architecture, warnings: list[str]) -> dict[str, Any]:
-    """Return the keys with one value for each thing; add a line to `warnings` for every two that differ."""
+def _resolve_keys(values: Mapping[str, Any], architecture: Architecture, warnings: list[str]) -> dict[str, Any]:
+    """Return the keys with one value for each setting; append a line to `warnings` for every two that differ."""
     classes = values.get("architectures") or [architecture.class_name]
     if architecture.class_name not in classes:
         warnings.append(f"architectures={shown(classes)}, but model_type={architecture.model_type!r} counts")
     dtype = take_first(values, ("dtype", "torch_dtype"), warnings)
-    return {**values, "dtype": dtype} | architecture.settle(values, warnings)
+    return {**values, "dtype": dtype} | architecture.resolve_keys(values, warnings)
 
 
 def _read_model(values: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
-    found = [*architecture.refusals(values), *_find_refusals(values)]
-    # Layers are checked one by one, so their number must be one.
-    found += list(find_wrong_numbers(values, architecture)) or architecture.layer_refusals(values)
+    found = [*architecture.find_unsupported_keys(values), *_find_unsupported_keys(values)]
+    # Layers are checked one by one, so only if their number is valid.
+    found += list(find_wrong_numbers(values, architecture)) or architecture.find_unsupported_layers(values)
     if found:
         are = "is" if len(found) == 1 else "are"
         raise WeightsError("\n  ".join([f"{len(found)} of its settings {are} not supported:", *found]))
     return ModelConfig(**architecture.read(values))
 
 
-def _find_refusals(values: Mapping[str, Any]) -> Iterator[str]:
+def _find_unsupported_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each setting that no architecture can compute."""
     if values.get("quantization_config"):
         yield "quantization_config: the weights are quantised; use those that are not"

@@ -1,4 +1,4 @@
-"""Write a `ModelConfig` as the config.json of a Hugging Face model, in the architecture that can hold it.
+"""Convert a `ModelConfig` to the config.json of a Hugging Face model, of an architecture that supports all its fields.
 
 Read `write.py` for the weights beside it.
 """
@@ -14,27 +14,27 @@ def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[
     """Return the config.json of a model.
 
     Args:
-        architecture: its `model_type`; the only one that can hold the model if left out.
+        architecture: the `model_type` to write; the one that supports the model if left out.
 
     Raises:
-        WeightsError: no architecture, or not the one asked for, can hold the model, or several can.
+        WeightsError: the architecture is unknown, or it, or any, does not support the model, or several do.
     """
-    lacks = {name: list(one.lacks(config)) for name, one in ARCHITECTURES.items()}
-    if architecture is not None and architecture not in lacks:
+    unsupported = {name: list(one.find_unsupported_fields(config)) for name, one in ARCHITECTURES.items()}
+    if architecture is not None and architecture not in unsupported:
         raise WeightsError(
-            f"architecture {architecture!r} is not known.{suggest(architecture, lacks)}",
-            fix=f"use one of {', '.join(lacks)}.",
+            f"architecture {architecture!r} is not known.{suggest(architecture, unsupported)}",
+            fix=f"use one of {', '.join(unsupported)}.",
         )
-    fitting = [name for name in lacks if not lacks[name]]
+    fitting = [name for name in unsupported if not unsupported[name]]
     if architecture is None and len(fitting) > 1:
         raise WeightsError(
             f"the model is the same as {' and as '.join(fitting)}.", fix=f"say which with --architecture {fitting[0]}."
         )
     if architecture is None and not fitting:
-        reasons = [f"{name}: {', '.join(reason)}" for name, reason in lacks.items()]
+        reasons = [f"{name}: {', '.join(reason)}" for name, reason in unsupported.items()]
         raise WeightsError("\n  ".join(["no Hugging Face architecture holds this model:", *reasons]))
     name = architecture or fitting[0]
-    if lacks[name]:
-        raise WeightsError("\n  ".join([f"{name} cannot hold this model:", *lacks[name]]))
+    if unsupported[name]:
+        raise WeightsError("\n  ".join([f"{name} cannot hold this model:", *unsupported[name]]))
     chosen = ARCHITECTURES[name]
     return {"architectures": [chosen.class_name], "model_type": name} | chosen.write(config)

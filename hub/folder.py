@@ -1,7 +1,7 @@
-"""Read files of a model folder that others made: only regular files, of a bounded size, inside the folder.
+"""Read files of a model folder that other people made: only regular files, of a bounded size, inside the folder.
 
-A link out of the folder would make trellax read, and copy into its output, any file of this machine whose name the
-folder's author knows. Read `tensor_files.py` and `tokenizer.py` next.
+Through a link that leads out of the folder, its author could have trellax read any file of this machine, and copy it
+into an output. Read `tensor_files.py` and `tokenizer.py` next.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..meshes import CheckpointError, TrellaxError, WeightsError
+from ..meshes.files.own_file import replace_file
 from ..meshes.files.regular_file import open_regular, read_bounded
 
 MAX_JSON_BYTES = 10 << 20
@@ -92,34 +93,33 @@ def read_json(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
 
 
 def copy_file(folder: str | Path, name: str, target: Path, *, error: type[TrellaxError] = WeightsError) -> None:
-    """Copy a file of a folder to `target`, over a file that is there; do nothing if the folder has no such file.
+    """Copy a file of a folder to `target`, in place of a file or link there; do nothing if the folder has no such file.
 
     Raises:
         TrellaxError: of the class `error`: `read_file` refuses it.
+        OSError: the target cannot be written.
     """
     content = read_file(folder, name, max_bytes=MAX_TOKENIZER_BYTES, error=error)
     if content is None or (target.exists() and target.samefile(Path(folder) / name)):
         return
-    if target.is_symlink():
-        target.unlink()  # otherwise the file that it leads to would be overwritten
-    target.write_bytes(content)
-
-
-def _is_blob_of(file: Path, folder: Path) -> bool:
-    """Whether the folder is models--org--name/snapshots/revision, and the file in models--org--name/blobs."""
-    cache = folder.parent.parent
-    is_snapshot = folder.parent.name == "snapshots" and cache.name.startswith("models--")
-    return is_snapshot and file.parent == cache / "blobs"
+    replace_file(target, content)
 
 
 def check_model_folder(path: str | Path) -> None:
-    """Raise unless a path is a folder; needs no jax.
+    """Raise unless a path is a folder; imports no jax.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not a folder.
     """
     if not Path(path).is_dir():
         raise CheckpointError(
             f"{path} is no folder, so there is no model in it.",
             fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
         )
+
+
+def _is_blob_of(file: Path, folder: Path) -> bool:
+    """Return whether a folder is models--org--name/snapshots/revision, and a file is in models--org--name/blobs."""
+    cache = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and cache.name.startswith("models--")
+    return is_snapshot and file.parent == cache / "blobs"

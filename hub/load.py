@@ -1,6 +1,6 @@
 """Load the model in a folder as a `Transformer` with its parameters on a mesh, to be called as `model(tokens)`.
 
-For answers to prompts use `trellax.serve`, for more training `trellax train` with `train.init_from`.
+To answer prompts use `trellax.serve`; to train on, `trellax train` with `train.init_from`.
 """
 
 from dataclasses import replace
@@ -21,21 +21,21 @@ from .saves.paths import path_text
 def load_model(
     folder: str | Path, *, mesh: Mesh | None = None, dtype: Literal["float32", "bfloat16"] | None = None
 ) -> Transformer:
-    """Return the model in a run folder or a Hugging Face folder, each device having read its part of the parameters.
+    """Return the model in a run folder or a Hugging Face folder; each device reads its part of the parameters.
 
     >>> model = load_model("runs/quickstart", mesh=build_mesh(MeshSpec(tensor=2)))
     >>> model(jnp.zeros((1, 16), int)).shape
     (1, 16, 256)
 
-    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and copied over the other axes, since
-    the model runs all its layers on every device; `trellax.pipeline.split_transformer` cuts one over `pipe`.
+    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and replicated over the other axes,
+    since every device runs all layers; `trellax.pipeline.split_transformer` splits layers over `pipe`.
 
     Args:
-        mesh: where the parameters live; the first device alone if left out.
-        dtype: type of the parameters and to compute in; the model's own if left out.
+        mesh: mesh that holds the parameters; the first device alone if left out.
+        dtype: dtype of the parameters and of the computation; `config.dtype` if left out.
 
     Raises:
-        TrellaxError: there is no model, or it does not fit the mesh; then no weight was read.
+        TrellaxError: there is no model, or it does not fit the mesh; no weight is read then.
     """
     check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
     config = read_model_config(folder)

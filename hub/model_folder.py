@@ -1,7 +1,6 @@
-"""Open a folder with a model in it: config and tokenizer are read first, weights only when asked for.
+"""Open a run folder or a Hugging Face folder: read config and tokenizer at once, weights when asked for.
 
-Either a run folder, as `trellax train` or `import-hf` writes it, or a Hugging Face model. Read `read.py` and
-`run_params.py` for the weights of the two.
+Read `run_params.py` for the weights in a run folder, and `read.py` for those in a Hugging Face folder.
 """
 
 from collections.abc import Callable
@@ -32,12 +31,12 @@ class ModelSource:
 
     Args:
         config: the model.
-        tokenizer: text to its token ids and back.
-        end_ids: tokens that end an answer.
-        read: returns parameters of the shapes, types and shardings that it is given: a tree {"embed", "blocks",
-            "head"} of `jax.ShapeDtypeStruct`, blocks [L, ...].
-        begin_ids: tokens that begin a text which has none; empty where no file says so.
-        warnings: one line for every two files of the folder that differ.
+        tokenizer: converts text to token ids and back.
+        end_ids: ids of the tokens that end an answer.
+        read: reads the parameters with given shapes, dtypes and shardings, a tree {"embed", "blocks", "head"} of
+            `jax.ShapeDtypeStruct`, blocks [L, ...].
+        begin_ids: prompt to use in place of an empty one; empty if no file of the folder names a first token.
+        warnings: a line for every two files of the folder that differ.
     """
 
     config: ModelConfig
@@ -49,7 +48,7 @@ class ModelSource:
 
 
 def open_model(folder: str | Path) -> ModelSource:
-    """Return the model in a folder.
+    """Return the model in a folder, its weights not read yet.
 
     >>> source = open_model("runs/quickstart")
     >>> source.tokenizer.encode("hi")
@@ -57,7 +56,7 @@ def open_model(folder: str | Path) -> ModelSource:
 
     Raises:
         CheckpointError: there is no such folder, no model in it, or a run without a save or without a tokenizer.
-        WeightsError: the Hugging Face folder holds no model that trellax has.
+        WeightsError: the Hugging Face model is broken or not supported.
         DataError: its tokenizer is missing or broken.
     """
     folder = Path(folder)
@@ -76,15 +75,15 @@ def open_model(folder: str | Path) -> ModelSource:
 def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters in a run folder (its newest save) or a Hugging Face folder, each device reading its part.
 
-    A damaged save is named on stderr, and the one before is used.
+    A damaged save is reported on stderr, and the one before it is read.
 
     Args:
         shapes: the parameters wanted, a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings,
             blocks [L, ...]; such as `trellax.serve.param_shapes` or `trellax.train.weight_shapes` returns.
 
     Raises:
-        CheckpointError: the run folder has none, or those of another model.
-        WeightsError: the Hugging Face folder is not whole, or of another model.
+        CheckpointError: the run folder has no whole save, or one of another model.
+        WeightsError: the Hugging Face folder is incomplete, or of another model.
     """
     if is_run_folder(folder):
         return read_run_params(folder, shapes)
@@ -92,11 +91,11 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """Return the model whose weights a run folder or a Hugging Face folder holds.
+    """Read the `ModelConfig` of a run folder (its newest save) or a Hugging Face folder.
 
     Raises:
-        CheckpointError: the run folder has no save, or one of a model that this version does not know.
-        WeightsError: the Hugging Face folder holds no model that trellax has.
+        CheckpointError: the run folder has no whole save, or one with unknown model keys.
+        WeightsError: the Hugging Face model is broken or not supported.
     """
     return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
 
@@ -123,7 +122,7 @@ def _read_run(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _with_tokenizer(tokenizer: ModelTokenizer, config: ModelConfig, *, read: Callable[[Any], Any]) -> ModelSource:
-    """Return the model with its tokenizer, without ids that the model does not have: those are refused where used."""
+    """Return the model with its tokenizer; special ids at or above the vocabulary size are left out."""
     special, begin = tokenizer.special, tokenizer.special.begin_id
     return ModelSource(
         config=config,

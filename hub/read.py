@@ -1,6 +1,7 @@
-"""Read Hugging Face weights onto a mesh: every device reads its own slices, and the host never holds the model.
+"""Read Hugging Face weights onto a mesh: every device reads its own slices, so the host never holds the whole model.
 
-The headers are checked against the wanted shapes first, and every mistake is listed at once. Read `write.py` next.
+Before any weight is read, the headers are compared with the wanted shapes, and all mistakes are listed. Read
+`write.py` next.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from .tensor_files import FLOATS, TensorFiles, open_tensor_files
 _SHOWN = 20
 
 
-def _ignore(_told: str) -> None:
+def _ignore(_message: str) -> None:
     pass
 
 
@@ -35,14 +36,14 @@ def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object
     Args:
         shapes: a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings, shaped like the parameters
             of a `Transformer`; blocks are [L, ...].
-        say: called with a line for every two keys or files that differ, and which was taken.
+        say: called with a line for every two keys or files that differ, with the one that was used.
 
     Raises:
-        WeightsError: the files are broken, or tensors are missing, unknown or of another shape; nothing was read.
+        WeightsError: the files are broken, or tensors are missing, unknown or of another shape; no weight is read then.
     """
     weights = open_weights(folder, shapes)
     for warning in weights.warnings:
-        # It quotes names that the files have.
+        # Names in the files are quoted, and may hold terminal escapes.
         say(printable(f"warning   {folder}: {warning}", limit=1_000))
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -53,14 +54,14 @@ def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
-    """The files of a folder, known to hold the parameters of a model.
+    """The tensors of a folder, checked to hold all parameters of a model.
 
     Args:
-        files: their tensors.
-        names: how the architecture names them.
+        files: the tensors.
+        names: their names in the architecture.
         places: place of each parameter, by path.
-        prefix: start of the names in these files.
-        warnings: one line for every two keys or files that differ.
+        prefix: prefix of the names in these files.
+        warnings: a line for every two keys or files that differ.
     """
 
     files: TensorFiles
@@ -75,13 +76,13 @@ class WeightFiles:
 
 
 def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
-    """Return the files of a folder once their headers match the parameters; reads no weight.
+    """Open the files of a folder, and check their headers against the parameters; reads no weight.
 
     Args:
         shapes: as in `read_weights`.
 
     Raises:
-        WeightsError: every mistake, in one list.
+        WeightsError: the files do not hold the parameters; up to 20 mistakes are listed.
     """
     model = read_hub_model(folder)
     names = ARCHITECTURES[model.architecture].tensors
@@ -97,7 +98,7 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
     )
     table = found.places["embed.table"]
     if "head.table" not in leaves and found.prefix + table.name not in files.shapes and names.head in files.shapes:
-        # Tied, and the one table is stored under the head's name.
+        # Tied embeddings whose single table is stored under the name of the head.
         found = replace(found, places=found.places | {"embed.table": replace(table, name=names.head)})
     mistakes = [*files.mistakes, *_find_mistakes(found, leaves)]
     if model.config.embeddings == "untied" and "head.table" not in leaves:
@@ -110,10 +111,10 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
 
 
 def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each tensor that is missing, unknown, or of another shape or type."""
+    """Yield a line for each tensor that is missing, unknown, or of another shape or dtype."""
     files, names = weights.files, weights.names
     wanted = _list_wanted(weights, leaves)
-    # That tensors of a damaged file are missing is no news.
+    # Tensors of a file that cannot be read are not listed again: `files.mistakes` has the file.
     for name in sorted(wanted.keys() - files.shapes.keys() - files.lost):
         yield f"{name} {list(wanted[name])} is missing"
     for name in sorted(wanted.keys() & files.shapes.keys()):
@@ -123,7 +124,7 @@ def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any]) -> Iterator[
         if not is_known:
             yield f"{name} {list(files.shapes[name])} is not known"
     if names.head in files.shapes and names.head not in wanted:
-        # A tied model may store its table a second time, but no other one.
+        # A tied model may store its table a second time, of the same shape.
         yield from _compare_tensor(files, names.head, wanted[weights.full_name("embed.table", layer=0)])
 
 

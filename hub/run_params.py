@@ -1,6 +1,6 @@
-"""Read the parameters of a run's save as a model's tree {"embed", "blocks", "head"}, blocks [L, ...].
+"""Read the parameters in a save of a run as a tree {"embed", "blocks", "head"}, blocks [L, ...].
 
-A run saves its whole state; the parameters are the arrays under `params.`, in layer order whatever the mesh was:
+A save holds the whole training state. The parameters are the arrays under `params.`, in layer order on every mesh:
 
     blocks.mlp.up.kernel [L, ...]  <->  params.stages.mlp.up.kernel
     embed.table                    <->  params.shared.embed.table
@@ -9,6 +9,7 @@ A run saves its whole state; the parameters are the arrays under `params.`, in l
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +43,48 @@ def run_saves(folder: str | Path) -> SaveFolder:
 
 
 def read_run_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Return the newest parameters of a run folder, each device reading its part; changes nothing on the disk.
+    """Return the parameters of the newest whole save, each device reading its part; changes nothing on the disk.
 
     Args:
-        shapes: a tree of `jax.ShapeDtypeStruct` with shardings. Saved are float32 parameters; they are converted.
+        shapes: a tree of `jax.ShapeDtypeStruct` with shardings. A save holds float32, which is converted to its types.
 
     Raises:
         CheckpointError: there is no whole save, or it is of another model.
     """
-    saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), shapes)
-    wanted = arrays_from_params(saved)
+    return read_chosen_params(folder, lambda _seal: shapes)
+
+
+def read_chosen_params(folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]]) -> dict[str, Any]:
+    """Return the same for shapes that depend on the save, whose files are hashed once.
+
+    Args:
+        choose_shapes: called with the seal of a save before its arrays are read; returns shapes as `read_run_params`
+            takes them, or raises to refuse the save.
+
+    Raises:
+        CheckpointError: there is no whole save, or it is of another model.
+    """
     saves = run_saves(folder)
+    chosen: list[dict[str, Any]] = []
 
     def choose(seal: Seal) -> Shapes:
+        chosen.append(choose_shapes(seal))
+        wanted = arrays_from_params(jax.tree.map(_as_saved, chosen[-1]))
         require_same_arrays(seal, wanted, folder=saves / seal.step, within=PARAMS)
         return wanted
 
     _, arrays = SaveReader(folder=saves, say=say_on_stderr).read(choose)
-    return jax.tree.map(_convert, params_from_arrays(arrays, like=shapes), shapes)
+    # A save whose arrays were found to be damaged was chosen before it; the last one is the save that was read.
+    return jax.tree.map(_convert, params_from_arrays(arrays, like=chosen[-1]), chosen[-1])
 
 
 def arrays_from_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the leaves of a model's tree by the path under which a run saves them."""
+    """Return the leaves of a model's parameters by the paths under which a run saves them."""
     return {_saved_path(path): leaf for path, leaf in leaves_by_path(params).items()}
 
 
 def params_from_arrays(arrays: Arrays, *, like: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's tree of saved arrays; `like` is a tree of the same structure."""
+    """Return saved arrays, by path, as the tree of a model; `like` is a tree of the same structure."""
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in arrays_from_params(like)])
 
 
@@ -76,11 +92,11 @@ def require_same_arrays(seal: Seal, wanted: Shapes, *, folder: Path, within: str
     """Raise unless a save holds arrays of these names, types and shapes, and no others.
 
     Args:
-        folder: of the save, to name it.
-        within: start of the paths that are compared; the others of the save are ignored.
+        folder: folder of the save, named in the error.
+        within: prefix of the paths to compare; the other arrays of the save are ignored.
 
     Raises:
-        CheckpointError: with the arrays that differ.
+        CheckpointError: arrays differ; the first five are listed.
     """
     here = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in wanted.items()}
     there = {
@@ -89,12 +105,13 @@ def require_same_arrays(seal: Seal, wanted: Shapes, *, folder: Path, within: str
     differ = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
     if not differ:
         return
-    # The optimizer's arrays follow the parameters': they are only news where the parameters agree.
-    news = [path for path in differ if path.startswith(PARAMS)] or differ
+    # Where a parameter differs, so do its two optimizer moments: then only the parameters are listed.
+    listed = [path for path in differ if path.startswith(PARAMS)] or differ
     shown = "".join(
-        f"\n  {path}: saved {there.get(path, 'nothing')}, wanted {here.get(path, 'nothing')}" for path in news[:_SHOWN]
+        f"\n  {path}: saved {there.get(path, 'nothing')}, wanted {here.get(path, 'nothing')}"
+        for path in listed[:_SHOWN]
     )
-    more = f"\n  and {len(news) - _SHOWN} more" if len(news) > _SHOWN else ""
+    more = f"\n  and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     raise CheckpointError(
         f"{folder} is of another model or optimizer: {len(differ)} arrays differ.{shown}{more}",
         fix="use the config it was saved with, another run.name, or start over with --fresh --force.",
@@ -102,7 +119,7 @@ def require_same_arrays(seal: Seal, wanted: Shapes, *, folder: Path, within: str
 
 
 def say_on_stderr(text: str) -> None:
-    """Print a sentence on stderr, from the first of many processes."""
+    """Print a message on stderr, on the first process of a run only."""
     if is_first():
         sys.stderr.write(f"{text}\n")
 
@@ -112,10 +129,14 @@ def _saved_path(path: str) -> str:
     return f"{PARAMS}stages.{rest}" if part == "blocks" else f"{PARAMS}shared.{path}"
 
 
+def _as_saved(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
+
 def _convert(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     if leaf.dtype == wanted.dtype:
         return leaf
     converted = leaf.astype(wanted.dtype)
-    # One by one, so that little is there twice.
+    # Freed at once, so that only one parameter at a time is held in both types.
     leaf.delete()
     return converted

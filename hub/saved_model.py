@@ -1,7 +1,7 @@
 """Read the `model` section of a save's record, which another version of trellax may have written.
 
-A key of `model` that is not known is refused, since it may change every number. `../configs/saved_config.py` reads all
-sections with the same rule, and leaves out unknown keys of the others.
+An unknown key of `model` is an error, since it may change every number. `../configs/saved_config.py` reads all sections
+by the same rule, and leaves out unknown keys of the others.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..meshes import CheckpointError, ModelError
 from .saves.seal import PARAMS, Seal
 
 FIX = "use the trellax it was saved with, or a newer one."
-"""What to do about a save that this version cannot read."""
+"""The `Fix:` line for a save that this version cannot read."""
 
 _MOST_NAMES = 5
 _LONGEST_NAME = 80
@@ -25,10 +25,10 @@ def read_saved_model(seal: Seal, *, folder: Path) -> ModelConfig:
     """Return the model whose parameters a save holds.
 
     Args:
-        folder: of the save, to name it.
+        folder: folder of the save, named in errors.
 
     Raises:
-        CheckpointError: a key of the model is not known, a value is not valid, or the save holds another number of
+        CheckpointError: a key of the model is unknown, a value is invalid, or the save holds another number of
             parameters than its model has.
     """
     check_model_keys(seal, folder=folder)
@@ -47,7 +47,7 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         if field.default is MISSING and field.name not in values:
             raise ModelError(f"{field.name} is missing.")
         value = values.get(field.name)
-        # JSON as Python reads it has NaN and infinities.
+        # Python's JSON parser accepts NaN and infinities.
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
     return ModelConfig(**values)
@@ -57,7 +57,7 @@ def check_model_keys(seal: Seal, *, folder: Path) -> None:
     """Raise unless all keys of the `model` section are known.
 
     Raises:
-        CheckpointError: with the keys that are not.
+        CheckpointError: keys are unknown; the first five are listed.
     """
     known = {field.name for field in fields(ModelConfig)}
     if unknown := [f"model.{key}" for key in seal.config.get("model", {}) if key not in known]:
@@ -71,10 +71,10 @@ def check_model_keys(seal: Seal, *, folder: Path) -> None:
 def check_saved_size(config: ModelConfig, seal: Seal, *, folder: Path) -> None:
     """Raise unless a save holds as many parameters as a model has.
 
-    To be called before anything of the model's sizes is made: a record may ask for a billion layers.
+    Call it before anything is built from the sizes of the model: a broken record may ask for a billion layers.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: the numbers differ; both are given.
     """
     here = param_counts(config).total
     there = sum(math.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith(PARAMS))
@@ -85,11 +85,11 @@ def check_saved_size(config: ModelConfig, seal: Seal, *, folder: Path) -> None:
 
 
 def unreadable_config(folder: Path, problem: object) -> CheckpointError:
-    """Return the error for a save whose config is not valid."""
+    """Return the error for a save with an invalid config."""
     return CheckpointError(f"{folder} was saved with a config that this trellax cannot read: {problem}", fix=FIX)
 
 
 def list_keys(names: Sequence[str]) -> str:
-    """Return the first keys of a record as text that a terminal can be given: it may come from elsewhere."""
+    """Return the first keys of a record as text that is safe to print: another person may have written the record."""
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(ascii(name[:_LONGEST_NAME])[1:-1] for name in names[:_MOST_NAMES]) + more

@@ -1,6 +1,6 @@
-"""Find the token ids that begin and end the texts of a model, which several files of its folder can name.
+"""Find the token ids that begin and end a text, in the files beside a tokenizer.
 
-As in transformers 5, generation_config.json counts before config.json, and special_tokens_map.json before
+As in transformers 5, generation_config.json is preferred to config.json, and special_tokens_map.json to
 tokenizer_config.json. Read `tokenizer.py` next.
 """
 
@@ -14,7 +14,7 @@ from ..meshes import DataError
 from .folder import read_json
 
 ORIGIN = "hf_config.json"
-"""The name, in a run folder, of the config.json that its model was imported with."""
+"""Name in a run folder of the config.json that its model was imported with."""
 
 _MODEL_FILES = ("generation_config.json", "config.json", ORIGIN)
 _TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json")
@@ -22,13 +22,13 @@ _TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
-    """The ids that a model's files name.
+    """The special token ids of a model.
 
     Args:
-        end_id: ends a document in training; None if no file names one.
-        stop_ids: end an answer.
-        begin_id: begins a text that has no token of its own; None if no file names one.
-        warnings: one line for every two files that differ.
+        end_id: id that ends a document in training; None if no file names one.
+        stop_ids: ids that end an answer.
+        begin_id: id to use as the prompt if a text has no tokens; None if no file names one.
+        warnings: a line for every two files that differ.
     """
 
     end_id: int | None
@@ -38,10 +38,10 @@ class SpecialIds:
 
 
 def find_special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
-    """Return the ids that the files beside a tokenizer name; ids that the tokenizer does not have are left out.
+    """Return the special ids in the files beside a tokenizer; ids that the tokenizer does not have are left out.
 
     Raises:
-        DataError: a file is not JSON, not regular, or a link out of the folder.
+        DataError: a file is not JSON, not a regular file, or a link out of the folder.
     """
     ends, begins = _model_ids(folder, "eos_token_id", tokenizer), _model_ids(folder, "bos_token_id", tokenizer)
     own_ends = _tokenizer_ids(folder, "eos_token", tokenizer)
@@ -61,7 +61,7 @@ def find_special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
 
 
 def _model_ids(folder: Path, key: str, tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
-    """Return the ids under a key by the file that has it, in the order in which the files count."""
+    """Return the ids under a key, by file, the preferred file first."""
     found = {}
     for name in _MODEL_FILES:
         value = _read(folder, name).get(key)
@@ -79,7 +79,7 @@ def _tokenizer_ids(folder: Path, key: str, tokenizer: Tokenizer) -> tuple[int, .
         if isinstance(text, str):
             try:
                 number = tokenizer.token_to_id(text)
-            except UnicodeEncodeError:  # JSON may have half a character
+            except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
                 number = None
             return () if number is None else (number,)
     return ()

@@ -1,6 +1,6 @@
-"""Open the safetensors files of a folder as one table of tensors; any slice is read without the rest.
+"""Open the safetensors files of a folder as one table of tensors, and read slices of them.
 
-Opening reads headers alone. Where two files differ, the one is taken that transformers takes, and a warning says so.
+Opening reads only headers. If two files hold a tensor, the one that transformers reads is used, with a warning.
 Read `read.py` next.
 """
 
@@ -19,28 +19,28 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 FLOATS = ("F32", "BF16", "F16")
-"""The types of parameters, as safetensors names them."""
+"""The dtypes that parameters may have, as safetensors names them."""
 
 _MAX_HEADER_BYTES = 100_000_000
-"""The most bytes of all headers together; the format allows each as much, and real models need some MB."""
+"""Maximum total size of the headers; the format allows this for each file, and real models need a few MB."""
 
 _MOST_TENSORS = 250_000
-"""The most tensors of all files together; the largest models have some 1,000."""
+"""Maximum number of tensors in all files; the largest models have about 1,000."""
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFiles:
-    """Every tensor of a folder.
+    """The tensors of a folder, by name.
 
     Args:
-        shapes: shape by name.
-        dtypes: type by name, as safetensors names it.
-        slices: function that reads a slice, by name.
-        mistakes: one line for each file that cannot be read.
+        shapes: shape of each tensor.
+        dtypes: dtype of each tensor, as safetensors names it.
+        slices: function that reads a slice of each tensor.
+        mistakes: a line for each file that cannot be read.
         lost: names of the tensors that those files should hold.
-        warnings: one line for every two files that differ, and which was taken.
+        warnings: a line for every tensor in two files, with the file that was used.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -51,15 +51,15 @@ class TensorFiles:
     warnings: tuple[str, ...] = ()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a slice of a tensor; no other byte of the file is read."""
+        """Read a slice of a tensor, and nothing else of its file."""
         return self.slices[name](index)
 
 
 def open_tensor_files(folder: str | Path) -> TensorFiles:
-    """Return the tensors of model.safetensors, or else of all files that model.safetensors.index.json names.
+    """Open model.safetensors, or if there is none all files that model.safetensors.index.json lists.
 
     Raises:
-        WeightsError: the folder has neither, or the index is broken.
+        WeightsError: the folder has neither, or a file of the two is broken.
     """
     folder = Path(folder)
     index = _read_index(folder)
@@ -77,7 +77,7 @@ def open_tensor_files(folder: str | Path) -> TensorFiles:
 
 @dataclass(kw_only=True)
 class _Opened:
-    """Tensors of the files opened so far; of two with one name the later counts, unless `owner` names the file."""
+    """The tensors of the files opened so far. Of two with one name the later is kept, or that of the `owner` file."""
 
     owner: Mapping[str, str] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -87,13 +87,13 @@ class _Opened:
     header_bytes: int = 0
 
     def open(self, folder: Path, file: str) -> str:
-        """Add the tensors of a file and return what is wrong with it, "" if nothing is."""
+        """Add the tensors of a file, and return the problem with it, or ""."""
         path = find_file(folder, file)
         if path is None:
             return f"{file} is missing"
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
-        # safetensors refuses a larger one itself, unread.
+        # A larger header is not counted here: safetensors refuses it by itself.
         self.header_bytes += header_bytes if header_bytes <= _MAX_HEADER_BYTES else 0
         if self.header_bytes > _MAX_HEADER_BYTES:
             return f"{file} has a header that brings all headers to more than {_MAX_HEADER_BYTES // 10**6} MB"
@@ -131,7 +131,7 @@ def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:
     homes: dict[str, list[str]] = {}
     for name, file in index.items():
         homes.setdefault(file, []).append(name)
-    # transformers reads them in this order.
+    # The order in which transformers reads them.
     for file, names in sorted(homes.items()):
         if problem := found.open(folder, file):
             mistakes.append(f"{problem}; {len(names)} tensors are lost")
@@ -140,7 +140,7 @@ def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:
 
 
 def _describe_copies(found: _Opened, index: Mapping[str, str]) -> list[str]:
-    """Return one line for each tensor that is in several files, with the file that is read."""
+    """Return a line for each tensor that is in several files, with the file that is read."""
     several = {name: files for name, files in found.places.items() if len(files) > 1}
     lines = []
     for name, files in sorted(several.items())[:_SHOWN]:
@@ -173,7 +173,7 @@ def _read_index(folder: Path) -> dict[str, str]:
             fix="copy it again.",
         )
     for name, file in files.items():
-        # A name with a folder in it would read from elsewhere.
+        # A name with a slash in it would be read from another folder.
         if file in ("", ".", "..") or "\0" in file or Path(file).name != file:
             raise WeightsError(
                 f"{folder / INDEX} has {name} in {file!r}, which is no name of a file in this folder.",

@@ -1,4 +1,4 @@
-"""Convert text to token ids and back, also while tokens still come."""
+"""Convert text to token ids and back, for whole texts and for a stream of tokens."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,10 +7,10 @@ from ..meshes import TrellaxError
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8
-"""Number of a prompt's tokens that are decoded along with the answer: more than the bytes of a character."""
+"""Number of prompt tokens that are decoded along with the answer: more than a character has bytes."""
 
 _CHARACTER = 4
-"""The most bytes of a character in UTF-8."""
+"""Maximum number of bytes of a character in UTF-8."""
 
 
 class Tokenizer(Protocol):
@@ -21,16 +21,16 @@ class Tokenizer(Protocol):
         ...
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a text that a model is to continue, begun as its texts begin."""
+        """Return the token ids of a text to continue, with the special tokens that begin a text."""
         ...
 
     def decode(self, ids: Sequence[int], /) -> str:
-        """Return the text of token ids; bytes that are no text become replacement characters."""
+        """Return the text of token ids; bytes that are not UTF-8 become replacement characters."""
         ...
 
 
 class ByteTokenizer:
-    """Bytes as tokens: the tokenizer of models trained on text files as they are.
+    """The tokenizer whose tokens are the bytes of a text, for models trained with data.tokenizer="bytes".
 
     >>> ByteTokenizer().encode("hi")
     [104, 105]
@@ -43,36 +43,36 @@ class ByteTokenizer:
     encode_prompt = encode
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of bytes; ids of 256 and more, which no text has, are left out."""
+        """Return the text of bytes; ids of 256 and above are left out."""
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
 
 class TextStream:
-    """Decodes a sequence piece by piece, as its tokens come; shows a character once all its bytes are there.
+    """Decode a stream of tokens; a character is returned once all its bytes have arrived.
 
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.add(byte) for byte in "aé".encode()]
     ['a', '', 'é']
 
     Args:
-        prompt: the tokens before; their text is not shown.
+        prompt: the tokens before the stream; their text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # Some decoders drop the space before the first word, so the answer must not begin what is decoded.
+        # Some decoders drop a space at the start of a text, so the answer is decoded after the end of the prompt.
         self._tokens = list(prompt[-_CONTEXT:])
         self._num_shown = self._pass_over_prompt(is_cut=len(prompt) > _CONTEXT)
 
     def add(self, *tokens: int) -> str:
-        """Return the text that can be shown now that these tokens have come."""
+        """Add tokens, and return the text that they complete."""
         self._tokens += tokens
         text = self._tokenizer.decode(self._tokens)
-        # Decoders show a replacement character for a part of a character, or one for each of its bytes.
+        # Decoders return a replacement character for an incomplete character, or one for each of its bytes.
         return self._show(text.rstrip(_UNFINISHED))
 
     def finish(self) -> str:
-        """Return the rest of the text once no more tokens come."""
+        """Return the rest of the text, after the last token."""
         return self._show(self._tokenizer.decode(self._tokens))
 
     def _pass_over_prompt(self, *, is_cut: bool) -> int:

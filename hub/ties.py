@@ -1,7 +1,7 @@
-"""Compare the two tables of a model that says they are one: its embedding and its output table.
+"""Compare the embedding with the output table of a model whose config.json says that they are tied.
 
-config.json declares them tied by `tie_word_embeddings`; the files may hold an `lm_head.weight` all the same, trained
-apart. As in transformers 5, the files count then. Read `read.py` next.
+The files may nevertheless hold an `lm_head.weight` that was trained separately. As in transformers 5, the model is
+untied then. Read `read.py` next.
 """
 
 from pathlib import Path
@@ -16,10 +16,9 @@ _BLOCK_BYTES = 64 << 20
 
 
 def has_own_head(folder: str | Path, tensors: TensorNames) -> bool:
-    """Return whether the files hold an output table of the embedding's shape and of other values.
+    """Return whether the files hold an output table with the shape of the embedding and other values.
 
-    Reads both tables where both are there. Files that cannot be read are left to the reader of the weights: then the
-    answer is no.
+    Reads both tables if both are there. Returns False if files cannot be read: the reader of the weights reports them.
     """
     try:
         files = open_tensor_files(folder)
@@ -31,7 +30,7 @@ def has_own_head(folder: str | Path, tensors: TensorNames) -> bool:
         return False
     shapes = {files.shapes[tensors.head], files.shapes[names[0]]}
     are_readable = {files.dtypes[tensors.head], files.dtypes[names[0]]} <= set(FLOATS)
-    # Tables of two shapes, or of other types, are refused later.
+    # Two shapes, or another dtype, are errors that the reader of the weights reports.
     if len(shapes) > 1 or len(shapes.pop()) != 2 or not are_readable:
         return False
     return not _are_equal(files, tensors.head, names[0])
@@ -39,7 +38,7 @@ def has_own_head(folder: str | Path, tensors: TensorNames) -> bool:
 
 def _are_equal(files: TensorFiles, one: str, other: str) -> bool:
     num_rows, num_columns = files.shapes[one]
-    # Blocks of rows, since the tables of a large model fill gigabytes. Eight bytes are those of the widest type.
+    # In blocks of rows, since the tables of a large model take gigabytes. The widest dtype has 8 bytes.
     size = max(1, _BLOCK_BYTES // (8 * max(num_columns, 1)))
     for start in range(0, num_rows, size):
         index = (slice(start, min(start + size, num_rows)), slice(0, num_columns))

@@ -1,18 +1,16 @@
-"""Turn text documents into token ids, and keep the ids beside the run so that the next start reads them from the disk.
+"""Tokenize text documents, and cache the ids in the run folder, where the next start memory-maps them.
 
-Read `../train/data/corpus.py` next.
+The cache is keyed by a hash of texts and tokenizer. Read `../train/data/corpus.py` next.
 """
 
 import hashlib
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..meshes import DataError
-from ..meshes.files.own_file import free_name, open_own
+from ..meshes.files.own_file import replacing_file
 from ..meshes.files.regular_file import open_regular
 from .tokenizer import ModelTokenizer
 
@@ -32,12 +30,12 @@ def tokenize(
 ) -> np.ndarray:
     """Return the token ids of documents, one after another: uint16 where the vocabulary allows, else uint32.
 
-    Each document begins as a prompt does, and ends with the tokenizer's end token if it has one.
+    Each document gets the special tokens that the tokenizer puts before a text, and its end token if it has one.
 
     Args:
         documents: pairs of a name and a text in UTF-8.
-        cache: folder where the ids are kept, under a hash of texts and tokenizer, and memory-mapped the next time.
-        vocab_size: that of the model, if known.
+        cache: run folder; the ids are cached in its folder `tokens`. None caches nothing.
+        vocab_size: the vocabulary size of the model, if known.
 
     Raises:
         DataError: a document is not UTF-8, or has a token whose id is not below `vocab_size`.
@@ -46,19 +44,18 @@ def tokenize(
         return _encode(documents, tokenizer, vocab_size)
     file = cache / TOKENS_FOLDER / f"{_hash(documents, tokenizer)}.npy"
     kept = _open_tokens(file)
-    if kept is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # All processes of a run may write at once, and in containers they can have the same process id.
-        part = free_name(file.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}"))
-        with open_own(part, "xb") as stream:
-            np.save(stream, _encode(documents, tokenizer, vocab_size))
-        part.replace(file)
-        kept = np.load(file, mmap_mode="r")
-    return kept
+    if kept is not None:
+        return kept
+    ids = _encode(documents, tokenizer, vocab_size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # All processes of a run may tokenize at once, and the last of them to rename its file wins: all are equal.
+    with replacing_file(file, writers="many") as stream:
+        np.save(stream, ids)
+    return np.load(file, mmap_mode="r")
 
 
 def _open_tokens(file: Path) -> np.ndarray | None:
-    """Return ids that were kept, or None if the file holds none: a run folder may come from elsewhere."""
+    """Return cached ids, or None if the file holds none: a run folder may come from another person."""
     try:
         open_regular(file, links="refuse", error=DataError).close()
         kept = np.load(file, mmap_mode="r")

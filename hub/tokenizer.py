@@ -1,4 +1,4 @@
-"""Read a model's tokenizer.json, with the library that wrote it, and encode and decode text.
+"""Load a tokenizer.json with the `tokenizers` library, and encode and decode text.
 
 Read `tokenized_text.py` for whole documents, and `text_stream.py` for text that is decoded while tokens still come.
 """
@@ -18,20 +18,20 @@ from .folder import MAX_TOKENIZER_BYTES, read_file
 from .special_ids import SpecialIds, find_special_ids
 
 TOKENIZER = "tokenizer.json"
-"""The name of a tokenizer's file in the folder of a model."""
+"""Name of the tokenizer file in a model folder."""
 
 _TRIALS = ("", "a", "Hello, world! 12 \n\té")
-"""Texts that a tokenizer is tried with."""
+"""Texts that a new tokenizer is tested with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTokenizer:
-    """A tokenizer, and the ids that begin and end texts of its model.
+    """The tokenizer of a model, with its special ids.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
-        file: its tokenizer.json.
-        vocab_size: one more than its largest id. Its model may have a few ids less.
+        file: path of its tokenizer.json.
+        vocab_size: largest id + 1. The vocabulary of the model may be smaller by a few unused ids.
         special: ids that begin and end texts.
     """
 
@@ -60,7 +60,7 @@ class ModelTokenizer:
         """Return the ids of several texts, each as `encode_prompt` returns it.
 
         Raises:
-            DataError: the tokenizer has no token for a part of one.
+            DataError: the tokenizer has no token for a part of a text.
         """
         found = []
         for encoding in self._encode(texts, special="with"):
@@ -74,7 +74,7 @@ class ModelTokenizer:
 
     @cached_property
     def _num_before(self) -> int:
-        """Number of special tokens before a text: around an empty text they cannot be told from those after it."""
+        """Number of special tokens before a text; for an empty text the mask does not tell them from those after it."""
         try:
             return self._encode(["a"], special="with")[0].special_tokens_mask.index(0)
         except (DataError, ValueError):  # it has no token for this text
@@ -90,7 +90,7 @@ class ModelTokenizer:
         """Return the text of ids, special tokens left out.
 
         Raises:
-            DataError: the tokenizer fails on them.
+            DataError: the tokenizer cannot decode them.
         """
         try:
             with _quiet_panics():
@@ -100,10 +100,10 @@ class ModelTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> ModelTokenizer:
-    """Return the tokenizer of a tokenizer.json, or of a folder that has one.
+    """Load a tokenizer.json, given by its path or by a folder that holds one.
 
     Raises:
-        DataError: there is none, or it is broken.
+        DataError: there is no such file, or it is broken.
     """
     file = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
     content = _read_tokenizer(file, is_named=not Path(path).is_dir())
@@ -115,7 +115,7 @@ def load_tokenizer(path: str | Path) -> ModelTokenizer:
     try:
         with _quiet_panics():
             tokenizer = Tokenizer.from_buffer(content)
-            # First, since a padding may be as long as it likes.
+            # Before the test, since a file may ask for padding of any length.
             tokenizer.no_truncation()
             tokenizer.no_padding()
             _try_out(tokenizer)
@@ -127,14 +127,17 @@ def load_tokenizer(path: str | Path) -> ModelTokenizer:
 
 
 def _read_tokenizer(file: Path, *, is_named: bool) -> bytes | None:
-    """Read a tokenizer.json; a file that a user names may be a link to anywhere, one in a folder only into it."""
+    """Read a tokenizer.json; a path given by the user may be a link to anywhere, one in a folder only into it."""
     real = file.resolve() if is_named else file
     return read_file(real.parent, real.name, max_bytes=MAX_TOKENIZER_BYTES, error=DataError)
 
 
 @contextmanager
 def _quiet_panics() -> Iterator[None]:
-    """Keep the library's panics off stderr, where it prints stacks. Briefly: other threads are silenced as well."""
+    """Redirect stderr while the library runs, since its panics print stack traces there.
+
+    Keep it short: stderr is that of the process, so other threads are silenced too.
+    """
     try:
         kept = os.dup(2)
     except OSError:  # there is no stderr
@@ -150,7 +153,7 @@ def _quiet_panics() -> Iterator[None]:
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Raise the panics of a broken tokenizer; that it has no token for a text is no mistake of its file."""
+    """Raise if a tokenizer panics on a text; an exception, such as for a text without a token, is not a broken file."""
     for text in _TRIALS:
         with suppress(Exception):
             tokenizer.decode(tokenizer.encode(text).ids)
@@ -158,9 +161,9 @@ def _try_out(tokenizer: Any) -> None:
 
 
 def _explain(error: BaseException, what: str, *, fix: str = "take the model's own tokenizer.") -> BaseException:
-    """Return the `DataError` for an error of the library, and any other error as it is.
+    """Return a `DataError` for an error of the library, and any other error unchanged.
 
-    The library has no class of its own for errors, and its panics are no `Exception`.
+    The library raises plain `Exception`, and its panics are a subclass of `BaseException` only.
     """
     is_ours = isinstance(error, Exception) or type(error).__name__ == "PanicException"
     why = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")

@@ -1,4 +1,4 @@
-"""Copy the files that belong to a tokenizer from one model folder to another."""
+"""Copy the files of a tokenizer from one model folder to another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,18 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""The files of a tokenizer in the folder of a model; copied along with weights."""
+"""Names of the tokenizer files in a model folder, which are copied along with weights."""
 
 
 def keep_tokenizer(path: str, folder: Path) -> None:
-    """Copy the tokenizer of a run into its folder, where serving and export look for it; bytes need none.
+    """Copy the tokenizer of a run into the run folder, for serving and export.
+
+    Args:
+        path: the value of `data.tokenizer`; "bytes" copies nothing.
+        folder: the run folder.
 
     Raises:
-        DataError: there is none, or it is broken.
+        DataError: there is no tokenizer, or it is broken.
     """
     if path != "bytes":
         file = load_tokenizer(path).file
@@ -36,13 +40,13 @@ def keep_tokenizer(path: str, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path, *, besides: Sequence[str] = ()) -> None:
-    """Copy the files of a tokenizer from one folder to another, over those that are there.
+    """Copy the files of a tokenizer from one folder to another, replacing those that are there.
 
     Args:
-        besides: names that are left out.
+        besides: names of files that are not copied.
 
     Raises:
-        DataError: a file is not regular, or a link out of its folder.
+        DataError: a file is not a regular file, or a link out of its folder.
     """
     for name in TOKENIZER_FILES:
         if name not in besides:
@@ -52,10 +56,10 @@ def copy_tokenizer(source: Path, target: Path, *, besides: Sequence[str] = ()) -
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """Return the config.json that a run folder's model was imported with; empty if it was not imported.
+    """Return the keys of the config.json that the model of a run was imported with; empty if it was not imported.
 
     Raises:
-        DataError: it is broken.
+        DataError: the file is broken.
     """
     values = read_json(folder, ORIGIN, error=DataError)
     return values if isinstance(values, dict) else {}

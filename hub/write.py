@@ -1,6 +1,6 @@
-"""Write parameters as the folder of a Hugging Face model, with one file of tensors on the host at a time.
+"""Write parameters as a Hugging Face model folder; the host holds the tensors of one file at a time.
 
-The folder appears under its name once it is whole. Read `../commands/export_hf.py` next.
+The folder gets its name once it is complete. Read `../commands/export_hf.py` next.
 """
 
 import json
@@ -39,19 +39,19 @@ def write_weights(
     extra_files: Sequence[Path] = (),
     max_file_bytes: int = _MAX_FILE_BYTES,
 ) -> dict[str, Any]:
-    """Write config.json and safetensors that `transformers` loads, and return what config.json says.
+    """Write config.json and safetensors files that `transformers` loads, and return the keys of config.json.
 
     Args:
         params: a tree {"embed", "blocks", "head"} of arrays on any mesh, as `read_weights` returns it.
-        folder: must not be there yet, or be empty.
-        architecture: needed where the model fits several.
-        dtype: of the tensors; that of the parameters if left out.
+        folder: folder to create; it may exist if it is empty.
+        architecture: `model_type` to write; required if several architectures support the model.
+        dtype: dtype of the tensors; that of the parameters if left out.
         extra_values: more keys of config.json, such as ids of special tokens.
-        extra_files: to be copied, such as a tokenizer's.
-        max_file_bytes: more than this goes to several files with an index.
+        extra_files: files to copy into the folder, such as those of a tokenizer.
+        max_file_bytes: largest size of a file; larger models are split into several files with an index.
 
     Raises:
-        WeightsError: the folder is there, cannot be written, or no architecture holds the model.
+        WeightsError: the folder exists, cannot be written, or no architecture supports the model.
     """
     check_count("max_file_bytes", max_file_bytes, error=WeightsError)
     values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
@@ -69,7 +69,7 @@ def write_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """A tensor to write: its name and size, and the parameters of one layer that it joins, by path."""
+    """A tensor to write: its name and size, and the paths of the parameters that it concatenates, of one layer."""
 
     name: str
     num_bytes: int
@@ -131,11 +131,11 @@ def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_T
 
 
 def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
-    """Return one tensor, on the host."""
+    """Return a tensor as a host array."""
     parts = []
     for path in tensor.paths:
         leaf = leaves[path][tensor.layer] if path.startswith("blocks.") else leaves[path]
         parts.append(np.asarray(jax.device_get(leaf)))
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    # A view that is not contiguous would be saved in the order of its memory.
+    # safetensors saves the memory of a non-contiguous view as it is, in the wrong order.
     return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(dtype))

@@ -1,4 +1,4 @@
-"""Train a model: from a run configuration to a run folder, and from a run folder to its state and its loss."""
+"""Train a model from a run config into a run folder; restore and evaluate the state in a run folder."""
 
 from typing import TYPE_CHECKING
 

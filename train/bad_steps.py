@@ -1,6 +1,6 @@
 """Skip bad steps or stop the run: steps whose loss or gradient is not finite, or whose loss is a spike.
 
-The jitted step has left the update out already (`step_health.py`); this is what the host makes of it.
+The jitted step has already left out the update (`step_health.py`). The host reads its metrics here, and skips or stops.
 """
 
 import math
@@ -13,7 +13,7 @@ from .state import TrainState
 from .step import StepMetrics
 
 _MAX_SKIPPED_IN_A_ROW = 10
-"""More bad steps in a row than this are not an accident of the data, so the run stops even if it may skip."""
+"""Largest number of bad steps in a row to skip: more are not caused by a single bad batch, so the run stops."""
 
 
 class BadSteps:
@@ -24,7 +24,7 @@ class BadSteps:
         self._in_a_row = 0
 
     def check(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
-        """Return if the step was good or is skipped.
+        """Check the metrics of a step; return if it was good, or is skipped.
 
         Args:
             state: the newest state, in which the update of the bad step was left out.

@@ -47,7 +47,7 @@ def compile_eval_step(setup: Setup, *, say: Say) -> Callable[..., Any]:
 def _compile(what: str, function: Any, setup: Setup, *rest: jax.ShapeDtypeStruct, say: Say) -> Callable[..., Any]:
     start_s = time.perf_counter()
     lowered = function.lower(setup.shapes, setup.batch_shapes, *rest)
-    # Processes with different programs would wait for each other's collectives without end.
+    # Processes with different programs would wait in each other's collectives forever.
     require_one_program(what, lowered)
     compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
     say(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")

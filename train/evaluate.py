@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ..configs.saved_config import load_saved_config
-from ..hub.model_folder import load_params
+from ..configs.saved_config import config_from_seal
+from ..hub.run_params import read_chosen_params, run_saves, say_on_stderr
+from ..hub.saves.seal import Seal
 from ..meshes import DataError
-from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import weight_shapes
 from .checkpoints.layer_order import as_pipeline, params_in_stages
 from .compiled_steps import compile_eval_step
@@ -40,11 +40,19 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
         DataError: the files of the run's corpus are missing or changed.
         TrellaxError: the model does not fit the mesh.
     """
-    config = load_saved_config(folder)
-    setup = prepare(config) if mesh is None else Setup(config, mesh)
-    corpus = _load_corpus(setup, cache=Path(folder))
-    _check_same_corpus(Path(folder), corpus)
-    params = as_pipeline(load_params(folder, weight_shapes(setup)))
+    found: list[tuple[Setup, Corpus]] = []
+
+    def choose_shapes(seal: Seal) -> dict[str, Any]:
+        # All that needs the save is done here, since every look at it by itself would hash its files again.
+        config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
+        setup = prepare(config) if mesh is None else Setup(config, mesh)
+        corpus = _load_corpus(setup, cache=Path(folder))
+        _check_same_corpus(Path(folder), seal, corpus)
+        found.append((setup, corpus))
+        return weight_shapes(setup)
+
+    params = as_pipeline(read_chosen_params(folder, choose_shapes))
+    setup, corpus = found[-1]
     return _evaluate_on(corpus, setup, setup.state_of(params_in_stages(setup, params)))
 
 
@@ -91,11 +99,9 @@ def _load_corpus(setup: Setup, *, cache: Path | None) -> Corpus:
     return corpus
 
 
-def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
-    """Raise unless the corpus is the one the newest save was trained on; an imported model was trained on none."""
-    with Checkpoints(folder) as checkpoints:
-        seal = checkpoints.newest()
-    trained_on = seal.data.get("corpus") if seal else None
+def _check_same_corpus(folder: Path, seal: Seal, corpus: Corpus) -> None:
+    """Raise unless the corpus is the one that a save was trained on; an imported model was trained on none."""
+    trained_on = seal.data.get("corpus")
     if trained_on and trained_on != corpus.sha256:
         raise DataError(
             f"{folder} was trained on the corpus with sha256 {trained_on[:12]}, and its files now give "

@@ -17,7 +17,7 @@ from .stop import StopRequest
 
 @dataclass(frozen=True, kw_only=True)
 class StepsTaken:
-    """The result of the loop: the last state, and the last training loss, None if no step was ever taken."""
+    """The result of the loop: the last state, and the last training loss, None if the run has taken no step."""
 
     state: TrainState
     last_loss: float | None
@@ -37,11 +37,11 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
     saver.save(state)
     val_loss = None if stop.signal_name else validate(state, run.compiled.evaluate, run.data)
     saver.checkpoints.wait()
-    # A folder that was moved away would be made again by the files written below.
+    # If the folder was moved away, writing the files below would create it again.
     saver.folder.check()
     summary = _sum_up(run, taken, ended=stop.signal_name or "done", val_loss=val_loss, start_s=start_s)
     if is_first():
-        # The end of a run that is resumed at its end is on record already.
+        # A finished run that is started again has logged its last validation already.
         if val_loss is not None and {"step": step, "val_loss": val_loss} not in read_metrics(folder):
             log.write(step, {"val_loss": val_loss})
         write_summary(summary)

@@ -9,7 +9,7 @@ from ..configs.run_config import RunConfig
 class Intervals:
     """The steps of one call of `train`, and the intervals between its logs, validations and saves.
 
-    A step is named by the number of steps taken once it is done: the first is `first_step + 1`, the last `steps`.
+    Steps are counted from 1: the first of this call is `first_step + 1`, the last is `steps`.
     """
 
     first_step: int
@@ -31,12 +31,12 @@ class Intervals:
         return self._is_between(step, self.save_every)
 
     def _is_between(self, step: int, every: int) -> bool:
-        # The last step is left out: the end of a run validates and saves by itself.
+        # Not after the last step: the end of a run validates and saves anyway.
         return every > 0 and step % every == 0 and step < self.steps
 
 
 def make_intervals(config: RunConfig, *, first_step: int) -> Intervals:
-    """Return the intervals that a config asks for, when `first_step` steps have been taken already."""
+    """Return the intervals of a config for a call that starts after `first_step` steps."""
     return Intervals(
         first_step=first_step,
         steps=config.train.steps,

@@ -1,7 +1,7 @@
-"""Train: build everything a config asks for, take the steps, and leave a run folder behind.
+"""Train as a config says: set up the run, take the steps, and write the run folder.
 
-The order of a step is to be read in `_loop`. The host never waits for the step it has just started: it records the
-step before it while the devices work (`metrics/recorder.py`). Read `run.py` next for the parts of a run.
+`_loop` has the order of a step. The host never waits for the step it has just started; it records the previous one
+while the devices work (`metrics/recorder.py`). Read `run.py` next for the parts of a run.
 """
 
 import sys
@@ -20,6 +20,7 @@ from ..hub.tokenizer_files import keep_tokenizer
 from ..meshes import DataError, RunError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.processes.messages import first_does, is_first, require_agreement
+from ..meshes.silent_stream import SilentStream
 from ..meshes.terminal import terminal_width
 from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import check_initial_weights
@@ -30,7 +31,6 @@ from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
 from .metrics.recorder import StepRecorder
-from .outputs import SilentStream
 from .prepare import prepare
 from .processes.run_settings import short_hash
 from .profile import StepProfile
@@ -52,19 +52,19 @@ def train(
 ) -> Summary:
     """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
-    Training goes on from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT end it after the current step,
+    Training resumes from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT stop it after the current step,
     which is saved.
 
     >>> train(load_config("quickstart", "--train.steps 20")).steps
     20
 
     Args:
-        start: whether to go on from what is saved, or to start over.
-        changes: whether to go on although the config differs from the saved one in what changes the result.
+        start: whether to resume from the newest save, or to start over.
+        changes: whether to resume if the config differs from the saved one in keys that change the result.
         profile_steps: number of steps to trace for a profiler, see `profile.py`.
 
     Raises:
-        TrellaxError: a mistake in config, corpus or saves, or a run that cannot go on; what was saved is still there.
+        TrellaxError: config, corpus or saves have a mistake, or the run cannot continue; earlier saves are kept.
     """
     _check_values(start, changes, profile_steps)
     start_s = time.perf_counter()

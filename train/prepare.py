@@ -8,7 +8,7 @@ from .state import Setup
 
 
 def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
-    """Return the setup of a run on its mesh, with every check passed and no array made.
+    """Check a run config, build its mesh, and return the setup of the run; no array is made.
 
     >>> setup = prepare(load_config("quickstart"))
     >>> setup.mesh.shape["pipe"]
@@ -24,6 +24,6 @@ def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
         use_fake_devices(config.run.fake_devices)
     spec = check_run(config, num_devices=len(visible_devices()), corpus=corpus)
     setup = Setup(config, build_mesh(spec))
-    # Building these runs their own checks.
+    # Model and schedule check themselves when they are built.
     _ = setup.model, setup.schedule
     return setup

@@ -1,4 +1,4 @@
-"""Give a run its first state: the newest save of its folder, or a fresh one where nothing is saved."""
+"""Restore the newest save of a run folder, or initialize a new state if the folder has no save."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ from .state import Setup, TrainState
 def restore_or_initialize(
     setup: Setup, checkpoints: Checkpoints, *, corpus_sha256: str, changes: Changes, say: Callable[[str], object]
 ) -> tuple[TrainState, Seal | None]:
-    """Return the state to train on from, and the seal of the save it comes from, None for a fresh state.
+    """Return the first state of a run, and the seal of the save it was restored from, None for a new state.
 
     Raises:
         RunError: config or corpus differ from those of the save, and `changes` refuses that.
         CheckpointError: all saves are damaged, or the newest is of another model.
     """
     config = setup.config
-    # The first process decides: on a network file system the others may see the folder's content later.
+    # Process 0 decides: on a network file system the others may see the content of the folder later.
     if text_of_first("empty" if checkpoints.folder.is_empty else ""):
         state = initial_state(setup)
         if config.train.init_from:
@@ -30,7 +30,7 @@ def restore_or_initialize(
     accepted: list[Seal] = []
 
     def accept(seal: Seal) -> None:
-        # A save of parameters alone, as `import-hf` writes it, has no run yet whose config could have changed.
+        # Parameters alone, as `import-hf` saves them, were not trained, so their config may change.
         if not seal.has_params_alone:
             was = seal.data.get("corpus")
             saved = read_saved_config(seal, folder=checkpoints.folder / seal.step, say=say)

@@ -1,4 +1,4 @@
-"""Build the parts of one run that its loop works with: first state, data, compiled steps, intervals, saver.
+"""Build the parts of a run that its loop uses: first state, data, compiled steps, intervals, saver.
 
 `loop.py` takes the steps, `finish.py` ends the run.
 """
@@ -9,6 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from ..configs.changes import Changes
+from ..configs.resolved_config import list_hyperparameters, resolve_config, write_resolved_config
 from ..configs.run_config import RunConfig
 from ..hub.saves.seal import Seal
 from ..meshes import mesh_sizes
@@ -16,7 +17,6 @@ from ..meshes.processes.messages import is_first
 from .bad_steps import BadSteps
 from .checkpoints.checkpoints import Checkpoints
 from .compiled_steps import CompiledSteps, compile_steps
-from .config_file import list_hyperparameters, resolve_config, write_resolved_config
 from .data.corpus import Corpus
 from .data.training_data import TrainingData, make_training_data
 from .intervals import Intervals, make_intervals
@@ -64,7 +64,7 @@ class Run:
         say(self.console, text)
 
     def open_log(self) -> MetricsLog | NoLog:
-        """Write the resolved config, and open the log of metrics, without the lines of steps that will be taken again.
+        """Write the resolved config, and open the log of metrics; lines of steps that will be taken again are dropped.
 
         Raises:
             OSError: the run folder cannot be written.
@@ -107,7 +107,7 @@ def build_run(
     console: Console,
     changes: Changes,
 ) -> tuple[Run, TrainState]:
-    """Return the parts of a run and its first state, that of its newest save if it has one.
+    """Return the parts of a run and its first state, which is that of the newest save if there is one.
 
     Raises:
         TrellaxError: the save is of another run, or the corpus does not give a batch.

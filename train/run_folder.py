@@ -1,51 +1,47 @@
-"""Open and lock the folder of a run, and remove what a killed run left unfinished.
+"""Open and lock the folder of a run, and remove the unfinished saves of a killed run.
 
 A run folder may come from another person. So every entry that a run reads, writes or removes must be a regular file or
 folder: a link would let the run write or remove outside of its folder. The folder itself may be a link, since the user
-names it.
+names it. `folder_lock.py` has the lock.
 """
 
 import contextlib
-import fcntl
-import json
 import os
-import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import jax
 
+from ..configs.resolved_config import CONFIG_FILE, is_resolved_config
 from ..hub.saves.names import FOLDER, SaveFolder, is_own_name
 from ..hub.special_ids import ORIGIN
 from ..hub.tokenized_text import TOKENS_FOLDER
 from ..hub.tokenizer_files import TOKENIZER_FILES
 from ..meshes import ConfigError, RunError
-from ..meshes.files.own_file import free_name, identify_file, open_own
+from ..meshes.files.own_file import free_name, identify_file
 from ..meshes.files.regular_file import name_kind, walk_folder
 from ..meshes.processes.messages import first_does, require_agreement, text_of_first
-from .config_file import CONFIG_FILE, is_resolved_config
+from .folder_lock import LOCK_FILE, lock_folder
 from .metrics import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, SUMMARY_FILE
 
-LOCK_FILE = "lock"
 ASIDE = "aside"
 PROFILE_FOLDER = "profile"
 _LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, BOARD_FOLDER, FOLDER)
-"""What --force moves aside, besides a run's config.toml. Saves come last: if the process is killed in between, the
-folder still holds a run. An imported model's own config and its tokenizer stay."""
+"""Entries that --force moves aside, besides the config.toml of a run. Saves are moved last: if the process is killed in
+between, the folder still holds a run. The config and the tokenizer of an imported model stay."""
 
 _FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, *TOKENIZER_FILES, ORIGIN}
 _FOLDERS = {BOARD_FOLDER, FOLDER, TOKENS_FOLDER, PROFILE_FOLDER}
 _DEPTHS = {PROFILE_FOLDER: 8}
 """Levels of folders that a run writes below a folder; 1 for the others."""
 _OLD_CACHE = "xla"
-_MAX_HOLDER_BYTES = 4096
 
 _VISIBLE_S = 10.0
-"""Time that a network file system may take to show what another machine has written."""
+"""Longest time until a network file system shows a file that another machine has written."""
 
 Start = Literal["resume", "fresh", "replace"]
 """Go on from the newest save; start over if nothing is saved; or start over and move what is there aside."""
@@ -55,7 +51,7 @@ class HeldFolder:
     """A run folder that this run has locked; with many processes the first one holds the lock."""
 
     def __init__(self, path: Path, *, take_lock: Callable[[], object]) -> None:
-        # Saves go to the absolute path, so a folder above this one that is moved counts, too.
+        # Saves are written to the absolute path, so moving a folder above this one is detected too.
         self._path, self._take_lock = path.absolute(), take_lock
         self._ids = self._identify()
 
@@ -102,7 +98,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
                 with tempfile.TemporaryFile(dir=folder):
                     pass
                 check_entries(folder)
-                held.enter_context(_lock(folder, say))
+                held.enter_context(lock_folder(folder, say=say))
                 SaveFolder(folder / FOLDER).drop_unfinished()
                 if start != "resume":
                     _clear(folder, start=start, say=say)
@@ -116,7 +112,7 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
 
         first_does(take)
         _require_one_folder(folder)
-        yield HeldFolder(folder, take_lock=lambda: held.enter_context(_lock(folder, say)))
+        yield HeldFolder(folder, take_lock=lambda: held.enter_context(lock_folder(folder, say=say)))
 
 
 def _list_unread(folder: Path) -> Iterator[str]:
@@ -133,7 +129,7 @@ def check_entries(folder: Path) -> None:
     """Raise unless every entry that a run reads, writes or removes is a regular file or folder.
 
     Raises:
-        RunError: naming the first that is a link, a pipe or the like.
+        RunError: an entry is a link, a pipe or a device; the first is named.
         OSError: the folder cannot be read.
     """
     for entry in list(walk_folder(folder, max_depth=1)):
@@ -176,47 +172,6 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         return ""
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Lock the folder for this process; the kernel releases the lock when the process ends, so it is never stale."""
-    with open_own(folder / LOCK_FILE, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"the run folder {folder} is in use by {_read_holder(file)}.",
-                fix="wait for that run, stop it, or set another run.name.",
-            ) from None
-        if (before := _read_holder(file)) != _NOBODY:
-            say(f"the run before, {before}, was killed or crashed")
-        _write_holder(file, {"process": os.getpid(), "host": socket.gethostname()})
-        try:
-            yield
-        finally:
-            _write_holder(file, None)
-
-
-_NOBODY = "another process"
-
-
-def _read_holder(file: IO[bytes]) -> str:
-    file.seek(0)
-    try:
-        holder = json.loads(file.read(_MAX_HOLDER_BYTES))
-        process, host = holder["process"], holder["host"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return _NOBODY
-    is_ours = type(process) is int and 0 < process < 1 << 32 and re.fullmatch(r"[\w.-]{1,255}", str(host), re.ASCII)
-    return f"process {process} on {host}" if is_ours else _NOBODY
-
-
-def _write_holder(file: IO[bytes], holder: Mapping[str, object] | None) -> None:
-    file.truncate(0)
-    if holder:
-        file.write(json.dumps(holder).encode())
-    file.flush()
 
 
 def _clear(folder: Path, *, start: Start, say: Callable[[str], object]) -> None:

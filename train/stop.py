@@ -1,6 +1,6 @@
 """Stop a run on SIGTERM, SIGINT or SIGHUP, after the current step and with its state saved.
 
-SIGHUP comes when the terminal or the ssh session is lost; nohup makes a run ignore it, and then so does trellax.
+SIGHUP is sent when the terminal or the ssh session is lost. If nohup ignores it, trellax ignores it too.
 
 With many processes the signal may reach only one of them. jax's preemption service, which handles SIGTERM itself, then
 makes all of them agree on the step to stop after.

@@ -187,9 +187,8 @@ def make_batch(setup: Any) -> Any:
     """Return random tokens in the shape of the run's batches, on the device."""
     import jax
     import numpy as np
-    from trellax.commands.inspect_step import batch_shapes
 
-    shapes, config = batch_shapes(setup), setup.config
+    shapes, config = setup.batch_shapes, setup.config
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shapes["tokens"].shape, dtype=np.int32)
     weights = np.full(tokens.shape, 1 / tokens.size, np.float32)
     leaves = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=-1), "weights": weights}

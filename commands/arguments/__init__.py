@@ -1,1 +1,1 @@
-"""The arguments of each command, and the checks that need neither jax nor a model: help and mistakes cost 0.2 s."""
+"""Declare and check the arguments of each command without importing jax, so that help and mistakes take 0.2 s."""

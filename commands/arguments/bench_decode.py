@@ -1,4 +1,4 @@
-"""The arguments of `trellax bench-decode`."""
+"""Declare the arguments of `trellax bench-decode`."""
 
 import argparse
 

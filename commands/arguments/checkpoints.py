@@ -1,4 +1,4 @@
-"""The arguments of `trellax checkpoints`."""
+"""Declare the arguments of `trellax checkpoints`."""
 
 import argparse
 

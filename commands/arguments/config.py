@@ -1,4 +1,4 @@
-"""The arguments that all commands with a config share."""
+"""Declare the arguments that all commands with a config share."""
 
 import argparse
 

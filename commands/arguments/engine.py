@@ -1,4 +1,4 @@
-"""The arguments that `generate` and `bench-decode` share: how a serving engine computes."""
+"""Declare the arguments of the serving engine, which `generate` and `bench-decode` share."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from .types import parse_whole
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add devices, dtypes, prompt chunk, groups and --json."""
+    """Add --fake-devices, --dtype, --cache-dtype, --chunk, --groups and --json."""
     parser.add_argument("--fake-devices", type=parse_whole, default=0, metavar="N", help="run on N fake CPU devices")
     parser.add_argument("--dtype", metavar="T", help="dtype to compute in, float32 or bfloat16 (default: the model's)")
     parser.add_argument(

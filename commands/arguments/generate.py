@@ -1,4 +1,4 @@
-"""The arguments of `trellax generate`."""
+"""Declare the arguments of `trellax generate`."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The arguments of `trellax import-hf` and `trellax export-hf`."""
+"""Declare the arguments of `trellax import-hf` and `trellax export-hf`."""
 
 import argparse
 

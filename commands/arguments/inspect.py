@@ -1,4 +1,4 @@
-"""The arguments of `trellax inspect`."""
+"""Declare the arguments of `trellax inspect`."""
 
 import argparse
 

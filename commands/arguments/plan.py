@@ -1,4 +1,4 @@
-"""The arguments of `trellax plan`."""
+"""Declare the arguments of `trellax plan`."""
 
 import argparse
 

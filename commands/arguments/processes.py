@@ -1,15 +1,15 @@
-"""The arguments of a run of several processes."""
+"""Declare the arguments of a run with several processes."""
 
 import argparse
 
 START_S = 300
-"""Seconds that processes wait for each other to start."""
+"""Default seconds that processes wait for each other to start."""
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the address of process 0, the number of processes, the index of this one, and how long to wait for them.
+    """Add --coordinator, --num-processes, --process-id and --start-timeout.
 
-    Under SLURM and Open MPI the first three are found in the environment.
+    Under SLURM and Open MPI the first three are read from the environment.
     """
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, for a run of many processes")
     parser.add_argument("--num-processes", metavar="N", help="number of processes")

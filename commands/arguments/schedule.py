@@ -1,4 +1,4 @@
-"""The arguments of `trellax schedule`, and the checks of them that need no schedule."""
+"""Declare the arguments of `trellax schedule`, and check what needs no schedule."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from ...pipeline.schedules import SCHEDULES, Clock
 from .types import parse_path, parse_real, parse_whole
 
 COSTS = ("forward", "input_grad", "weight_grad", "transfer")
-"""The options that are times, as `simulate` names them."""
+"""The options that are times, by the parameter of `simulate`."""
 
 _CLOCKS = get_args(Clock)
 _MIN_COST, _MAX_COST = 1e-100, 1e100
@@ -74,10 +74,10 @@ def _add_time_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_schedule_arguments(args: argparse.Namespace) -> None:
-    """Check that the arguments fit each other, as far as that needs no schedule.
+    """Check the arguments against each other, as far as that needs no schedule.
 
     Raises:
-        ScheduleError: the first mistake.
+        ScheduleError: an argument is wrong; the first mistake is reported.
     """
     given = [
         word for word, is_given in (("NAME", args.name), ("--file", args.file), ("--compare", args.compare)) if is_given

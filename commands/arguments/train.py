@@ -1,4 +1,4 @@
-"""The arguments of `trellax train`."""
+"""Declare the arguments of `trellax train`."""
 
 import argparse
 

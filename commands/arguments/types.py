@@ -1,4 +1,4 @@
-"""Argument types for argparse: paths that can exist, and numbers in ASCII digits of at most 64 bits."""
+"""Define argument types for argparse: valid paths, and numbers in ASCII digits of at most 64 bits."""
 
 import argparse
 
@@ -20,10 +20,10 @@ def parse_whole(text: str) -> int:
 
 
 def parse_path(text: str) -> str:
-    """Return the text, which a file system accepts as a path.
+    """Check that a text can be a path, and return it.
 
     Raises:
-        argparse.ArgumentTypeError: no file system does.
+        argparse.ArgumentTypeError: it cannot.
     """
     problem = find_text_problem(text) if text.strip() else f"expected a path, got {text!r}"
     if problem:

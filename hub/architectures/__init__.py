@@ -1,7 +1,7 @@
-"""The architectures of Hugging Face models that trellax reads and writes, one value each.
+"""List the Hugging Face architectures that trellax reads and writes, each a value of `Architecture`.
 
-To add one, write a file beside `llama.py` with a value of `LlamaFamily` (or an implementation of `Architecture`, as in
-`gpt2.py`), and add the value to `ARCHITECTURES`. Nothing here imports jax.
+To add one, write a file beside `llama.py` with a value of `LlamaFamily` (or a subclass of `Architecture`, as in
+`gpt2.py`), and add the value to `_ALL`. Nothing here imports jax.
 """
 
 from .architecture import Architecture
@@ -14,4 +14,4 @@ from .qwen3 import QWEN3
 _ALL: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}
-"""Every architecture by its `model_type`, in the order in which messages name them."""
+"""All architectures by `model_type`, in the order in which messages list them."""

@@ -1,7 +1,10 @@
-"""The abstract `Architecture`: how the config.json and the tensors of a Hugging Face model describe a `ModelConfig`.
+"""Define the abstract `Architecture`: it converts config.json to a `ModelConfig` and back, and names the tensors.
 
-Read `llama_family.py` and `gpt2.py` for the two implementations, and `__init__.py` for the list of all architectures.
-Nothing here imports jax, so that `--help` can list the architectures at once.
+Reading takes three steps, called by `../config.py`:
+
+    config.json --resolve_keys--> one value a key --find_unsupported_*--> errors, or --read--> ModelConfig fields
+
+Read `llama_family.py` and `gpt2.py` for the two implementations. Nothing here imports jax, so `--help` is quick.
 """
 
 from abc import ABC, abstractmethod
@@ -19,17 +22,17 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(ABC):
-    """An architecture of Hugging Face models that trellax reads and writes.
+    """A Hugging Face architecture.
 
     Args:
         model_type: its name in config.json.
-        class_name: its class in transformers, which config.json lists under `architectures`.
+        class_name: the class in transformers, listed in config.json under `architectures`.
         tensors: the names of its tensors.
-        sizes: config.json key of each size that every file must have, by its field in `ModelConfig`.
-        optional_sizes: the same of sizes that may be missing or null.
+        sizes: keys of required sizes in config.json, by `ModelConfig` field.
+        optional_sizes: keys of sizes that may be missing or null, by `ModelConfig` field.
         counts: keys of whole numbers that may be 0.
         positive_numbers: keys of numbers above 0.
-        holds: the choices that a model of this architecture can have, by field, such as {"norm": ("rmsnorm",)}.
+        supported: values that the architecture can have, by `ModelConfig` field, such as {"norm": ("rmsnorm",)}.
     """
 
     model_type: str
@@ -39,45 +42,45 @@ class Architecture(ABC):
     optional_sizes: Mapping[str, str]
     counts: tuple[str, ...]
     positive_numbers: tuple[str, ...]
-    holds: Mapping[str, tuple[str, ...]]
+    supported: Mapping[str, tuple[str, ...]]
 
     @abstractmethod
-    def settle(self, values: Values, warnings: list[str]) -> dict[str, Any]:
-        """Return one value for each thing that config.json can say twice, as transformers 5 takes it.
+    def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
+        """Return one value for each setting that several keys can give, choosing the key that transformers 5 reads.
 
         Args:
-            warnings: gets a line for every two keys that differ.
+            warnings: list to append a line to for every two keys that differ.
 
         Raises:
             TypeError: a value has the wrong type.
         """
 
     @abstractmethod
-    def refusals(self, values: Values) -> Iterator[str]:
-        """Yield one line for each setting that trellax cannot compute; `values` are settled."""
+    def find_unsupported_keys(self, values: Values) -> Iterator[str]:
+        """Yield a line for each setting that trellax cannot compute; `values` are those of `resolve_keys`."""
 
-    def layer_refusals(self, values: Values) -> Iterator[str]:
-        """Yield the same for settings of single layers; called once the sizes are known to be right."""
+    def find_unsupported_layers(self, values: Values) -> Iterator[str]:
+        """Yield the same for settings of single layers; called only if all sizes are valid."""
         del values
         return iter(())
 
     @abstractmethod
     def read(self, values: Values) -> dict[str, Any]:
-        """Return the fields of the `ModelConfig` that settled keys describe."""
+        """Return fields of a `ModelConfig` from resolved and supported keys."""
 
     @abstractmethod
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the config.json of a model, without `architectures` and `model_type`."""
+        """Return the keys of config.json for a model, without `architectures` and `model_type`."""
 
-    def lacks(self, config: ModelConfig) -> Iterator[str]:
-        """Yield one line for each property of a model that this architecture does not have."""
-        for field, choices in self.holds.items():
+    def find_unsupported_fields(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a line for each field of a model that this architecture cannot have."""
+        for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
 
 
 def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any:
-    """Return the value of the first of several keys that has one, and warn of those that differ from it."""
+    """Return the first value of several keys that is not null; append a warning for each later one that differs."""
     given = [(name, values[name]) for name in names if values.get(name) is not None]
     for name, value in given[1:]:
         if value != given[0][1]:
@@ -86,13 +89,13 @@ def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any
 
 
 def read_dtype(values: Values) -> str:
-    """Return the type to compute in."""
-    # float16 files are computed in float32: bfloat16 would round them, and trellax does not compute in float16.
+    """Return the dtype to compute in: that of config.json if trellax has it, else float32."""
+    # Not bfloat16 for float16 files: it would round their weights.
     dtype = values.get("dtype") or "float32"
     return dtype if dtype in ("float32", "bfloat16") else "float32"
 
 
-def own_head_size(config: ModelConfig) -> Iterator[str]:
-    """Yield a line where heads have another size than hidden_size / num_heads, which some architectures derive."""
+def find_own_head_size(config: ModelConfig) -> Iterator[str]:
+    """Yield a line if head_size is not hidden_size / num_heads, for architectures without a key for it."""
     if config.query_size != config.hidden_size:
         yield f"model.head_size={config.head_size}, not hidden_size / num_heads"

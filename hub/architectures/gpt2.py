@@ -1,11 +1,11 @@
-"""GPT-2: LayerNorm, GELU, learned positions, biases everywhere, and names of its own for keys and tensors."""
+"""Describe GPT-2: LayerNorm, GELU, learned positions, biases everywhere, its own names for keys and tensors."""
 
 from collections.abc import Iterator
 from typing import Any, final
 
 from ...layers import ModelConfig
 from ...meshes.errors import shown
-from .architecture import Architecture, Values, own_head_size, read_dtype, take_first
+from .architecture import Architecture, Values, find_own_head_size, read_dtype, take_first
 from .tensor_names import TensorNames, TensorPlace
 
 _MAX_TOKENS = 1024
@@ -16,10 +16,10 @@ _ALIASES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-"""GPT-2's keys by the names that other architectures have for them; transformers reads both, these first."""
+"""GPT-2's keys by the common names, which transformers also reads, and prefers."""
 
 _FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-"""Settings of the attention that trellax has with one value alone."""
+"""Settings of the attention, with the only value that trellax supports."""
 
 
 def _list_places() -> dict[str, TensorPlace]:
@@ -44,14 +44,14 @@ def _list_places() -> dict[str, TensorPlace]:
 
 @final
 class GPT2Architecture(Architecture):
-    """The implementation of `Architecture` whose only value is `GPT2`."""
+    """The implementation of `Architecture` for GPT-2."""
 
-    def settle(self, values: Values, warnings: list[str]) -> dict[str, Any]:
+    def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
         """Return the sizes under GPT-2's own keys."""
         return {own: take_first(values, (name, own), warnings) for name, own in _ALIASES.items() if name in values}
 
-    def refusals(self, values: Values) -> Iterator[str]:
-        """Yield other activations, and attention that is scaled or fed otherwise."""
+    def find_unsupported_keys(self, values: Values) -> Iterator[str]:
+        """Yield a line for another activation, and for attention with cross-attention or other scales."""
         if values.get("activation_function", "gelu_new") not in _GELUS:
             yield f"activation_function={shown(values['activation_function'])}; GPT-2 here has 'gelu_new'"
         for key, value in _FIXED.items():
@@ -59,7 +59,7 @@ class GPT2Architecture(Architecture):
                 yield f"{key}={shown(values[key])}; only {value} is"
 
     def read(self, values: Values) -> dict[str, Any]:
-        """Return the sizes; a `ModelConfig` that says nothing else has the layers of GPT-2."""
+        """Return the sizes; the defaults of `ModelConfig` for all other fields are those of GPT-2."""
         most = values.get("n_positions")
         return {own: values[key] for own, key in self.sizes.items()} | {
             "max_tokens": _MAX_TOKENS if most is None else most,
@@ -79,14 +79,14 @@ class GPT2Architecture(Architecture):
             "dtype": config.dtype,
         }
 
-    def lacks(self, config: ModelConfig) -> Iterator[str]:
-        """Yield the choices that differ, attention windows, shared key/value heads and heads of another size."""
-        yield from super().lacks(config)
+    def find_unsupported_fields(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a line for each unsupported choice, attention window, grouped key/value heads and head size."""
+        yield from super().find_unsupported_fields(config)
         if config.attention_window:
             yield f"model.attention_window={config.attention_window}, not 0"
         if config.num_kv_heads != config.num_heads:
             yield f"model.num_kv_heads={config.num_kv_heads}, not {config.num_heads}"
-        yield from own_head_size(config)
+        yield from find_own_head_size(config)
 
 
 GPT2 = GPT2Architecture(
@@ -97,6 +97,12 @@ GPT2 = GPT2Architecture(
     optional_sizes={"max_tokens": "n_positions", "ffn_size": "n_inner"},
     counts=(),
     positive_numbers=("layer_norm_epsilon",),
-    holds={"mlp": ("gelu",), "norm": ("layernorm",), "positions": ("learned",), "qk_norm": ("off",), "bias": ("on",)},
+    supported={
+        "mlp": ("gelu",),
+        "norm": ("layernorm",),
+        "positions": ("learned",),
+        "qk_norm": ("off",),
+        "bias": ("on",),
+    },
 )
 """GPT-2 (Radford et al., 2019)."""

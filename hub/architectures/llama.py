@@ -1,4 +1,4 @@
-"""Llama 1 to 3: biases on all linear layers, or on none."""
+"""Describe Llama 1 to 3: biases on all linear layers, or on none."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,9 +26,9 @@ LLAMA = LlamaFamily(
     model_type="llama",
     class_name="LlamaForCausalLM",
     max_tokens=2048,
-    holds={"bias": ("on", "off")},
+    supported={"bias": ("on", "off")},
     read_more=_read_bias,
     write_more=_write_bias,
     refuse_more=_refuse_biases,
 )
-"""Llama; `tensors` and all keys of config.json are those of the family."""
+"""Llama 1 to 3; tensors and keys of config.json are those of the family."""

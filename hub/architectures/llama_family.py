@@ -1,7 +1,7 @@
-"""Architectures whose config.json and tensors are those of Llama but for a few keys: Llama, Mistral, Qwen 2, Qwen 3.
+"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen 2, Qwen 3.
 
-All have RMSNorm, SwiGLU and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). A member of the
-family is one value of `LlamaFamily`, in a file of its own, with functions for the keys that it alone has.
+All have RMSNorm, SwiGLU and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
+member is a value of `LlamaFamily`, in its own file, with functions for the keys that the others do not have.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +11,11 @@ from typing import Any, final
 from ...layers import ModelConfig
 from ...meshes.errors import shown
 from .architecture import Architecture, Values, read_dtype
-from .rope import find_rope_refusals, read_rope, settle_rope, write_rope
+from .rope import find_unsupported_rope, read_rope, resolve_rope, write_rope
 from .tensor_names import TensorNames, TensorPlace
 
 BIASES = "biases are on all linear layers, on query, key and value alone (qwen2), or on none"
-"""The biases that trellax computes, for messages."""
+"""The biases that trellax supports, for error messages."""
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -29,7 +29,7 @@ _OPTIONAL_SIZES = {
     "num_kv_heads": "num_key_value_heads",
     "head_size": "head_dim",
 }
-_HOLDS = {
+_SUPPORTED = {
     "mlp": ("swiglu",),
     "norm": ("rmsnorm",),
     "positions": ("rotary",),
@@ -83,26 +83,27 @@ def _write_nothing(_config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def _lack_nothing(_config: ModelConfig) -> Iterator[str]:
+def _find_no_fields(_config: ModelConfig) -> Iterator[str]:
     return iter(())
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class LlamaFamily(Architecture):
-    """A member of the family: the values that transformers takes for missing keys, and the keys beside Llama's.
+    """A member of the Llama family: its defaults for missing keys, and functions for keys that Llama does not have.
 
     Args:
-        max_tokens: length where the file says none.
-        num_kv_heads: number of key/value heads where the file says none; 0 is as many as query heads.
-        head_size: size of a head where the file says none; 0 is hidden_size / num_heads.
-        holds: as in `Architecture`, where it differs from Llama without biases.
-        window_of_layer: attention window of a layer, 0 where it sees all tokens; None if no layer can have one.
-        read_more: fields of a `ModelConfig` beside those of the family.
-        write_more: keys of config.json beside those of the family.
-        refuse_more: settings that trellax cannot compute, beside those of the family.
-        warn_more: lines about keys that do not count.
-        lack_more: properties of a model that this architecture does not have, beside `holds`.
+        max_tokens: default of `max_position_embeddings`.
+        num_kv_heads: default of `num_key_value_heads`; 0 is the number of query heads.
+        head_size: default of `head_dim`; 0 is hidden_size / num_heads.
+        supported: as in `Architecture`, for fields that differ from Llama without biases.
+        window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
+            architecture has no windows.
+        read_more: returns more fields of the `ModelConfig`.
+        write_more: returns more keys of config.json.
+        refuse_more: yields a line for each more setting that trellax cannot compute.
+        warn_more: yields a line for each key that is ignored.
+        find_more_unsupported: yields a line for each more field that the architecture cannot have.
     """
 
     max_tokens: int
@@ -113,44 +114,45 @@ class LlamaFamily(Architecture):
     optional_sizes: Mapping[str, str] = field(default_factory=lambda: _OPTIONAL_SIZES)
     counts: tuple[str, ...] = ("sliding_window", "max_window_layers")
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
-    holds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     window_of_layer: Callable[[Values, int], int] | None = None
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing
     write_more: Callable[[ModelConfig], dict[str, Any]] = _write_nothing
     refuse_more: Callable[[Values], Iterator[str]] = _find_nothing
     warn_more: Callable[[Values], Iterator[str]] = _find_nothing
-    lack_more: Callable[[ModelConfig], Iterator[str]] = _lack_nothing
+    find_more_unsupported: Callable[[ModelConfig], Iterator[str]] = _find_no_fields
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "holds", _HOLDS | dict(self.holds))
+        object.__setattr__(self, "supported", _SUPPORTED | dict(self.supported))
 
-    def settle(self, values: Values, warnings: list[str]) -> dict[str, Any]:
-        """Return the table of rotary positions, under the key `rope`."""
-        settled = {"rope": settle_rope(values, max_tokens=self.max_tokens, warnings=warnings)}
+    def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
+        """Return one table of rotary positions, under the key `rope`."""
+        resolved = {"rope": resolve_rope(values, max_tokens=self.max_tokens, warnings=warnings)}
         warnings += self.warn_more(values)
-        return settled
+        return resolved
 
-    def refusals(self, values: Values) -> Iterator[str]:
-        """Yield what is wrong with the activation, rotary positions and the member's own keys."""
+    def find_unsupported_keys(self, values: Values) -> Iterator[str]:
+        """Yield a line for each unsupported activation, rotary setting and key of the member."""
         if values.get("hidden_act", "silu") != "silu":
             yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
-        yield from find_rope_refusals(values)
+        yield from find_unsupported_rope(values)
         yield from self.refuse_more(values)
 
-    def layer_refusals(self, values: Values) -> Iterator[str]:
-        """Yield a line where layers have different attention windows."""
+    def find_unsupported_layers(self, values: Values) -> Iterator[str]:
+        """Yield a line if layers have different attention windows."""
         windows = {self._window(values, layer) for layer in range(values["num_hidden_layers"])}
         if len(windows) > 1:
             yield f"layers with attention windows of {sorted(windows)} (0 is none); all layers must have the same"
 
     def read(self, values: Values) -> dict[str, Any]:
-        """Return the fields of the family and the member's own."""
+        """Return the fields of the family, and those of the member over them."""
         sizes = {own: values[key] for own, key in self.sizes.items()}
+        max_tokens = values.get("max_position_embeddings")
         return (
             sizes
             | {
-                "max_tokens": self.max_tokens if (most := values.get("max_position_embeddings")) is None else most,
-                # null means as many as query heads, also where the default is another number.
+                "max_tokens": self.max_tokens if max_tokens is None else max_tokens,
+                # null means the number of query heads even if the default for a missing key is another one.
                 "num_kv_heads": values.get("num_key_value_heads", self.num_kv_heads) or values["num_attention_heads"],
                 "head_size": values.get("head_dim") or self.head_size,
                 "mlp": "swiglu",
@@ -166,7 +168,7 @@ class LlamaFamily(Architecture):
         )
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of the family and the member's own."""
+        """Return the keys of the family, and those of the member over them."""
         keys = {**self.sizes, **self.optional_sizes}
         return (
             {key: getattr(config, own) for own, key in keys.items()}
@@ -180,12 +182,12 @@ class LlamaFamily(Architecture):
             | self.write_more(config)
         )
 
-    def lacks(self, config: ModelConfig) -> Iterator[str]:
-        """Yield the choices that differ, an attention window that no layer can have, and the member's own."""
-        yield from super().lacks(config)
+    def find_unsupported_fields(self, config: ModelConfig) -> Iterator[str]:
+        """Yield a line for each unsupported choice, attention window and field of the member."""
+        yield from super().find_unsupported_fields(config)
         if config.attention_window and self.window_of_layer is None:
             yield f"model.attention_window={config.attention_window}, not 0"
-        yield from self.lack_more(config)
+        yield from self.find_more_unsupported(config)
 
     def _window(self, values: Values, layer: int) -> int:
         return 0 if self.window_of_layer is None else self.window_of_layer(values, layer)

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases, with one attention window for all layers."""
+"""Describe Mistral: Llama without biases, with one attention window for all layers."""
 
 from typing import Any
 
@@ -23,4 +23,4 @@ MISTRAL = LlamaFamily(
     window_of_layer=_window_of_layer,
     write_more=_write_window,
 )
-"""Mistral; keys that ask for biases are ignored, as transformers does."""
+"""Mistral (Jiang et al., 2023). As in transformers, keys for biases are ignored."""

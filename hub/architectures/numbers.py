@@ -1,6 +1,6 @@
-"""Checks of the numbers in a config.json: whole or not, and small enough to compute with.
+"""Check the types and bounds of the numbers in a config.json.
 
-The bounds are far beyond every model. They keep a broken file from asking for an array of 10^400 elements.
+The bounds are far beyond every model; they keep a broken file from asking for an array of 10^400 elements.
 """
 
 import math
@@ -26,7 +26,7 @@ _LARGEST = {
 
 
 def find_wrong_numbers(values: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
-    """Yield one line for each number of a config.json that is missing, of the wrong type or out of bounds."""
+    """Yield a line for each number of a config.json that is missing, of the wrong type or out of bounds."""
     for field, key in architecture.sizes.items():
         if key not in values:
             yield f"{key} is missing"
@@ -45,7 +45,7 @@ def find_wrong_numbers(values: Mapping[str, Any], architecture: Architecture) ->
 
 
 def check_positive(key: str, value: Any) -> Iterator[str]:
-    """Yield what is wrong with a number that must be above 0 and finite in float32."""
+    """Yield a line if a value is not a number that is above 0 and finite in float32."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         yield f"{key}={shown(value)} is no number"
     elif not (0 < value < 1e38 and math.isfinite(value)):

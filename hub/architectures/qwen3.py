@@ -1,4 +1,4 @@
-"""Qwen 3: Llama without biases, with an RMSNorm over every query and key head."""
+"""Describe Qwen 3: Llama without biases, with an RMSNorm over every query and key head."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from .qwen_windows import refuse_windows, warn_of_unused_windows, window_of_laye
 
 def _refuse(values: Values) -> Iterator[str]:
     yield from refuse_windows(values)
-    # transformers would give query, key, value and output one, a mix that trellax does not have.
+    # transformers gives biases to query, key, value and output, and none to the MLP; trellax has no such choice.
     if values.get("attention_bias"):
         yield f"attention_bias=true; {BIASES}"
 
@@ -20,11 +20,11 @@ QWEN3 = LlamaFamily(
     max_tokens=32_768,
     num_kv_heads=32,
     head_size=128,
-    holds={"qk_norm": ("on",)},
+    supported={"qk_norm": ("on",)},
     window_of_layer=window_of_layer,
     read_more=lambda _values: {"qk_norm": "on"},
     write_more=write_windows,
     refuse_more=_refuse,
     warn_more=warn_of_unused_windows,
 )
-"""Qwen 3; heads have 128 features where config.json does not say."""
+"""Qwen 3. Without `head_dim` in config.json, heads have 128 features."""

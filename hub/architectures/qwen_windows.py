@@ -1,7 +1,7 @@
-"""Attention windows of Qwen 2 and Qwen 3, which config.json can give for each layer.
+"""Read and write the attention windows of Qwen 2 and Qwen 3, which config.json can give for each layer.
 
-They count only where `use_sliding_window` is true. Then `layer_types` names the layers that have one; without it all
-layers from `max_window_layers` on have one.
+They apply only if `use_sliding_window` is true. Then `layer_types` lists the layers with a window; without that list,
+all layers from index `max_window_layers` on have one.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .architecture import Values
 
 
 def window_of_layer(values: Values, layer: int) -> int:
-    """Return the attention window of a layer, 0 where it sees all tokens."""
+    """Return the attention window of a layer in tokens; 0 is full attention."""
     if not values.get("use_sliding_window", False):
         return 0
     window = values.get("sliding_window", 4096) or 0
@@ -24,14 +24,14 @@ def window_of_layer(values: Values, layer: int) -> int:
 
 
 def refuse_windows(values: Values) -> Iterator[str]:
-    """Yield a line where `layer_types` is no list."""
+    """Yield a line if `layer_types` is not a list."""
     kinds = values.get("layer_types")
     if kinds is not None and not isinstance(kinds, list):
         yield f"layer_types={shown(kinds)} is no list"
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys that give every layer the model's window."""
+    """Return the keys that give all layers the attention window of a model."""
     window = config.attention_window or None
     return {
         "use_sliding_window": window is not None,
@@ -42,7 +42,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def warn_of_unused_windows(values: Values) -> Iterator[str]:
-    """Yield a line where `layer_types` names windows that `use_sliding_window` turns off."""
+    """Yield a line if `layer_types` lists windows while `use_sliding_window` is false."""
     kinds = values.get("layer_types")
     if not values.get("use_sliding_window") and isinstance(kinds, list) and "sliding_attention" in kinds:
         yield "layer_types names sliding windows, but use_sliding_window=False counts"

@@ -1,7 +1,7 @@
-"""Rotary positions (RoPE) in a config.json: read, checked and written.
+"""Read, check and write the settings of rotary positions (RoPE) in a config.json.
 
 transformers 4 wrote `rope_theta` and `rope_scaling`, version 5 writes `rope_parameters`, and edited files have both.
-All three become one table here, which the other functions read under the key `rope`.
+`resolve_rope` merges all three into one table, which the other functions read under the key `rope`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,46 +13,57 @@ from .architecture import Values
 from .numbers import check_positive
 
 _ORIGINAL_TOKENS = "original_max_position_embeddings"
+_ROPE_THETA = 10_000.0
 
 _NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""The numbers that each type of scaling needs."""
+"""The required numbers of each type of scaling."""
 
 
-def settle_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dict[str, Any]:
-    """Return the numbers of rotary positions as one table with `rope_type` and `rope_theta`.
+def resolve_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dict[str, Any]:
+    """Return the settings of rotary positions as one table, with `rope_type` and `rope_theta` in it.
 
     Args:
-        max_tokens: the architecture's own, where the file says nothing.
-        warnings: gets a line for every key that another one overrides.
+        max_tokens: the architecture's default of `max_position_embeddings`.
+        warnings: list to append a line to for every key that another one overrides.
 
     Raises:
-        TypeError: `rope_parameters` or `rope_scaling` is no table.
+        TypeError: `rope_parameters` or `rope_scaling` is not a table.
     """
     parameters, scaling = _read_table(values, "rope_parameters"), _read_table(values, "rope_scaling")
     rope = dict(scaling or parameters)
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    # A base in the table that is not taken does not count either.
-    theta = next((one for one in (rope.get("rope_theta"), values.get("rope_theta")) if one is not None), 10_000.0)
-    rope["rope_theta"] = theta
+    # The base of the table that was taken, or else the one beside the tables: never that of the other table.
+    rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), _ROPE_THETA)
     if rope["rope_type"] == "llama3":
-        own = values.get(_ORIGINAL_TOKENS)
-        first = rope.get(_ORIGINAL_TOKENS) if own is None else own
-        rope[_ORIGINAL_TOKENS] = values.get("max_position_embeddings", max_tokens) if first is None else first
+        rope[_ORIGINAL_TOKENS] = _first_given(
+            values.get(_ORIGINAL_TOKENS),
+            rope.get(_ORIGINAL_TOKENS),
+            values.get("max_position_embeddings", max_tokens),
+        )
     beside = {"rope_theta": values["rope_theta"]} if "rope_theta" in values and (parameters or scaling) else {}
     for name, table in (("rope_parameters", parameters), ("rope_scaling", scaling), ("config.json", beside)):
-        for key, value in table.items():
-            taken = rope["rope_type"] if key == "type" else rope.get(key)
-            if value is not None and taken != value:
-                warnings.append(f"{key}={shown(value)} of {name} does not count, but {shown(taken)}")
+        warnings += _list_ignored(table, name, rope)
     return rope
 
 
-def find_rope_refusals(values: Values) -> Iterator[str]:
-    """Yield one line for each setting of rotary positions that trellax cannot compute."""
+def _first_given(*options: Any) -> Any:
+    return next((option for option in options if option is not None), None)
+
+
+def _list_ignored(table: Mapping[str, Any], name: str, rope: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each key of a table whose value is not the one in the resolved table `rope`."""
+    for key, value in table.items():
+        taken = rope["rope_type"] if key == "type" else rope.get(key)
+        if value is not None and taken != value:
+            yield f"{key}={shown(value)} of {name} does not count, but {shown(taken)}"
+
+
+def find_unsupported_rope(values: Values) -> Iterator[str]:
+    """Yield a line for each setting of rotary positions that trellax cannot compute."""
     rope = values["rope"]
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in _NUMBERS:
@@ -71,7 +82,7 @@ def find_rope_refusals(values: Values) -> Iterator[str]:
 
 
 def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `ModelConfig` that a settled table describes."""
+    """Return fields of a `ModelConfig` from a resolved and supported table."""
     read: dict[str, Any] = {"positions": "rotary", "rope_theta": float(rope["rope_theta"])}
     kind = rope["rope_type"]
     if kind != "default":
@@ -84,7 +95,7 @@ def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of rotary positions: transformers 5 reads the first, version 4 the other two."""
+    """Return the keys of rotary positions: the first for transformers 5, the other two for version 4."""
     rope: dict[str, Any] = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling}
     if config.rope_scaling != "none":
         rope["factor"] = config.rope_factor

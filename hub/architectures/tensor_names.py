@@ -1,7 +1,7 @@
-"""The tensor of a Hugging Face file that each parameter of a `Transformer` is stored in, as data.
+"""Map the parameters of a `Transformer` to the tensors of a Hugging Face file.
 
-Parameters are named by their path in the tree {"embed", "blocks", "head"}, such as `blocks.mlp.up.kernel`. A block's
-parameter holds all layers at once, [L, ...]; a file has one tensor for each layer.
+Parameters are named by their path in the tree {"embed", "blocks", "head"}, such as `blocks.mlp.up.kernel`. A
+parameter of the blocks is stacked over layers, [L, ...]; a file has one tensor for each layer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,16 +11,16 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
-    """The place of one parameter in a file: a tensor, or one of several equal parts of a tensor.
+    """The place of a parameter in a file: a tensor, or one of several equal parts of a tensor.
 
     GPT-2 stores query, key and value as one tensor [in, 3 * out]; the key is part 1 of 3. torch's linear layers are
     [out, in], the transpose of ours.
 
     Args:
-        name: the tensor's name, with `{layer}` where every layer has its own.
-        layout: "transposed" where the tensor is [out, in].
-        part: index of the part of the tensor's last dimension (in our layout) that the parameter is.
-        num_parts: number of such parts; 1 where the whole tensor is the parameter.
+        name: name of the tensor, with `{layer}` if every layer has its own.
+        layout: "transposed" if the tensor is [out, in].
+        part: index of the parameter among the equal parts of the tensor's last dimension, in our layout.
+        num_parts: number of these parts; 1 if the tensor is the parameter.
     """
 
     name: str
@@ -51,10 +51,10 @@ class TensorNames:
     """The names of an architecture's tensors.
 
     Args:
-        prefix: start of every name but the head's; a file of a model without its head may leave it out.
-        places: place of every parameter that the architecture can have, by path.
-        head: name of the output table, which has no prefix. A model with tied embeddings may store it or not.
-        ignored: ends of names that hold no parameter, such as tables that older versions of transformers saved.
+        prefix: prefix of all names except the head's; files of a model without a head may omit it.
+        places: places of all parameters that the architecture can have, by path.
+        head: name of the output table, which has no prefix. Files of a model with tied embeddings may omit it.
+        ignored: suffixes of tensors that are not parameters, such as masks that older versions of transformers saved.
     """
 
     prefix: str
@@ -67,5 +67,5 @@ class TensorNames:
         return {path: self.places[path] for path in paths}
 
     def full_name(self, name: str, *, prefix: str) -> str:
-        """Return a tensor's name as a file with this prefix has it."""
+        """Return the full name of a tensor in a file with this prefix."""
         return name if name == self.head else prefix + name

@@ -1,6 +1,6 @@
-"""The format of a save on disk: arrays by path, and a sealed record of them.
+"""Write and read saves on disk: arrays by path, and a sealed record of them.
 
-A save is a folder `<run folder>/checkpoints/<step>`. `names.py` says what the names of folders mean, `arrays.py` writes
-and reads arrays with Orbax, `seal.py` finds damage, and `reader.py` returns the newest whole save. Nothing here knows
-what the arrays are of.
+A save is a folder `<run folder>/checkpoints/<step>`. `names.py` names the folders, `arrays.py` writes and reads arrays
+with Orbax, `seal.py` detects damage, and `reader.py` finds the newest whole save. Nothing here depends on the meaning
+of the arrays.
 """

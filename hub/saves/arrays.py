@@ -1,6 +1,7 @@
-"""Write arrays to files and read them back, with Orbax; no other file imports it.
+"""Write arrays to files and read them back with Orbax, which only this file imports.
 
-A folder of arrays is written in the background and appears whole. Every process writes and reads only its own shards.
+A folder of arrays is written in the background and renamed when it is complete. Every process writes and reads only its
+own shards.
 """
 
 import errno
@@ -21,14 +22,14 @@ _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+):", re.IGNORE
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], None]:
-    """Start to write arrays into a new folder; return once they may be changed, with a function that waits.
+    """Start to write arrays into a new folder. Return once they may be changed, with a function that waits for the end.
 
     Orbax writes under another name until the end, so a killed process leaves nothing under `folder`.
     """
-    # Orbax also logs what it raises, with every thread's traceback.
+    # Orbax logs every error that it raises, with the tracebacks of all threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     context: Any = ocp.Context()
-    # Cutting an array so that each of its copies writes a part compiles a program a slice: only for large ones.
+    # Replicas share the writing of an array by slices, and each slice compiles a program: only for large arrays.
     context.array.saving.min_slice_bytes_for_replica_parallel = _LARGE_BYTES
     if glob.escape(str(folder)) != str(folder):
         # Orbax finds the files to merge by globbing the folder's path unescaped (`merge_ocdbt_per_process_files`): in
@@ -41,10 +42,10 @@ def save_arrays(folder: Path, arrays: Mapping[str, jax.Array]) -> Callable[[], N
 
 
 def require_all(folder: Path, names: Collection[str]) -> None:
-    """Raise unless a folder has the records with which a load begins: one of all arrays, or one of each.
+    """Raise unless a folder has the metadata that a load needs: one manifest of all arrays, or one file for each.
 
     Raises:
-        FileNotFoundError: with the number of records that are missing.
+        FileNotFoundError: metadata is missing; the number of arrays without it is given.
     """
     store = folder / _ITEM
     if (store / "manifest.ocdbt").is_file():
@@ -55,7 +56,7 @@ def require_all(folder: Path, names: Collection[str]) -> None:
 
 
 def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Return the arrays of these paths, each with the sharding that its shape has; others are not read."""
+    """Return the arrays of these paths, each sharded as its shape says; other arrays are not read."""
     context: Any = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -63,7 +64,7 @@ def load_arrays(folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dic
 
 
 def explain_failure(error: BaseException) -> str:
-    """Return the cause of an error in a few words: libraries wrap the system's error in pages of text."""
+    """Return the cause of an error in a few words; Orbax and TensorStore wrap the system's error in pages of text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()

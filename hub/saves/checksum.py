@@ -1,7 +1,7 @@
 """Compute checksums of arrays that do not depend on how they are split over devices.
 
-The checksum is taken on the devices before a save and after a restore, so a restored array is known to be the one that
-was saved, on any mesh. It is a sum of integers, which may be added in any order, and costs one pass over the array:
+The checksum is computed on the devices before a save and after a restore, so that a change is detected on any mesh. It
+is a sum of integers, whose order does not matter, and costs one pass over the array:
 
     bits of w        [ a, b, c, d ]          device 0: h(a, 0) + h(b, 1)
     index            [ 0, 1, 2, 3 ]          device 1: h(c, 2) + h(d, 3)      sum of both, modulo 2^32
@@ -22,7 +22,8 @@ _ODD = (0x9E3779B1, 0x85EBCA77)
 def checksum(array: jax.Array) -> jax.Array:
     """Return a checksum as uint32[2]: sums, modulo 2^32, of two hashes of every element's bits and index.
 
-    The two miss one in 2^64 random changes. Since the index is hashed as well, a swap of two elements changes them.
+    A random change goes undetected with probability 2^-64. The index is hashed too, so a swap of two elements is
+    detected.
     """
     bits = _bits(array)
     index = jnp.zeros(bits.shape, jnp.uint32)
@@ -36,8 +37,8 @@ def checksum(array: jax.Array) -> jax.Array:
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """Return the checksum of every array as sixteen hexadecimal digits, the same on every process.
 
-    Arrays of one shape share a program, which compiles in a third of the time that one program for all takes. The
-    arrays are summed one by one: fake devices share a pool of threads, in which several programs with collectives can
+    Each array is its own program, shared by arrays of one shape: one program for all compiles three times as long. They
+    run one after another, since on fake devices, which share a pool of threads, several programs with collectives can
     starve each other.
     """
     pairs = {path: np.asarray(_compile(_mesh(array))(array)).tolist() for path, array in arrays.items()}
@@ -51,7 +52,7 @@ def _mesh(array: jax.Array) -> Mesh | None:
 
 @lru_cache(maxsize=4)
 def _compile(mesh: Mesh | None) -> Any:
-    # Left to XLA, the sum may end up on one process only.
+    # Replicated, or XLA may leave the sum on the devices of one process.
     return jax.jit(checksum, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 

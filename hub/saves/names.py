@@ -1,12 +1,12 @@
-"""The names in the folder of a run's saves, chosen so that the process may be killed at any moment.
+"""Name, publish and remove the saves in a folder, so that the process may be killed at any moment.
 
     40            a finished save of step 40
     40.part       a save being written (also Orbax's names that start with it)
     40.removing   a save being removed
     40.damaged    a damaged save, kept for a person to inspect
 
-A save changes its state by one rename, which a kill cannot interrupt. Other names, such as `007` or `photos.part`, are
-not trellax's: they are not read, renamed or removed.
+Every change of state is one rename, which is atomic. Other names, such as `007` or `photos.part`, do not belong to
+trellax, and are never read, renamed or removed.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _NAME = re.compile(
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a name in a folder of saves is one that trellax gives."""
+    """Return whether an entry of a folder of saves belongs to trellax, by its name."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -66,7 +66,7 @@ class SaveFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no finished save, nor one that was set aside."""
+        """Whether there is neither a finished save nor a damaged one that was set aside."""
         return not any(is_own_name(name) and not _is_unfinished(name) for name in self.names)
 
     def __truediv__(self, step: int) -> Path:
@@ -77,7 +77,7 @@ class SaveFolder:
         return self.path / f"{step}.part"
 
     def publish(self, step: int) -> None:
-        """Give a written save its name once all of it is on the disk; older saves may be removed afterwards.
+        """Flush a written save to the disk and rename it to its step; older saves may be removed afterwards.
 
         Raises:
             OSError: there is a save of that step already, or the system refuses.
@@ -89,13 +89,17 @@ class SaveFolder:
         _force_to_disk(self.path)
 
     def remove(self, step: int) -> None:
-        """Remove a finished save."""
+        """Remove a finished save.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
         gone = free_name(self.path / f"{step}.removing")
         (self / step).rename(gone)
         _remove_tree(gone)
 
     def set_aside(self, step: int) -> Path:
-        """Give a damaged save another name, and return it.
+        """Rename a damaged save, and return its new path.
 
         Raises:
             OSError: the folder cannot be changed.
@@ -103,14 +107,18 @@ class SaveFolder:
         return (self / step).rename(free_name(self.path / f"{step}.damaged"))
 
     def drop_unfinished(self, step: int | None = None) -> None:
-        """Remove unfinished saves, of one step or of all; not to be called while another process writes here."""
+        """Remove unfinished saves, of one step or of all; do not call it while another process writes here."""
         for name in self.names:
             found = _NAME.fullmatch(name)
             if found and _is_unfinished(name) and step in (None, int(found["step"])):
                 _remove_tree(self.path / name)
 
     def prune(self, *, keep: int, keep_every: int) -> None:
-        """Remove all saves but the newest `keep` and those whose step is a multiple of `keep_every` (0: none)."""
+        """Remove all saves except the newest `keep` and those of multiples of `keep_every` steps (0: none).
+
+        Raises:
+            OSError: a save cannot be renamed.
+        """
         for step in self.steps[:-keep]:
             if not (keep_every and step % keep_every == 0):
                 self.remove(step)
@@ -122,13 +130,13 @@ def _is_unfinished(name: str) -> bool:
 
 
 def _remove_tree(path: Path) -> None:
-    # rmtree follows no links. Folders nested a thousand deep were not made by trellax, and are left.
+    # rmtree follows no links. It gives up on folders nested a thousand deep, which trellax never makes.
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _force_to_disk(path: Path) -> None:
-    # Orbax leaves its own records to the system, which may write them after the rename that finishes the save.
+    # Orbax does not flush its metadata; after a power cut the renamed save could lack it.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

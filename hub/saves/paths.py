@@ -1,6 +1,7 @@
 """Name the leaves of a tree by their path, such as `params.stages.mlp.up.kernel`.
 
-Flat names do not depend on the classes of the tree (optax's, flax's or ours), so a save outlives changes to them.
+The names do not depend on the classes of the tree (those of optax, flax or trellax), so classes may change without
+making old saves unreadable.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""Read the newest save that is whole; pass over damaged ones, or set them aside.
+"""Read the newest whole save of a folder; skip damaged saves, or rename them.
 
-Of many processes all call each method, and all come to the same answer: each checks its share of the files.
+With many processes, all call each method and get the same result; each checks its share of the files.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 
 from ...meshes import CheckpointError
+from ...meshes.processes.join import num_processes, process_index
 from ...meshes.processes.messages import gather_texts, is_first, text_of_first
 from .arrays import explain_failure, load_arrays
 from .checksum import checksums
@@ -21,10 +22,10 @@ Arrays = Mapping[str, jax.Array]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 Damaged = Literal["set aside", "pass over"]
-"""What to do with a damaged save: rename it, or leave it as it is, as a reader who owns nothing here must."""
+"""What to do with a damaged save: rename it, or leave it as it is, for readers that may not change the folder."""
 
 
-def _say_nothing(_told: str) -> None:
+def _say_nothing(_message: str) -> None:
     pass
 
 
@@ -37,10 +38,10 @@ class SaveReader:
     """A reader of the saves in a folder.
 
     Args:
-        folder: the saves.
-        damaged: what to do with damaged ones.
-        say: called with a sentence for each of them.
-        check: returns what is wrong with a record as far as its owner can tell, "" if nothing is.
+        folder: the folder of saves.
+        damaged: what to do with damaged saves.
+        say: called with a message for each damaged save.
+        check: further check of a seal; returns the problem, or "" if there is none.
     """
 
     folder: SaveFolder
@@ -49,7 +50,7 @@ class SaveReader:
     check: Callable[[Seal], str] = _find_nothing
 
     def newest(self, *, without: Collection[int] = ()) -> Seal | None:
-        """Return the seal of the newest save whose files are as they were written, or None; reads every file once.
+        """Return the seal of the newest save whose files match their hashes, or None; reads every file of a save once.
 
         Args:
             without: steps to ignore.
@@ -67,10 +68,10 @@ class SaveReader:
         return None
 
     def require_newest(self) -> Seal:
-        """Return the same, where there must be one.
+        """Return the seal of the newest whole save.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is no whole save, or another format of trellax wrote the newest.
         """
         was_empty = self.folder.is_empty
         if (seal := self.newest()) is None:
@@ -78,10 +79,11 @@ class SaveReader:
         return seal
 
     def read(self, choose: Callable[[Seal], Shapes]) -> tuple[Seal, Arrays]:
-        """Return the newest whole save and arrays of it, each with the sharding that its shape has.
+        """Return the seal of the newest whole save, and the chosen arrays of it, each sharded as its shape says.
 
         Args:
-            choose: returns the arrays to read of a save; raises to refuse it. Called before an array is read.
+            choose: called with a seal before an array is read; returns the shapes of the arrays to read, by path, or
+                raises to refuse the save.
 
         Raises:
             CheckpointError: there is no whole save, or it cannot be loaded.
@@ -105,7 +107,7 @@ class SaveReader:
                 fix="use the trellax it was saved with.",
             )
         if seal is not None:
-            share = (jax.process_index(), jax.process_count())
+            share = (process_index(), num_processes())
             problem = self.check(seal) or "; ".join(find_damage(folder, seal, share=share)[:3])
         return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
 
@@ -137,7 +139,7 @@ def _load(folder: Path, shapes: Shapes) -> Arrays:
     try:
         return load_arrays(folder, shapes)
     except Exception as error:
-        # Its files are as they were written, so it is not damaged: memory may be short, or a disk away for a moment.
+        # All hashes matched, so it is not damaged: memory may be short, or a disk unreachable for a moment.
         raise CheckpointError(
             f"{folder} is whole, but cannot be loaded: {explain_failure(error)}.",
             fix="give it more memory or devices, then the same command again; to do without it, move it elsewhere.",
@@ -145,6 +147,6 @@ def _load(folder: Path, shapes: Shapes) -> Arrays:
 
 
 def _compare(arrays: Arrays, seal: Seal) -> str:
-    """Return what is wrong with loaded arrays, by their checksums; "" if they are those that were saved."""
+    """Return the problem with loaded arrays, by their checksums; "" if they are those that were saved."""
     sums = checksums(arrays)
     return next((f"{path} is not what was saved" for path in arrays if sums[path] != seal.arrays[path][2]), "")

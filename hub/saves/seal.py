@@ -1,8 +1,8 @@
-"""The seal of a save: a record of its arrays and a hash of every file, so that damage is found.
+"""Write, read and verify the seal of a save: a record of its arrays and a hash of every file.
 
-Orbax and safetensors do not notice a flipped byte. The seal is written last and carries a hash of itself; a save
-without one was never finished. It is JSON, so reading it runs no code. The hashes show that nothing was damaged, not
-who wrote it, so every field is checked as well (`seal_fields.py`). Read `reader.py` next.
+Orbax and safetensors do not detect a flipped byte. The seal is written last and holds a hash of itself; a save without
+a seal was never finished. It is JSON, so reading it runs no code. Hashes detect damage, not forgery, so every field is
+checked as well (`seal_fields.py`). Read `reader.py` next.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from .seal_fields import FIELD_CHECKS, MAX_DEPTH, is_count
 
 SEAL_FILE = "seal.json"
 SEAL_FORMAT = 1
-"""The version of the record; a save of another one is refused, not passed over."""
+"""The version of the record. A save of another version is an error; it is not skipped as damaged."""
 
 PARAMS = "params."
-"""Start of the paths of a model's parameters; all other arrays belong to its trainer."""
+"""Prefix of the paths of model parameters; all other arrays belong to the trainer."""
 
 _MAX_SEAL_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 30
@@ -33,10 +33,10 @@ class Seal:
     """The record of one save.
 
     Args:
-        step: name of the save's folder.
+        step: step of the save, which is also the name of its folder.
         saved_at: time in ISO 8601.
-        config: the writer's tables on what the arrays are of, plain values; nothing here reads them.
-        data: the writer's table on where in its data it was.
+        config: config of the writer, tables of plain values; nothing here reads them.
+        data: position of the writer in its data.
         arrays: type, shape and checksum of each array, by path.
         files: size and SHA-256 of each file, by name.
         format: version of this record.
@@ -52,33 +52,37 @@ class Seal:
 
     @property
     def has_params_alone(self) -> bool:
-        """Whether parameters are all that was saved: a model before its first step."""
+        """Whether the save holds only parameters, those of a model before its first step."""
         return all(path.startswith(PARAMS) for path in self.arrays)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files together."""
+        """Total size of the files in bytes."""
         return sum(size for size, _ in self.files.values())
 
 
 def hash_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of every file under a folder but the seal, by name."""
+    """Return size in bytes and SHA-256 of every file under a folder except the seal, by relative path."""
     entries = walk_folder(folder, max_depth=MAX_DEPTH)
     names = [Path(entry.path).relative_to(folder) for entry in entries if entry.is_file(follow_symlinks=False)]
     return {str(name): _hash_file(folder / name) for name in names if str(name) != SEAL_FILE}
 
 
 def write_seal(folder: Path, seal: Seal) -> None:
-    """Write the seal into a folder whose name does not count as a save yet."""
+    """Write the seal into the folder of an unfinished save.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     record = asdict(seal)
     text = json.dumps({"sha256": _hash_record(record), "record": record}, indent=1)
     (folder / SEAL_FILE).write_text(text, encoding="utf-8")
 
 
 def read_seal(folder: Path) -> tuple[Seal | None, str]:
-    """Return the seal of a save, or None and what is wrong with it.
+    """Return the seal of a save and "", or None and the problem with it.
 
-    A seal of another format is returned without contents: it is not damaged, and an older save must not take its place.
+    A seal of another format is returned with empty fields: it is not damaged, so no older save may be read instead.
     """
     try:
         return _parse_record(_read_record(folder), name=folder.name), ""
@@ -122,10 +126,10 @@ def _parse_record(record: Any, *, name: str) -> Seal:
 
 
 def find_damage(folder: Path, seal: Seal, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Return what is wrong with the files of a save, one line each; none if it is whole.
+    """Return the problems with the files of a save, one line each; an empty list if it is whole.
 
     Args:
-        share: (index, count): check every count-th file only, so that processes can share the work.
+        share: (index, count) to check every count-th file only, so that processes can share the work.
     """
     if strangers := _find_strangers(folder):
         return strangers
@@ -135,7 +139,7 @@ def find_damage(folder: Path, seal: Seal, *, share: tuple[int, int] = (0, 1)) ->
 
 
 def _find_strangers(folder: Path) -> list[str]:
-    """Return the links, pipes and the like: a loader of arrays would follow them, or wait without end."""
+    """Return a problem for each link, pipe or device: loading arrays would follow it, or wait without end."""
     try:
         entries = list(walk_folder(folder, max_depth=MAX_DEPTH))
         kinds = {entry.path: name_kind(entry.stat(follow_symlinks=False).st_mode) for entry in entries}
@@ -166,7 +170,7 @@ def _compare_file(folder: Path, name: str, size: int, digest: str) -> str:
 
 
 def _count_written(file: BinaryIO, size: int) -> int:
-    """Return how many bytes of a file are on the disk: a hole of a tebibyte costs nothing, but hours to hash."""
+    """Return how many bytes of a file are on the disk: a sparse file of a tebibyte takes no space but hours to hash."""
     written, offset = 0, 0
     while offset < size:
         try:

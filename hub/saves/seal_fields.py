@@ -1,17 +1,17 @@
-"""Check each field of a seal, which may come from elsewhere: names that lead out of the folder, endless numbers."""
+"""Check each field of a seal, which another person may have written: paths out of the folder, numbers too large."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_DEPTH = 16
-"""How deep the folders of a save may be; Orbax needs four."""
+"""Maximum depth of folders in a save; Orbax needs four."""
 
 _MOST_DIMS = 32
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number, not negative, of at most 63 bits; `true` is not."""
+    """Return whether a value is a non-negative int of at most 63 bits; a bool is not."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -25,7 +25,7 @@ def is_sha256(value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    """Tables by name; their readers check what is in them."""
+    """Return whether a value holds tables by name; the readers of a config check its keys."""
     return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
 
 
@@ -53,7 +53,7 @@ def _is_files(value: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path is below the folder: `../lock`, `/etc/passwd` and `a//b` are not."""
+    """Return whether a relative path is below the folder: `../lock`, `/etc/passwd` and `a//b` are not."""
     parts = name.split("/")
     return _is_text(name) and len(parts) <= MAX_DEPTH and not {"", ".", ".."} & set(parts)
 

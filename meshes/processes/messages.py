@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from ..errors import RunError, TrellaxError
 from .agreement import Facts, describe_differences
-from .join import coordination_client, process_index
+from .join import coordination_client, num_processes, process_index
 
 _TEXT_BYTES = 1024
 _FAILURES, _FACTS = "trellax/failures/", "trellax/facts/"
@@ -26,12 +26,13 @@ _WAIT_S = 10.0
 
 def is_first() -> bool:
     """Return whether this is process 0, which prints and writes the files of the run folder."""
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
 def gather_texts(text: str) -> list[str]:
     """Gather one text from every process, cut to 1024 bytes, in the order of processes; all must call it."""
-    if jax.process_count() == 1:
+    # Not jax.process_count(), which starts a backend: a save can be read before `use_fake_devices` is called.
+    if num_processes() == 1:
         return [text]
     own = np.zeros(_TEXT_BYTES, np.uint8)
     encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)

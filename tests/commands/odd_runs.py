@@ -34,8 +34,8 @@ class ReachedError(Exception):
 
 def stop_before_work(patch: pytest.MonkeyPatch) -> None:
     """Let each command end where its checks do: before devices are asked for, weights read, programs compiled."""
-    for name in ("train", "prepare"):
-        patch.setattr(f"trellax.train.loop.{name}", _check_on_any_machine)
+    patch.setattr("trellax.commands.train.train", _check_on_any_machine)
+    patch.setattr("trellax.commands.describe.prepare", _check_on_any_machine)
     patch.setattr(inspect_command, "compile_step", _reach)
     patch.setattr(generate_command, "Engine", _reach)
     patch.setattr(bench_decode_command._Trial, "measure", _reach)

@@ -63,7 +63,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told_before_anything_is_allocated(
+def test_mistake_is_reported_before_anything_is_allocated(
     name: str,
     golden: Callable[[str, str], None],
     capsys: pytest.CaptureFixture[str],

@@ -105,7 +105,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("trellax ")
 
 
-def test_reader_that_has_gone_ends_a_command_without_a_traceback(
+def test_reader_of_a_pipe_that_has_ended_ends_a_command_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reader, writer = os.pipe()

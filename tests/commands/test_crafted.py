@@ -110,9 +110,7 @@ def test_crafted_folders_are_read_or_refused(first: int, tmp_path: Path, capfd: 
 
 
 @pytest.mark.slow
-def test_what_lies_beside_the_saves_of_a_run_is_read_or_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_other_entries_of_a_run_folder_are_read_or_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(GOLDEN / "llama3", tmp_path / "model")
     add_tokenizer(tmp_path / "model")
     assert main(["import-hf", str(tmp_path / "model"), str(tmp_path / "run")]) == 0

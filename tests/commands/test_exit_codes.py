@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from trellax.commands import cli
+from trellax.commands.standard_streams import EXIT_LOST_OUTPUT, EXIT_UNREAD
 from trellax.meshes import LostProcessError, MeshError
-from trellax.train.outputs import EXIT_LOST_OUTPUT, EXIT_UNREAD
 from trellax.train.processes.watchdog import EXIT_LOST
 from trellax.train.stop import EXIT_INTERRUPTED
 

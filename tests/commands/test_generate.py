@@ -123,7 +123,7 @@ MISTAKES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told_before_weights_are_read(
+def test_mistake_is_reported_before_weights_are_read(
     name: str, ask: Any, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SaveReader, "read", lambda *args: pytest.fail("read"))
@@ -157,7 +157,7 @@ class Terminal(TextIOWrapper):
 
 
 @pytest.mark.parametrize(("kind", "shown"), [(Terminal, rb"\x1b[2J\r" + b"\t\n" + rb"\x9b!"), (TextIOWrapper, None)])
-def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kind: Any, shown: bytes | None) -> None:
+def test_control_characters_are_escaped_on_a_terminal_and_raw_in_a_pipe(kind: Any, shown: bytes | None) -> None:
     text = "\x1b[2J\r\t\n\x9b!"
     out = kind(BytesIO(), encoding="utf-8")
     printer = _Printer(ByteTokenizer(), [""], [Request(prompt=(1,))], out)
@@ -166,7 +166,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes_and_a_pipe_gets_it_raw(kin
     assert out.buffer.getvalue() == (text.encode() if shown is None else shown)
 
 
-def test_a_prompt_is_a_line_whatever_is_in_it(tmp_path: Path) -> None:
+def test_each_line_of_the_prompts_file_is_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("a\x0cb\u2028c\r\n\n d\n".encode())
     assert _read_prompts(Namespace(prompt=[], stop=[], prompts_file=str(file))) == ["a\x0cb\u2028c", " d"]
@@ -183,7 +183,7 @@ def test_imported_run_without_its_tokenizer_is_not_served_as_bytes(
     golden("errors/commands/generate_no_tokenizer.txt", err)
 
 
-def test_folders_without_a_model_are_told(
+def test_folders_without_a_model_are_reported(
     ask: Any, golden: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -108,7 +108,7 @@ def test_config_of_an_imported_run_says_its_model_and_stays_short(here: Path) ->
     assert len(Path("runs/mine/config.toml").read_text().splitlines()) <= 45
 
 
-def test_a_model_is_asked_with_its_own_first_token_and_stopped_by_each_that_ends_its_texts(
+def test_prompt_begins_with_the_first_token_and_every_end_token_stops_the_answer(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer: Any = Tokenizer.from_file("model/tokenizer.json")
@@ -128,7 +128,7 @@ def test_a_model_is_asked_with_its_own_first_token_and_stopped_by_each_that_ends
             main(["generate", folder, "--prompt", "AB", "--stop", "#", "--max-new-tokens", "4"])
 
 
-def test_an_empty_prompt_begins_as_transformers_begins_it_and_ids_that_a_model_lacks_may_exist(
+def test_empty_prompt_becomes_the_first_token_and_unknown_ids_are_ignored(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer: Any = Tokenizer.from_file("model/tokenizer.json")

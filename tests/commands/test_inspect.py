@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from trellax.commands.cli import main
-from trellax.commands.inspect_advice import list_knobs
+from trellax.commands.inspect_advice import list_memory_savings
 from trellax.configs import RunConfig, load_config
 from trellax.layers import Remat, activation_bytes
 from trellax.meshes import MeshSpec
@@ -67,7 +67,7 @@ def test_mistake_ends_with_exit_code_2_and_a_way_out(
     golden(f"errors/commands/cli_inspect_{name}.txt", err)
 
 
-def knobs_of(config: RunConfig, **memory: int) -> dict[str, int]:
+def savings_of(config: RunConfig, **memory: int) -> dict[str, int]:
     mesh = config.mesh
     sizes = StepSizes(
         model=config.model,
@@ -78,8 +78,8 @@ def knobs_of(config: RunConfig, **memory: int) -> dict[str, int]:
     )
     held = {"parameters": 0, "gradients": 0, "optimizer": 0, "activations": 0, "temporary": 0} | memory
     report = Memory(**held, total=sum(held.values()), capacity=None)
-    knobs = list_knobs(config, mesh=mesh, sizes=sizes, memory=report)
-    return {knob.overrides: knob.saved_bytes for knob in knobs}
+    savings = list_memory_savings(config, mesh=mesh, sizes=sizes, memory=report)
+    return {saving.overrides: saving.saved_bytes for saving in savings}
 
 
 LARGE = "--mesh.data 4 --mesh.pipe 2 --pipeline.microbatches 4 --train.batch_size 64 --model.num_layers 8"
@@ -87,35 +87,37 @@ LARGE += " --pipeline.vocab ends"
 
 
 def test_zero_saves_most_of_the_optimizer_state() -> None:
-    knobs = knobs_of(load_config("tiny-dense", LARGE), optimizer=1000)
-    assert knobs["--optimizer.zero on"] == 750
-    assert "--optimizer.zero on" not in knobs_of(load_config("tiny-dense", f"{LARGE} --optimizer.zero on"), optimizer=1)
+    savings = savings_of(load_config("tiny-dense", LARGE), optimizer=1000)
+    assert savings["--optimizer.zero on"] == 750
+    assert "--optimizer.zero on" not in savings_of(
+        load_config("tiny-dense", f"{LARGE} --optimizer.zero on"), optimizer=1
+    )
 
 
 def test_more_microbatches_halve_the_activations_of_a_pipeline() -> None:
     # 1F1B on two ranks holds two microbatches, whatever their number.
-    assert knobs_of(load_config("tiny-dense", LARGE), activations=1000)["--pipeline.microbatches 8"] == 500
+    assert savings_of(load_config("tiny-dense", LARGE), activations=1000)["--pipeline.microbatches 8"] == 500
 
 
-def test_knobs_come_most_effective_first_and_only_where_the_config_allows_them() -> None:
-    knobs = knobs_of(load_config("tiny-dense", f"{LARGE} --model.num_heads 1"), activations=1000, optimizer=100)
-    assert list(knobs.values()) == sorted(knobs.values(), reverse=True)
-    assert not any("tensor" in overrides for overrides in knobs)
+def test_savings_come_most_effective_first_and_only_where_the_config_allows_them() -> None:
+    savings = savings_of(load_config("tiny-dense", f"{LARGE} --model.num_heads 1"), activations=1000, optimizer=100)
+    assert list(savings.values()) == sorted(savings.values(), reverse=True)
+    assert not any("tensor" in overrides for overrides in savings)
 
 
 def test_rematerialisation_saves_what_layers_keep() -> None:
     config = load_config("tiny-dense", f"{LARGE} --pipeline.remat none")
-    knobs = knobs_of(config, activations=1000)
+    savings = savings_of(config, activations=1000)
 
     def kept(remat: Remat) -> int:
         return activation_bytes(config.model, num_sequences=4, num_tokens=config.data.seq_len, remat=remat).layer
 
     for remat in ("dots", "full"):
-        assert knobs[f"--pipeline.remat {remat}"] == 1000 - 1000 * kept(remat) // kept("none")
-    assert "--pipeline.remat dots" not in knobs_of(load_config("tiny-dense", LARGE), activations=1000)
+        assert savings[f"--pipeline.remat {remat}"] == 1000 - 1000 * kept(remat) // kept("none")
+    assert "--pipeline.remat dots" not in savings_of(load_config("tiny-dense", LARGE), activations=1000)
 
 
 def test_a_mesh_of_fewer_data_shards_keeps_the_number_of_devices() -> None:
     config = load_config("tiny-dense", LARGE)
     assert config.mesh == MeshSpec(data=4, pipe=2)
-    assert "--mesh.tensor 2 --mesh.data 2" in knobs_of(config, parameters=1000)
+    assert "--mesh.tensor 2 --mesh.data 2" in savings_of(config, parameters=1000)

@@ -98,7 +98,7 @@ def test_pattern_without_a_match_blames_the_working_directory_only_where_it_matt
         load_corpus(DataSection(source="text", paths=(str(tmp_path / "*.txt"),), seq_len=4))
 
 
-def test_wrong_vocabulary_and_missing_corpus_are_told_together(tiny: Callable[..., RunConfig]) -> None:
+def test_wrong_vocabulary_and_missing_corpus_are_reported_together(tiny: Callable[..., RunConfig]) -> None:
     config = tiny(f"{EIGHT} --model.vocab_size 100 --data.paths nowhere/*.txt --optimizer.warmup_steps 1000")
     with pytest.raises(ConfigError) as caught:
         train(config)

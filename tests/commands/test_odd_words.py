@@ -80,7 +80,7 @@ FILES = {
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", FILES)
-def test_thing_that_is_no_run_file_is_refused_by_name(kind: str, folder: Path) -> None:
+def test_path_that_is_not_a_run_file_is_refused_by_name(kind: str, folder: Path) -> None:
     FILES[kind]("odd.toml")
     for command in ("train", "bench-decode"):
         assert find_problem([command, "odd.toml"], wanted=r"odd\.toml") == ""
@@ -91,7 +91,7 @@ def test_thing_that_is_no_run_file_is_refused_by_name(kind: str, folder: Path) -
 @pytest.mark.parametrize(
     "words", ["train tiny-dense", "bench-decode tiny-dense", "generate model --prompt a", "plan tiny-dense"]
 )
-def test_platform_that_is_not_there_is_told_by_every_command(words: str, platform: str, folder: Path) -> None:
+def test_platform_that_is_not_there_is_reported_by_every_command(words: str, platform: str, folder: Path) -> None:
     env = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT / ".src")}
     command = [sys.executable, "-m", "trellax.commands.cli", *words.split()]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ def test_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
             check_output_files(None, "", str(tmp_path / "new"), str(tmp_path / name))
 
 
-def test_file_that_turns_out_not_to_be_writable_is_told(tmp_path: Path) -> None:
+def test_file_that_turns_out_not_to_be_writable_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: is a directory"):
         write_output_file(str(tmp_path), b"")
 

@@ -134,9 +134,7 @@ def test_written_config_drops_what_belongs_to_the_old_stages(
     check_run(load_config(planned), num_devices=8)
 
 
-def test_written_config_says_nothing_that_the_plan_made_untrue(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_comments_that_the_plan_makes_untrue_are_removed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
     text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
     text = text.replace("tensor = 4\n", "# four of them share a switch\ntensor = 4  # half a machine\n")
@@ -153,7 +151,7 @@ def test_written_config_says_nothing_that_the_plan_made_untrue(
     assert load_config(planned).mesh.num_devices == 8
 
 
-def test_comments_of_a_changed_mesh_go_wherever_they_stand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_all_comments_of_a_changed_mesh_are_removed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     old, planned = tmp_path / "old.toml", tmp_path / "planned.toml"
     text = (Path(PACKAGED_CONFIGS) / "llama3-8b-8gpu.toml").read_text()
     mesh = (
@@ -217,6 +215,6 @@ def test_picture_is_a_png(objective: str, capsys: pytest.CaptureFixture[str], tm
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_told(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
+def test_mistake_is_reported(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
     assert main(MISTAKES[name].split()) == 2
     golden(f"errors/commands/plan_command_{name}.txt", capsys.readouterr().err)

@@ -8,7 +8,7 @@ from trellax.configs.changes import list_changes
 Tiny = Callable[..., RunConfig]
 
 
-def test_what_matters_is_told_and_the_rest_is_free(tiny: Tiny) -> None:
+def test_changes_of_the_result_are_listed_and_others_are_not(tiny: Tiny) -> None:
     saved = tiny().model_dump(mode="json")
     assert list_changes(saved, tiny("--mesh.pipe 2 --checkpoint.every 3 --train.log_every 7")) == []
     assert list_changes(saved, tiny("--run.seed 5 --optimizer.beta1 0.5")) == [

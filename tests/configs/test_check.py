@@ -40,7 +40,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_contradiction_is_told_with_its_numbers(name: str, golden: Callable[[str, str], None]) -> None:
+def test_contradiction_is_reported_with_its_numbers(name: str, golden: Callable[[str, str], None]) -> None:
     config = load_config("tiny-dense", [*MISTAKES[name].split(), "--model.head_size=8"])
     with pytest.raises(TrellaxError) as caught:
         check_run(config, num_devices=8, known_schedules=SCHEDULES)

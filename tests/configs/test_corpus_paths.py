@@ -68,7 +68,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("path", MISTAKES)
-def test_what_is_no_file_is_called_what_it_is(path: str) -> None:
+def test_folder_pipe_or_device_is_named_in_the_error(path: str) -> None:
     os.mkfifo("pipe")
     Path("device").symlink_to("/dev/zero")
     Path("circle").symlink_to("circle")

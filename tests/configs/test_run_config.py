@@ -90,11 +90,11 @@ def refused(text: str, *, overrides: list[str] | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_in_a_file_is_told_with_its_line(name: str, folder: Path, golden: Golden) -> None:
+def test_mistake_in_a_file_is_reported_with_its_line(name: str, folder: Path, golden: Golden) -> None:
     golden(f"errors/configs/config_{name}.txt", refused(MISTAKES[name]))
 
 
-def test_mistakes_in_overrides_are_told_as_they_were_typed(folder: Path, golden: Golden) -> None:
+def test_mistakes_in_overrides_are_reported_as_they_were_typed(folder: Path, golden: Golden) -> None:
     words = [
         "--train.steps",
         "ten",
@@ -141,7 +141,7 @@ def test_file_that_is_no_run_file_is_refused_at_its_place(content: bytes, messag
 
 
 @pytest.mark.timeout(10)
-def test_file_that_has_no_end_is_refused(folder: Path) -> None:
+def test_endless_file_is_refused(folder: Path) -> None:
     os.mkfifo("pipe.toml")
     for path, message in (("pipe.toml", "a named pipe"), ("/dev/zero", "a device"), ("x" * 300, "File name too long")):
         with pytest.raises(ConfigError, match=message):
@@ -173,7 +173,7 @@ def test_overrides_with_an_open_quote_are_refused() -> None:
         load_config("tiny-dense", "--run.name 'a")
 
 
-def test_number_without_end_is_refused_with_its_bound() -> None:
+def test_number_that_is_too_large_is_refused_with_its_bound() -> None:
     with pytest.raises(ConfigError, match="at most 4096, each of which is threads and memory of this machine"):
         load_config("tiny-dense", ["--run.fake_devices", "1000000"])
     with pytest.raises(ConfigError, match="at most 2147483647, the largest whole number of 32 bits"):
@@ -247,7 +247,7 @@ def test_layers_per_stage_of_a_file_are_kept_or_balanced(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["3,x", "3,,2", "3.5", "even", "[3,[2]]"])
-def test_layers_per_stage_in_words_are_told_as_they_were_typed(text: str) -> None:
+def test_layers_per_stage_in_words_are_reported_as_they_were_typed(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny-dense", ["--pipeline.layers_per_stage", text])
     start = f"--pipeline.layers_per_stage {text}: expected 'auto' or a list of whole numbers, got ["

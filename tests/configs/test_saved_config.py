@@ -35,7 +35,7 @@ def test_config_of_this_trellax_is_read_as_it_is(tiny: Tiny) -> None:
     assert told == []
 
 
-def test_younger_keys_and_sections_are_left_out_and_named(tiny: Tiny) -> None:
+def test_keys_and_sections_that_are_newer_are_left_out_and_named(tiny: Tiny) -> None:
     told: list[str] = []
     seal = seal_of(tiny(), train={"new": 1}, later={"key": [1, {}]}, empty={}, mesh={"expert": 2})
     values = read(seal, told)
@@ -47,7 +47,7 @@ def test_younger_keys_and_sections_are_left_out_and_named(tiny: Tiny) -> None:
     assert text.endswith(", which this trellax does not know and leaves out")
 
 
-def test_younger_key_of_the_model_is_refused(tiny: Tiny, golden: Callable[[str, str], None]) -> None:
+def test_key_of_the_model_that_is_newer_is_refused(tiny: Tiny, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(seal_of(tiny(), model={"soft_cap": 30.0}), [])
     golden("errors/configs/checkpoint_newer_model.txt", str(caught.value))
@@ -59,7 +59,7 @@ def test_older_keys_have_their_defaults(tiny: Tiny) -> None:
     assert config_from_dict(read(replace(seal, config=older), [])).checkpoint.keep == 2
 
 
-def test_value_that_cannot_be_is_told_with_the_save(tiny: Tiny) -> None:
+def test_value_that_cannot_be_is_reported_with_the_save(tiny: Tiny) -> None:
     with pytest.raises(
         CheckpointError, match=r"^run/checkpoints/40 was saved with a config that .* cannot read: train"
     ):
@@ -71,7 +71,7 @@ def test_config_of_another_model_than_the_arrays_is_refused(tiny: Tiny) -> None:
         read(seal_of(tiny(), model={"num_layers": 9999}), [])
 
 
-def test_names_are_shown_so_that_a_terminal_obeys_none(tiny: Tiny) -> None:
+def test_control_characters_in_names_are_escaped(tiny: Tiny) -> None:
     told: list[str] = []
     read(seal_of(tiny(), train={"\x1b[31m" + "x" * 5000: 1}), told)
     assert told[0].isprintable()

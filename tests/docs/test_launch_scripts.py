@@ -30,7 +30,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         seen.append(config)
         raise EndError
 
-    monkeypatch.setattr("trellax.train.loop.train", end)
+    monkeypatch.setattr("trellax.commands.train.train", end)
     monkeypatch.setattr("trellax.commands.processes.join_run", lambda *_, **__: contextlib.nullcontext())
     with pytest.raises(EndError):
         cli.main(words)

@@ -131,7 +131,7 @@ def read_all(run_folder: Path) -> str:
 @pytest.mark.parametrize(
     "seeds", [range(8), *(pytest.param(range(n, n + 100), marks=pytest.mark.slow) for n in (8, 108, 208))]
 )
-def test_seal_with_the_right_hash_and_wrong_contents_is_told(seeds: range, place: Path) -> None:
+def test_seal_with_the_right_hash_and_wrong_contents_is_reported(seeds: range, place: Path) -> None:
     for seed in seeds:
         shutil.rmtree(place / "run" / SAVE, ignore_errors=True)
         write_save(place / "run" / SAVE)
@@ -141,7 +141,7 @@ def test_seal_with_the_right_hash_and_wrong_contents_is_told(seeds: range, place
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", TO_SAVES)
-def test_save_that_leads_out_or_has_no_end_is_passed_by(kind: str, place: Path) -> None:
+def test_save_with_a_link_or_an_endless_file_is_skipped(kind: str, place: Path) -> None:
     TO_SAVES[kind](place / "run", place / "outside")
     read_all(place / "run")
     with Checkpoints(place / "run") as checkpoints:
@@ -189,7 +189,7 @@ def test_record_that_no_run_wrote_is_left_out(kind: str, place: Path) -> None:
     assert read_metrics(place / "run") == [{"step": 3, "loss": 1.0}]
 
 
-def test_record_larger_than_any_is_refused(place: Path) -> None:
+def test_record_that_is_too_large_is_refused(place: Path) -> None:
     put_endless("metrics.jsonl")(place / "run", place / "outside")
     with pytest.raises(RunError, match="such a file has at most 4,294,967,296"):
         read_metrics(place / "run")
@@ -204,7 +204,7 @@ def test_run_folder_itself_may_be_a_link(place: Path) -> None:
     assert seal.step == 2
 
 
-def test_what_somebody_keeps_beside_the_saves_is_left_alone(place: Path) -> None:
+def test_foreign_entries_beside_the_saves_are_left_alone(place: Path) -> None:
     kept = place / "run" / "checkpoints"
     for name in ("photos.part", "notes.removing", "007.part"):
         (kept / name).mkdir()
@@ -221,7 +221,7 @@ def test_what_somebody_keeps_beside_the_saves_is_left_alone(place: Path) -> None
     ]
 
 
-def test_folder_whose_saves_are_a_link_is_no_source(place: Path) -> None:
+def test_run_folder_whose_saves_are_a_link_is_refused(place: Path) -> None:
     (place / "run" / "checkpoints").rename(place / "saves")
     (place / "run" / "checkpoints").symlink_to(place / "saves")
     assert is_run_folder(place / "run")

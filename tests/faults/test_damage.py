@@ -222,7 +222,7 @@ def test_save_of_another_format_is_refused_and_left_alone(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_nothing_but_damage_is_refused_and_not_taken_for_an_empty_folder(
+def test_folder_with_only_damaged_saves_is_not_taken_for_an_empty_one(
     setup: Setup, saved: tuple[Path, dict[int, Any]], tmp_path: Path
 ) -> None:
     shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")

@@ -69,7 +69,7 @@ def test_folder_of_a_new_architecture_is_read_and_written(
     assert read_hub_model(tmp_path / "back").config == model.config
 
 
-def test_new_architecture_says_what_it_refuses_and_what_it_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_architecture_lists_unsupported_settings_and_fields(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "newt", NEW)
     values = json.loads((folder / "config.json").read_text())
     with pytest.raises(WeightsError, match="experts: only dense layers are"):

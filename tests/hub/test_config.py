@@ -50,7 +50,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_trellax_has_not_is_listed(name: str, golden: Callable[[str, str], None]) -> None:
+def test_unsupported_settings_are_listed(name: str, golden: Callable[[str, str], None]) -> None:
     with pytest.raises(WeightsError) as caught:
         hub_model(MISTAKES[name])
     golden(f"errors/hub/hub_{name}.txt", str(caught.value))
@@ -60,7 +60,7 @@ BROKEN = {"broken_json": '{"model_type": "llama",\n  "vocab_size" 64}', "no_obje
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_file_is_told_with_its_place(
+def test_broken_file_is_reported_with_its_place(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_broken_file_is_told_with_its_place(
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"vocab_size": ' + "9" * 5_000 + "}"], ids=["deep", "long number"])
-def test_file_that_python_does_not_read_is_told(text: str, tmp_path: Path) -> None:
+def test_file_that_python_does_not_read_is_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
         read_hub_model(tmp_path)
@@ -156,7 +156,7 @@ def test_values_are_plain_json() -> None:
     assert json.loads(json.dumps(values)) == values
 
 
-def test_type_to_compute_in_makes_no_other_model_and_learned_positions_do() -> None:
+def test_compute_dtype_does_not_change_the_model_and_learned_positions_do() -> None:
     assert model_differences(model(), model(dtype="bfloat16", max_tokens=7)) == []
     assert model_differences(model(rope_theta=5.0), model()) == ["rope_theta"]
     learned = {"positions": "learned"}

@@ -21,7 +21,9 @@ from .hf_doubles import say as say_again
 from .hub import GOLDEN, shapes_of
 
 
-def test_what_is_said_twice_counts_once_and_is_told(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+def test_setting_given_by_two_keys_is_used_once_with_a_warning(
+    tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
     lines = []
     for name, double in DOUBLES.items():
         twice = make(double, tmp_path / name / "twice", how=double.twice)
@@ -62,7 +64,7 @@ def test_parameters_without_a_head_are_not_read_from_a_folder_with_one(tmp_path:
         open_weights(folder, shapes_of(GOLDEN / "llama32"))
 
 
-def test_a_head_of_another_shape_is_told(tmp_path: Path) -> None:
+def test_a_head_of_another_shape_is_reported(tmp_path: Path) -> None:
     folder = make(DOUBLES["gpt2, same head"], tmp_path / "model", how=lambda _: None)
     merge(folder, lambda tensors: tensors.update({HEAD: np.zeros((1, 2), np.float32)}))
     with pytest.raises(WeightsError, match=r"lm_head\.weight is \[1, 2\], not \[64, 16\]"):

@@ -83,7 +83,7 @@ def test_links_within_a_folder_and_to_blobs_of_its_cache_are_read(tmp_path: Path
             find_file(snapshot, name)
 
 
-def test_file_that_is_not_there_is_none_and_one_that_is_too_large_is_told(folder: Path) -> None:
+def test_file_that_is_not_there_is_none_and_one_that_is_too_large_is_reported(folder: Path) -> None:
     assert find_file(folder, NAME) is None
     assert read_json(folder, NAME) is None
     (folder / NAME).write_text("12345")
@@ -114,7 +114,7 @@ def test_nothing_from_outside_is_copied(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "smollm3", "mixtral", "llama4", "qwen3_moe"])
-def test_another_architecture_is_not_taken_for_one_of_ours(kind: str, folder: Path) -> None:
+def test_unknown_architecture_is_not_taken_for_a_similar_name(kind: str, folder: Path) -> None:
     (folder / NAME).write_text(f'{{"model_type": "{kind}"}}')
     with pytest.raises(WeightsError) as caught:
         read_hub_model(folder)

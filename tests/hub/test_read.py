@@ -123,20 +123,20 @@ def test_one_file_and_names_without_prefix_are_read_alike(name: str, tmp_path: P
         ("gpt2", "transformer.h.0.attn.masked_bias"),
     ],
 )
-def test_tables_that_older_versions_saved_along_are_passed_over(name: str, extra: str, tmp_path: Path) -> None:
+def test_tables_saved_by_older_versions_of_transformers_are_ignored(name: str, extra: str, tmp_path: Path) -> None:
     own = Path(shutil.copytree(GOLDEN / name, tmp_path / "model"))
     merge(own, lambda tensors: tensors.update({extra: np.zeros((1, 2), np.float32)}))
     assert open_weights(own, shapes_of(own)).files.mistakes == ()
 
 
-def test_index_that_python_does_not_read_is_told(folder: Path) -> None:
+def test_index_that_python_does_not_read_is_reported(folder: Path) -> None:
     shapes = shapes_of(folder)
     (folder / INDEX).write_text("[" * 200_000)
     with pytest.raises(WeightsError, match="cannot be read: maximum recursion"):
         open_weights(folder, shapes)
 
 
-def test_tensor_of_a_layer_too_many_is_told(tmp_path: Path) -> None:
+def test_tensor_of_a_layer_too_many_is_reported(tmp_path: Path) -> None:
     own = Path(shutil.copytree(GOLDEN / "gpt2", tmp_path / "model"))
     name = "transformer.h.2.attn.c_attn.bias"
     merge(own, lambda tensors: tensors.update({name: np.zeros(48, np.float32)}))
@@ -188,7 +188,7 @@ def drop_layer(tensors: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_in_full_before_a_weight_is_read(
+def test_damage_is_reported_in_full_before_a_weight_is_read(
     damage: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,

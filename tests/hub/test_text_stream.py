@@ -15,16 +15,16 @@ def pieces_of(tokens: bytes) -> list[str]:
     return [*(stream.add(token) for token in tokens), stream.finish()]
 
 
-def test_a_character_of_several_bytes_comes_whole() -> None:
+def test_character_of_several_bytes_is_shown_whole() -> None:
     assert pieces_of("aé€😀".encode()) == ["a", "", "é", "", "", "€", "", "", "", "😀", ""]
 
 
-def test_what_is_cut_off_is_shown_at_the_end() -> None:
+def test_incomplete_character_is_shown_at_the_end() -> None:
     assert pieces_of("é".encode()[:1]) == ["", "\N{REPLACEMENT CHARACTER}"]
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_come_to_what_they_are_as_a_whole(tokens: bytes) -> None:
+def test_bytes_decode_in_a_stream_as_they_do_at_once(tokens: bytes) -> None:
     assert "".join(pieces_of(tokens)) == ByteTokenizer().decode(tokens)
 
 
@@ -61,7 +61,7 @@ class Llama2:
         return self._tokenizer.decode(list(ids))
 
 
-def test_a_character_comes_whole_where_every_byte_of_it_has_a_sign() -> None:
+def test_character_is_shown_whole_if_each_byte_decodes_to_a_replacement_character() -> None:
     stream = TextStream(Llama2())
     assert [stream.add(token) for token in Llama2().encode("é😀")] == ["", "é", "", "", "", "😀"]
 
@@ -81,7 +81,7 @@ def test_a_character_that_the_prompt_begins_and_the_answer_ends_is_shown(make: A
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, Llama2])
-def test_a_prompt_that_ends_with_the_sign_itself_is_not_shown_again(make: Any) -> None:
+def test_prompt_that_ends_with_a_replacement_character_is_not_shown_again(make: Any) -> None:
     stream = TextStream(make(), prompt=make().encode("x\N{REPLACEMENT CHARACTER}"))
     assert stream.add(*make().encode("y")) + stream.finish() == "y"
 

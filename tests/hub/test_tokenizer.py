@@ -52,7 +52,7 @@ def section(source: Path | str, **changes: Any) -> DataSection:
     return DataSection(**(values | changes))
 
 
-def test_ids_decode_to_the_text_whatever_length_the_tokenizer_would_cut_it_to(source: Path) -> None:
+def test_truncation_of_the_tokenizer_is_ignored(source: Path) -> None:
     tokenizer = load_tokenizer(source)
     assert len(tokenizer.encode(TEXTS[1])) > 5
     assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
@@ -127,7 +127,7 @@ def test_texts_begin_as_those_that_the_model_was_trained_on(llama: Path) -> None
     assert tokenize([("one", b"cat")], tokenizer, cache=None).tolist() == [begin, *cat, 0]
 
 
-def test_run_keeps_the_tokenizer_it_names_whatever_its_name_is_and_whatever_was_there(
+def test_tokenizer_of_any_name_is_copied_into_the_run_folder_over_an_older_one(
     source: Path, llama: Path, tmp_path: Path
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
@@ -140,7 +140,7 @@ def test_run_keeps_the_tokenizer_it_names_whatever_its_name_is_and_whatever_was_
     keep_tokenizer(str(run), run)
 
 
-def test_text_that_a_tokenizer_has_no_token_for_is_told(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+def test_text_that_a_tokenizer_has_no_token_for_is_reported(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
     Tokenizer(models.WordLevel({"a": 0}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError) as caught:
         load_tokenizer(tmp_path).encode_prompt("b")
@@ -229,7 +229,9 @@ PANICS["no special token"]["post_processor"]["single"] = [{"SpecialToken": {"id"
 
 
 @pytest.mark.parametrize("name", PANICS)
-def test_a_tokenizer_that_panics_is_one_sentence(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_that_panics_gives_an_error_of_one_sentence(
+    name: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
     Path("tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | PANICS[name]))
     with pytest.raises(DataError, match=r"^tokenizer\.json is no tokenizer: "):

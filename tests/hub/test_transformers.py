@@ -67,7 +67,7 @@ def test_transformers_has_the_same_logits_after_import_and_export(
 
 
 @pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])
-def test_of_two_sources_that_counts_which_transformers_takes(name: str, tmp_path: Path) -> None:
+def test_source_that_transformers_prefers_is_used(name: str, tmp_path: Path) -> None:
     folder = make(DOUBLES[name], tmp_path / "model", how=DOUBLES[name].twice)
     logits = answer(folder)
     assert wrong_by(folder, "data=1", logits) < TOLERANCE

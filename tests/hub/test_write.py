@@ -44,7 +44,7 @@ def test_tensors_are_those_that_transformers_saved(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2"])
-def test_what_is_written_is_read_again_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_written_weights_are_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     folder = write(name, tmp_path / "out", max_file_bytes=10_000)
     params, again = params_of(name), read_weights(folder, shapes_of(folder))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))

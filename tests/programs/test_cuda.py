@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trellax.commands.inspect_advice import list_knobs
+from trellax.commands.inspect_advice import list_memory_savings
 from trellax.configs import load_config
 from trellax.configs.layout import layout_of
 from trellax.plan import StepSizes
@@ -142,8 +142,8 @@ def test_memory_advice_is_near_what_the_changed_config_takes() -> None:
         num_tokens=config.data.seq_len,
         vocab=config.pipeline.vocab,
     )
-    knobs = list_knobs(config, mesh=config.mesh, sizes=sizes, memory=Memory(**before))
-    saved = {knob.overrides: knob.saved_bytes for knob in knobs}["--pipeline.remat full"]
+    savings = list_memory_savings(config, mesh=config.mesh, sizes=sizes, memory=Memory(**before))
+    saved = {saving.overrides: saving.saved_bytes for saving in savings}["--pipeline.remat full"]
     # Temporary memory is the part that is guessed: 8% of this step's.
     assert saved == pytest.approx(before["total"] - after["total"], rel=0.05)
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.commands.inspect_step import batch_shapes
 from trellax.programs import hlo_text
 from trellax.programs.execution_counts import ExecutionCounts, count_executions
 from trellax.programs.hlo import HloModule
@@ -43,7 +42,7 @@ def test_counts_are_those_of_a_profile(mesh: str, schedule: str) -> None:
     setup, compiled = setup_of(mesh, extra), compiled_step(mesh, extra)
     num_devices = setup.mesh.devices.size
     program, executions = count(compiled, num_devices)
-    arguments = place_zeros((setup.shapes, batch_shapes(setup), setup.peak_rate_shape))
+    arguments = place_zeros((setup.shapes, setup.batch_shapes, setup.peak_rate_shape))
     seen = really_executed(lambda: compiled(*arguments))
     operations = count_work(program, executions, num_devices=num_devices).operations
     expected = {o.name: int(o.count.sum()) for o in operations if o.kind in ("matrix", "communication")}

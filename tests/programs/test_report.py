@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from trellax.commands.inspect_step import batch_shapes
 from trellax.programs import inspect_compiled
 from trellax.programs.memory import device_bytes, total_bytes
 
@@ -30,7 +29,7 @@ def test_state_and_batch_are_the_arguments(mesh: str) -> None:
         leaf.dtype.itemsize for leaf in jax.tree.leaves((setup.shapes.step, setup.shapes.health, setup.peak_rate_shape))
     )
     # Each device holds its part of the batch.
-    batch = device_bytes(batch_shapes(setup))
+    batch = device_bytes(setup.batch_shapes)
     stats = compiled_step(mesh).memory_analysis()
     assert memory.parameters + memory.optimizer + counters + batch == stats.argument_size_in_bytes
 

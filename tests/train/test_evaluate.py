@@ -1,6 +1,8 @@
 """A run folder, restored by public names alone, has the validation loss that its run logged, on any mesh."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from trellax.configs import RunConfig, load_saved_config
+from trellax.configs import RunConfig, load_config, load_saved_config
 from trellax.hub import load_params
 from trellax.meshes import CheckpointError, DataError, MeshSpec, build_mesh
 from trellax.train import (
@@ -27,10 +29,14 @@ Tiny = Callable[..., RunConfig]
 MESH = "--mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 2"
 
 
-@pytest.fixture
-def config(tiny: Tiny) -> RunConfig:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of four steps, done, which validated after the second and the last."""
-    config = tiny(f"{MESH} --train.steps 4 --train.eval_every 2 --train.eval_batches 3")
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "corpus.txt").write_bytes(bytes(1 + i * i % 251 for i in range(20_000)))
+    own = ["--run.folder", str(folder / "runs"), "--data.source", "text", "--data.paths", str(folder / "corpus.txt")]
+    words = f"{MESH} --train.steps 4 --train.eval_every 2 --train.eval_batches 3"
+    config = load_config("tiny-llama", [*own, *words.split()])
     train(config, console=Console(file=io.StringIO()))
     return config
 
@@ -48,11 +54,17 @@ def test_loss_of_a_run_folder_is_the_one_its_run_logged(config: RunConfig) -> No
         spec = MeshSpec.parse(sizes)
         mesh = build_mesh(spec, devices=jax.devices()[: spec.num_devices])
         assert evaluate(config.run_folder, mesh=mesh) == pytest.approx(logged(config)[4], rel=1e-5)
-    # A run whose corpus has changed cannot be compared with what it logged.
-    with Path(config.data.paths[0]).open("ab") as corpus:
-        corpus.write(b"more")
-    with pytest.raises(DataError, match=r"was trained on the corpus with sha256 [0-9a-f]{12}, and its files now give"):
-        evaluate(config.run_folder)
+
+
+def test_loss_on_a_corpus_that_has_changed_is_refused(config: RunConfig) -> None:
+    corpus = Path(config.data.paths[0])
+    before = corpus.read_bytes()
+    corpus.write_bytes(before + b"more")
+    try:
+        with pytest.raises(DataError, match=r"was trained on the corpus with sha256 [0-9a-f]{12}, and its files now"):
+            evaluate(config.run_folder)
+    finally:
+        corpus.write_bytes(before)
 
 
 def test_state_is_restored_and_evaluated_by_public_names(config: RunConfig) -> None:
@@ -71,6 +83,21 @@ def test_fresh_state_has_the_loss_of_a_uniform_guess(tiny: Tiny) -> None:
     assert isinstance(setup, Setup)
     # Every byte is as likely as any other, but for the noise of the initial parameters.
     assert evaluate_state(setup, initial_state(setup)) == pytest.approx(np.log(256), abs=0.3)
+
+
+READ_FIRST = """
+from trellax.configs import load_saved_config
+from trellax.meshes import use_fake_devices
+config = load_saved_config({folder!r})
+use_fake_devices(3)
+"""
+
+
+def test_reading_a_save_starts_no_backend_so_fake_devices_can_follow(config: RunConfig) -> None:
+    # `evaluate("runs/quickstart")` learns the number of fake devices from the save.
+    code = READ_FIRST.format(folder=str(config.run_folder))
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
 
 
 def test_folder_without_a_save_is_refused(tiny: Tiny) -> None:

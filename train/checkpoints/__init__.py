@@ -1,6 +1,6 @@
-"""Checkpoints of a run: a store that knows no trainer, and what this trainer saves in it.
+"""Save and restore the state of a run, on any mesh.
 
-`store.py` writes, seals and keeps (step, arrays by path, record); `layer_order.py` turns a state into arrays that any
-mesh can read; `checkpoints.py` joins the two; `initial_weights.py` begins a run with given weights. The format on the
-disk, and reading it without a trainer, are in `../../hub/saves/`.
+`store.py` writes, seals and prunes saves and depends on no trainer; `layer_order.py` converts a state to arrays that do
+not depend on the mesh; `checkpoints.py` combines the two; `initial_weights.py` initializes a run from given weights.
+The format on the disk, and reading it without a trainer, are in `../../hub/saves/`.
 """

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: its whole state in layer order, with its config and its place in the data as the record.
+"""Save and restore the whole state of a run in layer order, with its config and its position in the data.
 
-Read `store.py` for how a save is written, `layer_order.py` for how a state becomes arrays that any mesh can read.
+Read `store.py` for the writing of a save, and `layer_order.py` for the conversion to arrays that any mesh can read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,14 +19,14 @@ from .layer_order import as_model, as_pipeline, layer_order
 from .store import SaveStore
 
 
-def _ignore(_told: object) -> None:
+def _ignore(_message: object) -> None:
     pass
 
 
 class Checkpoints:
     """The saves of one run folder; use as a context manager, which waits for the save under way.
 
-    Opening changes nothing on the disk. Of many processes all call each method, at the same steps.
+    Opening changes nothing on the disk. With many processes, all call each method at the same steps.
 
     >>> with Checkpoints("runs/mine", keep=2) as checkpoints:
     ...     checkpoints.save(state, setup)
@@ -37,10 +37,10 @@ class Checkpoints:
         run_folder: the saves are in its folder `checkpoints`.
         keep: number of newest saves to keep.
         keep_every: keep also each save whose step is a multiple of this; 0 keeps none.
-        say: called with a sentence that a person should know, such as on a damaged save.
+        say: called with each message, such as that a save is damaged.
 
     Raises:
-        CheckpointError: a count is no count.
+        CheckpointError: `keep` or `keep_every` is not a count.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Checkpoints:
         self._say = say
 
     def save(self, state: TrainState, setup: Setup, *, data: Mapping[str, Any] | None = None) -> None:
-        """Start to save the state under its step, which has no save yet; waits for the save before.
+        """Start to save the state under its step, which must have no save yet; waits for the previous save first.
 
         Returns as soon as the state may be changed. A later failure is raised by the next `save` or `wait`.
 
         Args:
-            data: the run's place in its data: numbers of `batches` and `sequences` taken, SHA-256 of the `corpus`.
+            data: position of the run in its data: numbers of `batches` and `sequences` taken, SHA-256 of the `corpus`.
 
         Raises:
-            CheckpointError: this save cannot be started, or the one before failed.
+            CheckpointError: this save cannot be started, or the previous one failed.
         """
         arrays = layer_order(setup).from_state(state)
         self._start(int(state.step), arrays, setup.config, data=data or {})
@@ -83,15 +83,15 @@ class Checkpoints:
         self._start(0, arrays_from_params(params), config, data={})
 
     def wait(self) -> None:
-        """Return when the save under way is whole, on every process.
+        """Wait until the save under way is complete on all processes.
 
         Raises:
-            CheckpointError: it failed on one of them; the saves before are still there.
+            CheckpointError: it failed on one of them; earlier saves are still there.
         """
         self._store.wait()
 
     def newest(self, *, damaged: Damaged = "pass over", without: Collection[int] = ()) -> Seal | None:
-        """Return the seal of the newest save whose files are as they were written, or None; reads every file once.
+        """Return the seal of the newest save whose files match their hashes, or None; reads every file of a save once.
 
         Args:
             without: steps to ignore.
@@ -102,12 +102,12 @@ class Checkpoints:
         return self._reader(damaged).newest(without=without)
 
     def restore(self, setup: Setup, *, accept: Callable[[Seal], object] = _ignore) -> TrainState:
-        """Return the state of the newest whole save, placed as this run's mesh splits it; sets damaged saves aside.
+        """Return the state of the newest whole save, sharded for the mesh of `setup`; renames damaged saves.
 
-        Parameters that were saved alone get a fresh optimizer.
+        A save of parameters alone, as `save_params` makes it, gets a new optimizer state.
 
         Args:
-            accept: called with the save before its arrays are read; raises to refuse it.
+            accept: called with the seal of the save before its arrays are read; raises to refuse it.
 
         Raises:
             CheckpointError: there is no save, it is of another model or optimizer, or it cannot be loaded.
@@ -130,12 +130,12 @@ class Checkpoints:
         else:
             state = order.to_state(arrays)
         if (step := int(state.step)) != seal.step:
-            # Under a later name it would outlive all saves of this run, and each resumed run would begin here again.
+            # A folder renamed to a later step would outlive all saves of this run, and every start would resume there.
             raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")
         return state
 
     def kept_text(self) -> str:
-        """Return a sentence on the newest save, for the end of an error."""
+        """Return a sentence about the newest save, to append to an error."""
         return self._store.kept_text()
 
     def _start(self, step: int, arrays: Arrays, config: RunConfig, *, data: Mapping[str, Any]) -> None:
@@ -155,7 +155,7 @@ class Checkpoints:
 
 
 def _check_place(seal: Seal) -> str:
-    """Return what is wrong with a run's place in its data, "" if nothing is."""
+    """Return the problem with the position in the data of a seal, or ""."""
     corpus, counts = seal.data.get("corpus"), [seal.data.get(name) for name in ("batches", "sequences")]
     is_right = (corpus is None or is_sha256(corpus)) and all(count is None or is_count(count) for count in counts)
     return "" if is_right else f"{SEAL_FILE} is no seal: its data cannot be"

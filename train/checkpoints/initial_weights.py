@@ -1,6 +1,6 @@
-"""The weights that a run begins with: drawn, or those of `train.init_from`; and a run made of given weights.
+"""Initialize a run: random weights or those of `train.init_from`; save given weights as a run before its first step.
 
-Here a model's parameters are a tree {"embed", "blocks", "head"} as a `Transformer` has it, blocks [L, ...].
+Parameters of a model are a tree {"embed", "blocks", "head"} as in a `Transformer`, blocks [L, ...].
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ from .layer_order import as_model, as_pipeline, params_in_layer_order, params_in
 
 
 def weight_shapes(setup: Setup) -> dict[str, Any]:
-    """Return shapes, types and shardings of a run's parameters as `trellax.hub.load_params` takes them.
+    """Return the shapes, dtypes and shardings of the parameters of a run, to pass to `trellax.hub.load_params`.
 
-    A tree {"embed", "blocks", "head"} of float32, blocks [L@pipe, ...] where pipe divides the layers.
+    A tree {"embed", "blocks", "head"} of float32; blocks are [L@pipe, ...] if pipe divides the layers.
     """
     return as_model(params_in_layer_order(setup))
 
@@ -38,15 +38,15 @@ def save_params(folder: str | Path, params: dict[str, Any], config: RunConfig) -
 
 
 def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
-    """Raise unless `train.init_from` holds the weights of this run's model; reads nothing but headers.
+    """Raise unless `train.init_from` holds weights of the same model; reads only headers.
 
-    A run that resumes from a save does not ask for them.
+    Nothing is checked for a run that resumes from a save, which does not read them.
 
     Raises:
-        TrellaxError: there are none, or they are of another model, with every key that differs.
+        TrellaxError: there are no weights, or they are of another model; all keys that differ are listed.
     """
     source, config = setup.config.train.init_from, setup.config
-    # As at the start of a run: the first process's view counts, also where another has another folder by mistake.
+    # Process 0 decides, as at the start of a run, even if another process sees another folder by mistake.
     is_empty = text_of_first("empty" if Checkpoints(config.run_folder).folder.is_empty else "") if source else ""
     if not source or (start == "resume" and not is_empty):
         return
@@ -62,7 +62,7 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
 
 
 def initial_state(setup: Setup) -> TrainState:
-    """Return the state before the first step: parameters drawn, or those of `train.init_from`; a fresh optimizer.
+    """Return the state before the first step: random parameters or those of `train.init_from`, a new optimizer state.
 
     Raises:
         TrellaxError: `train.init_from` holds no weights, or those of another model.

@@ -1,4 +1,4 @@
-"""Convert the state of a run to arrays in layer order, by path, and back: a checkpoint does not depend on the mesh.
+"""Convert the state of a run to arrays in layer order, by path, and back, so that a save does not depend on the mesh.
 
 A pipeline holds stage parameters [chunks, ranks, layers, ...]; a checkpoint holds [all layers, ...] in the order of the
 model. For 6 layers on 2 ranks with 1 chunk, leaf w[1, 2, 3, ...] is saved as w[6, ...], so 3 ranks can read it as
@@ -22,7 +22,7 @@ from ..state import Setup, TrainState
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """The conversion of a run's state to its saved form and back, each way compiled once."""
+    """The conversion of the state of a run to saved arrays and back; each direction is compiled once."""
 
     setup: Setup
 
@@ -33,11 +33,11 @@ class LayerOrder:
         return leaves_by_path(jax.tree.map(_place, shapes, self._shardings))
 
     def from_state(self, state: TrainState) -> Arrays:
-        """Return the arrays of a state by path, as copies that outlive it."""
+        """Return the arrays of a state by path, as copies: the state may be donated afterwards."""
         return self._take(state)
 
     def to_state(self, arrays: Arrays) -> TrainState:
-        """Return the state that saved arrays hold; the arrays are donated where their memory can be reused."""
+        """Return the state of saved arrays, which are donated if their memory can be reused."""
         return self._put(dict(arrays))
 
     @cached_property
@@ -69,7 +69,7 @@ class LayerOrder:
 
     @property
     def _donated(self) -> tuple[int, ...]:
-        # Padded stages are larger than their layers, so they cannot take over the memory.
+        # Uneven stages are padded, so they are larger than the saved arrays and cannot reuse their memory.
         return () if self.setup.model.fns.layers_per_stage else (0,)
 
     def _merge(self, state: TrainState) -> TrainState:
@@ -104,7 +104,7 @@ class LayerOrder:
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
         if self.setup.config.model.num_layers % mesh.shape["pipe"] == 0:
             return NamedSharding(mesh, PartitionSpec(rank, *rest))
-        # 7 layers do not split over 2 ranks: another dimension that does is split over pipe in their place.
+        # 7 layers do not split over 2 ranks: the first dimension that does is split over pipe instead.
         size = mesh.shape["pipe"]
         spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis="pipe", size=size)
         return NamedSharding(mesh, PartitionSpec(None, *spec))
@@ -112,7 +112,7 @@ class LayerOrder:
 
 @lru_cache(maxsize=2)
 def layer_order(setup: Setup) -> LayerOrder:
-    """Return the conversion of this run; the same one again for the same run."""
+    """Return the conversion for a setup, cached for the last two setups."""
     return LayerOrder(setup)
 
 

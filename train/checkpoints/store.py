@@ -1,11 +1,11 @@
-"""A store of saves: arrays by path and a record for each step, written in the background, sealed, kept by count.
+"""Write saves in the background: arrays by path and a record for each step; seal them, and remove old ones.
 
-It knows nothing of training: `checkpoints.py` says what a run saves. The order of one save is the order that makes a
-kill harmless; each arrow is a rename or a wait:
+The store does not depend on the trainer; `checkpoints.py` builds arrays and record. A save is written in this order, so
+that the process may be killed at any moment; each arrow is a rename or a wait:
 
     arrays -> 40.part -> all processes are done -> seal.json -> on the disk -> 40 -> older saves are removed
 
-Read `../../hub/saves/seal.py` for how damage is found, and `../../hub/saves/names.py` for the names.
+Read `../../hub/saves/seal.py` for the detection of damage, and `../../hub/saves/names.py` for the names.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class _Saving:
 class SaveStore:
     """The saves of one folder; use as a context manager, which waits for the save under way.
 
-    Opening changes nothing on the disk. Of many processes all call each method, at the same steps.
+    Opening changes nothing on the disk. With many processes, all call each method at the same steps.
 
     Args:
         run_folder: the saves are in its folder `checkpoints`.
@@ -49,7 +49,7 @@ class SaveStore:
         keep_every: keep also each save whose step is a multiple of this; 0 keeps none.
 
     Raises:
-        CheckpointError: a count is no count.
+        CheckpointError: `keep` or `keep_every` is not a count.
     """
 
     def __init__(self, run_folder: str | Path, *, keep: int = 1, keep_every: int = 0) -> None:
@@ -61,16 +61,16 @@ class SaveStore:
         self._identity: tuple[int, int] | None = None
 
     def save(self, step: int, arrays: Arrays, *, config: Mapping[str, Table], data: Table) -> None:
-        """Start to save arrays under a step that has no save yet; waits for the save before.
+        """Start to save arrays under a step, which must have no save yet; waits for the previous save first.
 
         Returns as soon as the arrays may be changed. A later failure is raised by the next `save` or `wait`.
 
         Args:
-            config: tables of the record that say what the arrays are of.
-            data: a table of the record that says where in its data the writer is.
+            config: config of the writer, for the record.
+            data: position of the writer in its data, for the record.
 
         Raises:
-            CheckpointError: this save cannot be started, or the one before failed.
+            CheckpointError: this save cannot be started, or the previous one failed.
         """
         self.wait()
         sums, self._identity = checksums(arrays), identify_file(self.folder.path.parent)
@@ -87,36 +87,36 @@ class SaveStore:
                 if is_sealed_here:
                     self._seal(step, arrays=described, config=config, data=data)
             except Exception as error:
-                # At once: another process would wait for this one's part, and this one for the other's next save.
+                # At once, or two processes deadlock: one waits for the shards of this save, this one for the next save.
                 announce_failure(self._failure(step, explain_failure(error)))
                 raise
 
         self._saving = _Saving(step=step, future=_start(finish, name=f"save of step {step}"))
 
     def wait(self) -> None:
-        """Return when the save under way is whole, on every process.
+        """Wait until the save under way is complete on all processes.
 
         Raises:
-            CheckpointError: it failed on one of them; the saves before are still there.
+            CheckpointError: it failed on one of them; earlier saves are still there.
         """
         saving, self._saving = self._saving, None
         if saving is None:
             return
         if error := saving.future.exception():
-            # The others may be waiting for this process elsewhere: its watch tells them, they are not asked here.
+            # No collective here: the others may be waiting elsewhere. Their watchdogs read the announced failure.
             raise self._failure(saving.step, explain_failure(error)) from error
-        # The first process seals the files of all: another one that exits before it is done would end it, too.
+        # Process 0 seals the files of all. Another process that exited before it is done would end it as well.
         gather_texts("")
 
     def kept_text(self) -> str:
-        """Return a sentence on the newest save, for the end of an error."""
+        """Return a sentence about the newest save, to append to an error."""
         steps = self.folder.steps
         return f"The save of step {steps[-1]} is still there." if steps else "Nothing was saved yet."
 
     def _seal(self, step: int, **record: Any) -> None:
         """Seal the files of all processes, give the save its name, and remove those that are no longer kept."""
         part, now = self.folder.part(step), datetime.now(UTC).isoformat(timespec="seconds")
-        # Sealed without its index, the save would look whole, and no load could follow.
+        # A save sealed without its index would count as whole, and could not be loaded.
         require_all(part, record["arrays"])
         write_seal(part, Seal(step=step, saved_at=now, files=hash_files(part), **record))
         self.folder.publish(step)
@@ -145,7 +145,7 @@ class SaveStore:
         if kind is None:
             self.wait()
         elif self._saving is not None:
-            # The other processes may be elsewhere, and of two errors the first is the one to report.
+            # Only waits: the first error is the one to report, and the other processes may not join a collective.
             self._saving.future.exception()
 
 

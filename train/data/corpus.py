@@ -1,7 +1,7 @@
 """Load a corpus of text or of token arrays as one array of tokens, split into a training and a held-out part.
 
-The default corpus is the source of Python's standard library, which every machine has, so nothing is downloaded. It
-differs between Python versions, which is why a run prints the corpus's SHA-256. Read `batches.py` next.
+The default corpus is the source code of Python's standard library, so nothing is downloaded. It differs between Python
+versions, so a run prints the SHA-256 of its corpus. Read `batches.py` next.
 """
 
 import codecs
@@ -49,7 +49,7 @@ class Corpus:
         """Raise if a memory-mapped file is lost or has changed since it was hashed.
 
         Raises:
-            DataError: naming the file.
+            DataError: a file is lost or changed.
         """
         for file in self.mapped:
             file.check()
@@ -62,7 +62,7 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
 
     Args:
         vocab_size: the model's, so that tokenizing stops at the first text with a larger id.
-        cache: folder in which tokenized text is kept.
+        cache: run folder, in which token ids of text are cached; None caches nothing.
 
     Raises:
         DataError: a file is missing or empty, a glob matches nothing, an array has another type, a part is shorter

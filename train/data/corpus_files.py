@@ -39,7 +39,7 @@ _SAMPLE, _TEXT_SAMPLE = 1 << 20, 1 << 16
 """Bytes that are read: of token ids at three places of the file, of text at its start."""
 
 _FEWEST = 64
-"""Smallest number of tokens from which their type is guessed."""
+"""Smallest number of tokens to guess a type from."""
 
 _LARGEST_HALF = 7
 """Largest upper half of a 32-bit id, for vocabularies of up to 2**19 words."""
@@ -51,7 +51,7 @@ def check_text_file(file: Path) -> None:
     """Raise if the name or the first bytes of a file show that it is not plain text: records, compressed or binary.
 
     Raises:
-        DataError: naming the file and its kind.
+        DataError: the file is not plain text; its kind is named.
     """
     head, suffix = _read_head(file, _TEXT_SAMPLE), file.suffix.lower()
     packed = _magic_of(head) or (f"compressed ({suffix})" if suffix in _COMPRESSED else None)
@@ -83,7 +83,7 @@ def check_token_file(file: Path, dtype: np.dtype) -> None:
         dtype: the value of `data.token_dtype`.
 
     Raises:
-        DataError: naming the file, the type and the evidence against it.
+        DataError: the file is not a raw array of this type; the evidence is named.
     """
     head = _read_head(file, _SAMPLE)
     if name := _magic_of(head) or ("text" if _is_text(head) else None):

@@ -21,7 +21,7 @@ _Metadata = tuple[int, int, int, int, int]
 
 
 class HashedFile:
-    """A file, or a part of it, whose SHA-256 is known; `path` names it, whatever file has that name later."""
+    """A file, or a part of it, with a known SHA-256; another file that takes its path later counts as changed."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._metadata = path, _read_settled_metadata(path)
@@ -41,7 +41,7 @@ class HashedFile:
         """Raise unless the bytes still have the expected hash; threads may call it at the same time.
 
         Raises:
-            DataError: naming the file, and whether it is lost or changed.
+            DataError: the file is lost or changed.
         """
         with self._lock:
             if _read_metadata(self.path) == self._metadata:
@@ -58,7 +58,7 @@ def check_size(path: Path, num_bytes: int) -> None:
     """Raise if a file that the run reads is lost, or has another size.
 
     Raises:
-        DataError: naming the file.
+        DataError: the file is lost or has another size.
     """
     size = _read_metadata(path)[2]
     if size != num_bytes:

@@ -1,4 +1,4 @@
-"""Cut the validation batches out of the held-out part: the same sequences at every validation, each once."""
+"""Cut the validation batches out of the held-out part of a corpus: the same sequences every time, each once."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from .batches import Batches
 
 _SEED = 0
-"""Seed of all runs, so that the validation losses of two seeds are of the same sequences."""
+"""The same seed in all runs, so that runs of different seeds validate on the same sequences."""
 
 
 class ValidationBatches:

@@ -1,4 +1,4 @@
-"""Write and read metrics.jsonl: one JSON object per logged step, which is the record of a run.
+"""Write and read metrics.jsonl, the record of a run: one JSON object per logged step.
 
 TensorBoard's events are written beside it (`tensorboard.py`); loss.png is drawn from it (`loss_plot.py`).
 """

@@ -1,7 +1,7 @@
 """Collect the settings that all processes of a run must share: options, config, versions, flags of jax and XLA.
 
-They are compared before jax connects the processes. What is known only later, such as the corpus, is compared before
-the first step.
+They are compared before jax connects the processes. Facts that are known only later, such as the hash of the corpus,
+are compared before the first step.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _SAMPLES, _SAMPLE_BYTES = 4, 1 << 16
 
 
 def collect_run_settings(config: RunConfig, *, start: Start, changes: Changes) -> dict[str, str]:
-    """Return the settings of this process by name, as they are known before it joins the others."""
+    """Return the settings of this process by name, before it joins the others."""
     return {
         **_config_values(config),
         "--fresh": "no" if start == "resume" else "yes",
@@ -75,7 +75,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _read_xla_flags(environ: Mapping[str, str]) -> str:
-    """Return the XLA flags in order, without those that only say where to dump programs."""
+    """Return the XLA flags, sorted, without those that only set where programs are dumped."""
     flags = environ.get("XLA_FLAGS", "").split()
     return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
 

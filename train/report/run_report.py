@@ -1,4 +1,4 @@
-"""Report a run before it starts: its mesh, its parameters with their shardings, its schedule with its bubble."""
+"""Report a run before it starts: mesh, parameters with their shardings, stages, and schedule with its bubble."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

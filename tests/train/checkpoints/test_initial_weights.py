@@ -123,7 +123,7 @@ def test_run_starts_with_the_weights_of_a_run_and_resumes_its_own(text: Path) ->
     assert train(config("second", init_from=f"{text.parent}/runs/first", steps=3)).steps == 3
 
 
-def test_what_a_run_started_from_is_not_asked_for_once_it_has_a_save(text: Path) -> None:
+def test_initial_weights_are_not_needed_once_a_run_has_a_save(text: Path) -> None:
     config = run_of(read_hub_model(GOLDEN / "llama3").config, text, train={"init_from": "nowhere"})
     setup = setup_of(config)
     with pytest.raises(TrellaxError):
@@ -141,7 +141,7 @@ def test_wrong_weights_are_refused_before_the_old_run_is_moved_aside(text: Path)
     assert (config.run_folder / "checkpoints" / "0").is_dir()
 
 
-def test_reader_is_told_of_a_damaged_save(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reader_is_reported_of_a_damaged_save(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run_of(read_hub_model(GOLDEN / "llama3").config, text)
     params = read_weights(GOLDEN / "llama3", weight_shapes(setup_of(config)))
     save_params(config.run_folder, params, config)

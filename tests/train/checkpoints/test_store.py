@@ -56,7 +56,7 @@ def test_newest_saves_and_those_of_every_so_many_steps_are_kept(
 
 
 @pytest.mark.parametrize("damaged", ["set aside", "pass over"])
-def test_damaged_save_gives_way_to_the_one_before(damaged: Damaged, tmp_path: Path) -> None:
+def test_damaged_save_is_skipped_for_the_one_before(damaged: Damaged, tmp_path: Path) -> None:
     store = save_steps(tmp_path, 1, 2)
     (store.folder / 2 / "state" / "manifest.ocdbt").unlink()
     told: list[str] = []

@@ -1,8 +1,8 @@
 """Guard a command against a stdin, stdout or stderr that is closed, full, or a pipe without a reader.
 
-A run must not lose its work over one. Messages that stderr cannot take are dropped. A result that stdout cannot take is
-an error of its own. A closed stream must be reopened: else the next file to be opened, such as the lock of a run, gets
-its file descriptor, and C++ code logs into that file.
+Messages that cannot be written to stderr are dropped, so that no run is lost over them. A result that cannot be written
+to stdout is a `LostOutputError`. Closed streams are reopened: otherwise the next opened file, such as the lock of a
+run, would get the file descriptor, and C++ code would log into it.
 """
 
 import contextlib
@@ -10,10 +10,12 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
+
+from ..meshes.silent_stream import SilentStream
 
 EXIT_LOST_OUTPUT, EXIT_UNREAD = 1, 141
-"""Exit codes: stdout cannot be written; and its reader has gone, 128 + SIGPIPE as shells report it."""
+"""Exit codes: stdout cannot be written; and the reader of its pipe has ended, 128 + SIGPIPE as in shells."""
 
 
 class LostOutputError(Exception):
@@ -24,43 +26,11 @@ class LostOutputError(Exception):
         super().__init__(f"stdout cannot be written: {os.strerror(error.errno or errno.EIO)}")
 
 
-class SilentStream:
-    """Wrap a text stream and drop what it cannot write."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self.is_broken = stream, False
-
-    def write(self, text: str) -> int:
-        """Write the text if possible, and return its length in any case."""
-        with self._catching():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush if possible."""
-        with self._catching():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _catching(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.is_broken = True
-            self._handle(error)
-
-    def _handle(self, error: OSError) -> None:
-        pass
-
-
 class _ResultStream(SilentStream):
     """Wrap a text stream and raise `LostOutputError` when it cannot be written."""
 
     def _handle(self, error: OSError) -> None:
-        # The unwritten text stays in the buffer, and the next flush would fail again.
+        # The text stays in the buffer, so without this the next flush would fail again.
         _drop(self)
         raise LostOutputError(error)
 

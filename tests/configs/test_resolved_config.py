@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from trellax.configs import RunConfig, load_config
-from trellax.configs.run_config import config_keys
-from trellax.meshes import mesh_sizes
-from trellax.train import prepare, train
-from trellax.train.config_file import (
+from trellax.configs.resolved_config import (
     is_resolved_config,
     list_hyperparameters,
     resolve_config,
     write_resolved_config,
 )
+from trellax.configs.run_config import config_keys
+from trellax.meshes import mesh_sizes
+from trellax.train import prepare, train
 
 Tiny = Callable[..., RunConfig]
 

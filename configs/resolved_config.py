@@ -1,37 +1,46 @@
-"""Write config.toml into a run folder: every key of the run with the value it runs with."""
+"""Write the resolved config of a run into its folder as config.toml: every key with the value it runs with.
+
+`train` writes it before the first step, and loading it continues the run. Mesh sizes are those of the mesh that was
+built, never -1.
+"""
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..configs.run_config import RunConfig
 from ..meshes import MeshSpec, RunError
 from ..meshes.files.own_file import free_name, replace_file
 from ..meshes.files.regular_file import open_regular
+from .run_config import RunConfig
 
 CONFIG_FILE = "config.toml"
+"""The name of the resolved config in a run folder."""
 
 _FIRST_LINE = "# Written by trellax: every key of this run, and rewritten at each start.\n"
 _HEADER = f"{_FIRST_LINE}# Command:  trellax train THIS-FILE   (from the same working folder goes on with the run)\n\n"
 
 _GIVEN_FILE = "config.given.toml"
+"""The name that a user's own config.toml in a run folder is renamed to."""
 
 
 def resolve_config(config: RunConfig, *, sizes: MeshSpec) -> RunConfig:
-    """Return a config with the sizes of the mesh it runs on, where it may have -1 for all remaining devices."""
+    """Return a config in which mesh sizes of -1 are replaced by the sizes of the mesh it runs on."""
     return config.model_copy(update={"mesh": sizes})
 
 
 def write_resolved_config(config: RunConfig, *, say: Callable[[str], object]) -> Path:
     """Write a resolved config into its run folder as config.toml, and return the path.
 
-    A file of that name that no run wrote, such as the one of `import-hf`, is renamed and not lost.
+    A config.toml that no run wrote, such as the one of `import-hf`, is kept as config.given.toml.
+
+    Args:
+        say: called with a message when such a file was renamed.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    # Imported here, so that commands that only look at run folders do not wait for it.
+    # tomlkit takes longer to import than the rest of `configs`, and only a run that starts writes the file.
     import tomlkit
 
     path = config.run_folder / CONFIG_FILE
@@ -44,7 +53,7 @@ def write_resolved_config(config: RunConfig, *, say: Callable[[str], object]) ->
 
 
 def is_resolved_config(path: Path) -> bool:
-    """Return whether a file is a config.toml that a run wrote."""
+    """Return whether a file is a config.toml that a run wrote, by its first line; False if it cannot be read."""
     try:
         with open_regular(path, links="refuse", error=RunError) as file:
             return file.readline(len(_FIRST_LINE) + 1) == _FIRST_LINE.encode()
@@ -53,9 +62,10 @@ def is_resolved_config(path: Path) -> bool:
 
 
 def list_hyperparameters(config: RunConfig) -> dict[str, Any]:
-    """Return the keys that decide what a run learns and how fast, as `section.key`, for tables of runs.
+    """Return the values of a run that change its result or its speed, by `section.key`, for TensorBoard's HPARAMS tab.
 
-    Where a run lives and what it keeps is left out; lists become text, since TensorBoard has no type for them.
+    The sections `run` (but for the seed) and `checkpoint` are left out. Lists become text, since TensorBoard has no
+    type for them.
     """
     sections: Mapping[str, Mapping[str, Any]] = config.model_dump(mode="json")
     shown = {

@@ -10,8 +10,8 @@ from typing import TextIO
 
 import pytest
 from trellax.commands import cli
-from trellax.train import loop
-from trellax.train.outputs import SilentStream
+from trellax.commands import train as train_command
+from trellax.meshes.silent_stream import SilentStream
 
 SCHEDULE = ["schedule", "1f1b", "--ranks", "2", "--microbatches", "4"]
 Open = Callable[[str], TextIO | None]
@@ -76,7 +76,7 @@ def test_run_is_done_though_its_summary_is_lost(
     class Done:
         folder, ended, steps = str(tmp_path), "SIGTERM", 3
 
-    monkeypatch.setattr(loop, "train", lambda *_, **__: Done)
+    monkeypatch.setattr(train_command, "train", lambda *_, **__: Done)
     monkeypatch.setattr(sys, "stdout", opened("full"))
     assert cli.main(["train", "quickstart"]) == 0
     assert capsys.readouterr().err == f"stdout cannot be written: No space left on device; all is in {tmp_path}\n"
