@@ -44,4 +44,5 @@ def test_commands_page_says_what_the_parser_says(
     expected = _HELP.sub(say, text)
     if os.environ.get("GOLDEN") == "1":
         PAGE.write_text(expected, encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == expected
+    # Word by word: Python 3.13 aligns the columns of its help in another way.
+    assert PAGE.read_text(encoding="utf-8").split() == expected.split()
