@@ -14,5 +14,5 @@ def exchange(x):
     return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), offsets, ones, places, ones, axis_name="expert")
 
 
-run = jax.shard_map(exchange, mesh=mesh, in_specs=jax.P("expert"), out_specs=jax.P("expert"), check_vma=False)
+run = jax.shard_map(exchange, mesh=mesh, in_specs=jax.P("expert"), out_specs=jax.P("expert"))
 print(jax.jit(run)(jnp.arange(4.0)))
