@@ -9,6 +9,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .check_inputs import check_hidden
+from .collectives import enter, num_auto_blocks, num_blocks, own_columns
 from .config import ModelConfig
 from .flash import attend_causally
 from .joined_linear import JoinedLinear
@@ -49,7 +50,7 @@ class Attention(nnx.Module):
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
+        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config))
 
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
@@ -76,7 +77,7 @@ class Attention(nnx.Module):
 
         Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
-        if self.rules.parts_in_context("heads") > 1:
+        if num_blocks(self.rules.axes("heads")) > 1:
             self.qkv = self._join()
             del self.query, self.key, self.value
 
@@ -108,13 +109,17 @@ class Attention(nnx.Module):
 
         One matmul where heads are split: three would each all-reduce their own dx in the backward.
         """
-        if self.qkv is None and self.rules.parts_in_context("heads") == 1:
+        axes = self.rules.axes("heads")
+        if self.qkv is None and num_auto_blocks(axes) == 1:
+            x_BTD = enter(x_BTD, axes)
             projected = [linear(x_BTD) for linear in (self.query, self.key, self.value)]
+            if not self.rules.axes("kv_heads"):
+                # Too few heads to split: keys and values of all were computed, and each device uses one.
+                projected[1:] = [own_columns(y, axes, unit=self.config.head_size) for y in projected[1:]]
         else:
             projected = (self.qkv or self._join())(x_BTD)
         q, k, v = (y.reshape(*x_BTD.shape[:2], -1, self.config.head_size) for y in projected)
         return q, k, v
 
     def _join(self) -> JoinedLinear:
-        linears, parts = (self.query, self.key, self.value), self.rules.parts_in_context("heads")
-        return JoinedLinear(linears, parts=parts, unit=self.config.head_size)
+        return JoinedLinear((self.query, self.key, self.value), unit=self.config.head_size)

@@ -11,6 +11,7 @@ from ..meshes.arguments import check_choice
 from .attention import Attention
 from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
+from .collectives import BLOCK_SUMS
 from .config import ModelConfig
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
@@ -99,8 +100,8 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    keep_flash = policies.save_only_these_names(FLASH_OUTPUTS)
-    keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_flash)
+    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS)
+    keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
     # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,35 +1,155 @@
-"""Sum over mesh axes inside layers, in the forward or in the backward.
+"""The verbs by which layers communicate, inside `shard_map`, under `jax.jit` and on one device alike.
 
-Tensor parallelism leaves most sums to the compiler, which sees that a matmul's contracted dimension is split. Inside
-`shard_map` nothing is left to it along manual axes, and there an array's type says over which of them its value varies
-(`jax.typeof(x).mat.varying`). Such a type changes in two ways, each the other's transpose:
+An axis of the mesh is met in one of three ways. The verbs find out which; no layer asks.
 
-                        forward                          backward
-    mark_varying        x is the same everywhere: free   dx is summed over the axes: an all-reduce
-    psum                partial sums become one sum      dy is the same everywhere: free
+    manual       inside `shard_map`: x is this device's block, and a verb is a collective of `jax.lax`
+    automatic    under `jax.jit`: x is the whole array, the compiler adds what must be sent, a verb returns x
+    absent       no mesh in context, or an axis of size 1: a verb returns x
+
+Inside `shard_map` an array's type says over which axes its value differs, `f32[8]{V:tensor}`. Two verbs change that
+type, and each is the other's transpose (Shoeybi et al. 2019, section 3, call them f and g):
+
+                    forward                                       backward
+    enter_split     x{} -> x{V:tensor}, free                      dx{V:tensor} -> dx{}, an all-reduce
+    sum_blocks      y{V:tensor} -> y{}, an all-reduce             dy{} -> dy{V:tensor}, free
 
 Read `linear.py` next.
 """
 
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
 import jax
-import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
+
+ArrayTree = TypeVar("ArrayTree")
+
+BLOCK_SUMS = "block_sums"
+"""Checkpoint name of the results of `sum_blocks`: rematerialization keeps them, so the backward does not sum again."""
 
 
-def varying_axes(*arrays: jax.Array, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+def enter(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Enter a split region with x alone, where several kernels read it: x{} -> x{V:axes}. See `enter_split`."""
+    return mark_varying(x, manual_axes(axes))
+
+
+def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+    """Enter a region in which each device of `axes` multiplies the same x with its own columns of a kernel.
+
+    x[..., D]{}, kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx over the axes, one
+    all-reduce, which XLA runs beside the product that makes the kernel's gradient.
+    """
+    if num_auto_blocks(axes) > 1:
+        return hide_reduction(x, kernel)
+    return enter(x, axes), kernel
+
+
+def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
+    """Leave a split region: sum over the devices of `axes` what each has made of its own block.
+
+    y{V:axes} -> y{}, an array or a tree of them: one all-reduce, in the dtype of y; its transpose is free.
+    """
+    manual = manual_axes(axes)
+    return checkpoint_name(jax.lax.psum(y, manual), BLOCK_SUMS) if manual else y
+
+
+def sum_activations(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Sum y[B, T, D] as `sum_blocks` does; over several axes, all but the last send only a slice for each device.
+
+    Over (pipe, tensor) with 4 tensor ranks: a reduce-scatter over tensor, an all-reduce of a quarter of y over pipe, an
+    all-gather over tensor. One all-reduce over both would send the whole y over pipe from each tensor rank.
+    """
+    manual = manual_axes(axes)
+    if len(manual) < 2:
+        return sum_blocks(y_BTD, axes)
+    *outer, inner = manual
+    dim = split_dim(y_BTD.shape, inner)
+    if dim is None:
+        return sum_blocks(y_BTD, axes)
+    part = jax.lax.psum_scatter(y_BTD, inner, scatter_dimension=dim, tiled=True)
+    return gather_slices(jax.lax.psum(part, tuple(outer)), inner, dim=dim)
+
+
+def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:
+    """Return the first dimension that splits evenly over manual axes; None if there is none."""
+    parts = jax.lax.axis_size(axes)
+    return next((dim for dim, size in enumerate(shape) if size and size % parts == 0), None)
+
+
+def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
+    """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y{}, an all-gather."""
+    return jax.lax.all_gather(part, axes, axis=dim, tiled=True, to="invarying")
+
+
+def max_blocks(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Return the largest value over the devices of `axes`: x{V:axes} -> x{}, one all-reduce. It has no gradient."""
+    manual = manual_axes(axes)
+    return jax.lax.pmax(x, manual) if manual else x
+
+
+def block_index(axes: Sequence[str]) -> jax.Array | int:
+    """Return the number of this device's block among those that the axes cut a dimension into; 0 for a whole one."""
+    manual = manual_axes(axes)
+    return jax.lax.axis_index(manual) if manual else 0
+
+
+def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Array:
+    """Return the columns that this device uses of a weight that is whole on all devices: weight[..., F]{} -> {V:axes}.
+
+    With fewer units of columns (heads) than devices, several devices use the same unit:
+
+        2 heads, 4 devices:    device 0: head 0    1: head 0    2: head 1    3: head 1
+
+    Free; its transpose sums the weight's gradient over the axes, one all-reduce.
+    """
+    manual = manual_axes(axes)
+    if not manual:
+        return weight
+    num_units, parts = weight.shape[-1] // unit, jax.lax.axis_size(manual)
+    size = max(num_units // parts, 1) * unit
+    first = jax.lax.axis_index(manual) * num_units // parts * unit
+    return jax.lax.dynamic_slice_in_dim(mark_varying(weight, manual), first, size, axis=weight.ndim - 1)
+
+
+def num_blocks(axes: Sequence[str]) -> int:
+    """Return the number of blocks that the axes cut a dimension into, on the mesh in context; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def num_auto_blocks(axes: Sequence[str]) -> int:
+    """Return the number of blocks that the compiler cuts a whole array into; 1 inside `shard_map`."""
+    return num_blocks(axes) // num_manual_blocks(axes)
+
+
+def num_manual_blocks(axes: Sequence[str]) -> int:
+    """Return the number of blocks like this device's, inside `shard_map`: the whole is that many times as large."""
+    return jax.lax.axis_size(manual) if (manual := manual_axes(axes)) else 1
+
+
+def manual_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the axes that are manual in the mesh in context and have more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in axes if kinds.get(axis) == AxisType.Manual and mesh.shape[axis] > 1)
+
+
+def varying_axes(*arrays: jax.Array, without: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the manual axes over which any of these arrays varies; none outside `shard_map`."""
     found = (axis for array in arrays for axis in jax.typeof(array).mat.varying)
     return tuple(dict.fromkeys(axis for axis in found if axis not in without))
 
 
-def mark_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Return x with its type marked as varying over manual axes on which its value is still the same.
+def mark_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Return x with its type marked as varying over axes on which its value is the same: x{} -> x{V:axes}.
 
-    The forward costs nothing. The gradient is summed over the axes, one all-reduce, in float32: XLA's CPU backend
-    aborts on bfloat16 sums over manual axes.
+    Free; its transpose sums the gradient over the axes, one all-reduce.
     """
     known = varying_axes(x)
     missing = tuple(axis for axis in axes if axis not in known)
-    return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ backward; as one product they all-reduce the sum, once. With gate and up on two 
 
     gate = [g0 | g1]   up = [u0 | u1]   joined = [g0 u0 | g1 u1]        rank 0: x @ [g0 u0]    rank 1: x @ [g1 u1]
 
-Side by side per rank, not [gate | up]: cutting that product into gate and up would move columns between ranks.
+Side by side per rank, not [gate | up]: cutting that product into gate and up would move columns between ranks. Inside
+`shard_map` each rank joins its own blocks, [g0 u0], and that is all.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .check_inputs import check_features
-from .collectives import hide_reduction
+from .collectives import enter_split, num_auto_blocks, own_columns
 from .linear import ColumnLinear, add_bias, name_dims
 from .partitioning import param_metadata
 from .product import multiply
@@ -31,23 +32,30 @@ class JoinedLinear(nnx.Module):
     built inside a loop, it is copied in every iteration.
 
     Args:
-        parts: number of devices that the first layer's features are split over.
-        unit: features that stay together, a head; a layer with fewer units than parts has each unit on several devices.
+        unit: features that stay together, a head; a layer with fewer units than devices has each unit on several.
     """
 
-    def __init__(self, linears: Sequence[ColumnLinear], *, parts: int, unit: int = 1) -> None:
+    def __init__(self, linears: Sequence[ColumnLinear], *, unit: int = 1) -> None:
         first = linears[0]
         self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
-        kernels = [_cut_columns(linear.kernel[...], parts, unit) for linear in linears]
-        biases = [_cut_columns(linear.bias[...], parts, unit) for linear in linears if linear.bias is not None]
-        self.parts, self.widths = parts, tuple(kernel.shape[-1] for kernel in kernels)
+        axes = self.rules.axes(self.dim)
+        self.parts = num_auto_blocks(axes)
+
+        def cut(linear: ColumnLinear, weight: jax.Array) -> jax.Array:
+            # Where the layer's own features are not split, there are too few heads for that: see Attention.
+            own = weight if self.rules.axes(linear.dim) else own_columns(weight, axes, unit=unit)
+            return _cut_columns(own, self.parts, unit)
+
+        kernels = [cut(linear, linear.kernel[...]) for linear in linears]
+        biases = [cut(linear, linear.bias[...]) for linear in linears if linear.bias is not None]
+        self.widths = tuple(kernel.shape[-1] for kernel in kernels)
         self.kernel = self._join(kernels, ("embed", self.dim))
         self.bias = self._join(biases, (self.dim,)) if biases else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
         check_features(x_BTD, self.kernel.shape[0], layer="JoinedLinear")
-        x_BTD, kernel = hide_reduction(x_BTD, self.kernel[...].astype(self.dtype))
+        x_BTD, kernel = enter_split(x_BTD, self.kernel[...].astype(self.dtype), self.rules.axes(self.dim))
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from .check_inputs import check_features
-from .collectives import hide_reduction
+from .collectives import enter_split, sum_blocks
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
 
@@ -77,10 +77,7 @@ class ColumnLinear(nnx.Module):
             ShardingError: F does not split over the axis of `dim`, or B over `data`.
         """
         check_features(x_BTD, self.kernel.shape[0], layer="ColumnLinear")
-        kernel = self.kernel[...].astype(self.dtype)
-        # Where the compiler splits F it will all-reduce dx; elsewhere there is nothing to overlap.
-        if self.rules.parts_in_context(self.dim) > 1:
-            x_BTD, kernel = hide_reduction(x_BTD, kernel)
+        x_BTD, kernel = enter_split(x_BTD, self.kernel[...].astype(self.dtype), self.rules.axes(self.dim))
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])
@@ -94,7 +91,6 @@ class RowLinear(nnx.Module):
     is the batch.
 
     Each device holds a partial sum, so forward costs one all-reduce of y over `tensor`; backward costs nothing.
-    Where the axis is manual (inside `shard_map`, for inference), x is this device's block of it.
 
     >>> down = RowLinear(512, 128, dim="ffn", rngs=nnx.Rngs(0))
     >>> down(jnp.ones((2, 16, 512))).shape
@@ -136,9 +132,8 @@ class RowLinear(nnx.Module):
         check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
-        # The compiler sums over Auto axes when y is constrained; over Manual ones this is the only sum.
-        axes = self.rules.manual_axes(self.dim)
-        y_BTD = jax.lax.psum(y_BTD, axes) if axes else self.rules.constrain(y_BTD, name_dims(y_BTD, "embed"))
+        # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
+        y_BTD = self.rules.constrain(sum_blocks(y_BTD, self.rules.axes(self.dim)), name_dims(y_BTD, "embed"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else add_bias(y_BTD, self.bias[...])
 

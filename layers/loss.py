@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_targets
+from .collectives import block_index, max_blocks, num_manual_blocks, sum_blocks
 
 
 def cross_entropy(
@@ -39,13 +40,12 @@ def cross_entropy(
     the vocabulary makes loss and gradients NaN, unless it is masked.
 
     Costs three all-reduces of [B, T] over `tensor` (maximum, normalizer, target logit); the logits are never gathered.
-    Where an axis of the vocabulary is manual, the logits are this device's block, and the sums run over that axis too.
 
     Raises:
         ModelError: targets or weights are not one for each token, or targets are not integers.
     """
     check_targets(targets_BT, weights_BT, shape=logits_BTV.shape[:-1])
-    axes = rules.manual_axes("vocab")
+    axes = rules.axes("vocab")
     targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, logits_BTV.shape[-1], axes)
     return weighted_sum(weights_BT, token_losses(logits_BTV, targets_BT, axes).loss)
 
@@ -63,23 +63,18 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array, axes: tuple[str, ...]) -> TokenLosses:
-    """Compute every token's loss; over manual `axes` the logits are this device's block of words.
-
-    logits[B, T, V@axes], targets[B, T] -> loss[B, T], the same on every device of `axes`
-    """
+    """Compute every token's loss: logits[B, T, V@axes], targets[B, T] -> loss[B, T], the same over `axes`."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     # The maximum only keeps exp() in range: its gradient cancels, so none is computed.
-    top_BT = jax.lax.stop_gradient(logits_BTV).max(-1)
-    top_BT = jax.lax.pmax(top_BT, axes) if axes else top_BT
+    top_BT = max_blocks(jax.lax.stop_gradient(logits_BTV).max(-1), axes)
     shifted_BTV = logits_BTV - top_BT[..., None]
     exp_BTV = jnp.exp(shifted_BTV)
     sums_BT = exp_BTV.sum(-1)
     # A comparison instead of a gather: indexing a split dimension would gather it, or crash the partitioner.
-    first = jax.lax.axis_index(axes) * logits_BTV.shape[-1] if axes else 0
+    first = block_index(axes) * logits_BTV.shape[-1]
     word_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) + first
     target_BT = jnp.where(word_BTV == targets_BT[..., None], shifted_BTV, 0.0).sum(-1)
-    if axes:
-        sums_BT, target_BT = jax.lax.psum((sums_BT, target_BT), axes)
+    sums_BT, target_BT = sum_blocks((sums_BT, target_BT), axes)
     return TokenLosses(jnp.log(sums_BT) - target_BT, exp_BTV, sums_BT, word_BTV)
 
 
@@ -96,9 +91,9 @@ def reject_unknown_targets(
     An error cannot be raised inside a compiled program, and a target that no device has would cost log(sum) unnoticed.
 
     Args:
-        num_words: words of this device's block, over manual `axes`.
+        num_words: words of this device's block.
     """
-    num_words *= jax.lax.axis_size(axes) if axes else 1
+    num_words *= num_manual_blocks(axes)
     # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
     targets_BT = targets_BT if targets_BT.dtype.itemsize > 4 else targets_BT.astype(jnp.int32)
     is_known_BT = (targets_BT >= 0) & (targets_BT < num_words) | (weights_BT == 0)

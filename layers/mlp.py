@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from .collectives import enter, num_auto_blocks, num_blocks
 from .config import ModelConfig
 from .joined_linear import JoinedLinear
 from .linear import ColumnLinear, RowLinear
@@ -49,18 +50,20 @@ class MLP(nnx.Module):
 
         Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
-        if self.gate is not None and self.rules.parts_in_context("ffn") > 1:
+        if self.gate is not None and num_blocks(self.rules.axes("ffn")) > 1:
             self.gate_up = self._join(self.gate)
             del self.gate, self.up
 
     def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> list[jax.Array]:
         """Compute gate and up; as one product where they are split, so that the backward all-reduces dx once."""
-        if self.rules.parts_in_context("ffn") == 1:
+        axes = self.rules.axes("ffn")
+        if num_auto_blocks(axes) == 1:
+            x_BTD = enter(x_BTD, axes)
             return [gate(x_BTD), self.up(x_BTD)]
         return self._join(gate)(x_BTD)
 
     def _join(self, gate: ColumnLinear) -> JoinedLinear:
-        return JoinedLinear((gate, self.up), parts=self.rules.parts_in_context("ffn"))
+        return JoinedLinear((gate, self.up))
 
 
 # Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Only their

@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_features, check_targets
-from .collectives import mark_varying, sum_like, varying_axes
+from .collectives import mark_varying, sum_activations, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -68,27 +67,21 @@ def projected_cross_entropy(
     check_targets(targets_BT, weights_BT, shape=x_BTD.shape[:-1])
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(("batch", "tokens", "embed"), shape=x_BTD.shape, name="x")
-    manual = rules.manual_axes("vocab")
-    targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], manual)
-    return _project(x_BTD, table_VD, targets_BT, weights_BT, rules)
+    axes = rules.axes("vocab")
+    targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes)
+    return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
 
 
 # The gradient is written by hand since autodiff would either keep all logits or compute them again.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _project(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, rules: ShardingRules
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: tuple[str, ...]
 ) -> jax.Array:
-    batch, axes = rules.auto_axes("batch"), _vocab_axes(rules)
-
-    def block(*args: jax.Array) -> jax.Array:
-        loss = _sum_chunks(*args, axes=axes)
-        return jax.lax.psum(loss, batch) if batch else loss
-
-    return _in_blocks(block, P(), rules)(x_BTD, table_VD, targets_BT, weights_BT)
+    return _sum_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
 
 
 class _Grads(NamedTuple):
-    """The loss of a block and its gradients: of x [B, T, D], of the table [V, D], of the weights [B, T]."""
+    """The loss and its gradients: of x [B, T, D], of the table [V, D], of the weights [B, T]."""
 
     loss: Any
     x: Any
@@ -97,24 +90,13 @@ class _Grads(NamedTuple):
 
 
 def _project_forward(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, rules: ShardingRules
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: tuple[str, ...]
 ) -> tuple[jax.Array, Any]:
-    batch, axes = rules.auto_axes("batch"), _vocab_axes(rules)
-
-    def block(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> _Grads:
-        grads = _differentiate_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
-        if not batch:
-            return grads
-        loss, table_VD = jax.lax.psum((grads.loss, grads.table), batch)
-        return grads._replace(loss=loss, table=table_VD)
-
-    vocab = rules.auto_axes("vocab")
-    specs = _Grads(P(), P(batch or None), P(vocab or None), P(batch or None))
-    grads = _in_blocks(block, specs, rules)(x_BTD, table_VD, targets_BT, weights_BT)
+    grads = _differentiate_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
     return grads.loss, (grads, x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _project_backward(_: ShardingRules, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _project_backward(_: tuple[str, ...], saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     grads, x_BTD, table_VD, targets_BT, weights_BT = saved
     return (
         _return_to(x_BTD, grads.x * grad.astype(x_BTD.dtype)),
@@ -130,7 +112,7 @@ _project.defvjp(_project_forward, _project_backward)
 def _sum_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
 ) -> jax.Array:
-    """Compute the loss of a block whose axes are all manual, chunk by chunk: x[B, T, D], table[V, D] -> []."""
+    """Compute the loss chunk by chunk: x[B, T, D], table[V@axes, D] -> []."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -145,7 +127,7 @@ def _sum_chunks(
 def _differentiate_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
 ) -> _Grads:
-    """Compute the loss of a block whose axes are all manual, and its gradients; the table's in float32."""
+    """Compute the loss chunk by chunk, and its gradients; the table's in float32."""
     cast_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -171,30 +153,13 @@ def _differentiate_chunks(
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
-    # One sum after the loop, in float32: XLA's CPU backend aborts on bfloat16 sums over manual axes.
+    # One sum after the loop, in the compute dtype, as every other gradient of an activation.
     over = tuple(axis for axis in axes if axis not in varying_axes(x_BTD))
-    grad_BTD = jax.lax.psum(grad_BTD, over) if over else grad_BTD
-    return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
+    return _Grads(loss, sum_activations(grad_BTD.astype(x_BTD.dtype), over), grad_VD, loss_BT)
 
 
 def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
-
-
-def _in_blocks(block: Any, out_specs: Any, rules: ShardingRules) -> Any:
-    """Return the function with the axes of batch and vocabulary manual, so that sums run once and not once a chunk."""
-    batch, vocab = rules.auto_axes("batch"), rules.auto_axes("vocab")
-    if not batch and not vocab:
-        return block
-    tokens = P(batch or None)
-    in_specs = (tokens, P(vocab or None), tokens, tokens)
-    return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, axis_names={*batch, *vocab})
-
-
-def _vocab_axes(rules: ShardingRules) -> tuple[str, ...]:
-    """Return the axes that split the vocabulary inside a block, the outermost first."""
-    own = {*rules.auto_axes("vocab"), *rules.manual_axes("vocab")}
-    return tuple(axis for axis in rules.axes("vocab") if axis in own)
 
 
 def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, Any]:

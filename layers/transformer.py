@@ -15,7 +15,7 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
 from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
-from .collectives import mark_varying
+from .collectives import enter_split
 from .config import ModelConfig
 from .embedding import Embedding
 from .norms import apply_norm, make_norm
@@ -40,10 +40,10 @@ class Head(nnx.Module):
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
         """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor].
 
-        Where an axis of the vocabulary is manual the tables are this device's rows, and so are the logits.
+        Inside `shard_map` the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD = mark_varying(apply_norm(self.norm, x_BTD), self.rules.manual_axes("vocab"))
+        x_BTD, table_VD = enter_split(apply_norm(self.norm, x_BTD), table_VD, self.rules.axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from ..layers import NewTokens
-from ..pipeline.executor.buffers import vary_among_devices as vary
 from .sampling import SamplingSettings, finish_reasons
-from .stage import Stage, rows_of
+from .stage import Stage, rows_of, vary
 from .state import ServeState, Sizes
 
 NOTHING = -1

@@ -14,10 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import KVCache, NewTokens
 from ..pipeline.executor.buffers import read
-from ..pipeline.executor.buffers import vary_among_devices as vary
 from .decode import NOTHING
 from .sampling import SamplingSettings, finish_reasons
-from .stage import Stage, rows_of
+from .stage import Stage, rows_of, vary
 from .state import ServeState, Sizes
 
 

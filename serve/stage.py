@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..layers.collectives import enter, manual_axes
 from ..meshes import DEFAULT_RULES
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
-from ..pipeline.executor.buffers import vary_among_devices as vary
 from .params import layers_of_stages, served_config
 from .sampling import SamplingSettings, choose
 
@@ -91,7 +91,7 @@ class Stage:
         """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        axes = DEFAULT_RULES.manual_axes("vocab")
+        axes = manual_axes(DEFAULT_RULES.axes("vocab"))
         return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
@@ -117,6 +117,11 @@ def block_specs(shapes: Any, mesh: Mesh) -> Any:
         return kept if len(kept) > 1 else kept[0] if kept else None
 
     return jax.tree.map(lambda leaf: PartitionSpec(*map(keep, leaf.sharding.spec)), shapes)
+
+
+def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
+    """Return x marked as varying over those of the axes that have more than one device."""
+    return enter(x, axes)
 
 
 rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)

@@ -8,6 +8,7 @@ Read `checks/arguments.py` next.
 """
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +18,6 @@ from ...meshes import ScheduleError, ShardingError
 from ...meshes.divisibility import check_divides
 from ..model.stage import StageFns
 from ..model.trees import check_arrays, spread_specs
-
-_SPLIT, _WHOLE = P(None, "data"), P()
 
 
 def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards: int) -> None:
@@ -34,37 +33,45 @@ def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards:
     for name, leaf in leaves.items():
         _check_microbatches(name, leaf.shape, num_microbatches)
     specs = dict(zip(leaves, jax.tree.leaves(batch_specs(fns, batch)), strict=True))
-    split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _SPLIT}
-    _check_sizes(split, num_shards)
+    split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _split(fns)}
+    over = " x ".join(fns.axes.batch)
+    _check_sizes(split, num_shards, over=over)
     if not split and num_shards > 1:
         raise ShardingError(
-            f"no leaf of the batch is split over data={num_shards}: every shard would add the same loss once more.",
-            fix=f"give leaves [{num_microbatches}, batch, ...], or use a mesh with data=1.",
+            f"no leaf of the batch is split over {over}={num_shards}: every shard would add the same loss once more.",
+            fix=f"give leaves [{num_microbatches}, batch, ...], or use a mesh with {over}=1.",
         )
 
 
 def batch_specs(fns: StageFns, batch: Any) -> Any:
     """Return a spec for every leaf of a batch: P(None, "data") for split over B, P() for whole on every data shard.
 
+    "data" stands for the mesh's batch axes, `fns.axes.batch`.
+
     Raises:
         ShardingError: `fns.batch_specs` is not a prefix of the batch's tree, or splits another dimension.
     """
     if fns.batch_specs is None:
-        return jax.tree.map(lambda leaf: _SPLIT if leaf.ndim > 1 else _WHOLE, batch)
+        return jax.tree.map(lambda leaf: _split(fns) if leaf.ndim > 1 else P(), batch)
     specs = spread_specs("batch_specs", fns.batch_specs, batch, of="batch")
-    return jax.tree.map_with_path(_read_spec, specs, batch)
+    return jax.tree.map_with_path(partial(_read_spec, _split(fns)), specs, batch)
 
 
-def _read_spec(path: Any, spec: P, leaf: Any) -> P:
+def _split(fns: StageFns) -> P:
+    """Return the spec of a leaf that is split over its second dimension."""
+    return P(None, fns.axes.batch if len(fns.axes.batch) > 1 else fns.axes.batch[0])
+
+
+def _read_spec(split: P, path: Any, spec: P, leaf: Any) -> P:
     entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec]
     # Trailing None mean nothing in a spec: P(None, "data", None) is P(None, "data").
     while entries and entries[-1] is None:
         entries.pop()
-    if P(*entries) not in (_SPLIT, _WHOLE) or len(entries) > leaf.ndim:
+    if P(*entries) not in (split, P()) or len(entries) > leaf.ndim:
         raise ShardingError(
             f"batch_specs{jax.tree_util.keystr(path)} is {spec} for a leaf of shape {leaf.shape}: a leaf is "
             "[microbatches, batch, ...] and split over its second dimension, or whole on every data shard.",
-            fix='write P(None, "data") or P().',
+            fix=f"write {split} or P().",
         )
     return P(*entries)
 
@@ -88,7 +95,7 @@ def _check_microbatches(name: str, shape: tuple[int, ...], num_microbatches: int
     )
 
 
-def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, over: str) -> None:
     if not shapes:
         return
     # The size that most leaves have is taken for the batch, so that the error names the odd one out.
@@ -105,4 +112,4 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int) -> None:
     fix = f"use a microbatch size that is a multiple of {num_shards}."
     if not size:
         raise ShardingError(f"{like} has no sequences: its shape is {shapes[like]}.", fix=fix)
-    check_divides(f"{like}: microbatch size", size, over="data", parts=num_shards, error=ShardingError, fix=fix)
+    check_divides(f"{like}: microbatch size", size, over=over, parts=num_shards, error=ShardingError, fix=fix)

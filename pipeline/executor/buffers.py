@@ -4,27 +4,23 @@ Inside `shard_map` with `check_vma=True` every array has a type that says over w
 carry of a loop must keep that type, so buffers and sums are marked as varying before the loop starts.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 
-def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as varying over the manual axes among `axes`; unmarked if they hold a single device in all.
-
-    An axis of size 1 beside a larger one is marked too, so that functions may name it. If all manual axes have size 1,
-    XLA compiles no sum over them ("IsManualSubgroup"), so nothing is marked.
-    """
-    sizes = _manual_sizes(axes=("pipe", "data"))
-    return _mark(x, [axis for axis in sizes if axis in axes] if max(sizes.values(), default=1) > 1 else [])
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """Return x marked as varying over `axes`, along which its value is the same so far."""
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_among_devices(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as varying over the manual axes among `axes` that have more than one device."""
-    return _mark(x, [axis for axis, size in _manual_sizes(axes=axes).items() if size > 1])
+def vary_like(x: jax.Array, other: Any) -> jax.Array:
+    """Return x marked as varying over the axes over which another array varies, besides its own."""
+    return vary(x, sorted(jax.typeof(other).mat.varying))
 
 
 def type_of(v: Any) -> jax.ShapeDtypeStruct:
@@ -35,25 +31,14 @@ def type_of(v: Any) -> jax.ShapeDtypeStruct:
 def empty_buffer(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
     """Return a buffer [*slots, ...] for arrays of a type, varying over the same axes as they do."""
     differs: Any = kept.manual_axis_type
-    return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), tuple(differs.varying))
-
-
-def _manual_sizes(*, axes: tuple[str, ...]) -> dict[str, int]:
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Manual and axis in axes}
-
-
-def _mark(x: jax.Array, axes: list[str]) -> jax.Array:
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), sorted(differs.varying))
 
 
 def zeros_for(param: jax.Array) -> jax.Array | None:
     """Return zeros in float32 to sum the gradients of a parameter in, varying over its axes; None for integers."""
     if not jnp.issubdtype(param.dtype, jnp.inexact):
         return None
-    return vary(jnp.zeros(param.shape, jnp.float32), tuple(jax.typeof(param).mat.varying))
+    return vary(jnp.zeros(param.shape, jnp.float32), sorted(jax.typeof(param).mat.varying))
 
 
 def read(tree: Any, *place: jax.Array | int) -> Any:

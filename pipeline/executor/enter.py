@@ -19,7 +19,7 @@ import jax
 
 from ..model.stage import StageFns
 from .backward.traced_vjp import pull_back
-from .buffers import add, read, vary
+from .buffers import add, read, vary_like
 from .loop_state import LoopState, broadcast_slot, put
 from .tables import NONE, Turns
 
@@ -43,7 +43,7 @@ class EnterAlone:
 
         @jax.named_scope("first")
         def first() -> jax.Array:
-            return vary(self.fns.first(self.shared, microbatch))
+            return self.fns.first(self.shared, microbatch)
 
         slot = turn.activations.read
         return jax.lax.cond(slot == NONE, first, lambda: read(state.activations, slot))
@@ -54,7 +54,7 @@ class EnterAlone:
         @jax.named_scope("first_back")
         def through_first(sums: Any) -> Any:
             # `first` runs again: it is cheap, and keeping its residuals would take a buffer more.
-            grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
+            grads = pull_back(self.fns.first, self.shared, microbatch, dx)
             return add(sums, grads)
 
         slot = turn.gradients.write
@@ -87,7 +87,8 @@ class EnterTogether:
         @jax.named_scope("first")
         def first(state: LoopState) -> LoopState:
             x = self.fns.first(self.shared, read(self.batch, turn.ends.first))
-            return replace(state, activations=put(state.activations, vary(x), turn.activations.first))
+            x = vary_like(x, state.activations)
+            return replace(state, activations=put(state.activations, x, turn.activations.first))
 
         return jax.lax.cond(turn.ends.first == NONE, lambda state: state, first, state)
 
@@ -109,6 +110,6 @@ class EnterTogether:
     def _add_first_grads(self, state: LoopState, *, turn: Turns) -> LoopState:
         microbatch = read(self.batch, turn.ends.first_back)
         # dx is on the rank of the first stage alone, and every rank needs it for its own rows of the table.
-        dx = broadcast_slot(state.gradients, turn.gradients.first_back)
+        dx = broadcast_slot(state.gradients, turn.gradients.first_back, pipe=self.fns.axes.pipe)
         grads = pull_back(self.fns.first, self.shared, microbatch, dx)
         return replace(state, shared_grads=add(state.shared_grads, grads))

@@ -1,6 +1,6 @@
 """The executor: one `lax.scan` over the turns of any schedule, inside one jitted program.
 
-The mesh axes `pipe` and `data` are manual, `tensor` is left to the compiler. In each turn a rank reads its row of the
+Every mesh axis is manual (see `region.py`). In each turn a rank reads its row of the
 tables and runs a forward, a backward, half of a backward, or nothing; at the end of a tick activations move to the next
 rank and gradients to the one before:
 
@@ -35,15 +35,22 @@ from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables, Tr
 
 
 def run_turns(
-    fns: StageFns, params: PipelineParams, batch: Any, *, tables: Tables, bubbles: Bubbles, wants: Wants
+    fns: StageFns,
+    params: PipelineParams,
+    batch: Any,
+    *,
+    tables: Tables,
+    bubbles: Bubbles,
+    wants: Wants,
+    axes: tuple[str, ...],
 ) -> tuple[jax.Array, PipelineParams | None]:
-    """Return this device's share of the loss and its gradients; for use inside `shard_map` over pipe and data.
+    """Return this device's share of the loss and its gradients; for use inside `shard_map`.
 
     params.stages[C, k, ...] of this rank, params.shared whole or this rank's part; batch leaves [M, b, ...] -> loss[]
     {U:(pipe, data)}, gradients {U:data} for stages, {U:data} for a shared part and {U:(pipe, data)} for shared wholes.
     Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one.
     """
-    plan = plan_loop(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants)
+    plan = plan_loop(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants, axes=axes)
     # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
     turns = jax.tree.map(jnp.asarray, tables.turns)
     state, _ = jax.lax.scan(partial(_run_turn, plan), plan.start_state(tables), turns)
@@ -55,7 +62,7 @@ def run_turns(
 def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
     # All ranks run this one program; what differs between them is only the entries of the tables.
-    turn = turns.at_rank(jax.lax.axis_index("pipe"))
+    turn = turns.at_rank(jax.lax.axis_index(plan.fns.axes.pipe))
     state = plan.enter.run_first(state, turn)
     state = _run_action(plan, state, turn)
     state = plan.leave.run_last(state, turn)
@@ -146,7 +153,8 @@ def _keep(state: LoopState, _turn: Turns) -> LoopState:
 @jax.named_scope("exchange")
 def _exchange(plan: LoopPlan, buffer: jax.Array, transfer: Transfer, *, step: int) -> jax.Array:
     """Return the buffer [slots, b, ...] after sending by `step` ranks, in turns where any rank sends."""
-    num_ranks = jax.lax.axis_size("pipe")
+    pipe = plan.fns.axes.pipe
+    num_ranks = jax.lax.axis_size(pipe)
     # A line unless a rank has several chunks: the link from the last rank to the first would carry nothing.
     is_ring = plan.num_chunks > 1
     ends = [(rank, rank + step) for rank in range(num_ranks)]
@@ -156,8 +164,8 @@ def _exchange(plan: LoopPlan, buffer: jax.Array, transfer: Transfer, *, step: in
     def exchange(slots: jax.Array) -> jax.Array:
         value = read(slots, jnp.maximum(transfer.send, 0))
         if plan.bubbles == "nan":
-            value = jnp.where(transfer.send == NONE, plan.fill(value.shape, value.dtype), value)
-        arrived = jax.lax.ppermute(value, "pipe", links)
+            value = jnp.where(transfer.send == NONE, plan.fill(plan.x), value)
+        arrived = jax.lax.ppermute(value, pipe, links)
         return jax.lax.cond(transfer.receive == NONE, lambda b: b, lambda b: write(b, arrived, transfer.receive), slots)
 
     return jax.lax.cond(transfer.is_active == 1, exchange, lambda slots: slots, buffer)

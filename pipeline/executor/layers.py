@@ -18,7 +18,7 @@ import jax
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
-from .buffers import add, read, vary, write
+from .buffers import add, read, vary_like, write
 
 Index = jax.Array | int
 
@@ -49,7 +49,7 @@ def run_layers(
     """Return the output of all layers, x[b, ...] -> y[b, ...], and keep nothing."""
 
     def body(index: jax.Array, x: jax.Array) -> jax.Array:
-        return vary(layer(stack.params(index), x, microbatch))
+        return layer(stack.params(index), x, microbatch)
 
     return stack.loop(body, x)
 
@@ -65,7 +65,7 @@ def forward_layers(
         # With a split backward there are more buffers, which only the input gradient writes.
         kept = zip(buffers, residuals, strict=False)
         written = [write(buffer, leaf, slot, index) for buffer, leaf in kept]
-        return vary(y), [*written, *buffers[len(residuals) :]]
+        return y, [*written, *buffers[len(residuals) :]]
 
     return stack.loop(body, (x, buffers))
 
@@ -90,7 +90,7 @@ def backward_layers(
         index = stack.count - 1 - turn
         residuals = [read(buffer, slot, index) for buffer in buffers]
         d_params, dx = vjp.backward(stack.params(index), residuals, microbatch, dy)
-        return vary(dx), add(sums, d_params, (stack.chunk, index))
+        return vary_like(dx, dy), add(sums, d_params, (stack.chunk, index))
 
     return stack.loop(body, (dy, sums))
 
@@ -111,7 +111,7 @@ def input_grad_layers(
             buffer if new is before else write(buffer, new, slot, index)
             for buffer, new, before in zip(buffers, kept, old, strict=True)
         ]
-        return vary(dx), buffers
+        return vary_like(dx, dy), buffers
 
     return stack.loop(body, (dy, buffers))
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..model.stage import StageFns
-from .buffers import add, read, vary, write
+from .buffers import add, read, vary_like, write
 from .loop_state import LoopState, Wants, broadcast_slot, put
 from .tables import NONE, Turns
 
@@ -45,7 +45,7 @@ class LeaveAlone:
 
     @jax.named_scope("last")
     def _add_loss(self, y: jax.Array, microbatch: Any, state: LoopState) -> LoopState:
-        return replace(state, loss=state.loss + vary(self.fns.last(self.shared, y, microbatch)))
+        return replace(state, loss=state.loss + self.fns.last(self.shared, y, microbatch))
 
     @jax.named_scope("last")
     def _add_loss_and_grads(self, y: jax.Array, microbatch: Any, turn: Turns, state: LoopState) -> LoopState:
@@ -53,7 +53,7 @@ class LeaveAlone:
         return replace(
             state,
             loss=state.loss + loss,
-            gradients=write(state.gradients, vary(dy), turn.gradients.loss),
+            gradients=write(state.gradients, vary_like(dy, state.gradients), turn.gradients.loss),
             shared_grads=add(state.shared_grads, d_shared),
         )
 
@@ -62,8 +62,8 @@ class LeaveAlone:
 class LeaveTogether:
     """Run `last` on all ranks at once, in a step of its own after the actions of a turn.
 
-    It costs two all-reduces of one activation over `pipe` a microbatch, in float32: of y, and of dy inside the gradient
-    of `last`. These synchronize the ranks; in schedules built with vocab="split" all actions of such a turn are of one
+    It costs two all-reduces of one activation over `pipe` a microbatch: of y, and of dy inside the gradient of
+    `last`. These synchronize the ranks; in schedules built with vocab="split" all actions of such a turn are of one
     kind, so no rank waits for a longer action.
 
     shared, batch: as in `EnterTogether`.
@@ -87,15 +87,15 @@ class LeaveTogether:
         microbatch = read(self.batch, turn.ends.last)
         # Every rank computes the same loss; it is counted on the last stage's alone.
         is_counted = turn.activations.last != NONE
-        y = broadcast_slot(state.activations, turn.activations.last)
+        y = broadcast_slot(state.activations, turn.activations.last, pipe=self.fns.axes.pipe)
         if self.wants == "loss":
-            loss = vary(self.fns.last(self.shared, y, microbatch))
+            loss = vary_like(self.fns.last(self.shared, y, microbatch), state.loss)
             return replace(state, loss=state.loss + jnp.where(is_counted, loss, 0))
         loss, (d_shared, dy) = _loss_and_grads(self.fns, self.shared, y, microbatch)
         return replace(
             state,
-            loss=state.loss + jnp.where(is_counted, vary(loss), 0),
-            gradients=put(state.gradients, vary(dy), turn.gradients.loss),
+            loss=state.loss + jnp.where(is_counted, vary_like(loss, state.loss), 0),
+            gradients=put(state.gradients, vary_like(dy, state.gradients), turn.gradients.loss),
             shared_grads=add(state.shared_grads, d_shared),
         )
 

@@ -40,6 +40,7 @@ class LoopPlan:
     vjp: forward and backward of a layer; None where only the loss is wanted.
     halves: the backward in two, for tables with such actions.
     kept: types of the residuals of one layer and microbatch, with what the first half of a backward adds.
+    axes: mesh axes along which activations differ, pipe and batch; none of size 1.
     """
 
     fns: StageFns
@@ -54,19 +55,20 @@ class LoopPlan:
     kept: list[jax.ShapeDtypeStruct]
     wants: Wants
     bubbles: Bubbles
+    axes: tuple[str, ...]
 
     def start_state(self, tables: Tables) -> LoopState:
         """Return the state before the first turn: unused buffers, sums of zero."""
-        loss = vary(jnp.zeros((), jnp.float32))
-        activations = self.fill((tables.num_activation_slots, *self.x.shape), self.x.dtype)
+        loss = vary(jnp.zeros((), jnp.float32), self.axes)
+        activations = self.fill(self.x, tables.num_activation_slots)
         if self.wants == "loss":
             return LoopState(loss=loss, activations=activations)
         lead = tables.num_residual_slots, self.num_layers
         return LoopState(
             loss=loss,
             activations=activations,
-            gradients=self.fill((tables.num_gradient_slots, *self.x.shape), self.x.dtype),
-            residuals=[empty_buffer(leaf, *lead, fill=_filling(self.bubbles, leaf.dtype)) for leaf in self.kept],
+            gradients=self.fill(self.x, tables.num_gradient_slots),
+            residuals=[self.fill(leaf, *lead) for leaf in self.kept],
             stage_grads=jax.tree.map(zeros_for, self.params.stages),
             shared_grads=jax.tree.map(zeros_for, self.params.shared),
         )
@@ -76,9 +78,9 @@ class LoopPlan:
         chunk = turn.compute.chunk
         return LayerStack(stages=self.stages, chunk=chunk, count=self._count_layers(chunk), unroll=self.fns.unroll)
 
-    def fill(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Return a buffer as it is before use: zeros, or NaN to prove that it is not read."""
-        return vary(jnp.full(shape, _filling(self.bubbles, dtype), dtype))
+    def fill(self, kind: jax.ShapeDtypeStruct, *slots: int) -> jax.Array:
+        """Return a buffer [*slots, ...] as it is before use: zeros, or NaN to prove that it is not read."""
+        return empty_buffer(kind, *slots, fill=_filling(self.bubbles, kind.dtype))
 
     @property
     def num_chunks(self) -> int:
@@ -96,27 +98,36 @@ class LoopPlan:
         counts = self.fns.layers_per_stage
         if counts is None or len(set(counts)) == 1:
             return self.num_layers
-        return jnp.asarray(counts)[chunk * jax.lax.axis_size("pipe") + jax.lax.axis_index("pipe")]
+        pipe = self.fns.axes.pipe
+        return jnp.asarray(counts)[chunk * jax.lax.axis_size(pipe) + jax.lax.axis_index(pipe)]
 
 
 def plan_loop(
-    fns: StageFns, params: PipelineParams, batch: Any, *, tables: Tables, bubbles: Bubbles, wants: Wants
+    fns: StageFns,
+    params: PipelineParams,
+    batch: Any,
+    *,
+    tables: Tables,
+    bubbles: Bubbles,
+    wants: Wants,
+    axes: tuple[str, ...],
 ) -> LoopPlan:
-    """Return the plan of one rank's loop; for use inside `shard_map` over pipe and data.
+    """Return the plan of one rank's loop; for use inside `shard_map`.
 
     params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
+    `axes` are those of pipe and batch that have more than one device.
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see EnterTogether.
-    axes = ("pipe", "data") if fns.shared_specs is None else ("data",)
-    shared, end_batch = jax.tree.map(lambda leaf: vary(leaf, axes), (params.shared, batch))
-    own, batch = jax.tree.map(vary, (params.stages, batch))
+    end_axes = tuple(axis for axis in axes if axis != fns.axes.pipe) if fns.ends_together else axes
+    shared, end_batch = jax.tree.map(lambda leaf: vary(leaf, end_axes), (params.shared, batch))
+    own, batch = jax.tree.map(lambda leaf: vary(leaf, axes), (params.stages, batch))
     stages = prepare_layers(fns, own)
-    x = jax.eval_shape(lambda: fns.first(shared, read(end_batch, 0)))
+    x = jax.eval_shape(lambda: vary(fns.first(shared, read(end_batch, 0)), axes))
     # One layer stands for all: they have the same types, and a residual of each gets a place of its own in the buffers.
     vjp, halves, kept = None, None, []
     if wants == "grads":
         layer, microbatch = read(stages, 0, 0), read(batch, 0)
-        example = vary(jnp.zeros(x.shape, x.dtype))
+        example = empty_buffer(x)
         vjp = plan_layer(fns.layer, layer, example, microbatch, prepare=fns.prepare, unprepared=read(own, 0, 0))
         kept = vjp.kept
         if tables.has_halves:
@@ -136,6 +147,7 @@ def plan_loop(
         kept=kept,
         wants=wants,
         bubbles=bubbles,
+        axes=axes,
     )
 
 
@@ -143,7 +155,7 @@ def _choose_ends(
     fns: StageFns, shared: Any, batch: Any, wants: Wants
 ) -> tuple[EnterAlone | EnterTogether, LeaveAlone | LeaveTogether]:
     """Return who runs `first` and who runs `last`: the end stages alone, or all ranks together."""
-    if fns.shared_specs is None:
+    if not fns.ends_together:
         return EnterAlone(fns=fns, shared=shared), LeaveAlone(fns=fns, shared=shared, wants=wants)
     together = EnterTogether(fns=fns, shared=shared, batch=batch)
     return together, LeaveTogether(fns=fns, shared=shared, batch=batch, wants=wants)

@@ -12,21 +12,19 @@ import jax
 
 from ...meshes import ScheduleError
 from ..model.stage import StageFns
-from .buffers import vary
+from .buffers import empty_buffer, vary
 
 
 def prepare_layers(fns: StageFns, stages: Any) -> Any:
     """Return the prepared parameters of one rank's layers, leaves [C, k, ...] -> [C, k, ...]."""
-    if fns.prepare is None:
-        return stages
-    # Results that do not depend on the parameters are marked as varying too, as their gradients will be.
-    return jax.tree.map(vary, jax.vmap(jax.vmap(fns.prepare))(stages))
+    return stages if fns.prepare is None else jax.vmap(jax.vmap(fns.prepare))(stages)
 
 
-def check_prepare(fns: StageFns, stages: Any) -> None:
+def check_prepare(fns: StageFns, stages: Any, axes: tuple[str, ...]) -> None:
     """Raise unless `fns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
 
-    Leaves of stages are [C, k, ...]; nothing is computed. An error of `prepare` itself is passed on.
+    Leaves of stages are [C, k, ...] and differ along `axes`; nothing is computed. An error of `prepare` itself is
+    passed on.
 
     Raises:
         ScheduleError: it is not linear, or a parameter is an integer array.
@@ -41,11 +39,11 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
                 "back through its transpose, and integers have none.",
                 fix="leave prepare out, or give the layer its integers by the batch.",
             )
-    made = jax.eval_shape(lambda: prepare(_one_layer(stages)))
+    one_layer = jax.tree.map(lambda leaf: vary(leaf[0, 0], axes), stages)
+    made = jax.eval_shape(prepare, one_layer)
 
     def back() -> Any:
-        zeros = jax.tree.map(lambda leaf: vary(jax.numpy.zeros(leaf.shape, leaf.dtype)), made)
-        return transpose(prepare, _one_layer(stages))(zeros)
+        return transpose(prepare, one_layer)(jax.tree.map(empty_buffer, made))
 
     try:
         jax.eval_shape(back)
@@ -59,14 +57,6 @@ def check_prepare(fns: StageFns, stages: Any) -> None:
 
 def transpose(prepare: Any, own: Any) -> Any:
     """Return a function from gradients of one layer's prepared parameters to gradients of its parameters."""
-
-    def make(own: Any) -> Any:
-        return jax.tree.map(vary, prepare(own))
-
     # For a linear function the transpose is the whole backward, and it needs no residuals: nothing is kept for it.
-    back = jax.linear_transpose(make, own)
+    back = jax.linear_transpose(prepare, own)
     return lambda grads: back(grads)[0]
-
-
-def _one_layer(stages: Any) -> Any:
-    return jax.tree.map(lambda leaf: vary(leaf[0, 0]), stages)

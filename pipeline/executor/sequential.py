@@ -16,24 +16,24 @@ import jax.numpy as jnp
 from ..model.stage import PipelineParams, StageFns
 from .backward.residuals import LayerVjp, plan_layer
 from .backward.traced_vjp import pull_back
-from .buffers import add, empty_buffer, fill_integers, read, vary, zeros_for
+from .buffers import add, empty_buffer, fill_integers, read, vary, vary_like, zeros_for
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
 from .loop_state import Wants
 from .prepare import prepare_layers
 
 
 def run_sequence(
-    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Wants
+    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Wants, axes: tuple[str, ...]
 ) -> tuple[jax.Array, PipelineParams | None]:
-    """Return this device's share of the loss and its gradients; for use inside `shard_map` over data.
+    """Return this device's share of the loss and its gradients; for use inside `shard_map`.
 
     params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[]
-    {U:data}, gradients {U:data}.
+    {U:data}, gradients {U:data}. `axes` are those of the batch that have more than one device.
     """
-    params, batch = jax.tree.map(vary, (params, batch))
+    params, batch = jax.tree.map(lambda leaf: vary(leaf, axes), (params, batch))
     model = _cut_chunks(fns, params)
     # Marked as varying before the scan: a carry must keep its type, and every result of a microbatch varies over data.
-    loss = vary(jnp.zeros((), jnp.float32))
+    loss = vary(jnp.zeros((), jnp.float32), axes)
     if wants == "loss":
         return jax.lax.scan(model.add_loss, loss, batch)[0], None
     # Any microbatch will do: only its types matter.
@@ -69,7 +69,7 @@ class _WholeModel:
         return plan_layer(
             self.fns.layer,
             self.chunks[0].params(jnp.int32(0)),
-            vary(jnp.zeros(x.shape, x.dtype)),
+            empty_buffer(x),
             microbatch,
             prepare=self.fns.prepare,
             unprepared=read(stages, 0, 0),
@@ -83,23 +83,23 @@ class _WholeModel:
 
     def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
         """Run one microbatch forward, and add its loss."""
-        x = vary(self.fns.first(self.shared, microbatch))
+        x = self.fns.first(self.shared, microbatch)
         for chunk in self.chunks:
             x = run_layers(chunk, self.fns.layer, x, microbatch)
-        return loss + vary(self.fns.last(self.shared, x, microbatch)), None
+        return loss + self.fns.last(self.shared, x, microbatch), None
 
     def add_grads(self, vjp: LayerVjp, state: _State, microbatch: Any) -> tuple[_State, None]:
         """Run one microbatch forward and backward, and add its loss and gradients."""
-        x = vary(self.fns.first(self.shared, microbatch))
+        x = self.fns.first(self.shared, microbatch)
         x, saved = self._forward(vjp, x, state.residuals, microbatch)
         loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
             self.shared, x, microbatch
         )
-        dx, stages, residuals = self._backward(vjp, vary(dx), saved, microbatch, state.grads.stages)
-        first_grads = pull_back(lambda *args: vary(self.fns.first(*args)), self.shared, microbatch, dx)
+        dx, stages, residuals = self._backward(vjp, vary_like(dx, x), saved, microbatch, state.grads.stages)
+        first_grads = pull_back(self.fns.first, self.shared, microbatch, dx)
         shared = add(add(state.grads.shared, d_shared), first_grads)
         grads = PipelineParams(stages=stages, shared=shared)
-        return _State(loss=state.loss + vary(loss), grads=grads, residuals=residuals), None
+        return _State(loss=state.loss + loss, grads=grads, residuals=residuals), None
 
     def _forward(
         self, vjp: LayerVjp, x: jax.Array, buffers: list[jax.Array], microbatch: Any
@@ -111,8 +111,7 @@ class _WholeModel:
                 x, buffers = forward_layers(chunk, vjp, x, buffers, microbatch, slot=chunk.chunk)
                 continue
             for index in range(_static_count(chunk)):
-                y, kept = vjp.forward(chunk.params(index), x, microbatch)
-                x = vary(y)
+                x, kept = vjp.forward(chunk.params(index), x, microbatch)
                 own.append(kept)
         return x, [*buffers, *own]
 
@@ -126,8 +125,9 @@ class _WholeModel:
             for index in reversed(range(_static_count(chunk))):
                 # Residuals form a stack: the last layer of the forward is the first of the backward.
                 *saved, kept = saved
-                grads, dx = vjp.backward(chunk.params(index), kept, microbatch, dx)
-                dx, sums = vary(dx), add(sums, grads, (chunk.chunk, index))
+                dy = dx
+                grads, dx = vjp.backward(chunk.params(index), kept, microbatch, dy)
+                dx, sums = vary_like(dx, dy), add(sums, grads, (chunk.chunk, index))
         return dx, sums, saved
 
 

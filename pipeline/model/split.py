@@ -24,6 +24,7 @@ from ..schedules import Vocab
 from ..schedules.vocab import check_vocab
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
+from .trees import on_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,10 @@ def split_transformer(
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    fns = _stage_fns(model, mesh, remat, counts, _shared_specs(dims.shared, rules))
+    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
+    stage_specs = _specs(jax.tree.map(lambda own: own[3:], dims.stages, is_leaf=_is_dims), rules)
+    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
+    fns = replace(fns, stage_specs=stage_specs, shared_specs=_specs(dims.shared, rules))
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=replace(fns, unroll=unroll), params=params, shardings=shardings, init=init)
 
@@ -106,9 +110,9 @@ def _make_params(
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, ...], shared_specs: Any) -> StageFns:
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_block: tuple[Any, Any]) -> StageFns:
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
-    own, given = _graphs_of_block(model, mesh)
+    own, given = of_block
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
@@ -137,23 +141,28 @@ def _stage_fns(model: Transformer, mesh: Mesh, remat: Remat, counts: tuple[int, 
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
-        shared_specs=shared_specs,
         prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )
 
 
-def _graphs_of_block(model: Transformer, mesh: Mesh) -> tuple[Any, Any]:
-    """Return the structure of a block with parameters as stored, and with parameters as `prepare` returns them."""
+def _graphs_of_block(model: Transformer, mesh: Mesh, specs: Any) -> tuple[Any, Any]:
+    """Return the structure of a block with parameters as stored, and with parameters as `prepare` returns them.
 
-    def make(columns: Literal["apart", "joined"]) -> Block:
-        block = Block(model.config, rngs=nnx.Rngs(0), rules=model.rules)
-        if columns == "joined":
-            block.join()
-        return block
+    Joined layers know the widths of their parts, those of one device's blocks. So they are traced where they will run.
+    """
+    block = nnx.eval_shape(lambda: Block(model.config, rngs=nnx.Rngs(0), rules=model.rules))
+    own, params = nnx.split(block, nnx.Param)
+    found = []
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        apart, joined = (nnx.eval_shape(partial(make, columns)) for columns in ("apart", "joined"))
-    return nnx.split(apart)[0], nnx.split(joined)[0]
+    def region(params: Any) -> jax.Array:
+        prepared: Block = nnx.merge(own, params)
+        prepared.join()
+        found.append(nnx.split(prepared)[0])
+        return jax.numpy.zeros(())
+
+    trace = jax.shard_map(region, mesh=mesh, in_specs=(on_mesh(specs, mesh),), out_specs=PartitionSpec())
+    jax.eval_shape(trace, nnx.to_pure_dict(params))
+    return own, found[0]
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:
@@ -171,15 +180,13 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
 
 
-def _shared_specs(dims: dict[str, Any], rules: ShardingRules) -> Any:
-    """Return specs over pipe alone, for `shard_map`, or None if no table is split over pipe."""
-    if "pipe" not in rules.axes("vocab"):
-        return None
+def _specs(dims: Any, rules: ShardingRules) -> Any:
+    """Return the partition spec of every parameter."""
+    return jax.tree.map(rules.spec, dims, is_leaf=_is_dims)
 
-    def spec(own: tuple[str, ...]) -> PartitionSpec:
-        return PartitionSpec(*("pipe" if "pipe" in rules.axes(dim) else None for dim in own))
 
-    return jax.tree.map(spec, dims, is_leaf=lambda node: isinstance(node, tuple))
+def _is_dims(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def _shardings(dims: PipelineParams, shapes: PipelineParams, rules: ShardingRules, mesh: Mesh) -> PipelineParams:

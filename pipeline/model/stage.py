@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count
+from ...meshes.axes import DEFAULT_AXES, MeshAxes
+from .trees import mesh_axes_of
+
+WHOLE = P()
+"""The partition spec of an array that every device holds whole."""
 
 Unroll = Literal["off", "on"]
 """Whether the layers of a stage are written out one after another instead of looped over."""
@@ -44,9 +50,13 @@ class StageFns:
             shape alone does not tell padding from a layer.
         batch_specs: a `PartitionSpec` for every leaf of the batch (or a prefix of its tree), if leaves without a batch
             dimension have two dimensions or more: P(None, "data") for [M, B, ...], P() for whole on every data shard.
-        shared_specs: a `PartitionSpec` over `pipe` for every leaf of `shared` (or a prefix of its tree). If given, all
-            ranks run `first` and `last` together on one microbatch, each with its part of `shared`, inside `shard_map`:
-            a result that differs between ranks must be summed over "pipe" before it is returned.
+        stage_specs: a `PartitionSpec` for every parameter of one layer (or a prefix of their tree), without the leading
+            [chunks, ranks, layers]: P(None, "tensor") for a kernel split by columns. `layer` is given its device's
+            block, and sums over the axis what it makes of it (`layers.collectives`).
+        shared_specs: a `PartitionSpec` for every leaf of `shared` (or a prefix of its tree). If one names the pipe
+            axis, all ranks run `first` and `last` together on one microbatch, each with its part of `shared`: a result
+            that differs between ranks must be summed over that axis before it is returned.
+        axes: the roles of the mesh's axes, if their names are not pipe, data and tensor.
         prepare: a linear function from the parameters of one layer to those that `layer` is given, run once a step for
             all layers, for instance a cast. Gradients come back through its transpose and are summed in float32.
         unroll: "on" to write the layers of a stage out one after another, "off" to loop over them.
@@ -61,9 +71,17 @@ class StageFns:
     layers_per_stage: tuple[int, ...] | None = None
     num_layers: int | None = None
     batch_specs: Any = None
-    shared_specs: Any = None
+    stage_specs: Any = WHOLE
+    shared_specs: Any = WHOLE
+    axes: MeshAxes = DEFAULT_AXES
     prepare: Callable[[Any], Any] | None = None
     unroll: Unroll = "off"
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether all ranks run `first` and `last` together, since a leaf of `shared` is split over pipe."""
+        specs = jax.tree.leaves(self.shared_specs, is_leaf=lambda node: isinstance(node, P))
+        return any(self.axes.pipe in mesh_axes_of(spec) for spec in specs if isinstance(spec, P))
 
     def __post_init__(self) -> None:
         for name in ("first", "layer", "last", "prepare"):

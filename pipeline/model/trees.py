@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from ...meshes import ScheduleError, ShardingError
 
@@ -24,6 +24,12 @@ def check_arrays(name: str, tree: Any) -> dict[str, Any]:
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm":
             raise ScheduleError(f"{each} is an array of {leaf.dtype}, not of numbers.", fix="give numbers.")
     return leaves
+
+
+def mesh_axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """Return the mesh axes that a partition spec names, in order."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+    return tuple(axis for entry in entries for axis in entry if axis is not None)
 
 
 def spread_specs(name: str, specs: Any, tree: Any, *, of: str) -> Any:
@@ -46,3 +52,18 @@ def spread_specs(name: str, specs: Any, tree: Any, *, of: str) -> Any:
             f"{jax.tree.structure(tree)}.",
             fix=f"give a PartitionSpec for every leaf of {of}, or one for all.",
         ) from error
+
+
+def on_mesh(specs: Any, mesh: Mesh) -> Any:
+    """Return partition specs without axes that the mesh lacks or has one device of."""
+
+    def one(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(_keep_split(entry, mesh) for entry in spec))
+
+    return jax.tree.map(one, specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+def _keep_split(entry: Any, mesh: Mesh) -> Any:
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(axis for axis in axes if axis is not None and mesh.shape.get(axis, 1) > 1)
+    return kept or None

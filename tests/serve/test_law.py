@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import Head, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
-from trellax.pipeline.executor.buffers import vary_among_devices as vary
 from trellax.serve.params import stage_params, stage_shapes
-from trellax.serve.stage import Stage, block_specs
+from trellax.serve.stage import Stage, block_specs, vary
 from trellax.serve.state import empty_state
 
 from .models import logits_of, mesh_of, model_of, params_on

@@ -86,8 +86,8 @@ def is_heavy(eqn: JaxprEqn) -> bool:
 
 
 def keeps_numbers(eqn: JaxprEqn) -> bool:
-    """Return whether the result is the operand in another shape or sharding, with its elements in the same order."""
-    if eqn.primitive is primitives.sharding_constraint_p:
+    """Return whether the result is the operand in another shape, sharding or type, its elements in the same order."""
+    if eqn.primitive is primitives.sharding_constraint_p or eqn.primitive.name in ("pvary", "pcast"):
         return True
     # With `dimensions` a reshape transposes first: `jnp.ravel(x, order="F")`.
     return eqn.primitive is primitives.reshape_p and eqn.params["dimensions"] is None

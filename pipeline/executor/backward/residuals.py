@@ -76,7 +76,7 @@ class LayerVjp:
         env = traced.env(params) | {traced.grad: grad}
         env |= zip(invars[num_params + num_x : -1], jax.tree.leaves(microbatch), strict=True)
         env |= zip(self.residuals, residuals, strict=True)
-        env |= {copy: env[source].reshape(copy.aval.shape) for copy, source in self.copies.items()}
+        env |= {copy: _restore(env[source], copy) for copy, source in self.copies.items()}
         run([*self.again_eqns, *traced.backward], env)
         grads, dx = traced.results(env)
         return self.unprepare(grads), dx
@@ -99,11 +99,7 @@ def plan_layer(
         prepare: makes `params` of the parameters of one layer; gradients are those of the parameters then.
         unprepared: the parameters of one layer, where `prepare` is given.
     """
-
-    def marked(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
-        return vary(layer(params, x, microbatch))
-
-    traced = trace_vjp(marked, params, x, microbatch, x)
+    traced = trace_vjp(layer, params, x, microbatch, x)
     # A gradient may be a forward value itself, such as x, and then no backward equation reads it.
     read = read_by(traced.backward) | dict.fromkeys(v for v in traced.outs if isinstance(v, Var))
     dependent = depending_on(traced.forward, traced.x)
@@ -119,6 +115,11 @@ def plan_layer(
         again_eqns=needed(traced.forward, [v for v in read if v not in dependent]),
         unprepare=(lambda grads: grads) if prepare is None else transpose(prepare, unprepared),
     )
+
+
+def _restore(source: jax.Array, copy: Any) -> jax.Array:
+    """Return the residual `copy`, given another one with the same numbers in another shape or type."""
+    return vary(source.reshape(copy.aval.shape), sorted(copy.aval.mat.varying))
 
 
 def _find_copies(eqns: Iterable[JaxprEqn], residuals: Iterable[Any]) -> dict[Any, Any]:

@@ -3,19 +3,22 @@
 Read `functions.py` next: it checks the functions, by tracing them.
 """
 
-from typing import Any, get_args
+import math
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
-from ....meshes import AXES, MeshError, ScheduleError, ShardingError, mesh_sizes
+from ....meshes import MeshError, ScheduleError, ShardingError, suggest
 from ....meshes.arguments import check_choice, check_instance
+from ....meshes.axes import MeshAxes
 from ....meshes.divisibility import check_divides
 from ....meshes.switches import check_switches
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
-from ...model.trees import check_arrays, spread_specs
+from ...model.trees import check_arrays, mesh_axes_of, spread_specs
 from ...schedules import Schedule
 from ..batch import check_batch
 from ..loop_plan import Bubbles
@@ -34,19 +37,20 @@ def check_arguments(
     # It runs with all other switches of jax: see tests/pipeline/test_switches.py.
     check_switches("jax_disable_jit", "jax_auto_pcast", error=ScheduleError)
     _check_kinds(fns, params, mesh, schedule, bubbles)
-    _check_mesh(mesh)
-    sizes = mesh_sizes(mesh)
-    if schedule.num_ranks != sizes.pipe:
+    _check_mesh(mesh, fns.axes)
+    pipe, num_ranks = fns.axes.pipe, mesh.shape[fns.axes.pipe]
+    if schedule.num_ranks != num_ranks:
         raise ScheduleError(
-            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has pipe={sizes.pipe}.",
-            fix=f"build it with num_ranks={sizes.pipe}.",
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has {pipe}={num_ranks}.",
+            fix=f"build it with num_ranks={num_ranks}.",
         )
     _check_numbers(params)
     _check_stages(params, schedule)
     _check_counts(fns, params, schedule)
-    if fns.shared_specs is not None:
-        _check_shared(fns.shared_specs, params.shared, num_ranks=sizes.pipe)
-    check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=sizes.data)
+    _check_specs(fns, mesh, params.stages, name="stage_specs")
+    _check_specs(fns, mesh, params.shared, name="shared_specs")
+    num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
+    check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:
@@ -61,21 +65,24 @@ def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) 
     check_choice("bubbles", bubbles, get_args(Bubbles), error=ScheduleError)
 
 
-def _check_mesh(mesh: Mesh) -> None:
-    missing = [axis for axis in ("pipe", "data") if axis not in mesh.axis_names]
+def _check_mesh(mesh: Mesh, axes: MeshAxes) -> None:
+    needed = (axes.pipe, *axes.batch)
+    missing = [axis for axis in needed if axis not in mesh.axis_names]
     if missing:
         raise MeshError(
-            f"the mesh has axes {', '.join(mesh.axis_names)}, but a pipeline runs over pipe and data: "
+            f"the mesh has axes {', '.join(mesh.axis_names)}, but a pipeline runs over {' and '.join(needed)}: "
             f"{' and '.join(missing)} is missing.",
-            fix="make it with build_mesh(MeshSpec(...)); axes of size 1 cost nothing.",
+            fix="make it with build_mesh(MeshSpec(...)), where axes of size 1 cost nothing, or say what your axes are "
+            'for: StageFns(axes=MeshAxes.of(pp="pipe", dp="batch")).',
         )
-    others = [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]
+    others = [axis for axis, size in mesh.shape.items() if axis not in axes.names and size > 1]
     if others:
-        # shard_map would repeat all work along such an axis, and its transpose would sum the copies of a gradient.
+        # All work would be repeated along such an axis.
         sizes = " ".join(f"{axis}={mesh.shape[axis]}" for axis in others)
         raise MeshError(
-            f"the mesh has {sizes}, but a pipeline runs over pipe, data and tensor alone.",
-            fix="call what splits the batch data: build_mesh(MeshSpec(data=...)).",
+            f"the mesh has {sizes}, but the axes with a role are {', '.join(axes.names)}."
+            f"{suggest(others[0], axes.names)}",
+            fix=f'say what it is for: StageFns(axes=MeshAxes.of(..., {others[0]}="batch")).',
         )
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise MeshError(
@@ -160,28 +167,40 @@ def _check_counts(fns: StageFns, params: PipelineParams, schedule: Schedule) -> 
         check_layers(fns.num_layers, num_ranks=ranks, num_chunks=chunks, layers_per_stage=counts)
 
 
-def _check_shared(specs: Any, shared: Any, *, num_ranks: int) -> None:
-    leaves = check_arrays("params.shared", shared)
-    own = jax.tree.leaves(spread_specs("shared_specs", specs, shared, of="params.shared"))
-    for (name, leaf), spec in zip(leaves.items(), own, strict=True):
-        axes = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-        if any(axis not in (None, "pipe") for entry in axes for axis in entry):
+def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_specs", "shared_specs"]) -> None:
+    """Raise unless specs fit the leaves of a tree, and split them evenly over axes that parameters may be split over.
+
+    Specs of stages are those of one layer: they leave out [chunks, ranks, layers], the first three dimensions.
+    """
+    of, lead = ("params.stages", 3) if name == "stage_specs" else ("params.shared", 0)
+    own = (fns.axes.pipe,) if lead else ()
+    allowed = [axis for axis in fns.axes.names if axis not in (*fns.axes.batch, *own)]
+    leaves = check_arrays(of, tree)
+    specs = spread_specs(name, getattr(fns, name), tree, of=of)
+    for (leaf_name, leaf), spec in zip(leaves.items(), jax.tree.leaves(specs, is_leaf=_is_spec), strict=True):
+        if not set(mesh_axes_of(spec)) <= set(allowed):
             raise ShardingError(
-                f"shared_specs of {name} is {spec}: it says what lies on each rank, so it names pipe alone.",
-                fix='leave other axes to the array\'s own sharding, which the compiler keeps: write P("pipe").',
+                f"{name} of {leaf_name} is {spec}; it may name {' and '.join(allowed)}"
+                f"{', since stages are split over pipe anyhow' if lead else ''}.",
+                fix='name one of these, P(None, "tensor") say, or P() for whole.',
             )
-        if len(axes) > leaf.ndim:
+        if len(spec) > leaf.ndim - lead:
             raise ShardingError(
-                f"shared_specs of {name} is {spec}, but its shape is {leaf.shape}.",
+                f"{name} of {leaf_name} is {spec}, but its shape is {leaf.shape}"
+                f"{', of which the first three are chunks, ranks and layers' if lead else ''}.",
                 fix="name no more dimensions than it has.",
             )
-        for dim, entry in enumerate(axes):
-            if entry == ("pipe",):
-                check_divides(
-                    f"{name}.shape[{dim}]",
-                    leaf.shape[dim],
-                    over="pipe",
-                    parts=num_ranks,
-                    error=ShardingError,
-                    fix=f"pad it to a multiple of {num_ranks}.",
-                )
+        for dim, entry in enumerate(spec, start=lead):
+            parts = math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes_of(P(entry)))
+            check_divides(
+                f"{leaf_name}.shape[{dim}]",
+                leaf.shape[dim],
+                over=" x ".join(mesh_axes_of(P(entry))),
+                parts=parts,
+                error=ShardingError,
+                fix=f"pad it to a multiple of {parts}.",
+            )
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)

@@ -16,24 +16,22 @@ from jax.sharding import PartitionSpec as P
 
 from ....meshes import ScheduleError
 from ...model.stage import PipelineParams, StageFns
-from ..backward.equations import is_acting
+from ...model.trees import on_mesh
 from ..batch import batch_specs
+from ..buffers import empty_buffer
+from ..param_specs import param_specs
 from .callbacks import check_callbacks
-from .collectives import check_branches, check_collectives, named_axes
+from .collectives import check_branches, check_collectives
 from .user_errors import explain_errors
-
-_AXES = ("pipe", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FnFacts:
     """Facts about the functions of a pipeline, found by tracing.
 
-    axes: those of pipe and data that they name.
     owners: name of the function that closes over a traced array, by the array's `id`.
     """
 
-    axes: frozenset[str]
     owners: dict[int, str]
 
 
@@ -52,12 +50,9 @@ def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) 
         trace.check(fns, params, batch)
         return jnp.zeros(())
 
-    split = PipelineParams(stages=P(None, "pipe"), shared=P() if fns.shared_specs is None else fns.shared_specs)
-    specs = split, batch_specs(fns, batch)
-    jax.eval_shape(
-        jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(_AXES)), params, batch
-    )
-    return FnFacts(axes=frozenset(trace.axes), owners=trace.owners)
+    specs = param_specs(fns, params, mesh), on_mesh(batch_specs(fns, batch), mesh)
+    jax.eval_shape(jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=P()), params, batch)
+    return FnFacts(owners=trace.owners)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,33 +65,32 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Trace:
-    """Trace the functions inside `shard_map`, and collect the mesh axes and closed-over arrays that they use."""
+    """Trace the functions inside `shard_map`, and collect the arrays that they close over."""
 
     mesh: Mesh
-    axes: set[str] = field(default_factory=set)
     owners: dict[int, str] = field(default_factory=dict)
 
     def check(self, fns: StageFns, params: PipelineParams, batch: Any) -> None:
-        is_together = fns.shared_specs is not None
+        is_together, all_axes = fns.ends_together, (fns.axes.pipe, *fns.axes.batch)
         # The types that arguments have in the executor: microbatch and layers differ between all devices, the ends'
         # arguments only between data shards where all ranks run them together.
-        ends, axes = ("all ranks", ("data",)) if is_together else ("one rank", _AXES)
+        ends, axes = ("all ranks", fns.axes.batch) if is_together else ("one rank", all_axes)
         shared, end_batch = _mark((params.shared, jax.tree.map(lambda leaf: leaf[0], batch)), axes)
         first = self._trace("first", fns.first, shared, end_batch, runs_on=ends)
         _check_activation(first.value)
-        x = _like(first.value, _AXES)
-        own, microbatch = _mark((jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages), end_batch), _AXES)
+        x = _like(first.value, all_axes)
+        own, microbatch = _mark((jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages), end_batch), all_axes)
         if fns.prepare is not None:
-            own = _like(self._trace("prepare", fns.prepare, own, runs_on="one rank").value, _AXES)
+            own = _like(self._trace("prepare", fns.prepare, own, runs_on="one rank").value, all_axes)
         _check_layer(self._trace("layer", fns.layer, own, x, microbatch, runs_on="one rank").value, first.value)
         last = self._trace("last", fns.last, shared, _like(first.value, axes), end_batch, runs_on=ends)
         _check_loss(last.value)
         for name, result in (("first", first), ("last", last)):
-            if is_together and "pipe" in result.varying:
+            if is_together and fns.axes.pipe in result.varying:
                 raise ScheduleError(
                     f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it "
                     "together.",
-                    fix='sum what each rank made: jax.lax.psum(..., "pipe").',
+                    fix=f'sum what each rank made: jax.lax.psum(..., "{fns.axes.pipe}").',
                 )
 
     def _trace(
@@ -108,10 +102,6 @@ class _Trace:
         check_callbacks(name, jaxpr.jaxpr)
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
         check_branches(jaxpr.jaxpr, name=name)
-        self.axes.update(named_axes(jaxpr.jaxpr) & set(_AXES))
-        if any(map(is_acting, jaxpr.jaxpr.eqns)):
-            # jax lowers no debug.callback where axes besides tensor are left to the compiler: keep both manual.
-            self.axes.update(_AXES)
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return _Result(value=value, varying=_varying(jaxpr))
 
@@ -150,7 +140,7 @@ def _varying(jaxpr: ClosedJaxpr) -> frozenset[str]:
 
 
 def _like(tree: Any, axes: tuple[str, ...]) -> Any:
-    return _mark(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), axes)
+    return _mark(jax.tree.map(empty_buffer, tree), axes)
 
 
 def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
