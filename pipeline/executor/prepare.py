@@ -11,25 +11,24 @@ from typing import Any
 import jax
 
 from ...meshes import ScheduleError
-from ..model.stage import StageFns
 from .buffers import empty_buffer, vary
+from .functions import Functions
 
 
-def prepare_layers(fns: StageFns, stages: Any) -> Any:
+def prepare_layers(functions: Functions, stages: Any) -> Any:
     """Return the prepared parameters of one rank's layers, leaves [C, k, ...] -> [C, k, ...]."""
-    return stages if fns.prepare is None else jax.vmap(jax.vmap(fns.prepare))(stages)
+    return stages if functions.prepare is None else jax.vmap(jax.vmap(functions.prepare))(stages)
 
 
-def check_prepare(fns: StageFns, stages: Any, axes: tuple[str, ...]) -> None:
-    """Raise unless `fns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
+def check_prepare(functions: Functions, stages: Any) -> None:
+    """Raise unless `StageFns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
 
-    Leaves of stages are [C, k, ...] and differ along `axes`; nothing is computed. An error of `prepare` itself is
-    passed on.
+    Leaves of stages are [C, k, ...]; nothing is computed. An error of `prepare` itself is passed on.
 
     Raises:
         ScheduleError: it is not linear, or a parameter is an integer array.
     """
-    prepare = fns.prepare
+    prepare = functions.prepare
     if prepare is None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
@@ -39,7 +38,7 @@ def check_prepare(fns: StageFns, stages: Any, axes: tuple[str, ...]) -> None:
                 "back through its transpose, and integers have none.",
                 fix="leave prepare out, or give the layer its integers by the batch.",
             )
-    one_layer = jax.tree.map(lambda leaf: vary(leaf[0, 0], axes), stages)
+    one_layer = jax.tree.map(lambda leaf: vary(leaf[0, 0], functions.axes), stages)
     made = jax.eval_shape(prepare, one_layer)
 
     def back() -> Any:

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -118,10 +118,25 @@ class PipelineParams:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LossAndGrads:
-    """The loss of the whole batch, a replicated float32 scalar, and its gradients, sharded as the parameters."""
+    """The loss of the whole batch, a replicated float32 scalar, and its gradients, sharded as the parameters.
+
+    metrics: named sums over layers, microbatches and data, replicated float32.
+    stats: sums of what each layer returned as `LayerOut.stats`, leaves [chunks, ranks@pipe, layers, ...].
+    """
 
     loss: jax.Array
     grads: PipelineParams
+    metrics: dict[str, jax.Array] = field(default_factory=dict)
+    stats: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Aux:
+    """What a step returns beside its loss: `metrics` and `stats` as in `LossAndGrads`."""
+
+    metrics: dict[str, jax.Array]
+    stats: Any
 
 
 def check_counts(layers_per_stage: Any) -> None:

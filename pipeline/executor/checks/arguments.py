@@ -22,10 +22,11 @@ from ...model.trees import check_arrays, mesh_axes_of, spread_specs
 from ...schedules import Schedule
 from ..batch import check_batch
 from ..loop_plan import Bubbles
+from ..microbatches import Inputs
 
 
 def check_arguments(
-    fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+    fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
 ) -> None:
     """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, layers, microbatches and data shards.
 
@@ -50,7 +51,7 @@ def check_arguments(
     _check_specs(fns, mesh, params.stages, name="stage_specs")
     _check_specs(fns, mesh, params.shared, name="shared_specs")
     num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
-    check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
+    check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:
