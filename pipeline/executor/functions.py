@@ -2,10 +2,10 @@
 
     user's                                          here
     first(shared, microbatch[, info]) -> x          first(shared, given) -> x
-    layer(params, x, microbatch[, info])            layer(params, x, given) -> LayerOut
-        -> x or LayerOut
-    last(shared, x, microbatch[, info])             last(shared, x, given) -> LastOut
-        -> loss or LastOut
+    layer(params, x, microbatch[, info])            layer(params, x, given) -> Output
+        -> x or Output
+    last(shared, x, microbatch[, info])             last(shared, x, given) -> Output
+        -> loss or Output
 
 Results are marked as varying over the devices that have copies of them. A result that a function has summed over data
 is counted once by every data shard; only when it is marked as varying is its gradient counted the same way.
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..model.protocol import Given, LastOut, LayerOut, asks_for_info
+from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
 from .buffers import vary
 
@@ -33,8 +33,8 @@ class Functions:
     """
 
     first: Callable[[Any, Given], Any]
-    layer: Callable[[Any, Any, Given], LayerOut]
-    last: Callable[[Any, Any, Given], LastOut]
+    layer: Callable[[Any, Any, Given], Output]
+    last: Callable[[Any, Any, Given], Output]
     prepare: Callable[[Any], Any] | None
     asks_info: bool
     fns: StageFns
@@ -55,15 +55,15 @@ def bind_functions(
     end_axes = batch if fns.ends_together else axes
     first, layer, last = (_with_given(fn) for fn in (fns.first, fns.layer, fns.last))
 
-    def run_layer(params: Any, x: Any, given: Given) -> LayerOut:
+    def run_layer(params: Any, x: Any, given: Given) -> Output:
         out = layer(given, params, x)
-        out = out if isinstance(out, LayerOut) else LayerOut(x=out)
-        return mark(LayerOut(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+        out = out if isinstance(out, Output) else Output(x=out)
+        return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
 
-    def run_last(shared: Any, x: Any, given: Given) -> LastOut:
+    def run_last(shared: Any, x: Any, given: Given) -> Output:
         out = last(given, shared, x)
-        out = out if isinstance(out, LastOut) else LastOut(loss=out)
-        return mark(LastOut(loss=out.loss, metrics=jax.lax.stop_gradient(_as_float32(out.metrics))), end_axes)
+        out = out if isinstance(out, Output) else Output(loss=out)
+        return mark(Output(loss=out.loss, metrics=jax.lax.stop_gradient(_as_float32(out.metrics))), end_axes)
 
     prepare = fns.prepare
     return Functions(
@@ -85,7 +85,7 @@ def _with_given(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda given, *args: fn(*args, given.microbatch)
 
 
-def _without_gradients(out: LayerOut) -> dict[str, Any]:
+def _without_gradients(out: Output) -> dict[str, Any]:
     return jax.lax.stop_gradient(_as_float32({"metrics": dict(out.metrics), "stats": out.stats}))
 
 

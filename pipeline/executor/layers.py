@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..model.protocol import Given, LayerOut
+from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
@@ -70,7 +70,7 @@ class LayerStack:
 
 
 def run_layers(
-    stack: LayerStack, layer: Callable[[Any, Any, Given], LayerOut], x: Any, sums: Sums, given: Given
+    stack: LayerStack, layer: Callable[[Any, Any, Given], Output], x: Any, sums: Sums, given: Given
 ) -> tuple[Any, Sums]:
     """Return the output of all layers, x[b, ...] -> y[b, ...], and the sums with theirs; keep nothing."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..model.protocol import Given, LastOut
+from ..model.protocol import Given, Output
 from .buffers import vary_like, write
 from .loop_state import LoopState, Wants, broadcast_slot, put
 from .rank_model import RankModel
@@ -83,7 +83,7 @@ class LeaveTogether:
         is_counted = turn.activations.last != NONE
         y = broadcast_slot(state.activations, turn.activations.last, pipe=self.model.pipe)
 
-        def count(out: LastOut) -> LastOut:
+        def count(out: Output) -> Output:
             return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)
 
         if self.wants == "loss":

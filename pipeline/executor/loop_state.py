@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, split_dim
-from ..model.protocol import LastOut, LayerOut
+from ..model.protocol import Output
 from .buffers import add, read, vary, write
 
 Place = tuple[jax.Array | int, ...]
@@ -31,13 +31,11 @@ class Sums:
     metrics: dict[str, jax.Array] = field(default_factory=dict)
     stats: Any = None
 
-    def add(self, out: LayerOut | LastOut, place: Place | None = None) -> "Sums":
+    def add(self, out: Output, place: Place | None = None) -> "Sums":
         """Return the sums with the result of one function added, the stats of a layer at its place (chunk, index)."""
         metrics = {name: total + out.metrics.get(name, 0) for name, total in self.metrics.items()}
         loss = self.loss if out.loss is None else self.loss + out.loss
-        stats = self.stats
-        if isinstance(out, LayerOut) and place is not None:
-            stats = add(stats, out.stats, place)
+        stats = self.stats if place is None else add(self.stats, out.stats, place)
         return Sums(loss=loss, metrics=metrics, stats=stats)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..model.protocol import Given, LastOut, LayerOut
+from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams
 from .backward.residuals import LayerVjp, plan_layer
 from .backward.split_backward import SplitBackward
@@ -82,7 +82,7 @@ class RankModel:
             unroll=self.functions.fns.unroll,
         )
 
-    @cached_property
+    @property
     def example(self) -> LayerStack:
         """Layers whose types stand for those of all: they have the same."""
         is_pipelined = self.pipe in self.functions.axes
@@ -97,14 +97,14 @@ class RankModel:
         grads = pull_back(self.functions.first, self.shared, given.at(-1), dx, wants_batch=self.wants_batch)
         return grads[0], self._once(grads[1])
 
-    def run_last(self, y: Any, given: Given) -> LastOut:
+    def run_last(self, y: Any, given: Given) -> Output:
         """Return a microbatch's part of the loss, and of the metrics of `last`."""
         return self.functions.last(self.shared, y, given.at(-2))
 
-    def last_and_grads(self, y: Any, given: Given) -> tuple[LastOut, tuple[Any, Any], list[jax.Array]]:
+    def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
 
-        def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[jax.Array, LastOut]:
+        def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[jax.Array, Output]:
             out = self.functions.last(shared, y, replace(given.at(-2), microbatch=microbatch))
             return out.loss, out
 
@@ -136,7 +136,7 @@ class RankModel:
     def zero_sums(self) -> Sums:
         """Return the sums before the first microbatch, of loss, metrics and stats."""
 
-        def run() -> tuple[LayerOut, LastOut]:
+        def run() -> tuple[Output, Output]:
             x = jax.tree.map(empty_buffer, self.x)
             given = self.example.given(self.microbatches.read(0), 0)
             out = self.functions.layer(self.example.params(0), x, given)

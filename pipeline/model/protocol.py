@@ -1,10 +1,10 @@
 """What the functions of a model may ask for and return, beyond an activation and a loss.
 
-    layer(params, x, microbatch) -> x                                       the simple form
-    layer(params, x, microbatch, info) -> x or LayerOut                     the full form
+    layer(params, x, microbatch) -> x                      the simple form
+    layer(params, x, microbatch, info) -> x or Output      the full form
 
 A function that has a parameter named `info` is given a `LayerInfo`: its place in the model, random keys, its state. A
-layer that returns a `LayerOut` adds to the loss, to metrics, and to statistics of its own. Read `stage.py` next.
+layer that returns an `Output` adds to the loss, to metrics, and to statistics of its own. Read `stage.py` next.
 """
 
 import inspect
@@ -56,30 +56,21 @@ class LayerInfo:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class LayerOut:
-    """The output of a layer, with what it adds to sums of the whole step.
+class Output:
+    """The result of a layer or of `last`, with what it adds to sums of the whole step.
 
-    x: what the next layer is given.
-    loss: a part of the loss, float32 [], added over layers, microbatches and data shards as those of `last` are: a
-        router's balance, a z-loss. It has gradients.
+    x: what the next layer is given; None in `last`.
+    loss: a part of the loss, float32 [], added over layers, microbatches and data shards: that of the model in `last`,
+        a router's balance or a z-loss in a layer. It has gradients.
     metrics: named arrays, added alike, without gradients.
     stats: a tree of arrays, added over microbatches and data shards for each layer by itself, without gradients: what a
-        layer's state is updated from once a step.
+        layer's state is updated from once a step. `last` has none.
     """
 
-    x: Any
+    x: Any = None
     loss: jax.Array | None = None
     metrics: Mapping[str, jax.Array] = field(default_factory=dict)
     stats: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LastOut:
-    """A microbatch's part of the loss, float32 [], and of named metrics; both are added over microbatches and data."""
-
-    loss: jax.Array
-    metrics: Mapping[str, jax.Array] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

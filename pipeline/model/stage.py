@@ -121,7 +121,7 @@ class LossAndGrads:
     """The loss of the whole batch, a replicated float32 scalar, and its gradients, sharded as the parameters.
 
     metrics: named sums over layers, microbatches and data, replicated float32.
-    stats: sums of what each layer returned as `LayerOut.stats`, leaves [chunks, ranks@pipe, layers, ...].
+    stats: sums of what each layer returned as `Output.stats`, leaves [chunks, ranks@pipe, layers, ...].
     """
 
     loss: jax.Array

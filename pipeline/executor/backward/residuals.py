@@ -29,7 +29,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from ...model.protocol import Given, LayerOut
+from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of, vary
 from ..prepare import transpose
 from .equations import depending_on, keeps_numbers, needed, read_by, run
@@ -61,7 +61,7 @@ class LayerVjp:
         """Types of the residuals, with the mesh axes over which each varies."""
         return [type_of(v) for v in self.residuals]
 
-    def forward(self, params: Any, x: Any, given: Given) -> tuple[LayerOut, list[jax.Array]]:
+    def forward(self, params: Any, x: Any, given: Given) -> tuple[Output, list[jax.Array]]:
         """Return layer(params, x, given) and the residuals."""
         env = self.traced.env(params, x, given)
         run(self.forward_eqns, env)
@@ -84,7 +84,7 @@ class LayerVjp:
 
 
 def plan_layer(
-    layer: Callable[[Any, Any, Given], LayerOut],
+    layer: Callable[[Any, Any, Given], Output],
     params: Any,
     x: Any,
     given: Given,
@@ -93,7 +93,7 @@ def plan_layer(
     unprepared: Any = None,
     wants_batch: bool = False,
 ) -> LayerVjp:
-    """Return the forward and backward of layer(params, x, given) -> LayerOut, with residuals chosen.
+    """Return the forward and backward of layer(params, x, given) -> Output, with residuals chosen.
 
     Only the types of the arguments matter; nothing is computed.
 

@@ -1,6 +1,6 @@
 """Trace a function and its pullback together, as two lists of equations of one jaxpr.
 
-Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, given) -> LayerOut(x=y):
+Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, given) -> Output(x=y):
 
     { w, x, dy =>
         a = x @ w                            forward
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
-from ...model.protocol import Given, LayerOut
+from ...model.protocol import Given, Output
 from ..buffers import floats_of
 from .equations import Env, needed, run, start_env, value_of
 
@@ -68,7 +68,7 @@ class TracedVjp:
 
 
 def trace_vjp(
-    fn: Callable[[Any, Any, Given], LayerOut], params: Any, x: Any, given: Given, grad: list[Any], *, wants_batch: bool
+    fn: Callable[[Any, Any, Given], Output], params: Any, x: Any, given: Given, grad: list[Any], *, wants_batch: bool
 ) -> TracedVjp:
     """Return the trace of fn(params, x, given) and of its pullback; only the types of the arguments matter.
 
@@ -81,7 +81,7 @@ def trace_vjp(
         parts = (params, x, given.microbatch if wants_batch else ())
         floats, merge = zip(*map(_split_floats, parts), strict=True)
 
-        def run(*floats: list[Any]) -> tuple[Any, LayerOut]:
+        def run(*floats: list[Any]) -> tuple[Any, Output]:
             own, x, microbatch = (one(values) for one, values in zip(merge, floats, strict=True))
             out = fn(own, x, replace(given, microbatch=microbatch) if wants_batch else given)
             return (floats_of(out.x), out.loss), out
@@ -144,7 +144,7 @@ def pull_back(
     The forward runs again as far as the gradients need it, without its prints.
     """
     traced = trace_vjp(
-        lambda params, _, given: LayerOut(x=fn(params, given)), params, (), given, grad, wants_batch=wants_batch
+        lambda params, _, given: Output(x=fn(params, given)), params, (), given, grad, wants_batch=wants_batch
     )
     env = traced.env(params, (), given) | dict(zip(traced.grad, grad, strict=True))
     made = {v for eqn in traced.forward for v in eqn.outvars}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ....meshes import ScheduleError
-from ...model.protocol import LayerOut
+from ...model.protocol import Output
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import on_mesh
 from ..batch import batch_specs
@@ -125,7 +125,7 @@ def _check_activation(x: Any) -> None:
         )
 
 
-def _check_layer(out: LayerOut, x: Any) -> None:
+def _check_layer(out: Output, x: Any) -> None:
     if _text(out.x) != _text(x):
         raise ScheduleError(
             f"layer() turns {_text(x)} into {_text(out.x)}; every layer passes on what the first was given.",
