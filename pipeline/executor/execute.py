@@ -71,7 +71,7 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     actions: dict[int, Callable[[LoopPlan, LoopState, Turns], LoopState]] = {FORWARD: _forward}
     if plan.wants == "loss":
         actions = {FORWARD: _forward_only}
-    elif plan.halves is not None:
+    elif plan.halves:
         actions |= {INPUT_GRAD: _input_grad, WEIGHT_GRAD: _weight_grad}
     else:
         actions |= {BACKWARD: _backward}
@@ -85,10 +85,9 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 @jax.named_scope("forward")
 def _forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.vjp is not None
     given = plan.model.microbatches.read(turn.compute.microbatch)
     x = plan.enter.enter(state, turn, given)
-    y, state = forward_layers(plan.stack(turn), plan.vjp, x, state, given, slot=turn.compute.residuals)
+    y, state = forward_layers(plan.stack(turn), plan.vjps, x, state, given, slot=turn.compute.residuals)
     return plan.leave.leave(state, y, turn, given)
 
 
@@ -96,22 +95,20 @@ def _forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     given = plan.model.microbatches.read(turn.compute.microbatch)
     x = plan.enter.enter(state, turn, given)
-    y, sums = run_layers(plan.stack(turn), plan.model.functions.layer, x, state.sums, given)
+    y, sums = run_layers(plan.stack(turn), plan.model.functions.layers, x, state.sums, given)
     return plan.leave.leave(replace(state, sums=sums), y, turn, given)
 
 
 @jax.named_scope("backward")
 def _backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.vjp is not None
     given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read)
-    dx, state = backward_layers(plan.stack(turn), plan.vjp, dy, state, given, slot=turn.compute.residuals)
+    dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 
 
 @jax.named_scope("input_grad")
 def _input_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.halves is not None
     given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read)
     dx, state = input_grad_layers(plan.stack(turn), plan.halves, dy, state, given, slot=turn.compute.residuals)
@@ -120,7 +117,6 @@ def _input_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 @jax.named_scope("weight_grad")
 def _weight_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.halves is not None
     given = plan.model.microbatches.read(turn.compute.microbatch)
     return weight_grad_layers(plan.stack(turn), plan.halves, state, given, slot=turn.compute.residuals)
 

@@ -28,14 +28,15 @@ from .buffers import vary
 class Functions:
     """A model's functions, bound to the axes over which their results differ between devices.
 
+    layers, prepares: by kind of layer; one kind without a name unless there are several.
     axes: pipe and batch axes with more than one device.
     end_axes: the same for `first` and `last`; without pipe where all ranks run them together.
     """
 
     first: Callable[[Any, Given], Any]
-    layer: Callable[[Any, Any, Given], Output]
+    layers: dict[str, Callable[[Any, Any, Given], Output]]
     last: Callable[[Any, Any, Given], Output]
-    prepare: Callable[[Any], Any] | None
+    prepares: dict[str, Callable[[Any], Any] | None]
     asks_info: bool
     fns: StageFns
     axes: tuple[str, ...]
@@ -53,25 +54,33 @@ def bind_functions(
     mark = partial(_mark, keeps_trivial=keeps_trivial)
     axes = (*pipe, *batch)
     end_axes = batch if fns.ends_together else axes
-    first, layer, last = (_with_given(fn) for fn in (fns.first, fns.layer, fns.last))
+    first, last = _with_given(fns.first), _with_given(fns.last)
 
-    def run_layer(params: Any, x: Any, given: Given) -> Output:
-        out = layer(given, params, x)
-        out = out if isinstance(out, Output) else Output(x=out)
-        return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+    def bind_layer(fn: Callable[..., Any]) -> Callable[[Any, Any, Given], Output]:
+        layer = _with_given(fn)
+
+        def run(params: Any, x: Any, given: Given) -> Output:
+            out = layer(given, params, x)
+            out = out if isinstance(out, Output) else Output(x=out)
+            return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+
+        return run
+
+    def bind_prepare(fn: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+        return None if fn is None else lambda params: mark(fn(params), axes)
 
     def run_last(shared: Any, x: Any, given: Given) -> Output:
         out = last(given, shared, x)
         out = out if isinstance(out, Output) else Output(loss=out)
         return mark(Output(loss=out.loss, metrics=jax.lax.stop_gradient(_as_float32(out.metrics))), end_axes)
 
-    prepare = fns.prepare
+    layers = fns.by_kind(fns.layer)
     return Functions(
         first=lambda shared, given: mark(first(given, shared), end_axes),
-        layer=run_layer,
+        layers={kind: bind_layer(fn) for kind, fn in layers.items()},
         last=run_last,
-        prepare=None if prepare is None else lambda params: mark(prepare(params), axes),
-        asks_info=any(map(asks_for_info, (fns.first, fns.layer, fns.last))),
+        prepares={kind: bind_prepare(fn) for kind, fn in fns.by_kind(fns.prepare).items()},
+        asks_info=any(map(asks_for_info, (fns.first, *layers.values(), fns.last))),
         fns=fns,
         axes=axes,
         end_axes=end_axes,

@@ -32,17 +32,17 @@ class LoopPlan:
     """Constants of the loop: all that a turn needs besides the state and its row of the tables.
 
     enter, leave: what runs `first` and `last`.
-    vjp: forward and backward of a layer; None where only the loss is wanted.
+    vjps: forward and backward of a layer of each kind; none where only the loss is wanted.
     halves: the backward in two, for tables with such actions.
-    kept: types of the residuals of one layer and microbatch, with what the first half of a backward adds.
+    kept: by kind, types of the residuals of a layer and microbatch, with what the first half of a backward adds.
     """
 
     model: RankModel
     enter: EnterAlone | EnterTogether
     leave: LeaveAlone | LeaveTogether
-    vjp: LayerVjp | None
-    halves: SplitBackward | None
-    kept: list[jax.ShapeDtypeStruct]
+    vjps: dict[str, LayerVjp]
+    halves: dict[str, SplitBackward]
+    kept: dict[str, list[jax.ShapeDtypeStruct]]
     wants: Wants
     bubbles: Bubbles
 
@@ -56,7 +56,10 @@ class LoopPlan:
             sums=sums,
             activations=activations,
             gradients=self.fill(floats_of(x), tables.num_gradient_slots),
-            residuals=self.fill(self.kept, tables.num_residual_slots, self.model.num_layers),
+            residuals={
+                kind: self.fill(own, tables.num_residual_slots, self.model.room(kind))
+                for kind, own in self.kept.items()
+            },
             grads=self.model.zero_grads(),
         )
 
@@ -72,19 +75,15 @@ class LoopPlan:
 
 def plan_loop(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> LoopPlan:
     """Return the plan of one rank's loop; for use inside `shard_map`."""
-    vjp, halves, kept = None, None, []
-    if wants == "grads":
-        vjp = model.plan_backward()
-        kept = vjp.kept
-        if tables.has_halves:
-            halves = model.split_backward(vjp)
-            kept = [*kept, *halves.extra]
+    vjps = model.plan_backward() if wants == "grads" else {}
+    halves = model.split_backward(vjps) if tables.has_halves else {}
+    kept = {kind: [*vjp.kept, *(halves[kind].extra if halves else ())] for kind, vjp in vjps.items()}
     is_together = model.functions.fns.ends_together
     return LoopPlan(
         model=model,
         enter=EnterTogether(model=model) if is_together else EnterAlone(model=model),
         leave=LeaveTogether(model=model, wants=wants) if is_together else LeaveAlone(model=model, wants=wants),
-        vjp=vjp,
+        vjps=vjps,
         halves=halves,
         kept=kept,
         wants=wants,

@@ -10,8 +10,20 @@ from ...layers.collectives import gather_slices, split_dim
 from ..model.protocol import Output
 from .buffers import add, read, vary, write
 
-Place = tuple[jax.Array | int, ...]
-"""Position of a layer on its rank: (chunk, index)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Position of a layer on its rank, in arrays [C, k, ...] of its kind."""
+
+    kind: str
+    chunk: jax.Array | int
+    index: jax.Array | int
+
+    @property
+    def where(self) -> tuple[jax.Array | int, ...]:
+        """Position in the leading dimensions."""
+        return self.chunk, self.index
+
 
 Wants = Literal["loss", "grads"]
 """Result of a program: the loss by forwards alone, or the loss and its gradients."""
@@ -24,18 +36,20 @@ class Sums:
 
     loss: float32 [].
     metrics: named float32 arrays.
-    stats: of each layer, leaves [C, k, ...].
+    stats: of each layer, by kind, leaves [C, k, ...].
     """
 
     loss: jax.Array
     metrics: dict[str, jax.Array] = field(default_factory=dict)
-    stats: Any = None
+    stats: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, out: Output, place: Place | None = None) -> "Sums":
-        """Return the sums with the result of one function added, the stats of a layer at its place (chunk, index)."""
+    def add(self, out: Output, place: "Place | None" = None) -> "Sums":
+        """Return the sums with the result of one function added, the stats of a layer at its place."""
         metrics = {name: total + out.metrics.get(name, 0) for name, total in self.metrics.items()}
         loss = self.loss if out.loss is None else self.loss + out.loss
-        stats = self.stats if place is None else add(self.stats, out.stats, place)
+        stats = self.stats
+        if place is not None:
+            stats = stats | {place.kind: add(stats[place.kind], out.stats, place.where)}
         return Sums(loss=loss, metrics=metrics, stats=stats)
 
 
@@ -48,14 +62,14 @@ class LoopState:
     activations: outputs of stages that wait to be sent or read, a tree of [slots, b, ...].
     gradients: gradients of stage inputs and outputs that wait to be sent or read, [slots, b, ...], a list of those of
         the floating-point leaves.
-    residuals: what layers keep for their backward, leaves [slots, layers, ...].
+    residuals: what layers keep for their backward, by kind, lists of [slots, layers, ...].
     grads: sums of the gradients of parameters and batch.
     """
 
     sums: Sums
     activations: Any
     gradients: Any = None
-    residuals: Any = ()
+    residuals: dict[str, list[jax.Array]] = field(default_factory=dict)
     grads: "Grads | None" = None
 
 
@@ -64,7 +78,7 @@ class LoopState:
 class Grads:
     """Sums of gradients in float32; None for whole numbers, and for what is not differentiated.
 
-    stages: leaves [C, k, ...] as params.stages.
+    stages: by kind, leaves [C, k, ...] as params.stages.
     shared: as params.shared.
     batch: leaves [M, b, ...] as the batch; each microbatch has a place of its own.
     """
@@ -81,7 +95,8 @@ class Grads:
     def add_layer(self, grads: tuple[Any, Any], place: Place, microbatch: jax.Array | int) -> "Grads":
         """Return the sums with gradients of (one layer's parameters, one microbatch) added."""
         d_params, d_batch = grads
-        return replace(self, stages=add(self.stages, d_params, place), batch=add(self.batch, d_batch, (microbatch,)))
+        own = {place.kind: add(self.stages[place.kind], d_params, place.where)}
+        return replace(self, stages=self.stages | own, batch=add(self.batch, d_batch, (microbatch,)))
 
 
 def put(buffers: Any, values: Any, slot: jax.Array) -> Any:

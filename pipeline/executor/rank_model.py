@@ -6,6 +6,7 @@
 Types alone decide; the only computation is `StageFns.prepare`, once for all layers. Read `layers.py` next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..model.pattern import stage_pattern
 from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams
 from .backward.residuals import LayerVjp, plan_layer
@@ -22,7 +24,7 @@ from .backward.traced_vjp import pull_back
 from .buffers import empty_buffer, floats_of, read, vary, zeros_for
 from .functions import Functions
 from .layers import Index, LayerStack
-from .loop_state import Grads, Sums
+from .loop_state import Grads, Place, Sums
 from .microbatches import Inputs, Microbatches, microbatches_of
 from .prepare import prepare_layers
 
@@ -31,19 +33,19 @@ from .prepare import prepare_layers
 class RankModel:
     """The layers of one rank with the parameters of the ends, and the batch of its data shard.
 
-    unprepared: parameters of the layers, [C, k, ...], marked as varying.
+    unprepared: parameters of the layers, by kind, [C, k, ...], marked as varying.
     stages: the same as layers take them, after `StageFns.prepare`.
     shared: parameters of the ends, marked as the ends need it.
-    state: state of the layers, [C, k, ...], or None.
+    state: state of the layers, by kind, [C, k, ...] or None.
     microbatches, at_ends: the batch, as layers and as the ends are given it.
     wants_batch: whether gradients of the batch are asked for too.
     """
 
     functions: Functions
-    unprepared: Any
-    stages: Any
+    unprepared: dict[str, Any]
+    stages: dict[str, Any]
     shared: Any
-    state: Any
+    state: dict[str, Any]
     microbatches: Microbatches
     at_ends: Microbatches
     wants_batch: bool
@@ -58,20 +60,23 @@ class RankModel:
         """Number of stages of this rank."""
         return jax.tree.leaves(self.unprepared)[0].shape[0]
 
-    @property
-    def num_layers(self) -> int:
-        """Room for layers in a stage, which is what the largest stage has."""
-        return jax.tree.leaves(self.unprepared)[0].shape[1]
+    def room(self, kind: str) -> int:
+        """Number of layers of a kind that a stage has room for, which is what the largest stage has."""
+        return jax.tree.leaves(self.unprepared[kind])[0].shape[1]
 
     def stack(self, chunk: Index, stage: Index) -> LayerStack:
         """Return the layers of one of this rank's stages. A constant stage has a constant number of layers."""
-        counts = self.functions.fns.layers_per_stage
-        count, first = self.num_layers, stage * self.num_layers
-        if counts is not None and len(set(counts)) > 1:
-            # A constant lets jax unroll and differentiate the loop over layers; a traced count allows neither.
-            firsts = (0, *accumulate(counts[:-1]))
-            is_known = isinstance(stage, int)
-            count, first = (own[stage] if is_known else jnp.asarray(own)[stage] for own in (counts, firsts))
+        fns = self.functions.fns
+        num_stages = self.num_chunks * (jax.lax.axis_size(self.pipe) if self.pipe in self.functions.axes else 1)
+        counts = fns.counts(num_stages=num_stages, room=self.room(next(iter(self.unprepared))))
+        # Constants let jax unroll and differentiate the loop over layers; a traced count allows neither.
+        count, first = counts[0], stage * counts[0]
+        if len(set(counts)) > 1:
+            count, first = (_at(own, stage) for own in (counts, (0, *accumulate(counts[:-1]))))
+        kind_of = place_of = None
+        if fns.pattern is not None:
+            pattern = stage_pattern(fns.pattern, kinds=tuple(self.unprepared), counts=counts)
+            kind_of, place_of = (jnp.asarray(table)[stage] for table in (pattern.kind_of, pattern.place_of))
         return LayerStack(
             stages=self.stages,
             chunk=chunk,
@@ -79,7 +84,9 @@ class RankModel:
             stage=stage,
             first_layer=first,
             state=self.state,
-            unroll=self.functions.fns.unroll,
+            kind_of=kind_of,
+            place_of=place_of,
+            unroll=fns.unroll,
         )
 
     @property
@@ -104,7 +111,7 @@ class RankModel:
     def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
 
-        def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[jax.Array, Output]:
+        def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[Any, Output]:
             out = self.functions.last(shared, y, replace(given.at(-2), microbatch=microbatch))
             return out.loss, out
 
@@ -136,20 +143,27 @@ class RankModel:
     def zero_sums(self) -> Sums:
         """Return the sums before the first microbatch, of loss, metrics and stats."""
 
-        def run() -> tuple[Output, Output]:
-            x = jax.tree.map(empty_buffer, self.x)
-            given = self.example.given(self.microbatches.read(0), 0)
-            out = self.functions.layer(self.example.params(0), x, given)
-            return out, self.run_last(x, self.at_ends.read(0))
+        def run() -> tuple[dict[str, Output], Output]:
+            x, stack = jax.tree.map(empty_buffer, self.x), self.example
+            outs = {}
+            for kind, layer in self.functions.layers.items():
+                place, given = self._example_of(kind, stack)
+                outs[kind] = layer(stack.params(place), x, given)
+            return outs, self.run_last(x, self.at_ends.read(0))
 
-        out, last = jax.eval_shape(run)
-        lead = self.num_chunks, self.num_layers
+        outs, last = jax.eval_shape(run)
+        metrics = {name: kind for out in (last, *outs.values()) for name, kind in out.metrics.items()}
         zeros = lambda kind: vary(empty_buffer(kind), self.functions.axes)  # noqa: E731
-        return Sums(
-            loss=zeros(last.loss),
-            metrics=jax.tree.map(zeros, dict(last.metrics) | dict(out.metrics)),
-            stats=jax.tree.map(lambda kind: empty_buffer(kind, *lead), out.stats),
-        )
+        stats = {
+            kind: jax.tree.map(lambda leaf, k=kind: empty_buffer(leaf, self.num_chunks, self.room(k)), out.stats)
+            for kind, out in outs.items()
+        }
+        return Sums(loss=zeros(last.loss), metrics=jax.tree.map(zeros, metrics), stats=stats)
+
+    def _example_of(self, kind: str, stack: LayerStack) -> tuple[Place, Given]:
+        """Return the place of a layer of a kind, and what it is given."""
+        place = Place(kind=kind, chunk=0, index=0)
+        return place, stack.given(self.microbatches.read(0), 0, place)
 
     def zero_grads(self) -> Grads:
         """Return sums of zero for the gradients."""
@@ -159,25 +173,37 @@ class RankModel:
             batch=jax.tree.map(zeros_for, self.microbatches.batch) if self.wants_batch else None,
         )
 
-    def plan_backward(self) -> LayerVjp:
-        """Return the forward and backward of a layer, with residuals chosen."""
-        return plan_layer(
-            self.functions.layer,
-            self.example.params(0),
-            jax.tree.map(empty_buffer, self.x),
-            self.example.given(self.microbatches.read(0), 0),
-            prepare=self.functions.prepare,
-            unprepared=read(self.unprepared, 0, 0),
-            wants_batch=self.wants_batch,
-        )
+    def plan_backward(self) -> dict[str, LayerVjp]:
+        """Return the forward and backward of a layer of each kind, with residuals chosen."""
+        stack, x = self.example, jax.tree.map(empty_buffer, self.x)
 
-    def split_backward(self, vjp: LayerVjp) -> SplitBackward:
-        """Return the two halves of a layer's backward."""
-        given = self.example.given(self.microbatches.read(0), 0)
-        residuals = [empty_buffer(leaf) for leaf in vjp.kept]
-        return SplitBackward(
-            vjp, self.example.params(0), residuals, given, [empty_buffer(k) for k in floats_of(self.x)]
-        )
+        def plan(kind: str) -> LayerVjp:
+            place, given = self._example_of(kind, stack)
+            return plan_layer(
+                self.functions.layers[kind],
+                stack.params(place),
+                x,
+                given,
+                prepare=self.functions.prepares[kind],
+                unprepared=read(self.unprepared[kind], 0, 0),
+                wants_batch=self.wants_batch,
+            )
+
+        return {kind: plan(kind) for kind in self.functions.layers}
+
+    def split_backward(self, vjps: dict[str, LayerVjp]) -> dict[str, SplitBackward]:
+        """Return the two halves of the backward of a layer of each kind."""
+        stack, dy = self.example, jax.tree.map(empty_buffer, floats_of(self.x))
+
+        def split(kind: str, vjp: LayerVjp) -> SplitBackward:
+            place, given = self._example_of(kind, stack)
+            return SplitBackward(vjp, stack.params(place), jax.tree.map(empty_buffer, vjp.kept), given, dy)
+
+        return {kind: split(kind, vjp) for kind, vjp in vjps.items()}
+
+
+def _at(numbers: Sequence[int], stage: Index) -> Index:
+    return numbers[stage] if isinstance(stage, int) else jnp.asarray(numbers)[stage]
 
 
 def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, wants_batch: bool) -> RankModel:
@@ -187,7 +213,8 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see EnterTogether.
     shared = jax.tree.map(lambda leaf: vary(leaf, functions.end_axes), params.shared)
-    unprepared, state = jax.tree.map(lambda leaf: vary(leaf, functions.axes), (params.stages, inputs.state))
+    by_kind = functions.fns.by_kind(params.stages), functions.fns.by_kind(inputs.state)
+    unprepared, state = jax.tree.map(lambda leaf: vary(leaf, functions.axes), by_kind)
     at_ends = microbatches_of(functions, inputs)
     return RankModel(
         functions=functions,

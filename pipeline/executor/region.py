@@ -84,7 +84,7 @@ class Region:
         pipe, batch = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
         functions = bind_functions(self.fns, pipe=pipe, batch=batch)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
-        check_prepare(functions, params.stages)
+        check_prepare(functions, self.fns.by_kind(params.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
         if pipe:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
@@ -94,15 +94,14 @@ class Region:
             sums, grads = run_sequence(model, wants=self.wants)
         loss, metrics = _sum((sums.loss, sums.metrics), functions.axes)
         of_params, of_batch = (None, None) if grads is None else self._join(grads, params, inputs, pipe, batch)
-        return Results(
-            loss=loss, metrics=metrics, stats=_restore(_sum(sums.stats, batch)), grads=of_params, batch_grads=of_batch
-        )
+        stats = _restore(_sum(self.fns.one_or_by_kind(sums.stats), batch))
+        return Results(loss=loss, metrics=metrics, stats=stats, grads=of_params, batch_grads=of_batch)
 
     def _join(
         self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
-        stages = _sum(fill_integers(grads.stages, params.stages), batch)
+        stages = _sum(fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages), batch)
         # Where the ends ran together, their gradients are summed over pipe already.
         shared = _sum(fill_integers(grads.shared, params.shared), batch if self.fns.ends_together else (*pipe, *batch))
         of_params = PipelineParams(stages=_restore(stages), shared=shared)

@@ -18,7 +18,7 @@ from ..model.protocol import Given
 from .backward.residuals import LayerVjp
 from .buffers import empty_buffer, vary_like
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
-from .loop_state import Grads, LoopState, Sums, Wants
+from .loop_state import Grads, LoopState, Place, Sums, Wants
 from .rank_model import RankModel
 
 
@@ -34,12 +34,14 @@ def run_sequence(model: RankModel, *, wants: Wants) -> tuple[Sums, Grads | None]
     if wants == "loss":
         state, _ = jax.lax.scan(partial(_add_loss, model, chunks), state, numbers)
         return state.sums, None
-    vjp = model.plan_backward()
-    lead = len(chunks), model.num_layers
-    # Layers that are written out keep their residuals apart.
-    buffers = [] if chunks[0].unroll == "on" else [empty_buffer(leaf, *lead) for leaf in vjp.kept]
+    vjps = model.plan_backward()
+    buffers = {
+        kind: [empty_buffer(leaf, len(chunks), model.room(kind)) for leaf in vjp.kept] for kind, vjp in vjps.items()
+    }
+    if _is_written_out(chunks[0]):
+        buffers = {kind: [] for kind in vjps}
     state = replace(state, grads=model.zero_grads(), residuals=buffers)
-    state, _ = jax.lax.scan(partial(_add_grads, model, chunks, vjp), state, numbers)
+    state, _ = jax.lax.scan(partial(_add_grads, model, chunks, vjps), state, numbers)
     return state.sums, state.grads
 
 
@@ -50,57 +52,67 @@ def _add_loss(
     given = model.microbatches.read(number)
     x, sums = model.run_first(given), state.sums
     for chunk in chunks:
-        x, sums = run_layers(chunk, model.functions.layer, x, sums, given)
+        x, sums = run_layers(chunk, model.functions.layers, x, sums, given)
     return replace(state, sums=sums.add(model.run_last(x, given))), None
 
 
 def _add_grads(
-    model: RankModel, chunks: list[LayerStack], vjp: LayerVjp, state: LoopState, number: jax.Array
+    model: RankModel, chunks: list[LayerStack], vjps: dict[str, LayerVjp], state: LoopState, number: jax.Array
 ) -> tuple[LoopState, None]:
     """Run one microbatch forward and backward, and add its loss and gradients."""
     given = model.microbatches.read(number)
-    x, state, saved = _forward(chunks, vjp, model.run_first(given), state, given)
+    x, state, saved = _forward(chunks, vjps, model.run_first(given), state, given)
     out, grads, dy = model.last_and_grads(x, given)
     assert state.grads is not None
     state = replace(state, sums=state.sums.add(out), grads=state.grads.add_shared(grads, number))
-    dx, state = _backward(chunks, vjp, (dy, state, saved), given)
+    dx, state = _backward(chunks, vjps, (dy, state, saved), given)
     assert state.grads is not None
     return replace(state, grads=state.grads.add_shared(model.first_grads(given, dx), number)), None
 
 
 def _forward(
-    chunks: list[LayerStack], vjp: LayerVjp, x: Any, state: LoopState, given: Given
+    chunks: list[LayerStack], vjps: dict[str, LayerVjp], x: Any, state: LoopState, given: Given
 ) -> tuple[Any, LoopState, list[Any]]:
     """Return the output, the state with residuals in its buffers, and those of each layer that is written out."""
     own: list[Any] = []
     for chunk in chunks:
-        if chunk.unroll == "off":
-            x, state = forward_layers(chunk, vjp, x, state, given, slot=chunk.chunk)
+        if not _is_written_out(chunk):
+            x, state = forward_layers(chunk, vjps, x, state, given, slot=chunk.chunk)
             continue
         for index in range(_static_count(chunk)):
-            out, kept = vjp.forward(chunk.params(index), x, chunk.given(given, index))
-            x, state = out.x, replace(state, sums=state.sums.add(out, chunk.place(index)))
+            place = Place(kind="", chunk=chunk.chunk, index=index)
+            out, kept = vjps[""].forward(chunk.params(place), x, chunk.given(given, index, place))
+            x, state = out.x, replace(state, sums=state.sums.add(out, place))
             own.append(kept)
     return x, state, own
 
 
 def _backward(
-    chunks: list[LayerStack], vjp: LayerVjp, forward: tuple[list[jax.Array], LoopState, list[Any]], given: Given
+    chunks: list[LayerStack],
+    vjps: dict[str, LayerVjp],
+    forward: tuple[list[jax.Array], LoopState, list[Any]],
+    given: Given,
 ) -> tuple[list[jax.Array], LoopState]:
     """Return dx and the state with gradients added, given (dy, state, residuals of layers that are written out)."""
     dy, state, saved = forward
     for chunk in reversed(chunks):
-        if chunk.unroll == "off":
-            dy, state = backward_layers(chunk, vjp, dy, state, given, slot=chunk.chunk)
+        if not _is_written_out(chunk):
+            dy, state = backward_layers(chunk, vjps, dy, state, given, slot=chunk.chunk)
             continue
         for index in reversed(range(_static_count(chunk))):
             # Residuals form a stack: the last layer of the forward is the first of the backward.
             *saved, kept = saved
-            grads, dx = vjp.backward(chunk.params(index), kept, chunk.given(given, index), dy)
+            place = Place(kind="", chunk=chunk.chunk, index=index)
+            grads, dx = vjps[""].backward(chunk.params(place), kept, chunk.given(given, index, place), dy)
             assert state.grads is not None
             dy = vary_like(dx, dy)
-            state = replace(state, grads=state.grads.add_layer(grads, chunk.place(index), given.number))
+            state = replace(state, grads=state.grads.add_layer(grads, place, given.number))
     return dy, state
+
+
+def _is_written_out(chunk: LayerStack) -> bool:
+    """Return whether residuals are kept apart, layer by layer, and not in buffers; only for layers of one kind."""
+    return chunk.unroll == "on" and chunk.kind_of is None
 
 
 def _static_count(chunk: LayerStack) -> int:

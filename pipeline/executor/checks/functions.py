@@ -82,13 +82,14 @@ class _Trace:
         _check_activation(first)
         x = _like(first, axes)
         own, state = _mark(jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state)), axes)
-        if functions.prepare is not None:
-            own = _like(self._trace("prepare", functions.prepare, own, runs_on="one rank"), axes)
-        given = at_ends.marked(axes).read(0)
-        if given.info is not None:
-            given = replace(given, info=replace(given.info, state=state))
-        out = self._trace("layer", functions.layer, own, x, given, runs_on="one rank")
-        _check_layer(out, first)
+        for kind, layer in functions.layers.items():
+            params_of_one, prepare = fns.by_kind(own)[kind], functions.prepares[kind]
+            if prepare is not None:
+                params_of_one = _like(self._trace("prepare", prepare, params_of_one, runs_on="one rank"), axes)
+            given = at_ends.marked(axes).read(0)
+            if given.info is not None:
+                given = replace(given, info=replace(given.info, state=fns.by_kind(state)[kind]))
+            _check_layer(self._trace("layer", layer, params_of_one, x, given, runs_on="one rank"), first)
         last = self._trace(
             "last", functions.last, shared, _like(first, functions.end_axes), at_ends.read(0).at(-2), runs_on=ends
         )
