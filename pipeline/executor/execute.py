@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from .buffers import read, type_like, write
+from .first_together import run_first, run_first_back
+from .last_together import run_last
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants
@@ -51,11 +53,14 @@ def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
     # All ranks run this one program; what differs between them is only the entries of the tables.
     turn = turns.at_rank(jax.lax.axis_index(plan.model.pipe))
-    state = plan.enter.run_first(state, turn)
+    is_together = plan.model.ends_together
+    if is_together:
+        state = run_first(plan.model, state, turn)
     state = _run_action(plan, state, turn)
-    state = plan.leave.run_last(state, turn)
-    if plan.wants == "grads":
-        state = plan.enter.run_first_back(state, turn)
+    if is_together:
+        state = run_last(plan.model, state, turn, wants=plan.wants)
+    if is_together and plan.wants == "grads":
+        state = run_first_back(plan.model, state, turn)
     state = replace(state, activations=_exchange(plan, state.activations, turn.forward, step=1))
     if plan.wants == "grads":
         state = replace(state, gradients=_exchange(plan, state.gradients, turn.backward, step=-1))

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
-from .enter import EnterAlone, EnterTogether
+from .enter import Enter
 from .layers import LayerStack
-from .leave import LeaveAlone, LeaveTogether
+from .leave import Leave
 from .loop_state import LoopState, Wants
 from .rank_model import RankModel
 from .tables import Tables, Turns
@@ -31,15 +31,15 @@ Bubbles = Literal["zeros", "nan"]
 class LoopPlan:
     """Constants of the loop: all that a turn needs besides the state and its row of the tables.
 
-    enter, leave: what runs `first` and `last`.
+    enter, leave: the ends of a stage.
     vjps: forward and backward of a layer of each kind; none where only the loss is wanted.
     halves: the backward in two, for tables with such actions.
     kept: by kind, types of the residuals of a layer and microbatch, with what the first half of a backward adds.
     """
 
     model: RankModel
-    enter: EnterAlone | EnterTogether
-    leave: LeaveAlone | LeaveTogether
+    enter: Enter
+    leave: Leave
     vjps: dict[str, LayerVjp]
     halves: dict[str, SplitBackward]
     kept: dict[str, list[jax.ShapeDtypeStruct]]
@@ -78,11 +78,10 @@ def plan_loop(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Want
     vjps = model.plan_backward() if wants == "grads" else {}
     halves = model.split_backward(vjps) if tables.has_halves else {}
     kept = {kind: [*vjp.kept, *(halves[kind].extra if halves else ())] for kind, vjp in vjps.items()}
-    is_together = model.functions.fns.ends_together
     return LoopPlan(
         model=model,
-        enter=EnterTogether(model=model) if is_together else EnterAlone(model=model),
-        leave=LeaveTogether(model=model, wants=wants) if is_together else LeaveAlone(model=model, wants=wants),
+        enter=Enter(model=model),
+        leave=Leave(model=model, wants=wants),
         vjps=vjps,
         halves=halves,
         kept=kept,

@@ -56,6 +56,11 @@ class RankModel:
         return self.functions.fns.axes.pipe
 
     @property
+    def ends_together(self) -> bool:
+        """Whether all ranks run `first` and `last` together."""
+        return self.functions.fns.ends_together
+
+    @property
     def num_chunks(self) -> int:
         """Number of stages of this rank."""
         return jax.tree.leaves(self.unprepared)[0].shape[0]
@@ -122,7 +127,7 @@ class RankModel:
 
     def _once(self, d_batch: Any) -> Any:
         """Return gradients of a microbatch on one rank and zeros on the others, where all ranks have the same."""
-        if d_batch is None or not self.functions.fns.ends_together:
+        if d_batch is None or not self.ends_together:
             return d_batch
         is_first = jax.lax.axis_index(self.pipe) == 0
         return jax.tree.map(
@@ -211,7 +216,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
 
     params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
     """
-    # Parameters that are the same on all ranks stay marked so where the ends run together: see EnterTogether.
+    # Parameters that are the same on all ranks stay marked so where the ends run together: see first_together.py.
     shared = jax.tree.map(lambda leaf: vary(leaf, functions.end_axes), params.shared)
     by_kind = functions.fns.by_kind(params.stages), functions.fns.by_kind(inputs.state)
     unprepared, state = jax.tree.map(lambda leaf: vary(leaf, functions.axes), by_kind)
