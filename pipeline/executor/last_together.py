@@ -1,8 +1,8 @@
 """Run `last` on all ranks at once, in a step of its own after the actions of a turn.
 
 It costs two all-reduces of one activation over `pipe` a microbatch: of y, and of dy inside the gradient of `last`.
-These synchronize the ranks; in schedules built with vocab="split" all actions of such a turn are of one kind, so no rank
-waits for a longer action. As with `first` (see `first_together.py`), each rank has its part of the vocabulary.
+These synchronize the ranks; in schedules built with vocab="split" all actions of such a turn are of one kind, so no
+rank waits for a longer action. As with `first` (see `first_together.py`), each rank has its part of the vocabulary.
 """
 
 from dataclasses import replace
