@@ -109,6 +109,7 @@ def list_gpus() -> dict[str, str]:
     """
     library = _find_plugin()
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # The descriptions are C strings in the library's data: a null byte comes before and after each.
         places = [(found.start(), found.end(), found[1].decode()) for found in _DESCRIPTION.finditer(content)]
         texts = {
             name: content[content.rfind(b"\0", 0, start) + 1 : content.find(b"\0", end)].decode()
