@@ -83,6 +83,7 @@ def schedule_from_csv(
     cells = _read_old_backwards(list(_read_actions(rows, name)))
     for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
+        # Stage s is on rank s % p, so the number of rows alone says which stages a row may name.
         if action.stage % len(rows) != rank:
             raise _misplaced_error(f"{name}, {place}", action, rank, num_ranks=len(rows))
         if action in seen:
