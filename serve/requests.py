@@ -123,6 +123,7 @@ class RequestScheduler:
         self.num_shards, self.groups, self.group_size = num_shards, groups, group_size
         self.waiting: deque[ServedSequence] = deque()
         self.running: dict[int, ServedSequence] = {}
+        # Admitted sequences whose prompts are not read to the end, for each data shard in the order of admission.
         self._reading: list[deque[ServedSequence]] = [deque() for _ in range(num_shards)]
         self._num_submitted = 0
 
