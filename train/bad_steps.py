@@ -31,6 +31,7 @@ class BadSteps:
 
         Raises:
             RunError: bad steps stop the run, or there were too many in a row; the state is saved first.
+            CheckpointError: the state cannot be saved.
         """
         if bool(metrics.taken):
             self._in_a_row = 0

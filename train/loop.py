@@ -101,7 +101,8 @@ def take_steps(run: Run, state: TrainState, *, log: MetricsLog | NoLog, stop: St
 
     Raises:
         DataError: a file of the corpus is lost or changed; the state is saved, unless there are many processes.
-        RunError: a loss is not finite or spikes; the last good state is saved.
+        RunError: a loss is not finite or spikes, and the last good state is saved; or the run folder was moved.
+        CheckpointError: a state cannot be saved.
     """
     prefetch = Prefetch(run.data.train_batch, end=run.intervals.steps)
     with run.open_progress() as progress, prefetch, closing(run.profile):
