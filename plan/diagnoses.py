@@ -149,6 +149,7 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
+    # The bubble of 1F1B with equal stages.
     least = (layout.pipe - 1) / (layout.microbatches + layout.pipe - 1)
     suggestion = suggest_faster(
         question,
@@ -193,6 +194,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         return
     layers = stage_layers(question.model, layout)
     ranks = [sum(layers[rank :: layout.pipe]) for rank in range(layout.pipe)]
+    # The largest rank over the mean, since a tick lasts as long as its slowest rank.
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
         otherwise = "expect it: no even mesh of these devices fits and is faster."

@@ -263,6 +263,7 @@ class Engine:
                 place = shard, item
                 assert chunk.sequence.slot is not None
                 tokens[(*place, slice(len(chunk.tokens)))] = chunk.tokens
+                # Slots are numbered over all data shards; a device knows the rows of its own.
                 slot[place] = chunk.sequence.slot % sizes.slots_per_shard
                 start[place] = chunk.start
                 count[place] = len(chunk.tokens)

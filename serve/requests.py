@@ -189,6 +189,7 @@ class RequestScheduler:
             sequence = reading[0]
             tokens = sequence.request.prompt[sequence.num_read : sequence.num_read + size]
             chunk = Chunk(sequence=sequence, start=sequence.num_read, tokens=tokens)
+            # Counted before the devices have read it: the engine runs prefill right after.
             sequence.num_read += len(tokens)
             if chunk.is_last:
                 reading.popleft()
