@@ -149,7 +149,6 @@ def _check_bubble(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout, idle = plan.layout, plan.bubble_fraction
     if layout.pipe == 1:
         return
-    # The bubble of 1F1B with equal stages.
     least = (layout.pipe - 1) / (layout.microbatches + layout.pipe - 1)
     suggestion = suggest_faster(
         question,
