@@ -37,7 +37,7 @@ class Target:
     """The name of a machine: `cpu`, `h200:8`, `h100:64/8` (8 per node); 0 devices means as many as the mesh needs.
 
     Raises:
-        TargetError: the text is no target, or asks for too many devices or uneven nodes.
+        TargetError: the text is not a target, or asks for too many devices or uneven nodes.
     """
 
     name: str
@@ -194,5 +194,5 @@ def _words(name: str) -> list[str]:
 
 
 def _is_named(word: str, words: Sequence[str]) -> bool:
-    """Return whether a word of a short name is in the full one; `80` stands for `80gb`."""
+    """Return whether a word of a short name is in the full one; `80` matches `80gb`."""
     return word in words or f"{word}gb" in words

@@ -169,7 +169,7 @@ class Engine:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
 
         Raises:
-            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can go on.
+            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can continue.
         """
         # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():

@@ -34,7 +34,7 @@ class Request:
         stop: token ids that end the answer and are not part of it.
 
     Raises:
-        ServeError: the prompt is empty, a token is no whole number, or a number is out of its range.
+        ServeError: the prompt is empty, a token is not a whole number, or a number is out of its range.
     """
 
     prompt: tuple[int, ...]

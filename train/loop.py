@@ -132,7 +132,7 @@ def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecor
             if not (due.validates(step) or due.saves(step) or profile.ends_with(step)):
                 continue
             # All that follows waits for the devices, so the step is timed and logged first. The line must also be
-            # written before the save: a run killed in between would go on after this step and never log it.
+            # written before the save: a run killed in between would resume after this step and never log it.
             recorder.flush(state)
             if profile.ends_with(step):
                 profile.stop(state, run.compiled.train, num_devices=run.setup.mesh.devices.size)
