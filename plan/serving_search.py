@@ -216,7 +216,11 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 
 
 def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> dict[str, float]:
-    """Return the seconds of a request by purpose; communication is the difference to links that take no time."""
+    """Return the seconds of a request by purpose.
+
+    Communication is the difference to one node with links of unlimited bandwidth. Such links still need the time to
+    start a message, which counts as reading: for messages of a few KB it is all of their time.
+    """
     fast = replace(question.topology.accelerator, link_bytes_per_s=1e18, network_bytes_per_s=1e18, curve="")
     free = inference_time(
         question.served_model,
