@@ -36,8 +36,8 @@ golden: $(STAMP)  ## rewrite tests/golden from what the code says now; read the 
 
 docs: $(STAMP)  ## build the documentation into site/, every warning an error
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(PIP) -e '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html; its search needs a server: python3 -m http.server --directory site"
 
 lock: $(STAMP)  ## resolve requirements.lock anew for every supported Python
 	@$(PIP) uv

@@ -135,6 +135,7 @@ class _Estimate:
         state = (memory.parameters + memory.gradients) * self.num_params / before.num_params
         moments = memory.optimizer * self.num_moments / before.num_moments
         activations = memory.activations * self.activations / before.activations
+        # Each part is taken from what the parts before it leave, so that all three add up to the measured memory.
         matrices = min(memory.temporary, before.matrices)
         working = min(memory.temporary - matrices, before.working)
         copies = (memory.temporary - matrices - working) * self.activations / before.activations

@@ -53,6 +53,7 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
             error=ModelError,
             rule=f"{what} divided evenly, but ",
         )
+    # 8 heads over 4 devices are 2 on each; 2 heads over 4 devices are each on 2; 3 over 4 is neither.
     kv = model.num_kv_heads
     if kv % tensor and tensor % kv:
         yield ModelError(

@@ -27,7 +27,7 @@ def find_file(folder: str | Path, name: str, *, error: type[TrellaxError] = Weig
     A link may lead to a file of the folder, or from a snapshot of a Hugging Face cache to the cache's own blobs.
 
     Raises:
-        TrellaxError: of the class `error`: it is no regular file, a link to elsewhere, or a pointer of git lfs.
+        TrellaxError: of the class `error`: it is not a regular file, a link to elsewhere, or a pointer of git lfs.
     """
     path = Path(folder) / name
     try:

@@ -149,6 +149,7 @@ def _list_wanted(weights: WeightFiles, leaves: Mapping[str, Any]) -> dict[str, t
 def _read_leaf(weights: WeightFiles, path: str, leaf: Any) -> jax.Array:
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        # Devices with the same bounds hold copies of one block, which is read once.
         own = tuple(one.indices(size)[:2] for one, size in zip(index, leaf.shape, strict=True))
         groups.setdefault(own, []).append(device)
     arrays = []

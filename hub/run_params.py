@@ -35,7 +35,7 @@ def run_saves(folder: str | Path) -> SaveFolder:
     """Return the saves of a run folder.
 
     Raises:
-        CheckpointError: the folder is no run folder.
+        CheckpointError: the folder is not a run folder.
     """
     if not is_run_folder(folder):
         raise CheckpointError(f"{folder} is no run folder: it has no {FOLDER}.", fix="name one that trellax wrote.")

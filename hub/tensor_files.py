@@ -106,6 +106,7 @@ class _Opened:
             return f"{file} brings the tensors of all files to more than {_MOST_TENSORS:,}"
         for name in names:
             self.places.setdefault(name, []).append(file)
+            # Kept from the file that the index names, if that was opened before; otherwise the later file replaces it.
             is_taken = name in self.shapes and self.owner.get(name) in self.places[name][:-1]
             if not is_taken:
                 tensor = opened.get_slice(name)

@@ -81,6 +81,7 @@ class _Tensor:
 def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dtype) -> list[_Tensor]:
     names = ARCHITECTURES[model_type].tensors
     places = names.select(leaves)
+    # GPT-2 stores query, key and value as one tensor: parameters of one name are joined in the order of their parts.
     joined: dict[str, list[str]] = {}
     for path in sorted(places, key=lambda path: places[path].part):
         joined.setdefault(places[path].name, []).append(path)

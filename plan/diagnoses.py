@@ -193,6 +193,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         return
     layers = stage_layers(question.model, layout)
     ranks = [sum(layers[rank :: layout.pipe]) for rank in range(layout.pipe)]
+    # The largest rank over the mean, since a tick lasts as long as its slowest rank.
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
         otherwise = "expect it: no even mesh of these devices fits and is faster."

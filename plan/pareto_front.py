@@ -56,6 +56,7 @@ def pareto_front(plans: Sequence[Plan], *, axis: FrontAxis) -> list[Plan]:
     """Return the plans that no other beats in both the axis and memory, best on the axis first."""
     front: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (axis.cost(plan), plan.memory.total)):
+        # From the best on the axis to the worst, the front holds each plan that needs less memory than all before it.
         if not front or plan.memory.total < front[-1].memory.total:
             front.append(plan)
     return front

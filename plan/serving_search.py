@@ -150,6 +150,7 @@ def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
 def most_requests(question: ServeQuestion, layout: Layout) -> int:
     """Return the number of requests at a time that the caches of a layout hold, from 1 to 4,096."""
     many = serving_memory(replace(question, requests=_SAMPLE * layout.data), layout)
+    # From _SAMPLE requests on only the cache grows, for prompts of 64 tokens or more: activations are at their limit.
     free = question.memory_limit - (many.total - many.kv_cache)
     return max(1, min(_MOST_REQUESTS, layout.data * int(max(0.0, free) * _SAMPLE / many.kv_cache)))
 
@@ -169,6 +170,7 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
         generated=question.generated,
         server=question.server,
     )
+    # `batch` was rounded up to the same number for each copy of the model; only the requests asked for count.
     timing = replace(timing, tokens_per_s=timing.tokens_per_s * question.requests / (batch * layout.data))
     return Plan(
         layout=layout,
@@ -214,7 +216,11 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 
 
 def _costs(question: ServeQuestion, layout: Layout, timing: InferenceTime) -> dict[str, float]:
-    """Return the seconds of a request by purpose; communication is the difference to links that take no time."""
+    """Return the seconds of a request by purpose.
+
+    Communication is the difference to one node with links of unlimited bandwidth. Such links still need the time to
+    start a message, which counts as reading: for messages of a few KB it is all of their time.
+    """
     fast = replace(question.topology.accelerator, link_bytes_per_s=1e18, network_bytes_per_s=1e18, curve="")
     free = inference_time(
         question.served_model,

@@ -108,6 +108,7 @@ def price_train(question: TrainQuestion) -> list[Plan]:
     layers: dict[tuple[object, ...], LayerTime] = {}
     fitting = list(_fitting(question))
     plans = []
+    # Memory is computed first, since it is cheap; only layouts that fit are timed.
     for layout, memory in [pair for pair in fitting if pair[1].total <= question.memory_limit] or fitting:
         # Layouts with the same tensor, microbatch and rematerialization share the time of a layer.
         key = (layout.tensor, layout.sequences, layout.remat, layout.context)

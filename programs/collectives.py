@@ -87,12 +87,14 @@ def _list_executed(program: HloModule, executions: ExecutionCounts, mesh: Mesh) 
 def _sent_operands(kind: str, groups: Groups | None, num_devices: int) -> np.ndarray:
     """Return the bytes that each device sends in one execution, in units of its operand, [devices]."""
     if kind == "collective-permute":
+        # A device that is its own target sends nothing.
         sources = [pair[0] for pair in groups or () if pair[0] != pair[1]]
         return np.isin(np.arange(num_devices), sources).astype(float)
     # Groups that could not be read may be as large as the whole mesh.
     sizes = np.full(num_devices, float(num_devices) if groups is None else 1.0)
     for group in groups or ():
         sizes[[device for device in group if device < num_devices]] = len(group)
+    # By group size n, in units of the operand: a shard for an all-gather, the whole array for a reduce-scatter.
     return {
         "all-reduce": 2 * (sizes - 1) / sizes,
         "all-gather": sizes - 1,

@@ -1,9 +1,15 @@
 """Count how often each device executes each computation in one run of a program.
 
-Loops multiply the counts of their bodies, and branches are followed for each device. Where loop bounds and conditions
-depend only on constants, counters and the device's number, the count is exact (see `static_values.py`). Where they
-depend on data the count is an upper bound, which takes the most expensive branch, and `notes` says so. Read
-`collectives.py` and `work.py` next, which count instructions.
+Loops multiply the counts of their bodies, and branches are followed for each device:
+
+    while, 8 iterations                  body             [8, 8, 8, 8]      on 4 devices
+      conditional on partition-id == 0   true branch      [8, 0, 0, 0]
+                                         false branch     [0, 8, 8, 8]
+
+Where loop bounds and conditions depend only on constants, counters and the device's number, the count is exact (see
+`static_values.py`). Where a branch depends on data, the most expensive one is counted every time, an upper bound; a
+loop whose number of iterations depends on data is counted as one iteration. `notes` names both. Read `collectives.py`
+and `work.py` next, which count instructions.
 """
 
 from collections.abc import Mapping
@@ -51,6 +57,7 @@ class _Walk:
         self.program, self.num_devices = program, num_devices
         self.counts: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
+        # By name of a computation: a loop that is followed one by one asks for them again in every iteration.
         self._callers: dict[str, tuple[Instruction, ...]] = {}
         self._branching: dict[str, bool] = {}
         self._weights: dict[str, int] = {}
@@ -74,6 +81,7 @@ class _Walk:
         if trips is None:
             self._enter_loop_by_condition(scope, instruction, times)
         elif trips and (not self._is_branching(instruction.called()["body"][0]) or trips > MAX_ITERATIONS):
+            # All iterations count the same, so one is walked for all. With branches each is walked, as they may differ.
             self.enter(loop.body(0), times * trips)
         else:
             for iteration in range(trips):
@@ -89,6 +97,7 @@ class _Walk:
                 self.notes.append(f"{instruction.name}: the number of iterations depends on data; counted as 1.")
                 self.enter(loop.body(0), times)
                 return
+            # Devices may leave the loop at different iterations; one that has left stays at 0.
             running = np.where(continues.reshape(-1), running, 0)
             if not running.any():
                 return
@@ -104,6 +113,7 @@ class _Walk:
             self.notes.append(f"{where}: the branch depends on data; the heaviest is counted every time.")
             chosen = np.array([heaviest])
         for branch in np.unique(chosen):
+            # `chosen` is [devices], or [1] if all take the same branch.
             share = np.where(chosen == branch, times, 0)
             if share.any():
                 self.enter(scope.branch(instruction, int(branch)), share)
@@ -118,6 +128,7 @@ class _Walk:
     def _is_branching(self, name: str) -> bool:
         """Return whether two executions of this computation can differ."""
         if name not in self._branching:
+            # A loop of known length runs the same number of times in every execution; only its body can make it differ.
             self._branching[name] = any(
                 i.opcode == "conditional"
                 or (i.opcode == "while" and i.known_trip_count is None)

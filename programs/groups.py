@@ -42,6 +42,7 @@ def read_groups(instruction: Instruction, *, num_devices: int) -> Groups | None:
     if found := _LISTS.search(text):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1]))
     if _EMPTY.search(text):
+        # No list of groups: all devices form one.
         return (tuple(range(num_devices)),)
     if found := _IOTA.search(text):
         ids = _iota(found[2], found[3])
@@ -55,7 +56,10 @@ def axis_of_groups(groups: Groups | None, *, axes: Sequence[str], shape: Sequenc
     """Return the mesh axes along which groups run, such as `data` or `pipe+data`, or else `unattributed`.
 
     The groups must be all lines (planes, ...) along these axes. Groups that are parts of the lines along one axis are
-    `part of data`.
+    `part of data`. On a mesh data=2, tensor=2 of the devices 0 1 / 2 3:
+
+        {0,1} {2,3}    tensor          {0,2} {1,3}    data
+        {0,1,2,3}      data+tensor     {0,3} {1,2}    unattributed: both axes change, but not all devices meet
 
     Args:
         axes, shape: names and sizes of the mesh's axes; device i is number i in row-major order.

@@ -73,6 +73,7 @@ def hardware_from_description(text: str) -> Hardware:
             fix="take one from list_gpus().",
         )
     cores = int(_field(text, "core_count"))
+    # The tables of scalar and matrix units have the same field names; that of the matrix units comes second.
     scalar, _, matrix = text.partition("matrix_unit_description")
     vector = _rates(scalar.partition("scalar_unit_description")[2], cores).get("f32", 0.0)
     clock_hz = 1e9 * _field(text, "clock_rate_ghz")
@@ -83,6 +84,7 @@ def hardware_from_description(text: str) -> Hardware:
         memory_bytes=memory_bytes,
         memory_bytes_per_s=_field(text, "memory_bandwidth"),
         matrix_flops_per_s=_rates(matrix, cores),
+        # Without a table of scalar units: one multiply-add per unit and clock.
         vector_flops_per_s=vector or 2 * cores * _field(text, "fpus_per_core") * clock_hz,
         link_bytes_per_s=_link_bytes_per_s(text, major),
         network_bytes_per_s=NETWORK_BYTES_PER_S.get(major, 0.0),
@@ -102,6 +104,7 @@ def measure_host(*, num_devices: int, memory_bytes: int) -> Hardware:
     target, sums = np.empty_like(large), np.empty_like(small)
     matrix_flops = 2 * _PROBE_SIZE**3 / _time_s(lambda: matrix @ matrix)
     vector_flops = 100 * small.size / _time_s(lambda: [np.add(small, small, out=sums) for _ in range(100)])
+    # A copy reads and writes every byte, so memory moves twice its size. A message is one copy: half of this rate.
     copied = 2 * large.nbytes / _time_s(lambda: np.copyto(target, large))
     share = 1 / num_devices
     return Hardware(

@@ -16,12 +16,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+# Element types whose number of bits is not in their name.
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _NAME = re.compile(r"%([\w.\-]+)")
+# `ENTRY %main (x: f32[4,8]) -> f32[4,8] {`, without ENTRY for all others.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+# Between the types of a tuple: commas, white space, and comments such as `/*index=5*/`.
 _SEPARATOR = re.compile(r"(?:,|\s|/\*[^*]*\*/)+")
+# `f32[4,128]{1,0:T(8,128)}`: element type, dimensions, layout.
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
+# `body=%region_0.1`, or several names in braces: `branch_computations={%a, %b}`.
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)"
     r"=(?:\{([^}]*)\}|%?([\w.\-]+))"
@@ -156,6 +161,7 @@ class HloModule:
         types: dict[str, Type] = {}
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
+                # The computation keeps this dict, which the lines that follow fill.
                 own = {}
                 computations[head[2]] = Computation(name=head[2], instructions=own)
                 entry = head[2] if head[1] else entry
@@ -218,6 +224,7 @@ def parse_type(text: str) -> Type:
 
 def _read_instruction(line: str, start: re.Match[str], types: dict[str, Type]) -> Instruction:
     """Parse one line; `types` has those parsed before, since the lines of a program share few types."""
+    # `%sum = f32[4]{0} add(%x, %y), metadata={...}`: the type ends at a space, or at the parenthesis of a tuple.
     type_end = _end_of_type(line, start.end())
     type_text = line[start.end() : type_end]
     if type_text not in types:
@@ -255,7 +262,9 @@ def _read_type(text: str, at: int) -> tuple[Type, int]:
         found = _ARRAY.match(text, at)
         if found is None:
             raise ValueError(f"not an HLO type: {text[at : at + 40]!r}")
+        # `f32[<=8]` has at most 8 elements at run time, and memory for 8.
         dims = tuple(int(n.lstrip("<=")) for n in found[2].split(",") if n)
+        # The layout lists dimensions from the fastest to the slowest: {2,1,0} is row-major. Tiles follow after `:`.
         layout = [int(n) for n in (found[3] or "").partition(":")[0].split(",") if n]
         return Array(found[1], dims, layout == sorted(layout, reverse=True)), found.end()
     parts: list[Type] = []

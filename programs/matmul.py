@@ -32,6 +32,7 @@ def matrix_flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def _library_flops(instruction: Instruction, computation: Computation) -> int:
+    """Return the flops of a library call, 0 if its target is not one of the known products."""
     target = instruction.text("custom_call_target")
     if target in _CONVOLUTIONS:
         output, kernel = _CONVOLUTIONS[target]
@@ -57,6 +58,8 @@ def _flash_product(instruction: Instruction, computation: Computation) -> int:
     *batch, queries, keys = map(int, re.findall(r"\d+", found[1]))
     pairs = queries * keys
     if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', instruction.attributes):
+        # Query q sees min(q + 1, window) keys, about half of all pairs without a window. 4 queries with a window of 2:
+        # 1 + 2 + 2 + 2 = 7 = 2 x 4 - 2 x 1 / 2.
         window = re.search(r'"sliding_window_length":\s*"?(\d+)', instruction.attributes)
         seen = int(window[1]) if window and int(window[1]) else keys
         pairs = pairs // 2 if seen >= keys else seen * queries - seen * (seen - 1) // 2
@@ -92,6 +95,7 @@ def _guess_dot(instruction: Instruction, computation: Computation) -> int:
 def _convolution(instruction: Instruction, computation: Computation, *, output: int, kernel: int) -> int:
     """Return the flops of a convolution: each output element uses every kernel element of its feature."""
     arrays = [_operand(instruction, computation, 0), _operand(instruction, computation, 1), _result(instruction)]
+    # `dim_labels=b01f_01io->b01f`: input, kernel and output; `o` is the kernel's dimension of output features.
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
     features = arrays[kernel].dims[labels[1].index("o")] if labels else 1
     return 2 * arrays[output].num_elements * arrays[kernel].num_elements // features

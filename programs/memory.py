@@ -4,7 +4,12 @@ The total is exact, and so are parameters and optimizer state, from their shardi
 are read from the values that loops carry from one iteration to the next. An outermost loop carries the sums of the
 gradients, one float32 array of each parameter's shape. All other arrays that it carries and changes are activations,
 such as a pipeline's ring buffers. So are arrays that only a forward loop inside it carries, such as the stacked
-residuals of a scan over layers. The rest of the total is temporary.
+residuals of a scan over layers. The rest of the total is temporary. Example, with a parameter of f32[512,128]:
+
+    while (ticks) carries        f32[512,128]        gradients: a parameter has this shape
+                                 bf16[4,1,128]       activations: a ring buffer
+      while (layers) carries     bf16[4,1,128]       passed in from the outer loop, counted once
+                                 bf16[8,1,128]       activations: residuals of 8 layers
 """
 
 import math
@@ -111,12 +116,14 @@ def count_carried(program: HloModule, *, parameters: Any) -> tuple[int, int]:
     for array in outer:
         dims = _sorted_sizes(array.dims)
         if array.dtype == "f32" and dims and left[dims]:
+            # Each parameter has one sum of gradients: a further array of this shape is an activation.
             left[dims] -= 1
             gradients += array.num_bytes
         else:
             activations += array.num_bytes
     # A value that an outer loop passes to an inner one has the same type there. jax names a backward loop "transpose".
     forward = [loop for is_inside, loop in loops if is_inside and "transpose(" not in loop.op_name]
+    # Loops that run one after another can use the same memory, so only the largest is added.
     added = [sum(array.num_bytes for array in _without(_carried(program, loop), outer)) for loop in forward]
     return gradients, activations + max(added, default=0)
 

@@ -12,7 +12,7 @@ _GIBI = 2**30
 
 
 def format_report(report: ProgramReport) -> str:
-    """Return the tables of memory, traffic and work, and notes on counts that are upper bounds."""
+    """Return the tables of memory, traffic and work, and notes on counts that are not exact."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
     parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
     return "\n\n".join(parts) + notes

@@ -30,6 +30,7 @@ def compute(instruction: Instruction, type_: Array, *operands: np.ndarray) -> np
 
 
 def _read_constant(instruction: Instruction, type_: Array) -> np.ndarray | None:
+    # A large constant may be abbreviated as `{...}`; `report.hlo_text` asks XLA to print it whole.
     words = re.findall(r"[^\s{},]+", re.sub(r"/\*.*?\*/", "", instruction.payload))
     if len(words) != type_.num_elements or "..." in words:
         return None
@@ -47,6 +48,7 @@ def _iota(instruction: Instruction, type_: Array) -> np.ndarray | None:
 
 
 def _broadcast(instruction: Instruction, type_: Array, x: np.ndarray) -> np.ndarray | None:
+    # `dimensions={1}`: dimension 0 of x becomes dimension 1 of the result; x is repeated along all others.
     into = instruction.numbers("dimensions")
     shape = [type_.dims[place] if place in into else 1 for place in range(len(type_.dims))]
     return np.broadcast_to(x.reshape(len(x), *shape), (len(x), *type_.dims))
@@ -75,6 +77,7 @@ def _dynamic_slice(instruction: Instruction, _: Array, x: np.ndarray, *starts: n
     x = np.broadcast_to(x, (rows, *x.shape[1:]))
     places: list[np.ndarray] = [np.arange(rows).reshape(-1, *[1] * len(sizes))]
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        # As in XLA, a slice that would reach past the end is moved back until it fits.
         first = np.clip(start.reshape(-1).astype(np.int64), 0, x.shape[axis + 1] - size)
         offsets = np.broadcast_to(first, (rows,))[:, None] + np.arange(size)
         places.append(offsets.reshape(rows, *[size if a == axis else 1 for a in range(len(sizes))]))
@@ -137,6 +140,7 @@ def _remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _shift_right_logical(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # numpy repeats the sign bit of signed numbers, so their bits are shifted as unsigned; `_apply` casts back.
     unsigned = np.dtype(f"uint{8 * x.dtype.itemsize}")
     return np.right_shift(x.astype(unsigned), y.astype(unsigned))
 

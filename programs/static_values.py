@@ -79,10 +79,12 @@ class Scope:
         opcode, type_ = instruction.opcode, instruction.type
         if isinstance(type_, Array) and (type_.num_elements > MAX_ELEMENTS or type_.dtype not in DTYPES):
             return None
+        # Opcodes that are evaluated without all of their operands; any other one needs the values of all of them.
         special: Callable[[Instruction], Value] | None = {
             "parameter": self._compute_parameter,
             "get-tuple-element": self._compute_element,
             "partition-id": lambda _: np.arange(self.num_devices, dtype=np.uint32),
+            # jax compiles one replica in many partitions.
             "replica-id": lambda _: np.zeros(1, np.uint32),
             "copy": lambda copy: self.operand(copy, 0),
             "optimization-barrier": lambda barrier: self.operand(barrier, 0),
@@ -96,6 +98,7 @@ class Scope:
             return special(instruction)
         if not isinstance(type_, Array):
             return None
+        # The payload of a constant is its value, not a list of operands.
         values = [] if opcode in ("constant", "iota") else [self.value(name) for name in instruction.operands]
         arrays = [value for value in values if isinstance(value, np.ndarray)]
         return compute(instruction, type_, *arrays) if len(arrays) == len(values) else None
@@ -108,6 +111,7 @@ class Scope:
 
     def _finish_loop(self, instruction: Instruction) -> Value:
         loop, trips = self.loop(instruction), instruction.known_trip_count
+        # Element by element: those that depend on data are unknown, the counter beside them is not.
         return None if trips is None or trips > MAX_ELEMENTS else _LazyTuple(lambda index: loop.element(trips, index))
 
     def _call_whole(self, instruction: Instruction) -> Value:
@@ -143,6 +147,7 @@ class Scope:
 
     def branch(self, instruction: Instruction, number: int) -> "Scope":
         """Return the scope of one branch of a conditional."""
+        # Operand 0 is the predicate; each branch has one argument, in the order of the branches.
         return self.call(instruction.branches[number], lambda _: self.operand(instruction, number + 1))
 
 
@@ -173,6 +178,7 @@ class Loop:
         carried = self._carried.setdefault(index, [])
         if not carried:
             carried.append(self._outside.element_of(self._instruction.operands[0], index))
+        # The common case: a table that the loop only reads is evaluated once, not in every iteration.
         if is_invariant(self.body(0).computation, index):
             return carried[0]
         # Forwards from the start, since recursion from the end would nest as deep as the loop is long.
@@ -214,6 +220,7 @@ def chosen_branch(conditional: Instruction, predicate: Value) -> np.ndarray | No
         return np.where(predicate.reshape(-1), 0, 1)
     last = len(conditional.branches) - 1
     index = predicate.reshape(-1).astype(np.int64)
+    # XLA runs the last branch for every index that is out of range.
     return np.where((index < 0) | (index > last), last, index)
 
 

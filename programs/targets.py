@@ -37,7 +37,7 @@ class Target:
     """The name of a machine: `cpu`, `h200:8`, `h100:64/8` (8 per node); 0 devices means as many as the mesh needs.
 
     Raises:
-        TargetError: the text is no target, or asks for too many devices or uneven nodes.
+        TargetError: the text is not a target, or asks for too many devices or uneven nodes.
     """
 
     name: str
@@ -109,6 +109,7 @@ def list_gpus() -> dict[str, str]:
     """
     library = _find_plugin()
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # The descriptions are C strings in the library's data: a null byte comes before and after each.
         places = [(found.start(), found.end(), found[1].decode()) for found in _DESCRIPTION.finditer(content)]
         texts = {
             name: content[content.rfind(b"\0", 0, start) + 1 : content.find(b"\0", end)].decode()
@@ -193,5 +194,5 @@ def _words(name: str) -> list[str]:
 
 
 def _is_named(word: str, words: Sequence[str]) -> bool:
-    """Return whether a word of a short name is in the full one; `80` stands for `80gb`."""
+    """Return whether a word of a short name is in the full one; `80` matches `80gb`."""
     return word in words or f"{word}gb" in words

@@ -35,6 +35,7 @@ def assert_fits(report: ProgramReport, *, memory_bytes: float, limit: Literal["x
 
     Raises:
         AssertionError: the program needs more; the message has the memory by purpose.
+        ProgramError: `memory_bytes` is not a number of 0 or more, or `limit` is not one of its choices.
     """
     __tracebackhide__ = True
     check_number("memory_bytes", memory_bytes, error=ProgramError)
@@ -54,6 +55,7 @@ def assert_sends_at_most(report: ProgramReport, *, over: str, max_bytes: float) 
 
     Raises:
         AssertionError: it sends more; the message has the traffic and the largest collectives over these axes.
+        ProgramError: `max_bytes` is not a number of 0 or more.
     """
     __tracebackhide__ = True
     check_number("max_bytes", max_bytes, error=ProgramError)
@@ -70,6 +72,7 @@ def assert_sends_near_minimum(report: ProgramReport, *, over: str, max_ratio: fl
 
     Raises:
         AssertionError: it is more, or the report has no minimum for these axes.
+        ProgramError: `max_ratio` is not a number of 0 or more.
     """
     __tracebackhide__ = True
     check_number("max_ratio", max_ratio, error=ProgramError)
@@ -95,6 +98,7 @@ def compilations() -> Iterator[list[str]]:
     compiled: list[str] = []
     handler = _Collector(compiled)
     logger = logging.getLogger("jax._src.interpreters.pxla")
+    # Not passed on, or other handlers would print every line.
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

@@ -46,14 +46,16 @@ def list_operations(
     Args:
         folder: the folder given to `jax.profiler.trace`; its newest profile is read.
         hardware: peaks of one device, for the bounds.
+
+    Raises:
+        ValueError: the folder holds no profile.
     """
     text = hlo_text(compiled)
     program, module = HloModule.parse(text), text.split(maxsplit=2)[1].rstrip(",")
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
     totals: dict[str, list[float]] = {}
-    # In jax 0.12 the first read of an event's stats warns of a deprecation; where warnings are errors that aborts the
-    # process, since the C++ code that reads them does not expect a Python exception.
+    # In jax 0.12 reading an event's stats warns of a deprecation; as a Python error that would abort the C++ reader.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         events = list(_list_events(Path(folder), module))

@@ -123,6 +123,7 @@ class _Costs:
     def kind(self, instruction: Instruction, computation: Computation) -> WorkClass:
         """Return the unit that an instruction keeps busy."""
         opcode = instruction.opcode.removesuffix("-start")
+        # XLA may wrap a collective into an asynchronous start or a fusion, which then counts as the collective.
         if opcode in KINDS or any(i.opcode in KINDS for name in _calls(instruction) for i in self._own(name)):
             return "communication"
         if opcode in _CONTROL or opcode.startswith("async"):
@@ -190,6 +191,8 @@ def _calls(instruction: Instruction) -> tuple[str, ...]:
 def _moved_by_one(instruction: Instruction, computation: Computation) -> int:
     """Return the bytes that an instruction outside of fusions moves."""
     opcode = instruction.opcode
+    # Only the touched part moves. A slice reads and writes its result; an update in place reads and writes the update;
+    # a scatter reads the updates and the elements that they are added to, and writes these.
     if opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * instruction.num_bytes
     if opcode == "dynamic-update-slice":
@@ -227,6 +230,7 @@ def _read_of(parameter: Instruction, users: Mapping[str, list[Instruction]], cod
             # The buffer that is updated in place is not read.
             continue
         elif user.opcode in ("bitcast", "copy", "convert", "reshape"):
+            # The same bytes in another form: their own users decide how much is read.
             read += min(_read_of(user, users, code), parameter.num_bytes)
         else:
             return parameter.num_bytes

@@ -16,7 +16,7 @@ def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: in
     Raises:
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: the cache is longer than the context of the model.
+        ServeError: `max_tokens` is below 1, or the cache is longer than the context of the model.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
     model_rules(config, sizes)
@@ -32,8 +32,8 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max
     """Raise unless a request fits into the cache, and its tokens into the vocabulary.
 
     Raises:
-        ServeError: prompt and answer together are longer than a row of the cache, a token is not in the vocabulary, or
-            there are too many stop tokens.
+        ServeError: prompt and answer together are longer than a row of the cache, a token is not in the vocabulary,
+            there are too many stop tokens, or `max_tokens` or `max_stops` is not a count.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
     check_count("max_stops", max_stops, error=ServeError, least=0)

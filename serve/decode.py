@@ -61,9 +61,12 @@ class _DecodeLoop:
         """Run this rank's stage for the group that has arrived, if a slot of it is in use, then pass on."""
         state, chosen = carry
         size = self.sizes.group_size
+        # Rank r runs group g in the ticks g + r, g + r + ticks, ...; with fewer groups than ranks some ticks have none.
         group = jnp.remainder(tick - self.stage.rank, self.ticks)
+        # Without a group any row will do: none of its slots counts as full.
         row = jnp.minimum(group, self.sizes.groups - 1) * size
         has_group = group < self.sizes.groups
+        # The first rank starts a token for each open sequence; the others continue what has arrived.
         is_full_B = self.stage.on_rank(0, lambda: rows_of(state.is_open[0], row, size), lambda: state.is_full[0])
         is_full_B = vary(is_full_B & has_group)
         idle = (state.x, vary(jnp.full(size, NOTHING, jnp.int32)), chosen)
@@ -89,6 +92,7 @@ class _DecodeLoop:
 
         def finish() -> tuple[jax.Array, jax.Array]:
             own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.settings)
+            # The token just read is at position `starts`; with the new one the sequence has `starts` + 2 tokens.
             token_B = self.stage.choose(self.params, x, own, position_B=starts_B + 1)
             reason_B = finish_reasons(token_B, own, length_B=starts_B + 2)
             chosen_tokens = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
@@ -105,6 +109,7 @@ class _DecodeLoop:
         size = self.sizes.group_size
         message_B = self.stage.pass_on(message_B, shape="ring")
         state = replace(state, x=self.stage.pass_on(x, shape="line"), is_full=(message_B != NOTHING)[None])
+        # The message that the first rank has received is of the group that the last rank ran in this tick.
         group = jnp.remainder(tick - self.last, self.ticks)
         row = jnp.minimum(group, self.sizes.groups - 1) * size
 

@@ -2,7 +2,10 @@
 
 Requests start and end between calls of two compiled programs (continuous batching, Yu et al. 2022, "Orca", section
 3), so a new request neither stops the others nor compiles anything. Use `Engine.generate` for a list of requests, and
-`submit` and `step` for requests that arrive one after another.
+`submit` and `step` for requests that arrive one after another. A request on its way:
+
+    submit -> queue | admit -> prefill (chunks of the prompt) -> decode (rounds of tokens) | -> the slot is free
+                    |                   one call of `step`; a long one takes several       |
 """
 
 from collections.abc import Callable, Iterable
@@ -166,8 +169,9 @@ class Engine:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
 
         Raises:
-            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can go on.
+            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can continue.
         """
+        # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():
             self._write_settings(sequence)
         ended = self._read_prompts()
@@ -184,6 +188,7 @@ class Engine:
             return []
         args = self._params, self._state, self._settings, self._pack(chunks), np.int32(num_chunks)
         self._state, chosen_tokens = self.programs.prefill(*args)
+        # Chunk i is on rank r in tick i + r.
         self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
         first = np.asarray(chosen_tokens)[-1]
         return self._record_tokens(
@@ -195,6 +200,7 @@ class Engine:
 
     def _decode(self) -> list[ServedSequence]:
         """Run some rounds of decode, and return the sequences that ended."""
+        # By slot, as the devices return tokens; no slot gets another sequence before the next step.
         decoding = {s.slot: s for s in self.scheduler.decoding}
         if not decoding:
             return []
@@ -219,6 +225,7 @@ class Engine:
         """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
         added, ended = [], []
         for sequence, token, reason in chosen_tokens:
+            # A stop token is not part of the answer; the last token within the limit is.
             if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)
                 added.append((sequence, token))
@@ -256,6 +263,7 @@ class Engine:
                 place = shard, item
                 assert chunk.sequence.slot is not None
                 tokens[(*place, slice(len(chunk.tokens)))] = chunk.tokens
+                # Slots are numbered over all data shards; a device knows the rows of its own.
                 slot[place] = chunk.sequence.slot % sizes.slots_per_shard
                 start[place] = chunk.start
                 count[place] = len(chunk.tokens)

@@ -42,7 +42,7 @@ class DecodeTimes:
 
 
 def measure_decode(engine: Engine, *, batch: int, prompt: int, new: int) -> DecodeTimes:
-    """Time `batch` requests of `prompt` tokens with answers of `new` tokens, after one warm-up batch.
+    """Time `batch` requests of `prompt` tokens with answers of `new` tokens (2 or more), after one warm-up batch.
 
     Raises:
         ServeError: the requests do not fit the cache.
@@ -83,11 +83,13 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     config, mesh = engine.config, engine.mesh
     params = stage_shapes(config, mesh=mesh)
     counts = layers_of_stages(config, num_ranks=mesh.shape["pipe"])
+    # Every rank has arrays for as many layers as the largest stage; the padding of the others is never read.
     layer = bytes_per_device(params["blocks"]) / max(counts)
     table = params["embed"]["table"] if config.embeddings == "tied" else params["head"]["table"]
     weights = [count * layer for count in counts]
     weights[-1] += bytes_per_device(table)
     rows = -(-batch // mesh.shape["data"])
+    # Keys and values of one layer for one row of the cache, which has room for `max_tokens` tokens.
     token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * engine.sizes.slots_per_shard)
     cache = [count * rows * context * token / engine.sizes.max_tokens for count in counts]
     groups = min(engine.sizes.groups, rows)

@@ -62,6 +62,9 @@ def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, l
     """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
     Embedding and head are replicated over pipe, although only the first and the last stage use them.
+
+    Raises:
+        ModelError, ScheduleError: as `param_shapes`.
     """
     rules = model_rules(config, mesh.shape).replace(kv_heads="tensor")
     natural = param_shapes(config, mesh=mesh, dtype=dtype)
@@ -79,6 +82,11 @@ def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerL
     """Divide parameters into stages; the blocks are donated, so that no device holds them twice.
 
     Unequal stages are padded with zeros. If there are fewer key/value heads than `tensor` devices, they are repeated.
+
+    blocks [L@pipe, ...] -> a tuple of [P@pipe, layers, ...], one for each array of `stack_sizes`
+
+    Raises:
+        ModelError, ScheduleError: as `param_shapes`.
     """
     dtype = jax.tree.leaves(params)[0].dtype
     shapes = stage_shapes(config, mesh=mesh, dtype=dtype, layers=layers)["blocks"]
@@ -134,6 +142,7 @@ def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, path: Any, leaf: ja
     num_ranks = mesh.shape["pipe"]
     copies = served_config(config, mesh).num_kv_heads // config.num_kv_heads
     if copies > 1 and any(getattr(key, "key", None) in _KV for key in path):
+        # 2 heads over 4 devices become k0 k0 k1 k1, so each device has the head that its query heads read.
         heads = leaf.reshape(*leaf.shape[:-1], config.num_kv_heads, config.head_size)
         leaf = jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
     counts = layers_of_stages(config, num_ranks=num_ranks)

@@ -1,5 +1,10 @@
 """Read prompts into the cache in chunks of one size, in a pipeline: chunk i is on rank r in tick i + r.
 
+    tick     0   1   2   3   4        prompt a in two chunks, prompt b in one; 3 ranks
+    rank 0   a0  a1  b0  .   .
+    rank 1   .   a0  a1  b0  .
+    rank 2   .   .   a0  a1  b0       chooses the first token after a1, and after b0
+
 A chunk is one row of T tokens on each data shard. The chunks of a prompt follow each other, and so do prompts. The
 number of chunks is data, so one program reads prompts of any length. Activations of decoding between two stages stay
 where they are. Read `decode.py` next.
@@ -64,6 +69,7 @@ def prefill(
 
     def tick(tick: jax.Array, carry: Any) -> Any:
         item = tick - stage.rank
+        # In the first and the last ticks a rank has no chunk: it reads any one, and does no work.
         chunk = read(chunks, jnp.clip(item, 0, num_items - 1))
         is_here = (item >= 0) & (item < num_chunks) & (chunk.count > 0)
 
@@ -117,6 +123,7 @@ def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
 def _open(state: ServeState, chunks: Chunks, chosen_tokens: jax.Array) -> ServeState:
     """Open the slots of sequences whose prompts are read, with their first token."""
     num_slots = state.next_token.shape[1]
+    # An index past the end, which `mode="drop"` leaves out, for chunks that end no prompt.
     slot = jnp.where(chunks.is_last, chunks.slot, num_slots)
     return replace(
         state,

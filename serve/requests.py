@@ -34,7 +34,7 @@ class Request:
         stop: token ids that end the answer and are not part of it.
 
     Raises:
-        ServeError: the prompt is empty, a token is no whole number, or a number is out of its range.
+        ServeError: the prompt is empty, a token is not a whole number, or a number is out of its range.
     """
 
     prompt: tuple[int, ...]
@@ -123,6 +123,7 @@ class RequestScheduler:
         self.num_shards, self.groups, self.group_size = num_shards, groups, group_size
         self.waiting: deque[ServedSequence] = deque()
         self.running: dict[int, ServedSequence] = {}
+        # Admitted sequences whose prompts are not read to the end, for each data shard in the order of admission.
         self._reading: list[deque[ServedSequence]] = [deque() for _ in range(num_shards)]
         self._num_submitted = 0
 
@@ -188,6 +189,7 @@ class RequestScheduler:
             sequence = reading[0]
             tokens = sequence.request.prompt[sequence.num_read : sequence.num_read + size]
             chunk = Chunk(sequence=sequence, start=sequence.num_read, tokens=tokens)
+            # Counted before the devices have read it: the engine runs prefill right after.
             sequence.num_read += len(tokens)
             if chunk.is_last:
                 reading.popleft()

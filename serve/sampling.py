@@ -140,7 +140,7 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 
 def finish_reasons(token_B: jax.Array, settings: SamplingSettings, *, length_B: jax.Array) -> jax.Array:
-    """Return finish reasons [B]: 0 the sequence goes on, 1 a stop token, 2 its limit, 3 logits are not finite."""
+    """Return finish reasons [B]: 0 the sequence continues, 1 a stop token, 2 its limit, 3 logits are not finite."""
     is_stop_B = (settings.stops == token_B[:, None]).any(-1)
     reason_B = jnp.where(is_stop_B, 1, jnp.where(length_B >= settings.limit, 2, 0))
     return jnp.where(token_B == NOT_FINITE, 3, reason_B).astype(jnp.int32)

@@ -54,7 +54,10 @@ class Stage:
 
     @jax.named_scope("layers")
     def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
-        """Run this rank's layers; return x and the cache with the new tokens. Costs two all-reduces per layer."""
+        """Run this rank's layers: x[b, T, D] -> x[b, T, D], and the cache with the new tokens.
+
+        It costs two all-reduces of x per layer over `tensor`.
+        """
         keys, values, first = [], [], 0
         for stack, own_keys, own_values in zip(params["blocks"], cache.keys, cache.values, strict=True):
             own = KVCache(keys=own_keys, values=own_values, lengths=cache.lengths)
@@ -63,6 +66,7 @@ class Stage:
             values.append(own.values)
             first += jax.tree.leaves(stack)[0].shape[1]
         end_B = new.starts + new.counts
+        # Rows without a new token keep their length: a group may have slots that are not in use.
         kept_B = jax.lax.dynamic_slice(cache.lengths, (0, new.row), (1, end_B.shape[0]))[0]
         length_B = jnp.where(new.counts > 0, end_B, kept_B)
         lengths = jax.lax.dynamic_update_slice(cache.lengths, length_B[None], (0, new.row))
@@ -80,6 +84,7 @@ class Stage:
             return vary(x_BTD), cache
 
         size = jax.tree.leaves(stack)[0].shape[1]
+        # Layers that every stage has: the length of the loop is a constant. A single one needs no loop (`LayerLoop`).
         if first + size <= min(self.counts):
             return layer(0, (x_BTD, cache)) if size == 1 else jax.lax.fori_loop(0, size, layer, (x_BTD, cache))
         # Stages with fewer layers end the loop before their padding.

@@ -30,7 +30,7 @@ class ServeState:
 
     Args:
         next_token, is_open: [P@pipe, B@data]: the next token of each slot for the first stage, and whether its sequence
-            goes on. Only the first rank's entries are valid.
+            continues. Only the first rank's entries are valid.
         x, is_full: [P@pipe, b@data, 1, D] and [P@pipe, b@data]: activations that have arrived at each rank, for b slots
             of one group, and which of these hold a token. They stay between calls, so that the pipeline does not drain.
         busy: [P@pipe, data]: number of ticks in which each rank had work.

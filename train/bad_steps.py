@@ -31,6 +31,7 @@ class BadSteps:
 
         Raises:
             RunError: bad steps stop the run, or there were too many in a row; the state is saved first.
+            CheckpointError: the state cannot be saved.
         """
         if bool(metrics.taken):
             self._in_a_row = 0
@@ -62,7 +63,7 @@ def describe_bad_step(step: int, metrics: StepMetrics, *, spike_ratio: float) ->
 
 
 def fix_bad_step(metrics: StepMetrics) -> str:
-    """Return how to go on with a run that a bad step has stopped."""
+    """Return how to continue a run that a bad step has stopped."""
     higher = " or a higher --train.spike_ratio" if _is_spike(metrics) else ""
     return (
         f"go on with a lower --optimizer.learning_rate{higher} and --override, or with --train.bad_step skip, which "

@@ -43,7 +43,7 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
     found: list[tuple[Setup, Corpus]] = []
 
     def choose_shapes(seal: Seal) -> dict[str, Any]:
-        # All that needs the save is done here, since every look at it by itself would hash its files again.
+        # Everything that needs the save is done here: reading it once more would hash its files again.
         config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
         setup = prepare(config) if mesh is None else Setup(config, mesh)
         corpus = _load_corpus(setup, cache=Path(folder))

@@ -29,7 +29,8 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
     A run that was asked to stop is saved and not validated.
 
     Raises:
-        RunError: the validation loss is not finite; all files are written first.
+        RunError: the validation loss is not finite, after all files are written; or the run folder was moved.
+        CheckpointError: the last state cannot be saved.
         DataError: a file of the corpus is lost or changed; the state is saved.
     """
     folder, state, saver = run.config.run_folder, taken.state, run.saver

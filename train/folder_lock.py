@@ -36,6 +36,7 @@ def lock_folder(folder: Path, *, say: Callable[[str], object]) -> Iterator[None]
         RunError: another process has locked the folder; it is named.
         OSError: the lock file cannot be written.
     """
+    # Opened without truncating it: a run that does not get the lock reads the holder's name.
     with open_own(folder / LOCK_FILE, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,6 +45,7 @@ def lock_folder(folder: Path, *, say: Callable[[str], object]) -> Iterator[None]
                 f"the run folder {folder} is in use by {_read_holder(file)}.",
                 fix="wait for that run, stop it, or set another run.name.",
             ) from None
+        # The lock was free, so a name in the file is that of a run which could not remove it.
         if (before := _read_holder(file)) != _NOBODY:
             say(f"the run before, {before}, was killed or crashed")
         _write_holder(file, {"process": os.getpid(), "host": socket.gethostname()})

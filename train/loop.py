@@ -101,7 +101,8 @@ def take_steps(run: Run, state: TrainState, *, log: MetricsLog | NoLog, stop: St
 
     Raises:
         DataError: a file of the corpus is lost or changed; the state is saved, unless there are many processes.
-        RunError: a loss is not finite or spikes; the last good state is saved.
+        RunError: a loss is not finite or spikes, and the last good state is saved; or the run folder was moved.
+        CheckpointError: a state cannot be saved.
     """
     prefetch = Prefetch(run.data.train_batch, end=run.intervals.steps)
     with run.open_progress() as progress, prefetch, closing(run.profile):
@@ -131,7 +132,7 @@ def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecor
             if not (due.validates(step) or due.saves(step) or profile.ends_with(step)):
                 continue
             # All that follows waits for the devices, so the step is timed and logged first. The line must also be
-            # written before the save: a run killed in between would go on after this step and never log it.
+            # written before the save: a run killed in between would resume after this step and never log it.
             recorder.flush(state)
             if profile.ends_with(step):
                 profile.stop(state, run.compiled.train, num_devices=run.setup.mesh.devices.size)

@@ -1,4 +1,8 @@
-"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and shard its state (ZeRO-1)."""
+"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and shard its state (ZeRO-1).
+
+AdamW is algorithm 2 of Loshchilov and Hutter 2019; the decay follows a half cosine as in Loshchilov and Hutter 2017
+("SGDR"), equation 5, without restarts; clipping is algorithm 1 of Pascanu et al. 2013. Read `step.py` for the use.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +47,11 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
 
 
 def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -> optax.GradientTransformation:
-    """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`."""
+    """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`.
+
+    Raises:
+        ConfigError: there are no steps.
+    """
     adamw = optax.adamw(
         make_learning_rate(section, steps=steps, peak=peak),
         b1=section.beta1,

@@ -113,6 +113,7 @@ def build_run(
         TrellaxError: the save is of another run, or the corpus does not give a batch.
     """
     config, tell = setup.config, partial(say, console)
+    # The state comes first, since its save has the sequence of the corpus with which the run continues.
     state, seal = restore_or_initialize(setup, checkpoints, corpus_sha256=corpus.sha256, changes=changes, say=tell)
     first_step = int(state.step)
     first_sequence = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)

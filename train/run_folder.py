@@ -95,8 +95,10 @@ def open_run_folder(folder: Path, *, start: Start, say: Callable[[str], object])
         def take() -> None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                # Tried out, since permissions do not show a full or read-only disk.
                 with tempfile.TemporaryFile(dir=folder):
                     pass
+                # Links are refused before the lock file is opened, and nothing is removed before the folder is locked.
                 check_entries(folder)
                 held.enter_context(lock_folder(folder, say=say))
                 SaveFolder(folder / FOLDER).drop_unfinished()

@@ -44,7 +44,11 @@ class StateSaver:
         return self.checkpoints.last_step
 
     def save_before(self, error: DataError, state: TrainState) -> DataError:
-        """Save what was trained before the corpus changed, and return the error to stop the run with."""
+        """Save what was trained before the corpus changed, and return the error to stop the run with.
+
+        Raises:
+            TrellaxError: as `save` does.
+        """
         if jax.process_count() > 1:
             # The other processes are at this step or the next one, and would never join the save.
             return error

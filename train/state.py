@@ -135,6 +135,7 @@ class Setup:
     def peak_rate(self) -> jax.Array:
         """The peak learning rate, float32[], replicated."""
         shape, peak = self.peak_rate_shape, np.asarray(self.config.optimizer.learning_rate, np.float32)
+        # One number, sent once: a user's jax_transfer_guard is meant for transfers in the training loop.
         with jax.transfer_guard("allow"):
             return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: peak)
 
@@ -147,7 +148,8 @@ class Setup:
     def optimizer(self) -> Any:
         """Gradient clipping and AdamW, an `optax.GradientTransformation`.
 
-        Annotated as Any because optax's types do not admit dataclasses as parameter trees.
+        It has the learning rate of the config as a constant; `make_train_step` makes one whose rate is an input, with
+        the same state. Annotated as Any because optax's types do not admit dataclasses as parameter trees.
         """
         return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
 

@@ -1,4 +1,7 @@
-"""Make the jitted training step and the jitted validation, functions of a state and a batch."""
+"""Make the jitted training step and the jitted validation, functions of a state and a batch.
+
+Read `../pipeline/` for the loss and its gradients, `optimizer.py` for the update, `step_health.py` for bad steps.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

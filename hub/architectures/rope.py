@@ -34,6 +34,7 @@ def resolve_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dic
         TypeError: `rope_parameters` or `rope_scaling` is not a table.
     """
     parameters, scaling = _read_table(values, "rope_parameters"), _read_table(values, "rope_scaling")
+    # As transformers 5 does if a file has both.
     rope = dict(scaling or parameters)
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     # The base of the table that was taken, or else the one beside the tables: never that of the other table.

@@ -41,6 +41,7 @@ class TensorPlace:
             shape: the shape of the tensor.
         """
         wide = shape[0] if self.layout == "transposed" else shape[-1]
+        # GPT-2's c_attn is [768, 3 * 768], and the key is part 1: its columns 0:64 are columns 768:832 of the tensor.
         start = self.part * wide // self.num_parts
         moved = (*own[:-1], slice(own[-1].start + start, own[-1].stop + start))
         return moved[::-1] if self.layout == "transposed" else moved

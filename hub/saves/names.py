@@ -83,6 +83,7 @@ class SaveFolder:
             OSError: there is a save of that step already, or the system refuses.
         """
         part = self.part(step)
+        # Content before names: a name on the disk whose content is lost would look like a finished save.
         for path in (*part.rglob("*"), part):
             _force_to_disk(path)
         part.rename(self / step)

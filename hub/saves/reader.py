@@ -1,5 +1,10 @@
 """Read the newest whole save of a folder; skip damaged saves, or rename them.
 
+    40     a file differs from its hash             -> skipped, or renamed to 40.damaged
+    30     all files are right, arrays are loaded;
+           an array differs from its checksum       -> the same
+    20     all files and arrays are right           -> returned
+
 With many processes, all call each method and get the same result; each checks its share of the files.
 """
 
@@ -59,6 +64,7 @@ class SaveReader:
             CheckpointError: another format of trellax wrote it.
         """
         tried = set(without)
+        # Process 0 names the step, since another may see the folder later. As text: "0" is a step, "" ends the loop.
         while step := text_of_first(str(max(set(self.folder.steps) - tried, default=""))):
             tried.add(int(step))
             seal, problem = self._examine(int(step))
@@ -91,6 +97,7 @@ class SaveReader:
         was_empty, wrong = self.folder.is_empty, set[int]()
         while (seal := self.newest(without=wrong)) is not None:
             arrays = _load(self.folder / seal.step, choose(seal))
+            # Files are hashed after they were written, arrays before: this also covers what lies between the two.
             problem = _compare(arrays, seal)
             if not problem:
                 return seal, arrays
@@ -109,6 +116,7 @@ class SaveReader:
         if seal is not None:
             share = (process_index(), num_processes())
             problem = self.check(seal) or "; ".join(find_damage(folder, seal, share=share)[:3])
+        # Each process has checked its share of the files; what one of them finds is a problem for all.
         return seal, "; ".join(dict.fromkeys(filter(None, gather_texts(problem))))
 
     def _pass_by(self, step: int, problem: str) -> None:

@@ -114,6 +114,7 @@ def _parse_record(record: Any, *, name: str) -> Seal:
     """
     found = record["format"]
     if is_count(found) and found != SEAL_FORMAT:
+        # Nothing is known of the fields of another version, so none is checked.
         nothing: dict[str, Any] = {"config": {}, "data": {}, "arrays": {}, "files": {}}
         return Seal(step=0, saved_at="", format=found, **nothing)
     if type(found) is not int or record.keys() != {field.name for field in fields(Seal)}:
@@ -131,9 +132,11 @@ def find_damage(folder: Path, seal: Seal, *, share: tuple[int, int] = (0, 1)) ->
     Args:
         share: (index, count) to check every count-th file only, so that processes can share the work.
     """
+    # Names are read quickly, so every process looks at all of them; only the content is divided.
     if strangers := _find_strangers(folder):
         return strangers
     index, count = share
+    # Sorted, so that all processes divide the files alike.
     problems = (_compare_file(folder, name, *seal.files[name]) for name in sorted(seal.files)[index::count])
     return [problem for problem in problems if problem]
 
@@ -154,6 +157,7 @@ def _compare_file(folder: Path, name: str, size: int, digest: str) -> str:
     try:
         with open_regular(folder / name, links="refuse") as file:
             here = os.fstat(file.fileno()).st_size
+            # The size first: it needs no reading.
             if here != size:
                 return f"{name} has {here:,} bytes, not {size:,}"
             if size > _LARGE_BYTES and _count_written(file, size) < size // 100:
@@ -189,4 +193,5 @@ def _hash_file(path: Path) -> tuple[int, str]:
 
 
 def _hash_record(record: Any) -> str:
+    # Sorted, so that the record as parsed has the same text, and hash, as the record as written.
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -98,6 +98,7 @@ def _receive_guests(processes: Processes, facts: Facts, *, start_s: float) -> _V
             while _are_missing(guests, facts) and (left_s := end - time.monotonic()) > 0:
                 new = _accept(server, connections, left_s=left_s)
                 guests = [guest for guest in [*guests, *new] if guest.is_waiting]
+                # No process waits longer than it was told to, so the shortest time left ends the wait for all.
                 waits_s = min((guest.left_s for guest in new), default=left_s)
                 # Once two have differed, wait only briefly for the others, so that they get the verdict too.
                 waits_s = min(waits_s, _LINGER_S) if new and _find_differences(guests, facts) else waits_s
@@ -140,6 +141,7 @@ def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
         try:
             with socket.create_connection((processes.host, processes.port), timeout=min(left_s, _WORD_S)) as connection:
                 _send(connection, {"index": processes.index, "left_s": left_s, "facts": dict(facts)})
+                # Process 0 answers when its own time is up, which may be a little after ours.
                 connection.settimeout(left_s + _GRACE_S)
                 return _Verdict(**_receive(connection))
         except OSError as error:
@@ -153,6 +155,7 @@ def _visit(processes: Processes, facts: Facts, *, start_s: float) -> _Verdict:
 
 def _accept(server: socket.socket, connections: contextlib.ExitStack, *, left_s: float) -> list[_Guest]:
     """Accept one process, if one connects within a second; a connection that sends no valid facts is closed."""
+    # A second at most: the caller also looks for guests that have left.
     server.settimeout(min(1.0, left_s))
     with contextlib.suppress(OSError):
         connection, _ = server.accept()

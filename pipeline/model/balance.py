@@ -165,14 +165,17 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
     check_vocab(vocab)
     if vocab == "split":
         return EndTimes(embedding=0.0, embedding_grad=0.0, head=0.0)
+    # Flops of the head for one token; its input gradient and its weight gradient take as many again.
     projection = 2 * config.vocab_size * config.hidden_size
     layer = _layer_flops(config, num_tokens=num_tokens)
+    # The embedding computes nothing, so its bytes are converted to the flops that take as long.
     row = config.hidden_size * _ITEM_BYTES * _FLOPS_PER_BYTE
     return EndTimes(embedding=2 * row / layer, embedding_grad=3 * row / layer, head=3 * projection / layer)
 
 
 def _layer_flops(config: ModelConfig, *, num_tokens: int) -> float:
     """Return the flops of one layer's forward for one token, without masked attention scores."""
+    # The head's product is part of the model's flops, and priced apart.
     flops = flops_per_token(config, num_tokens=num_tokens)
     return (flops.forward - 2 * config.vocab_size * config.hidden_size) / config.num_layers
 

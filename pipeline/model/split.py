@@ -92,6 +92,7 @@ def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> Shard
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
     if vocab == "ends" or num_ranks == 1:
         return rules
+    # pipe outermost: rank r holds one range of the vocabulary, which tensor divides again.
     return rules.replace(vocab=("pipe", *rules.axes("vocab")))
 
 

@@ -175,6 +175,9 @@ def _check_counts(counts: tuple[int, ...], *, num_layers: int, num_stages: int, 
 
 
 def _places(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Return the position of each layer of the model among the padded layers of all stages."""
+    """Return the position of each layer of the model among the padded layers of all stages.
+
+    For stages of 2, 1 and 3 layers every stage has room for 3, and the positions are 0 1, 3, 6 7 8.
+    """
     room = max(counts)
     return np.concatenate([stage * room + np.arange(count, dtype=np.int32) for stage, count in enumerate(counts)])

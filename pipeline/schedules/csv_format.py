@@ -29,7 +29,7 @@ _MOST_ACTIONS = 60_000
 _MOST_BYTES = 16 << 20
 
 _COMMUNICATION = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
-"""Actions of torch.distributed.pipelining that our executor runs without being told."""
+"""Actions of torch.distributed.pipelining that our executor runs by itself."""
 
 
 def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None) -> Schedule:
@@ -83,6 +83,7 @@ def schedule_from_csv(
     cells = _read_old_backwards(list(_read_actions(rows, name)))
     for rank, column, action in cells:
         place = f"row {rank + 1}, column {column + 1}"
+        # Stage s is on rank s % p, so the number of rows determines the stages of each row.
         if action.stage % len(rows) != rank:
             raise _misplaced_error(f"{name}, {place}", action, rank, num_ranks=len(rows))
         if action in seen:

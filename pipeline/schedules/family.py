@@ -39,7 +39,7 @@ class Family:
         backward: "whole", "split" into input and weight gradient, or "either", as the costs decide.
         order: "fixed" by the sizes, or "searched" for given times of the stages.
         peak_in_flight: "all" where a rank holds every microbatch of the step, a function where a formula is known, None
-            where only the schedule itself tells.
+            if it can only be counted in the schedule itself.
         bubble: returns the bubble fraction that the literature states, given the schedule and a rank's times.
         counterpart: name of the family with the same order for the other number of chunks, one or several.
         run_ahead: builds the order of separate programs that run ahead while results travel, as Megatron does.

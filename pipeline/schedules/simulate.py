@@ -1,7 +1,14 @@
 """Simulate a schedule: its time, bubble and peak of microbatches in flight, under one of two clocks.
 
 `lockstep` is one jitted program for all ranks, in which a tick lasts as long as its slowest rank. trellax runs this.
-`async` is one program per rank, which waits only for the results that it needs. Megatron runs this.
+`async` is one program per rank, which waits only for the results that it needs. Megatron runs this. With a forward of
+1 and a whole backward of 2, a tick in which rank 0 runs 0F1 and rank 1 runs 1B0:
+
+    time          0    1    2    3
+    lockstep      |0F1   .  |next        rank 0 waits for the slowest rank of the tick
+                  |1B0 - - -|next
+    async         |0F1 |0F2 |...         rank 0 goes on at once
+                  |1B0 - - -|...
 """
 
 from collections.abc import Sequence

@@ -99,6 +99,7 @@ def inference_time(
     )
     # Groups of requests pass through the stages in turn; as many groups as stages keep every stage busy.
     groups = min(layout.pipe, batch)
+    # Time is linear in the cache, which grows from the prompt to all tokens: its mean gives the mean step.
     context = prompt + generated / 2
     step = decode_time_s(model, batch=math.ceil(batch / groups), context=context, **sizes)
     latency = prefill + generated * step
@@ -126,11 +127,13 @@ def decode_time_s(
             busy += _decode_product_s(operation, topology, model, server)
         elif isinstance(operation, Stream) and operation.part == "vector":
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
+    # The core of attention, left out above, takes the time of reading the cache.
     cache = batch * context * kv_bytes_per_token(model, tensor=t)
     busy += memory_time_s(device, num_bytes=cache)
     busy += server.kernels * server.gap_s
     group = make_group(topology, size=t, stride=1)
     message = batch * model.hidden_size * item_bytes(model)
+    # Two all-reduces a layer: after attention and after the feed-forward part.
     layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
     # Reading the head's table in 16 bit takes longer than its product with a few tokens.
     head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
@@ -188,6 +191,7 @@ def _piped_prefill_s(
     """Return the seconds until the last of several groups of prompts has left the last stage."""
     size = math.ceil(batch / groups)
     one = _prefill_s(model, layout=layout, topology=topology, batch=size, num_tokens=num_tokens, server=server)
+    # A stage takes one / pipe for a group, and the last group leaves after pipe + groups - 1 such turns.
     return one * (layout.pipe + groups - 1) / layout.pipe
 
 

@@ -78,6 +78,7 @@ def layer_time(
         recompute=again,
         input_grad=input_grad + waiting / 2,
         weight_grad=weight_grad + waiting / 2,
+        # The forward and the backward wait for the same collectives, the recomputation for them once more.
         exposed=2 * comm - hidden + (comm if layout.remat == "full" else 0.0),
     )
 

@@ -102,12 +102,14 @@ def peak_in_flight(
     if traits.clock == "lockstep" and family.peak_in_flight is not None:
         most = family.peak_in_flight(num_ranks, num_chunks, traits.vocab)
         return (min(everything, most),) * num_ranks
+    # Enough to fill the pipeline; from there on every forward has a backward beside it, and the peak stays.
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
     if is_searched_whole(schedule, num_stages=num_ranks * num_chunks, num_microbatches=num_microbatches):
         few = num_microbatches
     sizes = {"num_ranks": num_ranks, "num_microbatches": few, "num_chunks": num_chunks}
     built = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
     peaks = simulate(built, clock=traits.clock).peak_in_flight
+    # A search that holds all of a few microbatches would hold all of many.
     if family.order == "searched" and max(peaks) == few * num_chunks:
         return (everything,) * num_ranks
     return peaks if traits.clock == "async" else (max(peaks),) * num_ranks
@@ -175,9 +177,11 @@ def _temporary_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, nu
     parts = layout.tensor * (layout.pipe if is_split else 1)
     has_head = is_split or rank == layout.pipe - 1
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
+    # Logits in float32, and their gradient in the compute dtype.
     logits = held * model.vocab_size / parts * (_FLOAT32 + item) if has_head else 0.0
     once = 0.0
     if layout.remat != "none":
+        # While a layer's backward runs, its recomputed residuals are all in memory, for one layer at a time.
         kept = replace(layout, remat="none")
         once = layer_activation_bytes(model, layout=kept, runtime=runtime, num_tokens=num_tokens)
     if runtime.residuals == "megatron":

@@ -95,6 +95,7 @@ def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]
         ):
             for axes, sent_bytes in part:
                 of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
+        # The busiest rank may be a different one for each axis.
         found = {axes: max(found.get(axes, 0), of_rank.get(axes, 0)) for axes in found | of_rank}
     return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
 

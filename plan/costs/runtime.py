@@ -85,6 +85,7 @@ class Runtime:
     logits: Literal["chunked", "whole"] = "chunked"
     weight_copies: OnOff = "on"
     workspace_bytes: int = 0
+    # trellax keeps float32 parameters, two moments and a sum of gradients; adding to it reads two numbers, writes one.
     weight_bytes: int = 4
     optimizer_state_bytes: int = 8
     gradient_bytes: int = 4

@@ -69,6 +69,7 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
 def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runtime: Runtime) -> tuple[StageCost, ...]:
     """Return the seconds of every stage for one microbatch; recomputation counts as input gradient."""
     last = len(layers) - 1
+    # A blocking hop is work of the stage: activations to the next stage, gradients to the one before.
     hop = ends.hop if runtime.blocking_hops == "on" else 0.0
     stages = []
     for place, size in enumerate(layers):
@@ -125,6 +126,7 @@ def _hop_s(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtim
     group = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))
     if runtime.sequence_parallel == "on" or runtime.scatter_hops == "on":
         sent = collective_time_s("send", num_bytes=num_bytes / layout.tensor, group=group, topology=topology)
+        # With sequence parallelism the next stage works on its part; otherwise it first gathers the whole.
         if runtime.sequence_parallel == "on":
             return sent
         own = make_group(topology, size=layout.tensor, stride=1)

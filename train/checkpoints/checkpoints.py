@@ -123,6 +123,7 @@ class Checkpoints:
             return shapes
 
         seal, arrays = self._reader("set aside").read(choose)
+        # This step is on the disk already: `StateSaver.save` does not save it again.
         self.last_step = seal.step
         if seal.has_params_alone:
             params = params_from_arrays(arrays, like=as_model(order.params))

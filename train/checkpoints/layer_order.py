@@ -58,6 +58,7 @@ class LayerOrder:
 
     @cached_property
     def _put(self) -> Any:
+        # `shapes` has the paths in the order of this tree's leaves.
         structure = jax.tree.structure(jax.eval_shape(self._merge, self.setup.shapes))
 
         def put(arrays: Arrays) -> TrainState:
@@ -100,6 +101,7 @@ class LayerOrder:
         return replace(map_params(merge, own), health=replace(own.health, halted=None))
 
     def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].
         mesh = self.setup.mesh
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
         if self.setup.config.model.num_layers % mesh.shape["pipe"] == 0:

@@ -77,6 +77,7 @@ class Batches:
         return self._first_sequence + step * self._batch_size
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        # Not negative for the steps of a run, even where `first_sequence` is.
         start = self.num_sequences(step)
         rows = np.stack([np.asarray(self._rows[start + row]) for row in range(self._batch_size)])
         weights = np.full(self._shape, 1 / np.prod(self._shape), np.float32)
@@ -95,6 +96,7 @@ class _Windows:
     seq_len: int
 
     def __len__(self) -> int:
+        # So that every token but the first is a target. 100 tokens and seq_len=8 give 13 windows, the last from 91 on.
         return (self.tokens.size - 2) // self.seq_len + 1
 
     def __getitem__(self, index: int) -> np.ndarray:

@@ -124,8 +124,10 @@ def _find_wider(file: Path, dtype: np.dtype) -> np.dtype | None:
         if pieces < 2 or size % wide.itemsize:
             continue
         rows = np.frombuffer(_read_sample(file, size), dtype).reshape(-1, pieces)
+        # The piece with the lowest bits may hold any number; all others are small, since real ids are.
         low = 0 if wide.str[0] == "<" else pieces - 1
         rest = int(np.delete(rows, low, axis=1).max(initial=0))
+        # Where ids are small too, the others must all be 0, in a file of more than a few different numbers.
         is_piece = rest <= _LARGEST_HALF < rows[:, low].max(initial=0) or (rest == 0 and np.unique(rows).size > 3)
         if len(rows) >= _FEWEST and is_piece:
             return wide

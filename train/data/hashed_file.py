@@ -21,7 +21,11 @@ _Metadata = tuple[int, int, int, int, int]
 
 
 class HashedFile:
-    """A file, or a part of it, with a known SHA-256; another file that takes its path later counts as changed."""
+    """A file, or a part of it, with a known SHA-256; another file that takes its path later counts as changed.
+
+    Raises:
+        DataError: there is no such file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._metadata = path, _read_settled_metadata(path)

@@ -34,6 +34,10 @@ class MetricsLog:
         hyperparameters: values by name, shown in TensorBoard's table of runs.
         say: called with a message when metrics.jsonl was removed or replaced while the run wrote it; the file is then
             written again from the start.
+
+    Raises:
+        RunError: metrics.jsonl is there, and not a regular file or larger than 4 GiB.
+        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         return []
     lines = []
     with file:
+        # A line that a kill has cut short is not JSON, and is left out.
         while text := file.readline(_MAX_LINE_BYTES):
             line = _parse_line(text) if len(text) < _MAX_LINE_BYTES else None
             if line is not None:

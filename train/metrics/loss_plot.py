@@ -11,7 +11,12 @@ PLOT_FILE = "loss.png"
 
 
 def draw_loss(folder: str | Path) -> Path | None:
-    """Draw loss.png in a run's folder and return its path; None if metrics.jsonl holds no loss."""
+    """Draw loss.png in a run's folder and return its path; None if metrics.jsonl holds no loss.
+
+    Raises:
+        RunError: metrics.jsonl is not a regular file, or larger than 4 GiB.
+        OSError: the picture cannot be written.
+    """
     lines = read_metrics(folder)
     train, validation = _curve(lines, name="loss"), _curve(lines, name="val_loss")
     if not train and not validation:

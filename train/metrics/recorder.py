@@ -46,7 +46,7 @@ class StepRecorder:
         """Record the pending step, and keep this one, which the devices have just begun, pending.
 
         Raises:
-            RunError: as `flush` does.
+            RunError, CheckpointError: as `flush` does.
         """
         self.flush(state)
         self._pending = step, metrics
@@ -58,7 +58,8 @@ class StepRecorder:
             state: the newest state, which is saved if the step was bad.
 
         Raises:
-            RunError: the step was bad and stops the run; the state is saved first.
+            RunError: the step was bad and stops the run, after its state is saved; or the run folder was moved.
+            CheckpointError: the state cannot be saved.
         """
         pending, self._pending = self._pending, None
         if pending:
@@ -71,6 +72,7 @@ class StepRecorder:
 
     def _record(self, step: int, metrics: StepMetrics) -> None:
         with self._timer.waiting("device"):
+            # Blocks until the devices have finished the step.
             loss, is_taken = float(metrics.loss), bool(metrics.taken)
         self._timer.end_step()
         step_time_s = self._timer.step_time_s

@@ -25,6 +25,7 @@ class StepTimer:
     """
 
     def __init__(self, *, window: int) -> None:
+        # Of each step: its time, and the parts of it spent waiting for input and for the devices.
         self._recent_s: deque[tuple[float, float, float]] = deque(maxlen=window)
         self._total_s, self._num_steps = 0.0, 0
         self.restart()

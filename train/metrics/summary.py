@@ -43,7 +43,11 @@ def summary_values(summary: Summary) -> dict[str, Any]:
 
 
 def write_summary(summary: Summary) -> Path:
-    """Write summary.json into the run's folder atomically, and return its path."""
+    """Write summary.json into the run's folder atomically, and return its path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path = Path(summary.folder) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(summary_values(summary), indent=2) + "\n").encode())

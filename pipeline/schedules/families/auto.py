@@ -75,6 +75,7 @@ def _build_fixed(sizes: dict[str, int], *, clock: Clock, vocab: Vocab) -> Iterat
 def _search_lists(sizes: dict[str, int], *, limit: int) -> Iterator[Schedule]:
     """Yield list schedules that hold at most the limit, and those that hold no more than a full pipeline needs."""
     num_ranks, num_chunks = sizes["num_ranks"], sizes["num_chunks"]
+    # In microbatches of a chunk. v p + p - 1 of them keep the pipeline full (`interleaved_zero_bubble.py`).
     most = limit * num_chunks
     limits = sorted({min(most, num_ranks * num_chunks + num_ranks - 1), most})
     for size, priority, group in product(limits, _PRIORITIES, _GROUPS):

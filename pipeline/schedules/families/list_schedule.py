@@ -1,6 +1,14 @@
 """A greedy list scheduler: in every tick each rank runs the ready action of the highest priority.
 
-List scheduling (Graham 1969): no rank looks ahead, so one pass over the ticks is enough.
+List scheduling (Graham 1969): no rank looks ahead, so one pass over the ticks is enough. With the priority I, F, W and
+a limit of 3 microbatches:
+
+    rank 0 | 0F0 0F1 0F2   .   . 0I0 0W0 0I1 0F3 0I2 0W1 0W2   . 0I3 0W3
+    rank 1 |   . 1F0 1F1 1F2 1I0 1W0 1I1 1W1 1I2 1F3 1W2   . 1I3 1W3   .
+    rank 2 |   .   . 2F0 2I0 2F1 2I1 2F2 2I2 2W0 2W1 2F3 2I3 2W2 2W3   .
+
+Rank 0 holds 3 microbatches after tick 2, so 0F3 waits for 0W0, which ends microbatch 0 there. Rank 2 puts its weight
+gradients off for as long as an input gradient or a forward is ready.
 """
 
 from collections.abc import Sequence
@@ -64,6 +72,7 @@ class _State:
 
     def step(self, priority: Sequence[Kind]) -> bool:
         """Run one tick and return whether any rank had something to run."""
+        # All ranks choose before any result counts: a tick's results are sent at its end.
         chosen = [self._choose(rank, priority) for rank in range(self.num_ranks)]
         for rank, action in enumerate(chosen):
             if action is not None:

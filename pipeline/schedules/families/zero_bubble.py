@@ -40,7 +40,7 @@ def _order_of_rank(rank: int, *, num_ranks: int, num_microbatches: int) -> list[
         if warm_up + k < num_microbatches:
             words.append(("F", warm_up + k))
         words.append(("I", k))
-        # The ranks before wait for I alone: the later a rank, the longer its W are put off.
+        # The ranks before wait only for I: the later a rank, the longer its W are delayed.
         if k >= rank:
             words.append(("W", k - rank))
     words += [("W", k) for k in range(max(0, num_microbatches - rank), num_microbatches)]
