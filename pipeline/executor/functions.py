@@ -12,9 +12,9 @@ is counted once by every data shard; only when it is marked as varying is its gr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,35 +51,26 @@ def bind_functions(
     Args:
         keeps_trivial: whether results may be marked as varying over axes of one device, as in checks.
     """
-    mark = partial(_mark, keeps_trivial=keeps_trivial)
     axes = (*pipe, *batch)
     end_axes = batch if fns.ends_together else axes
-    first, last = _with_given(fns.first), _with_given(fns.last)
+    mark = partial(_mark, keeps_trivial=keeps_trivial)
 
-    def bind_layer(fn: Callable[..., Any]) -> Callable[[Any, Any, Given], Output]:
-        layer = _with_given(fn)
+    def bind(fn: Callable[..., Any], axes: tuple[str, ...], result: Callable[[Any], Any]) -> Callable[..., Any]:
+        asks = asks_for_info(fn)
 
-        def run(params: Any, x: Any, given: Given) -> Output:
-            out = layer(given, params, x)
-            out = out if isinstance(out, Output) else Output(x=out)
-            return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+        def run(*args: Any) -> Any:
+            *own, given = args
+            info = {"info": given.info} if asks else {}
+            return mark(result(fn(*own, given.microbatch, **info)), axes)
 
         return run
 
-    def bind_prepare(fn: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-        return None if fn is None else lambda params: mark(fn(params), axes)
-
-    def run_last(shared: Any, x: Any, given: Given) -> Output:
-        out = last(given, shared, x)
-        out = out if isinstance(out, Output) else Output(loss=out)
-        return mark(Output(loss=out.loss, metrics=jax.lax.stop_gradient(_as_float32(out.metrics))), end_axes)
-
-    layers = fns.by_kind(fns.layer)
+    layers, prepares = fns.by_kind(fns.layer), fns.by_kind(fns.prepare)
     return Functions(
-        first=lambda shared, given: mark(first(given, shared), end_axes),
-        layers={kind: bind_layer(fn) for kind, fn in layers.items()},
-        last=run_last,
-        prepares={kind: bind_prepare(fn) for kind, fn in fns.by_kind(fns.prepare).items()},
+        first=bind(fns.first, end_axes, lambda x: x),
+        layers={kind: bind(fn, axes, lambda out: _output(out, "x")) for kind, fn in layers.items()},
+        last=bind(fns.last, end_axes, lambda out: _output(out, "loss")),
+        prepares={kind: fn and (lambda params, fn=fn: mark(fn(params), axes)) for kind, fn in prepares.items()},
         asks_info=any(map(asks_for_info, (fns.first, *layers.values(), fns.last))),
         fns=fns,
         axes=axes,
@@ -87,19 +78,11 @@ def bind_functions(
     )
 
 
-def _with_given(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of (given, *args) that calls fn(*args, microbatch), with info if it asks for it."""
-    if asks_for_info(fn):
-        return lambda given, *args: fn(*args, given.microbatch, info=given.info)
-    return lambda given, *args: fn(*args, given.microbatch)
-
-
-def _without_gradients(out: Output) -> dict[str, Any]:
-    return jax.lax.stop_gradient(_as_float32({"metrics": dict(out.metrics), "stats": out.stats}))
-
-
-def _as_float32(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+def _output(result: Any, field: Literal["x", "loss"]) -> Output:
+    """Return the result of a function as an `Output`, of which it may be a single field, in float32 beside x."""
+    out = result if isinstance(result, Output) else Output(**{field: result})
+    sums = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), {"metrics": dict(out.metrics), "stats": out.stats})
+    return replace(out, **jax.lax.stop_gradient(sums))
 
 
 def _mark(tree: Any, axes: tuple[str, ...], *, keeps_trivial: bool) -> Any:

@@ -108,19 +108,24 @@ def pipeline_loss(
         return out.loss, Aux(metrics=out.metrics, stats=out.stats)
 
     def rule(primals: Any, tangents: Tangents) -> tuple[Any, Any]:
-        check_first(tangents, owners=call.facts.owners)
-        given = watch_derivatives(primals, check=call.check_second)
-        wants_batch = has_tangent(tangents[1].batch)
-        out = _trace(call, *given[:2], wants="grads", wants_batch=wants_batch).run(*given)
-        tangent = tangent_of_loss(tangents[0], out.grads)
-        if wants_batch:
-            tangent += tangent_of_loss(tangents[1].batch, out.batch_grads)
-        aux = Aux(metrics=out.metrics, stats=out.stats)
-        return (out.loss, aux), (tangent, jax.tree.map(jnp.zeros_like, aux))
+        return _differentiate(call, primals, tangents)
 
     loss_of.defjvp(rule, symbolic_zeros=True)
     loss, aux = loss_of(params, inputs, traced.closed_over)
     return (loss, aux) if has_aux else loss
+
+
+def _differentiate(call: "_Call", primals: Any, tangents: Tangents) -> tuple[Any, Any]:
+    """Return (loss, aux) and their tangents; the schedule computes the gradients, of the batch only where asked for."""
+    check_first(tangents, owners=call.facts.owners)
+    given = watch_derivatives(primals, check=call.check_second)
+    wants_batch = has_tangent(tangents[1].batch)
+    out = _trace(call, *given[:2], wants="grads", wants_batch=wants_batch).run(*given)
+    tangent = tangent_of_loss(tangents[0], out.grads)
+    if wants_batch:
+        tangent += tangent_of_loss(tangents[1].batch, out.batch_grads)
+    aux = Aux(metrics=out.metrics, stats=out.stats)
+    return (out.loss, aux), (tangent, jax.tree.map(jnp.zeros_like, aux))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,9 @@ def split_transformer(
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
-    stage_specs = _specs(jax.tree.map(lambda own: own[3:], dims.stages, is_leaf=_is_dims), rules)
-    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
-    fns = replace(fns, stage_specs=stage_specs, shared_specs=_specs(dims.shared, rules))
+    fns = replace(_stage_fns(model, mesh, dims, remat, counts), unroll=unroll)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=replace(fns, unroll=unroll), params=params, shardings=shardings, init=init)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
@@ -111,9 +108,11 @@ def _make_params(
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_block: tuple[Any, Any]) -> StageFns:
+def _stage_fns(model: Transformer, mesh: Mesh, dims: PipelineParams, remat: Remat, counts: tuple[int, ...]) -> StageFns:
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
-    own, given = of_block
+    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
+    stage_specs = _specs(jax.tree.map(lambda own: own[3:], dims.stages, is_leaf=_is_dims), model.rules)
+    own, given = _graphs_of_block(model, mesh, stage_specs)
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
@@ -142,6 +141,8 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_blo
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
+        stage_specs=stage_specs,
+        shared_specs=_specs(dims.shared, model.rules),
         prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )
 

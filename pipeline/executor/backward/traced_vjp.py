@@ -78,28 +78,14 @@ def trace_vjp(
     trees: list[Any] = []
 
     def whole(params: Any, x: Any, given: Given, grad: list[jax.Array]) -> tuple[Any, ...]:
-        parts = (params, x, given.microbatch if wants_batch else ())
-        floats, merge = zip(*map(_split_floats, parts), strict=True)
-
-        def run(*floats: list[Any]) -> tuple[Any, Output]:
-            own, x, microbatch = (one(values) for one, values in zip(merge, floats, strict=True))
-            out = fn(own, x, replace(given, microbatch=microbatch) if wants_batch else given)
-            return (floats_of(out.x), out.loss), out
-
-        (_, loss), pull, out = jax.vjp(run, *floats, has_aux=True)
-        # All equations before this one are forward, all after it are backward: only they can read the gradient.
-        mark = jax.lax.optimization_barrier(grad[0])
-        d_params, dx, d_batch = pull(([mark, *grad[1:]], None if loss is None else jnp.ones_like(loss)))
-        d_batch = merge[2](d_batch, others="none") if wants_batch else None
-        outs, out_tree = jax.tree.flatten(out)
-        grads, tree = jax.tree.flatten(((merge[0](d_params, others="none"), d_batch), dx))
-        trees.extend((out_tree, tree))
-        return mark, outs, grads
+        mark, out, grads = _run_and_pull_back(fn, (params, x, given), grad, wants_batch=wants_batch)
+        (out, out_tree), (grads, grads_tree) = jax.tree.flatten(out), jax.tree.flatten(grads)
+        trees.extend((out_tree, grads_tree))
+        return mark, out, grads
 
     closed = jax.make_jaxpr(whole)(params, x, given, grad)
-    out_tree, grads_tree = trees
     mark, *rest = closed.jaxpr.outvars
-    out, grads = rest[: out_tree.num_leaves], rest[out_tree.num_leaves :]
+    out, grads = rest[: trees[0].num_leaves], rest[trees[0].num_leaves :]
     # The barrier's equation divides the list; it belongs to neither part, since `run` is given a value for `mark`.
     position = next(index for index, eqn in enumerate(closed.jaxpr.eqns) if mark in eqn.outvars)
     num_params = len(jax.tree.leaves(params))
@@ -111,10 +97,31 @@ def trace_vjp(
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
         grad=[mark, *closed.jaxpr.invars[len(closed.jaxpr.invars) - len(grad) + 1 :]],
         out=out,
-        out_tree=out_tree,
+        out_tree=trees[0],
         grads=grads,
-        grads_tree=grads_tree,
+        grads_tree=trees[1],
     )
+
+
+def _run_and_pull_back(
+    fn: Callable[[Any, Any, Given], Output], args: tuple[Any, Any, Given], grad: list[Any], *, wants_batch: bool
+) -> tuple[jax.Array, Output, Any]:
+    """Return the mark that divides forward from backward, fn(*args), and the tree of gradients."""
+    params, x, given = args
+    parts = (params, x, given.microbatch if wants_batch else ())
+    floats, merge = zip(*map(_split_floats, parts), strict=True)
+
+    def run(*floats: list[Any]) -> tuple[Any, Output]:
+        own, x, microbatch = (one(values) for one, values in zip(merge, floats, strict=True))
+        out = fn(own, x, replace(given, microbatch=microbatch) if wants_batch else given)
+        return (floats_of(out.x), out.loss), out
+
+    (_, loss), pull, out = jax.vjp(run, *floats, has_aux=True)
+    # All equations before this one are forward, all after it are backward: only they can read the gradient.
+    mark = jax.lax.optimization_barrier(grad[0])
+    d_params, dx, d_batch = pull(([mark, *grad[1:]], None if loss is None else jnp.ones_like(loss)))
+    d_batch = merge[2](d_batch, others="none") if wants_batch else None
+    return mark, out, ((merge[0](d_params, others="none"), d_batch), dx)
 
 
 def _split_floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
