@@ -81,12 +81,9 @@ def report_step(
         hardware=hardware,
         devices_per_node=devices_per_node,
     )
-    sizes = step_sizes(setup)
-    large = [c for c in report.collectives if c.axis == "pipe+tensor" and c.operand_bytes >= sizes.boundary]
-    merged_sums = round(sum(float(c.count.max()) for c in large) / sizes.num_microbatches)
     return replace(
         report,
-        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes, merged_sums=merged_sums)),
+        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(step_sizes(setup))),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction

@@ -18,6 +18,7 @@ Read `linear.py` next.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -62,14 +63,22 @@ def sum_activations(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
     all-gather over tensor. One all-reduce over both would send the whole y over pipe from each tensor rank.
     """
     manual = manual_axes(axes)
-    if len(manual) < 2:
-        return sum_blocks(y_BTD, axes)
-    *outer, inner = manual
-    dim = split_dim(y_BTD.shape, inner)
-    if dim is None:
-        return sum_blocks(y_BTD, axes)
+    is_sliced = len(manual) > 1 and split_dim(y_BTD.shape, manual[-1]) is not None
+    return _sum_in_slices(y_BTD, manual) if is_sliced else sum_blocks(y_BTD, axes)
+
+
+# By autodiff the backward would cut the gradient into slices and gather them again.
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_in_slices(y_BTD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    (*outer, inner), dim = axes, split_dim(y_BTD.shape, axes[-1])
+    assert dim is not None
     part = jax.lax.psum_scatter(y_BTD, inner, scatter_dimension=dim, tiled=True)
     return gather_slices(jax.lax.psum(part, tuple(outer)), inner, dim=dim)
+
+
+_sum_in_slices.defvjp(
+    lambda y_BTD, axes: (_sum_in_slices(y_BTD, axes), None), lambda axes, _, grad: (mark_varying(grad, axes),)
+)
 
 
 def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:

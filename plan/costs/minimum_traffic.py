@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...meshes import AXES, MeshSpec, PlanError
-from ...meshes.arguments import check_count, check_fields
+from ...meshes.arguments import check_fields
 from ...pipeline.schedules import Vocab
 from .device_params import block_params, vocabulary_params
 
@@ -69,21 +69,12 @@ class StepSizes:
         return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
 
 
-def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]:
+def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
     """Return the minimum bytes that the busiest device sends in a step, by mesh axes such as `tensor` or `pipe+data`.
 
     >>> minimum_bytes(StepSizes(model=config, mesh=MeshSpec(data=2, pipe=2), ...))["pipe"]
     262144
-
-    Args:
-        merged_sums: number of activations (0 to 2) whose all-reduces over `tensor` and then over `pipe`, for a split
-            vocabulary, are merged into one over `pipe+tensor`, which sends less. XLA merges them on GPUs unless a
-            conversion to bfloat16 lies between. If any is merged, those of the loss are too.
-
-    Raises:
-        PlanError: `merged_sums` is negative.
     """
-    check_count("merged_sums", merged_sums, error=PlanError, least=0)
     found: dict[str, float] = {}
     for rank in range(sizes.mesh.pipe):
         of_rank: dict[str, float] = {}
@@ -91,7 +82,7 @@ def minimum_bytes(sizes: StepSizes, *, merged_sums: int = 0) -> dict[str, float]
             _gradients(sizes, rank),
             _layers(sizes, rank),
             _hops(sizes, rank),
-            _vocabulary(sizes, rank, merged_sums),
+            _vocabulary(sizes, rank),
         ):
             for axes, sent_bytes in part:
                 of_rank[axes] = of_rank.get(axes, 0) + sent_bytes
@@ -122,27 +113,26 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
 
 
-def _vocabulary(sizes: StepSizes, rank: int, merged_sums: int) -> Iterator[tuple[str, float]]:
+def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
-    num_first = sizes.boundary * runs  # x of the embedding, summed over the slices of the table
-    num_last = num_first + 3 * sizes.tokens * _FLOAT32 * runs  # dy of the head; maximum, normaliser, target logit
+    loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
         yield _over_copies(mesh), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
-        num_sent = num_first * (rank == 0) + num_last * (rank == mesh.pipe - 1)
+        # x of the embedding and dy of the head, each summed over the slices of the table.
+        num_sent = sizes.boundary * runs * ((rank == 0) + (rank == mesh.pipe - 1)) + loss * (rank == mesh.pipe - 1)
         yield "tensor", num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
     yield "data", _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
-    # Over pipe all in float32: x of the embedding and dy of the head summed, three numbers a token, y and dx broadcast.
-    x_bytes, loss = sizes.tokens * model.hidden_size * _FLOAT32, 3 * sizes.tokens * _FLOAT32
-    apart, loss_apart = 2 - merged_sums, 0 if merged_sums else loss
-    yield "pipe+tensor", runs * (merged_sums * x_bytes + loss - loss_apart) * _all_reduce(mesh.pipe * mesh.tensor)
-    yield "tensor", runs * (apart * sizes.boundary + loss_apart) * _all_reduce(mesh.tensor)
-    yield "pipe", runs * (apart * x_bytes + loss_apart) * _all_reduce(mesh.pipe)
-    yield "pipe", runs * 2 * x_bytes * (mesh.pipe > 1)
+    # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
+    # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
+    yield "pipe", 4 * runs * sizes.boundary / mesh.tensor
+    gather = (mesh.tensor - 1) / mesh.tensor
+    yield "tensor", runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
+    yield "pipe+tensor" if mesh.tensor > 1 else "pipe", loss * _all_reduce(mesh.pipe * mesh.tensor)
 
 
 def _all_reduce(size: int) -> float:

@@ -58,10 +58,15 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
     embedding = _embedding(model, tokens=tokens, layout=layout, topology=topology)
     if runtime.vocab == "ends" or layout.pipe == 1:
         return EndCosts(embedding=embedding, head=head, shared_loss=0.0, hop=hop)
-    group = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))
-    num_bytes = _FLOAT32 * tokens * model.hidden_size
-    # x and dy are all-reduced over pipe, y and dx broadcast: about three all-reduces, in float32.
-    shared = head.total + 3 * collective_time_s("all_reduce", num_bytes=num_bytes, group=group, topology=topology)
+    over_pipe = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))
+    over_tensor = make_group(topology, size=layout.tensor, stride=1)
+    num_bytes = item_bytes(model) * tokens * model.hidden_size
+    # x and dy are summed over pipe, y and dx broadcast, each as an all-reduce of a slice for every tensor rank. The
+    # sums over tensor are the embedding's and the head's own; of y and dx the slices are gathered besides.
+    part = num_bytes / layout.tensor
+    summed = collective_time_s("all_reduce", num_bytes=part, group=over_pipe, topology=topology)
+    gathered = collective_time_s("all_gather", num_bytes=num_bytes, group=over_tensor, topology=topology)
+    shared = head.total + 4 * summed + 2 * gathered
     none = StageCost(forward=0.0, input_grad=0.0, weight_grad=0.0)
     return EndCosts(embedding=embedding, head=none, shared_loss=shared, hop=hop)
 
