@@ -2,7 +2,9 @@
 
     microbatch -> first -> layer -> ... -> layer -> last -> loss
 
-`split.py` cuts our transformer into this form. A user's own model needs nothing of `trellax.layers`.
+They run inside `shard_map` with every mesh axis manual: arrays are one device's blocks, and nothing is sent that they
+do not send. `protocol.py` has what they may ask for and return besides. `split.py` cuts our transformer into this form;
+a user's own model needs nothing of `trellax.layers`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,17 +34,17 @@ class StageFns:
         Make the input of the first layer: an embedding, or just a leaf of the microbatch. Its backward runs it again
         from the microbatch and keeps nothing, so it should be cheap.
     layer(params, x, microbatch) -> x
-        Run one layer. `params` are its own, without the leading [chunks, ranks, layers]. The residuals of `jax.vjp`
-        are kept for its backward; wrap it in `jax.checkpoint` to keep less. A stage that is not a run of equal layers
-        is one layer.
+        Run one layer; `protocol.py` has the full form. `params` are its own, without the leading [chunks, ranks,
+        layers]. The residuals of `jax.vjp` are kept for its backward; wrap it in `jax.checkpoint` to keep less. A stage
+        that is not a run of layers is one layer.
     last(shared, x, microbatch) -> loss
         Compute this microbatch's part of the loss, float32 []. Parts are *added* over microbatches and data shards:
         for a mean, divide by the count of the whole batch, not of the microbatch. A part that is summed over data
         inside `last` would count once for each shard: take its mean, `jax.lax.pmean(loss, "data")`.
 
     A microbatch is one slice of the batch on this data shard: leaves [b, ...] of [M, B@data, ...], and leaves [] of
-    [M] (a temperature, a key), which are the same on all shards. x is one array, of the same shape and dtype between
-    all layers.
+    [M] (a temperature, a key), which are the same on all shards. x is an array or a tree of arrays, of the same
+    structure, shapes and dtypes between all layers.
 
     Args:
         pattern: kinds of the layers, in the model's order and repeated, where `layer` is a mapping from kinds to

@@ -13,6 +13,7 @@ SAYS = {
     # It hangs; XLA:CPU aborts the process after 40 seconds.
     "permute_in_branch": "Termination timeout for `collective permute",
     "ragged_all_to_all": "UNIMPLEMENTED",
+    "sum_over_one_device": "1 all-reduce in the program",
 }
 
 
