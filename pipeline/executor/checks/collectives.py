@@ -81,12 +81,6 @@ def check_branches(jaxpr: Jaxpr, *, name: str | None = None) -> None:
             )
 
 
-def named_axes(jaxpr: Jaxpr) -> set[str]:
-    """Return the mesh axes that a function names. Marks of varying arrays do not count, since jax adds them itself."""
-    eqns = (eqn for eqn in nested_equations(jaxpr) if eqn.primitive.name not in ("pvary", "pcast"))
-    return {axis for eqn in eqns for axis in _axes_of(eqn)}
-
-
 def _branched_equations(jaxpr: Jaxpr, differs: frozenset[str]) -> Iterator[tuple[JaxprEqn, frozenset[str]]]:
     """Yield all equations, each with the axes along which devices may differ in whether they run it."""
     for eqn in jaxpr.eqns:
