@@ -63,15 +63,17 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         vocab: the choice that the schedule was built with: "split" over all ranks, or at the "ends" alone.
         unroll: whether the layers of a stage are written out ("on") or looped over ("off").
-        rules: fitted to model and mesh by `layers.model_rules`.
+        rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
 
     Raises:
+        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
     check_vocab(vocab)
     check_choice("remat", remat, get_args(Remat), error=ScheduleError)
-    layers, num_ranks = config.num_layers, mesh.shape["pipe"]
+    rules.check_axes(mesh.shape)
+    layers, num_ranks = config.num_layers, mesh.shape[rules.mesh_axes.pipe]
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     rules = _place_vocab(rules, vocab, num_ranks=num_ranks)
     make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
@@ -85,14 +87,14 @@ def split_transformer(
     fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
     fns = replace(fns, stage_specs=stage_specs, shared_specs=_specs(dims.shared, rules))
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=replace(fns, unroll=unroll), params=params, shardings=shardings, init=init)
+    return PipelinedModel(fns=replace(fns, unroll=unroll, axes=rules.mesh_axes), params=params, shardings=shardings, init=init)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
     if vocab == "ends" or num_ranks == 1:
         return rules
-    return rules.replace(vocab=("pipe", *rules.axes("vocab")))
+    return rules.replace(vocab=(rules.mesh_axes.pipe, *rules.axes("vocab")))
 
 
 def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
