@@ -64,8 +64,8 @@ def is_resolved_config(path: Path) -> bool:
 def list_hyperparameters(config: RunConfig) -> dict[str, Any]:
     """Return the values of a run that change its result or its speed, by `section.key`, for TensorBoard's HPARAMS tab.
 
-    The sections `run` (but for the seed) and `checkpoint` are left out. Lists and the roles of a mesh become text, since TensorBoard has no
-    type for them.
+    The sections `run` (but for the seed) and `checkpoint` are left out. Lists and the roles of a mesh become
+    text, since TensorBoard has no type for them.
     """
     sections: Mapping[str, Mapping[str, Any]] = config.model_dump(mode="json")
     shown = {

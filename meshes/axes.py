@@ -11,10 +11,9 @@ Code asks a role for its axes, `axes.pipe` or `axes.batch`, and names none itsel
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from .arguments import check_choice
-from .errors import MeshError, shown
+from .errors import MeshError, shown, suggest
 
 Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert"]
 """The use of a mesh axis."""
@@ -50,7 +49,11 @@ class MeshAxes:
     def __post_init__(self) -> None:
         for index, (name, role) in enumerate(self.roles):
             _check_name(name, others=self.names[:index])
-            check_choice(f"role of mesh axis {name!r}", role, get_args(Role), error=MeshError)
+            if role not in ROLE_ORDER:
+                raise MeshError(
+                    f"mesh axis {name!r} has the unknown role {shown(role)}.{suggest(str(role), ROLE_ORDER)}",
+                    fix=f"use one of {', '.join(ROLE_ORDER)}.",
+                )
             own = DEFAULT_ROLES.get(name, role)
             if role != own:
                 raise MeshError(
@@ -59,8 +62,9 @@ class MeshAxes:
                 )
         pipes = [name for name, role in self.roles if role == "pipe"]
         if len(pipes) != 1:
+            who = f"axes {' and '.join(pipes)} have" if pipes else f"none of the axes {', '.join(self.names)} has"
             raise MeshError(
-                f"{len(pipes)} of the axes {', '.join(self.names)} have the role pipe; a pipeline runs over one axis.",
+                f"{who} the role pipe; a pipeline runs over one axis.",
                 fix="give one axis the role pipe; of size 1 it costs nothing.",
             )
 

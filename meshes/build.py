@@ -102,9 +102,8 @@ def check_axes(sizes: Mapping[str, int], *, axes: MeshAxes) -> None:
     for name, size in sizes.items():
         if size > 1 and name not in axes.names:
             raise MeshError(
-                f"mesh axis {name}={size} has no role; the axes with one are {axes.listed}."
-                f"{suggest(name, axes.names)}",
-                fix="say what each axis of the mesh is for: MeshSpec.of(dp=Axis(2, role=\"batch\"), ...).roles.",
+                f"mesh axis {name}={size} has no role; the axes with one are {axes.listed}.{suggest(name, axes.names)}",
+                fix="give the roles of the spec that it is built from: axes=spec.roles, or rules=ShardingRules.of(spec.roles).",
             )
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .divisibility import check_divides
 from .axes import DEFAULT_AXES, MeshAxes, Role
 from .build import check_axes
+from .divisibility import check_divides
 from .errors import MeshError, ShardingError, suggest
 
 Axes = str | tuple[str, ...] | None

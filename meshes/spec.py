@@ -119,7 +119,7 @@ class MeshSpec:
             if name in axes:
                 raise MeshError(f"mesh axis {name} is given twice in {shown(text)}.", fix=f"keep one {name}=.")
             try:
-                axes[name] = Axis(whole_number(size), role=cast(Role, role if colon else DEFAULT_ROLES[name]))
+                axes[name] = Axis(whole_number(size), role=cast("Role", role if colon else DEFAULT_ROLES[name]))
             except ValueError:
                 got = f"{shown(size)} is not a whole number" if equals else "it has no size"
                 raise MeshError(
@@ -220,12 +220,13 @@ def _axis_of(name: str, axis: Any) -> Axis:
     if isinstance(axis, tuple) and len(axis) == 2:
         return Axis(*axis)
     raise MeshError(
-        f"mesh axis {shown(name)} is {shown(axis)}, not a size and a role.",
-        fix=f'write Axis(2, role="batch"), for example; the roles are {", ".join(ROLE_ORDER)}.',
+        f"mesh axis {name}={shown(axis)} has no role.",
+        fix=f'write {name}=Axis(2, role="batch"), or in a run file {name} = "batch" under [mesh.roles]; roles are '
+        f"{', '.join(ROLE_ORDER)}.",
     )
 
 
-def _complete(given: Mapping[str, Axis]) -> dict[str, Axis]:
+def _complete(given: dict[str, Axis]) -> dict[str, Axis]:
     """Return the axes with those of the default names added, of size 1, for roles that no axis has."""
     taken = {axis.role for axis in given.values()}
     missing = {name: Axis(1, role) for name, role in DEFAULT_ROLES.items() if role not in taken}

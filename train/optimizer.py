@@ -56,9 +56,7 @@ def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
 
 
-def split_over_data(
-    shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...]
-) -> PipelineParams:
+def split_over_data(shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...]) -> PipelineParams:
     """Return the shardings with the first free dimension that divides evenly split over the batch axes, everywhere.
 
     kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]

@@ -107,10 +107,12 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, axes: t
             raise ShardingError(
                 f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
                 f"and {shape[1]} is not {size}.",
-                fix=f"mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, {entry}) for the "
-                "others.",
+                fix=f"mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, {entry}) for "
+                "the others.",
             )
     fix = f"use a microbatch size that is a multiple of {num_shards}."
     if not size:
         raise ShardingError(f"{like} has no sequences: its shape is {shapes[like]}.", fix=fix)
-    check_divides(f"{like}: microbatch size", size, over=" x ".join(axes), parts=num_shards, error=ShardingError, fix=fix)
+    check_divides(
+        f"{like}: microbatch size", size, over=" x ".join(axes), parts=num_shards, error=ShardingError, fix=fix
+    )

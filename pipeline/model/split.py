@@ -87,7 +87,9 @@ def split_transformer(
     fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
     fns = replace(fns, stage_specs=stage_specs, shared_specs=_specs(dims.shared, rules))
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=replace(fns, unroll=unroll, axes=rules.mesh_axes), params=params, shardings=shardings, init=init)
+    return PipelinedModel(
+        fns=replace(fns, unroll=unroll, axes=rules.mesh_axes), params=params, shardings=shardings, init=init
+    )
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
