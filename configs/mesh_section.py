@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
-from ..meshes import Axis, MeshSpec
+from ..meshes import Axis, MeshError, MeshSpec
 from ..meshes.axes import DEFAULT_ROLES, ROLES
+from ..meshes.errors import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,15 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
         MeshError: an axis has no role, a role is unknown, or a size is not a size.
     """
     given = values[ROLES]
-    roles = dict(DEFAULT_ROLES) | (dict(given) if isinstance(given, Mapping) else {ROLES: given})
-    sizes = {name: size for name, size in values.items() if name != ROLES}
-    names = [*sizes, *(name for name in roles if name not in sizes and name not in DEFAULT_ROLES)]
+    if not isinstance(given, Mapping):
+        raise MeshError(
+            f"{ROLES}={shown(given)} is not a table.", fix=f'write [mesh.{ROLES}], and below it dp = "batch".'
+        )
+    roles = {**DEFAULT_ROLES, **given}
+    sizes = {**dict.fromkeys(given, 1), **{name: size for name, size in values.items() if name != ROLES}}
     # A size without a role is not an axis, which `MeshSpec` says.
-    axes: dict[str, Any] = {name: sizes.get(name, 1) for name in names}
-    return MeshSpec(axes={name: Axis(size, role=roles[name]) if name in roles else size for name, size in axes.items()})
+    axes: Any = {name: Axis(size, role=roles[name]) if name in roles else size for name, size in sizes.items()}
+    return MeshSpec(axes=axes)
 
 
 def write_mesh(mesh: MeshSpec) -> dict[str, Any]:

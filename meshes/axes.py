@@ -65,7 +65,9 @@ class MeshAxes:
             who = f"axes {' and '.join(pipes)} have" if pipes else f"none of the axes {', '.join(self.names)} has"
             raise MeshError(
                 f"{who} the role pipe; a pipeline runs over one axis.",
-                fix="give one axis the role pipe; of size 1 it costs nothing.",
+                fix=f"give {' and '.join(pipes[1:])} another role."
+                if pipes
+                else "give one axis the role pipe; of size 1 it costs nothing.",
             )
 
     @classmethod
@@ -106,7 +108,7 @@ class MeshAxes:
 def _check_name(name: str, *, others: Iterable[str]) -> None:
     # A name is also a key of a run file, an option of the command line, and a keyword of `MeshSpec.of`.
     if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or name == ROLES:
-        raise MeshError(f"mesh axis {shown(name)} is not a name.", fix="use letters, digits and _, such as dp.")
+        raise MeshError(f"mesh axis {shown(name)} cannot be a name.", fix="use letters, digits and _, such as dp.")
     if name in others:
         raise MeshError(f"mesh axis {name!r} is given twice.", fix="give each axis a name of its own.")
 

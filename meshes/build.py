@@ -103,7 +103,7 @@ def check_axes(sizes: Mapping[str, int], *, axes: MeshAxes) -> None:
         if size > 1 and name not in axes.names:
             raise MeshError(
                 f"mesh axis {name}={size} has no role; the axes with one are {axes.listed}.{suggest(name, axes.names)}",
-                fix="give the roles of the spec that it is built from: axes=spec.roles, or rules=ShardingRules.of(spec.roles).",
+                fix="give the roles of its spec: axes=spec.roles, or rules=ShardingRules.of(spec.roles).",
             )
 
 

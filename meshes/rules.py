@@ -93,8 +93,8 @@ class ShardingRules:
         for name, role in self.mesh_axes.roles:
             if sizes.get(name, 1) > 1 and role not in used:
                 raise MeshError(
-                    f"mesh axis {name}={sizes[name]} has the role {role}, over which no layer of ours splits anything: "
-                    "its devices would all do the same work.",
+                    f"mesh axis {name}={sizes[name]} has the role {role}, over which no layer of trellax is split: its "
+                    "devices would all do the same work.",
                     fix=f"set {name}=1, or give it the role batch or tensor.",
                 )
 

@@ -135,7 +135,7 @@ class MeshSpec:
         """
         for name in sizes:
             if name not in self.sizes:
-                raise MeshError(f"the mesh has no axis {name!r}, but {self}.{suggest(name, self.sizes)}")
+                raise MeshError(f"mesh {self} has no axis {name!r}.{suggest(name, self.sizes)}")
         return MeshSpec(axes={name: axis._replace(size=sizes.get(name, axis.size)) for name, axis in self.axes})
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
