@@ -43,7 +43,8 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
             f"{ROLES}={shown(given)} is not a table.", fix=f'write [mesh.{ROLES}], and below it dp = "batch".'
         )
     roles = {**DEFAULT_ROLES, **given}
-    sizes = {**dict.fromkeys(given, 1), **{name: size for name, size in values.items() if name != ROLES}}
+    sizes = {name: size for name, size in values.items() if name != ROLES}
+    sizes |= {name: 1 for name in given if name not in sizes}
     # A size without a role is not an axis, which `MeshSpec` says.
     axes: Any = {name: Axis(size, role=roles[name]) if name in roles else size for name, size in sizes.items()}
     return MeshSpec(axes=axes)

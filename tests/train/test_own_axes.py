@@ -1,6 +1,7 @@
 """`trellax train` with own names of axes takes the steps of the default names, to the digit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from trellax.commands.cli import main
 from trellax.configs import load_config
 from trellax.meshes import MeshError, MeshSpec, build_mesh
 from trellax.train import Setup, evaluate
-from trellax.train.metrics import read_metrics
+from trellax.train.metrics import read_metrics, read_summary
 
 HEAD = {
     "default": "[mesh]\ndata = 2\ntensor = 2\npipe = 2\n",
@@ -67,7 +68,7 @@ def test_run_is_evaluated_on_any_mesh(runs: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(runs)
     (val_loss,) = numbers(runs / "runs/own")[-1]
     assert evaluate("runs/own") == val_loss
-    others = {"data=2": False, "replica=2:batch,data=2": True}
+    others = {"data=2": False, "replica=2:batch,tensor=2": True}
     for text, has_own_names in others.items():
         spec = MeshSpec.parse(text)
         mesh = build_mesh(spec, devices=jax.devices()[: spec.num_devices])
@@ -75,11 +76,15 @@ def test_run_is_evaluated_on_any_mesh(runs: Path, monkeypatch: pytest.MonkeyPatc
         assert loss == pytest.approx(val_loss, rel=1e-5)
 
 
-def test_run_goes_on_with_other_names(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_is_restored_by_a_run_with_other_names(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
-    names = ["--run.name", "own", "--run.folder", "again", "--train.steps", "3", "--train.init_from", "runs/own"]
-    assert main(["train", "default.toml", *names]) == 0
-    assert (runs / "again/own/summary.json").exists()
+    shutil.copytree("runs/own", "again/own")
+    # The run is at its end, so that it takes no step: it restores the state, and validates it.
+    assert main(["train", "default.toml", "--run.name", "own", "--run.folder", "again"]) == 0
+    before, after = (read_summary(Path(folder) / "own") for folder in ("runs", "again"))
+    assert before is not None
+    assert after is not None
+    assert (after.steps, after.final_val_loss) == (before.steps, before.final_val_loss)
 
 
 def test_report_shows_own_names(
