@@ -12,7 +12,7 @@ from typing import Any
 from ..configs.run_config import load_config
 from ..hub.model_folder import open_model
 from ..layers import ModelConfig, bytes_per_device
-from ..meshes import ConfigError, MeshSpec, ServeError, ShardingRules, use_fake_devices
+from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.columns import align
 from ..meshes.numbers import whole_number
@@ -144,7 +144,7 @@ class _Trial:
         axes = self.spec.roles
         check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens, axes=axes)
         mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
-        state = state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype, rules=ShardingRules.of(axes))
+        state = state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype, axes=axes)
         cache = bytes_per_device(state)
         weights = bytes_per_device(stage_shapes(self.config, mesh=mesh, axes=axes))
         room = memory.num_bytes(self.spec)

@@ -143,13 +143,9 @@ def cache_shapes(
         own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
 
-    lengths = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    stored = tuple(map(stack, stacks))
-    return KVCache(
-        keys=stored,
-        values=stored,
-        lengths=jax.ShapeDtypeStruct((num_ranks, num_rows), jnp.int32, sharding=lengths),
-    )
+    placed, stored = NamedSharding(mesh, rules.spec(("stage", "batch"))), tuple(map(stack, stacks))
+    lengths = jax.ShapeDtypeStruct((num_ranks, num_rows), jnp.int32, sharding=placed)
+    return KVCache(keys=stored, values=stored, lengths=lengths)
 
 
 def bytes_per_device(shapes: Any) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.cache import CacheDtype
-from ..meshes import MeshAxes, ServeError, ShardingRules, mesh_sizes
+from ..meshes import MeshAxes, ServeError, mesh_sizes
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.switches import Switch, check_switches
@@ -104,13 +104,13 @@ class Engine:
     ) -> None:
         _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.on_token = config, mesh, on_token
-        self.spec = mesh_sizes(mesh, axes=axes)
-        self.axes = axes = self.spec.roles
+        self.spec = spec = mesh_sizes(mesh, axes=axes)
+        self.axes = axes = spec.roles
         self.sizes = sizes = Sizes(
             slots=slots,
             max_tokens=config.max_tokens if max_tokens is None else max_tokens,
-            groups=self.spec.pipe if groups is None else groups,
-            num_shards=self.spec.data,
+            groups=spec.pipe if groups is None else groups,
+            num_shards=spec.data,
             chunk=chunk,
             items=chunks_per_step,
             rounds=rounds,
@@ -118,12 +118,11 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        stored = cache_dtype or config.dtype
-        rules = ShardingRules.of(axes)
-        self.shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=stored, layers=self.layers, rules=rules)
-        self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers, axes=axes)
+        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": axes}
+        self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
+        self.programs = compile_programs(config, sizes, state=self.shapes, **own)
         self.scheduler = RequestScheduler(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
-        self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers, axes=axes)
+        self._params = stage_params(params, config=config, **own)
         self._state = empty_state(self.shapes, fill=fill)
         self._settings = _empty_settings(sizes)
         self._decode_ticks = self._prefill_ticks = 0

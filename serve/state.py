@@ -9,8 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
 from ..layers.cache import CacheDtype, cache_shapes
-from ..meshes import DEFAULT_RULES, ServeError, ShardingRules
+from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
+from ..meshes.axes import DEFAULT_AXES
 from .params import LayerLoop, stack_sizes
 from .sampling import SamplingSettings
 
@@ -95,9 +96,10 @@ def state_shapes(
     mesh: Mesh,
     cache_dtype: CacheDtype,
     layers: LayerLoop = "loop",
-    rules: ShardingRules = DEFAULT_RULES,
+    axes: MeshAxes = DEFAULT_AXES,
 ) -> ServeState:
     """Return shapes and shardings of the state."""
+    rules = ShardingRules.of(axes)
     num_ranks = mesh.shape[rules.mesh_axes.pipe]
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -70,31 +70,28 @@ def split_transformer(
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    check_vocab(vocab)
     check_choice("remat", remat, get_args(Remat), error=ScheduleError)
-    rules.check_axes(mesh.shape)
+    rules = _place_vocab(rules, vocab, mesh)
     layers, num_ranks = config.num_layers, mesh.shape[rules.mesh_axes.pipe]
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    rules = _place_vocab(rules, vocab, num_ranks=num_ranks)
     make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
-    stage_specs = _specs(jax.tree.map(lambda own: own[3:], dims.stages, is_leaf=_is_dims), rules)
-    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
-    fns = replace(fns, stage_specs=stage_specs, shared_specs=_specs(dims.shared, rules))
+    specs = _specs_of(dims, rules)
+    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, specs["stage_specs"]))
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(
-        fns=replace(fns, unroll=unroll, axes=rules.mesh_axes), params=params, shardings=shardings, init=init
-    )
+    fns = replace(fns, **specs, unroll=unroll, axes=rules.mesh_axes)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
-def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
+def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
-    if vocab == "ends" or num_ranks == 1:
+    check_vocab(vocab)
+    rules.check_axes(mesh.shape)
+    if vocab == "ends" or mesh.shape[rules.mesh_axes.pipe] == 1:
         return rules
     return rules.replace(vocab=(rules.mesh_axes.pipe, *rules.axes("vocab")))
 
@@ -182,6 +179,13 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     """Return the logical dimensions of stage and shared parameters: blocks have chunk and stage before their own."""
     blocks = jax.tree.map(lambda own: ("chunk", "stage", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
+
+
+def _specs_of(dims: PipelineParams, rules: ShardingRules) -> dict[str, Any]:
+    """Return the partition specs of `StageFns`, those of stages without the leading [chunks, ranks, layers]."""
+    # `_cut_dims` put chunk and stage before "layer".
+    own = jax.tree.map(lambda dims: dims[3:], dims.stages, is_leaf=_is_dims)
+    return {"stage_specs": _specs(own, rules), "shared_specs": _specs(dims.shared, rules)}
 
 
 def _specs(dims: Any, rules: ShardingRules) -> Any:
