@@ -103,29 +103,31 @@ class Engine:
         fill: Fill = "zeros",
     ) -> None:
         _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
-        self.config, self.mesh, self.on_token = config, mesh, on_token
-        self.spec = spec = mesh_sizes(mesh, axes=axes)
-        self.axes = axes = spec.roles
+        self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
         self.sizes = sizes = Sizes(
             slots=slots,
             max_tokens=config.max_tokens if max_tokens is None else max_tokens,
-            groups=spec.pipe if groups is None else groups,
-            num_shards=spec.data,
+            groups=self.spec.pipe if groups is None else groups,
+            num_shards=self.spec.data,
             chunk=chunk,
             items=chunks_per_step,
             rounds=rounds,
             stops=max_stops,
         )
-        check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=axes)
+        check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": axes}
+        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": self.axes}
         self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
         self.programs = compile_programs(config, sizes, state=self.shapes, **own)
-        self.scheduler = RequestScheduler(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
+        self.scheduler = RequestScheduler(num_shards=self.spec.data, groups=sizes.groups, group_size=sizes.group_size)
         self._params = stage_params(params, config=config, **own)
-        self._state = empty_state(self.shapes, fill=fill)
-        self._settings = _empty_settings(sizes)
+        self._state, self._settings = empty_state(self.shapes, fill=fill), _empty_settings(sizes)
         self._decode_ticks = self._prefill_ticks = 0
+
+    @property
+    def axes(self) -> MeshAxes:
+        """The roles of the mesh's axes."""
+        return self.spec.roles
 
     @property
     def cache_bytes_per_device(self) -> int:

@@ -80,10 +80,8 @@ def split_transformer(
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    specs = _specs_of(dims, rules)
-    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, specs["stage_specs"]))
+    fns = replace(_fns_on(mesh, model, remat, counts, dims), unroll=unroll)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    fns = replace(fns, **specs, unroll=unroll, axes=rules.mesh_axes)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
@@ -109,6 +107,15 @@ def _make_params(
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     blocks = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+
+
+def _fns_on(mesh: Mesh, model: Transformer, remat: Remat, counts: tuple[int, ...], dims: PipelineParams) -> StageFns:
+    """Return the stage functions of a model with the axes of its rules, and the partition specs of its parameters."""
+    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
+    own = jax.tree.map(lambda dims: dims[3:], dims.stages, is_leaf=_is_dims)
+    stage_specs, shared_specs = _specs(own, model.rules), _specs(dims.shared, model.rules)
+    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
+    return replace(fns, stage_specs=stage_specs, shared_specs=shared_specs, axes=model.rules.mesh_axes)
 
 
 def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_block: tuple[Any, Any]) -> StageFns:
@@ -179,13 +186,6 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     """Return the logical dimensions of stage and shared parameters: blocks have chunk and stage before their own."""
     blocks = jax.tree.map(lambda own: ("chunk", "stage", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
-
-
-def _specs_of(dims: PipelineParams, rules: ShardingRules) -> dict[str, Any]:
-    """Return the partition specs of `StageFns`, those of stages without the leading [chunks, ranks, layers]."""
-    # `_cut_dims` put chunk and stage before "layer".
-    own = jax.tree.map(lambda dims: dims[3:], dims.stages, is_leaf=_is_dims)
-    return {"stage_specs": _specs(own, rules), "shared_specs": _specs(dims.shared, rules)}
 
 
 def _specs(dims: Any, rules: ShardingRules) -> Any:
