@@ -76,13 +76,13 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
 
 
 def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
-    """Return the model, and a function mesh -> parameters: random for a config, read for a folder."""
+    """Return the model, and a function (mesh, axes) -> parameters: random for a config, read for a folder."""
     if Path(args.model).is_dir():
         source = open_model(args.model)
         config = apply_dtype(source.config, args)
-        return config, lambda mesh: source.read(param_shapes(config, mesh=mesh))
+        return config, lambda mesh, axes: source.read(param_shapes(config, mesh=mesh, axes=axes))
     config = apply_dtype(load_config(args.model).model, args)
-    return config, lambda mesh: draw_params(config, mesh)
+    return config, lambda mesh, axes: draw_params(config, mesh, axes=axes)
 
 
 class _Memory:
@@ -141,10 +141,12 @@ class _Trial:
         Raises:
             TrellaxError: the model does not split, or the memory is too small.
         """
-        check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens)
+        axes = self.spec.roles
+        check_model(self.config, self.spec.sizes, max_tokens=self.sizes.max_tokens, axes=axes)
         mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
-        cache = bytes_per_device(state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype))
-        weights = bytes_per_device(stage_shapes(self.config, mesh=mesh))
+        state = state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype, axes=axes)
+        cache = bytes_per_device(state)
+        weights = bytes_per_device(stage_shapes(self.config, mesh=mesh, axes=axes))
         room = memory.num_bytes(self.spec)
         if room is not None and weights + cache > room:
             raise ServeError(
@@ -159,8 +161,9 @@ class _Trial:
         mesh, sizes = open_mesh(self.spec), self.sizes
         engine = Engine(
             self.config,
-            read(mesh),
+            read(mesh, self.spec.roles),
             mesh=mesh,
+            axes=self.spec.roles,
             slots=sizes.slots,
             max_tokens=sizes.max_tokens,
             groups=sizes.groups,

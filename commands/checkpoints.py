@@ -14,6 +14,7 @@ from ..hub.saves.names import FOLDER, SaveFolder, is_own_name, read_step
 from ..hub.saves.seal import SEAL_FORMAT, Seal, find_damage, read_seal
 from ..hub.saves.seal_fields import MAX_DEPTH
 from ..meshes import CheckpointError, suggest
+from ..meshes.axes import ROLES
 from ..meshes.columns import align
 from ..meshes.files.regular_file import walk_folder
 
@@ -96,7 +97,7 @@ def _measure(path: Path) -> int:
 
 def _layout(seal: Seal) -> str:
     mesh, pipeline = (seal.config.get(section, {}) for section in ("mesh", "pipeline"))
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items() if axis != ROLES)
     return f"{sizes} {pipeline.get('schedule', '')}".strip()
 
 

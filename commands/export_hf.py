@@ -8,11 +8,9 @@ from ..hub.config_write import hub_values
 from ..hub.model_folder import load_params
 from ..hub.tokenizer_files import read_origin
 from ..hub.write import write_weights
-from ..meshes import mesh_sizes
 from ..meshes.files.new_folder import refuse_existing
 from ..train.checkpoints.initial_weights import weight_shapes
-from ..train.state import Setup
-from .hf_folders import build_asked_mesh, count_text, list_tokenizer_files, print_result, say
+from .hf_folders import count_text, list_tokenizer_files, print_result, read_asked_mesh, say, setup_on
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys that are copied from the config.json that a model was imported with."""
@@ -26,13 +24,13 @@ def run_export(args: argparse.Namespace) -> int:
     """
     source, out = Path(args.source), Path(args.out)
     # First, since fake devices must be chosen before jax starts.
-    mesh = build_asked_mesh(args)
+    spec = read_asked_mesh(args)
     config, origin = load_saved_config(source), read_origin(source)
     values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
     refuse_existing(out)
-    say(f"reading   {source}: {count_text(config.model)} parameters, on {mesh_sizes(mesh)}")
+    say(f"reading   {source}: {count_text(config.model)} parameters, on {spec}")
     write_weights(
-        load_params(source, weight_shapes(Setup(config, mesh))),
+        load_params(source, weight_shapes(setup_on(spec, config))),
         config.model,
         out,
         architecture=values["model_type"],

@@ -44,7 +44,7 @@ def run_generate(args: argparse.Namespace) -> int:
     config = apply_dtype(source.config, args)
     requests = _make_requests(prompts, args, source)
     sizes = _engine_sizes(args, config, requests, spec)
-    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"])
+    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
     own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
     Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
     for request in requests:
@@ -54,8 +54,9 @@ def run_generate(args: argparse.Namespace) -> int:
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
     engine = Engine(
         config,
-        source.read(param_shapes(config, mesh=mesh)),
+        source.read(param_shapes(config, mesh=mesh, axes=spec.roles)),
         mesh=mesh,
+        axes=spec.roles,
         on_token=printer.add if printer else None,
         **sizes,
     )

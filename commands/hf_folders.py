@@ -1,4 +1,4 @@
-"""Build the mesh that `import-hf` and `export-hf` hold the weights on, and print what they wrote."""
+"""Read the mesh that `import-hf` and `export-hf` hold the weights on, and print what they wrote."""
 
 import argparse
 import json
@@ -6,24 +6,33 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from jax.sharding import Mesh
-
+from ..configs.run_config import RunConfig
 from ..hub.folder import find_file
 from ..hub.tokenizer_files import TOKENIZER_FILES
 from ..layers import ModelConfig, param_counts
-from ..meshes import use_fake_devices
+from ..meshes import MeshSpec, use_fake_devices
+from ..train.state import Setup
 from .engine import open_mesh, resolve_mesh
 
 
-def build_asked_mesh(args: argparse.Namespace) -> Mesh:
-    """Return the mesh of `--mesh`, over the first of the devices.
+def read_asked_mesh(args: argparse.Namespace) -> MeshSpec:
+    """Return the mesh of `--mesh`, after starting the fake devices that are asked for.
 
     Raises:
-        MeshError: `--mesh` is not a mesh, or there are fewer devices.
+        MeshError: `--mesh` is not a mesh.
     """
     if args.fake_devices is not None:
         use_fake_devices(args.fake_devices)
-    return open_mesh(resolve_mesh(args.mesh))
+    return resolve_mesh(args.mesh)
+
+
+def setup_on(spec: MeshSpec, config: RunConfig) -> Setup:
+    """Return the setup of a config on another mesh than its own, over the first of the devices.
+
+    Raises:
+        MeshError: there are fewer devices than the mesh has.
+    """
+    return Setup(config.model_copy(update={"mesh": spec}), open_mesh(spec))
 
 
 def list_tokenizer_files(folder: Path) -> list[str]:

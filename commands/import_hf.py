@@ -16,12 +16,10 @@ from ..hub.special_ids import ORIGIN
 from ..hub.tokenizer import TOKENIZER, load_tokenizer
 from ..hub.tokenizer_files import copy_tokenizer
 from ..layers import ModelConfig
-from ..meshes import mesh_sizes
 from ..meshes.errors import printable
 from ..meshes.files.new_folder import new_folder, refuse_existing
 from ..train.checkpoints.initial_weights import save_params, weight_shapes
-from ..train.state import Setup
-from .hf_folders import build_asked_mesh, count_text, list_tokenizer_files, print_result, say
+from .hf_folders import count_text, list_tokenizer_files, print_result, read_asked_mesh, say, setup_on
 
 _SEQ_LEN = 1024
 
@@ -35,12 +33,12 @@ def run_import(args: argparse.Namespace) -> int:
     source, out = Path(args.source), Path(args.out)
     model = read_hub_model(source)
     refuse_existing(out)
-    mesh = build_asked_mesh(args)
+    spec = read_asked_mesh(args)
     with new_folder(out) as part:
         config = _write_run_folder(part, out, source, model)
-        shapes = weight_shapes(Setup(config, mesh))
+        shapes = weight_shapes(setup_on(spec, config))
         open_weights(source, shapes)
-        say(f"reading   {source}: {model.architecture}, {count_text(model.config)} parameters, on {mesh_sizes(mesh)}")
+        say(f"reading   {source}: {model.architecture}, {count_text(model.config)} parameters, on {spec}")
         save_params(part, read_weights(source, shapes, say=say), config)
     files = ["config.toml", "checkpoints", *list_tokenizer_files(out)]
     print_result(args, model.architecture, model.config, files=files)

@@ -6,7 +6,7 @@ import resource
 
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
-from ..meshes import ConfigError, TargetError, build_mesh, mesh_sizes
+from ..meshes import ConfigError, TargetError, build_mesh
 from ..meshes.columns import align
 from ..programs import Machine, ProgramReport, Target, draw_report, format_report, hlo_text, open_target
 from ..programs.memory import judge_memory
@@ -77,7 +77,7 @@ def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> 
     schedule = setup.schedule
     return (
         f"target    {machine.hardware.name}: {report.devices} devices, {nodes} x {machine.devices_per_node}; "
-        f"{mesh_sizes(setup.mesh)}\n"
+        f"{setup.sizes}\n"
         f"schedule  {schedule.name}, {schedule.num_microbatches} microbatches, bubble {report.bubble_fraction:.1%}\n"
         f"compiled  in {report.compile_s:.1f} s, {report.hlo_instructions:,} instructions; this process took "
         f"{format_bytes(peak_bytes)}"

@@ -77,11 +77,13 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
     if optimizer.zero == "off" and mesh.data > 1:
         yield "--optimizer.zero on", _with(config, optimizer={"zero": "on"}), mesh
-    for axis in ("tensor", "pipe"):
-        size = 2 * mesh.sizes[axis]
-        data = mesh.data // 2 if mesh.data % 2 == 0 else mesh.data
-        other = replace(mesh, **{axis: size, "data": data})
-        words = f"--mesh.{axis} {size}" + (f" --mesh.data {data}" if data != mesh.data else "")
+    for axis in (mesh.roles.tensor[-1], mesh.roles.pipe):
+        changed = {axis: 2 * mesh.sizes[axis]}
+        # Devices come from the outermost batch axis that can be halved, or are more.
+        halved = [name for name in mesh.roles.batch if mesh.sizes[name] % 2 == 0][:1]
+        changed |= {name: mesh.sizes[name] // 2 for name in halved}
+        other = mesh.resize(**changed)
+        words = " ".join(f"--mesh.{name} {size}" for name, size in changed.items())
         yield words, config.model_copy(update={"mesh": other}), other
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ..layers import flops_per_token
-from ..meshes import ProgramError, mesh_sizes
+from ..meshes import ProgramError
 from ..pipeline import simulate
 from ..plan import StepSizes, minimum_bytes
 from ..programs import Hardware, ProgramReport, inspect_compiled
@@ -49,7 +49,7 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ProgramError(
-            f"XLA cannot compile the training step on {mesh_sizes(setup.mesh)}: {first_line[:300]}",
+            f"XLA cannot compile the training step on {setup.sizes}: {first_line[:300]}",
             fix="try another mesh or schedule; please report the program if `train` runs it.",
         ) from error
     return compiled, time.perf_counter() - start_s
@@ -95,7 +95,7 @@ def report_step(
 
 def step_sizes(setup: Setup) -> StepSizes:
     """Return the sizes that determine the minimum traffic of a training step."""
-    config, mesh = setup.config, mesh_sizes(setup.mesh)
+    config, mesh = setup.config, setup.sizes
     num_microbatches = config.pipeline.microbatches
     return StepSizes(
         model=config.model,

@@ -44,8 +44,10 @@ def list_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     here, then = config.model_dump(mode="json"), config_from_dict(saved).model_dump(mode="json")
     for name in config_keys():
         section, _, key = name.partition(".")
+        if name in _FREE_KEYS or section in _FREE_SECTIONS:
+            continue
         was, now = then[section][key], here[section][key]
-        if was != now and name not in _FREE_KEYS and section not in _FREE_SECTIONS:
+        if was != now:
             found.append(f"{name}: was {was}, is {now}")
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, TrellaxError, suggest
+from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError, suggest
 from ..meshes.arguments import check_choice, check_count
 from ..pipeline.schedules import SCHEDULES, Family
 from .corpus_paths import find_files
@@ -47,6 +47,7 @@ def check_run(
         found.append(error)
     # A mesh size is still -1 if it cannot be resolved; that error has been added above.
     if min(mesh.sizes.values()) > 0:
+        found += errors_of(ShardingRules.of(mesh.roles).check_axes, mesh.sizes)
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
     found += _check_lengths(config)

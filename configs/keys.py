@@ -4,14 +4,18 @@ import dataclasses
 import itertools
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ..meshes import MeshSpec
+from ..meshes.axes import ROLES
 from ..meshes.columns import GAP, align
 from ..meshes.terminal import fold
+from .mesh_section import DefaultMesh
 
 _MEANINGS = {
     "mesh.data": "devices that the batch is split over; -1 takes all that are left",
@@ -87,6 +91,16 @@ def list_keys(config: type[BaseModel]) -> list[Key]:
     return keys
 
 
+def own_mesh_keys(names: Iterable[str]) -> list[Key]:
+    """Return the keys of mesh axes with names of their own, `mesh.dp` and `mesh.roles.dp`, which no list shows."""
+    kinds: dict[str, Kind] = {"mesh": "whole", f"mesh.{ROLES}": "text"}
+    return [
+        Key(name=f"{section}.{name}", kind=kind, type_text=kind, default="", meaning="")
+        for name in names
+        for section, kind in kinds.items()
+    ]
+
+
 def draw_keys(keys: list[Key], *, width: int | None = None) -> str:
     """Return the keys as aligned lines `--section.key  type  default  meaning`, a blank line between sections.
 
@@ -124,6 +138,7 @@ def _escape(text: str) -> str:
 
 
 def _list_fields(section: Any) -> list[tuple[str, Any, Any, str]]:
+    section = DefaultMesh if section is MeshSpec else section
     if issubclass(section, BaseModel):
         fields = section.model_fields.items()
         return [(name, f.annotation, f.default, f.description or "") for name, f in fields]

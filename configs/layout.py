@@ -17,7 +17,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         TrellaxError: the mesh does not fit the devices, the batch does not split, or the schedule is a file.
     """
     mesh, pipeline = config.mesh.resolve(num_devices=num_devices), config.pipeline
-    check_batch_splits(config, data=mesh.data)
+    check_batch_splits(config, mesh)
     if pipeline.schedule not in SCHEDULES:
         raise PlanError(
             f"pipeline.schedule={pipeline.schedule!r} is a file, and only named schedules are priced.",

@@ -17,38 +17,40 @@ _MAX_FORWARDS_OF_AUTO = 10_000
 
 def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error for each size of a run that does not divide over a mesh, none of whose sizes is -1."""
-    yield from _check_widths(config.model, tensor=mesh.tensor)
-    yield from _check_vocab(config, tensor=mesh.tensor, pipe=mesh.pipe)
-    yield from _check_depth(config, pipe=mesh.pipe)
-    yield from errors_of(check_batch_splits, config, data=mesh.data)
+    yield from _check_widths(config.model, mesh)
+    yield from _check_vocab(config, mesh)
+    yield from _check_depth(config, mesh)
+    yield from errors_of(check_batch_splits, config, mesh)
     yield from _check_forwards(config, pipe=mesh.pipe)
 
 
-def check_batch_splits(config: RunConfig, *, data: int) -> None:
-    """Raise unless every microbatch has the same number of sequences on each of `data` shards.
+def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
+    """Raise unless every microbatch has the same number of sequences on each data shard of the mesh.
 
     Raises:
         ConfigError: the batch size is not a multiple of microbatches x shards.
     """
-    batch, microbatches = config.train.batch_size, config.pipeline.microbatches
+    batch, microbatches, data = config.train.batch_size, config.pipeline.microbatches, mesh.data
     if batch % (microbatches * data):
         _, larger = nearest_multiples(batch, microbatches * data)
         raise ConfigError(
-            f"train.batch_size={batch} does not split into pipeline.microbatches={microbatches} over mesh.data={data}: "
+            f"train.batch_size={batch} does not split into pipeline.microbatches={microbatches} over "
+            f"{_keys_of(mesh, *mesh.roles.batch)}={data}: "
             f"{batch} / ({microbatches} x {data}) = {batch / (microbatches * data):.2f} sequences a device and "
             "microbatch.",
             fix=f"set train.batch_size={larger}, or other microbatches.",
         )
 
 
-def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
+def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
+    tensor, over = mesh.tensor, _keys_of(mesh, *mesh.roles.tensor)
     for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
         yield from errors_of(
             check_divides,
             f"model.{name}",
             getattr(model, name),
-            over="mesh.tensor",
+            over=over,
             parts=tensor,
             error=ModelError,
             rule=f"{what} divided evenly, but ",
@@ -57,18 +59,19 @@ def _check_widths(model: ModelConfig, *, tensor: int) -> Iterator[TrellaxError]:
     kv = model.num_kv_heads
     if kv % tensor and tensor % kv:
         yield ModelError(
-            f"model.num_kv_heads={kv} neither splits over mesh.tensor={tensor} nor can be copied evenly to it: "
+            f"model.num_kv_heads={kv} neither splits over {over}={tensor} nor can be copied evenly to it: "
             f"{max(kv, tensor)} / {min(kv, tensor)} = {max(kv, tensor) / min(kv, tensor):.2f}.",
-            fix=f"make one a multiple of the other, for example mesh.tensor={kv}.",
+            fix=f"make one a multiple of the other, for example {over}={kv}.",
         )
 
 
-def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[TrellaxError]:
+def _check_vocab(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless the vocabulary splits over tensor, or over pipe x tensor with pipeline.vocab="split"."""
-    size = config.model.vocab_size
+    size, tensor, pipe = config.model.vocab_size, mesh.tensor, mesh.pipe
     is_split = pipe > 1 and config.pipeline.vocab == "split"
     parts = tensor * pipe if is_split else tensor
-    over = f"mesh.pipe={pipe} x mesh.tensor={tensor}" if is_split else "mesh.tensor"
+    over = _keys_of(mesh, *mesh.roles.tensor)
+    over = f"mesh.{mesh.roles.pipe}={pipe} x {over}={tensor}" if is_split else over
     _, larger = nearest_multiples(size, parts)
     padded = f"pad it: model.vocab_size={larger}, whose last {larger - size} ids no text uses"
     other = [] if size % tensor == 0 else [f"choose a tensor size that divides {size}"]
@@ -86,18 +89,19 @@ def _check_vocab(config: RunConfig, *, tensor: int, pipe: int) -> Iterator[Trell
     )
 
 
-def _check_depth(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
+def _check_depth(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless every stage has a layer and `layers_per_stage` sums to the layers of the model."""
-    layers, chunks = config.model.num_layers, config.pipeline.chunks
+    layers, chunks, pipe = config.model.num_layers, config.pipeline.chunks, mesh.pipe
     if pipe == 1:
         yield from _check_layers_of_one_rank(config)
         return
     stages = pipe * chunks
-    what = f"mesh.pipe={pipe}" if chunks == 1 else f"mesh.pipe={pipe} x pipeline.chunks={chunks} = {stages}"
+    key = f"mesh.{mesh.roles.pipe}"
+    what = f"{key}={pipe}" if chunks == 1 else f"{key}={pipe} x pipeline.chunks={chunks} = {stages}"
     if layers < stages:
         yield ModelError(
             f"model.num_layers={layers} cannot fill {what} stages: a stage has at least one layer.",
-            fix=f"set mesh.pipe={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
+            fix=f"set {key}={max(1, layers // chunks)} or less, or model.num_layers={stages} or more.",
         )
     elif not config.pipeline.schedule.endswith(".csv"):  # A file sets its own chunks, known once it is read.
         yield from errors_of(
@@ -135,6 +139,11 @@ def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
             f"a schedule has at most {most}.",
             fix=f"set pipeline.microbatches={max(1, most // stages)} or less.",
         )
+
+
+def _keys_of(mesh: MeshSpec, *axes: str) -> str:
+    """Return the keys of axes of the mesh as one text: mesh.data, or mesh.replica x mesh.data."""
+    return " x ".join(f"mesh.{axis}" for axis in mesh.sizes if axis in axes)
 
 
 def errors_of(check: Callable[..., object], *args: Any, **options: Any) -> Iterator[TrellaxError]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..meshes import TrellaxError
+from ..meshes.axes import ROLES
 from ..meshes.errors import printable, shown
 from ..meshes.spec import MOST_FAKE_DEVICES
 from .keys import Key
@@ -124,7 +125,8 @@ def _describe_unknown(names: tuple[str, ...], *, value: Any, keys: Sequence[Key]
         return f"unknown key; it belongs in [{home}]"
     siblings = [key.key for key in keys if key.section == names[0]]
     near = find_nearest(names[1], siblings)
-    return "unknown key; " + (f"did you mean {near}?" if near else f"[{names[0]}] has {', '.join(siblings)}")
+    own = f", and axes of other names have a role in [mesh.{ROLES}]" if names[0] == "mesh" else ""
+    return "unknown key; " + (f"did you mean {near}?" if near else f"[{names[0]}] has {', '.join(siblings)}{own}")
 
 
 def _describe_missing(names: tuple[str, ...], *, keys: Sequence[Key]) -> str:

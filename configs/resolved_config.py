@@ -64,8 +64,8 @@ def is_resolved_config(path: Path) -> bool:
 def list_hyperparameters(config: RunConfig) -> dict[str, Any]:
     """Return the values of a run that change its result or its speed, by `section.key`, for TensorBoard's HPARAMS tab.
 
-    The sections `run` (but for the seed) and `checkpoint` are left out. Lists become text, since TensorBoard has no
-    type for them.
+    The sections `run` (but for the seed) and `checkpoint` are left out. Lists and the roles of a mesh become
+    text, since TensorBoard has no type for them.
     """
     sections: Mapping[str, Mapping[str, Any]] = config.model_dump(mode="json")
     shown = {
@@ -74,5 +74,10 @@ def list_hyperparameters(config: RunConfig) -> dict[str, Any]:
         if section not in ("run", "checkpoint")
         for key, value in keys.items()
     }
-    lists = {name: ",".join(map(str, value)) for name, value in shown.items() if isinstance(value, list)}
-    return {"run.seed": config.run.seed} | shown | lists
+    texts = {name: _as_text(value) for name, value in shown.items() if isinstance(value, list | dict)}
+    return {"run.seed": config.run.seed} | shown | texts
+
+
+def _as_text(value: list[Any] | dict[str, Any]) -> str:
+    parts = [f"{name}={own}" for name, own in value.items()] if isinstance(value, dict) else map(str, value)
+    return ",".join(parts)

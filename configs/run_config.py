@@ -15,7 +15,8 @@ from ..layers import ModelConfig
 from ..meshes import MeshSpec
 from ..meshes.notebook import table_html
 from ..meshes.terminal import terminal_width
-from .keys import draw_keys, list_keys, render_keys
+from .keys import draw_keys, list_keys, own_mesh_keys, render_keys
+from .mesh_section import MeshSection, own_axes
 from .mistakes import Mistake, make_config_error
 from .overrides import Override, read_overrides, split_words
 from .pydantic_errors import list_mistakes
@@ -46,7 +47,7 @@ class RunConfig(Section):
     """The config of a run, frozen and validated section by section. `load_config` reads one from a file."""
 
     run: RunSection = RunSection()
-    mesh: MeshSpec = MeshSpec()
+    mesh: MeshSection = MeshSpec()
     model: ModelConfig
     data: DataSection
     train: TrainSection
@@ -69,6 +70,8 @@ class RunConfig(Section):
 
     def _is_default(self, section: str, key: str) -> bool:
         own = getattr(self, section)
+        if isinstance(own, MeshSpec):
+            return own.sizes.get(key) == 1
         fields = type(own).model_fields if isinstance(own, BaseModel) else type(own).__dataclass_fields__
         return getattr(own, key) == fields[key].default
 
@@ -88,16 +91,27 @@ def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> RunCon
     """
     file = read_config_file(path)
     words = split_words(overrides) if isinstance(overrides, str) else overrides
-    given, mistakes = read_overrides(words, keys=list_keys(RunConfig))
+    own_keys = own_mesh_keys(own_axes(file.values.get("mesh"), words))
+    given, mistakes = read_overrides(words, keys=[*list_keys(RunConfig), *own_keys])
     values = {section: dict(v) if isinstance(v, Mapping) else v for section, v in file.values.items()}
     for override in given:
-        section = values.setdefault(override.section, {})
-        if isinstance(section, dict):
-            section[override.key] = override.value
+        set_value(values, override)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", file.path.stem)
     return _validate(values, file=file, overrides=given, mistakes=mistakes)
+
+
+def set_value(values: dict[str, Any], override: Override) -> None:
+    """Set the value of an override in nested dicts of sections; `mesh.roles.dp` is nested once more."""
+    *tables, key = override.section, *override.key.split(".")
+    section: Any = values
+    for name in tables:
+        inner = section.get(name, {})
+        if not isinstance(inner, Mapping):
+            return
+        section[name] = section = dict(inner)
+    section[key] = override.value
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:

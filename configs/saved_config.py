@@ -13,6 +13,9 @@ from ..hub.saved_model import check_model_keys, check_saved_size, list_keys, unr
 from ..hub.saves.reader import SaveReader
 from ..hub.saves.seal import Seal
 from ..meshes import ConfigError
+from ..meshes.axes import ROLES
+from .keys import own_mesh_keys
+from .mesh_section import own_axes
 from .run_config import RunConfig, config_from_dict, config_keys
 
 
@@ -43,7 +46,8 @@ def read_saved_config(seal: Seal, *, folder: Path, say: Callable[[str], object])
         CheckpointError: a key of the model is not known, or a value is not valid.
     """
     check_model_keys(seal, folder=folder)
-    known = set(config_keys())
+    own = own_mesh_keys(own_axes(seal.config.get("mesh"), ()))
+    known = {*config_keys(), *(key.name for key in own), *([f"mesh.{ROLES}"] if own else [])}
     unknown = [f"{section}.{key}" for section, keys in seal.config.items() for key in keys or [""]]
     unknown = [name.rstrip(".") for name in unknown if name not in known and name.rstrip(".") not in _sections(known)]
     if unknown:

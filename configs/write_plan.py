@@ -14,10 +14,12 @@ import tomlkit
 from tomlkit.container import Container
 from tomlkit.items import Comment, Table, Whitespace
 
+from ..meshes.axes import DEFAULT_ROLES
 from ..plan.costs.layout import Layout
-from .keys import list_keys
+from .keys import list_keys, own_mesh_keys
+from .mesh_section import own_axes, rename_axes
 from .overrides import Override, read_overrides
-from .run_config import RunConfig
+from .run_config import RunConfig, set_value
 from .toml_file import read_config_file
 
 Sections = dict[str, dict[str, Any]]
@@ -39,7 +41,8 @@ def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: S
         ConfigError: the file cannot be read.
     """
     file = read_config_file(path)
-    given, _ = read_overrides(overrides, keys=list_keys(RunConfig))
+    own_keys = own_mesh_keys(own_axes(file.values.get("mesh"), overrides))
+    given, _ = read_overrides(overrides, keys=[*list_keys(RunConfig), *own_keys])
     wanted = _list_values(layout, given, was=file.values)
     document = tomlkit.parse(_drop_header(file.text))
     for section, values in wanted.items():
@@ -57,9 +60,10 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     """Return the values to set: those of the overrides, and over them those of the layout."""
     values: Sections = {}
     for override in given:
-        values.setdefault(override.section, {})[override.key] = override.value
+        set_value(values, override)
     for section, chosen in _list_chosen(layout).items():
         values[section] = values.get(section, {}) | chosen
+    values["mesh"] = _rename_mesh(values["mesh"], was=was.get("mesh", {}))
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
@@ -67,6 +71,12 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     if run.get("fake_devices", 0) != 0:
         values.setdefault("run", {})["fake_devices"] = layout.data * layout.tensor * layout.pipe
     return values
+
+
+def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the chosen sizes of data, tensor and pipe, and what overrides say, by the names of the file's axes."""
+    own = {key: value for key, value in chosen.items() if key not in DEFAULT_ROLES}
+    return own | rename_axes({key: chosen[key] for key in DEFAULT_ROLES}, {**was, **own})
 
 
 def _list_chosen(layout: Layout) -> Sections:

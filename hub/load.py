@@ -12,14 +12,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Transformer, model_rules, param_dims
-from ..meshes import ConfigError, MeshSpec, build_mesh
+from ..meshes import ConfigError, MeshAxes, MeshSpec, ShardingRules, build_mesh
 from ..meshes.arguments import check_choice
+from ..meshes.axes import DEFAULT_AXES
 from .model_folder import load_params, read_model_config
 from .saves.paths import path_text
 
 
 def load_model(
-    folder: str | Path, *, mesh: Mesh | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    axes: MeshAxes = DEFAULT_AXES,
 ) -> Transformer:
     """Return the model in a run folder or a Hugging Face folder; each device reads its part of the parameters.
 
@@ -33,6 +38,7 @@ def load_model(
     Args:
         mesh: mesh that holds the parameters; the first device alone if left out.
         dtype: dtype of the parameters and of the computation; `config.dtype` if left out.
+        axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
 
     Raises:
         TrellaxError: there is no model, or it does not fit the mesh; no weight is read then.
@@ -41,7 +47,7 @@ def load_model(
     config = read_model_config(folder)
     config = replace(config, dtype=dtype or config.dtype)
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1]) if mesh is None else mesh
-    rules = model_rules(config, mesh.shape)
+    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:

@@ -134,21 +134,18 @@ def cache_shapes(
     for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
         check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
+    num_ranks = sizes[rules.mesh_axes.pipe]
     # One key/value head a device at least: queries never read another device's cache.
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
 
     def stack(layers: int) -> jax.ShapeDtypeStruct:
-        shape = (layers * sizes["pipe"], num_rows, heads, max_tokens, config.head_size)
+        shape = (layers * num_ranks, num_rows, heads, max_tokens, config.head_size)
         own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
 
-    lengths = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    stored = tuple(map(stack, stacks))
-    return KVCache(
-        keys=stored,
-        values=stored,
-        lengths=jax.ShapeDtypeStruct((sizes["pipe"], num_rows), jnp.int32, sharding=lengths),
-    )
+    placed, stored = NamedSharding(mesh, rules.spec(("stage", "batch"))), tuple(map(stack, stacks))
+    lengths = jax.ShapeDtypeStruct((num_ranks, num_rows), jnp.int32, sharding=placed)
+    return KVCache(keys=stored, values=stored, lengths=lengths)
 
 
 def bytes_per_device(shapes: Any) -> int:

@@ -10,6 +10,7 @@ Read `linear.py` next, which makes such parameters.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -74,8 +75,8 @@ def place_model(model: ModelT, *, mesh: Mesh | AbstractMesh, rules: ShardingRule
         ModelError: `model` is not an NNX module.
         MeshError: the model has arrays, and the mesh has no devices.
         ShardingError: a name is neither in the rules nor an axis of the mesh, an axis splits an array twice, a
-            dimension is not a multiple of the devices that it is split over, or the mesh has an axis other than data,
-            tensor and pipe.
+            dimension is not a multiple of the devices that it is split over, or the mesh has an axis that `rules` do
+            not know, `ShardingRules.of`.
     """
     graph, state = _split(model)
     return nnx.merge(graph, jax.tree.map(_place, state, _shardings(state, mesh, rules)))
@@ -138,7 +139,7 @@ def _rules_on(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ShardingRules:
     """Return the rules without axes that the mesh lacks, and with every mesh axis as a name for itself."""
     table = {dim: tuple(axis for axis in rules.axes(dim) if axis in mesh.shape) for dim, _ in rules.table}
     axes = {axis: axis for axis in mesh.axis_names if axis not in table}
-    return ShardingRules(table=tuple({**table, **axes}.items()))
+    return replace(rules, table=tuple({**table, **axes}.items()))
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> Any:

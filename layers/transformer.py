@@ -112,10 +112,13 @@ def model_rules(
 
     Args:
         sizes: size of each mesh axis by name, as in `mesh.shape` or `MeshSpec.sizes`.
+        rules: `ShardingRules.of(spec.roles)` if the axes have names of their own.
 
     Raises:
+        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
         ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
     """
+    rules.check_axes(sizes)
     split: list[tuple[Literal["num_heads", "ffn_size", "vocab_size"], str]] = [
         ("num_heads", "heads"),
         ("ffn_size", "ffn"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .lazy import make_lazy
 
 if TYPE_CHECKING:
+    from .axes import MeshAxes
     from .build import abstract_mesh, build_mesh, mesh_sizes
     from .errors import (
         CheckpointError,
@@ -27,15 +28,17 @@ if TYPE_CHECKING:
     from .fake import use_fake_devices
     from .rules import DEFAULT_RULES, ShardingRules
     from .sharding_table import ShardingTable, sharding_table
-    from .spec import AXES, MeshSpec
+    from .spec import AXES, Axis, MeshSpec
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
+    "Axis",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "LostProcessError",
+    "MeshAxes",
     "MeshError",
     "MeshSpec",
     "ModelError",

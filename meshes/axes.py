@@ -5,17 +5,27 @@
     data      batch      different sequences; gradients are summed over it
     tensor    tensor     different features of the same layers, and the same activations between layers
 
+These three names have the role of their line. Other names are yours to give, with a role: dp and replica for batch.
 Code asks a role for its axes, `axes.pipe` or `axes.batch`, and names none itself. Read `spec.py` next.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from .arguments import check_choice
-from .errors import MeshError
+from .errors import MeshError, shown, suggest
 
 Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert"]
 """The use of a mesh axis."""
+
+ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "tensor")
+"""Roles from the slowest links to the fastest: devices along a tensor axis are neighbours."""
+
+DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe"}
+"""The names that need no role, since they have one, as a mesh is written: data=2 tensor=2 pipe=2."""
+
+ROLES = "roles"
+"""The key of a run file's [mesh] that holds the roles of its axes, so that no axis has this name."""
 
 _SPREAD: tuple[Role, ...] = ("batch", "shard", "context")
 """Roles along which devices hold different tokens, so that gradients are summed over them."""
@@ -30,20 +40,34 @@ class MeshAxes:
     ('pp', ('dp',))
 
     Raises:
-        MeshError: a role is unknown, or not exactly one axis is the pipe.
+        MeshError: a name is not an identifier or is given twice, a role is unknown, or not exactly one axis is the
+            pipe.
     """
 
     roles: tuple[tuple[str, Role], ...]
 
     def __post_init__(self) -> None:
-        for name, role in self.roles:
-            check_choice(f"role of mesh axis {name!r}", role, get_args(Role), error=MeshError)
+        for index, (name, role) in enumerate(self.roles):
+            _check_name(name, others=self.names[:index])
+            if role not in ROLE_ORDER:
+                raise MeshError(
+                    f"mesh axis {name!r} has the unknown role {shown(role)}.{suggest(str(role), ROLE_ORDER)}",
+                    fix=f"use one of {', '.join(ROLE_ORDER)}.",
+                )
+            own = DEFAULT_ROLES.get(name, role)
+            if role != own:
+                raise MeshError(
+                    f"mesh axis {name!r} has the role {role}, but this name is that of the role {own}.",
+                    fix=f"give the axis another name, or the role {own}.",
+                )
         pipes = [name for name, role in self.roles if role == "pipe"]
         if len(pipes) != 1:
+            who = f"axes {' and '.join(pipes)} have" if pipes else f"none of the axes {', '.join(self.names)} has"
             raise MeshError(
-                f"{len(pipes)} of the axes {', '.join(name for name, _ in self.roles)} have the role pipe; a pipeline "
-                "runs over one axis.",
-                fix="give one axis the role pipe; of size 1 it costs nothing.",
+                f"{who} the role pipe; a pipeline runs over one axis.",
+                fix=f"give {' and '.join(pipes[1:])} another role."
+                if pipes
+                else "give one axis the role pipe; of size 1 it costs nothing.",
             )
 
     @classmethod
@@ -66,10 +90,28 @@ class MeshAxes:
         """The axes whose devices hold different tokens: gradients are summed over them."""
         return self.having(*_SPREAD)
 
+    @property
+    def tensor(self) -> tuple[str, ...]:
+        """The axes whose devices hold different features of the same layers."""
+        return self.having("tensor")
+
+    @property
+    def listed(self) -> str:
+        """The names as a message lists them, the pipe last: data, tensor, pipe."""
+        return ", ".join((*(name for name in self.names if name != self.pipe), self.pipe))
+
     def having(self, *roles: Role) -> tuple[str, ...]:
         """Return the axes with one of these roles, in order."""
         return tuple(name for name, role in self.roles if role in roles)
 
 
+def _check_name(name: str, *, others: Iterable[str]) -> None:
+    # A name is also a key of a run file, an option of the command line, and a keyword of `MeshSpec.of`.
+    if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or name == ROLES:
+        raise MeshError(f"mesh axis {shown(name)} cannot be a name.", fix="use letters, digits and _, such as dp.")
+    if name in others:
+        raise MeshError(f"mesh axis {name!r} is given twice.", fix="give each axis a name of its own.")
+
+
 DEFAULT_AXES = MeshAxes.of(pipe="pipe", data="batch", tensor="tensor")
-"""The axes of `MeshSpec`: pipe, data and tensor."""
+"""The axes of a `MeshSpec` without names of its own: pipe, data and tensor."""

@@ -1,4 +1,4 @@
-"""Build a mesh: assign devices to positions along pipe, data and tensor.
+"""Build a mesh: assign devices to positions along its axes, by their roles.
 
 Tensor parallelism communicates most, so `tensor` runs over neighbouring devices (NVLink inside a node); pipeline stages
 communicate least, so `pipe` is outermost and crosses nodes (Narayanan et al. 2021, section 3.2). With pipe=2, data=2
@@ -9,21 +9,24 @@ and tensor=2 on two nodes of four devices:
     pipe 1         4  5       6  7        node 1
                    tensor     tensor
 
+Axes of other names are laid out by their roles, in the order of `ROLE_ORDER`, the pipe outermost.
+
 Read `rules.py` next.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from .errors import MeshError, shown
-from .spec import AXES, MeshSpec
+from .axes import DEFAULT_AXES, MeshAxes
+from .errors import MeshError, shown, suggest
+from .spec import Axis, MeshSpec
 
 
 def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh with axes (pipe, data, tensor) over the visible devices, real or fake.
+    """Return a mesh with the axes of a spec over the visible devices, real or fake: (pipe, data, tensor) by default.
 
     Devices are ordered by slice, process and id before they are laid out, so a `tensor` group lies inside one node
     whenever its size divides the node's. Axes are Auto: the compiler inserts the collectives outside `shard_map`.
@@ -40,7 +43,8 @@ def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -
     chosen = list(visible_devices() if devices is None else devices)
     resolved = spec.resolve(num_devices=len(chosen))
     chosen.sort(key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
-    return jax.make_mesh(_shape(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+    names = spec.roles.names
+    return jax.make_mesh(_shape(resolved), names, axis_types=(AxisType.Auto,) * len(names), devices=chosen)
 
 
 def visible_devices() -> list[jax.Device]:
@@ -70,13 +74,38 @@ def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
         raise MeshError(
             f"mesh {spec} leaves an axis open, and without devices none can be inferred.", fix="give it a size."
         )
-    return AbstractMesh(_shape(spec), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    names = spec.roles.names
+    return AbstractMesh(_shape(spec), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def mesh_sizes(mesh: Mesh | AbstractMesh) -> MeshSpec:
-    """Return the spec a mesh was built from; axes that it lacks have size 1."""
-    return MeshSpec(**{axis: mesh.shape.get(axis, 1) for axis in AXES})
+def mesh_sizes(mesh: Mesh | AbstractMesh, *, axes: MeshAxes = DEFAULT_AXES) -> MeshSpec:
+    """Return the spec a mesh was built from; axes that it lacks have size 1.
+
+    Args:
+        axes: roles of the axes, `spec.roles`: a mesh knows their names alone. A mesh whose names are all default ones
+            needs none.
+
+    Raises:
+        MeshError: an axis with several devices has no role.
+    """
+    axes = DEFAULT_AXES if set(mesh.axis_names) <= set(DEFAULT_AXES.names) else axes
+    check_axes(mesh.shape, axes=axes)
+    return MeshSpec(axes={name: Axis(mesh.shape.get(name, 1), role=role) for name, role in axes.roles})
+
+
+def check_axes(sizes: Mapping[str, int], *, axes: MeshAxes) -> None:
+    """Raise unless every axis with several devices has a role: along any other, all work would be repeated.
+
+    Raises:
+        MeshError: with the axis, its size, and the axes that have a role.
+    """
+    for name, size in sizes.items():
+        if size > 1 and name not in axes.names:
+            raise MeshError(
+                f"mesh axis {name}={size} has no role; the axes with one are {axes.listed}.{suggest(name, axes.names)}",
+                fix="give the roles of its spec: axes=spec.roles, or rules=ShardingRules.of(spec.roles).",
+            )
 
 
 def _shape(spec: MeshSpec) -> tuple[int, ...]:
-    return tuple(spec.sizes[axis] for axis in AXES)
+    return tuple(spec.sizes[name] for name in spec.roles.names)

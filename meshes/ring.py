@@ -17,21 +17,22 @@ _PIPELINED = "xla_gpu_enable_pipelined_p2p"
 _LEVEL = "xla_gpu_experimental_pipeline_parallelism_opt_level"
 
 
-def check_ring(mesh: Mesh | AbstractMesh, *, what: str) -> None:
+def check_ring(mesh: Mesh | AbstractMesh, *, what: str, pipe: str = "pipe") -> None:
     """Raise if XLA_FLAGS would make a ring over the pipe axis of this mesh deliver zeros.
 
     Args:
         what: the program with the ring, for the message.
+        pipe: name of the pipe axis.
 
     Raises:
         ScheduleError: with the flag and the number of rings.
     """
-    rings = math.prod(size for axis, size in mesh.shape.items() if axis != "pipe")
+    rings = math.prod(size for axis, size in mesh.shape.items() if axis != pipe)
     flag = find_ring_flag(platform=_platform_of(mesh), flags=os.environ.get("XLA_FLAGS", ""))
-    if flag is None or mesh.shape["pipe"] == 1 or rings == 1:
+    if flag is None or mesh.shape.get(pipe, 1) == 1 or rings == 1:
         return
     raise ScheduleError(
-        f"{what} passes activations around {rings} rings of pipe={mesh.shape['pipe']}, and XLA_FLAGS has --{flag}: XLA "
+        f"{what} passes activations around {rings} rings of {pipe}={mesh.shape[pipe]}, and XLA_FLAGS has --{flag}: XLA "
         "gives zeros where a permute has several rings (openxla/xla issue 45222).",
         fix=f"take --{flag} out of XLA_FLAGS.",
     )

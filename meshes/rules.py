@@ -1,20 +1,22 @@
 """Sharding rules: the mesh axis, or axes, that each logical dimension is split over.
 
 Layers name a dimension by its meaning ("heads"); this table maps the name to a mesh axis ("tensor"). Change the table
-and the model is laid out differently, without a change to a layer. Read `sharding_table.py` next, or
+and the model is laid out differently, without a change to a layer. `ShardingRules.of` makes it for axes of other names,
+by their roles. Read `sharding_table.py` next, or
 `../layers/linear.py` for the use.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .axes import DEFAULT_AXES, MeshAxes, Role
+from .build import check_axes
 from .divisibility import check_divides
-from .errors import ShardingError, suggest
-from .spec import AXES
+from .errors import MeshError, ShardingError, suggest
 
 Axes = str | tuple[str, ...] | None
 """Mesh axes that a dimension is split over: one, several with the first outermost, or None for no split."""
@@ -22,8 +24,8 @@ Axes = str | tuple[str, ...] | None
 Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
 
-_DEFAULT: dict[str, Axes] = {
-    "batch": "data",
+_ROLES: dict[str, Role | None] = {
+    "batch": "batch",
     "tokens": None,
     "embed": None,
     "heads": "tensor",
@@ -37,35 +39,64 @@ _DEFAULT: dict[str, Axes] = {
     "layer": None,
     "microbatch": None,
 }
+"""The role of the axes that each dimension is split over; None where it is whole on every device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """An immutable table from logical dimensions to mesh axes.
+    """An immutable table from logical dimensions to mesh axes, and the roles of these axes.
 
     >>> DEFAULT_RULES.spec(("embed", "ffn"))
     P(None, 'tensor')
     >>> DEFAULT_RULES.replace(vocab=("pipe", "tensor")).spec(("vocab", "embed"))
     P(('pipe', 'tensor'), None)
+    >>> ShardingRules.of(MeshAxes.of(pp="pipe", dp="batch", tp="tensor")).spec(("embed", "ffn"))
+    P(None, 'tp')
 
     Raises:
-        ShardingError: a rule names an axis that no mesh has.
+        ShardingError: a rule names an axis that the mesh does not have.
     """
 
     table: tuple[tuple[str, Axes], ...]
+    mesh_axes: MeshAxes = DEFAULT_AXES
 
     def __post_init__(self) -> None:
         for dim, value in self.table:
             for axis in _as_tuple(value):
-                if axis not in AXES:
+                if axis not in self.mesh_axes.names:
                     raise ShardingError(
-                        f"rule {dim!r} -> {axis!r}: unknown mesh axis {axis!r}; a mesh has data, tensor, pipe."
-                        f"{suggest(axis, AXES)}"
+                        f"rule {dim!r} -> {axis!r}: unknown mesh axis {axis!r}; a mesh has {self.mesh_axes.listed}."
+                        f"{suggest(axis, self.mesh_axes.names)}"
                     )
+
+    @classmethod
+    def of(cls, axes: MeshAxes) -> "ShardingRules":
+        """Return the default rules for axes of any names: each dimension over the axes of its role.
+
+        Two batch axes split the batch over both. With the default names these are `DEFAULT_RULES`.
+        """
+        table = {dim: _as_entry(axes.having(role)) if role else None for dim, role in _ROLES.items()}
+        return cls(table=tuple(table.items()), mesh_axes=axes)
 
     def replace(self, **axes: Axes) -> "ShardingRules":
         """Return the rules with the given dimensions moved to other axes, or added."""
-        return ShardingRules(table=tuple((dict(self.table) | axes).items()))
+        return replace(self, table=tuple((dict(self.table) | axes).items()))
+
+    def check_axes(self, sizes: Mapping[str, int]) -> None:
+        """Raise unless each axis of a mesh with several devices has a role, and a dimension can be split over it.
+
+        Raises:
+            MeshError: with the axis and its role.
+        """
+        check_axes(sizes, axes=self.mesh_axes)
+        used = {role for role in _ROLES.values() if role}
+        for name, role in self.mesh_axes.roles:
+            if sizes.get(name, 1) > 1 and role not in used:
+                raise MeshError(
+                    f"mesh axis {name}={sizes[name]} has the role {role}, over which no layer of trellax is split: its "
+                    "devices would all do the same work.",
+                    fix=f"set {name}=1, or give it the role batch or tensor.",
+                )
 
     def axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the mesh axes that a logical dimension is split over, the outermost first; usually one or none.
@@ -177,7 +208,7 @@ class ShardingRules:
 
 
 def split_first_free_dim(
-    spec: PartitionSpec, *, shape: Sequence[int], axis: str, size: int, start: int = 0
+    spec: PartitionSpec, *, shape: Sequence[int], axis: str | tuple[str, ...], size: int, start: int = 0
 ) -> PartitionSpec:
     """Return the spec with the first dimension split over `axis` that is not split yet and that `size` divides.
 
@@ -187,13 +218,15 @@ def split_first_free_dim(
     P('data', 'tensor')
 
     Args:
-        size: number of devices along the axis.
+        axis: the axis, or several that split the dimension together.
+        size: number of devices along the axis, or along all of them.
         start: the first dimension that may be split.
     """
     entries = [*spec, *[None] * (len(shape) - len(spec))]
+    entry = _as_entry(_as_tuple(axis))
     free = (dim for dim in range(start, len(shape)) if entries[dim] is None and shape[dim] % size == 0)
     first = next(free, None)
-    return PartitionSpec(*(axis if dim == first else entry for dim, entry in enumerate(entries)))
+    return PartitionSpec(*(entry if dim == first else own for dim, own in enumerate(entries)))
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:
@@ -209,5 +242,5 @@ def _as_entry(axes: tuple[str, ...]) -> Axes:
     return axes[0] if axes else None
 
 
-DEFAULT_RULES = ShardingRules(table=tuple(_DEFAULT.items()))
+DEFAULT_RULES = ShardingRules.of(DEFAULT_AXES)
 """Batch over data; heads, feed-forward and vocabulary over tensor; stages over pipe; the rest replicated."""

@@ -3,24 +3,31 @@
 from collections.abc import Mapping
 
 from ..layers import ModelConfig, model_rules
-from ..meshes import ServeError
+from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count
+from ..meshes.axes import DEFAULT_AXES
 from .params import layers_of_stages
 from .requests import Request
 from .state import MAX_STOPS
 
 
-def check_model(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: int) -> None:
+def check_model(
+    config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: int, axes: MeshAxes = DEFAULT_AXES
+) -> None:
     """Raise unless a model can be served on a mesh of these sizes with a cache of `max_tokens` tokens.
 
+    Args:
+        axes: roles of the axes, `spec.roles`, if they have names of their own.
+
     Raises:
+        MeshError: an axis with several devices has no role, or one that no layer uses.
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
         ServeError: `max_tokens` is below 1, or the cache is longer than the context of the model.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
-    model_rules(config, sizes)
-    layers_of_stages(config, num_ranks=sizes["pipe"])
+    model_rules(config, sizes, rules=ShardingRules.of(axes))
+    layers_of_stages(config, num_ranks=sizes[axes.pipe])
     if max_tokens > config.max_tokens:
         raise ServeError(
             f"max_tokens={max_tokens} is more than the {config.max_tokens} tokens that the model can read.",

@@ -10,11 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..layers import ModelConfig
+from ..meshes import MeshAxes, ShardingRules
+from ..meshes.axes import DEFAULT_AXES
 from .decode import decode
 from .params import LayerLoop, stage_shapes
 from .prefill import chunk_shapes, prefill
 from .sampling import SamplingSettings
-from .stage import Stage, block_specs
+from .stage import Stage, block_specs, split_axes
 from .state import ServeState, Sizes, settings_shapes
 
 
@@ -31,12 +33,19 @@ class CompiledPrograms:
 
 
 def compile_programs(
-    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, state: ServeState, layers: LayerLoop = "loop"
+    config: ModelConfig,
+    sizes: Sizes,
+    *,
+    mesh: Mesh,
+    state: ServeState,
+    layers: LayerLoop = "loop",
+    axes: MeshAxes = DEFAULT_AXES,
 ) -> CompiledPrograms:
     """Compile both programs for parameters of `stage_shapes` and a state of these shapes."""
-    stage, params = Stage(config, mesh), stage_shapes(config, mesh=mesh, layers=layers)
-    settings, chunks = settings_shapes(sizes, mesh=mesh), chunk_shapes(sizes, mesh=mesh)
-    pipe, data = ("pipe" if mesh.shape["pipe"] > 1 else None), ("data" if mesh.shape["data"] > 1 else None)
+    rules = ShardingRules.of(axes)
+    stage, params = Stage(config, mesh, axes=axes), stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
+    settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
+    pipe, data = split_axes(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
     def run_prefill(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..layers import NewTokens
 from .sampling import SamplingSettings, finish_reasons
-from .stage import Stage, rows_of, vary
+from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
 NOTHING = -1
@@ -40,7 +40,7 @@ def decode(
     not in use. A tick costs one permute of x[b, 1, D] and one of [b] over `pipe`.
     """
     ticks = ticks_of_round(sizes, stage.num_ranks)
-    chosen = vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
+    chosen = stage.vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
     loop = _DecodeLoop(stage, sizes, params, settings, ticks)
     return jax.lax.fori_loop(0, num_rounds * ticks, loop.tick, (state, chosen))
 
@@ -68,8 +68,8 @@ class _DecodeLoop:
         has_group = group < self.sizes.groups
         # The first rank starts a token for each open sequence; the others continue what has arrived.
         is_full_B = self.stage.on_rank(0, lambda: rows_of(state.is_open[0], row, size), lambda: state.is_full[0])
-        is_full_B = vary(is_full_B & has_group)
-        idle = (state.x, vary(jnp.full(size, NOTHING, jnp.int32)), chosen)
+        is_full_B = self.stage.vary(is_full_B & has_group)
+        idle = (state.x, self.stage.vary(jnp.full(size, NOTHING, jnp.int32)), chosen)
 
         def work(state: ServeState) -> tuple[ServeState, Any]:
             return self._work(state, chosen, is_full_B, row, tick // self.ticks)
@@ -97,9 +97,13 @@ class _DecodeLoop:
             reason_B = finish_reasons(token_B, own, length_B=starts_B + 2)
             chosen_tokens = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
             message_B = jnp.where(reason_B > 0, _LAST, token_B)
-            return jax.lax.dynamic_update_slice(chosen, chosen_tokens[None, None], (0, turn, row, 0)), vary(message_B)
+            return jax.lax.dynamic_update_slice(chosen, chosen_tokens[None, None], (0, turn, row, 0)), self.stage.vary(
+                message_B
+            )
 
-        chosen, message_B = self.stage.on_rank(self.last, finish, lambda: (chosen, vary(jnp.zeros(size, jnp.int32))))
+        chosen, message_B = self.stage.on_rank(
+            self.last, finish, lambda: (chosen, self.stage.vary(jnp.zeros(size, jnp.int32)))
+        )
         state = replace(state, cache=cache, busy=state.busy + 1)
         return state, (x[None], jnp.where(is_full_B, message_B, NOTHING), chosen)
 

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.cache import CacheDtype
-from ..meshes import ServeError
+from ..meshes import MeshAxes, ServeError, mesh_sizes
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.axes import DEFAULT_AXES
 from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
 from .compiled_programs import compile_programs
@@ -66,6 +67,7 @@ class Engine:
 
     Args:
         params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
+        axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
         slots: number of sequences in progress at a time, over all data shards.
         max_tokens: most tokens of a sequence, prompt and answer; the length of the cache.
         groups: number of parts of a data shard's slots, which follow each other through the stages; by default the
@@ -90,6 +92,7 @@ class Engine:
         params: Any,
         *,
         mesh: Mesh,
+        axes: MeshAxes = DEFAULT_AXES,
         slots: int = 8,
         max_tokens: int | None = None,
         groups: int | None = None,
@@ -103,27 +106,31 @@ class Engine:
         fill: Fill = "zeros",
     ) -> None:
         _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
-        self.config, self.mesh, self.on_token = config, mesh, on_token
+        self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
         self.sizes = sizes = Sizes(
             slots=slots,
             max_tokens=config.max_tokens if max_tokens is None else max_tokens,
-            groups=mesh.shape["pipe"] if groups is None else groups,
-            num_shards=mesh.shape["data"],
+            groups=self.spec.pipe if groups is None else groups,
+            num_shards=self.spec.data,
             chunk=chunk,
             items=chunks_per_step,
             rounds=rounds,
             stops=max_stops,
         )
-        check_model(config, mesh.shape, max_tokens=sizes.max_tokens)
+        check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        stored = cache_dtype or config.dtype
-        self.shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype=stored, layers=self.layers)
-        self.programs = compile_programs(config, sizes, mesh=mesh, state=self.shapes, layers=self.layers)
-        self.scheduler = RequestScheduler(num_shards=sizes.num_shards, groups=sizes.groups, group_size=sizes.group_size)
-        self._params = stage_params(params, config=config, mesh=mesh, layers=self.layers)
-        self._state = empty_state(self.shapes, fill=fill)
-        self._settings = _empty_settings(sizes)
+        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": self.axes}
+        self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
+        self.programs = compile_programs(config, sizes, state=self.shapes, **own)
+        self.scheduler = RequestScheduler(num_shards=self.spec.data, groups=sizes.groups, group_size=sizes.group_size)
+        self._params = stage_params(params, config=config, **own)
+        self._state, self._settings = empty_state(self.shapes, fill=fill), _empty_settings(sizes)
         self._decode_ticks = self._prefill_ticks = 0
+
+    @property
+    def axes(self) -> MeshAxes:
+        """The roles of the mesh's axes."""
+        return self.spec.roles
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -133,7 +140,7 @@ class Engine:
     @property
     def param_bytes_per_device(self) -> int:
         """Bytes of parameters on each device."""
-        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh))
+        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes))
 
     @property
     def usage(self) -> Usage:
@@ -189,7 +196,7 @@ class Engine:
         args = self._params, self._state, self._settings, self._pack(chunks), np.int32(num_chunks)
         self._state, chosen_tokens = self.programs.prefill(*args)
         # Chunk i is on rank r in tick i + r.
-        self._prefill_ticks += num_chunks + self.mesh.shape["pipe"] - 1
+        self._prefill_ticks += num_chunks + self.spec.pipe - 1
         first = np.asarray(chosen_tokens)[-1]
         return self._record_tokens(
             (chunk.sequence, *first[shard, item].tolist())
@@ -209,7 +216,7 @@ class Engine:
         self._state, chosen_tokens = self.programs.decode(
             self._params, self._state, self._settings, np.int32(num_rounds)
         )
-        self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.mesh.shape["pipe"])
+        self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
         return self._record_tokens(
             (decoding[slot], token, reason)
             for turn in np.asarray(chosen_tokens)[-1, :num_rounds]
@@ -219,7 +226,7 @@ class Engine:
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
-        return sequence.request.max_new_tokens - len(sequence.tokens) + (self.mesh.shape["pipe"] > 1)
+        return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
 
     def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
         """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""

@@ -7,13 +7,18 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from ..hub.model_folder import ModelSource, open_model
-from ..meshes import ConfigError
+from ..meshes import ConfigError, MeshAxes
 from ..meshes.arguments import check_choice
+from ..meshes.axes import DEFAULT_AXES
 from .params import param_shapes
 
 
 def load_for_serving(
-    path: str | Path, *, mesh: Mesh, dtype: Literal["float32", "bfloat16"] | None = None
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    axes: MeshAxes = DEFAULT_AXES,
 ) -> tuple[ModelSource, Any]:
     """Return the model in a folder and its parameters on a mesh.
 
@@ -22,6 +27,7 @@ def load_for_serving(
 
     Args:
         dtype: type of the parameters and to compute in; the model's own if left out.
+        axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
 
     Raises:
         TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
@@ -30,4 +36,4 @@ def load_for_serving(
     source = open_model(path)
     # The config too: an engine is made of both.
     config = replace(source.config, dtype=dtype or source.config.dtype)
-    return replace(source, config=config), source.read(param_shapes(config, mesh=mesh))
+    return replace(source, config=config), source.read(param_shapes(config, mesh=mesh, axes=axes))

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
+from ..meshes import MeshAxes
+from ..meshes.axes import DEFAULT_AXES
 from .engine import Engine
 from .params import layers_of_stages, param_shapes, stage_shapes
 from .requests import Request, ServedSequence
@@ -80,15 +82,15 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
 
     They are the weights, once per group in flight, and the stored keys and values, without the unused cache.
     """
-    config, mesh = engine.config, engine.mesh
-    params = stage_shapes(config, mesh=mesh)
-    counts = layers_of_stages(config, num_ranks=mesh.shape["pipe"])
+    config, sizes = engine.config, engine.spec
+    params = stage_shapes(config, mesh=engine.mesh, axes=engine.axes)
+    counts = layers_of_stages(config, num_ranks=sizes.pipe)
     # Every rank has arrays for as many layers as the largest stage; the padding of the others is never read.
     layer = bytes_per_device(params["blocks"]) / max(counts)
     table = params["embed"]["table"] if config.embeddings == "tied" else params["head"]["table"]
     weights = [count * layer for count in counts]
     weights[-1] += bytes_per_device(table)
-    rows = -(-batch // mesh.shape["data"])
+    rows = -(-batch // sizes.data)
     # Keys and values of one layer for one row of the cache, which has room for `max_tokens` tokens.
     token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * engine.sizes.slots_per_shard)
     cache = [count * rows * context * token / engine.sizes.max_tokens for count in counts]
@@ -96,9 +98,9 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
 
 
-def draw_params(config: ModelConfig, mesh: Mesh) -> Any:
+def draw_params(config: ModelConfig, mesh: Mesh, *, axes: MeshAxes = DEFAULT_AXES) -> Any:
     """Return random parameters in natural order, of which every device makes its part."""
-    shapes = param_shapes(config, mesh=mesh)
+    shapes = param_shapes(config, mesh=mesh, axes=axes)
     leaves, tree = jax.tree.flatten(shapes)
 
     def draw() -> list[jax.Array]:

@@ -15,13 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, NewTokens
+from ..layers.collectives import enter
+from ..meshes import DEFAULT_RULES, ShardingRules
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING
 from .sampling import SamplingSettings, finish_reasons
-from .stage import Stage, rows_of, vary
+from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
 
@@ -43,12 +45,12 @@ class Chunks:
     is_last: Any
 
 
-def chunk_shapes(sizes: Sizes, *, mesh: Mesh) -> Chunks:
+def chunk_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Chunks:
     """Return shapes and shardings of the chunks of one call, which are the same on all ranks."""
 
     def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
         shape = (sizes.num_shards, sizes.items, *inner)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec(("batch",))))
 
     number = leaf(jnp.int32)
     return Chunks(tokens=leaf(jnp.int32, sizes.chunk), slot=number, start=number, count=number, is_last=leaf(jnp.bool_))
@@ -64,8 +66,8 @@ def prefill(
     """
     chunks = jax.tree.map(lambda leaf: leaf[0], chunks)
     num_items, num_tokens = chunks.tokens.shape
-    x = vary(jnp.zeros((1, num_tokens, stage.config.hidden_size), state.x.dtype))
-    chosen_tokens = vary(jnp.zeros((num_items, 2), jnp.int32))
+    x = stage.vary(jnp.zeros((1, num_tokens, stage.config.hidden_size), state.x.dtype))
+    chosen_tokens = stage.vary(jnp.zeros((num_items, 2), jnp.int32))
 
     def tick(tick: jax.Array, carry: Any) -> Any:
         item = tick - stage.rank
@@ -76,12 +78,12 @@ def prefill(
         def work(carry: Any) -> Any:
             return _work(carry, stage=stage, params=params, settings=settings, chunk=chunk, item=item)
 
-        state, x, chosen_tokens = jax.lax.cond(vary(is_here), work, lambda carry: carry, carry)
+        state, x, chosen_tokens = jax.lax.cond(stage.vary(is_here), work, lambda carry: carry, carry)
         return state, stage.pass_on(x, shape="line"), chosen_tokens
 
     state, _, chosen_tokens = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, chosen_tokens))
     # Only the last rank has chosen tokens; the others hold zeros.
-    chosen_tokens = jax.lax.psum(chosen_tokens, "pipe") if stage.num_ranks > 1 else chosen_tokens
+    chosen_tokens = jax.lax.psum(chosen_tokens, stage.pipe) if stage.num_ranks > 1 else chosen_tokens
     return _open(state, chunks, chosen_tokens), jnp.where(chunks.is_last[:, None], chosen_tokens, NOTHING)[None]
 
 
@@ -102,7 +104,7 @@ def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, 
         return jax.lax.dynamic_update_slice(chosen_tokens, first, (item, 0))
 
     is_chosen = chunk.is_last & (stage.rank == stage.num_ranks - 1)
-    chosen_tokens = jax.lax.cond(vary(is_chosen), finish, lambda: chosen_tokens)
+    chosen_tokens = jax.lax.cond(stage.vary(is_chosen), finish, lambda: chosen_tokens)
     return replace(state, cache=cache, busy=state.busy + 1), x, chosen_tokens
 
 
@@ -111,7 +113,7 @@ def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
 
     def wipe(values: jax.Array) -> jax.Array:
         num_layers, _, *inner = values.shape
-        empty = vary(jnp.zeros((num_layers, 1, *inner), values.dtype), tuple(jax.typeof(values).mat.varying))
+        empty = enter(jnp.zeros((num_layers, 1, *inner), values.dtype), tuple(jax.typeof(values).mat.varying))
         return jax.lax.dynamic_update_slice(values, empty, (0, chunk.slot, 0, 0, 0))
 
     values = jax.lax.cond(

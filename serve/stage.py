@@ -14,7 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..layers.collectives import enter, manual_axes
-from ..meshes import DEFAULT_RULES
+from ..meshes import MeshAxes, ShardingRules, mesh_sizes
+from ..meshes.axes import DEFAULT_AXES
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from .params import layers_of_stages, served_config
@@ -27,18 +28,28 @@ class Stage:
     Parameters are this device's blocks of those of `stage_shapes`: a tuple of [1, layers, ...].
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
-        self.config, self.num_ranks = served_config(config, mesh), mesh.shape["pipe"]
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, axes: MeshAxes = DEFAULT_AXES) -> None:
+        sizes = mesh_sizes(mesh, axes=axes)
+        self.config, self.num_ranks, self.rules = served_config(config, sizes), sizes.pipe, ShardingRules.of(axes)
         self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
-        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0), rules=self.rules))
         self._graphs: dict[str, Any] = {
             name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")
         }
 
     @property
+    def pipe(self) -> str:
+        """The mesh axis of the ranks."""
+        return self.rules.mesh_axes.pipe
+
+    def vary(self, x: jax.Array) -> jax.Array:
+        """Return x marked as varying over the ranks and data shards."""
+        return enter(x, (self.pipe, *self.rules.mesh_axes.batch))
+
+    @property
     def rank(self) -> jax.Array | int:
         """The position of this device along `pipe`."""
-        return jax.lax.axis_index("pipe") if self.num_ranks > 1 else 0
+        return jax.lax.axis_index(self.pipe) if self.num_ranks > 1 else 0
 
     def on_rank(self, rank: int, work: Any, otherwise: Any) -> Any:
         """Return `work()` on one rank and `otherwise()` on the others; no rank runs both."""
@@ -50,7 +61,7 @@ class Stage:
     def embed(self, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Embed tokens[b, T] at positions [b, T] -> x[b, T, D]; costs one all-reduce of x over `tensor`."""
         embed: Embedding = nnx.merge(self._graphs["embed"], params["embed"])
-        return vary(embed(tokens_BT, positions_BT=positions_BT))
+        return self.vary(embed(tokens_BT, positions_BT=positions_BT))
 
     @jax.named_scope("layers")
     def run_layers(self, params: Any, x_BTD: jax.Array, *, cache: KVCache, new: NewTokens) -> tuple[jax.Array, KVCache]:
@@ -81,7 +92,7 @@ class Stage:
             x_BTD, cache = carry
             block: Block = nnx.merge(self._graphs["blocks"], read(stack, 0, index))
             x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
-            return vary(x_BTD), cache
+            return self.vary(x_BTD), cache
 
         size = jax.tree.leaves(stack)[0].shape[1]
         # Layers that every stage has: the length of the loop is a constant. A single one needs no loop (`LayerLoop`).
@@ -96,8 +107,8 @@ class Stage:
         """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        axes = manual_axes(DEFAULT_RULES.axes("vocab"))
-        return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
+        axes = manual_axes(self.rules.axes("vocab"))
+        return self.vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
         """Return x of the previous rank; costs one permute over `pipe`.
@@ -108,25 +119,25 @@ class Stage:
         if self.num_ranks == 1:
             return x
         if shape == "ring":
-            check_ring(jax.sharding.get_abstract_mesh(), what="decoding")
+            check_ring(jax.sharding.get_abstract_mesh(), what="decoding", pipe=self.pipe)
         links = [(rank, (rank + 1) % self.num_ranks) for rank in range(self.num_ranks)]
-        return jax.lax.ppermute(x, "pipe", links if shape == "ring" else links[:-1])
+        return jax.lax.ppermute(x, self.pipe, links if shape == "ring" else links[:-1])
 
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:
     """Return the specs of sharded shapes for a `shard_map`, without axes of one device, along which nothing varies."""
+    return jax.tree.map(lambda leaf: split_axes(leaf.sharding.spec, mesh), shapes)
+
+
+def split_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Return a partition spec without axes of one device."""
 
     def keep(entry: Any) -> Any:
         axes = (entry,) if isinstance(entry, str) else entry or ()
         kept = tuple(axis for axis in axes if mesh.shape[axis] > 1)
         return kept if len(kept) > 1 else kept[0] if kept else None
 
-    return jax.tree.map(lambda leaf: PartitionSpec(*map(keep, leaf.sharding.spec)), shapes)
-
-
-def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
-    """Return x marked as varying over those of the axes that have more than one device."""
-    return enter(x, axes)
+    return PartitionSpec(*map(keep, spec))
 
 
 rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)

@@ -5,12 +5,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
 from ..layers.cache import CacheDtype, cache_shapes
-from ..meshes import ServeError
+from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
+from ..meshes.axes import DEFAULT_AXES
 from .params import LayerLoop, stack_sizes
 from .sampling import SamplingSettings
 
@@ -89,15 +90,21 @@ class Sizes:
 
 
 def state_shapes(
-    config: ModelConfig, sizes: Sizes, *, mesh: Mesh, cache_dtype: CacheDtype, layers: LayerLoop = "loop"
+    config: ModelConfig,
+    sizes: Sizes,
+    *,
+    mesh: Mesh,
+    cache_dtype: CacheDtype,
+    layers: LayerLoop = "loop",
+    axes: MeshAxes = DEFAULT_AXES,
 ) -> ServeState:
     """Return shapes and shardings of the state."""
-    num_ranks = mesh.shape["pipe"]
+    rules = ShardingRules.of(axes)
+    num_ranks = mesh.shape[rules.mesh_axes.pipe]
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            (num_ranks, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec("pipe", "data"))
-        )
+        sharding = NamedSharding(mesh, rules.spec(("stage", "batch")))
+        return jax.ShapeDtypeStruct((num_ranks, *shape), dtype, sharding=sharding)
 
     moving = sizes.group_size * sizes.num_shards
     return ServeState(
@@ -108,6 +115,7 @@ def state_shapes(
             max_tokens=sizes.max_tokens,
             dtype=cache_dtype,
             stacks=stack_sizes(config, num_ranks=num_ranks, layers=layers),
+            rules=rules,
         ),
         next_token=leaf((sizes.slots,), jnp.int32),
         is_open=leaf((sizes.slots,), jnp.bool_),
@@ -117,11 +125,11 @@ def state_shapes(
     )
 
 
-def settings_shapes(sizes: Sizes, *, mesh: Mesh) -> SamplingSettings:
+def settings_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SamplingSettings:
     """Return shapes and shardings of the sampling settings of all slots, which are the same on all ranks."""
 
     def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((sizes.slots, *inner), dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+        return jax.ShapeDtypeStruct((sizes.slots, *inner), dtype, sharding=NamedSharding(mesh, rules.spec(("batch",))))
 
     return SamplingSettings(
         temperature=leaf(jnp.float32),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ..configs.saved_config import config_from_seal
 from ..hub.run_params import read_chosen_params, run_saves, say_on_stderr
 from ..hub.saves.seal import Seal
-from ..meshes import DataError
+from ..meshes import DataError, MeshAxes, mesh_sizes
 from .checkpoints.initial_weights import weight_shapes
 from .checkpoints.layer_order import as_pipeline, params_in_stages
 from .compiled_steps import compile_eval_step
@@ -21,7 +21,7 @@ from .prepare import prepare
 from .state import Setup, TrainState
 
 
-def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
+def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | None = None) -> float:
     """Return the validation loss of the newest save in a run folder, in nats per token.
 
     It is the `val_loss` that the run logged at that step: to the digit on the mesh of the run, and on another mesh up
@@ -34,6 +34,7 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
 
     Args:
         mesh: the mesh to compute on; that of the run's config if left out.
+        axes: roles of its axes, `spec.roles`, if their names are neither the default ones nor those of the run.
 
     Raises:
         CheckpointError: the folder has no save.
@@ -45,6 +46,8 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None) -> float:
     def choose_shapes(seal: Seal) -> dict[str, Any]:
         # Everything that needs the save is done here: reading it once more would hash its files again.
         config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
+        if mesh is not None and axes is not None:
+            config = config.model_copy(update={"mesh": mesh_sizes(mesh, axes=axes)})
         setup = prepare(config) if mesh is None else Setup(config, mesh)
         corpus = _load_corpus(setup, cache=Path(folder))
         _check_same_corpus(Path(folder), seal, corpus)

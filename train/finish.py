@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..meshes import RunError, mesh_sizes
+from ..meshes import RunError
 from ..meshes.processes.messages import is_first
 from .evaluate import validate
 from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
@@ -76,7 +76,7 @@ def _sum_up(run: Run, taken: StepsTaken, *, ended: str, val_loss: float | None, 
         final_val_loss=val_loss,
         tokens_per_s=run.throughput.tokens_per_s(run.timer.mean_step_time_s),
         wall_time_s=time.perf_counter() - start_s,
-        mesh=str(mesh_sizes(run.setup.mesh)),
+        mesh=str(run.setup.sizes),
         schedule=schedule.name if schedule.num_ranks > 1 else NO_SCHEDULE,
         folder=str(folder),
     )

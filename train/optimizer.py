@@ -4,6 +4,7 @@ AdamW is algorithm 2 of Loshchilov and Hutter 2019; the decay follows a half cos
 ("SGDR"), equation 5, without restarts; clipping is algorithm 1 of Pascanu et al. 2013. Read `step.py` for the use.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,20 +64,23 @@ def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
 
 
-def split_over_data(shardings: PipelineParams, shapes: PipelineParams, mesh: Mesh) -> PipelineParams:
-    """Return the shardings with the first free dimension that divides evenly split over `data`, for every array.
+def split_over_data(shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...]) -> PipelineParams:
+    """Return the shardings with the first free dimension that divides evenly split over the batch axes, everywhere.
 
     kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]
 
     This is ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1) for optimizer moments, which have the shapes of the
     parameters. It divides their memory by the size of `data`.
+
+    Args:
+        axes: the batch axes of the mesh.
     """
 
     def split(lead: int) -> Any:
         def one(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-            size = mesh.shape["data"]
-            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis="data", size=size, start=lead)
-            return NamedSharding(mesh, spec)
+            size = math.prod(sharding.mesh.shape[axis] for axis in axes)
+            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=axes, size=size, start=lead)
+            return NamedSharding(sharding.mesh, spec)
 
         return one
 

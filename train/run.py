@@ -12,7 +12,6 @@ from ..configs.changes import Changes
 from ..configs.resolved_config import list_hyperparameters, resolve_config, write_resolved_config
 from ..configs.run_config import RunConfig
 from ..hub.saves.seal import Seal
-from ..meshes import mesh_sizes
 from ..meshes.processes.messages import is_first
 from .bad_steps import BadSteps
 from .checkpoints.checkpoints import Checkpoints
@@ -71,7 +70,7 @@ class Run:
         """
         if not is_first():
             return NoLog()
-        config = resolve_config(self.config, sizes=mesh_sizes(self.setup.mesh))
+        config = resolve_config(self.config, sizes=self.setup.sizes)
         write_resolved_config(config, say=self.say)
         return MetricsLog(
             self.config.run_folder,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
-from ..meshes import ScheduleError
+from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..pipeline import (
     PipelinedModel,
     PipelineParams,
@@ -62,9 +62,19 @@ class Setup:
     mesh: Mesh
 
     @cached_property
+    def sizes(self) -> MeshSpec:
+        """The sizes of the mesh, with the roles that the config gives its axes."""
+        return mesh_sizes(self.mesh, axes=self.config.mesh.roles)
+
+    @property
+    def rules(self) -> ShardingRules:
+        """The mesh axes of each logical dimension, before they are fitted to the model."""
+        return ShardingRules.of(self.sizes.roles)
+
+    @cached_property
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
-        rules = model_rules(self.config.model, self.mesh.shape)
+        rules = model_rules(self.config.model, self.mesh.shape, rules=self.rules)
         return split_transformer(
             self.config.model,
             mesh=self.mesh,
@@ -72,25 +82,25 @@ class Setup:
             unroll=self.config.pipeline.unroll,
             rules=rules,
             num_chunks=self.num_chunks,
-            layers_per_stage=self.layers_per_stage if self.mesh.shape["pipe"] > 1 else None,
+            layers_per_stage=self.layers_per_stage if self.sizes.pipe > 1 else None,
             vocab=self.config.pipeline.vocab,
         )
 
     @cached_property
     def num_chunks(self) -> int:
         """Chunks of layers per rank: 1 without a pipeline; a schedule read from a file has its own number."""
-        if self.mesh.shape["pipe"] == 1:
+        if self.sizes.pipe == 1:
             return 1
         return self._file_schedule.num_chunks if self._file_schedule else self.config.pipeline.chunks
 
     @cached_property
     def layers_per_stage(self) -> tuple[int, ...]:
         """Number of layers of every stage, first to last: given by the config, or balanced by their time."""
-        if self.mesh.shape["pipe"] == 1:
+        if self.sizes.pipe == 1:
             return (self.config.model.num_layers,)
         return resolve_layers(
             self.config.model,
-            num_ranks=self.mesh.shape["pipe"],
+            num_ranks=self.sizes.pipe,
             num_chunks=self.num_chunks,
             layers_per_stage=self.config.pipeline.layers_per_stage,
             num_tokens=self.config.data.seq_len,
@@ -111,7 +121,7 @@ class Setup:
     @cached_property
     def schedule(self) -> Schedule:
         """The order of forwards and backwards on every rank."""
-        section, num_ranks = self.config.pipeline, self.mesh.shape["pipe"]
+        section, num_ranks = self.config.pipeline, self.sizes.pipe
         if num_ranks == 1:
             # With one rank every schedule is the same: gradient accumulation, one microbatch after another.
             accumulation = build_schedule("gpipe", num_ranks=1, num_microbatches=section.microbatches)
@@ -129,7 +139,7 @@ class Setup:
     @cached_property
     def _file_schedule(self) -> Schedule | None:
         section = self.config.pipeline
-        return _load_schedule_file(section, self.mesh.shape["pipe"]) if section.schedule.endswith(".csv") else None
+        return _load_schedule_file(section, self.sizes) if section.schedule.endswith(".csv") else None
 
     @cached_property
     def peak_rate(self) -> jax.Array:
@@ -155,9 +165,9 @@ class Setup:
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
-        """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over `data`."""
-        own = self.model.shardings
-        return split_over_data(own, self.model.params, self.mesh) if self.config.optimizer.zero == "on" else own
+        """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
+        own, axes = self.model.shardings, self.sizes.roles.batch
+        return split_over_data(own, self.model.params, axes=axes) if self.config.optimizer.zero == "on" else own
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -182,7 +192,7 @@ class Setup:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Sharding of every array of a batch: [M, B@data, T]."""
-        return NamedSharding(self.mesh, PartitionSpec(None, "data", None))
+        return NamedSharding(self.mesh, self.rules.spec(("microbatch", "batch", "tokens")))
 
     @property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -207,13 +217,14 @@ class Setup:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=initial_health())
 
 
-def _load_schedule_file(section: PipelineSection, num_ranks: int) -> Schedule:
+def _load_schedule_file(section: PipelineSection, mesh: MeshSpec) -> Schedule:
     """Load a schedule from a .csv file, and check that it fits the mesh and the number of microbatches."""
+    num_ranks, key = mesh.pipe, f"mesh.{mesh.roles.pipe}"
     schedule = load_schedule(section.schedule, vocab=section.vocab)
     if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, section.microbatches):
         raise ScheduleError(
             f"{section.schedule} is for {schedule.num_ranks} ranks and {schedule.num_microbatches} microbatches, but "
-            f"mesh.pipe={num_ranks} and pipeline.microbatches={section.microbatches}.",
-            fix=f"set mesh.pipe={schedule.num_ranks} and pipeline.microbatches={schedule.num_microbatches}.",
+            f"{key}={num_ranks} and pipeline.microbatches={section.microbatches}.",
+            fix=f"set {key}={schedule.num_ranks} and pipeline.microbatches={schedule.num_microbatches}.",
         )
     return schedule

@@ -35,7 +35,7 @@ def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards:
     specs = dict(zip(leaves, jax.tree.leaves(batch_specs(fns, batch)), strict=True))
     split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _split(fns)}
     over = " x ".join(fns.axes.batch)
-    _check_sizes(split, num_shards, over=over)
+    _check_sizes(split, num_shards, axes=fns.axes.batch)
     if not split and num_shards > 1:
         raise ShardingError(
             f"no leaf of the batch is split over {over}={num_shards}: every shard would add the same loss once more.",
@@ -95,21 +95,24 @@ def _check_microbatches(name: str, shape: tuple[int, ...], num_microbatches: int
     )
 
 
-def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, over: str) -> None:
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, axes: tuple[str, ...]) -> None:
     if not shapes:
         return
     # The size that most leaves have is taken for the batch, so that the error names the odd one out.
     size, _ = Counter(shape[1] for shape in shapes.values()).most_common(1)[0]
     like = next(name for name, shape in shapes.items() if shape[1] == size)
+    entry = f'"{axes[0]}"' if len(axes) == 1 else axes
     for name, shape in shapes.items():
         if shape[1] != size:
             raise ShardingError(
                 f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
                 f"and {shape[1]} is not {size}.",
-                fix='mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, "data") for the '
-                "others.",
+                fix=f"mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, {entry}) for "
+                "the others.",
             )
     fix = f"use a microbatch size that is a multiple of {num_shards}."
     if not size:
         raise ShardingError(f"{like} has no sequences: its shape is {shapes[like]}.", fix=fix)
-    check_divides(f"{like}: microbatch size", size, over=over, parts=num_shards, error=ShardingError, fix=fix)
+    check_divides(
+        f"{like}: microbatch size", size, over=" x ".join(axes), parts=num_shards, error=ShardingError, fix=fix
+    )

@@ -63,34 +63,36 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         vocab: the choice that the schedule was built with: "split" over all ranks, or at the "ends" alone.
         unroll: whether the layers of a stage are written out ("on") or looped over ("off").
-        rules: fitted to model and mesh by `layers.model_rules`.
+        rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
 
     Raises:
+        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
         ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    check_vocab(vocab)
     check_choice("remat", remat, get_args(Remat), error=ScheduleError)
-    layers, num_ranks = config.num_layers, mesh.shape["pipe"]
+    rules = _place_vocab(rules, vocab, mesh)
+    layers, num_ranks = config.num_layers, mesh.shape[rules.mesh_axes.pipe]
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    rules = _place_vocab(rules, vocab, num_ranks=num_ranks)
     make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    fns = replace(_stage_fns(model, mesh, dims, remat, counts), unroll=unroll)
+    fns = replace(_fns_on(mesh, model, remat, counts, dims), unroll=unroll)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
-def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
+def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
-    if vocab == "ends" or num_ranks == 1:
+    check_vocab(vocab)
+    rules.check_axes(mesh.shape)
+    if vocab == "ends" or mesh.shape[rules.mesh_axes.pipe] == 1:
         return rules
     # pipe outermost: rank r holds one range of the vocabulary, which tensor divides again.
-    return rules.replace(vocab=("pipe", *rules.axes("vocab")))
+    return rules.replace(vocab=(rules.mesh_axes.pipe, *rules.axes("vocab")))
 
 
 def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
@@ -108,11 +110,18 @@ def _make_params(
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _stage_fns(model: Transformer, mesh: Mesh, dims: PipelineParams, remat: Remat, counts: tuple[int, ...]) -> StageFns:
-    graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
+def _fns_on(mesh: Mesh, model: Transformer, remat: Remat, counts: tuple[int, ...], dims: PipelineParams) -> StageFns:
+    """Return the stage functions of a model with the axes of its rules, and the partition specs of its parameters."""
     # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
-    stage_specs = _specs(jax.tree.map(lambda own: own[3:], dims.stages, is_leaf=_is_dims), model.rules)
-    own, given = _graphs_of_block(model, mesh, stage_specs)
+    own = jax.tree.map(lambda dims: dims[3:], dims.stages, is_leaf=_is_dims)
+    stage_specs, shared_specs = _specs(own, model.rules), _specs(dims.shared, model.rules)
+    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
+    return replace(fns, stage_specs=stage_specs, shared_specs=shared_specs, axes=model.rules.mesh_axes)
+
+
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_block: tuple[Any, Any]) -> StageFns:
+    graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
+    own, given = of_block
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
@@ -141,8 +150,6 @@ def _stage_fns(model: Transformer, mesh: Mesh, dims: PipelineParams, remat: Rema
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
-        stage_specs=stage_specs,
-        shared_specs=_specs(dims.shared, model.rules),
         prepare=None if model.config.dtype == "float32" and own == given else prepare,
     )
 

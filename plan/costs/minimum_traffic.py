@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...layers import ModelConfig
-from ...meshes import AXES, MeshSpec, PlanError
+from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...pipeline.schedules import Vocab
 from .device_params import block_params, vocabulary_params
@@ -93,14 +93,15 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduce of the rank's block gradients over data."""
-    num_params = sizes.layers_of(rank) * block_params(sizes.model, tensor=sizes.mesh.tensor)
-    yield "data", _FLOAT32 * num_params * _all_reduce(sizes.mesh.data)
+    mesh = sizes.mesh
+    num_params = sizes.layers_of(rank) * block_params(sizes.model, tensor=mesh.tensor)
+    yield mesh.label("batch"), _FLOAT32 * num_params * _all_reduce(mesh.data)
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of attention and feed-forward, forward and backward."""
     num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
-    yield "tensor", num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
+    yield sizes.mesh.label("tensor"), num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
 
 
 def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -110,36 +111,32 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         return
     is_first, is_last = rank == 0, rank == pipe - 1
     num_hops = (chunks - is_last) + (chunks - is_first)
-    yield "pipe", num_hops * sizes.num_microbatches * sizes.boundary
+    yield sizes.mesh.label("pipe"), num_hops * sizes.num_microbatches * sizes.boundary
 
 
 def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     table, whole = vocabulary_params(model, tensor=mesh.tensor)
+    pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield _over_copies(mesh), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
+        yield mesh.label("pipe", "batch"), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
         # x of the embedding and dy of the head, each summed over the slices of the table.
         num_sent = sizes.boundary * runs * ((rank == 0) + (rank == mesh.pipe - 1)) + loss * (rank == mesh.pipe - 1)
-        yield "tensor", num_sent * _all_reduce(mesh.tensor)
+        yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield "data", _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
+    yield mesh.label("batch"), _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
-    yield "pipe", 4 * runs * sizes.boundary / mesh.tensor
+    yield pipe, 4 * runs * sizes.boundary / mesh.tensor
     gather = (mesh.tensor - 1) / mesh.tensor
-    yield "tensor", runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
-    yield "pipe+tensor" if mesh.tensor > 1 else "pipe", loss * _all_reduce(mesh.pipe * mesh.tensor)
+    yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
+    yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)
 
 
 def _all_reduce(size: int) -> float:
     """Return the bytes that each of `size` devices sends per byte of an all-reduced array."""
     return 2 * (size - 1) / size
-
-
-def _over_copies(mesh: MeshSpec) -> str:
-    """Return the axes over which the gradients of a replicated parameter are reduced."""
-    return "+".join(axis for axis in AXES if axis != "tensor" and mesh.sizes[axis] > 1) or "data"

@@ -78,9 +78,10 @@ def test_mistake_is_reported_before_anything_is_allocated(
 
 
 def test_bytes_of_a_token_are_weights_and_what_is_cached() -> None:
-    config, mesh = load_config("tiny-llama").model, build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    config, spec = load_config("tiny-llama").model, MeshSpec()
+    mesh = build_mesh(spec, devices=jax.devices()[:1])
     engine = object.__new__(Engine)
-    engine.config, engine.mesh = config, mesh
+    engine.config, engine.mesh, engine.spec = config, mesh, spec
     engine.sizes = Sizes(slots=4, max_tokens=32, groups=1, num_shards=1, chunk=4, items=1, rounds=1)
     engine.shapes = state_shapes(config, engine.sizes, mesh=mesh, cache_dtype="bfloat16")
     counts = param_counts(config)

@@ -21,7 +21,7 @@ BAD_TEXTS = {
     "two_open": "data=-1,tensor=-1",
 }
 
-MISFITS: dict[str, tuple[dict[str, int], int]] = {
+MISFITS: dict[str, tuple[dict[str, Any], int]] = {
     "too_few_devices": ({"data": 3, "tensor": 4}, 8),
     "too_many_devices": ({"data": 2}, 8),
     "no_size_fits": ({"data": 3, "tensor": 5, "pipe": 7}, 8),
@@ -63,7 +63,7 @@ def test_tensor_is_the_fastest_axis() -> None:
 @given(data=SIZES, tensor=SIZES, pipe=SIZES, hidden=st.sampled_from([None, *AXES]))
 def test_one_hidden_size_is_found_again(data: int, tensor: int, pipe: int, hidden: str | None) -> None:
     spec = MeshSpec(data=data, tensor=tensor, pipe=pipe)
-    asked = MeshSpec(**(spec.sizes | ({hidden: -1} if hidden else {})))
+    asked = spec.resize(**{hidden: -1}) if hidden else spec
     assert asked.resolve(num_devices=data * tensor * pipe) == spec
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import ModelConfig, Remat, Transformer, cross_entropy, model_rules
-from trellax.meshes import MeshSpec, build_mesh
+from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import (
     LossAndGrads,
     PipelinedModel,
@@ -64,8 +64,18 @@ def small_model(
 
 def mesh_of(text: str) -> Mesh:
     """Return the mesh written as data x tensor x pipe, over the first of the fake devices."""
+    return _build(_spec_of(text))
+
+
+def _spec_of(text: str) -> MeshSpec:
+    """Return the spec written as data x tensor x pipe, or as `MeshSpec.parse` reads it."""
+    if "=" in text:
+        return MeshSpec.parse(text)
     data, tensor, pipe = map(int, text.split("x"))
-    spec = MeshSpec(data=data, tensor=tensor, pipe=pipe)
+    return MeshSpec(data=data, tensor=tensor, pipe=pipe)
+
+
+def _build(spec: MeshSpec) -> Mesh:
     return build_mesh(spec, devices=jax.devices()[: spec.num_devices])
 
 
@@ -82,9 +92,11 @@ def masked_batch(num_sequences: int) -> dict[str, np.ndarray]:
     }
 
 
-def microbatches(batch: dict[str, np.ndarray], *, mesh: Mesh, num_microbatches: int) -> dict[str, jax.Array]:
-    """Return the batch as [M, B@data, T] on the mesh."""
-    place = NamedSharding(mesh, P(None, "data"))
+def microbatches(
+    batch: dict[str, np.ndarray], *, mesh: Mesh, num_microbatches: int, over: tuple[str, ...] = ("data",)
+) -> dict[str, jax.Array]:
+    """Return the batch as [M, B@data, T] on the mesh, or split over other batch axes."""
+    place = NamedSharding(mesh, P(None, over))
     cut = {name: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]) for name, leaf in batch.items()}
     return jax.device_put(cut, place)
 
@@ -168,12 +180,17 @@ def pipeline_step(
     unroll: Literal["off", "on"] = "off",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
-    """Return the step that computes loss, gradients and their global norm on a mesh."""
-    devices = mesh_of(mesh)
-    rules = model_rules(config, devices.shape)
+    """Return the step that computes loss, gradients and their global norm on a mesh.
+
+    Args:
+        mesh: as data x tensor x pipe, or with names and roles: `dp=2:batch,pp=4:pipe`.
+    """
+    spec = _spec_of(mesh)
+    devices = _build(spec)
+    rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     model = split_transformer(config, mesh=devices, remat=remat, unroll=unroll, rules=rules, **cut)
-    num_ranks = devices.shape["pipe"]
+    num_ranks = spec.pipe
     plan = schedule
     if isinstance(plan, str):
         sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
@@ -185,7 +202,8 @@ def pipeline_step(
         out = run(params=params, batch=batch)
         return out, global_norm(out.grads)
 
-    batch = microbatches(masked_batch(num_sequences), mesh=devices, num_microbatches=num_microbatches)
+    whole, over = masked_batch(num_sequences), spec.roles.batch
+    batch = microbatches(whole, mesh=devices, num_microbatches=num_microbatches, over=over)
     return Step(model=model, run=step, params=cut_params(config, model), batch=batch)
 
 

@@ -15,7 +15,7 @@ from trellax.layers import Head, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
 from trellax.serve.params import stage_params, stage_shapes
-from trellax.serve.stage import Stage, block_specs, vary
+from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state
 
 from .models import logits_of, mesh_of, model_of, params_on
@@ -59,9 +59,11 @@ def cached_logits(
         for start, end in pairwise(CUTS):
             size = end - start
             new = NewTokens(
-                row=0, starts=vary(jnp.full(len(tokens_bT), start)), counts=vary(jnp.full(len(tokens_bT), size))
+                row=0,
+                starts=stage.vary(jnp.full(len(tokens_bT), start)),
+                counts=stage.vary(jnp.full(len(tokens_bT), size)),
             )
-            x = stage.embed(params, vary(tokens_bT[:, start:end]), new.positions(size))
+            x = stage.embed(params, stage.vary(tokens_bT[:, start:end]), new.positions(size))
             for rank in range(num_ranks):
                 work = partial(stage.run_layers, params, x, cache=cache, new=new)
                 x, cache = stage.on_rank(rank, work, lambda x=x, cache=cache: (x, cache))

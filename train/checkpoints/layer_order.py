@@ -102,13 +102,12 @@ class LayerOrder:
 
     def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].
-        mesh = self.setup.mesh
+        mesh, pipe = self.setup.mesh, self.setup.sizes.roles.pipe
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
-        if self.setup.config.model.num_layers % mesh.shape["pipe"] == 0:
+        if self.setup.config.model.num_layers % mesh.shape[pipe] == 0:
             return NamedSharding(mesh, PartitionSpec(rank, *rest))
         # 7 layers do not split over 2 ranks: the first dimension that does is split over pipe instead.
-        size = mesh.shape["pipe"]
-        spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis="pipe", size=size)
+        spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis=pipe, size=mesh.shape[pipe])
         return NamedSharding(mesh, PartitionSpec(None, *spec))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...meshes import RunError, ScheduleError, mesh_sizes, sharding_table
+from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
 from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
@@ -52,7 +52,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
     devices = setup.mesh.devices.ravel()
-    sizes = mesh_sizes(setup.mesh)
+    sizes = setup.sizes
     return Report(
         mesh=f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         parameters=table.draw(width=width),

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from ...layers import activation_bytes, param_counts
-from ...meshes import mesh_sizes
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...pipeline import Schedule, simulate
@@ -79,7 +78,7 @@ class StageTable:
 
 def tabulate_stages(setup: Setup) -> StageTable:
     """Return the table of the stages of a run with several ranks, computed from shapes."""
-    config, sizes, layers = setup.config, mesh_sizes(setup.mesh), setup.layers_per_stage
+    config, sizes, layers = setup.config, setup.sizes, setup.layers_per_stage
     total = sum(cost.total for cost in setup.stage_costs)
     held = microbatches_at_peak(setup.schedule, layers_per_stage=layers)
     kept = _count_kept(setup)
@@ -124,7 +123,7 @@ def microbatches_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...
 
 def _count_kept(setup: Setup) -> int:
     """Return the bytes that one layer keeps of one microbatch for the backward, on one device."""
-    config, sizes = setup.config, mesh_sizes(setup.mesh)
+    config, sizes = setup.config, setup.sizes
     shapes: dict[str, Any] = {
         "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
         "num_tokens": config.data.seq_len,
@@ -148,7 +147,7 @@ def _count_layer_bytes(setup: Setup) -> int:
 
 def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
     """Return the number of parameters of embedding and head at a stage, and their bytes on each of its devices."""
-    config, sizes = setup.config.model, mesh_sizes(setup.mesh)
+    config, sizes = setup.config.model, setup.sizes
     counts, last = param_counts(config), setup.schedule.num_stages - 1
     table = counts.embedding
     is_untied = config.embeddings == "untied"

@@ -16,6 +16,7 @@ from ....meshes import MeshError, ScheduleError, ShardingError, suggest
 from ....meshes.arguments import check_choice, check_instance
 from ....meshes.axes import MeshAxes
 from ....meshes.divisibility import check_divides
+from ....meshes.ring import check_ring
 from ....meshes.switches import check_switches
 from ...model.pattern import stage_pattern
 from ...model.stack import check_layers
@@ -53,6 +54,8 @@ def check_arguments(
         _check_counts(fns, params, schedule)
     _check_specs(fns, mesh, params.stages, name="stage_specs")
     _check_specs(fns, mesh, params.shared, name="shared_specs")
+    if schedule.num_chunks > 1:
+        check_ring(mesh, what=f"schedule {schedule.name!r}", pipe=pipe)
     num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
     check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
 
@@ -205,7 +208,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
         if not set(mesh_axes_of(spec)) <= set(allowed):
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}; it may name {' and '.join(allowed)}"
-                f"{', since stages are split over pipe anyhow' if lead else ''}.",
+                f"{f', since stages are split over {fns.axes.pipe} anyhow' if lead else ''}.",
                 fix='name one of these, P(None, "tensor") say, or P() for whole.',
             )
         if len(spec) > leaf.ndim - lead:

@@ -33,7 +33,7 @@ _LOCAL = ("axis_index", "pvary", "pcast")
 """Primitives that name an axis and send nothing."""
 
 
-def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", "one rank"]) -> None:
+def check_collectives(name: str, jaxpr: Jaxpr, *, pipe: str, runs_on: Literal["all ranks", "one rank"]) -> None:
     """Raise for a collective in the function `name` that some of its devices would not run.
 
     Raises:
@@ -44,7 +44,7 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, runs_on: Literal["all ranks", 
         if not axes or eqn.primitive.name in _LOCAL or runs_on == "all ranks":
             continue
         what = f"{name}() runs {_public_name(eqn)} over {' and '.join(axes)}"
-        if "pipe" in axes:
+        if pipe in axes:
             hint = "; first and last are run by all ranks where StageFns(shared_specs=...) is given"
             raise ScheduleError(
                 f"{what}, but one rank of the pipe runs it alone: it would wait for the others forever.",

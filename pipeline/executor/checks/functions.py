@@ -50,7 +50,7 @@ def check_fns(fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Me
             return a scalar, or one of them has a collective that some devices would not run, or a callback with a
             result.
     """
-    trace = _Trace(mesh)
+    trace = _Trace(mesh=mesh, pipe=fns.axes.pipe)
 
     def region(params: PipelineParams, inputs: Inputs) -> jax.Array:
         trace.check(fns, params, inputs)
@@ -68,6 +68,7 @@ class _Trace:
     """Trace the functions inside `shard_map`, and collect the arrays that they close over."""
 
     mesh: Mesh
+    pipe: str
     owners: dict[int, str] = field(default_factory=dict)
 
     def check(self, fns: StageFns, params: PipelineParams, inputs: Inputs) -> None:
@@ -107,7 +108,7 @@ class _Trace:
         with explain_errors(f"{name}()", self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
         check_callbacks(name, jaxpr.jaxpr)
-        check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
+        check_collectives(name, jaxpr.jaxpr, pipe=self.pipe, runs_on=runs_on)
         check_branches(jaxpr.jaxpr, name=name)
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
         return value

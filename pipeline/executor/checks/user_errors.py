@@ -51,7 +51,7 @@ def _unbound(name: str, axis: str, mesh: Mesh) -> ScheduleError:
             fix=f"write the sharding instead: jax.lax.with_sharding_constraint(x, PartitionSpec(..., {axis!r})).",
         )
     return ScheduleError(
-        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are pipe and data."
-        f"{suggest(axis, ['pipe', 'data'])}",
+        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are "
+        f"{' and '.join(mesh.axis_names)}.{suggest(axis, mesh.axis_names)}",
         fix="name one of these, or bind the axis with jax.vmap(..., axis_name=...).",
     )
