@@ -17,12 +17,14 @@ Read `linear.py` next.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
+
+from ..meshes import ShardingRules
 
 ArrayTree = TypeVar("ArrayTree")
 
@@ -81,6 +83,39 @@ def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:
 def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
     """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y{}, an all-gather."""
     return jax.lax.all_gather(part, axes, axis=dim, tiled=True, to="invarying")
+
+
+def run_in_blocks(fn: Callable[..., Any], *, rules: ShardingRules, in_dims: Any, out_dims: Any) -> Callable[..., Any]:
+    """Return fn run on each device's own blocks, for what the compiler would split badly by itself.
+
+    Under `jax.jit` that is one `shard_map` over all axes of the mesh, and the verbs in fn are collectives; inside
+    `shard_map`, and without a mesh, it is fn. A result is summed over axes along which it varies and that its
+    dimensions do not name: a loss over data.
+
+    Args:
+        in_dims: the logical dimensions of each argument, ("batch", "tokens").
+        out_dims: those of the result, or of each array of a tree of results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        return fn
+
+    def spec(dims: Sequence[str | None]) -> PartitionSpec:
+        return PartitionSpec(*(tuple(axis for axis in rules.axes(dim) if num_blocks((axis,)) > 1) for dim in dims))
+
+    def block(*args: Any) -> Any:
+        def close(dims: Sequence[str | None], y: jax.Array) -> jax.Array:
+            missing = varying_axes(y, without=[axis for dim in dims for axis in rules.axes(dim)])
+            return jax.lax.psum(y, missing) if missing else y
+
+        return jax.tree.map(close, out_dims, fn(*args), is_leaf=_is_dims)
+
+    in_specs, out_specs = (jax.tree.map(spec, dims, is_leaf=_is_dims) for dims in (in_dims, out_dims))
+    return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs)
+
+
+def _is_dims(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(dim, str | None) for dim in node)
 
 
 def max_blocks(x: jax.Array, axes: Sequence[str]) -> jax.Array:
