@@ -18,6 +18,7 @@ Read `linear.py` next.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -43,9 +44,7 @@ def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[j
     x[..., D]{}, kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx over the axes, one
     all-reduce, which XLA runs beside the product that makes the kernel's gradient.
     """
-    if num_auto_blocks(axes) > 1:
-        return hide_reduction(x, kernel)
-    return enter(x, axes), kernel
+    return hide_reduction(x, kernel, manual_axes(axes)) if num_blocks(axes) > 1 else (x, kernel)
 
 
 def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
@@ -196,15 +195,30 @@ def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:
     return jax.lax.psum(grad, axes) if axes else grad
 
 
-@jax.custom_vjp
-def hide_reduction(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return x and a column-split kernel unchanged, and tie their gradients so that XLA overlaps them.
-
-    The gradient of x is all-reduced; that of the kernel is a product that does not depend on the all-reduce. With a
-    barrier on both, XLA schedules the product between the start and the end of the all-reduce, as Megatron-LM's layers
-    do by hand. Without it, the product is scheduled elsewhere and the all-reduce is exposed.
-    """
-    return x_BTD, kernel
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def hide_reduction(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return x marked as varying over manual axes, and a column-split kernel; XLA overlaps their gradients."""
+    return mark_varying(x, axes), kernel
 
 
-hide_reduction.defvjp(lambda *both: (both, None), lambda _, grads: jax.lax.optimization_barrier(grads))
+def _hide_forward(
+    x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    # Not by a call, whose results would all seem to depend on x: the kernel would become a residual.
+    return (mark_varying(x, axes), kernel), (x, kernel)
+
+
+# The all-reduce of dx and the product that makes dkernel do not depend on each other. A barrier on both results makes
+# XLA schedule the product between the start and the end of the all-reduce, as Megatron-LM's layers do by hand. Without
+# it, the product is scheduled elsewhere and the all-reduce is exposed.
+def _hide_backward(
+    _: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    dx, dkernel = map(sum_like, grads, primals)
+    # In jax 0.10 a barrier takes values of one type alone, and dx{} is not dkernel{V:tensor}. Delete with Python 3.11.
+    if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
+        return dx, dkernel
+    return jax.lax.optimization_barrier((dx, dkernel))
+
+
+hide_reduction.defvjp(_hide_forward, _hide_backward)

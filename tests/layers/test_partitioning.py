@@ -35,7 +35,7 @@ LAYERS: dict[str, Callable[[ShardingRules], nnx.Module]] = {
     "column": lambda rules: ColumnLinear(8, 16, dim="ffn", rngs=nnx.Rngs(0), rules=rules),
     "row": lambda rules: RowLinear(16, 8, dim="heads", rngs=nnx.Rngs(0), rules=rules),
     "joined": lambda rules: JoinedLinear(
-        [ColumnLinear(8, size, dim="ffn", rngs=nnx.Rngs(0), rules=rules) for size in (16, 8)], parts=4
+        [ColumnLinear(8, size, dim="ffn", rngs=nnx.Rngs(0), rules=rules) for size in (16, 8)]
     ),
     "mlp": lambda rules: MLP(GROUPED, rngs=nnx.Rngs(0), rules=rules),
     "attention": lambda rules: Attention(GROUPED, rngs=nnx.Rngs(0), rules=rules),
