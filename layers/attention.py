@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules))
+        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config))
 
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None

@@ -73,7 +73,7 @@ def lookup(
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
     own = partial(_lookup_block, axes=rules.axes("vocab"), dtype=dtype)
-    # In blocks, also for the gradient: left to the compiler, its scatter would gather the gradients of the whole batch.
+    # In blocks for the gradient: the compiler's scatter makes that of the whole table on every device, and sums it.
     in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "tokens", "embed")
     return run_in_blocks(own, rules=rules, in_dims=in_dims, out_dims=out_dims)(table_VD, tokens_BT)
 

@@ -13,9 +13,8 @@ from typing import Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..meshes import ModelError, ShardingRules
+from ..meshes import ModelError
 from .blockwise import FLASH_OUTPUTS, attend_blockwise
-from .collectives import run_in_blocks
 from .config import ModelConfig
 
 Kernel = Literal["xla", "cudnn"]
@@ -37,9 +36,7 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
     return "cudnn" if config.attention != "xla" and is_nvidia and config.can_be_fused else "xla"
 
 
-def attend_causally(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig, rules: ShardingRules
-) -> jax.Array:
+def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Compute causal attention within the last `attention_window` tokens.
 
     q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
@@ -49,10 +46,8 @@ def attend_causally(
     """
     if choose_kernel(config) == "xla":
         return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
-    dims = ("batch", "tokens", "heads", "head")
-    flash = partial(_attend_flash, window=config.attention_window)
-    # In blocks: the compiler does not know how to split the kernel.
-    return run_in_blocks(flash, rules=rules, in_dims=(dims,) * 3, out_dims=dims)(q_BTNH, k_BTKH, v_BTKH)
+    # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
+    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
 
 
 def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int) -> jax.Array:

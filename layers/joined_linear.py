@@ -82,7 +82,7 @@ def join_split(linears: Sequence[ColumnLinear], *, unit: int = 1) -> JoinedLinea
 
 
 def _block_width(linear: ColumnLinear, first: ColumnLinear, unit: int) -> int:
-    """Return the number of columns of a layer that one device has, as many as `own_columns` leaves where all have all."""
+    """Return the number of columns of a layer that one device has; where all have all, those that it uses."""
     axes, width = linear.rules.axes(first.dim), linear.kernel.shape[-1]
     if linear.rules.axes(linear.dim):
         return width // num_auto_blocks(axes)

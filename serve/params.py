@@ -5,19 +5,19 @@ device has read its part. `stage_params` divides them into stages, once. Paramet
 step casts a weight. Read `stage.py` next.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
-from ..meshes import ShardingRules
 from ..meshes.rules import split_first_free_dim
 from ..pipeline import balance_layers, stages_from_layers
+from ..pipeline.model.joined_block import JoinedBlock
+from ..pipeline.model.trees import on_mesh
 
 LayerLoop = Literal["loop", "unrolled"]
 """Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
@@ -26,8 +26,6 @@ On a GPU, a matrix product cannot read a slice of an array at an index that is k
 first copies the weights of every layer, and decoding takes three times as long. A loop compiles faster, in the time of
 one layer.
 """
-
-_KV = ("key", "value")
 
 
 def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -> Any:
@@ -45,7 +43,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -
     """
     rules = model_rules(config, mesh.shape)
     layers_of_stages(config, num_ranks=mesh.shape["pipe"])
-    model = _abstract_model(config, rules)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -61,39 +59,38 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None) -
 def stage_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, layers: LayerLoop = "loop") -> Any:
     """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
-    Embedding and head are replicated over pipe, although only the first and the last stage use them.
+    Embedding and head are replicated over pipe, although only the first and the last stage use them. Layers that read
+    the same input are joined, as in a training step.
     """
-    rules = model_rules(config, mesh.shape).replace(kv_heads="tensor")
-    natural = param_shapes(config, mesh=mesh, dtype=dtype)
-    dims = param_dims(_abstract_model(config, rules))["blocks"]
-
-    def place(own: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = rules.sharding(("stage", *own), shape=leaf.shape, mesh=mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
+    natural, block = param_shapes(config, mesh=mesh, dtype=dtype), block_on(mesh, config)
     stacks = jax.eval_shape(partial(_to_stacks, config, mesh, layers), natural["blocks"])
-    return natural | {"blocks": tuple(jax.tree.map(place, dims, stack, is_leaf=_is_dims) for stack in stacks)}
+    joined = jax.eval_shape(lambda stacks: tuple(_join(block, mesh, stack) for stack in stacks), stacks)
+    shardings = _stage_shardings(block.joined_specs, mesh)
+    return natural | {"blocks": tuple(jax.tree.map(_place, stack, shardings) for stack in joined)}
 
 
 def stage_params(params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerLoop = "loop") -> Any:
-    """Divide parameters into stages; the blocks are donated, so that no device holds them twice.
+    """Divide parameters into stages, and join layers that read the same input; the blocks are donated.
 
-    Unequal stages are padded with zeros. If there are fewer key/value heads than `tensor` devices, they are repeated.
+    Unequal stages are padded with zeros. While they are joined, the layers of one stack are in memory twice.
     """
-    dtype = jax.tree.leaves(params)[0].dtype
-    shapes = stage_shapes(config, mesh=mesh, dtype=dtype, layers=layers)["blocks"]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    if layers == "loop" and not _changes_shape(config, mesh):
-        cut = jax.jit(partial(_to_stacks, config, mesh, layers), out_shardings=shardings, donate_argnums=0)
-        return params | {"blocks": cut(params["blocks"])}
-    # Buffers of other shapes cannot be donated. Parameter by parameter, only one is in memory twice at a time.
-    paths, tree = jax.tree_util.tree_flatten_with_path(params["blocks"])
-    columns = []
-    for (path, leaf), *own in zip(paths, *map(jax.tree.leaves, shardings), strict=True):
-        cut = jax.jit(partial(_cut, config, mesh, layers, path), out_shardings=tuple(own))
-        columns.append(cut(leaf))
-        leaf.delete()
-    return params | {"blocks": tuple(jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True))}
+    block = block_on(mesh, config)
+    shardings = _stage_shardings(block.own_specs, mesh)
+    if layers == "loop" and len(set(layers_of_stages(config, num_ranks=mesh.shape["pipe"]))) == 1:
+        cut = jax.jit(partial(_to_stacks, config, mesh, layers), out_shardings=(shardings,), donate_argnums=0)
+        stacks = list(cut(params["blocks"]))
+    else:
+        stacks = _cut_one_by_one(params["blocks"], shardings, partial(_cut, config, mesh, layers))
+    if block.own != block.joined:
+        join = jax.jit(partial(_join, block, mesh), out_shardings=_stage_shardings(block.joined_specs, mesh))
+        # Taken from the list, so that a stack is freed once it is joined.
+        stacks = [join(stacks.pop(0)) for _ in range(len(stacks))]
+    return params | {"blocks": tuple(stacks)}
+
+
+def block_on(mesh: Mesh, config: ModelConfig) -> JoinedBlock:
+    """Return the structure of a block on a mesh, before and after layers are joined."""
+    return JoinedBlock.on(mesh, config=config, rules=model_rules(config, mesh.shape))
 
 
 def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[int, ...]:
@@ -104,11 +101,6 @@ def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tu
     """
     room = max(layers_of_stages(config, num_ranks=num_ranks))
     return (room,) if layers == "loop" else (1,) * room
-
-
-def served_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """Return the config with at least one key/value head for each device of a tensor group."""
-    return replace(config, num_kv_heads=max(config.num_kv_heads, mesh.shape["tensor"]))
 
 
 def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
@@ -124,28 +116,48 @@ def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
 
 def _to_stacks(config: ModelConfig, mesh: Mesh, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
     """Cut the parameters of all layers, [L, ...], into one tree of arrays [P, layers, ...] for each stack."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(blocks)
-    cut = [_cut(config, mesh, layers, path, leaf) for path, leaf in paths]
+    leaves, tree = jax.tree.flatten(blocks)
+    cut = [_cut(config, mesh, layers, leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(tree, stack) for stack in zip(*cut, strict=True))
 
 
-def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
+def _cut(config: ModelConfig, mesh: Mesh, layers: LayerLoop, leaf: jax.Array) -> tuple[jax.Array, ...]:
     """Cut one parameter of all layers, [L, ...], into arrays [P, layers, ...]."""
     num_ranks = mesh.shape["pipe"]
-    copies = served_config(config, mesh).num_kv_heads // config.num_kv_heads
-    if copies > 1 and any(getattr(key, "key", None) in _KV for key in path):
-        heads = leaf.reshape(*leaf.shape[:-1], config.num_kv_heads, config.head_size)
-        leaf = jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
     counts = layers_of_stages(config, num_ranks=num_ranks)
     stages = stages_from_layers(leaf, num_ranks=num_ranks, layers_per_stage=counts)[0]
     sizes = stack_sizes(config, num_ranks=num_ranks, layers=layers)
     return tuple(stages[:, index * size : (index + 1) * size] for index, size in enumerate(sizes))
 
 
-def _changes_shape(config: ModelConfig, mesh: Mesh) -> bool:
-    """Return whether stages need padding or key/value heads are repeated."""
-    counts = layers_of_stages(config, num_ranks=mesh.shape["pipe"])
-    return len(set(counts)) > 1 or served_config(config, mesh) != config
+def _cut_one_by_one(blocks: Any, shardings: Any, cut: Callable[[jax.Array], tuple[jax.Array, ...]]) -> list[Any]:
+    """Cut parameters and delete them. Buffers of other shapes cannot be donated; so, only one is in memory twice."""
+    leaves, tree = jax.tree.flatten(blocks)
+    columns = []
+    for leaf, own in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        columns.append(jax.jit(cut, out_shardings=own)(leaf))
+        leaf.delete()
+    return [jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True)]
+
+
+def _join(block: JoinedBlock, mesh: Mesh, stack: Any) -> Any:
+    """Join the layers of a stack [P, layers, ...] that read the same input."""
+    own, joined = (on_mesh(_stage_specs(specs), mesh) for specs in (block.own_specs, block.joined_specs))
+    join = jax.vmap(jax.vmap(block.join))
+    return jax.shard_map(join, mesh=mesh, in_specs=(own,), out_specs=joined)(stack)
+
+
+def _stage_specs(specs: Any) -> Any:
+    """Return the specs of [P@pipe, layers, ...], given those of one layer."""
+    return jax.tree.map(lambda spec: PartitionSpec("pipe", None, *spec), specs, is_leaf=_is_spec)
+
+
+def _stage_shardings(specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(partial(NamedSharding, mesh), _stage_specs(specs), is_leaf=_is_spec)
+
+
+def _place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
@@ -154,9 +166,9 @@ def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...]) -> NamedShardin
     return NamedSharding(own.mesh, spec)
 
 
-def _abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-
-
 def _is_dims(node: Any) -> bool:
     return isinstance(node, tuple)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)

@@ -10,14 +10,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..layers.collectives import enter, manual_axes
 from ..meshes import DEFAULT_RULES
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
-from .params import layers_of_stages, served_config
+from ..pipeline.model.trees import on_mesh
+from .params import block_on, layers_of_stages
 from .sampling import SamplingSettings, choose
 
 
@@ -28,12 +29,11 @@ class Stage:
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
-        self.config, self.num_ranks = served_config(config, mesh), mesh.shape["pipe"]
+        self.config, self.num_ranks = config, mesh.shape["pipe"]
         self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
-        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
-        self._graphs: dict[str, Any] = {
-            name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")
-        }
+        self._block = block_on(mesh, config)
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+        self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
     @property
     def rank(self) -> jax.Array | int:
@@ -75,7 +75,7 @@ class Stage:
 
         def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             x_BTD, cache = carry
-            block: Block = nnx.merge(self._graphs["blocks"], read(stack, 0, index))
+            block = self._block.merge(read(stack, 0, index))
             x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
             return vary(x_BTD), cache
 
@@ -110,13 +110,7 @@ class Stage:
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:
     """Return the specs of sharded shapes for a `shard_map`, without axes of one device, along which nothing varies."""
-
-    def keep(entry: Any) -> Any:
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        kept = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-        return kept if len(kept) > 1 else kept[0] if kept else None
-
-    return jax.tree.map(lambda leaf: PartitionSpec(*map(keep, leaf.sharding.spec)), shapes)
+    return on_mesh(jax.tree.map(lambda leaf: leaf.sharding.spec, shapes), mesh)
 
 
 def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:

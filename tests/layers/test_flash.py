@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
 from trellax.layers.block import rematerialize
-from trellax.meshes import DEFAULT_RULES, MeshSpec, ModelError
+from trellax.meshes import MeshSpec, ModelError
 from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from .sharded import differing, mesh_of, normal, place, small_config
@@ -73,7 +73,7 @@ def test_blocks_of_the_kernel_and_their_gradients_equal_attention_as_a_whole(
     expected = run(partial(plain, window=window), q, k, v)
     with jax.set_mesh(devices):
         qkv = [place(x, ("batch", None, "heads", None), mesh=devices) for x in map(np.asarray, (q, k, v))]
-        actual = jax.jit(partial(run, partial(flash.attend_causally, config=config, rules=DEFAULT_RULES)))(*qkv)
+        actual = jax.jit(partial(run, partial(flash.attend_causally, config=config)))(*qkv)
     assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
 
 
@@ -108,7 +108,7 @@ def test_kernel_runs_without_a_mesh_too() -> None:
     logits = model(jnp.zeros((2, T), jnp.int32))
     assert np.isfinite(np.asarray(logits)).all()
     q = jnp.asarray(normal(B, T, 2, H))
-    run = partial(flash.attend_causally, config=config, rules=DEFAULT_RULES)
+    run = partial(flash.attend_causally, config=config)
     found, expected = (jax.grad(lambda q, f=f: f(q, q, q).sum())(q) for f in (run, partial(plain, window=0)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

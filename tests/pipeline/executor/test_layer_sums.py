@@ -51,7 +51,7 @@ def test_a_layer_sums_twice_forward_and_twice_backward(mesh: str, remat: Remat, 
 
 
 def test_full_rematerialization_sums_again_what_its_backward_reads() -> None:
-    """Attention's output, from which the feed-forward's input is made; the feed-forward's own is read by no gradient."""
+    """Attention's output, from which the feed-forward's input is made; no gradient reads the feed-forward's output."""
     case = ("2x2x2", "llama", "mha", "full")
     assert [num_sums(action, *case) for action in ("forward", "backward")] == [2, 2 + 1]
 
