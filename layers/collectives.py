@@ -33,11 +33,6 @@ BLOCK_SUMS = "block_sums"
 """Checkpoint name of the results of `sum_blocks`: rematerialization keeps them, so the backward does not sum again."""
 
 
-def enter(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Enter a split region with x alone, where several kernels read it: x{} -> x{V:axes}. See `enter_split`."""
-    return mark_varying(x, manual_axes(axes))
-
-
 def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     """Enter a region in which each device of `axes` multiplies the same x with its own columns of a kernel.
 
@@ -82,6 +77,12 @@ def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:
 def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
     """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y{}, an all-gather."""
     return jax.lax.all_gather(part, axes, axis=dim, tiled=True, to="invarying")
+
+
+def gather_blocks(x: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
+    """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V]{}, an all-gather."""
+    manual = manual_axes(axes)
+    return gather_slices(x, manual, dim=dim) if manual else x
 
 
 def run_in_blocks(fn: Callable[..., Any], *, rules: ShardingRules, in_dims: Any, out_dims: Any) -> Callable[..., Any]:

@@ -61,6 +61,8 @@ class JoinedLinear(nnx.Module):
     def _join(self, named: Sequence[tuple[str, jax.Array]], unit: int, *lead: str) -> nnx.Param:
         """Join weights [*lead, F], each with the name of its last dimension, block by block."""
         dims, weights = zip(*named, strict=True)
+        for dim, weight in named:
+            self.rules.check_in_context((*lead, dim), shape=weight.shape, name="a weight of JoinedLinear")
 
         def join(*weights: jax.Array) -> jax.Array:
             return jnp.concatenate([self._own(dim, w, unit) for dim, w in zip(dims, weights, strict=True)], axis=-1)

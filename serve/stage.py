@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
-from ..layers.collectives import enter, manual_axes
+from ..layers.collectives import manual_axes, mark_varying
 from ..meshes import DEFAULT_RULES
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
@@ -91,8 +91,7 @@ class Stage:
         """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        axes = manual_axes(DEFAULT_RULES.axes("vocab"))
-        return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
+        return vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=DEFAULT_RULES.axes("vocab")))
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
         """Return x of the previous rank; costs one permute over `pipe`.
@@ -115,7 +114,7 @@ def block_specs(shapes: Any, mesh: Mesh) -> Any:
 
 def vary(x: jax.Array, axes: tuple[str, ...] = ("pipe", "data")) -> jax.Array:
     """Return x marked as varying over those of the axes that have more than one device."""
-    return enter(x, axes)
+    return mark_varying(x, manual_axes(axes))
 
 
 rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)
