@@ -6,12 +6,19 @@ An axis of the mesh is met in one of three ways. The verbs find out which; no la
     automatic    under `jax.jit`: x is the whole array, the compiler adds what must be sent, a verb returns x
     absent       no mesh in context, or an axis of size 1: a verb returns x
 
-Inside `shard_map` an array's type says over which axes its value differs, `f32[8]{V:tensor}`. Two verbs change that
-type, and each is the other's transpose (Shoeybi et al. 2019, section 3, call them f and g):
+Inside `shard_map` an array's type says over which axes its value differs: each device of `tensor` has another
+f32[8]{V:tensor}, and all have the same f32[8]. The verbs change that type, and autodiff knows what each owes backward.
+x[B, T, D] of a region split over 4 tensor ranks, and a vocabulary of V words, v on each rank:
 
-                    forward                                       backward
-    enter_split     x{} -> x{V:tensor}, free                      dx{V:tensor} -> dx{}, an all-reduce
-    sum_blocks      y{V:tensor} -> y{}, an all-reduce             dy{} -> dy{V:tensor}, free
+                     forward                                                backward
+    enter_split      x[B,T,D] -> x[B,T,D]{V:tensor}      free               dx{V:tensor} -> dx    all-reduce
+    sum_blocks       y[B,T,D]{V:tensor} -> y[B,T,D]      all-reduce         dy -> dy{V:tensor}    free
+    own_columns      w[D,F] -> w[D,F/4]{V:tensor}        free               dw[D,F/4] -> dw[D,F]  all-reduce
+    max_blocks       s[B,T]{V:tensor} -> s[B,T]          all-reduce         none
+    gather_blocks    s[B,v]{V:tensor} -> s[B,V]          all-gather         ds[B,V] -> ds[B,v]    free
+
+The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose. `run_in_blocks` runs a function
+of such verbs under `jax.jit` too, where the compiler by itself would sum or gather too much.
 
 Read `linear.py` next.
 """
@@ -36,8 +43,8 @@ BLOCK_SUMS = "block_sums"
 def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     """Enter a region in which each device of `axes` multiplies the same x with its own columns of a kernel.
 
-    x[..., D]{}, kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx over the axes, one
-    all-reduce, which XLA runs beside the product that makes the kernel's gradient.
+    x[..., D], kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx{V:axes} -> dx, one
+    all-reduce, which XLA runs beside the product that makes the kernel's gradient (see `hide_reduction`).
     """
     return hide_reduction(x, kernel, manual_axes(axes)) if num_blocks(axes) > 1 else (x, kernel)
 
@@ -45,7 +52,8 @@ def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[j
 def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
     """Leave a split region: sum over the devices of `axes` what each has made of its own block.
 
-    y{V:axes} -> y{}, an array or a tree of them: one all-reduce, in the dtype of y; its transpose is free.
+    y{V:axes} -> y, an array or a tree of them: one all-reduce, in the dtype of y. Its transpose, dy -> dy{V:axes}, is
+    free.
     """
     manual = manual_axes(axes)
     return checkpoint_name(jax.lax.psum(y, manual), BLOCK_SUMS) if manual else y
@@ -75,12 +83,12 @@ def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:
 
 
 def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
-    """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y{}, an all-gather."""
+    """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y, an all-gather."""
     return jax.lax.all_gather(part, axes, axis=dim, tiled=True, to="invarying")
 
 
 def gather_blocks(x: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
-    """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V]{}, an all-gather."""
+    """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V], an all-gather."""
     manual = manual_axes(axes)
     return gather_slices(x, manual, dim=dim) if manual else x
 
@@ -119,7 +127,7 @@ def _is_dims(node: Any) -> bool:
 
 
 def max_blocks(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Return the largest value over the devices of `axes`: x{V:axes} -> x{}, one all-reduce. It has no gradient."""
+    """Return the largest value over the devices of `axes`: x{V:axes} -> x, one all-reduce. It has no gradient."""
     manual = manual_axes(axes)
     return jax.lax.pmax(x, manual) if manual else x
 
@@ -131,13 +139,12 @@ def block_index(axes: Sequence[str]) -> jax.Array | int:
 
 
 def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Array:
-    """Return the columns that this device uses of a weight that is whole on all devices: weight[..., F]{} -> {V:axes}.
+    """Return the columns that this device uses of a weight that is whole on all devices.
 
+    weight[..., F] -> [..., F@axes]{V:axes}. Free; its transpose sums the weight's gradient, an all-reduce.
     With fewer units of columns (heads) than devices, several devices use the same unit:
 
         2 heads, 4 devices:    device 0: head 0    1: head 0    2: head 1    3: head 1
-
-    Free; its transpose sums the weight's gradient over the axes, one all-reduce.
     """
     manual = manual_axes(axes)
     if not manual:
@@ -152,11 +159,6 @@ def num_blocks(axes: Sequence[str]) -> int:
     """Return the number of blocks that the axes cut a dimension into, on the mesh in context; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in axes)
-
-
-def num_auto_blocks(axes: Sequence[str]) -> int:
-    """Return the number of blocks that the compiler cuts a whole array into; 1 inside `shard_map`."""
-    return num_blocks(axes) // num_manual_blocks(axes)
 
 
 def num_manual_blocks(axes: Sequence[str]) -> int:
@@ -178,7 +180,7 @@ def varying_axes(*arrays: jax.Array, without: Sequence[str] = ()) -> tuple[str, 
 
 
 def mark_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Return x with its type marked as varying over axes on which its value is the same: x{} -> x{V:axes}.
+    """Return x with its type marked as varying over axes on which its value is the same: x -> x{V:axes}.
 
     Free; its transpose sums the gradient over the axes, one all-reduce.
     """
@@ -216,7 +218,7 @@ def _hide_backward(
     _: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     dx, dkernel = map(sum_like, grads, primals)
-    # In jax 0.10 a barrier takes values of one type alone, and dx{} is not dkernel{V:tensor}. Delete with Python 3.11.
+    # In jax 0.10 a barrier takes values of one type alone, and only dkernel is {V:tensor}. Delete with Python 3.11.
     if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
         return dx, dkernel
     return jax.lax.optimization_barrier((dx, dkernel))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .check_inputs import check_features
-from .collectives import enter_split, num_auto_blocks, num_blocks, own_columns, run_in_blocks
+from .collectives import enter_split, num_blocks, own_columns, run_in_blocks
 from .linear import ColumnLinear, add_bias, name_dims
 from .partitioning import param_metadata
 from .product import multiply
@@ -38,10 +38,9 @@ class JoinedLinear(nnx.Module):
     def __init__(self, linears: Sequence[ColumnLinear], *, unit: int = 1) -> None:
         first = linears[0]
         self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
-        self.widths = tuple(_block_width(linear, first, unit) for linear in linears)
-        self.kernel = self._join([(linear.dim, linear.kernel[...]) for linear in linears], unit, "embed")
-        biases = [(linear.dim, linear.bias[...]) for linear in linears if linear.bias is not None]
-        self.bias = self._join(biases, unit) if biases else nnx.data(None)
+        self.kernel, self.widths = self._join([(one.dim, one.kernel[...]) for one in linears], unit, "embed")
+        biases = [(one.dim, one.bias[...]) for one in linears if one.bias is not None]
+        self.bias = self._join(biases, unit)[0] if biases else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
@@ -58,19 +57,20 @@ class JoinedLinear(nnx.Module):
         # Not `jnp.split`: its gradient is a concatenation, which XLA does not fuse with what makes the parts.
         return [y_BTF[..., end - width : end] for end, width in zip(accumulate(self.widths), self.widths, strict=True)]
 
-    def _join(self, named: Sequence[tuple[str, jax.Array]], unit: int, *lead: str) -> nnx.Param:
-        """Join weights [*lead, F], each with the name of its last dimension, block by block."""
-        dims, weights = zip(*named, strict=True)
-        for dim, weight in named:
-            self.rules.check_in_context((*lead, dim), shape=weight.shape, name="a weight of JoinedLinear")
+    def _join(self, named: Sequence[tuple[str, jax.Array]], unit: int, *lead: str) -> tuple[nnx.Param, tuple[int, ...]]:
+        """Join weights [*lead, F], each with the name of F, block by block; return the widths of a block's parts."""
+        widths: list[int] = []
 
         def join(*weights: jax.Array) -> jax.Array:
-            return jnp.concatenate([self._own(dim, w, unit) for dim, w in zip(dims, weights, strict=True)], axis=-1)
+            own = [self._own(dim, weight, unit) for (dim, _), weight in zip(named, weights, strict=True)]
+            widths.extend(weight.shape[-1] for weight in own)
+            return jnp.concatenate(own, axis=-1)
 
-        joined = (*lead, self.dim)
-        in_dims = tuple((*lead, dim) for dim in dims)
-        value = run_in_blocks(join, rules=self.rules, in_dims=in_dims, out_dims=joined)(*weights)
-        return nnx.Param(value, **param_metadata(joined, self.rules))
+        for dim, weight in named:
+            self.rules.check_in_context((*lead, dim), shape=weight.shape, name="a weight of JoinedLinear")
+        joined, in_dims = (*lead, self.dim), tuple((*lead, dim) for dim, _ in named)
+        value = run_in_blocks(join, rules=self.rules, in_dims=in_dims, out_dims=joined)(*(w for _, w in named))
+        return nnx.Param(value, **param_metadata(joined, self.rules)), tuple(widths)
 
     def _own(self, dim: str, weight: jax.Array, unit: int) -> jax.Array:
         # Where a layer's own features are not split, there are too few heads for that: see Attention.
@@ -81,11 +81,3 @@ def join_split(linears: Sequence[ColumnLinear], *, unit: int = 1) -> JoinedLinea
     """Return layers of one input as a joined layer where their features are split, else None."""
     first = linears[0]
     return JoinedLinear(linears, unit=unit) if num_blocks(first.rules.axes(first.dim)) > 1 else None
-
-
-def _block_width(linear: ColumnLinear, first: ColumnLinear, unit: int) -> int:
-    """Return the number of columns of a layer that one device has; where all have all, those that it uses."""
-    axes, width = linear.rules.axes(first.dim), linear.kernel.shape[-1]
-    if linear.rules.axes(linear.dim):
-        return width // num_auto_blocks(axes)
-    return max(width // num_blocks(axes), unit)
