@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .executor.lower import lower
     from .executor.tables import Tables
     from .model.balance import balance_layers, resolve_layers, stage_costs
+    from .model.protocol import LayerInfo, Output
     from .model.split import PipelinedModel, split_transformer
     from .model.stack import check_layers, natural_order, stages_from_layers
     from .model.stage import LossAndGrads, PipelineParams, StageFns
@@ -19,7 +20,9 @@ __all__ = [
     "SCHEDULES",
     "Action",
     "Bubbles",
+    "LayerInfo",
     "LossAndGrads",
+    "Output",
     "PipelineParams",
     "PipelinedModel",
     "Schedule",

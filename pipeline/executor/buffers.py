@@ -18,9 +18,9 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_like(x: jax.Array, other: Any) -> jax.Array:
-    """Return x marked as varying over the axes over which another array varies, besides its own."""
-    return vary(x, sorted(jax.typeof(other).mat.varying))
+def vary_like(tree: Any, other: Any) -> Any:
+    """Return every leaf marked as varying over the axes over which its like in another tree varies, besides its own."""
+    return jax.tree.map(lambda x, like: vary(x, sorted(jax.typeof(like).mat.varying)), tree, other)
 
 
 def type_of(v: Any) -> jax.ShapeDtypeStruct:
@@ -28,10 +28,20 @@ def type_of(v: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, manual_axis_type=v.aval.mat)
 
 
+def type_like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and varying axes of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat)
+
+
 def empty_buffer(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
     """Return a buffer [*slots, ...] for arrays of a type, varying over the same axes as they do."""
     differs: Any = kept.manual_axis_type
     return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), sorted(differs.varying))
+
+
+def floats_of(tree: Any) -> list[Any]:
+    """Return the leaves of a tree that have gradients, those of floating-point numbers."""
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def zeros_for(param: jax.Array) -> jax.Array | None:
@@ -52,10 +62,14 @@ def read(tree: Any, *place: jax.Array | int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def write(buffer: jax.Array, value: jax.Array, *place: jax.Array | int) -> jax.Array:
-    """Return the buffer [..., *inner] with a value [*inner] at a position of its leading dimensions."""
-    starts = _starts(place, len(place) + value.ndim)
-    return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * len(place), *value.shape), starts)
+def write(tree: Any, values: Any, *place: jax.Array | int) -> Any:
+    """Return every leaf [..., *inner] with a value [*inner] at a position of its leading dimensions."""
+
+    def one(leaf: jax.Array, value: jax.Array) -> jax.Array:
+        starts = _starts(place, len(place) + value.ndim)
+        return jax.lax.dynamic_update_slice(leaf, value.reshape(*[1] * len(place), *value.shape), starts)
+
+    return jax.tree.map(one, tree, values)
 
 
 def _starts(place: tuple[jax.Array | int, ...], ndim: int) -> list[Any]:

@@ -16,8 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from ...meshes import ScheduleError
 from ..model.stage import PipelineParams, StageFns
 from ..schedules import Schedule
+from .microbatches import Inputs
 
-Tangents = tuple[PipelineParams, Any, dict[int, Any]]
+Tangents = tuple[PipelineParams, Inputs, dict[int, Any]]
 """Tangents of the parameters, of the batch, and of arrays that functions close over (by `id`)."""
 
 
@@ -44,13 +45,12 @@ def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
     Raises:
         ScheduleError: it is with respect to the batch, or to an array that the function owners[id] closes over.
     """
-    _, batch, closed = tangents
-    for path, tangent in jax.tree_util.tree_leaves_with_path(batch):
+    _, inputs, closed = tangents
+    for path, tangent in jax.tree_util.tree_leaves_with_path(inputs.state):
         if not _is_zero(tangent):
             raise ScheduleError(
-                f"batch{jax.tree_util.keystr(path)} is differentiated; a pipeline has gradients of its parameters "
-                "alone.",
-                fix="move it into params.shared, or stop its gradient: jax.lax.stop_gradient(batch).",
+                f"state{jax.tree_util.keystr(path)} is differentiated; the state of layers has no gradients.",
+                fix="move it into params.stages, or stop its gradient: jax.lax.stop_gradient(state).",
             )
     for place, tangent in closed.items():
         if not _is_zero(tangent):
@@ -88,13 +88,18 @@ def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns
             )
 
 
-def tangent_of_loss(params: PipelineParams, grads: PipelineParams) -> jax.Array:
-    """Return the tangent of the loss: the sum of gradient times tangent over all parameters, float32 []."""
+def has_tangent(tree: Any) -> bool:
+    """Return whether any leaf of a tree of tangents may be other than zero."""
+    return not all(map(_is_zero, jax.tree.leaves(tree)))
+
+
+def tangent_of_loss(tangents: Any, grads: Any) -> jax.Array:
+    """Return the tangent of the loss: the sum of gradient times tangent over all leaves, float32 []."""
 
     def one(tangent: Any, grad: Any) -> Any:
         return 0.0 if _is_zero(tangent) else jnp.sum(grad * tangent.astype(jnp.float32))
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(one, params, grads))
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, tangents, grads), jnp.float32(0))
 
 
 def _is_zero(tangent: Any) -> bool:

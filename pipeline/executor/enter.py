@@ -1,115 +1,52 @@
-"""Give a stage its input: the activation from the rank before, or the output of `first` for the first stage.
+"""Get the input of a stage, and pass its gradient back: on the first stage by `first`, on others by slots.
 
-The backward of this is here too: the gradient of a stage's input goes to the rank before, or through `first` to the
-shared parameters. There are two ways to run `first` (see `tables.Ends`):
+    a forward       x  <- `first`, on the first stage       or  <- slot of the activations buffer
+    a backward      dx -> the gradients of `first`          or  -> slot of the gradients buffer
 
-    alone       rank 0   first + layers    rank 1   layers       `first` is part of the first stage's own action
-    together    rank 0   first             rank 1   first        a step of its own, before the actions of a turn,
-                         layers                     layers       with parameters split over pipe
-
-Together no rank holds or computes more of a large vocabulary than another ("Balancing Pipeline Parallelism with
-Vocabulary Parallelism", Yeung et al. 2024, section 3). `leave.py` is the other end of the pipeline.
+Where all ranks run `first` together (`first_together.py`), the first stage takes x from a slot as well. `leave.py` is
+the other end of a stage.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 
-from ..model.stage import StageFns
-from .backward.traced_vjp import pull_back
-from .buffers import add, read, vary_like
-from .loop_state import LoopState, broadcast_slot, put
+from ..model.protocol import Given
+from .buffers import read, vary_like
+from .loop_state import Grads, LoopState, put
+from .rank_model import RankModel
 from .tables import NONE, Turns
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnterAlone:
-    """Run `first` inside the actions of the first stage.
+class Enter:
+    """The start of a stage's forward, and the end of its backward."""
 
-    shared: parameters that every rank holds whole, marked as varying over pipe and data.
-    """
+    model: RankModel
 
-    fns: StageFns
-    shared: Any
-
-    def run_first(self, state: LoopState, _turn: Turns) -> LoopState:
-        """Do nothing before an action: `enter` runs `first`."""
-        return state
-
-    def enter(self, state: LoopState, turn: Turns, microbatch: Any) -> jax.Array:
+    def enter(self, state: LoopState, turn: Turns, given: Given) -> Any:
         """Return x[b, ...] for a forward: made by `first` on the first stage, else read from its slot."""
+        slot = turn.activations.read
+        if self.model.ends_together:
+            return read(state.activations, slot)
 
         @jax.named_scope("first")
-        def first() -> jax.Array:
-            return self.fns.first(self.shared, microbatch)
+        def first() -> Any:
+            return vary_like(self.model.run_first(given), read(state.activations, 0))
 
-        slot = turn.activations.read
         return jax.lax.cond(slot == NONE, first, lambda: read(state.activations, slot))
 
-    def leave_back(self, state: LoopState, dx: jax.Array, turn: Turns, microbatch: Any) -> LoopState:
+    def leave_back(self, state: LoopState, dx: list[jax.Array], turn: Turns, given: Given) -> LoopState:
         """Put dx[b, ...] into its slot; on the first stage, add the gradients of `first` instead."""
+        slot = turn.gradients.write
+        state = replace(state, gradients=put(state.gradients, dx, slot))
+        if self.model.ends_together:
+            return state
 
         @jax.named_scope("first_back")
-        def through_first(sums: Any) -> Any:
+        def through_first(sums: Grads) -> Grads:
             # `first` runs again: it is cheap, and keeping its residuals would take a buffer more.
-            grads = pull_back(self.fns.first, self.shared, microbatch, dx)
-            return add(sums, grads)
+            return sums.add_shared(self.model.first_grads(given, dx), given.number)
 
-        slot = turn.gradients.write
-        sums = jax.lax.cond(slot == NONE, through_first, lambda sums: sums, state.shared_grads)
-        return replace(state, shared_grads=sums, gradients=put(state.gradients, dx, slot))
-
-    def run_first_back(self, state: LoopState, _turn: Turns) -> LoopState:
-        """Do nothing after an action: `leave_back` has run the backward of `first`."""
-        return state
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnterTogether:
-    """Run `first` on all ranks at once, in steps of its own before and after the actions of a turn.
-
-    It costs two all-reduces of one activation over `pipe` a microbatch: one inside `first`, one of dx.
-
-    shared: each rank's part of the parameters, marked as varying over data alone, so that autodiff knows which
-        gradients to sum over ranks.
-    batch: leaves [M, b, ...], marked alike.
-    """
-
-    fns: StageFns
-    shared: Any
-    batch: Any
-
-    def run_first(self, state: LoopState, turn: Turns) -> LoopState:
-        """Make x[b, ...] for the forward that the first stage runs in this turn, and put it into its slot."""
-
-        @jax.named_scope("first")
-        def first(state: LoopState) -> LoopState:
-            x = self.fns.first(self.shared, read(self.batch, turn.ends.first))
-            x = vary_like(x, state.activations)
-            return replace(state, activations=put(state.activations, x, turn.activations.first))
-
-        return jax.lax.cond(turn.ends.first == NONE, lambda state: state, first, state)
-
-    def enter(self, state: LoopState, turn: Turns, _microbatch: Any) -> jax.Array:
-        """Return x[b, ...] for a forward, read from its slot."""
-        return read(state.activations, turn.activations.read)
-
-    def leave_back(self, state: LoopState, dx: jax.Array, turn: Turns, _microbatch: Any) -> LoopState:
-        """Put dx[b, ...] into its slot, from which it is sent or `run_first_back` takes it."""
-        return replace(state, gradients=put(state.gradients, dx, turn.gradients.write))
-
-    def run_first_back(self, state: LoopState, turn: Turns) -> LoopState:
-        """Add the gradients of `first`, given the gradient that the first stage has just made of its input."""
-        return jax.lax.cond(
-            turn.ends.first_back == NONE, lambda state: state, partial(self._add_first_grads, turn=turn), state
-        )
-
-    @jax.named_scope("first_back")
-    def _add_first_grads(self, state: LoopState, *, turn: Turns) -> LoopState:
-        microbatch = read(self.batch, turn.ends.first_back)
-        # dx is on the rank of the first stage alone, and every rank needs it for its own rows of the table.
-        dx = broadcast_slot(state.gradients, turn.gradients.first_back, pipe=self.fns.axes.pipe)
-        grads = pull_back(self.fns.first, self.shared, microbatch, dx)
-        return replace(state, shared_grads=add(state.shared_grads, grads))
+        return replace(state, grads=jax.lax.cond(slot == NONE, through_first, lambda sums: sums, state.grads))

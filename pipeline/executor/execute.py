@@ -26,48 +26,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..model.stage import PipelineParams, StageFns
-from .buffers import fill_integers, read, write
+from .buffers import read, type_like, write
+from .first_together import run_first, run_first_back
+from .last_together import run_last
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import Bubbles, LoopPlan, plan_loop
-from .loop_state import LoopState, Wants
+from .loop_state import Grads, LoopState, Sums, Wants
+from .rank_model import RankModel
 from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables, Transfer, Turns
 
 
-def run_turns(
-    fns: StageFns,
-    params: PipelineParams,
-    batch: Any,
-    *,
-    tables: Tables,
-    bubbles: Bubbles,
-    wants: Wants,
-    axes: tuple[str, ...],
-) -> tuple[jax.Array, PipelineParams | None]:
-    """Return this device's share of the loss and its gradients; for use inside `shard_map`.
+def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> tuple[Sums, Grads | None]:
+    """Return this device's share of the sums and of the gradients; for use inside `shard_map`.
 
-    params.stages[C, k, ...] of this rank, params.shared whole or this rank's part; batch leaves [M, b, ...] -> loss[]
-    {U:(pipe, data)}, gradients {U:data} for stages, {U:data} for a shared part and {U:(pipe, data)} for shared wholes.
+    loss[] {U:(pipe, data)}; gradients {U:data} of stages and of a shared part, {U:(pipe, data)} of shared wholes.
     Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one.
     """
-    plan = plan_loop(fns, params, batch, tables=tables, bubbles=bubbles, wants=wants, axes=axes)
+    plan = plan_loop(model, tables=tables, bubbles=bubbles, wants=wants)
     # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
     turns = jax.tree.map(jnp.asarray, tables.turns)
     state, _ = jax.lax.scan(partial(_run_turn, plan), plan.start_state(tables), turns)
-    if wants == "loss":
-        return state.loss, None
-    return state.loss, fill_integers(PipelineParams(stages=state.stage_grads, shared=state.shared_grads), params)
+    return state.sums, state.grads
 
 
 def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
     # All ranks run this one program; what differs between them is only the entries of the tables.
-    turn = turns.at_rank(jax.lax.axis_index(plan.fns.axes.pipe))
-    state = plan.enter.run_first(state, turn)
+    turn = turns.at_rank(jax.lax.axis_index(plan.model.pipe))
+    is_together = plan.model.ends_together
+    if is_together:
+        state = run_first(plan.model, state, turn)
     state = _run_action(plan, state, turn)
-    state = plan.leave.run_last(state, turn)
-    if plan.wants == "grads":
-        state = plan.enter.run_first_back(state, turn)
+    if is_together:
+        state = run_last(plan.model, state, turn, wants=plan.wants)
+    if is_together and plan.wants == "grads":
+        state = run_first_back(plan.model, state, turn)
     state = replace(state, activations=_exchange(plan, state.activations, turn.forward, step=1))
     if plan.wants == "grads":
         state = replace(state, gradients=_exchange(plan, state.gradients, turn.backward, step=-1))
@@ -83,7 +76,7 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     actions: dict[int, Callable[[LoopPlan, LoopState, Turns], LoopState]] = {FORWARD: _forward}
     if plan.wants == "loss":
         actions = {FORWARD: _forward_only}
-    elif plan.halves is not None:
+    elif plan.halves:
         actions |= {INPUT_GRAD: _input_grad, WEIGHT_GRAD: _weight_grad}
     else:
         actions |= {BACKWARD: _backward}
@@ -97,53 +90,40 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 @jax.named_scope("forward")
 def _forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.vjp is not None
-    microbatch = read(plan.batch, turn.compute.microbatch)
-    x = plan.enter.enter(state, turn, microbatch)
-    slot = turn.compute.residuals
-    y, residuals = forward_layers(plan.stack(turn), plan.vjp, x, state.residuals, microbatch, slot=slot)
-    return plan.leave.leave(replace(state, residuals=residuals), y, turn, microbatch)
+    given = plan.model.microbatches.read(turn.compute.microbatch)
+    x = plan.enter.enter(state, turn, given)
+    y, state = forward_layers(plan.stack(turn), plan.vjps, x, state, given, slot=turn.compute.residuals)
+    return plan.leave.leave(state, y, turn, given)
 
 
 @jax.named_scope("forward")
 def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    microbatch = read(plan.batch, turn.compute.microbatch)
-    x = plan.enter.enter(state, turn, microbatch)
-    y = run_layers(plan.stack(turn), plan.fns.layer, x, microbatch)
-    return plan.leave.leave(state, y, turn, microbatch)
+    given = plan.model.microbatches.read(turn.compute.microbatch)
+    x = plan.enter.enter(state, turn, given)
+    y, sums = run_layers(plan.stack(turn), plan.model.functions.layers, x, state.sums, given)
+    return plan.leave.leave(replace(state, sums=sums), y, turn, given)
 
 
 @jax.named_scope("backward")
 def _backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.vjp is not None
-    microbatch = read(plan.batch, turn.compute.microbatch)
+    given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read)
-    slot = turn.compute.residuals
-    dx, sums = backward_layers(
-        plan.stack(turn), plan.vjp, dy, state.residuals, microbatch, slot=slot, sums=state.stage_grads
-    )
-    return plan.enter.leave_back(replace(state, stage_grads=sums), dx, turn, microbatch)
+    dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
+    return plan.enter.leave_back(state, dx, turn, given)
 
 
 @jax.named_scope("input_grad")
 def _input_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.halves is not None
-    microbatch = read(plan.batch, turn.compute.microbatch)
+    given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read)
-    slot = turn.compute.residuals
-    dx, residuals = input_grad_layers(plan.stack(turn), plan.halves, dy, state.residuals, microbatch, slot=slot)
-    return plan.enter.leave_back(replace(state, residuals=residuals), dx, turn, microbatch)
+    dx, state = input_grad_layers(plan.stack(turn), plan.halves, dy, state, given, slot=turn.compute.residuals)
+    return plan.enter.leave_back(state, dx, turn, given)
 
 
 @jax.named_scope("weight_grad")
 def _weight_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    assert plan.halves is not None
-    microbatch = read(plan.batch, turn.compute.microbatch)
-    slot = turn.compute.residuals
-    sums = weight_grad_layers(
-        plan.stack(turn), plan.halves, state.residuals, microbatch, slot=slot, sums=state.stage_grads
-    )
-    return replace(state, stage_grads=sums)
+    given = plan.model.microbatches.read(turn.compute.microbatch)
+    return weight_grad_layers(plan.stack(turn), plan.halves, state, given, slot=turn.compute.residuals)
 
 
 def _keep(state: LoopState, _turn: Turns) -> LoopState:
@@ -151,21 +131,22 @@ def _keep(state: LoopState, _turn: Turns) -> LoopState:
 
 
 @jax.named_scope("exchange")
-def _exchange(plan: LoopPlan, buffer: jax.Array, transfer: Transfer, *, step: int) -> jax.Array:
-    """Return the buffer [slots, b, ...] after sending by `step` ranks, in turns where any rank sends."""
-    pipe = plan.fns.axes.pipe
-    num_ranks = jax.lax.axis_size(pipe)
+def _exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, *, step: int) -> Any:
+    """Return the buffers [slots, b, ...] after sending by `step` ranks, in turns where any rank sends."""
+    num_ranks = jax.lax.axis_size(plan.model.pipe)
     # A line unless a rank has several chunks: the link from the last rank to the first would carry nothing.
-    is_ring = plan.num_chunks > 1
+    is_ring = plan.model.num_chunks > 1
     ends = [(rank, rank + step) for rank in range(num_ranks)]
     links = [(rank, end % num_ranks) for rank, end in ends if is_ring or 0 <= end < num_ranks]
 
-    # The permute stands in a branch that all ranks take alike: `is_active` is the same on all of them.
-    def exchange(slots: jax.Array) -> jax.Array:
-        value = read(slots, jnp.maximum(transfer.send, 0))
+    def send(value: jax.Array) -> jax.Array:
         if plan.bubbles == "nan":
-            value = jnp.where(transfer.send == NONE, plan.fill(plan.x), value)
-        arrived = jax.lax.ppermute(value, pipe, links)
+            value = jnp.where(transfer.send == NONE, plan.fill(type_like(value)), value)
+        return jax.lax.ppermute(value, plan.model.pipe, links)
+
+    # The permute stands in a branch that all ranks take alike: `is_active` is the same on all of them.
+    def exchange(slots: Any) -> Any:
+        arrived = jax.tree.map(send, read(slots, jnp.maximum(transfer.send, 0)))
         return jax.lax.cond(transfer.receive == NONE, lambda b: b, lambda b: write(b, arrived, transfer.receive), slots)
 
-    return jax.lax.cond(transfer.is_active == 1, exchange, lambda slots: slots, buffer)
+    return jax.lax.cond(transfer.is_active == 1, exchange, lambda slots: slots, buffers)

@@ -11,17 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ...meshes.ring import check_ring
-from ..model.stage import LossAndGrads, PipelineParams, StageFns
+from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from ..schedules import Schedule
 from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns
-from .derivatives import Tangents, check_first, check_second, tangent_of_loss, watch_derivatives
+from .derivatives import (
+    Tangents,
+    check_first,
+    check_second,
+    has_tangent,
+    tangent_of_loss,
+    watch_derivatives,
+)
 from .loop_plan import Bubbles
 from .loop_state import Wants
+from .microbatches import Inputs
 from .region import Region
 from .traced_function import ClosedOver, TracedFunction, trace_function
 
@@ -33,6 +42,8 @@ def pipeline_grads(
     batch: Any,
     mesh: Mesh,
     schedule: Schedule,
+    state: Any = None,
+    key: jax.Array | None = None,
     bubbles: Bubbles = "zeros",
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
@@ -46,6 +57,8 @@ def pipeline_grads(
     another, and the schedule gives only their number.
 
     Args:
+        state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]. It has no gradients.
+        key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
 
     Raises:
@@ -53,39 +66,61 @@ def pipeline_grads(
         ShardingError: the batch does not split over `data`, or its leaves disagree on B.
         MeshError: the mesh lacks an axis, or has an unknown one.
     """
-    call = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    traced = _trace(call, params, batch, wants="grads")
-    given = watch_derivatives((params, batch, traced.closed_over), check=call.check_second)
-    loss, grads = traced.run(*given)
-    return LossAndGrads(loss=loss, grads=grads)
+    inputs = Inputs(batch=batch, state=state, key=key)
+    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    traced = _trace(call, params, inputs, wants="grads")
+    given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
+    out = traced.run(*given)
+    return LossAndGrads(loss=out.loss, grads=out.grads, metrics=out.metrics, stats=out.stats)
 
 
 def pipeline_loss(
-    fns: StageFns, *, params: PipelineParams, batch: Any, mesh: Mesh, schedule: Schedule, bubbles: Bubbles = "zeros"
-) -> jax.Array:
-    """Return the loss of a batch, float32 [], by the forwards of a schedule.
+    fns: StageFns,
+    *,
+    params: PipelineParams,
+    batch: Any,
+    mesh: Mesh,
+    schedule: Schedule,
+    state: Any = None,
+    key: jax.Array | None = None,
+    has_aux: bool = False,
+    bubbles: Bubbles = "zeros",
+) -> Any:
+    """Return the loss of a batch, float32 [], by the forwards of a schedule; with `has_aux` also an `Aux`.
 
-    It is differentiable in `params`: under `jax.grad` or `jax.jvp` it runs the whole schedule once. `jax.grad` gives
-    gradients in the parameters' dtype. Shapes, costs and errors are those of `pipeline_grads`.
+    It is differentiable in `params` and in floating-point leaves of `batch`: under `jax.grad` or `jax.jvp` it runs the
+    whole schedule once. `jax.grad` gives gradients in the dtype of what it differentiates. Shapes, costs and errors are
+    those of `pipeline_grads`.
+
+    >>> step = jax.value_and_grad(lambda params: pipeline_loss(..., params=params, has_aux=True), has_aux=True)
+    >>> (loss, aux), grads = step(params)
 
     Raises:
-        ScheduleError: also for a derivative with respect to the batch, or to an array that a function closes over.
+        ScheduleError: also for a derivative with respect to an array that a function closes over.
     """
-    call = _check(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
-    traced = _trace(call, params, batch, wants="loss")
+    inputs = Inputs(batch=batch, state=state, key=key)
+    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    traced = _trace(call, params, inputs, wants="loss")
 
     @jax.custom_jvp
-    def loss_of(params: PipelineParams, batch: Any, closed_over: ClosedOver) -> jax.Array:
-        return traced.run(params, batch, closed_over)[0]
+    def loss_of(params: PipelineParams, inputs: Inputs, closed_over: ClosedOver) -> tuple[jax.Array, Aux]:
+        out = traced.run(params, inputs, closed_over)
+        return out.loss, Aux(metrics=out.metrics, stats=out.stats)
 
-    def rule(primals: Any, tangents: Tangents) -> tuple[jax.Array, jax.Array]:
+    def rule(primals: Any, tangents: Tangents) -> tuple[Any, Any]:
         check_first(tangents, owners=call.facts.owners)
         given = watch_derivatives(primals, check=call.check_second)
-        loss, grads = _trace(call, *given[:2], wants="grads").run(*given)
-        return loss, tangent_of_loss(tangents[0], grads)
+        wants_batch = has_tangent(tangents[1].batch)
+        out = _trace(call, *given[:2], wants="grads", wants_batch=wants_batch).run(*given)
+        tangent = tangent_of_loss(tangents[0], out.grads)
+        if wants_batch:
+            tangent += tangent_of_loss(tangents[1].batch, out.batch_grads)
+        aux = Aux(metrics=out.metrics, stats=out.stats)
+        return (out.loss, aux), (tangent, jax.tree.map(jnp.zeros_like, aux))
 
     loss_of.defjvp(rule, symbolic_zeros=True)
-    return loss_of(params, batch, traced.closed_over)
+    loss, aux = loss_of(params, inputs, traced.closed_over)
+    return (loss, aux) if has_aux else loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +138,27 @@ class _Call:
 
 
 def _check(
-    fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+    fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
 ) -> _Call:
-    check_arguments(fns, params, batch, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    check_arguments(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
     check_context(mesh)
     if schedule.num_chunks > 1:
         check_ring(mesh, what=f"schedule {schedule.name!r}")
-    facts = check_fns(fns, params, batch, mesh=mesh)
+    facts = check_fns(fns, params, inputs, mesh=mesh)
     return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
 
 
-def _trace(call: _Call, params: PipelineParams, batch: Any, *, wants: Wants) -> TracedFunction:
-    region = Region(fns=call.fns, mesh=call.mesh, schedule=call.schedule, bubbles=call.bubbles, wants=wants)
-    traced = trace_function(region, params, batch)
+def _trace(
+    call: _Call, params: PipelineParams, inputs: Inputs, *, wants: Wants, wants_batch: bool = False
+) -> TracedFunction:
+    region = Region(
+        fns=call.fns,
+        mesh=call.mesh,
+        schedule=call.schedule,
+        bubbles=call.bubbles,
+        wants=wants,
+        wants_batch=wants_batch,
+    )
+    traced = trace_function(region, params, inputs)
     check_branches(traced.jaxpr.jaxpr)
     return traced

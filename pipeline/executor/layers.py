@@ -10,31 +10,66 @@ for every microbatch, and a second copy of all gradients.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
-from .buffers import add, read, vary_like, write
+from .buffers import read, vary_like, write
+from .loop_state import Grads, LoopState, Place, Sums
 
 Index = jax.Array | int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStack:
-    """The layers of one stage on this rank: the first `count` of chunk `chunk` of `stages` [C, k, ...]."""
+    """The layers of one stage on this rank: the first `count` of chunk `chunk` of `stages`, by kind [C, k, ...].
 
-    stages: Any
+    stage: position of the stage in the model.
+    first_layer: position of its first layer in the model.
+    state: what layers are given as `info.state`, by kind, leaves [C, k, ...].
+    kind_of, place_of: kind of each layer and its place among those of its kind, [most layers]; None for a single kind.
+    """
+
+    stages: dict[str, Any]
     chunk: Index
     count: Index
+    stage: Index
+    first_layer: Index
+    state: dict[str, Any]
+    kind_of: Any = None
+    place_of: Any = None
     unroll: Unroll = "off"
 
-    def params(self, index: Index) -> Any:
+    def params(self, place: Place) -> Any:
         """Return the (prepared) parameters of one layer."""
-        return read(self.stages, self.chunk, index)
+        return read(self.stages[place.kind], *place.where)
+
+    def given(self, given: Given, index: Index, place: Place) -> Given:
+        """Return what one layer is given: a microbatch, with the layer's info if any function asks for it."""
+        if given.info is None:
+            return given
+        # Marked alike on every path, since a layer is traced once for all.
+        like = given.info.microbatch
+        position, stage = (vary_like(jnp.asarray(n, jnp.int32), like) for n in (self.first_layer + index, self.stage))
+        state = read(self.state[place.kind], *place.where)
+        return replace(given, info=replace(given.info, index=position, stage=stage, state=state))
+
+    def run(self, index: Index, work: Callable[[Place, Any], Any], carry: Any) -> Any:
+        """Return work(place of the layer at an index, carry); a layer's kind decides at run time which work is done."""
+        kinds = list(self.stages)
+        if self.kind_of is None:
+            return work(Place(kind=kinds[0], chunk=self.chunk, index=index), carry)
+        for number, kind in enumerate(kinds):
+            place = Place(kind=kind, chunk=self.chunk, index=self.place_of[index])
+            carry = jax.lax.cond(self.kind_of[index] == number, partial(work, place), lambda same: same, carry)
+        return carry
 
     def loop(self, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
         """Return the state after body(0, state) to body(count - 1, state)."""
@@ -44,86 +79,112 @@ class LayerStack:
 
 
 def run_layers(
-    stack: LayerStack, layer: Callable[[Any, jax.Array, Any], jax.Array], x: jax.Array, microbatch: Any
-) -> jax.Array:
-    """Return the output of all layers, x[b, ...] -> y[b, ...], and keep nothing."""
+    stack: LayerStack, layers: dict[str, Callable[[Any, Any, Given], Output]], x: Any, sums: Sums, given: Given
+) -> tuple[Any, Sums]:
+    """Return the output of all layers, x[b, ...] -> y[b, ...], and the sums with theirs; keep nothing."""
 
-    def body(index: jax.Array, x: jax.Array) -> jax.Array:
-        return layer(stack.params(index), x, microbatch)
+    def body(index: jax.Array, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
+        def work(place: Place, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
+            x, sums = carry
+            out = layers[place.kind](stack.params(place), x, stack.given(given, index, place))
+            return out.x, sums.add(out, place)
 
-    return stack.loop(body, x)
+        return stack.run(index, work, carry)
+
+    return stack.loop(body, (x, sums))
 
 
 def forward_layers(
-    stack: LayerStack, vjp: LayerVjp, x: jax.Array, buffers: list[jax.Array], microbatch: Any, *, slot: Index
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return the output of all layers, and the buffers [slots, layers, ...] with their residuals at the slot."""
+    stack: LayerStack, vjps: dict[str, LayerVjp], x: Any, state: LoopState, given: Given, *, slot: Index
+) -> tuple[Any, LoopState]:
+    """Return the output of all layers, and the state with their residuals [slots, layers, ...] at the slot."""
 
-    def body(index: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-        x, buffers = state
-        y, residuals = vjp.forward(stack.params(index), x, microbatch)
-        # With a split backward there are more buffers, which only the input gradient writes.
-        kept = zip(buffers, residuals, strict=False)
-        written = [write(buffer, leaf, slot, index) for buffer, leaf in kept]
-        return y, [*written, *buffers[len(residuals) :]]
+    def body(index: jax.Array, carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
+        def work(place: Place, carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
+            x, sums, buffers = carry
+            own = stack.given(given, index, place)
+            out, residuals = vjps[place.kind].forward(stack.params(place), x, own)
+            # With a split backward there are more buffers, which only the input gradient writes.
+            kept = buffers[place.kind]
+            pairs = zip(kept, residuals, strict=False)
+            written = [write(buffer, leaf, slot, place.index) for buffer, leaf in pairs]
+            return out.x, sums.add(out, place), buffers | {place.kind: [*written, *kept[len(residuals) :]]}
 
-    return stack.loop(body, (x, buffers))
+        return stack.run(index, work, carry)
+
+    x, sums, residuals = stack.loop(body, (x, state.sums, state.residuals))
+    return x, replace(state, sums=sums, residuals=residuals)
 
 
 def backward_layers(
-    stack: LayerStack,
-    vjp: LayerVjp,
-    dy: jax.Array,
-    buffers: list[jax.Array],
-    microbatch: Any,
-    *,
-    slot: Index,
-    sums: Any,
-) -> tuple[jax.Array, Any]:
-    """Return dx[b, ...], and the sums [C, k, ...] with the gradients of all layers added.
+    stack: LayerStack, vjps: dict[str, LayerVjp], dy: list[jax.Array], state: LoopState, given: Given, *, slot: Index
+) -> tuple[list[jax.Array], LoopState]:
+    """Return dx, and the state with the gradients of all layers added, in float32; no communication of its own.
 
-    dy[b, ...], buffers [slots, layers, ...] -> dx[b, ...], sums in float32; no communication of its own.
+    dy and dx are lists of the floating-point leaves of what layers pass on.
     """
 
-    def body(turn: jax.Array, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        dy, sums = state
+    def body(turn: jax.Array, carry: tuple[list[jax.Array], Grads]) -> tuple[list[jax.Array], Grads]:
         index = stack.count - 1 - turn
-        residuals = [read(buffer, slot, index) for buffer in buffers]
-        d_params, dx = vjp.backward(stack.params(index), residuals, microbatch, dy)
-        return vary_like(dx, dy), add(sums, d_params, (stack.chunk, index))
 
-    return stack.loop(body, (dy, sums))
+        def work(place: Place, carry: tuple[list[jax.Array], Grads]) -> tuple[list[jax.Array], Grads]:
+            dy, sums = carry
+            residuals = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
+            own = stack.given(given, index, place)
+            grads, dx = vjps[place.kind].backward(stack.params(place), residuals, own, dy)
+            return vary_like(dx, dy), sums.add_layer(grads, place, given.number)
+
+        return stack.run(index, work, carry)
+
+    dx, grads = stack.loop(body, (dy, state.grads))
+    return dx, replace(state, grads=grads)
 
 
 def input_grad_layers(
-    stack: LayerStack, halves: SplitBackward, dy: jax.Array, buffers: list[jax.Array], microbatch: Any, *, slot: Index
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return dx[b, ...], and the buffers with what the weight gradients need in place of the residuals."""
+    stack: LayerStack,
+    halves: dict[str, SplitBackward],
+    dy: list[jax.Array],
+    state: LoopState,
+    given: Given,
+    *,
+    slot: Index,
+) -> tuple[list[jax.Array], LoopState]:
+    """Return dx, and the state with what the weight gradients need in place of the residuals."""
 
-    def body(turn: jax.Array, state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
-        dy, buffers = state
+    def body(turn: jax.Array, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Any]:
         index = stack.count - 1 - turn
-        saved = [read(buffer, slot, index) for buffer in buffers[: halves.num_saved]]
-        dx, kept = halves.input_grad(stack.params(index), saved, microbatch, dy)
-        old = [*saved, *[None] * len(halves.extra)]
-        # Only what changed is written: a write of the same value would cost a copy of the entry.
-        buffers = [
-            buffer if new is before else write(buffer, new, slot, index)
-            for buffer, new, before in zip(buffers, kept, old, strict=True)
-        ]
-        return vary_like(dx, dy), buffers
 
-    return stack.loop(body, (dy, buffers))
+        def work(place: Place, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Any]:
+            (dy, buffers), split = carry, halves[place.kind]
+            own = buffers[place.kind]
+            saved = [read(buffer, slot, place.index) for buffer in own[: split.num_saved]]
+            dx, kept = split.input_grad(stack.params(place), saved, stack.given(given, index, place), dy)
+            old = [*saved, *[None] * len(split.extra)]
+            # Only what changed is written: a write of the same value would cost a copy of the entry.
+            written = [
+                buffer if new is before else write(buffer, new, slot, place.index)
+                for buffer, new, before in zip(own, kept, old, strict=True)
+            ]
+            return vary_like(dx, dy), buffers | {place.kind: written}
+
+        return stack.run(index, work, carry)
+
+    dx, residuals = stack.loop(body, (dy, state.residuals))
+    return dx, replace(state, residuals=residuals)
 
 
 def weight_grad_layers(
-    stack: LayerStack, halves: SplitBackward, buffers: list[jax.Array], microbatch: Any, *, slot: Index, sums: Any
-) -> Any:
-    """Return the sums [C, k, ...] with the gradients of all layers added, from what `input_grad_layers` left."""
+    stack: LayerStack, halves: dict[str, SplitBackward], state: LoopState, given: Given, *, slot: Index
+) -> LoopState:
+    """Return the state with the gradients of all layers added, from what `input_grad_layers` left."""
 
-    def body(index: jax.Array, sums: Any) -> Any:
-        kept = [read(buffer, slot, index) for buffer in buffers]
-        grads = halves.weight_grad(stack.params(index), kept, microbatch)
-        return add(sums, grads, (stack.chunk, index))
+    def body(index: jax.Array, sums: Grads) -> Grads:
+        def work(place: Place, sums: Grads) -> Grads:
+            kept = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
+            own = stack.given(given, index, place)
+            grads = halves[place.kind].weight_grad(stack.params(place), kept, own)
+            return sums.add_layer(grads, place, given.number)
 
-    return stack.loop(body, sums)
+        return stack.run(index, work, sums)
+
+    return replace(state, grads=stack.loop(body, state.grads))

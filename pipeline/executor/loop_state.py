@@ -1,13 +1,29 @@
 """The state that the executor's loop carries from turn to turn: buffers and sums of one rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, split_dim
-from .buffers import read, vary, write
+from ..model.protocol import Output
+from .buffers import add, read, vary, write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Position of a layer on its rank, in arrays [C, k, ...] of its kind."""
+
+    kind: str
+    chunk: jax.Array | int
+    index: jax.Array | int
+
+    @property
+    def where(self) -> tuple[jax.Array | int, ...]:
+        """Position in the leading dimensions."""
+        return self.chunk, self.index
+
 
 Wants = Literal["loss", "grads"]
 """Result of a program: the loss by forwards alone, or the loss and its gradients."""
@@ -15,38 +31,91 @@ Wants = Literal["loss", "grads"]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class LoopState:
-    """Buffers and sums of one rank. A program that wants the loss alone has only `loss` and `activations`.
+class Sums:
+    """Sums over the layers and microbatches done so far.
 
-    loss: sum over the microbatches done so far, float32 [].
-    activations: outputs of stages that wait to be sent or read, [slots, b, ...].
-    gradients: gradients of stage inputs and outputs that wait to be sent or read, [slots, b, ...].
-    residuals: what layers keep for their backward, leaves [slots, layers, ...].
-    stage_grads: sums of the gradients of params.stages, float32 leaves [C, k, ...]; None for whole numbers.
-    shared_grads: the same of params.shared.
+    loss: float32 [].
+    metrics: named float32 arrays.
+    stats: of each layer, by kind, leaves [C, k, ...].
     """
 
     loss: jax.Array
-    activations: jax.Array
+    metrics: dict[str, jax.Array] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, out: Output, place: "Place | None" = None) -> "Sums":
+        """Return the sums with the result of one function added, the stats of a layer at its place."""
+        metrics = {name: total + out.metrics.get(name, 0) for name, total in self.metrics.items()}
+        loss = self.loss if out.loss is None else self.loss + out.loss
+        stats = self.stats
+        if place is not None:
+            stats = stats | {place.kind: add(stats[place.kind], out.stats, place.where)}
+        return Sums(loss=loss, metrics=metrics, stats=stats)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """Buffers and sums of one rank. A program that wants the loss alone has only `sums` and `activations`.
+
+    sums: the loss, and what functions return besides.
+    activations: outputs of stages that wait to be sent or read, a tree of [slots, b, ...].
+    gradients: gradients of stage inputs and outputs that wait to be sent or read, [slots, b, ...], a list of those of
+        the floating-point leaves.
+    residuals: what layers keep for their backward, by kind, lists of [slots, layers, ...].
+    grads: sums of the gradients of parameters and batch.
+    """
+
+    sums: Sums
+    activations: Any
     gradients: Any = None
-    residuals: Any = ()
-    stage_grads: Any = None
-    shared_grads: Any = None
+    residuals: dict[str, list[jax.Array]] = field(default_factory=dict)
+    grads: "Grads | None" = None
 
 
-def put(buffer: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return the buffer [slots, ...] with the value at a slot, or unchanged where the slot is NONE."""
-    return jax.lax.cond(slot < 0, lambda b: b, lambda b: write(b, value, slot), buffer)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Grads:
+    """Sums of gradients in float32; None for whole numbers, and for what is not differentiated.
+
+    stages: by kind, leaves [C, k, ...] as params.stages.
+    shared: as params.shared.
+    batch: leaves [M, b, ...] as the batch; each microbatch has a place of its own.
+    """
+
+    stages: Any
+    shared: Any
+    batch: Any = None
+
+    def add_shared(self, grads: tuple[Any, Any], microbatch: jax.Array | int) -> "Grads":
+        """Return the sums with gradients of (shared, one microbatch) added."""
+        d_shared, d_batch = grads
+        return replace(self, shared=add(self.shared, d_shared), batch=add(self.batch, d_batch, (microbatch,)))
+
+    def add_layer(self, grads: tuple[Any, Any], place: Place, microbatch: jax.Array | int) -> "Grads":
+        """Return the sums with gradients of (one layer's parameters, one microbatch) added."""
+        d_params, d_batch = grads
+        own = {place.kind: add(self.stages[place.kind], d_params, place.where)}
+        return replace(self, stages=self.stages | own, batch=add(self.batch, d_batch, (microbatch,)))
 
 
-def broadcast_slot(buffer: jax.Array, slot: jax.Array, *, pipe: str) -> jax.Array:
-    """Return to every rank the value of a buffer [slots, ...] on the one rank whose slot is not NONE.
+def put(buffers: Any, values: Any, slot: jax.Array) -> Any:
+    """Return the buffers [slots, ...] with values at a slot, or unchanged where the slot is NONE."""
+    return jax.lax.cond(slot < 0, lambda b: b, lambda b: write(b, values, slot), buffers)
+
+
+def broadcast_slot(buffers: Any, slot: jax.Array, *, pipe: str) -> Any:
+    """Return to every rank the values of buffers [slots, ...] on the one rank whose slot is not NONE.
 
     Costs one all-reduce over `pipe`, in the dtype of the buffer. Devices that have the same value, the tensor ranks,
     send a slice each over the pipe and all-gather the slices among themselves.
     """
-    value = read(buffer, jnp.maximum(slot, 0))
-    value = jnp.where(slot < 0, jnp.zeros_like(value), value)
+    values = read(buffers, jnp.maximum(slot, 0))
+    return jax.tree.map(lambda x: _share(jnp.where(slot < 0, jnp.zeros_like(x), x), pipe), values)
+
+
+def _share(value: jax.Array, pipe: str) -> jax.Array:
+    """Return the sum over pipe of a value that is zero on all ranks but one."""
     mesh, varying = jax.sharding.get_abstract_mesh(), jax.typeof(value).mat.varying
     copies = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in varying)
     dim = split_dim(value.shape, copies) if copies else None

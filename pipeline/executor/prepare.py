@@ -6,32 +6,39 @@
 A transpose exists for linear functions alone, so `prepare` is checked to be linear.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ...meshes import ScheduleError
-from ..model.stage import StageFns
 from .buffers import empty_buffer, vary
+from .functions import Functions
 
 
-def prepare_layers(fns: StageFns, stages: Any) -> Any:
-    """Return the prepared parameters of one rank's layers, leaves [C, k, ...] -> [C, k, ...]."""
-    return stages if fns.prepare is None else jax.vmap(jax.vmap(fns.prepare))(stages)
+def prepare_layers(functions: Functions, stages: dict[str, Any]) -> dict[str, Any]:
+    """Return the prepared parameters of one rank's layers, by kind, leaves [C, k, ...] -> [C, k, ...]."""
+    prepares = functions.prepares
+    return {
+        kind: own if (prepare := prepares[kind]) is None else jax.vmap(jax.vmap(prepare))(own)
+        for kind, own in stages.items()
+    }
 
 
-def check_prepare(fns: StageFns, stages: Any, axes: tuple[str, ...]) -> None:
-    """Raise unless `fns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
+def check_prepare(functions: Functions, stages: dict[str, Any]) -> None:
+    """Raise unless `StageFns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
 
-    Leaves of stages are [C, k, ...] and differ along `axes`; nothing is computed. An error of `prepare` itself is
-    passed on.
+    Leaves of stages are [C, k, ...]; nothing is computed. An error of `prepare` itself is passed on.
 
     Raises:
         ScheduleError: it is not linear, or a parameter is an integer array.
     """
-    prepare = fns.prepare
-    if prepare is None:
-        return
+    for kind, prepare in functions.prepares.items():
+        if prepare is not None:
+            _check_linear(prepare, stages[kind], functions.axes)
+
+
+def _check_linear(prepare: Callable[[Any], Any], stages: Any, axes: tuple[str, ...]) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.numpy.floating):
             raise ScheduleError(

@@ -9,7 +9,6 @@ of size 1 are bound too, so that a function may name them, but no array is cut o
 sum over a single device. Read `execute.py` next.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,91 +18,114 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ..model.stage import PipelineParams, StageFns
-from ..model.trees import on_mesh
+from ..model.trees import mesh_axes_of, on_mesh
 from ..schedules import Kind, Schedule
 from .batch import batch_specs
-from .buffers import vary
+from .buffers import fill_integers
 from .execute import run_turns
+from .functions import bind_functions
 from .loop_plan import Bubbles
-from .loop_state import Wants
+from .loop_state import Grads, Wants
 from .lower import lower
+from .microbatches import Inputs
 from .param_specs import param_specs
 from .prepare import check_prepare
+from .rank_model import rank_model
 from .sequential import run_sequence
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a step computes: replicated sums, and gradients sharded as what they are of.
+
+    loss: float32 []; metrics: named; stats: leaves [C, ranks@pipe, k, ...].
+    grads: gradients of the parameters, None where only the loss is wanted; batch_grads: of the batch, if wanted.
+    """
+
+    loss: Any
+    metrics: Any
+    stats: Any
+    grads: Any
+    batch_grads: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A pipelined computation on a mesh: a function of (params, batch) to (loss, gradients or None)."""
+    """A pipelined computation on a mesh: a function of (params, inputs) to results."""
 
     fns: StageFns
     mesh: Mesh
     schedule: Schedule
     bubbles: Bubbles
     wants: Wants
+    wants_batch: bool = False
 
-    def __call__(self, params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, params: PipelineParams, inputs: Inputs) -> Results:
         """Run on the whole arrays: params.stages [C, ranks@pipe, k, ...], batch leaves [M, B@data, ...]."""
-        specs = param_specs(self.fns, params, self.mesh)
+        of_params = param_specs(self.fns, params, self.mesh)
+        of_layers = on_mesh(P(None, self.fns.axes.pipe), self.mesh)
+        of_batch = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         return jax.shard_map(
             self._run,
             mesh=self.mesh,
-            in_specs=(specs, on_mesh(batch_specs(self.fns, batch), self.mesh)),
-            out_specs=(P(), specs if self.wants == "grads" else P()),
-        )(params, batch)
+            in_specs=(of_params, Inputs(batch=of_batch, state=of_layers, key=P())),
+            out_specs=Results(
+                loss=P(),
+                metrics=P(),
+                stats=of_layers,
+                grads=of_params if self.wants == "grads" else P(),
+                batch_grads=of_batch if self.wants_batch else P(),
+            ),
+        )(params, inputs)
 
-    def _run(self, params: PipelineParams, batch: Any) -> tuple[jax.Array, Any]:
+    def _run(self, params: PipelineParams, inputs: Inputs) -> Results:
         axes = self.fns.axes
-        pipe, spread = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
-        fns = _mark_results(self.fns, pipe, spread, self.mesh)
-        params = _drop_rank_dim(params)
-        check_prepare(fns, params.stages, (*pipe, *spread))
-        if not pipe:
-            loss, grads = run_sequence(fns, params, batch, wants=self.wants, axes=spread)
-        else:
+        pipe, batch = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
+        functions = bind_functions(self.fns, pipe=pipe, batch=batch)
+        params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
+        check_prepare(functions, self.fns.by_kind(params.stages))
+        model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
+        if pipe:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
-            tables = lower(self.schedule, kinds=kinds, ends="together" if fns.ends_together else "alone")
-            loss, grads = run_turns(
-                fns, params, batch, tables=tables, bubbles=self.bubbles, wants=self.wants, axes=(*pipe, *spread)
-            )
+            tables = lower(self.schedule, kinds=kinds, ends="together" if self.fns.ends_together else "alone")
+            sums, grads = run_turns(model, tables=tables, bubbles=self.bubbles, wants=self.wants)
+        else:
+            sums, grads = run_sequence(model, wants=self.wants)
+        loss, metrics = _sum((sums.loss, sums.metrics), functions.axes)
+        of_params, of_batch = (None, None) if grads is None else self._join(grads, params, inputs, pipe, batch)
+        stats = _restore(_sum(self.fns.one_or_by_kind(sums.stats), batch))
+        return Results(loss=loss, metrics=metrics, stats=stats, grads=of_params, batch_grads=of_batch)
+
+    def _join(
+        self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
+    ) -> tuple[PipelineParams, Any]:
+        """Sum gradients over the devices that have a part of them: once a step."""
+        stages = _sum(fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages), batch)
         # Where the ends ran together, their gradients are summed over pipe already.
-        shared_axes = spread if fns.ends_together else (*pipe, *spread)
-        return _sum(loss, (*pipe, *spread)), None if grads is None else _sum_grads(grads, spread, shared_axes)
+        shared = _sum(fill_integers(grads.shared, params.shared), batch if self.fns.ends_together else (*pipe, *batch))
+        of_params = PipelineParams(stages=_restore(stages), shared=shared)
+        if not self.wants_batch:
+            return of_params, None
+
+        def over_copies(grad: jax.Array, spec: P) -> jax.Array:
+            return _sum(grad, tuple(axis for axis in (*pipe, *batch) if axis not in mesh_axes_of(spec)))
+
+        specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
+        return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
 
     def _split_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape.get(axis, 1) > 1)
 
 
-def _mark_results(fns: StageFns, pipe: tuple[str, ...], spread: tuple[str, ...], mesh: Mesh) -> StageFns:
-    """Return the functions with results marked as varying over the devices that have copies of them.
-
-    A result that a function has summed over data is counted once by every data shard. Only when it is marked as varying
-    is its gradient counted the same way. Marks over axes of size 1, which only a function itself can make, go.
-    """
-    ends = spread if fns.ends_together else (*pipe, *spread)
-    trivial = frozenset(axis for axis, size in mesh.shape.items() if size == 1)
-
-    def mark(fn: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-        def one(leaf: jax.Array) -> jax.Array:
-            alone = tuple(trivial & jax.typeof(leaf).mat.varying)
-            return vary(jax.lax.psum(leaf, alone) if alone else leaf, axes)
-
-        return lambda *args: jax.tree.map(one, fn(*args))
-
-    layer = mark(fns.layer, (*pipe, *spread))
-    prepare = None if fns.prepare is None else mark(fns.prepare, (*pipe, *spread))
-    return replace(fns, first=mark(fns.first, ends), layer=layer, last=mark(fns.last, ends), prepare=prepare)
-
-
-def _drop_rank_dim(params: PipelineParams) -> PipelineParams:
+def _drop(tree: Any) -> Any:
     """Drop the rank dimension: [C, 1, k, ...] -> [C, k, ...]."""
-    return PipelineParams(stages=jax.tree.map(lambda leaf: leaf[:, 0], params.stages), shared=params.shared)
+    return jax.tree.map(lambda leaf: leaf[:, 0], tree)
 
 
-def _sum_grads(grads: PipelineParams, spread: tuple[str, ...], shared_axes: tuple[str, ...]) -> PipelineParams:
-    """Sum gradients over the batch axes, and those of shared parameters over `shared_axes`: once a step."""
-    stages = _sum(grads.stages, spread)
-    return PipelineParams(stages=jax.tree.map(lambda g: g[:, None], stages), shared=_sum(grads.shared, shared_axes))
+def _restore(tree: Any) -> Any:
+    """Undo `_drop`."""
+    return jax.tree.map(lambda leaf: leaf[:, None], tree)
 
 
 def _sum(tree: Any, axes: tuple[str, ...]) -> Any:

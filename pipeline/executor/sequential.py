@@ -7,136 +7,112 @@ As in `execute.py`, residuals go into buffers that all microbatches share, and g
 layer. Layers that are written out (`unroll="on"`) need no buffers: their residuals are separate arrays.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..model.stage import PipelineParams, StageFns
-from .backward.residuals import LayerVjp, plan_layer
-from .backward.traced_vjp import pull_back
-from .buffers import add, empty_buffer, fill_integers, read, vary, vary_like, zeros_for
+from ..model.protocol import Given
+from .backward.residuals import LayerVjp
+from .buffers import empty_buffer, vary_like
 from .layers import LayerStack, backward_layers, forward_layers, run_layers
-from .loop_state import Wants
-from .prepare import prepare_layers
+from .loop_state import Grads, LoopState, Place, Sums, Wants
+from .rank_model import RankModel
 
 
-def run_sequence(
-    fns: StageFns, params: PipelineParams, batch: Any, *, wants: Wants, axes: tuple[str, ...]
-) -> tuple[jax.Array, PipelineParams | None]:
-    """Return this device's share of the loss and its gradients; for use inside `shard_map`.
+def run_sequence(model: RankModel, *, wants: Wants) -> tuple[Sums, Grads | None]:
+    """Return this device's share of the sums and of the gradients; for use inside `shard_map`.
 
-    params.stages[C, k, ...] whole, params.shared whole; batch leaves [M, b, ...] -> loss[]
-    {U:data}, gradients {U:data}. `axes` are those of the batch that have more than one device.
+    loss[] {U:data}, gradients {U:data}.
     """
-    params, batch = jax.tree.map(lambda leaf: vary(leaf, axes), (params, batch))
-    model = _cut_chunks(fns, params)
-    # Marked as varying before the scan: a carry must keep its type, and every result of a microbatch varies over data.
-    loss = vary(jnp.zeros((), jnp.float32), axes)
+    chunks = [model.stack(chunk, chunk) for chunk in range(model.num_chunks)]
+    numbers = jnp.arange(jax.tree.leaves(model.microbatches.batch)[0].shape[0], dtype=jnp.int32)
+    # The sums are marked as varying before the scan: a carry must keep its type.
+    state = LoopState(sums=model.zero_sums(), activations=())
     if wants == "loss":
-        return jax.lax.scan(model.add_loss, loss, batch)[0], None
-    # Any microbatch will do: only its types matter.
-    microbatch = read(batch, 0)
-    vjp = model.plan(params.stages, microbatch)
-    state = _State(loss=loss, grads=jax.tree.map(zeros_for, params), residuals=model.empty_buffers(vjp))
-    state, _ = jax.lax.scan(lambda state, microbatch: model.add_grads(vjp, state, microbatch), state, batch)
-    return state.loss, fill_integers(state.grads, params)
+        state, _ = jax.lax.scan(partial(_add_loss, model, chunks), state, numbers)
+        return state.sums, None
+    vjps = model.plan_backward()
+    buffers = {
+        kind: [empty_buffer(leaf, len(chunks), model.room(kind)) for leaf in vjp.kept] for kind, vjp in vjps.items()
+    }
+    if _is_written_out(chunks[0]):
+        buffers = {kind: [] for kind in vjps}
+    state = replace(state, grads=model.zero_grads(), residuals=buffers)
+    state, _ = jax.lax.scan(partial(_add_grads, model, chunks, vjps), state, numbers)
+    return state.sums, state.grads
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """The carry of the scan over microbatches: sums, and buffers [chunks, layers, ...] of residuals."""
-
-    loss: jax.Array
-    grads: PipelineParams
-    residuals: list[jax.Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WholeModel:
-    """All stages of a model, chunk after chunk, with `first` before and `last` after them."""
-
-    fns: StageFns
-    shared: Any
-    chunks: list[LayerStack]
-    num_layers: int
-
-    def plan(self, stages: Any, microbatch: Any) -> LayerVjp:
-        """Return the forward and backward of a layer, with residuals chosen."""
-        x = jax.eval_shape(lambda: self.fns.first(self.shared, microbatch))
-        return plan_layer(
-            self.fns.layer,
-            self.chunks[0].params(jnp.int32(0)),
-            empty_buffer(x),
-            microbatch,
-            prepare=self.fns.prepare,
-            unprepared=read(stages, 0, 0),
-        )
-
-    def empty_buffers(self, vjp: LayerVjp) -> list[jax.Array]:
-        """Return buffers for the residuals of all layers and one microbatch; none where layers are written out."""
-        if self.fns.unroll == "on":
-            return []
-        return [empty_buffer(leaf, len(self.chunks), self.num_layers) for leaf in vjp.kept]
-
-    def add_loss(self, loss: jax.Array, microbatch: Any) -> tuple[jax.Array, None]:
-        """Run one microbatch forward, and add its loss."""
-        x = self.fns.first(self.shared, microbatch)
-        for chunk in self.chunks:
-            x = run_layers(chunk, self.fns.layer, x, microbatch)
-        return loss + self.fns.last(self.shared, x, microbatch), None
-
-    def add_grads(self, vjp: LayerVjp, state: _State, microbatch: Any) -> tuple[_State, None]:
-        """Run one microbatch forward and backward, and add its loss and gradients."""
-        x = self.fns.first(self.shared, microbatch)
-        x, saved = self._forward(vjp, x, state.residuals, microbatch)
-        loss, (d_shared, dx) = jax.value_and_grad(self.fns.last, argnums=(0, 1), allow_int=True)(
-            self.shared, x, microbatch
-        )
-        dx, stages, residuals = self._backward(vjp, vary_like(dx, x), saved, microbatch, state.grads.stages)
-        first_grads = pull_back(self.fns.first, self.shared, microbatch, dx)
-        shared = add(add(state.grads.shared, d_shared), first_grads)
-        grads = PipelineParams(stages=stages, shared=shared)
-        return _State(loss=state.loss + loss, grads=grads, residuals=residuals), None
-
-    def _forward(
-        self, vjp: LayerVjp, x: jax.Array, buffers: list[jax.Array], microbatch: Any
-    ) -> tuple[jax.Array, list[Any]]:
-        """Return the output, and the buffers followed by the residuals of each layer that is written out."""
-        own: list[Any] = []
-        for chunk in self.chunks:
-            if self.fns.unroll == "off":
-                x, buffers = forward_layers(chunk, vjp, x, buffers, microbatch, slot=chunk.chunk)
-                continue
-            for index in range(_static_count(chunk)):
-                x, kept = vjp.forward(chunk.params(index), x, microbatch)
-                own.append(kept)
-        return x, [*buffers, *own]
-
-    def _backward(
-        self, vjp: LayerVjp, dx: jax.Array, saved: list[Any], microbatch: Any, sums: Any
-    ) -> tuple[jax.Array, Any, list[Any]]:
-        for chunk in reversed(self.chunks):
-            if self.fns.unroll == "off":
-                dx, sums = backward_layers(chunk, vjp, dx, saved, microbatch, slot=chunk.chunk, sums=sums)
-                continue
-            for index in reversed(range(_static_count(chunk))):
-                # Residuals form a stack: the last layer of the forward is the first of the backward.
-                *saved, kept = saved
-                dy = dx
-                grads, dx = vjp.backward(chunk.params(index), kept, microbatch, dy)
-                dx, sums = vary_like(dx, dy), add(sums, grads, (chunk.chunk, index))
-        return dx, sums, saved
+def _add_loss(
+    model: RankModel, chunks: list[LayerStack], state: LoopState, number: jax.Array
+) -> tuple[LoopState, None]:
+    """Run one microbatch forward, and add its loss."""
+    given = model.microbatches.read(number)
+    x, sums = model.run_first(given), state.sums
+    for chunk in chunks:
+        x, sums = run_layers(chunk, model.functions.layers, x, sums, given)
+    return replace(state, sums=sums.add(model.run_last(x, given))), None
 
 
-def _cut_chunks(fns: StageFns, params: PipelineParams) -> _WholeModel:
-    num_chunks, num_layers = jax.tree.leaves(params.stages)[0].shape[:2]
-    counts = fns.layers_per_stage or (num_layers,) * num_chunks
-    stages = prepare_layers(fns, params.stages)
-    chunks = [LayerStack(stages=stages, chunk=i, count=count, unroll=fns.unroll) for i, count in enumerate(counts)]
-    return _WholeModel(fns=fns, shared=params.shared, chunks=chunks, num_layers=num_layers)
+def _add_grads(
+    model: RankModel, chunks: list[LayerStack], vjps: dict[str, LayerVjp], state: LoopState, number: jax.Array
+) -> tuple[LoopState, None]:
+    """Run one microbatch forward and backward, and add its loss and gradients."""
+    given = model.microbatches.read(number)
+    x, state, saved = _forward(chunks, vjps, model.run_first(given), state, given)
+    out, grads, dy = model.last_and_grads(x, given)
+    assert state.grads is not None
+    state = replace(state, sums=state.sums.add(out), grads=state.grads.add_shared(grads, number))
+    dx, state = _backward(chunks, vjps, (dy, state, saved), given)
+    assert state.grads is not None
+    return replace(state, grads=state.grads.add_shared(model.first_grads(given, dx), number)), None
+
+
+def _forward(
+    chunks: list[LayerStack], vjps: dict[str, LayerVjp], x: Any, state: LoopState, given: Given
+) -> tuple[Any, LoopState, list[Any]]:
+    """Return the output, the state with residuals in its buffers, and those of each layer that is written out."""
+    own: list[Any] = []
+    for chunk in chunks:
+        if not _is_written_out(chunk):
+            x, state = forward_layers(chunk, vjps, x, state, given, slot=chunk.chunk)
+            continue
+        for index in range(_static_count(chunk)):
+            place = Place(kind="", chunk=chunk.chunk, index=index)
+            out, kept = vjps[""].forward(chunk.params(place), x, chunk.given(given, index, place))
+            x, state = out.x, replace(state, sums=state.sums.add(out, place))
+            own.append(kept)
+    return x, state, own
+
+
+def _backward(
+    chunks: list[LayerStack],
+    vjps: dict[str, LayerVjp],
+    forward: tuple[list[jax.Array], LoopState, list[Any]],
+    given: Given,
+) -> tuple[list[jax.Array], LoopState]:
+    """Return dx and the state with gradients added, given (dy, state, residuals of layers that are written out)."""
+    dy, state, saved = forward
+    for chunk in reversed(chunks):
+        if not _is_written_out(chunk):
+            dy, state = backward_layers(chunk, vjps, dy, state, given, slot=chunk.chunk)
+            continue
+        for index in reversed(range(_static_count(chunk))):
+            # Residuals form a stack: the last layer of the forward is the first of the backward.
+            *saved, kept = saved
+            place = Place(kind="", chunk=chunk.chunk, index=index)
+            grads, dx = vjps[""].backward(chunk.params(place), kept, chunk.given(given, index, place), dy)
+            assert state.grads is not None
+            dy = vary_like(dx, dy)
+            state = replace(state, grads=state.grads.add_layer(grads, place, given.number))
+    return dy, state
+
+
+def _is_written_out(chunk: LayerStack) -> bool:
+    """Return whether residuals are kept apart, layer by layer, and not in buffers; only for layers of one kind."""
+    return chunk.unroll == "on" and chunk.kind_of is None
 
 
 def _static_count(chunk: LayerStack) -> int:

@@ -10,6 +10,7 @@ largest; the rest of it is zero and never run.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,22 +21,32 @@ from ...meshes import ScheduleError
 from ...meshes.arguments import check_count
 from ...meshes.divisibility import check_divides, nearest_multiples
 from ..schedules.check import check_sizes
+from .pattern import stage_pattern
 from .stage import check_counts
 from .trees import check_arrays
 
 
 def stages_from_layers(
-    layers: Any, *, num_ranks: int, num_chunks: int = 1, layers_per_stage: Sequence[int] | None = None
+    layers: Any,
+    *,
+    num_ranks: int,
+    num_chunks: int = 1,
+    layers_per_stage: Sequence[int] | None = None,
+    pattern: Sequence[str] | None = None,
 ) -> Any:
     """Return stage parameters [chunks, ranks, layers, ...] from parameters [all layers, ...] in the model's order.
 
     Args:
         layers_per_stage: number of layers of each stage, first to last; equal if left out.
+        pattern: kinds of the layers, as in `StageFns`. Parameters are {kind: [layers of the kind, ...]} then.
 
     Raises:
         ScheduleError: the layers do not divide into equal stages, or the given numbers do not add up to them.
     """
     check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
+    if pattern is not None:
+        sizes = {"num_ranks": num_ranks, "num_chunks": num_chunks, "layers_per_stage": layers_per_stage}
+        return _stages_of_kinds(layers, pattern, sizes)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     # `room` is the number of layers of the largest stage: all stages are padded to it.
@@ -64,8 +75,40 @@ def _count_layers(layers: Any) -> int:
     return shape[0]
 
 
-def natural_order(stages: Any, *, layers_per_stage: Sequence[int] | None = None) -> Any:
-    """Return parameters [all layers, ...] in the model's order from stage parameters [chunks, ranks, layers, ...]."""
+def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any]) -> dict[str, Any]:
+    found = {kind: _count_layers(own) for kind, own in layers.items()}
+    counts = check_layers(sum(found.values()), **sizes)
+    stages = stage_pattern(pattern, kinds=tuple(layers), counts=counts)
+
+    def cut(kind: str, leaf: jax.Array) -> jax.Array:
+        own = stages.counts_of(kind)
+        if sum(own) != found[kind]:
+            raise ScheduleError(
+                f"the pattern {tuple(pattern)} makes {sum(own)} of {sum(counts)} layers {kind!r}, but there are "
+                f"parameters of {found[kind]}.",
+                fix="give each kind as many layers as the pattern has of it.",
+            )
+        room = max(*own, 1)
+        empty = jnp.zeros((len(own) * room, *leaf.shape[1:]), leaf.dtype)
+        filled = empty.at[stages.places_of(kind)].set(leaf, unique_indices=True, indices_are_sorted=True)
+        return filled.reshape(sizes["num_chunks"], sizes["num_ranks"], room, *leaf.shape[1:])
+
+    return {kind: jax.tree.map(partial(cut, kind), own) for kind, own in layers.items()}
+
+
+def natural_order(
+    stages: Any, *, layers_per_stage: Sequence[int] | None = None, pattern: Sequence[str] | None = None
+) -> Any:
+    """Return parameters [all layers, ...] in the model's order from stage parameters [chunks, ranks, layers, ...].
+
+    With a `pattern` of kinds, which needs `layers_per_stage`, parameters are {kind: [layers of the kind, ...]}.
+    """
+    if pattern is not None:
+        cut = stage_pattern(pattern, kinds=tuple(stages), counts=layers_per_stage or ())
+        return {
+            kind: jax.tree.map(lambda leaf, k=kind: leaf.reshape(-1, *leaf.shape[3:])[cut.places_of(k)], own)
+            for kind, own in stages.items()
+        }
 
     def merge(leaf: Any) -> Any:
         whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])

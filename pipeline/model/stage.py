@@ -5,8 +5,8 @@
 `split.py` cuts our transformer into this form. A user's own model needs nothing of `trellax.layers`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -45,6 +45,9 @@ class StageFns:
     all layers.
 
     Args:
+        pattern: kinds of the layers, in the model's order and repeated, where `layer` is a mapping from kinds to
+            functions: ("dense", "moe"). Parameters, `stage_specs`, `prepare` and `state` are mappings from kinds then;
+            `stages_from_layers(pattern=...)` makes the parameters. Needs `num_layers`.
         layers_per_stage: number of layers of each stage in the model's order, if stages differ.
         num_layers: number of layers of the whole model. Needed if stages differ: their parameters are padded, and a
             shape alone does not tell padding from a layer.
@@ -65,17 +68,35 @@ class StageFns:
         ScheduleError: a function is not callable, a count is not a count, or `unroll` is not one of the choices.
     """
 
-    first: Callable[[Any, Any], jax.Array]
-    layer: Callable[[Any, jax.Array, Any], jax.Array]
-    last: Callable[[Any, jax.Array, Any], jax.Array]
+    first: Callable[..., Any]
+    layer: Callable[..., Any] | Mapping[str, Callable[..., Any]]
+    last: Callable[..., Any]
+    pattern: tuple[str, ...] | None = None
     layers_per_stage: tuple[int, ...] | None = None
     num_layers: int | None = None
     batch_specs: Any = None
     stage_specs: Any = WHOLE
     shared_specs: Any = WHOLE
     axes: MeshAxes = DEFAULT_AXES
-    prepare: Callable[[Any], Any] | None = None
+    prepare: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any] | None] | None = None
     unroll: Unroll = "off"
+
+    def by_kind(self, value: Any) -> dict[str, Any]:
+        """Return what is given for each kind of layer, by kind; a single kind has the name ""."""
+        if self.pattern is None:
+            return {"": value}
+        kinds: Any = self.layer
+        return {kind: value[kind] if isinstance(value, Mapping) else value for kind in kinds}
+
+    def one_or_by_kind(self, values: Mapping[str, Any]) -> Any:
+        """Undo `by_kind`."""
+        return values[""] if self.pattern is None else dict(values)
+
+    def counts(self, *, num_stages: int, room: int) -> tuple[int, ...]:
+        """Return the number of layers of each stage, whose parameters have room for `room`, if of a single kind."""
+        if self.layers_per_stage is not None:
+            return self.layers_per_stage
+        return ((self.num_layers or 0) // num_stages if self.pattern else room,) * num_stages
 
     @property
     def ends_together(self) -> bool:
@@ -84,18 +105,32 @@ class StageFns:
         return any(self.axes.pipe in mesh_axes_of(spec) for spec in specs if isinstance(spec, P))
 
     def __post_init__(self) -> None:
+        self._check_pattern()
         for name in ("first", "layer", "last", "prepare"):
-            function = getattr(self, name)
-            if not callable(function) and not (name == "prepare" and function is None):
-                raise ScheduleError(
-                    f"{name} of StageFns is a {type(function).__name__}, not a function.",
-                    fix="give what is called: StageFns(first=..., layer=..., last=...).",
-                )
+            for function in self.by_kind(getattr(self, name)).values():
+                if not callable(function) and not (name == "prepare" and function is None):
+                    raise ScheduleError(
+                        f"{name} of StageFns is a {type(function).__name__}, not a function.",
+                        fix="give what is called: StageFns(first=..., layer=..., last=...).",
+                    )
         if self.layers_per_stage is not None:
             check_counts(self.layers_per_stage)
         if self.num_layers is not None:
             check_count("num_layers", self.num_layers, error=ScheduleError)
         check_choice("unroll", self.unroll, get_args(Unroll), error=ScheduleError)
+
+    def _check_pattern(self) -> None:
+        is_mapping = isinstance(self.layer, Mapping)
+        if is_mapping != (self.pattern is not None):
+            raise ScheduleError(
+                f"layer is {'a mapping of kinds' if is_mapping else 'one function'}, and pattern is {self.pattern!r}.",
+                fix='give both or neither: StageFns(layer={"dense": ..., "moe": ...}, pattern=("dense", "moe")).',
+            )
+        if is_mapping and self.num_layers is None:
+            raise ScheduleError(
+                "a model with a pattern of kinds needs num_layers: the parameters of each kind are padded.",
+                fix="say how many layers the model has: StageFns(num_layers=...).",
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -118,10 +153,25 @@ class PipelineParams:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LossAndGrads:
-    """The loss of the whole batch, a replicated float32 scalar, and its gradients, sharded as the parameters."""
+    """The loss of the whole batch, a replicated float32 scalar, and its gradients, sharded as the parameters.
+
+    metrics: named sums over layers, microbatches and data, replicated float32.
+    stats: sums of what each layer returned as `Output.stats`, leaves [chunks, ranks@pipe, layers, ...].
+    """
 
     loss: jax.Array
     grads: PipelineParams
+    metrics: dict[str, jax.Array] = field(default_factory=dict)
+    stats: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Aux:
+    """What a step returns beside its loss: `metrics` and `stats` as in `LossAndGrads`."""
+
+    metrics: dict[str, jax.Array]
+    stats: Any
 
 
 def check_counts(layers_per_stage: Any) -> None:

@@ -29,9 +29,10 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from ..buffers import type_of, vary
+from ...model.protocol import Given, Output
+from ..buffers import floats_of, type_of, vary
 from ..prepare import transpose
-from .equations import depending_on, keeps_numbers, needed, read_by, run, value_of
+from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
 
 
@@ -60,48 +61,50 @@ class LayerVjp:
         """Types of the residuals, with the mesh axes over which each varies."""
         return [type_of(v) for v in self.residuals]
 
-    def forward(self, params: Any, x: jax.Array, microbatch: Any) -> tuple[jax.Array, list[jax.Array]]:
-        """Return layer(params, x, microbatch) and the residuals."""
-        env = self.traced.env(params, x, microbatch)
+    def forward(self, params: Any, x: Any, given: Given) -> tuple[Output, list[jax.Array]]:
+        """Return layer(params, x, given) and the residuals."""
+        env = self.traced.env(params, x, given)
         run(self.forward_eqns, env)
-        return value_of(env, self.traced.y), [env[v] for v in self.residuals]
+        return self.traced.output(env), [env[v] for v in self.residuals]
 
     def backward(
-        self, params: Any, residuals: list[jax.Array], microbatch: Any, grad: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        """Return the gradients of the parameters and of x, given the residuals and the gradient of the output."""
+        self, params: Any, residuals: list[jax.Array], given: Given, grad: list[jax.Array]
+    ) -> tuple[tuple[Any, Any], list[jax.Array]]:
+        """Return gradients of (parameters, microbatch) and of x, given the residuals and the gradient of the output."""
         traced = self.traced
         invars, num_params, num_x = traced.closed.jaxpr.invars, len(jax.tree.leaves(params)), len(traced.x)
-        # The inputs are (params, x, microbatch, grad). x gets no value, unless it is a residual itself.
-        env = traced.env(params) | {traced.grad: grad}
-        env |= zip(invars[num_params + num_x : -1], jax.tree.leaves(microbatch), strict=True)
+        # The inputs are (params, x, given, grad). x gets no value, unless it is a residual itself.
+        env = traced.env(params) | dict(zip(traced.grad, grad, strict=True))
+        env |= zip(invars[num_params + num_x : len(invars) - len(grad)], jax.tree.leaves(given), strict=True)
         env |= zip(self.residuals, residuals, strict=True)
         env |= {copy: _restore(env[source], copy) for copy, source in self.copies.items()}
         run([*self.again_eqns, *traced.backward], env)
-        grads, dx = traced.results(env)
-        return self.unprepare(grads), dx
+        (d_params, d_batch), dx = traced.gradients(env)
+        return (self.unprepare(d_params), d_batch), dx
 
 
 def plan_layer(
-    layer: Callable[[Any, jax.Array, Any], jax.Array],
+    layer: Callable[[Any, Any, Given], Output],
     params: Any,
-    x: jax.Array,
-    microbatch: Any,
+    x: Any,
+    given: Given,
     *,
     prepare: Callable[[Any], Any] | None = None,
     unprepared: Any = None,
+    wants_batch: bool = False,
 ) -> LayerVjp:
-    """Return the forward and backward of layer(params, x, microbatch) -> y, with residuals chosen.
+    """Return the forward and backward of layer(params, x, given) -> Output, with residuals chosen.
 
     Only the types of the arguments matter; nothing is computed.
 
     Args:
         prepare: makes `params` of the parameters of one layer; gradients are those of the parameters then.
         unprepared: the parameters of one layer, where `prepare` is given.
+        wants_batch: whether the backward also returns the gradient of the microbatch.
     """
-    traced = trace_vjp(layer, params, x, microbatch, x)
+    traced = trace_vjp(layer, params, x, given, floats_of(x), wants_batch=wants_batch)
     # A gradient may be a forward value itself, such as x, and then no backward equation reads it.
-    read = read_by(traced.backward) | dict.fromkeys(v for v in traced.outs if isinstance(v, Var))
+    read = read_by(traced.backward) | dict.fromkeys(v for v in traced.grads if isinstance(v, Var))
     dependent = depending_on(traced.forward, traced.x)
     made = (*traced.x, *(v for eqn in traced.forward for v in eqn.outvars))
     # Sought in the order in which the values are made, so that an original comes before its reshapes.
@@ -111,7 +114,7 @@ def plan_layer(
         traced=traced,
         residuals=residuals,
         copies=copies,
-        forward_eqns=needed(traced.forward, [traced.y, *residuals], acts=True),
+        forward_eqns=needed(traced.forward, [*traced.out, *residuals], acts=True),
         again_eqns=needed(traced.forward, [v for v in read if v not in dependent]),
         unprepare=(lambda grads: grads) if prepare is None else transpose(prepare, unprepared),
     )

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var, primitives
 
+from ...model.protocol import Given
 from ..buffers import type_of
 from .equations import Env, cuts_between, is_heavy, needed, run, start_env, value_of, without
 from .open_calls import open_calls
@@ -43,47 +44,47 @@ class SplitBackward:
     extra: types of the entries that the first half adds.
     """
 
-    def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], microbatch: Any, grad: Any) -> None:
-        example = (params, residuals, microbatch, grad)
+    def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], given: Given, grad: list[Any]) -> None:
+        example = (params, residuals, given, grad)
         self._grads_tree = jax.tree.structure(jax.eval_shape(vjp.backward, *example)[0])
         self._num_before = len(jax.tree.leaves(params))
-        self.num_saved = len(residuals)
-        # The whole backward as one flat jaxpr: inputs (params, residuals, microbatch, grad), outputs (*grads, dx).
+        self.num_saved, self._num_x = len(residuals), len(grad)
+        # The whole backward as one flat jaxpr: inputs (params, residuals, given, grad), outputs (*grads, *dx).
         whole = open_calls(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
-        closed = split_branches(whole, example, first=whole.jaxpr.outvars[-1:])
+        closed = split_branches(whole, example, first=whole.jaxpr.outvars[-self._num_x :])
         self._consts, self._jaxpr = closed.consts, closed.jaxpr
-        *grads, dx = self._jaxpr.outvars
+        grads, dx = self._jaxpr.outvars[: -self._num_x], self._jaxpr.outvars[-self._num_x :]
         # The first half is what dx needs, the second what gradients need besides.
-        only_dx = needed(self._jaxpr.eqns, [dx])
+        only_dx = needed(self._jaxpr.eqns, dx)
         rest = without(self._jaxpr.eqns, only_dx)
         # Gradients of biases and norm scales are sums over tokens. They run in the first half: put off, each would keep
         # an activation [b, T, D] for a vector [D].
         light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
-        self._first = needed(self._jaxpr.eqns, [dx, *light], acts=True)
+        self._first = needed(self._jaxpr.eqns, [*dx, *light], acts=True)
         second = without(needed(self._jaxpr.eqns, grads), self._first)
         self._second = [*_reshapes_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
         self._places, self.extra = self._place_cuts()
 
     def input_grad(
-        self, params: Any, saved: list[jax.Array], microbatch: Any, grad: jax.Array
-    ) -> tuple[jax.Array, list]:
+        self, params: Any, saved: list[jax.Array], given: Given, grad: list[jax.Array]
+    ) -> tuple[list[jax.Array], list]:
         """Return dx, and the residuals with what `weight_grad` needs in them."""
-        env = self._env(params, saved, microbatch, grad)
+        env = self._env(params, saved, given, grad)
         run(self._first, env)
         kept = [*saved, *[None] * len(self.extra)]
         for cut, place in zip(self._cuts, self._places, strict=True):
             value = value_of(env, cut)
             # A residual [B, T, D] may have the place of a cut [B * T, D], see `_flat`.
             kept[place] = value.reshape(saved[place].shape) if place < self.num_saved else value
-        return value_of(env, self._jaxpr.outvars[-1]), kept
+        return [value_of(env, v) for v in self._jaxpr.outvars[-self._num_x :]], kept
 
-    def weight_grad(self, params: Any, kept: list[jax.Array], microbatch: Any) -> Any:
-        """Return the gradients of the parameters, given the list that `input_grad` returned."""
-        env = self._env(params, kept[: self.num_saved], microbatch)
+    def weight_grad(self, params: Any, kept: list[jax.Array], given: Given) -> tuple[Any, Any]:
+        """Return the gradients of (parameters, microbatch), given the list that `input_grad` returned."""
+        env = self._env(params, kept[: self.num_saved], given)
         env |= {cut: kept[place].reshape(_shape(cut)) for cut, place in zip(self._cuts, self._places, strict=True)}
         run(self._second, env)
-        return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[:-1]])
+        return jax.tree.unflatten(self._grads_tree, [value_of(env, out) for out in self._jaxpr.outvars[: -self._num_x]])
 
     def _env(self, *args: Any) -> Env:
         # The second half gives no value for the last input, the output's gradient: where it is needed, it is a cut.
@@ -92,7 +93,7 @@ class SplitBackward:
     def _find_cuts(self, grads: Iterable[Any]) -> list[Var]:
         """Return the values, made by the first half or the output's gradient itself, that the second half reads."""
         again = {out for eqn in self._second for out in eqn.outvars}
-        cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-1:])
+        cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-self._num_x :])
         return [v for v in cuts if v not in again]
 
     def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:

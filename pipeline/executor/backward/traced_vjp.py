@@ -1,6 +1,6 @@
 """Trace a function and its pullback together, as two lists of equations of one jaxpr.
 
-Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, microbatch) -> y:
+Worked example, y = tanh(x @ w) called as fn(params={"w": w}, x, given) -> Output(x=y):
 
     { w, x, dy =>
         a = x @ w                            forward
@@ -19,66 +19,87 @@ not at hand, and a print in the function does not print twice. The gradient is j
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
+from ...model.protocol import Given, Output
+from ..buffers import floats_of
 from .equations import Env, needed, run, start_env, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedVjp:
-    """The trace of y = fn(params, x, microbatch) and of its pullback, gradient of y -> gradients of (params, x).
+    """The trace of out = fn(params, x, given) and of its pullback, gradient of out.x -> gradients.
 
-    closed: jaxpr whose inputs are the leaves of (params, x, microbatch, grad).
-    forward: equations that make y and what the backward reads.
+    closed: jaxpr whose inputs are the leaves of (params, x, given, gradient of out.x).
+    forward: equations that make `out` and what the backward reads.
     backward: equations after those, without any that no gradient needs.
     x: input variables of x.
-    grad: variable of the gradient of y as the backward reads it.
-    y: variable of y.
-    outs, outs_tree: variables of the gradients, and the tree of (gradients of params, gradient of x).
+    grad: variables of the gradient of out.x as the backward reads them, one for each floating-point leaf.
+    out, out_tree: variables of `out`, and its tree.
+    grads, grads_tree: variables of the gradients, and the tree ((of params, of the microbatch), list of those of x).
     """
 
     closed: ClosedJaxpr
     forward: list[JaxprEqn]
     backward: list[JaxprEqn]
     x: list[Var]
-    grad: Var
-    y: Any
-    outs: list[Any]
-    outs_tree: Any
+    grad: list[Var]
+    out: list[Any]
+    out_tree: Any
+    grads: list[Any]
+    grads_tree: Any
 
     def env(self, *args: Any) -> Env:
-        """Return values by variable for the leading inputs: params, then x and microbatch if they are given."""
+        """Return values by variable for the leading inputs: params, then x and given if they are at hand."""
         return start_env(self.closed.jaxpr, self.closed.consts, jax.tree.leaves(args))
 
-    def results(self, env: Env) -> tuple[Any, Any]:
-        """Return (gradients of params, gradient of x) from the values of equations that have run."""
-        return jax.tree.unflatten(self.outs_tree, [value_of(env, out) for out in self.outs])
+    def output(self, env: Env) -> Any:
+        """Return `out` from the values of equations that have run."""
+        return jax.tree.unflatten(self.out_tree, [value_of(env, v) for v in self.out])
+
+    def gradients(self, env: Env) -> tuple[tuple[Any, Any], list[Any]]:
+        """Return ((gradients of params, of the microbatch), gradients of x) from the values of equations."""
+        return jax.tree.unflatten(self.grads_tree, [value_of(env, v) for v in self.grads])
 
 
-def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, microbatch: Any, grad: Any) -> TracedVjp:
-    """Return the trace of fn(params, x, microbatch) and of its pullback; only the types of the arguments matter.
+def trace_vjp(
+    fn: Callable[[Any, Any, Given], Output], params: Any, x: Any, given: Given, grad: list[Any], *, wants_batch: bool
+) -> TracedVjp:
+    """Return the trace of fn(params, x, given) and of its pullback; only the types of the arguments matter.
 
-    Integer parameters have no gradient: `None` stands in their place.
+    What is not floating-point has no gradient: `None` stands in its place. So it does for the microbatch unless
+    `wants_batch`. A loss among the outputs has the gradient 1: it is added to the loss of the step.
     """
     trees: list[Any] = []
 
-    def whole(params: Any, x: Any, microbatch: Any, grad: jax.Array) -> tuple[Any, ...]:
-        floats, merge = _split_floats(params)
-        y, pull = jax.vjp(lambda floats, x: fn(merge(floats), x, microbatch), floats, x)
-        # All equations before this one are forward, all after it are backward: only they can read `mark`.
-        mark = jax.lax.optimization_barrier(grad)
-        d_floats, dx = pull(mark)
-        outs, tree = jax.tree.flatten((merge(d_floats, others="none"), dx))
-        trees.append(tree)
-        return y, mark, *outs
+    def whole(params: Any, x: Any, given: Given, grad: list[jax.Array]) -> tuple[Any, ...]:
+        parts = (params, x, given.microbatch if wants_batch else ())
+        floats, merge = zip(*map(_split_floats, parts), strict=True)
 
-    closed = jax.make_jaxpr(whole)(params, x, microbatch, grad)
-    y, mark, *outs = closed.jaxpr.outvars
+        def run(*floats: list[Any]) -> tuple[Any, Output]:
+            own, x, microbatch = (one(values) for one, values in zip(merge, floats, strict=True))
+            out = fn(own, x, replace(given, microbatch=microbatch) if wants_batch else given)
+            return (floats_of(out.x), out.loss), out
+
+        (_, loss), pull, out = jax.vjp(run, *floats, has_aux=True)
+        # All equations before this one are forward, all after it are backward: only they can read the gradient.
+        mark = jax.lax.optimization_barrier(grad[0])
+        d_params, dx, d_batch = pull(([mark, *grad[1:]], None if loss is None else jnp.ones_like(loss)))
+        d_batch = merge[2](d_batch, others="none") if wants_batch else None
+        outs, out_tree = jax.tree.flatten(out)
+        grads, tree = jax.tree.flatten(((merge[0](d_params, others="none"), d_batch), dx))
+        trees.extend((out_tree, tree))
+        return mark, outs, grads
+
+    closed = jax.make_jaxpr(whole)(params, x, given, grad)
+    out_tree, grads_tree = trees
+    mark, *rest = closed.jaxpr.outvars
+    out, grads = rest[: out_tree.num_leaves], rest[out_tree.num_leaves :]
     # The barrier's equation divides the list; it belongs to neither part, since `run` is given a value for `mark`.
     position = next(index for index, eqn in enumerate(closed.jaxpr.eqns) if mark in eqn.outvars)
     num_params = len(jax.tree.leaves(params))
@@ -86,21 +107,22 @@ def trace_vjp(fn: Callable[[Any, Any, Any], jax.Array], params: Any, x: Any, mic
         closed=closed,
         forward=closed.jaxpr.eqns[:position],
         # Without dead equations, but with prints and callbacks of a custom backward, whose results nothing reads.
-        backward=needed(closed.jaxpr.eqns[position + 1 :], outs, acts=True),
+        backward=needed(closed.jaxpr.eqns[position + 1 :], grads, acts=True),
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
-        grad=mark,
-        y=y,
-        outs=outs,
-        outs_tree=trees[0],
+        grad=[mark, *closed.jaxpr.invars[len(closed.jaxpr.invars) - len(grad) + 1 :]],
+        out=out,
+        out_tree=out_tree,
+        grads=grads,
+        grads_tree=grads_tree,
     )
 
 
-def _split_floats(params: Any) -> tuple[list[Any], Callable[..., Any]]:
+def _split_floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
     """Return the leaves that have gradients, and `merge`, which puts such a list back into the tree.
 
-    merge(floats) fills the other places with the integers of `params`, merge(floats, others="none") with None.
+    merge(floats) fills the other places with the tree's own leaves, merge(floats, others="none") with None.
     """
-    leaves, tree = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
 
@@ -109,19 +131,23 @@ def _split_floats(params: Any) -> tuple[list[Any], Callable[..., Any]]:
         places = [place for place, is_its in enumerate(is_float) if is_its]
         for place, leaf in zip(places, floats, strict=True):
             merged[place] = leaf
-        return jax.tree.unflatten(tree, merged)
+        return jax.tree.unflatten(structure, merged)
 
     return floats, merge
 
 
-def pull_back(fn: Callable[[Any, Any], jax.Array], params: Any, microbatch: Any, grad: jax.Array) -> Any:
-    """Return the gradients of params, given the gradient of fn(params, microbatch), with no residuals.
+def pull_back(
+    fn: Callable[[Any, Given], Any], params: Any, given: Given, grad: list[Any], *, wants_batch: bool
+) -> tuple[Any, Any]:
+    """Return the gradients of (params, microbatch), given that of fn(params, given), with no residuals.
 
     The forward runs again as far as the gradients need it, without its prints.
     """
-    traced = trace_vjp(lambda params, _, microbatch: fn(params, microbatch), params, (), microbatch, grad)
-    env = traced.env(params, (), microbatch) | {traced.grad: grad}
+    traced = trace_vjp(
+        lambda params, _, given: Output(x=fn(params, given)), params, (), given, grad, wants_batch=wants_batch
+    )
+    env = traced.env(params, (), given) | dict(zip(traced.grad, grad, strict=True))
     made = {v for eqn in traced.forward for v in eqn.outvars}
     read = [v for eqn in traced.backward for v in eqn.invars if isinstance(v, Var) and v in made]
     run([*needed(traced.forward, read), *traced.backward], env)
-    return traced.results(env)[0]
+    return traced.gradients(env)[0]

@@ -4,6 +4,7 @@ Read `functions.py` next: it checks the functions, by tracing them.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,16 +17,18 @@ from ....meshes.arguments import check_choice, check_instance
 from ....meshes.axes import MeshAxes
 from ....meshes.divisibility import check_divides
 from ....meshes.switches import check_switches
+from ...model.pattern import stage_pattern
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import check_arrays, mesh_axes_of, spread_specs
 from ...schedules import Schedule
 from ..batch import check_batch
 from ..loop_plan import Bubbles
+from ..microbatches import Inputs
 
 
 def check_arguments(
-    fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+    fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
 ) -> None:
     """Raise unless mesh, schedule, parameters and batch agree on ranks, chunks, layers, microbatches and data shards.
 
@@ -45,12 +48,13 @@ def check_arguments(
             fix=f"build it with num_ranks={num_ranks}.",
         )
     _check_numbers(params)
-    _check_stages(params, schedule)
-    _check_counts(fns, params, schedule)
+    _check_stages(fns, params, schedule)
+    if fns.pattern is None:
+        _check_counts(fns, params, schedule)
     _check_specs(fns, mesh, params.stages, name="stage_specs")
     _check_specs(fns, mesh, params.shared, name="shared_specs")
     num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
-    check_batch(fns, batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
+    check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:
@@ -120,14 +124,14 @@ def _check_numbers(params: PipelineParams) -> None:
             )
 
 
-def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
+def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params.stages)
     if not leaves:
         raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
-    num_layers = max((leaf.shape[2] for _, leaf in leaves if leaf.ndim > 2), default=0)
-    want = (schedule.num_chunks, schedule.num_ranks, max(1, num_layers))
+    rooms = _rooms(fns, params, schedule)
     for path, leaf in leaves:
         # XLA clamps an index past the end: of a leaf with fewer layers it would silently read the last one again.
+        want = (schedule.num_chunks, schedule.num_ranks, rooms[getattr(path[0], "key", "") if fns.pattern else ""])
         if leaf.shape[:3] != want:
             raise ScheduleError(
                 f"stage parameter params.stages{jax.tree_util.keystr(path)} has shape {leaf.shape}, but schedule "
@@ -135,6 +139,26 @@ def _check_stages(params: PipelineParams, schedule: Schedule) -> None:
                 f"{list(want)}.",
                 fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
             )
+
+
+def _rooms(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[str, int]:
+    """Return the number of layers of each kind that stages have room for."""
+    if fns.pattern is None:
+        leaves = jax.tree.leaves(params.stages)
+        return {"": max(1, *(leaf.shape[2] if leaf.ndim > 2 else 0 for leaf in leaves))}
+    kinds = list(fns.by_kind(fns.layer))
+    found = list(params.stages) if isinstance(params.stages, Mapping) else type(params.stages).__name__
+    if found != kinds and sorted(found) != sorted(kinds):
+        raise ScheduleError(
+            f"params.stages is {found}, but layer has the kinds {kinds}.",
+            fix="make them with stages_from_layers({kind: [layers of the kind, ...]}, pattern=...).",
+        )
+    chunks, ranks = schedule.num_chunks, schedule.num_ranks
+    counts = check_layers(
+        fns.num_layers or 0, num_ranks=ranks, num_chunks=chunks, layers_per_stage=fns.layers_per_stage
+    )
+    pattern = stage_pattern(fns.pattern, kinds=kinds, counts=counts)
+    return {kind: max(1, *pattern.counts_of(kind)) for kind in kinds}
 
 
 def _check_counts(fns: StageFns, params: PipelineParams, schedule: Schedule) -> None:

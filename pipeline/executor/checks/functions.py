@@ -5,24 +5,29 @@ refused on all. Read `collectives.py` next.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ....meshes import ScheduleError
+from ...model.protocol import Output
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import on_mesh
 from ..batch import batch_specs
-from ..buffers import empty_buffer
+from ..buffers import empty_buffer, floats_of, vary
+from ..functions import bind_functions
+from ..microbatches import Inputs, microbatches_of
 from ..param_specs import param_specs
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives
 from .user_errors import explain_errors
+
+RunsOn = Literal["all ranks", "one rank"]
+"""Who runs a function at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +40,27 @@ class FnFacts:
     owners: dict[int, str]
 
 
-def check_fns(fns: StageFns, params: PipelineParams, batch: Any, *, mesh: Mesh) -> FnFacts:
+def check_fns(fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Mesh) -> FnFacts:
     """Return facts about the functions; raise unless they fit each other. Nothing is computed.
 
     params.stages leaves [C, ranks, k, ...], batch leaves [M, B, ...].
 
     Raises:
-        ScheduleError: `first` does not return one array, `layer` changes its shape or dtype, `last` does not return a
-            scalar, or one of them has a collective that some devices would not run, or a callback with a result.
+        ScheduleError: `first` returns nothing that has gradients, `layer` changes its shapes or dtypes, `last` does not
+            return a scalar, or one of them has a collective that some devices would not run, or a callback with a
+            result.
     """
     trace = _Trace(mesh)
 
-    def region(params: PipelineParams, batch: Any) -> jax.Array:
-        trace.check(fns, params, batch)
+    def region(params: PipelineParams, inputs: Inputs) -> jax.Array:
+        trace.check(fns, params, inputs)
         return jnp.zeros(())
 
-    specs = param_specs(fns, params, mesh), on_mesh(batch_specs(fns, batch), mesh)
-    jax.eval_shape(jax.shard_map(region, mesh=mesh, in_specs=specs, out_specs=P()), params, batch)
+    of_layers = on_mesh(P(None, fns.axes.pipe), mesh)
+    of_inputs = Inputs(batch=on_mesh(batch_specs(fns, inputs.batch), mesh), state=of_layers, key=P())
+    run = jax.shard_map(region, mesh=mesh, in_specs=(param_specs(fns, params, mesh), of_inputs), out_specs=P())
+    jax.eval_shape(run, params, inputs)
     return FnFacts(owners=trace.owners)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Result:
-    """The type of a function's result, and the mesh axes over which it varies."""
-
-    value: Any
-    varying: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -70,32 +70,39 @@ class _Trace:
     mesh: Mesh
     owners: dict[int, str] = field(default_factory=dict)
 
-    def check(self, fns: StageFns, params: PipelineParams, batch: Any) -> None:
-        is_together, all_axes = fns.ends_together, (fns.axes.pipe, *fns.axes.batch)
-        # The types that arguments have in the executor: microbatch and layers differ between all devices, the ends'
-        # arguments only between data shards where all ranks run them together.
-        ends, axes = ("all ranks", fns.axes.batch) if is_together else ("one rank", all_axes)
-        shared, end_batch = _mark((params.shared, jax.tree.map(lambda leaf: leaf[0], batch)), axes)
-        first = self._trace("first", fns.first, shared, end_batch, runs_on=ends)
-        _check_activation(first.value)
-        x = _like(first.value, all_axes)
-        own, microbatch = _mark((jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages), end_batch), all_axes)
-        if fns.prepare is not None:
-            own = _like(self._trace("prepare", fns.prepare, own, runs_on="one rank").value, all_axes)
-        _check_layer(self._trace("layer", fns.layer, own, x, microbatch, runs_on="one rank").value, first.value)
-        last = self._trace("last", fns.last, shared, _like(first.value, axes), end_batch, runs_on=ends)
-        _check_loss(last.value)
+    def check(self, fns: StageFns, params: PipelineParams, inputs: Inputs) -> None:
+        # The types that arguments have in the executor, also along axes of size 1: microbatch and layers differ between
+        # all devices, the ends' arguments only between data shards where all ranks run them together.
+        functions = bind_functions(fns, pipe=(fns.axes.pipe,), batch=fns.axes.batch, keeps_trivial=True)
+        is_together, axes = fns.ends_together, functions.axes
+        ends: RunsOn = "all ranks" if is_together else "one rank"
+        shared = _mark(params.shared, functions.end_axes)
+        at_ends = microbatches_of(functions, inputs)
+        first = self._trace("first", functions.first, shared, at_ends.read(0).at(-1), runs_on=ends)
+        _check_activation(first)
+        x = _like(first, axes)
+        own, state = _mark(jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state)), axes)
+        for kind, layer in functions.layers.items():
+            params_of_one, prepare = fns.by_kind(own)[kind], functions.prepares[kind]
+            if prepare is not None:
+                params_of_one = _like(self._trace("prepare", prepare, params_of_one, runs_on="one rank"), axes)
+            given = at_ends.marked(axes).read(0)
+            if given.info is not None:
+                given = replace(given, info=replace(given.info, state=fns.by_kind(state)[kind]))
+            _check_layer(self._trace("layer", layer, params_of_one, x, given, runs_on="one rank"), first)
+        last = self._trace(
+            "last", functions.last, shared, _like(first, functions.end_axes), at_ends.read(0).at(-2), runs_on=ends
+        )
+        _check_loss("last", last.loss)
         for name, result in (("first", first), ("last", last)):
-            if is_together and fns.axes.pipe in result.varying:
+            if is_together and fns.axes.pipe in _varying(result):
                 raise ScheduleError(
                     f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it "
                     "together.",
                     fix=f'sum what each rank made: jax.lax.psum(..., "{fns.axes.pipe}").',
                 )
 
-    def _trace(
-        self, name: str, fn: Callable[..., Any], *args: Any, runs_on: Literal["all ranks", "one rank"]
-    ) -> _Result:
+    def _trace(self, name: str, fn: Callable[..., Any], *args: Any, runs_on: RunsOn) -> Any:
         # Types and shapes alone: a trace runs the function's Python code, and none of its operations.
         with explain_errors(f"{name}()", self.mesh):
             jaxpr, value = jax.make_jaxpr(fn, return_shape=True)(*args)
@@ -103,40 +110,42 @@ class _Trace:
         check_collectives(name, jaxpr.jaxpr, runs_on=runs_on)
         check_branches(jaxpr.jaxpr, name=name)
         self.owners.update({id(const): name for const in jaxpr.consts if isinstance(const, jax.core.Tracer)})
-        return _Result(value=value, varying=_varying(jaxpr))
+        return value
 
 
 def _check_activation(x: Any) -> None:
-    if not isinstance(x, jax.ShapeDtypeStruct):
+    for leaf in jax.tree.leaves(x):
+        if not hasattr(leaf, "dtype"):
+            raise ScheduleError(
+                f"first() returns a {type(leaf).__name__}; layers pass on arrays.", fix="make it one: jnp.asarray(...)."
+            )
+    if not floats_of(x):
         raise ScheduleError(
-            f"first() returns a {type(x).__name__}; what passes between layers is one array.",
-            fix="concatenate what you need to pass on, or read it from the microbatch in every layer.",
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ScheduleError(
-            f"first() returns {_array_text(x)}; gradients come back through what layers pass on, so it is floats.",
+            f"first() returns {_text(x)}; gradients come back through what layers pass on, so some of it is floats.",
             fix="embed or cast it in first(), x.astype(jnp.float32) say; integers are read from the microbatch.",
         )
 
 
-def _check_layer(y: Any, x: Any) -> None:
-    if _array_text(y) != _array_text(x):
+def _check_layer(out: Output, x: Any) -> None:
+    if _text(out.x) != _text(x):
         raise ScheduleError(
-            f"layer() turns {_array_text(x)} into {_array_text(y)}; every layer passes on what the first was given.",
+            f"layer() turns {_text(x)} into {_text(out.x)}; every layer passes on what the first was given.",
             fix="return an array of the same shape and dtype, with y.astype(x.dtype) say.",
         )
+    if out.loss is not None:
+        _check_loss("layer", out.loss)
 
 
-def _check_loss(loss: Any) -> None:
-    if _array_text(loss) != "float32[]":
+def _check_loss(name: str, loss: Any) -> None:
+    if _text(loss) != "float32[]":
         raise ScheduleError(
-            f"last() returns {_array_text(loss)}; the loss is one float32 number.",
+            f"{name}() returns {_text(loss)}; the loss is one float32 number.",
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
         )
 
 
-def _varying(jaxpr: ClosedJaxpr) -> frozenset[str]:
-    return frozenset().union(*(aval.mat.varying for aval in jaxpr.out_avals))
+def _varying(tree: Any) -> frozenset[str]:
+    return frozenset().union(*(leaf.manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
 
 
 def _like(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -145,15 +154,17 @@ def _like(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
     """Mark arrays as varying over these axes, also over those of size 1."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).mat.varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda leaf: vary(leaf, axes), tree)
 
 
-def _array_text(value: Any) -> str:
-    if not isinstance(value, jax.ShapeDtypeStruct):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+def _text(tree: Any) -> str:
+    """Return a tree of shapes as text, `float32[2, 8]` or `{'h': float32[2, 8]}`."""
+    named = jax.tree.map(lambda leaf: _Text(f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"), tree)
+    return repr(named) if jax.tree.leaves(tree) else f"a {type(tree).__name__}"
+
+
+class _Text(str):
+    """A string that prints without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,34 @@
+"""Dropout (Srivastava et al. 2014) whose masks do not depend on mesh, schedule or number of microbatches."""
+
+import jax
+import jax.numpy as jnp
+
+from ..meshes import ModelError
+from ..meshes.arguments import check_number
+
+
+def dropout(x: jax.Array, *, rate: float, keys: jax.Array) -> jax.Array:
+    """Set each number of x to zero with probability `rate`, and scale the others by 1 / (1 - rate).
+
+    x[B@data, ...], keys[B@data] -> y[B@data, ...] in the dtype of x; no communication. The mask of a sequence is drawn
+    from its own key, so it is the same wherever the sequence lies: `info.keys()` in a pipeline's layer gives such keys.
+    There the backward draws the mask again, and nothing is kept for it.
+
+    >>> dropout(jnp.ones((2, 4)), rate=0.0, keys=jax.random.split(jax.random.key(0), 2)).sum()
+    Array(8., dtype=float32)
+
+    Raises:
+        ModelError: `rate` is not a number from 0 up to 1, or there is not one key for each sequence.
+    """
+    check_number("rate", rate, error=ModelError)
+    if rate >= 1:
+        raise ModelError(f"rate={rate} would drop everything.", fix="use a rate from 0 up to 1, 0.1 say.")
+    if keys.shape != x.shape[:1]:
+        raise ModelError(
+            f"x has {x.shape[0]} sequences and keys has shape {keys.shape}.",
+            fix="give one key for each sequence: info.keys(), or jax.random.split(key, len(x)).",
+        )
+    if not rate:
+        return x
+    is_kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(is_kept, x / (1 - rate), jnp.zeros_like(x))

@@ -1,0 +1,46 @@
+"""Dropout: masks by sequence, the share of zeros, the scale, and bad arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trellax.layers.dropout import dropout
+from trellax.meshes import ModelError
+
+KEYS = jax.random.split(jax.random.key(0), 64)
+X = 1 + jnp.arange(64 * 100, dtype=jnp.float32).reshape(64, 100)
+
+
+def test_a_share_is_zero_and_the_rest_is_scaled() -> None:
+    y = dropout(X, rate=0.25, keys=KEYS)
+    kept = np.asarray(y != 0)
+    # 6,400 draws: the share of zeros has a standard deviation of 0.0054.
+    assert abs(kept.mean() - 0.75) < 0.025
+    np.testing.assert_allclose(y, jnp.where(kept, X / 0.75, 0), rtol=1e-6)
+
+
+def test_a_mask_belongs_to_its_sequence() -> None:
+    whole = dropout(X, rate=0.5, keys=KEYS)
+    np.testing.assert_array_equal(dropout(X[10:20], rate=0.5, keys=KEYS[10:20]), whole[10:20])
+    assert not np.array_equal(np.asarray(whole[0] != 0), np.asarray(whole[1] != 0))
+
+
+def test_the_gradient_has_the_mask_of_the_forward() -> None:
+    y = dropout(X, rate=0.5, keys=KEYS)
+    grad = jax.grad(lambda x: dropout(x, rate=0.5, keys=KEYS).sum())(X)
+    np.testing.assert_allclose(grad, jnp.where(y != 0, 2.0, 0.0))
+
+
+def test_bfloat16_stays() -> None:
+    assert dropout(X.astype(jnp.bfloat16), rate=0.5, keys=KEYS).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rate", [1, 1.5, -0.1, float("nan")])
+def test_rates_that_are_none_are_refused(rate: float) -> None:
+    with pytest.raises(ModelError, match="rate"):
+        dropout(X, rate=rate, keys=KEYS)
+
+
+def test_another_number_of_keys_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"x has 64 sequences and keys has shape \(3,\)"):
+        dropout(X, rate=0.5, keys=KEYS[:3])
