@@ -63,7 +63,7 @@ def test_verb_and_its_transpose_send_what_is_said(verb: str) -> None:
 
 def test_devices_that_share_a_head_have_the_same_columns() -> None:
     mesh = mesh_of("tensor=4")
-    own = jax.shard_map(own_heads, mesh=mesh, in_specs=WHOLE, out_specs=BLOCK)(X)
+    own = jax.shard_map(own_heads, mesh=mesh, in_specs=WHOLE, out_specs=BLOCK)(jnp.asarray(X))
     assert np.array_equal(own, np.concatenate([X[:, :4], X[:, :4], X[:, 4:], X[:, 4:]], axis=1))
 
 
