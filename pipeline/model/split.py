@@ -80,11 +80,10 @@ def split_transformer(
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    block = JoinedBlock.on(mesh, config=config, rules=rules)
-    fns = _stage_fns(model, remat, counts, block)
-    fns = replace(fns, stage_specs=block.own_specs, shared_specs=_specs(dims.shared, rules))
+    fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
+    fns = replace(fns, shared_specs=_specs(dims.shared, rules), unroll=unroll)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=replace(fns, unroll=unroll), params=params, shardings=shardings, init=init)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, *, num_ranks: int) -> ShardingRules:
@@ -136,6 +135,7 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
+        stage_specs=block.own_specs,
         prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
     )
 
