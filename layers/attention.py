@@ -9,10 +9,9 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .check_inputs import check_hidden
-from .collectives import enter, num_auto_blocks, num_blocks, own_columns
 from .config import ModelConfig
 from .flash import attend_causally
-from .joined_linear import JoinedLinear
+from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
 from .partitioning import INIT_STD
@@ -77,8 +76,8 @@ class Attention(nnx.Module):
 
         Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
-        if num_blocks(self.rules.axes("heads")) > 1:
-            self.qkv = self._join()
+        self.qkv = self._join()
+        if self.qkv is not None:
             del self.query, self.key, self.value
 
     def combine(self, mixed_BTNH: jax.Array) -> jax.Array:
@@ -109,17 +108,10 @@ class Attention(nnx.Module):
 
         One matmul where heads are split: three would each all-reduce their own dx in the backward.
         """
-        axes = self.rules.axes("heads")
-        if self.qkv is None and num_auto_blocks(axes) == 1:
-            x_BTD = enter(x_BTD, axes)
-            projected = [linear(x_BTD) for linear in (self.query, self.key, self.value)]
-            if not self.rules.axes("kv_heads"):
-                # Too few heads to split: keys and values of all were computed, and each device uses one.
-                projected[1:] = [own_columns(y, axes, unit=self.config.head_size) for y in projected[1:]]
-        else:
-            projected = (self.qkv or self._join())(x_BTD)
+        joined = self.qkv or self._join()
+        projected = joined(x_BTD) if joined else [linear(x_BTD) for linear in (self.query, self.key, self.value)]
         q, k, v = (y.reshape(*x_BTD.shape[:2], -1, self.config.head_size) for y in projected)
         return q, k, v
 
-    def _join(self) -> JoinedLinear:
-        return JoinedLinear((self.query, self.key, self.value), unit=self.config.head_size)
+    def _join(self) -> JoinedLinear | None:
+        return join_split((self.query, self.key, self.value), unit=self.config.head_size)

@@ -6,24 +6,33 @@ An axis of the mesh is met in one of three ways. The verbs find out which; no la
     automatic    under `jax.jit`: x is the whole array, the compiler adds what must be sent, a verb returns x
     absent       no mesh in context, or an axis of size 1: a verb returns x
 
-Inside `shard_map` an array's type says over which axes its value differs, `f32[8]{V:tensor}`. Two verbs change that
-type, and each is the other's transpose (Shoeybi et al. 2019, section 3, call them f and g):
+Inside `shard_map` an array's type says over which axes its value differs: each device of `tensor` has another
+f32[8]{V:tensor}, and all have the same f32[8]. The verbs change that type, and autodiff knows what each owes backward.
+x[B, T, D] of a region split over 4 tensor ranks, and a vocabulary of V words, v on each rank:
 
-                    forward                                       backward
-    enter_split     x{} -> x{V:tensor}, free                      dx{V:tensor} -> dx{}, an all-reduce
-    sum_blocks      y{V:tensor} -> y{}, an all-reduce             dy{} -> dy{V:tensor}, free
+                     forward                                                backward
+    enter_split      x[B,T,D] -> x[B,T,D]{V:tensor}      free               dx{V:tensor} -> dx    all-reduce
+    sum_blocks       y[B,T,D]{V:tensor} -> y[B,T,D]      all-reduce         dy -> dy{V:tensor}    free
+    own_columns      w[D,F] -> w[D,F/4]{V:tensor}        free               dw[D,F/4] -> dw[D,F]  all-reduce
+    max_blocks       s[B,T]{V:tensor} -> s[B,T]          all-reduce         none
+    gather_blocks    s[B,v]{V:tensor} -> s[B,V]          all-gather         ds[B,V] -> ds[B,v]    free
+
+The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose. `run_in_blocks` runs a function
+of such verbs under `jax.jit` too, where the compiler by itself would sum or gather too much.
 
 Read `linear.py` next.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
+
+from ..meshes import ShardingError, ShardingRules
 
 ArrayTree = TypeVar("ArrayTree")
 
@@ -31,28 +40,32 @@ BLOCK_SUMS = "block_sums"
 """Checkpoint name of the results of `sum_blocks`: rematerialization keeps them, so the backward does not sum again."""
 
 
-def enter(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Enter a split region with x alone, where several kernels read it: x{} -> x{V:axes}. See `enter_split`."""
-    return mark_varying(x, manual_axes(axes))
-
-
 def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     """Enter a region in which each device of `axes` multiplies the same x with its own columns of a kernel.
 
-    x[..., D]{}, kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx over the axes, one
-    all-reduce, which XLA runs beside the product that makes the kernel's gradient.
+    x[..., D], kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx{V:axes} -> dx, one
+    all-reduce, which XLA runs beside the product that makes the kernel's gradient (see `hide_reduction`).
     """
-    if num_auto_blocks(axes) > 1:
-        return hide_reduction(x, kernel)
-    return enter(x, axes), kernel
+    return hide_reduction(x, kernel, manual_axes(axes)) if num_blocks(axes) > 1 else (x, kernel)
 
 
 def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
     """Leave a split region: sum over the devices of `axes` what each has made of its own block.
 
-    y{V:axes} -> y{}, an array or a tree of them: one all-reduce, in the dtype of y; its transpose is free.
+    y{V:axes} -> y, an array or a tree of them: one all-reduce, in the dtype of y. Its transpose, dy -> dy{V:axes}, is
+    free.
+
+    Raises:
+        ShardingError: y is the same on all devices of an axis: as many times too much would be the sum.
     """
     manual = manual_axes(axes)
+    for leaf in jax.tree.leaves(y):
+        if missing := [axis for axis in manual if axis not in varying_axes(leaf)]:
+            raise ShardingError(
+                f"sum_blocks over {' and '.join(missing)} of a {leaf.dtype}{list(leaf.shape)} that is the same on all "
+                f"{num_blocks(missing)} devices: the sum would be {num_blocks(missing)} times as large.",
+                fix="split the weights that make it over that axis (StageFns(stage_specs=...)), or leave the sum out.",
+            )
     return checkpoint_name(jax.lax.psum(y, manual), BLOCK_SUMS) if manual else y
 
 
@@ -88,12 +101,51 @@ def split_dim(shape: Sequence[int], axes: str | tuple[str, ...]) -> int | None:
 
 
 def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> jax.Array:
-    """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y{}, an all-gather."""
+    """Return the whole array of which each device of manual axes has a slice: part{V:axes} -> y, an all-gather."""
     return jax.lax.all_gather(part, axes, axis=dim, tiled=True, to="invarying")
 
 
+def gather_blocks(x: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
+    """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V], an all-gather."""
+    manual = manual_axes(axes)
+    return gather_slices(x, manual, dim=dim) if manual else x
+
+
+def run_in_blocks(fn: Callable[..., Any], *, rules: ShardingRules, in_dims: Any, out_dims: Any) -> Callable[..., Any]:
+    """Return fn run on each device's own blocks, for what the compiler would split badly by itself.
+
+    Under `jax.jit` that is one `shard_map` over all axes of the mesh, and the verbs in fn are collectives; inside
+    `shard_map`, and without a mesh, it is fn. A result is summed over axes along which it varies and that its
+    dimensions do not name: a loss over data.
+
+    Args:
+        in_dims: the logical dimensions of each argument, ("batch", "tokens").
+        out_dims: those of the result, or of each array of a tree of results.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        return fn
+
+    def spec(dims: Sequence[str | None]) -> PartitionSpec:
+        return PartitionSpec(*(tuple(axis for axis in rules.axes(dim) if num_blocks((axis,)) > 1) for dim in dims))
+
+    def block(*args: Any) -> Any:
+        def close(dims: Sequence[str | None], y: jax.Array) -> jax.Array:
+            missing = varying_axes(y, without=[axis for dim in dims for axis in rules.axes(dim)])
+            return jax.lax.psum(y, missing) if missing else y
+
+        return jax.tree.map(close, out_dims, fn(*args), is_leaf=_is_dims)
+
+    in_specs, out_specs = (jax.tree.map(spec, dims, is_leaf=_is_dims) for dims in (in_dims, out_dims))
+    return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs)
+
+
+def _is_dims(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(dim, str | None) for dim in node)
+
+
 def max_blocks(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Return the largest value over the devices of `axes`: x{V:axes} -> x{}, one all-reduce. It has no gradient."""
+    """Return the largest value over the devices of `axes`: x{V:axes} -> x, one all-reduce. It has no gradient."""
     manual = manual_axes(axes)
     return jax.lax.pmax(x, manual) if manual else x
 
@@ -105,13 +157,12 @@ def block_index(axes: Sequence[str]) -> jax.Array | int:
 
 
 def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Array:
-    """Return the columns that this device uses of a weight that is whole on all devices: weight[..., F]{} -> {V:axes}.
+    """Return the columns that this device uses of a weight that is whole on all devices.
 
+    weight[..., F] -> [..., F@axes]{V:axes}. Free; its transpose sums the weight's gradient, an all-reduce.
     With fewer units of columns (heads) than devices, several devices use the same unit:
 
         2 heads, 4 devices:    device 0: head 0    1: head 0    2: head 1    3: head 1
-
-    Free; its transpose sums the weight's gradient over the axes, one all-reduce.
     """
     manual = manual_axes(axes)
     if not manual:
@@ -126,11 +177,6 @@ def num_blocks(axes: Sequence[str]) -> int:
     """Return the number of blocks that the axes cut a dimension into, on the mesh in context; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in axes)
-
-
-def num_auto_blocks(axes: Sequence[str]) -> int:
-    """Return the number of blocks that the compiler cuts a whole array into; 1 inside `shard_map`."""
-    return num_blocks(axes) // num_manual_blocks(axes)
 
 
 def num_manual_blocks(axes: Sequence[str]) -> int:
@@ -152,7 +198,7 @@ def varying_axes(*arrays: jax.Array, without: Sequence[str] = ()) -> tuple[str, 
 
 
 def mark_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Return x with its type marked as varying over axes on which its value is the same: x{} -> x{V:axes}.
+    """Return x with its type marked as varying over axes on which its value is the same: x -> x{V:axes}.
 
     Free; its transpose sums the gradient over the axes, one all-reduce.
     """
@@ -170,15 +216,30 @@ def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:
     return jax.lax.psum(grad, axes) if axes else grad
 
 
-@jax.custom_vjp
-def hide_reduction(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return x and a column-split kernel unchanged, and tie their gradients so that XLA overlaps them.
-
-    The gradient of x is all-reduced; that of the kernel is a product that does not depend on the all-reduce. With a
-    barrier on both, XLA schedules the product between the start and the end of the all-reduce, as Megatron-LM's layers
-    do by hand. Without it, the product is scheduled elsewhere and the all-reduce is exposed.
-    """
-    return x_BTD, kernel
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def hide_reduction(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return x marked as varying over manual axes, and a column-split kernel; XLA overlaps their gradients."""
+    return mark_varying(x, axes), kernel
 
 
-hide_reduction.defvjp(lambda *both: (both, None), lambda _, grads: jax.lax.optimization_barrier(grads))
+def _hide_forward(
+    x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    # Not by a call, whose results would all seem to depend on x: the kernel would become a residual.
+    return (mark_varying(x, axes), kernel), (x, kernel)
+
+
+# The all-reduce of dx and the product that makes dkernel do not depend on each other. A barrier on both results makes
+# XLA schedule the product between the start and the end of the all-reduce, as Megatron-LM's layers do by hand. Without
+# it, the product is scheduled elsewhere and the all-reduce is exposed.
+def _hide_backward(
+    _: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    dx, dkernel = map(sum_like, grads, primals)
+    # In jax 0.10 a barrier takes values of one type alone, and only dkernel is {V:tensor}. Delete with Python 3.11.
+    if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
+        return dx, dkernel
+    return jax.lax.optimization_barrier((dx, dkernel))
+
+
+hide_reduction.defvjp(_hide_forward, _hide_backward)

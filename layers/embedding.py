@@ -1,5 +1,7 @@
 """Token embedding with its vocabulary split over `tensor` (Shoeybi et al. 2019, section 3), and learned positions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_token_ids
-from .collectives import block_index, num_manual_blocks, sum_activations
+from .collectives import block_index, num_manual_blocks, run_in_blocks, sum_activations
 from .config import ModelConfig
 from .partitioning import INIT_STD, make_param
 
@@ -70,7 +72,14 @@ def lookup(
     """
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
-    axes, block = rules.axes("vocab"), table_VD.shape[0]
+    own = partial(_lookup_block, axes=rules.axes("vocab"), dtype=dtype)
+    # In blocks for the gradient: the compiler's scatter makes that of the whole table on every device, and sums it.
+    in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "tokens", "embed")
+    return run_in_blocks(own, rules=rules, in_dims=in_dims, out_dims=out_dims)(table_VD, tokens_BT)
+
+
+def _lookup_block(table_VD: jax.Array, tokens_BT: jax.Array, *, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    block = table_VD.shape[0]
     # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
     tokens_BT = tokens_BT if tokens_BT.dtype.itemsize > 4 else tokens_BT.astype(jnp.int32)
     is_word_BT = (tokens_BT >= 0) & (tokens_BT < block * num_manual_blocks(axes))

@@ -46,6 +46,7 @@ def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, 
     """
     if choose_kernel(config) == "xla":
         return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+    # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
     return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .check_inputs import check_features
-from .collectives import enter_split, num_auto_blocks, own_columns
+from .collectives import enter_split, num_blocks, own_columns, run_in_blocks
 from .linear import ColumnLinear, add_bias, name_dims
 from .partitioning import param_metadata
 from .product import multiply
@@ -38,19 +38,9 @@ class JoinedLinear(nnx.Module):
     def __init__(self, linears: Sequence[ColumnLinear], *, unit: int = 1) -> None:
         first = linears[0]
         self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
-        axes = self.rules.axes(self.dim)
-        self.parts = num_auto_blocks(axes)
-
-        def cut(linear: ColumnLinear, weight: jax.Array) -> jax.Array:
-            # Where the layer's own features are not split, there are too few heads for that: see Attention.
-            own = weight if self.rules.axes(linear.dim) else own_columns(weight, axes, unit=unit)
-            return _cut_columns(own, self.parts, unit)
-
-        kernels = [cut(linear, linear.kernel[...]) for linear in linears]
-        biases = [cut(linear, linear.bias[...]) for linear in linears if linear.bias is not None]
-        self.widths = tuple(kernel.shape[-1] for kernel in kernels)
-        self.kernel = self._join(kernels, ("embed", self.dim))
-        self.bias = self._join(biases, (self.dim,)) if biases else nnx.data(None)
+        self.kernel, self.widths = self._join([(one.dim, one.kernel[...]) for one in linears], unit, "embed")
+        biases = [(one.dim, one.bias[...]) for one in linears if one.bias is not None]
+        self.bias = self._join(biases, unit)[0] if biases else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
@@ -59,22 +49,35 @@ class JoinedLinear(nnx.Module):
         y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])
-        dims, lead = name_dims(y_BTF, self.dim), x_BTD.shape[:-1]
-        y_BTF = self.rules.constrain(y_BTF, dims)
-        y_BTPW, ends = y_BTF.reshape(*lead, self.parts, -1), list(accumulate(self.widths))
+        dims = name_dims(y_BTF, self.dim)
+        cut = run_in_blocks(self._cut, rules=self.rules, in_dims=(dims,), out_dims=[dims] * len(self.widths))
+        return cut(self.rules.constrain(y_BTF, dims))
+
+    def _cut(self, y_BTF: jax.Array) -> list[jax.Array]:
         # Not `jnp.split`: its gradient is a concatenation, which XLA does not fuse with what makes the parts.
-        pieces = [y_BTPW[..., end - width : end] for width, end in zip(self.widths, ends, strict=True)]
-        return [self.rules.constrain(y.reshape(*lead, -1), dims) for y in pieces]
+        return [y_BTF[..., end - width : end] for end, width in zip(accumulate(self.widths), self.widths, strict=True)]
 
-    def _join(self, pieces: list[jax.Array], dims: tuple[str, ...]) -> nnx.Param:
-        joined = jnp.concatenate(pieces, axis=-1)
-        value = self.rules.constrain(joined.reshape(*joined.shape[:-2], -1), dims)
-        return nnx.Param(value, **param_metadata(dims, self.rules))
+    def _join(self, named: Sequence[tuple[str, jax.Array]], unit: int, *lead: str) -> tuple[nnx.Param, tuple[int, ...]]:
+        """Join weights [*lead, F], each with the name of F, block by block; return the widths of a block's parts."""
+        widths: list[int] = []
+
+        def join(*weights: jax.Array) -> jax.Array:
+            own = [self._own(dim, weight, unit) for (dim, _), weight in zip(named, weights, strict=True)]
+            widths.extend(weight.shape[-1] for weight in own)
+            return jnp.concatenate(own, axis=-1)
+
+        for dim, weight in named:
+            self.rules.check_in_context((*lead, dim), shape=weight.shape, name="a weight of JoinedLinear")
+        joined, in_dims = (*lead, self.dim), tuple((*lead, dim) for dim, _ in named)
+        value = run_in_blocks(join, rules=self.rules, in_dims=in_dims, out_dims=joined)(*(w for _, w in named))
+        return nnx.Param(value, **param_metadata(joined, self.rules)), tuple(widths)
+
+    def _own(self, dim: str, weight: jax.Array, unit: int) -> jax.Array:
+        # Where a layer's own features are not split, there are too few heads for that: see Attention.
+        return weight if self.rules.axes(dim) else own_columns(weight, self.rules.axes(self.dim), unit=unit)
 
 
-def _cut_columns(weight: jax.Array, parts: int, unit: int) -> jax.Array:
-    """Cut columns into parts, weight[..., F] -> [..., parts, F / parts]; with fewer units than parts, repeat units."""
-    copies = max(1, parts * unit // weight.shape[-1])
-    cut = weight.reshape(*weight.shape[:-1], parts // copies, 1, -1)
-    repeated = jnp.broadcast_to(cut, (*cut.shape[:-2], copies, cut.shape[-1]))
-    return repeated.reshape(*weight.shape[:-1], parts, -1)
+def join_split(linears: Sequence[ColumnLinear], *, unit: int = 1) -> JoinedLinear | None:
+    """Return layers of one input as a joined layer where their features are split, else None."""
+    first = linears[0]
+    return JoinedLinear(linears, unit=unit) if num_blocks(first.rules.axes(first.dim)) > 1 else None

@@ -7,9 +7,8 @@ import jax
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .collectives import enter, num_auto_blocks, num_blocks
 from .config import ModelConfig
-from .joined_linear import JoinedLinear
+from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .partitioning import INIT_STD
 
@@ -39,31 +38,23 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
-        if self.gate_up is not None:
-            return self.down(_swish_gate(*self.gate_up(x_BTD)))
-        if self.gate is None:
-            return self.down(_gelu(self.up(x_BTD)))
-        return self.down(_swish_gate(*self._expand(self.gate, x_BTD)))
+        joined = self.gate_up or self._join()
+        if joined is not None:
+            return self.down(_swish_gate(*joined(x_BTD)))
+        up_BTF = self.up(x_BTD)
+        return self.down(_gelu(up_BTF) if self.gate is None else _swish_gate(self.gate(x_BTD), up_BTF))
 
     def join(self) -> None:
         """Replace gate and up by one joined layer, where feed-forward features are split.
 
         Without this every call joins them again, which in a loop copies their kernels in every iteration.
         """
-        if self.gate is not None and num_blocks(self.rules.axes("ffn")) > 1:
-            self.gate_up = self._join(self.gate)
+        self.gate_up = self._join()
+        if self.gate_up is not None:
             del self.gate, self.up
 
-    def _expand(self, gate: ColumnLinear, x_BTD: jax.Array) -> list[jax.Array]:
-        """Compute gate and up; as one product where they are split, so that the backward all-reduces dx once."""
-        axes = self.rules.axes("ffn")
-        if num_auto_blocks(axes) == 1:
-            x_BTD = enter(x_BTD, axes)
-            return [gate(x_BTD), self.up(x_BTD)]
-        return self._join(gate)(x_BTD)
-
-    def _join(self, gate: ColumnLinear) -> JoinedLinear:
-        return JoinedLinear((gate, self.up))
+    def _join(self) -> JoinedLinear | None:
+        return None if self.gate is None else join_split((self.gate, self.up))
 
 
 # Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Only their

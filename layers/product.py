@@ -1,7 +1,8 @@
 """The product of activations and weights, in the compute dtype or in eight bits (Micikevicius et al. 2022, section 3).
 
 In eight bits both factors are scaled by their current largest value ("current scaling") and rounded: to e4m3 in the
-forward, the incoming gradient to e5m2 in the backward. Sums are in float32. The quantization is qwix's.
+forward, the incoming gradient to e5m2 in the backward. Sums are in float32. The quantization is qwix's. Inside
+`shard_map` each device scales its own blocks: no maximum is sent, and a mesh changes results by the rounding.
 """
 
 from functools import partial

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_features, check_targets
-from .collectives import mark_varying, sum_activations, sum_like, varying_axes
+from .collectives import mark_varying, run_in_blocks, sum_activations, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -68,8 +68,16 @@ def projected_cross_entropy(
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(("batch", "tokens", "embed"), shape=x_BTD.shape, name="x")
     axes = rules.axes("vocab")
-    targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes)
-    return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
+
+    def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes)
+        return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
+
+    # In blocks, so that gradients are summed once: left to the compiler, the table's would be in every chunk.
+    of_token = ("batch", "tokens")
+    in_dims = ((*of_token, "embed"), ("vocab", "embed"), of_token, of_token)
+    run = run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=())
+    return run(x_BTD, table_VD, targets_BT, weights_BT)
 
 
 # The gradient is written by hand since autodiff would either keep all logits or compute them again.

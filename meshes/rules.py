@@ -190,21 +190,10 @@ class ShardingRules:
 
     def auto_axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the axes of `dim` that are Auto in the mesh in context, left to the compiler; none of size 1."""
-        return self._axes_in_context(dim, AxisType.Auto)
-
-    def manual_axes(self, dim: Dim) -> tuple[str, ...]:
-        """Return the axes of `dim` that are Manual in the mesh in context: inside `shard_map`, x is already a block."""
-        return self._axes_in_context(dim, AxisType.Manual)
-
-    def parts_in_context(self, dim: str) -> int:
-        """Return the number of parts that the compiler splits `dim` into, on the mesh in context; 1 without a mesh."""
-        return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in self.auto_axes(dim))
-
-    def _axes_in_context(self, dim: Dim, wanted: AxisType) -> tuple[str, ...]:
         mesh = jax.sharding.get_abstract_mesh()
         # Without a mesh in context, as in plain eager code, no axis splits anything.
         kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == wanted and mesh.shape[axis] > 1)
+        return tuple(axis for axis in self.axes(dim) if kinds.get(axis) == AxisType.Auto and mesh.shape[axis] > 1)
 
 
 def split_first_free_dim(

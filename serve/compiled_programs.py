@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 from ..layers import ModelConfig
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
+from ..pipeline.model.trees import on_mesh
 from .decode import decode
 from .params import LayerLoop, stage_shapes
 from .prefill import chunk_shapes, prefill
 from .sampling import SamplingSettings
-from .stage import Stage, block_specs, split_axes
+from .stage import Stage, block_specs
 from .state import ServeState, Sizes, settings_shapes
 
 
@@ -45,7 +46,7 @@ def compile_programs(
     rules = ShardingRules.of(axes)
     stage, params = Stage(config, mesh, axes=axes), stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
     settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
-    pipe, data = split_axes(rules.spec(("stage", "batch")), mesh)
+    pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
     def run_prefill(

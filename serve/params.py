@@ -5,20 +5,21 @@ device has read its part. `stage_params` divides them into stages, once. Paramet
 step casts a weight. Read `stage.py` next.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
-from ..meshes import MeshAxes, MeshSpec, ShardingRules, mesh_sizes
+from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
 from ..pipeline import balance_layers, stages_from_layers
+from ..pipeline.model.joined_block import JoinedBlock
+from ..pipeline.model.trees import on_mesh
 
 LayerLoop = Literal["loop", "unrolled"]
 """Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
@@ -27,8 +28,6 @@ On a GPU, a matrix product cannot read a slice of an array at an index that is k
 first copies the weights of every layer, and decoding takes three times as long. A loop compiles faster, in the time of
 one layer.
 """
-
-_KV = ("key", "value")
 
 
 def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, axes: MeshAxes = DEFAULT_AXES) -> Any:
@@ -49,7 +48,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
     axes = mesh_sizes(mesh, axes=axes).roles
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=mesh.shape[axes.pipe])
-    model = _abstract_model(config, rules)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -72,49 +71,42 @@ def stage_shapes(
 ) -> Any:
     """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
-    Embedding and head are replicated over pipe, although only the first and the last stage use them.
-
-    Raises:
-        ModelError, ScheduleError: as `param_shapes`.
+    Embedding and head are replicated over pipe, although only the first and the last stage use them. Layers that read
+    the same input are joined, as in a training step.
     """
-    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes)).replace(kv_heads=axes.tensor)
-    natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes)
-    dims = param_dims(_abstract_model(config, rules))["blocks"]
-
-    def place(own: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = rules.sharding(("stage", *own), shape=leaf.shape, mesh=mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    stacks = jax.eval_shape(partial(_to_stacks, config, mesh_sizes(mesh, axes=axes), layers), natural["blocks"])
-    return natural | {"blocks": tuple(jax.tree.map(place, dims, stack, is_leaf=_is_dims) for stack in stacks)}
+    natural, block = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes), block_on(mesh, config, axes=axes)
+    stacks = jax.eval_shape(partial(_to_stacks, config, mesh.shape[axes.pipe], layers), natural["blocks"])
+    joined = jax.eval_shape(lambda stacks: tuple(_join(block, mesh, axes.pipe, stack) for stack in stacks), stacks)
+    shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
+    return natural | {"blocks": tuple(jax.tree.map(_place, stack, shardings) for stack in joined)}
 
 
 def stage_params(
     params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerLoop = "loop", axes: MeshAxes = DEFAULT_AXES
 ) -> Any:
-    """Divide parameters into stages; the blocks are donated, so that no device holds them twice.
+    """Divide parameters into stages, and join layers that read the same input; the blocks are donated.
 
-    Unequal stages are padded with zeros. If there are fewer key/value heads than `tensor` devices, they are repeated.
-
-    blocks [L@pipe, ...] -> a tuple of [P@pipe, layers, ...], one for each array of `stack_sizes`
-
-    Raises:
-        ModelError, ScheduleError: as `param_shapes`.
+    Unequal stages are padded with zeros. While they are joined, the layers of one stack are in memory twice.
     """
-    dtype, sizes = jax.tree.leaves(params)[0].dtype, mesh_sizes(mesh, axes=axes)
-    shapes = stage_shapes(config, mesh=mesh, dtype=dtype, layers=layers, axes=axes)["blocks"]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    if layers == "loop" and not _changes_shape(config, sizes):
-        cut = jax.jit(partial(_to_stacks, config, sizes, layers), out_shardings=shardings, donate_argnums=0)
-        return params | {"blocks": cut(params["blocks"])}
-    # Buffers of other shapes cannot be donated. Parameter by parameter, only one is in memory twice at a time.
-    paths, tree = jax.tree_util.tree_flatten_with_path(params["blocks"])
-    columns = []
-    for (path, leaf), *own in zip(paths, *map(jax.tree.leaves, shardings), strict=True):
-        cut = jax.jit(partial(_cut, config, sizes, layers, path), out_shardings=tuple(own))
-        columns.append(cut(leaf))
-        leaf.delete()
-    return params | {"blocks": tuple(jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True))}
+    block, num_ranks = block_on(mesh, config, axes=axes), mesh.shape[axes.pipe]
+    shardings = _stage_shardings(block.own_specs, mesh, axes.pipe)
+    if layers == "loop" and len(set(layers_of_stages(config, num_ranks=num_ranks))) == 1:
+        cut = jax.jit(partial(_to_stacks, config, num_ranks, layers), out_shardings=(shardings,), donate_argnums=0)
+        stacks = list(cut(params["blocks"]))
+    else:
+        stacks = _cut_one_by_one(params["blocks"], shardings, partial(_cut, config, num_ranks, layers))
+    if block.own != block.joined:
+        joined = _stage_shardings(block.joined_specs, mesh, axes.pipe)
+        join = jax.jit(partial(_join, block, mesh, axes.pipe), out_shardings=joined)
+        # Taken from the list, so that a stack is freed once it is joined.
+        stacks = [join(stacks.pop(0)) for _ in range(len(stacks))]
+    return params | {"blocks": tuple(stacks)}
+
+
+def block_on(mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES) -> JoinedBlock:
+    """Return the structure of a block on a mesh, before and after layers are joined."""
+    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
+    return JoinedBlock.on(mesh, config=config, rules=rules)
 
 
 def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[int, ...]:
@@ -125,11 +117,6 @@ def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tu
     """
     room = max(layers_of_stages(config, num_ranks=num_ranks))
     return (room,) if layers == "loop" else (1,) * room
-
-
-def served_config(config: ModelConfig, sizes: MeshSpec) -> ModelConfig:
-    """Return the config with at least one key/value head for each device of a tensor group."""
-    return replace(config, num_kv_heads=max(config.num_kv_heads, sizes.tensor))
 
 
 def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
@@ -143,31 +130,49 @@ def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
     return balance_layers(config.num_layers, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
 
 
-def _to_stacks(config: ModelConfig, sizes: MeshSpec, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
+def _to_stacks(config: ModelConfig, num_ranks: int, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
     """Cut the parameters of all layers, [L, ...], into one tree of arrays [P, layers, ...] for each stack."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(blocks)
-    cut = [_cut(config, sizes, layers, path, leaf) for path, leaf in paths]
+    leaves, tree = jax.tree.flatten(blocks)
+    cut = [_cut(config, num_ranks, layers, leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(tree, stack) for stack in zip(*cut, strict=True))
 
 
-def _cut(config: ModelConfig, sizes: MeshSpec, layers: LayerLoop, path: Any, leaf: jax.Array) -> tuple[jax.Array, ...]:
+def _cut(config: ModelConfig, num_ranks: int, layers: LayerLoop, leaf: jax.Array) -> tuple[jax.Array, ...]:
     """Cut one parameter of all layers, [L, ...], into arrays [P, layers, ...]."""
-    num_ranks = sizes.pipe
-    copies = served_config(config, sizes).num_kv_heads // config.num_kv_heads
-    if copies > 1 and any(getattr(key, "key", None) in _KV for key in path):
-        # 2 heads over 4 devices become k0 k0 k1 k1, so each device has the head that its query heads read.
-        heads = leaf.reshape(*leaf.shape[:-1], config.num_kv_heads, config.head_size)
-        leaf = jnp.repeat(heads, copies, axis=-2).reshape(*leaf.shape[:-1], -1)
     counts = layers_of_stages(config, num_ranks=num_ranks)
     stages = stages_from_layers(leaf, num_ranks=num_ranks, layers_per_stage=counts)[0]
     stacks = stack_sizes(config, num_ranks=num_ranks, layers=layers)
     return tuple(stages[:, index * size : (index + 1) * size] for index, size in enumerate(stacks))
 
 
-def _changes_shape(config: ModelConfig, sizes: MeshSpec) -> bool:
-    """Return whether stages need padding or key/value heads are repeated."""
-    counts = layers_of_stages(config, num_ranks=sizes.pipe)
-    return len(set(counts)) > 1 or served_config(config, sizes) != config
+def _cut_one_by_one(blocks: Any, shardings: Any, cut: Callable[[jax.Array], tuple[jax.Array, ...]]) -> list[Any]:
+    """Cut parameters and delete them. Buffers of other shapes cannot be donated; so, only one is in memory twice."""
+    leaves, tree = jax.tree.flatten(blocks)
+    columns = []
+    for leaf, own in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        columns.append(jax.jit(cut, out_shardings=own)(leaf))
+        leaf.delete()
+    return [jax.tree.unflatten(tree, stack) for stack in zip(*columns, strict=True)]
+
+
+def _join(block: JoinedBlock, mesh: Mesh, pipe: str, stack: Any) -> Any:
+    """Join the layers of a stack [P, layers, ...] that read the same input."""
+    own, joined = (on_mesh(_stage_specs(specs, pipe), mesh) for specs in (block.own_specs, block.joined_specs))
+    join = jax.vmap(jax.vmap(block.join))
+    return jax.shard_map(join, mesh=mesh, in_specs=(own,), out_specs=joined)(stack)
+
+
+def _stage_specs(specs: Any, pipe: str) -> Any:
+    """Return the specs of [P@pipe, layers, ...], given those of one layer."""
+    return jax.tree.map(lambda spec: PartitionSpec(pipe, None, *spec), specs, is_leaf=_is_spec)
+
+
+def _stage_shardings(specs: Any, mesh: Mesh, pipe: str) -> Any:
+    return jax.tree.map(partial(NamedSharding, mesh), _stage_specs(specs, pipe), is_leaf=_is_spec)
+
+
+def _place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...], *, pipe: str) -> NamedSharding:
@@ -176,9 +181,9 @@ def _split_over_pipe(own: NamedSharding, shape: tuple[int, ...], *, pipe: str) -
     return NamedSharding(own.mesh, spec)
 
 
-def _abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-
-
 def _is_dims(node: Any) -> bool:
     return isinstance(node, tuple)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)

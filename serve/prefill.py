@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, NewTokens
-from ..layers.collectives import enter
+from ..layers.collectives import mark_varying, varying_axes
 from ..meshes import DEFAULT_RULES, ShardingRules
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING
@@ -113,7 +113,7 @@ def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
 
     def wipe(values: jax.Array) -> jax.Array:
         num_layers, _, *inner = values.shape
-        empty = enter(jnp.zeros((num_layers, 1, *inner), values.dtype), tuple(jax.typeof(values).mat.varying))
+        empty = mark_varying(jnp.zeros((num_layers, 1, *inner), values.dtype), varying_axes(values))
         return jax.lax.dynamic_update_slice(values, empty, (0, chunk.slot, 0, 0, 0))
 
     values = jax.lax.cond(

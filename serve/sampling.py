@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..layers.collectives import block_index, gather_blocks, max_blocks, num_manual_blocks
+
 NOT_FINITE = -3
 """A placeholder for the token where logits are NaN or infinite."""
 
@@ -70,26 +72,23 @@ def choose(
     top_B, token_B = noisy_BV.max(-1), noisy_BV.argmax(-1).astype(jnp.int32)
     # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
     is_finite_B = jnp.isfinite(logits_BV.max(-1))
-    if not axes:
-        return jnp.where(is_finite_B, token_B, NOT_FINITE)
-    best_B = jax.lax.pmax(top_B, axes)
     # Of equal scores the first token wins, as in argmax on one device.
-    token_B = token_B + jax.lax.axis_index(axes) * logits_BV.shape[-1]
-    token_B = jnp.where(top_B < best_B, jnp.iinfo(jnp.int32).max, token_B)
+    token_B = token_B + block_index(axes) * logits_BV.shape[-1]
+    token_B = jnp.where(top_B < max_blocks(top_B, axes), jnp.iinfo(jnp.int32).max, token_B)
     # NOT_FINITE is less than any token, so the minimum carries it from one device to all.
-    return jax.lax.pmin(jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
+    return -max_blocks(-jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
 
 
 def _noise(like_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Return Gumbel noise for this device's block: argmax(logits + noise) is a draw from softmax(logits)."""
     size = like_BV.shape[-1]
-    num_tokens = size * (jax.lax.axis_size(axes) if axes else 1)
+    num_tokens = size * num_manual_blocks(axes)
 
     def draw(seed: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (num_tokens,), jnp.float32)
 
     noise_BV = jax.vmap(draw)(settings.seed, position_B)
-    return jax.lax.dynamic_slice_in_dim(noise_BV, jax.lax.axis_index(axes) * size, size, axis=1) if axes else noise_BV
+    return jax.lax.dynamic_slice_in_dim(noise_BV, block_index(axes) * size, size, axis=1)
 
 
 def _cut(scaled_BV: jax.Array, settings: SamplingSettings, is_cut_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -98,7 +97,7 @@ def _cut(scaled_BV: jax.Array, settings: SamplingSettings, is_cut_B: jax.Array, 
     Both filters keep the logits from some least one up, which is searched for among integers in the order of floats.
     With logits 3, 2, 2, 1 and top_k=2 the least is 2, since 3 logits are at least 2 and only one is more.
     """
-    whole_BV = jax.lax.all_gather(scaled_BV, axes, axis=1, tiled=True) if axes else scaled_BV
+    whole_BV = gather_blocks(scaled_BV, axes, dim=1)
     order_BV, num_tokens = _ordered(whole_BV), whole_BV.shape[1]
     wanted_B = jnp.where(settings.top_k > 0, settings.top_k, num_tokens)
     least_B = _largest(lambda least_B: (order_BV >= least_B[:, None]).sum(-1) >= wanted_B, like_B=order_BV[:, 0])

@@ -10,15 +10,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from ..layers import Block, Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
-from ..layers.collectives import enter, manual_axes
-from ..meshes import MeshAxes, ShardingRules, mesh_sizes
+from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..layers.collectives import manual_axes, mark_varying
+from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
-from .params import layers_of_stages, served_config
+from ..pipeline.model.trees import on_mesh
+from .params import block_on, layers_of_stages
 from .sampling import SamplingSettings, choose
 
 
@@ -29,13 +30,11 @@ class Stage:
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, axes: MeshAxes = DEFAULT_AXES) -> None:
-        sizes = mesh_sizes(mesh, axes=axes)
-        self.config, self.num_ranks, self.rules = served_config(config, sizes), sizes.pipe, ShardingRules.of(axes)
+        self.config, self.num_ranks, self.rules = config, mesh.shape[axes.pipe], ShardingRules.of(axes)
         self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
-        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0), rules=self.rules))
-        self._graphs: dict[str, Any] = {
-            name: nnx.split(getattr(model, name))[0] for name in ("embed", "blocks", "head")
-        }
+        self._block = block_on(mesh, config, axes=axes)
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=self.rules))
+        self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
     @property
     def pipe(self) -> str:
@@ -44,7 +43,7 @@ class Stage:
 
     def vary(self, x: jax.Array) -> jax.Array:
         """Return x marked as varying over the ranks and data shards."""
-        return enter(x, (self.pipe, *self.rules.mesh_axes.batch))
+        return mark_varying(x, manual_axes((self.pipe, *self.rules.mesh_axes.batch)))
 
     @property
     def rank(self) -> jax.Array | int:
@@ -90,7 +89,7 @@ class Stage:
 
         def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             x_BTD, cache = carry
-            block: Block = nnx.merge(self._graphs["blocks"], read(stack, 0, index))
+            block = self._block.merge(read(stack, 0, index))
             x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
             return self.vary(x_BTD), cache
 
@@ -107,8 +106,7 @@ class Stage:
         """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        axes = manual_axes(self.rules.axes("vocab"))
-        return self.vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=axes))
+        return self.vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=self.rules.axes("vocab")))
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
         """Return x of the previous rank; costs one permute over `pipe`.
@@ -126,18 +124,7 @@ class Stage:
 
 def block_specs(shapes: Any, mesh: Mesh) -> Any:
     """Return the specs of sharded shapes for a `shard_map`, without axes of one device, along which nothing varies."""
-    return jax.tree.map(lambda leaf: split_axes(leaf.sharding.spec, mesh), shapes)
-
-
-def split_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """Return a partition spec without axes of one device."""
-
-    def keep(entry: Any) -> Any:
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        kept = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-        return kept if len(kept) > 1 else kept[0] if kept else None
-
-    return PartitionSpec(*map(keep, spec))
+    return on_mesh(jax.tree.map(lambda leaf: leaf.sharding.spec, shapes), mesh)
 
 
 rows_of = partial(jax.lax.dynamic_slice_in_dim, axis=0)

@@ -14,17 +14,17 @@ from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from ...layers import Block, Embedding, Head, ModelConfig, Remat, Transformer, param_dims
+from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from ...meshes.arguments import check_choice
 from ..schedules import Vocab
 from ..schedules.vocab import check_vocab
+from .joined_block import JoinedBlock
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns
-from .trees import on_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ def split_transformer(
     dims = _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
-    fns = replace(_fns_on(mesh, model, remat, counts, dims), unroll=unroll)
+    fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
+    fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
@@ -110,33 +111,20 @@ def _make_params(
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _fns_on(mesh: Mesh, model: Transformer, remat: Remat, counts: tuple[int, ...], dims: PipelineParams) -> StageFns:
-    """Return the stage functions of a model with the axes of its rules, and the partition specs of its parameters."""
-    # Specs of one layer: without chunk and stage, which `_cut_dims` put before "layer".
-    own = jax.tree.map(lambda dims: dims[3:], dims.stages, is_leaf=_is_dims)
-    stage_specs, shared_specs = _specs(own, model.rules), _specs(dims.shared, model.rules)
-    fns = _stage_fns(model, remat, counts, _graphs_of_block(model, mesh, stage_specs))
-    return replace(fns, stage_specs=stage_specs, shared_specs=shared_specs, axes=model.rules.mesh_axes)
-
-
-def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_block: tuple[Any, Any]) -> StageFns:
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block: JoinedBlock) -> StageFns:
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
-    own, given = of_block
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
     def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
-        block: Block = nnx.merge(given, params)
-        return block(x_BTD)
+        return block.merge(params)(x_BTD)
 
     # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
     # again for every microbatch.
     def prepare(params: Any) -> Any:
-        block: Block = nnx.merge(own, params)
-        block.join()
-        return _cast_kernels(model.config.dtype, nnx.to_pure_dict(nnx.state(block, nnx.Param)))
+        return _cast_kernels(model.config.dtype, block.join(params))
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         head: Head = nnx.merge(graphs["head"], shared["head"])
@@ -150,28 +138,9 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], of_blo
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
-        prepare=None if model.config.dtype == "float32" and own == given else prepare,
+        stage_specs=block.own_specs,
+        prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
     )
-
-
-def _graphs_of_block(model: Transformer, mesh: Mesh, specs: Any) -> tuple[Any, Any]:
-    """Return the structure of a block with parameters as stored, and with parameters as `prepare` returns them.
-
-    Joined layers know the widths of their parts, those of one device's blocks. So they are traced where they will run.
-    """
-    block = nnx.eval_shape(lambda: Block(model.config, rngs=nnx.Rngs(0), rules=model.rules))
-    own, params = nnx.split(block, nnx.Param)
-    found = []
-
-    def region(params: Any) -> jax.Array:
-        prepared: Block = nnx.merge(own, params)
-        prepared.join()
-        found.append(nnx.split(prepared)[0])
-        return jax.numpy.zeros(())
-
-    trace = jax.shard_map(region, mesh=mesh, in_specs=(on_mesh(specs, mesh),), out_specs=PartitionSpec())
-    jax.eval_shape(trace, nnx.to_pure_dict(params))
-    return own, found[0]
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import Embedding
 from trellax.layers.embedding import lookup
 
-from .sharded import STYLES, Probe, collectives, differing, mesh_of, normal, place, small_config
+from .sharded import STYLES, Probe, collectives, differing, mesh_of, normal, place, small_config, text_of
 
 NUM_ROWS, SIZE = 32, 8
 TABLE = normal(NUM_ROWS, SIZE)
@@ -66,6 +66,16 @@ def test_lookup_costs_one_all_reduce_of_the_rows_and_never_gathers_the_table() -
     embed = Probe.of(lambda: Embedding(small_config(), rngs=nnx.Rngs(0)))
     found = collectives(embed.program(TOKENS["random"], mesh=mesh_of("tensor=4")))
     assert [(one.kind, one.shape) for one in found] == [("all-reduce", (2, 8, 32))]
+
+
+def test_gradient_of_a_lookup_is_summed_over_data_and_nothing_is_gathered() -> None:
+    devices = mesh_of("data=2,tensor=4")
+    with jax.set_mesh(devices):
+        table = place(TABLE, ("vocab", "embed"), mesh=devices)
+        split = [place(leaf, ("batch", *[None] * (leaf.ndim - 1)), mesh=devices) for leaf in (TOKENS["random"], GRAD)]
+        step = jax.jit(rows_and_grad).lower(table, *split).compile()
+    found = [(one.kind, one.shape) for one in collectives(text_of(step))]
+    assert found == [("all-reduce", (1, 8, SIZE)), ("all-reduce", (NUM_ROWS // 4, SIZE))]
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from trellax.layers.collectives import enter_split
 from trellax.layers.product import Matmuls, multiply
 from trellax.meshes import ModelError
 
@@ -35,16 +37,36 @@ def test_plain_product_is_the_product() -> None:
     assert distance(y, np.einsum("btd,dgf->btgf", X, KERNEL)) < 1e-6
 
 
-@needs_qwix
-def test_eight_bits_are_within_their_rounding_and_no_better() -> None:
+def check_rounding(found: Any) -> None:
     """e4m3 has 4 bits of mantissa, e5m2 has 3: a rounding of up to 2^-4 and 2^-3, of which half is usual."""
     exact = np.einsum("btd,dgf->btgf", X, KERNEL), np.einsum("btgf,dgf->btd", GRAD, KERNEL)
     exact = (*exact, np.einsum("btd,btgf->dgf", X, GRAD))
-    found = jax.jit(lambda *args: run(*args, matmuls="fp8"))(X, KERNEL, GRAD)
     errors = [distance(a, b) for a, b in zip(found, exact, strict=True)]
     assert 0.01 < errors[0] < 0.06
     assert all(0.02 < error < 0.12 for error in errors[1:])
     assert [leaf.dtype for leaf in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+@needs_qwix
+def test_eight_bits_are_within_their_rounding_and_no_better() -> None:
+    check_rounding(jax.jit(lambda *args: run(*args, matmuls="fp8"))(X, KERNEL, GRAD))
+
+
+@needs_qwix
+def test_eight_bits_inside_shard_map_are_within_their_rounding_and_no_better() -> None:
+    """Each device scales its own blocks; gradients are summed over the axes on which x and kernel are the same."""
+
+    def column(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return multiply(*enter_split(x, kernel, ("tensor",)), dtype="bfloat16", matmuls="fp8")
+
+    def region(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Any:
+        y, vjp = jax.vjp(column, x, kernel)
+        return y, *vjp(grad.astype(y.dtype))
+
+    x, kernel, y = P("data"), P(None, None, "tensor"), P("data", None, None, "tensor")
+    mesh = mesh_of("data=2,tensor=4")
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(x, kernel, y), out_specs=(y, x, kernel))
+    check_rounding(jax.jit(mapped)(X, KERNEL, GRAD))
 
 
 @needs_qwix

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.layers.collectives import enter, sum_blocks
+from trellax.layers.collectives import enter_split, sum_blocks
 from trellax.pipeline import (
     LayerInfo,
     Output,
@@ -39,7 +39,8 @@ CASES = (
 
 def dense(params: Any, x: jax.Array, _microbatch: Any) -> jax.Array:
     """An MLP with hidden features split over tensor."""
-    h = jnp.tanh(enter(x, ("tensor",)) @ params["up"])
+    x_split, up = enter_split(x, params["up"], ("tensor",))
+    h = jnp.tanh(x_split @ up)
     return x + sum_blocks(h @ params["down"], ("tensor",))
 
 

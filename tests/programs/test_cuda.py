@@ -36,7 +36,7 @@ pytestmark = pytest.mark.cuda
 
 RUN = """
 import argparse, sys
-from trellax.train import load_config
+from trellax.configs import load_config
 from trellax.commands.inspect import run_inspect
 hlo, config, target, *overrides = sys.argv[1:]
 run_inspect(load_config(config, overrides), argparse.Namespace(target=target, json=True, hlo=hlo or None, png=None))

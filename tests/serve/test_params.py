@@ -41,10 +41,11 @@ def test_every_device_has_a_head_where_there_are_fewer() -> None:
     (keys,) = cache_shapes(config, mesh=mesh, num_rows=2, max_tokens=8, dtype="float32", stacks=(4,)).keys
     assert keys.sharding.shard_shape(keys.shape) == (4, 2, 1, 8, 4)
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
-    kernel = params["blocks"][0]["attention"]["key"]["kernel"]
+    kernel = params["blocks"][0]["attention"]["qkv"]["kernel"]
     own = numbers_of(config)["blocks"]["attention"]["key"]["kernel"]
     for shard in kernel.addressable_shards:
-        assert np.array_equal(shard.data[0], own)
+        # Two heads of queries of size 4, then the one key, then the one value.
+        assert np.array_equal(shard.data[0, ..., 8:12], own)
 
 
 def test_layers_go_to_stages_in_order_and_none_is_lost() -> None:

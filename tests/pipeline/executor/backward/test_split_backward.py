@@ -139,7 +139,7 @@ def test_halves_of_a_users_layer_equal_the_whole() -> None:
 
 def test_gradients_tied_by_a_barrier_run_in_separate_halves() -> None:
     def layer(kernel: jax.Array, x: jax.Array, _: Any) -> jax.Array:
-        x, kernel = hide_reduction(x, kernel)
+        x, kernel = hide_reduction(x, kernel, ())
         return jnp.tanh(x @ kernel)
 
     rng = np.random.default_rng(2)

@@ -1,0 +1,105 @@
+"""Every verb inside `shard_map`: the type of its result, and what its transpose sends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from trellax.layers import collectives as verbs
+from trellax.meshes import DEFAULT_RULES
+
+from .sharded import collectives, differing, mesh_of, normal, place, text_of
+
+TENSOR = ("tensor",)
+WHOLE, BLOCK = P(), P(None, "tensor")
+X = normal(4, 8)
+
+
+def enter(x: jax.Array) -> jax.Array:
+    return verbs.enter_split(x, verbs.mark_varying(jnp.ones((8, 2)), TENSOR), TENSOR)[0]
+
+
+def own_heads(x: jax.Array) -> jax.Array:
+    return verbs.own_columns(x, TENSOR, unit=4)
+
+
+def gather(x: jax.Array) -> jax.Array:
+    return verbs.gather_blocks(x, TENSOR, dim=1)
+
+
+def add_up(x: jax.Array) -> jax.Array:
+    return verbs.sum_blocks(x, TENSOR)
+
+
+SENT: dict[str, tuple[Callable[[jax.Array], jax.Array], P, P, list[str], list[str]]] = {
+    "enter_split": (enter, WHOLE, BLOCK, [], ["all-reduce"]),
+    "sum_blocks": (add_up, BLOCK, WHOLE, ["all-reduce"], []),
+    "own_columns": (own_heads, WHOLE, BLOCK, [], ["all-reduce"]),
+    "gather_blocks": (gather, BLOCK, WHOLE, ["all-gather"], []),
+}
+
+
+@pytest.mark.parametrize("verb", SENT)
+def test_verb_and_its_transpose_send_what_is_said(verb: str) -> None:
+    run, before, after, forward, backward = SENT[verb]
+    mesh = mesh_of("tensor=4")
+
+    def back(x: jax.Array) -> jax.Array:
+        y, vjp = jax.vjp(run, x)
+        # A gradient that differs between devices, where it may: XLA does not send what it knows to be the same.
+        return vjp(jnp.ones_like(y) * (verbs.block_index(TENSOR) if after == BLOCK else 1))[0]
+
+    def kinds(fn: Any, out: P) -> list[str]:
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=before, out_specs=out)
+        return [one.kind for one in collectives(text_of(jax.jit(mapped).lower(X).compile()))]
+
+    # `shard_map` itself checks the types: a result that varies over tensor cannot leave as WHOLE.
+    assert kinds(run, after) == forward
+    assert kinds(back, before) == backward
+
+
+def test_devices_that_share_a_head_have_the_same_columns() -> None:
+    mesh = mesh_of("tensor=4")
+    own = jax.shard_map(own_heads, mesh=mesh, in_specs=WHOLE, out_specs=BLOCK)(jnp.asarray(X))
+    assert np.array_equal(own, np.concatenate([X[:, :4], X[:, :4], X[:, 4:], X[:, 4:]], axis=1))
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=1", "data=2,tensor=4", "pipe=2,data=2,tensor=2"])
+def test_function_in_blocks_is_the_function_and_so_is_its_gradient(mesh: str | None) -> None:
+    """A sum over features and over sequences, which are split over tensor and data."""
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sin(verbs.sum_blocks((x * w[None]).sum(-1), TENSOR)).sum()
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        dims = (("batch", "ffn"), ("ffn",))
+        return verbs.run_in_blocks(loss, rules=DEFAULT_RULES, in_dims=dims, out_dims=())(x, w)
+
+    step, args = jax.jit(jax.value_and_grad(run, argnums=(0, 1))), (X, normal(8, seed=1))
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(*args)
+    if mesh is None:
+        assert differing(jax.device_get(step(*args)), jax.device_get(expected)) == {}
+        return
+    with jax.set_mesh(mesh_of(mesh)):
+        placed = [place(a, d, mesh=mesh_of(mesh)) for a, d in zip(args, (("batch", "ffn"), ("ffn",)), strict=True)]
+        assert differing(jax.device_get(step(*placed)), jax.device_get(expected)) == {}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="a barrier of jax 0.10 takes values of one type alone")
+def test_gradients_of_input_and_kernel_wait_for_each_other() -> None:
+    """Without a barrier XLA would not run the kernel's gradient beside the all-reduce of the input's."""
+
+    def grads(x: jax.Array, w: jax.Array) -> Any:
+        def column(x: jax.Array, w: jax.Array) -> jax.Array:
+            x, w = verbs.enter_split(x, w, TENSOR)
+            return x @ w
+
+        y, vjp = jax.vjp(column, x, w)
+        return vjp(y)
+
+    mapped = jax.shard_map(grads, mesh=mesh_of("tensor=4"), in_specs=(WHOLE, BLOCK), out_specs=(WHOLE, BLOCK))
+    text = str(jax.make_jaxpr(mapped)(X, normal(8, 8)))
+    assert "optimization_barrier" in text
