@@ -16,9 +16,13 @@ x[B, T, D] of a region split over 4 tensor ranks, and a vocabulary of V words, v
     own_columns      w[D,F] -> w[D,F/4]{V:tensor}        free               dw[D,F/4] -> dw[D,F]  all-reduce
     max_blocks       s[B,T]{V:tensor} -> s[B,T]          all-reduce         none
     gather_blocks    s[B,v]{V:tensor} -> s[B,V]          all-gather         ds[B,V] -> ds[B,v]    free
+    gather_tokens    x[B,t,D] -> x[B,T,D], {V:tensor}    all-gather         dx[B,T,D] -> [B,t,D]  reduce-scatter
+    scatter_tokens   y[B,T,D] -> y[B,t,D], {V:tensor}    reduce-scatter     dy[B,t,D] -> [B,T,D]  all-gather
+    gather_weight    w[d,F] -> w[D,F], {V:data}          all-gather         dw[D,F] -> dw[d,F]    reduce-scatter
 
-The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose. `run_in_blocks` runs a function
-of such verbs under `jax.jit` too, where the compiler by itself would sum or gather too much.
+The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose; where tokens are split between
+layers, `gather_tokens` and `scatter_tokens` take their places (Korthikanti et al. 2022, section 4.2.2). `run_in_blocks`
+runs a function of such verbs under `jax.jit` too, where the compiler by itself would sum or gather too much.
 
 Read `linear.py` next.
 """
@@ -33,6 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from ..meshes import ShardingError, ShardingRules
+from ..meshes.divisibility import check_divides
 
 ArrayTree = TypeVar("ArrayTree")
 
@@ -109,6 +114,43 @@ def gather_blocks(x: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
     """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V], an all-gather."""
     manual = manual_axes(axes)
     return gather_slices(x, manual, dim=dim) if manual else x
+
+
+def gather_tokens(x_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Enter a split region from activations whose tokens are split: x[B, T@axes, D]{V:axes} -> x[B, T, D]{V:axes}.
+
+    One all-gather. Its transpose sums dx of all devices and leaves each its own tokens: one reduce-scatter.
+    """
+    return gather_weight(x_BTD, axes, dim=1)
+
+
+def scatter_tokens(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Leave a split region for activations whose tokens are split: y[B, T, D]{V:axes} -> y[B, T@axes, D]{V:axes}.
+
+    Each device's partial sums are added, and each keeps its own tokens: one reduce-scatter, in the dtype of y. Its
+    transpose is one all-gather of dy.
+
+    Raises:
+        ShardingError: T is not a multiple of the number of devices.
+    """
+    manual = manual_axes(axes)
+    if not manual:
+        return y_BTD
+    parts = num_blocks(manual)
+    check_divides(
+        "tokens", y_BTD.shape[1], over=" x ".join(manual), parts=parts, error=ShardingError, fix="pad the sequences."
+    )
+    return jax.lax.psum_scatter(y_BTD, manual, scatter_dimension=1, tiled=True)
+
+
+def gather_weight(w: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
+    """Return the whole weight of which each device of `axes` keeps a block along `dim`: w{V:axes} -> w{V:axes}.
+
+    One all-gather, in the dtype of w: cast before it. Its transpose sums dw and leaves each device its own block: one
+    reduce-scatter.
+    """
+    manual = manual_axes(axes)
+    return jax.lax.all_gather(w, manual, axis=dim, tiled=True) if manual else w
 
 
 def run_in_blocks(fn: Callable[..., Any], *, rules: ShardingRules, in_dims: Any, out_dims: Any) -> Callable[..., Any]:
