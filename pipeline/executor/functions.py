@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
 from .buffers import vary
+from .checks.outputs import read_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,7 @@ def bind_functions(
         layer = _with_given(fn)
 
         def run(params: Any, x: Any, given: Given) -> Output:
-            out = layer(given, params, x)
-            out = out if isinstance(out, Output) else Output(x=out)
+            out = read_output("layer", layer(given, params, x))
             return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
 
         return run
@@ -70,8 +70,7 @@ def bind_functions(
         return None if fn is None else lambda params: mark(fn(params), axes)
 
     def run_last(shared: Any, x: Any, given: Given) -> Output:
-        out = last(given, shared, x)
-        out = out if isinstance(out, Output) else Output(loss=out)
+        out = read_output("last", last(given, shared, x))
         return mark(Output(loss=out.loss, metrics=jax.lax.stop_gradient(_as_float32(out.metrics))), end_axes)
 
     layers = fns.by_kind(fns.layer)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +49,9 @@ def check_arguments(
             fix=f"build it with num_ranks={num_ranks}.",
         )
     _check_numbers(params)
-    _check_stages(fns, params, schedule)
+    rooms = _check_stages(fns, params, schedule)
+    _check_state(fns, inputs.state, rooms, schedule)
+    _check_key(inputs.key)
     if fns.pattern is None:
         _check_counts(fns, params, schedule)
     _check_specs(fns, mesh, params.stages, name="stage_specs")
@@ -124,7 +127,8 @@ def _check_numbers(params: PipelineParams) -> None:
             )
 
 
-def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> None:
+def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[str, int]:
+    """Return the number of layers of each kind that stages have room for, which every stage parameter has."""
     leaves = jax.tree_util.tree_leaves_with_path(params.stages)
     if not leaves:
         raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
@@ -139,6 +143,41 @@ def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> 
                 f"{list(want)}.",
                 fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
             )
+    return rooms
+
+
+def _check_state(fns: StageFns, state: Any, rooms: dict[str, int], schedule: Schedule) -> None:
+    if state is None:
+        return
+    if fns.pattern is not None and (not isinstance(state, Mapping) or set(state) != set(rooms)):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ScheduleError(
+            f"state is {found}, but layer has the kinds {sorted(rooms)}.",
+            fix="give a dict of the state of each kind, and None for a kind that has none.",
+        )
+    for kind, own in fns.by_kind(state).items():
+        want = [schedule.num_chunks, schedule.num_ranks, rooms[kind]]
+        for name, leaf in check_arrays(f"state[{kind!r}]" if kind else "state", own).items():
+            if list(leaf.shape[:3]) != want:
+                raise ScheduleError(
+                    f"{name} has shape {leaf.shape}, but state has the leading dimensions of stage parameters, [chunks, "
+                    f"ranks, layers] = {want}.",
+                    fix="cut it as they are: stages_from_layers(state, num_ranks=...).",
+                )
+
+
+def _check_key(key: Any) -> None:
+    if key is None:
+        return
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError) as error:
+        found = (
+            f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else f"a {type(key).__name__}"
+        )
+        raise ScheduleError(
+            f"key is {found}, not one random key.", fix="give key=jax.random.key(seed), folded with the step."
+        ) from error
 
 
 def _rooms(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[str, int]:

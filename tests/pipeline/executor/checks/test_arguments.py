@@ -35,7 +35,8 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
 def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None, **more: Any) -> Any:
     functions: dict[str, Any] = fns | more
     own = stages or {"w": jnp.ones((1, 2, 2, 8, 8))}
-    return call(mesh=mesh, fns=StageFns(**functions), params=PipelineParams(stages=own, shared={}))
+    shared = {"table": jnp.ones((8, 8))}
+    return call(mesh=mesh, fns=StageFns(**functions), params=PipelineParams(stages=own, shared=shared))
 
 
 def call(**given: Any) -> Any:
@@ -52,7 +53,7 @@ def call(**given: Any) -> Any:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_functions_that_do_not_fit_each_other_are_refused(name: str, golden: Callable[[str, str], None]) -> None:
-    more = {"shared_specs": P()} if "together" in name else {}
+    more = {"shared_specs": {"table": P("pipe")}} if "together" in name else {}
     with pytest.raises(TrellaxError) as caught:
         run(FNS | MISTAKES[name], build_mesh(MeshSpec(data=4, pipe=2)), **more)
     golden(f"errors/pipeline/fns_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
