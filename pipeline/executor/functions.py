@@ -106,6 +106,7 @@ def _mark(tree: Any, axes: tuple[str, ...], *, keeps_trivial: bool) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def one(leaf: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf, jnp.result_type(leaf))  # also a Python number, whose type is fixed here
         alone = tuple(axis for axis in sorted(jax.typeof(leaf).mat.varying) if mesh.shape[axis] == 1)
         return vary(jax.lax.psum(leaf, alone) if alone and not keeps_trivial else leaf, axes)
 

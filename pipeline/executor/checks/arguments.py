@@ -78,7 +78,7 @@ def _check_mesh(mesh: Mesh, axes: MeshAxes) -> None:
     if missing:
         raise MeshError(
             f"the mesh has axes {', '.join(mesh.axis_names)}, but a pipeline runs over {' and '.join(needed)}: "
-            f"{' and '.join(missing)} is missing.",
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing.",
             fix="make it with build_mesh(MeshSpec(...)), where axes of size 1 cost nothing, or say what your axes are "
             'for: StageFns(axes=MeshAxes.of(pp="pipe", dp="batch")).',
         )
@@ -172,11 +172,9 @@ def _check_key(key: Any) -> None:
     try:
         jax.eval_shape(jax.random.fold_in, key, 0)
     except (TypeError, ValueError) as error:
-        found = (
-            f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else f"a {type(key).__name__}"
-        )
+        what = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
         raise ScheduleError(
-            f"key is {found}, not one random key.", fix="give key=jax.random.key(seed), folded with the step."
+            f"key={what} is not one random key.", fix="give key=jax.random.key(step), another one each step."
         ) from error
 
 
@@ -244,8 +242,8 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
         if not set(mesh_axes_of(spec)) <= set(allowed):
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}; it may name {' and '.join(allowed)}"
-                f"{', since stages are split over pipe anyhow' if lead else ''}.",
-                fix='name one of these, P(None, "tensor") say, or P() for whole.',
+                f"{f', since stages are split over {fns.axes.pipe} anyhow' if lead else ''}.",
+                fix=f"name one of these, {P(None, allowed[-1])} say, or P() for whole." if allowed else "write P().",
             )
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(

@@ -152,7 +152,7 @@ def _check_layer(out: Output, x: Any) -> None:
 def _check_loss(name: str, loss: Any) -> None:
     if _text(loss) != "float32[]":
         raise ScheduleError(
-            f"{name}() returns {_text(loss)}; the loss is one float32 number.",
+            f"{name}() returns {'the loss ' if name == 'layer' else ''}{_text(loss)}; the loss is one float32 number.",
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
         )
 

@@ -68,7 +68,7 @@ def check_same_on_copies(name: Literal["layer", "last"], out: Output, *, x: Any,
                 name,
                 {"loss": "a loss"}.get(part, part + jax.tree_util.keystr(path)),
                 _varying(leaf).difference(axes),
-                what="but they are counted once for all of them",
+                what="but it is counted once for all of them",
             )
 
 

@@ -11,7 +11,7 @@ import pytest
 from trellax.meshes import ScheduleError
 from trellax.pipeline import StageFns, pipeline_grads, pipeline_loss
 
-from ..tiny import FNS, natural, plain_loss, tiny_given, worst
+from ..tiny import FNS, MICROBATCHES, natural, plain_loss, tiny_given, worst
 
 Golden = Callable[[str, str], None]
 Entry = Callable[..., Any]
@@ -74,6 +74,21 @@ def test_a_gradient_of_what_a_function_closes_over_is_refused(
     with pytest.raises(ScheduleError) as caught:
         jax.eval_shape(jax.grad(loss if transform == "grad" else jax.jit(loss)), jnp.float32(1.5))
     golden(f"errors/pipeline/derivative_closed_over_by_{name}.txt", text_of(caught))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_gradient_of_a_number_in_the_batch_equals_that_of_one_closed_over(mesh: str) -> None:
+    """As the error above advises: one copy of it for each microbatch, whole on every data shard."""
+    given = tiny_given(mesh)
+
+    def loss(scale: jax.Array) -> jax.Array:
+        batch = given["batch"] | {"scale": jnp.full(MICROBATCHES, scale)}
+        scaled_by_batch = lambda weight, x, microbatch: FNS["layer"](weight, x, microbatch) * microbatch["scale"]  # noqa: E731
+        return loss_of(pipeline_loss, given | {"batch": batch}, layer=scaled_by_batch)
+
+    plain = lambda scale: plain_loss(natural(given["params"]), given["batch"], scaled("layer", scale))  # noqa: E731
+    scale = jnp.float32(1.5)
+    assert worst(jax.jit(jax.value_and_grad(loss))(scale), jax.value_and_grad(plain)(scale)) <= TOLERANCE
 
 
 def test_a_function_may_close_over_a_traced_array() -> None:
