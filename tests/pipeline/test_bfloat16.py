@@ -4,8 +4,10 @@ What crosses tensor and pipe is bfloat16 too: each device's part of a sum is rou
 """
 
 from functools import cache
+from typing import Literal
 
 import pytest
+from trellax.pipeline.schedules import Vocab
 
 from .law import Answer, answer_of, one_device, pipeline_step, relative_distances, small_model
 
@@ -26,7 +28,7 @@ FURTHER = 1.3
 
 
 @cache
-def reference(style: str, dtype: str) -> Answer:
+def reference(style: str, dtype: Literal["float32", "bfloat16"]) -> Answer:
     return one_device(small_model(style=style, dtype=dtype), NUM_SEQUENCES)
 
 
@@ -45,7 +47,7 @@ def worst_gradient(distances: dict[str, float]) -> float:
         pytest.param("1x8x1", "1f1b", "gpt", "ends", marks=pytest.mark.slow),
     ],
 )
-def test_step_in_bfloat16_equals_one_device(mesh: str, schedule: str, style: str, vocab: str) -> None:
+def test_step_in_bfloat16_equals_one_device(mesh: str, schedule: str, style: str, vocab: Vocab) -> None:
     config = small_model(style=style, dtype="bfloat16")
     sizes = {"num_microbatches": 4, "num_sequences": NUM_SEQUENCES}
     ours = answer_of(pipeline_step(config, mesh=mesh, schedule=schedule, vocab=vocab, **sizes))

@@ -51,4 +51,5 @@ def _callback_in(eqn: JaxprEqn) -> str | None:
 
 
 def _varying(v: Any) -> frozenset[str]:
-    return frozenset(v.aval.mat.varying) if isinstance(v, Var) else frozenset()
+    aval: Any = v.aval
+    return frozenset(aval.mat.varying) if isinstance(v, Var) else frozenset()

@@ -166,8 +166,8 @@ def test_activations_cross_pipe_in_the_compute_dtype(vocab: Vocab) -> None:
     """Read from the program that the compiler is given, since XLA:CPU makes float32 of all bfloat16 it sends."""
     config = small_model(dtype="bfloat16")
     step = pipeline_step(config, mesh="2x2x2", schedule="1f1b", num_microbatches=4, num_sequences=16, vocab=vocab)
-    eqns = list(nested_equations(jax.make_jaxpr(step.run)(step.params, step.batch).jaxpr))
-    sent = [v.aval for eqn in eqns if _names_pipe(eqn) for v in eqn.invars if v.aval.ndim == 3]
+    eqns = nested_equations(jax.make_jaxpr(step.run)(step.params, step.batch).jaxpr)
+    sent: list[Any] = [v.aval for eqn in eqns if _names_pipe(eqn) for v in eqn.invars]
     activations = [aval for aval in sent if aval.shape in (SLICE, WHOLE)]
     assert {aval.dtype.name for aval in activations} == {"bfloat16"}
     # The two permutes carry it whole; with a split vocabulary all sums carry slices.
