@@ -160,8 +160,8 @@ def _check_state(fns: StageFns, state: Any, rooms: dict[str, int], schedule: Sch
         for name, leaf in check_arrays(f"state[{kind!r}]" if kind else "state", own).items():
             if list(leaf.shape[:3]) != want:
                 raise ScheduleError(
-                    f"{name} has shape {leaf.shape}, but state has the leading dimensions of stage parameters, [chunks, "
-                    f"ranks, layers] = {want}.",
+                    f"{name} has shape {leaf.shape}, but state has the leading dimensions of stage parameters, "
+                    f"[chunks, ranks, layers] = {want}.",
                     fix="cut it as they are: stages_from_layers(state, num_ranks=...).",
                 )
 

@@ -84,8 +84,8 @@ def check_names(metrics: Mapping[str, Mapping[str, Any]]) -> None:
             other, first = owners.setdefault(name, (function, kind))
             if first.shape != kind.shape:
                 raise ScheduleError(
-                    f"metrics[{name!r}] has shape {first.shape} in {other} and {kind.shape} in {function}; metrics of one "
-                    "name are added.",
+                    f"metrics[{name!r}] has shape {first.shape} in {other} and {kind.shape} in {function}; metrics "
+                    "of one name are added.",
                     fix="give one of them another name.",
                 )
 

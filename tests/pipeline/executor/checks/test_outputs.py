@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
 from trellax.pipeline import Output, PipelineParams, StageFns, pipeline_grads
 
-from ...tiny import FNS, MICROBATCHES, Fns, plain_loss, tiny_given, worst
+from ...tiny import FNS, MICROBATCHES, WIDTH, Fns, plain_loss, tiny_given, worst
 
 Golden = Callable[[str, str], None]
 
@@ -92,3 +92,24 @@ def test_numbers_among_what_layers_pass_on_are_arrays_to_the_layers() -> None:
     params = PipelineParams(stages=np.asarray(given["params"].stages)[0, 0], shared=given["params"].shared)
     out = jax.jit(lambda: run(fns, given))()
     assert worst(out.loss, plain_loss(params, given["batch"], plain)) <= TOLERANCE
+
+
+def test_kinds_of_layers_that_disagree_with_each_other_or_the_state_are_refused(golden: Golden) -> None:
+    given, told = tiny_given("1x1x1"), []
+    stages = given["params"].stages
+    by_kind = {"dense": stages[:, :, :1], "gated": stages[:, :, 1:]}
+    given["params"] = PipelineParams(stages=by_kind, shared=given["params"].shared)
+    counted = lambda weight, x, m: Output(x=x, metrics={"load": jnp.ones(3)})  # noqa: E731
+    summed = lambda weight, x, m: Output(x=x, metrics={"load": 1.0})  # noqa: E731
+    cases: dict[str, tuple[Any, Any]] = {
+        "metrics of one name and two shapes": (summed, None),
+        "state of one kind alone": (counted, {"dense": np.ones((1, 1, 1, WIDTH))}),
+        "state of more layers than a kind has": (counted, {"dense": np.ones((1, 1, 2, WIDTH)), "gated": None}),
+    }
+    for name, (gated, state) in cases.items():
+        functions: dict[str, Any] = FNS | {"layer": {"dense": counted, "gated": gated}}
+        fns = StageFns(**functions, pattern=("dense", "gated"), num_layers=2)
+        with pytest.raises(TrellaxError) as caught:
+            jax.eval_shape(lambda fns=fns, state=state: pipeline_grads(fns, **given, state=state))
+        told.append(f"# {name}\n{type(caught.value).__name__}: {caught.value}")
+    golden("errors/pipeline/kinds.txt", "\n".join(told))
