@@ -90,11 +90,12 @@ def run_pipeline(fns: StageFns, *, mesh: str, schedule: str) -> Any:
 
 def count_on_one_device(watched: Watched) -> Counter[str]:
     layers, shared, batch = inputs()
+    layer: Any = watched.fns.layer
 
     def loss(layers: Any, shared: Any, microbatch: Any) -> jax.Array:
         x = watched.fns.first(shared, microbatch)
         for weight in layers:
-            x = watched.fns.layer(weight, x, microbatch)
+            x = layer(weight, x, microbatch)
         return watched.fns.last(shared, x, microbatch)
 
     grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))

@@ -61,7 +61,8 @@ def block(remat: Remat) -> tuple[Layer, Any]:
     config = small_model(style="gpt")
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), natural_params(config)["blocks"])
-    return split_transformer(config, mesh=mesh, remat=remat).fns.layer, params
+    layer: Any = split_transformer(config, mesh=mesh, remat=remat).fns.layer
+    return layer, params
 
 
 def both_ways(layer: Layer, params: Any, x: jax.Array, microbatch: Any) -> tuple[Any, Any]:
@@ -219,9 +220,10 @@ def test_whole_numbers_have_no_gradient_buffers(mesh: str, schedule: str) -> Non
     plan = build_schedule(schedule, num_ranks=num_ranks, num_microbatches=2)
     whole = np.arange(4 * 8 * 8).reshape(4, 8, 8) % 13
     stages = {"whole": jnp.asarray(whole, jnp.int8), "scale": jnp.full((4, 8), 0.02)}
+    layer: Layer = lambda own, x, _: x + jnp.tanh(x @ (own["whole"] * own["scale"][None]))  # noqa: E731
     fns = StageFns(
         first=lambda shared, microbatch: microbatch["x"],
-        layer=lambda own, x, _: x + jnp.tanh(x @ (own["whole"] * own["scale"][None])),
+        layer=layer,
         last=lambda shared, x, _: (x**2).sum() * shared["factor"],
     )
     params = PipelineParams(stages=stages_from_layers(stages, num_ranks=num_ranks), shared={"factor": jnp.int32(2)})
@@ -232,7 +234,7 @@ def test_whole_numbers_have_no_gradient_buffers(mesh: str, schedule: str) -> Non
     def loss(scale: jax.Array) -> jax.Array:
         x = jnp.concatenate(batch["x"])
         for index in range(4):
-            x = fns.layer({"whole": stages["whole"][index], "scale": scale[index]}, x, None)
+            x = layer({"whole": stages["whole"][index], "scale": scale[index]}, x, None)
         return fns.last(params.shared, x, None)
 
     assert np.allclose(out.grads.stages["scale"].reshape(4, 8), jax.jit(jax.grad(loss))(stages["scale"]), rtol=1e-5)

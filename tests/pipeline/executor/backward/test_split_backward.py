@@ -75,7 +75,8 @@ def block(style: str, remat: Remat) -> Halves:
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), natural_params(config)["blocks"])
     x = np.random.default_rng(0).standard_normal((NUM_SEQUENCES, NUM_TOKENS, 64), np.float32)
-    return halves_of(split_transformer(config, mesh=mesh, remat=remat).fns.layer, params, jnp.asarray(x))
+    layer: Any = split_transformer(config, mesh=mesh, remat=remat).fns.layer
+    return halves_of(layer, params, jnp.asarray(x))
 
 
 def users_layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:

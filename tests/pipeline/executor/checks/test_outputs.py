@@ -100,7 +100,7 @@ def test_kinds_of_layers_that_disagree_with_each_other_or_the_state_are_refused(
     by_kind = {"dense": stages[:, :, :1], "gated": stages[:, :, 1:]}
     given["params"] = PipelineParams(stages=by_kind, shared=given["params"].shared)
     counted = lambda weight, x, m: Output(x=x, metrics={"load": jnp.ones(3)})  # noqa: E731
-    summed = lambda weight, x, m: Output(x=x, metrics={"load": 1.0})  # noqa: E731
+    summed = lambda weight, x, m: Output(x=x, metrics={"load": x.sum()})  # noqa: E731
     cases: dict[str, tuple[Any, Any]] = {
         "metrics of one name and two shapes": (summed, None),
         "state of one kind alone": (counted, {"dense": np.ones((1, 1, 1, WIDTH))}),
