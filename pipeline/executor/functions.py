@@ -12,7 +12,7 @@ is counted once by every data shard; only when it is marked as varying is its gr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
-from .buffers import vary
+from .buffers import vary, vary_like
 from .checks.outputs import read_output
 
 
@@ -62,7 +62,10 @@ def bind_functions(
 
         def run(params: Any, x: Any, given: Given) -> Output:
             out = read_output("layer", layer(given, params, x))
-            return mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+            out = mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
+            # As a carry must keep its type: what a layer passes on may be the same where what it was given differs.
+            is_same_tree = jax.tree.structure(out.x) == jax.tree.structure(x)
+            return replace(out, x=vary_like(out.x, x)) if is_same_tree else out
 
         return run
 

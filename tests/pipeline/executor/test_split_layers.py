@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers.collectives import enter_split, sum_blocks
 from trellax.pipeline import PipelineParams, stages_from_layers
 
-from ..tiny import NUM_LAYERS, WIDTH, grads_of, natural, plain_loss, tiny_given, worst
+from ..tiny import BATCH, FNS, NUM_LAYERS, WIDTH, grads_of, natural, plain_loss, tiny_given, worst
 
 TOLERANCE = 2e-5  # sums in another order, in float32: see test_law.py
 FFN = 8
@@ -76,3 +76,47 @@ def test_a_layer_split_over_tensor_equals_one_device(way: str, mesh: str, schedu
         return plain_loss(PipelineParams(stages=own, shared=params.shared), given["batch"], {"layer": plain})
 
     assert worst(found, jax.value_and_grad(loss)(natural(given["params"]))) <= TOLERANCE
+
+
+def _own(x: jax.Array) -> jax.Array:
+    """Return this tensor rank's columns of x[b, D]."""
+    size = WIDTH // jax.lax.axis_size("tensor")
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tensor") * size, size, axis=1)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+
+
+SPLIT_BETWEEN_LAYERS: dict[str, Callable[..., Any]] = {
+    "first": lambda shared, microbatch: _own(FNS["first"](shared, microbatch)),
+    "layer": lambda weight, x, microbatch: _own(FNS["layer"](weight, _whole(x), microbatch)),
+    "last": lambda shared, x, microbatch: jax.lax.psum(
+        ((x - _own(microbatch["y"])) ** 2).sum() / (BATCH * WIDTH), "tensor"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "schedule"), [pytest.param(*c, marks=[] if c == CASES[0] else pytest.mark.slow) for c in CASES]
+)
+def test_what_layers_pass_on_may_differ_over_tensor(mesh: str, schedule: str) -> None:
+    """Each tensor rank passes on its own columns, as with sequence parallelism its own tokens."""
+    given = tiny_given(mesh, schedule=schedule)
+    if given["mesh"].shape["pipe"] == 1:
+        given["params"] = PipelineParams(
+            stages=given["params"].stages.reshape(1, 1, NUM_LAYERS, WIDTH, WIDTH), shared=given["params"].shared
+        )
+    expected = jax.value_and_grad(plain_loss)(natural(given["params"]), given["batch"], {})
+    assert worst(grads_of(SPLIT_BETWEEN_LAYERS, given), expected) <= TOLERANCE
+
+
+def test_a_layer_may_return_the_same_on_all_tensor_ranks() -> None:
+    """Where it was given what differs between them: its type says less than the carry of the loop over layers."""
+    given, zeros = tiny_given("1x2x2"), {"layer": lambda weight, x, _: jnp.zeros_like(x) + weight.sum()}
+    alike: dict[str, Callable[..., Any]] = SPLIT_BETWEEN_LAYERS | {
+        "layer": lambda weight, x, _: jnp.zeros(x.shape) + weight.sum()
+    }
+    expected = jax.value_and_grad(plain_loss)(natural(given["params"]), given["batch"], zeros)
+    loss, grads = grads_of(alike, given)
+    assert worst((loss, grads.stages), (expected[0], expected[1].stages)) <= TOLERANCE
