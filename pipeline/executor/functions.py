@@ -12,7 +12,7 @@ is counted once by every data shard; only when it is marked as varying is its gr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,10 +62,7 @@ def bind_functions(
 
         def run(params: Any, x: Any, given: Given) -> Output:
             out = read_output("layer", layer(given, params, x))
-            out = mark(Output(x=out.x, loss=out.loss, **_without_gradients(out)), axes)
-            # As a carry must keep its type: what a layer passes on may be the same where what it was given differs.
-            is_same_tree = jax.tree.structure(out.x) == jax.tree.structure(x)
-            return replace(out, x=vary_like(out.x, x)) if is_same_tree else out
+            return mark(Output(x=_vary_like(out.x, x), loss=out.loss, **_without_gradients(out)), axes)
 
         return run
 
@@ -96,6 +93,12 @@ def _with_given(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda given, *args: fn(*args, given.microbatch)
 
 
+def _vary_like(y: Any, x: Any) -> Any:
+    """Mark what a layer passes on as what it was given: it may be the same where that differs, over tensor say."""
+    # Trees that differ are an error, which the checks explain.
+    return vary_like(y, x) if jax.tree.structure(y) == jax.tree.structure(x) else y
+
+
 def _without_gradients(out: Output) -> dict[str, Any]:
     return jax.lax.stop_gradient(_as_float32({"metrics": dict(out.metrics), "stats": out.stats}))
 
@@ -109,7 +112,8 @@ def _mark(tree: Any, axes: tuple[str, ...], *, keeps_trivial: bool) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def one(leaf: jax.Array) -> jax.Array:
-        leaf = jnp.asarray(leaf, jnp.result_type(leaf))  # also a Python number, whose type is fixed here
+        if not isinstance(leaf, jax.Array):
+            leaf = jnp.asarray(leaf, jnp.result_type(leaf))  # a Python number, say, whose type is fixed here
         alone = tuple(axis for axis in sorted(jax.typeof(leaf).mat.varying) if mesh.shape[axis] == 1)
         return vary(jax.lax.psum(leaf, alone) if alone and not keeps_trivial else leaf, axes)
 
