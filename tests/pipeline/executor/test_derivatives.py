@@ -11,7 +11,7 @@ import pytest
 from trellax.meshes import ScheduleError
 from trellax.pipeline import StageFns, pipeline_grads, pipeline_loss
 
-from ..tiny import FNS, MICROBATCHES, natural, plain_loss, tiny_given, worst
+from ..tiny import FNS, MICROBATCHES, WIDTH, natural, plain_loss, tiny_given, worst
 
 Golden = Callable[[str, str], None]
 Entry = Callable[..., Any]
@@ -74,6 +74,16 @@ def test_a_gradient_of_what_a_function_closes_over_is_refused(
     with pytest.raises(ScheduleError) as caught:
         jax.eval_shape(jax.grad(loss if transform == "grad" else jax.jit(loss)), jnp.float32(1.5))
     golden(f"errors/pipeline/derivative_closed_over_by_{name}.txt", text_of(caught))
+
+
+@pytest.mark.parametrize("entry", [pipeline_grads, pipeline_loss])
+def test_a_gradient_of_the_state_of_layers_is_refused(entry: Entry, golden: Golden) -> None:
+    given = tiny_given("1x1x2")
+    layer = lambda weight, x, microbatch, info: FNS["layer"](weight, x, microbatch) + info.state[None]  # noqa: E731
+    loss = lambda state: loss_of(entry, given | {"state": state}, layer=layer)  # noqa: E731
+    with pytest.raises(ScheduleError) as caught:
+        jax.eval_shape(jax.grad(loss), jnp.ones((1, 2, 1, WIDTH)))
+    golden("errors/pipeline/derivative_of_the_state.txt", text_of(caught))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
