@@ -35,7 +35,7 @@ def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards:
     specs = dict(zip(leaves, jax.tree.leaves(batch_specs(fns, batch)), strict=True))
     split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _split(fns)}
     over = " x ".join(fns.axes.batch)
-    _check_sizes(split, num_shards, axes=fns.axes.batch)
+    _check_sizes(split, num_shards, over=over, spec=_split(fns))
     if not split and num_shards > 1:
         raise ShardingError(
             f"no leaf of the batch is split over {over}={num_shards}: every shard would add the same loss once more.",
@@ -95,7 +95,7 @@ def _check_microbatches(name: str, shape: tuple[int, ...], num_microbatches: int
     )
 
 
-def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, axes: tuple[str, ...]) -> None:
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, over: str, spec: P) -> None:
     if not shapes:
         return
     # The size that most leaves have is taken for the batch, so that the error names the odd one out.
@@ -107,8 +107,7 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, axes: t
             raise ShardingError(
                 f"{name} has shape {shape} and {like} {shapes[like]}: the second dimension is the batch, "
                 f"and {shape[1]} is not {size}.",
-                fix=f"mark what has no batch dimension, StageFns(batch_specs=...): P() for it, P(None, {entry}) for "
-                "the others.",
+                fix=f"mark what has no batch dimension, StageFns(batch_specs=...): P() for it, {spec} for the others.",
             )
     fix = f"use a microbatch size that is a multiple of {num_shards}."
     if not size:

@@ -1,9 +1,13 @@
 """Check which derivatives of a pipeline are asked for, and raise a readable error for those it does not have.
 
-first derivative in params      computed by the schedule itself
-second derivative in params     taken by jax through the executor, with limits (`check_second`)
-any derivative in the batch,    refused: jax would sum it over devices inside branches that one rank takes
-or in closed-over arrays        alone, and such a sum hangs
+first derivative in params and batch       computed by the schedule itself
+second derivative in params and batch      taken by jax through the executor, with a limit (`check_second`)
+any derivative in arrays that a function   refused: see below
+closes over, or in the state of layers
+
+Parameters and batch are marked as varying before the loop over turns, so their gradients are summed over devices once,
+after it. An array that a function closes over is marked where the function uses it: jax would sum its gradient there,
+in a branch that one rank takes alone, and that rank would wait for the others forever.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,10 +44,10 @@ def watch_derivatives(inputs: Any, *, check: Callable[[Tangents], None]) -> Any:
 
 
 def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
-    """Raise unless the derivative is with respect to parameters alone.
+    """Raise unless the derivative is with respect to parameters and batch alone.
 
     Raises:
-        ScheduleError: it is with respect to the batch, or to an array that the function owners[id] closes over.
+        ScheduleError: it is with respect to the state, or to an array that the function owners[id] closes over.
     """
     _, inputs, closed = tangents
     for path, tangent in jax.tree_util.tree_leaves_with_path(inputs.state):
@@ -56,19 +60,20 @@ def check_first(tangents: Tangents, *, owners: Mapping[int, str]) -> None:
         if not _is_zero(tangent):
             raise ScheduleError(
                 f"{owners.get(place, 'a function')}() closes over an array that is differentiated, {tangent.dtype}"
-                f"{list(tangent.shape)}; a pipeline has gradients of its parameters alone.",
-                fix="pass it in params.shared, or stop its gradient: jax.lax.stop_gradient(array).",
+                f"{list(tangent.shape)}; a pipeline has gradients of its parameters and batch alone.",
+                fix="pass it in params.shared to first() and last(), or to all functions in the batch, once for each "
+                "microbatch; or stop its gradient: jax.lax.stop_gradient(array).",
             )
 
 
 def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns, schedule: Schedule) -> None:
     """Raise unless jax can differentiate the executor.
 
-    It cannot differentiate a loop of a length unknown at trace time, or sum gradients of less than 32 bits.
+    It cannot differentiate a loop of a length unknown at trace time.
 
     Raises:
-        ScheduleError: stages differ in their number of layers, parameters have less than 32 bits, or the derivative is
-            not with respect to parameters alone.
+        ScheduleError: stages differ in their number of layers, or the derivative is not with respect to parameters and
+            batch alone.
     """
     check_first(tangents, owners=owners)
     counts = fns.layers_per_stage
@@ -78,14 +83,6 @@ def check_second(tangents: Tangents, *, owners: Mapping[int, str], fns: StageFns
             "differentiate a loop whose length differs between ranks.",
             fix="give all stages as many layers, or stop the gradient: jax.lax.stop_gradient(params).",
         )
-    for path, tangent in jax.tree_util.tree_leaves_with_path(tangents[0]):
-        if not _is_zero(tangent) and tangent.dtype.itemsize < 4:
-            # The transpose of the executor sums this over manual axes, and XLA's CPU backend aborts on such sums.
-            raise ScheduleError(
-                f"gradients of a pipeline are differentiated, and params{jax.tree_util.keystr(path)} is "
-                f"{tangent.dtype}: what is summed over devices is float32.",
-                fix="keep parameters in float32, and cast them in the layer or in StageFns(prepare=...).",
-            )
 
 
 def has_tangent(tree: Any) -> bool:

@@ -14,14 +14,15 @@ is counted once by every data shard; only when it is marked as varying is its gr
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
-from .buffers import vary
+from .buffers import vary, vary_like
+from .checks.outputs import read_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +56,21 @@ def bind_functions(
     end_axes = batch if fns.ends_together else axes
     mark = partial(_mark, keeps_trivial=keeps_trivial)
 
-    def bind(fn: Callable[..., Any], axes: tuple[str, ...], result: Callable[[Any], Any]) -> Callable[..., Any]:
+    def bind(fn: Callable[..., Any], axes: tuple[str, ...], read: Callable[[Any, list[Any]], Any]) -> Any:
         asks = asks_for_info(fn)
 
         def run(*args: Any) -> Any:
             *own, given = args
             info = {"info": given.info} if asks else {}
-            return mark(result(fn(*own, given.microbatch, **info)), axes)
+            return mark(read(fn(*own, given.microbatch, **info), own), axes)
 
         return run
 
     layers, prepares = fns.by_kind(fns.layer), fns.by_kind(fns.prepare)
     return Functions(
-        first=bind(fns.first, end_axes, lambda x: x),
-        layers={kind: bind(fn, axes, lambda out: _output(out, "x")) for kind, fn in layers.items()},
-        last=bind(fns.last, end_axes, lambda out: _output(out, "loss")),
+        first=bind(fns.first, end_axes, lambda x, _: x),
+        layers={kind: bind(fn, axes, _layer_output) for kind, fn in layers.items()},
+        last=bind(fns.last, end_axes, lambda result, _: _sums_in_float32(read_output("last", result))),
         prepares={kind: fn and (lambda params, fn=fn: mark(fn(params), axes)) for kind, fn in prepares.items()},
         asks_info=any(map(asks_for_info, (fns.first, *layers.values(), fns.last))),
         fns=fns,
@@ -78,9 +79,15 @@ def bind_functions(
     )
 
 
-def _output(result: Any, field: Literal["x", "loss"]) -> Output:
-    """Return the result of a function as an `Output`, of which it may be a single field, in float32 beside x."""
-    out = result if isinstance(result, Output) else Output(**{field: result})
+def _layer_output(result: Any, own: list[Any]) -> Output:
+    """Return the output of a layer that was given (params, x): what it passes on is marked as x is."""
+    out, (_, x) = _sums_in_float32(read_output("layer", result)), own
+    # It may be the same on devices where x differs, over tensor say. Trees that differ are an error of the checks.
+    is_alike = jax.tree.structure(out.x) == jax.tree.structure(x)
+    return replace(out, x=vary_like(out.x, x)) if is_alike else out
+
+
+def _sums_in_float32(out: Output) -> Output:
     sums = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), {"metrics": dict(out.metrics), "stats": out.stats})
     return replace(out, **jax.lax.stop_gradient(sums))
 
@@ -90,6 +97,8 @@ def _mark(tree: Any, axes: tuple[str, ...], *, keeps_trivial: bool) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def one(leaf: jax.Array) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            leaf = jnp.asarray(leaf, jnp.result_type(leaf))  # a Python number, say, whose type is fixed here
         alone = tuple(axis for axis in sorted(jax.typeof(leaf).mat.varying) if mesh.shape[axis] == 1)
         return vary(jax.lax.psum(leaf, alone) if alone and not keeps_trivial else leaf, axes)
 

@@ -21,8 +21,8 @@ from trellax.layers import (
 )
 from trellax.layers.block import rematerialize
 from trellax.meshes import ModelError
-from trellax.pipeline.executor.backward.residuals import plan_layer
 
+from ..pipeline.plain_vjp import plan_plain
 from .sharded import STYLES, mesh_of, small_config
 
 B, T = 3, 16
@@ -159,7 +159,7 @@ def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: M
     config = ModelConfig(**(vars(config) | {"dtype": dtype}))
     layer, params = layer_of(config, remat)
     x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), dtype)
-    kept = plan_layer(layer, params, x, None).kept
+    kept = plan_plain(layer, params, x, None).kept
     expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected.layer
     assert B * T * config.hidden_size * jnp.dtype(dtype).itemsize == expected.boundary
@@ -172,7 +172,7 @@ def test_device_keeps_as_many_bytes_as_its_part_of_the_residuals(style: str, num
     layer, params = layer_of(config, remat, tensor=4)
     x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
     with jax.set_mesh(mesh):
-        vjp = plan_layer(layer, params, x, None)
+        vjp = plan_plain(layer, params, x, None)
         # With y, though it is not looked at: what made it would be dropped, and with it what splits the residuals.
         forward = jax.jit(lambda params, x: vjp.forward(params, x, None))
         shardings = forward.lower(params, x).compile().output_shardings[1]

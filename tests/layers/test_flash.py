@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
 from trellax.layers.block import rematerialize
 from trellax.meshes import MeshSpec, ModelError
-from trellax.pipeline.executor.backward.residuals import plan_layer
 
+from ..pipeline.plain_vjp import plan_plain
 from .sharded import differing, mesh_of, normal, place, small_config
 
 B, T, H = 4, 8, 16
@@ -142,7 +142,7 @@ def test_layers_keep_what_is_counted_and_dots_keep_what_the_kernel_made(remat: R
     layer = rematerialize(lambda params, x, _: nnx.merge(graph, params)(x), remat)
     x = jnp.zeros((B, T, config.hidden_size))
     with jax.sharding.use_abstract_mesh(mesh_of("tensor=1").abstract_mesh):
-        kept = plan_layer(layer, params, x, None).kept
+        kept = plan_plain(layer, params, x, None).kept
     counted = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) == counted.layer
     assert [leaf.shape for leaf in kept if leaf.ndim == 4 and leaf.shape[-2:] == (T, T)] == []

@@ -1,42 +1,39 @@
-"""In bfloat16 a pipeline equals one device up to the rounding of bfloat16.
+"""In bfloat16 a pipeline equals one device in bfloat16, up to rounding, and is as near to float32 as that is.
 
-XLA aborts the process where it cannot compile a bfloat16 reduction in a partly manual region, and an abort cannot be
-caught: each step runs in a process of its own.
+What crosses tensor and pipe is bfloat16 too: each device's part of a sum is rounded before it is added.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import cache
+from typing import Literal
 
 import pytest
+from trellax.pipeline.schedules import Vocab
 
-ROOT = Path(__file__).parent.parent.parent
+from .law import Answer, answer_of, one_device, pipeline_step, relative_distances, small_model
 
-STEP = """
-import json
-from tests.pipeline.law import answer_of, one_device, pipeline_step, relative_distances, small_model
+NUM_SEQUENCES = 16
 
-config = small_model(style={style!r}, dtype="bfloat16")
-sizes = {{"num_microbatches": 4, "num_sequences": 16}}
-step = pipeline_step(config, mesh={mesh!r}, schedule={schedule!r}, vocab={vocab!r}, **sizes)
-print(json.dumps(relative_distances(answer_of(step), one_device(config, 16))))
+BAND = {"loss": 1e-3, "norm": 3e-3, "gradients": 4e-2}
+"""Relative distance to one device in bfloat16; of a gradient |difference| / |gradient| in the 2-norm.
+
+A bfloat16 has 8 bits: one rounding is off by up to 2^-9 = 0.2%. Through eight
+layers and back one device in bfloat16 is 3.1% away from one in float32 in its worst gradient, 0.03% in the loss. A sum
+in another order is another rounding at each of these places: two such runs are as far from each other as each is from
+float32. Measured, over all cases here and on meshes up to tensor=8: gradients 3.1%, norm 0.16%, loss 0.03%. A
+gradient without the share of a rank would be off by 50% or more.
 """
 
+FURTHER = 1.3
+"""How much further than one device in bfloat16 the worst gradient may be from float32. Measured: 1.13."""
 
-def distances(*, mesh: str, schedule: str, style: str, vocab: str) -> dict[str, float]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / ".src")])
-    done = subprocess.run(
-        [sys.executable, "-c", STEP.format(mesh=mesh, schedule=schedule, style=style, vocab=vocab)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+
+@cache
+def reference(style: str, dtype: Literal["float32", "bfloat16"]) -> Answer:
+    return one_device(small_model(style=style, dtype=dtype), NUM_SEQUENCES)
+
+
+def worst_gradient(distances: dict[str, float]) -> float:
+    return max(error for name, error in distances.items() if name not in BAND)
 
 
 @pytest.mark.parametrize(
@@ -47,13 +44,15 @@ def distances(*, mesh: str, schedule: str, style: str, vocab: str) -> dict[str, 
         pytest.param("4x1x2", "gpipe", "llama", "split", marks=pytest.mark.slow),
         pytest.param("1x2x4", "naive", "gpt", "split", marks=pytest.mark.slow),
         pytest.param("2x4x1", "1f1b", "llama", "ends", marks=pytest.mark.slow),
+        pytest.param("1x8x1", "1f1b", "gpt", "ends", marks=pytest.mark.slow),
     ],
 )
-def test_step_in_bfloat16_equals_one_device(mesh: str, schedule: str, style: str, vocab: str) -> None:
-    found = distances(mesh=mesh, schedule=schedule, style=style, vocab=vocab)
-    # A bfloat16 has 8 bits, so one rounding is off by up to 2^-9 = 0.2%. After eight layers forward and back, one
-    # device in bfloat16 is 3% away from one in float32 in the worst gradient, and so are two orders of summation
-    # from each other. A gradient without the share of a rank would be off by 50% or more.
-    loss = found.pop("loss")
-    assert loss <= 2e-2
-    assert {name: error for name, error in found.items() if not error <= 5e-2} == {}
+def test_step_in_bfloat16_equals_one_device(mesh: str, schedule: str, style: str, vocab: Vocab) -> None:
+    config = small_model(style=style, dtype="bfloat16")
+    sizes = {"num_microbatches": 4, "num_sequences": NUM_SEQUENCES}
+    ours = answer_of(pipeline_step(config, mesh=mesh, schedule=schedule, vocab=vocab, **sizes))
+    low, high = reference(style, "bfloat16"), reference(style, "float32")
+    found = relative_distances(ours, low)
+    assert {name: error for name, error in found.items() if not error <= BAND.get(name, BAND["gradients"])} == {}
+    of_one_device = worst_gradient(relative_distances(low, high))
+    assert worst_gradient(relative_distances(ours, high)) <= FURTHER * of_one_device

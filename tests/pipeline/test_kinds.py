@@ -96,7 +96,7 @@ def on_one_device(params: dict[str, Any], batch: dict[str, Any]) -> tuple[jax.Ar
             continue
         where = jnp.int32(index)
         info = LayerInfo(index=where, stage=where, microbatch=where, sequences=jnp.arange(BATCH), state=state)
-        out = gated(own, x, batch, info)
+        out: Any = gated(own, x, batch, info)
         x, loss = out.x, loss + out.loss
         stats.append(out.stats)
     return loss + last(params["shared"], x, batch), (loss, jnp.stack(stats))

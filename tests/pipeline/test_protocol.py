@@ -81,7 +81,7 @@ def last(shared: Any, x: Any, microbatch: Any) -> Output:
     return Output(loss=loss, metrics={"error": jnp.abs(error).max(1).sum()})
 
 
-def on_one_device(params: dict[str, Any], batch: dict[str, Any]) -> tuple[jax.Array, Any]:
+def on_one_device(params: dict[str, Any], batch: dict[str, Any]) -> tuple[Any, Any]:
     """The same computation on the whole batch, layer by layer in Python."""
     x, loss, stats = first(params["shared"], batch), 0.0, []
     metrics = {"balance": 0.0, "by_layer": np.zeros(NUM_LAYERS)}
@@ -90,11 +90,11 @@ def on_one_device(params: dict[str, Any], batch: dict[str, Any]) -> tuple[jax.Ar
         where = jnp.int32(index)
         sequences = jnp.arange(BATCH, dtype=jnp.int32)
         info = LayerInfo(index=where, stage=where, microbatch=where, sequences=sequences, key=KEY, state=bias)
-        out = layer(own, x, batch, info)
+        out: Any = layer(own, x, batch, info)
         x, loss = out.x, loss + out.loss
         stats.append(out.stats["load"])
         metrics = {name: total + out.metrics[name] for name, total in metrics.items()}
-    end = last(params["shared"], x, batch)
+    end: Any = last(params["shared"], x, batch)
     return loss + end.loss, {"metrics": metrics | dict(end.metrics), "stats": {"load": jnp.stack(stats)}}
 
 

@@ -109,7 +109,7 @@ def test_parameters_of_one_device_are_those_of_the_shardings(config: str, extra:
 def plant(setup: Setup) -> Setup:
     """The same run, whose layers also sum their output over data."""
     planted = Setup(setup.config, setup.mesh)
-    fns = setup.model.fns
+    fns: Any = setup.model.fns
 
     def layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:
         y = fns.layer(params, x, microbatch)

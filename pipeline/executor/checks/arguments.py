@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,9 @@ def check_arguments(
             fix=f"build it with num_ranks={num_ranks}.",
         )
     _check_numbers(params)
-    _check_stages(fns, params, schedule)
+    rooms = _check_stages(fns, params, schedule)
+    _check_state(fns, inputs.state, rooms, schedule)
+    _check_key(inputs.key)
     if fns.pattern is None:
         _check_counts(fns, params, schedule)
     _check_specs(fns, mesh, params.stages, name="stage_specs")
@@ -78,7 +81,7 @@ def _check_mesh(mesh: Mesh, axes: MeshAxes) -> None:
     if missing:
         raise MeshError(
             f"the mesh has axes {', '.join(mesh.axis_names)}, but a pipeline runs over {' and '.join(needed)}: "
-            f"{' and '.join(missing)} is missing.",
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing.",
             fix="make it with build_mesh(MeshSpec(...)), where axes of size 1 cost nothing, or say what your axes are "
             'for: StageFns(axes=MeshAxes.of(pp="pipe", dp="batch")).',
         )
@@ -127,7 +130,8 @@ def _check_numbers(params: PipelineParams) -> None:
             )
 
 
-def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> None:
+def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[str, int]:
+    """Return the number of layers of each kind that stages have room for, which every stage parameter has."""
     leaves = jax.tree_util.tree_leaves_with_path(params.stages)
     if not leaves:
         raise ScheduleError("params.stages is empty: a pipeline has layers.", fix="put every layer's parameters there.")
@@ -142,6 +146,39 @@ def _check_stages(fns: StageFns, params: PipelineParams, schedule: Schedule) -> 
                 f"{list(want)}.",
                 fix="reshape [all layers, ...] to [chunks, ranks, layers, ...].",
             )
+    return rooms
+
+
+def _check_state(fns: StageFns, state: Any, rooms: dict[str, int], schedule: Schedule) -> None:
+    if state is None:
+        return
+    if fns.pattern is not None and (not isinstance(state, Mapping) or set(state) != set(rooms)):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ScheduleError(
+            f"state is {found}, but layer has the kinds {sorted(rooms)}.",
+            fix="give a dict of the state of each kind, and None for a kind that has none.",
+        )
+    for kind, own in fns.by_kind(state).items():
+        want = [schedule.num_chunks, schedule.num_ranks, rooms[kind]]
+        for name, leaf in check_arrays(f"state[{kind!r}]" if kind else "state", own).items():
+            if list(leaf.shape[:3]) != want:
+                raise ScheduleError(
+                    f"{name} has shape {leaf.shape}, but state has the leading dimensions of stage parameters, "
+                    f"[chunks, ranks, layers] = {want}.",
+                    fix="cut it as they are: stages_from_layers(state, num_ranks=...).",
+                )
+
+
+def _check_key(key: Any) -> None:
+    if key is None:
+        return
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError) as error:
+        what = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+        raise ScheduleError(
+            f"key={what} is not one random key.", fix="give key=jax.random.key(step), another one each step."
+        ) from error
 
 
 def _rooms(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[str, int]:
@@ -209,7 +246,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}; it may name {' and '.join(allowed)}"
                 f"{f', since stages are split over {fns.axes.pipe} anyhow' if lead else ''}.",
-                fix='name one of these, P(None, "tensor") say, or P() for whole.',
+                fix=f"name one of these, {P(None, allowed[-1])} say, or P() for whole." if allowed else "write P().",
             )
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(

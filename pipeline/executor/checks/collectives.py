@@ -4,9 +4,9 @@
      3       layer: psum over pipe   idle         a deadlock: rank 0 waits for rank 1 inside its layer, and
              (waiting)               exchange     rank 1 waits for rank 0 at the end of the turn
 
-A layer runs in a branch that one pipeline rank takes with all its data shards. So it may sum and gather over data, but
-not over pipe. A `ppermute` in it is always wrong: XLA lets all devices of the mesh take part in one, and pairs devices
-that run different turns. The result is a deadlock, or values of another microbatch.
+A layer runs in a branch that one pipeline rank takes with all its data shards and tensor ranks. So it may sum and
+gather over data and tensor, but not over pipe. A `ppermute` in it is always wrong: XLA lets all devices of the mesh
+take part in one, and pairs devices that run different turns. The result is a deadlock, or values of another microbatch.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,8 @@ _LOCAL = ("axis_index", "pvary", "pcast")
 def check_collectives(name: str, jaxpr: Jaxpr, *, pipe: str, runs_on: Literal["all ranks", "one rank"]) -> None:
     """Raise for a collective in the function `name` that some of its devices would not run.
 
+    `pipe` is the mesh axis of the pipeline.
+
     Raises:
         ScheduleError: naming the collective and its axes.
     """
@@ -45,7 +47,7 @@ def check_collectives(name: str, jaxpr: Jaxpr, *, pipe: str, runs_on: Literal["a
             continue
         what = f"{name}() runs {_public_name(eqn)} over {' and '.join(axes)}"
         if pipe in axes:
-            hint = "; first and last are run by all ranks where StageFns(shared_specs=...) is given"
+            hint = f"; first and last are run by all ranks where StageFns(shared_specs=...) names {pipe}"
             raise ScheduleError(
                 f"{what}, but one rank of the pipe runs it alone: it would wait for the others forever.",
                 fix=f"leave it out: a rank has what it needs{'' if name in ('layer', 'prepare') else hint}.",

@@ -24,6 +24,7 @@ from ..microbatches import Inputs, microbatches_of
 from ..param_specs import param_specs
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives
+from .outputs import check_names, check_same_on_copies
 from .user_errors import explain_errors
 
 RunsOn = Literal["all ranks", "one rank"]
@@ -47,10 +48,10 @@ def check_fns(fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Me
 
     Raises:
         ScheduleError: `first` returns nothing that has gradients, `layer` changes its shapes or dtypes, `last` does not
-            return a scalar, or one of them has a collective that some devices would not run, or a callback with a
-            result.
+            return a scalar, a result differs between devices that should agree, or one of the functions has a
+            collective that some devices would not run, or a callback with an order.
     """
-    trace = _Trace(mesh=mesh, pipe=fns.axes.pipe)
+    trace = _Trace(mesh, fns.axes.pipe)
 
     def region(params: PipelineParams, inputs: Inputs) -> jax.Array:
         trace.check(fns, params, inputs)
@@ -83,6 +84,7 @@ class _Trace:
         _check_activation(first)
         x = _like(first, axes)
         own, state = _mark(jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state)), axes)
+        metrics = {}
         for kind, layer in functions.layers.items():
             params_of_one, prepare = fns.by_kind(own)[kind], functions.prepares[kind]
             if prepare is not None:
@@ -90,16 +92,21 @@ class _Trace:
             given = at_ends.marked(axes).read(0)
             if given.info is not None:
                 given = replace(given, info=replace(given.info, state=fns.by_kind(state)[kind]))
-            _check_layer(self._trace("layer", layer, params_of_one, x, given, runs_on="one rank"), first)
+            out = self._trace("layer", layer, params_of_one, x, given, runs_on="one rank")
+            _check_layer(out, first)
+            check_same_on_copies("layer", out, x=first, axes=axes)
+            metrics[f"layer {kind}".strip()] = out.metrics
         last = self._trace(
             "last", functions.last, shared, _like(first, functions.end_axes), at_ends.read(0).at(-2), runs_on=ends
         )
         _check_loss("last", last.loss)
+        check_same_on_copies("last", last, x=None, axes=axes)
+        check_names(metrics | {"last": last.metrics})
         for name, result in (("first", first), ("last", last)):
             if is_together and fns.axes.pipe in _varying(result):
                 raise ScheduleError(
-                    f"{name}() gives every rank of the pipe another result, but with shared_specs all ranks run it "
-                    "together.",
+                    f"{name}() gives every rank of the pipe another result, but all ranks run it together, since "
+                    f"shared_specs name {fns.axes.pipe}.",
                     fix=f'sum what each rank made: jax.lax.psum(..., "{fns.axes.pipe}").',
                 )
 
@@ -115,6 +122,11 @@ class _Trace:
 
 
 def _check_activation(x: Any) -> None:
+    if isinstance(x, Output):
+        raise ScheduleError(
+            "first() returns an Output; it has no loss, metrics or stats of its own.",
+            fix="return x itself, and add to the loss in layer() or last().",
+        )
     for leaf in jax.tree.leaves(x):
         if not hasattr(leaf, "dtype"):
             raise ScheduleError(
@@ -140,7 +152,7 @@ def _check_layer(out: Output, x: Any) -> None:
 def _check_loss(name: str, loss: Any) -> None:
     if _text(loss) != "float32[]":
         raise ScheduleError(
-            f"{name}() returns {_text(loss)}; the loss is one float32 number.",
+            f"{name}() returns {'the loss ' if name == 'layer' else ''}{_text(loss)}; the loss is one float32 number.",
             fix="sum it, divide by the count of the whole batch, and .astype(jnp.float32).",
         )
 

@@ -14,8 +14,8 @@ def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
     """Translate errors that jax raises about mesh axes in this context, while a function `name` is traced.
 
     Raises:
-        ScheduleError: the function names an axis in a collective that is unknown, or that is left to the compiler.
-        ShardingError: it constrains a sharding on another mesh, or over axes that are manual.
+        ScheduleError: the function names an axis that the mesh has not.
+        ShardingError: it constrains a sharding.
     """
     try:
         yield
@@ -28,10 +28,10 @@ def explain_errors(name: str, mesh: Mesh) -> Iterator[None]:
         if not any(words in str(error) for words in _ABOUT_SHARDING):
             raise
         raise ShardingError(
-            f"{name} constrains a sharding on a mesh of its own, or over an axis that is manual in a pipeline: pipe "
-            "and data are manual, where each device sees its own layers and microbatch, and only tensor is left to the "
-            "compiler.",
-            fix="write jax.lax.with_sharding_constraint(x, PartitionSpec(...)) without a mesh, and name tensor alone.",
+            f"{name} constrains a sharding; inside a pipeline every axis of the mesh is manual: an array is one "
+            "device's block, and the compiler splits and sends nothing by itself.",
+            fix="leave the constraint out; split parameters by StageFns(stage_specs=...), and sum or gather blocks by "
+            "the verbs of layers.collectives, sum_blocks(y, ['tensor']) say.",
         ) from error
 
 
@@ -40,18 +40,12 @@ _ABOUT_SHARDING = (
     "Axes mentioned in `manual_axis_type` field",
     "is not found in mesh",
 )
-"""Parts of jax's messages about a sharding constraint inside `shard_map` that names another mesh or a manual axis."""
+"""Parts of jax's messages about a sharding constraint inside `shard_map`."""
 
 
 def _unbound(name: str, axis: str, mesh: Mesh) -> ScheduleError:
-    if axis in mesh.axis_names:
-        return ScheduleError(
-            f"{name} names the mesh axis {axis!r} in a collective; a pipeline leaves that axis to the compiler, "
-            "which adds what must be sent.",
-            fix=f"write the sharding instead: jax.lax.with_sharding_constraint(x, PartitionSpec(..., {axis!r})).",
-        )
     return ScheduleError(
-        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are "
-        f"{' and '.join(mesh.axis_names)}.{suggest(axis, mesh.axis_names)}",
+        f"{name} names an axis {axis!r} in a collective; inside a pipeline there are {', '.join(mesh.axis_names)}."
+        f"{suggest(axis, mesh.axis_names)}",
         fix="name one of these, or bind the axis with jax.vmap(..., axis_name=...).",
     )

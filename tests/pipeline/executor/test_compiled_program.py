@@ -12,6 +12,7 @@ import jax
 import pytest
 from trellax.layers import ModelConfig
 from trellax.pipeline import build_schedule, pipeline_grads
+from trellax.pipeline.executor.backward.equations import nested_equations
 from trellax.pipeline.schedules import Vocab
 from trellax.programs.groups import Groups
 from trellax.programs.hlo import HloModule
@@ -109,30 +110,75 @@ def test_halves_sum_over_tensor_as_often_as_a_whole_backward() -> None:
     assert num_sums("zb-h1") == num_sums("1f1b")
 
 
+@either_vocabulary
 @every_schedule
-def test_activations_and_gradients_pass_between_neighbours_alone(schedule: str) -> None:
-    permutes = [c.groups for c in collectives_of(program(schedule, 4)) if c.kind == "collective-permute"]
+def test_activations_and_gradients_pass_between_neighbours_alone(schedule: str, vocab: Vocab) -> None:
+    permutes = [c.groups for c in collectives_of(program(schedule, 4, vocab)) if c.kind == "collective-permute"]
     assert sorted(permutes) == [((0, 4), (1, 5), (2, 6), (3, 7)), ((4, 0), (5, 1), (6, 2), (7, 3))]
 
 
-def test_a_split_vocabulary_costs_four_sums_of_an_activation_over_pipe() -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", pytest.param("interleaved-1f1b", marks=pytest.mark.slow)])
+@either_vocabulary
+def test_no_branch_but_the_exchange_permutes(schedule: str, vocab: Vocab) -> None:
+    """XLA lets all devices take part in a permute, so one in a branch that not all of them take would never end."""
+    permutes = [c for c in collectives_of(program(schedule, 4, vocab)) if c.kind == "collective-permute"]
+    assert [c.is_in_branch for c in permutes] == [True, True]
+    assert [c.scope for c in permutes if "/exchange/cond/" not in c.scope] == []
+
+
+OVER_PIPE, OVER_TENSOR = ((0, 4), (1, 5), (2, 6), (3, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))
+OVER_PIPE_AND_TENSOR = ((0, 1, 4, 5), (2, 3, 6, 7))
+SLICE, WHOLE = (1, 16, 64), (2, 16, 64)
+"""An activation [b, T, D], and the part of it that one of two tensor ranks sends over pipe."""
+
+
+def shapes_in_loop(found: HloModule, kind: str, groups: Groups) -> list[tuple[int, ...]]:
+    """Shapes of the arrays that communications of a kind between these groups carry, or return, in a turn."""
+    ours = (c for c in collectives_of(found) if c.is_in_loop and c.kind == kind and c.groups == groups)
+    return sorted(shape for c in ours for shape in c.shapes)
+
+
+def test_a_split_vocabulary_costs_four_sums_over_pipe_of_a_slice_from_each_tensor_rank() -> None:
     found = program("1f1b", 4, "split")
-    over_pipe, over_pipe_and_tensor = ((0, 4), (1, 5), (2, 6), (3, 7)), ((0, 1, 4, 5), (2, 3, 6, 7))
+    # What enters the first stage, what left the last, and the gradients of both.
+    assert shapes_in_loop(found, "all-reduce", OVER_PIPE) == 4 * [SLICE]
+    # Of the loss three: maximum, normalizer and the target's logit.
+    assert shapes_in_loop(found, "all-reduce", OVER_PIPE_AND_TENSOR) == 3 * [WHOLE[:2]]
 
-    def num_sums(groups: Groups) -> int:
-        sums = [c for c in collectives_of(found) if c.is_in_loop and c.groups == groups and c.kind == "all-reduce"]
-        return sum(c.num_arrays for c in sums)
 
-    # What enters the first stage, what left the last, and the gradient of the former.
-    assert num_sums(over_pipe) == 3
-    # The gradient of the latter, and of the loss three of [b, T] each: maximum, normalizer and the target's logit.
-    assert num_sums(over_pipe_and_tensor) == 1 + 3
+def test_slices_of_activations_are_gathered_over_tensor_and_nothing_else_is() -> None:
+    found = program("1f1b", 4, "split")
+    # Each of the four sums, and the way of dx back through the sum of what enters the first stage.
+    assert shapes_in_loop(found, "all-gather", OVER_TENSOR) == 5 * [WHOLE]
+    # Of what each tensor rank has made of its part of the vocabulary: of x in `first`, of dy in `last`.
+    assert shapes_in_loop(found, "reduce-scatter", OVER_TENSOR) == 2 * [SLICE]
+    others = [c for c in collectives_of(found) if c.kind in ("all-gather", "reduce-scatter")]
+    assert len(others) == 5 + 2
+
+
+@every_schedule
+def test_with_the_vocabulary_at_the_ends_nothing_is_gathered(schedule: str) -> None:
+    assert {c.kind for c in collectives_of(program(schedule, 4))} == {"all-reduce", "collective-permute"}
 
 
 @either_vocabulary
-@every_schedule
-def test_nothing_is_gathered(schedule: str, vocab: Vocab) -> None:
-    assert {c.kind for c in collectives_of(program(schedule, 4, vocab))} == {"all-reduce", "collective-permute"}
+def test_activations_cross_pipe_in_the_compute_dtype(vocab: Vocab) -> None:
+    """Read from the program that the compiler is given, since XLA:CPU makes float32 of all bfloat16 it sends."""
+    config = small_model(dtype="bfloat16")
+    step = pipeline_step(config, mesh="2x2x2", schedule="1f1b", num_microbatches=4, num_sequences=16, vocab=vocab)
+    eqns = nested_equations(jax.make_jaxpr(step.run)(step.params, step.batch).jaxpr)
+    sent: list[Any] = [v.aval for eqn in eqns if _names_pipe(eqn) for v in eqn.invars]
+    activations = [aval for aval in sent if aval.shape in (SLICE, WHOLE)]
+    assert {aval.dtype.name for aval in activations} == {"bfloat16"}
+    # The two permutes carry it whole; with a split vocabulary all sums carry slices.
+    assert {aval.shape for aval in activations} == ({SLICE, WHOLE} if vocab == "split" else {WHOLE})
+    assert sum(aval.shape == WHOLE for aval in activations) == 2
+
+
+def _names_pipe(eqn: Any) -> bool:
+    axes = eqn.params.get("axis_name", eqn.params.get("axes", ()))
+    is_sent = eqn.primitive.name in ("ppermute", "psum", "psum_invariant", "reduce_scatter", "all_gather")
+    return is_sent and "pipe" in (axes if isinstance(axes, tuple) else (axes,))
 
 
 def test_loops_only_slice_the_stack_of_weights() -> None:

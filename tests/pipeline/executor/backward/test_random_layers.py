@@ -14,10 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
-from trellax.pipeline.executor.backward.residuals import plan_layer
-from trellax.pipeline.executor.backward.split_backward import SplitBackward
 
 from ...law import mesh_of
+from ...plain_vjp import plan_plain
 from ...random_layers import Layer, primitives_of, random_inputs, random_layer
 
 TOLERANCE = 1e-5
@@ -40,8 +39,8 @@ def worst(actual: Any, expected: Any) -> float:
 
 def every_way(layer: Layer, params: Any, microbatch: Any) -> tuple[Any, Any, Any]:
     """Return (y, gradients) by whole backwards and by halves, from residuals as data, and as `jax.vjp` has them."""
-    vjp = plan_layer(layer, params, microbatch["x"], microbatch)
-    split = SplitBackward(vjp, params, vjp.kept, microbatch, microbatch["x"])
+    vjp = plan_plain(layer, params, microbatch["x"], microbatch)
+    split = vjp.halves(params, microbatch["x"], microbatch)
 
     def run(params: Any, microbatch: Any) -> tuple[Any, Any, Any]:
         x = microbatch["x"]

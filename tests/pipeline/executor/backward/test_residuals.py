@@ -19,9 +19,9 @@ from trellax.pipeline import (
     stages_from_layers,
 )
 from trellax.pipeline.executor.backward.equations import keeps_numbers
-from trellax.pipeline.executor.backward.residuals import plan_layer
 
 from ...law import NUM_TOKENS, mesh_of, natural_params, small_model
+from ...plain_vjp import plan_plain
 from ...random_layers import random_inputs, random_layer
 
 Layer = Callable[[Any, jax.Array, Any], jax.Array]
@@ -53,7 +53,7 @@ MICROBATCH = {"mask": np.arange(36).reshape(6, 6) % 5 != 3}
 
 
 def kept_shapes(layer: Layer) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in plan_layer(layer, PARAMS, jnp.asarray(X), MICROBATCH).kept]
+    return [leaf.shape for leaf in plan_plain(layer, PARAMS, jnp.asarray(X), MICROBATCH).kept]
 
 
 def block(remat: Remat) -> tuple[Layer, Any]:
@@ -61,12 +61,13 @@ def block(remat: Remat) -> tuple[Layer, Any]:
     config = small_model(style="gpt")
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), natural_params(config)["blocks"])
-    return split_transformer(config, mesh=mesh, remat=remat).fns.layer, params
+    layer: Any = split_transformer(config, mesh=mesh, remat=remat).fns.layer
+    return layer, params
 
 
 def both_ways(layer: Layer, params: Any, x: jax.Array, microbatch: Any) -> tuple[Any, Any]:
     """Return (y, gradients) through the residuals as data, and as `jax.vjp` has them."""
-    vjp = plan_layer(layer, params, x, microbatch)
+    vjp = plan_plain(layer, params, x, microbatch)
 
     def split(params: Any, x: jax.Array) -> Any:
         y, residuals = vjp.forward(params, x, microbatch)
@@ -88,7 +89,7 @@ def test_cast_of_a_weight_is_not_kept() -> None:
 
 
 def test_masks_are_not_kept() -> None:
-    kept = plan_layer(masked, PARAMS, jnp.asarray(X), MICROBATCH).kept
+    kept = plan_plain(masked, PARAMS, jnp.asarray(X), MICROBATCH).kept
     assert [leaf.dtype for leaf in kept if leaf.dtype == jnp.bool_] == []
 
 
@@ -114,7 +115,7 @@ def test_backward_of_a_block_equals_vjp(remat: Remat) -> None:
 def test_block_keeps_no_weight_and_no_causal_mask() -> None:
     layer, params = block("none")
     x = jnp.zeros((2, NUM_TOKENS, 64))
-    kept = plan_layer(layer, params, x, None).kept
+    kept = plan_plain(layer, params, x, None).kept
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
     assert [leaf for leaf in kept if leaf.shape in weights] == []
     assert [leaf for leaf in kept if leaf.dtype == jnp.bool_] == []
@@ -123,7 +124,7 @@ def test_block_keeps_no_weight_and_no_causal_mask() -> None:
 def test_block_with_full_remat_keeps_its_input_alone() -> None:
     layer, params = block("full")
     x = jnp.zeros((2, NUM_TOKENS, 64))
-    assert [leaf.shape for leaf in plan_layer(layer, params, x, None).kept] == [x.shape]
+    assert [leaf.shape for leaf in plan_plain(layer, params, x, None).kept] == [x.shape]
 
 
 def test_block_with_dots_keeps_less_than_without_remat() -> None:
@@ -131,7 +132,7 @@ def test_block_with_dots_keeps_less_than_without_remat() -> None:
 
     def num_kept(remat: Remat) -> int:
         layer, params = block(remat)
-        return sum(leaf.size for leaf in plan_layer(layer, params, x, None).kept)
+        return sum(leaf.size for leaf in plan_plain(layer, params, x, None).kept)
 
     assert num_kept("full") < num_kept("dots") < num_kept("none")
 
@@ -142,7 +143,7 @@ def test_one_array_in_two_shapes_is_kept_once() -> None:
         flat = y.reshape(-1)
         return y * y[::-1] + (flat * flat[::-1]).reshape(x.shape)
 
-    kept = [leaf.shape for leaf in plan_layer(layer, PARAMS, jnp.asarray(X), MICROBATCH).kept]
+    kept = [leaf.shape for leaf in plan_plain(layer, PARAMS, jnp.asarray(X), MICROBATCH).kept]
     plain = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: layer(PARAMS, x, None), jnp.asarray(X))[1])]
     # y and flat are one array; both reversed are others.
     assert len(plain) - len(kept) >= 1
@@ -204,7 +205,7 @@ def test_a_gradient_written_by_hand_may_close_over_the_microbatch() -> None:
 
 def test_backward_invents_no_value_for_the_input() -> None:
     """The backward reads parameters, residuals, microbatch and gradient: its program has no zeros of the input."""
-    vjp = plan_layer(lambda params, x, _: jnp.log(x) @ params["w"], PARAMS, jnp.asarray(X), MICROBATCH)
+    vjp = plan_plain(lambda params, x, _: jnp.log(x) @ params["w"], PARAMS, jnp.asarray(X), MICROBATCH)
     jaxpr = jax.make_jaxpr(lambda p, k, g: vjp.backward(p, k, MICROBATCH, g))(PARAMS, vjp.kept, X)
     assert "log" not in str(jaxpr)
     assert "broadcast_in_dim" not in str(jaxpr)
@@ -219,9 +220,10 @@ def test_whole_numbers_have_no_gradient_buffers(mesh: str, schedule: str) -> Non
     plan = build_schedule(schedule, num_ranks=num_ranks, num_microbatches=2)
     whole = np.arange(4 * 8 * 8).reshape(4, 8, 8) % 13
     stages = {"whole": jnp.asarray(whole, jnp.int8), "scale": jnp.full((4, 8), 0.02)}
+    layer: Layer = lambda own, x, _: x + jnp.tanh(x @ (own["whole"] * own["scale"][None]))  # noqa: E731
     fns = StageFns(
         first=lambda shared, microbatch: microbatch["x"],
-        layer=lambda own, x, _: x + jnp.tanh(x @ (own["whole"] * own["scale"][None])),
+        layer=layer,
         last=lambda shared, x, _: (x**2).sum() * shared["factor"],
     )
     params = PipelineParams(stages=stages_from_layers(stages, num_ranks=num_ranks), shared={"factor": jnp.int32(2)})
@@ -232,7 +234,7 @@ def test_whole_numbers_have_no_gradient_buffers(mesh: str, schedule: str) -> Non
     def loss(scale: jax.Array) -> jax.Array:
         x = jnp.concatenate(batch["x"])
         for index in range(4):
-            x = fns.layer({"whole": stages["whole"][index], "scale": scale[index]}, x, None)
+            x = layer({"whole": stages["whole"][index], "scale": scale[index]}, x, None)
         return fns.last(params.shared, x, None)
 
     assert np.allclose(out.grads.stages["scale"].reshape(4, 8), jax.jit(jax.grad(loss))(stages["scale"]), rtol=1e-5)

@@ -15,11 +15,10 @@ from trellax.layers import Remat, activation_bytes
 from trellax.layers.collectives import hide_reduction
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import split_transformer
-from trellax.pipeline.executor.backward.residuals import LayerVjp, plan_layer
-from trellax.pipeline.executor.backward.split_backward import SplitBackward
 from trellax.plan.costs.activations import split_backward_bytes
 
 from ...law import NUM_TOKENS, natural_params, small_model
+from ...plain_vjp import PlainHalves, PlainVjp, plan_plain
 
 NUM_SEQUENCES = 2
 NUM_WEIGHTS = {"gpt": 6, "llama": 7, "qwen": 7}
@@ -32,8 +31,8 @@ EVERY_LAYER = [(style, remat) for style in NUM_WEIGHTS for remat in ("none", "do
 class Halves:
     """A layer's backward, whole and split, with arguments for both."""
 
-    vjp: LayerVjp
-    split: SplitBackward
+    vjp: PlainVjp
+    split: PlainHalves
     params: Any
     x: jax.Array
     microbatch: Any
@@ -64,9 +63,10 @@ class Halves:
 
 
 def halves_of(layer: Callable[..., jax.Array], params: Any, x: jax.Array, microbatch: Any = None) -> Halves:
-    vjp = plan_layer(layer, params, x, microbatch)
-    split = SplitBackward(vjp, params, vjp.kept, microbatch, x)
-    return Halves(vjp=vjp, split=split, params=params, x=x, microbatch=microbatch, kept=vjp.kept)
+    vjp = plan_plain(layer, params, x, microbatch)
+    return Halves(
+        vjp=vjp, split=vjp.halves(params, x, microbatch), params=params, x=x, microbatch=microbatch, kept=vjp.kept
+    )
 
 
 @cache
@@ -75,7 +75,8 @@ def block(style: str, remat: Remat) -> Halves:
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), natural_params(config)["blocks"])
     x = np.random.default_rng(0).standard_normal((NUM_SEQUENCES, NUM_TOKENS, 64), np.float32)
-    return halves_of(split_transformer(config, mesh=mesh, remat=remat).fns.layer, params, jnp.asarray(x))
+    layer: Any = split_transformer(config, mesh=mesh, remat=remat).fns.layer
+    return halves_of(layer, params, jnp.asarray(x))
 
 
 def users_layer(params: Any, x: jax.Array, microbatch: Any) -> jax.Array:

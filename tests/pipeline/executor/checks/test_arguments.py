@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import Output, PipelineParams, StageFns, build_schedule, pipeline_grads
 
 FNS: dict[str, Any] = {
     "first": lambda shared, microbatch: microbatch["x"],
@@ -21,7 +21,7 @@ FNS: dict[str, Any] = {
 MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
     "first_returns_integers": {"first": lambda shared, microbatch: microbatch["x"].astype(int)},
     "prepare_is_not_linear": {"prepare": lambda params: {"w": jnp.tanh(params["w"])}},
-    "first_returns_a_dict": {"first": lambda shared, microbatch: microbatch},
+    "first_returns_an_output": {"first": lambda shared, microbatch: Output(x=microbatch["x"])},
     "layer_changes_the_dtype": {"layer": lambda params, x, microbatch: x.astype(jnp.bfloat16)},
     "layer_changes_the_shape": {"layer": lambda params, x, microbatch: x[:, :4]},
     "layer_returns_a_pair": {"layer": lambda params, x, microbatch: (x, x)},
@@ -35,7 +35,8 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
 def run(fns: dict[str, Callable[..., Any]], mesh: Mesh, *, stages: Any = None, **more: Any) -> Any:
     functions: dict[str, Any] = fns | more
     own = stages or {"w": jnp.ones((1, 2, 2, 8, 8))}
-    return call(mesh=mesh, fns=StageFns(**functions), params=PipelineParams(stages=own, shared={}))
+    shared = {"table": jnp.ones((8, 8))}
+    return call(mesh=mesh, fns=StageFns(**functions), params=PipelineParams(stages=own, shared=shared))
 
 
 def call(**given: Any) -> Any:
@@ -52,7 +53,7 @@ def call(**given: Any) -> Any:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_functions_that_do_not_fit_each_other_are_refused(name: str, golden: Callable[[str, str], None]) -> None:
-    more = {"shared_specs": P()} if "together" in name else {}
+    more = {"shared_specs": {"table": P("pipe")}} if "together" in name else {}
     with pytest.raises(TrellaxError) as caught:
         run(FNS | MISTAKES[name], build_mesh(MeshSpec(data=4, pipe=2)), **more)
     golden(f"errors/pipeline/fns_{name}.txt", f"{type(caught.value).__name__}: {caught.value}")
@@ -84,7 +85,19 @@ ROUNDABOUT: dict[str, Callable[[], dict[str, Any]]] = {
     "a Python number": lambda: _shared(0.5),
     "complex numbers": lambda: _shared(np.ones(3, np.complex64)),
     "specs of another tree": lambda: _shared(np.ones(4), shared_specs={"other": P()}),
-    "specs over tensor": lambda: _shared(np.ones(4), shared_specs={"own": P("tensor")}),
+    "specs over data": lambda: _shared(np.ones(4), shared_specs={"own": P("data")}),
+    "stage specs over pipe": lambda: {"fns": StageFns(**FNS, stage_specs={"w": P("pipe")})},
+    "stage specs of more dimensions": lambda: {"fns": StageFns(**FNS, stage_specs=P(None, None, "tensor"))},
+    "stage specs that do not divide": lambda: {
+        "fns": StageFns(**FNS, stage_specs=P(None, "tensor")),
+        "params": PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 7))}, shared={}),
+        "mesh": build_mesh(MeshSpec(data=2, tensor=2, pipe=2)),
+    },
+    "state of all layers in a row": lambda: {"state": {"bias": np.ones((4, 8), np.float32)}},
+    "state of numbers": lambda: {"state": {"bias": 1.0}},
+    "a seed in place of a key": lambda: {"key": 7},
+    "two keys in place of one": lambda: {"key": jax.random.split(jax.random.key(0), 2)},
+    "floats in place of a key": lambda: {"key": np.zeros(2, np.float32)},
     "specs in text": lambda: _shared(np.ones(4), shared_specs={"own": "pipe"}),
     "specs of more dimensions": lambda: _shared(np.ones(4), shared_specs={"own": P(None, "pipe")}),
     "specs that do not divide": lambda: _shared(np.ones(5), shared_specs={"own": P("pipe")}),

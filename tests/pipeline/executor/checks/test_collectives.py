@@ -37,23 +37,16 @@ def _sum_backwards(x: jax.Array) -> jax.Array:
 
 _sum_backwards.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "pipe") + 0 * grad,))
 
-
-@jax.custom_vjp
-def _sum_backwards_over_tensor(x: jax.Array) -> jax.Array:
-    return x
-
-
-_sum_backwards_over_tensor.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.psum(grad, "tensor"),))
-
 CASES: dict[str, dict[str, Any]] = {
     "layer_sums_over_pipe": _after("layer", lambda x: x + jax.lax.psum(x, "pipe")),
     "last_sums_over_pipe": _after("last", lambda loss: jax.lax.psum(loss, ("pipe", "data"))),
     "prepare_gathers_over_pipe": {"prepare": lambda w: jax.lax.all_gather(w, "pipe")[0]},
     "layer_permutes_over_data": _after("layer", _permute),
     "first_permutes_over_data": _after("first", jax.checkpoint(_permute)),
-    "layer_sums_over_tensor": _after("layer", lambda x: jax.lax.psum(x, "tensor")),
+    "layer_permutes_over_tensor": _after("layer", lambda x: jax.lax.ppermute(x, "tensor", [(0, 0)])),
     "last_names_no_axis": _after("last", lambda loss: loss / jax.lax.axis_size("dat")),
     "layer_constrains_over_data": _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P("data"))),
+    "layer_constrains_over_tensor": _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P(None, "tensor"))),
 }
 
 
@@ -77,7 +70,6 @@ def test_collectives_that_would_hang_are_refused_on_every_mesh(name: str, mesh: 
     [
         ("in_a_branch", _after("layer", _branch)),
         ("in_the_backward", _after("layer", _sum_backwards)),
-        ("over_tensor_in_the_backward", _after("layer", _sum_backwards_over_tensor)),
     ],
 )
 def test_collectives_that_would_hang_in_branches_and_backwards_are_refused(name: str, fns: Any, golden: Golden) -> None:
@@ -95,10 +87,10 @@ def test_a_sharding_on_the_users_own_mesh_is_refused(golden: Golden) -> None:
     )
 
 
-def test_a_sharding_constraint_over_tensor_and_sums_over_data_are_allowed() -> None:
-    constrain = _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P(None, "tensor")))
+def test_sums_over_tensor_and_gathers_over_data_are_allowed() -> None:
+    average = _after("layer", lambda x: jax.lax.pmean(x, "tensor"))
     gather = _after("first", lambda x: x + jax.lax.all_gather(x, "data").mean((0, 1))[None])
-    assert trace("2x2x2", **constrain, **gather).loss.shape == ()
+    assert trace("2x2x2", **average, **gather).loss.shape == ()
 
 
 @pytest.mark.parametrize(

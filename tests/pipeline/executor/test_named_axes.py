@@ -1,4 +1,4 @@
-"""Functions may name the axes pipe and data on every mesh, and results equal those of one device."""
+"""Functions may name every axis of the mesh, those of one device too, and results equal those of one device."""
 
 from typing import Any
 
@@ -34,7 +34,8 @@ def _fns(mean: Any, index: Any, zeros: Any) -> Fns:
 
 NAMED = _fns(
     mean=lambda x: jax.lax.pmean(x, "data"),
-    index=lambda: jax.lax.axis_index(("pipe", "data")),
+    # Of what differs over tensor a layer returns the sum.
+    index=lambda: jax.lax.axis_index(("pipe", "data")) + jax.lax.psum(jax.lax.axis_index("tensor"), "tensor"),
     zeros=lambda x: jax.lax.pcast(jnp.zeros(x.shape), ("pipe", "data"), to="varying"),
 )
 PLAIN = _fns(mean=lambda x: x, index=lambda: 0, zeros=jnp.zeros_like)
