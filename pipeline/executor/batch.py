@@ -101,7 +101,6 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, over: s
     # The size that most leaves have is taken for the batch, so that the error names the odd one out.
     size, _ = Counter(shape[1] for shape in shapes.values()).most_common(1)[0]
     like = next(name for name, shape in shapes.items() if shape[1] == size)
-    entry = f'"{axes[0]}"' if len(axes) == 1 else axes
     for name, shape in shapes.items():
         if shape[1] != size:
             raise ShardingError(
@@ -112,6 +111,4 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_shards: int, *, over: s
     fix = f"use a microbatch size that is a multiple of {num_shards}."
     if not size:
         raise ShardingError(f"{like} has no sequences: its shape is {shapes[like]}.", fix=fix)
-    check_divides(
-        f"{like}: microbatch size", size, over=" x ".join(axes), parts=num_shards, error=ShardingError, fix=fix
-    )
+    check_divides(f"{like}: microbatch size", size, over=over, parts=num_shards, error=ShardingError, fix=fix)
