@@ -50,7 +50,11 @@ def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[j
 
     x[..., D], kernel[D, F@axes]{V:axes} -> x[..., D]{V:axes}, kernel. Free; its transpose sums dx{V:axes} -> dx, one
     all-reduce, which XLA runs beside the product that makes the kernel's gradient (see `hide_reduction`).
+
+    Raises:
+        ShardingError: the kernel is the same on all devices of an axis: each would compute the whole product.
     """
+    _check_differs(kernel, manual_axes(axes), what="enter_split", then="every device would compute the same product")
     return hide_reduction(x, kernel, manual_axes(axes)) if num_blocks(axes) > 1 else (x, kernel)
 
 
@@ -61,17 +65,21 @@ def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
     free.
 
     Raises:
-        ShardingError: y is the same on all devices of an axis: as many times too much would be the sum.
+        ShardingError: y is the same on all devices of an axis: the sum would be as many times too large.
     """
     manual = manual_axes(axes)
     for leaf in jax.tree.leaves(y):
-        if missing := [axis for axis in manual if axis not in varying_axes(leaf)]:
-            raise ShardingError(
-                f"sum_blocks over {' and '.join(missing)} of a {leaf.dtype}{list(leaf.shape)} that is the same on all "
-                f"{num_blocks(missing)} devices: the sum would be {num_blocks(missing)} times as large.",
-                fix="split the weights that make it over that axis (StageFns(stage_specs=...)), or leave the sum out.",
-            )
+        _check_differs(leaf, manual, what="sum_blocks", then="the sum would be as many times too large")
     return checkpoint_name(jax.lax.psum(y, manual), BLOCK_SUMS) if manual else y
+
+
+def _check_differs(x: jax.Array, axes: tuple[str, ...], *, what: str, then: str) -> None:
+    if missing := [axis for axis in axes if axis not in varying_axes(x)]:
+        raise ShardingError(
+            f"{what} over {' and '.join(missing)} of a {x.dtype}{list(x.shape)} that is the same on all "
+            f"{num_blocks(missing)} devices: {then}.",
+            fix="split the weights over that axis, StageFns(stage_specs=...) in a pipeline, or leave the verb out.",
+        )
 
 
 def sum_activations(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:

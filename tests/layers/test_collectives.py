@@ -158,5 +158,15 @@ def test_tokens_that_do_not_split_are_refused() -> None:
 
 def test_a_sum_of_what_is_whole_is_refused() -> None:
     run = jax.shard_map(add_up, mesh=mesh_of("tensor=4"), in_specs=P(), out_specs=P())
-    with pytest.raises(ShardingError, match="the same on all 4 devices: the sum would be 4 times as large"):
+    with pytest.raises(ShardingError, match="the same on all 4 devices: the sum would be as many times too large"):
         run(jnp.ones((2, 6)))
+
+
+def test_a_kernel_that_is_whole_is_refused() -> None:
+    def double(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x, kernel = verbs.enter_split(x, kernel, TENSOR)
+        return verbs.sum_blocks(x @ kernel, TENSOR)
+
+    run = jax.shard_map(double, mesh=mesh_of("tensor=4"), in_specs=(P(), P()), out_specs=P())
+    with pytest.raises(ShardingError, match="every device would compute the same product"):
+        run(jnp.ones((2, 6)), jnp.ones((6, 4)))
