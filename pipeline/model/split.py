@@ -77,13 +77,12 @@ def split_transformer(
     make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
-    dims = _cut_dims(param_dims(model))
-    shardings = _shardings(dims, shapes, rules, mesh)
+    shardings = _shardings(dims := _cut_dims(param_dims(model)), shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
     fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
     fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll)
-    init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+    make = jax.jit(make_params, out_shardings=shardings)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, make))
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
