@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count
 from ...meshes.axes import DEFAULT_AXES, MeshAxes
+from .pattern import stage_pattern
 from .trees import mesh_axes_of
 
 WHOLE = P()
@@ -88,7 +89,7 @@ class StageFns:
         if self.pattern is None:
             return {"": value}
         kinds: Any = self.layer
-        return {kind: value[kind] if isinstance(value, Mapping) else value for kind in kinds}
+        return {kind: value.get(kind) if isinstance(value, Mapping) else value for kind in kinds}
 
     def one_or_by_kind(self, values: Mapping[str, Any]) -> Any:
         """Undo `by_kind`."""
@@ -127,6 +128,14 @@ class StageFns:
             raise ScheduleError(
                 f"layer is {'a mapping of kinds' if is_mapping else 'one function'}, and pattern is {self.pattern!r}.",
                 fix='give both or neither: StageFns(layer={"dense": ..., "moe": ...}, pattern=("dense", "moe")).',
+            )
+        kinds, prepared = list(self.by_kind(None)) if is_mapping else [], self.prepare
+        if self.pattern is not None:
+            stage_pattern(self.pattern, kinds=kinds, counts=(1,))
+        if isinstance(prepared, Mapping) and not set(prepared) <= set(kinds):
+            raise ScheduleError(
+                f"prepare has the kinds {sorted(prepared)}, and layer {sorted(kinds)}.",
+                fix="give prepare for kinds that layer has; one that is left out is not prepared.",
             )
         if is_mapping and self.num_layers is None:
             raise ScheduleError(

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers.collectives import enter_split, sum_blocks
+from trellax.meshes import ScheduleError
 from trellax.pipeline import (
     LayerInfo,
     Output,
@@ -139,3 +140,28 @@ def test_a_pattern_of_two_kinds_equals_one_device(
     for (path, actual), expected in pairs:
         assert actual.shape == np.shape(expected)
         assert np.abs(np.asarray(actual) - np.asarray(expected)).max() <= TOLERANCE * np.abs(expected).max(), path
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layer": dense}, "layer is one function, and pattern is"),
+        ({"pattern": None}, "layer is a mapping of kinds, and pattern is None"),
+        (
+            {"pattern": ("dense", "gate")},
+            r"pattern names the kind 'gate', but layer has dense, gated. Did you mean 'gated'",
+        ),
+        ({"pattern": ()}, "pattern is empty"),
+        ({"num_layers": None}, "needs num_layers"),
+        ({"prepare": {"moe": lambda own: own}}, r"prepare has the kinds \['moe'\], and layer \['dense', 'gated'\]"),
+    ],
+)
+def test_kinds_that_do_not_fit_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ScheduleError, match=says):
+        StageFns(**FNS | given)
+
+
+def test_parameters_of_other_numbers_than_the_pattern_has_are_refused() -> None:
+    layers = jax.tree.map(jnp.asarray, arrays()[0]["layers"])
+    with pytest.raises(ScheduleError, match="makes 3 of 8 layers 'gated', but there are parameters of 2"):
+        stages_from_layers(layers, num_ranks=2, pattern=("dense", "gated", "dense"))
