@@ -149,7 +149,7 @@ def test_a_pattern_of_two_kinds_equals_one_device(
         ({"pattern": None}, "layer is a mapping of kinds, and pattern is None"),
         (
             {"pattern": ("dense", "gate")},
-            r"pattern names the kind 'gate', but layer has dense, gated. Did you mean 'gated'",
+            "pattern names the kind 'gate', but layer has dense, gated",
         ),
         ({"pattern": ()}, "pattern is empty"),
         ({"num_layers": None}, "needs num_layers"),
@@ -163,5 +163,5 @@ def test_kinds_that_do_not_fit_are_refused(given: dict[str, Any], says: str) -> 
 
 def test_parameters_of_other_numbers_than_the_pattern_has_are_refused() -> None:
     layers = jax.tree.map(jnp.asarray, arrays()[0]["layers"])
-    with pytest.raises(ScheduleError, match="makes 3 of 8 layers 'gated', but there are parameters of 2"):
+    with pytest.raises(ScheduleError, match="makes 5 of 8 layers 'dense', but there are parameters of 6"):
         stages_from_layers(layers, num_ranks=2, pattern=("dense", "gated", "dense"))
