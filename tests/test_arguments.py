@@ -102,7 +102,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "programs.assert_sends_at_most": {"report": None, "over": "data"},
     "programs.assert_sends_near_minimum": {"report": None, "over": "data"},
     "plan.inference_time": PLACED | {"topology": TOPOLOGY, "batch": 1, "prompt": 8, "generated": 8},
-    "plan.minimum_bytes": {"sizes": None},
     "programs.open_target": {"target": None, "num_devices": 1},
     "plan.search_serving": {"question": ServeQuestion(model=MODEL, topology=TOPOLOGY), "objective": "latency"},
     "plan.search_train": {"question": TRAIN},
