@@ -4,23 +4,18 @@ Inside `shard_map` with `check_vma=True` every array has a type that says over w
 carry of a loop must keep that type, so buffers and sums are marked as varying before the loop starts.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """Return x marked as varying over `axes`, along which its value is the same so far."""
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+from ...layers.collectives import mark_varying
 
 
 def vary_like(tree: Any, other: Any) -> Any:
     """Return every leaf marked as varying over the axes over which its like in another tree varies, besides its own."""
-    return jax.tree.map(lambda x, like: vary(x, sorted(jax.typeof(like).mat.varying)), tree, other)
+    return jax.tree.map(lambda x, like: mark_varying(x, sorted(jax.typeof(like).mat.varying)), tree, other)
 
 
 def type_of(v: Any) -> jax.ShapeDtypeStruct:
@@ -36,7 +31,7 @@ def type_like(x: jax.Array) -> jax.ShapeDtypeStruct:
 def empty_buffer(kept: jax.ShapeDtypeStruct, *slots: int, fill: float = 0) -> jax.Array:
     """Return a buffer [*slots, ...] for arrays of a type, varying over the same axes as they do."""
     differs: Any = kept.manual_axis_type
-    return vary(jnp.full((*slots, *kept.shape), fill, kept.dtype), sorted(differs.varying))
+    return mark_varying(jnp.full((*slots, *kept.shape), fill, kept.dtype), sorted(differs.varying))
 
 
 def floats_of(tree: Any) -> list[Any]:
@@ -48,7 +43,7 @@ def zeros_for(param: jax.Array) -> jax.Array | None:
     """Return zeros in float32 to sum the gradients of a parameter in, varying over its axes; None for integers."""
     if not jnp.issubdtype(param.dtype, jnp.inexact):
         return None
-    return vary(jnp.zeros(param.shape, jnp.float32), sorted(jax.typeof(param).mat.varying))
+    return mark_varying(jnp.zeros(param.shape, jnp.float32), sorted(jax.typeof(param).mat.varying))
 
 
 def read(tree: Any, *place: jax.Array | int) -> Any:

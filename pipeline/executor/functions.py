@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.collectives import mark_varying
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
-from .buffers import vary, vary_like
+from .buffers import vary_like
 from .checks.outputs import read_output
 
 
@@ -100,6 +101,6 @@ def _mark(tree: Any, axes: tuple[str, ...], *, keeps_trivial: bool) -> Any:
         if not isinstance(leaf, jax.Array):
             leaf = jnp.asarray(leaf, jnp.result_type(leaf))  # a Python number, say, whose type is fixed here
         alone = tuple(axis for axis in sorted(jax.typeof(leaf).mat.varying) if mesh.shape[axis] == 1)
-        return vary(jax.lax.psum(leaf, alone) if alone and not keeps_trivial else leaf, axes)
+        return mark_varying(jax.lax.psum(leaf, alone) if alone and not keeps_trivial else leaf, axes)
 
     return jax.tree.map(one, tree)

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ...layers.collectives import gather_slices, split_dim
+from ...layers.collectives import gather_slices, mark_varying, split_dim
 from ..model.protocol import Output
-from .buffers import add, read, vary, write
+from .buffers import add, read, write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,5 +122,5 @@ def _share(value: jax.Array, pipe: str) -> jax.Array:
     if dim is None:
         return jax.lax.psum(value, pipe)
     size = value.shape[dim] // jax.lax.axis_size(copies)
-    part = jax.lax.dynamic_slice_in_dim(vary(value, copies), jax.lax.axis_index(copies) * size, size, axis=dim)
+    part = jax.lax.dynamic_slice_in_dim(mark_varying(value, copies), jax.lax.axis_index(copies) * size, size, axis=dim)
     return gather_slices(jax.lax.psum(part, pipe), copies, dim=dim)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from ...layers.collectives import mark_varying
 from ..model.protocol import Given, LayerInfo
 from ..model.trees import mesh_axes_of
 from .batch import batch_specs
-from .buffers import read, vary
+from .buffers import read
 from .functions import Functions
 
 
@@ -48,11 +49,11 @@ class Microbatches:
 
     def marked(self, axes: tuple[str, ...]) -> "Microbatches":
         """Return the same batch marked as varying over more axes."""
-        return replace(self, batch=jax.tree.map(lambda leaf: vary(leaf, axes), self.batch), axes=axes)
+        return replace(self, batch=jax.tree.map(lambda leaf: mark_varying(leaf, axes), self.batch), axes=axes)
 
     def read(self, number: jax.Array | int) -> Given:
         """Return one microbatch, [b, ...], by its number."""
-        number = vary(jnp.asarray(number, jnp.int32), self.axes)
+        number = mark_varying(jnp.asarray(number, jnp.int32), self.axes)
         return Given(
             microbatch=read(self.batch, number), number=number, info=self._info(number) if self.asks_info else None
         )
@@ -67,8 +68,8 @@ class Microbatches:
             index=nowhere,
             stage=nowhere,
             microbatch=number,
-            sequences=vary(first + jnp.arange(self.num_sequences, dtype=jnp.int32), self.axes),
-            key=None if self.key is None else vary(self.key, self.axes),
+            sequences=mark_varying(first + jnp.arange(self.num_sequences, dtype=jnp.int32), self.axes),
+            key=None if self.key is None else mark_varying(self.key, self.axes),
         )
 
 
@@ -79,7 +80,7 @@ def microbatches_of(functions: Functions, inputs: Inputs) -> Microbatches:
     split = (leaf for leaf, spec in zip(jax.tree.leaves(inputs.batch), specs, strict=True) if mesh_axes_of(spec))
     first = next(split, None)
     return Microbatches(
-        batch=jax.tree.map(lambda leaf: vary(leaf, axes), inputs.batch),
+        batch=jax.tree.map(lambda leaf: mark_varying(leaf, axes), inputs.batch),
         axes=axes,
         num_sequences=1 if first is None else first.shape[1],
         shards=tuple(axis for axis in axes if axis in fns.axes.batch),

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from ...layers.collectives import mark_varying
 from ...meshes import ScheduleError
-from .buffers import empty_buffer, vary
+from .buffers import empty_buffer
 from .functions import Functions
 
 
@@ -46,7 +47,7 @@ def _check_linear(prepare: Callable[[Any], Any], stages: Any, axes: tuple[str, .
                 "back through its transpose, and integers have none.",
                 fix="leave prepare out, or give the layer its integers by the batch.",
             )
-    one_layer = jax.tree.map(lambda leaf: vary(leaf[0, 0], axes), stages)
+    one_layer = jax.tree.map(lambda leaf: mark_varying(leaf[0, 0], axes), stages)
     made = jax.eval_shape(prepare, one_layer)
 
     def back() -> Any:

@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.collectives import mark_varying
 from ..model.pattern import stage_pattern
 from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams
 from .backward.residuals import LayerVjp, plan_layer
 from .backward.split_backward import SplitBackward
 from .backward.traced_vjp import pull_back
-from .buffers import empty_buffer, floats_of, read, vary, zeros_for
+from .buffers import empty_buffer, floats_of, read, zeros_for
 from .functions import Functions
 from .layers import Index, LayerStack
 from .loop_state import Grads, Place, Sums
@@ -141,7 +142,7 @@ class RankModel:
 
         def run() -> Any:
             x = self.run_first(self.at_ends.read(0))
-            return jax.tree.map(lambda leaf: vary(leaf, self.functions.axes), x)
+            return jax.tree.map(lambda leaf: mark_varying(leaf, self.functions.axes), x)
 
         return jax.eval_shape(run)
 
@@ -158,7 +159,7 @@ class RankModel:
 
         outs, last = jax.eval_shape(run)
         metrics = {name: kind for out in (last, *outs.values()) for name, kind in out.metrics.items()}
-        zeros = lambda kind: vary(empty_buffer(kind), self.functions.axes)  # noqa: E731
+        zeros = lambda kind: mark_varying(empty_buffer(kind), self.functions.axes)  # noqa: E731
         stats = {
             kind: jax.tree.map(lambda leaf, k=kind: empty_buffer(leaf, self.num_chunks, self.room(k)), out.stats)
             for kind, out in outs.items()
@@ -217,9 +218,9 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
     params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see first_together.py.
-    shared = jax.tree.map(lambda leaf: vary(leaf, functions.end_axes), params.shared)
+    shared = jax.tree.map(lambda leaf: mark_varying(leaf, functions.end_axes), params.shared)
     by_kind = functions.fns.by_kind(params.stages), functions.fns.by_kind(inputs.state)
-    unprepared, state = jax.tree.map(lambda leaf: vary(leaf, functions.axes), by_kind)
+    unprepared, state = jax.tree.map(lambda leaf: mark_varying(leaf, functions.axes), by_kind)
     at_ends = microbatches_of(functions, inputs)
     return RankModel(
         functions=functions,

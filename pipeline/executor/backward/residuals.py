@@ -29,8 +29,9 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var
 
+from ....layers.collectives import mark_varying
 from ...model.protocol import Given, Output
-from ..buffers import floats_of, type_of, vary
+from ..buffers import floats_of, type_of
 from ..prepare import transpose
 from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
@@ -122,7 +123,7 @@ def plan_layer(
 
 def _restore(source: jax.Array, copy: Any) -> jax.Array:
     """Return the residual `copy`, given another one with the same numbers in another shape or type."""
-    return vary(source.reshape(copy.aval.shape), sorted(copy.aval.mat.varying))
+    return mark_varying(source.reshape(copy.aval.shape), sorted(copy.aval.mat.varying))
 
 
 def _find_copies(eqns: Iterable[JaxprEqn], residuals: Iterable[Any]) -> dict[Any, Any]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, primitives
 
-from ..buffers import vary
+from ....layers.collectives import mark_varying
 from .equations import Env, cuts_between, is_acting, is_heavy, needed, read_by, run, start_env, value_of, without
 from .open_calls import open_calls
 
@@ -166,4 +166,4 @@ def _slot_of(cut: Var) -> Slot:
 
 def _zeros(slot: Slot) -> jax.Array:
     shape, dtype, axes = slot
-    return vary(jnp.zeros(shape, dtype), axes)
+    return mark_varying(jnp.zeros(shape, dtype), axes)

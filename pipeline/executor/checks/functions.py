@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ....layers.collectives import mark_varying
 from ....meshes import ScheduleError
 from ...model.protocol import Output
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import on_mesh
 from ..batch import batch_specs
-from ..buffers import empty_buffer, floats_of, vary
+from ..buffers import empty_buffer, floats_of
 from ..functions import bind_functions
 from ..microbatches import Inputs, microbatches_of
 from ..param_specs import param_specs
@@ -167,7 +168,7 @@ def _like(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
     """Mark arrays as varying over these axes, also over those of size 1."""
-    return jax.tree.map(lambda leaf: vary(leaf, axes), tree)
+    return jax.tree.map(lambda leaf: mark_varying(leaf, axes), tree)
 
 
 def _text(tree: Any) -> str:
