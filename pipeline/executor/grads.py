@@ -102,6 +102,7 @@ def pipeline_loss(
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
     traced = _trace(call, params, inputs, wants="loss")
 
+    # A rule of our own: jax's would differentiate the loop over turns, and keep the residuals of every turn.
     @jax.custom_jvp
     def loss_of(params: PipelineParams, inputs: Inputs, closed_over: ClosedOver) -> tuple[jax.Array, Aux]:
         out = traced.run(params, inputs, closed_over)
@@ -119,6 +120,7 @@ def _differentiate(call: "_Call", primals: Any, tangents: Tangents) -> tuple[Any
     """Return (loss, aux) and their tangents; the schedule computes the gradients, of the batch only where asked for."""
     check_first(tangents, owners=call.facts.owners)
     given = watch_derivatives(primals, check=call.check_second)
+    # Gradients of the batch take a buffer as large as the batch, so they are computed only where they are asked for.
     wants_batch = has_tangent(tangents[1].batch)
     out = _trace(call, *given[:2], wants="grads", wants_batch=wants_batch).run(*given)
     tangent = tangent_of_loss(tangents[0], out.grads)

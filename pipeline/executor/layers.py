@@ -63,6 +63,7 @@ class LayerStack:
 
     def run(self, index: Index, work: Callable[[Place, Any], Any], carry: Any) -> Any:
         """Return work(place of the layer at an index, carry); a layer's kind decides at run time which work is done."""
+        # One `cond` for each kind, as for actions in execute.py: buffers of the other kinds pass through untouched.
         kinds = list(self.stages)
         if self.kind_of is None:
             return work(Place(kind=kinds[0], chunk=self.chunk, index=index), carry)

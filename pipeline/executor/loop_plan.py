@@ -49,6 +49,7 @@ class LoopPlan:
     def start_state(self, tables: Tables) -> LoopState:
         """Return the state before the first turn: unused buffers, sums of zero."""
         sums, x = self.model.zero_sums(), self.model.x
+        # Every rank allocates as many slots as the rank that needs the most: all ranks run one program.
         activations = self.fill(x, tables.num_activation_slots)
         if self.wants == "loss":
             return LoopState(sums=sums, activations=activations)
@@ -75,6 +76,7 @@ class LoopPlan:
 
 def plan_loop(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> LoopPlan:
     """Return the plan of one rank's loop; for use inside `shard_map`."""
+    # Each kind of layer is traced once, whatever the number of layers, microbatches and turns.
     vjps = model.plan_backward() if wants == "grads" else {}
     halves = model.split_backward(vjps) if tables.has_halves else {}
     kept = {kind: [*vjp.kept, *(halves[kind].extra if halves else ())] for kind, vjp in vjps.items()}

@@ -45,6 +45,7 @@ class Sums:
 
     def add(self, out: Output, place: "Place | None" = None) -> "Sums":
         """Return the sums with the result of one function added, the stats of a layer at its place."""
+        # Names are those of all functions; this one may have returned a few of them.
         metrics = {name: total + out.metrics.get(name, 0) for name, total in self.metrics.items()}
         loss = self.loss if out.loss is None else self.loss + out.loss
         stats = self.stats
@@ -117,10 +118,12 @@ def broadcast_slot(buffers: Any, slot: jax.Array, *, pipe: str) -> Any:
 def _share(value: jax.Array, pipe: str) -> jax.Array:
     """Return the sum over pipe of a value that is zero on all ranks but one."""
     mesh, varying = jax.sharding.get_abstract_mesh(), jax.typeof(value).mat.varying
+    # Its type tells who has copies of it: the devices along axes over which it does not vary.
     copies = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in varying)
     dim = split_dim(value.shape, copies) if copies else None
     if dim is None:
         return jax.lax.psum(value, pipe)
+    # 4 tensor ranks: each sums a quarter over pipe, and the quarters are put together where links are fast.
     size = value.shape[dim] // jax.lax.axis_size(copies)
     part = jax.lax.dynamic_slice_in_dim(mark_varying(value, copies), jax.lax.axis_index(copies) * size, size, axis=dim)
     return gather_slices(jax.lax.psum(part, pipe), copies, dim=dim)

@@ -60,9 +60,11 @@ class Microbatches:
 
     def _info(self, number: jax.Array) -> LayerInfo:
         # Sequences are numbered as in the whole batch, [M x B], whatever M and the number of shards are.
+        # B = 8 on 2 shards, b = 4: microbatch 1 has sequences 8-11 on shard 0, and 12-15 on shard 1.
         shard = jax.lax.axis_index(self.shards) if self.shards else 0
         num_shards = jax.lax.axis_size(self.shards) if self.shards else 1
         first = (number * num_shards + shard) * self.num_sequences
+        # Made of `number`, so that it is marked as the positions are which layers write in its place.
         nowhere = number * 0 - 1
         return LayerInfo(
             index=nowhere,

@@ -19,6 +19,7 @@ from .functions import Functions
 
 def prepare_layers(functions: Functions, stages: dict[str, Any]) -> dict[str, Any]:
     """Return the prepared parameters of one rank's layers, by kind, leaves [C, k, ...] -> [C, k, ...]."""
+    # Over chunks and layers at once; a layer of padding is prepared too, and never run.
     prepares = functions.prepares
     return {
         kind: own if (prepare := prepares[kind]) is None else jax.vmap(jax.vmap(prepare))(own)

@@ -79,6 +79,7 @@ class RankModel:
         count, first = counts[0], stage * counts[0]
         if len(set(counts)) > 1:
             count, first = (_at(own, stage) for own in (counts, (0, *accumulate(counts[:-1]))))
+        # Rows of constants of the program: one row is read at run time where the rank decides which stage it is.
         kind_of = place_of = None
         if fns.pattern is not None:
             pattern = stage_pattern(fns.pattern, kinds=tuple(self.unprepared), counts=counts)
@@ -117,6 +118,7 @@ class RankModel:
     def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
 
+        # Differentiated at once, so nothing of the head waits for a backward turn; of integers the gradients are float0.
         def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[Any, Output]:
             out = self.functions.last(shared, y, replace(given.at(-2), microbatch=microbatch))
             return out.loss, out
@@ -140,6 +142,7 @@ class RankModel:
     def x(self) -> Any:
         """Types of what layers pass on, a tree of [b, ...]."""
 
+        # The marks of `first` over tensor, say, stay: what layers pass on may differ there, or be the same.
         def run() -> Any:
             x = self.run_first(self.at_ends.read(0))
             return jax.tree.map(lambda leaf: mark_varying(leaf, self.functions.axes), x)
@@ -157,6 +160,7 @@ class RankModel:
                 outs[kind] = layer(stack.params(place), x, given)
             return outs, self.run_last(x, self.at_ends.read(0))
 
+        # Traced for types alone. A metric that several functions return has one shape in all: the checks see to it.
         outs, last = jax.eval_shape(run)
         metrics = {name: kind for out in (last, *outs.values()) for name, kind in out.metrics.items()}
         zeros = lambda kind: mark_varying(empty_buffer(kind), self.functions.axes)  # noqa: E731

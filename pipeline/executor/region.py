@@ -81,11 +81,13 @@ class Region:
 
     def _run(self, params: PipelineParams, inputs: Inputs) -> Results:
         axes = self.fns.axes
+        # Empty for axes of one device: nothing is cut, marked or summed along those.
         pipe, batch = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
         functions = bind_functions(self.fns, pipe=pipe, batch=batch)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
         check_prepare(functions, self.fns.by_kind(params.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
+        # With one pipeline rank there is no turn to wait for: microbatches run one after another.
         if pipe:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
             tables = lower(self.schedule, kinds=kinds, ends="together" if self.fns.ends_together else "alone")
@@ -108,6 +110,7 @@ class Region:
         if not self.wants_batch:
             return of_params, None
 
+        # Every stage adds its part of the gradient of a microbatch, and every data shard that of a leaf that is whole.
         def over_copies(grad: jax.Array, spec: P) -> jax.Array:
             return _sum(grad, tuple(axis for axis in (*pipe, *batch) if axis not in mesh_axes_of(spec)))
 
@@ -133,6 +136,7 @@ def _sum(tree: Any, axes: tuple[str, ...]) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
+    # A sum over no axes would stay in the program as a copy.
     sums = iter(jax.lax.psum(floats, axes) if axes else floats)
     return jax.tree.unflatten(
         structure, [next(sums) if is_its else leaf for leaf, is_its in zip(leaves, is_float, strict=True)]

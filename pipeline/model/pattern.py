@@ -61,6 +61,7 @@ def stage_pattern(pattern: Sequence[str], *, kinds: Sequence[str], counts: Seque
                 f"pattern names the kind {kind!r}, but layer has {', '.join(kinds)}.{suggest(kind, list(kinds))}",
                 fix="name the kinds that StageFns(layer={...}) has.",
             )
+    # Stages with fewer layers than the largest end with zeros, which are never read.
     kind_of = np.zeros((len(counts), max(counts)), np.int32)
     place_of = np.zeros_like(kind_of)
     layer = 0

@@ -88,6 +88,7 @@ class StageFns:
         """Return what is given for each kind of layer, by kind; a single kind has the name ""."""
         if self.pattern is None:
             return {"": value}
+        # A mapping has an entry for each kind; anything else, one function or one spec, holds for all.
         kinds: Any = self.layer
         return {kind: value.get(kind) if isinstance(value, Mapping) else value for kind in kinds}
 
@@ -104,6 +105,7 @@ class StageFns:
     @property
     def ends_together(self) -> bool:
         """Whether all ranks run `first` and `last` together, since a leaf of `shared` is split over pipe."""
+        # Specs may be a prefix of the tree, or wrong: the checks of arguments say so.
         specs = jax.tree.leaves(self.shared_specs, is_leaf=lambda node: isinstance(node, P))
         return any(self.axes.pipe in mesh_axes_of(spec) for spec in specs if isinstance(spec, P))
 
