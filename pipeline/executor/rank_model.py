@@ -118,7 +118,7 @@ class RankModel:
     def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
 
-        # Differentiated at once, so nothing of the head waits for a backward turn; of integers the gradients are float0.
+        # Differentiated at once, so nothing of the head waits for a backward turn. Gradients of integers are float0.
         def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[Any, Output]:
             out = self.functions.last(shared, y, replace(given.at(-2), microbatch=microbatch))
             return out.loss, out
