@@ -18,7 +18,7 @@ COMPILE = """
 import json, sys
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.plan import Target, open_target
+from trellax.programs import Target, open_target
 from trellax.serve.compiled_programs import compile_programs
 from trellax.serve.state import Sizes, state_shapes
 
