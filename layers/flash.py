@@ -16,6 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from ..meshes import ModelError
 from .blockwise import FLASH_OUTPUTS, attend_blockwise
 from .config import ModelConfig
+from .device_kind import device_kind as kind_of_devices
+from .device_kind import is_nvidia
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""
@@ -27,13 +29,12 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
     Raises:
         ModelError: the config asks for cuDNN, and the devices are not NVIDIA GPUs.
     """
-    kind = device_kind or _device_kind()
-    is_nvidia = kind.startswith("NVIDIA")
-    if config.attention == "cudnn" and not is_nvidia:
+    kind = device_kind or kind_of_devices()
+    if config.attention == "cudnn" and not is_nvidia(kind):
         raise ModelError(
             f"attention='cudnn' needs NVIDIA GPUs, but the devices are {kind!r}.", fix="set model.attention='auto'."
         )
-    return "cudnn" if config.attention != "xla" and is_nvidia and config.can_be_fused else "xla"
+    return "cudnn" if config.attention != "xla" and is_nvidia(kind) and config.can_be_fused else "xla"
 
 
 def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig) -> jax.Array:
@@ -106,8 +107,3 @@ def _is_among(leaf: jax.Array, arrays: Iterable[jax.Array]) -> bool:
 
 
 _attend_flash.defvjp(_flash_forward, _flash_backward)
-
-
-def _device_kind() -> str:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device.device_kind if device is not None else jax.devices()[0].device_kind

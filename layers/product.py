@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from ..meshes import ModelError
 from .collectives import sum_like
+from .device_kind import is_nvidia
 
 Matmuls = Literal["plain", "fp8"]
 """Precision of products with weights: the compute dtype ("plain"), or eight bits."""
@@ -34,10 +35,23 @@ def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matm
     if matmuls == "plain":
         # With tokens merged into one dim: where a weight gradient sums over two, XLA's CPU backend first transposes an
         # activation.
-        y = jax.lax.dot_general(x.reshape(-1, num_features), kernel, (((1,), (0,)), ((), ())))
+        y = _dot_rows(x.reshape(-1, num_features), kernel)
     else:
         y = _multiply_fp8(x if x.ndim == 3 else x.reshape(1, -1, num_features), kernel)
     return y.reshape(*lead, *features)
+
+
+def _dot_rows(x_nD: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x[n, D] @ kernel[D, ...] -> y[n, ...]; a lone row, of decoding a single sequence, is given a twin on GPUs.
+
+    XLA makes a product of one row of an elementwise multiplication and a sum, and writes the former out: an array as
+    large as the kernel, so three times the traffic (16.8 MB instead of 1.5 of temporary memory, compiled for an H200).
+    """
+    is_lone = len(x_nD) == 1 and is_nvidia()
+    # Behind a barrier, or XLA would see that both rows are the same.
+    rows_nD = jax.lax.optimization_barrier(jnp.concatenate([x_nD, x_nD])) if is_lone else x_nD
+    y = jax.lax.dot_general(rows_nD, kernel, (((1,), (0,)), ((), ())))
+    return y[:1] if is_lone else y
 
 
 @jax.custom_vjp

@@ -105,3 +105,18 @@ def test_without_qwix_the_error_names_the_extra(
     with pytest.raises(ModelError) as error:
         multiply(jnp.asarray(X), jnp.asarray(KERNEL), dtype="bfloat16", matmuls="fp8")
     golden("errors/layers/fp8_without_qwix.txt", str(error.value))
+
+
+def test_a_lone_row_with_a_twin_is_the_same_row_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs get for a single sequence in decoding, computed here on a CPU."""
+    x, kernel = jnp.asarray(normal(1, 8)), jnp.asarray(normal(8, 4))
+
+    def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sin(multiply(x, kernel, dtype=jnp.float32)).sum()
+
+    alone = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel)
+    monkeypatch.setattr("trellax.layers.product.is_nvidia", lambda: True)
+    assert "concatenate" in str(jax.make_jaxpr(loss)(x, kernel))
+    twin = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, kernel)
+    for one, other in zip(jax.tree.leaves(twin), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
