@@ -23,7 +23,9 @@ def dropout(x: jax.Array, *, rate: float, keys: jax.Array) -> jax.Array:
     check_number("rate", rate, error=ModelError)
     if rate >= 1:
         raise ModelError(f"rate={rate} would drop everything.", fix="use a rate from 0 up to 1, 0.1 say.")
-    if keys.shape != x.shape[:1]:
+    # Keys of jax.random.PRNGKey are rows of integers, [B, 2].
+    is_typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if (keys.shape if is_typed else keys.shape[:-1]) != x.shape[:1]:
         raise ModelError(
             f"x has {x.shape[0]} sequences and keys has shape {keys.shape}.",
             fix="give one key for each sequence: info.keys(), or jax.random.split(key, len(x)).",

@@ -25,6 +25,11 @@ def test_a_mask_belongs_to_its_sequence() -> None:
     assert not np.array_equal(np.asarray(whole[0] != 0), np.asarray(whole[1] != 0))
 
 
+def test_keys_in_the_old_style_draw_the_same_masks() -> None:
+    rows = jax.random.split(jax.random.PRNGKey(0), 64)
+    np.testing.assert_array_equal(dropout(X, rate=0.5, keys=rows), dropout(X, rate=0.5, keys=KEYS))
+
+
 def test_the_gradient_has_the_mask_of_the_forward() -> None:
     y = dropout(X, rate=0.5, keys=KEYS)
     grad = jax.grad(lambda x: dropout(x, rate=0.5, keys=KEYS).sum())(X)
