@@ -45,6 +45,10 @@ BLOCK_SUMS = "block_sums"
 """Checkpoint name of the results of `sum_blocks`: rematerialization keeps them, so the backward does not sum again."""
 
 
+_ADDED = "the sum would be as many times too large"
+_REPEATED = "it would be repeated as many times"
+
+
 def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     """Enter a region in which each device of `axes` multiplies the same x with its own columns of a kernel.
 
@@ -69,16 +73,22 @@ def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
     """
     manual = manual_axes(axes)
     for leaf in jax.tree.leaves(y):
-        _check_differs(leaf, manual, what="sum_blocks", then="the sum would be as many times too large")
+        _check_differs(leaf, manual, what="sum_blocks", then=_ADDED)
     return checkpoint_name(jax.lax.psum(y, manual), BLOCK_SUMS) if manual else y
 
 
 def _check_differs(x: jax.Array, axes: tuple[str, ...], *, what: str, then: str) -> None:
     if missing := [axis for axis in axes if axis not in varying_axes(x)]:
+        if not varying_axes(jax.lax.axis_index(missing[0])):
+            raise ShardingError(
+                f"{what} over {' and '.join(missing)} inside shard_map(check_vma=False), where no array's type says "
+                "over which axes it differs: gradients would be wrong.",
+                fix="leave check_vma out; it is True by default.",
+            )
         raise ShardingError(
             f"{what} over {' and '.join(missing)} of a {x.dtype}{list(x.shape)} that is the same on all "
             f"{num_blocks(missing)} devices: {then}.",
-            fix="split the weights over that axis, StageFns(stage_specs=...) in a pipeline, or leave the verb out.",
+            fix="split it over that axis, a weight by StageFns(stage_specs=...) in a pipeline, or leave the verb out.",
         )
 
 
@@ -121,6 +131,7 @@ def gather_slices(part: jax.Array, axes: str | tuple[str, ...], *, dim: int) -> 
 def gather_blocks(x: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
     """Return the whole array of which each device of `axes` has a block: x[V@axes]{V:axes} -> x[V], an all-gather."""
     manual = manual_axes(axes)
+    _check_differs(x, manual, what="gather_blocks", then=_REPEATED)
     return gather_slices(x, manual, dim=dim) if manual else x
 
 
@@ -128,7 +139,11 @@ def gather_tokens(x_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Enter a split region from activations whose tokens are split: x[B, T@axes, D]{V:axes} -> x[B, T, D]{V:axes}.
 
     One all-gather. Its transpose sums dx of all devices and leaves each its own tokens: one reduce-scatter.
+
+    Raises:
+        ShardingError: x is the same on all devices of an axis: each of its tokens would be there several times.
     """
+    _check_differs(x_BTD, manual_axes(axes), what="gather_tokens", then=_REPEATED)
     return gather_weight(x_BTD, axes, dim=1)
 
 
@@ -139,11 +154,12 @@ def scatter_tokens(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
     transpose is one all-gather of dy.
 
     Raises:
-        ShardingError: T is not a multiple of the number of devices.
+        ShardingError: T is not a multiple of the number of devices, or y is the same on all devices of an axis.
     """
     manual = manual_axes(axes)
     if not manual:
         return y_BTD
+    _check_differs(y_BTD, manual, what="scatter_tokens", then=_ADDED)
     parts = num_blocks(manual)
     check_divides(
         "tokens", y_BTD.shape[1], over=" x ".join(manual), parts=parts, error=ShardingError, fix="pad the sequences."
@@ -156,8 +172,12 @@ def gather_weight(w: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
 
     One all-gather, in the dtype of w: cast before it. Its transpose sums dw and leaves each device its own block: one
     reduce-scatter.
+
+    Raises:
+        ShardingError: w is the same on all devices of an axis: it is whole already.
     """
     manual = manual_axes(axes)
+    _check_differs(w, manual, what="gather_weight", then=_REPEATED)
     return jax.lax.all_gather(w, manual, axis=dim, tiled=True) if manual else w
 
 
@@ -213,11 +233,20 @@ def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Arr
     With fewer units of columns (heads) than devices, several devices use the same unit:
 
         2 heads, 4 devices:    device 0: head 0    1: head 0    2: head 1    3: head 1
+
+    Raises:
+        ShardingError: neither number is a multiple of the other: some columns would not be used, or some twice.
     """
     manual = manual_axes(axes)
     if not manual:
         return weight
     num_units, parts = weight.shape[-1] // unit, jax.lax.axis_size(manual)
+    if not num_units or (num_units % parts and parts % num_units):
+        raise ShardingError(
+            f"own_columns of {num_units} units of {unit} columns over {' x '.join(manual)}={parts}: neither is a "
+            "multiple of the other, and devices would use unlike numbers of columns.",
+            fix=f"use a multiple of {parts} units, or a number that divides {parts}.",
+        )
     size = max(num_units // parts, 1) * unit
     first = jax.lax.axis_index(manual) * num_units // parts * unit
     return jax.lax.dynamic_slice_in_dim(mark_varying(weight, manual), first, size, axis=weight.ndim - 1)
@@ -226,7 +255,7 @@ def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Arr
 def num_blocks(axes: Sequence[str]) -> int:
     """Return the number of blocks that the axes cut a dimension into, on the mesh in context; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in axes)
+    return math.prod(sizes.get(axis, 1) for axis in _names(axes))
 
 
 def num_manual_blocks(axes: Sequence[str]) -> int:
@@ -238,7 +267,12 @@ def manual_axes(axes: Sequence[str]) -> tuple[str, ...]:
     """Return those of the axes that are manual in the mesh in context and have more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in axes if kinds.get(axis) == AxisType.Manual and mesh.shape[axis] > 1)
+    return tuple(axis for axis in _names(axes) if kinds.get(axis) == AxisType.Manual and mesh.shape[axis] > 1)
+
+
+def _names(axes: Sequence[str]) -> Sequence[str]:
+    """Return the names of axes; one name may be given by itself, as jax's collectives take it."""
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def varying_axes(*arrays: jax.Array, without: Sequence[str] = ()) -> tuple[str, ...]:

@@ -23,12 +23,27 @@ def dropout(x: jax.Array, *, rate: float, keys: jax.Array) -> jax.Array:
     check_number("rate", rate, error=ModelError)
     if rate >= 1:
         raise ModelError(f"rate={rate} would drop everything.", fix="use a rate from 0 up to 1, 0.1 say.")
-    if keys.shape != x.shape[:1]:
+    # Keys of jax.random.PRNGKey are rows of integers, [B, 2].
+    if (keys.shape if _is_typed(keys) else keys.shape[:-1]) != x.shape[:1]:
         raise ModelError(
             f"x has {x.shape[0]} sequences and keys has shape {keys.shape}.",
             fix="give one key for each sequence: info.keys(), or jax.random.split(key, len(x)).",
         )
     if not rate:
         return x
-    is_kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    is_kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(threefry_keys(keys))
     return jnp.where(is_kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def threefry_keys(keys: jax.Array) -> jax.Array:
+    """Return keys of threefry for keys of rbg, and other keys as they are.
+
+    Under `jax.vmap`, rbg draws the numbers of all keys from the first: they would depend on who shares a microbatch.
+    """
+    words = jax.random.key_data(keys) if _is_typed(keys) else keys
+    # A key of rbg is four words, two keys of threefry.
+    return jax.random.wrap_key_data(words[..., :2], impl="threefry2x32") if words.shape[-1:] == (4,) else keys
+
+
+def _is_typed(keys: jax.Array) -> bool:
+    return jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)

@@ -23,7 +23,7 @@ from ...layers.collectives import mark_varying
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
 from .buffers import vary_like
-from .checks.outputs import read_output
+from .checks.outputs import check_leaves, read_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def bind_functions(
 
     layers, prepares = fns.by_kind(fns.layer), fns.by_kind(fns.prepare)
     return Functions(
-        first=bind(fns.first, end_axes, lambda x, _: x),
+        first=bind(fns.first, end_axes, _first_output),
         layers={kind: bind(fn, axes, _layer_output) for kind, fn in layers.items()},
         last=bind(fns.last, end_axes, lambda result, _: _sums_in_float32(read_output("last", result))),
         prepares={kind: fn and (lambda params, fn=fn: mark(fn(params), axes)) for kind, fn in prepares.items()},
@@ -78,6 +78,13 @@ def bind_functions(
         axes=axes,
         end_axes=end_axes,
     )
+
+
+def _first_output(x: Any, _: list[Any]) -> Any:
+    """Return the result of `first`; an Output is an error of the checks."""
+    if not isinstance(x, Output):
+        check_leaves("first()", x, part="x")
+    return x
 
 
 def _layer_output(result: Any, own: list[Any]) -> Output:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from ...layers.dropout import threefry_keys
 from ...meshes import ScheduleError
 
 
@@ -40,7 +41,8 @@ class LayerInfo:
     def keys(self) -> jax.Array:
         """Return a random key for each sequence, [b], that depends on layer and sequence alone.
 
-        So what is drawn from them is the same on every mesh, with every schedule and number of microbatches.
+        So what is drawn from them is the same on every mesh, with every schedule and number of microbatches. They are
+        keys of threefry where the pipeline's is of rbg, which draws other numbers where keys are many.
 
         Raises:
             ScheduleError: the pipeline was given no key.
@@ -50,7 +52,7 @@ class LayerInfo:
                 "info.keys() needs a random key, and the pipeline was given none.",
                 fix="call it with key=jax.random.key(step), another one each step.",
             )
-        own = jax.random.fold_in(self.key, self.index.astype("uint32"))
+        own = jax.random.fold_in(threefry_keys(self.key), self.index.astype("uint32"))
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(own, self.sequences)
 
 

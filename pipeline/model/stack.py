@@ -9,7 +9,7 @@ largest; the rest of it is zero and never run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,10 +61,14 @@ def stages_from_layers(
     return jax.tree.map(cut, layers)
 
 
-def _count_layers(layers: Any) -> int:
-    shapes = {name: leaf.shape for name, leaf in check_arrays("layers", layers).items()}
+def _count_layers(layers: Any, *, of: str = "layers") -> int:
+    shapes = {name: leaf.shape for name, leaf in check_arrays(of, layers).items()}
     if not shapes:
-        raise ScheduleError("layers is empty: a model has layers.", fix="give arrays [all layers, ...].")
+        raise ScheduleError(
+            f"{of} is empty: layers are counted by the first dimension of their arrays.",
+            fix='give arrays [all layers, ...]; where a kind of layers has no parameters, {"unused": '
+            "jnp.zeros(num_layers)}.",
+        )
     first, shape = next(iter(shapes.items()))
     for name, other in shapes.items():
         if not other or other[:1] != shape[:1]:
@@ -76,7 +80,8 @@ def _count_layers(layers: Any) -> int:
 
 
 def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any]) -> dict[str, Any]:
-    found = {kind: _count_layers(own) for kind, own in layers.items()}
+    _check_kinds("layers", layers)
+    found = {kind: _count_layers(own, of=f"layers[{kind!r}]") for kind, own in layers.items()}
     counts = check_layers(sum(found.values()), **sizes)
     stages = stage_pattern(pattern, kinds=tuple(layers), counts=counts)
 
@@ -102,13 +107,28 @@ def natural_order(
     """Return parameters [all layers, ...] in the model's order from stage parameters [chunks, ranks, layers, ...].
 
     With a `pattern` of kinds, which needs `layers_per_stage`, parameters are {kind: [layers of the kind, ...]}.
+
+    Raises:
+        ScheduleError: `layers_per_stage` is not what the parameters were cut by.
     """
     if pattern is not None:
-        cut = stage_pattern(pattern, kinds=tuple(stages), counts=layers_per_stage or ())
+        _check_kinds("stages", stages)
+        if layers_per_stage is None:
+            raise ScheduleError(
+                "natural_order() with a pattern needs layers_per_stage: the parameters of each kind are padded.",
+                fix="give the number of layers of every stage, equal ones too: layers_per_stage=(2, 2).",
+            )
+        check_counts(layers_per_stage)
+        cut = stage_pattern(pattern, kinds=tuple(stages), counts=layers_per_stage)
+        for kind, own in stages.items():
+            _check_room(f"stages[{kind!r}]", own, counts=cut.counts_of(kind))
         return {
             kind: jax.tree.map(lambda leaf, k=kind: leaf.reshape(-1, *leaf.shape[3:])[cut.places_of(k)], own)
             for kind, own in stages.items()
         }
+    if layers_per_stage is not None:
+        check_counts(layers_per_stage)
+        _check_room("stages", stages, counts=layers_per_stage)
 
     def merge(leaf: Any) -> Any:
         whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
@@ -120,6 +140,27 @@ def natural_order(
         return jnp.take(whole, _places(layers_per_stage), axis=0, unique_indices=True, indices_are_sorted=True)
 
     return jax.tree.map(merge, stages)
+
+
+def _check_kinds(name: str, tree: Any) -> None:
+    if not isinstance(tree, Mapping):
+        raise ScheduleError(
+            f"{name} is a {type(tree).__name__}, but with a pattern it is a dict of the parameters of each kind.",
+            fix='give {"dense": ..., "moe": ...}.',
+        )
+
+
+def _check_room(name: str, stages: Any, *, counts: Sequence[int]) -> None:
+    """Raise unless parameters [chunks, ranks, layers, ...] are those of stages of these counts."""
+    room = max(*counts, 1)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
+        # An index past the end would silently read the last layer again.
+        if leaf.ndim < 3 or leaf.shape[0] * leaf.shape[1] != len(counts) or leaf.shape[2] != room:
+            raise ScheduleError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}, but {len(counts)} stages of "
+                f"{list(counts)} layers have [chunks, ranks, {room}, ...], chunks x ranks = {len(counts)}.",
+                fix="give the layers_per_stage by which stages_from_layers() cut it.",
+            )
 
 
 def check_layers(

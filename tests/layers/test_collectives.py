@@ -170,3 +170,31 @@ def test_a_kernel_that_is_whole_is_refused() -> None:
     run = jax.shard_map(double, mesh=mesh_of("tensor=4"), in_specs=(P(), P()), out_specs=P())
     with pytest.raises(ShardingError, match="every device would compute the same product"):
         run(jnp.ones((2, 6)), jnp.ones((6, 4)))
+
+
+def test_one_axis_may_be_given_by_its_name_alone() -> None:
+    mesh = mesh_of("tensor=4")
+    run = lambda axes: jax.shard_map(  # noqa: E731
+        lambda x: verbs.sum_blocks(x, axes), mesh=mesh, in_specs=BLOCK, out_specs=WHOLE
+    )
+    np.testing.assert_array_equal(jax.jit(run("tensor"))(X), jax.jit(run(TENSOR))(X))
+
+
+@pytest.mark.parametrize("verb", [gather, gather_tokens, scatter_tokens, gather_weight])
+def test_what_is_whole_is_neither_gathered_nor_scattered(verb: Callable[[jax.Array], jax.Array]) -> None:
+    run = jax.shard_map(verb, mesh=mesh_of("tensor=4"), in_specs=WHOLE, out_specs=BLOCK)
+    with pytest.raises(ShardingError, match="that is the same on all 4 devices"):
+        jax.eval_shape(run, X)
+
+
+def test_types_that_say_nothing_are_refused() -> None:
+    run = jax.shard_map(add_up, mesh=mesh_of("tensor=4"), in_specs=BLOCK, out_specs=WHOLE, check_vma=False)
+    with pytest.raises(ShardingError, match=r"sum_blocks over tensor inside shard_map\(check_vma=False\)"):
+        jax.eval_shape(run, X)
+
+
+@pytest.mark.parametrize(("columns", "units"), [(12, 3), (24, 6), (2, 0)])
+def test_heads_that_neither_split_nor_are_shared_are_refused(columns: int, units: int) -> None:
+    run = jax.shard_map(own_heads, mesh=mesh_of("tensor=4"), in_specs=WHOLE, out_specs=BLOCK)
+    with pytest.raises(ShardingError, match=f"own_columns of {units} units of 4 columns over tensor=4"):
+        jax.eval_shape(run, normal(4, columns))

@@ -19,10 +19,18 @@ def test_a_share_is_zero_and_the_rest_is_scaled() -> None:
     np.testing.assert_allclose(y, jnp.where(kept, X / 0.75, 0), rtol=1e-6)
 
 
-def test_a_mask_belongs_to_its_sequence() -> None:
-    whole = dropout(X, rate=0.5, keys=KEYS)
-    np.testing.assert_array_equal(dropout(X[10:20], rate=0.5, keys=KEYS[10:20]), whole[10:20])
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_a_mask_belongs_to_its_sequence(kind: str) -> None:
+    """With rbg, all masks were drawn from the key of the first sequence."""
+    keys = jax.random.split(jax.random.key(0, impl=kind), 64)
+    whole = dropout(X, rate=0.5, keys=keys)
+    np.testing.assert_array_equal(dropout(X[10:20], rate=0.5, keys=keys[10:20]), whole[10:20])
     assert not np.array_equal(np.asarray(whole[0] != 0), np.asarray(whole[1] != 0))
+
+
+def test_keys_in_the_old_style_draw_the_same_masks() -> None:
+    rows = jax.random.split(jax.random.PRNGKey(0), 64)
+    np.testing.assert_array_equal(dropout(X, rate=0.5, keys=rows), dropout(X, rate=0.5, keys=KEYS))
 
 
 def test_the_gradient_has_the_mask_of_the_forward() -> None:

@@ -165,3 +165,32 @@ def test_parameters_of_other_numbers_than_the_pattern_has_are_refused() -> None:
     layers = jax.tree.map(jnp.asarray, arrays()[0]["layers"])
     with pytest.raises(ScheduleError, match="makes 5 of 8 layers 'dense', but there are parameters of 6"):
         stages_from_layers(layers, num_ranks=2, pattern=("dense", "gated", "dense"))
+
+
+def test_a_kind_without_arrays_is_refused() -> None:
+    layers = {"dense": arrays()[0]["layers"]["dense"], "gated": {}}
+    with pytest.raises(ScheduleError, match=r"layers\['gated'\] is empty"):
+        stages_from_layers(layers, num_ranks=2, pattern=PATTERN)
+    stages = stages_from_layers({"dense": layers["dense"]}, num_ranks=2, pattern=("dense",)) | {"gated": {}}
+    with pytest.raises(ScheduleError, match=r"params.stages\['gated'\] has no arrays"):
+        pipeline_grads(
+            StageFns(**FNS),
+            params=PipelineParams(stages=stages, shared=arrays()[0]["shared"]),
+            batch={key: leaf.reshape(2, -1, WIDTH) for key, leaf in arrays()[1].items()},
+            mesh=mesh_of("1x1x2"),
+            schedule=build_schedule("1f1b", num_ranks=2, num_microbatches=2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        (None, "natural_order\\(\\) with a pattern needs layers_per_stage"),
+        ((3, 5), r"stages\['dense'\]\[.down.\] has shape \(1, 2, 3, 32, 16\), but 2 stages of \[2, 4\] layers"),
+        ((2, 3, 3), "3 stages"),
+    ],
+)
+def test_kinds_are_put_in_order_by_the_counts_they_were_cut_by(counts: tuple[int, ...] | None, says: str) -> None:
+    stages = stages_from_layers(jax.tree.map(jnp.asarray, arrays()[0]["layers"]), num_ranks=2, pattern=PATTERN)
+    with pytest.raises(ScheduleError, match=says):
+        natural_order(stages, layers_per_stage=counts, pattern=PATTERN)

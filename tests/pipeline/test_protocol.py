@@ -172,3 +172,23 @@ def test_the_gradient_of_the_batch_equals_one_device(
     check(aux.metrics, own_aux["metrics"])
     check(natural_order(grads.stages), own["layers"])
     check({name: leaf.reshape(BATCH, WIDTH) for name, leaf in d_batch.items()}, own_batch)
+
+
+def test_random_numbers_of_rbg_belong_to_their_sequence() -> None:
+    """rbg draws the numbers of many keys from the first, so they changed with mesh and number of microbatches."""
+    key = jax.random.key(3, impl="rbg")
+
+    def draw(params: Any, x: Any, microbatch: Any, info: LayerInfo) -> Output:
+        drawn = jax.vmap(jax.random.normal)(info.keys())
+        return Output(x=x, metrics={"by_sequence": jax.nn.one_hot(info.sequences, BATCH).T @ drawn})
+
+    def drawn_on(mesh_text: str, num_microbatches: int) -> np.ndarray:
+        mesh, params, _, batch = placed(mesh_text, 1, num_microbatches)
+        schedule = build_schedule("1f1b", num_ranks=mesh.shape["pipe"], num_microbatches=num_microbatches)
+        fns = StageFns(
+            first=lambda shared, microbatch: microbatch["x"], layer=draw, last=lambda shared, x, microbatch: x.sum()
+        )
+        run = lambda: pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=schedule, key=key)  # noqa: E731
+        return np.asarray(jax.jit(run)().metrics["by_sequence"])
+
+    np.testing.assert_allclose(drawn_on("4x1x2", 3), drawn_on("1x1x1", 1), rtol=1e-5)

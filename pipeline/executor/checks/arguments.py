@@ -193,6 +193,13 @@ def _rooms(fns: StageFns, params: PipelineParams, schedule: Schedule) -> dict[st
             f"params.stages is {found}, but layer has the kinds {kinds}.",
             fix="make them with stages_from_layers({kind: [layers of the kind, ...]}, pattern=...).",
         )
+    for kind in kinds:
+        if not jax.tree.leaves(params.stages[kind]):
+            raise ScheduleError(
+                f"params.stages[{kind!r}] has no arrays; a kind has one at least, by which its layers are counted.",
+                fix='give it an array that its function does not read: {"unused": jnp.zeros(num_layers)} before '
+                "stages_from_layers().",
+            )
     chunks, ranks = schedule.num_chunks, schedule.num_ranks
     counts = check_layers(
         fns.num_layers or 0, num_ranks=ranks, num_chunks=chunks, layers_per_stage=fns.layers_per_stage
@@ -242,11 +249,18 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
     leaves = check_arrays(of, tree)
     specs = spread_specs(name, getattr(fns, name), tree, of=of)
     for (leaf_name, leaf), spec in zip(leaves.items(), jax.tree.leaves(specs, is_leaf=_is_spec), strict=True):
-        if not set(mesh_axes_of(spec)) <= set(allowed):
+        named = mesh_axes_of(spec)
+        if wrong := [axis for axis in named if axis not in allowed]:
+            near = "" if wrong[0] in fns.axes.names else suggest(str(wrong[0]), allowed)
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}; it may name {' and '.join(allowed)}"
-                f"{f', since stages are split over {fns.axes.pipe} anyhow' if lead else ''}.",
+                f"{f', since stages are split over {fns.axes.pipe} anyhow' if own and own[0] in wrong else ''}.{near}",
                 fix=f"name one of these, {P(None, allowed[-1])} say, or P() for whole." if allowed else "write P().",
+            )
+        if twice := [axis for place, axis in enumerate(named) if axis in named[:place]]:
+            raise ShardingError(
+                f"{name} of {leaf_name} is {spec}, which names {twice[0]} twice; an axis splits one dimension.",
+                fix=f"leave one {twice[0]} out.",
             )
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(

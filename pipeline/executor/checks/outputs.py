@@ -11,10 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ....meshes import ScheduleError
 from ...model.protocol import Output
+
+_ARRAYS = jax.Array | np.ndarray | np.generic | float | int
 
 
 def read_output(name: Literal["layer", "last"], result: Any) -> Output:
@@ -24,24 +27,55 @@ def read_output(name: Literal["layer", "last"], result: Any) -> Output:
         ScheduleError: metrics are not named arrays, or `last` returns parts that a layer alone has.
     """
     if not isinstance(result, Output):
-        return Output(x=result) if name == "layer" else Output(loss=result)
+        result = Output(x=result) if name == "layer" else Output(loss=result)
     if not isinstance(result.metrics, Mapping):
         raise ScheduleError(
             f"{name}() returns metrics that are a {type(result.metrics).__name__}; metrics have names.",
             fix='give a dict of arrays: Output(metrics={"load": load}).',
         )
     for key, value in result.metrics.items():
-        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+        if not isinstance(key, str):
+            raise ScheduleError(
+                f"{name}() returns a metric with the name {key!r}, which is not text.",
+                fix=f'use text: Output(metrics={{"{key}": ...}}).',
+            )
+        if not isinstance(value, _ARRAYS):
             raise ScheduleError(
                 f"{name}() returns metrics[{key!r}], which is a {type(value).__name__}; a metric is one array.",
                 fix="give each array a name of its own.",
             )
+    for part in ("x", "loss", "metrics", "stats"):
+        check_leaves(f"{name}()", getattr(result, part), part=part)
     if name == "last" and jax.tree.leaves((result.x, result.stats)):
         raise ScheduleError(
             "last() returns an Output with x or stats; both are a layer's alone, and would be lost.",
             fix="leave them out, and return what is to be seen as metrics.",
         )
     return result
+
+
+def check_leaves(name: str, tree: Any, *, part: str) -> None:
+    """Raise unless the leaves of what a function returns are arrays of numbers, and those that are summed real.
+
+    Raises:
+        ScheduleError: naming the leaf.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where = part + jax.tree_util.keystr(path)
+        kind = None
+        if isinstance(leaf, _ARRAYS):
+            kind = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+        if kind is None or not (any(jnp.issubdtype(kind, own) for own in (jnp.number, jnp.bool_))):
+            what = f"a {type(leaf).__name__}" if kind is None else kind
+            raise ScheduleError(
+                f"{name} returns {where}, which is {what}, not numbers.",
+                fix="return arrays of numbers alone.",
+            )
+        if part != "x" and jnp.issubdtype(kind, jnp.complexfloating):
+            raise ScheduleError(
+                f"{name} returns {where}, which is {kind}; it is summed in float32.",
+                fix="return real and imaginary part as two arrays.",
+            )
 
 
 def check_same_on_copies(name: Literal["layer", "last"], out: Output, *, x: Any, axes: Iterable[str]) -> None:

@@ -58,3 +58,11 @@ def test_layers_that_do_not_divide_are_refused_with_the_equation(name: str, gold
     with pytest.raises(ScheduleError) as caught:
         check_layers(**MISFITS[name])
     golden(f"errors/pipeline/split_{name}.txt", str(caught.value))
+
+
+@pytest.mark.parametrize("counts", [(1, 3, 4), (2, 4, 2), (4, 4), (3, 3, 3)])
+def test_natural_order_by_other_counts_is_refused(counts: tuple[int, ...]) -> None:
+    """An index past the end read the last layer again."""
+    stages = stages_from_layers(LAYERS, num_ranks=3, layers_per_stage=(2, 5, 1))
+    with pytest.raises(ScheduleError, match=f"but {len(counts)} stages of"):
+        natural_order(stages, layers_per_stage=counts)

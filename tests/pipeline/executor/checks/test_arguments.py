@@ -88,6 +88,8 @@ ROUNDABOUT: dict[str, Callable[[], dict[str, Any]]] = {
     "specs over data": lambda: _shared(np.ones(4), shared_specs={"own": P("data")}),
     "stage specs over pipe": lambda: {"fns": StageFns(**FNS, stage_specs={"w": P("pipe")})},
     "stage specs of more dimensions": lambda: {"fns": StageFns(**FNS, stage_specs=P(None, None, "tensor"))},
+    "stage specs of a name nearby": lambda: {"fns": StageFns(**FNS, stage_specs=P(None, "tenso"))},
+    "stage specs over an axis twice": lambda: {"fns": StageFns(**FNS, stage_specs=P("tensor", "tensor"))},
     "stage specs that do not divide": lambda: {
         "fns": StageFns(**FNS, stage_specs=P(None, "tensor")),
         "params": PipelineParams(stages={"w": jnp.ones((1, 2, 2, 8, 7))}, shared={}),

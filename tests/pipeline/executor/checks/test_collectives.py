@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "first_permutes_over_data": _after("first", jax.checkpoint(_permute)),
     "layer_permutes_over_tensor": _after("layer", lambda x: jax.lax.ppermute(x, "tensor", [(0, 0)])),
     "last_names_no_axis": _after("last", lambda loss: loss / jax.lax.axis_size("dat")),
+    "layer_sums_over_no_axis": _after("layer", lambda x: jax.lax.psum(x, "tensr")),
+    "last_sums_over_what_is_alike": _after("last", lambda loss: jax.lax.pmean(loss, ("data", "tensor"))),
     "layer_constrains_over_data": _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P("data"))),
     "layer_constrains_over_tensor": _after("layer", lambda x: jax.lax.with_sharding_constraint(x, P(None, "tensor"))),
 }
