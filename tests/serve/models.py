@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from trellax.layers import ModelConfig, Transformer
-from trellax.meshes import MeshSpec, build_mesh
+from trellax.meshes import MeshAxes, MeshSpec, build_mesh
+from trellax.meshes.axes import DEFAULT_AXES
 from trellax.serve import Engine, Request, param_shapes
 from trellax.serve.sampling import SamplingSettings, choose
 
@@ -52,18 +53,18 @@ def numbers_of(config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def params_on(config: ModelConfig, mesh: Mesh) -> Any:
+def params_on(config: ModelConfig, mesh: Mesh, axes: MeshAxes = DEFAULT_AXES) -> Any:
     """The same parameters on a mesh, as a reader delivers them."""
     put = lambda leaf, shape: jax.device_put(leaf.astype(shape.dtype), shape.sharding)  # noqa: E731
-    return jax.tree.map(put, numbers_of(config), param_shapes(config, mesh=mesh))
+    return jax.tree.map(put, numbers_of(config), param_shapes(config, mesh=mesh, axes=axes))
 
 
 def engine_on(mesh: str, style: str = "llama", **sizes: Any) -> Engine:
     """An engine with a poisoned cache and small chunks."""
     config = model_of(style)
-    own = mesh_of(mesh)
+    own, axes = mesh_of(mesh), MeshSpec.parse(mesh).roles
     wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "fill": "nan"}
-    return Engine(config, params_on(config, own), mesh=own, **(wanted | sizes))
+    return Engine(config, params_on(config, own, axes), mesh=own, axes=axes, **(wanted | sizes))
 
 
 @cache

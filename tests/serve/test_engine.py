@@ -51,6 +51,8 @@ MORE = [
     ("tensor=2,pipe=4", "llama", {"groups": 8}),
     ("data=4,tensor=2", "llama", {"slots": 4}),
     ("tensor=8", "llama", {"chunk": 1}),
+    ("outer=2:tensor,inner=4:tensor", "llama", {"layers": "unrolled"}),
+    ("replica=2:batch,own=2:tensor,pp=2:pipe", "uneven", {}),
 ]
 
 
