@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ...meshes.ring import check_ring
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from ..schedules import Schedule
 from .checks.arguments import check_arguments, check_context
@@ -149,8 +148,6 @@ def _check(
 ) -> _Call:
     check_arguments(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
     check_context(mesh)
-    if schedule.num_chunks > 1:
-        check_ring(mesh, what=f"schedule {schedule.name!r}")
     facts = check_fns(fns, params, inputs, mesh=mesh)
     return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
 

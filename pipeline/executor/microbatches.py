@@ -79,12 +79,14 @@ def microbatches_of(functions: Functions, inputs: Inputs) -> Microbatches:
     """Return the batch of a data shard, marked for `first` and `last`."""
     fns, axes = functions.fns, functions.end_axes
     specs = jax.tree.leaves(batch_specs(fns, inputs.batch), is_leaf=lambda node: isinstance(node, PartitionSpec))
-    split = (leaf for leaf, spec in zip(jax.tree.leaves(inputs.batch), specs, strict=True) if mesh_axes_of(spec))
-    first = next(split, None)
+    leaves = jax.tree.leaves(inputs.batch)
+    split = [leaf for leaf, spec in zip(leaves, specs, strict=True) if mesh_axes_of(spec)]
+    # On one data shard all leaves may be whole: then those with two dimensions have sequences.
+    sizes = [leaf.shape[1] for leaf in split or leaves if leaf.ndim > 1]
     return Microbatches(
         batch=jax.tree.map(lambda leaf: mark_varying(leaf, axes), inputs.batch),
         axes=axes,
-        num_sequences=1 if first is None else first.shape[1],
+        num_sequences=sizes[0] if sizes else 1,
         shards=tuple(axis for axis in axes if axis in fns.axes.batch),
         asks_info=functions.asks_info,
         key=inputs.key,

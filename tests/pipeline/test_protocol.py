@@ -192,3 +192,25 @@ def test_random_numbers_of_rbg_belong_to_their_sequence() -> None:
         return np.asarray(jax.jit(run)().metrics["by_sequence"])
 
     np.testing.assert_allclose(drawn_on("4x1x2", 3), drawn_on("1x1x1", 1), rtol=1e-5)
+
+
+def test_sequences_are_counted_where_every_leaf_is_whole() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def look(params: Any, x: jax.Array, _microbatch: Any, info: LayerInfo) -> jax.Array:
+        seen.append(info.sequences.shape)
+        return x + params[None]
+
+    fns = StageFns(
+        first=lambda _shared, microbatch: microbatch,
+        layer=look,
+        last=lambda _shared, x, _microbatch: x.sum(),
+        batch_specs=P(),
+    )
+    params = PipelineParams(stages=jnp.ones((1, 2, 1, 8)), shared={})
+    schedule = build_schedule("gpipe", num_ranks=2, num_microbatches=2)
+    jax.eval_shape(
+        lambda batch: pipeline_loss(fns, params=params, batch=batch, mesh=mesh_of("1x1x2"), schedule=schedule),
+        jnp.ones((2, 4, 8)),
+    )
+    assert set(seen) == {(4,)}
