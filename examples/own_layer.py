@@ -70,7 +70,7 @@ with jax.set_mesh(mesh):  # the compiler adds the sums
     )
 pairs = zip(jax.tree.leaves(natural_order(out.grads.stages)), jax.tree.leaves(grads), strict=True)
 worst = max(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)) for ours, theirs in pairs)
-print(f"gradients differ by {worst:.0e} of the largest")
+print(f"gradients differ by {'less' if worst < 2e-6 else 'more'} than 2e-06 of the largest")
 # --8<-- [end:law]
 
 # --8<-- [start:sends]
