@@ -14,10 +14,10 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..meshes import ModelError
+from ..meshes.device_kind import device_kind as kind_of_devices
+from ..meshes.device_kind import is_nvidia
 from .blockwise import FLASH_OUTPUTS, attend_blockwise
 from .config import ModelConfig
-from .device_kind import device_kind as kind_of_devices
-from .device_kind import is_nvidia
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""

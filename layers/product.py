@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..meshes import ModelError
+from ..meshes.device_kind import is_nvidia
 from .collectives import sum_like
-from .device_kind import is_nvidia
 
 Matmuls = Literal["plain", "fp8"]
 """Precision of products with weights: the compute dtype ("plain"), or eight bits."""
@@ -42,16 +42,16 @@ def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matm
 
 
 def _dot_rows(x_nD: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return x[n, D] @ kernel[D, ...] -> y[n, ...]; a lone row, of decoding a single sequence, is given a twin on GPUs.
+    """Return x[n, D] @ kernel[D, ...] -> y[n, ...]; on GPUs a single row, as in decoding one sequence, is duplicated.
 
-    XLA makes a product of one row of an elementwise multiplication and a sum, and writes the former out: an array as
-    large as the kernel, so three times the traffic (16.8 MB instead of 1.5 of temporary memory, compiled for an H200).
+    XLA turns a product of one row into an elementwise multiplication and a sum, and writes the multiplication out: an
+    array as large as the kernel. Two rows stay a matmul, which reads the kernel once.
     """
-    is_lone = len(x_nD) == 1 and is_nvidia()
-    # Behind a barrier, or XLA would see that both rows are the same.
-    rows_nD = jax.lax.optimization_barrier(jnp.concatenate([x_nD, x_nD])) if is_lone else x_nD
+    is_duplicated = len(x_nD) == 1 and is_nvidia()
+    # Without the barrier XLA would see that both rows are the same.
+    rows_nD = jax.lax.optimization_barrier(jnp.concatenate([x_nD, x_nD])) if is_duplicated else x_nD
     y = jax.lax.dot_general(rows_nD, kernel, (((1,), (0,)), ((), ())))
-    return y[:1] if is_lone else y
+    return y[:1] if is_duplicated else y
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
 from ..schedules import Kind, Schedule
@@ -28,7 +29,6 @@ from .loop_plan import Bubbles
 from .loop_state import Grads, Wants
 from .lower import lower
 from .microbatches import Inputs
-from .param_specs import param_specs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence

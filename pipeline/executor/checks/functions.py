@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ....layers.collectives import mark_varying
 from ....meshes import ScheduleError
+from ...model.param_specs import param_specs
 from ...model.protocol import Output
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import on_mesh
@@ -22,7 +23,6 @@ from ..batch import batch_specs
 from ..buffers import empty_buffer, floats_of
 from ..functions import bind_functions
 from ..microbatches import Inputs, microbatches_of
-from ..param_specs import param_specs
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives
 from .outputs import check_names, check_same_on_copies

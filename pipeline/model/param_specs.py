@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ..model.stage import PipelineParams, StageFns
-from ..model.trees import on_mesh, spread_specs
+from .stage import PipelineParams, StageFns
+from .trees import on_mesh, spread_specs
 
 
 def param_specs(fns: StageFns, params: PipelineParams, mesh: Mesh) -> PipelineParams:
