@@ -13,9 +13,10 @@ from pathlib import Path
 from ..hub.saves.names import FOLDER, SaveFolder, is_own_name, read_step
 from ..hub.saves.seal import SEAL_FORMAT, Seal, find_damage, read_seal
 from ..hub.saves.seal_fields import MAX_DEPTH
-from ..meshes import CheckpointError, suggest
+from ..meshes import CheckpointError
 from ..meshes.axes import ROLES
 from ..meshes.columns import align
+from ..meshes.errors import suggest
 from ..meshes.files.regular_file import walk_folder
 
 _MAX_WIDTH = 60

@@ -6,9 +6,9 @@ from dataclasses import replace
 import jax
 
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshSpec, build_mesh, suggest
+from ..meshes import ConfigError, MeshSpec, build_mesh
 from ..meshes.build import visible_devices
-from ..meshes.errors import shown
+from ..meshes.errors import shown, suggest
 
 _DTYPES = ("float32", "bfloat16")
 

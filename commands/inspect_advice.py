@@ -17,10 +17,11 @@ from ..configs.run_config import RunConfig
 from ..layers import Remat, activation_bytes
 from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
-from ..pipeline import build_schedule, lower, resolve_layers
+from ..pipeline import lower, resolve_layers
 from ..plan import StepSizes
 from ..plan.costs.device_params import block_params, vocabulary_params
 from ..programs import Memory
+from ..schedules import build_schedule
 
 _WORKING_COPIES = 2
 """Working memory / size of the arrays worked on, measured on H100 and H200 targets.

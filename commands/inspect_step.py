@@ -11,10 +11,10 @@ import jax
 
 from ..layers import flops_per_token
 from ..meshes import ProgramError
-from ..pipeline import simulate
 from ..plan import StepSizes, minimum_bytes
 from ..programs import Hardware, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
+from ..schedules import simulate
 from ..train.state import Setup
 from ..train.step import make_train_step
 from ..train.xla import compile_for

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..meshes.columns import align_within
 from ..meshes.errors import ScheduleError
 from ..meshes.terminal import fold, terminal_width
-from ..pipeline.schedules import (
+from ..schedules import (
     SCHEDULES,
     Formula,
     Schedule,
@@ -27,7 +27,7 @@ from ..pipeline.schedules import (
     simulate,
     trace_from_schedule,
 )
-from ..pipeline.schedules.picture import peak_text
+from ..schedules.picture import peak_text
 from .arguments.schedule import COSTS, read_layers
 from .output_file import check_output_files, write_output_file
 from .schedule_grid import draw_grid

@@ -2,8 +2,8 @@
 
 from rich.text import Text
 
-from ..pipeline.schedules import Schedule
-from ..pipeline.schedules.grid import IDLE, column_widths, grid_words
+from ..schedules import Schedule
+from ..schedules.grid import IDLE, column_widths, grid_words
 
 _STYLES = {"F": "white on blue", "B": "black on green", "I": "black on cyan", "W": "black on yellow"}
 """Colours of forwards, whole backwards, input gradients and weight gradients."""

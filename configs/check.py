@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError, suggest
+from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
-from ..pipeline.schedules import SCHEDULES, Family
+from ..meshes.errors import suggest
+from ..schedules import SCHEDULES, Family
 from .corpus_paths import find_files
 from .mesh_checks import errors_of, find_mesh_errors
 from .run_config import RunConfig

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..meshes import DataError, suggest
-from ..meshes.errors import shown
+from ..meshes import DataError
+from ..meshes.errors import shown, suggest
 from ..meshes.files.regular_file import name_kind
 
 

@@ -1,11 +1,11 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
 from ..meshes import PlanError
-from ..pipeline.schedules import SCHEDULES
 from ..plan.costs.layout import Layout
 from ..plan.costs.runtime import trellax_runtime
 from ..plan.machines.topology import Topology
 from ..plan.training_search import TrainQuestion
+from ..schedules import SCHEDULES
 from .mesh_checks import check_batch_splits
 from .run_config import RunConfig
 

@@ -7,7 +7,7 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
-from ..pipeline.schedules import SCHEDULES
+from ..schedules import SCHEDULES
 from .run_config import RunConfig
 
 _MAX_FORWARDS = 50_000

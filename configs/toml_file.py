@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..meshes import ConfigError, suggest
+from ..meshes import ConfigError
+from ..meshes.errors import suggest
 from ..meshes.files.regular_file import read_bounded
 from .toml_lines import Lines, map_lines
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from trellax.layers.dropout import dropout
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads, pipeline_loss
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, pipeline_loss
+from trellax.schedules import build_schedule
 
 use_fake_devices(8)
 x_ND = jax.random.normal(jax.random.key(0), (48, 16))  # all sequences of the batch

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from trellax.layers.collectives import enter_split, sum_blocks
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, stages_from_layers
 from trellax.programs import inspect_compiled
+from trellax.schedules import build_schedule
 
 use_fake_devices(8)
 mesh = build_mesh(MeshSpec(data=2, tensor=2, pipe=2))
@@ -61,13 +62,10 @@ schedule = build_schedule("1f1b", num_ranks=2, num_microbatches=4)
 step = jax.jit(lambda p, b: pipeline_grads(fns, params=p, batch=b, mesh=mesh, schedule=schedule))
 out = step(params, batch)
 loss, grads = jax.value_and_grad(loss_of)(layers, batch)  # no mesh: the verbs do nothing
-placed = {
-    name: jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(None, *specs[name]))) for name, leaf in layers.items()
-}
+shardings = {name: jax.NamedSharding(mesh, jax.P(None, *spec)) for name, spec in specs.items()}
 with jax.set_mesh(mesh):  # the compiler adds the sums
-    print(
-        f"loss {out.loss:.5f} in a pipeline, {jax.jit(loss_of)(placed, batch):.5f} under jit, {loss:.5f} without a mesh"
-    )
+    jit_loss = jax.jit(loss_of)(jax.device_put(layers, shardings), batch)
+print(f"loss {out.loss:.5f} in a pipeline, {jit_loss:.5f} under jit, {loss:.5f} without a mesh")
 pairs = zip(jax.tree.leaves(natural_order(out.grads.stages)), jax.tree.leaves(grads), strict=True)
 worst = max(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)) for ours, theirs in pairs)
 print(f"gradients differ by {'less' if worst < 2e-6 else 'more'} than 2e-06 of the largest")

@@ -9,8 +9,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from trellax.meshes import MeshSpec, ScheduleError, build_mesh, use_fake_devices
-from trellax.pipeline import Action, PipelineParams, StageFns, build_schedule, pipeline_grads, simulate
-from trellax.pipeline.schedules import draw_picture, schedule_from_csv, schedule_from_orders, schedule_to_csv
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.schedules import (
+    Action,
+    build_schedule,
+    draw_picture,
+    schedule_from_csv,
+    schedule_from_orders,
+    schedule_to_csv,
+    simulate,
+)
 
 use_fake_devices(4)
 RANKS, MICROBATCHES = 4, 6
@@ -29,8 +37,7 @@ def order_of(rank: int, *, put_off: int) -> list[Action]:
     return [Action.parse(word) for word in words]
 
 
-at_once = [order_of(rank, put_off=0) for rank in range(RANKS)]
-later = [order_of(rank, put_off=rank) for rank in range(RANKS)]
+at_once, later = ([order_of(rank, put_off=late * rank) for rank in range(RANKS)] for late in (0, 1))
 schedules = [
     schedule_from_orders(at_once, name="at-once", num_microbatches=MICROBATCHES),
     schedule_from_orders(later, name="later", num_microbatches=MICROBATCHES),
@@ -44,7 +51,6 @@ for schedule in schedules:
     print(f"{schedule.name}: bubble {timing.bubble_fraction:.1%}, in flight per rank {timing.peak_in_flight}")
     print(schedule, end="\n\n")
 # --8<-- [end:price]
-
 # --8<-- [start:check]
 table = schedule_to_csv(schedules[1])
 try:

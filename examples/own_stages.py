@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.schedules import build_schedule
 
 # --8<-- [start:mesh]
 use_fake_devices(8)  # before the first array; leave it out where there are eight real devices

@@ -7,7 +7,8 @@ Expect:  the busiest expert's load comes down, and both meshes print the same.
 import jax
 import jax.numpy as jnp
 from trellax.meshes import MeshSpec, build_mesh, use_fake_devices
-from trellax.pipeline import Output, PipelineParams, StageFns, build_schedule, pipeline_grads, stages_from_layers
+from trellax.pipeline import Output, PipelineParams, StageFns, pipeline_grads, stages_from_layers
+from trellax.schedules import build_schedule
 
 use_fake_devices(8)
 PATTERN = ("dense", "experts")  # of 4 layers: dense, experts, dense, experts
@@ -65,8 +66,7 @@ def train(spec):
         out = pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=schedule, state=state)
         load = out.stats["experts"]
         bias = state["experts"] + 0.01 * jnp.sign(load.mean(-1, keepdims=True) - load)
-        params = jax.tree.map(lambda w, grad: w - 0.2 * grad, params, out.grads)
-        return params, {"dense": None, "experts": bias}, out
+        return jax.tree.map(lambda w, dw: w - 0.2 * dw, params, out.grads), {"dense": None, "experts": bias}, out
 
     for number in range(21):
         params, state, out = step(params, state)

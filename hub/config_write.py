@@ -6,7 +6,8 @@ Read `write.py` for the weights beside it.
 from typing import Any
 
 from ..layers import ModelConfig
-from ..meshes import WeightsError, suggest
+from ..meshes import WeightsError
+from ..meshes.errors import suggest
 from .architectures import ARCHITECTURES
 
 

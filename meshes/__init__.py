@@ -23,15 +23,13 @@ if TYPE_CHECKING:
         TargetError,
         TrellaxError,
         WeightsError,
-        suggest,
     )
     from .fake import use_fake_devices
     from .rules import DEFAULT_RULES, ShardingRules
-    from .sharding_table import ShardingTable, sharding_table
-    from .spec import AXES, Axis, MeshSpec
+    from .sharding_table import sharding_table
+    from .spec import Axis, MeshSpec
 
 __all__ = [
-    "AXES",
     "DEFAULT_RULES",
     "Axis",
     "CheckpointError",
@@ -49,7 +47,6 @@ __all__ = [
     "ServeError",
     "ShardingError",
     "ShardingRules",
-    "ShardingTable",
     "TargetError",
     "TrellaxError",
     "WeightsError",
@@ -57,7 +54,6 @@ __all__ = [
     "build_mesh",
     "mesh_sizes",
     "sharding_table",
-    "suggest",
     "use_fake_devices",
 ]
 

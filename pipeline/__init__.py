@@ -14,31 +14,23 @@ if TYPE_CHECKING:
     from .model.split import PipelinedModel, split_transformer
     from .model.stack import check_layers, natural_order, stages_from_layers
     from .model.stage import LossAndGrads, PipelineParams, StageFns
-    from .schedules import SCHEDULES, Action, Schedule, StageCost, Timing, build_schedule, simulate
 
 __all__ = [
-    "SCHEDULES",
-    "Action",
     "Bubbles",
     "LayerInfo",
     "LossAndGrads",
     "Output",
     "PipelineParams",
     "PipelinedModel",
-    "Schedule",
-    "StageCost",
     "StageFns",
     "Tables",
-    "Timing",
     "balance_layers",
-    "build_schedule",
     "check_layers",
     "lower",
     "natural_order",
     "pipeline_grads",
     "pipeline_loss",
     "resolve_layers",
-    "simulate",
     "split_transformer",
     "stage_costs",
     "stages_from_layers",

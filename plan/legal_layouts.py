@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
-from ..pipeline.schedules import Vocab
+from ..schedules import Vocab
 from .costs.layout import Layout, PlanRemat
 from .machines.topology import Topology
 

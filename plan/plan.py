@@ -5,7 +5,7 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..meshes.notebook import table_html
-from ..pipeline.schedules import Vocab
+from ..schedules import Vocab
 from .costs.inference_time import InferenceTime
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse

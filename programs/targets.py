@@ -15,9 +15,10 @@ from pathlib import Path
 
 import jax
 
-from ..meshes import TargetError, suggest, use_fake_devices
+from ..meshes import TargetError, use_fake_devices
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.build import visible_devices
+from ..meshes.errors import suggest
 from .hardware import Hardware, hardware_from_description, measure_host
 
 MAX_DEVICES = 1024

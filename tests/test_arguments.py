@@ -16,8 +16,9 @@ from flax import nnx
 from trellax.configs.run_config import OptimizerSection
 from trellax.layers import ModelConfig
 from trellax.meshes import MeshSpec, TrellaxError, abstract_mesh
-from trellax.pipeline import PipelineParams, StageFns, build_schedule
+from trellax.pipeline import PipelineParams, StageFns
 from trellax.plan import Layout, ServeQuestion, TrainQuestion, read_topology
+from trellax.schedules import build_schedule
 from trellax.serve import Request
 
 PUBLIC = (Path(__file__).parent / "golden" / "public_names.txt").read_text(encoding="utf-8").split()
@@ -67,30 +68,30 @@ CALLS: dict[str, dict[str, Any]] = {
     "layers.Transformer": {"config": MODEL, "rngs": None},
     "layers.block.run_blocks": {"graph": None, "params_L": None, "x_BTD": None},
     "layers.block.rematerialize": {"layer": print, "remat": "dots"},
-    "pipeline.Action": {"stage": 0, "kind": "F", "microbatch": 0},
-    "pipeline.StageCost": {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0},
+    "schedules.Action": {"stage": 0, "kind": "F", "microbatch": 0},
+    "schedules.StageCost": {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0},
     "pipeline.StageFns": FUNCTIONS,
     "pipeline.balance_layers": {"num_layers": 4, "num_stages": 2},
-    "pipeline.build_schedule": SIZES | {"name": "1f1b"},
+    "schedules.build_schedule": SIZES | {"name": "1f1b"},
     "pipeline.check_layers": {"num_layers": 4, "num_ranks": 2},
     "pipeline.lower": {"schedule": GRID},
     "pipeline.pipeline_grads": PIPELINE,
     "pipeline.pipeline_loss": PIPELINE,
     "pipeline.resolve_layers": {"config": MODEL, "num_ranks": 2, "num_tokens": 8},
-    "pipeline.simulate": {"schedule": GRID},
+    "schedules.simulate": {"schedule": GRID},
     "pipeline.split_transformer": {"config": MODEL, "mesh": MESH},
     "pipeline.stage_costs": {"config": MODEL, "layers_per_stage": (2, 2), "num_tokens": 8},
     "pipeline.stages_from_layers": {"layers": {}, "num_ranks": 2},
-    "pipeline.Schedule": SIZES | {"name": "mine", "ticks": GRID.ticks},
-    "pipeline.schedules.Family": {"name": "mine", "build": print},
-    "pipeline.schedules.draw_picture": {"schedule": GRID},
-    "pipeline.schedules.explain_difference": {"schedule": GRID, "formula": None, "timing": None},
-    "pipeline.schedules.find_formula": {"schedule": GRID},
-    "pipeline.schedules.load_schedule": {"path": "mine.csv"},
-    "pipeline.schedules.schedule_from_csv": {"text": "0F0,0B0", "name": "mine"},
-    "pipeline.schedules.schedule_from_orders": {"orders": [[], []], "name": "mine", "num_microbatches": 2},
-    "pipeline.schedules.time_actions": {"schedule": GRID},
-    "pipeline.schedules.trace_from_schedule": {"schedule": GRID},
+    "schedules.Schedule": SIZES | {"name": "mine", "ticks": GRID.ticks},
+    "schedules.Family": {"name": "mine", "build": print},
+    "schedules.draw_picture": {"schedule": GRID},
+    "schedules.explain_difference": {"schedule": GRID, "formula": None, "timing": None},
+    "schedules.find_formula": {"schedule": GRID},
+    "schedules.load_schedule": {"path": "mine.csv"},
+    "schedules.schedule_from_csv": {"text": "0F0,0B0", "name": "mine"},
+    "schedules.schedule_from_orders": {"orders": [[], []], "name": "mine", "num_microbatches": 2},
+    "schedules.time_actions": {"schedule": GRID},
+    "schedules.trace_from_schedule": {"schedule": GRID},
     "plan.Layout": {},
     "plan.Runtime": {},
     "plan.ServeQuestion": {"model": MODEL, "topology": TOPOLOGY},
@@ -130,7 +131,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 RESULTS = {
     *("layers.ActivationBytes", "layers.FlopCounts", "layers.ParamCounts"),
-    *("pipeline.Tables", "pipeline.Timing", "pipeline.schedules.Formula", "pipeline.schedules.Span"),
+    *("pipeline.Tables", "schedules.Timing", "schedules.Formula", "schedules.Span"),
     *(
         "plan.Accelerator",
         "plan.Diagnosis",

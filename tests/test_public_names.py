@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAX_NAMES = 25
 PACKAGES = [
     "meshes",
     "layers",
     "pipeline",
-    "pipeline/schedules",
+    "schedules",
     "programs",
     "plan",
     "hub",
@@ -51,6 +52,16 @@ def parse(file: Path) -> ast.Module:
 def test_public_names_are_frozen(golden: Callable[[str, str], None]) -> None:
     lines = [f"trellax.{package.replace('/', '.')}.{name}" for package in PACKAGES for name in exported(package)]
     golden("public_names.txt", "\n".join(lines))
+
+
+def test_a_name_has_one_home() -> None:
+    names = [name for package in PACKAGES for name in exported(package)]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_few_public_names(package: str) -> None:
+    assert len(exported(package)) <= MAX_NAMES
 
 
 @pytest.mark.parametrize("package", PACKAGES)

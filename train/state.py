@@ -12,17 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
-from ..pipeline import (
-    PipelinedModel,
-    PipelineParams,
-    Schedule,
-    StageCost,
-    build_schedule,
-    resolve_layers,
-    split_transformer,
-    stage_costs,
-)
-from ..pipeline.schedules import load_schedule
+from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
+from ..schedules import Schedule, StageCost, build_schedule, load_schedule
 from .optimizer import make_optimizer, optimizer_shardings, split_over_data
 from .step_health import StepHealth, initial_health
 

@@ -18,7 +18,8 @@ import optax
 from flax import nnx
 from trellax.layers import ModelConfig, Transformer
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import build_schedule, pipeline_grads, split_transformer
+from trellax.pipeline import pipeline_grads, split_transformer
+from trellax.schedules import build_schedule
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.train_step import CONFIG, NUM_SEQUENCES, make_batch

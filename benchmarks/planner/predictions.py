@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, cast
 
-from trellax.pipeline.schedules import SCHEDULES, StageCost, simulate
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
@@ -19,6 +18,7 @@ from trellax.plan.costs.stage_time import split_layers
 from trellax.plan.costs.step_time import step_time
 from trellax.plan.machines.collective_time import CollectiveKind, collective_time_s, make_group
 from trellax.plan.machines.kernel_time import matmul_time_s
+from trellax.schedules import SCHEDULES, StageCost, simulate
 
 from .inference_case import infer_case, infer_predictions
 from .qi_bubble import qi_bubble

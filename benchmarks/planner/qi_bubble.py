@@ -1,7 +1,7 @@
 """The bubble of interleaved 1F1B as Qi et al. 2024 compute it, for the comparison with their Table 5."""
 
-from trellax.pipeline.schedules import Action, Schedule, StageCost
-from trellax.pipeline.schedules.check import needs
+from trellax.schedules import Action, Schedule, StageCost
+from trellax.schedules.check import needs
 
 
 def qi_bubble(schedule: Schedule, *, stage: StageCost, transfer: float) -> float:

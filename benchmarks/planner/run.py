@@ -18,8 +18,9 @@ from typing import Any
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from trellax.meshes import DataError, TrellaxError, suggest
+from trellax.meshes import DataError, TrellaxError
 from trellax.meshes.columns import align
+from trellax.meshes.errors import suggest
 
 from benchmarks.arguments import make_parser
 from benchmarks.planner.accuracy import CALIBRATION, Accuracy, measure_accuracy

@@ -23,7 +23,7 @@ from typing import Any
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from trellax.pipeline.schedules import simulate
+from trellax.schedules import simulate
 
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import tell

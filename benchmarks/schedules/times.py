@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from trellax.pipeline.schedules import SCHEDULES, Schedule, StageCost, Timing, Vocab, build_schedule, simulate
+from trellax.schedules import SCHEDULES, Schedule, StageCost, Timing, Vocab, build_schedule, simulate
 
 from benchmarks.rounds import Ways, take_turns, tell
 from benchmarks.workers.process import Worker

@@ -15,18 +15,9 @@ import jax
 import numpy as np
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import (
-    PipelinedModel,
-    PipelineParams,
-    Schedule,
-    build_schedule,
-    lower,
-    pipeline_grads,
-    simulate,
-    split_transformer,
-)
-from trellax.pipeline.schedules import Vocab
+from trellax.pipeline import PipelinedModel, PipelineParams, lower, pipeline_grads, split_transformer
 from trellax.programs.hlo import HloModule
+from trellax.schedules import Schedule, Vocab, build_schedule, simulate
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import count_in_loop, time_scopes

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from trellax.pipeline import Action, Schedule, build_schedule
 from trellax.programs.collectives import KINDS
 from trellax.programs.hlo import HloModule, Instruction
+from trellax.schedules import Action, Schedule, build_schedule
 
 from benchmarks.workers.traces import Execution, list_traced
 

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelinedModel, build_schedule, pipeline_grads, split_transformer
+from trellax.pipeline import PipelinedModel, pipeline_grads, split_transformer
 from trellax.programs.hlo import HloModule
+from trellax.schedules import build_schedule
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.work_r1 import are_same_bits

@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import SCHEDULES, PipelineParams, Schedule, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
 from trellax.programs.hlo import HloModule, leaves
+from trellax.schedules import SCHEDULES, Schedule, build_schedule
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import naive_halves, time_scopes

@@ -6,7 +6,7 @@ from typing import get_args
 
 from ...meshes.errors import ScheduleError, suggest
 from ...meshes.numbers import real_number
-from ...pipeline.schedules import SCHEDULES, Clock
+from ...schedules import SCHEDULES, Clock
 from .types import parse_path, parse_real, parse_whole
 
 COSTS = ("forward", "input_grad", "weight_grad", "transfer")

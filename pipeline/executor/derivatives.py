@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ...meshes import ScheduleError
+from ...schedules import Schedule
 from ..model.stage import PipelineParams, StageFns
-from ..schedules import Schedule
 from .microbatches import Inputs
 
 Tangents = tuple[PipelineParams, Inputs, dict[int, Any]]

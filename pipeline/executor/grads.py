@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ...schedules import Schedule
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
-from ..schedules import Schedule
 from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
 from .checks.functions import FnFacts, check_fns

@@ -28,7 +28,7 @@ import numpy as np
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_instance
-from ..schedules import Action, Kind, Schedule
+from ...schedules import Action, Kind, Schedule
 from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Column, Ends, Tables, Transfer, Turns, empty_turns
 
 _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}

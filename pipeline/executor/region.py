@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ...schedules import Kind, Schedule
 from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
-from ..schedules import Kind, Schedule
 from .batch import batch_specs
 from .buffers import fill_integers
 from .execute import run_turns

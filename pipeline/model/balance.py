@@ -17,9 +17,9 @@ from typing import Literal, get_args
 from ...layers import ModelConfig, Remat, flops_per_token
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count, check_number
-from ..schedules import StageCost, Vocab
-from ..schedules.check import check_sizes
-from ..schedules.vocab import check_vocab
+from ...schedules import StageCost, Vocab
+from ...schedules.check import check_sizes
+from ...schedules.vocab import check_vocab
 from .stack import check_layers
 from .stage import check_counts
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ...meshes import ScheduleError, suggest
+from ...meshes import ScheduleError
+from ...meshes.errors import suggest
 
 Table = np.ndarray[Any, np.dtype[np.int32]]
 

@@ -20,8 +20,8 @@ from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_di
 from ...layers.block import rematerialize
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from ...meshes.arguments import check_choice
-from ..schedules import Vocab
-from ..schedules.vocab import check_vocab
+from ...schedules import Vocab
+from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .stack import check_layers, stages_from_layers
 from .stage import PipelineParams, StageFns

@@ -20,7 +20,7 @@ import numpy as np
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_count
 from ...meshes.divisibility import check_divides, nearest_multiples
-from ..schedules.check import check_sizes
+from ...schedules.check import check_sizes
 from .pattern import stage_pattern
 from .stage import check_counts
 from .trees import check_arrays

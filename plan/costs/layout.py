@@ -5,7 +5,7 @@ from typing import Literal
 
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
-from ...pipeline.schedules import Family, find_family
+from ...schedules import Family, find_family
 
 PlanRemat = Literal["none", "selective", "dots", "full"]
 """Rematerialization in the backward: trellax's policies, and Megatron's "selective", the core of attention only."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
-from ...pipeline.schedules import find_family, simulate
+from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import block_params, device_params
 from .layout import Layout

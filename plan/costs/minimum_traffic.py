@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ...layers import ModelConfig
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
-from ...pipeline.schedules import Vocab
+from ...schedules import Vocab
 from .device_params import block_params, vocabulary_params
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...pipeline import stage_costs
-from ...pipeline.schedules import Schedule, StageCost, build_schedule, find_family, simulate
+from ...schedules import Schedule, StageCost, build_schedule, find_family, simulate
 from .layout import Layout
 from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers

@@ -10,7 +10,7 @@ from typing import Literal
 from ...layers import ModelConfig
 from ...meshes import PlanError
 from ...meshes.arguments import check_fields
-from ...pipeline.schedules import Clock, Vocab
+from ...schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
-from ...pipeline.schedules import StageCost
+from ...schedules import StageCost
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology

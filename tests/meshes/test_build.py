@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from trellax.meshes import AXES, MeshError, MeshSpec, abstract_mesh, build_mesh, mesh_sizes
+from trellax.meshes import MeshError, MeshSpec, abstract_mesh, build_mesh, mesh_sizes
+from trellax.meshes.spec import AXES
 
 
 def test_tensor_ranks_are_neighbours_and_pipe_is_outermost() -> None:

@@ -1,8 +1,8 @@
 """Errors quote what others wrote without being taken over by it: escaped, and never long."""
 
 import pytest
-from trellax.meshes import TrellaxError, suggest
-from trellax.meshes.errors import printable, shown
+from trellax.meshes import TrellaxError
+from trellax.meshes.errors import printable, shown, suggest
 
 FOREIGN = {
     "terminal escape": "\x1b[31mred\x1b]0;title\x07",

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from trellax.meshes import ScheduleError
 from trellax.meshes.ring import check_ring, find_ring_flag
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.schedules import build_schedule
 
 PIPELINED = "--xla_gpu_enable_pipelined_p2p"
 LEVEL = "--xla_gpu_experimental_pipeline_parallelism_opt_level"

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.meshes import AXES, DEFAULT_RULES, MeshSpec, ShardingError, ShardingRules, build_mesh
+from trellax.meshes import DEFAULT_RULES, MeshSpec, ShardingError, ShardingRules, build_mesh
+from trellax.meshes.spec import AXES
 
 MESH = build_mesh(MeshSpec(data=2, tensor=4))
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trellax.meshes import AXES, MeshError, MeshSpec
+from trellax.meshes import MeshError, MeshSpec
+from trellax.meshes.spec import AXES
 
 Golden = Callable[[str, str], None]
 SIZES = st.integers(1, 16)

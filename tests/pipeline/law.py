@@ -17,14 +17,12 @@ from trellax.pipeline import (
     LossAndGrads,
     PipelinedModel,
     PipelineParams,
-    Schedule,
-    build_schedule,
     natural_order,
     pipeline_grads,
     split_transformer,
     stages_from_layers,
 )
-from trellax.pipeline.schedules import Vocab
+from trellax.schedules import Schedule, Vocab, build_schedule
 
 Attention = Literal["mha", "gqa", "mqa"]
 """Number of key/value heads: as many as query heads (8), half as many, or one."""

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Literal
 
 import pytest
-from trellax.pipeline.schedules import Vocab
+from trellax.schedules import Vocab
 
 from .law import Answer, answer_of, one_device, pipeline_step, relative_distances, small_model
 

@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.pipeline import (
-    PipelineParams,
-    Schedule,
-    StageFns,
-    build_schedule,
-    natural_order,
-    pipeline_grads,
-    pipeline_loss,
-    stages_from_layers,
-)
-from trellax.pipeline.schedules import Vocab
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, pipeline_loss, stages_from_layers
 from trellax.programs.hlo import HloModule, leaves
+from trellax.schedules import Schedule, Vocab, build_schedule
 
 from .law import NUM_TOKENS, answer_of, beyond, errors_of, mesh_of, one_device, pipeline_step, small_model
 

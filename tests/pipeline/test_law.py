@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 from trellax.layers import ModelConfig, Remat
-from trellax.pipeline.schedules import Vocab
+from trellax.schedules import Vocab
 
 from .law import KV_HEADS, answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 

@@ -11,14 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import Axis, MeshAxes, MeshError, MeshSpec, ShardingRules, build_mesh
-from trellax.pipeline import (
-    PipelineParams,
-    StageFns,
-    build_schedule,
-    pipeline_grads,
-    split_transformer,
-    stages_from_layers,
-)
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, split_transformer, stages_from_layers
+from trellax.schedules import build_schedule
 
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 

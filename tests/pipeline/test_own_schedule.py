@@ -6,9 +6,8 @@ They do so with either vocabulary and with stages of unequal depth.
 from dataclasses import replace
 
 import pytest
-from trellax.pipeline import Schedule
-from trellax.pipeline.schedules import Vocab, schedule_from_csv
-from trellax.pipeline.schedules.families.auto import auto
+from trellax.schedules import Schedule, Vocab, schedule_from_csv
+from trellax.schedules.families.auto import auto
 
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 

@@ -14,12 +14,12 @@ from trellax.pipeline import (
     Output,
     PipelineParams,
     StageFns,
-    build_schedule,
     natural_order,
     pipeline_grads,
     pipeline_loss,
     stages_from_layers,
 )
+from trellax.schedules import build_schedule
 
 from .law import mesh_of
 

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import Transformer
 from trellax.meshes import TrellaxError
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, stages_from_layers
+from trellax.schedules import build_schedule
 
 from .law import mesh_of, small_model
 

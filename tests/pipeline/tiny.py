@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelineParams, Schedule, StageFns, build_schedule, natural_order, pipeline_grads
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads
+from trellax.schedules import Schedule, build_schedule
 
 NUM_LAYERS, WIDTH, MICROBATCHES, BATCH = 2, 4, 2, 8
 

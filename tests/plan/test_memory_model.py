@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
-from trellax.pipeline.schedules import Vocab, simulate
 from trellax.plan.costs.activations import layer_activation_bytes
 from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
 from trellax.plan.costs.runtime import MEGATRON, TRELLAX, OnOff
+from trellax.schedules import Vocab, simulate
 
 from ..programs.steps import report_of, setup_of
 

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from trellax.pipeline import build_schedule
-from trellax.pipeline.schedules import Clock, StageCost, simulate
-from trellax.pipeline.schedules.families.interleaved import interleaved_run_ahead
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.pipeline_time import SearchTerms, pipeline_time_s, plan_schedule, search_terms
 from trellax.plan.costs.runtime import MEGATRON, TRELLAX, Runtime
+from trellax.schedules import Clock, StageCost, build_schedule, simulate
+from trellax.schedules.families.interleaved import interleaved_run_ahead
 
 from benchmarks.planner.qi_bubble import qi_bubble
 

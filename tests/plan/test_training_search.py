@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
-from trellax.pipeline.schedules import build_schedule, simulate
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
@@ -20,6 +19,7 @@ from trellax.plan.legal_layouts import legal_layouts
 from trellax.plan.machines.topology import read_topology
 from trellax.plan.serving_search import ServeQuestion, price_serving, search_serving
 from trellax.plan.training_search import TrainQuestion, layout_memory, search_train
+from trellax.schedules import build_schedule, simulate
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B, LLAMA_405B
 

@@ -7,8 +7,8 @@ from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
 from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
-from ...pipeline import Schedule, StageCost, simulate
-from ...pipeline.schedules.stage_cost import is_even
+from ...schedules import Schedule, StageCost, simulate
+from ...schedules.stage_cost import is_even
 from ..state import Setup
 from .stage_table import tabulate_stages
 

@@ -10,9 +10,9 @@ import jax
 from ...layers import activation_bytes, param_counts
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
-from ...pipeline import Schedule, simulate
 from ...plan.costs.activations import split_backward_bytes
 from ...plan.costs.precision import unpriced_matmuls
+from ...schedules import Schedule, simulate
 from ..state import Setup
 
 _PARAM_BYTES = 4

@@ -13,17 +13,18 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from ....meshes import MeshError, ScheduleError, ShardingError, suggest
+from ....meshes import MeshError, ScheduleError, ShardingError
 from ....meshes.arguments import check_choice, check_instance
 from ....meshes.axes import MeshAxes
 from ....meshes.divisibility import check_divides
+from ....meshes.errors import suggest
 from ....meshes.ring import check_ring
 from ....meshes.switches import check_switches
+from ....schedules import Schedule
 from ...model.pattern import stage_pattern
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import check_arrays, mesh_axes_of, spread_specs
-from ...schedules import Schedule
 from ..batch import check_batch
 from ..loop_plan import Bubbles
 from ..microbatches import Inputs

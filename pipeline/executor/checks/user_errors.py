@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 from jax.sharding import Mesh
 
-from ....meshes import ScheduleError, ShardingError, suggest
+from ....meshes import ScheduleError, ShardingError
+from ....meshes.errors import suggest
 
 
 @contextmanager

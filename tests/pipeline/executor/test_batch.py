@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, stages_from_layers
+from trellax.schedules import build_schedule
 
 from ..law import mesh_of
 

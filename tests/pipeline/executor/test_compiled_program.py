@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import pytest
 from trellax.layers import ModelConfig
-from trellax.pipeline import build_schedule, pipeline_grads
+from trellax.pipeline import pipeline_grads
 from trellax.pipeline.executor.backward.equations import nested_equations
-from trellax.pipeline.schedules import Vocab
 from trellax.programs.groups import Groups
 from trellax.programs.hlo import HloModule
+from trellax.schedules import Vocab, build_schedule
 
 from ..hlo import Collective, collectives_of
 from ..law import Step, mesh_of, pipeline_step, small_model

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from trellax.layers.collectives import mark_varying, varying_axes
 from trellax.meshes import ScheduleError
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, pipeline_grads, stages_from_layers
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, stages_from_layers
+from trellax.schedules import build_schedule
 
 from ..law import mesh_of
 from ..tiny import grads_of, natural, plain_loss, tiny_given, worst

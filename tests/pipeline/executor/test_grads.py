@@ -12,15 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import TrellaxError
-from trellax.pipeline import (
-    PipelineParams,
-    Schedule,
-    StageFns,
-    build_schedule,
-    natural_order,
-    pipeline_grads,
-    pipeline_loss,
-)
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, pipeline_loss
+from trellax.schedules import Schedule, build_schedule
 
 from ..law import answer_of, beyond, errors_of, mesh_of, pipeline_step, small_model
 

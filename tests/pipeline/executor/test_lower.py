@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trellax.pipeline import Action, Schedule, build_schedule, lower, simulate
+from trellax.pipeline import lower
 from trellax.pipeline.executor.tables import (
     BACKWARD,
     FORWARD,
@@ -27,10 +27,10 @@ from trellax.pipeline.executor.tables import (
     Transfer,
     Turns,
 )
-from trellax.pipeline.schedules import Kind
-from trellax.pipeline.schedules.check import needs
+from trellax.schedules import Action, Kind, Schedule, build_schedule, simulate
+from trellax.schedules.check import needs
 
-from ..schedules.sizes import named_schedules
+from ...schedules.sizes import named_schedules
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W"))
 """With whole backwards, and with halves."""

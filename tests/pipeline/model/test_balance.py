@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig, flops_per_token
 from trellax.meshes import ScheduleError
-from trellax.pipeline import StageCost, balance_layers, build_schedule, resolve_layers, simulate, stage_costs
+from trellax.pipeline import balance_layers, resolve_layers, stage_costs
 from trellax.pipeline.model.balance import end_times
+from trellax.schedules import StageCost, build_schedule, simulate
 
 EXTRA = st.one_of(st.just(0.0), st.floats(0, 15), st.integers(0, 12).map(float))
 

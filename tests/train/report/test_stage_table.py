@@ -9,8 +9,7 @@ from trellax.commands.cli import main
 from trellax.configs import load_config
 from trellax.layers import param_counts
 from trellax.meshes import sharding_table
-from trellax.pipeline import build_schedule, simulate
-from trellax.pipeline.schedules import StageCost
+from trellax.schedules import StageCost, build_schedule, simulate
 from trellax.train import Setup, draw_schedule, prepare
 from trellax.train.report.stage_table import microbatches_at_peak, tabulate_stages
 

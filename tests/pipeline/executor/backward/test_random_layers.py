@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.pipeline import PipelineParams, StageFns, build_schedule, natural_order, pipeline_grads, stages_from_layers
+from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, stages_from_layers
+from trellax.schedules import build_schedule
 
 from ...law import mesh_of
 from ...plain_vjp import plan_plain

@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 from trellax.layers import Remat
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import (
-    PipelineParams,
-    StageFns,
-    build_schedule,
-    pipeline_grads,
-    split_transformer,
-    stages_from_layers,
-)
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, split_transformer, stages_from_layers
 from trellax.pipeline.executor.backward.equations import keeps_numbers
+from trellax.schedules import build_schedule
 
 from ...law import NUM_TOKENS, mesh_of, natural_params, small_model
 from ...plain_vjp import plan_plain

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, TrellaxError, build_mesh
-from trellax.pipeline import Output, PipelineParams, StageFns, build_schedule, pipeline_grads
+from trellax.pipeline import Output, PipelineParams, StageFns, pipeline_grads
+from trellax.schedules import build_schedule
 
 FNS: dict[str, Any] = {
     "first": lambda shared, microbatch: microbatch["x"],

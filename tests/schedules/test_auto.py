@@ -1,0 +1,52 @@
+"""`auto` is never worse than a named schedule under the same limit, and keeps the limit."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trellax.meshes import ScheduleError
+from trellax.schedules import SCHEDULES, Clock, Schedule, Timing, build_schedule, simulate
+from trellax.schedules.families.auto import auto
+
+COSTS = st.sampled_from([0.5, 1.0, 1.7, 3.0])
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    ranks=st.integers(1, 8),
+    microbatches=st.integers(1, 24),
+    chunks=st.integers(1, 3),
+    limit=st.integers(1, 12),
+    costs=st.tuples(COSTS, COSTS, COSTS),
+    clock=st.sampled_from(get_args(Clock)),
+)
+def test_auto_is_the_best_of_all_that_fit(
+    *, ranks: int, microbatches: int, chunks: int, limit: int, costs: tuple[float, float, float], clock: Clock
+) -> None:
+    times: dict[str, Any] = dict(zip(("forward", "input_grad", "weight_grad"), costs, strict=True))
+
+    def time(schedule: Schedule) -> Timing:
+        return simulate(schedule, clock=clock, **times)
+
+    sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
+    found = auto(**sizes, max_in_flight=limit, clock=clock, **times)
+    ours = time(found)
+    assert max(ours.peak_in_flight) <= limit * chunks
+    for name in SCHEDULES.keys() - {"auto"}:
+        if SCHEDULES[name].allows_chunks(chunks):
+            theirs = time(build_schedule(name, **sizes, clock=clock))
+            if max(theirs.peak_in_flight) <= limit * chunks:
+                assert ours.makespan <= theirs.makespan + 1e-9
+
+
+def test_auto_without_a_limit_reaches_the_floor_of_zero_bubble() -> None:
+    found = auto(num_ranks=4, num_microbatches=8)
+    assert simulate(found).makespan == simulate(build_schedule("zb-h1", num_ranks=4, num_microbatches=8)).makespan
+
+
+def test_limit_below_one_microbatch_is_refused(golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        auto(num_ranks=4, num_microbatches=4, max_in_flight=0)
+    golden("errors/pipeline/schedule_auto_without_room.txt", f"ScheduleError: {caught.value}")
