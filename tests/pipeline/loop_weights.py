@@ -106,7 +106,8 @@ class _Walk:
         called = instruction.called().get("calls", ())
         for inner in (i for name in called for i in self.program.computations[name].instructions.values()):
             yield from self._kinds(inner)
-        if not called:
+        is_index = isinstance(instruction.type, Array) and not instruction.type.dims
+        if not called and not is_index:
             yield instruction.opcode
 
 
