@@ -10,6 +10,7 @@ from .family import Family
 from .formula import Formula
 from .orders import schedule_from_orders
 from .picture import draw_picture
+from .placement import Placement
 from .registry import SCHEDULES, build_schedule, find_family
 from .schedule import Schedule
 from .simulate import Clock, Span, Timing, count_messages, simulate, time_actions
@@ -24,6 +25,7 @@ __all__ = [
     "Family",
     "Formula",
     "Kind",
+    "Placement",
     "Schedule",
     "Span",
     "StageCost",

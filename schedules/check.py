@@ -10,6 +10,7 @@ from ..meshes.arguments import check_count
 from ..meshes.errors import ScheduleError
 from .action import Action, Kind
 from .grid import Ticks, draw_grid
+from .placement import Placement
 
 _TICKS_SHOWN = 8
 
@@ -25,6 +26,7 @@ class Unchecked:
     num_ranks: int
     num_microbatches: int
     num_chunks: int
+    placement: Placement
     ticks: Ticks
 
     @property
@@ -42,6 +44,7 @@ def check_actions(schedule: Unchecked) -> None:
     check_sizes(
         num_ranks=schedule.num_ranks, num_microbatches=schedule.num_microbatches, num_chunks=schedule.num_chunks
     )
+    _check_placement(schedule)
     # First everything that is there, then everything that should be: a missing action has no place to point at.
     places = _place_actions(schedule)
     is_split = any(action.kind in ("I", "W") for action in places)
@@ -83,6 +86,16 @@ def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
     return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "I" if has_halves else "B")])
 
 
+def _check_placement(schedule: Unchecked) -> None:
+    own = schedule.placement
+    if (own.num_ranks, own.num_chunks) != (schedule.num_ranks, schedule.num_chunks):
+        raise ScheduleError(
+            f"schedule {schedule.name!r} of {schedule.num_ranks} ranks x {schedule.num_chunks} chunks has a placement "
+            f"of {own.num_ranks} x {own.num_chunks}.",
+            fix='make it with Placement.of("loop", num_ranks=..., num_chunks=...), or leave it out.',
+        )
+
+
 def _place_actions(schedule: Unchecked) -> dict[Action, Place]:
     """Return the place of every action; refuses unknown and repeated ones."""
     places: dict[Action, Place] = {}
@@ -104,7 +117,7 @@ def _check_place(schedule: Unchecked, action: Action, place: Place) -> None:
         _fail(schedule, place, f"runs {action}, but the stages are 0 to {schedule.num_stages - 1}.")
     if not 0 <= action.microbatch < schedule.num_microbatches:
         _fail(schedule, place, f"runs {action}, but the microbatches are 0 to {schedule.num_microbatches - 1}.")
-    home = action.stage % schedule.num_ranks
+    home = schedule.placement.rank_of(action.stage)
     if home != place[1]:
         _fail(schedule, place, f"runs {action}, but stage {action.stage} lives on rank {home}.")
     before = schedule.ticks[place[0]][place[1]][: place[2]]

@@ -13,6 +13,7 @@ from ..meshes.errors import ScheduleError
 from .action import Action
 from .check import check_sizes, needs
 from .grid import Cell, Ticks
+from .placement import LOOP, Placement
 from .schedule import Schedule
 from .simulate import simulate
 from .vocab import Vocab, check_vocab
@@ -25,7 +26,13 @@ _WIDTHS = (1, 4)
 
 
 def schedule_from_orders(
-    orders: Orders, *, name: str, num_microbatches: int, num_chunks: int = 1, vocab: Vocab = "ends"
+    orders: Orders,
+    *,
+    name: str,
+    num_microbatches: int,
+    num_chunks: int = 1,
+    placement: Placement = LOOP,
+    vocab: Vocab = "ends",
 ) -> Schedule:
     """Return the schedule that runs these orders in the least lockstep time.
 
@@ -43,6 +50,7 @@ def schedule_from_orders(
                 name=name,
                 num_ranks=len(orders),
                 num_chunks=num_chunks,
+                placement=placement,
                 num_microbatches=num_microbatches,
                 ticks=_fill_ticks(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
             )

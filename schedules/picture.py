@@ -108,7 +108,8 @@ def _draw_frame(axes: "Axes", schedule: Schedule, *, makespan: float) -> None:
 def _draw_spans(axes: "Axes", schedule: Schedule, spans: Iterable[Span]) -> None:
     groups: dict[tuple[int, Kind, int], list[Span]] = {}
     for span in spans:
-        groups.setdefault((span.rank, span.action.kind, span.action.stage // schedule.num_ranks), []).append(span)
+        chunk = schedule.placement.chunk_of(span.action.stage)
+        groups.setdefault((span.rank, span.action.kind, chunk), []).append(span)
     # One collection per rank, kind and chunk: thousands of single patches take a minute.
     for (rank, kind, chunk), members in groups.items():
         axes.broken_barh(
@@ -131,7 +132,7 @@ def _draw_numbers(
     if size < 3:
         return
     for span in spans:
-        chunk = span.action.stage // schedule.num_ranks
+        chunk = schedule.placement.chunk_of(span.action.stage)
         red, green, blue = _shade(span.action.kind, chunk, schedule.num_chunks)
         axes.text(
             (span.start + span.end) / 2,

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from ..meshes.notebook import picture_html
 from .action import Action
-from .check import Unchecked, check_actions
+from .check import Unchecked, check_actions, check_sizes
 from .grid import Ticks, draw_grid, parse_grid
+from .placement import LOOP, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Actions by tick and rank; stage s runs on rank s % num_ranks as its chunk s // num_ranks.
+    """Actions by tick and rank, and the placement of stages on ranks: a loop if left out.
 
     >>> print(Schedule.parse("0F0 .  0B0 ; . 1F0+1B0 .", name="mine", num_microbatches=1))
     rank 0 | 0F0       . 0B0
@@ -32,14 +33,20 @@ class Schedule:
     num_microbatches: int
     ticks: Ticks
     num_chunks: int = 1
+    placement: Placement = LOOP
 
     def __post_init__(self) -> None:
+        if self.placement is LOOP:
+            check_sizes(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
+            loop = Placement.of("loop", num_ranks=self.num_ranks, num_chunks=self.num_chunks)
+            object.__setattr__(self, "placement", loop)
         check_actions(
             Unchecked(
                 name=self.name,
                 num_ranks=self.num_ranks,
                 num_microbatches=self.num_microbatches,
                 num_chunks=self.num_chunks,
+                placement=self.placement,
                 ticks=self.ticks,
             )
         )
@@ -63,7 +70,13 @@ class Schedule:
 
     @classmethod
     def from_ticks(
-        cls, ticks_of: Sequence[dict[int, list[Action]]], *, name: str, num_microbatches: int, num_chunks: int = 1
+        cls,
+        ticks_of: Sequence[dict[int, list[Action]]],
+        *,
+        name: str,
+        num_microbatches: int,
+        num_chunks: int = 1,
+        placement: Placement = LOOP,
     ) -> "Schedule":
         """Return the schedule of the given actions by rank, then by tick.
 
@@ -73,11 +86,18 @@ class Schedule:
         num_ticks = 1 + max((tick for rank in ticks_of for tick in rank), default=-1)
         ticks = tuple(tuple(tuple(rank.get(tick, ())) for rank in ticks_of) for tick in range(num_ticks))
         return cls(
-            name=name, num_ranks=len(ticks_of), num_chunks=num_chunks, num_microbatches=num_microbatches, ticks=ticks
+            name=name,
+            num_ranks=len(ticks_of),
+            num_chunks=num_chunks,
+            placement=placement,
+            num_microbatches=num_microbatches,
+            ticks=ticks,
         )
 
     @classmethod
-    def parse(cls, text: str, *, name: str, num_microbatches: int, num_chunks: int = 1) -> "Schedule":
+    def parse(
+        cls, text: str, *, name: str, num_microbatches: int, num_chunks: int = 1, placement: Placement = LOOP
+    ) -> "Schedule":
         """Parse a schedule printed by `str()`; see `grid.py` for the form.
 
         Raises:
@@ -88,6 +108,7 @@ class Schedule:
             name=name,
             num_ranks=len(grid),
             num_chunks=num_chunks,
+            placement=placement,
             num_microbatches=num_microbatches,
             ticks=tuple(zip(*grid, strict=True)),
         )

@@ -154,8 +154,9 @@ def count_messages(schedule: Schedule) -> int:
 
 
 def _is_sent(schedule: Schedule, action: Action) -> bool:
-    has_next = action.stage < schedule.num_stages - 1 if action.kind == "F" else action.stage > 0
-    return schedule.num_ranks > 1 and action.kind != "W" and has_next
+    step = 1 if action.kind == "F" else -1
+    has_next = 0 <= action.stage + step < schedule.num_stages
+    return action.kind != "W" and has_next and schedule.placement.offset(action.stage, step) != 0
 
 
 def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: float, shared_loss: float) -> list[Span]:
@@ -193,7 +194,7 @@ def _run_async(schedule: Schedule, stages: Sequence[StageCost], transfer: float)
     for _, rank, action in schedule.placed():
         start = free_at[rank]
         for needed in needs(action, num_stages=schedule.num_stages, has_halves=has_halves):
-            hop = transfer if needed.stage % schedule.num_ranks != rank else 0.0
+            hop = transfer if schedule.placement.rank_of(needed.stage) != rank else 0.0
             start = max(start, end_of[needed] + hop)
         free_at[rank] = end_of[action] = start + stages[action.stage].time_of(action.kind)
         spans.append(Span(rank=rank, action=action, start=start, end=free_at[rank]))

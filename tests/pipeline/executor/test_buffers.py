@@ -37,7 +37,8 @@ def test_gradients_are_added_at_their_place(chunk: int) -> None:
 
 def test_a_sum_is_made_in_place() -> None:
     """The slice of the sums is read where it is written: no operation of the loop writes out the slice alone."""
-    program = HloModule.parse(jax.jit(sum_in_loop).lower(*inputs(), jnp.int32(1)).compile().as_text())
+    text: Any = jax.jit(sum_in_loop).lower(*inputs(), jnp.int32(1)).compile().as_text()
+    program = HloModule.parse(text)
     kinds = [
         {
             inner.opcode
