@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,11 @@ def test_no_folder_has_many_files() -> None:
         name_of(folder): len([file for file in folder.glob("*.py") if file.stem != "__init__"]) for folder in folders
     }
     assert {name: count for name, count in counts.items() if count > MAX_FLAT_FILES} == {}
+
+
+def test_the_types_of_every_room_are_checked() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(ROOMS) - set(config["tool"]["pyrefly"]["project-includes"]) == set()
 
 
 def test_no_room_holds_more_than_a_fifth_of_the_lines() -> None:

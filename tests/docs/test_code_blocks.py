@@ -9,6 +9,7 @@
 
 import re
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ LANGUAGES = {"python", "bash", "text", "toml", "yaml", "csv"}
 FAST = {"README.md", "docs/concepts/axes.md"}
 """Pages whose scripts run in `make test`; the others take as long and run in `make slow`."""
 
+_IMPORT = re.compile(r"from (trellax(?:[.]\w+)*) import ([(]?[\w ]+(?:,\s*[\w ]+)*)")
 # Digits that another version of jax may round in another way.
 _ROUNDED = re.compile(r"\d\.?\d*e-\d+")
 
@@ -55,6 +57,17 @@ def test_every_block_has_a_language_that_says_what_becomes_of_it(page: Path) -> 
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^ *```", text, flags=re.MULTILINE)) == 2 * len(blocks_of(page))
     assert [str(block) for block in blocks_of(page) if block.language not in LANGUAGES] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_import_on_a_page_finds_its_names(page: Path) -> None:
+    """In prose too, where nothing runs it."""
+    named = [
+        (module, name.strip().split(" as ")[0])
+        for module, names in _IMPORT.findall(page.read_text(encoding="utf-8"))
+        for name in names.replace("(", "").split(",")
+    ]
+    assert [pair for pair in named if pair[1] and not hasattr(import_module(pair[0]), pair[1])] == []
 
 
 def test_snippets_are_of_files_that_run() -> None:
