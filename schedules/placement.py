@@ -21,6 +21,8 @@ from ..meshes.errors import ScheduleError
 Shape = Literal["loop", "v"]
 """Names of placements in all sizes; the module draws them."""
 
+_STEPS: tuple[Literal[1, -1], ...] = (1, -1)
+
 Link = tuple[int, int]
 """Ranks that send and receive."""
 
@@ -53,6 +55,23 @@ class Placement:
         check_count("num_ranks", num_ranks, error=ScheduleError)
         check_count("num_chunks", num_chunks, error=ScheduleError)
         return _place(shape, num_ranks, num_chunks)
+
+    @classmethod
+    def resolve(cls, given: "Placement | Shape", *, num_ranks: int, num_chunks: int = 1) -> "Placement":
+        """Return a placement given by name or as a value, after a check of its sizes.
+
+        Raises:
+            ScheduleError: the name is unknown, or the placement is one of other sizes.
+        """
+        if not isinstance(given, Placement):
+            return cls.of(given, num_ranks=num_ranks, num_chunks=num_chunks)
+        if (given.num_ranks, given.num_chunks) != (num_ranks, num_chunks):
+            raise ScheduleError(
+                f"the placement is of {given.num_ranks} ranks x {given.num_chunks} chunks, not {num_ranks} x "
+                f"{num_chunks}.",
+                fix='give the placement of the schedule, schedule.placement, or "loop" or "v".',
+            )
+        return given
 
     def __post_init__(self) -> None:
         counts = [self.ranks.count(rank) for rank in range(self.num_ranks)]
@@ -109,6 +128,11 @@ class Placement:
     def is_loop(self) -> bool:
         """Whether stage s is on rank s % num_ranks."""
         return all(rank == stage % self.num_ranks for stage, rank in enumerate(self.ranks))
+
+    @cached_property
+    def has_ring(self) -> bool:
+        """Whether messages go round: every rank sends to the same side."""
+        return any(len(links) == self.num_ranks for step in _STEPS for links in self.links(step).values())
 
     def offset(self, stage: int, step: Literal[1, -1]) -> int:
         """Return how many ranks on a message from a stage to the next or the one before is received: -1, 0 or 1."""

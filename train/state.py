@@ -13,7 +13,7 @@ from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
-from ..schedules import Schedule, StageCost, build_schedule, load_schedule
+from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .optimizer import make_optimizer, optimizer_shardings, split_over_data
 from .step_health import StepHealth, initial_health
 
@@ -74,8 +74,14 @@ class Setup:
             rules=rules,
             num_chunks=self.num_chunks,
             layers_per_stage=self.layers_per_stage if self.sizes.pipe > 1 else None,
+            placement=self.placement,
             vocab=self.config.pipeline.vocab,
         )
+
+    @property
+    def placement(self) -> Placement:
+        """The rank of every stage, which follows from the schedule."""
+        return self.schedule.placement
 
     @cached_property
     def num_chunks(self) -> int:

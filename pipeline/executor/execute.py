@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...schedules.placement import Link
 from .buffers import read, type_like, write
 from .first_together import run_first, run_first_back
 from .last_together import run_last
@@ -40,7 +41,8 @@ def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Want
     """Return this device's share of the sums and of the gradients; for use inside `shard_map`.
 
     loss[] {U:(pipe, data)}; gradients {U:data} of stages and of a shared part, {U:(pipe, data)} of shared wholes.
-    Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one.
+    Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one; a placement
+    whose stages go up and down again has one to each side.
     """
     plan = plan_loop(model, tables=tables, bubbles=bubbles, wants=wants)
     # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
@@ -61,9 +63,11 @@ def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState
         state = run_last(plan.model, state, turn, wants=plan.wants)
     if is_together and plan.wants == "grads":
         state = run_first_back(plan.model, state, turn)
-    state = replace(state, activations=_exchange(plan, state.activations, turn.forward, step=1))
+    for offset, links in plan.placement.links(1).items():
+        state = replace(state, activations=_exchange(plan, state.activations, turn.forward[offset], links))
     if plan.wants == "grads":
-        state = replace(state, gradients=_exchange(plan, state.gradients, turn.backward, step=-1))
+        for offset, links in plan.placement.links(-1).items():
+            state = replace(state, gradients=_exchange(plan, state.gradients, turn.backward[offset], links))
     return state, None
 
 
@@ -131,13 +135,8 @@ def _keep(state: LoopState, _turn: Turns) -> LoopState:
 
 
 @jax.named_scope("exchange")
-def _exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, *, step: int) -> Any:
-    """Return the buffers [slots, b, ...] after sending by `step` ranks, in turns where any rank sends."""
-    num_ranks = jax.lax.axis_size(plan.model.pipe)
-    # A line unless a rank has several chunks: the link from the last rank to the first would carry nothing.
-    is_ring = plan.model.num_chunks > 1
-    ends = [(rank, rank + step) for rank in range(num_ranks)]
-    links = [(rank, end % num_ranks) for rank, end in ends if is_ring or 0 <= end < num_ranks]
+def _exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
+    """Return the buffers [slots, b, ...] after a permute over links, in turns where any rank sends over them."""
 
     def send(value: jax.Array) -> jax.Array:
         if plan.bubbles == "nan":

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...schedules import Placement
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
@@ -34,6 +35,7 @@ class LoopPlan:
     enter, leave: the ends of a stage.
     vjps: forward and backward of a layer of each kind; none where only the loss is wanted.
     halves: the backward in two, for tables with such actions.
+    placement: which rank holds which stage.
     kept: by kind, types of the residuals of a layer and microbatch, with what the first half of a backward adds.
     """
 
@@ -43,6 +45,7 @@ class LoopPlan:
     vjps: dict[str, LayerVjp]
     halves: dict[str, SplitBackward]
     kept: dict[str, list[jax.ShapeDtypeStruct]]
+    placement: Placement
     wants: Wants
     bubbles: Bubbles
 
@@ -66,8 +69,7 @@ class LoopPlan:
 
     def stack(self, turn: Turns) -> LayerStack:
         """Return the layers of the stage that a turn's action runs."""
-        pipe, chunk = self.model.pipe, turn.compute.chunk
-        return self.model.stack(chunk, chunk * jax.lax.axis_size(pipe) + jax.lax.axis_index(pipe))
+        return self.model.stack(turn.compute.chunk, turn.compute.stage)
 
     def fill(self, types: Any, *slots: int) -> Any:
         """Return buffers [*slots, ...] as they are before use: zeros, or NaN to prove that none is read."""
@@ -87,6 +89,7 @@ def plan_loop(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Want
         vjps=vjps,
         halves=halves,
         kept=kept,
+        placement=tables.placement,
         wants=wants,
         bubbles=bubbles,
     )

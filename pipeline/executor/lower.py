@@ -21,7 +21,7 @@ Read `execute.py` next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -56,13 +56,14 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
         lowering.route_residuals()
         lowering.route_gradients(ends)
     turns = lowering.turns
-    for transfer in (turns.forward, turns.backward):
+    for transfer in (*turns.forward.values(), *turns.backward.values()):
         # The same on all ranks: a permute that some ranks skip would hang the others.
         transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
     return Tables(
         turns=turns,
-        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), turns.forward.receive),
-        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), turns.backward.receive),
+        placement=schedule.placement,
+        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
+        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
         num_residual_slots=_count_slots(turns.compute.residuals),
     )
 
@@ -115,23 +116,24 @@ class _Lowering:
     def __init__(self, schedule: Schedule, placed: _TurnOf) -> None:
         self.schedule, self.turn_of, self.exchange_of = schedule, placed.action, placed.exchange
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
-        self.turns: Turns = empty_turns(num_turns=placed.num_turns, num_ranks=schedule.num_ranks)
+        self.turns: Turns = empty_turns(num_turns=placed.num_turns, placement=schedule.placement)
         compute = self.turns.compute
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
             compute.kind[turn, rank] = _CODES[action.kind]
             compute.microbatch[turn, rank] = action.microbatch
-            compute.chunk[turn, rank] = action.stage // schedule.num_ranks
+            compute.stage[turn, rank] = action.stage
+            compute.chunk[turn, rank] = schedule.placement.chunk_of(action.stage)
 
     def rank(self, action: Action) -> int:
         """Return the rank that runs an action."""
-        return action.stage % self.schedule.num_ranks
+        return self.schedule.placement.rank_of(action.stage)
 
     def route_activations(self, ends: Ends) -> None:
         """Route each stage's output to the next stage, and with ends together `first` in and `last` out."""
         turns, last_stage = self.turns, self.schedule.num_stages - 1
         slots = turns.activations
-        uses = self._route_hops(kind="F", step=1, read=slots.read, write=slots.write, transfer=turns.forward)
+        uses = self._route_hops(kind="F", step=1, read=slots.read, write=slots.write, transfers=turns.forward)
         if ends == "together":
             uses += self._route_first()
             uses += self._route_out(kind="F", stage=last_stage, write=slots.write, slot=slots.last, to=turns.ends.last)
@@ -141,7 +143,7 @@ class _Lowering:
         """Route each stage's input gradient to the stage before, and the loss's to the last stage's backward."""
         turns, kind = self.turns, self._backward_kind()
         slots = turns.gradients
-        uses = self._route_hops(kind=kind, step=-1, read=slots.read, write=slots.write, transfer=turns.backward)
+        uses = self._route_hops(kind=kind, step=-1, read=slots.read, write=slots.write, transfers=turns.backward)
         if ends == "together":
             uses += self._route_out(
                 kind=kind, stage=0, write=slots.write, slot=slots.first_back, to=turns.ends.first_back
@@ -175,18 +177,31 @@ class _Lowering:
         """Kind of the action that makes the gradient of a stage's input."""
         return "I" if self.has_halves else "B"
 
-    def _route_hops(self, *, kind: Kind, step: int, read: Column, write: Column, transfer: Transfer) -> list[_Interval]:
-        """Give every value that passes from stage to stage two slots: until it is sent, and until it is read."""
+    def _route_hops(
+        self, *, kind: Kind, step: Literal[1, -1], read: Column, write: Column, transfers: dict[int, Transfer]
+    ) -> list[_Interval]:
+        """Give every value that passes from stage to stage two slots: until it is sent, and until it is read.
+
+        Between two stages of one rank a single slot serves for both.
+        """
         uses = []
+        # Transfers to both sides follow each other: what the second sends must outlast what the first delivers.
+        sends_end = 1 if len(transfers) < 2 else 2
         for action, made in self.turn_of.items():
             next_stage = action.stage + step
             if action.kind != kind or not 0 <= next_stage < self.schedule.num_stages:
                 continue
             user = Action(stage=next_stage, kind=kind, microbatch=action.microbatch)
             sent, used = self.exchange_of[action], self.turn_of[user]
-            # Between two chunks on one rank (pipe=1) this is a send to itself: two slots all the same.
+            offset = self.schedule.placement.offset(action.stage, step)
+            if not offset:
+                stay = ((write, made), (read, used))
+                uses.append(_Interval(start=3 * made + 1, end=3 * used, rank=self.rank(action), entries=stay))
+                continue
+            transfer = transfers[offset]
             leave = ((write, made), (transfer.send, sent))
-            uses.append(_Interval(start=3 * made + 1, end=3 * sent + 1, rank=self.rank(action), entries=leave))
+            end = 3 * sent + sends_end
+            uses.append(_Interval(start=3 * made + 1, end=end, rank=self.rank(action), entries=leave))
             wait = ((transfer.receive, sent), (read, used))
             uses.append(_Interval(start=3 * sent + 2, end=3 * used, rank=self.rank(user), entries=wait))
         return uses
@@ -226,6 +241,10 @@ class _Lowering:
             ends[slot] = use.end
             for column, turn in use.entries:
                 column[turn, use.rank] = slot
+
+
+def _receives(transfers: dict[int, Transfer]) -> list[Column]:
+    return [transfer.receive for transfer in transfers.values()]
 
 
 def _count_slots(*columns: np.ndarray) -> int:

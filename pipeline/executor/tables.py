@@ -10,8 +10,8 @@ y = tanh(x @ w) a rank, where rank 1 runs a forward and a backward in ticks 1 an
              residuals     0       1       .       0       .       1         slots from forward to backward
     rank 1   kind          .       F0      B0      F1      B1      .
              residuals     .       0       0       0       0       .
-    forward.is_active      1       .       1       .       .       .         y: rank 0 -> rank 1
-    backward.is_active     .       .       1       .       1       .         dx: rank 0 <- rank 1
+    forward[1].is_active   1       .       1       .       .       .         y: rank 0 -> rank 1
+    backward[-1].is_active .       .       1       .       1       .         dx: rank 0 <- rank 1
 
 Inside a turn the steps have a fixed order. Right of each step are the columns that decide it:
 
@@ -26,8 +26,8 @@ Inside a turn the steps have a fixed order. Right of each step are the columns t
             |     weight_grad  dw <- residuals                            | compute.residuals
             | 3 last        all ranks make the loss of one microbatch     | ends.last, activations.last
             |   first_back  all ranks take dx through `first`             | ends.first_back, gradients.first_back
-            | 4 exchange    activations move one rank on                  | forward.send, .receive, .is_active
-            |               gradients move one rank back                  | backward.send, .receive, .is_active
+            | 4 exchange    activations move one rank on                  | forward[1].send, .receive, .is_active
+            |               gradients move one rank back                  | backward[-1].send, .receive, .is_active
             +-------------------------------------------------------------+
 
 Steps 1 and 3 happen only where the ends of the model run on all ranks together (`Ends`). A slot is a position in one of
@@ -39,6 +39,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+
+from ...schedules import Placement
 
 NONE = -1
 """Entry of a column for "not on this rank in this turn"."""
@@ -59,13 +61,14 @@ class Compute:
     """The action of each rank, columns [turns, ranks].
 
     kind: IDLE, FORWARD, BACKWARD, INPUT_GRAD or WEIGHT_GRAD.
-    microbatch, chunk: what it runs on; stage = chunk * ranks + rank.
+    microbatch, chunk, stage: what it runs on; the stage is this rank's chunk by the schedule's placement.
     residuals: slot that the forward writes, and that the backward or both of its halves read.
     """
 
     kind: Column
     microbatch: Column
     chunk: Column
+    stage: Column
     residuals: Column
 
 
@@ -106,7 +109,7 @@ class GradientSlots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One direction of the exchange between neighbours, at the end of a tick's last turn.
+    """Messages of one kind to the neighbours on one side, at the end of a tick's last turn.
 
     send, receive: slot to send from and slot to receive into, [turns, ranks].
     is_active: 1 in turns where any rank sends, else 0, [turns].
@@ -130,13 +133,17 @@ class EndTurns:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """All columns. `lax.scan` over it gives one turn of all ranks, `at_rank` one turn of one rank."""
+    """All columns. `lax.scan` over it gives one turn of all ranks, `at_rank` one turn of one rank.
+
+    forward, backward: transfers of activations and of gradients, by the offset of the receiver's rank, 1 or -1. In a
+        loop activations move one rank on and gradients one back; in a V each moves both ways.
+    """
 
     compute: Compute
     activations: ActivationSlots
     gradients: GradientSlots
-    forward: Transfer
-    backward: Transfer
+    forward: dict[int, Transfer]
+    backward: dict[int, Transfer]
     ends: EndTurns
 
     def at_rank(self, rank: jax.Array) -> "Turns":
@@ -149,6 +156,7 @@ class Tables:
     """A lowered schedule: int32 columns of all turns, and the number of slots of each buffer."""
 
     turns: Turns
+    placement: Placement
     num_activation_slots: int
     num_gradient_slots: int
     num_residual_slots: int
@@ -164,20 +172,25 @@ class Tables:
         return bool((self.turns.compute.kind == INPUT_GRAD).any())
 
 
-def empty_turns(*, num_turns: int, num_ranks: int) -> Turns:
+def empty_turns(*, num_turns: int, placement: Placement) -> Turns:
     """Return columns in which every rank is idle and every slot is NONE, to be filled in place."""
 
     def per_rank(fill: int = NONE) -> Column:
-        return np.full((num_turns, num_ranks), fill, np.int32)
+        return np.full((num_turns, placement.num_ranks), fill, np.int32)
 
     def per_turn(fill: int = NONE) -> Column:
         return np.full(num_turns, fill, np.int32)
 
+    def transfer() -> Transfer:
+        return Transfer(send=per_rank(), receive=per_rank(), is_active=per_turn(0))
+
     return Turns(
-        compute=Compute(kind=per_rank(IDLE), microbatch=per_rank(), chunk=per_rank(), residuals=per_rank()),
+        compute=Compute(
+            kind=per_rank(IDLE), microbatch=per_rank(), chunk=per_rank(), stage=per_rank(), residuals=per_rank()
+        ),
         activations=ActivationSlots(read=per_rank(), write=per_rank(), first=per_rank(), last=per_rank()),
         gradients=GradientSlots(read=per_rank(), write=per_rank(), loss=per_rank(), first_back=per_rank()),
-        forward=Transfer(send=per_rank(), receive=per_rank(), is_active=per_turn(0)),
-        backward=Transfer(send=per_rank(), receive=per_rank(), is_active=per_turn(0)),
+        forward={offset: transfer() for offset in placement.links(1)},
+        backward={offset: transfer() for offset in placement.links(-1)},
         ends=EndTurns(first=per_turn(), last=per_turn(), first_back=per_turn()),
     )

@@ -40,13 +40,6 @@ class StagePattern:
         number = self.kinds.index(kind)
         return [int((row[:count] == number).sum()) for row, count in zip(self.kind_of, self.counts, strict=True)]
 
-    def places_of(self, kind: str) -> Table:
-        """Return the position of each layer of a kind among the padded layers of all stages, in the model's order."""
-        counts = self.counts_of(kind)
-        room = max(*counts, 1)
-        places = [stage * room + np.arange(count, dtype=np.int32) for stage, count in enumerate(counts)]
-        return np.concatenate(places)
-
 
 def stage_pattern(pattern: Sequence[str], *, kinds: Sequence[str], counts: Sequence[int]) -> StagePattern:
     """Return the pattern on stages of `counts` layers: the layer l of the model is of kind pattern[l % len(pattern)].

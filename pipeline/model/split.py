@@ -20,7 +20,8 @@ from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_di
 from ...layers.block import rematerialize
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
 from ...meshes.arguments import check_choice
-from ...schedules import Vocab
+from ...schedules import Placement, Vocab
+from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .stack import check_layers, stages_from_layers
@@ -49,6 +50,7 @@ def split_transformer(
     mesh: Mesh,
     num_chunks: int = 1,
     layers_per_stage: Sequence[int] | None = None,
+    placement: Placement | Shape = "loop",
     vocab: Vocab = "ends",
     remat: Remat = "dots",
     unroll: Literal["off", "on"] = "off",
@@ -61,6 +63,7 @@ def split_transformer(
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
+        placement: which rank holds which stage; give `schedule.placement`.
         vocab: the choice that the schedule was built with: "split" over all ranks, or at the "ends" alone.
         unroll: whether the layers of a stage are written out ("on") or looped over ("off").
         rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
@@ -74,13 +77,14 @@ def split_transformer(
     rules = _place_vocab(rules, vocab, mesh)
     layers, num_ranks = config.num_layers, mesh.shape[rules.mesh_axes.pipe]
     counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    make_params = partial(_make_params, config, num_ranks, num_chunks, counts)
+    where = Placement.resolve(placement, num_ranks=num_ranks, num_chunks=num_chunks)
+    make_params = partial(_make_params, config, where, counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(dims := _cut_dims(param_dims(model)), shapes, rules, mesh)
     params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
     fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
-    fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll)
+    fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll, placement=where)
     make = jax.jit(make_params, out_shardings=shardings)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, make))
 
@@ -101,12 +105,11 @@ def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelinePar
         return make(jax.numpy.uint32(seed))
 
 
-def _make_params(
-    config: ModelConfig, num_ranks: int, num_chunks: int, counts: tuple[int, ...], seed: jax.Array
-) -> PipelineParams:
+def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...], seed: jax.Array) -> PipelineParams:
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    blocks = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
+    sizes = {"num_ranks": where.num_ranks, "num_chunks": where.num_chunks}
+    blocks = stages_from_layers(params["blocks"], layers_per_stage=counts, placement=where, **sizes)
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 

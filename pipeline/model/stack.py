@@ -2,9 +2,10 @@
 
     8 layers, 2 ranks, 2 chunks          rank 0        rank 1
                               chunk 0    layers 0 1    layers 2 3       stage s is chunk s // ranks
-                              chunk 1    layers 4 5    layers 6 7       of rank s % ranks
+                              chunk 1    layers 4 5    layers 6 7       of rank s % ranks: a loop
 
-For equal stages both conversions are a reshape. Where stages differ, every stage has room for as many layers as the
+For equal stages in a loop both conversions are a reshape; in a V the ranks of chunk 1 are the other way round
+(`schedules/placement.py`). Where stages differ, every stage has room for as many layers as the
 largest; the rest of it is zero and never run.
 """
 
@@ -21,9 +22,12 @@ from ...meshes import ScheduleError
 from ...meshes.arguments import check_count
 from ...meshes.divisibility import check_divides, nearest_multiples
 from ...schedules.check import check_sizes
+from ...schedules.placement import Placement, Shape
 from .pattern import stage_pattern
 from .stage import check_counts
 from .trees import check_arrays
+
+Places = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def stages_from_layers(
@@ -33,29 +37,34 @@ def stages_from_layers(
     num_chunks: int = 1,
     layers_per_stage: Sequence[int] | None = None,
     pattern: Sequence[str] | None = None,
+    placement: Placement | Shape = "loop",
 ) -> Any:
     """Return stage parameters [chunks, ranks, layers, ...] from parameters [all layers, ...] in the model's order.
 
     Args:
         layers_per_stage: number of layers of each stage, first to last; equal if left out.
         pattern: kinds of the layers, as in `StageFns`. Parameters are {kind: [layers of the kind, ...]} then.
+        placement: which rank holds which stage, as `schedule.placement` or by name.
 
     Raises:
         ScheduleError: the layers do not divide into equal stages, or the given numbers do not add up to them.
     """
     check_sizes(num_ranks=num_ranks, num_microbatches=1, num_chunks=num_chunks)
+    where = Placement.resolve(placement, num_ranks=num_ranks, num_chunks=num_chunks)
     if pattern is not None:
         sizes = {"num_ranks": num_ranks, "num_chunks": num_chunks, "layers_per_stage": layers_per_stage}
-        return _stages_of_kinds(layers, pattern, sizes)
+        return _stages_of_kinds(layers, pattern, sizes, where)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
     # `room` is the number of layers of the largest stage: all stages are padded to it.
-    room, places = max(counts), _places(counts)
+    room, places = max(counts), _places(counts, where)
 
     def cut(leaf: jax.Array) -> jax.Array:
         if len(set(counts)) > 1:
-            empty = jnp.zeros((len(counts) * room, *leaf.shape[1:]), leaf.dtype)
-            leaf = empty.at[places].set(leaf, unique_indices=True, indices_are_sorted=True)
+            leaf = _spread(leaf, places, len(counts) * room)
+        elif not where.is_loop:
+            # A permutation: each place has its layer.
+            leaf = leaf[np.argsort(places)]
         return leaf.reshape(num_chunks, num_ranks, room, *leaf.shape[1:])
 
     return jax.tree.map(cut, layers)
@@ -79,7 +88,13 @@ def _count_layers(layers: Any, *, of: str = "layers") -> int:
     return shape[0]
 
 
-def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any]) -> dict[str, Any]:
+def _spread(leaf: jax.Array, places: Places, size: int) -> jax.Array:
+    """Return zeros [size, ...] with the layers [L, ...] of a leaf at their places."""
+    empty = jnp.zeros((size, *leaf.shape[1:]), leaf.dtype)
+    return empty.at[places].set(leaf, unique_indices=True)
+
+
+def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any], where: Placement) -> dict[str, Any]:
     _check_kinds("layers", layers)
     found = {kind: _count_layers(own, of=f"layers[{kind!r}]") for kind, own in layers.items()}
     counts = check_layers(sum(found.values()), **sizes)
@@ -94,15 +109,18 @@ def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any])
                 fix="give each kind as many layers as the pattern has of it.",
             )
         room = max(*own, 1)
-        empty = jnp.zeros((len(own) * room, *leaf.shape[1:]), leaf.dtype)
-        filled = empty.at[stages.places_of(kind)].set(leaf, unique_indices=True, indices_are_sorted=True)
+        filled = _spread(leaf, _places(own, where), len(own) * room)
         return filled.reshape(sizes["num_chunks"], sizes["num_ranks"], room, *leaf.shape[1:])
 
     return {kind: jax.tree.map(partial(cut, kind), own) for kind, own in layers.items()}
 
 
 def natural_order(
-    stages: Any, *, layers_per_stage: Sequence[int] | None = None, pattern: Sequence[str] | None = None
+    stages: Any,
+    *,
+    layers_per_stage: Sequence[int] | None = None,
+    pattern: Sequence[str] | None = None,
+    placement: Placement | Shape = "loop",
 ) -> Any:
     """Return parameters [all layers, ...] in the model's order from stage parameters [chunks, ranks, layers, ...].
 
@@ -123,23 +141,26 @@ def natural_order(
         for kind, own in stages.items():
             _check_room(f"stages[{kind!r}]", own, counts=cut.counts_of(kind))
         return {
-            kind: jax.tree.map(lambda leaf, k=kind: leaf.reshape(-1, *leaf.shape[3:])[cut.places_of(k)], own)
+            kind: jax.tree.map(partial(_merge, counts=cut.counts_of(kind), placement=placement), own)
             for kind, own in stages.items()
         }
     if layers_per_stage is not None:
         check_counts(layers_per_stage)
         _check_room("stages", stages, counts=layers_per_stage)
+    return jax.tree.map(partial(_merge, counts=layers_per_stage, placement=placement), stages)
 
-    def merge(leaf: Any) -> Any:
-        whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
-        if layers_per_stage is None or len(set(layers_per_stage)) == 1:
-            return whole
-        if isinstance(whole, np.ndarray):
-            # Gradients of integers have dtype float0 and are numpy arrays.
-            return whole[_places(layers_per_stage)]
-        return jnp.take(whole, _places(layers_per_stage), axis=0, unique_indices=True, indices_are_sorted=True)
 
-    return jax.tree.map(merge, stages)
+def _merge(leaf: Any, *, counts: Sequence[int] | None, placement: Placement | Shape) -> Any:
+    """Return a leaf [chunks, ranks, room, ...] of stages of these counts, equal if None, as [all layers, ...]."""
+    num_chunks, num_ranks, room = leaf.shape[:3]
+    where = Placement.resolve(placement, num_ranks=num_ranks, num_chunks=num_chunks)
+    whole = leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
+    counts = counts or (room,) * (num_chunks * num_ranks)
+    if set(counts) == {room} and where.is_loop:
+        return whole
+    places = _places(counts, where)
+    # Gradients of integers have dtype float0 and are numpy arrays.
+    return whole[places] if isinstance(whole, np.ndarray) else jnp.take(whole, places, axis=0, unique_indices=True)
 
 
 def _check_kinds(name: str, tree: Any) -> None:
@@ -215,10 +236,13 @@ def _check_counts(counts: tuple[int, ...], *, num_layers: int, num_stages: int, 
         )
 
 
-def _places(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Return the position of each layer of the model among the padded layers of all stages.
+def _places(counts: Sequence[int], where: Placement) -> Places:
+    """Return the position of each layer of the model among the padded layers of all stages, by chunk, then by rank.
 
-    For stages of 2, 1 and 3 layers every stage has room for 3, and the positions are 0 1, 3, 6 7 8.
+    For stages of 2, 1 and 3 layers every stage has room for 3, and with 3 ranks the positions are 0 1, 3, 6 7 8.
     """
-    room = max(counts)
-    return np.concatenate([stage * room + np.arange(count, dtype=np.int32) for stage, count in enumerate(counts)])
+    room = max(*counts, 1)
+    order = [where.chunk_of(stage) * where.num_ranks + where.rank_of(stage) for stage in range(len(counts))]
+    return np.concatenate(
+        [place * room + np.arange(count, dtype=np.int32) for place, count in zip(order, counts, strict=True)]
+    )

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count
 from ...meshes.axes import DEFAULT_AXES, MeshAxes
+from ...schedules.placement import Placement, Shape
 from .pattern import stage_pattern
 from .trees import mesh_axes_of
 
@@ -62,6 +63,8 @@ class StageFns:
         shared_specs: a `PartitionSpec` for every leaf of `shared` (or a prefix of its tree). If one names the pipe
             axis, all ranks run `first` and `last` together on one microbatch, each with its part of `shared`: a result
             that differs between ranks must be summed over that axis before it is returned.
+        placement: the placement of stages on ranks by which the parameters were cut; that of the schedule must be the
+            same.
         axes: the roles of the mesh's axes, if their names are not pipe, data and tensor.
         prepare: a linear function from the parameters of one layer to those that `layer` is given, run once a step for
             all layers, for instance a cast. Gradients come back through its transpose and are summed in float32.
@@ -80,6 +83,7 @@ class StageFns:
     batch_specs: Any = None
     stage_specs: Any = WHOLE
     shared_specs: Any = WHOLE
+    placement: Placement | Shape = "loop"
     axes: MeshAxes = DEFAULT_AXES
     prepare: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any] | None] | None = None
     unroll: Unroll = "off"
@@ -151,8 +155,9 @@ class StageFns:
 class PipelineParams:
     """Parameters of a pipeline; gradients have the same form.
 
-    stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r. `stages_from_layers`
-        makes them from [all layers, ...]; for equal stages it is a reshape.
+    stages: leaves [chunks, ranks@pipe, layers, ...]; chunk c of rank r is stage c * ranks + r of a loop, and
+        `placement.stage_at(r, c)` of any other placement. `stages_from_layers` makes
+        them from [all layers, ...]; for equal stages of a loop it is a reshape.
         An optimizer sees one array of five dimensions for all matrices of a kind. `optax.contrib.muon` silently runs
         Adam on such arrays, unless `muon_weight_dimension_numbers` name the last two dimensions as the matrix.
     shared: any tree, given to `first` and `last` (an embedding, a head, tied or not); replicated over pipe, unless

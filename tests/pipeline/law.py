@@ -116,8 +116,8 @@ def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
     """Return the same parameters as stages on the mesh of the model."""
     params = natural_params(config)
     num_chunks, num_ranks = jax.tree.leaves(model.params.stages)[0].shape[:2]
-    counts = model.fns.layers_per_stage
-    stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=counts)
+    cut: dict[str, Any] = {"layers_per_stage": model.fns.layers_per_stage, "placement": model.fns.placement}
+    stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, **cut)
     shared = {"embed": params["embed"], "head": params["head"]}
     return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
 
@@ -186,13 +186,13 @@ def pipeline_step(
     spec = _spec_of(mesh)
     devices = _build(spec)
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
-    cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
-    model = split_transformer(config, mesh=devices, remat=remat, unroll=unroll, rules=rules, **cut)
-    num_ranks = spec.pipe
     plan = schedule
     if isinstance(plan, str):
-        sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+        sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
         plan = build_schedule(plan, **sizes, vocab=vocab)
+    cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
+    cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll}
+    model = split_transformer(config, mesh=devices, rules=rules, **cut)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, bubbles=bubbles)
 
     @jax.jit
@@ -208,7 +208,8 @@ def pipeline_step(
 def answer_of(step: Step) -> Answer:
     """Run the step and bring its results into natural order."""
     out, norm = step.run(step.params, step.batch)
-    stages = natural_order(out.grads.stages, layers_per_stage=step.model.fns.layers_per_stage)
+    fns = step.model.fns
+    stages = natural_order(out.grads.stages, layers_per_stage=fns.layers_per_stage, placement=fns.placement)
     grads = {"blocks": stages, **out.grads.shared}
     return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
 

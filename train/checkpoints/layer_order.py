@@ -70,16 +70,19 @@ class LayerOrder:
 
     @property
     def _donated(self) -> tuple[int, ...]:
-        # Uneven stages are padded, so they are larger than the saved arrays and cannot reuse their memory.
-        return () if self.setup.model.fns.layers_per_stage else (0,)
+        # Uneven stages are padded, so they are larger than the saved arrays and cannot reuse their memory. Neither can
+        # layers that move to another rank.
+        is_reshape = not self.setup.model.fns.layers_per_stage and self.setup.placement.is_loop
+        return (0,) if is_reshape else ()
 
     def _merge(self, state: TrainState) -> TrainState:
         # A halted run resumes from the state at which it was halted, with the flag cleared.
         return replace(map_params(self._merge_params, state), health=replace(state.health, halted=None))
 
     def _merge_params(self, params: PipelineParams) -> PipelineParams:
-        counts = self.setup.model.fns.layers_per_stage
-        return PipelineParams(stages=natural_order(params.stages, layers_per_stage=counts), shared=params.shared)
+        fns = self.setup.model.fns
+        stages = natural_order(params.stages, layers_per_stage=fns.layers_per_stage, placement=fns.placement)
+        return PipelineParams(stages=stages, shared=params.shared)
 
     def _cut_params(self, params: PipelineParams) -> PipelineParams:
         num_chunks, num_ranks = jax.tree.leaves(self.setup.model.params.stages)[0].shape[:2]
@@ -88,6 +91,7 @@ class LayerOrder:
             num_ranks=num_ranks,
             num_chunks=num_chunks,
             layers_per_stage=self.setup.model.fns.layers_per_stage,
+            placement=self.setup.model.fns.placement,
         )
         return PipelineParams(stages=stages, shared=params.shared)
 

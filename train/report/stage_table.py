@@ -78,7 +78,7 @@ class StageTable:
 
 def tabulate_stages(setup: Setup) -> StageTable:
     """Return the table of the stages of a run with several ranks, computed from shapes."""
-    config, sizes, layers = setup.config, setup.sizes, setup.layers_per_stage
+    config, layers = setup.config, setup.layers_per_stage
     total = sum(cost.total for cost in setup.stage_costs)
     held = microbatches_at_peak(setup.schedule, layers_per_stage=layers)
     kept = _count_kept(setup)
@@ -89,7 +89,7 @@ def tabulate_stages(setup: Setup) -> StageTable:
         rows.append(
             StageRow(
                 stage=stage,
-                rank=stage % sizes.pipe,
+                rank=setup.placement.rank_of(stage),
                 layers=layers[stage],
                 time_share=cost.total / total,
                 parameters=layers[stage] * block + end,
@@ -112,7 +112,7 @@ def microbatches_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...
     at_peak, most = [0] * schedule.num_stages, [0] * schedule.num_ranks
     for _, rank, action in schedule.placed():
         held[action.stage] += {"F": 1, "I": 0, "W": -1, "B": -1}[action.kind]
-        own = range(rank, schedule.num_stages, schedule.num_ranks)
+        own = schedule.placement.stages_of(rank)
         num_layers = sum(held[stage] * layers_per_stage[stage] for stage in own)
         if num_layers > most[rank]:
             most[rank] = num_layers
@@ -158,8 +158,9 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
         part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
         return whole + part, _PARAM_BYTES * (whole + part // sizes.tensor)
     own = table if stage == 0 or (stage == last and is_untied) else 0
-    # A tied table is one parameter, but takes memory at the last stage as well.
-    used = table if stage in (0, last) else 0
+    # A tied table is one parameter, but takes memory at the last stage as well, unless one rank holds both ends.
+    is_shared = not is_untied and setup.placement.rank_of(0) == setup.placement.rank_of(last)
+    used = table if stage == 0 or (stage == last and not is_shared) else 0
     return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
 
 

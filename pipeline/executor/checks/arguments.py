@@ -20,7 +20,7 @@ from ....meshes.divisibility import check_divides
 from ....meshes.errors import suggest
 from ....meshes.ring import check_ring
 from ....meshes.switches import check_switches
-from ....schedules import Schedule
+from ....schedules import Placement, Schedule
 from ...model.pattern import stage_pattern
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
@@ -50,6 +50,7 @@ def check_arguments(
             f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but the mesh has {pipe}={num_ranks}.",
             fix=f"build it with num_ranks={num_ranks}.",
         )
+    _check_placement(fns, schedule)
     _check_numbers(params)
     rooms = _check_stages(fns, params, schedule)
     _check_state(fns, inputs.state, rooms, schedule)
@@ -58,10 +59,24 @@ def check_arguments(
         _check_counts(fns, params, schedule)
     _check_specs(fns, mesh, params.stages, name="stage_specs")
     _check_specs(fns, mesh, params.shared, name="shared_specs")
-    if schedule.num_chunks > 1:
+    if schedule.placement.has_ring:
         check_ring(mesh, what=f"schedule {schedule.name!r}", pipe=pipe)
     num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
     check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
+
+
+def _check_placement(fns: StageFns, schedule: Schedule) -> None:
+    """Raise unless parameters were cut by the schedule's placement: else layers would run in another order."""
+    given, own = fns.placement, schedule.placement
+    if isinstance(given, Placement):
+        Placement.resolve(given, num_ranks=schedule.num_ranks, num_chunks=schedule.num_chunks)
+    if Placement.resolve(given, num_ranks=own.num_ranks, num_chunks=own.num_chunks) != own:
+        shown = given.ranks if isinstance(given, Placement) else repr(given)
+        raise ScheduleError(
+            f"schedule {schedule.name!r} places its stages on ranks {list(own.ranks)}, but the model was cut by "
+            f"placement={shown}: layers would run in another order.",
+            fix="give placement=schedule.placement to StageFns and stages_from_layers(), or to split_transformer().",
+        )
 
 
 def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) -> None:

@@ -8,7 +8,7 @@ Ends that run together make ("y", -1, k) and take the last stage's output and ("
 """
 
 from itertools import count, product
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -27,8 +27,9 @@ from trellax.pipeline.executor.tables import (
     Transfer,
     Turns,
 )
-from trellax.schedules import Action, Kind, Schedule, build_schedule, simulate
+from trellax.schedules import Action, Kind, Placement, Schedule, build_schedule, simulate
 from trellax.schedules.check import needs
+from trellax.schedules.placement import Link
 
 from ...schedules.sizes import named_schedules
 
@@ -42,10 +43,19 @@ every_schedule = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 @st.composite
+def placements(draw: st.DrawFn, *, max_ranks: int = 4, max_chunks: int = 3) -> Placement:
+    """Loops, Vs and what lies between: each chunk goes over all ranks, up or down."""
+    ranks = range(draw(st.integers(2, max_ranks)))
+    goes_down = draw(st.lists(st.booleans(), min_size=1, max_size=max_chunks))
+    return Placement(tuple(rank for down in goes_down for rank in (reversed(ranks) if down else ranks)))
+
+
+@st.composite
 def random_schedules(draw: st.DrawFn) -> Schedule:
     """Any order that can run, with up to three chunks: in every tick each rank does some of what it could."""
-    num_ranks, num_chunks, num_microbatches = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    rng, num_stages = draw(st.randoms(use_true_random=False)), num_ranks * num_chunks
+    placement, num_microbatches = draw(placements()), draw(st.integers(1, 5))
+    num_ranks, num_stages = placement.num_ranks, len(placement.ranks)
+    rng = draw(st.randoms(use_true_random=False))
     kinds = draw(st.sampled_from(KINDS))
     every = product(range(num_stages), kinds, range(num_microbatches))
     todo = {Action(stage=stage, kind=kind, microbatch=microbatch) for stage, kind, microbatch in every}
@@ -53,14 +63,15 @@ def random_schedules(draw: st.DrawFn) -> Schedule:
     for tick in count():
         before = frozenset(todo)
         for rank, kind in ((rank, kind) for rank in range(num_ranks) for kind in rng.sample(kinds, len(kinds))):
-            own = [action for action in sorted(todo) if action.stage % num_ranks == rank and action.kind == kind]
+            own = [action for action in sorted(todo) if placement.ranks[action.stage] == rank and action.kind == kind]
             ready = [action for action in own if _is_ready(action, num_stages, before=before, todo=todo)]
             if ready and rng.random() < 0.8:
                 todo.remove(action := rng.choice(ready))
                 ticks_of[rank].setdefault(tick, []).append(action)
         if not todo:
             break
-    return Schedule.from_ticks(ticks_of, name="random", num_microbatches=num_microbatches, num_chunks=num_chunks)
+    sizes = {"num_microbatches": num_microbatches, "num_chunks": placement.num_chunks}
+    return Schedule.from_ticks(ticks_of, name="random", placement=placement, **sizes)
 
 
 def _is_ready(action: Action, num_stages: int, *, before: frozenset[Action], todo: set[Action]) -> bool:
@@ -92,15 +103,18 @@ class Interpreter:
             for rank in range(self.schedule.num_ranks):
                 self._act(turn.at_rank(rank), rank)
             self._leave(turn)
-            self._exchange(turn.forward, self.activations, step=1)
-            self._exchange(turn.backward, self.gradients, step=-1)
+            for transfers, buffers, step in ((turn.forward, self.activations, 1), (turn.backward, self.gradients, -1)):
+                assert set(transfers) == set(self._links(step))
+                for offset, transfer in transfers.items():
+                    self._exchange(transfer, buffers, links=self._links(step)[offset])
         return self
 
     def _act(self, turn: Turns, rank: int) -> None:
         kind, residuals = turn.compute.kind, turn.compute.residuals
         if kind == IDLE:
             return
-        stage, microbatch = int(turn.compute.chunk) * self.schedule.num_ranks + rank, int(turn.compute.microbatch)
+        stage, microbatch = int(turn.compute.stage), int(turn.compute.microbatch)
+        assert self.schedule.placement.stages_of(rank)[turn.compute.chunk] == stage
         if kind == FORWARD:
             action, slot = Action(stage=stage, kind="F", microbatch=microbatch), turn.activations.read
             self.read[action] = (None if slot == NONE else self.activations[rank][slot],)
@@ -136,17 +150,20 @@ class Interpreter:
             self.taken += [(name, int(microbatch), *value) for value in found]
         if turn.ends.last != NONE:
             loss_grad = ("dy", self.schedule.num_stages - 1, int(turn.ends.last))
-            _put(self.gradients[-1], turn.gradients.loss[-1], loss_grad)
+            rank = self.schedule.placement.ranks[-1]
+            _put(self.gradients[rank], turn.gradients.loss[rank], loss_grad)
 
-    def _exchange(self, transfer: Transfer, buffers: list[list[Any]], *, step: int) -> None:
+    def _links(self, step: Literal[1, -1]) -> dict[int, list[Link]]:
+        return self.schedule.placement.links(step)
+
+    def _exchange(self, transfer: Transfer, buffers: list[list[Any]], *, links: list[Link]) -> None:
         """Move names to the neighbour. None arrives where nobody sends, as the permute delivers zeros or NaN."""
         if not transfer.is_active:
             return
         sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(transfer.send, buffers, strict=True)]
-        num_ranks, is_ring = len(sent), self.schedule.num_chunks > 1
+        source_of = {receiver: sender for sender, receiver in links}
         for rank, buffer in enumerate(buffers):
-            is_linked = is_ring or 0 <= rank - step < num_ranks
-            _put(buffer, transfer.receive[rank], sent[(rank - step) % num_ranks] if is_linked else None)
+            _put(buffer, transfer.receive[rank], sent[source_of[rank]] if rank in source_of else None)
 
 
 def _put(buffer: list[Any], slot: int, value: Any) -> None:
@@ -195,7 +212,7 @@ def test_every_action_runs_once_in_the_order_of_its_rank(schedule: Schedule) -> 
     order = interpreted(schedule).order
     for rank in range(schedule.num_ranks):
         wanted = [action for _, own, action in schedule.placed() if own == rank]
-        assert [action for action in order if action.stage % schedule.num_ranks == rank] == wanted
+        assert [action for action in order if schedule.placement.ranks[action.stage] == rank] == wanted
 
 
 @every_schedule
@@ -220,7 +237,7 @@ def test_only_the_ends_are_without_neighbours(schedule: Schedule) -> None:
     turns = lower(schedule).turns
     activations, gradients, kind = turns.activations, turns.gradients, turns.compute.kind
     is_forward, is_backward = kind == FORWARD, np.isin(kind, [BACKWARD, INPUT_GRAD])
-    stage = turns.compute.chunk * schedule.num_ranks + np.arange(schedule.num_ranks)[None]
+    stage = turns.compute.stage
     is_first, is_last = stage == 0, stage == schedule.num_stages - 1
     assert np.array_equal(activations.read != NONE, is_forward & ~is_first)
     assert np.array_equal(activations.write != NONE, is_forward & ~is_last)
@@ -279,13 +296,31 @@ def test_tick_with_two_actions_takes_two_turns(name: str) -> None:
 def test_exchange_happens_in_the_last_turn_of_a_tick() -> None:
     schedule = Schedule.parse("0F0 0F1 0B0 0B1; . 1F0+1B0 1F1+1B1 .", name="mine", num_microbatches=2)
     turns = lower(schedule).turns
-    assert turns.forward.is_active.tolist() == [1, 0, 1, 0, 0, 0]
-    assert turns.backward.is_active.tolist() == [0, 0, 1, 0, 1, 0]
+    assert turns.forward[1].is_active.tolist() == [1, 0, 1, 0, 0, 0]
+    assert turns.backward[-1].is_active.tolist() == [0, 0, 1, 0, 1, 0]
+
+
+def test_the_turn_of_a_v_is_sent_nowhere() -> None:
+    """Stages 1 and 2 are on rank 1: what the one makes the other reads from the same slot."""
+    placement = Placement.of("v", num_ranks=2, num_chunks=2)
+    grid = "0F0 . . 3F0 3B0 . . 0B0; . 1F0 2F0 . . 2B0 1B0 ."
+    schedule = Schedule.parse(grid, name="mine", num_microbatches=1, num_chunks=2, placement=placement)
+    turns = lower(schedule).turns
+    assert [turns.forward[offset].is_active.tolist() for offset in (1, -1)] == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0, 0],
+    ]
+    assert [turns.backward[offset].is_active.tolist() for offset in (1, -1)] == [
+        [0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+    ]
+    assert turns.activations.write[1, 1] == turns.activations.read[2, 1] != NONE
 
 
 def test_columns_are_int32_of_turns_by_ranks() -> None:
     turns = lower(build_schedule("gpipe", num_ranks=3, num_microbatches=4)).turns
-    of_all_ranks = [turns.forward.is_active, turns.backward.is_active, *jax.tree.leaves(turns.ends)]
+    active = [turns.forward[1].is_active, turns.backward[-1].is_active]
+    of_all_ranks = [*active, *jax.tree.leaves(turns.ends)]
     columns = jax.tree.leaves(turns)
     assert {column.dtype for column in columns} == {np.dtype(np.int32)}
     assert {column.shape for column in of_all_ranks} == {(12,)}
