@@ -11,6 +11,7 @@ import re
 
 from jax.sharding import AbstractMesh, Mesh
 
+from .device_kind import GPUS, platform_of
 from .errors import ScheduleError
 
 _PIPELINED = "xla_gpu_enable_pipelined_p2p"
@@ -28,7 +29,7 @@ def check_ring(mesh: Mesh | AbstractMesh, *, what: str, pipe: str = "pipe") -> N
         ScheduleError: with the flag and the number of rings.
     """
     rings = math.prod(size for axis, size in mesh.shape.items() if axis != pipe)
-    flag = find_ring_flag(platform=_platform_of(mesh), flags=os.environ.get("XLA_FLAGS", ""))
+    flag = find_ring_flag(platform=platform_of(mesh), flags=os.environ.get("XLA_FLAGS", ""))
     if flag is None or mesh.shape.get(pipe, 1) == 1 or rings == 1:
         return
     raise ScheduleError(
@@ -44,7 +45,7 @@ def find_ring_flag(*, platform: str, flags: str) -> str | None:
     >>> find_ring_flag(platform="gpu", flags="--xla_gpu_enable_pipelined_p2p=true")
     'xla_gpu_enable_pipelined_p2p=true'
     """
-    if platform not in ("gpu", "cuda", "rocm"):
+    if platform not in GPUS:
         return None
     # The last flag of a name wins; a name without a value means true.
     found = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags))
@@ -54,9 +55,3 @@ def find_ring_flag(*, platform: str, flags: str) -> str | None:
     if level != "0" and not level.endswith("_DISABLE"):
         return f"{_LEVEL}={level}"
     return None
-
-
-def _platform_of(mesh: Mesh | AbstractMesh) -> str:
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    return getattr(mesh.abstract_device, "platform", None) or "cpu"

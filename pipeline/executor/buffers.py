@@ -58,6 +58,16 @@ def write(tree: Any, values: Any, *place: jax.Array | int) -> Any:
     )
 
 
+def write_if(is_written: jax.Array, tree: Any, values: Any, *place: jax.Array | int) -> Any:
+    """Return every leaf with a value [*inner] at a position, as `write`, or unchanged where a bool [] says so."""
+
+    def one(leaf: jax.Array, value: jax.Array) -> jax.Array:
+        own = _slice(leaf, place)
+        return _update(leaf, jnp.where(is_written, value.reshape(own.shape), own), place)
+
+    return jax.tree.map(one, tree, values)
+
+
 def _slice(leaf: jax.Array, place: tuple[jax.Array | int, ...]) -> jax.Array:
     """Return a leaf [..., *inner] at a position of its leading dimensions, as [1, ..., *inner]."""
     sizes = (*[1] * len(place), *leaf.shape[len(place) :])

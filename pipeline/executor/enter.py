@@ -3,7 +3,7 @@
     a forward       x  <- `first`, on the first stage       or  <- slot of the activations buffer
     a backward      dx -> the gradients of `first`          or  -> slot of the gradients buffer
 
-Where all ranks run `first` together (`first_together.py`), the first stage takes x from a slot as well. `leave.py` is
+Where all ranks run `first` together (`ends_together.py`), the first stage takes x from a slot as well. `leave.py` is
 the other end of a stage.
 """
 

@@ -1,4 +1,4 @@
-"""The executor: one `lax.scan` over the turns of any schedule, inside one jitted program.
+"""The executor: one turn of any schedule, inside one jitted program.
 
 Every mesh axis is manual (see `region.py`). In each turn a rank reads its row of the
 tables and runs a forward, a backward, half of a backward, or nothing; at the end of a tick activations move to the next
@@ -15,7 +15,8 @@ rank and gradients to the one before:
 An idle rank computes nothing, since inside `shard_map` each device takes its own branch of a `lax.cond`. Residuals wait
 in buffers with as many slots as microbatches are in flight, written and read in place. Gradients are summed over `data`
 once, after the loop.
-`tables.py` draws a turn; a mesh with one pipeline rank takes `sequential.py` instead. Read `layers.py` next.
+`tables.py` draws a turn, and `loop.py` runs all of them; a mesh with one pipeline rank takes `sequential.py` instead.
+Read `layers.py` next.
 """
 
 from collections.abc import Callable
@@ -27,31 +28,15 @@ import jax
 import jax.numpy as jnp
 
 from ...schedules.placement import Link
-from .buffers import read, type_like, write
-from .first_together import run_first, run_first_back
-from .last_together import run_last
+from .buffers import read, type_like
+from .ends_together import run_first, run_first_back, run_last
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
-from .loop_plan import Bubbles, LoopPlan, plan_loop
-from .loop_state import Grads, LoopState, Sums, Wants
-from .rank_model import RankModel
-from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Tables, Transfer, Turns
+from .loop_plan import LoopPlan
+from .loop_state import LoopState, put
+from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
 
 
-def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> tuple[Sums, Grads | None]:
-    """Return this device's share of the sums and of the gradients; for use inside `shard_map`.
-
-    loss[] {U:(pipe, data)}; gradients {U:data} of stages and of a shared part, {U:(pipe, data)} of shared wholes.
-    Costs one neighbour permute of an activation and one of a gradient in ticks where any rank sends one; a placement
-    whose stages go up and down again has one to each side.
-    """
-    plan = plan_loop(model, tables=tables, bubbles=bubbles, wants=wants)
-    # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
-    turns = jax.tree.map(jnp.asarray, tables.turns)
-    state, _ = jax.lax.scan(partial(_run_turn, plan), plan.start_state(tables), turns)
-    return state.sums, state.grads
-
-
-def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
+def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
     # All ranks run this one program; what differs between them is only the entries of the tables.
     turn = turns.at_rank(jax.lax.axis_index(plan.model.pipe))
@@ -64,10 +49,10 @@ def _run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState
     if is_together and plan.wants == "grads":
         state = run_first_back(plan.model, state, turn)
     for offset, links in plan.placement.links(1).items():
-        state = replace(state, activations=_exchange(plan, state.activations, turn.forward[offset], links))
+        state = replace(state, activations=exchange(plan, state.activations, turn.forward[offset], links))
     if plan.wants == "grads":
         for offset, links in plan.placement.links(-1).items():
-            state = replace(state, gradients=_exchange(plan, state.gradients, turn.backward[offset], links))
+            state = replace(state, gradients=exchange(plan, state.gradients, turn.backward[offset], links))
     return state, None
 
 
@@ -77,13 +62,13 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     There is one `cond` for each kind rather than one `switch` over them: a buffer that a branch only reads is then no
     output of it, and XLA updates it in place. Through a switch it is copied in every turn.
     """
-    actions: dict[int, Callable[[LoopPlan, LoopState, Turns], LoopState]] = {FORWARD: _forward}
+    actions: dict[int, Callable[[LoopPlan, LoopState, Turns], LoopState]] = {FORWARD: forward}
     if plan.wants == "loss":
         actions = {FORWARD: _forward_only}
     elif plan.halves:
         actions |= {INPUT_GRAD: _input_grad, WEIGHT_GRAD: _weight_grad}
     else:
-        actions |= {BACKWARD: _backward}
+        actions |= {BACKWARD: backward}
     for kind, action in actions.items():
         state = jax.lax.cond(turn.compute.kind == kind, partial(action, plan), _keep, state, turn)
     return state
@@ -93,7 +78,8 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("forward")
-def _forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+def forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+    """Run the forward of a turn."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
     x = plan.enter.enter(state, turn, given)
     y, state = forward_layers(plan.stack(turn), plan.vjps, x, state, given, slot=turn.compute.residuals)
@@ -109,9 +95,10 @@ def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("backward")
-def _backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Array] | None = None) -> LoopState:
+    """Run the backward of a turn, of the gradient dy that was read before, or of that in its slot."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
-    dy = read(state.gradients, turn.gradients.read)
+    dy = read(state.gradients, turn.gradients.read) if dy is None else dy
     dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 
@@ -135,17 +122,22 @@ def _keep(state: LoopState, _turn: Turns) -> LoopState:
 
 
 @jax.named_scope("exchange")
-def _exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
-    """Return the buffers [slots, b, ...] after a permute over links, in turns where any rank sends over them."""
+def send(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
+    """Return what arrives [b, ...] over links, of the slots that a turn sends of buffers [slots, b, ...]."""
 
-    def send(value: jax.Array) -> jax.Array:
+    def one(value: jax.Array) -> jax.Array:
         if plan.bubbles == "nan":
             value = jnp.where(transfer.send == NONE, plan.fill(type_like(value)), value)
         return jax.lax.ppermute(value, plan.model.pipe, links)
 
-    # The permute stands in a branch that all ranks take alike: `is_active` is the same on all of them.
-    def exchange(slots: Any) -> Any:
-        arrived = jax.tree.map(send, read(slots, jnp.maximum(transfer.send, 0)))
-        return jax.lax.cond(transfer.receive == NONE, lambda b: b, lambda b: write(b, arrived, transfer.receive), slots)
+    return jax.tree.map(one, read(buffers, jnp.maximum(transfer.send, 0)))
 
-    return jax.lax.cond(transfer.is_active == 1, exchange, lambda slots: slots, buffers)
+
+def exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
+    """Return the buffers [slots, b, ...] after a permute over links, in turns where any rank sends over them."""
+
+    # The permute stands in a branch that all ranks take alike: `is_active` is the same on all of them.
+    def run(slots: Any) -> Any:
+        return put(slots, send(plan, slots, transfer, links), transfer.receive)
+
+    return jax.lax.cond(transfer.is_active == 1, run, lambda slots: slots, buffers)

@@ -8,12 +8,15 @@ Read `region.py` next.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ...meshes import ScheduleError
+from ...meshes.arguments import check_choice
+from ...meshes.device_kind import GPUS, platform_of
 from ...schedules import Schedule
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from .checks.arguments import check_arguments, check_context
@@ -33,6 +36,9 @@ from .microbatches import Inputs
 from .region import Region
 from .traced_function import ClosedOver, TracedFunction, trace_function
 
+Overlap = Literal["auto", "on", "off"]
+"""Whether the steady state of a schedule has a loop of its own, in which messages travel beside products."""
+
 
 def pipeline_grads(
     fns: StageFns,
@@ -43,6 +49,7 @@ def pipeline_grads(
     schedule: Schedule,
     state: Any = None,
     key: jax.Array | None = None,
+    overlap: Overlap = "auto",
     bubbles: Bubbles = "zeros",
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
@@ -58,6 +65,8 @@ def pipeline_grads(
     Args:
         state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]. It has no gradients.
         key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
+        overlap: "on" runs the ticks in which every rank has a forward and a backward in a loop of their own, with
+            messages beside products; "auto" does so on GPUs. It takes one more microbatch in flight and compiles longer.
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
 
     Raises:
@@ -66,7 +75,7 @@ def pipeline_grads(
         MeshError: the mesh lacks an axis, or has an unknown one.
     """
     inputs = Inputs(batch=batch, state=state, key=key)
-    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
     traced = _trace(call, params, inputs, wants="grads")
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
@@ -83,6 +92,7 @@ def pipeline_loss(
     state: Any = None,
     key: jax.Array | None = None,
     has_aux: bool = False,
+    overlap: Overlap = "auto",
     bubbles: Bubbles = "zeros",
 ) -> Any:
     """Return the loss of a batch, float32 [], by the forwards of a schedule; with `has_aux` also an `Aux`.
@@ -98,7 +108,7 @@ def pipeline_loss(
         ScheduleError: also for a derivative with respect to an array that a function closes over.
     """
     inputs = Inputs(batch=batch, state=state, key=key)
-    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
     traced = _trace(call, params, inputs, wants="loss")
 
     # A rule of our own: jax's would differentiate the loop over turns, and keep the residuals of every turn.
@@ -137,6 +147,7 @@ class _Call:
     facts: FnFacts
     mesh: Mesh
     schedule: Schedule
+    overlap: Overlap
     bubbles: Bubbles
 
     def check_second(self, tangents: Tangents) -> None:
@@ -144,12 +155,20 @@ class _Call:
 
 
 def _check(
-    fns: StageFns, params: PipelineParams, inputs: Inputs, *, mesh: Mesh, schedule: Schedule, bubbles: Bubbles
+    fns: StageFns,
+    params: PipelineParams,
+    inputs: Inputs,
+    *,
+    mesh: Mesh,
+    schedule: Schedule,
+    overlap: Overlap,
+    bubbles: Bubbles,
 ) -> _Call:
+    check_choice("overlap", overlap, get_args(Overlap), error=ScheduleError)
     check_arguments(fns, params, inputs, mesh=mesh, schedule=schedule, bubbles=bubbles)
     check_context(mesh)
     facts = check_fns(fns, params, inputs, mesh=mesh)
-    return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, bubbles=bubbles)
+    return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
 
 
 def _trace(
@@ -160,6 +179,7 @@ def _trace(
         mesh=call.mesh,
         schedule=call.schedule,
         bubbles=call.bubbles,
+        overlap=call.overlap == "on" or (call.overlap == "auto" and platform_of(call.mesh) in GPUS),
         wants=wants,
         wants_batch=wants_batch,
     )

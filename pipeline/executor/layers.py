@@ -137,8 +137,11 @@ def backward_layers(
 
         return stack.run(index, work, carry)
 
-    dx, grads = stack.loop(body, (dy, state.grads))
-    return dx, replace(state, grads=grads)
+    # Gradients of the ends are no part of the loop, so that these layers and the ends need not wait for each other.
+    sums = state.grads
+    assert sums is not None
+    dx, grads = stack.loop(body, (dy, replace(sums, shared=None)))
+    return dx, replace(state, grads=replace(grads, shared=sums.shared))
 
 
 def input_grad_layers(

@@ -2,7 +2,7 @@
 
 Loss and gradient are computed at once, in the forward turn of the last stage, so that logits never wait in a buffer;
 only dy[b, ...] waits, in the gradients buffer, until that stage's backward. Where all ranks run `last` together
-(`last_together.py`), the last stage puts its output into a slot as well.
+(`ends_together.py`), the last stage puts its output into a slot as well.
 """
 
 from dataclasses import dataclass, replace

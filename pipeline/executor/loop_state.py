@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, mark_varying, split_dim
 from ..model.protocol import Output
-from .buffers import add, read, write
+from .buffers import add, read, write_if
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,8 @@ class Grads:
 
 def put(buffers: Any, values: Any, slot: jax.Array) -> Any:
     """Return the buffers [slots, ...] with values at a slot, or unchanged where the slot is NONE."""
-    return jax.lax.cond(slot < 0, lambda b: b, lambda b: write(b, values, slot), buffers)
+    # What is there is written again where the slot is NONE: cheaper than a conditional, and nothing has to wait for it.
+    return write_if(slot >= 0, buffers, values, jnp.maximum(slot, 0))
 
 
 def broadcast_slot(buffers: Any, slot: jax.Array, *, pipe: str) -> Any:

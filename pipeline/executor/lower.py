@@ -29,12 +29,20 @@ import numpy as np
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_instance
 from ...schedules import Action, Kind, Schedule
+from ...schedules.grid import Cell
+from .steady import find_steady, longest_run
 from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Column, Ends, Tables, Transfer, Turns, empty_turns
 
 _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
 
-def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), ends: Ends = "alone") -> Tables:
+def lower(
+    schedule: Schedule,
+    *,
+    kinds: Sequence[Kind] = ("F", "B", "I", "W"),
+    ends: Ends = "alone",
+    overlap: bool = False,
+) -> Tables:
     """Return the tables of a schedule: columns [turns, ranks] and [turns], and the slots of each buffer.
 
     >>> lower(build_schedule("1f1b", num_ranks=2, num_microbatches=2)).num_turns
@@ -43,6 +51,7 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
     Args:
         kinds: all four kinds, or ("F",) to lower the forwards alone, without idle turns between them.
         ends: "alone" if the first and last stage run `first` and `last` themselves, "together" if all ranks do.
+        overlap: whether to look for a steady state (`Steady`), in whose ticks forwards come first.
 
     Raises:
         ScheduleError: `schedule` is not a `Schedule`, or `kinds` or `ends` is not one of the choices.
@@ -50,7 +59,7 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
     check_choice("ends", ends, get_args(Ends), error=ScheduleError)
-    lowering = _Lowering(schedule, _place_turns(schedule, kinds))
+    lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap))
     lowering.route_activations(ends)
     if len(kinds) > 1:
         lowering.route_residuals()
@@ -65,6 +74,7 @@ def lower(schedule: Schedule, *, kinds: Sequence[Kind] = ("F", "B", "I", "W"), e
         num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
         num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
         num_residual_slots=_count_slots(turns.compute.residuals),
+        steady=find_steady(turns, lowering.paired, ends),
     )
 
 
@@ -74,27 +84,39 @@ class _TurnOf:
 
     action: turn in which it runs.
     exchange: last turn of its tick, at the end of which its result is sent.
+    paired: turns of the ticks in which all ranks run a forward, then a backward, for overlap.
     """
 
     action: dict[Action, int]
     exchange: dict[Action, int]
+    paired: range
     num_turns: int
 
 
-def _place_turns(schedule: Schedule, kinds: Sequence[Kind]) -> _TurnOf:
+def _place_turns(schedule: Schedule, kinds: Sequence[Kind], *, overlap: bool) -> _TurnOf:
     """Give every action a turn: a tick takes as many turns as the rank with the most actions in it."""
     turn_of: dict[Action, int] = {}
     exchange_of: dict[Action, int] = {}
-    turn = 0
-    for cells in schedule.ticks:
+    turn, paired = 0, range(0)
+    pairs = longest_run([_is_pair(cells) for cells in schedule.ticks]) if overlap else range(0)
+    for tick, cells in enumerate(schedule.ticks):
         kept = [[action for action in cell if action.kind in kinds] for cell in cells]
+        if tick in pairs:
+            # A backward needs at most the forward of its own tick, so forwards may always come first.
+            kept = [sorted(cell, key=lambda action: action.kind == "B") for cell in kept]
+            paired = range(paired.start or turn, turn + 2)
         num_turns = max(map(len, kept))
         for cell in kept:
             for position, action in enumerate(cell):
                 turn_of[action] = turn + position
                 exchange_of[action] = turn + num_turns - 1
         turn += num_turns
-    return _TurnOf(action=turn_of, exchange=exchange_of, num_turns=turn)
+    return _TurnOf(action=turn_of, exchange=exchange_of, paired=paired, num_turns=turn)
+
+
+def _is_pair(cells: Sequence[Cell]) -> bool:
+    """Return whether every rank runs a forward and a whole backward in a tick."""
+    return all(sorted(action.kind for action in cell) == ["B", "F"] for cell in cells)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +137,7 @@ class _Lowering:
 
     def __init__(self, schedule: Schedule, placed: _TurnOf) -> None:
         self.schedule, self.turn_of, self.exchange_of = schedule, placed.action, placed.exchange
+        self.paired = placed.paired
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
         self.turns: Turns = empty_turns(num_turns=placed.num_turns, placement=schedule.placement)
         compute = self.turns.compute
@@ -213,9 +236,11 @@ class _Lowering:
         for microbatch in range(self.schedule.num_microbatches):
             action = Action(stage=0, kind="F", microbatch=microbatch)
             turn = self.turn_of[action]
-            self.turns.ends.first[turn] = microbatch
-            entries = ((slots.first, turn), (slots.read, turn))
-            uses.append(_Interval(start=3 * turn - 1, end=3 * turn, rank=self.rank(action), entries=entries))
+            # In pairs x is made a turn early, beside the backward of the pair before.
+            made = turn - (turn in self.paired and turn - 1 in self.paired)
+            self.turns.ends.first[made] = microbatch
+            entries = ((slots.first, made), (slots.read, turn))
+            uses.append(_Interval(start=3 * made - 1, end=3 * turn, rank=self.rank(action), entries=entries))
         return uses
 
     def _route_out(self, *, kind: Kind, stage: int, write: Column, slot: Column, to: Column) -> list[_Interval]:
@@ -224,9 +249,11 @@ class _Lowering:
         for microbatch in range(self.schedule.num_microbatches):
             action = Action(stage=stage, kind=kind, microbatch=microbatch)
             turn = self.turn_of[action]
-            to[turn] = microbatch
-            entries = ((write, turn), (slot, turn))
-            uses.append(_Interval(start=3 * turn + 1, end=3 * turn + 1, rank=self.rank(action), entries=entries))
+            # In pairs dx is taken a turn late, beside the forward of the pair after.
+            taken = turn + (kind == "B" and turn in self.paired and turn + 1 in self.paired)
+            to[taken] = microbatch
+            entries = ((write, turn), (slot, taken))
+            uses.append(_Interval(start=3 * turn + 1, end=3 * taken + 1, rank=self.rank(action), entries=entries))
         return uses
 
     def _assign(self, uses: list[_Interval]) -> None:

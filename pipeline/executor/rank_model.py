@@ -221,7 +221,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
 
     params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
     """
-    # Parameters that are the same on all ranks stay marked so where the ends run together: see first_together.py.
+    # Parameters that are the same on all ranks stay marked so where the ends run together: see ends_together.py.
     shared = jax.tree.map(lambda leaf: mark_varying(leaf, functions.end_axes), params.shared)
     by_kind = functions.fns.by_kind(params.stages), functions.fns.by_kind(inputs.state)
     unprepared, state = jax.tree.map(lambda leaf: mark_varying(leaf, functions.axes), by_kind)

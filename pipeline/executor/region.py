@@ -23,8 +23,8 @@ from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
 from .batch import batch_specs
 from .buffers import fill_integers
-from .execute import run_turns
 from .functions import bind_functions
+from .loop import run_turns
 from .loop_plan import Bubbles
 from .loop_state import Grads, Wants
 from .lower import lower
@@ -32,6 +32,7 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
+from .tables import Ends
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,7 @@ class Region:
     mesh: Mesh
     schedule: Schedule
     bubbles: Bubbles
+    overlap: bool
     wants: Wants
     wants_batch: bool = False
 
@@ -90,7 +92,8 @@ class Region:
         # With one pipeline rank there is no turn to wait for: microbatches run one after another.
         if pipe:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
-            tables = lower(self.schedule, kinds=kinds, ends="together" if self.fns.ends_together else "alone")
+            ends: Ends = "together" if self.fns.ends_together else "alone"
+            tables = lower(self.schedule, kinds=kinds, ends=ends, overlap=self.overlap and self.wants == "grads")
             sums, grads = run_turns(model, tables=tables, bubbles=self.bubbles, wants=self.wants)
         else:
             sums, grads = run_sequence(model, wants=self.wants)

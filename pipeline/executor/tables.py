@@ -147,19 +147,44 @@ class Turns:
     ends: EndTurns
 
     def at_rank(self, rank: jax.Array) -> "Turns":
-        """Return one rank's entries [] of one turn, columns [ranks] or []."""
-        return jax.tree.map(lambda column: column[rank] if column.ndim else column, self)
+        """Return one rank's entries [] of one turn."""
+        return at_rank(self, rank)
+
+
+def at_rank(columns: Any, rank: jax.Array) -> Any:
+    """Return one rank's entries [] of one turn, given a tree of columns [ranks] or []."""
+    return jax.tree.map(lambda column: column[rank] if column.ndim else column, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """A run of turns in pairs, in which every rank runs a forward and then a backward.
+
+    start, stop: first turn, and the one after the last.
+    ends: whether the ends run together in every pair, in some, or never: x is made in the backward turn, the loss in
+        the forward turn, where also dx is taken of the pair before.
+    feeds_itself: whether a backward reads the gradient of the loss that the forward of its own pair has made.
+    forward, backward: offsets of the transfers that happen in every pair; the others happen in none.
+    """
+
+    start: int
+    stop: int
+    ends: Literal["always", "sometimes", "never"]
+    feeds_itself: bool
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """A lowered schedule: int32 columns of all turns, and the number of slots of each buffer."""
+    """A lowered schedule: int32 columns of all turns, the number of slots of each buffer, and the steady state."""
 
     turns: Turns
     placement: Placement
     num_activation_slots: int
     num_gradient_slots: int
     num_residual_slots: int
+    steady: Steady | None = None
 
     @property
     def num_turns(self) -> int:

@@ -176,6 +176,7 @@ def pipeline_step(
     vocab: Vocab = "ends",
     remat: Remat = "none",
     unroll: Literal["off", "on"] = "off",
+    overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
@@ -193,7 +194,7 @@ def pipeline_step(
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
-    run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, bubbles=bubbles)
+    run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
 
     @jax.jit
     def step(params: PipelineParams, batch: Any) -> tuple[LossAndGrads, jax.Array]:

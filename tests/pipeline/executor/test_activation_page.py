@@ -40,7 +40,7 @@ def test_page_names_functions_on_their_lines() -> None:
 def test_page_walks_through_the_files_of_the_executor() -> None:
     page = PAGE.read_text(encoding="utf-8")
     files = [step[1] for step in STEP.finditer(page)]
-    way = "step grads region lower execute first_together enter layers leave last_together"
+    way = "step grads region lower execute ends_together enter layers leave"
     assert {Path(file).stem for file in files} >= {*way.split()}
     assert page.count(".py:") == len(files)
 

@@ -1,0 +1,84 @@
+"""Run `first` and `last` on all ranks at once, in steps of their own before and after the actions of a turn.
+
+    rank 0: rows 0-3 of the table   --+                     the first stage's rank puts x into a slot,
+    rank 1: rows 4-7 of the table   --+-- all-reduce: x     from which its next forward reads it
+
+No rank then holds or computes more of a large vocabulary than another ("Balancing Pipeline Parallelism with Vocabulary
+Parallelism", Yeung et al. 2024, section 3). `first` costs two all-reduces of an activation over `pipe` a microbatch,
+one inside `first` and one of dx. `last` costs two as well, of y, and of dy inside its gradient. They synchronize ranks,
+and in schedules built with vocab="split" all actions of such a turn are of one kind, so no rank waits for a longer one.
+Parameters and microbatches of the ends are marked as varying over data alone, so that autodiff knows which gradients to
+sum over ranks.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ..model.protocol import Output
+from .buffers import vary_like
+from .loop_state import LoopState, Wants, broadcast_slot, put
+from .rank_model import RankModel
+from .tables import NONE, Turns
+
+
+@jax.named_scope("first")
+def make_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
+    """Make x[b, ...] for a forward of the first stage, and put it into its slot."""
+    x = vary_like(model.run_first(model.at_ends.read(turn.ends.first)), state.activations)
+    return replace(state, activations=put(state.activations, x, turn.activations.first))
+
+
+def run_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
+    """Make x for the forward that the tables name, if they name one in this turn."""
+    return jax.lax.cond(
+        turn.ends.first == NONE, lambda state: state, lambda state: make_first(model, state, turn), state
+    )
+
+
+@jax.named_scope("first_back")
+def take_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
+    """Add the gradients of `first`, given the gradient that the first stage has made of its input."""
+    given = model.at_ends.read(turn.ends.first_back)
+    # dx is on the rank of the first stage alone, and every rank needs it for its own rows of the table.
+    dx = broadcast_slot(state.gradients, turn.gradients.first_back, pipe=model.pipe)
+    assert state.grads is not None
+    return replace(state, grads=state.grads.add_shared(model.first_grads(given, dx), given.number))
+
+
+def run_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
+    """Add the gradients of `first` for the microbatch that the tables name, if they name one in this turn."""
+    return jax.lax.cond(
+        turn.ends.first_back == NONE, lambda state: state, lambda state: take_first_back(model, state, turn), state
+    )
+
+
+@jax.named_scope("last")
+def make_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
+    """Add the loss of what the last stage has made, and its gradients."""
+    given = model.at_ends.read(turn.ends.last)
+    # Every rank computes the same loss; it is counted on the last stage's alone.
+    is_counted = turn.activations.last != NONE
+    y = broadcast_slot(state.activations, turn.activations.last, pipe=model.pipe)
+
+    def count(out: Output) -> Output:
+        return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)
+
+    if wants == "loss":
+        return replace(state, sums=state.sums.add(count(model.run_last(y, given))))
+    out, grads, dy = model.last_and_grads(y, given)
+    assert state.grads is not None
+    return replace(
+        state,
+        sums=state.sums.add(count(out)),
+        gradients=put(state.gradients, vary_like(dy, state.gradients), turn.gradients.loss),
+        grads=state.grads.add_shared(grads, given.number),
+    )
+
+
+def run_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
+    """Add the loss of the microbatch that the tables name, if they name one in this turn."""
+    run = partial(make_last, model, turn=turn, wants=wants)
+    return jax.lax.cond(turn.ends.last == NONE, lambda state: state, run, state)
