@@ -95,10 +95,10 @@ def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("backward")
-def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Array] | None = None) -> LoopState:
-    """Run the backward of a turn, of the gradient dy that was read before, or of that in its slot."""
+def backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+    """Run the backward of a turn."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
-    dy = read(state.gradients, turn.gradients.read) if dy is None else dy
+    dy = read(state.gradients, turn.gradients.read)
     dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 

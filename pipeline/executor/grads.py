@@ -66,7 +66,7 @@ def pipeline_grads(
         state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]. It has no gradients.
         key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
         overlap: "on" runs the ticks in which every rank has a forward and a backward in a loop of their own, with
-            messages beside products; "auto" does so on GPUs. It takes one more microbatch in flight and compiles longer.
+            messages beside products; "auto" does so on GPUs. It keeps one more microbatch and compiles longer.
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
 
     Raises:

@@ -13,8 +13,6 @@ all of them, so that the body need not ask.
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
 from .tables import NONE, Ends, Steady, Transfer, Turns
 
 _MIN_PAIRS = 2
@@ -46,10 +44,10 @@ def longest_run(is_in: Sequence[bool]) -> range:
 
 
 def _has_all_ends(turns: Turns, start: int) -> bool:
-    """Return whether a pair takes dx and makes a loss in its forward turn, and x in its backward turn, and no more."""
+    """Return whether a pair takes dx in its forward turn, and makes a loss and x in its backward turn, and no more."""
     columns = (turns.ends.first, turns.ends.last, turns.ends.first_back)
     found = [[int(column[turn]) != NONE for column in columns] for turn in (start, start + 1)]
-    return found == [[False, True, True], [True, False, False]]
+    return found == [[False, False, True], [True, True, False]]
 
 
 def _same_transfers(turns: Turns, starts: list[int]) -> list[int]:
@@ -71,12 +69,10 @@ def _sides(turns: Turns, start: int) -> tuple[Offsets, Offsets]:
 
 def _steady(turns: Turns, starts: list[int], ends: Literal["always", "sometimes", "never"]) -> Steady:
     forward, backward = _sides(turns, starts[0])
-    made, used = turns.gradients.loss[starts], turns.gradients.read[np.add(starts, 1)]
     return Steady(
         start=starts[0],
         stop=starts[-1] + 2,
         ends=ends,
-        feeds_itself=bool(((made == used) & (made != NONE)).any()),
         forward=forward,
         backward=backward,
     )

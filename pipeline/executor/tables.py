@@ -147,13 +147,8 @@ class Turns:
     ends: EndTurns
 
     def at_rank(self, rank: jax.Array) -> "Turns":
-        """Return one rank's entries [] of one turn."""
-        return at_rank(self, rank)
-
-
-def at_rank(columns: Any, rank: jax.Array) -> Any:
-    """Return one rank's entries [] of one turn, given a tree of columns [ranks] or []."""
-    return jax.tree.map(lambda column: column[rank] if column.ndim else column, columns)
+        """Return one rank's entries [] of one turn, columns [ranks] or []."""
+        return jax.tree.map(lambda column: column[rank] if column.ndim else column, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +156,14 @@ class Steady:
     """A run of turns in pairs, in which every rank runs a forward and then a backward.
 
     start, stop: first turn, and the one after the last.
-    ends: whether the ends run together in every pair, in some, or never: x is made in the backward turn, the loss in
-        the forward turn, where also dx is taken of the pair before.
-    feeds_itself: whether a backward reads the gradient of the loss that the forward of its own pair has made.
+    ends: whether the ends run together in every pair, in some, or never. In every pair: the forward turn takes dx of
+        the pair before, and the backward turn makes the loss of this pair and x of the next.
     forward, backward: offsets of the transfers that happen in every pair; the others happen in none.
     """
 
     start: int
     stop: int
     ends: Literal["always", "sometimes", "never"]
-    feeds_itself: bool
     forward: tuple[int, ...]
     backward: tuple[int, ...]
 
