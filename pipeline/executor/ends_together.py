@@ -12,7 +12,7 @@ sum over ranks.
 """
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +56,12 @@ def run_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState
 
 
 @jax.named_scope("last")
-def share_last(model: RankModel, state: LoopState, turn: Turns) -> Any:
-    """Return y[b, ...], which the last stage has made, to all ranks."""
-    return broadcast_slot(state.activations, turn.activations.last, pipe=model.pipe)
-
-
-@jax.named_scope("last")
-def make_last(model: RankModel, state: LoopState, turn: Turns, y: Any, *, wants: Wants = "grads") -> LoopState:
-    """Add the loss of y[b, ...] and its gradients."""
+def make_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
+    """Add the loss of what the last stage has made, and its gradients."""
     given = model.at_ends.read(turn.ends.last)
     # Every rank computes the same loss; it is counted on the last stage's alone.
     is_counted = turn.activations.last != NONE
+    y = broadcast_slot(state.activations, turn.activations.last, pipe=model.pipe)
 
     def count(out: Output) -> Output:
         return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)
@@ -85,8 +80,5 @@ def make_last(model: RankModel, state: LoopState, turn: Turns, y: Any, *, wants:
 
 def run_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
     """Add the loss of the microbatch that the tables name, if they name one in this turn."""
-
-    def run(state: LoopState) -> LoopState:
-        return make_last(model, state, turn, share_last(model, state, turn), wants=wants)
-
+    run = partial(make_last, model, turn=turn, wants=wants)
     return jax.lax.cond(turn.ends.last == NONE, lambda state: state, run, state)

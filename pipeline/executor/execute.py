@@ -95,10 +95,10 @@ def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("backward")
-def backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
-    """Run the backward of a turn."""
+def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Array] | None = None) -> LoopState:
+    """Run the backward of a turn, of the gradient in its slot, or of dy that was read before."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
-    dy = read(state.gradients, turn.gradients.read)
+    dy = read(state.gradients, turn.gradients.read) if dy is None else dy
     dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 

@@ -10,14 +10,14 @@ One body does both without conditionals around them, and each message has work b
     forward                        |============|
     activations of this forward                 |--permute-->|           needed by the next forward
     backward                                    |============|
-    sums over pipe, ends together  |--dx, dy--->|---y, x---->|           dx, dy of the tick before, x of the next
+    sums over pipe, ends together  |-- dx ---|   |-- y, next x --|
 
 In a turn of its own, as `execute.py` runs them, a message stands in a conditional with nothing beside it. The same
 tables serve both ways: with overlap, `lower` puts forwards first in these ticks, makes x a turn earlier and takes dx a
 turn later, and `steady.py` finds where the steady state is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .ends_together import make_first, make_last, run_first, run_first_back, run_last, share_last, take_first_back
+from .buffers import read
+from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
 from .execute import backward, forward, run_turn, send
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
 from .rank_model import RankModel
-from .tables import NONE, Steady, Tables, Transfer, Turns
+from .tables import Steady, Tables, Transfer, Turns, at_rank
 
 
 def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> tuple[Sums, Grads | None]:
@@ -47,104 +48,82 @@ def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Want
         return state.sums, state.grads
     before, pairs, after = _split(tables.turns, steady)
     state = _scan(partial(run_turn, plan), state, before)
-    y = share_last(model, state, _row(plan, tables, steady.start - 1)) if steady.ends == "always" else ()
-    state, y = _scan(partial(_run_pair, plan, steady), (state, y), pairs)
-    state = _finish(plan, steady, (state, y), _row(plan, tables, steady.stop - 1))
-    state = _scan(partial(run_turn, plan), state, after)
+    state = _scan(partial(_run_pair, plan, steady), state, pairs)
+    # The gradients of the last pair have no forward beside them.
+    final = jax.tree.map(lambda column: jnp.asarray(column[steady.stop - 1]), tables.turns.backward)
+    final = at_rank(final, jax.lax.axis_index(model.pipe))
+    gradients = _receive(state.gradients, final, _send(plan, state.gradients, final, step=-1, offsets=steady.backward))
+    state = _scan(partial(run_turn, plan), replace(state, gradients=gradients), after)
     return state.sums, state.grads
 
 
-def _row(plan: LoopPlan, tables: Tables, turn: int) -> Turns:
-    """Return this rank's entries [] of one turn."""
-    row = jax.tree.map(lambda column: jnp.asarray(column[turn]), tables.turns)
-    return row.at_rank(jax.lax.axis_index(plan.model.pipe))
-
-
-def _scan(body: Any, state: Any, rows: Any) -> Any:
+def _scan(body: Any, state: LoopState, rows: Any) -> LoopState:
     # Constants of the program, the same on all ranks; the scan takes one row [ranks] of each column a turn.
     state, _ = jax.lax.scan(body, state, jax.tree.map(jnp.asarray, rows))
     return state
 
 
-Carry = tuple[LoopState, Any]
-"""The state, and y[b, ...] of the last stage that waits for its loss; () unless the ends run together in every pair."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """The rows of a forward and of a backward turn, and of the backward turn before both."""
-
-    before: Turns
-    ahead: Turns
-    back: Turns
+Pair = tuple[Turns, Turns, dict[int, Transfer]]
+"""The rows of a forward and of a backward turn, and the transfers of gradients of the turn before both."""
 
 
 def _split(turns: Turns, steady: Steady) -> tuple[Turns, Pair, Turns]:
     """Return the turns before the steady state, its pairs, and the turns after it."""
 
-    def rows(start: int, stop: int | None, step: int = 1, of: Turns = turns) -> Turns:
-        return jax.tree.map(lambda column: column[start:stop:step], of)
+    def rows(tree: Any, start: int, stop: int | None, step: int = 1) -> Any:
+        return jax.tree.map(lambda column: column[start:stop:step], tree)
 
-    start, stop = steady.start, steady.stop
-    pairs = Pair(before=rows(start - 1, stop - 1, 2), ahead=rows(start, stop, 2), back=rows(start + 1, stop, 2))
-    # What would happen last before the steady state happens beside its first forward: an exchange, and a loss.
-    sent = {
-        offset: replace(transfer, is_active=_without(transfer.is_active, start - 1, 0))
-        for offset, transfer in turns.backward.items()
+    # What would be exchanged just before the steady state is exchanged beside its first forward.
+    moved = {
+        offset: replace(transfer, is_active=np.where(_is_at(transfer, steady.start - 1), 0, transfer.is_active))
         if offset in steady.backward
+        else transfer
+        for offset, transfer in turns.backward.items()
     }
-    ends = turns.ends
-    if steady.ends == "always":
-        ends = replace(ends, last=_without(ends.last, start - 1, NONE))
-    ramp = replace(turns, backward=turns.backward | sent, ends=ends)
-    return rows(0, start, of=ramp), pairs, rows(stop, None)
+    pairs = (
+        rows(turns, steady.start, steady.stop, 2),
+        rows(turns, steady.start + 1, steady.stop, 2),
+        rows(turns.backward, steady.start - 1, steady.stop - 1, 2),
+    )
+    return rows(replace(turns, backward=moved), 0, steady.start), pairs, rows(turns, steady.stop, None)
 
 
-def _without(column: Any, turn: int, nothing: int) -> Any:
-    return np.where(np.arange(len(column)) == turn, nothing, column)
+def _is_at(transfer: Transfer, turn: int) -> Any:
+    return np.arange(len(transfer.is_active)) == turn
 
 
-def _finish(plan: LoopPlan, steady: Steady, carry: Carry, row: Turns) -> LoopState:
-    """Do what the last pair has left to the next: send its gradients, and make its loss."""
-    state, y = carry
-    if steady.ends == "always":
-        state = make_last(plan.model, state, row, y)
-    arrived = _send(plan, state.gradients, row.backward, step=-1, offsets=steady.backward)
-    return replace(state, gradients=_receive(state.gradients, row.backward, arrived))
-
-
-def _run_pair(plan: LoopPlan, steady: Steady, carry: Carry, pair: Pair) -> tuple[Carry, None]:
+def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> tuple[LoopState, None]:
     """Run one forward and one backward of this rank, given the columns [ranks] of their turns.
 
-    The order is that of the turns, but for what is sent: it leaves as soon as it is made, and is put into its slot when
-    it is needed. Where the ends run together, the loss of a pair is made at the start of the next one.
+    The order is that of the turns, but for messages, which leave as soon as they are made and are put into their slots
+    when they are needed, and for `last`, whose gradient no backward of the same pair reads.
     """
-    (state, y), model = carry, plan.model
-    rank = jax.lax.axis_index(model.pipe)
-    before, ahead, back = pair.before.at_rank(rank), pair.ahead.at_rank(rank), pair.back.at_rank(rank)
-    is_always = steady.ends == "always"
-    gradients = _send(plan, state.gradients, before.backward, step=-1, offsets=steady.backward)
-    if is_always:
-        state = make_last(model, take_first_back(model, state, ahead), before, y)
-    state = _run_ends(plan, steady, state, (run_first, ahead))
+    rank, model = jax.lax.axis_index(plan.model.pipe), plan.model
+    ahead, back, before = (at_rank(rows, rank) for rows in pair)
+    # Beside the sums of `last` the compiler finds more to do after the backward, or before it where layers sum over
+    # tensor: benchmarks/RESULTS.md, "What stands beside the messages".
+    is_last_late = not any(jax.lax.axis_size(axis) > 1 for axis in model.functions.fns.axes.tensor)
+    gradients = _send(plan, state.gradients, before, step=-1, offsets=steady.backward)
+    if steady.ends == "always":
+        state = take_first_back(model, state, ahead)
+    if steady.ends == "sometimes":
+        state = run_first(model, state, ahead)
     state = forward(plan, state, ahead)
-    state = replace(state, gradients=_receive(state.gradients, before.backward, gradients))
+    state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
-    if is_always:
-        y = share_last(model, state, back)
-        state = make_first(model, state, back)
-    state = _run_ends(plan, steady, state, (run_last, ahead), (run_first_back, ahead), (run_first, back))
-    state = backward(plan, state, back)
-    state = _run_ends(plan, steady, state, (run_last, back), (run_first_back, back))
-    return (replace(state, activations=_receive(state.activations, back.forward, activations)), y), None
-
-
-def _run_ends(plan: LoopPlan, steady: Steady, state: LoopState, *steps: Any) -> LoopState:
-    """Run steps of the ends that a pair may have or not, (function, turn)."""
-    for step, turn in steps if steady.ends == "sometimes" else ():
-        state = step(plan.model, state, turn)
-    return state
+    dy = None
+    if steady.ends == "always":
+        # Read before `last` writes to the same buffer, or this backward would wait for it.
+        dy = read(state.gradients, back.gradients.read)
+        state = make_first(model, state if is_last_late else make_last(model, state, ahead), back)
+    if steady.ends == "sometimes":
+        state = run_first(model, run_first_back(model, run_last(model, state, ahead), ahead), back)
+    state = backward(plan, state, back, dy=dy)
+    if steady.ends == "always" and is_last_late:
+        state = make_last(model, state, ahead)
+    if steady.ends == "sometimes":
+        state = run_first_back(model, run_last(model, state, back), back)
+    return replace(state, activations=_receive(state.activations, back.forward, activations)), None
 
 
 def _send(

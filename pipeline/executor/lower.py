@@ -20,7 +20,7 @@ Read `execute.py` next.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
@@ -174,8 +174,7 @@ class _Lowering:
         last_stage = self.schedule.num_stages - 1
         for microbatch in range(self.schedule.num_microbatches):
             # The loss and dy are computed in the turn of the forward; dy waits for the backward of that stage.
-            forward = Action(stage=last_stage, kind="F", microbatch=microbatch)
-            made = self._taken(forward) if ends == "together" else self.turn_of[forward]
+            made = self.turn_of[Action(stage=last_stage, kind="F", microbatch=microbatch)]
             backward = Action(stage=last_stage, kind=kind, microbatch=microbatch)
             used = self.turn_of[backward]
             entries = ((slots.loss, made), (slots.read, used))
@@ -249,26 +248,13 @@ class _Lowering:
         uses = []
         for microbatch in range(self.schedule.num_microbatches):
             action = Action(stage=stage, kind=kind, microbatch=microbatch)
-            turn, taken = self.turn_of[action], self._taken(action)
+            turn = self.turn_of[action]
+            # In pairs dx is taken a turn late, beside the forward of the pair after.
+            taken = turn + (kind == "B" and turn in self.paired and turn + 1 in self.paired)
             to[taken] = microbatch
             entries = ((write, turn), (slot, taken))
-            # Taken late, it must outlast the exchange of that turn: `loop.py` may take it after.
-            end = 3 * taken + (1 if taken == turn else 2)
-            uses.append(_Interval(start=3 * turn + 1, end=end, rank=self.rank(action), entries=entries))
+            uses.append(_Interval(start=3 * turn + 1, end=3 * taken + 1, rank=self.rank(action), entries=entries))
         return uses
-
-    def _taken(self, action: Action) -> int:
-        """Return the turn in which all ranks take the result of an end stage: its own, or in pairs the next.
-
-        There y is shared beside the backward of its pair, and dx beside the forward of the pair after.
-        """
-        turn = self.turn_of[action]
-        is_late = turn in self.paired and turn + 1 in self.paired
-        if is_late and action.kind == "F":
-            user = replace(action, kind=self._backward_kind())
-            # A backward in the same tick needs dy at once.
-            is_late = self.turn_of[user] > turn + 1
-        return turn + is_late
 
     def _assign(self, uses: list[_Interval]) -> None:
         """Set the entries of every interval to the lowest slot that is free on its rank."""

@@ -44,10 +44,10 @@ def longest_run(is_in: Sequence[bool]) -> range:
 
 
 def _has_all_ends(turns: Turns, start: int) -> bool:
-    """Return whether a pair takes dx in its forward turn, and makes a loss and x in its backward turn, and no more."""
+    """Return whether a pair takes dx and makes a loss in its forward turn, and x in its backward turn, and no more."""
     columns = (turns.ends.first, turns.ends.last, turns.ends.first_back)
     found = [[int(column[turn]) != NONE for column in columns] for turn in (start, start + 1)]
-    return found == [[False, False, True], [True, True, False]]
+    return found == [[False, True, True], [True, False, False]]
 
 
 def _same_transfers(turns: Turns, starts: list[int]) -> list[int]:

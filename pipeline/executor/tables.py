@@ -147,8 +147,13 @@ class Turns:
     ends: EndTurns
 
     def at_rank(self, rank: jax.Array) -> "Turns":
-        """Return one rank's entries [] of one turn, columns [ranks] or []."""
-        return jax.tree.map(lambda column: column[rank] if column.ndim else column, self)
+        """Return one rank's entries [] of one turn."""
+        return at_rank(self, rank)
+
+
+def at_rank(columns: Any, rank: jax.Array) -> Any:
+    """Return one rank's entries [] of one turn, given a tree of columns [ranks] or []."""
+    return jax.tree.map(lambda column: column[rank] if column.ndim else column, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +161,8 @@ class Steady:
     """A run of turns in pairs, in which every rank runs a forward and then a backward.
 
     start, stop: first turn, and the one after the last.
-    ends: whether the ends run together in every pair, in some, or never. In every pair: the forward turn takes dx of
-        the pair before, and the backward turn makes the loss of this pair and x of the next.
+    ends: whether the ends run together in every pair, in some, or never: x is made in the backward turn, the loss in
+        the forward turn, where also dx is taken of the pair before.
     forward, backward: offsets of the transfers that happen in every pair; the others happen in none.
     """
 
