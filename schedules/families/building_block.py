@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from ...meshes.errors import ScheduleError
 from ..action import Action
 from ..check import check_sizes, needs
 from ..orders import fill_ticks
@@ -52,11 +53,18 @@ class Block:
         return list(zip(*distances, strict=True))
 
 
+THIRD_BLOCK = Block(forward=(1, 1), backward=(1, 1))
+HALF_BLOCK = Block(forward=(2, 1), backward=(2, 1))
+TWO_THIRDS_BLOCK = Block(forward=(2, 2), backward=(2, 2))
+WHOLE_BLOCK = Block(forward=(4, 2), backward=(4, 2))
+"""Blocks with d = 2, 3, 4 and 6, named by the share of the activations of 1F1B that a rank holds at least."""
+
+
 def build_from_block(block: Block, *, name: str, num_ranks: int, num_microbatches: int, limit: int) -> Schedule:
     """Build the schedule that repeats a block and holds at most `limit` microbatches of a chunk on any rank.
 
     Raises:
-        ScheduleError: a count is below 1.
+        ScheduleError: a count is below 1, or microbatches live too long for the limit.
     """
     check_sizes(num_ranks=num_ranks, num_microbatches=num_microbatches)
     placement = Placement.of("v", num_ranks=num_ranks, num_chunks=2)
@@ -82,7 +90,10 @@ def _repeat(block: Block, placement: Placement, *, num_microbatches: int, limit:
             rows = [_Row(_passes(own, mine, num_microbatches)) for own, mine in zip(starts, stages, strict=True)]
             if max(row.peak for row in rows) <= limit:
                 return rows
-    raise AssertionError(f"no turns of {block} on {placement.num_ranks} ranks hold at most {limit}.")
+    raise ScheduleError(
+        f"no repetition of {block} on {placement.num_ranks} ranks holds at most {limit} microbatches of a chunk.",
+        fix="allow more in flight, or sweep faster.",
+    )
 
 
 def _passes(starts: Sequence[int], stages: Sequence[int], num_microbatches: int) -> list[Action | None]:

@@ -9,9 +9,7 @@ from functools import partial
 from ..family import Family
 from ..formula import v_shaped_bubble
 from ..schedule import Schedule
-from .building_block import Block, build_from_block
-
-_BLOCK = Block(forward=(2, 1), backward=(2, 1))
+from .building_block import HALF_BLOCK, build_from_block
 
 
 def v_half(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -23,7 +21,9 @@ def v_half(*, num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: a count is below 1.
     """
     limit = peak_in_flight(num_ranks)
-    return build_from_block(_BLOCK, name="v-half", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=limit)
+    return build_from_block(
+        HALF_BLOCK, name="v-half", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=limit
+    )
 
 
 def peak_in_flight(num_ranks: int) -> int:

@@ -9,9 +9,7 @@ from functools import partial
 from ..family import Family
 from ..formula import v_shaped_bubble
 from ..schedule import Schedule
-from .building_block import Block, build_from_block
-
-_BLOCK = Block(forward=(1, 1), backward=(1, 1))
+from .building_block import THIRD_BLOCK, build_from_block
 
 
 def v_min(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -23,7 +21,9 @@ def v_min(*, num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: a count is below 1.
     """
     limit = peak_in_flight(num_ranks)
-    return build_from_block(_BLOCK, name="v-min", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=limit)
+    return build_from_block(
+        THIRD_BLOCK, name="v-min", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=limit
+    )
 
 
 def peak_in_flight(num_ranks: int) -> int:

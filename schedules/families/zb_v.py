@@ -10,9 +10,7 @@ from functools import partial
 from ..family import Family
 from ..formula import v_shaped_bubble
 from ..schedule import Schedule
-from .building_block import Block, build_from_block
-
-_BLOCK = Block(forward=(4, 2), backward=(4, 2))
+from .building_block import WHOLE_BLOCK, build_from_block
 
 
 def zb_v(*, num_ranks: int, num_microbatches: int) -> Schedule:
@@ -24,7 +22,11 @@ def zb_v(*, num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: a count is below 1.
     """
     return build_from_block(
-        _BLOCK, name="zb-v", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=2 * num_ranks
+        WHOLE_BLOCK,
+        name="zb-v",
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        limit=2 * num_ranks,
     )
 
 
