@@ -42,6 +42,6 @@ V_HALF = Family(
         v_shaped_bubble,
         idle=1 / 2,
         text="p / (2m+p)",
-        premise="the formula is rounded, for many microbatches and ranks",
+        premise="the formula rounds the idle time up, to 3p ticks of a chunk",
     ),
 )

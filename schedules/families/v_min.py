@@ -42,6 +42,6 @@ V_MIN = Family(
         v_shaped_bubble,
         idle=2 / 3,
         text="2p / (3m+2p)",
-        premise="the formula is rounded, for many microbatches and ranks",
+        premise="the formula rounds the idle time up, to 4p ticks of a chunk",
     ),
 )
