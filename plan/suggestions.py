@@ -51,6 +51,7 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
         changes.append(replace(layout, zero=1))
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
+    changes.extend(_v_shaped(question, layout, "v-min"))
     for others in (changes, [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]):
         sizes: list[tuple[float, Layout]] = [(layout_memory(question, one).total, one) for one in others]
         size, best = min(sizes, key=lambda pair: pair[0], default=(math.inf, layout))
@@ -94,6 +95,15 @@ def fuller_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
                 yield replace(
                     more, schedule="interleaved-1f1b", chunks=chunks, max_in_flight=None, layers_per_stage=stages
                 )
+        yield from _v_shaped(question, more, "zb-v", "v-half")
+
+
+def _v_shaped(question: TrainQuestion, layout: Layout, *names: str) -> Iterator[Layout]:
+    """Yield the layout with these V-shaped schedules, if it has a pipeline and layers for two chunks a rank."""
+    if layout.pipe == 1 or 2 * layout.pipe > question.model.num_layers:
+        return
+    for name in names:
+        yield replace(layout, schedule=name, chunks=2, max_in_flight=None, layers_per_stage=_kept(layout, 2))
 
 
 def layout_change(old: Layout, new: Layout) -> Change:
@@ -160,7 +170,9 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
 
 def _can_keep(question: TrainQuestion, layout: Layout, mesh: MeshSpec, microbatches: int) -> bool:
     """Return whether a layout's schedule with its chunks runs on another mesh without a new search."""
-    if layout.family.chunks != "several":
+    if layout.family.chunks in ("one", "any"):
         return layout.chunks == 1 and layout.family.order == "fixed"
-    fits = mesh.pipe * layout.chunks <= question.model.num_layers and microbatches % mesh.pipe == 0
+    # A V needs no whole groups of microbatches.
+    is_even = layout.family.chunks == "two" or microbatches % mesh.pipe == 0
+    fits = mesh.pipe * layout.chunks <= question.model.num_layers and is_even
     return mesh.pipe > 1 and layout.chunks > 1 and fits

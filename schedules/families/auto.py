@@ -7,7 +7,7 @@ the schedule is: `schedule.placement`.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from typing import Any, Literal
 
 from ...meshes.arguments import check_count
@@ -39,8 +39,7 @@ def auto(
     """Search for the schedule of least makespan that holds at most `max_in_flight` microbatches on any rank.
 
     It is never slower than the families of fixed order with as many chunks under the same limit. Of equally fast ones
-    it is the one that holds fewest microbatches, and then the one that sends fewest messages. Its stages are placed in
-    a loop, or with two chunks perhaps in a V, as `placement` of the schedule says.
+    it is the one that holds fewest microbatches, then the one that sends fewest messages. Two chunks may be in a V.
 
     Args:
         max_in_flight: limit in whole microbatches; a microbatch of one of v chunks counts 1/v. None is no limit.
@@ -55,12 +54,7 @@ def auto(
     limit = num_microbatches if max_in_flight is None else max_in_flight
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     ranked = []
-    candidates = chain(
-        _build_fixed(sizes, clock=clock, vocab=vocab),
-        _repeat_blocks(sizes, limit=limit),
-        _search_lists(sizes, limit=limit),
-    )
-    for schedule in candidates:
+    for schedule in _list_candidates(sizes, limit=limit, clock=clock, vocab=vocab):
         timing = simulate(schedule, clock=clock, **costs)
         held = max(timing.peak_in_flight)
         if held <= limit * num_chunks:
@@ -72,6 +66,12 @@ def auto(
             fix="allow more in flight, or use fewer chunks.",
         )
     return replace(min(ranked, key=lambda entry: entry[:3])[3], name="auto")
+
+
+def _list_candidates(sizes: dict[str, int], *, limit: int, clock: Clock, vocab: Vocab) -> Iterator[Schedule]:
+    yield from _build_fixed(sizes, clock=clock, vocab=vocab)
+    yield from _repeat_blocks(sizes, limit=limit)
+    yield from _search_lists(sizes, limit=limit)
 
 
 def _repeat_blocks(sizes: dict[str, int], *, limit: int) -> Iterator[Schedule]:
