@@ -17,6 +17,7 @@ _GB = 1e9
 # A suggestion must save at least 1% of the step.
 _WORTHWHILE = 0.99
 _CHUNKS = (2, 4)
+_V_SHAPED = ("zb-v", "v-half")
 # Keys without effect if pipe=1.
 _HIDDEN = ("pipeline.chunks", "pipeline.layers_per_stage")
 
@@ -51,7 +52,6 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
         changes.append(replace(layout, zero=1))
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
-    changes.extend(_v_shaped(question, layout, "v-min"))
     for others in (changes, [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]):
         sizes: list[tuple[float, Layout]] = [(layout_memory(question, one).total, one) for one in others]
         size, best = min(sizes, key=lambda pair: pair[0], default=(math.inf, layout))
@@ -95,15 +95,9 @@ def fuller_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
                 yield replace(
                     more, schedule="interleaved-1f1b", chunks=chunks, max_in_flight=None, layers_per_stage=stages
                 )
-        yield from _v_shaped(question, more, "zb-v", "v-half")
-
-
-def _v_shaped(question: TrainQuestion, layout: Layout, *names: str) -> Iterator[Layout]:
-    """Yield the layout with these V-shaped schedules, if it has a pipeline and layers for two chunks a rank."""
-    if layout.pipe == 1 or 2 * layout.pipe > question.model.num_layers:
-        return
-    for name in names:
-        yield replace(layout, schedule=name, chunks=2, max_in_flight=None, layers_per_stage=_kept(layout, 2))
+        if layout.pipe > 1 and 2 * layout.pipe <= question.model.num_layers:
+            for name in _V_SHAPED:
+                yield replace(more, schedule=name, chunks=2, max_in_flight=None, layers_per_stage=_kept(layout, 2))
 
 
 def layout_change(old: Layout, new: Layout) -> Change:
