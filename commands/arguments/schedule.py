@@ -43,7 +43,7 @@ def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=parse_whole, metavar="P", help="number of pipeline ranks")
     parser.add_argument("--microbatches", type=parse_whole, metavar="M", help="microbatches of a step")
     parser.add_argument(
-        "--chunks", type=parse_whole, metavar="V", help="chunks of layers a rank, for interleaved schedules (default 2)"
+        "--chunks", type=parse_whole, metavar="V", help="chunks of layers a rank where there are several (default 2)"
     )
     parser.add_argument(
         "--max-in-flight", type=parse_whole, metavar="N", help="most microbatches in flight on a rank, for auto"

@@ -142,6 +142,10 @@ def test_all_schedules_are_compared(golden: Golden, capsys: Capture) -> None:
     golden("schedule_compare.txt", run("--compare --ranks 4 --microbatches 8", capsys))
 
 
+def test_all_schedules_are_compared_on_more_ranks(golden: Golden, capsys: Capture) -> None:
+    golden("schedule_compare_8x32.txt", run("--compare --ranks 8 --microbatches 32", capsys))
+
+
 def test_v_shaped_schedule_says_which_rank_holds_which_stage(golden: Golden, capsys: Capture) -> None:
     golden("schedule_v_half.txt", run("v-half --ranks 4 --microbatches 4", capsys))
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
+from trellax.meshes.columns import align
 from trellax.schedules import SCHEDULES, Clock, Placement, Schedule, Timing, build_schedule, simulate
 from trellax.schedules.families.auto import auto
 
@@ -59,6 +60,15 @@ def test_two_chunks_under_a_limit_are_placed_in_a_v_that_fills_it() -> None:
         assert schedule.placement == Placement.of("v", num_ranks=8, num_chunks=2)
     # No family of fixed order is as fast with six microbatches: V-Half holds five and is idle for 17 ticks.
     assert max(simulate(found[6]).peak_in_flight) == 12
+
+
+def test_bubble_falls_as_the_limit_rises(golden: Callable[[str, str], None]) -> None:
+    sizes = {"num_ranks": 8, "num_microbatches": 32, "num_chunks": 2}
+    rows = [("max_in_flight", "bubble", "makespan")]
+    for limit in (4, 5, 6, 7, 8):
+        timing = simulate(auto(**sizes, max_in_flight=limit))
+        rows.append((str(limit), f"{timing.bubble_fraction:.1%}", f"{timing.makespan:g}"))
+    golden("schedules/auto_8x32_limits.txt", align(rows))
 
 
 def test_three_chunks_are_placed_in_a_loop() -> None:
