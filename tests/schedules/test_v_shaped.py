@@ -5,12 +5,13 @@ Counts are in ticks of one action and in microbatches of a chunk, for F = I = W;
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
-from trellax.schedules import SCHEDULES, Placement, StageCost, Timing, build_schedule, simulate
+from trellax.schedules import Placement, Timing, build_schedule, find_formula, simulate
 
 from .sizes import V_SHAPED
 
@@ -40,6 +41,7 @@ PUBLISHED_IDLE: dict[str, Callable[[int], int]] = {
 """The same of the schedules that the procedure in the authors' repository makes, for many microbatches."""
 
 
+@cache
 def build(name: str, p: int, m: int) -> tuple[int, Timing]:
     """Return the ticks that are not work, and the timing."""
     timing = simulate(build_schedule(name, num_ranks=p, num_microbatches=m, num_chunks=2))
@@ -50,7 +52,7 @@ def build(name: str, p: int, m: int) -> tuple[int, Timing]:
 @pytest.mark.parametrize("name", V_SHAPED)
 def test_ticks_and_peak_are_the_published_counts(name: str, p: int) -> None:
     least = 2 * p if name == "dualpipev" else p
-    for m in (least, least + 1, 3 * p):
+    for m in (least, least + 1, 2 * p + 3):
         idle, timing = build(name, p, m)
         assert idle == IDLE[name](p)
         assert max(timing.peak_in_flight) == PEAKS[name](p)
@@ -59,22 +61,19 @@ def test_ticks_and_peak_are_the_published_counts(name: str, p: int) -> None:
 @pytest.mark.parametrize("p", RANKS)
 @pytest.mark.parametrize("name", PUBLISHED_IDLE)
 def test_ticks_are_never_more_than_those_of_the_authors(name: str, p: int) -> None:
-    for m in (p, 2 * p + 1):
-        assert build(name, p, m)[0] <= PUBLISHED_IDLE[name](p)
+    assert build(name, p, 2 * p + 3)[0] <= PUBLISHED_IDLE[name](p)
 
 
-@pytest.mark.parametrize("p", RANKS)
-def test_bubble_is_at_most_the_rounded_one_of_the_paper(p: int) -> None:
-    for name in ("v-half", "v-min"):
-        timing = build(name, p, 4 * p)[1]
-        family = SCHEDULES[name]
-        schedule = build_schedule(name, num_ranks=p, num_microbatches=4 * p, num_chunks=2)
-        assert family.bubble
-        cost = StageCost(forward=1, input_grad=1, weight_grad=1)
-        assert timing.bubble_fraction < family.bubble(schedule, cost).bubble_fraction
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("name", PUBLISHED_IDLE)
+def test_bubble_is_below_the_rounded_one_of_the_paper(name: str, p: int) -> None:
+    schedule = build_schedule(name, num_ranks=p, num_microbatches=4 * p, num_chunks=2)
+    formula = find_formula(schedule)
+    assert formula
+    assert simulate(schedule).bubble_fraction < formula.bubble_fraction
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(name=st.sampled_from(V_SHAPED), p=st.integers(1, 12), m=st.integers(1, 40))
 def test_any_size_has_one_action_a_tick_and_the_same_time_by_both_clocks(name: str, p: int, m: int) -> None:
     schedule = build_schedule(name, num_ranks=p, num_microbatches=m, num_chunks=2)
@@ -85,20 +84,11 @@ def test_any_size_has_one_action_a_tick_and_the_same_time_by_both_clocks(name: s
     assert max(lockstep.peak_in_flight) == min(2 * m, PEAKS[name](p))
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(name=st.sampled_from(PAPER), p=st.integers(1, 12), m=st.integers(1, 40))
 def test_one_microbatch_more_takes_six_ticks_more_once_the_pipeline_is_full(name: str, p: int, m: int) -> None:
     m += p
     assert build(name, p, m + 1)[0] == build(name, p, m)[0]
-
-
-@pytest.mark.parametrize("p", RANKS)
-def test_memory_falls_to_a_half_and_a_third_of_1f1b(p: int) -> None:
-    """1F1B of separate programs holds p microbatches of whole ranks, 2p of a chunk."""
-    peaks = {name: max(build(name, p, 3 * p)[1].peak_in_flight) for name in PAPER}
-    assert peaks["zb-v"] == 2 * p
-    assert peaks["v-half"] <= p + 2
-    assert peaks["v-min"] <= (2 * p + 8) / 3
 
 
 @pytest.mark.parametrize("p", [4, 8])
