@@ -15,7 +15,7 @@ from .building_block import HALF_BLOCK, build_from_block
 def v_half(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """Build the schedule of two chunks a rank, in a V, that holds at most (p + 2) // 2 microbatches on a rank.
 
-    With F = I = W and m >= p it takes 6m + 3p - 4 ticks of one chunk, three fewer where p is even and above 2.
+    With F = I = W and m >= p >= 2 it takes 6m + 3p - 4 ticks of one chunk, three fewer where p is even and above 2.
 
     Raises:
         ScheduleError: a count is below 1.

@@ -15,7 +15,7 @@ from .building_block import THIRD_BLOCK, build_from_block
 def v_min(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """Build the schedule of two chunks a rank, in a V, that holds at most (p + 4) // 3 microbatches on a rank.
 
-    With F = I = W and m >= p it takes 6m + 4p - 7 ticks of one chunk, two more where p = 3n + 1.
+    With F = I = W and m >= p >= 2 it takes 6m + 4p - 7 ticks of one chunk, two more where p = 3n + 1.
 
     Raises:
         ScheduleError: a count is below 1.

@@ -1,8 +1,8 @@
 """ZB-V: no bubble between a rank's first action and its last, with 1F1B's activations, in a V (Qi et al. 2024).
 
 Separate programs may go on to the next step at once. In one synchronous program the step ends with its last rank, which
-starts p - 1 ticks late: a bubble of p - 1 ticks of one chunk remains, as for interleaved ZB-H1 with a third more in
-flight. ("Zero Bubble Pipeline Parallelism", section 6; V-ZB of "Controllable Memory".)
+starts p - 1 ticks late: a bubble of p - 1 ticks of one chunk remains, as in interleaved ZB-H1, which holds half as much
+again. ("Zero Bubble Pipeline Parallelism", section 6; V-ZB of "Controllable Memory".)
 """
 
 from functools import partial
