@@ -106,4 +106,5 @@ def step_sizes(setup: Setup) -> StepSizes:
         num_chunks=setup.num_chunks,
         layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
         vocab=config.pipeline.vocab,
+        placement=setup.schedule.placement if mesh.pipe > 1 else None,
     )

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from ..meshes.terminal import fold, terminal_width
 from ..schedules import (
     SCHEDULES,
     Formula,
+    Placement,
     Schedule,
     StageCost,
     Timing,
@@ -27,10 +29,14 @@ from ..schedules import (
     simulate,
     trace_from_schedule,
 )
+from ..schedules.messages import draw_messages
 from ..schedules.picture import peak_text
 from .arguments.schedule import COSTS, read_layers
 from .output_file import check_output_files, write_output_file
 from .schedule_grid import draw_grid
+
+_MOST_RANKS = 16
+"""Ranks whose stages are listed."""
 
 
 def run_schedule(args: argparse.Namespace) -> int:
@@ -52,6 +58,8 @@ def run_schedule(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not is_saved:
         console.print(draw_grid(schedule, width=terminal_width()))
+    if args.messages:
+        console.print(draw_messages(schedule.messages()), markup=False)
     console.print(fold(_describe_schedule(schedule, timing, args), width=terminal_width()), markup=False)
     return 0
 
@@ -153,7 +161,8 @@ def _list_numbers(schedule: Schedule, timing: Timing, args: argparse.Namespace) 
         "peak_in_flight": list(timing.peak_in_flight),
         "ticks": schedule.num_ticks,
         "formula_bubble_fraction": formula.bubble_fraction if formula else None,
-    }
+        "rank_of_stage": list(schedule.placement.ranks),
+    } | ({"sent": [asdict(message) for message in schedule.messages()]} if args.messages else {})
 
 
 def _describe_schedule(schedule: Schedule, timing: Timing, args: argparse.Namespace) -> str:
@@ -165,6 +174,8 @@ def _describe_schedule(schedule: Schedule, timing: Timing, args: argparse.Namesp
         f"{schedule.name}: {size}, {timing.clock} clock{layers}",
         f"bubble {bubble} of the time, makespan {timing.makespan:g}, peak in flight {peaks}",
     ]
+    if not schedule.placement.is_loop:
+        lines.append(_describe_placement(schedule.placement))
     formula = _find_formula(schedule, args)
     if formula:
         why = explain_difference(schedule, formula, timing, **_costs(schedule, args))
@@ -175,16 +186,23 @@ def _describe_schedule(schedule: Schedule, timing: Timing, args: argparse.Namesp
     return "\n".join(lines)
 
 
+def _describe_placement(placement: Placement) -> str:
+    """Return which rank holds which stages, of at most _MOST_RANKS ranks."""
+    ranks = range(min(placement.num_ranks, _MOST_RANKS))
+    held = [f"rank {rank}: {', '.join(map(str, placement.stages_of(rank)))}" for rank in ranks]
+    return f"stages of {'; '.join(held)}{'; ...' if len(held) < placement.num_ranks else ''}"
+
+
 def _print_comparison(args: argparse.Namespace) -> None:
     rows = [
         _compare_one(name, args)
         for name, family in SCHEDULES.items()
-        if not (family.chunks == "several" and args.chunks == 1)
+        if args.chunks is None or family.chunks == "one" or family.allows_chunks(args.chunks)
     ]
     if args.json:
         print(json.dumps(rows))
         return
-    head = ("schedule", "chunks", "bubble", "formula", "makespan", "peak in flight", "messages")
+    head = ("schedule", "chunks", "bubble", "formula", "makespan", "in flight", "at most", "messages")
     body = [
         (
             str(row["name"]),
@@ -193,6 +211,7 @@ def _print_comparison(args: argparse.Namespace) -> None:
             _format_percent(row["formula_bubble_fraction"]),
             f"{row['makespan']:g}",
             str(max(row["peak_in_flight"])),
+            str(row["formula_peak_in_flight"] or "none"),
             str(row["messages"]),
         )
         for row in rows
@@ -200,14 +219,29 @@ def _print_comparison(args: argparse.Namespace) -> None:
     print(f"{args.ranks} ranks, {args.microbatches} microbatches, {args.clock} clock")
     print(align_within([head, *body], width=terminal_width()))
     if any(row["chunks"] > 1 for row in rows):
-        note = "In flight are microbatches of one chunk: with V chunks a rank, each holds 1/V of the rank's layers."
+        note = (
+            "In flight are microbatches of one chunk: with V chunks a rank, each holds 1/V of the rank's layers. "
+            "At most is their number by the formula of the schedule."
+        )
         print(fold(note, width=terminal_width()))
 
 
 def _compare_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
     schedule = _build(name, args, num_chunks=1 if SCHEDULES[name].chunks == "one" else args.chunks)
     timing = _simulate(schedule, args)
-    return _list_numbers(schedule, timing, args) | {"messages": count_messages(schedule)}
+    return _list_numbers(schedule, timing, args) | {
+        "formula_peak_in_flight": _formula_peak(schedule),
+        "messages": count_messages(schedule),
+    }
+
+
+def _formula_peak(schedule: Schedule) -> int | None:
+    """Return the most microbatches of a chunk in flight by the family's formula, which is for lockstep."""
+    everything = schedule.num_microbatches * schedule.num_chunks
+    formula = SCHEDULES[schedule.name].peak_in_flight
+    if callable(formula):
+        return min(everything, formula(schedule.num_ranks, schedule.num_chunks, "ends"))
+    return everything if formula == "all" else None
 
 
 def _format_percent(fraction: float | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .costs.layout import Layout
+from .costs.pipeline_time import find_placement
 from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
 from .costs.stage_time import stage_layers
 from .plan import Plan
@@ -192,7 +193,10 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     if layout.pipe == 1:
         return
     layers = stage_layers(question.model, layout)
-    ranks = [sum(layers[rank :: layout.pipe]) for rank in range(layout.pipe)]
+    placement = find_placement(
+        question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.priced_runtime
+    )
+    ranks = [sum(layers[stage] for stage in placement.stages_of(rank)) for rank in range(layout.pipe)]
     # The largest rank over the mean, since a tick lasts as long as its slowest rank.
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:

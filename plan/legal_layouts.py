@@ -44,7 +44,7 @@ def legal_layouts(
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
-    chunk per rank or interleaved with 2 or 4.
+    chunk per rank or interleaved with 2 or 4, and the V-shaped ones with 2.
     """
     for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab):
         if batch_size % mesh.data:
@@ -84,6 +84,10 @@ def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[
         # A split backward only saves bubble, and with many microbatches there is little bubble to save.
         if 1 < microbatches <= 2 * pipe:
             yield "interleaved-zb-h1", chunks
+    # Not dualpipev: here it takes as long as zb-v, and holds one microbatch of a chunk more.
+    if microbatches > 1 and 2 * pipe <= model.num_layers:
+        for name in ("zb-v", "v-half", "v-min"):
+            yield name, 2
 
 
 def _splits_kv(model: ModelConfig, tensor: int) -> bool:

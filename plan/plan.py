@@ -5,11 +5,12 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..meshes.notebook import table_html
-from ..schedules import Vocab
 from .costs.inference_time import InferenceTime
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
 from .costs.minimum_traffic import StepSizes, minimum_bytes
+from .costs.pipeline_time import find_placement
+from .costs.runtime import Runtime
 from .costs.stage_time import stage_layers
 from .costs.step_time import StepTime
 
@@ -88,7 +89,7 @@ class Plan:
         return table_html([("plan", ""), *rows], left=2)
 
 
-def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: Vocab) -> dict[str, float]:
+def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime: Runtime) -> dict[str, float]:
     """Return the minimum bytes that the busiest device sends in a training step, by mesh axes."""
     sizes = StepSizes(
         model=model,
@@ -98,7 +99,8 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, vocab: 
         num_tokens=num_tokens,
         num_chunks=layout.chunks,
         layers_per_stage=stage_layers(model, layout),
-        vocab=vocab,
+        vocab=runtime.vocab,
+        placement=find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     return minimum_bytes(sizes)
 

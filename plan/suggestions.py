@@ -17,6 +17,7 @@ _GB = 1e9
 # A suggestion must save at least 1% of the step.
 _WORTHWHILE = 0.99
 _CHUNKS = (2, 4)
+_V_SHAPED = ("zb-v", "v-half")
 # Keys without effect if pipe=1.
 _HIDDEN = ("pipeline.chunks", "pipeline.layers_per_stage")
 
@@ -94,6 +95,9 @@ def fuller_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
                 yield replace(
                     more, schedule="interleaved-1f1b", chunks=chunks, max_in_flight=None, layers_per_stage=stages
                 )
+        if layout.pipe > 1 and 2 * layout.pipe <= question.model.num_layers:
+            for name in _V_SHAPED:
+                yield replace(more, schedule=name, chunks=2, max_in_flight=None, layers_per_stage=_kept(layout, 2))
 
 
 def layout_change(old: Layout, new: Layout) -> Change:
@@ -160,7 +164,9 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
 
 def _can_keep(question: TrainQuestion, layout: Layout, mesh: MeshSpec, microbatches: int) -> bool:
     """Return whether a layout's schedule with its chunks runs on another mesh without a new search."""
-    if layout.family.chunks != "several":
+    if layout.family.chunks in ("one", "any"):
         return layout.chunks == 1 and layout.family.order == "fixed"
-    fits = mesh.pipe * layout.chunks <= question.model.num_layers and microbatches % mesh.pipe == 0
+    # A V needs no whole groups of microbatches.
+    is_even = layout.family.chunks == "two" or microbatches % mesh.pipe == 0
+    fits = mesh.pipe * layout.chunks <= question.model.num_layers and is_even
     return mesh.pipe > 1 and layout.chunks > 1 and fits

@@ -174,8 +174,8 @@ def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, 
 
 
 def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
-    vocab = question.priced_runtime.vocab
-    traffic = step_traffic(question.model, layout=plan.layout, num_tokens=question.num_tokens, vocab=vocab)
+    runtime = question.priced_runtime
+    traffic = step_traffic(question.model, layout=plan.layout, num_tokens=question.num_tokens, runtime=runtime)
     return replace(plan, traffic_bytes=traffic)
 
 

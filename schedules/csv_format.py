@@ -1,9 +1,11 @@
 """Read and write schedules as CSV: one row per rank, one cell per tick, `+` between actions, an empty cell for idle.
 
-A file gives the order of each rank; ticks are computed again from it. Files of torch.distributed.pipelining load: their
-sends, all-gathers and reductions are left out, since the executor inserts these itself. A schedule with at most one
-action per cell is saved in torch's compute-only format. Torch 2.5 wrote B for the input gradient where there is a W;
-such files load too.
+A file gives the order of each rank; ticks are computed again from it, and the placement follows from the rows in which
+a stage's actions are (`row_placement.py`). Files of torch.distributed.pipelining load: their sends, all-gathers and
+reductions are left out, since the executor inserts these itself; `(0F3;3B1)OVERLAP_F_B` is read as its actions, one
+after the other; and where some backwards are whole and others split, as in DualPipeV, all are split. Torch 2.5 wrote B
+for the input gradient where there is a W; such files load too. A schedule with at most one action per cell is saved in
+torch's compute-only format.
 """
 
 import csv
@@ -20,9 +22,11 @@ from ..meshes.files.regular_file import read_bounded
 from .action import Action, Kind
 from .grid import IDLE, cell_text
 from .orders import schedule_from_orders
+from .row_placement import Home, find_home
 from .schedule import Schedule
 from .vocab import Vocab, check_vocab
 
+_HALVES: tuple[Kind, ...] = ("I", "W")
 _LONGEST_CELL = 24
 _MOST_ACTIONS = 60_000
 """Three actions for each of 20,000 microbatches, the most that the command line takes."""
@@ -30,6 +34,9 @@ _MOST_BYTES = 16 << 20
 
 _COMMUNICATION = re.compile(r"[0-9]+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(?:[0-9]+)?")
 """Actions of torch.distributed.pipelining that our executor runs by itself."""
+
+_OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
+"""A forward and a backward that torch runs side by side."""
 
 
 def load_schedule(path: str | Path, *, vocab: Vocab = "ends", say: Callable[[str], None] = lambda _: None) -> Schedule:
@@ -78,24 +85,25 @@ def schedule_from_csv(
             for each other.
     """
     rows = _drop_communication(_split_rows(text, name), say)
+    cells = _split_wholes(_read_old_backwards(list(_read_actions(rows, name))), say)
+    home = find_home([(rank, action) for rank, _, action in cells], num_ranks=len(rows), name=name)
     orders: list[list[Action]] = [[] for _ in rows]
     seen: dict[Action, str] = {}
-    cells = _read_old_backwards(list(_read_actions(rows, name)))
     for rank, column, action in cells:
-        place = f"row {rank + 1}, column {column + 1}"
-        # Stage s is on rank s % p, so the number of rows determines the stages of each row.
-        if action.stage % len(rows) != rank:
-            raise _misplaced_error(f"{name}, {place}", action, rank, num_ranks=len(rows))
+        place = f"{name}, {_place_text(rank, column)}"
+        home.check(action, rank, place=place)
         if action in seen:
-            raise ScheduleError(f"{name}, {place}: {action} a second time; the first is in {seen[action]}.")
-        seen[action] = place
+            raise ScheduleError(f"{place}: {action} a second time; the first is in {seen[action]}.")
+        seen[action] = _place_text(rank, column)
         orders[rank].append(action)
-    _check_complete(seen, name, num_ranks=len(rows))
+    _check_complete(seen, name, home=home)
+    num_chunks = 1 + max(action.stage for action in seen) // len(rows)
     schedule = schedule_from_orders(
         orders,
         name=name,
         num_microbatches=1 + max(action.microbatch for action in seen),
-        num_chunks=1 + max(action.stage for action in seen) // len(rows),
+        num_chunks=num_chunks,
+        placement=home.placement(num_chunks),
         vocab=vocab,
     )
     _report_moved(schedule, {action: column for _, column, action in cells}, say)
@@ -150,21 +158,19 @@ def _read_actions(rows: Sequence[Sequence[str]], name: str) -> Iterator[tuple[in
         for column, cell in enumerate(row):
             if cell.strip() in {"", IDLE}:
                 continue
-            for word in cell.split("+"):
-                yield rank, column, _parse_action(word, f"{name}, row {rank + 1}, column {column + 1}")
+            pair = _OVERLAP.fullmatch(cell.strip())
+            for word in pair[1].split(";") if pair else cell.split("+"):
+                yield rank, column, _parse_action(word, f"{name}, {_place_text(rank, column)}")
 
 
-def _misplaced_error(place: str, action: Action, rank: int, *, num_ranks: int) -> ScheduleError:
-    home = action.stage % num_ranks
-    return ScheduleError(
-        f"{place}: {action} is in the row of rank {rank}, but with {num_ranks} rows stage {action.stage} lives on rank "
-        f"{home}.",
-        fix=f"move it to row {home + 1}; stage s is in row s % {num_ranks} + 1.",
-    )
+def _place_text(rank: int, column: int) -> str:
+    return f"row {rank + 1}, column {column + 1}"
 
 
 def _check_size(rows: Sequence[Sequence[str]], name: str) -> None:
-    num_actions = sum(1 + cell.count("+") for row in rows for cell in row if cell and not cell.isspace())
+    num_actions = sum(
+        1 + cell.count("+") + cell.count(";") for row in rows for cell in row if cell and not cell.isspace()
+    )
     if num_actions > _MOST_ACTIONS:
         raise ScheduleError(
             f"{name} has {num_actions:,} actions; {_MOST_ACTIONS:,} are the most.",
@@ -182,6 +188,19 @@ def _read_old_backwards(cells: list[tuple[int, int, Action]]) -> list[tuple[int,
     return [(rank, column, replace(a, kind="I") if a.kind == "B" else a) for rank, column, a in cells]
 
 
+def _split_wholes(cells: list[tuple[int, int, Action]], say: Callable[[str], None]) -> list[tuple[int, int, Action]]:
+    """Split whole backwards if other backwards of the file are split."""
+    num_wholes = sum(action.kind == "B" for _, _, action in cells)
+    if not num_wholes or not any(action.kind in "IW" for _, _, action in cells):
+        return cells
+    say(f"split {num_wholes} whole backwards into I and W, since the other backwards are split")
+    return [
+        (rank, column, replace(action, kind=kind))
+        for rank, column, action in cells
+        for kind in (_HALVES if action.kind == "B" else (action.kind,))
+    ]
+
+
 def _parse_action(word: str, place: str) -> Action:
     if len(word) > _LONGEST_CELL:
         word = f"{word[:_LONGEST_CELL]}..."
@@ -191,20 +210,15 @@ def _parse_action(word: str, place: str) -> Action:
         raise ScheduleError(f"{place}: {error.problem}", fix=f"{error.fix} Cells are separated by commas.") from error
 
 
-def _check_complete(seen: dict[Action, str], name: str, *, num_ranks: int) -> None:
+def _check_complete(seen: dict[Action, str], name: str, *, home: Home) -> None:
     """Raise unless all actions are there.
 
     This comes before the placement into ticks, where a missing action would look like a wrong order.
     """
-    halves = next((place for action, place in seen.items() if action.kind in "IW"), None)
-    whole = next((place for action, place in seen.items() if action.kind == "B"), None)
-    if halves and whole:
-        raise ScheduleError(
-            f"{name} has whole backwards ({whole}) and halves ({halves}).", fix="write B everywhere, or I and W."
-        )
-    num_stages = num_ranks * (1 + max(action.stage for action in seen) // num_ranks)
+    num_stages = home.num_ranks * (1 + max(action.stage for action in seen) // home.num_ranks)
     num_microbatches = 1 + max(action.microbatch for action in seen)
-    kinds: tuple[Kind, ...] = ("F", "I", "W") if halves else ("F", "B")
+    has_halves = any(action.kind in "IW" for action in seen)
+    kinds: tuple[Kind, ...] = ("F", *_HALVES) if has_halves else ("F", "B")
     # Lazy, so that the first missing action ends it even if the file names stage 99999999998.
     wanted = (
         Action(stage=stage, kind=kind, microbatch=microbatch)
@@ -215,7 +229,7 @@ def _check_complete(seen: dict[Action, str], name: str, *, num_ranks: int) -> No
     missing = next((action for action in wanted if action not in seen), None)
     if missing:
         raise ScheduleError(
-            f"{name} never runs {missing}; {num_ranks} rows with stages to {num_stages - 1} and microbatches to "
+            f"{name} never runs {missing}; {home.num_ranks} rows with stages to {num_stages - 1} and microbatches to "
             f"{num_microbatches - 1} need {num_stages * num_microbatches * len(kinds)} actions, not {len(seen)}.",
-            fix=f"add {missing} to row {missing.stage % num_ranks + 1}.",
+            fix=f"add {missing} to row {home.rank_of(missing.stage) + 1}.",
         )

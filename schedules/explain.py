@@ -59,12 +59,12 @@ def explain_difference(
         return "the formula is for stages of equal time"
     if transfer:
         return "the formula counts no transfer"
-    if schedule.num_chunks > 1 and schedule.num_microbatches % schedule.num_ranks:
+    if formula.premise is None and schedule.num_chunks > 1 and schedule.num_microbatches % schedule.num_ranks:
         return "the formula is for microbatches in whole groups of p; the last group leaves turns empty"
     family = SCHEDULES.get(schedule.name)
     if family and family.backward == "split" and not costs.forward == costs.input_grad == costs.weight_grad:
         return _explain_split(timing.clock, schedule.num_chunks)
-    return "the formula is for another order of the same actions"
+    return formula.premise or "the formula is for another order of the same actions"
 
 
 def _explain_split(clock: Clock, num_chunks: int) -> str:

@@ -6,11 +6,12 @@ No code outside this value asks for a schedule by name. A new schedule is one fi
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..meshes.arguments import check_choice
 from ..meshes.errors import ScheduleError
 from .formula import Formula
+from .placement import Shape
 from .schedule import Schedule
 from .stage_cost import StageCost
 from .vocab import Vocab
@@ -35,7 +36,8 @@ class Family:
     Args:
         build: returns the schedule for `num_ranks`, `num_microbatches` and the options of `takes`.
         takes: options of `build`; `build_schedule` leaves out the others.
-        chunks: chunks of layers per rank: always one, always several, or any number.
+        chunks: chunks of layers per rank: always one, always two, always several, or any number.
+        placement: shape in which stages are placed on ranks, or "searched" if only the schedule itself knows it.
         backward: "whole", "split" into input and weight gradient, or "either", as the costs decide.
         order: "fixed" by the sizes, or "searched" for given times of the stages.
         peak_in_flight: "all" where a rank holds every microbatch of the step, a function where a formula is known, None
@@ -51,7 +53,8 @@ class Family:
     name: str
     build: Callable[..., Schedule]
     takes: frozenset[Option] = frozenset()
-    chunks: Literal["one", "several", "any"] = "one"
+    chunks: Literal["one", "two", "several", "any"] = "one"
+    placement: Shape | Literal["searched"] = "loop"
     backward: Literal["whole", "split", "either"] = "whole"
     order: Literal["fixed", "searched"] = "fixed"
     peak_in_flight: PeakInFlight | Literal["all"] | None = None
@@ -60,12 +63,13 @@ class Family:
     run_ahead: Callable[..., Schedule] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("chunks", self.chunks, ("one", "several", "any"), error=ScheduleError)
+        check_choice("chunks", self.chunks, ("one", "two", "several", "any"), error=ScheduleError)
+        check_choice("placement", self.placement, (*get_args(Shape), "searched"), error=ScheduleError)
         check_choice("backward", self.backward, ("whole", "split", "either"), error=ScheduleError)
         check_choice("order", self.order, ("fixed", "searched"), error=ScheduleError)
         if self.peak_in_flight is not None and not callable(self.peak_in_flight):
             check_choice("peak_in_flight", self.peak_in_flight, ("all",), error=ScheduleError)
-        if ("num_chunks" in self.takes) != (self.chunks != "one"):
+        if ("num_chunks" in self.takes) != (self.chunks in ("several", "any")):
             raise ScheduleError(
                 f"family {self.name!r} has chunks={self.chunks!r} and takes {sorted(self.takes)}.",
                 fix="let it take num_chunks exactly if it has chunks='several' or 'any'.",
@@ -83,11 +87,12 @@ class Family:
     @property
     def default_chunks(self) -> int:
         """Chunks per rank where nothing else is asked for: 2 if there must be several, else 1."""
-        return 2 if self.chunks == "several" else 1
+        return 2 if self.chunks in ("two", "several") else 1
 
     def allows_chunks(self, num_chunks: int) -> bool:
         """Return whether a rank can have this number of chunks."""
-        return self.chunks == "any" or (num_chunks > 1) == (self.chunks == "several")
+        allowed = {"one": num_chunks == 1, "two": num_chunks == 2, "several": num_chunks > 1, "any": True}
+        return allowed[self.chunks]
 
     def check_chunks(self, num_chunks: int) -> None:
         """Raise unless a rank can have this number of chunks.
@@ -97,6 +102,11 @@ class Family:
         """
         if self.allows_chunks(num_chunks):
             return
+        if self.chunks == "two":
+            raise ScheduleError(
+                f"schedule {self.name!r} has two chunks a rank, not {num_chunks}: there and back in a V.",
+                fix="set 2 chunks.",
+            )
         if self.chunks == "several":
             other = f", or use {self.counterpart!r}" if self.counterpart else ""
             raise ScheduleError(

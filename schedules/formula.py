@@ -12,11 +12,16 @@ from .stage_cost import StageCost
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """A bubble fraction from the literature: its value, the formula as text, and the source."""
+    """A bubble fraction from the literature: its value, the formula as text, and the source.
+
+    Args:
+        premise: what the formula takes for granted and a schedule of equal times in lockstep may not keep.
+    """
 
     bubble_fraction: float
     text: str
     source: str
+    premise: str | None = None
 
 
 def one_rank_bubble(schedule: Schedule, _: StageCost) -> Formula:
@@ -47,3 +52,26 @@ def split_backward_bubble(schedule: Schedule, costs: StageCost, *, text: str, so
     gaps = (p - 1) * (costs.forward + costs.input_grad) - (min(m, p) - 1) * costs.weight_grad
     idle = max(0.0, gaps) / v
     return Formula(bubble_fraction=idle / (m * costs.total + idle), text=text, source=source)
+
+
+def v_shaped_bubble(schedule: Schedule, _: StageCost, *, idle: float, text: str, premise: str) -> Formula:
+    """Return the bubble that "Controllable Memory" states for F = I = W: a rank is idle for `idle` p microbatches."""
+    p, m = schedule.num_ranks, schedule.num_microbatches
+    return Formula(
+        bubble_fraction=idle * p / (m + idle * p),
+        text=text,
+        source="Qi et al. 2024, arXiv 2405.15362",
+        premise=premise,
+    )
+
+
+def dual_pipe_bubble(schedule: Schedule, costs: StageCost) -> Formula:
+    """Return the bubble of DualPipeV: (p-1)(F&B+B-3W) for stages of half a rank, with B = I + W and F&B = F + B."""
+    p, m = schedule.num_ranks, schedule.num_microbatches
+    idle = (p - 1) * max(0.0, costs.forward + 2 * costs.input_grad - costs.weight_grad) / 2
+    return Formula(
+        bubble_fraction=idle / (m * costs.total + idle),
+        text="(p-1)(F+2I-W)/2 / (m(F+I+W) + (p-1)(F+2I-W)/2)",
+        source="DeepSeek 2025, README of DualPipe",
+        premise="the formula is for 2p microbatches or more, and for whole backwards, which are split here",
+    )

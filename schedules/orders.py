@@ -52,7 +52,7 @@ def schedule_from_orders(
                 num_chunks=num_chunks,
                 placement=placement,
                 num_microbatches=num_microbatches,
-                ticks=_fill_ticks(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
+                ticks=fill_ticks(orders, width=width, num_chunks=num_chunks, name=name, vocab=vocab),
             )
             for width in _WIDTHS
         ),
@@ -60,19 +60,23 @@ def schedule_from_orders(
     )
 
 
-def _fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Vocab) -> Ticks:
-    num_stages = len(orders) * num_chunks
-    has_halves = any(action.kind == "I" for order in orders for action in order)
+def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab: Vocab = "ends") -> Ticks:
+    """Return the ticks that run these orders as early as they can, up to `width` actions of a rank in each.
+
+    Raises:
+        ScheduleError: the ranks wait for each other.
+    """
+    sources = _find_sources(orders, num_chunks=num_chunks)
+    last = len(orders) * num_chunks - 1
     tick_of: dict[Action, int] = {}
     next_of = [0] * len(orders)
     ticks: list[tuple[Cell, ...]] = []
 
     def is_ready(action: Action, cell: Cell) -> bool:
-        needed = needs(action, num_stages=num_stages, has_halves=has_halves)
         # With a split vocabulary the loss is computed after the tick of the last forward: see `vocab.py`.
-        if vocab == "split" and action.stage == num_stages - 1 and action.kind in ("B", "I"):
+        if vocab == "split" and action.stage == last and action.kind in ("B", "I"):
             cell = ()
-        return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in needed)
+        return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in sources[action])
 
     def fill(order: Sequence[Action]) -> Cell:
         # As many of the rank's next actions as can run in this tick: the first that cannot ends the cell.
@@ -96,6 +100,13 @@ def _fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab
             tick_of.update(dict.fromkeys(cell, len(ticks)))
         ticks.append(cells)
     return tuple(ticks)
+
+
+def _find_sources(orders: Orders, *, num_chunks: int) -> dict[Action, list[Action]]:
+    """Return what each action needs."""
+    actions = [action for order in orders for action in order]
+    has_halves = any(action.kind == "I" for action in actions)
+    return {action: needs(action, num_stages=len(orders) * num_chunks, has_halves=has_halves) for action in actions}
 
 
 def _draw_deadlock(orders: Orders, next_of: Sequence[int], name: str) -> str:

@@ -10,7 +10,6 @@ the middle stages 3 and 4 share a rank, and so do the first and the last ("Pipel
 Memory", Qi et al. 2024, section 3). Read `schedule.py` next.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
@@ -160,17 +159,3 @@ def _place(shape: Shape, num_ranks: int, num_chunks: int) -> Placement:
     there = tuple(range(num_ranks))
     back = there[::-1] if shape == "v" else there
     return Placement(tuple(rank for chunk in range(num_chunks) for rank in (back if chunk % 2 else there)))
-
-
-def placement_of_rows(rows: Sequence[Sequence[int]]) -> Placement:
-    """Return the placement in which rank r holds the stages of row r.
-
-    Raises:
-        ScheduleError: a stage is on no row or on two, or the rows are no placement.
-    """
-    rank_of: dict[int, int] = {}
-    for rank, stages in enumerate(rows):
-        for stage in stages:
-            if rank_of.setdefault(stage, rank) != rank:
-                raise ScheduleError(f"stage {stage} is on rank {rank_of[stage]} and on rank {rank}.")
-    return Placement(tuple(rank_of[stage] for stage in sorted(rank_of)))

@@ -12,6 +12,7 @@ from ..meshes.notebook import picture_html
 from .action import Action
 from .check import Unchecked, check_actions, check_sizes
 from .grid import Ticks, draw_grid, parse_grid
+from .messages import Message, iterate_messages
 from .placement import LOOP, Placement
 
 
@@ -67,6 +68,14 @@ class Schedule:
             for rank, cell in enumerate(cells):
                 for action in cell:
                     yield tick, rank, action
+
+    def messages(self) -> tuple[Message, ...]:
+        """Return what is sent between ranks, by tick and then by sender.
+
+        >>> build_schedule("gpipe", num_ranks=2, num_microbatches=1).messages()[0].kind
+        'activation'
+        """
+        return tuple(iterate_messages(self.ticks, self.placement))
 
     @classmethod
     def from_ticks(

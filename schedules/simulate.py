@@ -150,19 +150,14 @@ def _run(
 
 def count_messages(schedule: Schedule) -> int:
     """Return the number of activations and gradients that are sent between ranks in a step."""
-    return sum(_is_sent(schedule, action) for _, _, action in schedule.placed())
-
-
-def _is_sent(schedule: Schedule, action: Action) -> bool:
-    step = 1 if action.kind == "F" else -1
-    has_next = 0 <= action.stage + step < schedule.num_stages
-    return action.kind != "W" and has_next and schedule.placement.offset(action.stage, step) != 0
+    return len(schedule.messages())
 
 
 def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: float, shared_loss: float) -> list[Span]:
     spans: list[Span] = []
     now = 0.0
-    for cells in schedule.ticks:
+    sends = {message.tick for message in schedule.messages()} if transfer else set()
+    for tick, cells in enumerate(schedule.ticks):
         ends = [now] * schedule.num_ranks
         # The executor runs the first action of every rank's cell, then the second; only a shared loss makes them meet.
         for position in range(max(map(len, cells))):
@@ -175,8 +170,7 @@ def _run_lockstep(schedule: Schedule, stages: Sequence[StageCost], transfer: flo
                 # The loss is a collective over all ranks, so ranks with a shorter action wait.
                 ends = [max(ends) + shared_loss] * schedule.num_ranks
         # One collective permute ends the tick for all ranks, whether one or all of them send.
-        is_hop = any(_is_sent(schedule, action) for cell in cells for action in cell)
-        now = max(ends) + (transfer if is_hop else 0.0)
+        now = max(ends) + (transfer if tick in sends else 0.0)
     return spans
 
 

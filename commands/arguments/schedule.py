@@ -33,6 +33,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="compare all schedules in a table")
     _add_size_arguments(parser)
     _add_time_arguments(parser)
+    parser.add_argument("--messages", action="store_true", help="print what is sent in every tick, from rank to rank")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     for suffix, what in _WRITERS:
         parser.add_argument(f"--{suffix}", metavar="FILE", help=f"write {what}")
@@ -42,7 +43,7 @@ def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=parse_whole, metavar="P", help="number of pipeline ranks")
     parser.add_argument("--microbatches", type=parse_whole, metavar="M", help="microbatches of a step")
     parser.add_argument(
-        "--chunks", type=parse_whole, metavar="V", help="chunks of layers a rank, for interleaved schedules (default 2)"
+        "--chunks", type=parse_whole, metavar="V", help="chunks of layers a rank where there are several (default 2)"
     )
     parser.add_argument(
         "--max-in-flight", type=parse_whole, metavar="N", help="most microbatches in flight on a rank, for auto"
@@ -99,7 +100,7 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
     _check_sizes(args)
     _check_times(args)
     _check_layers(args)
-    options = [*(option for option, _ in _WRITERS), "layers"]
+    options = [*(option for option, _ in _WRITERS), "layers", "messages"]
     given = [f"--{option}" for option in options if getattr(args, option)]
     if args.compare and given:
         raise ScheduleError(f"--compare has nothing for {' and '.join(given)}.", fix="name one schedule.")

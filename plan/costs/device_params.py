@@ -1,8 +1,14 @@
 """Count the parameters that one device holds. Read `memory_model.py` for the bytes that they take."""
 
+from typing import Literal
+
 from ...layers import ModelConfig, param_counts
+from ...schedules import Placement
 from .layout import Layout
 from .runtime import Runtime
+
+End = Literal["embedding", "head"]
+"""A part of the model before its first layer or after its last."""
 
 
 def block_params(model: ModelConfig, *, tensor: int) -> int:
@@ -31,18 +37,25 @@ def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
     return tables // tensor, counts.positions + norm
 
 
-def device_params(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int, stage: int) -> float:
+def ends_of(placement: Placement, rank: int) -> tuple[End, ...]:
+    """Return which of embedding and head a pipeline rank holds: in a V the first rank holds both."""
+    first, last = placement.ranks[0], placement.ranks[-1]
+    return (("embedding",) if rank == first else ()) + (("head",) if rank == last else ())
+
+
+def device_params(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int, ends: tuple[End, ...]
+) -> float:
     """Return the number of parameters on one device of a pipeline rank that holds `num_layers` layers.
 
     Args:
-        stage: 0 holds the embedding, -1 the head, any other neither; without effect if the vocabulary is split over
-            the ranks.
+        ends: which of embedding and head the rank holds; without effect if the vocabulary is split over the ranks.
     """
     tables, whole = vocabulary_params(model, tensor=layout.tensor)
     blocks = num_layers * block_params(model, tensor=layout.tensor)
-    if layout.pipe == 1:
+    if layout.pipe == 1 or (runtime.vocab == "ends" and len(ends) == 2):
         return blocks + tables + whole
     if runtime.vocab == "split":
         return blocks + tables / layout.pipe + whole
     table = model.vocab_size * model.hidden_size // layout.tensor
-    return blocks + (table + whole if stage in (0, -1) else 0)
+    return blocks + (table + whole if ends else 0)

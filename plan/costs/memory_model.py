@@ -14,10 +14,10 @@ from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import block_params, device_params
+from .device_params import End, block_params, device_params, ends_of
 from .layout import Layout
 from .operations import item_bytes
-from .pipeline_time import SearchTerms, is_searched_whole, plan_schedule, search_terms
+from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
 from .runtime import TRELLAX, OrderTraits, Runtime
 from .stage_time import stage_layers
 
@@ -59,18 +59,19 @@ def step_memory(
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
-    return tuple(
-        _rank_memory(
-            model,
-            layout=layout,
-            runtime=runtime,
-            num_tokens=num_tokens,
-            rank=rank,
-            layers=layers[rank :: layout.pipe],
-            held=in_flight[rank],
-        )
+    placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    held = [
+        (ends_of(placement, rank), tuple(layers[stage] for stage in placement.stages_of(rank)), in_flight[rank])
         for rank in range(layout.pipe)
-    )
+    ]
+    # Most ranks hold as much as others, and a search asks for ten thousand layouts.
+    uses = {
+        own: _rank_memory(
+            model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=own[0], layers=own[1], held=own[2]
+        )
+        for own in dict.fromkeys(held)
+    }
+    return tuple(uses[own] for own in held)
 
 
 def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:
@@ -121,12 +122,11 @@ def _rank_memory(
     layout: Layout,
     runtime: Runtime,
     num_tokens: int,
-    rank: int,
+    ends: tuple[End, ...],
     layers: tuple[int, ...],
     held: int,
 ) -> MemoryUse:
-    stage = 0 if rank == 0 else -1 if rank == layout.pipe - 1 else 1
-    params = device_params(model, layout=layout, runtime=runtime, num_layers=sum(layers), stage=stage)
+    params = device_params(model, layout=layout, runtime=runtime, num_layers=sum(layers), ends=ends)
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
@@ -137,8 +137,8 @@ def _rank_memory(
         gradients=state["gradients"] * params,
         optimizer=state["optimizer"] * params,
         activations=kept * num_layers
-        + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, rank=rank, held=held),
-        temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, rank=rank) + copies,
+        + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
+        temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies,
     )
 
 
@@ -155,7 +155,9 @@ def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     }
 
 
-def _end_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, rank: int, held: int) -> float:
+def _end_bytes(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, ends: tuple[End, ...], held: int
+) -> float:
     """Return the bytes of activations beside those of layers: communication buffers, or residuals of the ends.
 
     trellax has buffers for an arriving activation, an arriving gradient and one that is sent; where all forwards come
@@ -166,16 +168,18 @@ def _end_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_toke
     if runtime.residuals == "trellax":
         waiting = layout.microbatches + 2 if layout.family.peak_in_flight == "all" else 3
         return boundary * (waiting if layout.pipe > 1 else 1)
-    masks = boundary / item_bytes(model) * held if rank == 0 and runtime.dropout == "on" else 0.0
-    return masks + (2 * boundary if rank == layout.pipe - 1 else 0.0)
+    masks = boundary / item_bytes(model) * held if "embedding" in ends and runtime.dropout == "on" else 0.0
+    return masks + (2 * boundary if "head" in ends else 0.0)
 
 
-def _temporary_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, rank: int) -> float:
+def _temporary_bytes(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, ends: tuple[End, ...]
+) -> float:
     """Return the larger of the loss (logits and their gradient, where the head runs) and one layer's backward."""
     is_split = runtime.vocab == "split" and layout.pipe > 1
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     parts = layout.tensor * (layout.pipe if is_split else 1)
-    has_head = is_split or rank == layout.pipe - 1
+    has_head = is_split or "head" in ends
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
     # Logits in float32, and their gradient in the compute dtype.
     logits = held * model.vocab_size / parts * (_FLOAT32 + item) if has_head else 0.0

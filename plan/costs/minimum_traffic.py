@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from ...layers import ModelConfig
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
-from ...schedules import Vocab
-from .device_params import block_params, vocabulary_params
+from ...schedules import Placement, Vocab
+from .device_params import block_params, ends_of, vocabulary_params
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -25,6 +25,8 @@ _FLOAT32 = 4
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
     """Sizes of a training step that determine its traffic; sequences are those of one microbatch on one data shard.
+
+    Without a `placement` stages are placed in a loop.
 
     >>> StepSizes(model=config, mesh=MeshSpec(data=2), num_microbatches=4, num_sequences=1, num_tokens=128).boundary
     65536
@@ -41,9 +43,15 @@ class StepSizes:
     num_chunks: int = 1
     layers_per_stage: tuple[int, ...] | None = None
     vocab: Vocab = "ends"
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
+
+    @property
+    def placed(self) -> Placement:
+        """The rank of every stage: the placement given, or a loop."""
+        return self.placement or Placement.of("loop", num_ranks=self.mesh.pipe, num_chunks=self.num_chunks)
 
     @property
     def boundary(self) -> int:
@@ -59,7 +67,7 @@ class StepSizes:
         """Layers of one pipeline rank, over all its chunks."""
         if self.layers_per_stage is None:
             return self.model.num_layers // self.mesh.pipe
-        return sum(self.layers_per_stage[rank :: self.mesh.pipe])
+        return sum(self.layers_per_stage[stage] for stage in self.placed.stages_of(rank))
 
     @property
     def num_layer_slots(self) -> int:
@@ -106,11 +114,9 @@ def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 
 def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the sends: an activation to the next stage and a gradient to the previous one, if on another rank."""
-    pipe, chunks = sizes.mesh.pipe, sizes.num_chunks
-    if pipe == 1:
-        return
-    is_first, is_last = rank == 0, rank == pipe - 1
-    num_hops = (chunks - is_last) + (chunks - is_first)
+    ranks = sizes.placed.ranks
+    others = [stage + step for stage in sizes.placed.stages_of(rank) for step in (1, -1)]
+    num_hops = sum(0 <= other < len(ranks) and ranks[other] != rank for other in others)
     yield sizes.mesh.label("pipe"), num_hops * sizes.num_microbatches * sizes.boundary
 
 
@@ -124,7 +130,8 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     if is_copied:
         yield mesh.label("pipe", "batch"), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
         # x of the embedding and dy of the head, each summed over the slices of the table.
-        num_sent = sizes.boundary * runs * ((rank == 0) + (rank == mesh.pipe - 1)) + loss * (rank == mesh.pipe - 1)
+        ends = ends_of(sizes.placed, rank)
+        num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.

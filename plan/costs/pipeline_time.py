@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...pipeline import stage_costs
-from ...schedules import Schedule, StageCost, build_schedule, find_family, simulate
+from ...schedules import Placement, Schedule, StageCost, build_schedule, find_family, simulate
 from .layout import Layout
 from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers
@@ -48,6 +48,24 @@ def search_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime
     return SearchTerms(stages=stages, max_in_flight=layout.max_in_flight)
 
 
+def find_placement(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime: Runtime) -> Placement:
+    """Return which rank holds which stage of a layout; a schedule that is searched for is built to know it."""
+    shape = layout.family.placement
+    if shape != "searched":
+        return Placement.of(shape, num_ranks=layout.pipe, num_chunks=layout.chunks)
+    if layout.pipe == 1:
+        return Placement.of("loop", num_ranks=1, num_chunks=layout.chunks)
+    whole = is_searched_whole(layout.schedule, num_stages=layout.num_stages, num_microbatches=layout.microbatches)
+    return plan_schedule(
+        layout.schedule,
+        num_ranks=layout.pipe,
+        num_microbatches=layout.microbatches if whole else _count_few(layout.microbatches, num_ranks=layout.pipe),
+        num_chunks=layout.chunks,
+        traits=runtime.order_traits,
+        terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
+    ).placement
+
+
 # Layouts that differ in ZeRO alone have the same pipeline.
 @lru_cache(maxsize=1024)
 def pipeline_time_s(
@@ -77,13 +95,21 @@ def pipeline_time_s(
         grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
         return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
-    periods = (num_microbatches - _SHORT * num_ranks) // num_ranks
-    if periods < 2 or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
+    few = _count_few(num_microbatches, num_ranks=num_ranks)
+    periods = (num_microbatches - few) // num_ranks
+    if not periods or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
         return run(num_microbatches)
-    # 8 ranks and 100 microbatches: periods = 10, so schedules of 20 and 28 microbatches are simulated.
-    few = num_microbatches - periods * num_ranks
     start = run(few)
     return start + periods * (run(few + num_ranks) - start)
+
+
+def _count_few(num_microbatches: int, *, num_ranks: int) -> int:
+    """Return the microbatches of the shorter schedule that is simulated, all of them if they are few.
+
+    8 ranks and 100 microbatches make 10 periods of 8 after 20, so schedules of 20 and 28 microbatches are simulated.
+    """
+    periods = (num_microbatches - _SHORT * num_ranks) // num_ranks
+    return num_microbatches if periods < 2 else num_microbatches - periods * num_ranks
 
 
 def is_searched_whole(schedule: str, *, num_stages: int, num_microbatches: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
-from ...schedules import StageCost
+from ...schedules import Placement, StageCost
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
@@ -71,20 +71,24 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
     return EndCosts(embedding=embedding, head=none, shared_loss=shared, hop=hop)
 
 
-def stage_times(layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runtime: Runtime) -> tuple[StageCost, ...]:
+def stage_times(
+    layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runtime: Runtime, placement: Placement
+) -> tuple[StageCost, ...]:
     """Return the seconds of every stage for one microbatch; recomputation counts as input gradient."""
     last = len(layers) - 1
-    # A blocking hop is work of the stage: activations to the next stage, gradients to the one before.
-    hop = ends.hop if runtime.blocking_hops == "on" else 0.0
+    # A blocking hop is work of the stage: activations to the next stage, gradients to the one before, on other ranks.
+    hop, ranks = ends.hop if runtime.blocking_hops == "on" else 0.0, placement.ranks
     stages = []
     for place, size in enumerate(layers):
         extras = [part for part, at in ((ends.embedding, 0), (ends.head, last)) if place == at]
         stages.append(
             StageCost(
-                forward=size * layer.forward + sum(part.forward for part in extras) + hop * (place < last),
+                forward=size * layer.forward
+                + sum(part.forward for part in extras)
+                + hop * (place < last and ranks[place] != ranks[place + 1]),
                 input_grad=size * (layer.recompute + layer.input_grad)
                 + sum(part.input_grad for part in extras)
-                + hop * (place > 0),
+                + hop * (place > 0 and ranks[place] != ranks[place - 1]),
                 weight_grad=size * layer.weight_grad + sum(part.weight_grad for part in extras),
             )
         )

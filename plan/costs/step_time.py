@@ -6,10 +6,12 @@ Read `memory_model.py` for the memory of a step, `../training_search.py` for how
 from dataclasses import dataclass
 
 from ...layers import ModelConfig, flops_per_token
+from ...schedules import StageCost
 from ..machines.topology import Topology
+from .device_params import ends_of
 from .layer_time import LayerTime, layer_time
 from .layout import Layout
-from .pipeline_time import SearchTerms, pipeline_time_s, search_terms
+from .pipeline_time import find_placement, pipeline_time_s, search_terms
 from .runtime import Runtime, trellax_runtime
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
 from .update_time import UpdateTime, update_time
@@ -54,14 +56,14 @@ def step_time(
         TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
     runtime = runtime or trellax_runtime(model, topology.accelerator)
-    if layer is None:
-        layer = layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
+    layer = layer or layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
     ends = end_costs(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
     layers = stage_layers(model, layout)
-    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
-    pipeline_s, busy = _pipeline_s(layer, ends, layers, layout=layout, runtime=runtime, terms=terms)
-    of_rank = sum(layers[:: layout.pipe])
-    data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank)
+    placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime, placement=placement)
+    pipeline_s, busy = _pipeline_s(model, stages, ends, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    of_rank, held = sum(layers[stage] for stage in placement.stages_of(0)), ends_of(placement, 0)
+    data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
     backward = of_rank * layer.backward
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=backward)
     time_s = pipeline_s + data_s + data.optimizer
@@ -78,16 +80,15 @@ def step_time(
 
 
 def _pipeline_s(
-    layer: LayerTime,
+    model: ModelConfig,
+    stages: tuple[StageCost, ...],
     ends: EndCosts,
-    layers: tuple[int, ...],
     *,
     layout: Layout,
     runtime: Runtime,
-    terms: SearchTerms | None,
+    num_tokens: int,
 ) -> tuple[float, float]:
     """Return the seconds of the pipeline, and those in which the mean rank is busy."""
-    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime)
     pipeline_s = pipeline_time_s(
         stages,
         schedule=layout.schedule,
@@ -97,7 +98,7 @@ def _pipeline_s(
         # A blocking hop is part of the stages' own times already.
         transfer=0.0 if runtime.blocking_hops == "on" else ends.hop,
         shared_loss=ends.shared_loss,
-        terms=terms,
+        terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
     return pipeline_s, busy

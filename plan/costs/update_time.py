@@ -9,7 +9,7 @@ from ...layers import ModelConfig
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
-from .device_params import device_params
+from .device_params import End, device_params
 from .layout import Layout
 from .runtime import Runtime
 
@@ -32,10 +32,14 @@ class UpdateTime:
 
 
 def update_time(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_layers: int
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_layers: int, ends: tuple[End, ...]
 ) -> UpdateTime:
-    """Return the seconds of the update on the first rank, which ends last and holds `num_layers` layers."""
-    params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, stage=0)
+    """Return the seconds of the update on the first rank, which ends last.
+
+    Args:
+        num_layers, ends: what that rank holds of the layers, and of embedding and head.
+    """
+    params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
     group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
     # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
     if runtime.shard_overlap == "off" and group.num_nodes > 1:
@@ -60,7 +64,7 @@ def update_time(
     return UpdateTime(
         gather=gather,
         reduce=reduce,
-        tied=_tied_s(model, layout=layout, runtime=runtime, topology=topology),
+        tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
         optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
     )
 

@@ -1,11 +1,13 @@
 """`auto`: the fastest schedule found for given stage times and a limit of microbatches in flight.
 
-The candidates are every family of fixed order, and list schedules with several limits, priorities and groupings.
+The candidates are every family of fixed order, list schedules with several limits, priorities and groupings, and with
+two chunks a rank V-shaped schedules that fill the limit. Both placements are tried, so the placement is known only when
+the schedule is: `schedule.placement`.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from typing import Any, Literal
 
 from ...meshes.arguments import check_count
@@ -14,8 +16,9 @@ from ..action import Kind
 from ..check import check_sizes
 from ..family import Family
 from ..schedule import Schedule
-from ..simulate import Clock, simulate
+from ..simulate import Clock, count_messages, simulate
 from ..vocab import Vocab
+from .building_block import HALF_BLOCK, THIRD_BLOCK, TWO_THIRDS_BLOCK, build_from_block
 from .fixed import FIXED
 from .list_schedule import list_schedule
 
@@ -36,7 +39,7 @@ def auto(
     """Search for the schedule of least makespan that holds at most `max_in_flight` microbatches on any rank.
 
     It is never slower than the families of fixed order with as many chunks under the same limit. Of equally fast ones
-    it is the one that holds fewest microbatches.
+    it is the one that holds fewest microbatches, then the one that sends fewest messages. Two chunks may be in a V.
 
     Args:
         max_in_flight: limit in whole microbatches; a microbatch of one of v chunks counts 1/v. None is no limit.
@@ -51,18 +54,41 @@ def auto(
     limit = num_microbatches if max_in_flight is None else max_in_flight
     sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     ranked = []
-    for schedule in chain(_build_fixed(sizes, clock=clock, vocab=vocab), _search_lists(sizes, limit=limit)):
+    for schedule in _list_candidates(sizes, limit=limit, clock=clock, vocab=vocab):
         timing = simulate(schedule, clock=clock, **costs)
         held = max(timing.peak_in_flight)
         if held <= limit * num_chunks:
-            ranked.append((timing.makespan, held, schedule))
+            ranked.append((timing.makespan, held, count_messages(schedule), schedule))
     if not ranked:
         raise ScheduleError(
             f"no schedule of {num_ranks} ranks x {num_chunks} chunks and {num_microbatches} microbatches holds at most "
             f"{limit} in flight.",
             fix="allow more in flight, or use fewer chunks.",
         )
-    return replace(min(ranked, key=lambda entry: entry[:2])[2], name="auto")
+    return replace(min(ranked, key=lambda entry: entry[:3])[3], name="auto")
+
+
+def _list_candidates(sizes: dict[str, int], *, limit: int, clock: Clock, vocab: Vocab) -> Iterator[Schedule]:
+    yield from _build_fixed(sizes, clock=clock, vocab=vocab)
+    yield from _repeat_blocks(sizes, limit=limit)
+    yield from _search_lists(sizes, limit=limit)
+
+
+def _repeat_blocks(sizes: dict[str, int], *, limit: int) -> Iterator[Schedule]:
+    """Yield V-shaped schedules that use all of the limit to fill their ramps, for two chunks a rank."""
+    if sizes["num_chunks"] != 2:
+        return
+    num_ranks, num_microbatches = sizes["num_ranks"], sizes["num_microbatches"]
+    # In microbatches of a chunk. With 2p of them the bubble is the least that there is.
+    most = 2 * min(limit, num_ranks)
+    for block in (THIRD_BLOCK, HALF_BLOCK, TWO_THIRDS_BLOCK):
+        try:
+            yield build_from_block(
+                block, name="auto", num_ranks=num_ranks, num_microbatches=num_microbatches, limit=most
+            )
+        except ScheduleError:
+            # Microbatches live too long in this block for the limit.
+            continue
 
 
 def _build_fixed(sizes: dict[str, int], *, clock: Clock, vocab: Vocab) -> Iterator[Schedule]:
@@ -91,6 +117,7 @@ AUTO = Family(
     build=auto,
     takes=frozenset({"num_chunks", "clock", "vocab", "max_in_flight", "stages"}),
     chunks="any",
+    placement="searched",
     backward="either",
     order="searched",
 )

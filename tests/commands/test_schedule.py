@@ -41,6 +41,8 @@ MISTAKES = {
     "override": "1f1b --ranks 2 --microbatches 4 --mesh.pipe 2",
     "file_with_sizes": "--file mine.csv --ranks 2",
     "missing_file": "--file nowhere/mine.csv",
+    "compare_with_messages": "--compare --ranks 2 --microbatches 4 --messages",
+    "three_chunks_of_a_v": "v-half --ranks 2 --microbatches 4 --chunks 3",
     "compare_with_picture": "--compare --ranks 2 --microbatches 4 --png x.png",
     "no_folder_to_write_to": "1f1b --ranks 2 --microbatches 4 --csv nowhere/x.csv",
 }
@@ -138,6 +140,53 @@ def test_numbers_come_as_json(clock: str, golden: Golden, capsys: Capture) -> No
 
 def test_all_schedules_are_compared(golden: Golden, capsys: Capture) -> None:
     golden("schedule_compare.txt", run("--compare --ranks 4 --microbatches 8", capsys))
+
+
+def test_all_schedules_are_compared_on_more_ranks(golden: Golden, capsys: Capture) -> None:
+    golden("schedule_compare_8x32.txt", run("--compare --ranks 8 --microbatches 32", capsys))
+
+
+def test_v_shaped_schedule_says_which_rank_holds_which_stage(golden: Golden, capsys: Capture) -> None:
+    golden("schedule_v_half.txt", run("v-half --ranks 4 --microbatches 4", capsys))
+
+
+def test_stages_of_many_ranks_are_cut_short(capsys: Capture) -> None:
+    out = run("v-min --ranks 20 --microbatches 1", capsys)
+    assert "stages of rank 0: 0, 39; rank 1: 1, 38;" in out
+    assert "rank 15: 15, 24; ..." in " ".join(out.split())
+
+
+def test_messages_are_printed_below_the_grid(capsys: Capture) -> None:
+    lines = run("gpipe --ranks 2 --microbatches 1 --messages", capsys).splitlines()
+    assert lines[2:5] == [
+        "tick  from  to  what          stages",
+        "   0     0   1  activation 0  0 -> 1",
+        "   2     1   0  gradient 0    1 -> 0",
+    ]
+
+
+def test_messages_and_placement_come_as_json(capsys: Capture) -> None:
+    numbers = json.loads(run("zb-v --ranks 2 --microbatches 3 --messages --json", capsys))
+    assert numbers["rank_of_stage"] == [0, 1, 1, 0]
+    assert len(numbers["sent"]) == 2 * 3 * 2
+    assert numbers["sent"][0] == {
+        "tick": 0,
+        "sender": 0,
+        "receiver": 1,
+        "kind": "activation",
+        "microbatch": 0,
+        "from_stage": 0,
+        "to_stage": 1,
+    }
+
+
+def test_chunks_leave_out_schedules_that_cannot_have_them(capsys: Capture) -> None:
+    rows = json.loads(run("--compare --ranks 2 --microbatches 4 --chunks 3 --json", capsys))
+    assert {row["name"]: row["chunks"] for row in rows if row["chunks"] > 1} == {
+        "interleaved-1f1b": 3,
+        "interleaved-zb-h1": 3,
+        "auto": 3,
+    }
 
 
 def test_comparison_comes_as_json_too(capsys: Capture) -> None:

@@ -39,7 +39,17 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
 
 @pytest.mark.parametrize("vocab", ["split", "ends"])
 @pytest.mark.parametrize(
-    ("name", "chunks"), [("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
+    ("name", "chunks"),
+    [
+        ("1f1b", 1),
+        ("zb-h1", 1),
+        ("interleaved-1f1b", 2),
+        ("interleaved-1f1b", 4),
+        ("zb-v", 2),
+        ("v-half", 2),
+        ("v-min", 2),
+        ("dualpipev", 2),
+    ],
 )
 def test_formulas_of_microbatches_in_flight_agree_with_the_simulator(name: str, chunks: int, vocab: Vocab) -> None:
     for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):

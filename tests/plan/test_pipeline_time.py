@@ -14,6 +14,7 @@ from benchmarks.planner.qi_bubble import qi_bubble
 from .models import GPT2
 
 NAMES = [("1f1b", 1), ("zb-h1", 1), ("gpipe", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3)]
+NAMES += [("zb-v", 2), ("v-half", 2), ("v-min", 2), ("dualpipev", 2)]
 
 
 def uneven(count: int) -> tuple[StageCost, ...]:

@@ -12,6 +12,7 @@ from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
+from trellax.plan.costs.pipeline_time import find_placement
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
 from trellax.plan.costs.step_time import step_time
 from trellax.plan.diagnoses import diagnose
@@ -42,7 +43,7 @@ def test_every_layout_is_legal(heads: int, kv: int, layers: int, devices: int, b
         assert model.ffn_size % layout.tensor == 0
         assert model.vocab_size % (layout.tensor * layout.pipe) == 0
         assert layout.num_stages <= layers
-        assert layout.schedule.startswith("interleaved") == (layout.chunks > 1)
+        assert layout.family.allows_chunks(layout.chunks)
 
 
 def test_plans_keep_within_xlas_limit_if_any_layout_does() -> None:
@@ -109,7 +110,9 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     runtime = question.priced_runtime
     layer = layer_time(question.model, **sizes, runtime=runtime)
     ends = end_costs(question.model, **sizes, runtime=runtime)
-    stages = stage_times(layer, layers=stage_layers(question.model, layout), ends=ends, runtime=runtime)
+    layers = stage_layers(question.model, layout)
+    placement = find_placement(question.model, layout=layout, num_tokens=question.num_tokens, runtime=runtime)
+    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime, placement=placement)
     schedule = build_schedule(
         layout.schedule,
         num_ranks=layout.pipe,

@@ -6,7 +6,10 @@ from trellax.schedules import SCHEDULES, Schedule, build_schedule
 WHOLE = ("naive", "gpipe", "1f1b", "interleaved-1f1b")
 """Schedules whose backwards are whole."""
 
-HALVES = ("zb-h1", "interleaved-zb-h1")
+V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipev")
+"""Schedules of two chunks that are placed in a V, with split backwards."""
+
+HALVES = ("zb-h1", "interleaved-zb-h1", *V_SHAPED)
 """Schedules with split backwards, I and W."""
 
 
@@ -22,7 +25,8 @@ def named_schedules(
 ) -> Schedule:
     """Any named schedule; fewer microbatches than ranks, and numbers that ranks do not divide, are among them."""
     name = draw(st.sampled_from(names))
-    num_chunks = draw(st.integers(2, max_chunks)) if SCHEDULES[name].chunks == "several" else 1
+    family = SCHEDULES[name]
+    num_chunks = draw(st.integers(2, max_chunks)) if family.chunks == "several" else family.default_chunks
     return build_schedule(
         name,
         num_ranks=draw(st.integers(min_ranks, max_ranks)),

@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 from trellax.meshes import ScheduleError
 from trellax.schedules import (
     SCHEDULES,
+    Placement,
     Schedule,
     build_schedule,
     load_schedule,
     schedule_from_csv,
     schedule_to_csv,
+    simulate,
 )
 
 # As torch.distributed.pipelining writes them, compute only; its csv writer ends lines with CRLF.
 TORCH_GPIPE = "0F0,0F1,,,0B0,0B1\r\n,1F0,1F1,1B0,1B1,\r\n"
 TORCH_HALVES = "0F0,0F1,,,0I0,0I1,0W0,0W1\n,1F0,1I0,1F1,1I1,1W0,1W1,\n"
+
+TORCH = Path(__file__).with_name("torch")
+"""Files that `ScheduleZBVZeroBubble` and `ScheduleDualPipeV` of torch 2.13 wrote, compute only or lowered."""
 
 MISTAKES = {
     "empty": "\n",
@@ -33,7 +38,10 @@ MISTAKES = {
     "missing": "0F0,,0B0\n,1F0,\n",
     "huge_microbatch": "0F99999999999,,0B0\n,1F0,1B0\n",
     "huge_stage": "0F0,,0B0,99999999998F0\n,1F0,1B0\n",
-    "halves_and_wholes": "0F0,,0B0\n,1F0,1I0,1W0\n",
+    "half_and_whole_of_one": "0F0,,0B0,0I0\n,1F0,1I0,1W0\n",
+    "wrong_rank_in_a_v": "0F0,,,3F0,3B0,,,1B0\n,1F0,2F0,,,2B0,0B0\n",
+    "missing_in_a_v": "0F0,,,3F0,3B0,,,0B0\n,1F0,2F0,,,2B0\n",
+    "no_neighbours": "0F0,,,0B0\n2F0,2B0,,\n1F0,,1B0,\n3F0,3B0,,\n",
     "wrong_order": "0F0,0B0\n1B0,1F0\n",
     "ranks_wait_for_each_other": "0F0,0B1,0F1,0B0\n1F0,1B0,1F1,1B1\n",
     "open_quote": '0F0,"0B0\n',
@@ -50,10 +58,12 @@ MISTAKES = {
 def test_saved_schedule_loads_with_the_same_order_on_every_rank(
     name: str, ranks: int, microbatches: int, chunks: int
 ) -> None:
-    num_chunks = chunks if SCHEDULES[name].chunks == "several" else 1
+    family = SCHEDULES[name]
+    num_chunks = chunks if family.chunks == "several" else family.default_chunks
     schedule = build_schedule(name, num_ranks=ranks, num_microbatches=microbatches, num_chunks=num_chunks)
     loaded = schedule_from_csv(schedule_to_csv(schedule), name=name)
     assert (loaded.num_ranks, loaded.num_chunks, loaded.num_microbatches) == (ranks, num_chunks, microbatches)
+    assert loaded.placement == schedule.placement
     for rank in range(ranks):
         assert [a for _, r, a in loaded.placed() if r == rank] == [a for _, r, a in schedule.placed() if r == rank]
 
@@ -71,6 +81,30 @@ def test_one_action_a_cell_is_torchs_format() -> None:
 def test_compute_only_table_of_torch_loads(text: str) -> None:
     schedule = schedule_from_csv(text, name="torch")
     assert (schedule.num_ranks, schedule.num_chunks, schedule.num_microbatches) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["zbv_4x8", "dualpipev_4x8"])
+def test_v_shaped_list_of_torch_loads_with_its_placement(name: str) -> None:
+    schedule = load_schedule(TORCH / f"{name}.csv")
+    assert schedule.placement == Placement.of("v", num_ranks=4, num_chunks=2)
+    assert (schedule.num_chunks, schedule.num_microbatches) == (2, 8)
+    # 3 ticks of a chunk more than the work of 8 microbatches, as our own have.
+    assert simulate(schedule).makespan == (6 * 8 + 3) / 2
+
+
+@pytest.mark.parametrize("name", ["dualpipev_4x8", "dualpipev_2x6_lowered"])
+def test_dualpipev_of_torch_is_ours_tick_by_tick(name: str) -> None:
+    said: list[str] = []
+    theirs = load_schedule(TORCH / f"{name}.csv", say=said.append)
+    sizes = {"num_ranks": theirs.num_ranks, "num_microbatches": theirs.num_microbatches}
+    assert theirs.ticks == build_schedule("dualpipev", **sizes, num_chunks=2).ticks
+    assert any(text.startswith("split ") and "whole backwards into I and W" in text for text in said)
+
+
+def test_any_placement_of_neighbours_loads() -> None:
+    """A ring that runs backwards is neither a loop nor a V."""
+    schedule = schedule_from_csv("0F0,,,0B0\n,,2F0,2B0\n,1F0,,,1B0\n", name="mine")
+    assert schedule.placement == Placement((0, 2, 1))
 
 
 def test_b_beside_w_is_the_input_gradient_as_in_torch_2_5() -> None:

@@ -67,6 +67,12 @@ def test_equal_costs_in_whole_groups_reach_every_formula_in_lockstep(name: str, 
         ("zb-h1", 8, "lockstep", {"weight_grad": 0.5}, "in lockstep a tick lasts"),
         ("interleaved-zb-h1", 32, "async", {"input_grad": 2.0}, "F = I = W"),
         ("zb-h1", 8, "async", {"weight_grad": 3.0}, "no longer than F and I"),
+        ("zb-v", 8, "lockstep", {}, "begin the next step before others end this one"),
+        ("v-half", 8, "lockstep", {}, "rounds the idle time up, to 3p ticks"),
+        ("v-min", 7, "async", {}, "rounds the idle time up, to 4p ticks"),
+        ("v-min", 8, "async", {"transfer": 0.1}, "no transfer"),
+        ("v-half", 8, "lockstep", {"weight_grad": 0.5}, "in lockstep a tick lasts"),
+        ("dualpipev", 8, "lockstep", {}, "whole backwards, which are split here"),
     ],
 )
 def test_difference_from_the_formula_is_explained(
@@ -77,6 +83,16 @@ def test_difference_from_the_formula_is_explained(
     assert formula
     timing = simulate(schedule, clock=clock, **costs)
     assert reason in str(explain_difference(schedule, formula, timing, **costs))
+
+
+@pytest.mark.parametrize(
+    ("name", "bubble"), [("zb-v", 0), ("v-half", 4 / 20), ("v-min", 8 / 32), ("dualpipev", 3 / 27)]
+)
+def test_v_shaped_schedules_have_the_formula_of_their_source(name: str, bubble: float) -> None:
+    """Bubbles are 0, p / 2 and 2p / 3 microbatches beside 8, and (p - 1)(F + 2I - W) / 2 beside 8 (F + I + W)."""
+    formula = find_formula(build(name, 4, 8))
+    assert formula
+    assert formula.bubble_fraction == pytest.approx(bubble)
 
 
 def test_formula_names_its_source() -> None:

@@ -44,7 +44,7 @@ def test_the_peak_of_a_family_is_that_of_its_schedules(
     *, name: str, ranks: int, groups: int, chunks: int, vocab: Vocab
 ) -> None:
     family, microbatches = SCHEDULES[name], groups * ranks
-    num_chunks = chunks if family.chunks == "several" else 1
+    num_chunks = chunks if family.chunks == "several" else family.default_chunks
     sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": num_chunks}
     peak = max(simulate(build_schedule(name, **sizes, vocab=vocab)).peak_in_flight)
     formula = family.peak_in_flight

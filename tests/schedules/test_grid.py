@@ -33,7 +33,7 @@ def test_grid_of_1f1b_for_separate_programs(golden: Golden) -> None:
 @given(named_schedules(max_microbatches=12))
 def test_schedule_survives_a_round_trip_through_text(schedule: Schedule) -> None:
     sizes = {"num_microbatches": schedule.num_microbatches, "num_chunks": schedule.num_chunks}
-    assert Schedule.parse(str(schedule), name=schedule.name, **sizes) == schedule
+    assert Schedule.parse(str(schedule), name=schedule.name, placement=schedule.placement, **sizes) == schedule
 
 
 def test_chunks_survive_a_round_trip_through_text() -> None:

@@ -32,7 +32,7 @@ def orders_of(schedule: Schedule) -> list[list[Action]]:
 
 def placed_again(schedule: Schedule) -> Schedule:
     sizes = {"num_microbatches": schedule.num_microbatches, "num_chunks": schedule.num_chunks}
-    return schedule_from_orders(orders_of(schedule), name=schedule.name, **sizes)
+    return schedule_from_orders(orders_of(schedule), name=schedule.name, placement=schedule.placement, **sizes)
 
 
 @every_size

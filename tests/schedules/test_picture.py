@@ -64,6 +64,7 @@ def test_spans_of_a_rank_follow_each_other_and_their_needs(
 
 def test_messages_are_the_crossings_between_stages() -> None:
     assert [count_messages(build(name)) for name in ("gpipe", "interleaved-zb-h1")] == [2 * 8 * 3, 2 * 8 * 7]
+    assert count_messages(build("zb-v")) == 2 * 8 * 6
     assert count_messages(build("interleaved-1f1b", ranks=1)) == 0
 
 
