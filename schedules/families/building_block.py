@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from ...meshes.errors import ScheduleError
-from ..action import Action
+from ..action import Action, Kind
 from ..check import check_sizes, needs
 from ..orders import fill_ticks
 from ..placement import Placement
@@ -83,7 +83,8 @@ def build_from_block(block: Block, *, name: str, num_ranks: int, num_microbatche
 
 def _repeat(block: Block, placement: Placement, *, num_microbatches: int, limit: int) -> list["_Row"]:
     """Return the rows of the repeated block, with the shortest turns that collide nowhere and keep the limit."""
-    for turns in sorted(product(range(1, _PERIOD + 1), repeat=3), key=lambda turns: (sum(turns), turns)):
+    delays = range(1, _PERIOD + 1)
+    for turns in sorted(product(delays, delays, delays), key=lambda turns: (sum(turns), turns)):
         starts = block.starts(placement.num_ranks, turns)
         if all(len({tick % _PERIOD for tick in own}) == len(own) for own in starts):
             stages = map(placement.stages_of, range(placement.num_ranks))
@@ -98,7 +99,8 @@ def _repeat(block: Block, placement: Placement, *, num_microbatches: int, limit:
 
 def _passes(starts: Sequence[int], stages: Sequence[int], num_microbatches: int) -> list[Action | None]:
     """Return a rank's forwards and input gradients by tick, given the ticks of the first microbatch."""
-    (first, last), kinds = stages, ("F", "F", "I", "I")
+    first, last = stages
+    kinds: tuple[Kind, ...] = ("F", "F", "I", "I")
     passes: list[Action | None] = [None] * (max(starts) + _PERIOD * (num_microbatches - 1) + 1)
     for start, stage, kind in zip(starts, (first, last, last, first), kinds, strict=True):
         for microbatch in range(num_microbatches):
