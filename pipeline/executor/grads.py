@@ -8,6 +8,7 @@ Read `region.py` next.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -139,10 +140,7 @@ def pipeline_loss(
         out = traced.run(params, inputs, closed_over)
         return out.loss, Aux(metrics=out.metrics, stats=out.stats)
 
-    def rule(primals: Any, tangents: Tangents) -> tuple[Any, Any]:
-        return _differentiate(call, primals, tangents)
-
-    loss_of.defjvp(rule, symbolic_zeros=True)
+    loss_of.defjvp(partial(_differentiate, call), symbolic_zeros=True)
     loss, aux = loss_of(params, inputs, traced.closed_over)
     return (loss, aux) if has_aux else loss
 
