@@ -106,6 +106,9 @@ class PipelineSection(Section):
     remat: Literal["none", "full", "dots"] = Field(
         "dots", description="what the backward recomputes: little (none), all but matrix products (dots), or all"
     )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="messages beside products in the steady state; auto turns it on for GPUs"
+    )
     unroll: Literal["off", "on"] = Field("off", description="unroll the layers of a stage: faster, but compiles longer")
     layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
         "auto", description="layers of each stage, first to last, such as 3,3,2; auto balances their times"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .executor.grads import pipeline_grads, pipeline_loss
+    from .executor.grads import compiler_options, pipeline_grads, pipeline_loss
     from .executor.loop_plan import Bubbles
     from .executor.lower import lower
     from .executor.tables import Tables
@@ -26,6 +26,7 @@ __all__ = [
     "Tables",
     "balance_layers",
     "check_layers",
+    "compiler_options",
     "lower",
     "natural_order",
     "pipeline_grads",

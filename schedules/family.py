@@ -43,6 +43,8 @@ class Family:
         peak_in_flight: "all" where a rank holds every microbatch of the step, a function where a formula is known, None
             if it can only be counted in the schedule itself.
         bubble: returns the bubble fraction that the literature states, given the schedule and a rank's times.
+        is_paired: whether all ranks run a forward and a whole backward in most ticks, a steady state in which the
+            executor can overlap messages, and then holds one microbatch more.
         counterpart: name of the family with the same order for the other number of chunks, one or several.
         run_ahead: builds the order of separate programs that run ahead while results travel, as Megatron does.
 
@@ -59,6 +61,7 @@ class Family:
     order: Literal["fixed", "searched"] = "fixed"
     peak_in_flight: PeakInFlight | Literal["all"] | None = None
     bubble: Callable[[Schedule, StageCost], Formula] | None = None
+    is_paired: bool = False
     counterpart: str | None = None
     run_ahead: Callable[..., Schedule] | None = None
 

@@ -73,6 +73,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "pipeline.StageFns": FUNCTIONS,
     "pipeline.balance_layers": {"num_layers": 4, "num_stages": 2},
     "schedules.build_schedule": SIZES | {"name": "1f1b"},
+    "pipeline.compiler_options": {"mesh": MESH},
+    "pipeline.natural_order": {"stages": {}},
     "pipeline.check_layers": {"num_layers": 4, "num_ranks": 2},
     "pipeline.lower": {"schedule": GRID},
     "pipeline.pipeline_grads": PIPELINE,

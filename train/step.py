@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..pipeline import pipeline_grads, pipeline_loss
+from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
@@ -51,9 +51,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     section, optimizer_section = setup.config.train, setup.config.optimizer
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
-        out = pipeline_grads(
-            setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
-        )
+        given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
+        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
@@ -73,7 +72,11 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
-    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None), compiler_options=_options(setup))
+
+
+def _options(setup: Setup) -> dict[str, Any]:
+    return compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap) if setup.sizes.pipe > 1 else {}
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:

@@ -121,7 +121,6 @@ def _keep(state: LoopState, _turn: Turns) -> LoopState:
     return state
 
 
-@jax.named_scope("exchange")
 def send(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
     """Return what arrives [b, ...] over links, of the slots that a turn sends of buffers [slots, b, ...]."""
 
@@ -133,6 +132,7 @@ def send(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) ->
     return jax.tree.map(one, read(buffers, jnp.maximum(transfer.send, 0)))
 
 
+@jax.named_scope("exchange")
 def exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
     """Return the buffers [slots, b, ...] after a permute over links, in turns where any rank sends over them."""
 

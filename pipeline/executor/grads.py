@@ -8,11 +8,12 @@ Read `region.py` next.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice
@@ -38,6 +39,28 @@ from .traced_function import ClosedOver, TracedFunction, trace_function
 
 Overlap = Literal["auto", "on", "off"]
 """Whether the steady state of a schedule has a loop of its own, in which messages travel beside products."""
+
+_COLLECTIVES_AT_ONCE = 4
+
+
+def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") -> dict[str, Any]:
+    """Return options of `jax.jit` with which XLA puts the messages of a pipelined step beside its products.
+
+    By default XLA has one collective on the way at a time. Beside a layer's products there may be a permute, a sum over
+    pipe and a sum over tensor. Empty on CPUs, and without overlap.
+
+    >>> step = jax.jit(step, compiler_options=compiler_options(mesh))
+
+    Raises:
+        ScheduleError: `overlap` is not one of the choices.
+    """
+    check_choice("overlap", overlap, get_args(Overlap), error=ScheduleError)
+    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap)
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": _COLLECTIVES_AT_ONCE} if is_on else {}
+
+
+def _overlaps(mesh: Mesh | AbstractMesh, overlap: Overlap) -> bool:
+    return overlap == "on" or (overlap == "auto" and platform_of(mesh) in GPUS)
 
 
 def pipeline_grads(
@@ -117,10 +140,7 @@ def pipeline_loss(
         out = traced.run(params, inputs, closed_over)
         return out.loss, Aux(metrics=out.metrics, stats=out.stats)
 
-    def rule(primals: Any, tangents: Tangents) -> tuple[Any, Any]:
-        return _differentiate(call, primals, tangents)
-
-    loss_of.defjvp(rule, symbolic_zeros=True)
+    loss_of.defjvp(partial(_differentiate, call), symbolic_zeros=True)
     loss, aux = loss_of(params, inputs, traced.closed_over)
     return (loss, aux) if has_aux else loss
 
@@ -179,7 +199,7 @@ def _trace(
         mesh=call.mesh,
         schedule=call.schedule,
         bubbles=call.bubbles,
-        overlap=call.overlap == "on" or (call.overlap == "auto" and platform_of(call.mesh) in GPUS),
+        overlap=_overlaps(call.mesh, call.overlap),
         wants=wants,
         wants_batch=wants_batch,
     )

@@ -126,6 +126,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     return replace(state, activations=_receive(state.activations, back.forward, activations)), None
 
 
+@jax.named_scope("exchange")
 def _send(
     plan: LoopPlan, buffers: Any, transfers: dict[int, Transfer], *, step: Literal[1, -1], offsets: tuple[int, ...]
 ) -> dict[int, Any]:

@@ -10,7 +10,7 @@ are split over pipe x tensor, and all ranks work on them together.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
-from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
-from ...meshes.arguments import check_choice
+from ...meshes import DEFAULT_RULES, ShardingRules
 from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
@@ -56,33 +55,30 @@ def split_transformer(
     unroll: Literal["off", "on"] = "off",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
-    """Return the transformer of `config` cut into num_chunks x pipe stages.
+    """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
 
-    Stage parameters are [chunks, ranks@pipe, layers, ...]. Embedding and head are shared: replicated over pipe, or with
-    vocab="split" tables [V@pipe+tensor, D]. Batches are dicts of tokens, targets and weights [M, B@data, T].
+    Embedding and head are shared: replicated over pipe, or with vocab="split" tables [V@pipe+tensor, D]. Batches are
+    dicts of tokens, targets and weights [M, B@data, T].
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
-        placement: which rank holds which stage; give `schedule.placement`.
-        vocab: the choice that the schedule was built with: "split" over all ranks, or at the "ends" alone.
-        unroll: whether the layers of a stage are written out ("on") or looped over ("off").
+        placement, vocab: those of the schedule.
+        unroll: whether layers are written out ("on") or looped over ("off").
         rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
 
     Raises:
         MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
-        ScheduleError: the layers do not divide into the stages, or `layers_per_stage` does not add up.
+        ScheduleError: the layers do not divide into stages, or counts and placement are of other sizes.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
-    check_choice("remat", remat, get_args(Remat), error=ScheduleError)
     rules = _place_vocab(rules, vocab, mesh)
-    layers, num_ranks = config.num_layers, mesh.shape[rules.mesh_axes.pipe]
-    counts = check_layers(layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    where = Placement.resolve(placement, num_ranks=num_ranks, num_chunks=num_chunks)
-    make_params = partial(_make_params, config, where, counts)
+    sizes = {"num_ranks": mesh.shape[rules.mesh_axes.pipe], "num_chunks": num_chunks}
+    counts = check_layers(config.num_layers, layers_per_stage=layers_per_stage, **sizes)
+    make_params = partial(_make_params, config, where := Placement.resolve(placement, **sizes), counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
-    shardings = _shardings(dims := _cut_dims(param_dims(model)), shapes, rules, mesh)
-    params = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
+    shapes, dims = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
+    shardings = _shardings(dims, shapes, rules, mesh)
+    params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
     fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll, placement=where)
     make = jax.jit(make_params, out_shardings=shardings)

@@ -12,14 +12,14 @@ largest; the rest of it is zero and never run.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...meshes import ScheduleError
-from ...meshes.arguments import check_count
+from ...meshes.arguments import check_choice, check_count
 from ...meshes.divisibility import check_divides, nearest_multiples
 from ...schedules.check import check_sizes
 from ...schedules.placement import Placement, Shape
@@ -129,6 +129,8 @@ def natural_order(
     Raises:
         ScheduleError: `layers_per_stage` is not what the parameters were cut by.
     """
+    if not isinstance(placement, Placement):
+        check_choice("placement", placement, get_args(Shape), error=ScheduleError)
     if pattern is not None:
         _check_kinds("stages", stages)
         if layers_per_stage is None:

@@ -126,6 +126,8 @@ class StageFns:
             check_counts(self.layers_per_stage)
         if self.num_layers is not None:
             check_count("num_layers", self.num_layers, error=ScheduleError)
+        if not isinstance(self.placement, Placement):
+            check_choice("placement", self.placement, get_args(Shape), error=ScheduleError)
         check_choice("unroll", self.unroll, get_args(Unroll), error=ScheduleError)
 
     def _check_pattern(self) -> None:

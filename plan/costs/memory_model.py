@@ -102,6 +102,8 @@ def peak_in_flight(
         return (everything,) * num_ranks
     if traits.clock == "lockstep" and family.peak_in_flight is not None:
         most = family.peak_in_flight(num_ranks, num_chunks, traits.vocab)
+        # Forwards of a pair come first, before the backward beside them frees its slot.
+        most += family.is_paired and traits.pair_overlap == "on"
         return (min(everything, most),) * num_ranks
     # Enough to fill the pipeline; from there on every forward has a backward beside it, and the peak stays.
     few = min(num_microbatches, (2 * num_chunks + 1) * num_ranks if num_chunks > 1 else 2 * num_ranks)
@@ -167,6 +169,8 @@ def _end_bytes(
     boundary = boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     if runtime.residuals == "trellax":
         waiting = layout.microbatches + 2 if layout.family.peak_in_flight == "all" else 3
+        # The input of the next pair is made before that of this one is used up.
+        waiting += layout.family.is_paired and runtime.pair_overlap == "on" and runtime.vocab == "split"
         return boundary * (waiting if layout.pipe > 1 else 1)
     masks = boundary / item_bytes(model) * held if "embedding" in ends and runtime.dropout == "on" else 0.0
     return masks + (2 * boundary if "head" in ends else 0.0)

@@ -31,6 +31,7 @@ class OrderTraits:
     clock: Clock
     vocab: Vocab
     chunk_order: ChunkOrder
+    pair_overlap: OnOff
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Runtime:
         clock: one lockstep program for all ranks, or one asynchronous program per rank; see `simulate`.
         vocab: placement of embedding and head; see `split_transformer`.
         chunk_order: order of interleaved 1F1B; see `ChunkOrder`.
+        pair_overlap: runs a forward and a backward of all ranks in one loop body, with messages beside products, and
+            holds one microbatch more.
         attention: whether the core of attention stores its scores in memory or is one fused kernel.
         score_bytes: bytes of one stored score.
         flash: implementation of the fused kernel.
@@ -71,6 +74,7 @@ class Runtime:
     clock: Clock = "lockstep"
     vocab: Vocab = "split"
     chunk_order: ChunkOrder = "paired"
+    pair_overlap: OnOff = "off"
     attention: Literal["scores", "fused"] = "scores"
     score_bytes: int = 4
     flash: FlashKernel = "vendor"
@@ -100,10 +104,12 @@ class Runtime:
     @property
     def order_traits(self) -> OrderTraits:
         """The traits that determine the order of actions."""
-        return OrderTraits(clock=self.clock, vocab=self.vocab, chunk_order=self.chunk_order)
+        return OrderTraits(
+            clock=self.clock, vocab=self.vocab, chunk_order=self.chunk_order, pair_overlap=self.pair_overlap
+        )
 
 
-TRELLAX = Runtime()
+TRELLAX = Runtime(pair_overlap="on")
 """The step that trellax compiles where attention is not fused: lockstep, the vocabulary split over pipe x tensor.
 
 Attention scores are stored in float32. `trellax_runtime` returns the traits for a model on an accelerator.

@@ -102,6 +102,7 @@ INTERLEAVED_1F1B = Family(
     build=interleaved_1f1b,
     takes=frozenset({"num_chunks", "vocab"}),
     chunks="several",
+    is_paired=True,
     peak_in_flight=_peak_in_flight,
     bubble=partial(fill_drain_bubble, text="(p-1) / (v m+p-1)", source="Narayanan et al. 2021, section 2.2"),
     counterpart="1f1b",

@@ -76,6 +76,7 @@ ONE_F_ONE_B = Family(
     name="1f1b",
     build=one_f_one_b,
     takes=frozenset({"clock", "vocab"}),
+    is_paired=True,
     peak_in_flight=_peak_in_flight,
     bubble=partial(fill_drain_bubble, text="(p-1) / (m+p-1)", source="Narayanan et al. 2021, section 2.2"),
     counterpart="interleaved-1f1b",

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
+from trellax.pipeline import lower
+from trellax.pipeline.executor.tables import Ends
 from trellax.plan.costs.activations import layer_activation_bytes
 from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory
@@ -54,10 +56,15 @@ def test_activations_of_a_layer_are_korthikantis_to_the_byte(
 def test_formulas_of_microbatches_in_flight_agree_with_the_simulator(name: str, chunks: int, vocab: Vocab) -> None:
     for ranks, microbatches in ((2, 4), (4, 4), (4, 16), (8, 8), (8, 32)):
         sizes = {"num_ranks": ranks, "num_microbatches": microbatches, "num_chunks": chunks}
-        traits = replace(TRELLAX, vocab=vocab).order_traits
+        traits = replace(TRELLAX, vocab=vocab, pair_overlap="off").order_traits
         peaks = peak_in_flight(name, **sizes, traits=traits)
         schedule = plan_schedule(name, **sizes, traits=traits)
         assert max(peaks) == max(simulate(schedule).peak_in_flight)
+        paired = peak_in_flight(name, **sizes, traits=replace(traits, pair_overlap="on"))
+        ends: Ends = "together" if vocab == "split" else "alone"
+        tables = lower(schedule, ends=ends, overlap=True)
+        assert max(paired) >= tables.num_residual_slots >= max(peaks)
+        assert tables.steady is None or max(paired) == tables.num_residual_slots
 
 
 SIZES = "--data.seq_len 64 --model.max_tokens 64 --model.hidden_size 64 --model.num_layers 8"

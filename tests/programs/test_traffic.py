@@ -12,6 +12,7 @@ from trellax.plan.costs.device_params import block_params, vocabulary_params
 from trellax.plan.costs.minimum_traffic import minimum_bytes
 from trellax.programs import ProgramReport, Traffic
 from trellax.programs.traffic import EVERY_KIND
+from trellax.schedules import Placement
 from trellax.train import Setup
 
 from .steps import SPLIT, collectives_of, compiled_step, report_of, setup_of
@@ -144,7 +145,8 @@ def test_minimum_of_a_step_by_hand() -> None:
 
 
 def test_minimum_of_interleaved_chunks_counts_every_boundary() -> None:
-    sizes = replace(step_sizes(setup_of("2x1x4")), num_chunks=2)
+    placement = Placement.of("loop", num_ranks=4, num_chunks=2)
+    sizes = replace(step_sizes(setup_of("2x1x4")), num_chunks=2, placement=placement, layers_per_stage=None)
     # A rank in the middle sends two chunks' activations on and two chunks' gradients back.
     assert minimum_bytes(sizes)["pipe"] == 4 * M * sizes.boundary
 
