@@ -54,8 +54,8 @@ def _memory_table(rows: list[dict[str, Any]]) -> Rows:
 def _activations_title(rows: list[dict[str, Any]]) -> str:
     p = rows[0]["num_ranks"]
     return (
-        f"Work R1, {p} ranks x {8 // p} data shards, {2 * p} blocks: activations, the part of the memory that slots "
-        "take, over those of 1F1B, of ZB-H1, and of 1F1B if it held p microbatches"
+        f"Work R1, {p} ranks, {2 * p} blocks: activations, the part of the memory that slots take, over those of 1F1B, "
+        "of ZB-H1, and of 1F1B if it held p microbatches"
     )
 
 
