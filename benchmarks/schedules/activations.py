@@ -7,9 +7,10 @@ one with a single microbatch and one with enough to fill the pipeline, tell them
     bytes of a slot = (bytes with enough - bytes with one) / (slots with enough - slots with one)
     activations     = slots with enough * bytes of a slot
 
-A slot of a split backward is larger, since it also keeps the gradients of outputs until the weights' have been made. So
-V-shaped schedules are compared with ZB-H1 too, and with 1F1B of p microbatches, as programs of their own hold; in
-lockstep pairs of a forward and a backward it holds 2 (p - 1).
+Most of a slot is residuals, and their buffers, which the loop over turns carries, are measured too. The rest of a slot
+differs between compilers: XLA copies some of the buffers where an input gradient writes to what it has read, on CPUs.
+V-shaped schedules are also compared with ZB-H1, whose backward is split as theirs, and with 1F1B if it held p
+microbatches, as in programs of their own; in lockstep pairs of a forward and a backward it holds 2 (p - 1).
 """
 
 from typing import Any
@@ -36,6 +37,7 @@ def measure_activations(worker: Worker, *, num_ranks: int) -> list[dict[str, Any
     }
     for row in rows:
         row["over"] = {name: row["activations_mib"] / mib for name, mib in references.items()}
+        row["residuals_over"] = row["residuals_mib"] / of["1f1b"]["residuals_mib"]
     return rows
 
 
@@ -54,7 +56,8 @@ def tabulate_activations(rows: list[dict[str, Any]]) -> Rows:
     """Return the table of the activations on one number of ranks."""
     sizes = [f"MiB m={m}" for m in rows[0]["temp_mib"]]
     ratios = [f"over {name}" for name in rows[0]["over"]]
-    head = ("schedule", "slots", *sizes, "MiB a slot", "activations MiB", "rest MiB", *ratios)
+    parts = ("MiB a slot", "activations MiB", "rest MiB")
+    head = ("schedule", "slots", *sizes, *parts, *ratios, "residuals MiB", "over 1f1b")
     body = [
         (
             row["schedule"],
@@ -62,6 +65,8 @@ def tabulate_activations(rows: list[dict[str, Any]]) -> Rows:
             *(f"{size:.1f}" for size in row["temp_mib"].values()),
             *(f"{row[key]:.1f}" for key in ("slot_mib", "activations_mib", "rest_mib")),
             *(f"{ratio:.2f}" for ratio in row["over"].values()),
+            f"{row['residuals_mib']:.1f}",
+            f"{row['residuals_over']:.2f}",
         )
         for row in rows
     ]
@@ -74,14 +79,16 @@ def _measure(worker: Worker, schedule: str, num_ranks: int) -> dict[str, Any]:
     counts = (1, 2 * num_ranks, 4 * num_ranks)
     given = [{"schedule": schedule, "num_microbatches": m, "num_ranks": num_ranks} for m in counts]
     mib = [worker.ask("memory", remat="none", **one) / MIB for one in given]
-    slots = [worker.ask("slots", **one) for one in given]
-    slot_mib = (mib[-1] - mib[0]) / (slots[-1] - slots[0])
+    few, *_, enough = [worker.ask("slots", **one) for one in given]
+    slots = enough["slots"]
+    slot_mib = (mib[-1] - mib[0]) / (slots - few["slots"])
     return {
         "schedule": schedule,
         "num_ranks": num_ranks,
-        "slots": slots[-1],
+        "slots": slots,
         "temp_mib": dict(zip(counts, mib, strict=True)),
         "slot_mib": slot_mib,
-        "activations_mib": slots[-1] * slot_mib,
-        "rest_mib": mib[-1] - slots[-1] * slot_mib,
+        "activations_mib": slots * slot_mib,
+        "residuals_mib": enough["residual_bytes"] / MIB,
+        "rest_mib": mib[-1] - slots * slot_mib,
     }

@@ -1,7 +1,7 @@
 """Compare all pipeline schedules: memory, executed work, simulated ticks and measured steps.
 
 Command:  python benchmarks/schedules/run.py [--quick] [--memory] [--json]
-Time: about 16 minutes on two quiet cores, 4 with --quick or --memory. Other programs on the machine distort times.
+Time: 10 minutes with --quick and 8 with --memory on two busy cores. Other programs on the machine distort times.
 
 The model is work R1 (see `../workers/work_r1.py`) without remat on 4 ranks. With 2 data shards it measures the compiled
 temporary memory, which may grow with the number of microbatches for GPipe only; the executed matmul work, counted in a

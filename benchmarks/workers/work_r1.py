@@ -53,9 +53,18 @@ def measure_memory(*, schedule: str, remat: Remat, num_microbatches: int, num_ra
     return _compile(schedule, remat, num_microbatches, num_ranks).memory_analysis().temp_size_in_bytes
 
 
-def count_slots(*, schedule: str, num_microbatches: int, num_ranks: int = PIPE) -> int:
-    """Return how many microbatches of a chunk the compiled program has room for on each rank."""
-    return lower(_build_schedule(schedule, num_microbatches, num_ranks)).num_residual_slots
+def measure_slots(*, schedule: str, num_microbatches: int, num_ranks: int = PIPE) -> dict[str, int]:
+    """Return the slots for microbatches of a chunk in the program without remat, and the bytes of their buffers."""
+    grid = _build_schedule(schedule, num_microbatches, num_ranks)
+    slots = lower(grid).num_residual_slots
+    program = HloModule.parse(_compile(schedule, "none", num_microbatches, num_ranks).as_text())
+    # The loop over turns carries residuals [slots, layers of a chunk, ...].
+    lead = (slots, LAYERS_PER_RANK // grid.num_chunks)
+    carried = [
+        sum(array.num_bytes for array in leaves(loop.type) if array.dims[:2] == lead and len(array.dims) > len(lead))
+        for loop in instructions_of(program, "while")
+    ]
+    return {"slots": slots, "residual_bytes": max(carried)}
 
 
 def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[str, float]:
@@ -192,7 +201,7 @@ def _rms_norm(x_bTD: jax.Array, gain_D: jax.Array) -> jax.Array:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "memory": measure_memory,
-    "slots": count_slots,
+    "slots": measure_slots,
     "work": measure_work,
     "bubbles": check_bubbles,
     "actions": measure_actions,
