@@ -86,8 +86,15 @@ def _check_schedule(config: RunConfig, *, pipe: int, known: Iterable[str] | None
 
 
 def _check_chunks(family: Family, chunks: int, *, names: list[str]) -> Iterator[TrellaxError]:
-    """Yield an error unless an interleaved schedule has several chunks a rank, and any other schedule one."""
+    """Yield an error unless a rank can have this number of chunks in the schedule's family."""
     if family.allows_chunks(chunks):
+        return
+    if family.chunks == "two":
+        yield ScheduleError(
+            f"pipeline.schedule={family.name!r} with pipeline.chunks={chunks}: a V-shaped schedule has two chunks on "
+            "each rank, one on the way down the ranks and one on the way back.",
+            fix="set pipeline.chunks to 2.",
+        )
         return
     wants = "2 or more" if chunks == 1 else "1"
     other = family.counterpart

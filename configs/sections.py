@@ -96,7 +96,9 @@ class PipelineSection(Section):
     """The split of a step into microbatches and stages, and their schedule."""
 
     schedule: str = Field("1f1b", min_length=1, description="name of a schedule, or a .csv file of your own")
-    chunks: int = Field(1, gt=0, le=_MAX, description="chunks of layers on a rank; 2 or more for interleaved schedules")
+    chunks: int = Field(
+        1, gt=0, le=_MAX, description="chunks of layers on a rank: 2 or more if interleaved, 2 in a V-shaped schedule"
+    )
     max_in_flight: int = Field(
         0, ge=0, le=_MAX, description="most microbatches in flight on a rank, for the schedule auto; 0 is no limit"
     )

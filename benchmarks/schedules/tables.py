@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.schedules.activations import tabulate_activations
 from benchmarks.schedules.times import SHARES
 from benchmarks.tables import MIB, Rows, format_table
 from benchmarks.targets import Target, format_targets
@@ -13,16 +14,21 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
     print(f"{about['cpu_cores']} cores, load before {about['load_before']:.1f}")
     parts = [
         ("Work R1, 4 ranks x 2 data shards: memory, work, permutes, simulated bubble", _memory_table(report["rows"])),
-        (_action_title(about), _action_table(report["actions"])),
-        *((_time_title(rows, about), _time_table(rows)) for rows in report["times"]),
-        (_vocabulary_title(report["vocabulary"], about), _vocabulary_table(report["vocabulary"])),
+        *((_activations_title(rows), tabulate_activations(rows)) for rows in report["activations"]),
     ]
+    if "times" in report:
+        parts += [
+            (_action_title(about), _action_table(report["actions"])),
+            *((_time_title(rows, about), _time_table(rows)) for rows in report["times"]),
+            (_vocabulary_title(report["vocabulary"], about), _vocabulary_table(report["vocabulary"])),
+        ]
     for title, rows in parts:
         print(format_table(title, rows))
-    print(f"\n{report['vocabulary_verdict']}")
-    print("\n**Verdicts**\n")
-    for line in report["verdicts"]:
-        print(f"- {line}")
+    if "times" in report:
+        print(f"\n{report['vocabulary_verdict']}")
+        print("\n**Verdicts**\n")
+        for line in report["verdicts"]:
+            print(f"- {line}")
     print(format_targets(targets))
 
 
@@ -43,6 +49,14 @@ def _memory_table(rows: list[dict[str, Any]]) -> Rows:
         for row in rows
     ]
     return [head, *body]
+
+
+def _activations_title(rows: list[dict[str, Any]]) -> str:
+    p = rows[0]["num_ranks"]
+    return (
+        f"Work R1, {p} ranks, {2 * p} blocks: activations, the part of the memory that slots take, over those of 1F1B, "
+        "of ZB-H1, and of 1F1B if it held p microbatches"
+    )
 
 
 def _action_title(about: dict[str, Any]) -> str:

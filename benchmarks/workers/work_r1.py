@@ -1,8 +1,9 @@
 """A worker for work R1, a user's own model on which other JAX pipelines were measured; it uses no trellax.layers.
 
-8 pre-norm blocks (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128, float32, no
-embedding or head, loss = mean((y - t)^2), on a mesh of pipe=4 and, with 8 devices, data=2. A microbatch has 4 sequences
-per data shard, so a device does the same work on both meshes. The pipeline and schedules benchmarks start it.
+2 pre-norm blocks a rank (RMSNorm, causal attention with 4 heads of 32, GELU MLP of 512), width 128, sequence 128,
+float32, no embedding or head, loss = mean((y - t)^2), on a mesh of pipe=4 and, with 8 devices, data=2. A microbatch has
+4 sequences per data shard, so a device does the same work on both meshes. Memory is also measured on pipe=8, with 16
+blocks. The pipeline and schedules benchmarks start it.
 """
 
 import sys
@@ -17,15 +18,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.pipeline import PipelineParams, StageFns, lower, pipeline_grads, stages_from_layers
 from trellax.programs.hlo import HloModule, leaves
-from trellax.schedules import SCHEDULES, Schedule, build_schedule
+from trellax.schedules import SCHEDULES, Placement, Schedule, build_schedule
 
 from benchmarks.workers.process import serve, start_devices
 from benchmarks.workers.scopes import naive_halves, time_scopes
 from benchmarks.workers.traces import count_traced, instructions_of, matmul_flops
 
-WIDTH, NUM_TOKENS, NUM_HEADS, FFN, NUM_LAYERS = 128, 128, 4, 512, 8
+WIDTH, NUM_TOKENS, NUM_HEADS, FFN, LAYERS_PER_RANK = 128, 128, 4, 512, 2
 NUM_SEQUENCES = 4
 """In each microbatch, for every data shard."""
 PIPE = 4
@@ -47,15 +48,29 @@ def block(params: Any, x_bTD: jax.Array, _: Any) -> jax.Array:
     return x_bTD + jax.nn.gelu(_rms_norm(x_bTD, params["norm2"]) @ params["up"]) @ params["down"]
 
 
-def measure_memory(*, schedule: str, remat: Remat, num_microbatches: int) -> float:
+def measure_memory(*, schedule: str, remat: Remat, num_microbatches: int, num_ranks: int = PIPE) -> float:
     """Return the compiled temporary bytes of loss and gradients on each device."""
-    return _compile(schedule, remat, num_microbatches).memory_analysis().temp_size_in_bytes
+    return _compile(schedule, remat, num_microbatches, num_ranks).memory_analysis().temp_size_in_bytes
+
+
+def measure_slots(*, schedule: str, num_microbatches: int, num_ranks: int = PIPE) -> dict[str, int]:
+    """Return the slots for microbatches of a chunk in the program without remat, and the bytes of their buffers."""
+    grid = _build_schedule(schedule, num_microbatches, num_ranks)
+    slots = lower(grid).num_residual_slots
+    program = HloModule.parse(_compile(schedule, "none", num_microbatches, num_ranks).as_text())
+    # The loop over turns carries residuals [slots, layers of a chunk, ...].
+    lead = (slots, LAYERS_PER_RANK // grid.num_chunks)
+    carried = [
+        sum(array.num_bytes for array in leaves(loop.type) if array.dims[:2] == lead and len(array.dims) > len(lead))
+        for loop in instructions_of(program, "while")
+    ]
+    return {"slots": slots, "residual_bytes": max(carried)}
 
 
 def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[str, float]:
     """Run one step under the profiler; return what was executed: matmul work over the ideal, and collectives."""
     mesh, compiled = _mesh(), _compile(schedule, remat, num_microbatches)
-    inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
+    inputs = _inputs(mesh, _build_schedule(schedule, num_microbatches))
     jax.block_until_ready(compiled(*inputs))
     counts = count_traced(lambda: compiled(*inputs))
     program = HloModule.parse(compiled.as_text())
@@ -68,7 +83,8 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
     permutes = [i.name for i in instructions_of(program, "collective-permute")]
     done = sum(counts[name] * work for name, work in flops.items())
     return {
-        "matmul_over_ideal": done / _ideal_flops(num_microbatches * _num_sequences(mesh)),
+        "matmul_over_ideal": done
+        / _ideal_flops(num_microbatches * _num_sequences(mesh), num_layers=LAYERS_PER_RANK * PIPE),
         "gradient_all_reduces": sum(counts[name] for name in gradient_sums) / mesh.size,
         "permutes": sum(counts[name] for name in permutes) / mesh.size,
     }
@@ -76,7 +92,7 @@ def measure_work(*, schedule: str, remat: Remat, num_microbatches: int) -> dict[
 
 def measure_actions(*, num_microbatches: int, rounds: int) -> dict[str, Any]:
     """Return seconds by scope and rank with whole backwards and with halves, one rank acting at a time."""
-    inputs = _inputs(_mesh(), num_microbatches, 1)
+    inputs = _inputs(_mesh(), _build_schedule("naive", num_microbatches))
     steps = {name: (_compile(name, "none", num_microbatches), inputs) for name in ("naive", "naive-halves")}
     for compiled, _ in steps.values():
         jax.block_until_ready(compiled(*inputs))
@@ -86,7 +102,7 @@ def measure_actions(*, num_microbatches: int, rounds: int) -> dict[str, Any]:
 def measure_step(*, schedule: str, num_microbatches: int) -> dict[str, float]:
     """Run one step without remat; return its wall and CPU seconds. Call it once before, to compile and warm up."""
     compiled = _compile(schedule, "none", num_microbatches)
-    inputs = _inputs(_mesh(), num_microbatches, _num_chunks(schedule))
+    inputs = _inputs(_mesh(), _build_schedule(schedule, num_microbatches))
     start, cpu_start = time.perf_counter(), time.process_time()
     jax.block_until_ready(compiled(*inputs))
     return {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
@@ -95,7 +111,7 @@ def measure_step(*, schedule: str, num_microbatches: int) -> dict[str, float]:
 def check_bubbles(*, schedule: str, num_microbatches: int) -> bool:
     """Tell whether loss and gradients keep every bit when bubbles are filled with NaN."""
     mesh = _mesh()
-    inputs = _inputs(mesh, num_microbatches, _num_chunks(schedule))
+    inputs = _inputs(mesh, _build_schedule(schedule, num_microbatches))
     zeros, nan = (
         _lower(mesh, schedule, "none", num_microbatches, fill).compile()(*inputs) for fill in ("zeros", "nan")
     )
@@ -109,8 +125,8 @@ def are_same_bits(left: Any, right: Any) -> bool:
     return all(np.array_equal(a.view("i4"), b.view("i4")) and np.isfinite(a).all() for a, b in arrays)
 
 
-def _mesh() -> Mesh:
-    return build_mesh(MeshSpec(data=jax.device_count() // PIPE, pipe=PIPE))
+def _mesh(num_ranks: int = PIPE) -> Mesh:
+    return build_mesh(MeshSpec(data=jax.device_count() // num_ranks, pipe=num_ranks))
 
 
 def _num_sequences(mesh: Mesh) -> int:
@@ -118,59 +134,65 @@ def _num_sequences(mesh: Mesh) -> int:
 
 
 @cache
-def _compile(schedule: str, remat: Remat, num_microbatches: int) -> Any:
+def _compile(schedule: str, remat: Remat, num_microbatches: int, num_ranks: int = PIPE) -> Any:
     """Compile once for all questions about a program."""
-    return _lower(_mesh(), schedule, remat, num_microbatches).compile()
+    return _lower(_mesh(num_ranks), schedule, remat, num_microbatches).compile()
 
 
 def _lower(mesh: Mesh, schedule: str, remat: Remat, num_microbatches: int, bubbles: Any = "zeros") -> Any:
     num_values = num_microbatches * _num_sequences(mesh) * NUM_TOKENS * WIDTH
+    grid = _build_schedule(schedule, num_microbatches, mesh.shape["pipe"])
     fns = StageFns(
         first=lambda _, microbatch: microbatch["x"],
         layer=jax.checkpoint(block, prevent_cse=False) if remat == "block" else block,
         last=lambda _, y, microbatch: ((y - microbatch["t"]) ** 2).sum() / num_values,
+        placement=grid.placement,
     )
-    grid = _build_schedule(schedule, num_microbatches)
 
     def step(params: PipelineParams, batch: Any) -> Any:
         return pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid, bubbles=bubbles)
 
-    return jax.jit(step).lower(*_inputs(mesh, num_microbatches, grid.num_chunks))
-
-
-def _build_schedule(schedule: str, num_microbatches: int) -> Schedule:
-    sizes = {"num_ranks": PIPE, "num_microbatches": num_microbatches}
-    if schedule == "naive-halves":
-        return naive_halves(**sizes)
-    return build_schedule(schedule, **sizes, num_chunks=_num_chunks(schedule))
-
-
-def _num_chunks(schedule: str) -> int:
-    return SCHEDULES[schedule].default_chunks if schedule in SCHEDULES else 1
+    return jax.jit(step).lower(*_inputs(mesh, grid))
 
 
 @cache
-def _inputs(mesh: Mesh, num_microbatches: int, num_chunks: int) -> tuple[PipelineParams, dict[str, jax.Array]]:
+def _build_schedule(schedule: str, num_microbatches: int, num_ranks: int = PIPE) -> Schedule:
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    if schedule == "naive-halves":
+        return naive_halves(**sizes)
+    return build_schedule(schedule, **sizes, num_chunks=SCHEDULES[schedule].default_chunks)
+
+
+def _inputs(mesh: Mesh, schedule: Schedule) -> tuple[PipelineParams, dict[str, jax.Array]]:
     """Parameters [chunks, ranks@pipe, layers, ...] and batch [M, B@data, T, D]."""
+    return _draw_inputs(mesh, schedule.num_microbatches, schedule.placement)
+
+
+@cache
+def _draw_inputs(
+    mesh: Mesh, num_microbatches: int, placement: Placement
+) -> tuple[PipelineParams, dict[str, jax.Array]]:
     random = np.random.default_rng(0)
-    square, up = (WIDTH, WIDTH), (WIDTH, FFN)
-    stack = (num_chunks, PIPE, NUM_LAYERS // PIPE // num_chunks)
+    square, up, num_layers = (WIDTH, WIDTH), (WIDTH, FFN), LAYERS_PER_RANK * placement.num_ranks
     shapes = dict.fromkeys(("query", "key", "value", "out"), square) | {"up": up, "down": up[::-1]}
-    weights = {name: random.normal(size=(*stack, *own)).astype("f4") * 0.05 for name, own in shapes.items()}
-    norms = dict.fromkeys(("norm1", "norm2"), np.ones((*stack, WIDTH), np.float32))
+    weights = {name: random.normal(size=(num_layers, *own)).astype("f4") * 0.05 for name, own in shapes.items()}
+    norms = dict.fromkeys(("norm1", "norm2"), np.ones((num_layers, WIDTH), np.float32))
+    stages = stages_from_layers(
+        weights | norms, num_ranks=placement.num_ranks, num_chunks=placement.num_chunks, placement=placement
+    )
     batch_shape = (num_microbatches, _num_sequences(mesh), NUM_TOKENS, WIDTH)
     batch = {name: random.normal(size=batch_shape).astype("f4") for name in ("x", "t")}
     return (
-        jax.device_put(PipelineParams(stages=weights | norms, shared={}), NamedSharding(mesh, P(None, "pipe"))),
+        jax.device_put(PipelineParams(stages=stages, shared={}), NamedSharding(mesh, P(None, "pipe"))),
         jax.device_put(batch, NamedSharding(mesh, P(None, "data"))),
     )
 
 
-def _ideal_flops(num_sequences: int) -> int:
+def _ideal_flops(num_sequences: int, *, num_layers: int) -> int:
     """Matmul flops that any exact algorithm without recomputation spends: forward, and twice that backward."""
     weights = 4 * WIDTH * WIDTH + 2 * WIDTH * FFN
     per_token = 2 * weights + 2 * 2 * NUM_TOKENS * WIDTH
-    return 3 * per_token * NUM_TOKENS * NUM_LAYERS * num_sequences
+    return 3 * per_token * NUM_TOKENS * num_layers * num_sequences
 
 
 def _rms_norm(x_bTD: jax.Array, gain_D: jax.Array) -> jax.Array:
@@ -179,6 +201,7 @@ def _rms_norm(x_bTD: jax.Array, gain_D: jax.Array) -> jax.Array:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "memory": measure_memory,
+    "slots": measure_slots,
     "work": measure_work,
     "bubbles": check_bubbles,
     "actions": measure_actions,

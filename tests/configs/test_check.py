@@ -7,7 +7,7 @@ from trellax.configs.check import check_run
 from trellax.configs.run_config import load_config
 from trellax.meshes import MeshSpec, TrellaxError
 
-SCHEDULES = ["naive", "gpipe", "1f1b"]
+SCHEDULES = ["naive", "gpipe", "1f1b", "interleaved-1f1b", "zb-v", "v-half"]
 
 MISTAKES = {
     "mesh_too_large": "--mesh.data=3 --mesh.tensor=4 --train.batch_size=12",
@@ -28,6 +28,9 @@ MISTAKES = {
     "limit_of_1f1b": "--mesh.data=8 --pipeline.max_in_flight=2",
     "no_file_of_one_rank": "--mesh.data=8 --pipeline.schedule=nowhere/x.csv",
     "nothing_to_keep": "--mesh.data=8 --checkpoint.keep_every=10",
+    "one_chunk_of_a_v": "--mesh.pipe=2 --mesh.data=4 --pipeline.schedule=v-half",
+    "three_chunks_of_a_v": "--mesh.pipe=2 --mesh.data=4 --pipeline.schedule=zb-v --pipeline.chunks=3",
+    "one_chunk_interleaved": "--mesh.pipe=2 --mesh.data=4 --pipeline.schedule=interleaved-1f1b",
     "unknown_schedule": "--mesh.data=8 --pipeline.schedule=1b1f",
     "sequence_too_long": "--mesh.data=8 --data.seq_len=64",
     "warmup_too_long": "--mesh.data=8 --optimizer.warmup_steps=21",
@@ -59,6 +62,7 @@ def test_fitting_run_gets_its_mesh_filled_in() -> None:
         "--mesh.pipe=2 --model.num_layers=3 --pipeline.layers_per_stage=2,1",
         "--mesh.pipe=2 --pipeline.chunks=2 --pipeline.schedule=auto --model.num_layers=5",
         "--mesh.pipe=2 --mesh.tensor=4 --model.vocab_size=260 --pipeline.vocab=ends",
+        "--mesh.pipe=2 --pipeline.chunks=2 --pipeline.schedule=v-min --model.num_layers=5",
         # One rank has all layers, and a file of one's own says its chunks when it is read.
         "--pipeline.layers_per_stage=1,1 --pipeline.chunks=4",
         "--mesh.pipe=2 --model.num_layers=4 --pipeline.layers_per_stage=1,1,1,1 --pipeline.schedule=my.csv",

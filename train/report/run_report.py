@@ -10,7 +10,7 @@ from ...meshes.terminal import fold
 from ...schedules import Schedule, StageCost, simulate
 from ...schedules.stage_cost import is_even
 from ..state import Setup
-from .stage_table import tabulate_stages
+from .stage_table import ranks_of_ends, tabulate_stages
 
 _MAX_GRID_COLUMNS = 100
 _MORE = " ..."
@@ -67,6 +67,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
             ],
             "device_bytes": table.device_bytes,
             "stages": stages.numbers if stages else [],
+            "ranks_of": ranks_of_ends(setup),
             "schedule": setup.schedule.name,
             "bubble_fraction": timing.bubble_fraction,
             "peak_in_flight": list(timing.peak_in_flight),

@@ -164,15 +164,37 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
     return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
 
 
+def ranks_of_ends(setup: Setup) -> dict[str, list[int]]:
+    """Return the ranks that hold the embedding, and those that hold the head.
+
+    A vocabulary split over pipe is on all ranks. Whole tables are on the ranks of the first and of the last stage,
+    which are one rank in a V.
+    """
+    if setup.config.pipeline.vocab == "split":
+        return {end: list(range(setup.sizes.pipe)) for end in ("embedding", "head")}
+    stages = {"embedding": 0, "head": setup.schedule.num_stages - 1}
+    return {end: [setup.placement.rank_of(stage)] for end, stage in stages.items()}
+
+
 def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
     most, slots = max(setup.layers_per_stage), max(simulate(setup.schedule).peak_in_flight)
     room = (
         f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight, "
         f"{slots * most * kept:,} bytes of activations"
     )
-    notes = (f"{room}, and for embedding and head, wherever they are used.",)
     if setup.config.pipeline.vocab == "split":
-        notes = (f"{room}.", "The vocabulary's time is no stage's: all ranks share it.")
+        part = f"1/{setup.sizes.pipe} of embedding and head"
+        notes = (f"{room}.", f"Every rank holds {part}, whose time is no stage's: all ranks share it.")
+    else:
+        notes = (f"{room}, and for embedding and head, wherever they are used.", _place_ends(setup))
     if narrow := unpriced_matmuls(setup.config.model):
         notes += (f"Time counts products in {narrow} as 16-bit ones: layers take less of it than is said.",)
     return notes
+
+
+def _place_ends(setup: Setup) -> str:
+    """Say which rank holds embedding and head, whole tables."""
+    (embedding,), (head,) = ranks_of_ends(setup).values()
+    if embedding == head:
+        return f"Embedding and head are on rank {embedding}."
+    return f"The embedding is on rank {embedding}, the head on rank {head}."

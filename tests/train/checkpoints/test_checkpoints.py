@@ -29,7 +29,7 @@ def arrays(tree: object) -> list[np.ndarray]:
 
 def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
     counts = setup.model.fns.layers_per_stage
-    stages = natural_order(state.params.stages, layers_per_stage=counts)
+    stages = natural_order(state.params.stages, layers_per_stage=counts, placement=setup.placement)
     return [np.asarray(leaf) for leaf in jax.tree.leaves((stages, state.params.shared))]
 
 
@@ -50,6 +50,7 @@ def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Pa
 UNEVEN = {
     "by hand": ("data=2,tensor=2,pipe=2", "--pipeline.layers_per_stage 5,2"),
     "chunks": ("data=2,tensor=2,pipe=2", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"),
+    "v": ("data=2,tensor=2,pipe=2", "--pipeline.schedule v-half --pipeline.chunks 2 --pipeline.vocab ends"),
     "balanced": ("data=2,pipe=4", ""),
     "whole vocabulary": ("tensor=2,pipe=4", "--pipeline.vocab ends"),
     "one rank": ("data=8", ""),

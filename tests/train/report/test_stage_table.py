@@ -11,9 +11,10 @@ from trellax.layers import param_counts
 from trellax.meshes import sharding_table
 from trellax.schedules import StageCost, build_schedule, simulate
 from trellax.train import Setup, draw_schedule, prepare
-from trellax.train.report.stage_table import microbatches_at_peak, tabulate_stages
+from trellax.train.report.stage_table import microbatches_at_peak, ranks_of_ends, tabulate_stages
 
 FOUR = "--mesh.tensor 1 --mesh.pipe 4 --model.num_layers 7 --pipeline.microbatches 8"
+V_SHAPED = "--mesh.tensor 1 --mesh.pipe 4 --model.num_layers 9 --pipeline.schedule v-half --pipeline.chunks 2"
 CHUNKS = "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2 --model.num_layers 7"
 
 
@@ -89,6 +90,45 @@ def test_table_of_whole_ends(golden: Callable[[str, str], None]) -> None:
     golden("stages_ends.txt", str(tabulate_stages(setup_of(f"{FOUR} --pipeline.vocab ends --pipeline.remat full"))))
 
 
+ENDS = {
+    "loop": (FOUR, [0], [3], "The embedding is on rank 0, the head on rank 3."),
+    "chunks": (CHUNKS, [0], [1], "The embedding is on rank 0, the head on rank 1."),
+    "v": (V_SHAPED, [0], [0], "Embedding and head are on rank 0."),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_table_says_which_rank_holds_embedding_and_head(name: str) -> None:
+    words, embedding, head, text = ENDS[name]
+    setup = setup_of(f"{words} --pipeline.vocab ends")
+    assert ranks_of_ends(setup) == {"embedding": embedding, "head": head}
+    assert text in tabulate_stages(setup).notes
+
+
+@pytest.mark.parametrize("words", [FOUR, V_SHAPED])
+def test_table_says_that_every_rank_holds_a_part_of_a_split_vocabulary(words: str) -> None:
+    setup = setup_of(f"{words} --pipeline.vocab split")
+    assert ranks_of_ends(setup) == {"embedding": [0, 1, 2, 3], "head": [0, 1, 2, 3]}
+    assert any("Every rank holds 1/4 of embedding and head" in note for note in tabulate_stages(setup).notes)
+
+
+@pytest.mark.parametrize("embeddings", ["tied", "untied"])
+def test_the_first_rank_of_a_v_has_the_bytes_of_both_ends(embeddings: str) -> None:
+    setup = setup_of(f"{V_SHAPED} --pipeline.vocab ends --model.embeddings {embeddings}")
+    rows, config = tabulate_stages(setup).rows, setup.config.model
+    counts = param_counts(config)
+    assert [row.rank for row in rows] == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert sum(row.parameters for row in rows) == counts.total
+    # A tied table is one array on one rank; no other rank has anything of the ends.
+    ends = counts.total - config.num_layers * counts.block
+    own = [sum(row.parameter_bytes - 4 * row.layers * counts.block for row in rows if row.rank == r) for r in range(4)]
+    assert own == [4 * ends, 0, 0, 0]
+
+
+def test_table_of_a_v(golden: Callable[[str, str], None]) -> None:
+    golden("stages_v.txt", str(tabulate_stages(setup_of(f"{V_SHAPED} --pipeline.vocab ends"))))
+
+
 def test_one_rank_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "quickstart", "--mesh.pipe", "1", "--mesh.data", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"] == []
@@ -98,6 +138,7 @@ def test_scripts_get_the_stages_and_their_own_bubble(capsys: pytest.CaptureFixtu
     assert main(["describe", "quickstart", *FOUR.split(), "--pipeline.layers_per_stage", "2,2,2,1", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert [row["layers"] for row in numbers["stages"]] == [2, 2, 2, 1]
+    assert numbers["ranks_of"] == {"embedding": [0, 1, 2, 3], "head": [0, 1, 2, 3]}
     cost = {n: StageCost(forward=n, input_grad=n, weight_grad=n) for n in (1, 2)}
     schedule = build_schedule("1f1b", num_ranks=4, num_microbatches=8)
     timing = simulate(schedule, stages=[cost[2], cost[2], cost[2], cost[1]])
