@@ -4,14 +4,21 @@ They do so with either vocabulary and with stages of unequal depth.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from trellax.schedules import Schedule, Vocab, schedule_from_csv
+from trellax.schedules import Schedule, Vocab, load_schedule, schedule_from_csv
 from trellax.schedules.families.auto import auto
 
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 
+SEQUENCES = 48
+"""A number that all these microbatches divide."""
+
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
+
+TORCH = Path(__file__).parents[1] / "schedules" / "torch"
+"""Action lists that torch.distributed.pipelining wrote."""
 
 BY_HAND = """\
 0F0,0F1,0F2,,0I0,0F3,0I1,0W1,0W0,0I2,0I3,0W2,0W3
@@ -48,8 +55,23 @@ BY_HAND = """\
             marks=pytest.mark.slow,
         ),
         ("2x2x2", auto(num_ranks=2, num_microbatches=4, num_chunks=2), "split", (1, 4, 1, 2)),
+        ("1x2x4", load_schedule(TORCH / "zbv_4x8.csv"), "ends", None),
+        pytest.param("1x1x4", load_schedule(TORCH / "dualpipev_4x8.csv"), "ends", None, marks=pytest.mark.slow),
+        pytest.param(
+            "2x1x2", load_schedule(TORCH / "dualpipev_2x6_lowered.csv"), "ends", (2, 3, 1, 2), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "1x1x4",
+            load_schedule(TORCH / "zbv_4x8.csv", vocab="split"),
+            "split",
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["by-hand", "by-hand-uneven", "auto-lean", "auto-8", "auto-chunks"],
+    ids=[
+        *("by-hand", "by-hand-uneven", "auto-lean", "auto-8", "auto-chunks"),
+        *("torch-zbv", "torch-dualpipev", "torch-dualpipev-lowered", "torch-zbv-split"),
+    ],
 )
 def test_schedule_without_a_name_equals_one_device(
     mesh: str, schedule: Schedule, vocab: Vocab, layers: tuple[int, ...] | None
@@ -60,13 +82,13 @@ def test_schedule_without_a_name_equals_one_device(
         mesh=mesh,
         schedule=schedule,
         num_microbatches=schedule.num_microbatches,
-        num_sequences=16,
+        num_sequences=SEQUENCES,
         num_chunks=schedule.num_chunks,
         layers_per_stage=layers,
         vocab=vocab,
         bubbles="nan",
     )
-    assert beyond(errors_of(answer_of(step), one_device(config, 16)), tolerance=TOLERANCE) == {}
+    assert beyond(errors_of(answer_of(step), one_device(config, SEQUENCES)), tolerance=TOLERANCE) == {}
 
 
 @pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "zb-h1"])
