@@ -16,6 +16,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 import jax
@@ -110,7 +112,9 @@ def count_carried(program: HloModule, *, parameters: Any) -> tuple[int, int]:
     """Return the bytes of gradients and of activations that the loops of a program carry on one device."""
     inside = program.in_loops()
     loops = [(computation.name in inside, i) for computation, i in program.instructions() if i.opcode == "while"]
-    outer = [array for is_inside, loop in loops if not is_inside for array in _carried(program, loop)]
+    # Loops that follow each other hand their arrays on: each is counted as often as the loop has it that has most.
+    counts = [Counter(_carried(program, loop)) for is_inside, loop in loops if not is_inside]
+    outer = list(reduce(or_, counts, Counter[Array]()).elements())
     left = Counter(_sorted_sizes(_shard_shape(leaf)) for leaf in jax.tree.leaves(parameters))
     gradients = activations = 0
     for array in outer:

@@ -44,6 +44,17 @@ def test_activations_in_flight_do_not_grow_with_microbatches() -> None:
     assert eight == report_of("2x2x2").memory.activations
 
 
+def test_loops_that_follow_each_other_count_their_arrays_once() -> None:
+    """With overlap the turns run in three loops, which hand on the same buffers, one slot larger."""
+    more = "--pipeline.microbatches 8 --train.batch_size 64 --pipeline.overlap"
+    on, off = (report_of("2x1x2", f"{more} {choice}").memory for choice in ("on", "off"))
+    assert on.gradients == off.gradients == on.parameters
+    # 3 slots of residuals where there were 2, and none of the rest.
+    assert off.activations < on.activations < 1.6 * off.activations
+    assert on.temporary > 0
+
+
+
 SCORES = 4 * 32 * 32 * 4 * (2 * 32 * 32)
 """Flops of scores that the mask hides or the backward makes again, in 4 layers, 32 sequences of 32 tokens, width 32.
 
