@@ -54,7 +54,6 @@ def test_loops_that_follow_each_other_count_their_arrays_once() -> None:
     assert on.temporary > 0
 
 
-
 SCORES = 4 * 32 * 32 * 4 * (2 * 32 * 32)
 """Flops of scores that the mask hides or the backward makes again, in 4 layers, 32 sequences of 32 tokens, width 32.
 
