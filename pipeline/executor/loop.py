@@ -113,6 +113,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
     dy = None
     if steady.ends == "always":
+        # Both end stages run a forward in every pair, so they are on different ranks, and x cannot take the slot of y.
         # Read before `last` writes to the same buffer, or this backward would wait for it.
         dy = read(state.gradients, back.gradients.read)
         state = make_first(model, state if is_last_late else make_last(model, state, ahead), back)

@@ -27,7 +27,8 @@ def find_steady(turns: Turns, paired: range, ends: Ends) -> Steady | None:
     if ends == "together":
         # In the first pair nothing has been made early, and in the last nothing is taken late.
         inner = starts[1:-1]
-        if all(_has_all_ends(turns, start) for start in inner) and (found := _same_transfers(turns, inner)):
+        is_same = all(_has_all_ends(turns, start) and not _feeds_itself(turns, start) for start in inner)
+        if is_same and (found := _same_transfers(turns, inner)):
             return _steady(turns, found, "always")
     found = _same_transfers(turns, starts)
     return _steady(turns, found, "sometimes" if ends == "together" else "never") if found else None
@@ -48,6 +49,12 @@ def _has_all_ends(turns: Turns, start: int) -> bool:
     columns = (turns.ends.first, turns.ends.last, turns.ends.first_back)
     found = [[int(column[turn]) != NONE for column in columns] for turn in (start, start + 1)]
     return found == [[False, True, True], [True, False, False]]
+
+
+def _feeds_itself(turns: Turns, start: int) -> bool:
+    """Return whether a backward reads the gradient of the loss that the forward of its own pair makes."""
+    made, used = turns.gradients.loss[start], turns.gradients.read[start + 1]
+    return bool(((made == used) & (made != NONE)).any())
 
 
 def _same_transfers(turns: Turns, starts: list[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """The steady state: a forward and a backward in one body give the same numbers, and messages stand in no branch."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -12,7 +13,7 @@ from trellax.pipeline.executor.backward.equations import nested_equations
 from trellax.pipeline.executor.grads import Overlap
 from trellax.pipeline.executor.steady import longest_run
 from trellax.pipeline.executor.tables import BACKWARD, FORWARD, NONE, Ends
-from trellax.schedules import Schedule, Vocab, build_schedule
+from trellax.schedules import Action, Schedule, Vocab, build_schedule, schedule_from_orders
 
 from ..schedules.sizes import named_schedules
 from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
@@ -23,7 +24,7 @@ TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
 
 def slow(*case: Any) -> Any:
-    return pytest.param(case, marks=pytest.mark.slow)
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -32,12 +33,12 @@ def slow(*case: Any) -> Any:
         ("2x2x2", "1f1b", 8, "split", 1),
         ("1x1x4", "1f1b", 12, "ends", 1),
         ("2x1x2", "interleaved-1f1b", 6, "split", 2),
-        slow("1x2x4", "1f1b", 16, "split", 1),
-        slow("1x1x2", "1f1b", 4, "ends", 1),
-        slow("2x2x2", "interleaved-1f1b", 8, "ends", 2),
-        slow("1x1x8", "1f1b", 24, "split", 1),
-        slow("4x1x2", "1f1b", 24, "split", 1),
-        slow("1x2x4", "interleaved-1f1b", 9, "split", 2),
+        slow(("1x2x4", "1f1b", 16, "split", 1)),
+        slow(("1x1x2", "1f1b", 4, "ends", 1)),
+        slow(("2x2x2", "interleaved-1f1b", 8, "ends", 2)),
+        slow(("1x1x8", "1f1b", 24, "split", 1)),
+        slow(("4x1x2", "1f1b", 24, "split", 1)),
+        slow(("1x2x4", "interleaved-1f1b", 9, "split", 2)),
     ],
     ids=lambda case: "-".join(map(str, case)),
 )
@@ -51,6 +52,35 @@ def test_steady_state_equals_one_device(case: tuple[str, str, int, Vocab, int]) 
     )
     assert lower(plan, ends=ends_of(vocab), overlap=True).steady is not None
     assert beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.parametrize(("mesh", "num_microbatches"), [("1x1x2", 8), slow("1x2x4", 12)])
+def test_a_schedule_that_takes_dy_in_the_same_tick_equals_one_device(mesh: str, num_microbatches: int) -> None:
+    """Built for whole ends, run with a split vocabulary: the backward of a pair needs what its forward's loss made."""
+    config, num_sequences = small_model(style="llama", attention="gqa"), 4 * num_microbatches
+    sizes = {"num_microbatches": num_microbatches, "num_sequences": num_sequences}
+    plan = build_schedule("1f1b", num_ranks=int(mesh[-1]), num_microbatches=num_microbatches, vocab="ends")
+    step = pipeline_step(config, mesh=mesh, schedule=plan, vocab="split", overlap="on", bubbles="nan", **sizes)
+    assert beyond(errors_of(answer_of(step), one_device(config, num_sequences)), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", ["ends", "split"])
+def test_pairs_of_a_v_send_to_both_sides_and_equal_one_device(vocab: Vocab) -> None:
+    """DualPipeV with whole backwards: a forward of one chunk beside a backward of the other."""
+    halves = build_schedule("dualpipev", num_ranks=4, num_microbatches=16, num_chunks=2)
+    orders: list[list[Action]] = [[] for _ in range(4)]
+    for _, rank, action in halves.placed():
+        if action.kind != "W":
+            orders[rank].append(replace(action, kind="B" if action.kind == "I" else action.kind))
+    given = {"num_microbatches": 16, "num_chunks": 2, "vocab": vocab}
+    plan = schedule_from_orders(orders, name="whole", placement=halves.placement, **given)
+    steady = lower(plan, ends=ends_of(vocab), overlap=True).steady
+    assert steady is not None
+    assert steady.forward == steady.backward == (1, -1)
+    config = small_model(style="llama", attention="gqa")
+    step = pipeline_step(config, mesh="1x2x4", schedule=plan, num_sequences=64, overlap="on", bubbles="nan", **given)
+    assert beyond(errors_of(answer_of(step), one_device(config, 64)), tolerance=TOLERANCE) == {}
 
 
 def ends_of(vocab: Vocab) -> Ends:

@@ -7,8 +7,7 @@ forward's residuals are ("saved", s, k), and ("halved", s, k) once the input gra
 Ends that run together make ("y", -1, k) and take the last stage's output and ("dy", -1, k).
 """
 
-from itertools import count, product
-from typing import Any, Literal
+from typing import get_args
 
 import jax
 import numpy as np
@@ -23,18 +22,13 @@ from trellax.pipeline.executor.tables import (
     INPUT_GRAD,
     NONE,
     WEIGHT_GRAD,
-    Tables,
-    Transfer,
-    Turns,
+    Ends,
 )
-from trellax.schedules import Action, Kind, Placement, Schedule, build_schedule, simulate
-from trellax.schedules.check import needs
-from trellax.schedules.placement import Link
+from trellax.schedules import Action, Placement, Schedule, build_schedule, simulate
 
 from ...schedules.sizes import named_schedules
-
-KINDS: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W"))
-"""With whole backwards, and with halves."""
+from .interpreter import Interpreter
+from .random_schedules import paired_schedules, random_schedules
 
 Name = tuple[str, int, int]
 """What a slot holds: kind, stage and microbatch."""
@@ -42,133 +36,7 @@ Name = tuple[str, int, int]
 every_schedule = settings(derandomize=True, deadline=None, max_examples=40)
 
 
-@st.composite
-def placements(draw: st.DrawFn, *, max_ranks: int = 4, max_chunks: int = 3) -> Placement:
-    """Loops, Vs and what lies between: each chunk goes over all ranks, up or down."""
-    ranks = range(draw(st.integers(2, max_ranks)))
-    goes_down = draw(st.lists(st.booleans(), min_size=1, max_size=max_chunks))
-    return Placement(tuple(rank for down in goes_down for rank in (reversed(ranks) if down else ranks)))
-
-
-@st.composite
-def random_schedules(draw: st.DrawFn) -> Schedule:
-    """Any order that can run, with up to three chunks: in every tick each rank does some of what it could."""
-    placement, num_microbatches = draw(placements()), draw(st.integers(1, 5))
-    num_ranks, num_stages = placement.num_ranks, len(placement.ranks)
-    rng = draw(st.randoms(use_true_random=False))
-    kinds = draw(st.sampled_from(KINDS))
-    every = product(range(num_stages), kinds, range(num_microbatches))
-    todo = {Action(stage=stage, kind=kind, microbatch=microbatch) for stage, kind, microbatch in every}
-    ticks_of: list[dict[int, list[Action]]] = [{} for _ in range(num_ranks)]
-    for tick in count():
-        before = frozenset(todo)
-        for rank, kind in ((rank, kind) for rank in range(num_ranks) for kind in rng.sample(kinds, len(kinds))):
-            own = [action for action in sorted(todo) if placement.ranks[action.stage] == rank and action.kind == kind]
-            ready = [action for action in own if _is_ready(action, num_stages, before=before, todo=todo)]
-            if ready and rng.random() < 0.8:
-                todo.remove(action := rng.choice(ready))
-                ticks_of[rank].setdefault(tick, []).append(action)
-        if not todo:
-            break
-    sizes = {"num_microbatches": num_microbatches, "num_chunks": placement.num_chunks}
-    return Schedule.from_ticks(ticks_of, name="random", placement=placement, **sizes)
-
-
-def _is_ready(action: Action, num_stages: int, *, before: frozenset[Action], todo: set[Action]) -> bool:
-    """Return whether all that an action needs has run: on its own stage by this tick, elsewhere before it."""
-    needed = needs(action, num_stages=num_stages, has_halves=action.kind in ("I", "W"))
-    return all(other not in (todo if other.stage == action.stage else before) for other in needed)
-
-
 ANY_SCHEDULE = st.one_of(named_schedules(min_ranks=2, max_microbatches=16), random_schedules())
-
-
-class Interpreter:
-    """Runs tables on names, and records which names each action read."""
-
-    def __init__(self, tables: Tables, schedule: Schedule) -> None:
-        self.tables, self.schedule = tables, schedule
-        ranks = range(schedule.num_ranks)
-        self.activations: list[list[Any]] = [[None] * tables.num_activation_slots for _ in ranks]
-        self.gradients: list[list[Any]] = [[None] * tables.num_gradient_slots for _ in ranks]
-        self.saved: list[list[Any]] = [[None] * tables.num_residual_slots for _ in ranks]
-        self.read: dict[Action, tuple[Any, ...]] = {}
-        self.order: list[Action] = []
-        self.taken: list[Any] = []
-
-    def run(self) -> "Interpreter":
-        for number in range(self.tables.num_turns):
-            turn = jax.tree.map(lambda column, number=number: column[number], self.tables.turns)
-            self._enter(turn)
-            for rank in range(self.schedule.num_ranks):
-                self._act(turn.at_rank(rank), rank)
-            self._leave(turn)
-            for transfers, buffers, step in ((turn.forward, self.activations, 1), (turn.backward, self.gradients, -1)):
-                assert set(transfers) == set(self._links(step))
-                for offset, transfer in transfers.items():
-                    self._exchange(transfer, buffers, links=self._links(step)[offset])
-        return self
-
-    def _act(self, turn: Turns, rank: int) -> None:
-        kind, residuals = turn.compute.kind, turn.compute.residuals
-        if kind == IDLE:
-            return
-        stage, microbatch = int(turn.compute.stage), int(turn.compute.microbatch)
-        assert self.schedule.placement.stages_of(rank)[turn.compute.chunk] == stage
-        if kind == FORWARD:
-            action, slot = Action(stage=stage, kind="F", microbatch=microbatch), turn.activations.read
-            self.read[action] = (None if slot == NONE else self.activations[rank][slot],)
-            _put(self.saved[rank], residuals, ("saved", stage, microbatch))
-            _put(self.activations[rank], turn.activations.write, ("y", stage, microbatch))
-            if turn.ends.last == NONE:
-                _put(self.gradients[rank], turn.gradients.loss, ("dy", stage, microbatch))
-        elif kind == WEIGHT_GRAD:
-            action = Action(stage=stage, kind="W", microbatch=microbatch)
-            self.read[action] = (self.saved[rank][residuals],)
-        else:
-            is_half = kind == INPUT_GRAD
-            assert is_half or kind == BACKWARD
-            action = Action(stage=stage, kind="I" if is_half else "B", microbatch=microbatch)
-            self.read[action] = (self.gradients[rank][turn.gradients.read], self.saved[rank][residuals])
-            _put(self.gradients[rank], turn.gradients.write, ("dy", stage - 1, microbatch))
-            if is_half:
-                self.saved[rank][residuals] = ("halved", stage, microbatch)
-        self.order.append(action)
-
-    def _enter(self, turn: Turns) -> None:
-        for buffer, slot in zip(self.activations, turn.activations.first, strict=True):
-            _put(buffer, slot, ("y", -1, int(turn.ends.first)))
-
-    def _leave(self, turn: Turns) -> None:
-        steps = (
-            ("last", turn.ends.last, self.activations, turn.activations.last),
-            ("first_back", turn.ends.first_back, self.gradients, turn.gradients.first_back),
-        )
-        for name, microbatch, buffers, slots in steps:
-            assert (slots != NONE).sum() == (microbatch != NONE)
-            found = [buffer[slot] for buffer, slot in zip(buffers, slots, strict=True) if slot != NONE]
-            self.taken += [(name, int(microbatch), *value) for value in found]
-        if turn.ends.last != NONE:
-            loss_grad = ("dy", self.schedule.num_stages - 1, int(turn.ends.last))
-            rank = self.schedule.placement.ranks[-1]
-            _put(self.gradients[rank], turn.gradients.loss[rank], loss_grad)
-
-    def _links(self, step: Literal[1, -1]) -> dict[int, list[Link]]:
-        return self.schedule.placement.links(step)
-
-    def _exchange(self, transfer: Transfer, buffers: list[list[Any]], *, links: list[Link]) -> None:
-        """Move names to the neighbour. None arrives where nobody sends, as the permute delivers zeros or NaN."""
-        if not transfer.is_active:
-            return
-        sent = [None if slot == NONE else buffer[slot] for slot, buffer in zip(transfer.send, buffers, strict=True)]
-        source_of = {receiver: sender for sender, receiver in links}
-        for rank, buffer in enumerate(buffers):
-            _put(buffer, transfer.receive[rank], sent[source_of[rank]] if rank in source_of else None)
-
-
-def _put(buffer: list[Any], slot: int, value: Any) -> None:
-    if slot != NONE:
-        buffer[slot] = value
 
 
 def needed(action: Action, schedule: Schedule) -> tuple[Name | None, ...]:
@@ -204,6 +72,24 @@ def test_ends_run_together_on_every_microbatch_with_what_they_need(schedule: Sch
     every = range(schedule.num_microbatches)
     last = [("last", k, "y", schedule.num_stages - 1, k) for k in every]
     assert sorted(done.taken) == sorted([*last, *(("first_back", k, "dy", -1, k) for k in every)])
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    st.one_of(paired_schedules(), named_schedules(("1f1b", "interleaved-1f1b"), min_ranks=2, max_microbatches=24)),
+    st.sampled_from(get_args(Ends)),
+    st.booleans(),
+)
+def test_pairs_of_a_steady_state_read_what_the_turns_read(schedule: Schedule, ends: Ends, is_last_late: bool) -> None:
+    tables = lower(schedule, ends=ends, overlap=True)
+    turns = Interpreter(tables, schedule).run()
+    plain = Interpreter(lower(schedule, ends=ends), schedule).run()
+    assert turns.read == plain.read
+    assert sorted(turns.taken) == sorted(plain.taken)
+    if tables.steady is not None:
+        pairs = Interpreter(tables, schedule).run_pairs(is_last_late=is_last_late)
+        assert pairs.read == plain.read
+        assert sorted(pairs.taken) == sorted(plain.taken)
 
 
 @every_schedule
