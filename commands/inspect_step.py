@@ -16,7 +16,7 @@ from ..programs import Hardware, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
 from ..schedules import simulate
 from ..train.state import Setup
-from ..train.step import make_train_step
+from ..train.step import make_train_step, step_options
 from ..train.xla import compile_for
 
 
@@ -45,7 +45,7 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     step: Any = make_train_step(setup)
     try:
         lowered = step.lower(setup.shapes, setup.batch_shapes, setup.peak_rate_shape)
-        compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
+        compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform, more=step_options(setup))
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ProgramError(

@@ -7,12 +7,12 @@ The pass runs only under two flags; delete this file when the issue is closed in
 
 import math
 import os
-import re
 
 from jax.sharding import AbstractMesh, Mesh
 
 from .device_kind import GPUS, platform_of
 from .errors import ScheduleError
+from .switches import xla_flags
 
 _PIPELINED = "xla_gpu_enable_pipelined_p2p"
 _LEVEL = "xla_gpu_experimental_pipeline_parallelism_opt_level"
@@ -47,8 +47,7 @@ def find_ring_flag(*, platform: str, flags: str) -> str | None:
     """
     if platform not in GPUS:
         return None
-    # The last flag of a name wins; a name without a value means true.
-    found = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags))
+    found = xla_flags(flags)
     if found.get(_PIPELINED, "false").lower() in ("", "true", "1"):
         return f"{_PIPELINED}={found[_PIPELINED] or 'true'}"
     level = found.get(_LEVEL, "0")

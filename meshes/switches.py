@@ -1,5 +1,7 @@
-"""Refuse jax config options under which our programs cannot run, before they are traced."""
+"""Refuse jax config options under which our programs cannot run, before they are traced, and read XLA_FLAGS."""
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,3 +54,14 @@ def check_switches(*switches: Switch, error: type[TrellaxError]) -> None:
         value, refusal = getattr(jax.config, switch, None), _REFUSALS[switch]
         if value in refusal.values:
             raise error(f"{switch}={value!r}: {refusal.why}.", fix=refusal.fix)
+
+
+def xla_flags(text: str | None = None) -> dict[str, str]:
+    """Return the flags of a text, or of the environment's XLA_FLAGS, by name; one without a value has "".
+
+    Of several flags with one name XLA takes the last.
+
+    >>> xla_flags("--xla_dump_to=a --xla_dump_to=b")
+    {'xla_dump_to': 'b'}
+    """
+    return dict(re.findall(r"--(\w+)(?:=(\S*))?", os.environ.get("XLA_FLAGS", "") if text is None else text))

@@ -41,10 +41,6 @@ def check_actions(schedule: Unchecked) -> None:
     Raises:
         ScheduleError: a rule is broken; the message names the rule and shows the grid with an arrow on the cell.
     """
-    check_sizes(
-        num_ranks=schedule.num_ranks, num_microbatches=schedule.num_microbatches, num_chunks=schedule.num_chunks
-    )
-    _check_placement(schedule)
     # First everything that is there, then everything that should be: a missing action has no place to point at.
     places = _place_actions(schedule)
     is_split = any(action.kind in ("I", "W") for action in places)
@@ -84,16 +80,6 @@ def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
         return [other(action.stage, "I")]
     is_last = action.stage == num_stages - 1
     return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "I" if has_halves else "B")])
-
-
-def _check_placement(schedule: Unchecked) -> None:
-    own = schedule.placement
-    if (own.num_ranks, own.num_chunks) != (schedule.num_ranks, schedule.num_chunks):
-        raise ScheduleError(
-            f"schedule {schedule.name!r} of {schedule.num_ranks} ranks x {schedule.num_chunks} chunks has a placement "
-            f"of {own.num_ranks} x {own.num_chunks}.",
-            fix='make it with Placement.of("loop", num_ranks=..., num_chunks=...), or leave it out.',
-        )
 
 
 def _place_actions(schedule: Unchecked) -> dict[Action, Place]:

@@ -73,6 +73,13 @@ class Placement:
         return given
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ranks, tuple):
+            raise ScheduleError(
+                f"a placement is a tuple of ranks, not {self.ranks!r}.",
+                fix='give the rank of every stage, (0, 1, 1, 0), or use Placement.of("v", num_ranks=2, num_chunks=2).',
+            )
+        for stage, rank in enumerate(self.ranks):
+            check_count(f"ranks[{stage}]", rank, error=ScheduleError, least=0)
         counts = [self.ranks.count(rank) for rank in range(self.num_ranks)]
         if len(set(counts)) != 1 or sum(counts) != len(self.ranks):
             raise ScheduleError(

@@ -37,10 +37,10 @@ class Schedule:
     placement: Placement = LOOP
 
     def __post_init__(self) -> None:
-        if self.placement is LOOP:
-            check_sizes(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
-            loop = Placement.of("loop", num_ranks=self.num_ranks, num_chunks=self.num_chunks)
-            object.__setattr__(self, "placement", loop)
+        check_sizes(num_ranks=self.num_ranks, num_microbatches=self.num_microbatches, num_chunks=self.num_chunks)
+        given = "loop" if self.placement is LOOP else self.placement
+        placement = Placement.resolve(given, num_ranks=self.num_ranks, num_chunks=self.num_chunks)
+        object.__setattr__(self, "placement", placement)
         check_actions(
             Unchecked(
                 name=self.name,

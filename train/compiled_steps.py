@@ -1,7 +1,7 @@
 """Compile the two programs of a run, its training step and its validation, before the first batch is read."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ import jax
 
 from ..meshes.processes.messages import require_one_program
 from .state import Setup
-from .step import make_eval_step, make_train_step
-from .xla import compile_for
+from .step import make_eval_step, make_train_step, step_options
+from .xla import CompilerOption, compile_for
 
 Say = Callable[[str], object]
 
@@ -34,7 +34,9 @@ def compile_steps(setup: Setup, *, say: Say) -> CompiledSteps:
         RunError: the processes of the run would run different programs.
     """
     return CompiledSteps(
-        train=_compile("train step", make_train_step(setup), setup, setup.peak_rate_shape, say=say),
+        train=_compile(
+            "train step", make_train_step(setup), setup, setup.peak_rate_shape, more=step_options(setup), say=say
+        ),
         evaluate=compile_eval_step(setup, say=say),
     )
 
@@ -44,11 +46,18 @@ def compile_eval_step(setup: Setup, *, say: Say) -> Callable[..., Any]:
     return _compile("validation", make_eval_step(setup), setup, say=say)
 
 
-def _compile(what: str, function: Any, setup: Setup, *rest: jax.ShapeDtypeStruct, say: Say) -> Callable[..., Any]:
+def _compile(
+    what: str,
+    function: Any,
+    setup: Setup,
+    *rest: jax.ShapeDtypeStruct,
+    say: Say,
+    more: Mapping[str, CompilerOption] | None = None,
+) -> Callable[..., Any]:
     start_s = time.perf_counter()
     lowered = function.lower(setup.shapes, setup.batch_shapes, *rest)
     # Processes with different programs would wait in each other's collectives forever.
     require_one_program(what, lowered)
-    compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform)
+    compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform, more=more)
     say(f"compiled  {what} in {time.perf_counter() - start_s:.1f} s")
     return compiled

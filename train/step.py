@@ -72,10 +72,11 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
-    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None), compiler_options=_options(setup))
+    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
 
 
-def _options(setup: Setup) -> dict[str, Any]:
+def step_options(setup: Setup) -> dict[str, Any]:
+    """Return the compiler options that a training step has beside those of `xla.py`: a pipeline's, on GPUs."""
     return compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap) if setup.sizes.pipe > 1 else {}
 
 

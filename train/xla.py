@@ -6,11 +6,13 @@ same options, so that `trellax inspect` reads the program that would run. `compi
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from ..meshes.switches import xla_flags
 from .compilation_cache import enable_compilation_cache
 
 CompilerOption = bool | int | str
@@ -47,13 +49,13 @@ MEMORY_FRACTION = 0.92
 libraries such as NCCL."""
 
 
-def compile_for(lowered: Any, *, platform: str) -> Any:
-    """Compile a lowered program with the options for its platform that this version of XLA knows.
+def compile_for(lowered: Any, *, platform: str, more: Mapping[str, CompilerOption] | None = None) -> Any:
+    """Compile a lowered program with the options for its platform, and more, that this version of XLA knows.
 
     >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
     Array(0., dtype=float32, ...)
     """
-    options = choose_options(platform)
+    options = choose_options(platform) | dict(more or {})
     while True:
         try:
             return lowered.compile(compiler_options=options or None)
@@ -68,7 +70,7 @@ def choose_options(platform: str) -> dict[str, CompilerOption]:
     """Return the options for a platform (`gpu`, `cpu`) that the user's XLA_FLAGS do not set."""
     if platform not in ("gpu", "cuda"):
         return {}
-    named = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
+    named = xla_flags()
     return {setting.name: setting.value for setting in GPU_SETTINGS if setting.name not in named}
 
 

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice
 from ...meshes.device_kind import GPUS, platform_of
+from ...meshes.switches import xla_flags
 from ...schedules import Schedule
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from .checks.arguments import check_arguments, check_context
@@ -40,14 +41,14 @@ from .traced_function import ClosedOver, TracedFunction, trace_function
 Overlap = Literal["auto", "on", "off"]
 """Whether the steady state of a schedule has a loop of its own, in which messages travel beside products."""
 
-_COLLECTIVES_AT_ONCE = 4
+_LIMIT, _COLLECTIVES_AT_ONCE = "xla_gpu_experimental_parallel_collective_overlap_limit", 4
 
 
 def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") -> dict[str, Any]:
     """Return options of `jax.jit` with which XLA puts the messages of a pipelined step beside its products.
 
     By default XLA has one collective on the way at a time. Beside a layer's products there may be a permute, a sum over
-    pipe and a sum over tensor. Empty on CPUs, and without overlap.
+    pipe and a sum over tensor. Empty on CPUs, without overlap, and where XLA_FLAGS have the option.
 
     >>> step = jax.jit(step, compiler_options=compiler_options(mesh))
 
@@ -55,8 +56,8 @@ def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") ->
         ScheduleError: `overlap` is not one of the choices.
     """
     check_choice("overlap", overlap, get_args(Overlap), error=ScheduleError)
-    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap)
-    return {"xla_gpu_experimental_parallel_collective_overlap_limit": _COLLECTIVES_AT_ONCE} if is_on else {}
+    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap) and _LIMIT not in xla_flags()
+    return {_LIMIT: _COLLECTIVES_AT_ONCE} if is_on else {}
 
 
 def _overlaps(mesh: Mesh | AbstractMesh, overlap: Overlap) -> bool:

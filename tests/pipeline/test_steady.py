@@ -172,6 +172,17 @@ def test_longest_run() -> None:
     assert longest_run([True] * 3) == range(3)
 
 
+def test_options_of_the_compiler_leave_flags_of_the_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=None)
+    mesh = abstract_mesh(MeshSpec(pipe=2)).update(abstract_device=gpu)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    ((name, limit),) = compiler_options(mesh).items()
+    assert limit > 1
+    assert compiler_options(mesh, overlap="off") == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=2")
+    assert compiler_options(mesh) == {}
+
+
 def test_options_of_the_compiler_are_for_gpus_and_a_wrong_choice_is_refused() -> None:
     mesh, wrong = abstract_mesh(MeshSpec(pipe=2)), cast("Overlap", "yes")
     assert compiler_options(mesh) == compiler_options(mesh, overlap="on") == {}

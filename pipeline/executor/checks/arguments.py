@@ -68,8 +68,6 @@ def check_arguments(
 def _check_placement(fns: StageFns, schedule: Schedule) -> None:
     """Raise unless parameters were cut by the schedule's placement: else layers would run in another order."""
     given, own = fns.placement, schedule.placement
-    if isinstance(given, Placement):
-        Placement.resolve(given, num_ranks=schedule.num_ranks, num_chunks=schedule.num_chunks)
     if Placement.resolve(given, num_ranks=own.num_ranks, num_chunks=own.num_chunks) != own:
         shown = given.ranks if isinstance(given, Placement) else repr(given)
         raise ScheduleError(
