@@ -7,8 +7,8 @@ from ..meshes.lazy import make_lazy
 if TYPE_CHECKING:
     from .executor.grads import compiler_options, pipeline_grads, pipeline_loss
     from .executor.loop_plan import Bubbles
-    from .executor.lower import lower
-    from .executor.tables import Tables
+    from .lowering.lower import lower
+    from .lowering.tables import Tables
     from .model.balance import balance_layers, resolve_layers, stage_costs
     from .model.protocol import LayerInfo, Output
     from .model.split import PipelinedModel, split_transformer

@@ -163,6 +163,10 @@ LOOP = Placement(())
 
 @lru_cache(maxsize=256)
 def _place(shape: Shape, num_ranks: int, num_chunks: int) -> Placement:
-    there = tuple(range(num_ranks))
-    back = there[::-1] if shape == "v" else there
-    return Placement(tuple(rank for chunk in range(num_chunks) for rank in (back if chunk % 2 else there)))
+    return Placement(tuple(rank_in(shape, stage, num_ranks=num_ranks) for stage in range(num_ranks * num_chunks)))
+
+
+def rank_in(shape: Shape, stage: int, *, num_ranks: int) -> int:
+    """Return the rank that holds a stage in a shape, whatever the number of stages."""
+    chunk, place = divmod(stage, num_ranks)
+    return num_ranks - 1 - place if shape == "v" and chunk % 2 else place

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..meshes.errors import ScheduleError
 from .action import Action
-from .placement import Placement, Shape
+from .placement import Placement, Shape, rank_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,7 @@ class Home:
 
     def rank_of(self, stage: int) -> int:
         """Return the rank of a stage."""
-        if self.ranks:
-            return self.ranks[stage]
-        chunk, place = divmod(stage, self.num_ranks)
-        return self.num_ranks - 1 - place if self.shape == "v" and chunk % 2 else place
+        return self.ranks[stage] if self.ranks else rank_in(self.shape, stage, num_ranks=self.num_ranks)
 
     def check(self, action: Action, rank: int, *, place: str) -> None:
         """Raise unless an action is in the row of its stage's rank.

@@ -17,11 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ..lowering.tables import NONE, Turns
 from ..model.protocol import Output
 from .buffers import vary_like
 from .loop_state import LoopState, Wants, broadcast_slot, put
 from .rank_model import RankModel
-from .tables import NONE, Turns
 
 
 @jax.named_scope("first")

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
+from ..lowering.tables import NONE, Turns
 from ..model.protocol import Given
 from .buffers import read, vary_like
 from .loop_state import Grads, LoopState, put
 from .rank_model import RankModel
-from .tables import NONE, Turns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ rank and gradients to the one before:
 An idle rank computes nothing, since inside `shard_map` each device takes its own branch of a `lax.cond`. Residuals wait
 in buffers with as many slots as microbatches are in flight, written and read in place. Gradients are summed over `data`
 once, after the loop.
-`tables.py` draws a turn, and `loop.py` runs all of them; a mesh with one pipeline rank takes `sequential.py` instead.
+`lowering/tables.py` draws a turn, and `loop.py` runs all of them; a mesh with one pipeline rank takes `sequential.py`
+instead.
 Read `layers.py` next.
 """
 
@@ -28,12 +29,12 @@ import jax
 import jax.numpy as jnp
 
 from ...schedules.placement import Link
+from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
 from .buffers import read, type_like
 from .ends_together import run_first, run_first_back, run_last
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import LoopPlan
 from .loop_state import LoopState, put
-from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
 
 
 def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
+from ..lowering.tables import NONE, Turns
 from ..model.protocol import Given
 from .buffers import vary_like, write
 from .loop_state import LoopState, Wants, put
 from .rank_model import RankModel
-from .tables import NONE, Turns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ One body does both without conditionals around them, and each message has work b
 
 In a turn of its own, as `execute.py` runs them, a message stands in a conditional with nothing beside it. The same
 tables serve both ways: with overlap, `lower` puts forwards first in these ticks, makes x a turn earlier and takes dx a
-turn later, and `steady.py` finds where the steady state is.
+turn later, and `lowering/steady.py` finds where the steady state is.
 """
 
 from dataclasses import replace
@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
 from .buffers import read
 from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
 from .execute import backward, forward, run_turn, send
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
 from .rank_model import RankModel
-from .tables import Steady, Tables, Transfer, Turns, at_rank
 
 
 def run_turns(model: RankModel, *, tables: Tables, bubbles: Bubbles, wants: Wants) -> tuple[Sums, Grads | None]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ...schedules import Placement
+from ..lowering.tables import Tables, Turns
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
@@ -22,7 +23,6 @@ from .layers import LayerStack
 from .leave import Leave
 from .loop_state import LoopState, Wants
 from .rank_model import RankModel
-from .tables import Tables, Turns
 
 Bubbles = Literal["zeros", "nan"]
 """Content of buffers before use and of idle sends; "nan" proves that none of it reaches a result."""

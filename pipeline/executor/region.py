@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ...schedules import Kind, Schedule
+from ..lowering.lower import lower
+from ..lowering.tables import Ends
 from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
@@ -27,12 +29,10 @@ from .functions import bind_functions
 from .loop import run_turns
 from .loop_plan import Bubbles
 from .loop_state import Grads, Wants
-from .lower import lower
 from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
-from .tables import Ends
 
 
 @jax.tree_util.register_dataclass

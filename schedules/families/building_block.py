@@ -12,7 +12,7 @@ collide when the block repeats. F and I of chunk 0 are in capitals, of chunk 1 i
 The longer a microbatch lives on a rank, from F to I, the more of them it holds, so the speed of the sweeps decides the
 memory ("Pipeline Parallelism with Controllable Memory", Qi et al. 2024). Weight gradients fill ticks that stay free.
 Then the ramps are filled: each pass moves to the earliest free tick after what it needs, as long as its rank never
-holds more than the limit. `v_min.py` has the fewest in flight.
+holds more than the limit. `v_shaped.py` has the three speeds and limits.
 """
 
 from collections import deque

@@ -7,9 +7,7 @@ from .interleaved import INTERLEAVED_1F1B
 from .interleaved_zero_bubble import INTERLEAVED_ZB_H1
 from .naive import NAIVE
 from .one_f_one_b import ONE_F_ONE_B
-from .v_half import V_HALF
-from .v_min import V_MIN
-from .zb_v import ZB_V
+from .v_shaped import V_HALF, V_MIN, ZB_V
 from .zero_bubble import ZB_H1
 
 FIXED: tuple[Family, ...] = (

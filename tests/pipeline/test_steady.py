@@ -11,8 +11,8 @@ from trellax.meshes import MeshSpec, ScheduleError, abstract_mesh
 from trellax.pipeline import compiler_options, lower, pipeline_grads
 from trellax.pipeline.executor.backward.equations import nested_equations
 from trellax.pipeline.executor.grads import Overlap
-from trellax.pipeline.executor.steady import longest_run
-from trellax.pipeline.executor.tables import BACKWARD, FORWARD, NONE, Ends
+from trellax.pipeline.lowering.steady import longest_run
+from trellax.pipeline.lowering.tables import BACKWARD, FORWARD, NONE, Ends
 from trellax.schedules import Action, Schedule, Vocab, build_schedule, schedule_from_orders
 
 from ..schedules.sizes import named_schedules

@@ -6,7 +6,7 @@ import pytest
 from trellax.configs.layout import layout_of
 from trellax.layers import ModelConfig
 from trellax.pipeline import lower
-from trellax.pipeline.executor.tables import Ends
+from trellax.pipeline.lowering.tables import Ends
 from trellax.plan.costs.activations import layer_activation_bytes
 from trellax.plan.costs.layout import Layout, PlanRemat
 from trellax.plan.costs.memory_model import fullest, peak_in_flight, step_memory

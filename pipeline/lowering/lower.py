@@ -16,7 +16,7 @@ follow their forwards at once, needs one. Every rank allocates the largest numbe
 
 Giving intervals the lowest free slot in order of their start uses as few slots as possible (interval
 partitioning: Kleinberg and Tardos 2005, section 4.1).
-Read `execute.py` next.
+Read `executor/execute.py` next.
 """
 
 from collections.abc import Sequence

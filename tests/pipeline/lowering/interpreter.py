@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import jax
-from trellax.pipeline.executor.tables import (
+from trellax.pipeline.lowering.tables import (
     BACKWARD,
     FORWARD,
     IDLE,

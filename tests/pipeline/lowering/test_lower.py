@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.pipeline import lower
-from trellax.pipeline.executor.tables import (
+from trellax.pipeline.lowering.tables import (
     BACKWARD,
     FORWARD,
     IDLE,

@@ -1,0 +1,1 @@
+"""Lowering: from a schedule to tables of integers, which the executor interprets."""
