@@ -153,6 +153,7 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
         num_sequences=sizes.num_sequences,
         num_tokens=sizes.num_tokens,
         tensor=mesh.tensor,
+        sequence="on" if sizes.is_sequence_parallel else "off",
         remat=remat,
     ).layer
 

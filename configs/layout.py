@@ -2,7 +2,7 @@
 
 from ..meshes import PlanError
 from ..plan.costs.layout import Layout
-from ..plan.costs.runtime import trellax_runtime
+from ..plan.costs.runtime import OnOff, trellax_runtime
 from ..plan.machines.topology import Topology
 from ..plan.training_search import TrainQuestion
 from ..schedules import SCHEDULES
@@ -45,10 +45,11 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
     Raises:
         PlanError: a size is below 1.
     """
+    sequence: OnOff = "off" if config.mesh.sequence == "off" else "on"
     return TrainQuestion(
         model=config.model,
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
-        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab),
+        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab, sequence=sequence),
     )

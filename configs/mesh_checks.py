@@ -21,6 +21,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
     yield from _check_vocab(config, mesh)
     yield from _check_depth(config, mesh)
     yield from errors_of(check_batch_splits, config, mesh)
+    yield from errors_of(mesh.splits_tokens, config.data.seq_len)
     yield from _check_forwards(config, pipe=mesh.pipe)
 
 

@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         """
         joined = self.qkv or self._join()
         projected = joined(x_BTD) if joined else [linear(x_BTD) for linear in (self.query, self.key, self.value)]
-        q, k, v = (y.reshape(*x_BTD.shape[:2], -1, self.config.head_size) for y in projected)
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.config.head_size) for y in projected)
         return q, k, v
 
     def _join(self) -> JoinedLinear | None:

@@ -27,7 +27,6 @@ runs a function of such verbs under `jax.jit` too, where the compiler by itself 
 Read `linear.py` next.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -38,6 +37,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ..meshes import ShardingError, ShardingRules
 from ..meshes.divisibility import check_divides
+from .device_axes import manual_axes, mark_varying, num_blocks, sum_like, varying_axes
 
 ArrayTree = TypeVar("ArrayTree")
 
@@ -90,6 +90,24 @@ def _check_differs(x: jax.Array, axes: tuple[str, ...], *, what: str, then: str)
             f"{num_blocks(missing)} devices: {then}.",
             fix="split it over that axis, a weight by StageFns(stage_specs=...) in a pipeline, or leave the verb out.",
         )
+
+
+def leave_split(y_BTD: jax.Array, axes: Sequence[str], *, tokens: Sequence[str] = ()) -> jax.Array:
+    """Leave a split region: y[B, T, D]{V:axes} -> y[B, T, D], or y[B, T@tokens, D]{V:tokens}.
+
+    Where tokens are split between layers each device keeps the sum of its own, one reduce-scatter over those axes; over
+    other axes only that slice is summed. Where they are not this is `sum_activations`.
+
+    Args:
+        tokens: the axes over which tokens are split between layers, some of `axes`.
+
+    Raises:
+        ShardingError: as of `scatter_tokens`, and of `sum_blocks`.
+    """
+    if not manual_axes(tokens):
+        return sum_activations(y_BTD, axes)
+    y_BTD, others = scatter_tokens(y_BTD, tokens), [axis for axis in axes if axis not in tokens]
+    return checkpoint_name(y_BTD, BLOCK_SUMS) if num_blocks(others) == 1 else sum_blocks(y_BTD, others)
 
 
 def sum_activations(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -160,11 +178,31 @@ def scatter_tokens(y_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
     if not manual:
         return y_BTD
     _check_differs(y_BTD, manual, what="scatter_tokens", then=_ADDED)
-    parts = num_blocks(manual)
-    check_divides(
-        "tokens", y_BTD.shape[1], over=" x ".join(manual), parts=parts, error=ShardingError, fix="pad the sequences."
-    )
+    _tokens_of_device(y_BTD.shape[1], manual)
     return jax.lax.psum_scatter(y_BTD, manual, scatter_dimension=1, tiled=True)
+
+
+def own_tokens(x_BTD: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Return this device's own tokens of an array that is whole on all devices: x[B, T, D] -> x[B, T@axes, D]{V:axes}.
+
+    Free; its transpose sums the gradient of x over the devices, an all-reduce.
+
+    Raises:
+        ShardingError: T is not a multiple of the number of devices.
+    """
+    manual = manual_axes(axes)
+    if not manual:
+        return x_BTD
+    size = _tokens_of_device(x_BTD.shape[1], manual)
+    x_BTD = mark_varying(x_BTD, manual)
+    return jax.lax.dynamic_slice_in_dim(x_BTD, jax.lax.axis_index(manual) * size, size, axis=1)
+
+
+def _tokens_of_device(num_tokens: int, axes: tuple[str, ...]) -> int:
+    """Return the number of tokens of each device of manual axes."""
+    parts, fix = num_blocks(axes), 'pad the sequences, or set mesh.sequence="off".'
+    check_divides("tokens", num_tokens, over=" x ".join(axes), parts=parts, error=ShardingError, fix=fix)
+    return num_tokens // parts
 
 
 def gather_weight(w: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
@@ -220,12 +258,6 @@ def max_blocks(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return jax.lax.pmax(x, manual) if manual else x
 
 
-def block_index(axes: Sequence[str]) -> jax.Array | int:
-    """Return the number of this device's block among those that the axes cut a dimension into; 0 for a whole one."""
-    manual = manual_axes(axes)
-    return jax.lax.axis_index(manual) if manual else 0
-
-
 def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Array:
     """Return the columns that this device uses of a weight that is whole on all devices.
 
@@ -250,54 +282,6 @@ def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Arr
     size = max(num_units // parts, 1) * unit
     first = jax.lax.axis_index(manual) * num_units // parts * unit
     return jax.lax.dynamic_slice_in_dim(mark_varying(weight, manual), first, size, axis=weight.ndim - 1)
-
-
-def num_blocks(axes: Sequence[str]) -> int:
-    """Return the number of blocks that the axes cut a dimension into, on the mesh in context; 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in _names(axes))
-
-
-def num_manual_blocks(axes: Sequence[str]) -> int:
-    """Return the number of blocks like this device's, inside `shard_map`: the whole is that many times as large."""
-    return jax.lax.axis_size(manual) if (manual := manual_axes(axes)) else 1
-
-
-def manual_axes(axes: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the axes that are manual in the mesh in context and have more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in _names(axes) if kinds.get(axis) == AxisType.Manual and mesh.shape[axis] > 1)
-
-
-def _names(axes: Sequence[str]) -> Sequence[str]:
-    """Return the names of axes; one name may be given by itself, as jax's collectives take it."""
-    return (axes,) if isinstance(axes, str) else axes
-
-
-def varying_axes(*arrays: jax.Array, without: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the manual axes over which any of these arrays varies; none outside `shard_map`."""
-    found = (axis for array in arrays for axis in jax.typeof(array).mat.varying)
-    return tuple(dict.fromkeys(axis for axis in found if axis not in without))
-
-
-def mark_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Return x with its type marked as varying over axes on which its value is the same: x -> x{V:axes}.
-
-    Free; its transpose sums the gradient over the axes, one all-reduce.
-    """
-    known = varying_axes(x)
-    missing = tuple(axis for axis in axes if axis not in known)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:
-    """Sum a gradient over the manual axes on which its primal does not vary: one all-reduce, or none.
-
-    A `custom_vjp` owes this to each of its inputs; autodiff does it by itself.
-    """
-    axes = varying_axes(grad, without=varying_axes(primal))
-    return jax.lax.psum(grad, axes) if axes else grad
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -127,6 +127,7 @@ def activation_bytes(
     num_sequences: int,
     num_tokens: int,
     tensor: int = 1,
+    sequence: Literal["off", "on"] = "off",
     remat: Remat = "none",
 ) -> ActivationBytes:
     """Return the activation bytes of one microbatch of `num_sequences` on one device.
@@ -137,12 +138,13 @@ def activation_bytes(
         dots  2D + (2N + 2K)H/t + (1 or 2)F/t    x, the outputs of weight matmuls, but the last one, and of attention
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
-    "dots" and "none" also keep a float32 number for each query and head; "none" keeps (N + K)H/t more where queries and
-    keys are normalized.
+    With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
+    "none" keeps (N + K)H/t more where queries and keys are normalized.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
         tensor: size of the axis that splits heads and feed-forward features; x and the norms are replicated over it.
+        sequence: "on" where x and the norms are split over it by tokens.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
@@ -150,17 +152,22 @@ def activation_bytes(
     for name, count in {"num_sequences": num_sequences, "num_tokens": num_tokens, "tensor": tensor}.items():
         check_count(name, count, error=ModelError)
     check_choice("remat", remat, get_args(Remat), error=ModelError)
+    check_choice("sequence", sequence, ("off", "on"), error=ModelError)
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
-    boundary = numbers * config.hidden_size * item_bytes
-    width = _kept_width(config, tensor=tensor, remat=remat)
+    d = config.hidden_size // (tensor if sequence == "on" else 1)
+    kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
-    return ActivationBytes(boundary=boundary, layer=numbers * width * item_bytes + sums)
+    return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums)
 
 
-def _kept_width(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
-    """Return the number of residuals, in the compute dtype, that a layer keeps for one token."""
-    d, f = config.hidden_size, config.ffn_size // tensor
+def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> int:
+    """Return the number of residuals, in the compute dtype, that a layer keeps for one token.
+
+    Args:
+        d: features of x for one token on this device, on average.
+    """
+    f = config.ffn_size // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
     return {

@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_token_ids
-from .collectives import block_index, num_manual_blocks, run_in_blocks, sum_activations
+from .collectives import leave_split, own_tokens, run_in_blocks
 from .config import ModelConfig
+from .device_axes import block_index, num_manual_blocks
 from .partitioning import INIT_STD, make_param
 
 
@@ -47,8 +48,8 @@ class Embedding(nnx.Module):
         if self.positions is not None:
             table_PD = self.positions[...]
             rows_BTD = table_PD[None, : tokens_BT.shape[1]] if positions_BT is None else table_PD[positions_BT]
-            x_BTD = x_BTD.astype(jnp.float32) + rows_BTD
-        return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "tokens", "embed"))
+            x_BTD = x_BTD.astype(jnp.float32) + own_tokens(rows_BTD, self.rules.axes("stream_tokens"))
+        return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "stream_tokens", "embed"))
 
 
 def lookup(
@@ -72,13 +73,15 @@ def lookup(
     """
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
-    own = partial(_lookup_block, axes=rules.axes("vocab"), dtype=dtype)
+    own = partial(_lookup_block, axes=rules.axes("vocab"), split=rules.axes("stream_tokens"), dtype=dtype)
     # In blocks for the gradient: the compiler's scatter makes that of the whole table on every device, and sums it.
-    in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "tokens", "embed")
+    in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "stream_tokens", "embed")
     return run_in_blocks(own, rules=rules, in_dims=in_dims, out_dims=out_dims)(table_VD, tokens_BT)
 
 
-def _lookup_block(table_VD: jax.Array, tokens_BT: jax.Array, *, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+def _lookup_block(
+    table_VD: jax.Array, tokens_BT: jax.Array, *, axes: tuple[str, ...], split: tuple[str, ...], dtype: DTypeLike
+) -> jax.Array:
     block = table_VD.shape[0]
     # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
     tokens_BT = tokens_BT if tokens_BT.dtype.itemsize > 4 else tokens_BT.astype(jnp.int32)
@@ -87,5 +90,5 @@ def _lookup_block(table_VD: jax.Array, tokens_BT: jax.Array, *, axes: tuple[str,
     is_own_BT = (local_BT >= 0) & (local_BT < block)
     rows_BTD = table_VD[jnp.where(is_own_BT, local_BT, 0)]
     # Rounded before the sum, which has one term besides zeros for each token: the result is the same.
-    rows_BTD = sum_activations(jnp.where(is_own_BT[..., None], rows_BTD, 0.0).astype(dtype), axes)
-    return jnp.where(is_word_BT[..., None], rows_BTD, jnp.nan)
+    rows_BTD = jnp.where(is_own_BT[..., None], rows_BTD, 0.0).astype(dtype)
+    return leave_split(jnp.where(is_word_BT[..., None], rows_BTD, jnp.nan), axes, tokens=split)

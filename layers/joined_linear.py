@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .check_inputs import check_features
-from .collectives import enter_split, num_blocks, own_columns, run_in_blocks
-from .linear import ColumnLinear, add_bias, name_dims
+from .collectives import own_columns, run_in_blocks
+from .device_axes import num_blocks
+from .linear import ColumnLinear, add_bias, multiply_columns, name_dims
 from .partitioning import param_metadata
-from .product import multiply
 
 
 class JoinedLinear(nnx.Module):
@@ -45,8 +45,7 @@ class JoinedLinear(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
         check_features(x_BTD, self.kernel.shape[0], layer="JoinedLinear")
-        x_BTD, kernel = enter_split(x_BTD, self.kernel[...].astype(self.dtype), self.rules.axes(self.dim))
-        y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
+        y_BTF = multiply_columns(self, x_BTD)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])
         dims = name_dims(y_BTF, self.dim)

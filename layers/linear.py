@@ -13,10 +13,14 @@ A column-parallel layer followed by a row-parallel one costs a single all-reduce
 Columns first, since gelu(h0) and gelu(h1) are parts of gelu(h), while gelu(y0) + gelu(y1) is not gelu(y). The backward
 is the mirror image: dh is computed without sending, dx is a partial sum, one all-reduce.
 
+Where the rules split `stream_tokens`, x and y have the tokens of one device: an all-gather before A and a
+reduce-scatter after B take the place of the all-reduces, in as many bytes (Korthikanti et al. 2022, section 4.2.2).
+
 The layers name logical dimensions; `ShardingRules` says which mesh axis those are split over. Read `mlp.py` next.
 """
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +30,8 @@ from jax.typing import DTypeLike
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from .check_inputs import check_features
-from .collectives import enter_split, sum_blocks
+from .collectives import enter_split, gather_tokens, leave_split
+from .device_axes import num_blocks
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
 
@@ -77,8 +82,7 @@ class ColumnLinear(nnx.Module):
             ShardingError: F does not split over the axis of `dim`, or B over `data`.
         """
         check_features(x_BTD, self.kernel.shape[0], layer="ColumnLinear")
-        x_BTD, kernel = enter_split(x_BTD, self.kernel[...].astype(self.dtype), self.rules.axes(self.dim))
-        y_BTF = multiply(x_BTD, kernel, dtype=self.dtype, matmuls=self.matmuls)
+        y_BTF = multiply_columns(self, x_BTD)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])
         return self.rules.constrain(y_BTF, name_dims(y_BTF, self.dim))
@@ -133,9 +137,38 @@ class RowLinear(nnx.Module):
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
-        y_BTD = self.rules.constrain(sum_blocks(y_BTD, self.rules.axes(self.dim)), name_dims(y_BTD, "embed"))
+        y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.axes("stream_tokens"))
+        y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else add_bias(y_BTD, self.bias[...])
+
+
+class _Columns(Protocol):
+    """What `ColumnLinear` and `JoinedLinear` have in common."""
+
+    kernel: nnx.Param
+    dim: str
+    dtype: DTypeLike
+    matmuls: Matmuls
+    rules: ShardingRules
+
+
+def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
+    """Return the product of a column-parallel layer: x[B, T, D] @ kernel[D, F@axes] -> y[B, T, F@axes], without bias.
+
+    Where tokens are split between layers x is [B, T@tokens, D], and is gathered here. The backward gathers it again:
+    what is kept of it is this device's tokens (Korthikanti et al. 2022, section 4.2.2).
+    """
+    rules, kernel = layer.rules, layer.kernel[...].astype(layer.dtype)
+    run = partial(multiply, dtype=layer.dtype, matmuls=layer.matmuls)
+    tokens = rules.axes("stream_tokens")
+    if num_blocks(tokens) == 1:
+        return run(*enter_split(x_BTD, kernel, rules.axes(layer.dim)))
+
+    def gather_and_multiply(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+        return run(rules.constrain(gather_tokens(x_BTD, tokens), name_dims(x_BTD, "embed")), kernel)
+
+    return jax.checkpoint(gather_and_multiply, prevent_cse=False)(x_BTD, kernel)
 
 
 def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
@@ -143,9 +176,10 @@ def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
     return y + jnp.expand_dims(bias_F.astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
-def name_dims(y: jax.Array, last: str) -> tuple[str | None, ...]:
-    """Return the logical dimensions of y[B, ..., F], the last of which is named `last`."""
-    return (*("batch", *[None] * y.ndim)[: y.ndim - 1], last)
+def name_dims(y: jax.Array, last: str, *, tokens: str | None = None) -> tuple[str | None, ...]:
+    """Return the logical dimensions of y[B, ..., F]: `last` is the name of F, `tokens` of T in [B, T, F]."""
+    middle = [tokens] if y.ndim == 3 else [None] * y.ndim
+    return (*("batch", *middle)[: y.ndim - 1], last)
 
 
 def _check_options(in_size: int, out_size: int, bias: Literal["on", "off"], matmuls: Matmuls) -> None:

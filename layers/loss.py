@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_targets
-from .collectives import block_index, max_blocks, num_manual_blocks, sum_blocks
+from .collectives import max_blocks, sum_blocks
+from .device_axes import block_index, num_manual_blocks
 
 
 def cross_entropy(

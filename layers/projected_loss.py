@@ -28,7 +28,8 @@ import numpy as np
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .check_inputs import check_features, check_targets
-from .collectives import mark_varying, run_in_blocks, sum_activations, sum_like, varying_axes
+from .collectives import gather_tokens, leave_split, run_in_blocks
+from .device_axes import mark_varying, num_manual_blocks, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -48,7 +49,8 @@ def projected_cross_entropy(
 ) -> jax.Array:
     """Return `cross_entropy` of the logits x @ table^T, without ever holding the logits of all tokens.
 
-    x[B@data, T, D] in the compute dtype, table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> []
+    x[B@data, T, D] in the compute dtype, table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> []; where the
+    rules split `stream_tokens`, inside `shard_map` x has this device's tokens, and targets and weights all.
 
     Differentiated, it takes three matmuls in all, as without chunks. A chunk has at most as many tokens as x has
     features, so that its logits take as much memory as the table's gradient, or `CHUNK_TOKENS` if that is more; tokens
@@ -64,28 +66,33 @@ def projected_cross_entropy(
         ShardingError: B does not split evenly over `data`, or V over its axes.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    check_targets(targets_BT, weights_BT, shape=x_BTD.shape[:-1])
+    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.axes("stream_tokens"))
+    check_targets(targets_BT, weights_BT, shape=(x_BTD.shape[0], x_BTD.shape[1] * num_manual_blocks(axes.tokens)))
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
-    rules.check_in_context(("batch", "tokens", "embed"), shape=x_BTD.shape, name="x")
-    axes = rules.axes("vocab")
+    rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")
 
     def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes)
+        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
         return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
 
     # In blocks, so that gradients are summed once: left to the compiler, the table's would be in every chunk.
-    of_token = ("batch", "tokens")
-    in_dims = ((*of_token, "embed"), ("vocab", "embed"), of_token, of_token)
-    run = run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=())
-    return run(x_BTD, table_VD, targets_BT, weights_BT)
+    in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
+    return run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=())(x_BTD, table_VD, targets_BT, weights_BT)
+
+
+class _Axes(NamedTuple):
+    """The mesh axes that split the vocabulary, and those of them that split the tokens of x."""
+
+    vocab: tuple[str, ...]
+    tokens: tuple[str, ...]
 
 
 # The gradient is written by hand since autodiff would either keep all logits or compute them again.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _project(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: tuple[str, ...]
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _Axes
 ) -> jax.Array:
-    return _sum_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
+    return _sum_chunks(gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT, axes=axes.vocab)
 
 
 class _Grads(NamedTuple):
@@ -98,13 +105,17 @@ class _Grads(NamedTuple):
 
 
 def _project_forward(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: tuple[str, ...]
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _Axes
 ) -> tuple[jax.Array, Any]:
-    grads = _differentiate_chunks(x_BTD, table_VD, targets_BT, weights_BT, axes=axes)
+    whole_BTD = gather_tokens(x_BTD, axes.tokens)
+    grads = _differentiate_chunks(whole_BTD, table_VD, targets_BT, weights_BT, axes=axes.vocab)
+    # One sum after the loop, in the compute dtype, as every other gradient of an activation.
+    over = tuple(axis for axis in axes.vocab if axis in axes.tokens or axis not in varying_axes(x_BTD))
+    grads = grads._replace(x=leave_split(grads.x, over, tokens=axes.tokens))
     return grads.loss, (grads, x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _project_backward(_: tuple[str, ...], saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _project_backward(_: _Axes, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     grads, x_BTD, table_VD, targets_BT, weights_BT = saved
     return (
         _return_to(x_BTD, grads.x * grad.astype(x_BTD.dtype)),
@@ -135,7 +146,7 @@ def _sum_chunks(
 def _differentiate_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
 ) -> _Grads:
-    """Compute the loss chunk by chunk, and its gradients; the table's in float32."""
+    """Compute the loss chunk by chunk, and its gradients: the table's in float32, that of x not summed over `axes`."""
     cast_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -161,9 +172,7 @@ def _differentiate_chunks(
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
-    # One sum after the loop, in the compute dtype, as every other gradient of an activation.
-    over = tuple(axis for axis in axes if axis not in varying_axes(x_BTD))
-    return _Grads(loss, sum_activations(grad_BTD.astype(x_BTD.dtype), over), grad_VD, loss_BT)
+    return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
 
 
 def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:

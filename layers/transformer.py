@@ -15,7 +15,7 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
 from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
-from .collectives import enter_split
+from .collectives import enter_split, gather_tokens
 from .config import ModelConfig
 from .embedding import Embedding
 from .norms import apply_norm, make_norm
@@ -43,7 +43,8 @@ class Head(nnx.Module):
         Inside `shard_map` the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD, table_VD = enter_split(apply_norm(self.norm, x_BTD), table_VD, self.rules.axes("vocab"))
+        x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.axes("stream_tokens"))
+        x_BTD, table_VD = enter_split(x_BTD, table_VD, self.rules.axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from .axes import DEFAULT_AXES, MeshAxes
 from .errors import MeshError, shown, suggest
-from .spec import Axis, MeshSpec
+from .spec import Axis, MeshSpec, SequenceParallel
 
 
 def build_mesh(spec: MeshSpec, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -78,19 +78,23 @@ def abstract_mesh(spec: MeshSpec) -> AbstractMesh:
     return AbstractMesh(_shape(spec), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def mesh_sizes(mesh: Mesh | AbstractMesh, *, axes: MeshAxes = DEFAULT_AXES) -> MeshSpec:
+def mesh_sizes(
+    mesh: Mesh | AbstractMesh, *, axes: MeshAxes = DEFAULT_AXES, sequence: SequenceParallel = "auto"
+) -> MeshSpec:
     """Return the spec a mesh was built from; axes that it lacks have size 1.
 
     Args:
         axes: roles of the axes, `spec.roles`: a mesh knows their names alone. A mesh whose names are all default ones
             needs none.
+        sequence: that of the spec, which a mesh does not know.
 
     Raises:
         MeshError: an axis with several devices has no role.
     """
     axes = DEFAULT_AXES if set(mesh.axis_names) <= set(DEFAULT_AXES.names) else axes
     check_axes(mesh.shape, axes=axes)
-    return MeshSpec(axes={name: Axis(mesh.shape.get(name, 1), role=role) for name, role in axes.roles})
+    own = {name: Axis(mesh.shape.get(name, 1), role=role) for name, role in axes.roles}
+    return MeshSpec(axes=own, sequence=sequence)
 
 
 def check_axes(sizes: Mapping[str, int], *, axes: MeshAxes) -> None:

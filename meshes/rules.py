@@ -27,6 +27,7 @@ Dim = str | tuple[str, ...] | None
 _ROLES: dict[str, Role | None] = {
     "batch": "batch",
     "tokens": None,
+    "stream_tokens": None,
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -81,6 +82,17 @@ class ShardingRules:
     def replace(self, **axes: Axes) -> "ShardingRules":
         """Return the rules with the given dimensions moved to other axes, or added."""
         return replace(self, table=tuple((dict(self.table) | axes).items()))
+
+    def split_stream(self) -> "ShardingRules":
+        """Return the rules with sequence parallelism: between layers, tokens are split over the axes that split heads.
+
+        An all-gather before and a reduce-scatter behind the split layers take the place of all-reduces (Korthikanti et
+        al. 2022, section 4.2.2). The number of tokens must divide.
+
+        >>> DEFAULT_RULES.split_stream().spec(("batch", "stream_tokens", "embed"))
+        P('data', 'tensor', None)
+        """
+        return self.replace(stream_tokens=_as_entry(self.axes("heads")))
 
     def check_axes(self, sizes: Mapping[str, int]) -> None:
         """Raise unless each axis of a mesh with several devices has a role, and a dimension can be split over it.

@@ -6,8 +6,9 @@ A run file gives a `MeshSpec`; `build_mesh` in `build.py` lays devices out by it
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
+from .arguments import check_choice
 from .axes import DEFAULT_AXES, DEFAULT_ROLES, ROLE_ORDER, MeshAxes, Role
 from .errors import MeshError, shown, suggest
 from .numbers import whole_number
@@ -20,6 +21,10 @@ _MOST_DEVICES = 1_000_000
 
 AXES = DEFAULT_AXES.names
 """The default mesh axes from the slowest links to the fastest: `tensor` varies fastest over neighbouring devices."""
+
+
+SequenceParallel = Literal["auto", "on", "off"]
+"""Whether activations between layers are split by tokens over the tensor axes; "auto" is on where they divide."""
 
 
 class Axis(NamedTuple):
@@ -43,12 +48,15 @@ class MeshSpec:
     Args:
         data, tensor, pipe: sizes of the axes with the default names.
         axes: axes with names of one's own, in place of these or beside them.
+        sequence: sequence parallelism over the tensor axes (Korthikanti et al. 2022, section 4.2.2).
 
     Raises:
-        MeshError: a size is zero or below -1, more than one is -1, or names and roles are not those of `MeshAxes`.
+        MeshError: a size is zero or below -1, more than one is -1, names and roles are not those of `MeshAxes`, or
+            `sequence` is not one of the choices.
     """
 
     axes: tuple[tuple[str, Axis], ...]
+    sequence: SequenceParallel
 
     def __init__(
         self,
@@ -57,7 +65,10 @@ class MeshSpec:
         tensor: int | None = None,
         pipe: int | None = None,
         axes: Mapping[str, Axis] | tuple[tuple[str, Axis], ...] = (),
+        sequence: SequenceParallel = "auto",
     ) -> None:
+        check_choice("sequence", sequence, get_args(SequenceParallel), error=MeshError)
+        object.__setattr__(self, "sequence", sequence)
         sizes = {"data": data, "tensor": tensor, "pipe": pipe}
         own = {name: Axis(size, role=DEFAULT_ROLES[name]) for name, size in sizes.items() if size is not None}
         given = {name: _axis_of(name, axis) for name, axis in dict(axes).items()} | own
@@ -136,7 +147,24 @@ class MeshSpec:
         for name in sizes:
             if name not in self.sizes:
                 raise MeshError(f"mesh {self} has no axis {name!r}.{suggest(name, self.sizes)}")
-        return MeshSpec(axes={name: axis._replace(size=sizes.get(name, axis.size)) for name, axis in self.axes})
+        axes = {name: axis._replace(size=sizes.get(name, axis.size)) for name, axis in self.axes}
+        return MeshSpec(axes=axes, sequence=self.sequence)
+
+    def splits_tokens(self, num_tokens: int) -> bool:
+        """Return whether activations of sequences of `num_tokens` are split by tokens over the tensor axes.
+
+        Raises:
+            MeshError: `sequence` is "on", and the tokens do not divide.
+        """
+        divides = num_tokens % self.tensor == 0
+        if self.sequence == "on" and not divides:
+            raise MeshError(
+                f'sequence="on" splits {num_tokens} tokens over {self.label("tensor")}={self.tensor}, and they do not '
+                "divide.",
+                fix=f"use sequences of {num_tokens // self.tensor * self.tensor or self.tensor} tokens, or "
+                'sequence="off".',
+            )
+        return self.sequence != "off" and self.tensor > 1 and divides
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
         """Return the spec with -1 inferred, checked to use exactly `num_devices` devices.
@@ -206,9 +234,10 @@ class MeshSpec:
         return " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
 
     def __repr__(self) -> str:
+        own = "" if self.sequence == "auto" else f", sequence={self.sequence!r}"
         if self.sizes.keys() == DEFAULT_ROLES.keys():
-            return f"MeshSpec({', '.join(f'{axis}={size}' for axis, size in self.sizes.items())})"
-        return f"MeshSpec(axes={dict(self.axes)})"
+            return f"MeshSpec({', '.join(f'{axis}={size}' for axis, size in self.sizes.items())}{own})"
+        return f"MeshSpec(axes={dict(self.axes)}{own})"
 
 
 def _axis_of(name: str, axis: Any) -> Axis:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, NewTokens
-from ..layers.collectives import mark_varying, varying_axes
+from ..layers.device_axes import mark_varying, varying_axes
 from ..meshes import DEFAULT_RULES, ShardingRules
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING

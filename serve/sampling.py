@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..layers.collectives import block_index, gather_blocks, max_blocks, num_manual_blocks
+from ..layers.collectives import gather_blocks, max_blocks
+from ..layers.device_axes import block_index, num_manual_blocks
 
 NOT_FINITE = -3
 """A placeholder for the token where logits are NaN or infinite."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
-from ..layers.collectives import manual_axes, mark_varying
+from ..layers.device_axes import manual_axes, mark_varying
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.ring import check_ring

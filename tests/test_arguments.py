@@ -49,6 +49,7 @@ PLACED: dict[str, Any] = {"model": MODEL, "layout": Layout()}
 
 CALLS: dict[str, dict[str, Any]] = {
     "meshes.MeshSpec": {},
+    "meshes.mesh_sizes": {"mesh": MESH},
     "meshes.processes.launchers.find_processes": {"coordinator": "localhost:1", "count": 2, "index": 0, "environ": {}},
     "meshes.use_fake_devices": {"num_devices": 8},
     "layers.ColumnLinear": LINEAR,

@@ -47,7 +47,7 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | N
         # Everything that needs the save is done here: reading it once more would hash its files again.
         config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
         if mesh is not None and axes is not None:
-            config = config.model_copy(update={"mesh": mesh_sizes(mesh, axes=axes)})
+            config = config.model_copy(update={"mesh": mesh_sizes(mesh, axes=axes, sequence=config.mesh.sequence)})
         setup = prepare(config) if mesh is None else Setup(config, mesh)
         corpus = _load_corpus(setup, cache=Path(folder))
         _check_same_corpus(Path(folder), seal, corpus)

@@ -55,7 +55,7 @@ class Setup:
     @cached_property
     def sizes(self) -> MeshSpec:
         """The sizes of the mesh, with the roles that the config gives its axes."""
-        return mesh_sizes(self.mesh, axes=self.config.mesh.roles)
+        return mesh_sizes(self.mesh, axes=self.config.mesh.roles, sequence=self.config.mesh.sequence)
 
     @property
     def rules(self) -> ShardingRules:
@@ -66,6 +66,7 @@ class Setup:
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
         rules = model_rules(self.config.model, self.mesh.shape, rules=self.rules)
+        rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         return split_transformer(
             self.config.model,
             mesh=self.mesh,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...layers.collectives import mark_varying
+from ...layers.device_axes import mark_varying
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
 from .buffers import vary_like
@@ -33,6 +33,7 @@ class Functions:
     layers, prepares: by kind of layer; one kind without a name unless there are several.
     axes: pipe and batch axes with more than one device.
     end_axes: the same for `first` and `last`; without pipe where all ranks run them together.
+    token_axes: axes with more than one device that split the tokens of x.
     """
 
     first: Callable[[Any, Given], Any]
@@ -43,17 +44,24 @@ class Functions:
     fns: StageFns
     axes: tuple[str, ...]
     end_axes: tuple[str, ...]
+    token_axes: tuple[str, ...]
 
 
 def bind_functions(
-    fns: StageFns, *, pipe: tuple[str, ...], batch: tuple[str, ...], keeps_trivial: bool = False
+    fns: StageFns,
+    *,
+    pipe: tuple[str, ...],
+    batch: tuple[str, ...],
+    tokens: tuple[str, ...],
+    keeps_trivial: bool = False,
 ) -> Functions:
     """Return the functions in one form, for use inside `shard_map` with these axes of more than one device.
 
     Args:
+        tokens: those of `fns.token_axes`.
         keeps_trivial: whether results may be marked as varying over axes of one device, as in checks.
     """
-    axes = (*pipe, *batch)
+    axes, own_axes = (*pipe, *batch), (*pipe, *batch, *tokens)
     end_axes = batch if fns.ends_together else axes
     mark = partial(_mark, keeps_trivial=keeps_trivial)
 
@@ -72,11 +80,12 @@ def bind_functions(
         first=bind(fns.first, end_axes, _first_output),
         layers={kind: bind(fn, axes, _layer_output) for kind, fn in layers.items()},
         last=bind(fns.last, end_axes, lambda result, _: _sums_in_float32(read_output("last", result))),
-        prepares={kind: fn and (lambda params, fn=fn: mark(fn(params), axes)) for kind, fn in prepares.items()},
+        prepares={kind: fn and (lambda params, fn=fn: mark(fn(params), own_axes)) for kind, fn in prepares.items()},
         asks_info=any(map(asks_for_info, (fns.first, *layers.values(), fns.last))),
         fns=fns,
         axes=axes,
         end_axes=end_axes,
+        token_axes=tokens,
     )
 
 

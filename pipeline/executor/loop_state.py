@@ -6,7 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ...layers.collectives import gather_slices, mark_varying, split_dim
+from ...layers.collectives import gather_slices, split_dim
+from ...layers.device_axes import mark_varying
 from ..model.protocol import Output
 from .buffers import add, read, write_if
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ...layers.collectives import mark_varying
+from ...layers.device_axes import mark_varying
 from ...meshes import ScheduleError
 from .buffers import empty_buffer
 from .functions import Functions
@@ -37,7 +37,7 @@ def check_prepare(functions: Functions, stages: dict[str, Any]) -> None:
     """
     for kind, prepare in functions.prepares.items():
         if prepare is not None:
-            _check_linear(prepare, stages[kind], functions.axes)
+            _check_linear(prepare, stages[kind], (*functions.axes, *functions.token_axes))
 
 
 def _check_linear(prepare: Callable[[Any], Any], stages: Any, axes: tuple[str, ...]) -> None:

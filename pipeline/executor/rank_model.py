@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...layers.collectives import mark_varying
+from ...layers.device_axes import mark_varying
 from ..model.pattern import stage_pattern
 from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams
@@ -216,22 +216,26 @@ def _at(numbers: Sequence[int], stage: Index) -> Index:
     return numbers[stage] if isinstance(stage, int) else jnp.asarray(numbers)[stage]
 
 
+def _mark(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda leaf: mark_varying(leaf, axes), tree)
+
+
 def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, wants_batch: bool) -> RankModel:
     """Return the model of this rank; for use inside `shard_map`.
 
     params.stages [C, k, ...] of this rank, params.shared whole or this rank's part, batch leaves [M, b, ...].
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see ends_together.py.
-    shared = jax.tree.map(lambda leaf: mark_varying(leaf, functions.end_axes), params.shared)
-    by_kind = functions.fns.by_kind(params.stages), functions.fns.by_kind(inputs.state)
-    unprepared, state = jax.tree.map(lambda leaf: mark_varying(leaf, functions.axes), by_kind)
+    tokens, by_kind = functions.token_axes, functions.fns.by_kind
+    shared = _mark(params.shared, (*functions.end_axes, *tokens))
+    unprepared = _mark(by_kind(params.stages), (*functions.axes, *tokens))
     at_ends = microbatches_of(functions, inputs)
     return RankModel(
         functions=functions,
         unprepared=unprepared,
         stages=prepare_layers(functions, unprepared),
         shared=shared,
-        state=state,
+        state=_mark(by_kind(inputs.state), functions.axes),
         microbatches=at_ends.marked(functions.axes),
         at_ends=at_ends,
         wants_batch=wants_batch,

@@ -85,7 +85,8 @@ class Region:
         axes = self.fns.axes
         # Empty for axes of one device: nothing is cut, marked or summed along those.
         pipe, batch = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
-        functions = bind_functions(self.fns, pipe=pipe, batch=batch)
+        tokens = self._split_axes(self.fns.token_axes)
+        functions = bind_functions(self.fns, pipe=pipe, batch=batch, tokens=tokens)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
         check_prepare(functions, self.fns.by_kind(params.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
@@ -106,10 +107,12 @@ class Region:
         self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
-        stages = _sum(fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages), batch)
+        stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
+        of_params = PipelineParams(stages=_restore(stages), shared=fill_integers(grads.shared, params.shared))
+        of_params = self._sum_tokens(of_params)
         # Where the ends ran together, their gradients are summed over pipe already.
-        shared = _sum(fill_integers(grads.shared, params.shared), batch if self.fns.ends_together else (*pipe, *batch))
-        of_params = PipelineParams(stages=_restore(stages), shared=shared)
+        shared = _sum(of_params.shared, batch if self.fns.ends_together else (*pipe, *batch))
+        of_params = PipelineParams(stages=_sum(of_params.stages, batch), shared=shared)
         if not self.wants_batch:
             return of_params, None
 
@@ -119,6 +122,18 @@ class Region:
 
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
+
+    def _sum_tokens(self, grads: PipelineParams) -> PipelineParams:
+        """Sum what the tokens of each device made of parameters that are whole along the axes that split tokens."""
+        tokens = self._split_axes(self.fns.token_axes)
+        if not tokens:
+            return grads
+        leaves, structure = jax.tree.flatten(grads)
+        specs = structure.flatten_up_to(param_specs(self.fns, grads, self.mesh))
+        # Split over all of the axes or over none: a layer that cuts a dimension over one of two is not one of ours.
+        is_whole = [not set(tokens) & set(mesh_axes_of(spec)) for spec in specs]
+        sums = iter(_sum([leaf for leaf, its in zip(leaves, is_whole, strict=True) if its], tokens))
+        return structure.unflatten(next(sums) if its else leaf for leaf, its in zip(leaves, is_whole, strict=True))
 
     def _split_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape.get(axis, 1) > 1)

@@ -132,6 +132,7 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
     return StageFns(
         first=first,
         layer=rematerialize(layer, remat),
+        token_axes=model.head.rules.axes("stream_tokens"),
         last=last,
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,

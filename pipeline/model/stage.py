@@ -65,6 +65,8 @@ class StageFns:
             that differs between ranks must be summed over that axis before it is returned.
         placement: the placement of stages on ranks by which the parameters were cut; that of the schedule must be the
             same.
+        token_axes: mesh axes that split the tokens of x. Parameters that are whole along them have their gradients
+            summed over them once a step, and not by every layer.
         axes: the roles of the mesh's axes, if their names are not pipe, data and tensor.
         prepare: a linear function from the parameters of one layer to those that `layer` is given, run once a step for
             all layers, for instance a cast. Gradients come back through its transpose and are summed in float32.
@@ -84,6 +86,7 @@ class StageFns:
     stage_specs: Any = WHOLE
     shared_specs: Any = WHOLE
     placement: Placement | Shape = "loop"
+    token_axes: tuple[str, ...] = ()
     axes: MeshAxes = DEFAULT_AXES
     prepare: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any] | None] | None = None
     unroll: Unroll = "off"

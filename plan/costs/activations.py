@@ -26,6 +26,7 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
         num_sequences=layout.sequences,
         num_tokens=num_tokens,
         tensor=layout.tensor,
+        sequence=runtime.sequence_parallel,
         remat=remat,
     )
     sizes = {"num_sequences": layout.sequences, "num_tokens": num_tokens, "tensor": layout.tensor}

@@ -5,6 +5,8 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
   reduce-scatter and all-gather of ZeRO.
 - Tensor parallelism all-reduces an activation twice per layer forward and twice backward (Shoeybi et al. 2019,
   section 3). An all-reduce over t devices sends 2 (t - 1) / t of the array.
+  With sequence parallelism a reduce-scatter and an all-gather of half of that each take its place (Korthikanti et al.
+  2022, section 4.2.2), and what a stage sends to the next is a t-th of the activation.
 - Every boundary between stages on two ranks sends an activation forward and its gradient back.
 - Embedding, head and loss are counted apart, in `_vocabulary`.
 """
@@ -57,6 +59,11 @@ class StepSizes:
     def boundary(self) -> int:
         """Bytes of one microbatch's activation between two layers, in the compute dtype: x[b, T, D]."""
         return self.tokens * self.model.hidden_size * _ITEM_BYTES[self.model.dtype]
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        """Whether activations between layers are split by tokens over tensor."""
+        return self.mesh.splits_tokens(self.num_tokens)
 
     @property
     def tokens(self) -> int:
@@ -117,7 +124,8 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     ranks = sizes.placed.ranks
     others = [stage + step for stage in sizes.placed.stages_of(rank) for step in (1, -1)]
     num_hops = sum(0 <= other < len(ranks) and ranks[other] != rank for other in others)
-    yield sizes.mesh.label("pipe"), num_hops * sizes.num_microbatches * sizes.boundary
+    parts = sizes.mesh.tensor if sizes.is_sequence_parallel else 1
+    yield sizes.mesh.label("pipe"), num_hops * sizes.num_microbatches * sizes.boundary / parts
 
 
 def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -139,7 +147,7 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     yield pipe, 4 * runs * sizes.boundary / mesh.tensor
-    gather = (mesh.tensor - 1) / mesh.tensor
+    gather = 0.0 if sizes.is_sequence_parallel else (mesh.tensor - 1) / mesh.tensor
     yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
     yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)
 

@@ -109,8 +109,9 @@ class Runtime:
         )
 
 
-TRELLAX = Runtime(pair_overlap="on")
-"""The step that trellax compiles where attention is not fused: lockstep, the vocabulary split over pipe x tensor.
+TRELLAX = Runtime(pair_overlap="on", sequence_parallel="on")
+"""The step that trellax compiles where attention is not fused: lockstep, the vocabulary split over pipe x tensor, and
+activations between layers over tensor.
 
 Attention scores are stored in float32. `trellax_runtime` returns the traits for a model on an accelerator.
 """
@@ -151,7 +152,9 @@ _FUSED_ON = ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090")
 """Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
 
 
-def trellax_runtime(model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab = "split") -> Runtime:
+def trellax_runtime(
+    model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab = "split", sequence: OnOff = "on"
+) -> Runtime:
     """Return the traits of the step that trellax compiles for a model on an accelerator.
 
     Attention is one fused kernel (cuDNN's) if `model.attention` allows it, the model's shapes suit the kernel, and the
@@ -162,9 +165,11 @@ def trellax_runtime(model: ModelConfig, accelerator: Accelerator, *, vocab: Voca
 
     Args:
         vocab: placement of embedding and head, `pipeline.vocab` in a config.
+        sequence: whether tokens are split over tensor between layers, where `mesh.sequence` is not off.
 
     Raises:
         PlanError: `vocab` is not one of its choices.
     """
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
-    return replace(TRELLAX, vocab=vocab, attention="fused" if is_fused else "scores")
+    attention = "fused" if is_fused else "scores"
+    return replace(TRELLAX, vocab=vocab, sequence_parallel=sequence, attention=attention)

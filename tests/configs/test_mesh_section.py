@@ -124,14 +124,19 @@ def test_config_is_read_back_from_its_values(mesh: str, folder: Path) -> None:
 
 
 def test_default_names_are_written_without_roles(folder: Path) -> None:
-    assert load("[mesh]\ndata = 2\n").model_dump(mode="json")["mesh"] == {"data": 2, "tensor": 1, "pipe": 1}
+    assert load("[mesh]\ndata = 2\n").model_dump(mode="json")["mesh"] == {
+        "data": 2,
+        "tensor": 1,
+        "pipe": 1,
+        "sequence": "auto",
+    }
 
 
 def test_resolved_config_holds_names_and_roles(folder: Path) -> None:
     config = load(OWN, "--run.folder", str(folder))
     config.run_folder.mkdir()
     path = write_resolved_config(config, say=pytest.fail)
-    assert tomllib.loads(path.read_text())["mesh"] == tomllib.loads(OWN)["mesh"]
+    assert tomllib.loads(path.read_text())["mesh"] == tomllib.loads(OWN)["mesh"] | {"sequence": "auto"}
     assert load_config(path) == config
 
 

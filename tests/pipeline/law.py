@@ -174,6 +174,7 @@ def pipeline_step(
     num_chunks: int = 1,
     layers_per_stage: tuple[int, ...] | None = None,
     vocab: Vocab = "ends",
+    sequence: Literal["off", "on"] = "off",
     remat: Remat = "none",
     unroll: Literal["off", "on"] = "off",
     overlap: Literal["auto", "on", "off"] = "auto",
@@ -187,10 +188,9 @@ def pipeline_step(
     spec = _spec_of(mesh)
     devices = _build(spec)
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
-    plan = schedule
-    if isinstance(plan, str):
-        sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
-        plan = build_schedule(plan, **sizes, vocab=vocab)
+    rules = rules.split_stream() if sequence == "on" else rules
+    sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+    plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)

@@ -128,6 +128,7 @@ def _count_kept(setup: Setup) -> int:
         "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
         "num_tokens": config.data.seq_len,
         "tensor": sizes.tensor,
+        "sequence": "on" if sizes.splits_tokens(config.data.seq_len) else "off",
         "remat": config.pipeline.remat,
     }
     kept = activation_bytes(config.model, **shapes).layer

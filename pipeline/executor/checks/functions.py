@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ....layers.collectives import mark_varying
+from ....layers.device_axes import mark_varying
 from ....meshes import ScheduleError
 from ...model.param_specs import param_specs
 from ...model.protocol import Output
@@ -76,20 +76,23 @@ class _Trace:
     def check(self, fns: StageFns, params: PipelineParams, inputs: Inputs) -> None:
         # The types that arguments have in the executor, also along axes of size 1: microbatch and layers differ between
         # all devices, the ends' arguments only between data shards where all ranks run them together.
-        functions = bind_functions(fns, pipe=(fns.axes.pipe,), batch=fns.axes.batch, keeps_trivial=True)
+        split = {"pipe": (fns.axes.pipe,), "batch": fns.axes.batch, "tokens": (tokens := fns.token_axes)}
+        functions = bind_functions(fns, **split, keeps_trivial=True)
         is_together, axes = fns.ends_together, functions.axes
         ends: RunsOn = "all ranks" if is_together else "one rank"
-        shared = _mark(params.shared, functions.end_axes)
+        shared = _mark(params.shared, (*functions.end_axes, *tokens))
         at_ends = microbatches_of(functions, inputs)
         first = self._trace("first", functions.first, shared, at_ends.read(0).at(-1), runs_on=ends)
         _check_activation(first)
         x = _like(first, axes)
-        own, state = _mark(jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state)), axes)
+        own, state = jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state))
+        own, state = _mark(own, (*axes, *tokens)), _mark(state, axes)
         metrics = {}
         for kind, layer in functions.layers.items():
             params_of_one, prepare = fns.by_kind(own)[kind], functions.prepares[kind]
             if prepare is not None:
-                params_of_one = _like(self._trace("prepare", prepare, params_of_one, runs_on="one rank"), axes)
+                params_of_one = self._trace("prepare", prepare, params_of_one, runs_on="one rank")
+                params_of_one = _like(params_of_one, (*axes, *tokens))
             given = at_ends.marked(axes).read(0)
             if given.info is not None:
                 given = replace(given, info=replace(given.info, state=fns.by_kind(state)[kind]))
@@ -97,9 +100,8 @@ class _Trace:
             _check_layer(out, first)
             check_same_on_copies("layer", out, x=first, axes=axes)
             metrics[f"layer {kind}".strip()] = out.metrics
-        last = self._trace(
-            "last", functions.last, shared, _like(first, functions.end_axes), at_ends.read(0).at(-2), runs_on=ends
-        )
+        y = _like(first, functions.end_axes)
+        last = self._trace("last", functions.last, shared, y, at_ends.read(0).at(-2), runs_on=ends)
         _check_loss("last", last.loss)
         check_same_on_copies("last", last, x=None, axes=axes)
         check_names(metrics | {"last": last.metrics})

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.layers.collectives import mark_varying, varying_axes
+from trellax.layers.device_axes import mark_varying, varying_axes
 from trellax.meshes import ScheduleError
 from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, stages_from_layers
 from trellax.schedules import build_schedule
