@@ -12,6 +12,7 @@ import jax
 from ..layers import flops_per_token
 from ..meshes import ProgramError
 from ..plan import StepSizes, minimum_bytes
+from ..plan.costs.minimum_traffic import explain_ratios
 from ..programs import Hardware, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
 from ..schedules import simulate
@@ -81,9 +82,11 @@ def report_step(
         hardware=hardware,
         devices_per_node=devices_per_node,
     )
+    sizes = step_sizes(setup)
     return replace(
         report,
-        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(step_sizes(setup))),
+        traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes)),
+        notes=(*report.notes, *explain_ratios(sizes)),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction

@@ -107,12 +107,11 @@ class Region:
         self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
-        stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
-        of_params = PipelineParams(stages=_restore(stages), shared=fill_integers(grads.shared, params.shared))
-        of_params = self._sum_tokens(of_params)
+        stages = _sum(fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages), batch)
         # Where the ends ran together, their gradients are summed over pipe already.
-        shared = _sum(of_params.shared, batch if self.fns.ends_together else (*pipe, *batch))
-        of_params = PipelineParams(stages=_sum(of_params.stages, batch), shared=shared)
+        shared = _sum(fill_integers(grads.shared, params.shared), batch if self.fns.ends_together else (*pipe, *batch))
+        # Last: before the sums over batch it would hold some of them up, and XLA would join only the others.
+        of_params = self._sum_tokens(PipelineParams(stages=_restore(stages), shared=shared))
         if not self.wants_batch:
             return of_params, None
 

@@ -5,10 +5,12 @@ fused attention and models without dropout follow too. trellax's are those of `l
 compare with the compiled layers. Read `memory_model.py` next.
 """
 
+from typing import Any
+
 from ...layers import ModelConfig, Remat, activation_bytes
 from .layout import Layout
 from .operations import item_bytes
-from .runtime import Runtime
+from .runtime import OnOff, Runtime
 
 _FLOAT32 = 4
 
@@ -30,12 +32,13 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
         remat=remat,
     )
     sizes = {"num_sequences": layout.sequences, "num_tokens": num_tokens, "tensor": layout.tensor}
-    deferred = split_backward_bytes(model, remat=remat, **sizes) if layout.is_backward_split else 0.0
+    kinds: dict[str, Any] = {"sequence": runtime.sequence_parallel, "remat": remat}
+    deferred = split_backward_bytes(model, **sizes, **kinds) if layout.is_backward_split else 0.0
     return (counted.layer + deferred) / layout.context
 
 
 def split_backward_bytes(
-    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, remat: Remat
+    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, sequence: OnOff = "off", remat: Remat
 ) -> float:
     """Return the bytes that a layer stores in addition if its backward is split into input and weight gradient.
 
@@ -45,7 +48,7 @@ def split_backward_bytes(
     "dots".
     """
     # Widths in elements per token on this device.
-    t, d = tensor, model.hidden_size
+    t, d = tensor, model.hidden_size / (tensor if sequence == "on" else 1)
     query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
     # The input of the last product is recomputed from the activation function's output and, for SwiGLU, its factor.
     up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t

@@ -106,11 +106,24 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
     return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
 
 
+def explain_ratios(sizes: StepSizes) -> tuple[str, ...]:
+    """Return why a compiled step sends more than the minimum over some axes, a sentence for each reason."""
+    if not sizes.is_sequence_parallel:
+        return ()
+    axis = sizes.mesh.label("tensor")
+    again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
+    return (f"{axis}: with sequence parallelism {again}; in a block that is 1.25 times the minimum.",)
+
+
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """Yield the all-reduce of the rank's block gradients over data."""
-    mesh = sizes.mesh
-    num_params = sizes.layers_of(rank) * block_params(sizes.model, tensor=mesh.tensor)
-    yield mesh.label("batch"), _FLOAT32 * num_params * _all_reduce(mesh.data)
+    """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
+    mesh, own = sizes.mesh, block_params(sizes.model, tensor=sizes.mesh.tensor)
+    yield mesh.label("batch"), _FLOAT32 * sizes.layers_of(rank) * own * _all_reduce(mesh.data)
+    if sizes.is_sequence_parallel:
+        # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
+        whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
+        ends = vocabulary_params(sizes.model, tensor=mesh.tensor)[1]
+        yield mesh.label("tensor"), _FLOAT32 * (sizes.layers_of(rank) * whole + ends) * _all_reduce(mesh.tensor)
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:

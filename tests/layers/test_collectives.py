@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.layers import collectives as verbs
+from trellax.layers import device_axes
 from trellax.meshes import DEFAULT_RULES, ShardingError
 
 from .sharded import collectives, differing, mesh_of, normal, place, text_of
@@ -19,7 +20,7 @@ X = normal(4, 8)
 
 
 def enter(x: jax.Array) -> jax.Array:
-    return verbs.enter_split(x, verbs.mark_varying(jnp.ones((8, 2)), TENSOR), TENSOR)[0]
+    return verbs.enter_split(x, device_axes.mark_varying(jnp.ones((8, 2)), TENSOR), TENSOR)[0]
 
 
 def own_heads(x: jax.Array) -> jax.Array:
@@ -66,7 +67,7 @@ def test_verb_and_its_transpose_send_what_is_said(verb: str) -> None:
     def back(x: jax.Array) -> jax.Array:
         y, vjp = jax.vjp(run, x)
         # A gradient that differs between devices, where it may: XLA does not send what it knows to be the same.
-        return vjp(jnp.ones_like(y) * (verbs.block_index(TENSOR) if after != WHOLE else 1))[0]
+        return vjp(jnp.ones_like(y) * (device_axes.block_index(TENSOR) if after != WHOLE else 1))[0]
 
     def kinds(fn: Any, out: P) -> list[str]:
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=before, out_specs=out)
@@ -147,7 +148,7 @@ def test_a_layer_with_split_tokens_equals_one_device() -> None:
 
 def test_tokens_that_do_not_split_are_refused() -> None:
     run = jax.shard_map(
-        lambda y: verbs.scatter_tokens(verbs.mark_varying(y, TENSOR), TENSOR),
+        lambda y: verbs.scatter_tokens(device_axes.mark_varying(y, TENSOR), TENSOR),
         mesh=mesh_of("tensor=4"),
         in_specs=P(),
         out_specs=P(None, "tensor"),

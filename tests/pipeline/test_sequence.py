@@ -1,15 +1,20 @@
 """Sequence parallelism equals one device, and what its compiled program sends and keeps."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import pytest
-from trellax.layers import Remat
+from trellax.layers import Remat, activation_bytes
+from trellax.plan.costs.activations import split_backward_bytes
 from trellax.schedules import Vocab
 
+from ..programs.steps import report_of, setup_of
 from .law import Attention, answer_of, beyond, errors_of, one_device, pipeline_step, small_model
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
+
+
+WIDE = "--model.hidden_size 64 --model.num_heads 8 --data.seq_len 64 --model.max_tokens 64"
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,21 @@ def test_sequence_parallel_equals_one_device(case: Case) -> None:
     )
     expected = one_device(config, 4 * case.num_microbatches)
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_what_is_kept_and_sent_between_stages_is_divided_by_tensor(schedule: str, remat: Remat) -> None:
+    extra = f"--pipeline.schedule {schedule} --pipeline.remat {remat} {WIDE}"
+    whole, split = (report_of("1x4x2", f"{extra} --mesh.sequence {choice}") for choice in ("off", "on"))
+    shapes: dict[str, Any] = {"num_sequences": 8, "num_tokens": 64, "tensor": 4, "sequence": "on", "remat": remat}
+    model = setup_of("1x4x2", extra).config.model
+    kept = activation_bytes(model, **shapes).layer
+    kept += split_backward_bytes(model, **shapes) if schedule == "zb-h1" else 0
+    # Two layers for each of two microbatches in flight, and what goes into, out of and between stages.
+    slots, x = 2 * 2 * kept, activation_bytes(model, **shapes).boundary
+    assert slots <= split.memory.activations <= 1.05 * (slots + 4 * x)
+    if (schedule, remat) == ("1f1b", "full"):
+        assert split.memory.activations == pytest.approx(whole.memory.activations / 4, rel=0.05)
+    sent = [{row.axis: row.bytes for row in one.traffic if row.kind == "collective-permute"} for one in (split, whole)]
+    assert sent[0]["pipe"] == sent[1]["pipe"] / 4

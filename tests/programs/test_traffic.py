@@ -21,15 +21,17 @@ X = 8 * 32 * 32 * 4  # bytes of one microbatch's activation, over all data shard
 LOSS = 8 * 32 * 4  # bytes of one number for each of its tokens
 M = 4
 
+WHOLE_TOKENS = "--mesh.sequence off"
+
 
 def rows(report: ProgramReport) -> dict[str, Traffic]:
     return {row.axis: row for row in report.traffic if row.kind == EVERY_KIND}
 
 
-def counted(mesh: str, axis: str, *, inside: str) -> dict[int, int]:
+def counted(mesh: str, axis: str, *, inside: str, extra: str = "") -> dict[int, int]:
     """Operand bytes -> runs on the device that has most, of the collectives inside or outside the loops."""
     found: dict[int, int] = {}
-    for collective in collectives_of(compiled_step(mesh), setup_of(mesh).mesh):
+    for collective in collectives_of(compiled_step(mesh, extra), setup_of(mesh, extra).mesh):
         if collective.axis == axis and ("while" in collective.op_name) == (inside == "loop"):
             size = collective.operand_bytes
             found[size] = found.get(size, 0) + int(collective.count.max())
@@ -40,16 +42,35 @@ def test_tensor_traffic_of_a_pipeline_by_hand() -> None:
     # Two layers a rank, four times a microbatch; the embedding once (rank 0), dy of the head once and three sums of the
     # loss, of which XLA joins two (rank 1).
     x, loss = X // 2, LOSS // 2
-    assert counted("2x2x2", "tensor", inside="loop") == {x: 2 * 4 * M + 2 * M, loss: M, 2 * loss: M}
+    found = counted("2x2x2", "tensor", inside="loop", extra=WHOLE_TOKENS)
+    assert found == {x: 2 * 4 * M + 2 * M, loss: M, 2 * loss: M}
 
 
 def test_tensor_traffic_of_one_rank_by_hand() -> None:
     x, loss = X // 4, LOSS // 4
-    assert counted("4x2x1", "tensor", inside="loop") == {x: 4 * 4 * M + 2 * M, loss: M, 2 * loss: M}
+    found = counted("4x2x1", "tensor", inside="loop", extra=WHOLE_TOKENS)
+    assert found == {x: 4 * 4 * M + 2 * M, loss: M, 2 * loss: M}
 
 
-@pytest.mark.parametrize(("mesh", "ranks", "x"), [("2x2x2", 2, X // 2), ("1x4x2", 2, X), ("2x1x4", 4, X // 2)])
+@pytest.mark.parametrize(
+    ("mesh", "layers", "x", "loss"), [("2x2x2", 2, X // 2, LOSS // 2), ("4x2x1", 4, X // 4, LOSS // 4)]
+)
+def test_tensor_traffic_with_sequence_parallelism_by_hand(mesh: str, layers: int, x: int, loss: int) -> None:
+    # A gather carries the tokens of a device, a scatter all of them. A layer gathers two inputs forward, and backward
+    # these again and two gradients; it scatters two outputs and two gradients. The embedding scatters x and gathers dx,
+    # the head gathers y and scatters dy. No sum of an activation is left.
+    gathers, scatters = layers * 6 * M + 2 * M, layers * 4 * M + 2 * M
+    assert counted(mesh, "tensor", inside="loop") == {x // 2: gathers, x: scatters, loss: M, 2 * loss: M}
+    # Once a step, in one sum: gradients of the norms and of biases behind sums, and of the positions.
+    (size,) = counted(mesh, "tensor", inside="step")
+    assert counted(mesh, "tensor", inside="step") == {size: 1}
+    # Two norms with scale and bias, two biases; the positions and the last norm; beside them numbers of the norm.
+    assert 0 <= size - 4 * (layers * 6 * 32 + 32 * 32 + 2 * 32) <= 4 * 32
+
+
+@pytest.mark.parametrize(("mesh", "ranks", "x"), [("2x2x2", 2, X // 4), ("1x4x2", 2, X // 4), ("2x1x4", 4, X // 2)])
 def test_pipe_traffic_by_hand(mesh: str, ranks: int, x: int) -> None:
+    # A tensor rank sends its own tokens.
     # Every rank sends in every turn in which some rank does: p - 2 more each way than it has microbatches.
     assert counted(mesh, "pipe", inside="loop") == {x: 2 * (M + ranks - 2)}
 
@@ -74,10 +95,21 @@ def test_data_traffic_is_one_sum_of_the_gradients(mesh: str, layers: int, tensor
     [("2x2x2", SPLIT), ("1x4x2", SPLIT), ("2x2x2", ""), ("1x4x2", ""), ("2x2x1", ""), ("4x2x1", "")],
 )
 def test_the_step_sends_the_minimum(mesh: str, extra: str) -> None:
+    extra = f"{extra} {WHOLE_TOKENS}"
     ratios = {axis: round(row.ratio, 2) for axis, row in rows(report_of(mesh, extra)).items() if row.ratio}
     assert set(ratios.values()) == {1.0}
     assert {"data", "tensor", "pipe"} & ratios.keys() == {a for a, n in setup_of(mesh).mesh.shape.items() if n > 1}
     assert [row for row in report_of(mesh, extra).traffic if row.axis == "unattributed"] == []
+
+
+@pytest.mark.parametrize(("mesh", "extra"), [("2x2x2", SPLIT), ("1x4x2", ""), ("4x2x1", "")])
+def test_sequence_parallelism_sends_more_over_tensor_alone_and_says_why(mesh: str, extra: str) -> None:
+    report = report_of(mesh, extra)
+    ratios = {axis: row.ratio for axis, row in rows(report).items() if row.ratio}
+    # In a block ten gathers and scatters where eight are the least; the ends and the sums have no more.
+    assert 1.15 < ratios.pop("tensor") <= 1.25
+    assert {round(ratio, 2) for ratio in ratios.values()} == {1.0}
+    assert [note for note in report.notes if note.startswith("tensor: with sequence parallelism")]
 
 
 def test_pipe_traffic_of_a_split_vocabulary_by_hand() -> None:
@@ -138,8 +170,8 @@ def test_minimum_of_a_step_by_hand() -> None:
     block = (12 * 32**2) // 2 + (3 * 32 + 128) // 2 + 2 * 32 + 4 * 32
     assert minimum_bytes(sizes) == {
         "data": 4 * 2 * block * 1.0,
-        "tensor": 2 * 4 * M * x + M * x + 3 * M * loss,
-        "pipe": M * x,
+        "tensor": 2 * 4 * M * x + M * x + 3 * M * loss + 4 * (2 * (2 * 2 * 32 + 2 * 32) + whole),
+        "pipe": M * x / 2,
         "pipe+data": 4 * (table + whole) * 1.5,
     }
 
@@ -152,7 +184,7 @@ def test_minimum_of_interleaved_chunks_counts_every_boundary() -> None:
 
 
 def test_a_vocabulary_over_pipe_moves_its_gradients_to_data_and_sends_slices_over_pipe() -> None:
-    copied = step_sizes(setup_of("2x2x2"))
+    copied = step_sizes(setup_of("2x2x2", WHOLE_TOKENS))
     whole_step, split = minimum_bytes(copied), minimum_bytes(replace(copied, vocab="split"))
     table, whole = vocabulary_params(copied.model, tensor=2)
     x, loss = X // 2, LOSS // 2

@@ -32,13 +32,15 @@ from .open_calls import open_calls
 from .residuals import LayerVjp
 from .split_branches import split_branches
 
+_RUN_AGAIN = (primitives.reshape_p, primitives.all_gather_p)
+
 
 class SplitBackward:
     """The two halves of a `LayerVjp`'s backward, from the types of its arguments.
 
     The first half returns the list of residuals with some entries replaced and some added at the end; the second half
     reads that list. Together they compute what `LayerVjp.backward` does, each equation in exactly one half, but for
-    reshapes, which cost nothing.
+    reshapes, which cost nothing, and gathers of what is split between layers.
 
     num_saved: number of residuals that the forward keeps.
     extra: types of the entries that the first half adds.
@@ -62,7 +64,7 @@ class SplitBackward:
         light = [grad for grad in grads if not any(map(is_heavy, needed(rest, [grad])))]
         self._first = needed(self._jaxpr.eqns, [*dx, *light], acts=True)
         second = without(needed(self._jaxpr.eqns, grads), self._first)
-        self._second = [*_reshapes_for(second, self._first), *second]
+        self._second = [*_run_again_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
         self._places, self.extra = self._place_cuts()
 
@@ -135,12 +137,16 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape[:2]), math.prod(shape[2:])) if len(shape) in (3, 4) else shape
 
 
-def _reshapes_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
-    """Return the reshapes among the others that these equations read; running them again saves keeping two shapes."""
+def _run_again_for(eqns: Sequence[JaxprEqn], others: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """Return the reshapes and gathers among the others that these equations read, to be run again.
+
+    A reshape saves keeping two shapes. A gather of tokens, dy[B, T@tensor, D] -> [B, T, D], is sent again so that what
+    is kept between the halves is a device's own part.
+    """
     wanted = {v for eqn in eqns for v in eqn.invars if isinstance(v, Var)}
     found = []
     for eqn in reversed(others):
-        if eqn.primitive is primitives.reshape_p and not wanted.isdisjoint(eqn.outvars):
+        if eqn.primitive in _RUN_AGAIN and not wanted.isdisjoint(eqn.outvars):
             found.append(eqn)
             wanted.update(v for v in eqn.invars if isinstance(v, Var))
     return found[::-1]
