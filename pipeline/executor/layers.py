@@ -23,6 +23,7 @@ from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import read, vary_like, write
 from .loop_state import Grads, LoopState, Place, Sums
+from .sharded import LayerGather
 
 Index = jax.Array | int
 
@@ -34,6 +35,7 @@ class LayerStack:
     stage: position of the stage in the model.
     first_layer: position of its first layer in the model.
     state: what layers are given as `info.state`, by kind, leaves [C, k, ...].
+    gathers: the gather of a layer's parameters by kind, None where this device has them whole.
     kind_of, place_of: kind of each layer and its place among those of its kind, [most layers]; None for a single kind.
     """
 
@@ -43,13 +45,15 @@ class LayerStack:
     stage: Index
     first_layer: Index
     state: dict[str, Any]
+    gathers: dict[str, LayerGather | None]
     kind_of: Any = None
     place_of: Any = None
     unroll: Unroll = "off"
 
     def params(self, place: Place) -> Any:
-        """Return the (prepared) parameters of one layer."""
-        return read(self.stages[place.kind], *place.where)
+        """Return the (prepared) parameters of one layer, whole over the batch axes."""
+        own, gather = read(self.stages[place.kind], *place.where), self.gathers[place.kind]
+        return own if gather is None else gather.gather(own)
 
     def given(self, given: Given, index: Index, place: Place) -> Given:
         """Return what one layer is given: a microbatch, with the layer's info if any function asks for it."""

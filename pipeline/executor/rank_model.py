@@ -28,6 +28,7 @@ from .layers import Index, LayerStack
 from .loop_state import Grads, Place, Sums
 from .microbatches import Inputs, Microbatches, microbatches_of
 from .prepare import prepare_layers
+from .sharded import LayerGather, layer_gathers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class RankModel:
     stages: the same as layers take them, after `StageFns.prepare`.
     shared: parameters of the ends, marked as the ends need it.
     state: state of the layers, by kind, [C, k, ...] or None.
+    gathers: the gather of one layer's parameters, by kind, None where they are whole.
     microbatches, at_ends: the batch, as layers and as the ends are given it.
     wants_batch: whether gradients of the batch are asked for too.
     """
@@ -47,6 +49,7 @@ class RankModel:
     stages: dict[str, Any]
     shared: Any
     state: dict[str, Any]
+    gathers: dict[str, LayerGather | None]
     microbatches: Microbatches
     at_ends: Microbatches
     wants_batch: bool
@@ -91,6 +94,7 @@ class RankModel:
             stage=stage,
             first_layer=first,
             state=self.state,
+            gathers=self.gathers,
             kind_of=kind_of,
             place_of=place_of,
             unroll=fns.unroll,
@@ -196,6 +200,7 @@ class RankModel:
                 given,
                 prepare=self.functions.prepares[kind],
                 unprepared=read(self.unprepared[kind], 0, 0),
+                gather=self.gathers[kind],
                 wants_batch=self.wants_batch,
             )
 
@@ -227,6 +232,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see ends_together.py.
     tokens, by_kind = functions.token_axes, functions.fns.by_kind
+    batch = [axis for axis in functions.axes if axis in functions.fns.axes.batch]
     shared = _mark(params.shared, (*functions.end_axes, *tokens))
     unprepared = _mark(by_kind(params.stages), (*functions.axes, *tokens))
     at_ends = microbatches_of(functions, inputs)
@@ -236,6 +242,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
         stages=prepare_layers(functions, unprepared),
         shared=shared,
         state=_mark(by_kind(inputs.state), functions.axes),
+        gathers=layer_gathers(functions.fns, params, unprepared, batch=batch),
         microbatches=at_ends.marked(functions.axes),
         at_ends=at_ends,
         wants_batch=wants_batch,

@@ -33,6 +33,7 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
+from .sharded import gather_once, sum_once
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +89,7 @@ class Region:
         tokens = self._split_axes(self.fns.token_axes)
         functions = bind_functions(self.fns, pipe=pipe, batch=batch, tokens=tokens)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
+        params = gather_once(self.fns, params, batch=batch)
         check_prepare(functions, self.fns.by_kind(params.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
         # With one pipeline rank there is no turn to wait for: microbatches run one after another.
@@ -107,11 +109,12 @@ class Region:
         self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
-        stages = _sum(fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages), batch)
+        stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
+        of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, params.shared))
         # Where the ends ran together, their gradients are summed over pipe already.
-        shared = _sum(fill_integers(grads.shared, params.shared), batch if self.fns.ends_together else (*pipe, *batch))
+        of_params = sum_once(self.fns, of_params, pipe=() if self.fns.ends_together else pipe, batch=batch)
         # Last: before the sums over batch it would hold some of them up, and XLA would join only the others.
-        of_params = self._sum_tokens(PipelineParams(stages=_restore(stages), shared=shared))
+        of_params = self._sum_tokens(replace(of_params, stages=_restore(of_params.stages)))
         if not self.wants_batch:
             return of_params, None
 

@@ -1,14 +1,19 @@
-"""Partition specs of a pipeline's parameters, from what `StageFns` says of one layer and of `shared`."""
+"""Partition specs of a pipeline's parameters: from what `StageFns` says of one layer and of `shared`, and back."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ...meshes.rules import split_first_free_dim
 from .stage import PipelineParams, StageFns
 from .trees import on_mesh, spread_specs
+
+_STACKED_DIMS = 3
+"""Number of leading dimensions of a stage parameter: [chunks, ranks, layers, ...]."""
 
 
 def param_specs(fns: StageFns, params: PipelineParams, mesh: Mesh) -> PipelineParams:
@@ -22,3 +27,39 @@ def param_specs(fns: StageFns, params: PipelineParams, mesh: Mesh) -> PipelinePa
     stages = jax.tree.map(lambda spec: P(None, fns.axes.pipe, None, *spec), own, is_leaf=is_spec)
     shared = spread_specs("shared_specs", fns.shared_specs, params.shared, of="params.shared")
     return on_mesh(PipelineParams(stages=stages, shared=shared), mesh)
+
+
+def layer_specs(shardings: PipelineParams) -> PipelineParams:
+    """Return the specs that `StageFns` is given: of one layer's parameters, and of `shared`."""
+    is_own: Callable[[Any], bool] = lambda node: isinstance(node, NamedSharding)  # noqa: E731
+    stages = jax.tree.map(lambda own: P(*own.spec[_STACKED_DIMS:]), shardings.stages, is_leaf=is_own)
+    return PipelineParams(stages=stages, shared=jax.tree.map(lambda own: own.spec, shardings.shared, is_leaf=is_own))
+
+
+def split_over_batch(
+    shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...], names: Sequence[str] | None = None
+) -> PipelineParams:
+    """Return the shardings with the first free dimension that divides evenly split over the batch axes.
+
+    kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]
+
+    Args:
+        axes: the batch axes of the mesh.
+        names: names of the parameters that are split so, such as kernel; all if left out.
+    """
+
+    def split(lead: int) -> Any:
+        def one(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            if names is not None and getattr(path[-1], "key", None) not in names:
+                return sharding
+            size = math.prod(sharding.mesh.shape[axis] for axis in axes)
+            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=axes, size=size, start=lead)
+            return NamedSharding(sharding.mesh, spec)
+
+        return one
+
+    # Never a stack dimension: to slice it XLA would gather the whole stack ("Involuntary full rematerialization").
+    return PipelineParams(
+        stages=jax.tree_util.tree_map_with_path(split(_STACKED_DIMS), shardings.stages, shapes.stages),
+        shared=jax.tree_util.tree_map_with_path(split(0), shardings.shared, shapes.shared),
+    )

@@ -23,8 +23,12 @@ from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
+from .param_specs import layer_specs, split_over_batch
 from .stack import check_layers, stages_from_layers
-from .stage import PipelineParams, StageFns
+from .stage import PipelineParams, StageFns, Unroll
+
+_SHARDED = ("kernel", "table")
+"""Names of the parameters that are kept split over the batch axes; norms, biases and positions are small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,8 @@ def split_transformer(
     placement: Placement | Shape = "loop",
     vocab: Vocab = "ends",
     remat: Remat = "dots",
-    unroll: Literal["off", "on"] = "off",
+    unroll: Unroll = "off",
+    shard: Literal["none", "step", "layer"] = "none",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
@@ -64,6 +69,7 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         placement, vocab: those of the schedule.
         unroll: whether layers are written out ("on") or looped over ("off").
+        shard: how often kernels and tables, kept split over the batch axes, are gathered; "none" keeps them whole.
         rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
 
     Raises:
@@ -78,9 +84,13 @@ def split_transformer(
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes, dims = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
     shardings = _shardings(dims, shapes, rules, mesh)
+    if shard != "none":
+        shardings = split_over_batch(shardings, shapes, axes=rules.mesh_axes.batch, names=_SHARDED)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
-    fns = replace(fns, shared_specs=_specs(dims.shared, rules), axes=rules.mesh_axes, unroll=unroll, placement=where)
+    fns = replace(
+        fns, axes=rules.mesh_axes, unroll=unroll, placement=where, **_gathering(shard, config.dtype, shardings)
+    )
     make = jax.jit(make_params, out_shardings=shardings)
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, make))
 
@@ -137,7 +147,6 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
-        stage_specs=block.own_specs,
         prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
     )
 
@@ -157,13 +166,11 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
 
 
-def _specs(dims: Any, rules: ShardingRules) -> Any:
-    """Return the partition spec of every parameter."""
-    return jax.tree.map(rules.spec, dims, is_leaf=_is_dims)
-
-
-def _is_dims(node: Any) -> bool:
-    return isinstance(node, tuple)
+def _gathering(shard: Literal["none", "step", "layer"], dtype: str, shardings: PipelineParams) -> dict[str, Any]:
+    """Return the fields of `StageFns` that say how parameters are kept, and how they are gathered."""
+    specs = layer_specs(shardings)
+    kept: dict[str, Any] = {"stage_specs": specs.stages, "shared_specs": specs.shared}
+    return kept if shard == "none" else kept | {"gather": shard, "gather_dtype": dtype}
 
 
 def _shardings(dims: PipelineParams, shapes: PipelineParams, rules: ShardingRules, mesh: Mesh) -> PipelineParams:

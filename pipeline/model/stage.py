@@ -27,6 +27,9 @@ WHOLE = P()
 Unroll = Literal["off", "on"]
 """Whether the layers of a stage are written out one after another instead of looped over."""
 
+Gather = Literal["step", "layer"]
+"""How often parameters that are split over batch axes are gathered: once a step, or by every layer in every action."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageFns:
@@ -59,10 +62,14 @@ class StageFns:
             dimension have two dimensions or more: P(None, "data") for [M, B, ...], P() for whole on every data shard.
         stage_specs: a `PartitionSpec` for every parameter of one layer (or a prefix of their tree), without the leading
             [chunks, ranks, layers]: P(None, "tensor") for a kernel split by columns. `layer` is given its device's
-            block, and sums over the axis what it makes of it (`layers.collectives`).
+            block, and sums over the axis what it makes of it (`layers.collectives`). P("data", "tensor") keeps that
+            block split over data as well; `layer` is given it whole over data.
         shared_specs: a `PartitionSpec` for every leaf of `shared` (or a prefix of its tree). If one names the pipe
             axis, all ranks run `first` and `last` together on one microbatch, each with its part of `shared`: a result
             that differs between ranks must be summed over that axis before it is returned.
+        gather: what is kept split over batch axes, since its spec names them, is gathered once a "step" or by every
+            "layer" (see `executor/sharded.py`); gradients are summed into parts split alike.
+        gather_dtype: dtype in which it is sent, its own if left out.
         placement: the placement of stages on ranks by which the parameters were cut; that of the schedule must be the
             same.
         token_axes: mesh axes that split the tokens of x. Parameters that are whole along them have their gradients
@@ -87,6 +94,8 @@ class StageFns:
     shared_specs: Any = WHOLE
     placement: Placement | Shape = "loop"
     token_axes: tuple[str, ...] = ()
+    gather: Gather = "step"
+    gather_dtype: Any = None
     axes: MeshAxes = DEFAULT_AXES
     prepare: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any] | None] | None = None
     unroll: Unroll = "off"
@@ -132,6 +141,7 @@ class StageFns:
         if not isinstance(self.placement, Placement):
             check_choice("placement", self.placement, get_args(Shape), error=ScheduleError)
         check_choice("unroll", self.unroll, get_args(Unroll), error=ScheduleError)
+        check_choice("gather", self.gather, get_args(Gather), error=ScheduleError)
 
     def _check_pattern(self) -> None:
         is_mapping = isinstance(self.layer, Mapping)

@@ -175,6 +175,7 @@ def pipeline_step(
     layers_per_stage: tuple[int, ...] | None = None,
     vocab: Vocab = "ends",
     sequence: Literal["off", "on"] = "off",
+    shard: Literal["none", "step", "layer"] = "none",
     remat: Remat = "none",
     unroll: Literal["off", "on"] = "off",
     overlap: Literal["auto", "on", "off"] = "auto",
@@ -192,7 +193,7 @@ def pipeline_step(
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
-    cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll}
+    cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
 

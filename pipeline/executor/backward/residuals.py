@@ -33,6 +33,7 @@ from ....layers.device_axes import mark_varying
 from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of
 from ..prepare import transpose
+from ..sharded import LayerGather
 from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
 
@@ -92,6 +93,7 @@ def plan_layer(
     *,
     prepare: Callable[[Any], Any] | None = None,
     unprepared: Any = None,
+    gather: LayerGather | None = None,
     wants_batch: bool = False,
 ) -> LayerVjp:
     """Return the forward and backward of layer(params, x, given) -> Output, with residuals chosen.
@@ -100,7 +102,8 @@ def plan_layer(
 
     Args:
         prepare: makes `params` of the parameters of one layer; gradients are those of the parameters then.
-        unprepared: the parameters of one layer, where `prepare` is given.
+        unprepared: the parameters of one layer, where `prepare` or `gather` is given.
+        gather: makes `params` whole where this device keeps a part; gradients are those of the part then, summed.
         wants_batch: whether the backward also returns the gradient of the microbatch.
     """
     traced = trace_vjp(layer, params, x, given, floats_of(x), wants_batch=wants_batch)
@@ -117,8 +120,18 @@ def plan_layer(
         copies=copies,
         forward_eqns=needed(traced.forward, [*traced.out, *residuals], acts=True),
         again_eqns=needed(traced.forward, [v for v in read if v not in dependent]),
-        unprepare=(lambda grads: grads) if prepare is None else transpose(prepare, unprepared),
+        unprepare=_unprepare(prepare, unprepared, gather),
     )
+
+
+def _unprepare(
+    prepare: Callable[[Any], Any] | None, unprepared: Any, gather: LayerGather | None
+) -> Callable[[Any], Any]:
+    """Return the map from gradients of a layer's whole, prepared parameters to those of the parameters as kept."""
+    whole = unprepared if gather is None else gather.gather_kept(unprepared)
+    back = (lambda grads: grads) if prepare is None else transpose(prepare, whole)
+    # Summed as float32 parameters, whatever dtype they were sent in.
+    return back if gather is None else (lambda grads: gather.scatter(back(grads)))
 
 
 def _restore(source: jax.Array, copy: Any) -> jax.Array:

@@ -259,7 +259,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
     """
     of, lead = ("params.stages", 3) if name == "stage_specs" else ("params.shared", 0)
     own = (fns.axes.pipe,) if lead else ()
-    allowed = [axis for axis in fns.axes.names if axis not in (*fns.axes.batch, *own)]
+    allowed = [axis for axis in fns.axes.names if axis not in own]
     leaves = check_arrays(of, tree)
     specs = spread_specs(name, getattr(fns, name), tree, of=of)
     for (leaf_name, leaf), spec in zip(leaves.items(), jax.tree.leaves(specs, is_leaf=_is_spec), strict=True):

@@ -23,6 +23,7 @@ from ..batch import batch_specs
 from ..buffers import empty_buffer, floats_of
 from ..functions import bind_functions
 from ..microbatches import Inputs, microbatches_of
+from ..sharded import Splits, gather
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives
 from .outputs import check_names, check_same_on_copies
@@ -80,13 +81,14 @@ class _Trace:
         functions = bind_functions(fns, **split, keeps_trivial=True)
         is_together, axes = fns.ends_together, functions.axes
         ends: RunsOn = "all ranks" if is_together else "one rank"
+        params = self._gathered(fns, params)
         shared = _mark(params.shared, (*functions.end_axes, *tokens))
         at_ends = microbatches_of(functions, inputs)
         first = self._trace("first", functions.first, shared, at_ends.read(0).at(-1), runs_on=ends)
         _check_activation(first)
         x = _like(first, axes)
-        own, state = jax.tree.map(lambda leaf: leaf[0, 0, 0], (params.stages, inputs.state))
-        own, state = _mark(own, (*axes, *tokens)), _mark(state, axes)
+        own = _mark(params.stages, (*axes, *tokens))
+        state = _mark(jax.tree.map(lambda leaf: leaf[0, 0, 0], inputs.state), axes)
         metrics = {}
         for kind, layer in functions.layers.items():
             params_of_one, prepare = fns.by_kind(own)[kind], functions.prepares[kind]
@@ -112,6 +114,15 @@ class _Trace:
                     f"shared_specs name {fns.axes.pipe}.",
                     fix=f'sum what each rank made: jax.lax.psum(..., "{fns.axes.pipe}").',
                 )
+
+    def _gathered(self, fns: StageFns, params: PipelineParams) -> PipelineParams:
+        """Return the parameters of one layer, and those of the ends, whole over the batch axes."""
+        one_layer = replace(params, stages=jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages))
+        batch = [axis for axis in fns.axes.batch if self.mesh.shape.get(axis, 1) > 1]
+        splits = Splits.of(fns, params, batch=batch)
+        return PipelineParams(
+            stages=gather(one_layer.stages, splits.stages), shared=gather(one_layer.shared, splits.shared)
+        )
 
     def _trace(self, name: str, fn: Callable[..., Any], *args: Any, runs_on: RunsOn) -> Any:
         # Types and shapes alone: a trace runs the function's Python code, and none of its operations.

@@ -1,0 +1,222 @@
+"""Parameters that are kept split over the batch axes and gathered for use ("ZeRO", Rajbhandari et al. 2020, section 5.3).
+
+A spec that names a batch axis keeps a parameter so, P("data", "tensor") a kernel [D, F]. With d devices of data:
+
+    gather="step"     [D/d, F] --all-gather--> [D, F]          once a step, in the compute dtype
+                      gradients [D/d, F] <--reduce-scatter-- [D, F]    once a step, in float32
+    gather="layer"    the same for one layer at a time, in every action that reads it: no device ever holds more whole
+                      layers than the one at work, and the sums of gradients are split as parameters are
+
+Every device of data has the same layers and other sequences, so a reduce-scatter is also the sum over data that a
+gradient needs. Read `region.py` for the first, `layers.py` for the second.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from ...layers.collectives import gather_weight
+from ...meshes import ShardingError
+from ..model.stage import PipelineParams, StageFns
+from ..model.trees import mesh_axes_of, spread_specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a parameter is kept: dimension `dim` cut over batch axes; () for one that is whole over them."""
+
+    dim: int
+    axes: tuple[str, ...]
+
+    def behind(self, lead: int) -> "Split":
+        """Return the same of an array with `lead` more dimensions in front."""
+        return Split(dim=self.dim + lead, axes=self.axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """How all parameters are kept, in the order of their leaves.
+
+    stages: dimensions are those of one layer's parameter, without [chunks, layers].
+    """
+
+    stages: list[Split]
+    shared: list[Split]
+
+    @classmethod
+    def of(cls, fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> "Splits":
+        """Return the splits that the specs of a model name, over batch axes with several devices."""
+        stages = spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages")
+        shared = spread_specs("shared_specs", fns.shared_specs, params.shared, of="params.shared")
+        return cls(stages=_splits_of(stages, batch), shared=_splits_of(shared, batch))
+
+
+def _splits_of(specs: Any, batch: Sequence[str]) -> list[Split]:
+    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
+    return [_split_of(spec, batch) for spec in leaves]
+
+
+def _split_of(spec: P, batch: Sequence[str]) -> Split:
+    for dim, entry in enumerate(spec):
+        if axes := tuple(axis for axis in mesh_axes_of(P(entry)) if axis in batch):
+            return Split(dim=dim, axes=axes)
+    return Split(dim=0, axes=())
+
+
+def gather(tree: Any, splits: Sequence[Split], *, dtype: DTypeLike | None = None) -> Any:
+    """Return the whole of each leaf, sent in `dtype` if that is given: an all-gather for each that is split."""
+
+    def one(leaf: jax.Array, split: Split) -> jax.Array:
+        return gather_weight(leaf.astype(dtype or leaf.dtype), split.axes, dim=split.dim) if split.axes else leaf
+
+    return _map(one, tree, splits)
+
+
+def scatter(tree: Any, splits: Sequence[Split]) -> Any:
+    """Return each device's own part of gradients, summed over the axes that split their parameters, in float32."""
+
+    def one(grad: Any, split: Split) -> Any:
+        if not split.axes:
+            return grad
+        return jax.lax.psum_scatter(grad.astype(jnp.float32), split.axes, scatter_dimension=split.dim, tiled=True)
+
+    return _map(one, tree, splits)
+
+
+def sum_over(tree: Any, splits: Sequence[Split], axes: Sequence[str]) -> Any:
+    """Sum each leaf over those of the axes that do not split it: one all-reduce for each such set of axes."""
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, (leaf, split) in enumerate(zip(leaves, splits, strict=True)):
+        over = tuple(axis for axis in axes if axis not in split.axes)
+        # A sum over no axes would stay in the program as a copy. Gradients of integers are zeros on every device.
+        if over and jnp.issubdtype(leaf.dtype, jnp.floating):
+            groups.setdefault(over, []).append(number)
+    for over, numbers in groups.items():
+        for number, total in zip(numbers, jax.lax.psum([leaves[n] for n in numbers], over), strict=True):
+            leaves[number] = total
+    return jax.tree.unflatten(structure, leaves)
+
+
+def gather_once(fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> PipelineParams:
+    """Return the parameters with what is gathered once a step: all, or with gather="layer" those of the ends.
+
+    params.stages [C, k, ...] of this device.
+    """
+    splits, dtype = Splits.of(fns, params, batch=batch), fns.gather_dtype
+    shared = gather(params.shared, splits.shared, dtype=dtype)
+    if fns.gather == "layer":
+        return PipelineParams(stages=params.stages, shared=shared)
+    stages = gather(params.stages, [split.behind(2) for split in splits.stages], dtype=dtype)
+    return PipelineParams(stages=stages, shared=shared)
+
+
+def sum_once(fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], batch: Sequence[str]) -> PipelineParams:
+    """Return the gradients summed over the batch axes, and those of the ends over pipe too, in parts as parameters are.
+
+    grads.stages [C, k, ...] of what `gather_once` returned.
+    """
+    splits = Splits.of(fns, grads, batch=batch)
+    of_stages, stages = [split.behind(2) for split in splits.stages], grads.stages
+    if fns.gather == "step":
+        stages = scatter(stages, of_stages)
+    shared = scatter(grads.shared, splits.shared)
+    return PipelineParams(
+        stages=sum_over(stages, of_stages, batch), shared=sum_over(shared, splits.shared, (*pipe, *batch))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGather:
+    """The gather of one layer's parameters in every action, by how they are kept before and after `prepare`."""
+
+    kept: tuple[Split, ...]
+    prepared: tuple[Split, ...]
+    dtype: DTypeLike | None
+
+    @classmethod
+    def of(
+        cls,
+        prepare: Callable[[Any], Any] | None,
+        own: Any,
+        splits: Sequence[Split],
+        *,
+        dtype: DTypeLike | None,
+    ) -> "LayerGather | None":
+        """Return the gather of a layer whose own parameters [D/d, F] are kept so; None if all are whole.
+
+        Raises:
+            ShardingError: parameters are split over different axes, or `prepare` does not act on parts as on the whole.
+        """
+        kept = tuple(splits)
+        named = {split.axes for split in kept if split.axes}
+        if not named:
+            return None
+        if len(named) > 1:
+            raise ShardingError(
+                f"parameters of one layer are split over {' and '.join(map(str, sorted(named)))}: they are gathered "
+                "together.",
+                fix="name the same batch axes in all specs, or leave them out.",
+            )
+        if prepare is None:
+            return cls(kept=kept, prepared=kept, dtype=dtype)
+        # Where a leaf of the prepared whole is longer than the prepared part, that dimension was cut.
+        part = jax.eval_shape(prepare, own)
+        whole = jax.eval_shape(lambda own: prepare(gather(own, kept)), own)
+        pairs = zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True)
+        prepared = tuple(_compare(a.shape, b.shape, axes=next(iter(named))) for a, b in pairs)
+        return cls(kept=kept, prepared=prepared, dtype=dtype)
+
+    def gather(self, params: Any) -> Any:
+        """Return the whole prepared parameters of a layer, of which this device keeps parts."""
+        return gather(params, self.prepared, dtype=self.dtype)
+
+    def gather_kept(self, params: Any) -> Any:
+        """Return the whole parameters of a layer before `prepare`: for their types."""
+        return gather(params, self.kept)
+
+    def scatter(self, grads: Any) -> Any:
+        """Return this device's part of the gradients of a layer's parameters, summed."""
+        return scatter(grads, self.kept)
+
+
+def layer_gathers(
+    fns: StageFns, params: PipelineParams, stages: dict[str, Any], *, batch: Sequence[str]
+) -> dict[str, LayerGather | None]:
+    """Return the gather of a layer's parameters by kind, None where they are whole; stages [C, k, ...] by kind."""
+    if fns.gather == "step":
+        return dict.fromkeys(stages)
+    specs = fns.by_kind(spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages"))
+    return {
+        kind: LayerGather.of(
+            fns.by_kind(fns.prepare)[kind],
+            jax.tree.map(lambda leaf: leaf[0, 0], own),
+            _splits_of(specs[kind], batch),
+            dtype=fns.gather_dtype,
+        )
+        for kind, own in stages.items()
+    }
+
+
+def _compare(part: tuple[int, ...], whole: tuple[int, ...], *, axes: tuple[str, ...]) -> Split:
+    size = jax.lax.axis_size(axes)
+    longer = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b]
+    if not longer:
+        return Split(dim=0, axes=())
+    if len(longer) > 1 or part[longer[0]] * size != whole[longer[0]]:
+        raise ShardingError(
+            f"prepare makes {list(part)} of a device's part and {list(whole)} of the whole: with gather='layer' it is "
+            "given parts, and makes parts of what it would make of the whole.",
+            fix="split another dimension, or use gather='step'.",
+        )
+    return Split(dim=longer[0], axes=axes)
+
+
+def _map(fn: Callable[[Any, Split], Any], tree: Any, splits: Sequence[Split]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [fn(leaf, split) for leaf, split in zip(leaves, splits, strict=True)])
