@@ -17,6 +17,7 @@ from ..configs.run_config import RunConfig
 from ..layers import Remat, activation_bytes
 from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
+from ..meshes.spec import SHARDS
 from ..pipeline import lower, resolve_layers
 from ..plan import StepSizes
 from ..plan.costs.device_params import block_params, vocabulary_params
@@ -70,14 +71,14 @@ def list_memory_savings(
 
 def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig, MeshSpec]]:
     """Yield the overrides, config and mesh of each change."""
-    pipeline, optimizer = config.pipeline, config.optimizer
+    pipeline = config.pipeline
     more = pipeline.microbatches * 2
     yield f"--pipeline.microbatches {more}", _with(config, pipeline={"microbatches": more}), mesh
     for remat in ("dots", "full"):
         if (pipeline.remat, remat) not in (("full", "dots"), (remat, remat)):
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
-    if optimizer.zero == "off" and mesh.data > 1:
-        yield "--optimizer.zero on", _with(config, optimizer={"zero": "on"}), mesh
+    for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data > 1 else ():
+        yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
     for axis in (mesh.roles.tensor[-1], mesh.roles.pipe):
         changed = {axis: 2 * mesh.sizes[axis]}
         # Devices come from the outermost batch axis that can be halved, or are more.
@@ -126,7 +127,9 @@ class _Estimate:
         blocks = room * block_params(config.model, tensor=mesh.tensor)
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
-        self.num_moments = self.num_params / (mesh.data if config.optimizer.zero == "on" else 1)
+        # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
+        split = [mesh.data if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
+        self.num_moments, self.num_kept, self.num_sums = (self.num_params / parts for parts in split)
         layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
         self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
@@ -135,7 +138,8 @@ class _Estimate:
 
     def total(self, memory: Memory, before: "_Estimate") -> int:
         """Return the bytes of this config, scaled from the compiled step of the config `before`."""
-        state = (memory.parameters + memory.gradients) * self.num_params / before.num_params
+        state = memory.parameters * self.num_kept / before.num_kept
+        state += memory.gradients * self.num_sums / before.num_sums
         moments = memory.optimizer * self.num_moments / before.num_moments
         activations = memory.activations * self.activations / before.activations
         # Each part is taken from what the parts before it leave, so that all three add up to the measured memory.

@@ -78,6 +78,7 @@ def report_step(
         compiled,
         setup.mesh,
         parameters=setup.shapes.params,
+        gradients=setup.gradient_shapes,
         optimizer=setup.shapes.opt_state,
         hardware=hardware,
         devices_per_node=devices_per_node,

@@ -182,7 +182,7 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
         f"{layout.schedule}{chunks}" if layout.pipe > 1 else "none",
         f"{layout.microbatches} of {layout.sequences}",
         layout.remat,
-        "on" if layout.zero else "off",
+        layout.shard,
         f"{plan.time_s:.3g} s",
     )
     kept = (memory.total, memory.weights, memory.gradients, memory.optimizer, memory.activations)

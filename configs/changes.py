@@ -19,7 +19,7 @@ _FREE_KEYS = {
     "run.folder",
     "run.fake_devices",
     "run.silence_s",
-    "optimizer.zero",
+    "train.shard",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -50,6 +50,9 @@ _MEANINGS = {
 }
 """Meanings of the keys of dataclass sections, whose fields have no description."""
 
+MOVED = {"optimizer.zero": 'it is train.shard = "optimizer" now'}
+"""Keys of earlier versions, and what to write instead."""
+
 Kind = Literal["whole", "number", "text", "list", "auto or list"]
 """How the text of an override is parsed; "auto or list" is the word auto, or whole numbers with commas."""
 

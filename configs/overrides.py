@@ -8,7 +8,7 @@ from typing import Any
 
 from ..meshes import ConfigError
 from ..meshes.errors import shown
-from .keys import Key
+from .keys import MOVED, Key
 from .mistakes import Mistake, find_nearest
 
 
@@ -71,6 +71,8 @@ def read_overrides(words: Sequence[str], *, keys: Sequence[Key]) -> tuple[list[O
 
 def _describe_unknown(name: str, *, keys: Sequence[Key]) -> str:
     """Return the message for an unknown key; it suggests that key of another section, or else the most similar one."""
+    if name in MOVED:
+        return f"unknown option; {MOVED[name]}"
     same = next((key.name for key in keys if key.key == name.rpartition(".")[2]), None)
     near = same or find_nearest(name, [key.name for key in keys])
     return f"unknown option; did you mean --{near}?" if near else "unknown option"

@@ -10,7 +10,7 @@ from ..meshes import TrellaxError
 from ..meshes.axes import ROLES
 from ..meshes.errors import printable, shown
 from ..meshes.spec import MOST_FAKE_DEVICES
-from .keys import Key
+from .keys import MOVED, Key
 from .mistakes import Mistake, find_nearest
 from .overrides import Override
 from .toml_file import ConfigFile
@@ -121,6 +121,8 @@ def _describe_unknown(names: tuple[str, ...], *, value: Any, keys: Sequence[Key]
         return "unknown section; " + (f"did you mean [{near}]?" if near else f"known are {', '.join(sections)}")
     if len(names) == 1:
         return "unknown key outside a section" + (f"; it belongs in [{home}]" if home else "")
+    if moved := MOVED.get(".".join(names)):
+        return f"unknown key; {moved}"
     if home:
         return f"unknown key; it belongs in [{home}]"
     siblings = [key.key for key in keys if key.section == names[0]]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..meshes.spec import MOST_FAKE_DEVICES
+from ..meshes.spec import MOST_FAKE_DEVICES, Shard
 
 _MAX = 2**31 - 1
 """Largest count: steps, tokens and ids are int32 on a device."""
@@ -64,6 +64,11 @@ class TrainSection(Section):
     init_from: str = Field(
         "", description="Hugging Face or run folder to take initial weights from; random if left out"
     )
+    shard: Shard = Field(
+        "none",
+        description="what is split over data: nothing, the optimizer (ZeRO-1), or weights too, gathered once a step or by "
+        "every layer",
+    )
     bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or spikes")
     spike_ratio: float = Field(
         0.0, ge=0, description="loss / its running mean from which a loss is a spike, over 1; 0 is never"
@@ -89,7 +94,6 @@ class OptimizerSection(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay rate of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
-    zero: Literal["off", "on"] = Field("off", description="shard the optimizer state over data (ZeRO-1)")
 
 
 class PipelineSection(Section):

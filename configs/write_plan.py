@@ -88,7 +88,7 @@ def _list_chosen(layout: Layout) -> Sections:
             "microbatches": layout.microbatches,
             "remat": layout.remat,
         },
-        "optimizer": {"zero": "on" if layout.zero else "off"},
+        "train": {"shard": layout.shard},
     }
 
 

@@ -27,6 +27,12 @@ SequenceParallel = Literal["auto", "on", "off"]
 """Whether activations between layers are split by tokens over the tensor axes; "auto" is on where they divide."""
 
 
+Shard = Literal["none", "optimizer", "step", "layer"]
+"""What is split over data: nothing, the optimizer state, or weights too, gathered once a "step" or by every "layer"."""
+
+SHARDS: tuple[Shard, ...] = get_args(Shard)
+
+
 class Axis(NamedTuple):
     """One axis of a mesh: its number of devices, -1 for what is left, and its role."""
 

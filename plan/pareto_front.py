@@ -108,7 +108,7 @@ def name_point(plan: Plan, axis: FrontAxis) -> str:
         chunks = f" x {layout.chunks}" if layout.chunks > 1 else ""
         words += [f"{layout.schedule}{chunks}"] if layout.pipe > 1 else []
         words += [f"{layout.microbatches} of {layout.sequences}", f"remat {layout.remat}"]
-        words += ["ZeRO"] if layout.zero else []
+        words += [f"shard {layout.shard}"] if layout.zero else []
     return f"{', '.join(words)}: {axis.text(plan)}, {plan.memory.total / _GB:.1f} GB"
 
 

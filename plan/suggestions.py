@@ -48,8 +48,8 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
     """Return the change of one key that saves most memory, else the mesh of these devices that needs least."""
     layout = plan.layout
     changes = [replace(layout, remat="full")]
-    if layout.data > 1 and layout.zero == 0:
-        changes.append(replace(layout, zero=1))
+    if layout.data > 1:
+        changes += [replace(layout, zero=zero) for zero in (1, 2, 3) if zero > layout.zero]
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
     for others in (changes, [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]):
@@ -120,7 +120,7 @@ def _keys(layout: Layout) -> Change:
         "pipeline.remat": layout.remat,
         "pipeline.max_in_flight": layout.max_in_flight or 0,
         "pipeline.layers_per_stage": "auto" if stages is None else ",".join(map(str, stages)),
-        "optimizer.zero": "on" if layout.zero else "off",
+        "train.shard": layout.shard,
     }
 
 

@@ -63,18 +63,25 @@ class Memory:
 
 
 def count_memory(
-    compiled: Any, program: HloModule, *, parameters: Any, optimizer: Any = None, hardware: Hardware | None = None
+    compiled: Any,
+    program: HloModule,
+    *,
+    parameters: Any,
+    gradients: Any = None,
+    optimizer: Any = None,
+    hardware: Hardware | None = None,
 ) -> Memory:
     """Return the memory that a compiled program takes on one device.
 
     Args:
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
+        gradients: shapes with shardings of the sums of gradients, where they are not those of the parameters.
     """
     total = total_bytes(compiled.memory_analysis())
-    gradients, activations = count_carried(program, parameters=parameters)
+    sums, activations = count_carried(program, parameters=parameters if gradients is None else gradients)
     held = {
         "parameters": device_bytes(parameters),
-        "gradients": gradients,
+        "gradients": sums,
         "optimizer": device_bytes(optimizer),
         "activations": activations,
     }

@@ -84,6 +84,7 @@ def inspect_compiled(
     mesh: Mesh,
     *,
     parameters: Any = None,
+    gradients: Any = None,
     optimizer: Any = None,
     minimum_bytes: Mapping[str, float] | None = None,
     hardware: Hardware | None = None,
@@ -97,6 +98,7 @@ def inspect_compiled(
     Args:
         mesh: the mesh for which it was compiled; the traffic is named after its axes.
         parameters, optimizer: trees of arguments, to tell parameters, optimizer state and gradients apart in memory.
+        gradients: shapes with shardings of the sums of gradients, where these are split in another way.
         minimum_bytes: the least bytes to send by axes, such as `trellax.plan.minimum_bytes` returns.
         hardware: peaks of a device, for capacity and roofline.
         devices_per_node: number of devices that share a node; all of them by default.
@@ -106,10 +108,11 @@ def inspect_compiled(
     collectives = list_collectives(program, executions, mesh=mesh)
     work = count_work(program, executions, num_devices=mesh.devices.size)
     times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
+    trees = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
     return ProgramReport(
         target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
         devices=mesh.devices.size,
-        memory=count_memory(compiled, program, parameters=parameters, optimizer=optimizer, hardware=hardware),
+        memory=count_memory(compiled, program, hardware=hardware, **trees),
         traffic=sum_traffic(collectives, minimum=minimum_bytes),
         flops={unit: float(np.mean(work.flops(unit))) for unit in UNITS},
         moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},

@@ -1,10 +1,9 @@
-"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and shard its state (ZeRO-1).
+"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and say how its state is sharded.
 
 AdamW is algorithm 2 of Loshchilov and Hutter 2019; the decay follows a half cosine as in Loshchilov and Hutter 2017
 ("SGDR"), equation 5, without restarts; clipping is algorithm 1 of Pascanu et al. 2013. Read `step.py` for the use.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.run_config import OptimizerSection
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count
-from ..meshes.rules import split_first_free_dim
 from ..pipeline import PipelineParams
 
 _DECAYED = ("kernel", "table", "positions")
 """Names of matrices, which have weight decay; norm scales and biases have none."""
-
-_STACKED_DIMS = 3
-"""Number of leading dimensions of a stage parameter: [chunks, ranks, layers, ...]."""
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:
@@ -62,33 +57,6 @@ def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -
         mask=_is_decayed,
     )
     return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
-
-
-def split_over_data(shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...]) -> PipelineParams:
-    """Return the shardings with the first free dimension that divides evenly split over the batch axes, everywhere.
-
-    kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]
-
-    This is ZeRO stage 1 (Rajbhandari et al. 2020, section 5.1) for optimizer moments, which have the shapes of the
-    parameters. It divides their memory by the size of `data`.
-
-    Args:
-        axes: the batch axes of the mesh.
-    """
-
-    def split(lead: int) -> Any:
-        def one(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-            size = math.prod(sharding.mesh.shape[axis] for axis in axes)
-            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=axes, size=size, start=lead)
-            return NamedSharding(sharding.mesh, spec)
-
-        return one
-
-    # Never a stack dimension: to slice it XLA would gather the whole stack ("Involuntary full rematerialization").
-    return PipelineParams(
-        stages=jax.tree.map(split(_STACKED_DIMS), shardings.stages, shapes.stages),
-        shared=jax.tree.map(split(0), shardings.shared, shapes.shared),
-    )
 
 
 def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:

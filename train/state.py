@@ -13,8 +13,10 @@ from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
+from ..pipeline.model.param_specs import split_over_batch
+from ..pipeline.model.trees import mesh_axes_of
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
-from .optimizer import make_optimizer, optimizer_shardings, split_over_data
+from .optimizer import make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
 
 
@@ -77,6 +79,7 @@ class Setup:
             layers_per_stage=self.layers_per_stage if self.sizes.pipe > 1 else None,
             placement=self.placement,
             vocab=self.config.pipeline.vocab,
+            shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
         )
 
     @property
@@ -162,10 +165,25 @@ class Setup:
         return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
 
     @cached_property
+    def gradient_shapes(self) -> PipelineParams:
+        """Shapes of the sums of gradients in a step: split as parameters are, but for what is gathered once a step."""
+        own = self.model.params
+        once = own if self.config.train.shard == "step" else replace(own, stages={})
+        whole = jax.tree.map(lambda leaf: leaf.update(sharding=self._without_batch(leaf.sharding)), once)
+        return replace(whole, stages=whole.stages or own.stages)
+
+    def _without_batch(self, sharding: NamedSharding) -> NamedSharding:
+        batch = self.sizes.roles.batch
+        entries = (
+            tuple(axis for axis in mesh_axes_of(PartitionSpec(entry)) if axis not in batch) for entry in sharding.spec
+        )
+        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    @cached_property
     def moment_shardings(self) -> PipelineParams:
         """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
         own, axes = self.model.shardings, self.sizes.roles.batch
-        return split_over_data(own, self.model.params, axes=axes) if self.config.optimizer.zero == "on" else own
+        return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
 
     @cached_property
     def shapes(self) -> TrainState:

@@ -27,6 +27,9 @@ from .sharded import LayerGather
 
 Index = jax.Array | int
 
+Work = Callable[["Place", Any, Index, Any], Any]
+"""What is done with one layer: from its place, parameters, index in the stage and a carry to the next carry."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStack:
@@ -65,22 +68,52 @@ class LayerStack:
         state = read(self.state[place.kind], *place.where)
         return replace(given, info=replace(given.info, index=position, stage=stage, state=state))
 
-    def run(self, index: Index, work: Callable[[Place, Any], Any], carry: Any) -> Any:
-        """Return work(place of the layer at an index, carry); a layer's kind decides at run time which work is done."""
-        # One `cond` for each kind, as for actions in execute.py: buffers of the other kinds pass through untouched.
-        kinds = list(self.stages)
-        if self.kind_of is None:
-            return work(Place(kind=kinds[0], chunk=self.chunk, index=index), carry)
-        for number, kind in enumerate(kinds):
-            place = Place(kind=kind, chunk=self.chunk, index=self.place_of[index])
-            carry = jax.lax.cond(self.kind_of[index] == number, partial(work, place), lambda same: same, carry)
-        return carry
+    def loop(self, work: Work, carry: Any, *, is_reversed: bool = False) -> Any:
+        """Return work(place, params, index, carry) of all layers, one after another, from the last if reversed.
 
-    def loop(self, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
-        """Return the state after body(0, state) to body(count - 1, state)."""
+        Gathered parameters of the next layer are in the carry, so that their gather runs beside this layer's products;
+        the last layer, which has no next one, stands behind the loop.
+        """
         # A count that differs between ranks is a traced number: such a loop cannot be written out.
         is_written_out = self.unroll == "on" and isinstance(self.count, int)
-        return jax.lax.fori_loop(0, self.count, body, state, unroll=is_written_out or None)
+        unroll: dict[str, Any] = {"unroll": is_written_out or None}
+
+        def index_of(turn: Index) -> Index:
+            return self.count - 1 - turn if is_reversed else turn
+
+        def alone(turn: jax.Array, carry: Any) -> Any:
+            return self._run(index_of(turn), work, carry)
+
+        if self.kind_of is not None or not any(self.gathers.values()):
+            return jax.lax.fori_loop(0, self.count, alone, carry, **unroll)
+
+        def beside(turn: Index, both: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, carry = both
+            following = self.params(self._place(index_of(turn + 1)))
+            return following, work(self._place(index_of(turn)), params, index_of(turn), carry)
+
+        start = self.params(self._place(index_of(0))), carry
+        params, carry = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
+        last = index_of(self.count - 1)
+        return work(self._place(last), params, last, carry)
+
+    def _run(self, index: Index, work: Work, carry: Any) -> Any:
+        """Return work of the layer at an index; a layer's kind decides at run time which work is done."""
+        # One `cond` for each kind, as for actions in execute.py: buffers of the other kinds pass through untouched.
+        if self.kind_of is None:
+            return work(place := self._place(index), self.params(place), index, carry)
+
+        def run(place: Place, carry: Any) -> Any:
+            return work(place, self.params(place), index, carry)
+
+        for number, kind in enumerate(self.stages):
+            place = Place(kind=kind, chunk=self.chunk, index=self.place_of[index])
+            carry = jax.lax.cond(self.kind_of[index] == number, partial(run, place), lambda same: same, carry)
+        return carry
+
+    def _place(self, index: Index) -> Place:
+        """Return the place of the layer at an index, where all are of one kind."""
+        return Place(kind=next(iter(self.stages)), chunk=self.chunk, index=index)
 
 
 def run_layers(
@@ -88,15 +121,12 @@ def run_layers(
 ) -> tuple[Any, Sums]:
     """Return the output of all layers, x[b, ...] -> y[b, ...], and the sums with theirs; keep nothing."""
 
-    def body(index: jax.Array, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
-        def work(place: Place, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
-            x, sums = carry
-            out = layers[place.kind](stack.params(place), x, stack.given(given, index, place))
-            return out.x, sums.add(out, place)
+    def work(place: Place, params: Any, index: Index, carry: tuple[Any, Sums]) -> tuple[Any, Sums]:
+        x, sums = carry
+        out = layers[place.kind](params, x, stack.given(given, index, place))
+        return out.x, sums.add(out, place)
 
-        return stack.run(index, work, carry)
-
-    return stack.loop(body, (x, sums))
+    return stack.loop(work, (x, sums))
 
 
 def forward_layers(
@@ -104,20 +134,16 @@ def forward_layers(
 ) -> tuple[Any, LoopState]:
     """Return the output of all layers, and the state with their residuals [slots, layers, ...] at the slot."""
 
-    def body(index: jax.Array, carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
-        def work(place: Place, carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
-            x, sums, buffers = carry
-            own = stack.given(given, index, place)
-            out, residuals = vjps[place.kind].forward(stack.params(place), x, own)
-            # With a split backward there are more buffers, which only the input gradient writes.
-            kept = buffers[place.kind]
-            pairs = zip(kept, residuals, strict=False)
-            written = [write(buffer, leaf, slot, place.index) for buffer, leaf in pairs]
-            return out.x, sums.add(out, place), buffers | {place.kind: [*written, *kept[len(residuals) :]]}
+    def work(place: Place, params: Any, index: Index, carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
+        x, sums, buffers = carry
+        out, residuals = vjps[place.kind].forward(params, x, stack.given(given, index, place))
+        # With a split backward there are more buffers, which only the input gradient writes.
+        kept = buffers[place.kind]
+        pairs = zip(kept, residuals, strict=False)
+        written = [write(buffer, leaf, slot, place.index) for buffer, leaf in pairs]
+        return out.x, sums.add(out, place), buffers | {place.kind: [*written, *kept[len(residuals) :]]}
 
-        return stack.run(index, work, carry)
-
-    x, sums, residuals = stack.loop(body, (x, state.sums, state.residuals))
+    x, sums, residuals = stack.loop(work, (x, state.sums, state.residuals))
     return x, replace(state, sums=sums, residuals=residuals)
 
 
@@ -129,22 +155,16 @@ def backward_layers(
     dy and dx are lists of the floating-point leaves of what layers pass on.
     """
 
-    def body(turn: jax.Array, carry: tuple[list[jax.Array], Grads]) -> tuple[list[jax.Array], Grads]:
-        index = stack.count - 1 - turn
-
-        def work(place: Place, carry: tuple[list[jax.Array], Grads]) -> tuple[list[jax.Array], Grads]:
-            dy, sums = carry
-            residuals = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
-            own = stack.given(given, index, place)
-            grads, dx = vjps[place.kind].backward(stack.params(place), residuals, own, dy)
-            return vary_like(dx, dy), sums.add_layer(grads, place, given.number)
-
-        return stack.run(index, work, carry)
+    def work(place: Place, params: Any, index: Index, carry: tuple[list[jax.Array], Grads]) -> Any:
+        dy, sums = carry
+        residuals = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
+        grads, dx = vjps[place.kind].backward(params, residuals, stack.given(given, index, place), dy)
+        return vary_like(dx, dy), sums.add_layer(grads, place, given.number)
 
     # Gradients of the ends are no part of the loop, so that these layers and the ends need not wait for each other.
     sums = state.grads
     assert sums is not None
-    dx, grads = stack.loop(body, (dy, replace(sums, shared=None)))
+    dx, grads = stack.loop(work, (dy, replace(sums, shared=None)), is_reversed=True)
     return dx, replace(state, grads=replace(grads, shared=sums.shared))
 
 
@@ -159,25 +179,20 @@ def input_grad_layers(
 ) -> tuple[list[jax.Array], LoopState]:
     """Return dx, and the state with what the weight gradients need in place of the residuals."""
 
-    def body(turn: jax.Array, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Any]:
-        index = stack.count - 1 - turn
+    def work(place: Place, params: Any, index: Index, carry: tuple[list[jax.Array], Any]) -> Any:
+        (dy, buffers), split = carry, halves[place.kind]
+        own = buffers[place.kind]
+        saved = [read(buffer, slot, place.index) for buffer in own[: split.num_saved]]
+        dx, kept = split.input_grad(params, saved, stack.given(given, index, place), dy)
+        old = [*saved, *[None] * len(split.extra)]
+        # Only what changed is written: a write of the same value would cost a copy of the entry.
+        written = [
+            buffer if new is before else write(buffer, new, slot, place.index)
+            for buffer, new, before in zip(own, kept, old, strict=True)
+        ]
+        return vary_like(dx, dy), buffers | {place.kind: written}
 
-        def work(place: Place, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Any]:
-            (dy, buffers), split = carry, halves[place.kind]
-            own = buffers[place.kind]
-            saved = [read(buffer, slot, place.index) for buffer in own[: split.num_saved]]
-            dx, kept = split.input_grad(stack.params(place), saved, stack.given(given, index, place), dy)
-            old = [*saved, *[None] * len(split.extra)]
-            # Only what changed is written: a write of the same value would cost a copy of the entry.
-            written = [
-                buffer if new is before else write(buffer, new, slot, place.index)
-                for buffer, new, before in zip(own, kept, old, strict=True)
-            ]
-            return vary_like(dx, dy), buffers | {place.kind: written}
-
-        return stack.run(index, work, carry)
-
-    dx, residuals = stack.loop(body, (dy, state.residuals))
+    dx, residuals = stack.loop(work, (dy, state.residuals), is_reversed=True)
     return dx, replace(state, residuals=residuals)
 
 
@@ -186,13 +201,9 @@ def weight_grad_layers(
 ) -> LoopState:
     """Return the state with the gradients of all layers added, from what `input_grad_layers` left."""
 
-    def body(index: jax.Array, sums: Grads) -> Grads:
-        def work(place: Place, sums: Grads) -> Grads:
-            kept = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
-            own = stack.given(given, index, place)
-            grads = halves[place.kind].weight_grad(stack.params(place), kept, own)
-            return sums.add_layer(grads, place, given.number)
+    def work(place: Place, params: Any, index: Index, sums: Grads) -> Grads:
+        kept = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
+        grads = halves[place.kind].weight_grad(params, kept, stack.given(given, index, place))
+        return sums.add_layer(grads, place, given.number)
 
-        return stack.run(index, work, sums)
-
-    return replace(state, grads=stack.loop(body, state.grads))
+    return replace(state, grads=stack.loop(work, state.grads))

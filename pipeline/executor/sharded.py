@@ -1,4 +1,4 @@
-"""Parameters that are kept split over the batch axes and gathered for use ("ZeRO", Rajbhandari et al. 2020, section 5.3).
+"""Parameters that are kept split over the batch axes, and gathered for use (ZeRO; Rajbhandari et al. 2020, section 5.3).
 
 A spec that names a batch axis keeps a parameter so, P("data", "tensor") a kernel [D, F]. With d devices of data:
 

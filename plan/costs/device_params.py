@@ -17,16 +17,24 @@ def block_params(model: ModelConfig, *, tensor: int) -> int:
     Heads and features are split over `tensor`. Norms, output biases, and key and value heads where there are fewer than
     `tensor` are whole on every device.
     """
-    d, q, kv, f = model.hidden_size, model.query_size, model.kv_size, model.ffn_size
-    num_up = 2 if model.mlp == "swiglu" else 1
-    split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
-    heads = q // tensor + 2 * kv // split_kv
-    columns = heads + num_up * f // tensor
-    weights = d * columns + (q + f) // tensor * d
+    d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     head_norms = 2 * model.head_size if model.qk_norm == "on" else 0
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
-    return weights + norms + head_norms + biases
+    return block_matrices(model, tensor=tensor) + norms + head_norms + biases
+
+
+def block_matrices(model: ModelConfig, *, tensor: int) -> int:
+    """Return the number of weights in the kernels of one block on one device."""
+    return model.hidden_size * (_columns(model, tensor)[1] + (model.query_size + model.ffn_size) // tensor)
+
+
+def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Return the features of queries, keys and values on one device, and those of all column-parallel layers."""
+    num_up = 2 if model.mlp == "swiglu" else 1
+    split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
+    heads = model.query_size // tensor + 2 * model.kv_size // split_kv
+    return heads, heads + num_up * model.ffn_size // tensor
 
 
 def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
@@ -51,11 +59,21 @@ def device_params(
     Args:
         ends: which of embedding and head the rank holds; without effect if the vocabulary is split over the ranks.
     """
-    tables, whole = vocabulary_params(model, tensor=layout.tensor)
-    blocks = num_layers * block_params(model, tensor=layout.tensor)
+    whole = vocabulary_params(model, tensor=layout.tensor)[1]
+    has_whole = layout.pipe == 1 or runtime.vocab == "split" or ends
+    matrices = device_matrices(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
+    rest = block_params(model, tensor=layout.tensor) - block_matrices(model, tensor=layout.tensor)
+    return matrices + num_layers * rest + (whole if has_whole else 0)
+
+
+def device_matrices(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int, ends: tuple[End, ...]
+) -> float:
+    """Return the number of weights in kernels and tables on one device, as `device_params` counts all parameters."""
+    tables = vocabulary_params(model, tensor=layout.tensor)[0]
+    blocks = num_layers * block_matrices(model, tensor=layout.tensor)
     if layout.pipe == 1 or (runtime.vocab == "ends" and len(ends) == 2):
-        return blocks + tables + whole
+        return blocks + tables
     if runtime.vocab == "split":
-        return blocks + tables / layout.pipe + whole
-    table = model.vocab_size * model.hidden_size // layout.tensor
-    return blocks + (table + whole if ends else 0)
+        return blocks + tables / layout.pipe
+    return blocks + (model.vocab_size * model.hidden_size // layout.tensor if ends else 0)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
+from ...meshes.spec import SHARDS, Shard
 from ...schedules import Family, find_family
 
 PlanRemat = Literal["none", "selective", "dots", "full"]
@@ -19,7 +20,8 @@ class Layout:
         context: devices that share each sequence.
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
-        zero: what is split over data: 0 nothing, 1 the optimizer state, 3 parameters and gradients too.
+        zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
+            gradients too, with parameters gathered by every layer.
         layers_per_stage: layers of every stage; None for stages as even as possible.
         max_in_flight: limit of microbatches on a rank for a schedule that is searched for; None is no limit.
 
@@ -37,12 +39,17 @@ class Layout:
     microbatches: int = 1
     sequences: int = 1
     remat: PlanRemat = "none"
-    zero: Literal[0, 1, 3] = 0
+    zero: Literal[0, 1, 2, 3] = 0
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
+
+    @property
+    def shard(self) -> Shard:
+        """What is split over data, as `train.shard` names it."""
+        return SHARDS[self.zero]
 
     @property
     def mesh(self) -> MeshSpec:

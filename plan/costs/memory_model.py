@@ -9,12 +9,13 @@ Residuals of a layer come from `activations.py`, bytes per parameter from `runti
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_params, device_params, ends_of
+from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of
 from .layout import Layout
 from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
@@ -128,17 +129,24 @@ def _rank_memory(
     layers: tuple[int, ...],
     held: int,
 ) -> MemoryUse:
-    params = device_params(model, layout=layout, runtime=runtime, num_layers=sum(layers), ends=ends)
+    counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_layers": sum(layers), "ends": ends}
+    params = device_params(model, **counted)
+    # trellax keeps norms, biases and positions whole on every data shard.
+    whole = params - device_matrices(model, **counted) if runtime.residuals == "trellax" and layout.zero > 1 else 0.0
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
-    state = _state_bytes(layout, runtime)
+    split, unsplit = _state_bytes(layout, runtime), _state_bytes(replace(layout, zero=0), runtime)
+    state = {name: split[name] * (params - whole) + unsplit[name] * whole for name in split}
+    # Gathered by every layer, the parameters of the next one wait while a layer is at work.
+    ahead = item_bytes(model) * block_matrices(model, tensor=layout.tensor) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
     return MemoryUse(
-        weights=state["weights"] * params,
-        gradients=state["gradients"] * params,
-        optimizer=state["optimizer"] * params,
+        weights=state["weights"],
+        gradients=state["gradients"],
+        optimizer=state["optimizer"],
         activations=kept * num_layers
+        + (ahead if runtime.residuals == "trellax" else 0)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
         temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies,
     )
@@ -146,12 +154,13 @@ def _rank_memory(
 
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
-    # ZeRO-1 splits the optimizer state over all copies of a parameter, ZeRO-3 and fsdp everything over data.
+    # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
     whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
+    weights = layout.replicas if layout.zero == 2 else whole
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)
     return {
-        "weights": runtime.weight_bytes / whole,
+        "weights": runtime.weight_bytes / weights,
         "gradients": gradients / whole,
         "optimizer": runtime.optimizer_state_bytes / shards,
     }
@@ -199,13 +208,17 @@ def _temporary_bytes(
 
 def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> float:
     """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split."""
-    if item_bytes(model) < _FLOAT32:
-        return num_layers * item_bytes(model) * block_params(model, tensor=layout.tensor)
+    # Gathered by every layer: a part of all layers, and the layer at work.
+    parts = layout.replicas if layout.zero == 3 else 1
+    own = item_bytes(model) * block_params(model, tensor=layout.tensor)
+    at_work = own if layout.zero == 3 else 0.0
+    if item_bytes(model) < _FLOAT32 or layout.zero == 2:
+        return num_layers * own / parts + at_work
     if layout.tensor == 1:
-        return 0.0
+        return at_work
     columns = model.query_size / layout.tensor + 2 * max(model.kv_size / layout.tensor, model.head_size)
     columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
-    return num_layers * _FLOAT32 * model.hidden_size * columns
+    return num_layers * _FLOAT32 * model.hidden_size * columns / parts + at_work
 
 
 def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:

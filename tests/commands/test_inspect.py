@@ -88,9 +88,9 @@ LARGE += " --pipeline.vocab ends"
 
 def test_zero_saves_most_of_the_optimizer_state() -> None:
     savings = savings_of(load_config("tiny-dense", LARGE), optimizer=1000)
-    assert savings["--optimizer.zero on"] == 750
-    assert "--optimizer.zero on" not in savings_of(
-        load_config("tiny-dense", f"{LARGE} --optimizer.zero on"), optimizer=1
+    assert savings["--train.shard optimizer"] == 750
+    assert "--train.shard optimizer" not in savings_of(
+        load_config("tiny-dense", f"{LARGE} --train.shard optimizer"), optimizer=1
     )
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from trellax.configs import check_run, load_config
 from trellax.configs.layout import layout_of, question_of
 from trellax.meshes import TrellaxError
+from trellax.meshes.spec import SHARDS
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.topology import read_topology
 from trellax.plan.training_search import price_layout
@@ -56,7 +57,7 @@ def draw_words(draw: st.DrawFn, machine: str) -> list[str]:
         "pipeline.schedule": draw(st.sampled_from(["1f1b", "zb-h1", "interleaved-1f1b", "gpipe", "auto"])),
         "pipeline.remat": draw(st.sampled_from(["none", "dots", "full"])),
         "train.batch_size": data * microbatches * sequences,
-        "optimizer.zero": draw(st.sampled_from(["on", "off"])),
+        "train.shard": draw(st.sampled_from(SHARDS)),
         "data.seq_len": draw(st.sampled_from([256, 1024])),
     }
     chunks = draw(st.sampled_from([2, 3])) if words["pipeline.schedule"] == "interleaved-1f1b" else 1

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from trellax.configs import RunConfig, load_config
 from trellax.meshes import RunError
+from trellax.meshes.spec import SHARDS
 from trellax.train import Batches, Checkpoints, initial_state, load_corpus, prepare, train
 
 from .conftest import losses
@@ -63,12 +64,12 @@ def uncut(make: Callable[..., RunConfig]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["off", "on"])
+@pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_run_goes_on_the_same_on_another_mesh(
-    name: str, zero: str, uncut: Path, make: Callable[..., RunConfig], folder: Path
+    name: str, shard: str, uncut: Path, make: Callable[..., RunConfig], folder: Path
 ) -> None:
-    config = make(f"{OTHERS[name]} --optimizer.zero {zero} --run.name {name.replace(' ', '-')}-{zero}")
+    config = make(f"{OTHERS[name]} --train.shard {shard} --run.name {name.replace(' ', '-')}-{shard}")
     shutil.copytree(uncut / "checkpoints" / str(SAVED), config.run_folder / "checkpoints" / str(SAVED))
     train(config, console=quiet())
     expected, here = losses(uncut), losses(config.run_folder)

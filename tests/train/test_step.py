@@ -99,7 +99,7 @@ def test_gradient_accumulation_changes_nothing(tiny: Tiny) -> None:
 def test_zero_changes_where_the_moments_live_and_nothing_else(tiny: Tiny) -> None:
     mesh = "data=4,tensor=1,pipe=2"
     whole = train_on(tiny(SMOOTH), mesh, num_steps=5)
-    split = train_on(tiny(f"{SMOOTH} --optimizer.zero on"), mesh, num_steps=5)
+    split = train_on(tiny(f"{SMOOTH} --train.shard optimizer"), mesh, num_steps=5)
     assert largest_difference(whole.state, split.state) < TOLERANCE
 
     def held(state: TrainState) -> int:

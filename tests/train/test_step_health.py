@@ -60,7 +60,7 @@ def same(ours: Any, theirs: Any) -> bool:
     [(float("nan"), "data=2,pipe=2"), pytest.param(float("inf"), "data=1", marks=pytest.mark.slow)],
 )
 def test_skipped_batch_leaves_no_trace_in_the_weights(tiny: Tiny, batches: Any, weight: float, mesh: str) -> None:
-    config = tiny("--pipeline.microbatches 2 --train.bad_step skip --optimizer.zero on")
+    config = tiny("--pipeline.microbatches 2 --train.bad_step skip --train.shard optimizer")
     batch = batches(config)
     expected, good = run(config, [batch(0), batch(1)], mesh=mesh)
     state, metrics = run(config, [batch(0), spoil(batch(2), weight), batch(1)], mesh=mesh)

@@ -35,7 +35,7 @@ def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("other", ["data=2,tensor=4", "data=4,pipe=2", pytest.param("data=8", marks=pytest.mark.slow)])
 def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
-    config = tiny("--optimizer.zero on")
+    config = tiny("--train.shard optimizer")
     saved = make_setup(config, "data=2,tensor=2,pipe=2")
     state = saved.init_state()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -60,7 +60,7 @@ UNEVEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNEVEN)
 def test_seven_layers_move_between_stages_of_any_depth(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    saved = make_setup(tiny("--model.num_layers 7 --optimizer.zero on"), "data=2,pipe=4")
+    saved = make_setup(tiny("--model.num_layers 7 --train.shard optimizer"), "data=2,pipe=4")
     mesh, words = UNEVEN[name]
     setup = make_setup(tiny(f"--model.num_layers 7 {words}"), mesh)
     state = saved.init_state()
