@@ -66,8 +66,8 @@ class TrainSection(Section):
     )
     shard: Shard = Field(
         "none",
-        description="what is split over data: nothing, the optimizer (ZeRO-1), or weights too, gathered once a step or by "
-        "every layer",
+        description="what data shards split: none, the optimizer (ZeRO-1), or weights too, gathered once a step or by "
+        "each layer",
     )
     bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or spikes")
     spike_ratio: float = Field(

@@ -96,23 +96,20 @@ def inspect_compiled(
     22777256
 
     Args:
-        mesh: the mesh for which it was compiled; the traffic is named after its axes.
-        parameters, optimizer: trees of arguments, to tell parameters, optimizer state and gradients apart in memory.
-        gradients: shapes with shardings of the sums of gradients, where these are split in another way.
-        minimum_bytes: the least bytes to send by axes, such as `trellax.plan.minimum_bytes` returns.
-        hardware: peaks of a device, for capacity and roofline.
-        devices_per_node: number of devices that share a node; all of them by default.
+        mesh: that for which it was compiled; the traffic is named after its axes.
+        parameters, optimizer, gradients: trees of arguments, and of gradients that are split otherwise, to tell memory.
+        minimum_bytes: the least bytes to send by axes, as of `trellax.plan.minimum_bytes`.
+        hardware, devices_per_node: peaks of a device; devices that share a node, all of them by default.
     """
-    program = HloModule.parse(hlo_text(compiled))
-    executions = count_executions(program, num_devices=mesh.devices.size)
+    executions = count_executions(program := HloModule.parse(hlo_text(compiled)), num_devices=mesh.devices.size)
     collectives = list_collectives(program, executions, mesh=mesh)
     work = count_work(program, executions, num_devices=mesh.devices.size)
     times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
-    trees = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
+    state = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
     return ProgramReport(
         target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
         devices=mesh.devices.size,
-        memory=count_memory(compiled, program, hardware=hardware, **trees),
+        memory=count_memory(compiled, program, hardware=hardware, **state),
         traffic=sum_traffic(collectives, minimum=minimum_bytes),
         flops={unit: float(np.mean(work.flops(unit))) for unit in UNITS},
         moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},

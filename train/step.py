@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..meshes.device_kind import GPUS, platform_of
+from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
+from ..plan.costs.device_params import block_matrices
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
 
 Batch = dict[str, jax.Array]
 """`tokens` and `targets` int32[M, B@data, T], `weights` float32[M, B@data, T] that sum to 1."""
+
+_JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
 
 
 @jax.tree_util.register_dataclass
@@ -76,8 +81,17 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
 
 def step_options(setup: Setup) -> dict[str, Any]:
-    """Return the compiler options that a training step has beside those of `xla.py`: a pipeline's, on GPUs."""
-    return compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap) if setup.sizes.pipe > 1 else {}
+    """Return the compiler options that a training step has beside those of `xla.py`, on GPUs.
+
+    They are a pipeline's and, where each layer gathers its weights, the bytes up to which XLA joins gathers.
+    """
+    options = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap) if setup.sizes.pipe > 1 else {}
+    is_gathered = setup.config.train.shard == "layer" and platform_of(setup.mesh) in GPUS
+    if is_gathered and _JOINED_UP_TO not in xla_flags():
+        # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
+        model = setup.config.model
+        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * block_matrices(model, tensor=setup.sizes.tensor)}
+    return options
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:

@@ -1,4 +1,4 @@
-"""Parameters that are kept split over the batch axes, and gathered for use (ZeRO; Rajbhandari et al. 2020, section 5.3).
+"""Parameters that are kept split over the batch axes, and gathered for use (Rajbhandari et al. 2020, "ZeRO").
 
 A spec that names a batch axis keeps a parameter so, P("data", "tensor") a kernel [D, F]. With d devices of data:
 
@@ -24,18 +24,7 @@ from ...layers.collectives import gather_weight
 from ...meshes import ShardingError
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, spread_specs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """How a parameter is kept: dimension `dim` cut over batch axes; () for one that is whole over them."""
-
-    dim: int
-    axes: tuple[str, ...]
-
-    def behind(self, lead: int) -> "Split":
-        """Return the same of an array with `lead` more dimensions in front."""
-        return Split(dim=self.dim + lead, axes=self.axes)
+from .split_dims import Split, splits_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +140,7 @@ class LayerGather:
         """Return the gather of a layer whose own parameters [D/d, F] are kept so; None if all are whole.
 
         Raises:
-            ShardingError: parameters are split over different axes, or `prepare` does not act on parts as on the whole.
+            ShardingError: parameters are split over different axes, or `prepare` mixes what different devices have.
         """
         kept = tuple(splits)
         named = {split.axes for split in kept if split.axes}
@@ -165,11 +154,7 @@ class LayerGather:
             )
         if prepare is None:
             return cls(kept=kept, prepared=kept, dtype=dtype)
-        # Where a leaf of the prepared whole is longer than the prepared part, that dimension was cut.
-        part = jax.eval_shape(prepare, own)
-        whole = jax.eval_shape(lambda own: prepare(gather(own, kept)), own)
-        pairs = zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True)
-        prepared = tuple(_compare(a.shape, b.shape, axes=next(iter(named))) for a, b in pairs)
+        prepared = tuple(splits_after(prepare, own, kept))
         return cls(kept=kept, prepared=prepared, dtype=dtype)
 
     def gather(self, params: Any) -> Any:
@@ -201,20 +186,6 @@ def layer_gathers(
         )
         for kind, own in stages.items()
     }
-
-
-def _compare(part: tuple[int, ...], whole: tuple[int, ...], *, axes: tuple[str, ...]) -> Split:
-    size = jax.lax.axis_size(axes)
-    longer = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b]
-    if not longer:
-        return Split(dim=0, axes=())
-    if len(longer) > 1 or part[longer[0]] * size != whole[longer[0]]:
-        raise ShardingError(
-            f"prepare makes {list(part)} of a device's part and {list(whole)} of the whole: with gather='layer' it is "
-            "given parts, and makes parts of what it would make of the whole.",
-            fix="split another dimension, or use gather='step'.",
-        )
-    return Split(dim=longer[0], axes=axes)
 
 
 def _map(fn: Callable[[Any, Split], Any], tree: Any, splits: Sequence[Split]) -> Any:

@@ -10,7 +10,7 @@ are split over pipe x tensor, and all ranks work on them together.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
@@ -18,14 +18,18 @@ from jax.sharding import Mesh, NamedSharding
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
-from ...meshes import DEFAULT_RULES, ShardingRules
+from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
+from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .param_specs import layer_specs, split_over_batch
 from .stack import check_layers, stages_from_layers
-from .stage import PipelineParams, StageFns, Unroll
+from .stage import Gather, PipelineParams, StageFns, Unroll
+
+SplitWeights = Literal["none", Gather]
+"""How often weights that are split over the batch axes are gathered; "none" keeps them whole."""
 
 _SHARDED = ("kernel", "table")
 """Names of the parameters that are kept split over the batch axes; norms, biases and positions are small."""
@@ -57,19 +61,18 @@ def split_transformer(
     vocab: Vocab = "ends",
     remat: Remat = "dots",
     unroll: Unroll = "off",
-    shard: Literal["none", "step", "layer"] = "none",
+    shard: SplitWeights = "none",
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
 
-    Embedding and head are shared: replicated over pipe, or with vocab="split" tables [V@pipe+tensor, D]. Batches are
+    Embedding and head are shared: replicated over pipe, or tables [V@pipe+tensor, D] with vocab="split". Batches are
     dicts of tokens, targets and weights [M, B@data, T].
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         placement, vocab: those of the schedule.
-        unroll: whether layers are written out ("on") or looped over ("off").
-        shard: how often kernels and tables, kept split over the batch axes, are gathered; "none" keeps them whole.
+        unroll, shard: whether layers are written out; how often weights kept split over batch axes are gathered.
         rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
 
     Raises:
@@ -82,17 +85,13 @@ def split_transformer(
     counts = check_layers(config.num_layers, layers_per_stage=layers_per_stage, **sizes)
     make_params = partial(_make_params, config, where := Placement.resolve(placement, **sizes), counts)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    shapes, dims = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32")), _cut_dims(param_dims(model))
-    shardings = _shardings(dims, shapes, rules, mesh)
-    if shard != "none":
-        shardings = split_over_batch(shardings, shapes, axes=rules.mesh_axes.batch, names=_SHARDED)
+    shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
+    shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
-    fns = replace(
-        fns, axes=rules.mesh_axes, unroll=unroll, placement=where, **_gathering(shard, config.dtype, shardings)
-    )
-    make = jax.jit(make_params, out_shardings=shardings)
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, make))
+    fns = _keep_split(replace(fns, unroll=unroll, placement=where), shard, shardings, config.dtype)
+    init = partial(_init, jax.jit(make_params, out_shardings=shardings))
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
@@ -143,6 +142,7 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         first=first,
         layer=rematerialize(layer, remat),
         token_axes=model.head.rules.axes("stream_tokens"),
+        axes=model.head.rules.mesh_axes,
         last=last,
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
@@ -166,16 +166,23 @@ def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
 
 
-def _gathering(shard: Literal["none", "step", "layer"], dtype: str, shardings: PipelineParams) -> dict[str, Any]:
-    """Return the fields of `StageFns` that say how parameters are kept, and how they are gathered."""
+def _keep_split(fns: StageFns, shard: SplitWeights, shardings: PipelineParams, dtype: str) -> StageFns:
+    """Return the functions with how their parameters are kept, and how often they are gathered."""
     specs = layer_specs(shardings)
-    kept: dict[str, Any] = {"stage_specs": specs.stages, "shared_specs": specs.shared}
-    return kept if shard == "none" else kept | {"gather": shard, "gather_dtype": dtype}
+    fns = replace(fns, stage_specs=specs.stages, shared_specs=specs.shared)
+    return fns if shard == "none" else replace(fns, gather=shard, gather_dtype=dtype)
 
 
-def _shardings(dims: PipelineParams, shapes: PipelineParams, rules: ShardingRules, mesh: Mesh) -> PipelineParams:
+def _shardings(
+    dims: PipelineParams, shapes: PipelineParams, rules: ShardingRules, mesh: Mesh, shard: SplitWeights
+) -> PipelineParams:
+    check_choice("shard", shard, get_args(SplitWeights), error=ScheduleError)
+
     def place(path: Any, own: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return rules.sharding(own, shape=leaf.shape, mesh=mesh, name=name)
 
-    return jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    whole = jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    if shard == "none":
+        return whole
+    return split_over_batch(whole, shapes, axes=rules.mesh_axes.batch, names=_SHARDED)

@@ -1,8 +1,9 @@
 """Compute the minimum traffic of a training step, with which the traffic of compiled programs is compared.
 
 Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest device sends in a step, by mesh axes.
-- Gradients are reduced over `data` once, in float32: 2 (d - 1) / d bytes per byte, whether as an all-reduce or as the
-  reduce-scatter and all-gather of ZeRO.
+- Gradients are summed over `data` once, in float32, each device a part of them; and weights are sent once to all, in
+  the dtype that they are multiplied in: (d - 1) / d of 4 and of 2 bytes in bfloat16. Norms and biases are sent in
+  float32.
 - Tensor parallelism all-reduces an activation twice per layer forward and twice backward (Shoeybi et al. 2019,
   section 3). An all-reduce over t devices sends 2 (t - 1) / t of the array.
   With sequence parallelism a reduce-scatter and an all-gather of half of that each take its place (Korthikanti et al.
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from ...layers import ModelConfig
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
+from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
-from .device_params import block_params, ends_of, vocabulary_params
+from .device_params import block_matrices, block_params, ends_of, vocabulary_params
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -106,19 +108,24 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
     return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
 
 
-def explain_ratios(sizes: StepSizes) -> tuple[str, ...]:
+def explain_ratios(sizes: StepSizes, *, shard: Shard = "none") -> tuple[str, ...]:
     """Return why a compiled step sends more than the minimum over some axes, a sentence for each reason."""
-    if not sizes.is_sequence_parallel:
-        return ()
-    axis = sizes.mesh.label("tensor")
-    again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
-    return (f"{axis}: with sequence parallelism {again}; in a block that is 1.25 times the minimum.",)
+    found, mesh = [], sizes.mesh
+    if sizes.is_sequence_parallel:
+        again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
+        found.append(f"{mesh.label('tensor')}: with sequence parallelism {again}; in a block 1.25 times the minimum.")
+    if mesh.data > 1 and shard == "layer":
+        found.append(f"{mesh.label('batch')}: shard='layer' gathers weights and sums gradients in every microbatch.")
+    elif mesh.data > 1 and shard != "step" and sizes.model.dtype != "float32":
+        found.append(f"{mesh.label('batch')}: what is sent back is float32; shard='step' sends {sizes.model.dtype}.")
+    return tuple(found)
 
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, own = sizes.mesh, block_params(sizes.model, tensor=sizes.mesh.tensor)
-    yield mesh.label("batch"), _FLOAT32 * sizes.layers_of(rank) * own * _all_reduce(mesh.data)
+    matrices = block_matrices(sizes.model, tensor=mesh.tensor)
+    yield mesh.label("batch"), sizes.layers_of(rank) * _updated(sizes, matrices, own - matrices, over=mesh.data)
     if sizes.is_sequence_parallel:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
         whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
@@ -149,20 +156,26 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield mesh.label("pipe", "batch"), _FLOAT32 * (whole + table) * _all_reduce(mesh.pipe * mesh.data)
+        yield mesh.label("pipe", "batch"), _updated(sizes, table, whole, over=mesh.pipe * mesh.data)
         # x of the embedding and dy of the head, each summed over the slices of the table.
         ends = ends_of(sizes.placed, rank)
         num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label("batch"), _FLOAT32 * (whole + table / mesh.pipe) * _all_reduce(mesh.data)
+    yield mesh.label("batch"), _updated(sizes, table / mesh.pipe, whole, over=mesh.data)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     yield pipe, 4 * runs * sizes.boundary / mesh.tensor
     gather = 0.0 if sizes.is_sequence_parallel else (mesh.tensor - 1) / mesh.tensor
     yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
     yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)
+
+
+def _updated(sizes: StepSizes, matrices: float, others: float, *, over: int) -> float:
+    """Return the bytes to sum gradients over devices and to send the new weights to all of them."""
+    item = _ITEM_BYTES[sizes.model.dtype]
+    return ((_FLOAT32 + item) * matrices + 2 * _FLOAT32 * others) * (over - 1) / over
 
 
 def _all_reduce(size: int) -> float:

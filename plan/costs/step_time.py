@@ -64,8 +64,8 @@ def step_time(
     pipeline_s, busy = _pipeline_s(model, stages, ends, layout=layout, runtime=runtime, num_tokens=num_tokens)
     of_rank, held = sum(layers[stage] for stage in placement.stages_of(0)), ends_of(placement, 0)
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
-    backward = of_rank * layer.backward
-    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, pipeline_s=pipeline_s, backward=backward)
+    hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
+    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
     time_s = pipeline_s + data_s + data.optimizer
     return StepTime(
         time_s=time_s,
@@ -112,13 +112,18 @@ def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: 
     return tokens * flops / (time_s * peak)
 
 
-def _exposed_data_s(data: UpdateTime, *, layout: Layout, runtime: Runtime, pipeline_s: float, backward: float) -> float:
+def _exposed_data_s(
+    data: UpdateTime, *, layout: Layout, runtime: Runtime, layers: int, pipeline_s: float, backward: float
+) -> float:
     """Return the seconds of reductions and all-gathers over data that no computation hides."""
     if layout.fsdp > 1 or layout.zero == 3:
         if runtime.shard_overlap == "off":
             return data.gather + data.reduce + data.tied
-        # All-gathers run one layer ahead of the computation, so the longer of the two sets the pace.
-        return max(0.0, data.gather + data.reduce - pipeline_s) + data.tied
+        # All-gathers run one layer ahead of the computation, so the longer of the two sets the pace. In trellax nothing
+        # hides that of the first layer of a stage, and a reduction has the products of its own layer alone beside it,
+        # half of which come before it.
+        first = layout.pipe / layers * data.gather + data.reduce / 2 if runtime.residuals == "trellax" else 0.0
+        return max(first, data.gather + data.reduce - pipeline_s) + data.tied
     whole = data.gather + data.reduce
     if runtime.data_overlap == "off":
         return whole + data.tied

@@ -27,6 +27,8 @@ from trellax.schedules import Schedule, Vocab, build_schedule
 Attention = Literal["mha", "gqa", "mqa"]
 """Number of key/value heads: as many as query heads (8), half as many, or one."""
 
+OnOff = Literal["off", "on"]
+
 KV_HEADS: dict[Attention, int] = {"mha": 8, "gqa": 4, "mqa": 1}
 NUM_TOKENS = 16
 VOCAB_SIZE = 64
@@ -174,10 +176,10 @@ def pipeline_step(
     num_chunks: int = 1,
     layers_per_stage: tuple[int, ...] | None = None,
     vocab: Vocab = "ends",
-    sequence: Literal["off", "on"] = "off",
+    sequence: OnOff = "off",
     shard: Literal["none", "step", "layer"] = "none",
     remat: Remat = "none",
-    unroll: Literal["off", "on"] = "off",
+    unroll: OnOff = "off",
     overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
 ) -> Step:
@@ -186,8 +188,7 @@ def pipeline_step(
     Args:
         mesh: as data x tensor x pipe, or with names and roles: `dp=2:batch,pp=4:pipe`.
     """
-    spec = _spec_of(mesh)
-    devices = _build(spec)
+    devices = _build(spec := _spec_of(mesh))
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
     rules = rules.split_stream() if sequence == "on" else rules
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}

@@ -97,8 +97,9 @@ def test_search_finds_the_best_of_simulating_every_layout_whole(
 def test_small_batches_may_use_interleaved_zb_h1() -> None:
     model = replace(GPT2, num_layers=24, hidden_size=1024, num_heads=8, num_kv_heads=8, ffn_size=4096)
     question = TrainQuestion(model=model, topology=read_topology("h100x8"), batch_size=4, num_tokens=512)
-    # Without it the best was zb-h1, 11% slower.
-    assert search_train(question)[0].layout.schedule == "interleaved-zb-h1"
+    # Of those without data shards; without it the best was zb-h1, 11% slower.
+    alone = [plan.layout.schedule for plan in search_train(question) if plan.layout.data == 1]
+    assert alone[0] == "interleaved-zb-h1"
 
 
 def whole_step_s(question: TrainQuestion, layout: Layout) -> float:

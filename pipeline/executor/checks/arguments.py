@@ -276,6 +276,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
                 f"{name} of {leaf_name} is {spec}, which names {twice[0]} twice; an axis splits one dimension.",
                 fix=f"leave one {twice[0]} out.",
             )
+        _check_gathered(f"{name} of {leaf_name}", spec, batch=fns.axes.batch)
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}, but its shape is {leaf.shape}"
@@ -284,14 +285,18 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
             )
         for dim, entry in enumerate(spec, start=lead):
             parts = math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes_of(P(entry)))
-            check_divides(
-                f"{leaf_name}.shape[{dim}]",
-                leaf.shape[dim],
-                over=" x ".join(mesh_axes_of(P(entry))),
-                parts=parts,
-                error=ShardingError,
-                fix=f"pad it to a multiple of {parts}.",
-            )
+            words = {"over": " x ".join(mesh_axes_of(P(entry))), "fix": f"pad it to a multiple of {parts}."}
+            check_divides(f"{leaf_name}.shape[{dim}]", leaf.shape[dim], parts=parts, error=ShardingError, **words)
+
+
+def _check_gathered(name: str, spec: P, *, batch: tuple[str, ...]) -> None:
+    """Raise unless batch axes split one dimension, and no other axis splits it too: that is gathered over them."""
+    split = [axes for entry in spec if set(batch) & set(axes := mesh_axes_of(P(entry)))]
+    if len(split) > 1 or (split and not set(split[0]) <= set(batch)):
+        raise ShardingError(
+            f"{name} is {spec}: batch axes keep one dimension of a parameter split, by themselves, to be gathered.",
+            fix=f"name them in one dimension alone, {P(batch[0], None)} say.",
+        )
 
 
 def _is_spec(node: Any) -> bool:

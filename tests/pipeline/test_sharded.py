@@ -1,0 +1,180 @@
+"""Weights split over data equal one device, and what their compiled programs send and hold."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from trellax.meshes import MeshSpec, ShardingError, build_mesh
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.plan.costs.device_params import block_matrices, vocabulary_params
+from trellax.schedules import Vocab, build_schedule
+
+from ..programs.steps import report_of, setup_of
+from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
+
+TOLERANCE = 2e-5  # as in test_law.py, for the same reason
+
+Shard = Literal["step", "layer"]
+SHARDS: tuple[Shard, ...] = ("step", "layer")
+
+
+@dataclass(frozen=True)
+class Case:
+    mesh: str
+    schedule: str
+    num_microbatches: int
+    embeddings: Literal["tied", "untied"]
+    shard: Shard
+    sequence: Literal["off", "on"] = "off"
+    vocab: Vocab = "ends"
+    num_chunks: int = 1
+    layers: tuple[int, ...] | None = None
+    unroll: Literal["off", "on"] = "off"
+
+    def __str__(self) -> str:
+        extra = f"-{self.vocab}-seq_{self.sequence}" + ("-uneven" if self.layers else "") + f"-unroll_{self.unroll}"
+        return f"{self.mesh}-{self.schedule}-m{self.num_microbatches}-{self.embeddings}-{self.shard}{extra}"
+
+
+CASES = (
+    Case("8x1x1", "1f1b", 3, "tied", "layer"),
+    Case("4x2x1", "1f1b", 3, "untied", "step", "on"),
+    Case("2x2x2", "1f1b", 5, "tied", "layer", "on", "split"),
+    Case("2x1x4", "zb-h1", 5, "untied", "layer"),
+    Case("2x2x2", "interleaved-1f1b", 3, "untied", "step", "on", "split", 2),
+    Case("2x1x4", "zb-v", 5, "tied", "layer", num_chunks=2, vocab="split"),
+    Case("2x1x4", "1f1b", 3, "untied", "layer", layers=(1, 3, 3, 1)),
+    Case("4x2x1", "1f1b", 3, "tied", "layer", "on", unroll="on"),
+)
+
+MORE_CASES = tuple(
+    Case(mesh, schedule, m, embeddings, shard, sequence, vocab, chunks)
+    for number, (mesh, (schedule, chunks), shard, m) in enumerate(
+        (mesh, kind, shard, m)
+        for mesh in ("2x2x2", "4x2x1", "8x1x1", "2x1x4", "4x1x2")
+        for kind in (("1f1b", 1), ("interleaved-1f1b", 2), ("zb-h1", 1), ("zb-v", 2))
+        for shard in SHARDS
+        for m in (1, 3)
+    )
+    if not mesh.endswith("x1") or schedule == "1f1b"
+    for embeddings in (("tied", "untied")[number % 2],)
+    for sequence in (("off", "on")["x2x" in mesh],)
+    for vocab in (("ends", "split")[number // 2 % 2],)
+)
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
+)
+def test_weights_split_over_data_equal_one_device(case: Case) -> None:
+    config = small_model(style="llama", attention="gqa", embeddings=case.embeddings)
+    step = pipeline_step(
+        config,
+        mesh=case.mesh,
+        schedule=case.schedule,
+        num_microbatches=case.num_microbatches,
+        num_sequences=8 * case.num_microbatches,
+        num_chunks=case.num_chunks,
+        layers_per_stage=case.layers,
+        vocab=case.vocab,
+        sequence=case.sequence,
+        shard=case.shard,
+        unroll=case.unroll,
+        bubbles="nan",
+    )
+    expected = one_device(config, 8 * case.num_microbatches)
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize(("mesh", "extra"), [("4x1x2", ""), ("2x2x2", "--pipeline.vocab split")])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_bytes_over_data_by_hand(shard: Shard, mesh: str, extra: str, schedule: str) -> None:
+    words = f"--train.shard {shard} --pipeline.schedule {schedule} --data.seq_len 32 --model.num_layers 8 {extra}"
+    report, (data, tensor, pipe) = report_of(mesh, words), map(int, mesh.split("x"))
+    sent: Counter[str] = Counter()
+    for row in report.traffic:
+        if row.axis == "data" and row.kind in ("all-gather", "reduce-scatter"):
+            sent[row.kind] += row.bytes
+    model = setup_of(mesh, words).config.model
+    layers = 8 // pipe * block_matrices(model, tensor=tensor)
+    # Tables, whole on each rank or a part on each, once a step.
+    tables = vocabulary_params(model, tensor=tensor)[0] / (pipe if extra else 1)
+    part, rounds = 4 * (data - 1) / data, 4 if shard == "layer" else 1
+    # float32 here: a gather forward and one backward in each of four microbatches, or one a step; one sum each.
+    gathers = 2 if shard == "layer" else 1
+    assert sent["all-gather"] == pytest.approx(part * (gathers * rounds * layers + tables), rel=0.01)
+    assert sent["reduce-scatter"] == pytest.approx(part * (rounds * layers + tables), rel=0.01)
+
+
+def test_state_is_split_and_sums_too_where_layers_gather() -> None:
+    found = {shard: report_of("8x1x1", f"--train.shard {shard}").memory for shard in ("none", "step", "layer")}
+    model = setup_of("8x1x1").config.model
+    matrices = 4 * (model.num_layers * block_matrices(model, tensor=1) + vocabulary_params(model, tensor=1)[0])
+    saved = matrices * 7 / 8
+    for shard in SHARDS:
+        assert found["none"].parameters - found[shard].parameters == saved
+        assert found["none"].optimizer - found[shard].optimizer == pytest.approx(2 * saved, rel=0.001)
+    assert found["step"].gradients == found["none"].gradients
+    assert found["layer"].gradients < 0.5 * found["none"].gradients
+
+
+def _own_model(spec: P, gather: Literal["step", "layer"]) -> tuple[StageFns, PipelineParams, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    stages = {"w": jnp.asarray(rng.standard_normal((1, 2, 2, 8, 8)), jnp.float32)}
+    fns = StageFns(
+        first=lambda shared, microbatch: microbatch["x"] @ shared["in"],
+        layer=lambda params, x, _: jnp.tanh(x @ params["w"]),
+        last=lambda shared, y, microbatch: jnp.sum((y @ shared["in"].T) ** 2),
+        stage_specs={"w": spec},
+        shared_specs={"in": spec},
+        gather=gather,
+    )
+    params = PipelineParams(stages=stages, shared={"in": jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)})
+    return fns, params, {"x": rng.standard_normal((3, 8, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
+@pytest.mark.parametrize("gather", SHARDS)
+def test_functions_of_ones_own_are_given_whole_weights(spec: P, gather: Literal["step", "layer"]) -> None:
+    mesh = build_mesh(MeshSpec(data=4, pipe=2))
+    schedule = build_schedule("1f1b", num_ranks=2, num_microbatches=3)
+    found = []
+    for own in (spec, P()):
+        fns, params, batch = _own_model(own, gather)
+        found.append(
+            jax.jit(lambda p, b, f=fns: pipeline_grads(f, params=p, batch=b, mesh=mesh, schedule=schedule))(
+                params, batch
+            )
+        )
+    assert P(*found[0].grads.stages["w"].sharding.spec[3:]) == spec
+    for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda params: {"w": params["w"].reshape(8, -1)}, lambda params: {"w": jnp.concatenate([params["w"]] * 4)[:8]}],
+    ids=["reshape", "concatenate"],
+)
+def test_a_prepare_that_mixes_parts_is_refused_where_layers_gather(prepare: Any) -> None:
+    fns, params, batch = _own_model(P("data"), "layer")
+    mesh, schedule = build_mesh(MeshSpec(data=4, pipe=2)), build_schedule("1f1b", num_ranks=2, num_microbatches=3)
+    with pytest.raises(ShardingError, match="prepare has the operation"):
+        pipeline_grads(replace(fns, prepare=prepare), params=params, batch=batch, mesh=mesh, schedule=schedule)
+
+
+def test_a_prepare_that_keeps_to_its_part_is_run_on_parts() -> None:
+    mesh, schedule = build_mesh(MeshSpec(data=4, pipe=2)), build_schedule("1f1b", num_ranks=2, num_microbatches=3)
+    found = []
+    for spec in (P("data"), P()):
+        fns, params, batch = _own_model(spec, "layer")
+        own = replace(fns, prepare=lambda params: {"w": 2.0 * params["w"].T})
+        found.append(pipeline_grads(own, params=params, batch=batch, mesh=mesh, schedule=schedule))
+    for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
