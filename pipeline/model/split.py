@@ -66,18 +66,17 @@ def split_transformer(
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
 
-    Embedding and head are shared: replicated over pipe, or tables [V@pipe+tensor, D] with vocab="split". Batches are
-    dicts of tokens, targets and weights [M, B@data, T].
+    Embedding and head are shared: whole over pipe, or tables [V@pipe+tensor, D]. A batch: tokens, targets, weights.
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
-        placement, vocab: those of the schedule.
-        unroll, shard: whether layers are written out; how often weights kept split over batch axes are gathered.
-        rules: fitted to model and mesh by `layers.model_rules`; they also say what the mesh's axes are for.
+        placement, vocab, unroll: those of the schedule; whether layers are written out.
+        shard: how often weights that are kept split over batch axes are gathered.
+        rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
 
     Raises:
         MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
-        ScheduleError: the layers do not divide into stages, or counts and placement are of other sizes.
+        ScheduleError: layers do not divide into stages, counts and placement differ, or `shard` is not a choice.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
     rules = _place_vocab(rules, vocab, mesh)
