@@ -87,7 +87,7 @@ def report_step(
     return replace(
         report,
         traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes)),
-        notes=(*report.notes, *explain_ratios(sizes, shard=setup.config.train.shard)),
+        notes=(*report.notes, *explain_ratios(sizes, shard=config.train.shard, remat=config.pipeline.remat)),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction

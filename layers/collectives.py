@@ -62,6 +62,18 @@ def enter_split(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[j
     return hide_reduction(x, kernel, manual_axes(axes)) if num_blocks(axes) > 1 else (x, kernel)
 
 
+def enter_gathered(x_BTD: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+    """Enter a split region from activations whose tokens are split: `gather_tokens` of x, and the kernel.
+
+    As with `enter_split`, XLA runs the reduce-scatter of dx beside the product that makes the kernel's gradient.
+
+    Raises:
+        ShardingError: as of `gather_tokens`.
+    """
+    _check_differs(x_BTD, manual_axes(axes), what="enter_gathered", then=_REPEATED)
+    return _gather_beside(x_BTD, kernel, manual_axes(axes)) if manual_axes(axes) else (x_BTD, kernel)
+
+
 def sum_blocks(y: ArrayTree, axes: Sequence[str]) -> ArrayTree:
     """Leave a split region: sum over the devices of `axes` what each has made of its own block.
 
@@ -290,6 +302,11 @@ def hide_reduction(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tu
     return mark_varying(x, axes), kernel
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_beside(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    return gather_weight(x, axes, dim=1), kernel
+
+
 def _hide_forward(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
@@ -303,7 +320,10 @@ def _hide_forward(
 def _hide_backward(
     _: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    dx, dkernel = map(sum_like, grads, primals)
+    return _end_together(*map(sum_like, grads, primals))
+
+
+def _end_together(dx: jax.Array, dkernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     # In jax 0.10 a barrier takes values of one type alone, and only dkernel is {V:tensor}. Delete with Python 3.11.
     if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
         return dx, dkernel
@@ -311,3 +331,13 @@ def _hide_backward(
 
 
 hide_reduction.defvjp(_hide_forward, _hide_backward)
+
+
+def _gather_backward(
+    axes: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    dx = jax.lax.psum_scatter(grads[0], axes, scatter_dimension=1, tiled=True)
+    return _end_together(*map(sum_like, (dx, grads[1]), primals))
+
+
+_gather_beside.defvjp(lambda x, kernel, axes: (_gather_beside(x, kernel, axes), (x, kernel)), _gather_backward)

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from .check_inputs import check_features
-from .collectives import enter_split, gather_tokens, leave_split
+from .collectives import enter_gathered, enter_split, leave_split
 from .device_axes import num_blocks
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
@@ -166,7 +166,8 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
         return run(*enter_split(x_BTD, kernel, rules.axes(layer.dim)))
 
     def gather_and_multiply(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-        return run(rules.constrain(gather_tokens(x_BTD, tokens), name_dims(x_BTD, "embed")), kernel)
+        x_BTD, kernel = enter_gathered(x_BTD, kernel, tokens)
+        return run(rules.constrain(x_BTD, name_dims(x_BTD, "embed")), kernel)
 
     return jax.checkpoint(gather_and_multiply, prevent_cse=False)(x_BTD, kernel)
 

@@ -15,7 +15,7 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...layers import ModelConfig
+from ...layers import ModelConfig, Remat
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.spec import Shard
@@ -108,12 +108,14 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
     return {axes: sent_bytes for axes, sent_bytes in found.items() if sent_bytes}
 
 
-def explain_ratios(sizes: StepSizes, *, shard: Shard = "none") -> tuple[str, ...]:
+def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "dots") -> tuple[str, ...]:
     """Return why a compiled step sends more than the minimum over some axes, a sentence for each reason."""
     found, mesh = [], sizes.mesh
     if sizes.is_sequence_parallel:
         again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
         found.append(f"{mesh.label('tensor')}: with sequence parallelism {again}; in a block 1.25 times the minimum.")
+    if mesh.tensor > 1 and remat == "full":
+        found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
     if mesh.data > 1 and shard == "layer":
         found.append(f"{mesh.label('batch')}: shard='layer' gathers weights and sums gradients in every microbatch.")
     elif mesh.data > 1 and shard != "step" and sizes.model.dtype != "float32":

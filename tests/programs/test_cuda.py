@@ -162,17 +162,21 @@ def test_planned_memory_is_near_what_a_large_model_takes(remat: str) -> None:
 
 @pytest.mark.parametrize("kernels", ["true", "false"], ids=["triton", "cublas"])
 @pytest.mark.parametrize("remat", ["dots", "none", "full"])
-def test_collectives_overlap_with_products(remat: str, kernels: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sequence", "sum_kind"), [("off", "all-reduce"), ("on", "reduce-scatter")])
+def test_collectives_overlap_with_products(
+    sequence: str, sum_kind: str, remat: str, kernels: str, tmp_path: Path
+) -> None:
     # Of a size at which there is something to hide: beside the sums of small layers XLA finds smaller work.
-    words, flags = f"llama3-8b-8gpu h200:8 --pipeline.remat {remat}", f"--xla_gpu_enable_triton_gemm={kernels}"
+    words = f"llama3-8b-8gpu h200:8 --pipeline.remat {remat} --mesh.sequence {sequence}"
+    flags = f"--xla_gpu_enable_triton_gemm={kernels}"
     inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags=flags)
     found = list(list_asynchronous(HloModule.parse((tmp_path / "step.hlo").read_text())))
-    assert {kind for kind, _, _ in found} >= {"all-reduce", "collective-permute"}
+    assert {kind for kind, _, _ in found} >= {sum_kind, "collective-permute"}
     # Both sums of a layer's backward, that of attention's and that of the feed-forward's input gradient.
     backward = [
         between
         for kind, start, between in found
-        if kind == "all-reduce" and "/backward/" in start.op_name and "rematted_computation" not in start.op_name
+        if kind == sum_kind and "/backward/" in start.op_name and "rematted_computation" not in start.op_name
     ]
     assert len(backward) >= 2
     assert all(backward)

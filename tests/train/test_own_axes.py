@@ -31,9 +31,9 @@ seq_len = 16
 steps = 3
 batch_size = 8
 log_every = 1
+shard = "optimizer"
 [optimizer]
 learning_rate = 1e-3
-zero = "on"
 [pipeline]
 microbatches = 4
 schedule = "zb-h1"

@@ -1,4 +1,4 @@
-"""Inline the calls of a jaxpr: `jit`, `jax.checkpoint` and `custom_jvp`.
+"""Inline the calls of a jaxpr: `jit`, `jax.checkpoint`, `custom_jvp` and `custom_vjp`.
 
     dx, dw = jit(f)(dy)      ->      dx = ...;  dw = ...
 
@@ -14,7 +14,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from .equations import run, start_env, value_of
 
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+_CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 """Primitives that run a jaxpr, and the name of the parameter that holds it."""
 
 

@@ -1,0 +1,63 @@
+"""Sequence parallelism, and weights split over data, in programs for GPUs that are not present."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trellax.programs.hlo import HloModule
+
+from .test_cuda import inspect
+from .test_cuda_overlap import bytes_of, has_product, kind_of
+
+pytestmark = pytest.mark.cuda
+
+EIGHT_SHARDS = "llama3-8b-8gpu h200:8 --mesh.data 8 --mesh.tensor 1 --mesh.pipe 1 --pipeline.microbatches 8"
+LAYERS, ROUNDS = 32, 8
+LAYER_PARAMS = 4096 * (4096 + 2 * 1024 + 2 * 14336) + (4096 + 14336) * 4096
+TABLES = 2 * 128256 * 4096
+
+
+def sent(report: Any, axis: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for row in report["traffic"]:
+        if row["axis"] == axis:
+            found[row["kind"]] += row["bytes"]
+    return found
+
+
+def test_70b_sums_no_activation_over_tensor_and_holds_an_eighth() -> None:
+    split, whole = (inspect(f"llama3-70b-64gpu h100:64/8 --mesh.sequence {choice}") for choice in ("on", "off"))
+    # What is left in all-reduces over tensor are the gradients of norms, once.
+    assert sent(split, "tensor")["all-reduce"] < 2 * 4 * 80 * 2 * 8192
+    assert sent(split, "pipe")["collective-permute"] * 8 == sent(whole, "pipe")["collective-permute"]
+    assert split["memory_bytes"]["activations"] == pytest.approx(whole["memory_bytes"]["activations"] / 8, rel=0.05)
+
+
+def test_weights_gathered_once_a_step_send_six_bytes_a_parameter() -> None:
+    found = sent(inspect(f"{EIGHT_SHARDS} --train.shard step"), "data")
+    params = LAYERS * LAYER_PARAMS + TABLES
+    assert found["all-gather"] == pytest.approx(2 * params * 7 / 8, rel=0.01)
+    assert found["reduce-scatter"] == pytest.approx(4 * params * 7 / 8, rel=0.01)
+
+
+def test_every_layer_has_one_gather_and_it_encloses_a_product(tmp_path: Path) -> None:
+    report = inspect(f"{EIGHT_SHARDS} --train.shard layer", hlo=str(tmp_path / "step.hlo"))
+    found, part = sent(report, "data"), LAYERS * ROUNDS * LAYER_PARAMS * 7 / 8
+    # The last layer of the forward is the first of the backward: its weights are there.
+    once = TABLES * 7 / 8
+    assert found["all-gather"] == pytest.approx(2 * (2 - 1 / LAYERS) * part + 2 * once, rel=0.02)
+    assert found["reduce-scatter"] == pytest.approx(4 * part + 4 * once, rel=0.01)
+    program = HloModule.parse((tmp_path / "step.hlo").read_text())
+    gathers = []
+    for body in program.computations.values():
+        order = list(body.instructions.values())
+        for index, start in enumerate(order):
+            if kind_of(program, start) == "all-gather" and start.opcode.endswith("-start"):
+                done = next(i for i in order[index:] if i.opcode.endswith("-done") and i.operands[:1] == (start.name,))
+                between = order[index + 1 : order.index(done)]
+                gathers.append((bytes_of(done), any(has_product(program, i, body) for i in between)))
+    of_layers = [is_hidden for num_bytes, is_hidden in gathers if num_bytes == 2 * LAYER_PARAMS]
+    # One in the loop of the forward and one in that of the backward, beside a product; the first of each loop besides.
+    assert sum(of_layers) >= 2
+    assert len(of_layers) <= 4
