@@ -84,8 +84,11 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW with warm-up and cosine decay."""
+    """AdamW or Muon, with warm-up and cosine decay."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW, or Muon for the kernels of layers with AdamW for all other parameters"
+    )
     learning_rate: float = Field(gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, le=_MAX, description="steps of linear warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")

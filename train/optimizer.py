@@ -1,20 +1,26 @@
-"""Build AdamW with warm-up, cosine decay and clipping by the global norm, and say how its state is sharded.
+"""Build AdamW or Muon with warm-up, cosine decay and clipping by the global norm, and say how its state is sharded.
 
 AdamW is algorithm 2 of Loshchilov and Hutter 2019; the decay follows a half cosine as in Loshchilov and Hutter 2017
 ("SGDR"), equation 5, without restarts; clipping is algorithm 1 of Pascanu et al. 2013. Read `step.py` for the use.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 
 from ..configs.run_config import OptimizerSection
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count
 from ..pipeline import PipelineParams
+
+_ADAMW_RMS = 0.2
+"""Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
 
 _DECAYED = ("kernel", "table", "positions")
 """Names of matrices, which have weight decay; norm scales and biases have none."""
@@ -45,28 +51,54 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
 def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`.
 
+    With `kind="muon"` the kernels of layers are updated by Muon (Jordan 2024): their momentum, with its singular values
+    set near 1, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2). Each layer's kernel is one matrix,
+    however it is split.
+
     Raises:
         ConfigError: there are no steps.
     """
+    rate = make_learning_rate(section, steps=steps, peak=peak)
     adamw = optax.adamw(
-        make_learning_rate(section, steps=steps, peak=peak),
+        rate,
         b1=section.beta1,
         b2=section.beta2,
         eps=section.epsilon,
         weight_decay=section.weight_decay,
         mask=_is_decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(section.clip_norm), adamw)
+    update: Any = adamw
+    if section.kind == "muon":
+        muon = optax.contrib.muon(
+            rate,
+            weight_decay=section.weight_decay,
+            # Kernels are stacked, [chunks, ranks, layers, D, F]; untold, optax takes only [D, F] for a matrix.
+            muon_weight_dimension_numbers=partial(jax.tree.map, lambda _: MuonDimensionNumbers(-2, -1)),
+            consistent_rms=_ADAMW_RMS,
+        )
+        update = optax.partition({"muon": muon, "adamw": adamw}, _find_optimizers)
+    return optax.chain(optax.clip_by_global_norm(section.clip_norm), update)
 
 
 def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:
-    """Return the shardings of an optax state: `like_params` for copies of the parameter tree, else replicated."""
+    """Return the shardings of an optax state: those of `like_params` for copies of the parameter tree, else replicated.
 
-    def is_copy(node: Any) -> bool:
-        return isinstance(node, PipelineParams)
+    A copy may lack parameters that another optimizer updates.
+    """
+    known = dict(jax.tree_util.tree_leaves_with_path(like_params))
 
-    return jax.tree.map(
-        lambda node: like_params if is_copy(node) else NamedSharding(mesh, PartitionSpec()), state, is_leaf=is_copy
+    def place(node: Any) -> Any:
+        if isinstance(node, PipelineParams):
+            return jax.tree_util.tree_map_with_path(lambda path, _: known[path], node)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(place, state, is_leaf=lambda node: isinstance(node, PipelineParams))
+
+
+def _find_optimizers(params: PipelineParams) -> Any:
+    """Return the optimizer of each parameter: Muon for kernels of layers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if getattr(path[-1], "key", None) == "kernel" else "adamw", params
     )
 
 

@@ -11,6 +11,7 @@ from trellax.configs import RunConfig, load_config
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import natural_order
 from trellax.train import Batches, Setup, TrainState, load_corpus, make_eval_step, make_train_step
+from trellax.train.optimizer import make_learning_rate
 
 Tiny = Callable[..., RunConfig]
 
@@ -37,7 +38,8 @@ class Trained:
 
 
 def train_on(config: RunConfig, mesh: str, *, num_steps: int) -> Trained:
-    setup = Setup(config, build_mesh(MeshSpec.parse(mesh)))
+    spec = MeshSpec.parse(mesh)
+    setup = Setup(config, build_mesh(spec, devices=jax.devices()[: spec.num_devices]))
     corpus = load_corpus(config.data)
     batches = Batches(
         corpus.train,
@@ -96,10 +98,11 @@ def test_gradient_accumulation_changes_nothing(tiny: Tiny) -> None:
     assert largest_difference(whole.state, parts.state) < TOLERANCE
 
 
-def test_zero_changes_where_the_moments_live_and_nothing_else(tiny: Tiny) -> None:
+@pytest.mark.parametrize("shard", ["optimizer", "step", pytest.param("layer", marks=pytest.mark.slow)])
+def test_sharding_changes_where_the_state_lives_and_nothing_else(shard: str, tiny: Tiny) -> None:
     mesh = "data=4,tensor=1,pipe=2"
     whole = train_on(tiny(SMOOTH), mesh, num_steps=5)
-    split = train_on(tiny(f"{SMOOTH} --train.shard optimizer"), mesh, num_steps=5)
+    split = train_on(tiny(f"{SMOOTH} --train.shard {shard}"), mesh, num_steps=5)
     assert largest_difference(whole.state, split.state) < TOLERANCE
 
     def held(state: TrainState) -> int:
@@ -107,6 +110,40 @@ def test_zero_changes_where_the_moments_live_and_nothing_else(tiny: Tiny) -> Non
 
     assert held(split.state) < 0.3 * held(whole.state)
     assert jax.tree.map(lambda leaf: leaf.sharding, split.state) == split.setup.shardings
+
+
+# Muon sets all singular values of the momentum near 1, so what is rounding noise in a small one is as large as any
+# other part of the update: tolerances are those of a step whose gradients differ by 1e-6, times 100.
+MUON = "--optimizer.kind muon --optimizer.epsilon 1e-3"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "extra"),
+    [
+        ("data=2,tensor=2,pipe=2", "--train.shard layer"),
+        pytest.param("data=4,tensor=2,pipe=1", "--train.shard step", marks=pytest.mark.slow),
+        pytest.param("data=1,tensor=4,pipe=2", "", marks=pytest.mark.slow),
+        pytest.param("data=8,tensor=1,pipe=1", "--train.shard optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_muon_sees_whole_matrices_on_every_mesh(mesh: str, extra: str, tiny: Tiny) -> None:
+    alone = train_on(tiny(MUON), "data=1", num_steps=3)
+    split = train_on(tiny(f"{MUON} {extra}"), mesh, num_steps=3)
+    assert split.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert largest_difference(alone.state, split.state) < 1e-3
+
+
+def test_muon_changes_every_kernel_by_as_much(tiny: Tiny) -> None:
+    run = train_on(tiny(f"{MUON} --optimizer.weight_decay 0"), "data=1", num_steps=1)
+    before = run.setup.init_state().params.stages
+    section = run.setup.config.optimizer
+    rate = float(make_learning_rate(section, steps=run.setup.config.train.steps)(0))
+    for path, old in jax.tree_util.tree_leaves_with_path(before):
+        if path[-1].key == "kernel":
+            new = dict(jax.tree_util.tree_leaves_with_path(run.state.params.stages))[path]
+            sizes = np.sqrt(np.square(np.asarray(new - old, np.float64)).mean(axis=(-2, -1)))
+            # The root mean square of an orthogonal matrix's entries, scaled to 0.2; Newton-Schulz is within 30%.
+            np.testing.assert_allclose(sizes, 0.2 * rate, rtol=0.3)
 
 
 def test_validation_loss_is_the_training_loss_of_the_same_batch(tiny: Tiny) -> None:
