@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ...layers.collectives import gather_weight
-from ...meshes import ShardingError
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, spread_specs
 from .split_dims import Split, splits_after
@@ -61,20 +60,25 @@ def gather(tree: Any, splits: Sequence[Split], *, dtype: DTypeLike | None = None
     """Return the whole of each leaf, sent in `dtype` if that is given: an all-gather for each that is split."""
 
     def one(leaf: jax.Array, split: Split) -> jax.Array:
-        return gather_weight(leaf.astype(dtype or leaf.dtype), split.axes, dim=split.dim) if split.axes else leaf
+        if not split.axes:
+            return leaf
+        sent = leaf.astype(dtype) if dtype is not None and _is_float(leaf) else leaf
+        return gather_weight(sent, split.axes, dim=split.dim)
 
     return _map(one, tree, splits)
 
 
 def scatter(tree: Any, splits: Sequence[Split]) -> Any:
     """Return each device's own part of gradients, summed over the axes that split their parameters, in float32."""
+    return _map(_scatter, tree, splits)
 
-    def one(grad: Any, split: Split) -> Any:
-        if not split.axes:
-            return grad
-        return jax.lax.psum_scatter(grad.astype(jnp.float32), split.axes, scatter_dimension=split.dim, tiled=True)
 
-    return _map(one, tree, splits)
+def _scatter(grad: jax.Array, split: Split) -> jax.Array:
+    if not split.axes:
+        return grad
+    # Gradients of integers are zeros of their own dtype.
+    sums = grad.astype(jnp.float32) if _is_float(grad) else grad
+    return jax.lax.psum_scatter(sums, split.axes, scatter_dimension=split.dim, tiled=True)
 
 
 def sum_over(tree: Any, splits: Sequence[Split], axes: Sequence[str]) -> Any:
@@ -84,7 +88,7 @@ def sum_over(tree: Any, splits: Sequence[Split], axes: Sequence[str]) -> Any:
     for number, (leaf, split) in enumerate(zip(leaves, splits, strict=True)):
         over = tuple(axis for axis in axes if axis not in split.axes)
         # A sum over no axes would stay in the program as a copy. Gradients of integers are zeros on every device.
-        if over and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if over and _is_float(leaf):
             groups.setdefault(over, []).append(number)
     for over, numbers in groups.items():
         for number, total in zip(numbers, jax.lax.psum([leaves[n] for n in numbers], over), strict=True):
@@ -122,40 +126,30 @@ def sum_once(fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], batch
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGather:
-    """The gather of one layer's parameters in every action, by how they are kept before and after `prepare`."""
+    """The gather of one layer's parameters in every action.
 
-    kept: tuple[Split, ...]
+    kept: how each is kept, a tree like that of the parameters.
+    prepared: how leaves are split after `prepare`.
+    dtype: in which they are sent, their own if None.
+    """
+
+    kept: Any
     prepared: tuple[Split, ...]
     dtype: DTypeLike | None
 
     @classmethod
     def of(
-        cls,
-        prepare: Callable[[Any], Any] | None,
-        own: Any,
-        splits: Sequence[Split],
-        *,
-        dtype: DTypeLike | None,
+        cls, prepare: Callable[[Any], Any] | None, own: Any, splits: Sequence[Split], *, dtype: DTypeLike | None
     ) -> "LayerGather | None":
         """Return the gather of a layer whose own parameters [D/d, F] are kept so; None if all are whole.
 
         Raises:
-            ShardingError: parameters are split over different axes, or `prepare` mixes what different devices have.
+            ShardingError: `prepare` mixes what different devices have.
         """
-        kept = tuple(splits)
-        named = {split.axes for split in kept if split.axes}
-        if not named:
+        if not any(split.axes for split in splits):
             return None
-        if len(named) > 1:
-            raise ShardingError(
-                f"parameters of one layer are split over {' and '.join(map(str, sorted(named)))}: they are gathered "
-                "together.",
-                fix="name the same batch axes in all specs, or leave them out.",
-            )
-        if prepare is None:
-            return cls(kept=kept, prepared=kept, dtype=dtype)
-        prepared = tuple(splits_after(prepare, own, kept))
-        return cls(kept=kept, prepared=prepared, dtype=dtype)
+        prepared = tuple(splits if prepare is None else splits_after(prepare, own, splits))
+        return cls(kept=jax.tree.unflatten(jax.tree.structure(own), splits), prepared=prepared, dtype=dtype)
 
     def gather(self, params: Any) -> Any:
         """Return the whole prepared parameters of a layer, of which this device keeps parts."""
@@ -163,11 +157,11 @@ class LayerGather:
 
     def gather_kept(self, params: Any) -> Any:
         """Return the whole parameters of a layer before `prepare`: for their types."""
-        return gather(params, self.kept)
+        return gather(params, jax.tree.leaves(self.kept))
 
     def scatter(self, grads: Any) -> Any:
-        """Return this device's part of the gradients of a layer's parameters, summed."""
-        return scatter(grads, self.kept)
+        """Return this device's part of the gradients of a layer's parameters, summed; None stays, for integers."""
+        return jax.tree.map(lambda split, grad: grad if grad is None else _scatter(grad, split), self.kept, grads)
 
 
 def layer_gathers(
@@ -186,6 +180,10 @@ def layer_gathers(
         )
         for kind, own in stages.items()
     }
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _map(fn: Callable[[Any, Split], Any], tree: Any, splits: Sequence[Split]) -> Any:

@@ -179,3 +179,18 @@ def test_a_prepare_that_keeps_to_its_part_is_run_on_parts() -> None:
         found.append(step(params, batch))
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gather", SHARDS)
+def test_integers_that_are_split_have_zeros_for_gradients(gather: Literal["step", "layer"]) -> None:
+    fns, params, batch = _own_model(P("data"), gather)
+    own = replace(fns, layer=lambda params, x, _: jnp.tanh(x @ (params["w"] * params["sign"])), gather_dtype="float32")
+    stages = params.stages | {"sign": jnp.ones((1, 2, 2, 8, 8), jnp.int32)}
+    own = replace(own, stage_specs=P("data"))
+    mesh, schedule = build_mesh(MeshSpec(data=4, pipe=2)), build_schedule("1f1b", num_ranks=2, num_microbatches=3)
+    run = jax.jit(lambda p, b: pipeline_grads(own, params=p, batch=b, mesh=mesh, schedule=schedule))
+    out = run(replace(params, stages=stages), batch)
+    assert out.grads.stages["sign"].dtype == jnp.int32
+    assert not out.grads.stages["sign"].any()
+    expected = jax.jit(lambda p, b: pipeline_grads(fns, params=p, batch=b, mesh=mesh, schedule=schedule))(params, batch)
+    np.testing.assert_allclose(out.grads.stages["w"], expected.grads.stages["w"], rtol=2e-5, atol=1e-5)
