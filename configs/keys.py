@@ -50,7 +50,7 @@ _MEANINGS = {
 }
 """Meanings of the keys of dataclass sections, whose fields have no description."""
 
-MOVED = {"optimizer.zero": 'it is train.shard = "optimizer" now'}
+MOVED = {"optimizer.zero": 'it is train.shard now, "optimizer" for on and "none" for off'}
 """Keys of earlier versions, and what to write instead."""
 
 Kind = Literal["whole", "number", "text", "list", "auto or list"]

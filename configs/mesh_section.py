@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
 from ..meshes import Axis, MeshError, MeshSpec
-from ..meshes.axes import DEFAULT_ROLES, ROLES
+from ..meshes.axes import DEFAULT_ROLES, RESERVED, ROLES, SEQUENCE
 from ..meshes.errors import shown
 from ..meshes.spec import SequenceParallel
 
@@ -44,23 +44,18 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
         raise MeshError(
             f"{ROLES}={shown(given)} is not a table.", fix=f'write [mesh.{ROLES}], and below it dp = "batch".'
         )
-    if _SEQUENCE in given:
-        raise MeshError(
-            f"mesh axis {_SEQUENCE!r}: that is a key of [mesh], on or off, and no name of an axis.",
-            fix="give the axis another name, context say.",
-        )
     roles = {**DEFAULT_ROLES, **given}
-    sizes = {name: size for name, size in values.items() if name not in (ROLES, _SEQUENCE)}
+    sizes = {name: size for name, size in values.items() if name not in RESERVED}
     sizes |= {name: 1 for name in given if name not in sizes}
     # A size without a role is not an axis, which `MeshSpec` says.
     axes: Any = {name: Axis(size, role=roles[name]) if name in roles else size for name, size in sizes.items()}
-    return MeshSpec(axes=axes, sequence=values.get(_SEQUENCE, "auto"))
+    return MeshSpec(axes=axes, sequence=values.get(SEQUENCE, "auto"))
 
 
 def write_mesh(mesh: MeshSpec) -> dict[str, Any]:
     """Return the section of a mesh: its sizes, sequence, and the roles of axes with names of their own."""
     own = {name: axis.role for name, axis in mesh.axes if name not in DEFAULT_ROLES}
-    return {**mesh.sizes, _SEQUENCE: mesh.sequence, **({ROLES: own} if own else {})}
+    return {**mesh.sizes, SEQUENCE: mesh.sequence, **({ROLES: own} if own else {})}
 
 
 def own_axes(section: Any, words: Iterable[str]) -> list[str]:
@@ -86,8 +81,6 @@ def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[st
         found |= {first: sizes[name]} | dict.fromkeys(others, 1)
     return found
 
-
-_SEQUENCE = "sequence"
 
 _OPTION = f"--mesh.{ROLES}."
 

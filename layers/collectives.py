@@ -111,14 +111,20 @@ def leave_split(y_BTD: jax.Array, axes: Sequence[str], *, tokens: Sequence[str] 
     other axes only that slice is summed. Where they are not this is `sum_activations`.
 
     Args:
-        tokens: the axes over which tokens are split between layers, some of `axes`.
+        tokens: the axes over which tokens are split between layers; along one that is not among `axes` y is whole.
 
     Raises:
         ShardingError: as of `scatter_tokens`, and of `sum_blocks`.
     """
     if not manual_axes(tokens):
         return sum_activations(y_BTD, axes)
-    y_BTD, others = scatter_tokens(y_BTD, tokens), [axis for axis in axes if axis not in tokens]
+    others = [axis for axis in axes if axis not in tokens]
+    if set(tokens) <= set(axes):
+        y_BTD = scatter_tokens(y_BTD, tokens)
+    else:
+        # Along a token axis that did not split the product y is the same on all devices: each keeps its own tokens.
+        for axis in tokens:
+            y_BTD = scatter_tokens(y_BTD, (axis,)) if axis in axes else own_tokens(y_BTD, (axis,))
     return checkpoint_name(y_BTD, BLOCK_SUMS) if num_blocks(others) == 1 else sum_blocks(y_BTD, others)
 
 

@@ -25,7 +25,13 @@ DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe"
 """The names that need no role, since they have one, as a mesh is written: data=2 tensor=2 pipe=2."""
 
 ROLES = "roles"
-"""The key of a run file's [mesh] that holds the roles of its axes, so that no axis has this name."""
+"""The key of a run file's [mesh] that holds the roles of its axes."""
+
+SEQUENCE = "sequence"
+"""The key of a run file's [mesh] for sequence parallelism."""
+
+RESERVED = (ROLES, SEQUENCE)
+"""Keys of [mesh] that are not sizes, so that no axis has such a name."""
 
 _SPREAD: tuple[Role, ...] = ("batch", "shard", "context")
 """Roles along which devices hold different tokens, so that gradients are summed over them."""
@@ -107,7 +113,7 @@ class MeshAxes:
 
 def _check_name(name: str, *, others: Iterable[str]) -> None:
     # A name is also a key of a run file, an option of the command line, and a keyword of `MeshSpec.of`.
-    if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or name == ROLES:
+    if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or name in RESERVED:
         raise MeshError(f"mesh axis {shown(name)} cannot be a name.", fix="use letters, digits and _, such as dp.")
     if name in others:
         raise MeshError(f"mesh axis {name!r} is given twice.", fix="give each axis a name of its own.")

@@ -46,8 +46,11 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | N
     def choose_shapes(seal: Seal) -> dict[str, Any]:
         # Everything that needs the save is done here: reading it once more would hash its files again.
         config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
-        if mesh is not None and axes is not None:
-            config = config.model_copy(update={"mesh": mesh_sizes(mesh, axes=axes, sequence=config.mesh.sequence)})
+        if mesh is not None:
+            # Tokens may not divide on another mesh than the run's own.
+            sequence = "off" if config.mesh.sequence == "off" else "auto"
+            sizes = mesh_sizes(mesh, axes=config.mesh.roles if axes is None else axes, sequence=sequence)
+            config = config.model_copy(update={"mesh": sizes})
         setup = prepare(config) if mesh is None else Setup(config, mesh)
         corpus = _load_corpus(setup, cache=Path(folder))
         _check_same_corpus(Path(folder), seal, corpus)

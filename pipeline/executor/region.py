@@ -33,7 +33,8 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
-from .sharded import gather_once, sum_once
+from .sharded import gather_once, sum_once, sum_over
+from .split_dims import Split
 
 
 @jax.tree_util.register_dataclass
@@ -130,12 +131,8 @@ class Region:
         tokens = self._split_axes(self.fns.token_axes)
         if not tokens:
             return grads
-        leaves, structure = jax.tree.flatten(grads)
-        specs = structure.flatten_up_to(param_specs(self.fns, grads, self.mesh))
-        # Split over all of the axes or over none: a layer that cuts a dimension over one of two is not one of ours.
-        is_whole = [not set(tokens) & set(mesh_axes_of(spec)) for spec in specs]
-        sums = iter(_sum([leaf for leaf, its in zip(leaves, is_whole, strict=True) if its], tokens))
-        return structure.unflatten(next(sums) if its else leaf for leaf, its in zip(leaves, is_whole, strict=True))
+        specs = jax.tree.structure(grads).flatten_up_to(param_specs(self.fns, grads, self.mesh))
+        return sum_over(grads, [Split(dim=0, axes=mesh_axes_of(spec)) for spec in specs], tokens)
 
     def _split_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape.get(axis, 1) > 1)

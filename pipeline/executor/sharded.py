@@ -102,7 +102,9 @@ def gather_once(fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) 
     params.stages [C, k, ...] of this device.
     """
     splits, dtype = Splits.of(fns, params, batch=batch), fns.gather_dtype
-    shared = gather(params.shared, splits.shared, dtype=dtype)
+    # Back in their own dtype: an embedding's gradient sums over tokens, in the dtype of its table.
+    whole = gather(params.shared, splits.shared, dtype=dtype)
+    shared = jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), whole, params.shared)
     if fns.gather == "layer":
         return PipelineParams(stages=params.stages, shared=shared)
     stages = gather(params.stages, [split.behind(2) for split in splits.stages], dtype=dtype)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from ...layers.collectives import gather_weight
 from ...meshes import ShardingError
 from .backward.open_calls import open_calls
 
@@ -45,13 +46,46 @@ def splits_after(prepare: Callable[[Any], Any], own: Any, splits: Sequence[Split
     Raises:
         ShardingError: an operation of `prepare` mixes what different devices have, or may do so.
     """
-    traced = open_calls(jax.make_jaxpr(lambda own: jax.tree.leaves(prepare(own)))(own), (own,)).jaxpr
+    traced = _trace(prepare, own)
     found: dict[Any, Split] = dict(zip(traced.invars, splits, strict=True))
     for eqn in traced.eqns:
         split = next((found[v] for v in eqn.invars if isinstance(v, Var) and found.get(v, WHOLE).axes), None)
         if split is not None:
             found |= dict.fromkeys(eqn.outvars, _after(eqn, split, found))
+    # A size that it reads, w / w.shape[0], is another of the whole: the operations and numbers must be the same.
+    whole = _trace(lambda own: prepare(jax.tree.unflatten(jax.tree.structure(own), _gathered(own, splits))), own)
+    if _steps(traced) != _steps(whole):
+        raise ShardingError(
+            "prepare does another thing with a device's part of a weight than with the whole: with gather='layer' it "
+            "is given parts.",
+            fix="read no shapes in it, or use gather='step'.",
+        )
     return [found.get(v, WHOLE) if isinstance(v, Var) else WHOLE for v in traced.outvars]
+
+
+def _trace(prepare: Callable[[Any], Any], own: Any) -> Jaxpr:
+    try:
+        closed = jax.make_jaxpr(lambda own: jax.tree.leaves(prepare(own)))(own)
+    except (TypeError, ValueError) as error:
+        raise ShardingError(
+            f"prepare fails for a device's part of the parameters ({error}): with gather='layer' it is given parts.",
+            fix="use gather='step', or do that in layer.",
+        ) from None
+    return open_calls(closed, (own,)).jaxpr
+
+
+def _gathered(own: Any, splits: Sequence[Split]) -> list[jax.Array]:
+    pairs = zip(jax.tree.leaves(own), splits, strict=True)
+    return [gather_weight(leaf, split.axes, dim=split.dim) if split.axes else leaf for leaf, split in pairs]
+
+
+def _steps(jaxpr: Jaxpr) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the operations of a jaxpr but for gathers, each with the numbers that stand in it."""
+    return [
+        (eqn.primitive.name, tuple(float(v.val) for v in eqn.invars if isinstance(v, Literal) and not v.aval.shape))
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name != "all_gather"
+    ]
 
 
 def _after(eqn: JaxprEqn, split: Split, found: dict[Any, Split]) -> Split:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
-from ...meshes import DEFAULT_RULES, ScheduleError, ShardingRules
+from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
@@ -97,6 +97,12 @@ def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRule
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
     check_vocab(vocab)
     rules.check_axes(mesh.shape)
+    if missing := [axis for axis in rules.axes("stream_tokens") if axis not in rules.axes("vocab")]:
+        raise ShardingError(
+            f"tokens between layers are split over {' and '.join(missing)}, which does not split the vocabulary: every "
+            "device would compute the whole loss.",
+            fix="split vocab over it as well, or leave stream_tokens whole.",
+        )
     if vocab == "ends" or mesh.shape[rules.mesh_axes.pipe] == 1:
         return rules
     # pipe outermost: rank r holds one range of the vocabulary, which tensor divides again.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ...meshes import ScheduleError
@@ -142,6 +143,30 @@ class StageFns:
             check_choice("placement", self.placement, get_args(Shape), error=ScheduleError)
         check_choice("unroll", self.unroll, get_args(Unroll), error=ScheduleError)
         check_choice("gather", self.gather, get_args(Gather), error=ScheduleError)
+        self._check_token_axes()
+        self._check_gather_dtype()
+
+    def _check_token_axes(self) -> None:
+        allowed = [axis for axis in self.axes.names if axis not in (self.axes.pipe, *self.axes.batch)]
+        given = self.token_axes
+        if not isinstance(given, tuple) or len(set(given)) < len(given) or not set(given) <= set(allowed):
+            raise ScheduleError(
+                f"token_axes={given!r}: a tuple of the axes that split the tokens of x, each once, of "
+                f"{', '.join(allowed) or 'which this mesh has none'}.",
+                fix='write ("tensor",), or () where tokens are whole.',
+            )
+
+    def _check_gather_dtype(self) -> None:
+        if self.gather_dtype is None:
+            return
+        try:
+            is_float = jnp.issubdtype(jnp.dtype(self.gather_dtype), jnp.floating)
+        except TypeError:
+            is_float = False
+        if not is_float:
+            raise ScheduleError(
+                f"gather_dtype={self.gather_dtype!r} is not a floating-point dtype.", fix='write "bfloat16", say.'
+            )
 
     def _check_pattern(self) -> None:
         is_mapping = isinstance(self.layer, Mapping)

@@ -177,6 +177,7 @@ def pipeline_step(
     layers_per_stage: tuple[int, ...] | None = None,
     vocab: Vocab = "ends",
     sequence: OnOff = "off",
+    whole: dict[str, None] | None = None,
     shard: Literal["none", "step", "layer"] = "none",
     remat: Remat = "none",
     unroll: OnOff = "off",
@@ -186,11 +187,11 @@ def pipeline_step(
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
     Args:
-        mesh: as data x tensor x pipe, or with names and roles: `dp=2:batch,pp=4:pipe`.
+        mesh, whole: as data x tensor x pipe, or as `dp=2:batch,pp=4:pipe`; rules that keep dimensions whole.
     """
     devices = _build(spec := _spec_of(mesh))
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
-    rules = rules.split_stream() if sequence == "on" else rules
+    rules = (rules.split_stream() if sequence == "on" else rules).replace(**whole or {})
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
@@ -203,9 +204,8 @@ def pipeline_step(
         out = run(params=params, batch=batch)
         return out, global_norm(out.grads)
 
-    whole, over = masked_batch(num_sequences), spec.roles.batch
-    batch = microbatches(whole, mesh=devices, num_microbatches=num_microbatches, over=over)
-    return Step(model=model, run=step, params=cut_params(config, model), batch=batch)
+    cut_batch = partial(microbatches, mesh=devices, num_microbatches=num_microbatches, over=spec.roles.batch)
+    return Step(model=model, run=step, params=cut_params(config, model), batch=cut_batch(masked_batch(num_sequences)))
 
 
 def answer_of(step: Step) -> Answer:

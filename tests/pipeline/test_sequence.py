@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import pytest
 from trellax.layers import Remat, activation_bytes
+from trellax.meshes import ShardingError
 from trellax.plan.costs.activations import split_backward_bytes
 from trellax.schedules import Vocab
 
@@ -95,3 +96,17 @@ def test_what_is_kept_and_sent_between_stages_is_divided_by_tensor(schedule: str
         assert split.memory.activations == pytest.approx(whole.memory.activations / 4, rel=0.05)
     sent = [{row.axis: row.bytes for row in one.traffic if row.kind == "collective-permute"} for one in (split, whole)]
     assert sent[0]["pipe"] == sent[1]["pipe"] / 4
+
+
+@pytest.mark.parametrize("whole", [{"ffn": None}, {"heads": None, "kv_heads": None}], ids=str)
+def test_layers_that_are_whole_over_tensor_cut_their_tokens(whole: dict[str, None]) -> None:
+    config = small_model(style="llama", embeddings="untied")
+    sizes: dict[str, Any] = {"mesh": "2x2x2", "schedule": "1f1b", "num_microbatches": 3, "num_sequences": 12}
+    step = pipeline_step(config, **sizes, sequence="on", whole=whole)
+    assert beyond(errors_of(answer_of(step), one_device(config, 12)), tolerance=TOLERANCE) == {}
+
+
+def test_a_vocabulary_that_is_whole_over_tensor_is_refused() -> None:
+    sizes: dict[str, Any] = {"mesh": "2x2x2", "schedule": "1f1b", "num_microbatches": 2, "num_sequences": 8}
+    with pytest.raises(ShardingError, match="does not split the vocabulary"):
+        pipeline_step(small_model(), **sizes, sequence="on", whole={"vocab": None})

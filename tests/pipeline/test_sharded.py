@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.meshes import MeshSpec, ShardingError, build_mesh
-from trellax.pipeline import PipelineParams, StageFns, pipeline_grads
+from trellax.meshes import MeshSpec, ScheduleError, ShardingError, build_mesh
+from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, split_transformer
 from trellax.plan.costs.device_params import block_matrices, vocabulary_params
 from trellax.schedules import Vocab, build_schedule
 
@@ -194,3 +194,43 @@ def test_integers_that_are_split_have_zeros_for_gradients(gather: Literal["step"
     assert not out.grads.stages["sign"].any()
     expected = jax.jit(lambda p, b: pipeline_grads(fns, params=p, batch=b, mesh=mesh, schedule=schedule))(params, batch)
     np.testing.assert_allclose(out.grads.stages["w"], expected.grads.stages["w"], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_an_embeddings_gradient_is_summed_in_float32_whatever_is_sent(shard: Shard) -> None:
+    # Of 1,024 tokens four in five are the same: a bfloat16 sum of their gradients would stand still (0.3 off).
+    config = replace(small_model(dtype="bfloat16", embeddings="untied"), num_layers=2, max_tokens=512)
+    mesh, found = build_mesh(MeshSpec(data=2), devices=jax.devices()[:2]), []
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.uniform(size=(1, 2, 512)) < 0.8, 1, rng.integers(0, 64, (1, 2, 512))).astype(np.int32)
+    batch = {"tokens": tokens, "targets": tokens, "weights": np.full((1, 2, 512), 1 / 1024, np.float32)}
+    schedule = build_schedule("1f1b", num_ranks=1, num_microbatches=1)
+    for choice in ("none", shard):
+        model = split_transformer(config, mesh=mesh, shard=choice)
+        run = jax.jit(lambda p, m=model: pipeline_grads(m.fns, params=p, batch=batch, mesh=mesh, schedule=schedule))
+        found.append(np.asarray(run(model.init(0)).grads.shared["embed"]["table"], np.float64))
+    assert np.linalg.norm(found[1] - found[0]) < 0.01 * np.linalg.norm(found[0])
+
+
+def test_a_prepare_that_reads_sizes_is_refused_where_layers_gather() -> None:
+    fns, params, batch = _own_model(P("data"), "layer")
+    mesh, schedule = build_mesh(MeshSpec(data=4, pipe=2)), build_schedule("1f1b", num_ranks=2, num_microbatches=3)
+    own = replace(fns, prepare=lambda params: {"w": params["w"] / params["w"].shape[0]})
+    with pytest.raises(ShardingError, match="another thing"):
+        pipeline_grads(own, params=params, batch=batch, mesh=mesh, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token_axes": ("data",)},
+        {"token_axes": "tensor"},
+        {"token_axes": ("tensor", "tensor")},
+        {"gather_dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_wrong_fields_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    fns, _, _ = _own_model(P("data"), "layer")
+    with pytest.raises(ScheduleError, match=next(iter(wrong))):
+        replace(fns, **wrong)

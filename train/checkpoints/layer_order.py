@@ -80,11 +80,16 @@ class LayerOrder:
         return replace(map_params(self._merge_params, state), health=replace(state.health, halted=None))
 
     def _merge_params(self, params: PipelineParams) -> PipelineParams:
+        # Muon's state has a copy for the parameters that it does not update: without arrays.
+        if not jax.tree.leaves(params.stages):
+            return params
         fns = self.setup.model.fns
         stages = natural_order(params.stages, layers_per_stage=fns.layers_per_stage, placement=fns.placement)
         return PipelineParams(stages=stages, shared=params.shared)
 
     def _cut_params(self, params: PipelineParams) -> PipelineParams:
+        if not jax.tree.leaves(params.stages):
+            return params
         num_chunks, num_ranks = jax.tree.leaves(self.setup.model.params.stages)[0].shape[:2]
         stages = stages_from_layers(
             params.stages,
@@ -97,8 +102,13 @@ class LayerOrder:
 
     @cached_property
     def _shardings(self) -> TrainState:
+        shapes = dict(jax.tree_util.tree_leaves_with_path(self.setup.model.params.stages))
+
+        # By path: moments of one of two optimizers lack the parameters of the other.
         def merge(shardings: PipelineParams) -> PipelineParams:
-            stages = jax.tree.map(self._merge_sharding, shardings.stages, self.setup.model.params.stages)
+            stages = jax.tree_util.tree_map_with_path(
+                lambda path, own: self._merge_sharding(own, shapes[path]), shardings.stages
+            )
             return PipelineParams(stages=stages, shared=shardings.shared)
 
         own = self.setup.shardings

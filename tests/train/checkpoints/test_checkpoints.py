@@ -33,9 +33,16 @@ def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves((stages, state.params.shared))]
 
 
-@pytest.mark.parametrize("other", ["data=2,tensor=4", "data=4,pipe=2", pytest.param("data=8", marks=pytest.mark.slow)])
-def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str) -> None:
-    config = tiny("--train.shard optimizer")
+@pytest.mark.parametrize(
+    ("other", "extra"),
+    [
+        ("data=2,tensor=4", "--train.shard optimizer"),
+        ("data=4,pipe=2", "--train.shard layer --optimizer.kind muon"),
+        pytest.param("data=8", "--train.shard step", marks=pytest.mark.slow),
+    ],
+)
+def test_state_saved_on_one_mesh_is_restored_on_another(tiny: Tiny, tmp_path: Path, other: str, extra: str) -> None:
+    config = tiny(extra)
     saved = make_setup(config, "data=2,tensor=2,pipe=2")
     state = saved.init_state()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
