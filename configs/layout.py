@@ -1,8 +1,7 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
 from ..meshes import PlanError
-from ..meshes.spec import SHARDS
-from ..plan.costs.layout import Layout
+from ..plan.costs.layout import ZERO_STAGES, Layout
 from ..plan.costs.runtime import OnOff, trellax_runtime
 from ..plan.machines.topology import Topology
 from ..plan.training_search import TrainQuestion
@@ -34,7 +33,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         microbatches=pipeline.microbatches,
         sequences=config.train.batch_size // (mesh.data * pipeline.microbatches),
         remat=pipeline.remat,
-        zero=SHARDS.index(config.train.shard),
+        zero=ZERO_STAGES[config.train.shard],
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,
     )

@@ -82,24 +82,28 @@ def _gathered(own: Any, splits: Sequence[Split]) -> list[jax.Array]:
 def _steps(jaxpr: Jaxpr) -> list[tuple[str, tuple[Any, ...]]]:
     """Return the operations of a jaxpr but for gathers, each with the numbers that stand in it."""
     return [
-        (eqn.primitive.name, tuple(float(v.val) for v in eqn.invars if isinstance(v, Literal) and not v.aval.shape))
+        (eqn.primitive.name, tuple(float(v.val) for v in eqn.invars if isinstance(v, Literal) and not _shape(v)))
         for eqn in jaxpr.eqns
         if eqn.primitive.name != "all_gather"
     ]
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    return v.aval.shape
 
 
 def _after(eqn: JaxprEqn, split: Split, found: dict[Any, Split]) -> Split:
     """Return the split of an operation's results, one of whose operands is split."""
     kind, (first, *_), (out, *_) = eqn.primitive.name, eqn.invars, eqn.outvars
     operands = [v for v in eqn.invars if isinstance(v, Var)]
-    if kind in _ELEMENTWISE and all(found.get(v, WHOLE) == split or not v.aval.shape for v in operands):
+    if kind in _ELEMENTWISE and all(found.get(v, WHOLE) == split or not _shape(v) for v in operands):
         return split
     if kind == "concatenate" and eqn.params["dimension"] != split.dim:
         if all(found.get(v, WHOLE) == split for v in operands):
             return split
     elif kind == "transpose":
         return Split(dim=tuple(eqn.params["permutation"]).index(split.dim), axes=split.axes)
-    elif kind in ("slice", "dynamic_slice") and first.aval.shape[split.dim] == out.aval.shape[split.dim]:
+    elif kind in ("slice", "dynamic_slice") and _shape(first)[split.dim] == _shape(out)[split.dim]:
         return split
     raise ShardingError(
         f"prepare has the operation {kind}, which makes {out.aval.str_short()} of a device's part of a parameter: with "

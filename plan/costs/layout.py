@@ -8,6 +8,11 @@ from ...meshes.arguments import check_fields
 from ...meshes.spec import SHARDS, Shard
 from ...schedules import Family, find_family
 
+ZeroStage = Literal[0, 1, 2, 3]
+"""What is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3 gradients."""
+
+ZERO_STAGES: dict[Shard, ZeroStage] = {"none": 0, "optimizer": 1, "step": 2, "layer": 3}
+
 PlanRemat = Literal["none", "selective", "dots", "full"]
 """Rematerialization in the backward: trellax's policies, and Megatron's "selective", the core of attention only."""
 
@@ -39,7 +44,7 @@ class Layout:
     microbatches: int = 1
     sequences: int = 1
     remat: PlanRemat = "none"
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: ZeroStage = 0
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
 

@@ -1,6 +1,6 @@
 """Weights split over data equal one device, and what their compiled programs send and hold."""
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ def test_weights_split_over_data_equal_one_device(case: Case) -> None:
 def test_bytes_over_data_by_hand(shard: Shard, mesh: str, extra: str, schedule: str) -> None:
     words = f"--train.shard {shard} --pipeline.schedule {schedule} --data.seq_len 32 --model.num_layers 8 {extra}"
     report, (data, tensor, pipe) = report_of(mesh, words), map(int, mesh.split("x"))
-    sent: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
     for row in report.traffic:
         if row.axis == "data" and row.kind in ("all-gather", "reduce-scatter"):
             sent[row.kind] += row.bytes

@@ -18,6 +18,10 @@ LAYER_PARAMS = 4096 * (4096 + 2 * 1024 + 2 * 14336) + (4096 + 14336) * 4096
 TABLES = 2 * 128256 * 4096
 
 
+def read(words: str, **more: str) -> Any:
+    return inspect(words, **more)
+
+
 def sent(report: Any, axis: str) -> Counter[str]:
     found: Counter[str] = Counter()
     for row in report["traffic"]:
@@ -27,7 +31,7 @@ def sent(report: Any, axis: str) -> Counter[str]:
 
 
 def test_70b_sums_no_activation_over_tensor_and_holds_an_eighth() -> None:
-    split, whole = (inspect(f"llama3-70b-64gpu h100:64/8 --mesh.sequence {choice}") for choice in ("on", "off"))
+    split, whole = (read(f"llama3-70b-64gpu h100:64/8 --mesh.sequence {choice}") for choice in ("on", "off"))
     # What is left in all-reduces over tensor are the gradients of norms, once.
     assert sent(split, "tensor")["all-reduce"] < 2 * 4 * 80 * 2 * 8192
     assert sent(split, "pipe")["collective-permute"] * 8 == sent(whole, "pipe")["collective-permute"]
