@@ -36,8 +36,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from ..meshes import ShardingError, ShardingRules
+from ..meshes.device_axes import manual_axes, mark_varying, num_blocks, sum_like, varying_axes
 from ..meshes.divisibility import check_divides
-from .device_axes import manual_axes, mark_varying, num_blocks, sum_like, varying_axes
 
 ArrayTree = TypeVar("ArrayTree")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from ..meshes import ModelError
 from ..meshes.arguments import check_number
+from ..meshes.device_axes import num_manual_blocks
 from .collectives import own_tokens
-from .device_axes import num_manual_blocks
 
 
 def dropout(x: jax.Array, *, rate: float, keys: jax.Array, tokens: Sequence[str] = ()) -> jax.Array:

@@ -8,10 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes.device_axes import block_index, num_manual_blocks
 from .check_inputs import check_token_ids
 from .collectives import leave_split, own_tokens, run_in_blocks
 from .config import ModelConfig
-from .device_axes import block_index, num_manual_blocks
 from .partitioning import INIT_STD, make_param
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..meshes.device_axes import num_blocks
 from .check_inputs import check_features
 from .collectives import own_columns, run_in_blocks
-from .device_axes import num_blocks
 from .linear import ColumnLinear, add_bias, multiply_columns, name_dims
 from .partitioning import param_metadata
 

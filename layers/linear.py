@@ -29,9 +29,9 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.device_axes import num_blocks
 from .check_inputs import check_features
 from .collectives import enter_gathered, enter_split, leave_split
-from .device_axes import num_blocks
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
 

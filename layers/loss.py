@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes.device_axes import block_index, num_manual_blocks
 from .check_inputs import check_targets
 from .collectives import max_blocks, sum_blocks
-from .device_axes import block_index, num_manual_blocks
 
 
 def cross_entropy(

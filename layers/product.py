@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..meshes import ModelError
+from ..meshes.device_axes import sum_like
 from ..meshes.device_kind import is_nvidia
-from .device_axes import sum_like
 
 Matmuls = Literal["plain", "fp8"]
 """Precision of products with weights: the compute dtype ("plain"), or eight bits."""

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes.device_axes import mark_varying, num_manual_blocks, sum_like, varying_axes
 from .check_inputs import check_features, check_targets
 from .collectives import gather_tokens, leave_split, run_in_blocks
-from .device_axes import mark_varying, num_manual_blocks, sum_like, varying_axes
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024

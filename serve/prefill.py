@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, NewTokens
-from ..layers.device_axes import mark_varying, varying_axes
 from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes.device_axes import mark_varying, varying_axes
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING
 from .sampling import SamplingSettings, finish_reasons

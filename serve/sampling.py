@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.collectives import gather_blocks, max_blocks
-from ..layers.device_axes import block_index, num_manual_blocks
+from ..meshes.device_axes import block_index, num_manual_blocks
 
 NOT_FINITE = -3
 """A placeholder for the token where logits are NaN or infinite."""

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
-from ..layers.device_axes import manual_axes, mark_varying
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
+from ..meshes.device_axes import manual_axes, mark_varying
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from ..pipeline.model.trees import on_mesh

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...layers.device_axes import mark_varying
+from ...meshes.device_axes import mark_varying
 
 
 def vary_like(tree: Any, other: Any) -> Any:

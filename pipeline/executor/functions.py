@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...layers.device_axes import mark_varying
+from ...meshes.device_axes import mark_varying
 from ..model.protocol import Given, Output, asks_for_info
 from ..model.stage import StageFns
 from .buffers import vary_like

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, split_dim
-from ...layers.device_axes import mark_varying
+from ...meshes.device_axes import mark_varying
 from ..model.protocol import Output
 from .buffers import add, read, write_if
 

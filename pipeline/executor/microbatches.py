@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ...layers.device_axes import mark_varying
+from ...meshes.device_axes import mark_varying
 from ..model.protocol import Given, LayerInfo
 from ..model.trees import mesh_axes_of
 from .batch import batch_specs

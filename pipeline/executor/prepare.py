@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from ...layers.device_axes import mark_varying
 from ...meshes import ScheduleError
+from ...meshes.device_axes import mark_varying
 from .buffers import empty_buffer
 from .functions import Functions
 

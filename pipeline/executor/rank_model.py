@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...layers.device_axes import mark_varying
+from ...meshes.device_axes import mark_varying
 from ..model.pattern import stage_pattern
 from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.layers import collectives as verbs
-from trellax.layers import device_axes
-from trellax.meshes import DEFAULT_RULES, ShardingError
+from trellax.meshes import DEFAULT_RULES, ShardingError, device_axes
 
 from .sharded import collectives, differing, mesh_of, normal, place, text_of
 

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from ....layers.device_axes import mark_varying
+from ....meshes.device_axes import mark_varying
 from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of
 from ..prepare import transpose

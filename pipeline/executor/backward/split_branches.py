@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, primitives
 
-from ....layers.device_axes import mark_varying
+from ....meshes.device_axes import mark_varying
 from .equations import Env, cuts_between, is_acting, is_heavy, needed, read_by, run, start_env, value_of, without
 from .open_calls import open_calls
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ....layers.device_axes import mark_varying
 from ....meshes import ScheduleError
+from ....meshes.device_axes import mark_varying
 from ...model.param_specs import param_specs
 from ...model.protocol import Output
 from ...model.stage import PipelineParams, StageFns

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.layers.device_axes import mark_varying, varying_axes
 from trellax.meshes import ScheduleError
+from trellax.meshes.device_axes import mark_varying, varying_axes
 from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, stages_from_layers
 from trellax.schedules import build_schedule
 

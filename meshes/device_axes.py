@@ -1,6 +1,6 @@
 """What the mesh in context says of its axes: which are manual, how many blocks they cut, over which a value differs.
 
-The verbs of `collectives.py` ask, and layers where they need a number of blocks.
+The verbs of `../layers/collectives.py` ask, and layers and the executor where they need a number of blocks or a mark.
 """
 
 import math
