@@ -18,11 +18,13 @@ x[B, T, D] of a region split over 4 tensor ranks, and a vocabulary of V words, v
     gather_blocks    s[B,v]{V:tensor} -> s[B,V]          all-gather         ds[B,V] -> ds[B,v]    free
     gather_tokens    x[B,t,D] -> x[B,T,D], {V:tensor}    all-gather         dx[B,T,D] -> [B,t,D]  reduce-scatter
     scatter_tokens   y[B,T,D] -> y[B,t,D], {V:tensor}    reduce-scatter     dy[B,t,D] -> [B,T,D]  all-gather
+    own_tokens       x[B,T,D] -> x[B,t,D]{V:tensor}      free               dx[B,t,D] -> [B,T,D]  all-reduce
     gather_weight    w[d,F] -> w[D,F], {V:data}          all-gather         dw[D,F] -> dw[d,F]    reduce-scatter
 
-The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose; where tokens are split between
-layers, `gather_tokens` and `scatter_tokens` take their places (Korthikanti et al. 2022, section 4.2.2). `run_in_blocks`
-runs a function of such verbs under `jax.jit` too, where the compiler by itself would sum or gather too much.
+The first two are f and g of Shoeybi et al. 2019, section 3, each the other's transpose. Where tokens are split between
+layers, `enter_gathered` (`gather_tokens`, with a kernel) and `scatter_tokens` take their places (Korthikanti et al.
+2022, section 4.2.2); `leave_split` is whichever the rules ask for. `run_in_blocks` runs a function of such verbs under
+`jax.jit` too, where the compiler by itself would sum or gather too much.
 
 Read `linear.py` next.
 """
@@ -302,48 +304,41 @@ def own_columns(weight: jax.Array, axes: Sequence[str], *, unit: int) -> jax.Arr
     return jax.lax.dynamic_slice_in_dim(mark_varying(weight, manual), first, size, axis=weight.ndim - 1)
 
 
+_Pair = tuple[jax.Array, jax.Array]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def hide_reduction(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+def hide_reduction(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> _Pair:
     """Return x marked as varying over manual axes, and a column-split kernel; XLA overlaps their gradients."""
     return mark_varying(x, axes), kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gather_beside(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+def _gather_beside(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> _Pair:
+    """Return x of all tokens, and a column-split kernel; XLA overlaps their gradients."""
     return gather_weight(x, axes, dim=1), kernel
 
 
-def _hide_forward(
-    x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    # Not by a call, whose results would all seem to depend on x: the kernel would become a residual.
-    return (mark_varying(x, axes), kernel), (x, kernel)
-
-
-# The all-reduce of dx and the product that makes dkernel do not depend on each other. A barrier on both results makes
-# XLA schedule the product between the start and the end of the all-reduce, as Megatron-LM's layers do by hand. Without
-# it, the product is scheduled elsewhere and the all-reduce is exposed.
-def _hide_backward(
-    _: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return _end_together(*map(sum_like, grads, primals))
-
-
-def _end_together(dx: jax.Array, dkernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+# The sum of dx and the product that makes dkernel do not depend on each other. A barrier on both results makes XLA
+# schedule the product between the start and the end of the sum, as Megatron-LM's layers do by hand. Without it, the
+# product is scheduled elsewhere and the sum is exposed.
+def _end_together(grads: _Pair, primals: _Pair) -> _Pair:
+    dx, dkernel = map(sum_like, grads, primals)
     # In jax 0.10 a barrier takes values of one type alone, and only dkernel is {V:tensor}. Delete with Python 3.11.
     if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
         return dx, dkernel
     return jax.lax.optimization_barrier((dx, dkernel))
 
 
-hide_reduction.defvjp(_hide_forward, _hide_backward)
-
-
-def _gather_backward(
-    axes: tuple[str, ...], primals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _gather_backward(axes: tuple[str, ...], primals: _Pair, grads: _Pair) -> _Pair:
     dx = jax.lax.psum_scatter(grads[0], axes, scatter_dimension=1, tiled=True)
-    return _end_together(*map(sum_like, (dx, grads[1]), primals))
+    return _end_together((dx, grads[1]), primals)
 
 
-_gather_beside.defvjp(lambda x, kernel, axes: (_gather_beside(x, kernel, axes), (x, kernel)), _gather_backward)
+# The forward is not a call of the function, whose results would all seem to depend on x: the kernel would become a
+# residual.
+hide_reduction.defvjp(
+    lambda x, kernel, axes: ((mark_varying(x, axes), kernel), (x, kernel)),
+    lambda _, primals, grads: _end_together(grads, primals),
+)
+_gather_beside.defvjp(lambda x, kernel, axes: ((gather_weight(x, axes, dim=1), kernel), (x, kernel)), _gather_backward)

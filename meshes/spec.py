@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from .arguments import check_choice
-from .axes import DEFAULT_AXES, DEFAULT_ROLES, ROLE_ORDER, MeshAxes, Role
+from .axes import DEFAULT_AXES, DEFAULT_ROLES, RESERVED, ROLE_ORDER, MeshAxes, Role
 from .errors import MeshError, shown, suggest
 from .numbers import whole_number
 
@@ -276,6 +276,11 @@ def _place_of(role: str) -> int:
 
 def _unknown_axis(name: str) -> MeshError:
     """Return the error for a name without a role: it is mistyped, or its role is missing."""
+    if name in RESERVED:
+        return MeshError(
+            f"{shown(name)} is a key of [mesh] in a run file, not an axis; a mesh has data, tensor, pipe.",
+            fix=f"write it there, or on the command line as --mesh.{name}.",
+        )
     hint = suggest(name, DEFAULT_ROLES)
     is_name = name.isidentifier() and not hint
     fix = f"a name of your own has its role beside it: {name}=2:batch, for example." if is_name else None

@@ -13,8 +13,7 @@ from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
-from ..pipeline.model.param_specs import split_over_batch
-from ..pipeline.model.trees import mesh_axes_of
+from ..pipeline.model.param_specs import split_over_batch, without_axes
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .optimizer import make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
@@ -167,17 +166,10 @@ class Setup:
     @cached_property
     def gradient_shapes(self) -> PipelineParams:
         """Shapes of the sums of gradients in a step: split as parameters are, but for what is gathered once a step."""
-        own = self.model.params
-        once = own if self.config.train.shard == "step" else replace(own, stages={})
-        whole = jax.tree.map(lambda leaf: leaf.update(sharding=self._without_batch(leaf.sharding)), once)
-        return replace(whole, stages=whole.stages or own.stages)
-
-    def _without_batch(self, sharding: NamedSharding) -> NamedSharding:
-        batch = self.sizes.roles.batch
-        entries = (
-            tuple(axis for axis in mesh_axes_of(PartitionSpec(entry)) if axis not in batch) for entry in sharding.spec
-        )
-        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+        own, batch = self.model.params, self.sizes.roles.batch
+        gathered = jax.tree.map(lambda leaf: leaf.update(sharding=without_axes(leaf.sharding, batch)), own)
+        # Embedding and head are gathered once in either case.
+        return replace(gathered, stages=own.stages) if self.config.train.shard == "layer" else gathered
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:

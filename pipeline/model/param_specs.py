@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from ...meshes.rules import split_first_free_dim
 from .stage import PipelineParams, StageFns
-from .trees import on_mesh, spread_specs
+from .trees import mesh_axes_of, on_mesh, spread_specs
 
 _STACKED_DIMS = 3
 """Number of leading dimensions of a stage parameter: [chunks, ranks, layers, ...]."""
@@ -34,6 +34,12 @@ def layer_specs(shardings: PipelineParams) -> PipelineParams:
     is_own: Callable[[Any], bool] = lambda node: isinstance(node, NamedSharding)  # noqa: E731
     stages = jax.tree.map(lambda own: P(*own.spec[_STACKED_DIMS:]), shardings.stages, is_leaf=is_own)
     return PipelineParams(stages=stages, shared=jax.tree.map(lambda own: own.spec, shardings.shared, is_leaf=is_own))
+
+
+def without_axes(sharding: NamedSharding, axes: Sequence[str]) -> NamedSharding:
+    """Return the sharding of the same array gathered over some axes."""
+    left = (tuple(axis for axis in mesh_axes_of(P(entry)) if axis not in axes) for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, P(*(entry or None for entry in left)))
 
 
 def split_over_batch(

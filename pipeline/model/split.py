@@ -7,6 +7,7 @@ With "ends" every rank holds the tables whole over pipe, and the end stages work
 are split over pipe x tensor, and all ranks work on them together.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from .joined_block import JoinedBlock
 from .param_specs import layer_specs, split_over_batch
 from .stack import check_layers, stages_from_layers
 from .stage import Gather, PipelineParams, StageFns, Unroll
+from .trees import mesh_axes_of
 
 SplitWeights = Literal["none", Gather]
 """How often weights that are split over the batch axes are gathered; "none" keeps them whole."""
@@ -190,4 +192,13 @@ def _shardings(
     whole = jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if shard == "none":
         return whole
-    return split_over_batch(whole, shapes, axes=rules.mesh_axes.batch, names=_SHARDED)
+    axes = rules.mesh_axes.batch
+    split = split_over_batch(whole, shapes, axes=axes, names=_SHARDED)
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    if parts > 1 and not any(set(axes) & set(mesh_axes_of(own.spec)) for own in jax.tree.leaves(split)):
+        raise ShardingError(
+            f"shard={shard!r} keeps weights split over {' x '.join(axes)}={parts}, but {parts} divides no dimension of "
+            "a kernel or table that is not split already.",
+            fix=f"use a hidden size that is a multiple of {parts}, or shard='none'.",
+        )
+    return split

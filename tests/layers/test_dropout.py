@@ -52,3 +52,15 @@ def test_rates_that_are_none_are_refused(rate: float) -> None:
 def test_another_number_of_keys_is_refused() -> None:
     with pytest.raises(ModelError, match=r"x has 64 sequences and keys has shape \(3,\)"):
         dropout(X, rate=0.5, keys=KEYS[:3])
+
+
+def test_masks_are_the_same_where_tokens_are_split() -> None:
+    x = jnp.ones((64, 8, 4))
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    spec = jax.P(None, "tensor")
+
+    def drop(x: jax.Array, keys: jax.Array) -> jax.Array:
+        return dropout(x, rate=0.5, keys=keys, tokens=("tensor",))
+
+    run = jax.shard_map(drop, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec)
+    np.testing.assert_array_equal(jax.jit(run)(x, KEYS), dropout(x, rate=0.5, keys=KEYS))

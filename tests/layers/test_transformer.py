@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -43,9 +43,10 @@ MISFITS: dict[str, tuple[dict[str, Any], int]] = {
 class Program:
     """Loss and gradients of a config on a mesh, compiled, with parameters in place."""
 
-    def __init__(self, config: ModelConfig, mesh: str) -> None:
+    def __init__(self, config: ModelConfig, mesh: str, *, sequence: Literal["off", "on"] = "off") -> None:
         self.mesh = mesh_of(mesh)
         rules = model_rules(config, self.mesh.shape)
+        rules = rules.split_stream() if sequence == "on" else rules
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
         graph = nnx.split(model)[0]
         self.params = place(draw_params(model), param_dims(model), mesh=self.mesh, rules=rules)
@@ -72,6 +73,13 @@ def program(name: str, mesh: str = "tensor=1") -> Program:
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_loss_and_gradients_on_any_mesh_match_one_device(name: str, mesh: str) -> None:
     actual, expected = program(name, mesh).answer(), program(name).answer()
+    assert abs(actual["loss"] - expected["loss"]) <= 2e-5 * abs(expected["loss"])
+    assert differing(actual["grads"], expected["grads"]) == {}
+
+
+def test_tokens_split_by_the_compiler_change_nothing() -> None:
+    split, expected = Program(CONFIGS["llama"], "data=2,tensor=4", sequence="on"), program("llama").answer()
+    actual = split.answer()
     assert abs(actual["loss"] - expected["loss"]) <= 2e-5 * abs(expected["loss"])
     assert differing(actual["grads"], expected["grads"]) == {}
 

@@ -244,6 +244,12 @@ def beyond(errors: dict[str, float], *, tolerance: float) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= tolerance}
 
 
+def broken(config: ModelConfig, *, tolerance: float, num_sequences: int, **step: Any) -> dict[str, float]:
+    """Return where a step, of the arguments of `pipeline_step`, differs from one device by more than the tolerance."""
+    actual = answer_of(pipeline_step(config, num_sequences=num_sequences, **step))
+    return beyond(errors_of(actual, one_device(config, num_sequences)), tolerance=tolerance)
+
+
 def relative_distances(actual: Answer, expected: Answer) -> dict[str, float]:
     """Return the relative error of loss and norm, and of every gradient |difference| / |gradient| in the 2-norm.
 

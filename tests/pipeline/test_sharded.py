@@ -15,7 +15,7 @@ from trellax.plan.costs.device_params import block_matrices, vocabulary_params
 from trellax.schedules import Vocab, build_schedule
 
 from ..programs.steps import report_of, setup_of
-from .law import answer_of, beyond, errors_of, one_device, pipeline_step, small_model
+from .law import broken, small_model
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
@@ -73,8 +73,9 @@ MORE_CASES = tuple(
 )
 def test_weights_split_over_data_equal_one_device(case: Case) -> None:
     config = small_model(style="llama", attention="gqa", embeddings=case.embeddings)
-    step = pipeline_step(
+    found = broken(
         config,
+        tolerance=TOLERANCE,
         mesh=case.mesh,
         schedule=case.schedule,
         num_microbatches=case.num_microbatches,
@@ -87,8 +88,7 @@ def test_weights_split_over_data_equal_one_device(case: Case) -> None:
         unroll=case.unroll,
         bubbles="nan",
     )
-    expected = one_device(config, 8 * case.num_microbatches)
-    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+    assert found == {}
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
@@ -179,6 +179,13 @@ def test_a_prepare_that_keeps_to_its_part_is_run_on_parts() -> None:
         found.append(step(params, batch))
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+
+
+def test_shards_that_divide_no_weight_are_refused() -> None:
+    config = replace(small_model(), hidden_size=72, num_heads=4, num_kv_heads=4, ffn_size=36, vocab_size=63)
+    mesh = build_mesh(MeshSpec(data=5), devices=jax.devices()[:5])
+    with pytest.raises(ShardingError, match="5 divides no dimension"):
+        split_transformer(config, mesh=mesh, shard="layer")
 
 
 @pytest.mark.parametrize("gather", SHARDS)

@@ -39,6 +39,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
 
     >>> print(describe_run(prepare(load_config("quickstart"))).mesh)
     mesh      data=2 tensor=2 pipe=2: 8 x cpu (cpu)
+              tokens between layers over tensor (mesh.sequence)
 
     Args:
         width: largest number of columns of the texts; None for no limit.
@@ -51,15 +52,15 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     table = sharding_table(setup.model.params)
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
-    devices = setup.mesh.devices.ravel()
-    sizes = setup.sizes
+    sizes, devices = setup.sizes, setup.mesh.devices.ravel()
     return Report(
-        mesh=f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        mesh=_tell_mesh(setup),
         parameters=table.draw(width=width),
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
             "mesh": str(sizes),
+            "split": {"tokens": sizes.splits_tokens(setup.config.data.seq_len), "shard": setup.config.train.shard},
             "devices": len(devices),
             "parameters": [
                 {"name": r.name, "shape": r.shape, "bytes": r.total_bytes, "device_bytes": r.device_bytes}
@@ -73,6 +74,20 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
             "peak_in_flight": list(timing.peak_in_flight),
         },
     )
+
+
+def _tell_mesh(setup: Setup) -> str:
+    """Return the mesh, and on lines of their own what else is split over it: tokens, the state of training."""
+    sizes, shard, devices = setup.sizes, setup.config.train.shard, setup.mesh.devices.ravel()
+    found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if sizes.splits_tokens(setup.config.data.seq_len):
+        found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
+    elif sizes.tensor > 1:
+        found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
+    if sizes.data > 1 and shard != "none":
+        what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
+        found += f"\n          {what} over {sizes.label('batch')} (train.shard)"
+    return found
 
 
 def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:
