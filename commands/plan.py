@@ -164,7 +164,7 @@ def _head(plan: Plan) -> tuple[str, ...]:
     sizes = ("", "data", "tensor", "pipe")
     if plan.step is None:
         return (*sizes, "token", "request", "tokens/s", "MFU", "GB", "weights", "cache")
-    words = ("schedule", "microbatches", "remat", "ZeRO", "step", "tokens/s", "MFU", "bubble")
+    words = ("schedule", "microbatches", "remat", "shard", "step", "tokens/s", "MFU", "bubble")
     return (*sizes, *words, "GB", "weights", "gradients", "optimizer", "activations")
 
 

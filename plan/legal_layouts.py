@@ -55,7 +55,8 @@ def legal_layouts(
                 continue
             for schedule, chunks in _schedules(model, pipe=mesh.pipe, microbatches=shard // sequences):
                 for remat in remats:
-                    for zero in (0, 1, 2, 3) if mesh.data > 1 else (0,):
+                    # Not 1: weights gathered once a step take less memory, and send no more.
+                    for zero in (0, 2, 3) if mesh.data > 1 else (0,):
                         yield Layout(
                             data=mesh.data,
                             tensor=mesh.tensor,

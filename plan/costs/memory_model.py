@@ -136,8 +136,10 @@ def _rank_memory(
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
-    split, unsplit = _state_bytes(layout, runtime), _state_bytes(replace(layout, zero=0), runtime)
-    state = {name: split[name] * (params - whole) + unsplit[name] * whole for name in split}
+    state = {name: own * (params - whole) for name, own in _state_bytes(layout, runtime).items()}
+    if whole:
+        for name, own in _state_bytes(replace(layout, zero=0), runtime).items():
+            state[name] += own * whole
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
     ahead = item_bytes(model) * block_matrices(model, tensor=layout.tensor) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
