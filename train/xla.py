@@ -39,6 +39,11 @@ GPU_SETTINGS: tuple[Setting, ...] = (
         value=True,
         why="a collective that queues behind a product is not hidden behind it",
     ),
+    Setting(
+        name="xla_gpu_enable_triton_gemm",
+        value=False,
+        why="products of cuBLASLt read a layer's weights in place, and add a gradient to its sum themselves",
+    ),
 )
 """Two options keep XLA's default, until a measurement on a GPU says otherwise: command buffers (on, without
 collectives), and the threshold up to which all-reduces of gradients are combined (30 MB). With a higher one all

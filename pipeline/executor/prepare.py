@@ -13,6 +13,7 @@ import jax
 
 from ...meshes import ScheduleError
 from ...meshes.device_axes import mark_varying
+from .backward.float32_grads import without_rounding
 from .buffers import empty_buffer
 from .functions import Functions
 
@@ -69,3 +70,15 @@ def transpose(prepare: Any, own: Any) -> Any:
     # For a linear function the transpose is the whole backward, and it needs no residuals: nothing is kept for it.
     back = jax.linear_transpose(prepare, own)
     return lambda grads: back(grads)[0]
+
+
+def transpose_wide(prepare: Any, own: Any) -> Any:
+    """Return `transpose` of prepare without casts to smaller types: gradients of prepared parameters in float32."""
+    wide = without_rounding(prepare, own)
+    types = jax.eval_shape(wide, own)
+    back = transpose(wide, own)
+
+    def run(grads: Any) -> Any:
+        return back(jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, types))
+
+    return run

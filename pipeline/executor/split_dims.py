@@ -71,7 +71,7 @@ def _trace(prepare: Callable[[Any], Any], own: Any) -> Jaxpr:
             f"prepare fails for a device's part of the parameters ({error}): with gather='layer' it is given parts.",
             fix="use gather='step', or do that in layer.",
         ) from None
-    return open_calls(closed, (own,)).jaxpr
+    return open_calls(closed, (own,), barriers="drop").jaxpr
 
 
 def _gathered(own: Any, splits: Sequence[Split]) -> list[jax.Array]:

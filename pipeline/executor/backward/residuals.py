@@ -32,7 +32,7 @@ from jax.extend.core import JaxprEqn, Var
 from ....meshes.device_axes import mark_varying
 from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of
-from ..prepare import transpose
+from ..prepare import transpose_wide
 from ..sharded import LayerGather
 from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
@@ -129,7 +129,7 @@ def _unprepare(
 ) -> Callable[[Any], Any]:
     """Return the map from gradients of a layer's whole, prepared parameters to those of the parameters as kept."""
     whole = unprepared if gather is None else gather.gather_kept(unprepared)
-    back = (lambda grads: grads) if prepare is None else transpose(prepare, whole)
+    back = (lambda grads: grads) if prepare is None else transpose_wide(prepare, whole)
     # Summed as float32 parameters, whatever dtype they were sent in.
     return back if gather is None else (lambda grads: gather.scatter(back(grads)))
 

@@ -52,7 +52,8 @@ class SplitBackward:
         self._num_before = len(jax.tree.leaves(params))
         self.num_saved, self._num_x = len(residuals), len(grad)
         # The whole backward as one flat jaxpr: inputs (params, residuals, given, grad), outputs (*grads, *dx).
-        whole = open_calls(jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example), example)
+        traced = jax.make_jaxpr(lambda *args: jax.tree.leaves(vjp.backward(*args)))(*example)
+        whole = open_calls(traced, example, barriers="drop")
         closed = split_branches(whole, example, first=whole.jaxpr.outvars[-self._num_x :])
         self._consts, self._jaxpr = closed.consts, closed.jaxpr
         grads, dx = self._jaxpr.outvars[: -self._num_x], self._jaxpr.outvars[-self._num_x :]

@@ -29,6 +29,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from ...model.protocol import Given, Output
 from ..buffers import floats_of
 from .equations import Env, needed, run, start_env, value_of
+from .float32_grads import is_half, widen_products
+from .open_calls import open_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +85,21 @@ def trace_vjp(
         trees.extend((out_tree, grads_tree))
         return mark, out, grads
 
-    closed = jax.make_jaxpr(whole)(params, x, given, grad)
+    closed = jax.make_jaxpr(whole)(*(example := (params, x, given, grad)))
+    if any(is_half(v.aval.dtype) for v in closed.jaxpr.outvars[1 + trees[0].num_leaves :]):
+        # Products inside calls, such as `jax.checkpoint`, are to be found.
+        closed = open_calls(closed, example, barriers="keep")
     mark, *rest = closed.jaxpr.outvars
     out, grads = rest[: trees[0].num_leaves], rest[trees[0].num_leaves :]
     # The barrier's equation divides the list; it belongs to neither part, since `run` is given a value for `mark`.
     position = next(index for index, eqn in enumerate(closed.jaxpr.eqns) if mark in eqn.outvars)
     num_params = len(jax.tree.leaves(params))
+    # Without dead equations, but with prints and callbacks of a custom backward, whose results nothing reads.
+    backward = needed(closed.jaxpr.eqns[position + 1 :], grads, acts=True)
     return TracedVjp(
         closed=closed,
         forward=closed.jaxpr.eqns[:position],
-        # Without dead equations, but with prints and callbacks of a custom backward, whose results nothing reads.
-        backward=needed(closed.jaxpr.eqns[position + 1 :], grads, acts=True),
+        backward=widen_products(backward, grads[: len(floats_of(params))]),
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
         grad=[mark, *closed.jaxpr.invars[len(closed.jaxpr.invars) - len(grad) + 1 :]],
         out=out,

@@ -1,0 +1,82 @@
+"""Have the products that make weight gradients write them in float32, as they are summed.
+
+    bfloat16 x, dy     dw = x.T @ dy -> bfloat16 -> float32, added to its sum         as jax transposes a product
+                       dw = x.T @ dy -> float32, added to its sum                     here
+
+A tensor core sums in float32 anyway: rounding its result to bfloat16 loses accuracy, and costs a pass over dw in
+memory, since only a product that writes what is summed can add to the sum itself (beta = 1 of a GEMM). Read
+`residuals.py` for the use.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from .equations import keeps_numbers, run, start_env, value_of
+from .open_calls import open_calls
+
+_PASSES = ("transpose", "squeeze", "expand_dims", "copy")
+
+
+def widen_products(eqns: Sequence[JaxprEqn], grads: Iterable[Any]) -> list[JaxprEqn]:
+    """Return the equations with those products in float32 whose results are gradients in a smaller type.
+
+    Values between a product and its gradient become float32 when the equations run; variables keep their types.
+    """
+    makers = {out: eqn for eqn in eqns for out in eqn.outvars}
+    uses = Counter(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))
+    grads = [v for v in grads if isinstance(v, Var)]
+    uses.update(grads)
+    changed: dict[int, JaxprEqn] = {}
+    for grad in grads:
+        v = grad
+        while is_half(v.aval.dtype) and uses[v] == 1 and (eqn := makers.get(v)) is not None:
+            if eqn.primitive.name == "dot_general":
+                changed[id(eqn)] = eqn.replace(params=eqn.params | {"preferred_element_type": jnp.dtype("float32")})
+            if (operand := _passed(eqn, v)) is None:
+                break
+            v = operand
+    return [changed.get(id(eqn), eqn) for eqn in eqns]
+
+
+def _passed(eqn: JaxprEqn, v: Var) -> Var | None:
+    """Return the variable whose numbers an equation passes on as v, in any type; None if it computes."""
+    if eqn.primitive.name == "optimization_barrier":
+        operand = eqn.invars[eqn.outvars.index(v)]
+    elif eqn.primitive.name in _PASSES or (keeps_numbers(eqn) and eqn.primitive.name != "convert_element_type"):
+        operand = eqn.invars[0]
+    else:
+        return None
+    return operand if isinstance(operand, Var) else None
+
+
+def is_half(dtype: Any) -> bool:
+    """Return whether a type is a floating-point type of fewer than 32 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize < 4
+
+
+def without_rounding(fn: Callable[[Any], Any], own: Any) -> Callable[[Any], Any]:
+    """Return a function of one tree without its casts from float32 to smaller types, own the types of the tree."""
+    closed, tree = jax.make_jaxpr(fn, return_shape=True)(own)
+    opened = open_calls(closed, (own,), barriers="drop")
+
+    def run_wide(own: Any) -> Any:
+        env = start_env(opened.jaxpr, opened.consts, jax.tree.leaves(own))
+        for eqn in opened.jaxpr.eqns:
+            if _rounds(eqn):
+                env[eqn.outvars[0]] = value_of(env, eqn.invars[0])
+            else:
+                run([eqn], env)
+        return jax.tree.unflatten(jax.tree.structure(tree), [value_of(env, v) for v in opened.jaxpr.outvars])
+
+    return run_wide
+
+
+def _rounds(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name != "convert_element_type" or isinstance(eqn.invars[0], Literal):
+        return False
+    return eqn.invars[0].aval.dtype == jnp.float32 and is_half(eqn.params["new_dtype"])
