@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
 from .buffers import read, type_like
@@ -35,6 +36,8 @@ from .ends_together import run_first, run_first_back, run_last
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import LoopPlan
 from .loop_state import LoopState, put
+
+Action = Callable[[LoopPlan, LoopState, Turns], LoopState]
 
 
 def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState, None]:
@@ -63,7 +66,7 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     There is one `cond` for each kind rather than one `switch` over them: a buffer that a branch only reads is then no
     output of it, and XLA updates it in place. Through a switch it is copied in every turn.
     """
-    actions: dict[int, Callable[[LoopPlan, LoopState, Turns], LoopState]] = {FORWARD: forward}
+    actions: dict[int, Action] = {FORWARD: forward}
     if plan.wants == "loss":
         actions = {FORWARD: _forward_only}
     elif plan.halves:
@@ -71,7 +74,22 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     else:
         actions |= {BACKWARD: backward}
     for kind, action in actions.items():
-        state = jax.lax.cond(turn.compute.kind == kind, partial(action, plan), _keep, state, turn)
+        state = jax.lax.cond(turn.compute.kind == kind, partial(run_chunk, action, plan), _keep, state, turn)
+    return state
+
+
+def run_chunk(action: Action, plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+    """Run an action; on GPUs with a `cond` for each of several chunks.
+
+    At a constant chunk a product of cuBLASLt reads a layer's weights in place, and adds to a gradient in place.
+    """
+    chunks = range(plan.model.num_chunks)
+    if len(chunks) == 1 or not is_nvidia():
+        return action(plan, state, turn)
+    for chunk in chunks:
+        own = replace(turn, compute=replace(turn.compute, chunk=chunk))
+        is_its = turn.compute.chunk == chunk
+        state = jax.lax.cond(is_its, lambda state, own=own: action(plan, state, own), lambda state: state, state)
     return state
 
 

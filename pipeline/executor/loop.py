@@ -28,7 +28,7 @@ import numpy as np
 from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
 from .buffers import read
 from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
-from .execute import backward, forward, run_turn, send
+from .execute import backward, forward, run_chunk, run_turn, send
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
 from .rank_model import RankModel
@@ -108,7 +108,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = take_first_back(model, state, ahead)
     if steady.ends == "sometimes":
         state = run_first(model, state, ahead)
-    state = forward(plan, state, ahead)
+    state = run_chunk(forward, plan, state, ahead)
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
     dy = None
@@ -119,7 +119,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = make_first(model, state if is_last_late else make_last(model, state, ahead), back)
     if steady.ends == "sometimes":
         state = run_first(model, run_first_back(model, run_last(model, state, ahead), ahead), back)
-    state = backward(plan, state, back, dy=dy)
+    state = run_chunk(partial(backward, dy=dy), plan, state, back)
     if steady.ends == "always" and is_last_late:
         state = make_last(model, state, ahead)
     if steady.ends == "sometimes":

@@ -115,17 +115,39 @@ LLAMA = (
 )
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
-def test_loops_copy_no_weights(mesh: str, tmp_path: Path) -> None:
+CHUNKS = "--model.num_layers 8 --pipeline.schedule interleaved-1f1b --pipeline.chunks 2"
+
+
+@pytest.mark.parametrize(("mesh", "more"), [("2x2x2", ""), ("1x4x2", ""), ("1x2x4", CHUNKS)])
+def test_loops_copy_no_weights(mesh: str, more: str, tmp_path: Path) -> None:
+    """Products of cuBLAS read a layer's slice of the stack themselves."""
     data, tensor, pipe = mesh.split("x")
-    words = f"{LLAMA} --mesh.data {data} --mesh.tensor {tensor} --mesh.pipe {pipe}"
-    # With products by cuBLAS, which a GPU measures to be the fastest where they are large, and which read a layer's
-    # slice of the stack themselves. Without a GPU nothing is measured and XLA's own kernels are taken; they are given
-    # copies of the slices.
-    inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags="--xla_gpu_enable_triton_gemm=false")
+    words = f"{LLAMA} --mesh.data {data} --mesh.tensor {tensor} --mesh.pipe {pipe} {more}"
+    inspect(words, hlo=str(tmp_path / "step.hlo"))
     program = HloModule.parse((tmp_path / "step.hlo").read_text())
     assert any(i.text("custom_call_target").startswith("__cublas") for _, i in program.instructions())
     assert made_of_weights(program) == []
+
+
+@pytest.mark.parametrize("more", ["", "--pipeline.schedule interleaved-1f1b --pipeline.chunks 2"], ids=["one", "two"])
+def test_products_add_weight_gradients_to_their_sums(more: str, tmp_path: Path) -> None:
+    words = f"llama3-8b-8gpu h200:8 --mesh.tensor 1 --mesh.pipe 8 --pipeline.remat dots {more}"
+    inspect(words, hlo=str(tmp_path / "step.hlo"))
+    program = HloModule.parse((tmp_path / "step.hlo").read_text())
+    wide, ffn = 4096, 14336
+    products = [(c, i) for c, i in program.instructions() if i.text("custom_call_target").startswith("__cublas")]
+    of_ffn = [(c, i) for c, i in products if sorted(next(leaves(i.type)).dims) == [wide, ffn]]
+    assert {next(leaves(i.type)).dtype for _, i in of_ffn} == {"f32"}
+    assert all('"beta":1' in i.attributes for _, i in of_ffn)
+    # Nothing as large as a layer's gradient is written beside the sums.
+    written = [
+        (i.opcode, leaf)
+        for computation, i in program.instructions()
+        for leaf in leaves(i.type)
+        if i.opcode in ("fusion", "copy") and sorted(leaf.dims)[-2:] == [wide, ffn]
+        if math.prod(leaf.dims) == wide * ffn and i.text("kind") != "kCustom"
+    ]
+    assert written == []
 
 
 def test_memory_advice_is_near_what_the_changed_config_takes() -> None:

@@ -19,39 +19,37 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from .equations import keeps_numbers, run, start_env, value_of
 from .open_calls import open_calls
 
-_PASSES = ("transpose", "squeeze", "expand_dims", "copy")
+_MOVES = ("transpose", "squeeze", "expand_dims", "copy")
+_CAST = "convert_element_type"
 
 
 def widen_products(eqns: Sequence[JaxprEqn], grads: Iterable[Any]) -> list[JaxprEqn]:
-    """Return the equations with those products in float32 whose results are gradients in a smaller type.
+    """Return the equations with those products in float32 whose results are gradients, and nothing else.
 
     Values between a product and its gradient become float32 when the equations run; variables keep their types.
     """
     makers = {out: eqn for eqn in eqns for out in eqn.outvars}
-    uses = Counter(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))
     grads = [v for v in grads if isinstance(v, Var)]
-    uses.update(grads)
+    uses = Counter([*grads, *(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))])
     changed: dict[int, JaxprEqn] = {}
-    for grad in grads:
-        v = grad
-        while is_half(v.aval.dtype) and uses[v] == 1 and (eqn := makers.get(v)) is not None:
-            if eqn.primitive.name == "dot_general":
-                changed[id(eqn)] = eqn.replace(params=eqn.params | {"preferred_element_type": jnp.dtype("float32")})
-            if (operand := _passed(eqn, v)) is None:
+    for v in grads:
+        while uses[v] == 1 and (eqn := makers.get(v)) is not None:
+            if eqn.primitive.name in ("dot_general", _CAST) and is_half(v.aval.dtype):
+                name = "new_dtype" if eqn.primitive.name == _CAST else "preferred_element_type"
+                changed[id(eqn)] = eqn.replace(params=eqn.params | {name: jnp.dtype("float32")})
+            operand = _moved(eqn, v)
+            if not isinstance(operand, Var):
                 break
             v = operand
     return [changed.get(id(eqn), eqn) for eqn in eqns]
 
 
-def _passed(eqn: JaxprEqn, v: Var) -> Var | None:
-    """Return the variable whose numbers an equation passes on as v, in any type; None if it computes."""
+def _moved(eqn: JaxprEqn, v: Var) -> Any:
+    """Return the operand whose numbers are those of the result v, in any type and order; None if there is none."""
     if eqn.primitive.name == "optimization_barrier":
-        operand = eqn.invars[eqn.outvars.index(v)]
-    elif eqn.primitive.name in _PASSES or (keeps_numbers(eqn) and eqn.primitive.name != "convert_element_type"):
-        operand = eqn.invars[0]
-    else:
-        return None
-    return operand if isinstance(operand, Var) else None
+        return eqn.invars[eqn.outvars.index(v)]
+    is_move = eqn.primitive.name in (*_MOVES, _CAST) or keeps_numbers(eqn)
+    return eqn.invars[0] if is_move else None
 
 
 def is_half(dtype: Any) -> bool:

@@ -65,7 +65,7 @@ def _run_cond(eqn: JaxprEqn, env: Env, is_due: list[bool]) -> None:
 
 def _open_branch(branch: ClosedJaxpr, operands: list[Any], is_due: list[bool]) -> ClosedJaxpr:
     """Return a branch with its calls inlined and its own conds split."""
-    opened = open_calls(branch, operands)
+    opened = open_calls(branch, operands, barriers="drop")
     return split_branches(opened, operands, first=_chosen(opened.jaxpr.outvars, is_due))
 
 
