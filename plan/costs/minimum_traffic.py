@@ -12,12 +12,14 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
 - Embedding, head and loss are counted apart, in `_vocabulary`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...layers import ModelConfig, Remat
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
+from ...meshes.axes import Role
 from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
 from .device_params import block_matrices, block_params, ends_of, vocabulary_params
@@ -131,8 +133,7 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     if sizes.is_sequence_parallel:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
         whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
-        ends = vocabulary_params(sizes.model, tensor=mesh.tensor)[1]
-        yield mesh.label("tensor"), _FLOAT32 * (sizes.layers_of(rank) * whole + ends) * _all_reduce(mesh.tensor)
+        yield mesh.label("tensor"), _FLOAT32 * sizes.layers_of(rank) * whole * _all_reduce(mesh.tensor)
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -158,20 +159,29 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield mesh.label("pipe", "batch"), _updated(sizes, table, whole, over=mesh.pipe * mesh.data)
+        yield mesh.label("pipe", "batch"), _updated(sizes, table, 0, over=mesh.pipe * mesh.data)
+        yield _sum_whole(sizes, whole, "pipe", "batch")
         # x of the embedding and dy of the head, each summed over the slices of the table.
         ends = ends_of(sizes.placed, rank)
         num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label("batch"), _updated(sizes, table / mesh.pipe, whole, over=mesh.data)
+    yield mesh.label("batch"), _updated(sizes, table / mesh.pipe, 0, over=mesh.data)
+    yield _sum_whole(sizes, whole, "batch")
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     yield pipe, 4 * runs * sizes.boundary / mesh.tensor
     gather = 0.0 if sizes.is_sequence_parallel else (mesh.tensor - 1) / mesh.tensor
     yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
     yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)
+
+
+def _sum_whole(sizes: StepSizes, params: int, *roles: Role) -> tuple[str, float]:
+    """Return the all-reduce of the gradients of norm and positions, of each device's tokens where those are split."""
+    roles = (*roles, "tensor") if sizes.is_sequence_parallel else roles
+    num_devices = math.prod(sizes.mesh.sizes[name] for name in sizes.mesh.roles.having(*roles))
+    return sizes.mesh.label(*roles), _FLOAT32 * params * _all_reduce(num_devices)
 
 
 def _updated(sizes: StepSizes, matrices: float, others: float, *, over: int) -> float:

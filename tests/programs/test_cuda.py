@@ -65,7 +65,8 @@ def test_a_small_step_on_h200() -> None:
     traffic = report["traffic"]
     assert isinstance(traffic, list)
     ratios = {row["axis"]: round(row["ratio"], 2) for row in traffic if row["ratio"]}
-    assert ratios == {"data": 1.0, "pipe": 1.0, "pipe+tensor": 1.0, "tensor": 1.0}
+    # The backward gathers the inputs of attention and feed-forward again: in a block 1.25 times.
+    assert ratios == {"data": 1.0, "data+tensor": 1.0, "pipe": 1.0, "pipe+tensor": 1.0, "tensor": 1.19}
 
 
 SEQ, VOCAB = 1280, 8192
