@@ -33,8 +33,7 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
-from .sharded import gather_once, sum_once, sum_over
-from .split_dims import Split
+from .sharded import gather_once, sum_once
 
 
 @jax.tree_util.register_dataclass
@@ -113,9 +112,9 @@ class Region:
         stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
         of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, params.shared))
         # Where the ends ran together, their gradients are summed over pipe already.
-        of_params = sum_once(self.fns, of_params, pipe=() if self.fns.ends_together else pipe, batch=batch)
-        # Last: before the sums over batch it would hold some of them up, and XLA would join only the others.
-        of_params = self._sum_tokens(replace(of_params, stages=_restore(of_params.stages)))
+        over = {"pipe": () if self.fns.ends_together else pipe, "batch": batch}
+        of_params = sum_once(self.fns, of_params, **over, tokens=self._split_axes(self.fns.token_axes))
+        of_params = replace(of_params, stages=_restore(of_params.stages))
         if not self.wants_batch:
             return of_params, None
 
@@ -125,14 +124,6 @@ class Region:
 
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
-
-    def _sum_tokens(self, grads: PipelineParams) -> PipelineParams:
-        """Sum what the tokens of each device made of parameters that are whole along the axes that split tokens."""
-        tokens = self._split_axes(self.fns.token_axes)
-        if not tokens:
-            return grads
-        specs = jax.tree.structure(grads).flatten_up_to(param_specs(self.fns, grads, self.mesh))
-        return sum_over(grads, [Split(dim=0, axes=mesh_axes_of(spec)) for spec in specs], tokens)
 
     def _split_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape.get(axis, 1) > 1)

@@ -39,14 +39,24 @@ class Splits:
     @classmethod
     def of(cls, fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        stages = spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages")
-        shared = spread_specs("shared_specs", fns.shared_specs, params.shared, of="params.shared")
-        return cls(stages=_splits_of(stages, batch), shared=_splits_of(shared, batch))
+        specs = _specs_of(fns, params)
+        return cls(stages=_splits_of(specs.stages, batch), shared=_splits_of(specs.shared, batch))
+
+
+def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
+    """Return the spec of each parameter, of those of stages without [chunks, layers]."""
+    return PipelineParams(
+        stages=spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages"),
+        shared=spread_specs("shared_specs", fns.shared_specs, params.shared, of="params.shared"),
+    )
 
 
 def _splits_of(specs: Any, batch: Sequence[str]) -> list[Split]:
-    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
-    return [_split_of(spec, batch) for spec in leaves]
+    return [_split_of(spec, batch) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)
 
 
 def _split_of(spec: P, batch: Sequence[str]) -> Split:
@@ -81,12 +91,12 @@ def _scatter(grad: jax.Array, split: Split) -> jax.Array:
     return jax.lax.psum_scatter(sums, split.axes, scatter_dimension=split.dim, tiled=True)
 
 
-def sum_over(tree: Any, splits: Sequence[Split], axes: Sequence[str]) -> Any:
-    """Sum each leaf over those of the axes that do not split it: one all-reduce for each such set of axes."""
+def _sum_over(tree: Any, specs: Any, axes: Sequence[str]) -> Any:
+    """Sum each leaf over those of the axes that its spec does not name: one all-reduce for each such set of axes."""
     leaves, structure = jax.tree.flatten(tree)
     groups: dict[tuple[str, ...], list[int]] = {}
-    for number, (leaf, split) in enumerate(zip(leaves, splits, strict=True)):
-        over = tuple(axis for axis in axes if axis not in split.axes)
+    for number, (leaf, spec) in enumerate(zip(leaves, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)):
+        over = tuple(axis for axis in axes if axis not in mesh_axes_of(spec))
         # A sum over no axes would stay in the program as a copy. Gradients of integers are zeros on every device.
         if over and _is_float(leaf):
             groups.setdefault(over, []).append(number)
@@ -111,18 +121,21 @@ def gather_once(fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) 
     return PipelineParams(stages=stages, shared=shared)
 
 
-def sum_once(fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], batch: Sequence[str]) -> PipelineParams:
+def sum_once(
+    fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], batch: Sequence[str], tokens: Sequence[str]
+) -> PipelineParams:
     """Return the gradients summed over the batch axes, and those of the ends over pipe too, in parts as parameters are.
 
-    grads.stages [C, k, ...] of what `gather_once` returned.
+    Where tokens are split, what is whole along their axes is summed over those as well. grads.stages [C, k, ...] of
+    what `gather_once` returned.
     """
-    splits = Splits.of(fns, grads, batch=batch)
-    of_stages, stages = [split.behind(2) for split in splits.stages], grads.stages
+    splits, specs, stages = Splits.of(fns, grads, batch=batch), _specs_of(fns, grads), grads.stages
     if fns.gather == "step":
-        stages = scatter(stages, of_stages)
+        stages = scatter(stages, [split.behind(2) for split in splits.stages])
     shared = scatter(grads.shared, splits.shared)
     return PipelineParams(
-        stages=sum_over(stages, of_stages, batch), shared=sum_over(shared, splits.shared, (*pipe, *batch))
+        stages=_sum_over(stages, specs.stages, (*batch, *tokens)),
+        shared=_sum_over(shared, specs.shared, (*pipe, *batch, *tokens)),
     )
 
 

@@ -129,11 +129,13 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, own = sizes.mesh, block_params(sizes.model, tensor=sizes.mesh.tensor)
     matrices = block_matrices(sizes.model, tensor=mesh.tensor)
-    yield mesh.label("batch"), sizes.layers_of(rank) * _updated(sizes, matrices, own - matrices, over=mesh.data)
+    whole = 0
     if sizes.is_sequence_parallel:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
         whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
-        yield mesh.label("tensor"), _FLOAT32 * sizes.layers_of(rank) * whole * _all_reduce(mesh.tensor)
+        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, "batch")
+    split = _updated(sizes, matrices, own - matrices - whole, over=mesh.data)
+    yield mesh.label("batch"), sizes.layers_of(rank) * split
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -178,7 +180,7 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 
 
 def _sum_whole(sizes: StepSizes, params: int, *roles: Role) -> tuple[str, float]:
-    """Return the all-reduce of the gradients of norm and positions, of each device's tokens where those are split."""
+    """Return the all-reduce of gradients of norms, say: of each device's own tokens where those are split."""
     roles = (*roles, "tensor") if sizes.is_sequence_parallel else roles
     num_devices = math.prod(sizes.mesh.sizes[name] for name in sizes.mesh.roles.having(*roles))
     return sizes.mesh.label(*roles), _FLOAT32 * params * _all_reduce(num_devices)

@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Var
 
 from .equations import keeps_numbers, run, start_env, value_of
 from .open_calls import open_calls
 
-_MOVES = ("transpose", "squeeze", "expand_dims", "copy")
 _CAST = "convert_element_type"
+_MOVES = ("transpose", "squeeze", "expand_dims", "copy", _CAST)
+_WRITES = {"dot_general": "preferred_element_type", _CAST: "new_dtype"}
+"""Primitives that may write their result in another type, and the parameter that says in which."""
 
 
 def widen_products(eqns: Sequence[JaxprEqn], grads: Iterable[Any]) -> list[JaxprEqn]:
@@ -32,15 +34,13 @@ def widen_products(eqns: Sequence[JaxprEqn], grads: Iterable[Any]) -> list[Jaxpr
     grads = [v for v in grads if isinstance(v, Var)]
     uses = Counter([*grads, *(v for eqn in eqns for v in eqn.invars if isinstance(v, Var))])
     changed: dict[int, JaxprEqn] = {}
-    for v in grads:
-        while uses[v] == 1 and (eqn := makers.get(v)) is not None:
-            if eqn.primitive.name in ("dot_general", _CAST) and is_half(v.aval.dtype):
-                name = "new_dtype" if eqn.primitive.name == _CAST else "preferred_element_type"
-                changed[id(eqn)] = eqn.replace(params=eqn.params | {name: jnp.dtype("float32")})
-            operand = _moved(eqn, v)
-            if not isinstance(operand, Var):
-                break
-            v = operand
+    for grad in grads:
+        v: Any = grad
+        while isinstance(v, Var) and uses[v] == 1 and (eqn := makers.get(v)) is not None:
+            if eqn.primitive.name in _WRITES and is_half(_dtype(v)):
+                wide = {_WRITES[eqn.primitive.name]: jnp.dtype("float32")}
+                changed[id(eqn)] = eqn.replace(params=eqn.params | wide)
+            v = _moved(eqn, v)
     return [changed.get(id(eqn), eqn) for eqn in eqns]
 
 
@@ -48,8 +48,12 @@ def _moved(eqn: JaxprEqn, v: Var) -> Any:
     """Return the operand whose numbers are those of the result v, in any type and order; None if there is none."""
     if eqn.primitive.name == "optimization_barrier":
         return eqn.invars[eqn.outvars.index(v)]
-    is_move = eqn.primitive.name in (*_MOVES, _CAST) or keeps_numbers(eqn)
+    is_move = eqn.primitive.name in _MOVES or keeps_numbers(eqn)
     return eqn.invars[0] if is_move else None
+
+
+def _dtype(v: Any) -> Any:
+    return v.aval.dtype
 
 
 def is_half(dtype: Any) -> bool:
@@ -75,6 +79,6 @@ def without_rounding(fn: Callable[[Any], Any], own: Any) -> Callable[[Any], Any]
 
 
 def _rounds(eqn: JaxprEqn) -> bool:
-    if eqn.primitive.name != "convert_element_type" or isinstance(eqn.invars[0], Literal):
+    if eqn.primitive.name != _CAST:
         return False
-    return eqn.invars[0].aval.dtype == jnp.float32 and is_half(eqn.params["new_dtype"])
+    return _dtype(eqn.invars[0]) == jnp.float32 and is_half(eqn.params["new_dtype"])
