@@ -94,10 +94,9 @@ def test_layer_that_ignores_its_input_keeps_nothing() -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_backward_from_residuals_equals_vjp(name: str) -> None:
     actual, expected = both_ways(TOYS[name], PARAMS, jnp.asarray(X), MICROBATCH)
-    if name == "cast":
-        # The weight's gradient is not rounded as jax rounds it: see float32_grads.py.
-        actual = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), actual)
-    assert jax.tree.all(jax.tree.map(np.array_equal, actual, expected))
+    # jax rounds the weight's gradient of a product in bfloat16, by up to 2^-9: see float32_grads.py.
+    is_same = partial(np.allclose, rtol=2**-8, atol=1e-3) if name == "cast" else np.array_equal
+    assert jax.tree.all(jax.tree.map(is_same, actual, expected))
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
