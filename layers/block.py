@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
@@ -13,6 +14,8 @@ from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
+from .experts.moe import ExpertStats, MoE
+from .experts.rounds import EXPERT_ROWS
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 
@@ -31,12 +34,25 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
         self.attention = Attention(config, rngs=rngs, rules=rules)
         self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
-        self.mlp = MLP(config, rngs=rngs, rules=rules)
+        self.mlp: MLP | MoE = (MoE if config.num_experts else MLP)(config, rngs=rngs, rules=rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
+        return self.run(x_BTD)[0]
+
+    def run(self, x_BTD: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, ExpertStats]:
+        """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
+
+        x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
+        """
         x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD))
-        return x_BTD + self.mlp(normalize(self.mlp_norm, x_BTD))
+        y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
+        return x_BTD + y_BTD, stats
+
+    def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x_BTD, weights_BT)
+        return self.mlp(x_BTD), ExpertStats()
 
     def join(self) -> None:
         """Replace layers that read the same input by one joined layer each, where they are split.
@@ -54,7 +70,7 @@ class Block(nnx.Module):
             apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
         )
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(apply_norm(self.mlp_norm, x_BTD)), cache
+        return x_BTD + self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0], cache
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:
@@ -68,21 +84,26 @@ def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = 
     return make(rngs)
 
 
-def run_blocks(graph: Any, params_L: Any, x_BTD: jax.Array, *, remat: Remat = "dots") -> jax.Array:
-    """Return x after all layers of a stack, run in order by one scan.
+def run_blocks(
+    graph: Any, params_L: Any, x_BTD: jax.Array, *, weights_BT: jax.Array | None = None, remat: Remat = "dots"
+) -> tuple[jax.Array, jax.Array]:
+    """Return x after all layers of a stack, run in order by one scan, and the sum of the losses of routers.
 
-    params[L, ...], x[B@data, T, D] -> y[B@data, T, D]
+    params[L, ...], x[B@data, T, D] -> y[B@data, T, D], float32 []
 
     Args:
         graph: `nnx.split(block)[0]` of a stacked block.
         params_L: its state as pure arrays, [layers, ...].
+        weights_BT: weights of tokens in the loss; without them routers add none.
         remat: rematerialization policy.
     """
 
-    def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, params)(x_BTD), None
+    def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
+        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT)
+        return y_BTD, stats.loss
 
-    return jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)[0]
+    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)
+    return y_BTD, jnp.zeros((), jnp.float32) if losses is None else losses.sum()
 
 
 def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
@@ -100,7 +121,7 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS)
+    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS)
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
     # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.

@@ -10,6 +10,7 @@ from ..meshes import ModelError
 from ..meshes.arguments import check_fields
 from ..meshes.divisibility import check_divides
 from ..meshes.errors import shown
+from .experts.check_config import check_experts
 
 LARGEST_FUSED_HEAD = 128
 """Largest head size that cuDNN's flash attention supports, forward and backward, on every GPU from Ampere on.
@@ -34,7 +35,8 @@ class ModelConfig:
 
     `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
     features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
-    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
+    included; 0 is all. With `num_experts` every layer is a mixture of experts of `expert_size` features each, the ffn_size
+    if left out, with `shared_size` features of experts that all tokens use; see `experts/`. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
@@ -63,6 +65,19 @@ class ModelConfig:
     attention_window: int = 0
     qk_norm: Literal["on", "off"] = "off"
     bias: Literal["on", "qkv", "off"] = "on"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    shared_size: int = 0
+    expert_capacity: float = 1.25
+    expert_overflow: Literal["rounds", "drop"] = "rounds"
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_normalize: Literal["on", "off"] = "on"
+    router_scale: float = 1.0
+    router_groups: int = 1
+    router_groups_kept: int = 1
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmuls: Literal["plain", "fp8"] = "plain"
@@ -92,6 +107,7 @@ class ModelConfig:
             )
         self._check_attention()
         self._check_rope_scaling()
+        check_experts(self)
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:
@@ -186,6 +202,8 @@ class ModelConfig:
             # (Shazeer 2020, section 3), rounded up to 64 as in Llama.
             thin = -(-8 * self.hidden_size // 3 // 64) * 64
             object.__setattr__(self, "ffn_size", wide if self.mlp == "gelu" else thin)
+        if self.num_experts and not self.expert_size:
+            object.__setattr__(self, "expert_size", self.ffn_size)
 
     @property
     def qkv_bias(self) -> Literal["on", "off"]:

@@ -17,9 +17,14 @@ class MLP(nnx.Module):
     """GELU (`down(gelu(up(x)))`) or SwiGLU (`down(silu(gate(x)) * up(x))`, Shazeer 2020) over hidden features.
 
     x[B@data, T, D] -> y[B@data, T, D], with F@tensor in between; one all-reduce forward, one backward.
+
+    Args:
+        features: hidden features, those of the config if left out.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES, features: int = 0
+    ) -> None:
         self.rules = rules
         shared: dict[str, Any] = {
             "dim": "ffn",
@@ -29,7 +34,7 @@ class MLP(nnx.Module):
             "rngs": rngs,
             "rules": rules,
         }
-        d, f = config.hidden_size, config.ffn_size
+        d, f = config.hidden_size, features or config.ffn_size
         self.up = ColumnLinear(d, f, **shared)
         self.gate = ColumnLinear(d, f, **shared) if config.mlp == "swiglu" else nnx.data(None)
         self.gate_up: JoinedLinear | None = nnx.data(None)
@@ -40,9 +45,9 @@ class MLP(nnx.Module):
         """x[B@data, T, D] -> y[B@data, T, D]."""
         joined = self.gate_up or self._join()
         if joined is not None:
-            return self.down(_swish_gate(*joined(x_BTD)))
+            return self.down(swish_gate(*joined(x_BTD)))
         up_BTF = self.up(x_BTD)
-        return self.down(_gelu(up_BTF) if self.gate is None else _swish_gate(self.gate(x_BTD), up_BTF))
+        return self.down(gelu(up_BTF) if self.gate is None else swish_gate(self.gate(x_BTD), up_BTF))
 
     def join(self) -> None:
         """Replace gate and up by one joined layer, where feed-forward features are split.
@@ -60,10 +65,12 @@ class MLP(nnx.Module):
 # Plain autodiff keeps every intermediate of these formulas, six arrays of feed-forward width for GELU. Only their
 # inputs are kept here; the backward recomputes the rest, which is elementwise work and no matmul.
 @partial(jax.checkpoint, prevent_cse=False)
-def _gelu(up_BTF: jax.Array) -> jax.Array:
+def gelu(up_BTF: jax.Array) -> jax.Array:
+    """Return gelu(up)."""
     return jax.nn.gelu(up_BTF)
 
 
 @partial(jax.checkpoint, prevent_cse=False)
-def _swish_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+def swish_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """Return silu(gate) * up."""
     return jax.nn.silu(gate_BTF) * up_BTF

@@ -91,19 +91,23 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """tokens[B@data, T] -> logits[B@data, T, V@tensor] in float32."""
-        return self.head(self._run_blocks(tokens_BT), embedding_VD=self.embed.table[...])
+        return self.head(self.hidden(tokens_BT)[0], embedding_VD=self.embed.table[...])
 
     def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        """Return the weighted sum of cross-entropies; the mean where the weights sum to 1.
+        """Return the weighted sum of cross-entropies and of routers' losses; means where the weights sum to 1.
 
         tokens, targets and weights [B@data, T] -> [], float32
         """
-        x_BTD = self._run_blocks(tokens_BT)
-        return self.head.loss(x_BTD, targets_BT, weights_BT, embedding_VD=self.embed.table[...])
+        x_BTD, of_routers = self.hidden(tokens_BT, weights_BT)
+        return self.head.loss(x_BTD, targets_BT, weights_BT, embedding_VD=self.embed.table[...]) + of_routers
 
-    def _run_blocks(self, tokens_BT: jax.Array) -> jax.Array:
+    def hidden(self, tokens_BT: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return what the head is given, x[B@data, T, D], and the sum of the losses of routers, float32 [].
+
+        tokens[B@data, T]; without the weights of tokens in the loss [B@data, T] routers add none.
+        """
         graph, params_L = nnx.split(self.blocks)
-        return run_blocks(graph, params_L, self.embed(tokens_BT), remat=self.remat)
+        return run_blocks(graph, params_L, self.embed(tokens_BT), weights_BT=weights_BT, remat=self.remat)
 
 
 def model_rules(

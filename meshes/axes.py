@@ -3,9 +3,10 @@
     name      role       devices along it hold
     pipe      pipe       different layers
     data      batch      different sequences; gradients are summed over it
+    expert    expert     different sequences, and different experts of the same layers
     tensor    tensor     different features of the same layers, and the same activations between layers
 
-These three names have the role of their line. Other names are yours to give, with a role: dp and replica for batch.
+These names have the role of their line. Other names are yours to give, with a role: dp and replica for batch.
 Code asks a role for its axes, `axes.pipe` or `axes.batch`, and names none itself. Read `spec.py` next.
 """
 
@@ -21,7 +22,7 @@ Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert"]
 ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "tensor")
 """Roles from the slowest links to the fastest: devices along a tensor axis are neighbours."""
 
-DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe"}
+DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe", "expert": "expert"}
 """The names that need no role, since they have one, as a mesh is written: data=2 tensor=2 pipe=2."""
 
 ROLES = "roles"
@@ -33,8 +34,11 @@ SEQUENCE = "sequence"
 RESERVED = (ROLES, SEQUENCE)
 """Keys of [mesh] that are not sizes, so that no axis has such a name."""
 
-_SPREAD: tuple[Role, ...] = ("batch", "shard", "context")
-"""Roles along which devices hold different tokens, so that gradients are summed over them."""
+_BATCH: tuple[Role, ...] = ("batch", "shard", "expert")
+"""Roles along which devices hold different sequences, so that gradients are summed over them."""
+
+_KEPT: tuple[Role, ...] = ("batch", "shard")
+"""Roles along which a device may keep a part of a weight that it uses whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +97,13 @@ class MeshAxes:
 
     @property
     def batch(self) -> tuple[str, ...]:
-        """The axes whose devices hold different tokens: gradients are summed over them."""
-        return self.having(*_SPREAD)
+        """The axes whose devices hold different sequences: gradients are summed over them."""
+        return self.having(*_BATCH)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The batch axes over which weights may be kept split, and gathered for use."""
+        return self.having(*_KEPT)
 
     @property
     def tensor(self) -> tuple[str, ...]:

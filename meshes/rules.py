@@ -25,7 +25,7 @@ Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
 
 _ROLES: dict[str, Role | None] = {
-    "batch": "batch",
+    "batch": "batch",  # and over those of experts, which hold other tokens too
     "tokens": None,
     "stream_tokens": None,
     "embed": None,
@@ -33,6 +33,8 @@ _ROLES: dict[str, Role | None] = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
+    "experts": "expert",
+    "router": None,
     "vocab": "tensor",
     "positions": None,
     "chunk": None,
@@ -77,6 +79,7 @@ class ShardingRules:
         Two batch axes split the batch over both. With the default names these are `DEFAULT_RULES`.
         """
         table = {dim: _as_entry(axes.having(role)) if role else None for dim, role in _ROLES.items()}
+        table["batch"] = _as_entry(axes.batch)
         return cls(table=tuple(table.items()), mesh_axes=axes)
 
     def replace(self, **axes: Axes) -> "ShardingRules":

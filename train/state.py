@@ -166,15 +166,15 @@ class Setup:
     @cached_property
     def gradient_shapes(self) -> PipelineParams:
         """Shapes of the sums of gradients in a step: split as parameters are, but for what is gathered once a step."""
-        own, batch = self.model.params, self.sizes.roles.batch
-        gathered = jax.tree.map(lambda leaf: leaf.update(sharding=without_axes(leaf.sharding, batch)), own)
+        own, kept = self.model.params, self.sizes.roles.kept
+        gathered = jax.tree.map(lambda leaf: leaf.update(sharding=without_axes(leaf.sharding, kept)), own)
         # Embedding and head are gathered once in either case.
         return replace(gathered, stages=own.stages) if self.config.train.shard == "layer" else gathered
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
         """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
-        own, axes = self.model.shardings, self.sizes.roles.batch
+        own, axes = self.model.shardings, self.sizes.roles.kept
         return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
 
     @cached_property

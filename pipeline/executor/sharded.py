@@ -39,8 +39,8 @@ class Splits:
     @classmethod
     def of(cls, fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        specs = _specs_of(fns, params)
-        return cls(stages=_splits_of(specs.stages, batch), shared=_splits_of(specs.shared, batch))
+        specs, kept = _specs_of(fns, params), _kept_of(fns, batch)
+        return cls(stages=_splits_of(specs.stages, kept), shared=_splits_of(specs.shared, kept))
 
 
 def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
@@ -49,6 +49,11 @@ def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
         stages=spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages"),
         shared=spread_specs("shared_specs", fns.shared_specs, params.shared, of="params.shared"),
     )
+
+
+def _kept_of(fns: StageFns, batch: Sequence[str]) -> list[str]:
+    """Return the batch axes over which weights are kept split; along the others, those of experts, each uses its own."""
+    return [axis for axis in batch if axis in fns.axes.kept]
 
 
 def _splits_of(specs: Any, batch: Sequence[str]) -> list[Split]:
@@ -190,7 +195,7 @@ def layer_gathers(
         kind: LayerGather.of(
             fns.by_kind(fns.prepare)[kind],
             jax.tree.map(lambda leaf: leaf[0, 0], own),
-            _splits_of(specs[kind], batch),
+            _splits_of(specs[kind], _kept_of(fns, batch)),
             dtype=fns.gather_dtype,
         )
         for kind, own in stages.items()

@@ -26,6 +26,7 @@ from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .param_specs import layer_specs, split_over_batch
+from .protocol import Output
 from .stack import check_layers, stages_from_layers
 from .stage import Gather, PipelineParams, StageFns, Unroll
 from .trees import mesh_axes_of
@@ -132,8 +133,11 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
-    def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
-        return block.merge(params)(x_BTD)
+    def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> Any:
+        if not model.config.num_experts:
+            return block.merge(params)(x_BTD)
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"])
+        return Output(x=y_BTD, loss=stats.loss, metrics=stats.metrics)
 
     # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
     # again for every microbatch.
@@ -192,7 +196,7 @@ def _shardings(
     whole = jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if shard == "none":
         return whole
-    axes = rules.mesh_axes.batch
+    axes = rules.mesh_axes.kept
     split = split_over_batch(whole, shapes, axes=axes, names=_SHARDED)
     parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
     if parts > 1 and not any(set(axes) & set(mesh_axes_of(own.spec)) for own in jax.tree.leaves(split)):

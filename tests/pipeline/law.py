@@ -140,7 +140,9 @@ def one_device(config: ModelConfig, num_sequences: int) -> Answer:
 
     def loss_of(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
         model: Transformer = nnx.merge(graph, params)
-        return cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
+        x, of_routers = model.hidden(batch["tokens"], batch["weights"])
+        logits = model.head(x, embedding_VD=model.embed.table[...])
+        return cross_entropy(logits, batch["targets"], batch["weights"]) + of_routers
 
     @jax.jit
     def step(params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any], jax.Array]:

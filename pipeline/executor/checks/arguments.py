@@ -276,7 +276,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
                 f"{name} of {leaf_name} is {spec}, which names {twice[0]} twice; an axis splits one dimension.",
                 fix=f"leave one {twice[0]} out.",
             )
-        _check_gathered(f"{name} of {leaf_name}", spec, batch=fns.axes.batch)
+        _check_gathered(f"{name} of {leaf_name}", spec, batch=fns.axes.kept)
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}, but its shape is {leaf.shape}"

@@ -1,0 +1,138 @@
+"""A feed-forward layer of E experts, of which each token uses k (Shazeer et al. 2017; DeepSeek-AI 2024).
+
+    x[B, T, D] -- router --> experts and weights of each token
+       |
+       +-- rows of each expert [E, C, D] -- all-to-all over expert --> rows of this device's experts [E/e, e C, D]
+                                                                          | gate, up, down of each expert
+       y[B, T, D] <-- weighted sum of a token's rows <-- all-to-all ------+
+
+Devices along an `expert` axis have other tokens, as along data, and each holds E/e of the experts: those of data and
+expert together see the whole batch. No token is left out (`config.expert_overflow="rounds"`): an expert has room for C
+tokens at a time, and where any has more, all devices of the group go through another round. With "drop" tokens beyond
+C pass the layer by, and are counted. Features of an expert are split over tensor as those of `MLP`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ...meshes import DEFAULT_RULES, ShardingRules
+from ...meshes.device_axes import manual_axes, mark_varying
+from ..collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
+from ..config import ModelConfig
+from ..mlp import MLP
+from ..partitioning import INIT_STD, make_param
+from .rounds import Kernels, Room, run_further_rounds, run_round
+from .router import Router, count_tokens, router_loss
+from .slots import order_pairs
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ExpertStats:
+    """What a layer of experts adds to sums of the step, besides its output.
+
+    loss: balance and z-loss, float32 []; None where no weights of tokens were given.
+    metrics: `expert_tokens` float32 [E], the pairs of tokens and experts, and `dropped_pairs` float32 [].
+    """
+
+    loss: jax.Array | None = None
+    metrics: dict[str, jax.Array] = field(default_factory=dict)
+
+
+class ExpertLinear(nnx.Module):
+    """The kernels of a linear layer of every expert, [E@expert, D, F@tensor] or [E@expert, F@tensor, D]."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dims: tuple[str, str, str],
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        rules: ShardingRules,
+    ) -> None:
+        self.kernel = make_param(rngs.params(), shape, dims, std=std, rules=rules)
+
+
+class MoE(nnx.Module):
+    """Router, experts and shared experts: x[B@(data, expert), T, D] -> y[B@(data, expert), T, D].
+
+    Sends two all-to-all over expert forward, each of C rows of D for every expert, and two backward; over tensor as
+    `MLP` does. Every token also goes through the shared experts, one `MLP`, if the config has any.
+
+    >>> config = ModelConfig(vocab_size=256, num_layers=1, hidden_size=64, num_heads=4, num_experts=8, experts_per_token=2)
+    >>> MoE(config, rngs=nnx.Rngs(0))(jnp.ones((2, 16, 64)))[0].shape
+    (2, 16, 64)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
+        self.config, self.rules = config, rules
+        e, d, f = config.num_experts, config.hidden_size, config.expert_size
+        self.router = Router(config, rngs=rngs, rules=rules)
+        shared: dict[str, Any] = {"rngs": rngs, "rules": rules}
+        into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+        self.up = ExpertLinear((e, d, f), into, std=INIT_STD, **shared)
+        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **shared) if config.mlp == "swiglu" else nnx.data(None)
+        self.down = ExpertLinear((e, f, d), out, std=INIT_STD / (2 * config.num_layers) ** 0.5, **shared)
+        self.shared = MLP(config, features=config.shared_size, **shared) if config.shared_size else nnx.data(None)
+
+    def __call__(self, x_BTD: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, ExpertStats]:
+        """x[B@data, T, D], weights of the loss [B@data, T] -> y[B@data, T, D] and what is added to sums of the step.
+
+        Raises:
+            ShardingError: experts, their features or B do not split evenly.
+        """
+        routing = self.router(x_BTD)
+        counts_BE = count_tokens(routing, rules=self.rules)
+        kernels = Kernels(up=self.up.kernel[...], gate=self.gate and self.gate.kernel[...], down=self.down.kernel[...])
+        into, out, tokens = ("experts", "embed", "ffn"), ("experts", "ffn", "embed"), ("batch", "stream_tokens", None)
+        of_kernels = Kernels(up=into, gate=self.gate and into, down=out)
+        run = run_in_blocks(
+            self._run, rules=self.rules, in_dims=(tokens, tokens, tokens, of_kernels), out_dims=(tokens, ())
+        )
+        y_BTD, dropped = run(x_BTD, routing.experts, routing.weights, kernels)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        loss = None
+        if weights_BT is not None:
+            loss = router_loss(routing, counts_BE, weights_BT, config=self.config, rules=self.rules)
+        metrics = {"expert_tokens": counts_BE.sum(0), "dropped_pairs": dropped}
+        return y_BTD, ExpertStats(loss=loss, metrics=jax.lax.stop_gradient(metrics))
+
+    def _run(
+        self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, kernels: Kernels
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return what this device's tokens get of all experts, and the number of pairs that are left out."""
+        config, features, tokens = self.config, self.rules.axes("ffn"), self.rules.axes("stream_tokens")
+        # Each device of tensor has all tokens of its group, and a part of the features of each expert.
+        whole = [mark_varying(gather_tokens(leaf, tokens), manual_axes(features)) for leaf in (x_BTD, weights_BTk)]
+        x_BTD, weights_BTk = whole
+        experts_BTk = gather_tokens(experts_BTk, tokens)
+        x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
+        order = order_pairs(experts_nk, num_experts=config.num_experts)
+        room = Room(capacity=self._capacity(len(x_nD)), axes=self.rules.axes("experts"))
+        given = (x_nD.astype(config.dtype), weights_nk, kernels, order)
+        y_nD = run_round(*given, 0, room)
+        dropped = jnp.zeros((), jnp.int32)
+        if room.capacity < len(x_nD):
+            left = jnp.maximum(order.counts - room.capacity, 0).sum()
+            if config.expert_overflow == "drop":
+                dropped = max_blocks(left, (*features, *tokens))
+            else:
+                y_nD = y_nD + run_further_rounds(*given, room)
+        return leave_split(y_nD.reshape(x_BTD.shape), features, tokens=tokens), dropped.astype(jnp.float32)
+
+    def _capacity(self, num_tokens: int) -> int:
+        """Return the rows of a round for each expert, of so many tokens on a device; never more than tokens."""
+        mean = num_tokens * self.config.experts_per_token / self.config.num_experts
+        return max(1, min(math.ceil(self.config.expert_capacity * mean), num_tokens))
+
+    def join(self) -> None:
+        """Join what reads the same input in the shared experts, see `MLP.join`."""
+        if self.shared is not None:
+            self.shared.join()

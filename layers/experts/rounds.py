@@ -1,0 +1,130 @@
+"""Run the experts on the rows of one round, and further rounds while any expert of the group has tokens left.
+
+The first round is what happens nearly always, and jax differentiates it. The number of rounds is known at run time
+alone, and jax has no backward for such a loop: the backward here runs the same rounds again, each with its own backward.
+Devices along expert decide together, since each sends in every round; those along data decide for themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ...meshes.device_axes import manual_axes, mark_varying
+from ..collectives import max_blocks
+from ..mlp import gelu, swish_gate
+from .slots import Order, from_rows, round_slots, to_rows
+
+EXPERT_ROWS = "expert_rows"
+"""Checkpoint name of what experts read and write: rematerialization keeps it, so the backward sends nothing again."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The weights of this device's experts: up and gate [E@expert, D, F@tensor], down [E@expert, F@tensor, D].
+
+    gate is None where the feed-forward has none.
+    """
+
+    up: Any
+    gate: Any
+    down: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How rows are laid out: `capacity` of them for each expert and device, and the axes that split the experts."""
+
+    capacity: int
+    axes: tuple[str, ...]
+
+
+def run_round(
+    x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, order: Order, number: jax.Array | int, room: Room
+) -> jax.Array:
+    """Return what the experts make of the pairs of one round: x[n, D] -> y[n, D], partial sums where F is split.
+
+    Two all-to-all over expert, each of [E, C, D].
+    """
+    slots = round_slots(order, number, capacity=room.capacity)
+    rows_SD = to_rows(x_nD, slots, weights_nk.shape[1])
+    rows_ECD = rows_SD.reshape(-1, room.capacity, x_nD.shape[1])
+    axes = manual_axes(room.axes)
+    if axes:
+        rows_ECD = jax.lax.all_to_all(rows_ECD, axes, split_axis=0, concat_axis=1, tiled=True)
+    rows_ECD = _run_experts(checkpoint_name(rows_ECD, EXPERT_ROWS), kernels)
+    if axes:
+        rows_ECD = jax.lax.all_to_all(rows_ECD, axes, split_axis=1, concat_axis=0, tiled=True)
+    rows_ECD = checkpoint_name(rows_ECD, EXPERT_ROWS)
+    return from_rows(rows_ECD.reshape(rows_SD.shape), weights_nk, slots)
+
+
+def _run_experts(rows_ECD: jax.Array, kernels: Kernels) -> jax.Array:
+    """rows[E, C, D] of each expert -> [E, C, D], in the dtype of the rows."""
+
+    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("ecd,edf->ecf", rows, kernel.astype(rows.dtype))
+
+    up = checkpoint_name(product(rows_ECD, kernels.up), EXPERT_ROWS)
+    if kernels.gate is None:
+        return product(gelu(up), kernels.down)
+    gate = checkpoint_name(product(rows_ECD, kernels.gate), EXPERT_ROWS)
+    return product(swish_gate(gate, up), kernels.down)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def run_further_rounds(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, order: Order, room: Room) -> jax.Array:
+    """Return the sum of `run_round` over all rounds but the first: x[n, D] -> y[n, D], often zeros."""
+
+    def body(number: jax.Array, y: jax.Array) -> jax.Array:
+        return y + run_round(x_nD, weights_nk, kernels, order, number, room)
+
+    like = jax.eval_shape(lambda: run_round(x_nD, weights_nk, kernels, order, 1, room))
+    return _loop(order, room, body, like)
+
+
+def _loop(order: Order, room: Room, body: Callable[[jax.Array, Any], Any], like: Any) -> Any:
+    """Return zeros like a tree, after body(number, tree) of rounds 1, 2, ... while any expert has pairs left."""
+    num_rounds = max_blocks(-(-order.counts.max() // room.capacity), room.axes)
+    zeros = jax.tree.map(_zeros, like)
+
+    def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        number, tree = carry
+        return number + 1, body(number, tree)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
+
+
+def _zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return zeros of a type, varying over the same axes."""
+    differs = getattr(kind.manual_axis_type, "varying", ())
+    return mark_varying(jnp.zeros(kind.shape, kind.dtype), sorted(differs))
+
+
+def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tuple[Any, ...]:
+    x_nD, weights_nk, kernels, order = saved
+
+    def pull(number: jax.Array | int) -> Any:
+        run = lambda x, weights, kernels: run_round(x, weights, kernels, order, number, room)  # noqa: E731
+        return jax.vjp(run, x_nD, weights_nk, kernels)[1](grad)
+
+    def body(number: jax.Array, sums: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, pull(number))
+
+    grads = _loop(order, room, body, jax.eval_shape(lambda: pull(1)))
+    return (*grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
+
+
+run_further_rounds.defvjp(
+    lambda x, weights, kernels, order, room: (
+        run_further_rounds(x, weights, kernels, order, room),
+        (x, weights, kernels, order),
+    ),
+    _further_backward,
+)
