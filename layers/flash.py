@@ -37,16 +37,24 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
     return "cudnn" if config.attention != "xla" and is_nvidia(kind) and config.can_be_fused else "xla"
 
 
-def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Compute causal attention within the last `attention_window` tokens.
+def attend_causally(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    config: ModelConfig,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Compute causal attention within the last `attention_window` tokens, and within each token's document.
 
     q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
 
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
-    if choose_kernel(config) == "xla":
-        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+    # jax has no documents in cuDNN's attention.
+    if choose_kernel(config) == "xla" or segments_BT is not None:
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window, segments_BT)
     # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
     return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
 

@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
+from ...layers.context.places import Places
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -100,7 +101,7 @@ def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRule
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
     check_vocab(vocab)
     rules.check_axes(mesh.shape)
-    if missing := [axis for axis in rules.axes("stream_tokens") if axis not in rules.axes("vocab")]:
+    if missing := [axis for axis in rules.token_axes if axis not in rules.axes("vocab")]:
         raise ShardingError(
             f"tokens between layers are split over {' and '.join(missing)}, which does not split the vocabulary: every "
             "device would compute the whole loss.",
@@ -131,12 +132,13 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
-        return embed(microbatch["tokens"])
+        return embed(microbatch["tokens"], positions_BT=microbatch.get("positions"))
 
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> Any:
+        own, places = block.merge(params), _places_of(microbatch)
         if not model.config.num_experts:
-            return block.merge(params)(x_BTD)
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"])
+            return own.run(x_BTD, places=places)[0]
+        y_BTD, stats = own.run(x_BTD, microbatch["weights"], places)
         return Output(x=y_BTD, loss=stats.loss, metrics=stats.metrics)
 
     # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
@@ -152,14 +154,27 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
     return StageFns(
         first=first,
         layer=rematerialize(layer, remat),
-        token_axes=model.head.rules.axes("stream_tokens"),
+        token_axes=model.head.rules.token_axes,
         axes=model.head.rules.mesh_axes,
+        batch_specs=_batch_specs(model.head.rules),
         last=last,
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
         prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
     )
+
+
+def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:
+    """Return how leaves [M, B, T] lie on the mesh; None for the default, where no axis splits tokens."""
+    return rules.spec(("microbatch", "batch", "tokens")) if rules.axes("tokens") else None
+
+
+def _places_of(microbatch: Mapping[str, jax.Array]) -> Places | None:
+    """Return where the tokens stand, in sequences of several documents."""
+    if "segments" not in microbatch:
+        return None
+    return Places(positions=microbatch["positions"], segments=microbatch["segments"])
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:

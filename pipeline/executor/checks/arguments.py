@@ -61,8 +61,7 @@ def check_arguments(
     _check_specs(fns, mesh, params.shared, name="shared_specs")
     if schedule.placement.has_ring:
         check_ring(mesh, what=f"schedule {schedule.name!r}", pipe=pipe)
-    num_shards = math.prod(mesh.shape[axis] for axis in fns.axes.batch)
-    check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, num_shards=num_shards)
+    check_batch(fns, inputs.batch, num_microbatches=schedule.num_microbatches, sizes=mesh.shape)
 
 
 def _check_placement(fns: StageFns, schedule: Schedule) -> None:
@@ -90,7 +89,7 @@ def _check_kinds(fns: Any, params: Any, mesh: Any, schedule: Any, bubbles: Any) 
 
 
 def _check_mesh(mesh: Mesh, axes: MeshAxes) -> None:
-    needed = (axes.pipe, *axes.batch)
+    needed = (axes.pipe, *axes.summed)
     missing = [axis for axis in needed if axis not in mesh.axis_names]
     if missing:
         raise MeshError(
