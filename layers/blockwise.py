@@ -57,8 +57,11 @@ def _attend(
 
 
 class Saved(NamedTuple):
-    """Residuals: queries [B, K, G, T, H], keys and values [B, K, T, H], documents [B, T], the output [B, T, N, H], and
-    for every query the logarithm of its softmax's sum [B, K, G, T]."""
+    """Residuals.
+
+    q [B, K, G, T, H], k and v [B, K, T, H], the documents of tokens [B, T], the output y [B, T, N, H], and for every
+    query the logarithm of its softmax's sum [B, K, G, T].
+    """
 
     q: jax.Array
     k: jax.Array
@@ -147,8 +150,11 @@ class Tile(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """What the backward reads of some queries: themselves and the gradient of their output [B, K, G, t, H]; `delta`,
-    and the logarithm of the softmax's sum over all keys [B, K, G, t]."""
+    """What the backward reads of some queries.
+
+    Themselves and the gradient of their output [B, K, G, t, H]; what `softmax_delta` returns, and the logarithm of the
+    softmax's sum over all keys [B, K, G, t].
+    """
 
     q: jax.Array
     grad: jax.Array

@@ -170,11 +170,11 @@ class MeshSpec:
         num_tokens = self.tokens_of_rank(num_tokens)
         divides = num_tokens % self.tensor == 0
         if self.sequence == "on" and not divides:
+            which = " of a context rank" if self.context > 1 else ""
             raise MeshError(
-                f'sequence="on" splits {num_tokens} tokens{" of a context rank" * (self.context > 1)} over {self.label("tensor")}={self.tensor}, and they do not '
-                "divide.",
-                fix=f"use sequences of {self._tokens_that_split(num_tokens)} tokens, or "
-                'sequence="off".',
+                f'sequence="on" splits {num_tokens} tokens{which} over {self.label("tensor")}={self.tensor}, and they '
+                "do not divide.",
+                fix=f'use sequences of {self._tokens_that_split(num_tokens)} tokens, or sequence="off".',
             )
         return self.sequence != "off" and self.tensor > 1 and divides
 

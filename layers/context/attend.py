@@ -4,8 +4,10 @@ import jax
 
 from ...meshes.device_axes import manual_axes
 from ..config import ModelConfig
-from ..flash import attend_causally
-from .gathered import attend_gathered
+from ..flash import attend_causally, choose_kernel
+from .fused_tiles import FusedKernel
+from .gathered import How, attend_gathered
+from .plain_tiles import PlainKernel
 
 
 def attend_in_context(
@@ -30,4 +32,7 @@ def attend_in_context(
     context = manual_axes(axes)
     if not context:
         return attend_causally(q_BTNH, k_BTKH, v_BTKH, config=config, segments_BT=segments_BT)
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, segments_BT, config.attention_window, context)
+    # cuDNN's kernel has no mask between two chunks but the causal one.
+    is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
+    how = How(window=config.attention_window, axes=context, kernel=PlainKernel() if is_plain else FusedKernel())
+    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, segments_BT, how)

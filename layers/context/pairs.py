@@ -1,4 +1,4 @@
-"""Pairs of a chunk of queries and a chunk of keys below the diagonal, in the order in which a context rank computes them.
+"""Pairs of a chunk of queries and one of keys below the diagonal, in the order in which a rank computes them.
 
     c = 4, rank 1 has the chunks 1 and 6:     number   0     1     2     3     4     5     6
                                               pair    1-0   6-0   6-1   6-2   6-3   6-4   6-5

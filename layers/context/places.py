@@ -65,4 +65,3 @@ def own_positions(num_tokens: int, axes: Sequence[str]) -> jax.Array:
     size = num_tokens // 2
     within = jnp.arange(size, dtype=jnp.int32)
     return jnp.concatenate([first * size + within, second * size + within])
-
