@@ -21,6 +21,8 @@ _MEANINGS = {
     "mesh.data": "devices that the batch is split over; -1 takes all that are left",
     "mesh.tensor": "devices that heads, feed-forward and vocabulary are split over",
     "mesh.pipe": "devices that the layers are split over, as stages",
+    "mesh.expert": "devices that the experts of a layer are split over, and the batch too",
+    "mesh.context": "devices that the tokens of a sequence are split over, two chunks of each on a device",
     "mesh.sequence": "sequence parallelism: tokens between layers are split over tensor; auto is on where they divide",
     "model.vocab_size": "number of token ids; 256 for bytes",
     "model.num_layers": "number of transformer blocks",

@@ -199,15 +199,17 @@ class Setup:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Sharding of every array of a batch: [M, B@data, T]."""
+        """Sharding of every array of a batch: [M, B@data, T@context], tokens in the order of context ranks."""
         return NamedSharding(self.mesh, self.rules.spec(("microbatch", "batch", "tokens")))
 
     @property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch: tokens and targets int32, weights float32, each [M, B@data, T]."""
+        """Shapes and shardings of a batch: weights float32, all else int32, each [M, B@data, T@context]."""
         microbatches = self.config.pipeline.microbatches
         shape = (microbatches, self.config.train.batch_size // microbatches, self.config.data.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        if self.config.data.packing == "on":
+            dtypes |= {"segments": np.int32, "positions": np.int32}
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in dtypes.items()
         }
