@@ -196,11 +196,13 @@ def pipeline_step(
     unroll: OnOff = "off",
     overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
+    batch: dict[str, np.ndarray] | None = None,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
     Args:
         mesh, whole: as data x tensor x pipe, or as `dp=2:batch,pp=4:pipe`; rules that keep dimensions whole.
+        batch: leaves [B, T], of `masked_batch` if left out.
     """
     devices = _build(spec := _spec_of(mesh))
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
@@ -219,7 +221,9 @@ def pipeline_step(
 
     axes = {"over": spec.roles.batch, "context": spec.roles.context}
     cut_batch = partial(microbatches, mesh=devices, num_microbatches=num_microbatches, **axes)
-    return Step(model=model, run=step, params=cut_params(config, model), batch=cut_batch(masked_batch(num_sequences)))
+    return Step(
+        model=model, run=step, params=cut_params(config, model), batch=cut_batch(batch or masked_batch(num_sequences))
+    )
 
 
 def answer_of(step: Step) -> Answer:
