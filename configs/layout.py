@@ -52,5 +52,6 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
+        context=config.mesh.context,
         runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab, sequence=sequence),
     )

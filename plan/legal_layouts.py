@@ -3,25 +3,30 @@
 from collections.abc import Iterator
 
 from ..layers import ModelConfig
-from ..meshes import MeshSpec
+from ..meshes import Axis, MeshSpec
 from ..schedules import Vocab
 from .costs.layout import Layout, PlanRemat
 from .machines.topology import Topology
 
 
-def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Iterator[MeshSpec]:
+def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context: int = 1) -> Iterator[MeshSpec]:
     """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split.
 
     Args:
+        context: devices that share each sequence, the same in all meshes.
         vocab: "split" divides the vocabulary over pipe x tensor, "ends" over tensor alone.
     """
+    if num_devices % context:
+        return
+    more = {"context": Axis(context, role="context")} if context > 1 else {}
+    num_devices //= context
     for tensor in _divisors(num_devices):
         if model.num_heads % tensor or model.ffn_size % tensor or not _splits_kv(model, tensor):
             continue
         for pipe in _divisors(num_devices // tensor):
             parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
             if pipe <= model.num_layers and model.vocab_size % parts == 0:
-                yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe)
+                yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe, axes=more)
 
 
 def device_counts(topology: Topology) -> tuple[int, ...]:
@@ -40,13 +45,14 @@ def legal_layouts(
     batch_size: int,
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
     vocab: Vocab = "split",
+    context: int = 1,
 ) -> Iterator[Layout]:
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
     chunk per rank or interleaved with 2 or 4, and the V-shaped ones with 2.
     """
-    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab):
+    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab, context=context):
         if batch_size % mesh.data:
             continue
         shard = batch_size // mesh.data
@@ -56,11 +62,12 @@ def legal_layouts(
             for schedule, chunks in _schedules(model, pipe=mesh.pipe, microbatches=shard // sequences):
                 for remat in remats:
                     # Not 1: weights gathered once a step take less memory, and send no more.
-                    for zero in (0, 2, 3) if mesh.data > 1 else (0,):
+                    for zero in (0, 2, 3) if mesh.data * context > 1 else (0,):
                         yield Layout(
                             data=mesh.data,
                             tensor=mesh.tensor,
                             pipe=mesh.pipe,
+                            context=context,
                             schedule=schedule,
                             chunks=chunks,
                             microbatches=shard // sequences,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...meshes import MeshSpec, PlanError
+from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.spec import SHARDS, Shard
 from ...schedules import Family, find_family
@@ -58,8 +58,9 @@ class Layout:
 
     @property
     def mesh(self) -> MeshSpec:
-        """The mesh of trellax's three axes; data includes fsdp and context."""
-        return MeshSpec(data=self.data * self.fsdp * self.context, tensor=self.tensor, pipe=self.pipe)
+        """The mesh of trellax's axes, with context if that has several devices; data includes fsdp."""
+        context = {"context": Axis(self.context, role="context")} if self.context > 1 else {}
+        return MeshSpec(data=self.data * self.fsdp, tensor=self.tensor, pipe=self.pipe, axes=context)
 
     @property
     def num_devices(self) -> int:

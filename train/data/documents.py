@@ -43,7 +43,7 @@ class Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """The documents of sequences: `segments` and `positions` int32 [..., T], and which tokens count in the loss, bool."""
+    """The documents of sequences: `segments` and `positions` int32 [..., T], and which count, bool."""
 
     segments: np.ndarray
     positions: np.ndarray
