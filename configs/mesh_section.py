@@ -11,7 +11,7 @@ Each file is a `MeshSpec`. Without roles the keys are data, tensor and pipe, che
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from pydantic import GetCoreSchemaHandler, GetPydanticSchema
@@ -33,6 +33,9 @@ class DefaultMesh:
     expert: int = 1
     context: int = 1
     sequence: SequenceParallel = "auto"
+
+
+_SIZES = tuple(field.name for field in fields(DefaultMesh) if field.name != SEQUENCE)
 
 
 def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
@@ -57,7 +60,10 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
 def write_mesh(mesh: MeshSpec) -> dict[str, Any]:
     """Return the section of a mesh: its sizes, sequence, and the roles of axes with names of their own."""
     own = {name: axis.role for name, axis in mesh.axes if name not in DEFAULT_ROLES}
-    return {**mesh.sizes, SEQUENCE: mesh.sequence, **({ROLES: own} if own else {})}
+    if own:
+        return {**mesh.sizes, SEQUENCE: mesh.sequence, ROLES: own}
+    # Every key, also of an axis that the mesh does without.
+    return {**dict.fromkeys(_SIZES, 1), **mesh.sizes, SEQUENCE: mesh.sequence}
 
 
 def own_axes(section: Any, words: Iterable[str]) -> list[str]:

@@ -55,9 +55,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places and places.positions)
         segments_BT = places and places.segments
         return self.combine(
-            attend_in_context(
-                q_BTNH, k_BTKH, v_BTKH, config=self.config, axes=self.rules.axes("tokens"), segments_BT=segments_BT
-            )
+            attend_in_context(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules, segments_BT=segments_BT)
         )
 
     def project(

@@ -114,6 +114,7 @@ def _keys(layout: Layout) -> Change:
         "mesh.data": layout.data,
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
+        "mesh.context": layout.context,
         "pipeline.schedule": layout.schedule,
         "pipeline.chunks": layout.chunks,
         "pipeline.microbatches": layout.microbatches,

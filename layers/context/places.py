@@ -44,10 +44,16 @@ def order_chunks(array: Any, *, num_ranks: int, dim: int = -1) -> Any:
     if num_ranks == 1:
         return array
     dim %= array.ndim
-    shape = (*array.shape[:dim], 2 * num_ranks, -1, *array.shape[dim + 1 :])
-    order = [chunk for rank in range(num_ranks) for chunk in (rank, 2 * num_ranks - 1 - rank)]
-    take = np.take if isinstance(array, np.ndarray) else jnp.take
-    return take(array.reshape(shape), np.asarray(order), axis=dim).reshape(array.shape)
+    xp = np if isinstance(array, np.ndarray) else jnp
+    early, late = xp.split(array.reshape(*array.shape[:dim], 2 * num_ranks, -1, *array.shape[dim + 1 :]), 2, axis=dim)
+    return xp.stack([early, xp.flip(late, dim)], axis=dim + 1).reshape(array.shape)
+
+
+def restore_order(array: jax.Array, *, num_ranks: int, dim: int) -> jax.Array:
+    """Undo `order_chunks`."""
+    shape = (*array.shape[:dim], num_ranks, 2, -1, *array.shape[dim + 1 :])
+    early, late = (jnp.take(array.reshape(shape), half, axis=dim + 1) for half in (0, 1))
+    return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim).reshape(array.shape)
 
 
 def own_chunks(axes: Sequence[str]) -> tuple[Any, Any]:

@@ -128,6 +128,8 @@ def test_default_names_are_written_without_roles(folder: Path) -> None:
         "data": 2,
         "tensor": 1,
         "pipe": 1,
+        "expert": 1,
+        "context": 1,
         "sequence": "auto",
     }
 
@@ -167,8 +169,8 @@ def test_sizes_that_do_not_divide_are_named_as_the_file_names_them(folder: Path)
 
 
 def test_role_over_which_no_layer_is_split_is_refused_before_devices_are_used(folder: Path) -> None:
-    config = load(OWN.replace('"batch"', '"context"'))
-    with pytest.raises(MeshError, match="mesh axis dp=2 has the role context"):
+    config = load(OWN.replace('"batch"', '"shard"'))
+    with pytest.raises(MeshError, match="mesh axis dp=2 has the role shard"):
         check_run(config, num_devices=8)
 
 

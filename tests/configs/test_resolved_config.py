@@ -38,7 +38,7 @@ def test_every_key_is_in_the_file_and_read_back_as_it_was(tiny: Tiny) -> None:
     assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == config_keys()
     assert load_config(path) == config
     # The sizes are those of the mesh, where the config asked for the rest of the devices.
-    assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "sequence": "auto"}
+    assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "expert": 1, "context": 1, "sequence": "auto"}
 
 
 @pytest.mark.parametrize("name", ["a b", 'quote"', "line\nbreak", "back\x7fspace", "é", "[brackets]"])
