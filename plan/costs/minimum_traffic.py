@@ -134,10 +134,8 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
     if mesh.context > 1 and sizes.context_attention == "gather":
-        again, times = "gathers keys and values again, to keep those of its own tokens alone", "1.5"
-        if remat == "full":
-            again, times = "gathers keys and values twice more, for the forward that it repeats and for itself", "2"
-        found.append(f"{mesh.label('context')}: the backward {again}; {times} times the minimum.")
+        again = "the backward gathers keys and values again, to keep those of its own tokens alone"
+        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
     elif mesh.context > 1 and remat != "none":
         what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
         found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
