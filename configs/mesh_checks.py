@@ -46,7 +46,8 @@ def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
 def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
     tensor, over = mesh.tensor, _keys_of(mesh, *mesh.roles.tensor)
-    for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
+    features = ("expert_size", "an expert is") if model.num_experts else ("ffn_size", "the feed-forward is")
+    for name, what in (("num_heads", "heads are"), features, ("shared_size", "the shared experts are")):
         yield from errors_of(
             check_divides,
             f"model.{name}",
@@ -56,6 +57,7 @@ def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             error=ModelError,
             rule=f"{what} divided evenly, but ",
         )
+    yield from _check_experts(model, mesh)
     # 8 heads over 4 devices are 2 on each; 2 heads over 4 devices are each on 2; 3 over 4 is neither.
     kv = model.num_kv_heads
     if kv % tensor and tensor % kv:
@@ -64,6 +66,21 @@ def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             f"{max(kv, tensor)} / {min(kv, tensor)} = {max(kv, tensor) / min(kv, tensor):.2f}.",
             fix=f"make one a multiple of the other, for example {over}={kv}.",
         )
+
+
+def _check_experts(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error unless experts split over the axes of that role."""
+    if mesh.expert == 1:
+        return
+    over = _keys_of(mesh, *mesh.roles.having("expert"))
+    if not model.num_experts:
+        yield ModelError(
+            f"{over}={mesh.expert} splits experts, but model.num_experts=0: the model has none.",
+            fix=f"set {over}=1, which mesh.data may take, or model.num_experts=8 and model.experts_per_token=2, say.",
+        )
+    else:
+        parts = {"over": over, "parts": mesh.expert, "error": ModelError}
+        yield from errors_of(check_divides, "model.num_experts", model.num_experts, **parts)
 
 
 def _check_vocab(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:

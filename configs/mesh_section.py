@@ -7,7 +7,7 @@
                             dp = "batch"
                             tp = "tensor"
 
-Each file is a `MeshSpec`. Without roles the keys are data, tensor and pipe, checked like those of any section.
+Each file is a `MeshSpec`. Without roles the keys are data, tensor, pipe and expert, checked like those of any section.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
 from ..meshes import Axis, MeshError, MeshSpec
-from ..meshes.axes import DEFAULT_ROLES, RESERVED, ROLES, SEQUENCE
+from ..meshes.axes import DEFAULT_ROLES, KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
 from ..meshes.errors import shown
 from ..meshes.spec import SequenceParallel
 
@@ -30,6 +30,7 @@ class DefaultMesh:
     data: int = 1
     tensor: int = 1
     pipe: int = 1
+    expert: int = 1
     sequence: SequenceParallel = "auto"
 
 
@@ -44,7 +45,7 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
         raise MeshError(
             f"{ROLES}={shown(given)} is not a table.", fix=f'write [mesh.{ROLES}], and below it dp = "batch".'
         )
-    roles = {**DEFAULT_ROLES, **given}
+    roles = {**KNOWN_ROLES, **given}
     sizes = {name: size for name, size in values.items() if name not in RESERVED}
     sizes |= {name: 1 for name in given if name not in sizes}
     # A size without a role is not an axis, which `MeshSpec` says.
@@ -54,7 +55,7 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
 
 def write_mesh(mesh: MeshSpec) -> dict[str, Any]:
     """Return the section of a mesh: its sizes, sequence, and the roles of axes with names of their own."""
-    own = {name: axis.role for name, axis in mesh.axes if name not in DEFAULT_ROLES}
+    own = {name: axis.role for name, axis in mesh.axes if name not in KNOWN_ROLES}
     return {**mesh.sizes, SEQUENCE: mesh.sequence, **({ROLES: own} if own else {})}
 
 
@@ -65,7 +66,7 @@ def own_axes(section: Any, words: Iterable[str]) -> list[str]:
     named = [word.partition("=")[0].removeprefix(_OPTION) for word in words if word.startswith(_OPTION)]
     # Without a role a name is a mistake, which is told as that of any other unknown key.
     names = [*(roles if isinstance(roles, Mapping) else ()), *named]
-    return [name for name in dict.fromkeys(names) if name not in DEFAULT_ROLES]
+    return [name for name in dict.fromkeys(names) if name not in KNOWN_ROLES]
 
 
 def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[str, int]:
@@ -92,7 +93,8 @@ def _schema(_: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         if isinstance(value, Mapping) and ROLES in value:
             return read_mesh(value)
         own: DefaultMesh = check(value)
-        return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, sequence=own.sequence)
+        axes = {"expert": Axis(own.expert, role="expert")} if own.expert != 1 else {}
+        return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, axes=axes, sequence=own.sequence)
 
     return core_schema.no_info_wrap_validator_function(
         read,

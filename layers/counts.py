@@ -19,7 +19,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCounts:
-    """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks.
+    """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks, with all its experts.
 
     `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding.
     """
@@ -40,7 +40,7 @@ class ParamCounts:
 class FlopCounts:
     """Model flops for one token, without recomputation (Chowdhery et al. 2022, appendix B).
 
-    `weights` counts matmuls with parameters, 2 flops for each weight, with the vocabulary projection and without the
+    `weights` counts matmuls with parameters that a token uses, 2 flops for each weight, with the vocabulary projection and without the
     embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
     """
 
@@ -75,9 +75,10 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     >>> param_counts(ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)).total
     124439808
     """
-    d, f, has_bias = config.hidden_size, config.ffn_size, config.other_bias == "on"
+    d, has_bias = config.hidden_size, config.other_bias == "on"
     norm = d * (2 if config.norm == "layernorm" and has_bias else 1)
     num_up = 2 if config.mlp == "swiglu" else 1
+    f = config.ffn_size
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if has_bias:
         biases += d + num_up * f + d
@@ -86,7 +87,7 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     return ParamCounts(
         embedding=table,
         positions=config.max_tokens * d if config.positions == "learned" else 0,
-        block=_block_weights(config) + biases + 2 * norm + head_norms,
+        block=_block_weights(config, experts=config.num_experts) + biases + 2 * norm + head_norms,
         num_layers=config.num_layers,
         head=norm + (table if config.embeddings == "untied" else 0),
     )
@@ -113,7 +114,7 @@ def flops_per_token(
     """
     check_count("num_tokens", num_tokens, error=ModelError)
     check_choice("attention", attention, ("causal", "full"), error=ModelError)
-    weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
+    weights = config.num_layers * _block_weights(config, experts=config.experts_per_token) + config.vocab_size * config.hidden_size
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
@@ -177,8 +178,15 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     }[remat]
 
 
-def _block_weights(config: ModelConfig) -> int:
-    """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three."""
+def _block_weights(config: ModelConfig, *, experts: int) -> int:
+    """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three.
+
+    Args:
+        experts: of a mixture of experts, how many are counted: all, or those that a token uses.
+    """
     d = config.hidden_size
     num_ffn = 3 if config.mlp == "swiglu" else 2
-    return 2 * d * config.query_size + 2 * d * config.kv_size + num_ffn * d * config.ffn_size
+    attention = 2 * d * config.query_size + 2 * d * config.kv_size
+    if not config.num_experts:
+        return attention + num_ffn * d * config.ffn_size
+    return attention + d * config.num_experts + num_ffn * d * (experts * config.expert_size + config.shared_size)

@@ -66,7 +66,7 @@ class MLP(nnx.Module):
 # inputs are kept here; the backward recomputes the rest, which is elementwise work and no matmul.
 @partial(jax.checkpoint, prevent_cse=False)
 def gelu(up_BTF: jax.Array) -> jax.Array:
-    """Return gelu(up)."""
+    """Return the GELU of each feature."""
     return jax.nn.gelu(up_BTF)
 
 

@@ -116,15 +116,15 @@ class MoE(nnx.Module):
         x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
         order = order_pairs(experts_nk, num_experts=config.num_experts)
         room = Room(capacity=self._capacity(len(x_nD)), axes=self.rules.axes("experts"))
-        given = (x_nD.astype(config.dtype), weights_nk, kernels, order)
-        y_nD = run_round(*given, 0, room)
+        given = (x_nD.astype(config.dtype), weights_nk, kernels)
+        y_nD = run_round(*given, room.slots(order, 0), room)
         dropped = jnp.zeros((), jnp.int32)
         if room.capacity < len(x_nD):
             left = jnp.maximum(order.counts - room.capacity, 0).sum()
             if config.expert_overflow == "drop":
                 dropped = max_blocks(left, (*features, *tokens))
             else:
-                y_nD = y_nD + run_further_rounds(*given, room)
+                y_nD = y_nD + run_further_rounds(*given, order, room)
         return leave_split(y_nD.reshape(x_BTD.shape), features, tokens=tokens), dropped.astype(jnp.float32)
 
     def _capacity(self, num_tokens: int) -> int:

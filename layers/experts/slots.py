@@ -109,7 +109,7 @@ to_rows.defvjp(lambda x, slots, k: (to_rows(x, slots, k), (slots, x[:0])), _to_r
 
 @jax.custom_vjp
 def from_rows(y_SD: jax.Array, weights_nk: jax.Array, slots: Slots) -> jax.Array:
-    """Return the weighted sum of each token's rows: y[E C, D], weights[n, k] -> [n, D], without those of other rounds."""
+    """Return the weighted sum of each token's rows: y[E C, D], weights[n, k] -> [n, D]; no rows of other rounds."""
     picked = _take(y_SD, slots.rows).astype(jnp.float32)
     return (picked * weights_nk[..., None]).sum(1).astype(y_SD.dtype)
 

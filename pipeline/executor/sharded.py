@@ -52,7 +52,7 @@ def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
 
 
 def _kept_of(fns: StageFns, batch: Sequence[str]) -> list[str]:
-    """Return the batch axes over which weights are kept split; along the others, those of experts, each uses its own."""
+    """Return the batch axes over which weights are kept split; along those of experts each device uses its own."""
     return [axis for axis in batch if axis in fns.axes.kept]
 
 
