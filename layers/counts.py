@@ -114,7 +114,10 @@ def flops_per_token(
     """
     check_count("num_tokens", num_tokens, error=ModelError)
     check_choice("attention", attention, ("causal", "full"), error=ModelError)
-    weights = config.num_layers * _block_weights(config, experts=config.experts_per_token) + config.vocab_size * config.hidden_size
+    weights = (
+        config.num_layers * _block_weights(config, experts=config.experts_per_token)
+        + config.vocab_size * config.hidden_size
+    )
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.run_config import PipelineSection, RunConfig
-from ..layers import model_rules
+from ..layers import ModelConfig, model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.param_specs import split_over_batch, without_axes
@@ -66,10 +66,19 @@ class Setup:
     @cached_property
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
-        rules = model_rules(self.config.model, self.mesh.shape, rules=self.rules)
+        return self._cut(self.config.model)
+
+    @cached_property
+    def model_without_router_losses(self) -> PipelinedModel:
+        """The same for validation, whose loss is that of the text alone."""
+        config = self.config.model
+        return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
+
+    def _cut(self, config: ModelConfig) -> PipelinedModel:
+        rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         return split_transformer(
-            self.config.model,
+            config,
             mesh=self.mesh,
             remat=self.config.pipeline.remat,
             unroll=self.config.pipeline.unroll,

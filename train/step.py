@@ -3,8 +3,8 @@
 Read `../pipeline/` for the loss and its gradients, `optimizer.py` for the update, `step_health.py` for bad steps.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -30,9 +30,11 @@ _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
 class StepMetrics:
     """Replicated scalars of one step; float32[] but for `taken`, bool[].
 
-    `grad_norm` is the global norm before clipping. `taken` is false where the loss or the gradient was bad and the
+    `loss` is that of the model without those of routers. `grad_norm` is the global norm before clipping. `taken` is false where the loss or the gradient was bad and the
     update was left out. `mean_loss` is the running mean of the good losses before this step, with which its loss was
-    compared to find a spike; infinite before the first.
+    compared to find a spike; infinite before the first. `router` has, of a mixture of experts, `router_loss`,
+    `expert_peak`, the most loaded expert of any layer over the mean, and `dropped`, the share of pairs of tokens and
+    experts that were left out.
     """
 
     loss: jax.Array
@@ -40,6 +42,7 @@ class StepMetrics:
     lr: jax.Array
     taken: jax.Array
     mean_loss: jax.Array
+    router: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -74,10 +77,26 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
-        return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss)
+        router = _router_metrics(out.metrics)
+        loss = out.loss - router["router_loss"] if router else out.loss
+        metrics = StepMetrics(loss=loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, router=router)
+        return state, metrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return what `StepMetrics.router` has, from the sums of the layers: expert_tokens [L, E]; {} without experts."""
+    if "expert_tokens" not in sums:
+        return {}
+    tokens = sums["expert_tokens"]
+    peak = (tokens.max(-1) / tokens.mean(-1)).max()
+    return {
+        "router_loss": sums["router_loss"],
+        "expert_peak": peak,
+        "dropped": sums["dropped_pairs"] / tokens.sum(),
+    }
 
 
 def step_options(setup: Setup) -> dict[str, Any]:
@@ -95,11 +114,15 @@ def step_options(setup: Setup) -> dict[str, Any]:
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:
-    """Return a jitted validation: (state, batch) -> loss float32[], forwards only."""
+    """Return a jitted validation: (state, batch) -> loss float32[] without those of routers, forwards only."""
 
     def loss(state: TrainState, batch: Batch) -> jax.Array:
         return pipeline_loss(
-            setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
+            setup.model_without_router_losses.fns,
+            params=state.params,
+            batch=batch,
+            mesh=setup.mesh,
+            schedule=setup.schedule,
         )
 
     return jax.jit(loss)

@@ -26,7 +26,7 @@ from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .param_specs import layer_specs, split_over_batch
-from .protocol import Output
+from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
 from .stage import Gather, PipelineParams, StageFns, Unroll
 from .trees import mesh_axes_of
@@ -133,11 +133,15 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"])
 
-    def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> Any:
-        if not model.config.num_experts:
-            return block.merge(params)(x_BTD)
+    def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
+        return block.merge(params)(x_BTD)
+
+    def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
         y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"])
-        return Output(x=y_BTD, loss=stats.loss, metrics=stats.metrics)
+        # A row for each layer of the model, since metrics are added over layers.
+        is_own = jax.numpy.arange(model.config.num_layers) == info.index
+        own = {"expert_tokens": is_own[:, None] * stats.metrics["expert_tokens"][None], "router_loss": stats.loss}
+        return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own})
 
     # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
     # again for every microbatch.
@@ -151,7 +155,7 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
 
     return StageFns(
         first=first,
-        layer=rematerialize(layer, remat),
+        layer=rematerialize(expert_layer if model.config.num_experts else layer, remat),
         token_axes=model.head.rules.axes("stream_tokens"),
         axes=model.head.rules.mesh_axes,
         last=last,
