@@ -15,6 +15,8 @@ def format_report(report: ProgramReport) -> str:
     """Return the tables of memory, traffic and work, and notes on counts that are not exact."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
     parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
+    if report.exposed:
+        parts.insert(2, format_exposed(report))
     return "\n\n".join(parts) + notes
 
 
@@ -52,6 +54,23 @@ def format_traffic(rows: Sequence[Traffic]) -> str:
         ratio = "" if whole.ratio is None else f"{whole.ratio:.2f}"
         lines.append((axis, kind, f"{whole.count:,}", f"{whole.bytes:,.0f}", least, ratio))
     return align(lines, left=2) if rows else "nothing is sent"
+
+
+def format_exposed(report: ProgramReport) -> str:
+    """Return the table of collectives that enclose no matrix product, by axes, and the modelled seconds of a step."""
+    lines = [("enclose no product", "count", "of", "bytes", "share", "seconds", "exposed")]
+    for row in report.exposed:
+        seconds = [f"{time_s:.3g}" if time_s is not None else "" for time_s in (row.transfer_s, row.exposed_s)]
+        counts = f"{row.exposed_count:,}", f"{row.count:,}", f"{row.exposed_bytes:,.0f}", f"{row.share:.1%}"
+        lines.append((row.axis, *counts, *seconds))
+    text = align(lines)
+    step = report.step_time
+    if step is not None:
+        text += (
+            f"\nmodelled step {step.total_s:.3g} s: products {step.matrix_s:.3g}, vector {step.vector_s:.3g}, launches "
+            f"{step.launches_s:.3g}, exposed communication {step.exposed_s:.3g}, waiting {step.waiting_s:.3g}"
+        )
+    return text
 
 
 def format_work(report: ProgramReport) -> str:
