@@ -18,8 +18,7 @@ from .hardware import Hardware
 from .hlo import HloModule
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
-from .timeline.exposed import Exposed, StepTime, model_time, sum_exposed
-from .timeline.overlap import list_spans
+from .timeline.schedule_report import ScheduleReport, read_schedule
 from .traffic import Traffic, sum_traffic
 from .work import CLASSES, UNITS, Work, WorkClass, count_work
 
@@ -30,8 +29,7 @@ class ProgramReport:
 
     `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are maxima.
     `roofline` has the share of each class in the time at peak rates, and `step_bound_s` the sum of these times; both
-    are empty without hardware. `exposed` and `step_time` are for GPUs, whose programs overlap communication; the
-    latter is a model. `notes` names counts that are not exact. Numbers that are not in the program itself (model
+    are empty without hardware. `schedule` is empty on CPU, where nothing overlaps. `notes` names counts that are not exact. Numbers that are not in the program itself (model
     flops, bubble, compile time) are None until the caller sets them.
     """
 
@@ -43,8 +41,7 @@ class ProgramReport:
     moved_bytes: Mapping[str, float]
     roofline: Mapping[str, float]
     step_bound_s: float | None
-    exposed: tuple[Exposed, ...]
-    step_time: StepTime | None
+    schedule: ScheduleReport
     hlo_instructions: int
     compile_s: float | None = None
     model_flops: float | None = None
@@ -78,8 +75,7 @@ class ProgramReport:
             "model_flops": self.model_flops,
             "recompute_flops": self.recompute_flops,
             "roofline": dict(self.roofline),
-            "exposed": [asdict(row) for row in self.exposed],
-            "step_time_s": None if self.step_time is None else {**asdict(self.step_time), "total_s": self.step_time.total_s},
+            **self.schedule.to_dict(),
             "bubble_fraction": self.bubble_fraction,
             "hlo_instructions": self.hlo_instructions,
             "compile_s": self.compile_s,
@@ -112,7 +108,7 @@ def inspect_compiled(
     collectives = list_collectives(program, executions, mesh=mesh)
     work = count_work(program, executions, num_devices=mesh.devices.size)
     times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
-    exposed, step_time = _exposed(program, collectives, work, hardware, mesh, devices_per_node)
+    machine: Any = {"hardware": hardware, "mesh": mesh, "devices_per_node": devices_per_node}
     state = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
     return ProgramReport(
         target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
@@ -123,8 +119,7 @@ def inspect_compiled(
         moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},
         roofline={kind: time_s / sum(times_s.values()) for kind, time_s in times_s.items()},
         step_bound_s=sum(times_s.values()) or None,
-        exposed=exposed,
-        step_time=step_time,
+        schedule=read_schedule(program, collectives, work, **machine),
         hlo_instructions=program.num_instructions,
         notes=(*executions.notes, *_describe_uncounted(work)),
         collectives=collectives,
@@ -140,25 +135,6 @@ def _bound_times(
     nodes = devices_per_node or mesh.devices.size
     times = roofline_times_s(work.operations, collectives, hardware=hardware, mesh=mesh, devices_per_node=nodes)
     return times if sum(times.values()) else {}
-
-
-def _exposed(
-    program: HloModule,
-    collectives: tuple[Collective, ...],
-    work: Work,
-    hardware: Hardware | None,
-    mesh: Mesh,
-    devices_per_node: int | None,
-) -> tuple[tuple[Exposed, ...], StepTime | None]:
-    """Return exposed communication and the modelled step of a GPU program; nothing on CPU, where nothing overlaps."""
-    if mesh.devices.flat[0].platform == "cpu":
-        return (), None
-    spans = [span for _, span in list_spans(program)]
-    if hardware is None:
-        return sum_exposed(collectives, spans), None
-    nodes = devices_per_node or mesh.devices.size
-    step, seconds = model_time(program, collectives, work, hardware=hardware, mesh=mesh, devices_per_node=nodes)
-    return sum_exposed(collectives, spans, seconds=seconds), step
 
 
 def hlo_text(compiled: Any) -> str:

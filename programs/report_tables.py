@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..meshes.columns import align
 from .report import ProgramReport
+from .timeline.schedule_report import ScheduleReport
 from .traffic import Traffic
 from .work import CLASSES
 
@@ -15,8 +16,8 @@ def format_report(report: ProgramReport) -> str:
     """Return the tables of memory, traffic and work, and notes on counts that are not exact."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
     parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
-    if report.exposed:
-        parts.insert(2, format_exposed(report))
+    if report.schedule.exposed or report.schedule.step_time:
+        parts.insert(2, format_schedule(report.schedule))
     return "\n\n".join(parts) + notes
 
 
@@ -56,21 +57,37 @@ def format_traffic(rows: Sequence[Traffic]) -> str:
     return align(lines, left=2) if rows else "nothing is sent"
 
 
-def format_exposed(report: ProgramReport) -> str:
-    """Return the table of collectives that enclose no matrix product, by axes, and the modelled seconds of a step."""
-    lines = [("enclose no product", "count", "of", "bytes", "share", "seconds", "exposed")]
-    for row in report.exposed:
+def format_schedule(schedule: ScheduleReport) -> str:
+    """Return the table of collectives that enclose no product, by axes, the modelled step, and XLA's own changes."""
+    lines = [("encloses no product", "count", "of", "bytes", "share", "seconds", "exposed")]
+    for row in schedule.exposed:
         seconds = [f"{time_s:.3g}" if time_s is not None else "" for time_s in (row.transfer_s, row.exposed_s)]
         counts = f"{row.exposed_count:,}", f"{row.count:,}", f"{row.exposed_bytes:,.0f}", f"{row.share:.1%}"
         lines.append((row.axis, *counts, *seconds))
-    text = align(lines)
-    step = report.step_time
+    parts = [align(lines)]
+    step = schedule.step_time
     if step is not None:
-        text += (
-            f"\nmodelled step {step.total_s:.3g} s: products {step.matrix_s:.3g}, vector {step.vector_s:.3g}, launches "
+        parts.append(
+            f"modelled step {step.total_s:.3g} s: products {step.matrix_s:.3g}, vector {step.vector_s:.3g}, launches "
             f"{step.launches_s:.3g}, exposed communication {step.exposed_s:.3g}, waiting {step.waiting_s:.3g}"
         )
-    return text
+    if schedule.synchronous:
+        lines = [("synchronous", "kind", "count", "bytes", "from")]
+        lines += [(c.axis, c.kind, f"{c.count:,}", f"{c.bytes:,.0f}", c.place) for c in schedule.synchronous[:_TOP]]
+        parts.append("\n" + align([(axis, kind, place, count, size) for axis, kind, count, size, place in lines], left=3))
+    if schedule.recomputed:
+        lines = [("XLA computes again", "runs", "flops", "bytes moved")]
+        lines += [(r.place, f"{r.count:,}", f"{r.flops:.3g}", f"{r.moved_bytes:.3g}") for r in schedule.recomputed[:_TOP]]
+        parts.append(f"\n{align(lines)}\n{_REMEDY}")
+    return "\n".join(parts)
+
+
+_TOP = 6
+_REMEDY = (
+    "XLA does so by itself over its memory limit, and makes collectives synchronous. It helps to need less\n"
+    "(--pipeline.remat full, --train.shard step, --mesh.sequence on, more microbatches), or to move the limit\n"
+    "(XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=100, which leaves no reserve)."
+)
 
 
 def format_work(report: ProgramReport) -> str:
