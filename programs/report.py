@@ -29,8 +29,9 @@ class ProgramReport:
 
     `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are maxima.
     `roofline` has the share of each class in the time at peak rates, and `step_bound_s` the sum of these times; both
-    are empty without hardware. `schedule` is empty on CPU, where nothing overlaps. `notes` names counts that are not exact. Numbers that are not in the program itself (model
-    flops, bubble, compile time) are None until the caller sets them.
+    are empty without hardware. `schedule` is empty on CPU, where nothing overlaps. `notes` names counts that are not
+    exact. Numbers that are not in the program itself (model flops, bubble, compile time) are None until the caller
+    sets them.
     """
 
     target: str

@@ -61,9 +61,8 @@ def format_schedule(schedule: ScheduleReport) -> str:
     """Return the table of collectives that enclose no product, by axes, the modelled step, and XLA's own changes."""
     lines = [("encloses no product", "count", "of", "bytes", "share", "seconds", "exposed")]
     for row in schedule.exposed:
-        seconds = [f"{time_s:.3g}" if time_s is not None else "" for time_s in (row.transfer_s, row.exposed_s)]
-        counts = f"{row.exposed_count:,}", f"{row.count:,}", f"{row.exposed_bytes:,.0f}", f"{row.share:.1%}"
-        lines.append((row.axis, *counts, *seconds))
+        counts = row.axis, f"{row.exposed_count:,}", f"{row.count:,}", f"{row.exposed_bytes:,.0f}", f"{row.share:.1%}"
+        lines.append((*counts, _format_s(row.transfer_s), _format_s(row.exposed_s)))
     parts = [align(lines)]
     step = schedule.step_time
     if step is not None:
@@ -72,14 +71,19 @@ def format_schedule(schedule: ScheduleReport) -> str:
             f"{step.launches_s:.3g}, exposed communication {step.exposed_s:.3g}, waiting {step.waiting_s:.3g}"
         )
     if schedule.synchronous:
-        lines = [("synchronous", "kind", "count", "bytes", "from")]
-        lines += [(c.axis, c.kind, f"{c.count:,}", f"{c.bytes:,.0f}", c.place) for c in schedule.synchronous[:_TOP]]
-        parts.append("\n" + align([(axis, kind, place, count, size) for axis, kind, count, size, place in lines], left=3))
+        lines = [("synchronous", "kind", "from", "count", "bytes")]
+        lines += [(c.axis, c.kind, c.place, f"{c.count:,}", f"{c.bytes:,.0f}") for c in schedule.synchronous[:_TOP]]
+        parts.append("\n" + align(lines, left=3))
     if schedule.recomputed:
+        found = schedule.recomputed[:_TOP]
         lines = [("XLA computes again", "runs", "flops", "bytes moved")]
-        lines += [(r.place, f"{r.count:,}", f"{r.flops:.3g}", f"{r.moved_bytes:.3g}") for r in schedule.recomputed[:_TOP]]
+        lines += [(r.place, f"{r.count:,}", f"{r.flops:.3g}", f"{r.moved_bytes:.3g}") for r in found]
         parts.append(f"\n{align(lines)}\n{_REMEDY}")
     return "\n".join(parts)
+
+
+def _format_s(time_s: float | None) -> str:
+    return "" if time_s is None else f"{time_s:.3g}"
 
 
 _TOP = 6

@@ -89,7 +89,7 @@ def is_squeezed(compiled: Any, *, available: int) -> bool:
 
 
 def allocator_bytes() -> int | None:
-    """Return the bytes that jax may allocate on a GPU of this process, which XLA takes as available; None without one."""
+    """Return the bytes that jax may allocate on a GPU, which XLA takes as available; None without one."""
     if jax.default_backend() != "gpu":
         return None
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

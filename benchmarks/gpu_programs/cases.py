@@ -1,4 +1,4 @@
-"""The training steps that the benchmark compiles: for each one the settings before, and candidates for the best after."""
+"""The training steps that the benchmark compiles: for each the settings before, and candidates for after."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,14 @@ Settings = dict[str, str | int]
 PLAIN: Settings = {"sequence": "off", "shard": "none", "remat": "full", "overlap": "off", "schedule": "1f1b"}
 """Settings of the table in issue 19: none of its mechanisms, and no steady state."""
 
-_SECTIONS = {"shard": "train", "batch_size": "train", "data": "mesh", "tensor": "mesh", "pipe": "mesh", "sequence": "mesh"}
+_SECTIONS = {
+    "shard": "train",
+    "batch_size": "train",
+    "data": "mesh",
+    "tensor": "mesh",
+    "pipe": "mesh",
+    "sequence": "mesh",
+}
 
 _LLAMA_405B = (
     "llama3-70b-64gpu --model.num_layers 128 --model.hidden_size 16384 --model.num_heads 128 --model.ffn_size 53248 "

@@ -3,10 +3,10 @@
 Command:  python benchmarks/gpu_programs/run.py [--quick] [--json]
 Time: about 15 minutes on two cores, 2 with --quick. It needs the extra `cuda` and Python 3.12, and no GPU.
 
-"Before" has no sequence parallelism, weights on every data shard, full rematerialisation and no steady state. "After" is
-the fastest of a few settings (`cases.py`) that is within XLA's memory limit. Bytes and counts are those of the compiled
-programs; seconds are those of the model in `programs/timeline/efficiencies.py`, the same for all of them. Products are
-compiled for cuBLAS, since XLA can measure which kernels are fastest only where there is a GPU.
+"Before" has no sequence parallelism, weights on every data shard, full rematerialisation and no steady state. "After"
+is the fastest of a few settings (`cases.py`) that is within XLA's memory limit. Bytes and counts are those of the
+compiled programs; seconds are those of the model in `programs/timeline/efficiencies.py`, the same for all of them.
+Products are compiled for cuBLAS, since XLA can measure which kernels are fastest only where there is a GPU.
 """
 
 import json
@@ -112,16 +112,29 @@ def targets_of(case: Case, rows: list[Row]) -> list[Target]:
 
 def print_report(found: list[tuple[Case, list[Row]]], targets: list[Target]) -> None:
     """Print the table of before and after, all candidates, and the targets, in Markdown."""
-    print(format_table("Before and after", [HEAD, *(line for case, rows in found for line in two_of(case, rows))]))
+    print(format_table("Before and after", [HEAD, *(line for _, rows in found for line in two_of(rows))]))
     print(format_table("All candidates", [HEAD, *(line_of(row, row.when) for _, rows in found for row in rows[1:])]))
     print("\n" + format_targets(targets))
 
 
-HEAD = ("step", "", "settings", "GiB", "verdict", "step s", "waiting", "exposed", "products", "vector", "launches", "MFU %")
+HEAD = (
+    "step",
+    "",
+    "settings",
+    "GiB",
+    "verdict",
+    "step s",
+    "waiting",
+    "exposed",
+    "products",
+    "vector",
+    "launches",
+    "MFU %",
+)
 
 
-def two_of(case: Case, rows: list[Row]) -> Rows:
-    """Return the lines of a case before and after."""
+def two_of(rows: list[Row]) -> Rows:
+    """Return the lines of a step before and after."""
     return [line_of(rows[0], "before"), line_of(best_of(rows), "after")]
 
 

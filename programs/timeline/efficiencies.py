@@ -1,7 +1,7 @@
-"""The model of a GPU's speed: the seconds of an operation and of a collective, from stated shares of the data sheets' peaks.
+"""The model of a GPU's speed: the seconds of an operation and of a collective, from shares of the peaks.
 
-It is a model, the same for every program and every GPU. Where the planner has a share too (`plan/machines`), this is its
-number, which is fitted on published measurements; no number here is fitted on the programs that are compared by it.
+It is a model, the same for every program and every GPU. Where the planner has a share too (`plan/machines`), this is
+its number, which is fitted on published measurements; none is fitted on the programs that are compared by it.
 
 Left out: products that are slower because their tiles do not fill the cores, collectives that slow down the kernels
 beside them, and clocks that sink under load. Read `simulate.py` next.
@@ -120,7 +120,7 @@ def _transfer(collective: Collective, instruction: Instruction, hardware: Hardwa
 
 
 def latest(times: np.ndarray, groups: np.ndarray | None, *, is_permute: bool) -> np.ndarray:
-    """Return for each device the largest of the times of all that it exchanges data with, itself included, [devices]."""
+    """Return for each device the largest of the times of itself and all that it exchanges data with, [devices]."""
     found = times.copy()
     if groups is None:
         found[:] = times.max()

@@ -33,13 +33,16 @@ class Span:
     collective: Instruction
     products: tuple[str, ...]
 
+    @property
+    def kind(self) -> str:
+        """What the collective does: `all-gather`, say."""
+        return self.collective.opcode.removesuffix("-start")
+
 
 def list_spans(program: HloModule) -> Iterator[tuple[Computation, Span]]:
     """Yield every collective with the computation in which it starts and ends."""
     finder = _Products(program)
-    wrapped = {
-        name for _, i in program.instructions() if i.opcode in _WRAPPERS for name in i.called().get("calls", ())
-    }
+    wrapped = {name for _, i in program.instructions() if i.opcode in _WRAPPERS for name in i.called().get("calls", ())}
     for computation in program.computations.values():
         if computation.name in wrapped:
             continue
@@ -62,8 +65,8 @@ def communication_of(program: HloModule, instruction: Instruction) -> Instructio
         return instruction
     if instruction.opcode not in _WRAPPERS:
         return None
-    inside = [i for name in instruction.called().get("calls", ()) for i in program.computations[name].instructions.values()]
-    return next((i for i in inside if i.opcode in KINDS), None)
+    inside = [program.computations[name].instructions for name in instruction.called().get("calls", ())]
+    return next((one for own in inside for one in own.values() if one.opcode in KINDS), None)
 
 
 def _start_of(end: Instruction, computation: Computation) -> str:

@@ -6,8 +6,8 @@ before it on the same links has ended; the device goes on until it needs the end
     kernels   | matmul | matmul |  waits  | add |         exposed: from the second matmul to the end
     links        | all-gather -----------|
 
-Devices of a pipeline take different branches, so one waits where another still works: that is the bubble, here a result.
-A loop whose iterations cannot differ is run once and multiplied. Read `exposed.py` next.
+Devices of a pipeline take different branches, so one waits where another still works: that is the bubble, a result
+here. A loop whose iterations cannot differ is run once and multiplied. Read `exposed.py` next.
 """
 
 from collections.abc import Mapping

@@ -59,9 +59,7 @@ def run(hlo: HloModule, num_devices: int = 2) -> tuple[StepTime, tuple[Exposed, 
     executions = count_executions(hlo, num_devices=num_devices)
     collectives = list_collectives(hlo, executions, mesh=mesh)
     work = count_work(hlo, executions, num_devices=num_devices)
-    step, seconds = model_time(
-        hlo, collectives, work, hardware=HARDWARE, mesh=mesh, devices_per_node=num_devices
-    )
+    step, seconds = model_time(hlo, collectives, work, hardware=HARDWARE, mesh=mesh, devices_per_node=num_devices)
     rows = sum_exposed(collectives, [span for _, span in list_spans(hlo)], seconds=seconds)
     return step, rows
 
@@ -186,7 +184,9 @@ def test_a_receiver_waits_for_its_sender_and_a_bystander_for_nobody() -> None:
 
 
 def test_fused_attention_reaches_less_of_the_peak_than_a_product() -> None:
-    config = '{"mask_type":"NO_MASK","intermediate_tensor_shape":{"element_type":"F32","dimensions":["1","1","512","512"]}}'
+    config = (
+        '{"mask_type":"NO_MASK","intermediate_tensor_shape":{"element_type":"F32","dimensions":["1","1","512","512"]}}'
+    )
     shape = "f32[1,1,512,1024]"
     hlo = HloModule.parse(
         f"ENTRY %main (q: {shape}) -> {shape} {{\n  %q = {shape} parameter(0)\n"
