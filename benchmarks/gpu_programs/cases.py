@@ -52,6 +52,7 @@ CASES = (
             _layout(1, 8, 8, remat="dots", schedule="zb-h1"),
             _layout(2, 8, 4, remat="dots", shard="step", microbatches=32),
             _layout(2, 8, 4, remat="dots", shard="step", microbatches=16, schedule="interleaved-1f1b", chunks=4),
+            _layout(2, 8, 4, remat="dots", shard="step", microbatches=32, schedule="interleaved-1f1b", chunks=4),
             _layout(16, 4, 1, remat="dots", shard="layer", microbatches=4),
             _layout(64, 1, 1, remat="full", shard="layer", microbatches=1),
         ),

@@ -114,7 +114,8 @@ def print_report(found: list[tuple[Case, list[Row]]], targets: list[Target]) -> 
     """Print the table of before and after, all candidates, and the targets, in Markdown."""
     print(format_table("Before and after", [HEAD, *(line for _, rows in found for line in two_of(rows))]))
     print(format_table("All candidates", [HEAD, *(line_of(row, row.when) for _, rows in found for row in rows[1:])]))
-    print("\n" + format_targets(targets))
+    print(format_table("Share of bytes that enclose no product", exposed_rows(found)))
+    print(format_targets(targets))
 
 
 HEAD = (
@@ -136,6 +137,17 @@ HEAD = (
 def two_of(rows: list[Row]) -> Rows:
     """Return the lines of a step before and after."""
     return [line_of(rows[0], "before"), line_of(best_of(rows), "after")]
+
+
+def exposed_rows(found: list[tuple[Case, list[Row]]]) -> Rows:
+    """Return the exposed share of every axis, before and after."""
+    named = [(row, when) for _, rows in found for row, when in ((rows[0], "before"), (best_of(rows), "after"))]
+    axes = list(dict.fromkeys(axis for row, _ in named for axis in row.exposed_share or {}))
+    lines: Rows = [("step", "", *axes)]
+    for row, when in named:
+        shares = row.exposed_share or {}
+        lines.append((row.case, when, *(f"{shares[axis]:.0%}" if axis in shares else "" for axis in axes)))
+    return lines
 
 
 def line_of(row: Row, when: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Text:
     def __init__(self, text: str) -> None:
         self.lines: dict[str, list[str]] = {}
         self.entry = ""
+        own: list[str] = []
         for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
                 own = self.lines[head[2]] = []

@@ -75,7 +75,7 @@ class FakeLowered:
     def compile(self, compiler_options: dict[str, Any]) -> FakeProgram:
         self.compiled += 1
         slop = compiler_options.get(SLOP)
-        return FakeProgram(self.whole if slop == 100 else self.with_reserve, slop=slop, text=self.text)
+        return FakeProgram(self.whole if slop in (100, 117) else self.with_reserve, slop=slop, text=self.text)
 
 
 REMAT = "  %fusion.3.remat = f32[8]{0} fusion(%x), kind=kLoop"
@@ -98,6 +98,25 @@ def test_reserve_is_given_up_where_a_program_needs_it(
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(xla, "allocator_bytes", lambda: 1100)
     assert compile_for(lowered, platform="gpu").slop == slop
+    assert lowered.compiled == times
+
+
+@pytest.mark.parametrize(
+    ("lowered", "slop", "times"),
+    [
+        # Of 1,000 bytes XLA takes 800 and jax would 920; 100 are kept. 820 / 700 = 117%, and 95% of that 111%.
+        (FakeLowered(660, with_reserve=660), None, 1),
+        (FakeLowered(700, with_reserve=700), 111, 2),
+        (FakeLowered(800, with_reserve=790), 117, 3),
+        (FakeLowered(830, with_reserve=790), 111, 3),
+    ],
+    ids=["fits", "fits a run", "needs the reserve", "does not fit"],
+)
+def test_a_program_for_an_absent_gpu_is_that_of_a_run(
+    lowered: FakeLowered, slop: int | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compile_for(lowered, platform="gpu", absent_bytes=1000).slop == slop
     assert lowered.compiled == times
 
 
