@@ -29,11 +29,14 @@ FLASH_SHARES = {"__cudnn$fmhaSoftmax": 0.6, "__cudnn$fmhaSoftmaxBackward": 0.5}
 MEMORY_SHARE = 0.74
 """Share of the memory bandwidth that kernels reach (planner, `kernel_time.py`)."""
 
-LINK_SHARE, NETWORK_SHARE = 0.765, 0.92
+LINK_SHARE, NETWORK_SHARE = 0.79, 0.92
 """Shares of the bandwidth of NVLink and of the network that collectives reach (planner, `collective_time.py`)."""
 
-LINK_START_S, NETWORK_START_S = 10e-6, 15e-6
-"""Seconds until the first byte of a collective arrives, inside a node and across nodes (planner)."""
+LINK_START_S, NETWORK_START_S, PERMUTE_START_S = 40e-6, 50e-6, 15e-6
+"""Seconds that a collective takes besides, inside a node and across nodes, and a permute (planner)."""
+
+ALL_REDUCE_SHARE, ALL_REDUCE_START_S = 1.04, 70e-6
+"""The same for an all-reduce inside a node, where Hopper's switches add on the way (planner, eight H200)."""
 
 KERNEL_S = 2e-6
 """Seconds from the end of a kernel to the start of the next one: an assumption."""
@@ -107,7 +110,9 @@ def _transfer(collective: Collective, instruction: Instruction, hardware: Hardwa
     crosses = bool(np.isfinite(adapters.of(collective.axis)).any())
     groups = read_groups(instruction, num_devices=seconds.size)
     rows = None if groups is None else np.array(groups)
-    start_s = NETWORK_START_S if crosses else LINK_START_S
+    start_s = PERMUTE_START_S if is_permute else NETWORK_START_S if crosses else LINK_START_S
+    if collective.kind == "all-reduce" and not crosses:
+        seconds, start_s = seconds * LINK_SHARE / ALL_REDUCE_SHARE, ALL_REDUCE_START_S
     # A device takes part for as long as the slowest of those that it exchanges data with.
     together = latest(seconds, rows, is_permute=is_permute)
     return Transfer(

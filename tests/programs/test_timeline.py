@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from trellax.plan.machines.collective_time import CollectiveKind, collective_time_s, make_group
+from trellax.plan.machines.kernel_time import MEMORY_SHARE, flash_time_s
+from trellax.plan.machines.topology import read_topology
 from trellax.programs import Hardware
 from trellax.programs.collectives import list_collectives
 from trellax.programs.execution_counts import count_executions
@@ -224,3 +227,45 @@ def test_nothing_takes_time_on_links_of_unknown_speed() -> None:
     collectives = list_collectives(hlo, count_executions(hlo, num_devices=2), mesh=mesh)
     runs = efficiencies.transfers(hlo, collectives, hardware=unknown, mesh=mesh, devices_per_node=2)
     assert runs["g"].seconds.tolist() == [0, 0]
+
+
+def test_the_shares_of_the_peaks_are_the_planners() -> None:
+    card = H200X16.accelerator
+    assert (card.matmul_share, MEMORY_SHARE) == (efficiencies.MATRIX_SHARE, efficiencies.MEMORY_SHARE)
+    peak = card.peak_flops_per_s("bfloat16")
+    forward_s = flash_time_s(card, flops=peak, direction="forward", kernel="vendor", dtype="bfloat16")
+    backward_s = flash_time_s(card, flops=peak, direction="backward", kernel="vendor", dtype="bfloat16")
+    assert [1 / forward_s, 1 / backward_s] == pytest.approx(list(efficiencies.FLASH_SHARES.values()))
+
+
+@pytest.mark.parametrize("mib", [32, 128, 512])
+@pytest.mark.parametrize(("axis", "size"), [("tensor", 8), ("pipe", 2)])
+@pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "collective-permute"])
+def test_collectives_take_as_long_as_the_planner_says(kind: str, axis: str, size: int, mib: int) -> None:
+    num_bytes = mib * 2**20
+    shard = num_bytes // 4 // (size if kind == "all-gather" else 1)
+    groups = f"source_target_pairs={PAIRS[axis]}" if kind == "collective-permute" else f"replica_groups={LISTS[axis]}"
+    hlo = HloModule.parse(
+        f"ENTRY %main (x: f32[{shard}]) -> f32[{num_bytes // 4}] {{\n  %x = f32[{shard}] parameter(0)\n"
+        f"  ROOT %g = f32[{num_bytes // 4}] {kind}(%x), {groups}\n}}\n"
+    )
+    mesh = Mesh(np.arange(16).reshape(2, 8), ("pipe", "tensor"))
+    collectives = list_collectives(hlo, count_executions(hlo, num_devices=16), mesh=mesh)
+    assert [one.axis for one in collectives] == [axis]
+    card = H200X16.accelerator
+    hardware = replace(HARDWARE, link_bytes_per_s=card.link_bytes_per_s, network_bytes_per_s=card.network_bytes_per_s)
+    runs = efficiencies.transfers(hlo, collectives, hardware=hardware, mesh=mesh, devices_per_node=8)
+    names: dict[str, CollectiveKind] = {
+        "all-reduce": "all_reduce",
+        "all-gather": "all_gather",
+        "collective-permute": "send",
+    }
+    group = make_group(H200X16, size=size, stride=1 if axis == "tensor" else 8)
+    planned_s = collective_time_s(names[kind], num_bytes=num_bytes, group=group, topology=H200X16)
+    # The planner interpolates between measured sizes.
+    assert runs["g"].seconds.max() == pytest.approx(planned_s, rel=0.12)
+
+
+LISTS = {"tensor": "[2,8]<=[16]", "pipe": "[8,2]<=[2,8]T(1,0)"}
+PAIRS = {"tensor": "{{0,1},{8,9}}", "pipe": "{{0,8},{1,9},{2,10},{3,11},{4,12},{5,13},{6,14},{7,15}}"}
+H200X16 = read_topology("h200x16/8")
