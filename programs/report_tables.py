@@ -89,8 +89,8 @@ def _format_s(time_s: float | None) -> str:
 _TOP = 6
 _REMEDY = (
     "XLA does so by itself over its memory limit, and makes collectives synchronous. It helps to need less\n"
-    "(--pipeline.remat full, --train.shard step, --mesh.sequence on, more microbatches), or to move the limit\n"
-    "(XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=100, which leaves no reserve)."
+    "(--pipeline.remat full, --train.shard step, --mesh.sequence on, more microbatches), or to move the limit:\n"
+    "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=N, in percent, of which `trellax train` goes to 100 by itself."
 )
 
 

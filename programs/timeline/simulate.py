@@ -228,13 +228,13 @@ class _Walk:
             self._single[name] = clock, list(self._transfers_in(name).values())
         return self._single[name]
 
-    def _transfers_in(self, name: str) -> dict[str, Transfer]:
-        """Return a collective for each axis along which a computation communicates, those that it calls included."""
-        found = {}
+    def _transfers_in(self, name: str) -> dict[tuple[str, bool], Transfer]:
+        """Return a collective for each kind of groups in a computation, those that it calls included."""
+        found: dict[tuple[str, bool], Transfer] = {}
         for step in self._steps_of(name):
             if isinstance(step, Span) and step.collective.name in self._transfers:
                 transfer = self._transfers[step.collective.name]
-                found[transfer.axis] = transfer
+                found[transfer.axis, transfer.is_permute] = transfer
             elif isinstance(step, Instruction):
                 for called in (*called_once(step), *step.called().get("body", ())):
                     found |= self._transfers_in(called)
