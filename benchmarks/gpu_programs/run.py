@@ -55,7 +55,7 @@ class Row:
 def main() -> None:
     parser = make_parser(__doc__, quick="8B on 8 GPUs only, with two candidates")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if "8 H" in case.name] if arguments.quick else CASES
+    cases = [case for case in CASES if case.config == "llama3-8b-8gpu"] if arguments.quick else CASES
     found: list[tuple[Case, list[Row]]] = []
     for case in cases:
         candidates = case.candidates[:2] if arguments.quick else case.candidates

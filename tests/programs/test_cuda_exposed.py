@@ -135,3 +135,19 @@ def test_the_parts_of_the_modelled_step_add_up_and_are_above_the_bound() -> None
     assert all(0 <= row["exposed_s"] <= row["transfer_s"] for row in exposed)
     # The bubble of the schedule is 1.5%: 1 of 65 ticks.
     assert times_s["waiting_s"] / total_s == pytest.approx(report["bubble_fraction"], abs=0.005)
+
+
+BETWEEN = (
+    "llama3-70b-64gpu h100:64/8 --mesh.data 2 --mesh.pipe 4 --pipeline.remat dots --train.shard step "
+    "--pipeline.microbatches 16 --pipeline.schedule interleaved-1f1b --pipeline.chunks 4"
+)
+"""More than XLA plans for on an absent H100, and less than on one that is there."""
+
+
+def test_a_step_between_the_two_limits_is_compiled_as_it_would_run() -> None:
+    as_run, as_absent = inspect(BETWEEN), inspect(BETWEEN, xla_flags="--xla_gpu_memory_limit_slop_factor=95")
+    assert (as_run["verdict"], as_absent["verdict"]) == ("fits", "over XLA's limit")
+    shares = [{row["axis"]: row["share"] for row in report["exposed"]} for report in (as_run, as_absent)]
+    assert shares[0]["tensor"] < 0.7
+    assert shares[1]["tensor"] == 1
+    assert as_run["recomputed"] == []
