@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 
-from .hardware import Hardware
+from .hardware import XLA_SLOP, Hardware
 from .hlo import Array, HloModule, Instruction
 from .static_values import is_invariant
 
@@ -77,7 +77,8 @@ def count_memory(
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
         gradients: shapes with shardings of the sums of gradients, where they are not those of the parameters.
     """
-    total = total_bytes(compiled.memory_analysis())
+    stats = compiled.memory_analysis()
+    total = total_bytes(stats)
     sums, activations = count_carried(program, parameters=parameters if gradients is None else gradients)
     held = {
         "parameters": device_bytes(parameters),
@@ -86,7 +87,8 @@ def count_memory(
         "activations": activations,
     }
     capacity = None if hardware is None else hardware.memory_bytes
-    limit = None if hardware is None else hardware.compiler_limit_bytes
+    base = None if hardware is None else hardware.compiler_base_bytes
+    limit = None if base is None else limit_bytes(kept_bytes(stats), base=base)
     return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity, limit=limit)
 
 
@@ -101,13 +103,22 @@ def judge_memory(total: float, *, capacity: float | None, limit: float | None) -
 
 def total_bytes(stats: Any) -> int:
     """Return the bytes of arguments, temporaries, outputs that reuse no argument, and code of a program."""
-    return (
-        stats.argument_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    return kept_bytes(stats) + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+
+def kept_bytes(stats: Any) -> int:
+    """Return the bytes of arguments and of outputs that reuse none, which live for the whole program."""
+    return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def limit_bytes(kept: int, *, base: int, slop: float = XLA_SLOP) -> int:
+    """Return the memory for which XLA plans a program: what is kept, and a share of what is left for temporary values.
+
+    Args:
+        kept: bytes of arguments and outputs.
+        base: bytes that XLA takes as available.
+    """
+    return kept + int(slop * max(base - kept, 0))
 
 
 def device_bytes(tree: Any) -> int:

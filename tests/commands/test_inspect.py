@@ -16,8 +16,8 @@ from trellax.programs import Memory
 SMALL = "inspect tiny-dense --mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 4"
 
 KEYS = {
-    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline bubble_fraction "
-    "hlo_instructions compile_s",
+    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline exposed "
+    "step_time_s synchronous recomputed bubble_fraction hlo_instructions compile_s",
     "memory_bytes": "parameters gradients optimizer activations temporary total capacity limit",
     "flops": "matrix vector",
     "roofline": "matrix vector communication control",
