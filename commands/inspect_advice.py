@@ -124,7 +124,7 @@ class _Estimate:
         room = sizes.num_layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
-        blocks = room * block_params(config.model, tensor=mesh.tensor)
+        blocks = room * block_params(config.model, tensor=mesh.tensor, expert=mesh.expert)
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.

@@ -108,8 +108,9 @@ def step_options(setup: Setup) -> dict[str, Any]:
     is_gathered = setup.config.train.shard == "layer" and platform_of(setup.mesh) in GPUS
     if is_gathered and _JOINED_UP_TO not in xla_flags():
         # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
-        model = setup.config.model
-        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * block_matrices(model, tensor=setup.sizes.tensor)}
+        model, sizes = setup.config.model, setup.sizes
+        matrices = block_matrices(model, tensor=sizes.tensor, expert=sizes.expert)
+        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices}
     return options
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...meshes import MeshSpec, PlanError
+from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
+from ...meshes.divisibility import check_divides
 from ...meshes.spec import SHARDS, Shard
 from ...schedules import Family, find_family
 
@@ -23,6 +24,7 @@ class Layout:
 
     Args:
         context: devices that share each sequence.
+        expert: data shards that split the experts; a divisor of data.
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
         zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
@@ -39,6 +41,7 @@ class Layout:
     pipe: int = 1
     context: int = 1
     fsdp: int = 1
+    expert: int = 1
     schedule: str = "1f1b"
     chunks: int = 1
     microbatches: int = 1
@@ -50,6 +53,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
+        check_divides("data", self.data, over="expert", parts=self.expert, error=PlanError)
 
     @property
     def shard(self) -> Shard:
@@ -58,8 +62,10 @@ class Layout:
 
     @property
     def mesh(self) -> MeshSpec:
-        """The mesh of trellax's three axes; data includes fsdp and context."""
-        return MeshSpec(data=self.data * self.fsdp * self.context, tensor=self.tensor, pipe=self.pipe)
+        """The mesh of trellax's axes; data includes fsdp and context."""
+        data = self.data // self.expert * self.fsdp * self.context
+        experts = {"expert": Axis(self.expert, role="expert")} if self.expert > 1 else {}
+        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=experts)
 
     @property
     def num_devices(self) -> int:

@@ -141,7 +141,8 @@ def _rank_memory(
         for name, own in _state_bytes(replace(layout, zero=0), runtime).items():
             state[name] += own * whole
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
-    ahead = item_bytes(model) * block_matrices(model, tensor=layout.tensor) if layout.zero == 3 else 0
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
     return MemoryUse(
         weights=state["weights"],
@@ -212,7 +213,7 @@ def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> flo
     """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split."""
     # Gathered by every layer: a part of all layers, and the layer at work.
     parts = layout.replicas if layout.zero == 3 else 1
-    own = item_bytes(model) * block_params(model, tensor=layout.tensor)
+    own = item_bytes(model) * block_params(model, tensor=layout.tensor, expert=layout.expert)
     at_work = own if layout.zero == 3 else 0.0
     if item_bytes(model) < _FLOAT32 or layout.zero == 2:
         return num_layers * own / parts + at_work

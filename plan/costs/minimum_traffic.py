@@ -9,6 +9,7 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
   With sequence parallelism a reduce-scatter and an all-gather of half of that each take its place (Korthikanti et al.
   2022, section 4.2.2), and what a stage sends to the next is a t-th of the activation.
 - Every boundary between stages on two ranks sends an activation forward and its gradient back.
+- A layer of experts sends each token to its experts and back, forward and backward.
 - Embedding, head and loss are counted apart, in `_vocabulary`.
 """
 
@@ -22,7 +23,10 @@ from ...meshes.arguments import check_fields
 from ...meshes.axes import Role
 from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
-from .device_params import block_matrices, block_params, ends_of, vocabulary_params
+from .device_params import block_matrices, block_params, ends_of, expert_matrices, vocabulary_params
+
+_SEQUENCES: tuple[Role, ...] = ("batch", "shard", "expert")
+"""Roles of the axes along which devices have other sequences."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -100,6 +104,7 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
         for part in (
             _gradients(sizes, rank),
             _layers(sizes, rank),
+            _experts(sizes, rank),
             _hops(sizes, rank),
             _vocabulary(sizes, rank),
         ):
@@ -116,6 +121,11 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
     if sizes.is_sequence_parallel:
         again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
         found.append(f"{mesh.label('tensor')}: with sequence parallelism {again}; in a block 1.25 times the minimum.")
+    if mesh.expert > 1 and sizes.model.expert_capacity > 1:
+        rows = (
+            f"expert_capacity={sizes.model.expert_capacity} sends that many rows for each pair of a token and an expert"
+        )
+        found.append(f"{mesh.label('expert')}: {rows}, some of them empty.")
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
     if mesh.data > 1 and shard == "layer":
@@ -127,15 +137,27 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
-    mesh, own = sizes.mesh, block_params(sizes.model, tensor=sizes.mesh.tensor)
-    matrices = block_matrices(sizes.model, tensor=mesh.tensor)
+    mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
+    # Experts are summed over data alone, all else over expert too.
+    experts = expert_matrices(sizes.model, **split)
+    own, matrices = (count(sizes.model, **split) - experts for count in (block_params, block_matrices))
+    yield mesh.label("batch"), sizes.layers_of(rank) * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
     whole = 0
     if sizes.is_sequence_parallel:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
-        whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
-        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, "batch")
-    split = _updated(sizes, matrices, own - matrices - whole, over=mesh.data)
-    yield mesh.label("batch"), sizes.layers_of(rank) * split
+        everything = block_params(sizes.model, tensor=1) - expert_matrices(sizes.model, tensor=1)
+        whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
+        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, *_SEQUENCES)
+    updated = _updated(sizes, matrices, own - matrices - whole, over=mesh.data)
+    yield mesh.label(*_SEQUENCES), sizes.layers_of(rank) * updated
+
+
+def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """Yield the all-to-all of a layer of experts: every pair of a token and an expert there and back, twice."""
+    model, parts = sizes.model, sizes.mesh.expert
+    num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
+    pairs = sizes.boundary * model.experts_per_token
+    yield sizes.mesh.label("expert") if parts > 1 else "expert", num_runs * pairs * (parts - 1) / parts
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -161,16 +183,16 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield mesh.label("pipe", "batch"), _updated(sizes, table, 0, over=mesh.pipe * mesh.data)
-        yield _sum_whole(sizes, whole, "pipe", "batch")
+        yield mesh.label("pipe", *_SEQUENCES), _updated(sizes, table, 0, over=mesh.pipe * mesh.data)
+        yield _sum_whole(sizes, whole, "pipe", *_SEQUENCES)
         # x of the embedding and dy of the head, each summed over the slices of the table.
         ends = ends_of(sizes.placed, rank)
         num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label("batch"), _updated(sizes, table / mesh.pipe, 0, over=mesh.data)
-    yield _sum_whole(sizes, whole, "batch")
+    yield mesh.label(*_SEQUENCES), _updated(sizes, table / mesh.pipe, 0, over=mesh.data)
+    yield _sum_whole(sizes, whole, *_SEQUENCES)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     yield pipe, 4 * runs * sizes.boundary / mesh.tensor
