@@ -28,6 +28,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         data=mesh.data,
         tensor=mesh.tensor,
         pipe=mesh.pipe,
+        expert=mesh.expert,
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
         microbatches=pipeline.microbatches,

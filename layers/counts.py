@@ -40,8 +40,8 @@ class ParamCounts:
 class FlopCounts:
     """Model flops for one token, without recomputation (Chowdhery et al. 2022, appendix B).
 
-    `weights` counts matmuls with parameters that a token uses, 2 flops for each weight, with the vocabulary projection and without the
-    embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
+    `weights` counts matmuls with parameters that a token uses, 2 flops for each weight, with the vocabulary projection
+    and without the embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
     """
 
     weights: int
@@ -143,7 +143,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized.
+    "none" keeps (N + K)H/t more where queries and keys are normalized. A mixture of experts keeps its shared features
+    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -162,7 +163,26 @@ def activation_bytes(
     d = config.hidden_size // (tensor if sequence == "on" else 1)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
-    return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums)
+    experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
+    return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
+
+
+def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:
+    """Return the bytes that a mixture of experts keeps in one layer besides the width of a dense one.
+
+    Args:
+        own: tokens of this device between layers.
+    """
+    if not config.num_experts or remat == "full":
+        return 0
+    rows, f = config.num_experts * config.expert_rows(num_tokens), config.expert_size // tensor
+    num_up = 2 if config.mlp == "swiglu" else 1
+    width = 2 * config.hidden_size + (num_up + (remat == "none")) * f
+    # Logits of the router; without rematerialization also its scores' parts, and where each pair goes.
+    numbers = own * config.num_experts
+    if remat == "none":
+        numbers += (7 * config.experts_per_token + 4) * num_tokens + rows
+    return rows * width * _ITEM_BYTES[config.dtype] + numbers * _SUM_BYTES
 
 
 def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> int:
@@ -171,7 +191,7 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     Args:
         d: features of x for one token on this device, on average.
     """
-    f = config.ffn_size // tensor
+    f = (config.shared_size if config.num_experts else config.ffn_size) // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
     return {

@@ -8,7 +8,8 @@ Loops multiply the counts of their bodies, and branches are followed for each de
 
 Where loop bounds and conditions depend only on constants, counters and the device's number, the count is exact (see
 `static_values.py`). Where a branch depends on data, the most expensive one is counted every time, an upper bound; a
-loop whose number of iterations depends on data is counted as one iteration. `notes` names both. Read `collectives.py`
+loop whose number of iterations depends on data is counted as one iteration, or as none in the scope `rarely`. `notes`
+names both. Read `collectives.py`
 and `work.py` next, which count instructions.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..meshes.scopes import RARELY
 from .hlo import Computation, HloModule, Instruction
 from .static_values import Scope, chosen_branch, entry_scope
 
@@ -90,8 +92,10 @@ class _Walk:
         for iteration in range(MAX_ITERATIONS):
             continues = loop.continues(iteration)
             if not isinstance(continues, np.ndarray):
-                self.notes.append(f"{instruction.name}: the number of iterations depends on data; counted as 1.")
-                self.enter(loop.body(0), times)
+                count = 0 if is_rare(instruction) else 1
+                self.notes.append(f"{_place(instruction)}: iterations depend on data; counted as {count}.")
+                if count:
+                    self.enter(loop.body(0), times)
                 return
             # Devices may leave the loop at different iterations; one that has left stays at 0.
             running = np.where(continues.reshape(-1), running, 0)
@@ -104,14 +108,22 @@ class _Walk:
         """Count each branch on the devices that take it; the heaviest on all if the choice depends on data."""
         chosen = chosen_branch(instruction, scope.operand(instruction, 0))
         if chosen is None:
-            where = instruction.op_name or instruction.name
-            self.notes.append(f"{where}: the branch depends on data; the heaviest is counted every time.")
+            self.notes.append(f"{_place(instruction)}: the branch depends on data; the heaviest is counted every time.")
             chosen = np.array([self.flow.heaviest_branch(instruction)])
         for branch in np.unique(chosen):
             # `chosen` is [devices], or [1] if all take the same branch.
             share = np.where(chosen == branch, times, 0)
             if share.any():
                 self.enter(scope.branch(instruction, int(branch)), share)
+
+
+def is_rare(loop: Instruction) -> bool:
+    """Return whether a loop is in the scope of those that nearly always have no iteration."""
+    return f"/{RARELY}/" in loop.op_name
+
+
+def _place(instruction: Instruction) -> str:
+    return instruction.op_name or instruction.name
 
 
 class ControlFlow:
@@ -143,7 +155,7 @@ class ControlFlow:
             # A loop of known length runs the same number of times in every execution; only its body can make it differ.
             self._branching[name] = any(
                 i.opcode == "conditional"
-                or (i.opcode == "while" and i.known_trip_count is None)
+                or (i.opcode == "while" and i.known_trip_count is None and not is_rare(i))
                 or any(map(self.is_branching, called_once(i) or i.called().get("body", ())))
                 for i in self.calls_of(name)
             )

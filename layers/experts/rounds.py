@@ -1,7 +1,7 @@
 """Run the experts on the rows of one round, and further rounds while any expert of the group has tokens left.
 
 The first round is what happens nearly always, and jax differentiates it. The number of rounds is known at run time
-alone, and jax has no backward for such a loop: the backward here runs the same rounds again, each with its own backward.
+alone, and jax has no backward for such a loop: the backward here runs the same rounds again, each with its own.
 Devices along expert decide together, since each sends in every round; those along data decide for themselves.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ...meshes.device_axes import manual_axes, mark_varying
+from ...meshes.scopes import RARELY
 from ..collectives import max_blocks
 from ..mlp import gelu, swish_gate
 from .slots import Order, Slots, from_rows, round_slots, to_rows
@@ -99,7 +100,8 @@ def _loop(order: Order, room: Room, body: Callable[[jax.Array, Any], Any], like:
         number, tree = carry
         return number + 1, body(number, tree)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
+    with jax.named_scope(RARELY):
+        return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
 
 
 def _zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..execution_counts import MAX_ITERATIONS, ControlFlow, called_once
+from ..execution_counts import MAX_ITERATIONS, ControlFlow, called_once, is_rare
 from ..hlo import HloModule, Instruction
 from ..static_values import Scope, chosen_branch, entry_scope
 from .efficiencies import BRANCH_S, Transfer, latest
@@ -177,6 +177,8 @@ class _Walk:
 
     def _loop(self, instruction: Instruction, scope: Scope | None, clock: _Clock, active: np.ndarray) -> None:
         """Run a loop: one iteration times their number, or one by one if they can differ."""
+        if is_rare(instruction):
+            return
         trips, body = instruction.known_trip_count, instruction.called()["body"][0]
         if trips is not None and not self._flow.is_branching(body):
             self._enter(body, None, clock, active, times=trips)
