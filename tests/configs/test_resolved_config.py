@@ -35,7 +35,12 @@ def test_every_key_is_in_the_file_and_read_back_as_it_was(tiny: Tiny) -> None:
     make_folder(config)
     path = write_resolved_config(config, say=pytest.fail)
     values = tomllib.loads(path.read_text())
-    assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == config_keys()
+    assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == [
+        # An axis that a mesh may lack is written where it has one.
+        name
+        for name in config_keys()
+        if name != "mesh.expert"
+    ]
     assert load_config(path) == config
     # The sizes are those of the mesh, where the config asked for the rest of the devices.
     assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "sequence": "auto"}

@@ -37,7 +37,7 @@ def test_config_of_this_trellax_is_read_as_it_is(tiny: Tiny) -> None:
 
 def test_keys_and_sections_that_are_newer_are_left_out_and_named(tiny: Tiny) -> None:
     told: list[str] = []
-    seal = seal_of(tiny(), train={"new": 1}, later={"key": [1, {}]}, empty={}, mesh={"expert": 2})
+    seal = seal_of(tiny(), train={"new": 1}, later={"key": [1, {}]}, empty={}, mesh={"beam": 2})
     values = read(seal, told)
     assert config_from_dict(values) == tiny()
     assert list_changes(values, tiny()) == []
