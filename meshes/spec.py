@@ -32,6 +32,9 @@ Shard = Literal["none", "optimizer", "step", "layer"]
 
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 
+Offload = Literal["none", "optimizer"]
+"""What is kept in the memory of the host: nothing, or the moments of the optimizer."""
+
 
 class Axis(NamedTuple):
     """One axis of a mesh: its number of devices, -1 for what is left, and its role."""

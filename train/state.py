@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
+from ..meshes.host_memory import in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.param_specs import split_over_batch, without_axes
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
@@ -177,6 +178,12 @@ class Setup:
         own, axes = self.model.shardings, self.sizes.roles.batch
         return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
 
+    @property
+    def _kept_moments(self) -> PipelineParams:
+        """Shardings of the moments between steps: in the memory of the host if they are offloaded."""
+        own = self.moment_shardings
+        return jax.tree.map(in_host_memory, own) if self.config.train.offload == "optimizer" else own
+
     @cached_property
     def shapes(self) -> TrainState:
         """Shapes, types and shardings of the whole state, as `jax.ShapeDtypeStruct`."""
@@ -193,7 +200,7 @@ class Setup:
         return TrainState(
             step=replicated,
             params=self.model.shardings,
-            opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
+            opt_state=optimizer_shardings(opt_state, self._kept_moments, self.mesh),
             health=StepHealth(skipped=replicated, mean_loss=replicated, halted=replicated),
         )
 
