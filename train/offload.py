@@ -35,11 +35,12 @@ def update_by_parts(
     Args:
         optimizer: an `optax.GradientTransformation` that updates each matrix from its own gradients and moments.
     """
-    held, new_state = opt_state, opt_state
+    # Not before the gradients: the first part would lie on the device while the layers run, and take their memory.
+    held, new_state = jax.lax.optimization_barrier((opt_state, good))[0], opt_state
     for part in _list_parts(params):
         state = map_params(lambda node, part=part: jax.tree.map(to_device, part.take(node)), held)
         given = {"grads": part.take(grads), "opt_state": state, "params": part.take(params)}
-        own, new_state = apply_update(optimizer, **given, good=good)
+        own, new_state = jax.lax.optimization_barrier(apply_update(optimizer, **given, good=good))
         params = part.put(params, own)
         held = map_params(lambda old, new, part=part: part.put(old, jax.tree.map(to_host, new)), held, new_state)
     # The moments of all parts; counts of steps, which every part advances from the same old ones, of the last.
