@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jaxlib
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from .errors import MeshError
 
@@ -45,7 +45,7 @@ def to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Host)
 
 
-def check_host_memory(mesh: Mesh | AbstractMesh, *, asked: str) -> None:
+def check_host_memory(mesh: Mesh, *, asked: str) -> None:
     """Raise unless arrays can be kept on the host by these devices and this jaxlib.
 
     Args:
@@ -59,13 +59,11 @@ def check_host_memory(mesh: Mesh | AbstractMesh, *, asked: str) -> None:
             f"{asked}: jaxlib {_WRONG} copies wrong slices of host memory, without an error (openxla/xla 46231).",
             fix="install another jaxlib, such as 0.11.1, or leave it out.",
         )
-    if not isinstance(mesh, Mesh):
-        return
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     # Devices that only the compiler knows name none.
     if kinds and HOST not in kinds:
         raise MeshError(
-            f"{asked}: {device.device_kind} devices have no pinned host memory, only {', '.join(kinds)}.",
+            f"{asked}: {device.device_kind} devices have no {HOST} memory, only {', '.join(kinds)}.",
             fix="leave it out, or use devices that have it, such as GPUs.",
         )

@@ -12,10 +12,12 @@ Layers are sliced at constant places, outside of loops. Read `step.py` for the u
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from ..meshes.host_memory import to_device, to_host
 from ..pipeline import PipelineParams
@@ -44,7 +46,7 @@ def update_by_parts(
         params = part.put(params, own)
         held = map_params(lambda old, new, part=part: part.put(old, jax.tree.map(to_host, new)), held, new_state)
     # The moments of all parts; counts of steps, which every part advances from the same old ones, of the last.
-    return params, jax.tree.map(lambda old, new: old if _is_params(old) else new, held, new_state, is_leaf=_is_params)
+    return params, join_params(held, new_state)
 
 
 def apply_update(
@@ -55,6 +57,16 @@ def apply_update(
     # A select, not a product with 0: where the step is bad, NaN * 0 would still be NaN.
     params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), params, updates)
     return params, jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, opt_state)
+
+
+def zero_moments(shapes: Any) -> Any:
+    """Return zeros of these shapes and shardings, made one after another: no device holds more than one of them."""
+    return jax.tree.map(lambda leaf: _zeros(leaf.shape, leaf.dtype, leaf.sharding)(), shapes)
+
+
+@lru_cache(maxsize=256)
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def map_params(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
@@ -68,6 +80,11 @@ def map_params(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
         return change(node, *rest) if _is_params(node) else node
 
     return jax.tree.map(visit, tree, *others, is_leaf=_is_params)
+
+
+def join_params(moments: Any, rest: Any) -> Any:
+    """Return a tree with the parameter trees of `moments` and all other leaves of `rest`."""
+    return jax.tree.map(lambda one, other: one if _is_params(one) else other, moments, rest, is_leaf=_is_params)
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,11 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         with jax.numpy_dtype_promotion("standard"):
             rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
             lr = jnp.asarray(rate(state.step - state.health.skipped))
-            # Parts are clipped by the norm of all.
-            norm = grad_norm if section.offload == "optimizer" else None
+            # Parts are clipped by the norm of all gradients.
+            norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
             optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
-            update = update_by_parts if section.offload == "optimizer" else apply_update
-            params, opt_state = update(
-                optimizer, grads=grads, opt_state=state.opt_state, params=state.params, good=good
-            )
+            held = {"opt_state": state.opt_state, "params": state.params}
+            params, opt_state = update(optimizer, grads=grads, **held, good=good)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
