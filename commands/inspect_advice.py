@@ -79,6 +79,8 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
     for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data > 1 else ():
         yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
+    if config.train.offload == "none":
+        yield "--train.offload optimizer", _with(config, train={"offload": "optimizer"}), mesh
     for axis in (mesh.roles.tensor[-1], mesh.roles.pipe):
         changed = {axis: 2 * mesh.sizes[axis]}
         # Devices come from the outermost batch axis that can be halved, or are more.
@@ -130,6 +132,8 @@ class _Estimate:
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
         split = [mesh.data if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
         self.num_moments, self.num_kept, self.num_sums = (self.num_params / parts for parts in split)
+        if config.train.offload == "optimizer":
+            self.num_moments = 0.0
         layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
         self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
@@ -140,7 +144,7 @@ class _Estimate:
         """Return the bytes of this config, scaled from the compiled step of the config `before`."""
         state = memory.parameters * self.num_kept / before.num_kept
         state += memory.gradients * self.num_sums / before.num_sums
-        moments = memory.optimizer * self.num_moments / before.num_moments
+        moments = memory.optimizer * self.num_moments / before.num_moments if before.num_moments else 0.0
         activations = memory.activations * self.activations / before.activations
         # Each part is taken from what the parts before it leave, so that all three add up to the measured memory.
         matrices = min(memory.temporary, before.matrices)

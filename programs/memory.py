@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 
+from ..meshes.host_memory import is_in_host_memory
 from .hardware import Hardware
 from .hlo import Array, HloModule, Instruction
 from .static_values import is_invariant
@@ -34,7 +35,8 @@ Verdict = Literal["fits", "over XLA's limit", "does not fit"]
 class Memory:
     """Bytes on the fullest device; `capacity` is that of the device, `limit` that of XLA, None if unknown.
 
-    `temporary` is the rest of the total, which includes the batch and outputs that reuse no input.
+    `temporary` is the rest of the total, which includes the batch and outputs that reuse no input. `host` are the bytes
+    of the optimizer that a device keeps in the memory of its host, which count in no other.
     """
 
     parameters: int
@@ -45,11 +47,13 @@ class Memory:
     total: int
     capacity: int | None
     limit: int | None = None
+    host: int = 0
 
     @property
     def classes(self) -> dict[str, int]:
         """Bytes by purpose; they add up to the total."""
-        return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity", "limit")}
+        others = ("total", "capacity", "limit", "host")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     @property
     def free(self) -> int | None:
@@ -77,17 +81,21 @@ def count_memory(
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
         gradients: shapes with shardings of the sums of gradients, where they are not those of the parameters.
     """
-    total = total_bytes(compiled.memory_analysis())
+    stats, away = compiled.memory_analysis(), [leaf for leaf in jax.tree.leaves(optimizer) if is_in_host_memory(leaf)]
+    host = device_bytes(away)
+    # For CPU devices jax counts all arguments as theirs.
+    total = total_bytes(stats) - (0 if stats.host_argument_size_in_bytes else host)
     sums, activations = count_carried(program, parameters=parameters if gradients is None else gradients)
     held = {
         "parameters": device_bytes(parameters),
         "gradients": sums,
-        "optimizer": device_bytes(optimizer),
+        "optimizer": device_bytes(optimizer) - host,
         "activations": activations,
     }
     capacity = None if hardware is None else hardware.memory_bytes
     limit = None if hardware is None else hardware.compiler_limit_bytes
-    return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity, limit=limit)
+    temporary = total - sum(held.values())
+    return Memory(**held, temporary=temporary, total=total, capacity=capacity, limit=limit, host=host)
 
 
 def judge_memory(total: float, *, capacity: float | None, limit: float | None) -> Verdict | None:

@@ -21,9 +21,7 @@ from jax.sharding import NamedSharding
 
 from ..meshes.host_memory import to_device, to_host
 from ..pipeline import PipelineParams
-
-_NUM_PARTS = 8
-"""Parts of the layers. More parts take less memory at a time, and make a larger program."""
+from ..plan.costs.memory_model import UPDATE_PARTS
 
 _LAYERS = 2
 """The dimension of layers in a stage parameter [chunks, ranks, layers, ...]."""
@@ -122,7 +120,8 @@ class _Shared:
 
 def _list_parts(params: PipelineParams) -> list[_Layers | _Shared]:
     num_layers = jax.tree.leaves(params.stages)[0].shape[_LAYERS]
-    size = -(-num_layers // _NUM_PARTS)
+    # More parts would take less memory at a time, and make a larger program.
+    size = -(-num_layers // UPDATE_PARTS)
     layers = [_Layers(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
     return [*layers, *map(_Shared, params.shared)]
 

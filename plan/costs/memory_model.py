@@ -24,10 +24,13 @@ from .stage_time import stage_layers
 
 _FLOAT32 = 4
 
+UPDATE_PARTS = 8
+"""Parts of the layers whose moments come from the host one after another (`../../train/offload.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes of one device of one pipeline rank, by purpose."""
+    """Bytes of one device of one pipeline rank, by purpose, and those that it keeps in the memory of its host."""
 
     weights: float
     gradients: float
@@ -35,16 +38,21 @@ class MemoryUse:
     activations: float
     temporary: float
     kv_cache: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes of all purposes together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes of all purposes together; those on the host are not the device's."""
+        return sum(getattr(self, name) for name in self._names)
 
     @property
     def classes(self) -> dict[str, int]:
         """Bytes by purpose, rounded."""
-        return {field.name: round(getattr(self, field.name)) for field in fields(self)}
+        return {name: round(getattr(self, name)) for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name != "host"]
 
 
 def step_memory(
@@ -143,14 +151,18 @@ def _rank_memory(
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
     ahead = item_bytes(model) * block_matrices(model, tensor=layout.tensor) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
+    temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
+    host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"],
-        optimizer=state["optimizer"],
+        optimizer=state["optimizer"] - host,
         activations=kept * num_layers
         + (ahead if runtime.residuals == "trellax" else 0)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
-        temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies,
+        # Old and new moments of one part are on the device at a time, when nothing else is temporary.
+        temporary=max(temporary, 2 * host / UPDATE_PARTS),
+        host=host,
     )
 
 

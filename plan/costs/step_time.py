@@ -22,7 +22,8 @@ class StepTime:
     """Seconds of a step and their parts: `time_s` is `pipeline_s` + `data_s` + `optimizer_s`.
 
     `tensor_s` is the part of `pipeline_s` in which the slowest rank waits for collectives over tensor; `data_s` is the
-    exposed reduction of gradients and all-gather of parameters; `bubble_fraction` is the idle share of the pipeline.
+    exposed reduction of gradients and all-gather of parameters; `optimizer_s` has the copies of moments from the host
+    and back; `bubble_fraction` is the idle share of the pipeline.
     `mfu` is model flops utilization: the flops of the model, with all attention scores and without recomputation, over
     those of the devices' peak.
     """
@@ -66,13 +67,14 @@ def step_time(
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
     hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
-    time_s = pipeline_s + data_s + data.optimizer
+    optimizer_s = data.optimizer + data.copies
+    time_s = pipeline_s + data_s + optimizer_s
     return StepTime(
         time_s=time_s,
         pipeline_s=pipeline_s,
         tensor_s=layout.microbatches * of_rank * layer.exposed,
         data_s=data_s,
-        optimizer_s=data.optimizer,
+        optimizer_s=optimizer_s,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
         tokens_per_s=layout.batch_size * num_tokens / time_s,
         mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),

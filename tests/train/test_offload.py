@@ -11,7 +11,7 @@ import pytest
 from trellax.configs import RunConfig
 from trellax.meshes import MeshError
 from trellax.meshes.host_memory import is_in_host_memory
-from trellax.train import Checkpoints, Setup, TrainState, make_train_step
+from trellax.train import Checkpoints, TrainState, make_train_step
 
 from .test_step import Trained, train_on
 
@@ -25,7 +25,12 @@ LAYOUTS = [
     pytest.param("data=4,tensor=1,pipe=2", "step", "adamw", marks=pytest.mark.slow),
     pytest.param("data=4,tensor=2,pipe=1", "layer", "adamw", marks=pytest.mark.slow),
     pytest.param("data=4,tensor=2,pipe=1", "layer", "muon", marks=pytest.mark.slow),
-    pytest.param("data=2,tensor=1,pipe=2", "layer --pipeline.schedule zb-v --pipeline.chunks 2 --model.num_layers 6", "adamw", marks=pytest.mark.slow),
+    pytest.param(
+        "data=2,tensor=1,pipe=2",
+        "layer --pipeline.schedule zb-v --pipeline.chunks 2 --model.num_layers 6",
+        "adamw",
+        marks=pytest.mark.slow,
+    ),
 ]
 """Meshes, what data shards split and other words, and optimizers."""
 
@@ -81,7 +86,9 @@ def test_a_bad_step_leaves_moments_on_the_host_as_they_were(tiny: Tiny) -> None:
     assert differ((state.params, state.opt_state), before) == 0.0
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")])
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")]
+)
 def test_a_run_resumes_from_any_offload_to_any(saved: str, resumed: str, tiny: Tiny, tmp_path: Path) -> None:
     first = train(tiny(f"--train.offload {saved}"), "data=2,tensor=2,pipe=2", num_steps=3)
     with Checkpoints(tmp_path / "run") as checkpoints:

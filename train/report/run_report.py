@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
+
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
+from ...meshes.host_memory import is_in_host_memory
 from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
+from ...programs.memory import device_bytes
 from ...schedules import Schedule, StageCost, simulate
 from ...schedules.stage_cost import is_even
 from ..state import Setup
@@ -67,6 +71,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
                 for r in table.rows
             ],
             "device_bytes": table.device_bytes,
+            "host_bytes": _host_bytes(setup),
             "stages": stages.numbers if stages else [],
             "ranks_of": ranks_of_ends(setup),
             "schedule": setup.schedule.name,
@@ -87,7 +92,16 @@ def _tell_mesh(setup: Setup) -> str:
     if sizes.data > 1 and shard != "none":
         what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
         found += f"\n          {what} over {sizes.label('batch')} (train.shard)"
+    if setup.is_offloaded:
+        found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
     return found
+
+
+def _host_bytes(setup: Setup) -> int:
+    """Return the bytes that each device keeps in the memory of its host."""
+    if not setup.is_offloaded:
+        return 0
+    return device_bytes([leaf for leaf in jax.tree.leaves(setup.shapes.opt_state) if is_in_host_memory(leaf)])
 
 
 def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:
