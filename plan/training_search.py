@@ -235,7 +235,7 @@ def _nothing_fits(question: TrainQuestion) -> PlanError:
     fixes = [f"use {count} or more devices"] if count else []
     fixes.append("a smaller model or shorter sequences")
     return PlanError(
-        f"nothing fits: {asked} needs at least {needs / _GB:.1f} GB a device, with moments on the host, and {limit / _GB:.1f} GB of "
-        f"{topology.accelerator.memory_bytes / _GB:.1f} may be used.",
+        f"nothing fits: {asked} needs at least {needs / _GB:.1f} GB a device, the optimizer's moments on the host, and "
+        f"{limit / _GB:.1f} GB of {topology.accelerator.memory_bytes / _GB:.1f} may be used.",
         fix=f"{', '.join(fixes)}.",
     )

@@ -95,7 +95,7 @@ def _clip_by(norm: jax.Array, *, limit: float) -> optax.GradientTransformation:
         clipped = jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates)
         return clipped, state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), clip)
+    return optax.GradientTransformation(optax.clip_by_global_norm(limit).init, clip)
 
 
 def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:

@@ -67,14 +67,13 @@ def step_time(
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
     hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
-    optimizer_s = data.optimizer + data.copies
-    time_s = pipeline_s + data_s + optimizer_s
+    time_s = pipeline_s + data_s + data.optimizer
     return StepTime(
         time_s=time_s,
         pipeline_s=pipeline_s,
         tensor_s=layout.microbatches * of_rank * layer.exposed,
         data_s=data_s,
-        optimizer_s=optimizer_s,
+        optimizer_s=data.optimizer,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
         tokens_per_s=layout.batch_size * num_tokens / time_s,
         mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),

@@ -23,14 +23,13 @@ class UpdateTime:
 
     `gather` is the all-gather of parameters and `reduce` the reduction of gradients over data; with a fully sharded
     axis both run for every microbatch. `tied` is the reduction of a tied embedding between the first and last stage.
-    `copies` are those of moments from the host and back, one after the other; little computation hides them.
+    `optimizer` includes copies of moments from the host and back, which no computation hides.
     """
 
     gather: float
     reduce: float
     tied: float
     optimizer: float
-    copies: float
 
 
 def update_time(
@@ -67,8 +66,8 @@ def update_time(
         gather=gather,
         reduce=reduce,
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
-        optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
-        copies=_copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * params / shards),
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
+        + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * params / shards),
     )
 
 

@@ -183,6 +183,24 @@ def test_weights_of_70b_are_35_gb_for_tensor_4_and_pipe_4() -> None:
     assert tensor.activations < pipe.activations
 
 
+def test_moments_go_to_the_host_only_if_nothing_fits_without() -> None:
+    question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h200x1"), batch_size=8, num_tokens=8192)
+    (plan,) = search_train(question)
+    assert plan.layout.offload == "optimizer"
+    kept = replace(plan.layout, offload="none")
+    assert layout_memory(question, kept).total > question.device_limit
+    assert layout_memory(question, kept).optimizer == plan.memory.host == plan.numbers["host_bytes"]
+    # 16 bytes a parameter over 63 GB/s of PCI Express 5.0, in seconds.
+    copies_s = 2 * plan.memory.host / 63e9
+    times = [
+        step_time(LLAMA_8B, layout=layout, topology=question.topology, num_tokens=8192).time_s
+        for layout in (plan.layout, kept)
+    ]
+    assert times[0] - times[1] == pytest.approx(copies_s)
+    two = search_train(replace(question, topology=read_topology("h200x2")))
+    assert {one.layout.offload for one in two} == {"none"}
+
+
 @pytest.mark.parametrize(("name", "machine", "batch"), [("too_large", "a100x8", 64), ("batch", "h100x1024", 7)])
 def test_error_of_an_impossible_request_names_a_possible_one(
     name: str, machine: str, batch: int, golden: Callable[[str, str], None]

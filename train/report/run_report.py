@@ -56,16 +56,15 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     table = sharding_table(setup.model.params)
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
-    sizes, devices = setup.sizes, setup.mesh.devices.ravel()
     return Report(
         mesh=_tell_mesh(setup),
         parameters=table.draw(width=width),
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
-            "mesh": str(sizes),
-            "split": {"tokens": sizes.splits_tokens(setup.config.data.seq_len), "shard": setup.config.train.shard},
-            "devices": len(devices),
+            "mesh": str(setup.sizes),
+            "split": {"tokens": _splits_tokens(setup), "shard": setup.config.train.shard},
+            "devices": setup.mesh.devices.size,
             "parameters": [
                 {"name": r.name, "shape": r.shape, "bytes": r.total_bytes, "device_bytes": r.device_bytes}
                 for r in table.rows
@@ -85,7 +84,7 @@ def _tell_mesh(setup: Setup) -> str:
     """Return the mesh, and on lines of their own what else is split over it: tokens, the state of training."""
     sizes, shard, devices = setup.sizes, setup.config.train.shard, setup.mesh.devices.ravel()
     found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-    if sizes.splits_tokens(setup.config.data.seq_len):
+    if _splits_tokens(setup):
         found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
     elif sizes.tensor > 1:
         found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
@@ -95,6 +94,10 @@ def _tell_mesh(setup: Setup) -> str:
     if setup.is_offloaded:
         found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
     return found
+
+
+def _splits_tokens(setup: Setup) -> bool:
+    return setup.sizes.splits_tokens(setup.config.data.seq_len)
 
 
 def _host_bytes(setup: Setup) -> int:
