@@ -32,7 +32,7 @@ Shard = Literal["none", "optimizer", "step", "layer"]
 
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 
-Offload = Literal["none", "optimizer"]
+Offload = Literal["none", "optimizer", "residuals"]
 """What is kept in the memory of the host: nothing, or the moments of the optimizer."""
 
 

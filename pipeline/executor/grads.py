@@ -20,6 +20,7 @@ from ...meshes.arguments import check_choice
 from ...meshes.device_kind import GPUS, platform_of
 from ...meshes.switches import xla_flags
 from ...schedules import Schedule
+from ..lowering.tables import Offload
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
@@ -74,6 +75,7 @@ def pipeline_grads(
     state: Any = None,
     key: jax.Array | None = None,
     overlap: Overlap = "auto",
+    offload: Offload = "none",
     bubbles: Bubbles = "zeros",
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
@@ -100,7 +102,7 @@ def pipeline_grads(
     """
     inputs = Inputs(batch=batch, state=state, key=key)
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
-    traced = _trace(call, params, inputs, wants="grads")
+    traced = _trace(call, params, inputs, wants="grads", offload=offload)
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
     return LossAndGrads(loss=out.loss, grads=out.grads, metrics=out.metrics, stats=out.stats)
@@ -193,7 +195,13 @@ def _check(
 
 
 def _trace(
-    call: _Call, params: PipelineParams, inputs: Inputs, *, wants: Wants, wants_batch: bool = False
+    call: _Call,
+    params: PipelineParams,
+    inputs: Inputs,
+    *,
+    wants: Wants,
+    wants_batch: bool = False,
+    offload: Offload = "none",
 ) -> TracedFunction:
     region = Region(
         fns=call.fns,
@@ -203,6 +211,7 @@ def _trace(
         overlap=_overlaps(call.mesh, call.overlap),
         wants=wants,
         wants_batch=wants_batch,
+        offload=offload,
     )
     traced = trace_function(region, params, inputs)
     check_branches(traced.jaxpr.jaxpr)

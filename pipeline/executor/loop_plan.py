@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...meshes.host_memory import to_host
 from ...schedules import Placement
 from ..lowering.tables import Tables, Turns
 from .backward.residuals import LayerVjp
@@ -64,8 +65,17 @@ class LoopPlan:
                 kind: self.fill(own, tables.num_residual_slots, self.model.room(kind))
                 for kind, own in self.kept.items()
             },
+            host=self._start_host(tables),
             grads=self.model.zero_grads(),
         )
+
+    def _start_host(self, tables: Tables) -> dict[str, list[jax.Array]]:
+        if not tables.num_host_slots:
+            return {}
+        # One more, for ranks with nothing to copy.
+        slots = tables.num_host_slots + 1
+        filled = {kind: self.fill(vjp.kept, slots, self.model.room(kind)) for kind, vjp in self.vjps.items()}
+        return jax.tree.map(to_host, filled)
 
     def stack(self, turn: Turns) -> LayerStack:
         """Return the layers of the stage that a turn's action runs."""
