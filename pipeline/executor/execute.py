@@ -46,7 +46,7 @@ def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState,
         state, arriving = start_loading(state, turn.host)
         state, host = without_host(state)
         state, _ = run_turn(plan, state, replace(turns, host=None))
-        return finish_copies(replace(state, host=host), arriving, turn.host), None
+        return finish_copies(replace(state, host=host), arriving, turn.host, plan.packings), None
     is_together = plan.model.ends_together
     if is_together:
         state = run_first(plan.model, state, turn)

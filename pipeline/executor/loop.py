@@ -115,7 +115,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = run_first(model, state, ahead)
     state = forward(plan, state, ahead)
     if arriving is not None:
-        state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host))
+        state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host, plan.packings))
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
     dy = None

@@ -20,6 +20,7 @@ from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
 from .enter import Enter
+from .host_residuals import Packing
 from .layers import LayerStack
 from .leave import Leave
 from .loop_state import LoopState, Wants
@@ -74,8 +75,13 @@ class LoopPlan:
             return {}
         # One more, for ranks with nothing to copy.
         slots = tables.num_host_slots + 1
-        filled = {kind: self.fill(vjp.kept, slots, self.model.room(kind)) for kind, vjp in self.vjps.items()}
+        filled = {kind: self.fill(own.types, slots, self.model.room(kind)) for kind, own in self.packings.items()}
         return jax.tree.map(to_host, filled)
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """How residuals travel to the host, by kind."""
+        return {kind: Packing(vjp.kept) for kind, vjp in self.vjps.items()}
 
     def stack(self, turn: Turns) -> LayerStack:
         """Return the layers of the stage that a turn's action runs."""
