@@ -70,7 +70,9 @@ class TrainSection(Section):
         "each layer",
     )
     offload: Offload = Field(
-        "none", description="what is kept in the memory of the host: nothing, or the moments of the optimizer"
+        "none",
+        description="what is kept in the memory of the host: nothing, the moments of the optimizer, or residuals of a "
+        "pipeline",
     )
     bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or spikes")
     spike_ratio: float = Field(

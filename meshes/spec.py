@@ -33,7 +33,7 @@ Shard = Literal["none", "optimizer", "step", "layer"]
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 
 Offload = Literal["none", "optimizer", "residuals"]
-"""What is kept in the memory of the host: nothing, or the moments of the optimizer."""
+"""What is kept in the memory of the host: nothing, moments of the optimizer, or residuals of microbatches that wait."""
 
 
 class Axis(NamedTuple):

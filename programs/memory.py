@@ -36,7 +36,7 @@ class Memory:
     """Bytes on the fullest device; `capacity` is that of the device, `limit` that of XLA, None if unknown.
 
     `temporary` is the rest of the total, which includes the batch and outputs that reuse no input. `host` are the bytes
-    of the optimizer that a device keeps in the memory of its host, which count in no other.
+    of the optimizer and of activations that a device keeps in the memory of its host, which count in no other.
     """
 
     parameters: int
@@ -95,6 +95,7 @@ def count_memory(
     capacity = None if hardware is None else hardware.memory_bytes
     limit = None if hardware is None else hardware.compiler_limit_bytes
     temporary = total - sum(held.values())
+    host += stats.host_temp_size_in_bytes
     return Memory(**held, temporary=temporary, total=total, capacity=capacity, limit=limit, host=host)
 
 
@@ -153,7 +154,8 @@ def _carried(program: HloModule, loop: Instruction) -> list[Array]:
         return []
     body = program.computations[loop.called()["body"][0]]
     elements = enumerate(loop.type)
-    return [array for index, array in elements if isinstance(array, Array) and not is_invariant(body, index)]
+    arrays = [(index, array) for index, array in elements if isinstance(array, Array) and not array.is_on_host]
+    return [array for index, array in arrays if not is_invariant(body, index)]
 
 
 def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:

@@ -24,6 +24,5 @@ def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
         use_fake_devices(config.run.fake_devices)
     spec = check_run(config, num_devices=len(visible_devices()), corpus=corpus)
     setup = Setup(config, build_mesh(spec))
-    # Model, schedule and memory of the host are checked when they are asked for.
-    _ = setup.model, setup.schedule, setup.kept_moment_shardings
+    setup.check()
     return setup

@@ -55,6 +55,16 @@ class Setup:
     config: RunConfig
     mesh: Mesh
 
+    def check(self) -> None:
+        """Build model and schedule, and check what is asked of the host, before any array is made.
+
+        Raises:
+            TrellaxError: they do not fit each other, or devices or jaxlib cannot keep arrays on the host.
+        """
+        _ = self.model, self.schedule
+        if self.config.train.offload != "none":
+            check_host_memory(self.mesh, asked=f"train.offload={self.config.train.offload!r}")
+
     @cached_property
     def sizes(self) -> MeshSpec:
         """The sizes of the mesh, with the roles that the config gives its axes."""
@@ -186,14 +196,9 @@ class Setup:
 
     @property
     def kept_moment_shardings(self) -> PipelineParams:
-        """Shardings of the moments between steps: in the memory of the host if they are offloaded.
-
-        Raises:
-            MeshError: they are offloaded, and the devices or jaxlib cannot keep them there.
-        """
+        """Shardings of the moments between steps: in the memory of the host if they are offloaded."""
         if not self.is_offloaded:
             return self.moment_shardings
-        check_host_memory(self.mesh, asked=f"train.offload={self.config.train.offload!r}")
         return jax.tree.map(in_host_memory, self.moment_shardings)
 
     @cached_property

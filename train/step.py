@@ -58,8 +58,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
-        keeps = "residuals" if section.offload == "residuals" else "none"
-        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=keeps)
+        waits = "residuals" if section.offload == "residuals" else "none"
+        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)

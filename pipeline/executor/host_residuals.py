@@ -1,7 +1,8 @@
 """Copy residuals to the memory of the host and back, as the tables say: see `../lowering/offload.py`.
 
-All ranks do both copies in every turn that may have one, outside of the conditionals around actions, where XLA lets them
-run beside an action. A rank that has nothing to copy reads a slot that it does not use, and writes one that nobody reads.
+All ranks do both copies in every turn that may have one, outside of the conditionals around actions, where XLA lets
+them run beside an action. A rank that has nothing to copy reads a slot that it does not use, and writes one that nobody
+reads.
 
     turn    load --------> action (forward) -------> land, pack, store ------> next action or exchange
             host slot      beside the load           ring slots                beside the store
@@ -79,9 +80,7 @@ def start_loading(state: LoopState, slots: HostSlots) -> tuple[LoopState, Packed
 
 
 @jax.named_scope("offload")
-def finish_copies(
-    state: LoopState, arriving: Packed, slots: HostSlots, packings: dict[str, Packing]
-) -> LoopState:
+def finish_copies(state: LoopState, arriving: Packed, slots: HostSlots, packings: dict[str, Packing]) -> LoopState:
     """Return the state after the action of a turn: with residuals that arrived, and others copied to the host."""
     residuals, host = dict(state.residuals), dict(state.host)
     for kind, packing in packings.items():

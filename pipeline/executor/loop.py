@@ -105,7 +105,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     # tensor: benchmarks/RESULTS.md, "What stands beside the messages".
     is_last_late = not any(jax.lax.axis_size(axis) > 1 for axis in model.functions.fns.axes.tensor)
     gradients = _send(plan, state.gradients, before, step=-1, offsets=steady.backward)
-    arriving, host = None, {}
+    arriving, host = {}, {}
     if ahead.host is not None:
         state, arriving = start_loading(state, ahead.host)
         state, host = without_host(state)
@@ -114,7 +114,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     if steady.ends == "sometimes":
         state = run_first(model, state, ahead)
     state = forward(plan, state, ahead)
-    if arriving is not None:
+    if ahead.host is not None:
         state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host, plan.packings))
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)

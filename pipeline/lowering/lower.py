@@ -32,7 +32,20 @@ from ...schedules import Action, Kind, Schedule
 from ...schedules.grid import Cell
 from .offload import Wait, choose_copies
 from .steady import find_steady, longest_run
-from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Column, Ends, Offload, Tables, Transfer, Turns, empty_turns
+from .tables import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRAD,
+    NONE,
+    WEIGHT_GRAD,
+    Column,
+    Ends,
+    Offload,
+    Tables,
+    Transfer,
+    Turns,
+    empty_turns,
+)
 
 _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
@@ -74,12 +87,20 @@ def lower(
     return Tables(
         turns=turns,
         placement=schedule.placement,
-        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
-        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
-        num_residual_slots=_count_slots(turns.compute.residuals, *([turns.host.receive] if turns.host else [])),
-        num_host_slots=_count_slots(turns.host.store) if turns.host else 0,
+        **_count_all(turns),
         steady=find_steady(turns, lowering.paired, ends),
     )
+
+
+def _count_all(turns: Turns) -> dict[str, int]:
+    """Return the number of slots of each buffer."""
+    host = turns.host
+    return {
+        "num_activation_slots": _count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
+        "num_gradient_slots": _count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
+        "num_residual_slots": _count_slots(turns.compute.residuals, *([host.receive] if host else [])),
+        "num_host_slots": _count_slots(host.store) if host else 0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +223,7 @@ class _Lowering:
             # taken from the first third of the one to the output of the other.
             start, end, entries = 3 * wait.made, 3 * max(wait.used) + 1, tuple((column, turn) for turn in wait.used)
             made = (column, wait.made)
-            if wait not in copies:
+            if host is None or wait not in copies:
                 on_device.append(_Interval(start=start, end=end, rank=wait.rank, entries=(made, *entries)))
                 continue
             out, back = copies[wait]

@@ -7,9 +7,9 @@
     copied back                              |==>|           in the turn before the backward, beside its action
     slots on device  |xxxxx|                    |xxxxxxxx|
 
-A rank copies one microbatch of a chunk out and one back in a turn at most, since all ranks do both copies in every turn. In the
-steady state a pair of turns is one body, which copies in its first turn: that of the forward. As in PipeOffload
-(Wan et al. 2025, section 4), what waits longest gains most, and what is read soon stays. Read `lower.py` next.
+A rank copies one microbatch of a chunk out and one back in a turn at most: all ranks do both copies in every turn.
+In the steady state a pair of turns is one body, which copies in its first turn: that of the forward. What is read soon
+stays (PipeOffload, arXiv 2503.01328, chooses by lifetime too). Read `lower.py` next.
 """
 
 from collections.abc import Sequence
