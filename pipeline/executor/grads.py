@@ -105,11 +105,11 @@ def pipeline_grads(
     _check_offload(offload, fns, mesh)
     inputs = Inputs(batch=batch, state=state, key=key)
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
+    return _run_grads(call, params, inputs, offload=offload)
+
+
+def _run_grads(call: "_Call", params: PipelineParams, inputs: Inputs, *, offload: Offload) -> LossAndGrads:
     traced = _trace(call, params, inputs, wants="grads", offload=offload)
-    return _run_watched(call, traced, params, inputs)
-
-
-def _run_watched(call: "_Call", traced: TracedFunction, params: PipelineParams, inputs: Inputs) -> LossAndGrads:
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
     return LossAndGrads(loss=out.loss, grads=out.grads, metrics=out.metrics, stats=out.stats)
