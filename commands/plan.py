@@ -153,7 +153,8 @@ def _describe(
 
 def _tell_host(plan: Plan) -> str:
     """Return what a plan keeps in the memory of the host, or ""."""
-    host = f"{plan.memory.host / _GB:.1f} GB of moments a device in the memory of the host"
+    what = "residuals" if plan.layout.offload == "residuals" else "moments"
+    host = f"{plan.memory.host / _GB:.1f} GB of {what} a device in the memory of the host"
     return f" Keeps {host} (train.offload)." if plan.memory.host else ""
 
 

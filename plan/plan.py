@@ -118,6 +118,7 @@ def step_costs(step: StepTime) -> dict[str, float]:
         "the bubble": bubble,
         "the data axis": step.data_s,
         "the optimizer": step.optimizer_s,
+        "copies of residuals": step.host_s,
     }
 
 

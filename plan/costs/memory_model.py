@@ -16,6 +16,7 @@ from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of
+from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
@@ -68,6 +69,9 @@ def step_memory(
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
+    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
+    in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     held = [
         (ends_of(placement, rank), tuple(layers[stage] for stage in placement.stages_of(rank)), in_flight[rank])
@@ -80,7 +84,15 @@ def step_memory(
         )
         for own in dict.fromkeys(held)
     }
+    if waiting:
+        kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
+        room = {own: waiting.on_host * kept * max(own[1]) for own in uses}
+        uses = {own: replace(use, host=room[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)
+
+
+def _waits(layout: Layout) -> bool:
+    return layout.offload == "residuals" and layout.pipe > 1
 
 
 def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:

@@ -46,8 +46,8 @@ EIGHT_RANKS = (
     "llama3-8b-8gpu h200:8 --mesh.tensor 1 --mesh.pipe 8 --pipeline.microbatches 32 --train.batch_size 32 "
     "--pipeline.remat dots"
 )
-SLOTS_BEFORE, SLOTS_AFTER, IN_TRANSIT = 15, 3, 1
-"""Slots of residuals by the tables of 1F1B with overlap, and the copies that are under way."""
+SLOTS_BEFORE, SLOTS_AFTER, IN_TRANSIT = 16, 3, 2
+"""Slots of residuals by the tables of 1F1B with overlap, and a copy under way each way."""
 
 
 def test_residuals_leave_the_device_as_the_tables_say_and_are_copied_beside_the_layers(tmp_path: Path) -> None:
