@@ -80,7 +80,8 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
     for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data > 1 else ():
         yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
     if config.train.offload == "none":
-        yield "--train.offload optimizer", _with(config, train={"offload": "optimizer"}), mesh
+        for offload in ("optimizer", *(("residuals",) if mesh.pipe > 1 else ())):
+            yield f"--train.offload {offload}", _with(config, train={"offload": offload}), mesh
     for axis in (mesh.roles.tensor[-1], mesh.roles.pipe):
         changed = {axis: 2 * mesh.sizes[axis]}
         # Devices come from the outermost batch axis that can be halved, or are more.
@@ -179,4 +180,5 @@ def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
         max_in_flight=section.max_in_flight or None,
         vocab=section.vocab,
     )
-    return lower(schedule).num_residual_slots
+    offload = "residuals" if config.train.offload == "residuals" else "none"
+    return lower(schedule, offload=offload).num_residual_slots

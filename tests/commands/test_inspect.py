@@ -97,6 +97,10 @@ def test_zero_saves_most_of_the_optimizer_state() -> None:
 def test_offload_saves_the_whole_optimizer_state() -> None:
     config = load_config("tiny-dense", LARGE)
     assert savings_of(config, optimizer=1000)["--train.offload optimizer"] == 1000
+    # GPipe's 4 microbatches in flight become 2.
+    config = load_config("tiny-dense", f"{LARGE} --pipeline.schedule gpipe")
+    assert savings_of(config, activations=1000)["--train.offload residuals"] == 500
+    assert "--train.offload residuals" not in savings_of(load_config("tiny-dense", LARGE), activations=1000)
     changed = load_config("tiny-dense", f"{LARGE} --train.offload optimizer")
     assert "--train.offload optimizer" not in savings_of(changed, optimizer=8, activations=1000)
 

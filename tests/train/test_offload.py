@@ -9,7 +9,8 @@ import jaxlib
 import numpy as np
 import pytest
 from trellax.configs import RunConfig
-from trellax.meshes import MeshError
+from trellax.configs.check import check_run
+from trellax.meshes import ConfigError, MeshError
 from trellax.meshes.host_memory import is_in_host_memory
 from trellax.train import Checkpoints, TrainState, make_train_step
 
@@ -38,6 +39,10 @@ LAYOUTS = [
 # in one program and not in the other, which is one rounding, 6e-8, a step. An update that is missing is off by 1e-3.
 TOLERANCE = 2e-6
 
+# Muon multiplies stacks of matrices, whose sums XLA may order otherwise in a part of a stack, and sets small singular
+# values near 1 with the rounding in them: one device against eight differs by more (test_step.py allows 100 times its tolerance).
+MUON_TOLERANCE = 10 * TOLERANCE
+
 
 def differ(here: Any, there: Any) -> float:
     """Return the largest difference of any entry of two trees, over the largest entry of its array."""
@@ -55,9 +60,10 @@ def test_twenty_steps_equal_those_without_offload(mesh: str, shard: str, kind: s
     words = f"--pipeline.microbatches 2 --train.shard {shard} --optimizer.kind {kind}"
     whole = train(tiny(words), mesh)
     parts = train(tiny(f"{words} --train.offload optimizer"), mesh)
-    assert parts.losses == pytest.approx(whole.losses, rel=TOLERANCE)
-    assert differ(parts.state.params, whole.state.params) <= TOLERANCE
-    assert differ(parts.state.opt_state, whole.state.opt_state) <= TOLERANCE
+    most = MUON_TOLERANCE if kind == "muon" else TOLERANCE
+    assert parts.losses == pytest.approx(whole.losses, rel=most)
+    assert differ(parts.state.params, whole.state.params) <= most
+    assert differ(parts.state.opt_state, whole.state.opt_state) <= most
 
 
 def moments_of(state: TrainState) -> list[Any]:
@@ -105,6 +111,20 @@ def test_a_run_resumes_from_any_offload_to_any(saved: str, resumed: str, tiny: T
         checkpoints.wait()
         returned = checkpoints.restore(back)
     assert differ((returned.params, returned.opt_state), (first.state.params, first.state.opt_state)) == 0.0
+
+
+def test_twenty_steps_equal_those_with_residuals_on_the_device(tiny: Tiny) -> None:
+    words = "--pipeline.microbatches 4 --pipeline.schedule gpipe"
+    here, there = (
+        train(tiny(f"{words} --train.offload {one}"), "data=2,tensor=2,pipe=2") for one in ("none", "residuals")
+    )
+    assert there.losses == pytest.approx(here.losses, rel=TOLERANCE)
+    assert differ(there.state.params, here.state.params) <= TOLERANCE
+
+
+def test_residuals_without_a_pipeline_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"train\.offload='residuals' with mesh\.pipe=1: without a pipeline"):
+        check_run(tiny("--train.offload residuals --mesh.data 2"), num_devices=2)
 
 
 def test_jaxlib_that_copies_wrong_slices_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,8 @@ def _tell_mesh(setup: Setup) -> str:
         found += f"\n          {what} over {sizes.label('batch')} (train.shard)"
     if setup.is_offloaded:
         found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
+    if setup.config.train.offload == "residuals":
+        found += "\n          residuals whose backward is far off in the memory of the host (train.offload)"
     return found
 
 
