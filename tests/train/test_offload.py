@@ -40,7 +40,7 @@ LAYOUTS = [
 TOLERANCE = 2e-6
 
 # Muon multiplies stacks of matrices, whose sums XLA may order otherwise in a part of a stack, and sets small singular
-# values near 1 with the rounding in them: one device against eight differs by more (test_step.py allows 100 times its tolerance).
+# values near 1 with the rounding in them. For different meshes test_step.py allows 100 times its tolerance.
 MUON_TOLERANCE = 10 * TOLERANCE
 
 
