@@ -67,7 +67,7 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
     spec = check_run(config, num_devices=num_devices)
     machine = open_target(target, num_devices=num_devices)
     setup = Setup(config, build_mesh(spec, devices=machine.devices))
-    _ = setup.model, setup.schedule
+    setup.check()
     return machine, setup
 
 

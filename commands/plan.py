@@ -144,11 +144,18 @@ def _describe(
     width = terminal_width()
     rows = [_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))]
     table = align_within(rows, width=width)
-    reasons = [f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)]
+    reasons = [f"{number}  {plan.why}{_tell_host(plan)}" for number, plan in enumerate(plans, 1)]
     head = fold(f"{_describe_work(config, args)}\n{machine}", width=width)
     lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in diagnoses]
     told = "\n".join([*reasons, *([""] if lines else []), *lines])
     return "\n".join([head, "", table, "", fold(told, width=width)])
+
+
+def _tell_host(plan: Plan) -> str:
+    """Return what a plan keeps in the memory of the host, or ""."""
+    what = "residuals" if plan.layout.offload == "residuals" else "moments"
+    host = f"{plan.memory.host / _GB:.1f} GB of {what} a device in the memory of the host"
+    return f" Keeps {host} (train.offload)." if plan.memory.host else ""
 
 
 def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:

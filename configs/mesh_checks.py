@@ -23,6 +23,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
     yield from errors_of(check_batch_splits, config, mesh)
     yield from errors_of(mesh.splits_tokens, config.data.seq_len)
     yield from _check_forwards(config, pipe=mesh.pipe)
+    yield from _check_offload(config, mesh)
 
 
 def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
@@ -156,6 +157,17 @@ def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
             f"pipeline.microbatches={microbatches} over {stages} stages are {stages * microbatches} forwards a step; "
             f"a schedule has at most {most}.",
             fix=f"set pipeline.microbatches={max(1, most // stages)} or less.",
+        )
+
+
+def _check_offload(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error if residuals are to wait on the host where none wait: each microbatch is done with at once."""
+    if config.train.offload == "residuals" and mesh.pipe == 1:
+        key = f"mesh.{mesh.roles.pipe}"
+        yield ConfigError(
+            f"train.offload='residuals' with {key}=1: without a pipeline a backward follows its forward at once, and "
+            "no residuals wait for it.",
+            fix=f"set {key}=2 or more, or train.offload='optimizer'.",
         )
 
 

@@ -67,6 +67,8 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
+    if "offload" in was.get("train", {}):
+        values["train"]["offload"] = layout.offload
     run = was.get("run", {}) | values.get("run", {})
     if run.get("fake_devices", 0) != 0:
         values.setdefault("run", {})["fake_devices"] = layout.data * layout.tensor * layout.pipe
@@ -88,7 +90,7 @@ def _list_chosen(layout: Layout) -> Sections:
             "microbatches": layout.microbatches,
             "remat": layout.remat,
         },
-        "train": {"shard": layout.shard},
+        "train": {"shard": layout.shard} | ({"offload": layout.offload} if layout.offload != "none" else {}),
     }
 
 

@@ -32,6 +32,9 @@ Shard = Literal["none", "optimizer", "step", "layer"]
 
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 
+Offload = Literal["none", "optimizer", "residuals"]
+"""What is kept in the memory of the host: nothing, moments of the optimizer, or residuals of microbatches that wait."""
+
 
 class Axis(NamedTuple):
     """One axis of a mesh: its number of devices, -1 for what is left, and its role."""

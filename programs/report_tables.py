@@ -27,6 +27,8 @@ def format_memory(report: ProgramReport) -> str:
     lines = [("memory per device", "bytes", "share")]
     lines += [(name, f"{size:,}", f"{size / memory.total:.1%}") for name, size in memory.classes.items()]
     lines.append(("total", f"{memory.total:,}", format_bytes(memory.total)))
+    if memory.host:
+        lines.append(("on the host", f"{memory.host:,}", format_bytes(memory.host)))
     if memory.capacity is None or memory.free is None:
         return align(lines)
     lines.append(("capacity", f"{memory.capacity:,}", format_bytes(memory.capacity)))

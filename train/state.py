@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import ModelConfig, model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
+from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.param_specs import split_over_batch, without_axes
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
+from .offload import join_params, map_params, zero_moments
 from .optimizer import make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
 
@@ -52,6 +54,16 @@ class Setup:
 
     config: RunConfig
     mesh: Mesh
+
+    def check(self) -> None:
+        """Build model and schedule, and check what is asked of the host, before any array is made.
+
+        Raises:
+            TrellaxError: they do not fit each other, or devices or jaxlib cannot keep arrays on the host.
+        """
+        _ = self.model, self.schedule
+        if self.config.train.offload != "none":
+            check_host_memory(self.mesh, asked=f"train.offload={self.config.train.offload!r}")
 
     @cached_property
     def sizes(self) -> MeshSpec:
@@ -186,6 +198,18 @@ class Setup:
         own, axes = self.model.shardings, self.sizes.roles.kept
         return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the moments are kept in the memory of the host."""
+        return self.config.train.offload == "optimizer"
+
+    @property
+    def kept_moment_shardings(self) -> PipelineParams:
+        """Shardings of the moments between steps: in the memory of the host if they are offloaded."""
+        if not self.is_offloaded:
+            return self.moment_shardings
+        return jax.tree.map(in_host_memory, self.moment_shardings)
+
     @cached_property
     def shapes(self) -> TrainState:
         """Shapes, types and shardings of the whole state, as `jax.ShapeDtypeStruct`."""
@@ -202,7 +226,7 @@ class Setup:
         return TrainState(
             step=replicated,
             params=self.model.shardings,
-            opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
+            opt_state=optimizer_shardings(opt_state, self.kept_moment_shardings, self.mesh),
             health=StepHealth(skipped=replicated, mean_loss=replicated, halted=replicated),
         )
 
@@ -227,11 +251,22 @@ class Setup:
 
     def state_of(self, params: PipelineParams) -> TrainState:
         """Return a state before the first step with the given parameters, whose buffers are donated."""
-        return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
+        if not self.is_offloaded:
+            return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
+        own = without_moments(self.shardings)
+        state = jax.jit(lambda given: without_moments(self._fresh(given)), out_shardings=own, donate_argnums=0)(params)
+        # One by one: all at once may not fit the devices. The moments of AdamW and Muon start from zero.
+        moments = map_params(zero_moments, self.shapes.opt_state)
+        return replace(state, opt_state=join_params(moments, state.opt_state))
 
     def _fresh(self, params: PipelineParams) -> TrainState:
         opt_state = self.optimizer.init(params)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=initial_health())
+
+
+def without_moments(state: TrainState) -> TrainState:
+    """Return the state with None for every copy of the parameters in its optimizer state."""
+    return replace(state, opt_state=map_params(lambda _: None, state.opt_state))
 
 
 def _load_schedule_file(section: PipelineSection, mesh: MeshSpec) -> Schedule:

@@ -15,6 +15,7 @@ from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
 from ..plan.costs.device_params import block_matrices
+from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
@@ -60,7 +61,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
-        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap)
+        waits = "residuals" if section.offload == "residuals" else "none"
+        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
@@ -68,11 +70,11 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         with jax.numpy_dtype_promotion("standard"):
             rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
             lr = jnp.asarray(rate(state.step - state.health.skipped))
-            optimizer: Any = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # A select, not a product with 0: where the step is bad, NaN * 0 would still be NaN.
-        params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
-        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
+            # Parts are clipped by the norm of all gradients.
+            norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
+            optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
+            held = {"opt_state": state.opt_state, "params": state.params}
+            params, opt_state = update(optimizer, grads=grads, **held, good=good)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)

@@ -6,7 +6,7 @@ from typing import Literal
 from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.divisibility import check_divides
-from ...meshes.spec import SHARDS, Shard
+from ...meshes.spec import SHARDS, Offload, Shard
 from ...schedules import Family, find_family
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -29,6 +29,7 @@ class Layout:
         sequences: sequences of one microbatch on one data shard.
         zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
             gradients too, with parameters gathered by every layer.
+        offload: what is kept in the memory of the host.
         layers_per_stage: layers of every stage; None for stages as even as possible.
         max_in_flight: limit of microbatches on a rank for a schedule that is searched for; None is no limit.
 
@@ -48,6 +49,7 @@ class Layout:
     sequences: int = 1
     remat: PlanRemat = "none"
     zero: ZeroStage = 0
+    offload: Offload = "none"
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
 

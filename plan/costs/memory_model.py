@@ -16,6 +16,7 @@ from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of
+from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
@@ -24,10 +25,13 @@ from .stage_time import stage_layers
 
 _FLOAT32 = 4
 
+UPDATE_PARTS = 8
+"""Parts of the layers whose moments come from the host one after another (`../../train/offload.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes of one device of one pipeline rank, by purpose."""
+    """Bytes of one device of one pipeline rank, by purpose, and those that it keeps in the memory of its host."""
 
     weights: float
     gradients: float
@@ -35,16 +39,21 @@ class MemoryUse:
     activations: float
     temporary: float
     kv_cache: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes of all purposes together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes of all purposes together; those on the host are not the device's."""
+        return sum(getattr(self, name) for name in self._names)
 
     @property
     def classes(self) -> dict[str, int]:
         """Bytes by purpose, rounded."""
-        return {field.name: round(getattr(self, field.name)) for field in fields(self)}
+        return {name: round(getattr(self, name)) for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name != "host"]
 
 
 def step_memory(
@@ -60,6 +69,9 @@ def step_memory(
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
+    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
+    in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     held = [
         (ends_of(placement, rank), tuple(layers[stage] for stage in placement.stages_of(rank)), in_flight[rank])
@@ -72,7 +84,15 @@ def step_memory(
         )
         for own in dict.fromkeys(held)
     }
+    if waiting:
+        kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
+        room = {own: waiting.on_host * kept * max(own[1]) for own in uses}
+        uses = {own: replace(use, host=room[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)
+
+
+def _waits(layout: Layout) -> bool:
+    return layout.offload == "residuals" and layout.pipe > 1
 
 
 def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:
@@ -144,14 +164,18 @@ def _rank_memory(
     split = {"tensor": layout.tensor, "expert": layout.expert}
     ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
+    temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
+    host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"],
-        optimizer=state["optimizer"],
+        optimizer=state["optimizer"] - host,
         activations=kept * num_layers
         + (ahead if runtime.residuals == "trellax" else 0)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
-        temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies,
+        # Old and new moments of one part are on the device at a time, when nothing else is temporary.
+        temporary=max(temporary, 2 * host / UPDATE_PARTS),
+        host=host,
     )
 
 

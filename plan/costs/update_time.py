@@ -23,6 +23,7 @@ class UpdateTime:
 
     `gather` is the all-gather of parameters and `reduce` the reduction of gradients over data; with a fully sharded
     axis both run for every microbatch. `tied` is the reduction of a tied embedding between the first and last stage.
+    `optimizer` includes copies of moments from the host and back, which no computation hides.
     """
 
     gather: float
@@ -65,8 +66,13 @@ def update_time(
         gather=gather,
         reduce=reduce,
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
-        optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
+        + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * params / shards),
     )
+
+
+def _copies_s(layout: Layout, topology: Topology, *, num_bytes: float) -> float:
+    return 2 * num_bytes / topology.accelerator.host_bytes_per_s if layout.offload == "optimizer" else 0.0
 
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:
