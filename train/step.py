@@ -31,11 +31,11 @@ _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
 class StepMetrics:
     """Replicated scalars of one step; float32[] but for `taken`, bool[].
 
-    `loss` is that of the model without those of routers. `grad_norm` is the global norm before clipping. `taken` is false where the loss or the gradient was bad and the
-    update was left out. `mean_loss` is the running mean of the good losses before this step, with which its loss was
-    compared to find a spike; infinite before the first. `router` has, of a mixture of experts, `router_loss`,
-    `expert_peak`, the most loaded expert of any layer over the mean, and `dropped`, the share of pairs of tokens and
-    experts that were left out.
+    `loss` is that of the model without those of routers. `grad_norm` is the global norm before clipping. `taken` is
+    false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
+    good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
+    has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
+    `dropped`, the share of pairs of tokens and experts that were left out.
     """
 
     loss: jax.Array

@@ -75,6 +75,7 @@ def lower(
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
     check_choice("ends", ends, get_args(Ends), error=ScheduleError)
+    check_choice("offload", offload, get_args(Offload), error=ScheduleError)
     lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap), offload=offload)
     lowering.route_activations(ends)
     if len(kinds) > 1:

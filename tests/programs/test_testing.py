@@ -120,6 +120,7 @@ def test_roofline_shares_add_up_and_follow_the_slowest_link() -> None:
     # Four devices a node: what crosses pipe now takes the network, which is a hundred times slower.
     # Groups over pipe+data have two devices in a node, and so two adapters.
     slower_s = sent(near, "pipe") * (1e-6 - 1e-8) + sent(near, "pipe+data") * (1e-6 / 2 - 1e-8)
+    slower_s += sent(near, "pipe+data+tensor") * (1e-6 / 4 - 1e-8)
     assert far.step_bound_s - near.step_bound_s == pytest.approx(slower_s, rel=0.01)
 
 
