@@ -83,7 +83,7 @@ def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[s
 
 def _list_chosen(layout: Layout) -> Sections:
     return {
-        "mesh": {"data": layout.data, "tensor": layout.tensor, "pipe": layout.pipe},
+        "mesh": layout.mesh.sizes,
         "pipeline": {
             "schedule": layout.schedule,
             "chunks": layout.chunks,

@@ -53,7 +53,7 @@ class Plan:
         """The plan as a dictionary of plain numbers and texts, for JSON."""
         layout = self.layout
         found: dict[str, Any] = {
-            "mesh": {"data": layout.data, "tensor": layout.tensor, "pipe": layout.pipe},
+            "mesh": layout.mesh.sizes,
             "schedule": layout.schedule if layout.pipe > 1 else "none",
             "chunks": layout.chunks,
             "microbatches": layout.microbatches,

@@ -113,7 +113,8 @@ def _keys(layout: Layout) -> Change:
     """Return the config keys that a layout sets, with their values."""
     stages = layout.layers_per_stage
     return {
-        "mesh.data": layout.data,
+        "mesh.data": layout.data // layout.expert,
+        **({"mesh.expert": layout.expert} if layout.expert > 1 else {}),
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
         "pipeline.schedule": layout.schedule,

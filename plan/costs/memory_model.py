@@ -15,7 +15,7 @@ from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of
+from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of, expert_matrices
 from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
@@ -156,7 +156,13 @@ def _rank_memory(
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
-    state = {name: own * (params - whole) for name, own in _state_bytes(layout, runtime).items()}
+    experts = sum(layers) * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    state = {name: own * (params - whole - experts) for name, own in _state_bytes(layout, runtime).items()}
+    if experts:
+        # Along expert devices have other experts; theirs are split over what is left of data.
+        copies = replace(layout, data=layout.data // layout.expert, expert=1)
+        for name, own in _state_bytes(copies, runtime).items():
+            state[name] += own * experts
     if whole:
         for name, own in _state_bytes(replace(layout, zero=0), runtime).items():
             state[name] += own * whole

@@ -9,7 +9,7 @@ from ...layers import ModelConfig
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
-from .device_params import End, device_params
+from .device_params import End, device_params, expert_matrices
 from .layout import Layout
 from .runtime import Runtime
 
@@ -41,27 +41,33 @@ def update_time(
         num_layers, ends: what that rank holds of the layers, and of embedding and head.
     """
     params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
+    experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
     group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
     # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
     if runtime.shard_overlap == "off" and group.num_nodes > 1:
         group = Group(size=group.size, per_node=1)
+    # Along expert devices have other experts: theirs are summed over what is left of data.
+    copies = make_group(topology, size=layout.replicas // layout.expert, stride=layout.tensor * layout.expert)
     shards = layout.replicas if layout.zero else 1
 
-    def time_of(kind: CollectiveKind, num_bytes: float) -> float:
-        return collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
+    def time_of(kind: CollectiveKind, bytes_each: float) -> float:
+        parts = ((group, params - experts), (copies, experts))
+        return sum(
+            collective_time_s(kind, num_bytes=bytes_each * count, group=own, topology=topology) for own, count in parts
+        )
 
     if layout.fsdp > 1 or layout.zero == 3:
         # Parameters are gathered for the forward and again for the backward of every microbatch.
         rounds = layout.microbatches
-        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES * params)
-        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes * params)
+        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES)
+        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
         shards = layout.replicas
     elif layout.zero:
-        gather = time_of("all_gather", _WEIGHT_BYTES * params)
-        reduce = time_of("reduce_scatter", runtime.gradient_bytes * params)
+        gather = time_of("all_gather", _WEIGHT_BYTES)
+        reduce = time_of("reduce_scatter", runtime.gradient_bytes)
     else:
-        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes * params)
-    moved = runtime.optimizer_bytes * params / shards
+        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes)
+    moved = runtime.optimizer_bytes * ((params - experts) / shards + experts / max(1, shards // layout.expert))
     return UpdateTime(
         gather=gather,
         reduce=reduce,
