@@ -15,14 +15,7 @@ def check_experts(config: Any) -> None:
         ModelError: a size is negative, a token uses more experts than there are, groups do not divide them, or a field
             is given without experts.
     """
-    for name in ("num_experts", *_ONLY_WITH_EXPERTS):
-        if getattr(config, name) < 0:
-            raise ModelError(
-                f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
-            )
-    for name in ("expert_capacity", "router_scale"):
-        if not getattr(config, name) > 0:
-            raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out.")
+    _check_signs(config)
     _check_groups(config)
     if not config.num_experts:
         for name in _ONLY_WITH_EXPERTS:
@@ -42,6 +35,22 @@ def check_experts(config: Any) -> None:
         raise ModelError("matmuls='fp8' has no products for experts.", fix="set matmuls='plain'.")
     if config.other_bias == "on":
         raise ModelError("experts have no biases, but bias='on'.", fix="set bias='off', or 'qkv'.")
+    _check_choice(config)
+
+
+def _check_signs(config: Any) -> None:
+    for name in ("num_experts", *_ONLY_WITH_EXPERTS):
+        if getattr(config, name) < 0:
+            raise ModelError(
+                f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
+            )
+    for name in ("expert_capacity", "router_scale"):
+        if not getattr(config, name) > 0:
+            raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out.")
+
+
+def _check_choice(config: Any) -> None:
+    """Raise unless there are enough experts in the groups that a token keeps."""
     groups, kept = config.router_groups, config.router_groups_kept
     check_divides("num_experts", config.num_experts, over="router_groups", parts=groups, error=ModelError)
     if kept * config.num_experts // groups < config.experts_per_token:

@@ -74,8 +74,8 @@ def lower(
     """
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
-    check_choice("ends", ends, get_args(Ends), error=ScheduleError)
-    check_choice("offload", offload, get_args(Offload), error=ScheduleError)
+    for name, value, choices in (("ends", ends, get_args(Ends)), ("offload", offload, get_args(Offload))):
+        check_choice(name, value, choices, error=ScheduleError)
     lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap), offload=offload)
     lowering.route_activations(ends)
     if len(kinds) > 1:
@@ -85,12 +85,8 @@ def lower(
     for transfer in (*turns.forward.values(), *turns.backward.values()):
         # The same on all ranks: a permute that some ranks skip would hang the others.
         transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
-    return Tables(
-        turns=turns,
-        placement=schedule.placement,
-        **_count_all(turns),
-        steady=find_steady(turns, lowering.paired, ends),
-    )
+    steady = find_steady(turns, lowering.paired, ends)
+    return Tables(turns=turns, placement=schedule.placement, steady=steady, **_count_all(turns))
 
 
 def _count_all(turns: Turns) -> dict[str, int]:

@@ -157,15 +157,7 @@ def _rank_memory(
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
     experts = sum(layers) * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
-    state = {name: own * (params - whole - experts) for name, own in _state_bytes(layout, runtime).items()}
-    if experts:
-        # Along expert devices have other experts; theirs are split over what is left of data.
-        copies = replace(layout, data=layout.data // layout.expert, expert=1)
-        for name, own in _state_bytes(copies, runtime).items():
-            state[name] += own * experts
-    if whole:
-        for name, own in _state_bytes(replace(layout, zero=0), runtime).items():
-            state[name] += own * whole
+    state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
     split = {"tensor": layout.tensor, "expert": layout.expert}
     ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
@@ -183,6 +175,22 @@ def _rank_memory(
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,
     )
+
+
+def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer on a device.
+
+    Args:
+        whole, experts: how many of the parameters are whole on every data shard, and how many are those of experts.
+    """
+    # Along expert devices have other experts; theirs are split over what is left of data.
+    apart = replace(layout, data=layout.data // layout.expert, expert=1)
+    parts = ((layout, params - whole - experts), (apart, experts), (replace(layout, zero=0), whole))
+    found = dict.fromkeys(_state_bytes(layout, runtime), 0.0)
+    for own, count in parts:
+        for name, each in _state_bytes(own, runtime).items():
+            found[name] += each * count
+    return found
 
 
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:

@@ -42,19 +42,13 @@ def update_time(
     """
     params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
     experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
-    group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
-    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
-    if runtime.shard_overlap == "off" and group.num_nodes > 1:
-        group = Group(size=group.size, per_node=1)
-    # Along expert devices have other experts: theirs are summed over what is left of data.
-    copies = make_group(topology, size=layout.replicas // layout.expert, stride=layout.tensor * layout.expert)
     shards = layout.replicas if layout.zero else 1
+    # Along expert devices have other experts: theirs are summed over what is left of data.
+    group, copies = _groups(layout, runtime, topology)
 
     def time_of(kind: CollectiveKind, bytes_each: float) -> float:
-        parts = ((group, params - experts), (copies, experts))
-        return sum(
-            collective_time_s(kind, num_bytes=bytes_each * count, group=own, topology=topology) for own, count in parts
-        )
+        parts = ((group, bytes_each * (params - experts)), (copies, bytes_each * experts))
+        return sum(collective_time_s(kind, num_bytes=size, group=own, topology=topology) for own, size in parts)
 
     if layout.fsdp > 1 or layout.zero == 3:
         # Parameters are gathered for the forward and again for the backward of every microbatch.
@@ -79,6 +73,15 @@ def update_time(
 
 def _copies_s(layout: Layout, topology: Topology, *, num_bytes: float) -> float:
     return 2 * num_bytes / topology.accelerator.host_bytes_per_s if layout.offload == "optimizer" else 0.0
+
+
+def _groups(layout: Layout, runtime: Runtime, topology: Topology) -> tuple[Group, Group]:
+    """Return the devices with the same parameters, and those with the same experts."""
+    group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
+    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
+    if runtime.shard_overlap == "off" and group.num_nodes > 1:
+        group = Group(size=group.size, per_node=1)
+    return group, make_group(topology, size=layout.replicas // layout.expert, stride=layout.tensor * layout.expert)
 
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:
