@@ -77,7 +77,7 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
     for remat in ("dots", "full"):
         if (pipeline.remat, remat) not in (("full", "dots"), (remat, remat)):
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
-    for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data > 1 else ():
+    for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data * mesh.context > 1 else ():
         yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
     if config.train.offload == "none":
         for offload in ("optimizer", *(("residuals",) if mesh.pipe > 1 else ())):
@@ -131,7 +131,7 @@ class _Estimate:
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
-        split = [mesh.data if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
+        split = [sizes.shards if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
         self.num_moments, self.num_kept, self.num_sums = (self.num_params / parts for parts in split)
         if config.train.offload == "optimizer":
             self.num_moments = 0.0
@@ -160,7 +160,7 @@ def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Rem
     return activation_bytes(
         config.model,
         num_sequences=sizes.num_sequences,
-        num_tokens=sizes.num_tokens,
+        num_tokens=mesh.tokens_of_rank(sizes.num_tokens),
         tensor=mesh.tensor,
         sequence="on" if sizes.is_sequence_parallel else "off",
         remat=remat,

@@ -165,7 +165,9 @@ def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
     size += " parameters"
     if is_serving(args):
         return f"{size} in 16 bit, {args.prompt} tokens read and {args.generate} written for each request"
-    return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step"
+    num_ranks = config.mesh.context
+    context = f", each sequence over context={num_ranks} in all layouts" if num_ranks > 1 else ""
+    return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step{context}"
 
 
 def _axes(plans: Sequence[Plan]) -> list[str]:

@@ -140,6 +140,21 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"data.tokenizer={config.data.tokenizer!r} is given, but data.source='tokens' reads ids, not text.",
             fix="set data.source='text', or leave data.tokenizer out.",
         )
+    packing, end_id = config.data.packing, config.data.end_id
+    if packing == "on" and source == "tokens" and end_id < 0:
+        yield ConfigError(
+            "data.packing='on' cuts sequences at the ends of documents, and data.source='tokens' does not say which id "
+            "ends one.",
+            fix="set data.end_id, 50256 for GPT-2's tokenizer.",
+        )
+    if end_id >= 0 and (packing == "off" or (source != "tokens" and config.data.tokenizer == "bytes")):
+        why = "data.packing is 'off'" if packing == "off" else "bytes have no such token: each file is a document"
+        yield ConfigError(f"data.end_id={end_id} is given, but {why}.", fix="leave it out.")
+    if end_id >= vocab_size:
+        yield ModelError(
+            f"data.end_id={end_id} is no id of model.vocab_size={vocab_size}, which knows 0 to {vocab_size - 1}.",
+            fix="set the id that ends a document.",
+        )
     if source != "stdlib" and not paths:
         yield ConfigError(
             f"data.source={source!r} reads files, but data.paths is empty.",

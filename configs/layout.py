@@ -29,6 +29,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         tensor=mesh.tensor,
         pipe=mesh.pipe,
         expert=mesh.expert,
+        context=mesh.context,
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
         microbatches=pipeline.microbatches,
@@ -53,5 +54,6 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
+        context=config.mesh.context,
         runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab, sequence=sequence),
     )

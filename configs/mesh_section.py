@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
 from ..meshes import Axis, MeshError, MeshSpec
-from ..meshes.axes import DEFAULT_ROLES, KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
+from ..meshes.axes import DEFAULT_AXES, KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
 from ..meshes.errors import shown
 from ..meshes.spec import SequenceParallel
 
@@ -31,6 +31,7 @@ class DefaultMesh:
     tensor: int = 1
     pipe: int = 1
     expert: int = 1
+    context: int = 1
     sequence: SequenceParallel = "auto"
 
 
@@ -77,13 +78,20 @@ def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[st
     if not own_axes(section, ()):
         return dict(sizes)
     roles, found = read_mesh(section).roles, {}
-    for name, role in DEFAULT_ROLES.items():
+    for name, role in DEFAULT_AXES.roles:
         first, *others = roles.having(role)
         found |= {first: sizes[name]} | dict.fromkeys(others, 1)
     return found
 
 
 _OPTION = f"--mesh.{ROLES}."
+
+
+def _mesh_of(own: DefaultMesh) -> MeshSpec:
+    """Return the mesh of these keys; without an axis for expert or context where that has one device."""
+    more = {name: Axis(size, KNOWN_ROLES[name]) for name, size in (("expert", own.expert), ("context", own.context))}
+    axes = {name: axis for name, axis in more.items() if axis.size != 1}
+    return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, axes=axes, sequence=own.sequence)
 
 
 def _schema(_: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -93,8 +101,7 @@ def _schema(_: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         if isinstance(value, Mapping) and ROLES in value:
             return read_mesh(value)
         own: DefaultMesh = check(value)
-        axes = {"expert": Axis(own.expert, role="expert")} if own.expert != 1 else {}
-        return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, axes=axes, sequence=own.sequence)
+        return _mesh_of(own)
 
     return core_schema.no_info_wrap_validator_function(
         read,

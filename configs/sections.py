@@ -51,6 +51,12 @@ class DataSection(Section):
         0.05, gt=0, lt=1, description="share of the corpus held out for validation, from its end"
     )
     token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="integer type of .bin token files")
+    packing: Literal["off", "on"] = Field(
+        "off", description="whether attention, positions and loss stop at the ends of the documents of a sequence"
+    )
+    end_id: int = Field(
+        -1, ge=-1, le=_MAX, description="id of the token that ends a document, for packing; -1 is the tokenizer's"
+    )
 
 
 class TrainSection(Section):

@@ -14,7 +14,7 @@ import tomlkit
 from tomlkit.container import Container
 from tomlkit.items import Comment, Table, Whitespace
 
-from ..meshes.axes import DEFAULT_ROLES
+from ..meshes.axes import DEFAULT_AXES
 from ..plan.costs.layout import Layout
 from .keys import list_keys, own_mesh_keys
 from .mesh_section import own_axes, rename_axes
@@ -64,6 +64,8 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     for section, chosen in _list_chosen(layout).items():
         values[section] = values.get(section, {}) | chosen
     values["mesh"] = _rename_mesh(values["mesh"], was=was.get("mesh", {}))
+    if "context" in was.get("mesh", {}) or layout.context > 1:
+        values["mesh"]["context"] = layout.context
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
@@ -71,14 +73,14 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
         values["train"]["offload"] = layout.offload
     run = was.get("run", {}) | values.get("run", {})
     if run.get("fake_devices", 0) != 0:
-        values.setdefault("run", {})["fake_devices"] = layout.data * layout.tensor * layout.pipe
+        values.setdefault("run", {})["fake_devices"] = layout.num_devices
     return values
 
 
 def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[str, Any]:
     """Return the chosen sizes of data, tensor and pipe, and what overrides say, by the names of the file's axes."""
-    own = {key: value for key, value in chosen.items() if key not in DEFAULT_ROLES}
-    return own | rename_axes({key: chosen[key] for key in DEFAULT_ROLES}, {**was, **own})
+    own = {key: value for key, value in chosen.items() if key not in DEFAULT_AXES.names}
+    return own | rename_axes({key: chosen[key] for key in DEFAULT_AXES.names}, {**was, **own})
 
 
 def _list_chosen(layout: Layout) -> Sections:

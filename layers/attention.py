@@ -10,7 +10,8 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from .cache import KVCache, NewTokens, attend
 from .check_inputs import check_hidden
 from .config import ModelConfig
-from .flash import attend_causally
+from .context.attend import attend_in_context
+from .context.places import Places, own_positions
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
@@ -41,15 +42,23 @@ class Attention(nnx.Module):
         self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
         self.key_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """x[B@data, T, D] -> y[B@data, T, D].
+    def __call__(self, x_BTD: jax.Array, places: Places | None = None) -> jax.Array:
+        """x[B@data, T@context, D] -> y[B@data, T@context, D].
+
+        Args:
+            places: where the tokens stand, if a sequence holds several documents.
 
         Raises:
             ModelError: x is not [B, T, D], or T is 0.
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        return self.combine(attend_causally(q_BTNH, k_BTKH, v_BTKH, config=self.config))
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places and places.positions)
+        segments_BT = places and places.segments
+        return self.combine(
+            attend_in_context(
+                q_BTNH, k_BTKH, v_BTKH, config=self.config, axes=self.rules.axes("tokens"), segments_BT=segments_BT
+            )
+        )
 
     def project(
         self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
@@ -61,12 +70,14 @@ class Attention(nnx.Module):
         With fewer key/value heads than tensor ranks, keys and values have a head for each rank.
 
         Args:
-            positions_BT: position of every token in its sequence; 0 to T - 1 if left out.
+            positions_BT: position of every token in its sequence; 0 to T - 1, of all context ranks, if left out.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = normalize(self.query_norm, q_BTNH), normalize(self.key_norm, k_BTKH)
         if self.config.positions == "rotary":
+            if positions_BT is None:
+                positions_BT = own_positions(q_BTNH.shape[1], self.rules.axes("tokens"))[None]
             q_BTNH = rotate(q_BTNH, config=self.config, positions_BT=positions_BT)
             k_BTKH = rotate(k_BTKH, config=self.config, positions_BT=positions_BT)
         return q_BTNH, k_BTKH, v_BTKH

@@ -14,6 +14,7 @@ from .blockwise import FLASH_OUTPUTS
 from .cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
+from .context.places import Places
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
 from .mlp import MLP
@@ -40,12 +41,14 @@ class Block(nnx.Module):
         """x[B@data, T, D] -> y[B@data, T, D]."""
         return self.run(x_BTD)[0]
 
-    def run(self, x_BTD: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, ExpertStats]:
+    def run(
+        self, x_BTD: jax.Array, weights_BT: jax.Array | None = None, places: Places | None = None
+    ) -> tuple[jax.Array, ExpertStats]:
         """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
 
         x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
         """
-        x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD))
+        x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD), places)
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
         return x_BTD + y_BTD, stats
 
@@ -85,7 +88,13 @@ def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = 
 
 
 def run_blocks(
-    graph: Any, params_L: Any, x_BTD: jax.Array, *, weights_BT: jax.Array | None = None, remat: Remat = "dots"
+    graph: Any,
+    params_L: Any,
+    x_BTD: jax.Array,
+    *,
+    weights_BT: jax.Array | None = None,
+    places: Places | None = None,
+    remat: Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Return x after all layers of a stack, run in order by one scan, and the sum of the losses of routers.
 
@@ -95,11 +104,12 @@ def run_blocks(
         graph: `nnx.split(block)[0]` of a stacked block.
         params_L: its state as pure arrays, [layers, ...].
         weights_BT: weights of tokens in the loss; without them routers add none.
+        places: where tokens stand, if a sequence holds several documents.
         remat: rematerialization policy.
     """
 
     def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
-        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT)
+        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT, places)
         return y_BTD, stats.loss
 
     y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)

@@ -24,7 +24,7 @@ def dropout(x: jax.Array, *, rate: float, keys: jax.Array, tokens: Sequence[str]
     Array(8., dtype=float32)
 
     Args:
-        tokens: the mesh axes over which the tokens of x are split, `rules.axes("stream_tokens")`.
+        tokens: the mesh axes over which the tokens of x are split, `rules.token_axes`.
 
     Raises:
         ModelError: `rate` is not a number from 0 up to 1, or there is not one key for each sequence.

@@ -8,10 +8,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from ..meshes.device_axes import block_index, num_manual_blocks
+from ..meshes.device_axes import block_index, manual_axes, num_manual_blocks
 from .check_inputs import check_token_ids
 from .collectives import leave_split, own_tokens, run_in_blocks
 from .config import ModelConfig
+from .context.places import own_positions
 from .partitioning import INIT_STD, make_param
 
 
@@ -47,8 +48,10 @@ class Embedding(nnx.Module):
         x_BTD = lookup(self.table[...], tokens_BT, dtype=self.config.dtype, rules=self.rules)
         if self.positions is not None:
             table_PD = self.positions[...]
+            if positions_BT is None and manual_axes(context := self.rules.axes("tokens")):
+                positions_BT = own_positions(tokens_BT.shape[1], context)[None]
             rows_BTD = table_PD[None, : tokens_BT.shape[1]] if positions_BT is None else table_PD[positions_BT]
-            x_BTD = x_BTD.astype(jnp.float32) + own_tokens(rows_BTD, self.rules.axes("stream_tokens"))
+            x_BTD = x_BTD.astype(jnp.float32) + own_tokens(rows_BTD, self.rules.token_axes)
         return self.rules.constrain(x_BTD.astype(self.config.dtype), ("batch", "stream_tokens", "embed"))
 
 
@@ -73,7 +76,7 @@ def lookup(
     """
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
-    own = partial(_lookup_block, axes=rules.axes("vocab"), split=rules.axes("stream_tokens"), dtype=dtype)
+    own = partial(_lookup_block, axes=rules.axes("vocab"), split=rules.token_axes, dtype=dtype)
     # In blocks for the gradient: the compiler's scatter makes that of the whole table on every device, and sums it.
     in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "stream_tokens", "embed")
     return run_in_blocks(own, rules=rules, in_dims=in_dims, out_dims=out_dims)(table_VD, tokens_BT)

@@ -6,7 +6,7 @@ algorithm is that of Dao 2023 ("FlashAttention-2", section 3); its residuals are
 for every query.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal
 
@@ -37,25 +37,40 @@ def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Ker
     return "cudnn" if config.attention != "xla" and is_nvidia(kind) and config.can_be_fused else "xla"
 
 
-def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Compute causal attention within the last `attention_window` tokens.
+def attend_causally(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    config: ModelConfig,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Compute causal attention within the last `attention_window` tokens, and within each token's document.
 
     q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
 
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
-    if choose_kernel(config) == "xla":
-        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+    # jax has no documents in cuDNN's attention.
+    if choose_kernel(config) == "xla" or segments_BT is not None:
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window, segments_BT)
     # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
     return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
 
 
-def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int) -> jax.Array:
+def attend_fused(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int, causal: bool = True
+) -> jax.Array:
+    """Run cuDNN's kernel: causal within a window, or every query with every key.
+
+    Raises:
+        ModelError: jax finds no cuDNN.
+    """
     seen = (window - 1, 0) if window else None
     try:
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation="cudnn"
+            q_BTNH, k_BSKH, v_BSKH, is_causal=causal, local_window_size=seen, implementation="cudnn"
         )
     except RuntimeError as error:
         # While tracing jax asks cuDNN for its version, also on machines that only compile.
@@ -70,27 +85,47 @@ def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: 
 # The gradient is written by hand so that rematerialization can keep the kernel's residuals by their name.
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend_flash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
-    return _attend(q_BTNH, k_BTKH, v_BTKH, window=window)
+    return attend_fused(q_BTNH, k_BTKH, v_BTKH, window=window)
 
 
 def _flash_forward(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], list[jax.Array]]]:
-    # jax's vjp of the kernel is a tree whose leaves are its residuals. Inputs and output among them are kept as they
-    # are; `made` are the others, the logarithms of the softmax sums [B, N, T].
     qkv = q_BTNH, k_BTKH, v_BTKH
-    y_BTNH, vjp = jax.vjp(partial(_attend, window=window), *qkv)
-    made = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size and not _is_among(leaf, (*qkv, y_BTNH))]
-    y_BTNH, made = checkpoint_name((y_BTNH, made), FLASH_OUTPUTS)
+    y_BTNH, made = checkpoint_name(run_fused(partial(attend_fused, window=window), *qkv), FLASH_OUTPUTS)
     return y_BTNH, ((*qkv, y_BTNH), made)
 
 
 def _flash_backward(
     window: int, saved: tuple[tuple[jax.Array, ...], list[jax.Array]], grad_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The forward is traced again for the tree alone: all that it computes is replaced, so the compiler drops it.
     (*qkv, y_BTNH), made = saved
-    traced_BTNH, vjp = jax.vjp(partial(_attend, window=window), *qkv)
+    return fused_grads(partial(attend_fused, window=window), tuple(qkv), y_BTNH, made, grad_BTNH)
+
+
+_attend_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def run_fused(
+    attend: Callable[..., jax.Array], q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the output of a kernel, and what it makes for its backward: logarithms of softmax sums [B, N, T]."""
+    # jax's vjp of the kernel is a tree whose leaves are its residuals; inputs and output are among them.
+    qkv = q_BTNH, k_BSKH, v_BSKH
+    y_BTNH, vjp = jax.vjp(attend, *qkv)
+    return y_BTNH, [leaf for leaf in jax.tree.leaves(vjp) if leaf.size and not _is_among(leaf, (*qkv, y_BTNH))]
+
+
+def fused_grads(
+    attend: Callable[..., jax.Array],
+    qkv: tuple[jax.Array, ...],
+    y_BTNH: jax.Array,
+    made: list[jax.Array],
+    grad_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of queries, keys and values by a kernel, from what `run_fused` returned."""
+    # The forward is traced again for the tree alone: all that it computes is replaced, so the compiler drops it.
+    traced_BTNH, vjp = jax.vjp(attend, *qkv)
     leaves, tree = jax.tree.flatten(vjp)
     rest = iter(made)
 
@@ -104,6 +139,3 @@ def _flash_backward(
 
 def _is_among(leaf: jax.Array, arrays: Iterable[jax.Array]) -> bool:
     return any(leaf is one for one in arrays)
-
-
-_attend_flash.defvjp(_flash_forward, _flash_backward)

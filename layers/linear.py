@@ -137,7 +137,7 @@ class RowLinear(nnx.Module):
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
-        y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.axes("stream_tokens"))
+        y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
         y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else add_bias(y_BTD, self.bias[...])
@@ -161,7 +161,7 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
     """
     rules, kernel = layer.rules, layer.kernel[...].astype(layer.dtype)
     run = partial(multiply, dtype=layer.dtype, matmuls=layer.matmuls)
-    tokens = rules.axes("stream_tokens")
+    tokens = rules.token_axes
     if num_blocks(tokens) == 1:
         return run(*enter_split(x_BTD, kernel, rules.axes(layer.dim)))
 
@@ -177,9 +177,9 @@ def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
     return y + jnp.expand_dims(bias_F.astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
-def name_dims(y: jax.Array, last: str, *, tokens: str | None = None) -> tuple[str | None, ...]:
+def name_dims(y: jax.Array, last: str, *, tokens: str = "tokens") -> tuple[str | None, ...]:
     """Return the logical dimensions of y[B, ..., F]: `last` is the name of F, `tokens` of T in [B, T, F]."""
-    middle = [tokens] if y.ndim == 3 else [None] * y.ndim
+    middle: list[str | None] = [tokens] if y.ndim == 3 else [None] * y.ndim
     return (*("batch", *middle)[: y.ndim - 1], last)
 
 

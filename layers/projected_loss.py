@@ -66,7 +66,7 @@ def projected_cross_entropy(
         ShardingError: B does not split evenly over `data`, or V over its axes.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.axes("stream_tokens"))
+    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.token_axes)
     check_targets(targets_BT, weights_BT, shape=(x_BTD.shape[0], x_BTD.shape[1] * num_manual_blocks(axes.tokens)))
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")

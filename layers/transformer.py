@@ -17,6 +17,7 @@ from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks
 from .collectives import enter_split, gather_tokens
 from .config import ModelConfig
+from .context.places import Places
 from .embedding import Embedding
 from .norms import apply_norm, make_norm
 from .partitioning import INIT_STD, make_param
@@ -43,7 +44,7 @@ class Head(nnx.Module):
         Inside `shard_map` the tables are this device's rows, and so are the logits.
         """
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
-        x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.axes("stream_tokens"))
+        x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.token_axes)
         x_BTD, table_VD = enter_split(x_BTD, table_VD, self.rules.axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
@@ -93,21 +94,26 @@ class Transformer(nnx.Module):
         """tokens[B@data, T] -> logits[B@data, T, V@tensor] in float32."""
         return self.head(self.hidden(tokens_BT)[0], embedding_VD=self.embed.table[...])
 
-    def loss(self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    def loss(
+        self, tokens_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, places: Places | None = None
+    ) -> jax.Array:
         """Return the weighted sum of cross-entropies and of routers' losses; means where the weights sum to 1.
 
         tokens, targets and weights [B@data, T] -> [], float32
         """
-        x_BTD, of_routers = self.hidden(tokens_BT, weights_BT)
+        x_BTD, of_routers = self.hidden(tokens_BT, weights_BT, places)
         return self.head.loss(x_BTD, targets_BT, weights_BT, embedding_VD=self.embed.table[...]) + of_routers
 
-    def hidden(self, tokens_BT: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def hidden(
+        self, tokens_BT: jax.Array, weights_BT: jax.Array | None = None, places: Places | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Return what the head is given, x[B@data, T, D], and the sum of the losses of routers, float32 [].
 
         tokens[B@data, T]; without the weights of tokens in the loss [B@data, T] routers add none.
         """
         graph, params_L = nnx.split(self.blocks)
-        return run_blocks(graph, params_L, self.embed(tokens_BT), weights_BT=weights_BT, remat=self.remat)
+        x_BTD = self.embed(tokens_BT, positions_BT=places and places.positions)
+        return run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
 
 
 def model_rules(

@@ -4,6 +4,7 @@
     pipe      pipe       different layers
     data      batch      different sequences; gradients are summed over it
     expert    expert     different sequences, and different experts of the same layers
+    context   context    different tokens of the same sequences; gradients are summed over it
     tensor    tensor     different features of the same layers, and the same activations between layers
 
 These names have the role of their line. Other names are yours to give, with a role: dp and replica for batch.
@@ -25,7 +26,7 @@ ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "
 DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe"}
 """The axes that every mesh has, as a mesh is written: data=2 tensor=2 pipe=2."""
 
-KNOWN_ROLES: Mapping[str, Role] = {**DEFAULT_ROLES, "expert": "expert"}
+KNOWN_ROLES: Mapping[str, Role] = {**DEFAULT_ROLES, "expert": "expert", "context": "context"}
 """The names that need no role, since they have one."""
 
 ROLES = "roles"
@@ -38,9 +39,12 @@ RESERVED = (ROLES, SEQUENCE)
 """Keys of [mesh] that are not sizes, so that no axis has such a name."""
 
 _BATCH: tuple[Role, ...] = ("batch", "shard", "expert")
-"""Roles along which devices hold different sequences, so that gradients are summed over them."""
+"""Roles along which devices hold different sequences."""
 
-_KEPT: tuple[Role, ...] = ("batch", "shard")
+_SUMMED: tuple[Role, ...] = (*_BATCH, "context")
+"""Roles along which devices hold different tokens, so that loss and gradients are summed over them."""
+
+_KEPT: tuple[Role, ...] = ("batch", "shard", "context")
 """Roles along which a device may keep a part of a weight that it uses whole."""
 
 
@@ -100,12 +104,22 @@ class MeshAxes:
 
     @property
     def batch(self) -> tuple[str, ...]:
-        """The axes whose devices hold different sequences: gradients are summed over them."""
+        """The axes whose devices hold different sequences: the batch is split over them."""
         return self.having(*_BATCH)
 
     @property
+    def summed(self) -> tuple[str, ...]:
+        """The axes whose devices hold different tokens: loss and gradients are summed over them."""
+        return self.having(*_SUMMED)
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """The axes whose devices hold different tokens of the same sequences."""
+        return self.having("context")
+
+    @property
     def kept(self) -> tuple[str, ...]:
-        """The batch axes over which weights may be kept split, and gathered for use."""
+        """The axes over which weights may be kept split, and gathered for use; gradients are summed over them too."""
         return self.having(*_KEPT)
 
     @property

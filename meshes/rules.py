@@ -26,8 +26,8 @@ Dim = str | tuple[str, ...] | None
 
 _ROLES: dict[str, Role | None] = {
     "batch": "batch",  # and over those of experts, which hold other tokens too
-    "tokens": None,
-    "stream_tokens": None,
+    "tokens": "context",
+    "stream_tokens": "context",
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -95,7 +95,12 @@ class ShardingRules:
         >>> DEFAULT_RULES.split_stream().spec(("batch", "stream_tokens", "embed"))
         P('data', 'tensor', None)
         """
-        return self.replace(stream_tokens=_as_entry(self.axes("heads")))
+        return self.replace(stream_tokens=_as_entry((*self.axes("tokens"), *self.axes("heads"))))
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes over which layers gather and scatter tokens: those that split them between layers alone."""
+        return tuple(axis for axis in self.axes("stream_tokens") if axis not in self.axes("tokens"))
 
     def check_axes(self, sizes: Mapping[str, int]) -> None:
         """Raise unless each axis of a mesh with several devices has a role, and a dimension can be split over it.

@@ -107,6 +107,11 @@ class MeshSpec:
         return math.prod(self.sizes[name] for name in self.roles.batch)
 
     @property
+    def context(self) -> int:
+        """Number of parts that the tokens of a sequence are split into: devices along all context axes together."""
+        return math.prod(self.sizes[name] for name in self.roles.context)
+
+    @property
     def tensor(self) -> int:
         """Number of parts that the features of a layer are split into: devices along all tensor axes together."""
         return math.prod(self.sizes[name] for name in self.roles.tensor)
@@ -168,17 +173,38 @@ class MeshSpec:
         """Return whether activations of sequences of `num_tokens` are split by tokens over the tensor axes.
 
         Raises:
-            MeshError: `sequence` is "on", and the tokens do not divide.
+            MeshError: tokens do not split over the context axes, or `sequence` is "on" and they do not over tensor.
         """
+        num_tokens = self.tokens_of_rank(num_tokens)
         divides = num_tokens % self.tensor == 0
         if self.sequence == "on" and not divides:
+            which = " of a context rank" if self.context > 1 else ""
             raise MeshError(
-                f'sequence="on" splits {num_tokens} tokens over {self.label("tensor")}={self.tensor}, and they do not '
-                "divide.",
-                fix=f"use sequences of {num_tokens // self.tensor * self.tensor or self.tensor} tokens, or "
-                'sequence="off".',
+                f'sequence="on" splits {num_tokens} tokens{which} over {self.label("tensor")}={self.tensor}, and they '
+                "do not divide.",
+                fix=f'use sequences of {self._tokens_that_split(num_tokens)} tokens, or sequence="off".',
             )
         return self.sequence != "off" and self.tensor > 1 and divides
+
+    def tokens_of_rank(self, num_tokens: int) -> int:
+        """Return how many tokens of each sequence a context rank has: two of 2 x context equal chunks.
+
+        Raises:
+            MeshError: the tokens of a sequence do not divide.
+        """
+        parts = 2 * self.context
+        if self.context > 1 and num_tokens % parts:
+            raise MeshError(
+                f"{self.label('context')}={self.context} cuts a sequence into {parts} chunks, two for each rank, and "
+                f"{num_tokens} tokens do not divide: {num_tokens} / {parts} = {num_tokens / parts:.2f}.",
+                fix=f"use sequences of {num_tokens // parts * parts or parts} tokens.",
+            )
+        return num_tokens // self.context
+
+    def _tokens_that_split(self, num_tokens: int) -> int:
+        """Return the tokens of a sequence nearest below that split over context and tensor."""
+        parts = math.lcm(self.tensor, 2 if self.context > 1 else 1)
+        return self.context * (num_tokens // parts * parts or parts)
 
     def resolve(self, *, num_devices: int) -> "MeshSpec":
         """Return the spec with -1 inferred, checked to use exactly `num_devices` devices.
@@ -249,7 +275,7 @@ class MeshSpec:
 
     def __repr__(self) -> str:
         own = "" if self.sequence == "auto" else f", sequence={self.sequence!r}"
-        if self.sizes.keys() == DEFAULT_ROLES.keys():
+        if set(self.sizes) == set(DEFAULT_AXES.names):
             return f"MeshSpec({', '.join(f'{axis}={size}' for axis, size in self.sizes.items())}{own})"
         return f"MeshSpec(axes={dict(self.axes)}{own})"
 
@@ -272,7 +298,7 @@ def _axis_of(name: str, axis: Any) -> Axis:
 def _complete(given: dict[str, Axis]) -> dict[str, Axis]:
     """Return the axes with those of the default names added, of size 1, for roles that no axis has."""
     taken = {axis.role for axis in given.values()}
-    missing = {name: Axis(1, role) for name, role in DEFAULT_ROLES.items() if role not in taken}
+    missing = {name: Axis(1, role) for name, role in DEFAULT_AXES.roles if role not in taken}
     # A mesh reads data, tensor, pipe, and its devices lie as pipe, data, tensor.
     return dict(sorted((missing | given).items(), key=lambda pair: (pair[1].role == "pipe", _place_of(pair[1].role))))
 

@@ -4,25 +4,30 @@ import math
 from collections.abc import Iterator
 
 from ..layers import ModelConfig
-from ..meshes import MeshSpec
+from ..meshes import Axis, MeshSpec
 from ..schedules import Vocab
 from .costs.layout import Layout, PlanRemat, ZeroStage
 from .machines.topology import Topology
 
 
-def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab) -> Iterator[MeshSpec]:
+def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context: int = 1) -> Iterator[MeshSpec]:
     """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split.
 
     Args:
+        context: devices that share each sequence, the same in all meshes.
         vocab: "split" divides the vocabulary over pipe x tensor, "ends" over tensor alone.
     """
+    if num_devices % context:
+        return
+    more = {"context": Axis(context, role="context")} if context > 1 else {}
+    num_devices //= context
     for tensor in _divisors(num_devices):
         if model.num_heads % tensor or _features(model) % tensor or not _splits_kv(model, tensor):
             continue
         for pipe in _divisors(num_devices // tensor):
             parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
             if pipe <= model.num_layers and model.vocab_size % parts == 0:
-                yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe)
+                yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe, axes=more)
 
 
 def device_counts(topology: Topology) -> tuple[int, ...]:
@@ -41,13 +46,14 @@ def legal_layouts(
     batch_size: int,
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
     vocab: Vocab = "split",
+    context: int = 1,
 ) -> Iterator[Layout]:
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
     chunk per rank or interleaved with 2 or 4, and the V-shaped ones with 2.
     """
-    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab):
+    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab, context=context):
         if batch_size % mesh.data:
             continue
         shard = batch_size // mesh.data
@@ -63,6 +69,7 @@ def legal_layouts(
                             tensor=mesh.tensor,
                             pipe=mesh.pipe,
                             expert=expert,
+                            context=context,
                             schedule=schedule,
                             chunks=chunks,
                             microbatches=shard // sequences,
@@ -77,7 +84,7 @@ def _splits_of_weights(model: ModelConfig, mesh: MeshSpec) -> Iterator[tuple[Zer
     experts = [parts for parts in _divisors(mesh.data) if model.num_experts % parts == 0] if model.num_experts else [1]
     for expert in experts:
         yield 0, expert
-        if mesh.data > expert:
+        if mesh.data * mesh.context > expert:
             yield 2, expert
             yield 3, expert
 

@@ -141,7 +141,8 @@ def _kept(layout: Layout, chunks: int) -> tuple[int, ...] | None:
 
 def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
     """Yield the legal meshes of the layout's devices that the batch splits over."""
-    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=question.priced_runtime.vocab):
+    vocab, context = question.priced_runtime.vocab, layout.context
+    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=vocab, context=context):
         if question.batch_size % mesh.data == 0:
             yield mesh
 
@@ -156,12 +157,13 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
             data=mesh.data,
             tensor=mesh.tensor,
             pipe=mesh.pipe,
+            context=layout.context,
             schedule=layout.schedule if keeps else "1f1b",
             chunks=layout.chunks if keeps else 1,
             microbatches=count,
             sequences=sequences,
             remat=layout.remat,
-            zero=layout.zero if mesh.data > 1 else 0,
+            zero=layout.zero if mesh.data * layout.context > 1 else 0,
             max_in_flight=layout.max_in_flight if keeps else None,
         )
 

@@ -39,6 +39,7 @@ class TrainQuestion:
         runtime: traits of the training runtime to price; if left out, those of trellax's own step for this model on
             this accelerator, with the vocabulary split over the pipeline (`trellax_runtime`).
         remats: rematerialization policies to try.
+        context: devices that share each sequence, the same in all layouts that are tried.
 
     Raises:
         PlanError: a size is below 1, or a policy is unknown.
@@ -50,6 +51,7 @@ class TrainQuestion:
     num_tokens: int
     runtime: Runtime | None = None
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full")
+    context: int = 1
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -197,6 +199,7 @@ def _candidates(question: TrainQuestion, counts: Iterable[int], *, offload: Offl
             batch_size=question.batch_size,
             remats=question.remats,
             vocab=question.priced_runtime.vocab,
+            context=question.context,
         )
         yield from (replace(layout, offload=offload) for layout in layouts)
 
@@ -223,7 +226,9 @@ def _nothing_fits(question: TrainQuestion) -> PlanError:
     layouts = list(_candidates(question, (topology.num_devices,), offload="optimizer"))
     if not layouts:
         vocab = question.priced_runtime.vocab
-        meshes = list(legal_meshes(question.model, num_devices=topology.num_devices, vocab=vocab))
+        meshes = list(
+            legal_meshes(question.model, num_devices=topology.num_devices, vocab=vocab, context=question.context)
+        )
         datas = sorted({mesh.data for mesh in meshes})
         why = f"train.batch_size={question.batch_size} splits over none of data={', '.join(map(str, datas))}"
         return PlanError(

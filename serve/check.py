@@ -23,9 +23,17 @@ def check_model(
         MeshError: an axis with several devices has no role, or one that no layer uses.
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: `max_tokens` is below 1, or the cache is longer than the context of the model.
+        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, or the mesh has a
+            context axis of several devices.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
+    for axis in axes.context:
+        if sizes[axis] > 1:
+            raise ServeError(
+                f"the mesh has {axis}={sizes[axis]}, which splits the tokens of a sequence in training; a server keeps "
+                "each sequence's cache whole.",
+                fix=f"set {axis}=1, and give its devices to data, tensor or pipe.",
+            )
     model_rules(config, sizes, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=sizes[axes.pipe])
     if max_tokens > config.max_tokens:

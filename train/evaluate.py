@@ -94,7 +94,7 @@ def validate(state: TrainState, eval_step: Callable[..., Any], data: TrainingDat
 
 
 def _evaluate_on(corpus: Corpus, setup: Setup, state: TrainState) -> float:
-    data = make_training_data(setup.config, corpus, sharding=setup.batch_sharding)
+    data = make_training_data(setup.config, corpus, sharding=setup.batch_sharding, num_context=setup.sizes.context)
     return validate(state, compile_eval_step(setup, say=lambda _: None), data)
 
 

@@ -14,7 +14,7 @@ from ..layers import ModelConfig, model_rules
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
-from ..pipeline.model.param_specs import split_over_batch, without_axes
+from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .offload import join_params, map_params, zero_moments
 from .optimizer import make_optimizer, optimizer_shardings
@@ -187,15 +187,15 @@ class Setup:
     @cached_property
     def gradient_shapes(self) -> PipelineParams:
         """Shapes of the sums of gradients in a step: split as parameters are, but for what is gathered once a step."""
-        own, kept = self.model.params, self.sizes.roles.kept
-        gathered = jax.tree.map(lambda leaf: leaf.update(sharding=without_axes(leaf.sharding, kept)), own)
+        own, axes = self.model.params, self.sizes.roles
+        sums = jax.tree.map(lambda leaf: leaf.update(sharding=gathered(leaf.sharding, axes)), own)
         # Embedding and head are gathered once in either case.
-        return replace(gathered, stages=own.stages) if self.config.train.shard == "layer" else gathered
+        return replace(sums, stages=own.stages) if self.config.train.shard == "layer" else sums
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
         """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
-        own, axes = self.model.shardings, self.sizes.roles.kept
+        own, axes = self.model.shardings, self.sizes.roles
         return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
 
     @property
@@ -232,15 +232,17 @@ class Setup:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Sharding of every array of a batch: [M, B@data, T]."""
+        """Sharding of every array of a batch: [M, B@data, T@context], tokens in the order of context ranks."""
         return NamedSharding(self.mesh, self.rules.spec(("microbatch", "batch", "tokens")))
 
     @property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch: tokens and targets int32, weights float32, each [M, B@data, T]."""
+        """Shapes and shardings of a batch: weights float32, all else int32, each [M, B@data, T@context]."""
         microbatches = self.config.pipeline.microbatches
         shape = (microbatches, self.config.train.batch_size // microbatches, self.config.data.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        if self.config.data.packing == "on":
+            dtypes |= {"segments": np.int32, "positions": np.int32}
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in dtypes.items()
         }

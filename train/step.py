@@ -21,7 +21,9 @@ from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
 
 Batch = dict[str, jax.Array]
-"""`tokens` and `targets` int32[M, B@data, T], `weights` float32[M, B@data, T] that sum to 1."""
+"""`tokens` and `targets` int32[M, B@data, T@context], `weights` float32 alike that sum to 1.
+
+With `data.packing` also `segments` and `positions` int32, as in `data/documents.py`."""
 
 _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
 

@@ -108,7 +108,7 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, kernels: Kernels
     ) -> tuple[jax.Array, jax.Array]:
         """Return what this device's tokens get of all experts, and the number of pairs that are left out."""
-        config, features, tokens = self.config, self.rules.axes("ffn"), self.rules.axes("stream_tokens")
+        config, features, tokens = self.config, self.rules.axes("ffn"), self.rules.token_axes
         # Each device of tensor has all tokens of its group, and a part of the features of each expert.
         whole = [mark_varying(gather_tokens(leaf, tokens), manual_axes(features)) for leaf in (x_BTD, weights_BTk)]
         x_BTD, weights_BTk = whole

@@ -80,9 +80,9 @@ def _in_kept_groups(scores: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def count_tokens(routing: Routing, *, rules: ShardingRules) -> jax.Array:
-    """Return the number of tokens that chose each expert, by sequence: float32 [B, E], of all tokens of a sequence."""
+    """Return the number of tokens that chose each expert, by sequence: float32 [B, E], of a context rank."""
     chosen = jax.nn.one_hot(routing.experts, routing.scores.shape[-1], dtype=jnp.float32).sum((1, 2))
-    return sum_blocks(chosen, rules.axes("stream_tokens"))
+    return sum_blocks(chosen, rules.token_axes)
 
 
 def router_loss(
@@ -90,17 +90,19 @@ def router_loss(
 ) -> jax.Array:
     """Return the balance loss and the z-loss of a layer, weighted as its tokens are in the model's loss: float32 [].
 
-    Balance is that of each sequence by itself (DeepSeek-AI 2024, "V3", equations 17 to 20), E / k times the sum over
-    experts of the share of tokens that chose it and its mean score: at least 1. So it does not depend on microbatches
-    and mesh. The z-loss is the mean square of the logarithm of a token's normaliser (Zoph et al. 2022, equation 5).
+    Balance is that of each whole sequence by itself (DeepSeek-AI 2024, "V3", equations 17 to 20), E / k times the sum
+    over experts of the share of tokens that chose it and its mean score: at least 1. So it does not depend on
+    microbatches and mesh; over context it costs two all-reduces of [B, E]. The z-loss is the mean square of the
+    logarithm of a token's normaliser (Zoph et al. 2022, equation 5).
 
     Args:
         counts_BE: as of `count_tokens`.
-        weights_BT: of all tokens; they sum to 1 over the batch.
+        weights_BT: of all tokens of a context rank; they sum to 1 over the batch.
     """
-    tokens, num_tokens = rules.axes("stream_tokens"), weights_BT.shape[1]
-    mean_scores_BE = sum_blocks(routing.scores.sum(1), tokens) / num_tokens
-    share_BE = counts_BE / (num_tokens * config.experts_per_token)
+    tokens, context = rules.token_axes, rules.axes("tokens")
+    num_tokens = weights_BT.shape[1] * num_manual_blocks(context)
+    mean_scores_BE = sum_blocks(routing.scores.sum(1), rules.axes("stream_tokens")) / num_tokens
+    share_BE = sum_blocks(counts_BE, context) / (num_tokens * config.experts_per_token)
     balance_B = config.num_experts * (jax.lax.stop_gradient(share_BE) * mean_scores_BE).sum(-1)
     loss = config.balance_loss * (weights_BT.sum(-1) * balance_B).sum()
     if not config.router_z_loss:

@@ -3,11 +3,14 @@
     batch = {"x": [M, B, D], "temperature": [M]}         x is split over B; temperature has no B and is whole
     batch = {"x": [M, B, D], "class_weights": [M, V]}    refused: the second dimension of class_weights is V, not B
     StageFns(batch_specs={"x": P(None, "data"), "class_weights": P()})    says that class_weights is whole
+    StageFns(batch_specs=P(None, "data", "context"))     cuts leaves [M, B, T, ...] along tokens too
 
 Read `checks/arguments.py` next.
 """
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,15 +20,18 @@ from jax.sharding import PartitionSpec as P
 from ...meshes import ScheduleError, ShardingError
 from ...meshes.divisibility import check_divides
 from ..model.stage import StageFns
-from ..model.trees import check_arrays, spread_specs
+from ..model.trees import check_arrays, mesh_axes_of, spread_specs
 
 
-def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards: int) -> None:
+def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, sizes: Mapping[str, int]) -> None:
     """Raise unless every leaf is [M], or [M, B, ...] with the same B, or has a spec in `fns.batch_specs`.
+
+    Args:
+        sizes: size of each mesh axis.
 
     Raises:
         ScheduleError: a leaf is not an array, or does not have M microbatches.
-        ShardingError: leaves disagree on B, or B does not split over the data shards.
+        ShardingError: leaves disagree on B, B does not split over the data shards, or tokens do not over context.
     """
     leaves = check_arrays("batch", batch)
     if not leaves:
@@ -33,14 +39,15 @@ def check_batch(fns: StageFns, batch: Any, *, num_microbatches: int, num_shards:
     for name, leaf in leaves.items():
         _check_microbatches(name, leaf.shape, num_microbatches)
     specs = dict(zip(leaves, jax.tree.leaves(batch_specs(fns, batch)), strict=True))
-    split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] == _split(fns)}
-    over = " x ".join(fns.axes.batch)
+    split = {name: leaf.shape for name, leaf in leaves.items() if specs[name] != P()}
+    over, num_shards = " x ".join(fns.axes.batch), math.prod(sizes[axis] for axis in fns.axes.batch)
     _check_sizes(split, num_shards, over=over, spec=_split(fns))
     if not split and num_shards > 1:
         raise ShardingError(
             f"no leaf of the batch is split over {over}={num_shards}: every shard would add the same loss once more.",
             fix=f"give leaves [{num_microbatches}, batch, ...], or use a mesh with {over}=1.",
         )
+    _check_tokens(fns, {name: (leaf.shape, specs[name]) for name, leaf in leaves.items()}, sizes)
 
 
 def batch_specs(fns: StageFns, batch: Any) -> Any:
@@ -54,7 +61,7 @@ def batch_specs(fns: StageFns, batch: Any) -> Any:
     if fns.batch_specs is None:
         return jax.tree.map(lambda leaf: _split(fns) if leaf.ndim > 1 else P(), batch)
     specs = spread_specs("batch_specs", fns.batch_specs, batch, of="batch")
-    return jax.tree.map_with_path(partial(_read_spec, _split(fns)), specs, batch)
+    return jax.tree.map_with_path(partial(_read_spec, fns), specs, batch)
 
 
 def _split(fns: StageFns) -> P:
@@ -62,16 +69,35 @@ def _split(fns: StageFns) -> P:
     return P(None, fns.axes.batch if len(fns.axes.batch) > 1 else fns.axes.batch[0])
 
 
-def _read_spec(split: P, path: Any, spec: P, leaf: Any) -> P:
+def _check_tokens(fns: StageFns, leaves: Mapping[str, tuple[Any, P]], sizes: Mapping[str, int]) -> None:
+    """Raise unless tokens split over the context axes, those of one leaf at least."""
+    axes = fns.axes.context
+    over, parts = " x ".join(axes), math.prod(sizes[axis] for axis in axes)
+    cut = {name: own for name, own in leaves.items() if set(axes) & set(mesh_axes_of(own[1]))}
+    if parts > 1 and not cut:
+        raise ShardingError(
+            f"no leaf of the batch is split over {over}={parts}: its devices would all add the same loss.",
+            fix=f"say which dim holds tokens, StageFns(batch_specs={P(*_split(fns), *axes)}), or use a mesh with "
+            f"{over}=1.",
+        )
+    for name, (shape, spec) in cut.items():
+        check_divides(f"{name}: tokens", shape[len(spec) - 1], over=over, parts=parts, error=ShardingError)
+
+
+def _read_spec(fns: StageFns, path: Any, spec: P, leaf: Any) -> P:
+    split, axes = _split(fns), fns.axes.context
+    context = axes if len(axes) > 1 else axes[0] if axes else None
     entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec]
     # Trailing None mean nothing in a spec: P(None, "data", None) is P(None, "data").
     while entries and entries[-1] is None:
         entries.pop()
-    if P(*entries) not in (split, P()) or len(entries) > leaf.ndim:
+    # Tokens lie in some dim behind the batch.
+    cut = P(*split, *[None] * (len(entries) - 3), context) if context is not None else split
+    if P(*entries) not in (split, cut, P()) or len(entries) > leaf.ndim:
         raise ShardingError(
             f"batch_specs{jax.tree_util.keystr(path)} is {spec} for a leaf of shape {leaf.shape}: a leaf is "
             "[microbatches, batch, ...] and split over its second dimension, or whole on every data shard.",
-            fix=f"write {split} or P().",
+            fix=f"write {split}{f', {P(*split, context)} where its third is tokens,' if context else ''} or P().",
         )
     return P(*entries)
 

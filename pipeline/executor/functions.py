@@ -31,7 +31,7 @@ class Functions:
     """A model's functions, bound to the axes over which their results differ between devices.
 
     layers, prepares: by kind of layer; one kind without a name unless there are several.
-    axes: pipe and batch axes with more than one device.
+    axes: pipe and the axes that loss and gradients are summed over, those with more than one device.
     end_axes: the same for `first` and `last`; without pipe where all ranks run them together.
     token_axes: axes with more than one device that split the tokens of x.
     """
@@ -51,7 +51,7 @@ def bind_functions(
     fns: StageFns,
     *,
     pipe: tuple[str, ...],
-    batch: tuple[str, ...],
+    summed: tuple[str, ...],
     tokens: tuple[str, ...],
     keeps_trivial: bool = False,
 ) -> Functions:
@@ -61,8 +61,8 @@ def bind_functions(
         tokens: those of `fns.token_axes`.
         keeps_trivial: whether results may be marked as varying over axes of one device, as in checks.
     """
-    axes, own_axes = (*pipe, *batch), (*pipe, *batch, *tokens)
-    end_axes = batch if fns.ends_together else axes
+    axes, own_axes = (*pipe, *summed), (*pipe, *summed, *tokens)
+    end_axes = summed if fns.ends_together else axes
     mark = partial(_mark, keeps_trivial=keeps_trivial)
 
     def bind(fn: Callable[..., Any], axes: tuple[str, ...], read: Callable[[Any, list[Any]], Any]) -> Any:

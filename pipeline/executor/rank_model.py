@@ -232,7 +232,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
     """
     # Parameters that are the same on all ranks stay marked so where the ends run together: see ends_together.py.
     tokens, by_kind = functions.token_axes, functions.fns.by_kind
-    batch = [axis for axis in functions.axes if axis in functions.fns.axes.batch]
+    summed = [axis for axis in functions.axes if axis in functions.fns.axes.summed]
     shared = _mark(params.shared, (*functions.end_axes, *tokens))
     unprepared = _mark(by_kind(params.stages), (*functions.axes, *tokens))
     at_ends = microbatches_of(functions, inputs)
@@ -242,7 +242,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
         stages=prepare_layers(functions, unprepared),
         shared=shared,
         state=_mark(by_kind(inputs.state), functions.axes),
-        gathers=layer_gathers(functions.fns, params, unprepared, batch=batch),
+        gathers=layer_gathers(functions.fns, params, unprepared, summed=summed),
         microbatches=at_ends.marked(functions.axes),
         at_ends=at_ends,
         wants_batch=wants_batch,

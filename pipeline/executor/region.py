@@ -2,7 +2,7 @@
 
     params.stages [C, ranks@pipe, k, D@own axes, ...]  --cut-->  [C, k, d, ...] of this device
                                                                   run_turns, or run_sequence with one rank
-    gradients      [C, ranks@pipe, k, D@own axes, ...] <--join--  summed over the batch axes, once, in one all-reduce
+    gradients      [C, ranks@pipe, k, D@own axes, ...] <--join--  summed over data and context, once, in one all-reduce
 
 Every mesh axis is manual here: each device sees its own blocks, and nothing is sent that the code does not name. Axes
 of size 1 are bound too, so that a function may name them, but no array is cut or marked along them, which would cost a
@@ -86,11 +86,11 @@ class Region:
     def _run(self, params: PipelineParams, inputs: Inputs) -> Results:
         axes = self.fns.axes
         # Empty for axes of one device: nothing is cut, marked or summed along those.
-        pipe, batch = self._split_axes((axes.pipe,)), self._split_axes(axes.batch)
+        pipe, summed = self._split_axes((axes.pipe,)), self._split_axes(axes.summed)
         tokens = self._split_axes(self.fns.token_axes)
-        functions = bind_functions(self.fns, pipe=pipe, batch=batch, tokens=tokens)
+        functions = bind_functions(self.fns, pipe=pipe, summed=summed, tokens=tokens)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
-        params = gather_once(self.fns, params, batch=batch)
+        params = gather_once(self.fns, params, summed=summed)
         check_prepare(functions, self.fns.by_kind(params.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
         # With one pipeline rank there is no turn to wait for: microbatches run one after another.
@@ -104,26 +104,26 @@ class Region:
         else:
             sums, grads = run_sequence(model, wants=self.wants)
         loss, metrics = _sum((sums.loss, sums.metrics), functions.axes)
-        of_params, of_batch = (None, None) if grads is None else self._join(grads, params, inputs, pipe, batch)
-        stats = _restore(_sum(self.fns.one_or_by_kind(sums.stats), batch))
+        of_params, of_batch = (None, None) if grads is None else self._join(grads, params, inputs, pipe, summed)
+        stats = _restore(_sum(self.fns.one_or_by_kind(sums.stats), summed))
         return Results(loss=loss, metrics=metrics, stats=stats, grads=of_params, batch_grads=of_batch)
 
     def _join(
-        self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], batch: tuple[str, ...]
+        self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], summed: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
         stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
         of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, params.shared))
         # Where the ends ran together, their gradients are summed over pipe already.
-        over = {"pipe": () if self.fns.ends_together else pipe, "batch": batch}
+        over = {"pipe": () if self.fns.ends_together else pipe, "summed": summed}
         of_params = sum_once(self.fns, of_params, **over, tokens=self._split_axes(self.fns.token_axes))
         of_params = replace(of_params, stages=_restore(of_params.stages))
         if not self.wants_batch:
             return of_params, None
 
-        # Every stage adds its part of the gradient of a microbatch, and every data shard that of a leaf that is whole.
+        # Every stage adds its part of the gradient of a microbatch, and every shard that of a leaf that is whole.
         def over_copies(grad: jax.Array, spec: P) -> jax.Array:
-            return _sum(grad, tuple(axis for axis in (*pipe, *batch) if axis not in mesh_axes_of(spec)))
+            return _sum(grad, tuple(axis for axis in (*pipe, *summed) if axis not in mesh_axes_of(spec)))
 
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)

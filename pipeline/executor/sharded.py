@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from ...layers.collectives import gather_weight
 from ..model.stage import PipelineParams, StageFns
-from ..model.trees import mesh_axes_of, spread_specs
+from ..model.trees import kept_axes, mesh_axes_of, spread_specs
 from .split_dims import Split, splits_after
 
 
@@ -37,10 +37,10 @@ class Splits:
     shared: list[Split]
 
     @classmethod
-    def of(cls, fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> "Splits":
+    def of(cls, fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        specs, kept = _specs_of(fns, params), _kept_of(fns, batch)
-        return cls(stages=_splits_of(specs.stages, kept), shared=_splits_of(specs.shared, kept))
+        specs = _specs_of(fns, params)
+        return cls(stages=_splits_of(specs.stages, fns, summed), shared=_splits_of(specs.shared, fns, summed))
 
 
 def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
@@ -51,22 +51,17 @@ def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
     )
 
 
-def _kept_of(fns: StageFns, batch: Sequence[str]) -> list[str]:
-    """Return the batch axes over which weights are kept split; along those of experts each device uses its own."""
-    return [axis for axis in batch if axis in fns.axes.kept]
-
-
-def _splits_of(specs: Any, batch: Sequence[str]) -> list[Split]:
-    return [_split_of(spec, batch) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
+def _splits_of(specs: Any, fns: StageFns, summed: Sequence[str]) -> list[Split]:
+    return [_split_of(spec, fns, summed) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
 
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, P)
 
 
-def _split_of(spec: P, batch: Sequence[str]) -> Split:
+def _split_of(spec: P, fns: StageFns, summed: Sequence[str]) -> Split:
     for dim, entry in enumerate(spec):
-        if axes := tuple(axis for axis in mesh_axes_of(P(entry)) if axis in batch):
+        if axes := tuple(axis for axis in kept_axes(entry, fns.axes) if axis in summed):
             return Split(dim=dim, axes=axes)
     return Split(dim=0, axes=())
 
@@ -111,12 +106,12 @@ def _sum_over(tree: Any, specs: Any, axes: Sequence[str]) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def gather_once(fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) -> PipelineParams:
+def gather_once(fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> PipelineParams:
     """Return the parameters with what is gathered once a step: all, or with gather="layer" those of the ends.
 
     params.stages [C, k, ...] of this device.
     """
-    splits, dtype = Splits.of(fns, params, batch=batch), fns.gather_dtype
+    splits, dtype = Splits.of(fns, params, summed=summed), fns.gather_dtype
     # Back in their own dtype: an embedding's gradient sums over tokens, in the dtype of its table.
     whole = gather(params.shared, splits.shared, dtype=dtype)
     shared = jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), whole, params.shared)
@@ -127,20 +122,20 @@ def gather_once(fns: StageFns, params: PipelineParams, *, batch: Sequence[str]) 
 
 
 def sum_once(
-    fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], batch: Sequence[str], tokens: Sequence[str]
+    fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], summed: Sequence[str], tokens: Sequence[str]
 ) -> PipelineParams:
     """Return the gradients summed over the batch axes, and those of the ends over pipe too, in parts as parameters are.
 
     Where tokens are split, what is whole along their axes is summed over those as well. grads.stages [C, k, ...] of
     what `gather_once` returned.
     """
-    splits, specs, stages = Splits.of(fns, grads, batch=batch), _specs_of(fns, grads), grads.stages
+    splits, specs, stages = Splits.of(fns, grads, summed=summed), _specs_of(fns, grads), grads.stages
     if fns.gather == "step":
         stages = scatter(stages, [split.behind(2) for split in splits.stages])
     shared = scatter(grads.shared, splits.shared)
     return PipelineParams(
-        stages=_sum_over(stages, specs.stages, (*batch, *tokens)),
-        shared=_sum_over(shared, specs.shared, (*pipe, *batch, *tokens)),
+        stages=_sum_over(stages, specs.stages, (*summed, *tokens)),
+        shared=_sum_over(shared, specs.shared, (*pipe, *summed, *tokens)),
     )
 
 
@@ -185,7 +180,7 @@ class LayerGather:
 
 
 def layer_gathers(
-    fns: StageFns, params: PipelineParams, stages: dict[str, Any], *, batch: Sequence[str]
+    fns: StageFns, params: PipelineParams, stages: dict[str, Any], *, summed: Sequence[str]
 ) -> dict[str, LayerGather | None]:
     """Return the gather of a layer's parameters by kind, None where they are whole; stages [C, k, ...] by kind."""
     if fns.gather == "step":
@@ -195,7 +190,7 @@ def layer_gathers(
         kind: LayerGather.of(
             fns.by_kind(fns.prepare)[kind],
             jax.tree.map(lambda leaf: leaf[0, 0], own),
-            _splits_of(specs[kind], _kept_of(fns, batch)),
+            _splits_of(specs[kind], fns, summed),
             dtype=fns.gather_dtype,
         )
         for kind, own in stages.items()

@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
+from ...layers.context.places import Places
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -29,7 +30,6 @@ from .param_specs import layer_specs, split_over_batch
 from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
 from .stage import Gather, PipelineParams, StageFns, Unroll
-from .trees import mesh_axes_of
 
 SplitWeights = Literal["none", Gather]
 """How often weights that are split over the batch axes are gathered; "none" keeps them whole."""
@@ -100,7 +100,7 @@ def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRule
     """Return the rules with the vocabulary split over pipe too, if it is "split"; on one rank it has no use."""
     check_vocab(vocab)
     rules.check_axes(mesh.shape)
-    if missing := [axis for axis in rules.axes("stream_tokens") if axis not in rules.axes("vocab")]:
+    if missing := [axis for axis in rules.token_axes if axis not in rules.axes("vocab")]:
         raise ShardingError(
             f"tokens between layers are split over {' and '.join(missing)}, which does not split the vocabulary: every "
             "device would compute the whole loss.",
@@ -131,13 +131,14 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
-        return embed(microbatch["tokens"])
+        return embed(microbatch["tokens"], positions_BT=microbatch.get("positions"))
 
-    def layer(params: Any, x_BTD: jax.Array, _: Any) -> jax.Array:
-        return block.merge(params)(x_BTD)
+    def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
+        return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
 
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"])
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
+        assert stats.loss is not None
         # A row for each layer of the model, since metrics are added over layers.
         is_own = jax.numpy.arange(model.config.num_layers) == info.index
         own = {"expert_tokens": is_own[:, None] * stats.metrics["expert_tokens"][None], "router_loss": stats.loss}
@@ -156,14 +157,27 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
     return StageFns(
         first=first,
         layer=rematerialize(expert_layer if model.config.num_experts else layer, remat),
-        token_axes=model.head.rules.axes("stream_tokens"),
+        token_axes=model.head.rules.token_axes,
         axes=model.head.rules.mesh_axes,
+        batch_specs=_batch_specs(model.head.rules),
         last=last,
         # Left out for equal stages, whose number of layers is then a constant of the program.
         layers_per_stage=counts if len(set(counts)) > 1 else None,
         num_layers=sum(counts),
         prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
     )
+
+
+def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:
+    """Return how leaves [M, B, T] lie on the mesh; None for the default, where no axis splits tokens."""
+    return rules.spec(("microbatch", "batch", "tokens")) if rules.axes("tokens") else None
+
+
+def _places_of(microbatch: Mapping[str, jax.Array]) -> Places | None:
+    """Return where the tokens stand, in sequences of several documents."""
+    if "segments" not in microbatch:
+        return None
+    return Places(positions=microbatch["positions"], segments=microbatch["segments"])
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:
@@ -200,12 +214,12 @@ def _shardings(
     whole = jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if shard == "none":
         return whole
-    axes = rules.mesh_axes.kept
-    split = split_over_batch(whole, shapes, axes=axes, names=_SHARDED)
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    if parts > 1 and not any(set(axes) & set(mesh_axes_of(own.spec)) for own in jax.tree.leaves(split)):
+    split = split_over_batch(whole, shapes, axes=rules.mesh_axes, names=_SHARDED)
+    over = rules.mesh_axes.summed
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in over)
+    if parts > 1 and jax.tree.leaves(split) == jax.tree.leaves(whole):
         raise ShardingError(
-            f"shard={shard!r} keeps weights split over {' x '.join(axes)}={parts}, but {parts} divides no dimension of "
+            f"shard={shard!r} keeps weights split over {' x '.join(over)}={parts}, but {parts} divides no dimension of "
             "a kernel or table that is not split already.",
             fix=f"use a hidden size that is a multiple of {parts}, or shard='none'.",
         )

@@ -61,6 +61,7 @@ class StageFns:
             shape alone does not tell padding from a layer.
         batch_specs: a `PartitionSpec` for every leaf of the batch (or a prefix of its tree), if leaves without a batch
             dimension have two dimensions or more: P(None, "data") for [M, B, ...], P() for whole on every data shard.
+            P(None, "data", "context") cuts [M, B, T, ...] along tokens too, for the devices of a context axis.
         stage_specs: a `PartitionSpec` for every parameter of one layer (or a prefix of their tree), without the leading
             [chunks, ranks, layers]: P(None, "tensor") for a kernel split by columns. `layer` is given its device's
             block, and sums over the axis what it makes of it (`layers.collectives`). P("data", "tensor") keeps that
@@ -147,7 +148,7 @@ class StageFns:
         self._check_gather_dtype()
 
     def _check_token_axes(self) -> None:
-        allowed = [axis for axis in self.axes.names if axis not in (self.axes.pipe, *self.axes.batch)]
+        allowed = [axis for axis in self.axes.names if axis not in (self.axes.pipe, *self.axes.summed)]
         given = self.token_axes
         if not isinstance(given, tuple) or len(set(given)) < len(given) or not set(given) <= set(allowed):
             raise ScheduleError(

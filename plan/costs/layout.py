@@ -64,10 +64,14 @@ class Layout:
 
     @property
     def mesh(self) -> MeshSpec:
-        """The mesh of trellax's axes; data includes fsdp and context."""
-        data = self.data // self.expert * self.fsdp * self.context
-        experts = {"expert": Axis(self.expert, role="expert")} if self.expert > 1 else {}
-        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=experts)
+        """The mesh of trellax's axes, with expert and context if those have several devices; data includes fsdp."""
+        more: dict[str, Axis] = {}
+        if self.expert > 1:
+            more["expert"] = Axis(self.expert, role="expert")
+        if self.context > 1:
+            more["context"] = Axis(self.context, role="context")
+        data = self.data // self.expert * self.fsdp
+        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=more)
 
     @property
     def num_devices(self) -> int:

@@ -8,6 +8,9 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
   section 3). An all-reduce over t devices sends 2 (t - 1) / t of the array.
   With sequence parallelism a reduce-scatter and an all-gather of half of that each take its place (Korthikanti et al.
   2022, section 4.2.2), and what a stage sends to the next is a t-th of the activation.
+- Keys and values are gathered over `context` in every layer, and their gradients reduce-scattered: 2 b s h_kv
+  (c - 1) / c numbers each way, for s tokens of a sequence (Llama Team 2024, section 3.3.2). Each device has s / c of
+  them, and gradients are summed over data x context.
 - Every boundary between stages on two ranks sends an activation forward and its gradient back.
 - A layer of experts sends each token to its experts and back, forward and backward.
 - Embedding, head and loss are counted apart, in `_vocabulary`.
@@ -25,11 +28,11 @@ from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
 from .device_params import block_matrices, block_params, ends_of, expert_matrices, vocabulary_params
 
-_SEQUENCES: tuple[Role, ...] = ("batch", "shard", "expert")
-"""Roles of the axes along which devices have other sequences."""
-
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
+
+_SUMMED: tuple[Role, ...] = ("batch", "shard", "expert", "context")
+"""Roles of the axes over which gradients are summed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +78,13 @@ class StepSizes:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one microbatch on one data shard."""
-        return self.num_sequences * self.num_tokens
+        """Tokens of one microbatch on one device of a data shard, of all its tensor ranks."""
+        return self.num_sequences * self.mesh.tokens_of_rank(self.num_tokens)
+
+    @property
+    def shards(self) -> int:
+        """Devices over which gradients are summed: data x context."""
+        return self.mesh.data * self.mesh.context
 
     def layers_of(self, rank: int) -> int:
         """Layers of one pipeline rank, over all its chunks."""
@@ -105,6 +113,7 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
             _gradients(sizes, rank),
             _layers(sizes, rank),
             _experts(sizes, rank),
+            _context(sizes, rank),
             _hops(sizes, rank),
             _vocabulary(sizes, rank),
         ):
@@ -128,10 +137,19 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         found.append(f"{mesh.label('expert')}: {rows}, some of them empty.")
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
-    if mesh.data > 1 and shard == "layer":
-        found.append(f"{mesh.label('batch')}: shard='layer' gathers weights and sums gradients in every microbatch.")
-    elif mesh.data > 1 and shard != "step" and sizes.model.dtype != "float32":
-        found.append(f"{mesh.label('batch')}: what is sent back is float32; shard='step' sends {sizes.model.dtype}.")
+    if mesh.context > 1:
+        again = (
+            "gathers keys and values again, to keep those of its own tokens alone"
+            if remat != "full"
+            else ("gathers keys and values twice more, for the forward that it repeats and for itself")
+        )
+        times = "2" if remat == "full" else "1.5"
+        found.append(f"{mesh.label('context')}: the backward {again}; {times} times the minimum.")
+    over = mesh.label(*_SUMMED)
+    if sizes.shards > 1 and shard == "layer":
+        found.append(f"{over}: shard='layer' gathers weights and sums gradients in every microbatch.")
+    elif sizes.shards > 1 and shard != "step" and sizes.model.dtype != "float32":
+        found.append(f"{over}: what is sent back is float32; shard='step' sends {sizes.model.dtype}.")
     return tuple(found)
 
 
@@ -147,9 +165,9 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
         everything = block_params(sizes.model, tensor=1) - expert_matrices(sizes.model, tensor=1)
         whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
-        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, *_SEQUENCES)
-    updated = _updated(sizes, matrices, own - matrices - whole, over=mesh.data)
-    yield mesh.label(*_SEQUENCES), sizes.layers_of(rank) * updated
+        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, *_SUMMED)
+    updated = _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
+    yield mesh.label(*_SUMMED), sizes.layers_of(rank) * updated
 
 
 def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -164,6 +182,17 @@ def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of attention and feed-forward, forward and backward."""
     num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
     yield sizes.mesh.label("tensor"), num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
+
+
+def _context(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """Yield the all-gathers of keys and values, and the reduce-scatters of their gradients."""
+    mesh, model = sizes.mesh, sizes.model
+    if mesh.context == 1:
+        return
+    # With fewer key/value heads than tensor ranks each rank has one.
+    width = max(model.kv_size // mesh.tensor, model.head_size)
+    once = 2 * sizes.tokens * (mesh.context - 1) * width * _ITEM_BYTES[model.dtype]
+    yield mesh.label("context"), 2 * sizes.layers_of(rank) * sizes.num_microbatches * once
 
 
 def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -183,16 +212,16 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield mesh.label("pipe", *_SEQUENCES), _updated(sizes, table, 0, over=mesh.pipe * mesh.data)
-        yield _sum_whole(sizes, whole, "pipe", *_SEQUENCES)
+        yield mesh.label("pipe", *_SUMMED), _updated(sizes, table, 0, over=mesh.pipe * sizes.shards)
+        yield _sum_whole(sizes, whole, "pipe", *_SUMMED)
         # x of the embedding and dy of the head, each summed over the slices of the table.
         ends = ends_of(sizes.placed, rank)
         num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label(*_SEQUENCES), _updated(sizes, table / mesh.pipe, 0, over=mesh.data)
-    yield _sum_whole(sizes, whole, *_SEQUENCES)
+    yield mesh.label(*_SUMMED), _updated(sizes, table / mesh.pipe, 0, over=sizes.shards)
+    yield _sum_whole(sizes, whole, *_SUMMED)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     yield pipe, 4 * runs * sizes.boundary / mesh.tensor

@@ -53,7 +53,7 @@ stand_in.defvjp(forward, backward)
 @pytest.fixture
 def has_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "choose_kernel", lambda _: "cudnn")
-    monkeypatch.setattr(flash, "_attend", lambda q, k, v, *, window: stand_in(q, k, v, window))
+    monkeypatch.setattr(flash, "attend_fused", lambda q, k, v, *, window: stand_in(q, k, v, window))
 
 
 @pytest.mark.usefixtures("has_flash")
@@ -152,4 +152,4 @@ def test_without_cudnn_its_attention_says_what_to_install() -> None:
     # The real thing: jax asks for cuDNN's version while it traces, and the machines of these tests have none.
     q_BTNH = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     with pytest.raises(ModelError, match=r"whose library jax cannot use here: cuDNN(?s:.*)pip install"):
-        jax.eval_shape(partial(flash._attend, window=0), q_BTNH, q_BTNH, q_BTNH)
+        jax.eval_shape(partial(flash.attend_fused, window=0), q_BTNH, q_BTNH, q_BTNH)

@@ -1,5 +1,6 @@
 """Shared by tests of pipelines: small models, masked batches, the reference on one device, the comparison."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import ModelConfig, Remat, Transformer, cross_entropy, model_rules
+from trellax.layers.context.places import order_chunks
 from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import (
     LossAndGrads,
@@ -93,11 +95,20 @@ def masked_batch(num_sequences: int) -> dict[str, np.ndarray]:
 
 
 def microbatches(
-    batch: dict[str, np.ndarray], *, mesh: Mesh, num_microbatches: int, over: tuple[str, ...] = ("data",)
+    batch: dict[str, np.ndarray],
+    *,
+    mesh: Mesh,
+    num_microbatches: int,
+    over: tuple[str, ...] = ("data",),
+    context: tuple[str, ...] = (),
 ) -> dict[str, jax.Array]:
-    """Return the batch as [M, B@data, T] on the mesh, or split over other batch axes."""
-    place = NamedSharding(mesh, P(None, over))
-    cut = {name: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]) for name, leaf in batch.items()}
+    """Return the batch as [M, B@data, T@context] on the mesh, in the order of context ranks."""
+    place = NamedSharding(mesh, P(None, over, context or None))
+    num_ranks = math.prod(mesh.shape[axis] for axis in context)
+    cut = {
+        name: order_chunks(leaf, num_ranks=num_ranks).reshape(num_microbatches, -1, *leaf.shape[1:])
+        for name, leaf in batch.items()
+    }
     return jax.device_put(cut, place)
 
 
@@ -185,11 +196,13 @@ def pipeline_step(
     unroll: OnOff = "off",
     overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
+    batch: dict[str, np.ndarray] | None = None,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
     Args:
         mesh, whole: as data x tensor x pipe, or as `dp=2:batch,pp=4:pipe`; rules that keep dimensions whole.
+        batch: leaves [B, T], of `masked_batch` if left out.
     """
     devices = _build(spec := _spec_of(mesh))
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
@@ -206,8 +219,11 @@ def pipeline_step(
         out = run(params=params, batch=batch)
         return out, global_norm(out.grads)
 
-    cut_batch = partial(microbatches, mesh=devices, num_microbatches=num_microbatches, over=spec.roles.batch)
-    return Step(model=model, run=step, params=cut_params(config, model), batch=cut_batch(masked_batch(num_sequences)))
+    axes = {"over": spec.roles.batch, "context": spec.roles.context}
+    cut_batch = partial(microbatches, mesh=devices, num_microbatches=num_microbatches, **axes)
+    return Step(
+        model=model, run=step, params=cut_params(config, model), batch=cut_batch(batch or masked_batch(num_sequences))
+    )
 
 
 def answer_of(step: Step) -> Answer:

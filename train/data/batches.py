@@ -12,6 +12,7 @@ import numpy as np
 
 from ...meshes import DataError
 from ...meshes.arguments import check_count
+from .documents import Documents, pack
 from .hashed_file import check_size
 
 
@@ -20,7 +21,8 @@ class Batches:
 
     `batches[step]` is a dict of `tokens` and `targets` int32[M, B, T] and `weights` float32[M, B, T], where M is
     `microbatches` and B is `batch_size / microbatches`. The weights of a step sum to 1, so its loss is the sum of
-    weights x negative log-likelihood, however the step is cut.
+    weights x negative log-likelihood, however the step is cut. Where sequences hold several documents, also `segments`
+    and `positions` int32[M, B, T], and the last token of a document has weight 0 (`documents.py`).
 
     An epoch covers every token once. Its windows of T + 1 tokens share only their end points, except for the last
     window, which is moved back to end where the corpus ends. A batch may lie across two epochs, so that no sequence
@@ -34,6 +36,7 @@ class Batches:
     (2, 2, 8)
 
     Args:
+        documents: where they end; None where sequences are not cut at their ends.
         first_sequence: index of the sequence at which batch 0 starts. It is not 0, and may be negative, for a run
             that was resumed with another batch size.
 
@@ -49,6 +52,7 @@ class Batches:
         batch_size: int,
         microbatches: int,
         seed: int,
+        documents: Documents | None = None,
         first_sequence: int = 0,
     ) -> None:
         for name, count in {"seq_len": seq_len, "batch_size": batch_size, "microbatches": microbatches}.items():
@@ -65,7 +69,8 @@ class Batches:
                 f"a batch of {batch_size} sequences does not split into {microbatches} microbatches.",
                 fix="make batch_size a multiple of microbatches.",
             )
-        windows = _Windows(tokens=tokens, seq_len=seq_len)
+        windows = _Windows(tokens=tokens, seq_len=seq_len, documents=documents)
+        self._is_packed = documents is not None
         self._rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
         self._shape = (microbatches, batch_size // microbatches, seq_len)
         self._batch_size, self._first_sequence = batch_size, first_sequence
@@ -80,20 +85,29 @@ class Batches:
         # Not negative for the steps of a run, even where `first_sequence` is.
         start = self.num_sequences(step)
         rows = np.stack([np.asarray(self._rows[start + row]) for row in range(self._batch_size)])
-        weights = np.full(self._shape, 1 / np.prod(self._shape), np.float32)
-        return {
-            "tokens": rows[:, :-1].reshape(self._shape),
-            "targets": rows[:, 1:].reshape(self._shape),
-            "weights": weights,
+        batch = {
+            "tokens": rows[:, 0, :-1].reshape(self._shape),
+            "targets": rows[:, 0, 1:].reshape(self._shape),
+            "weights": np.full(self._shape, 1 / np.prod(self._shape), np.float32),
         }
+        if not self._is_packed:
+            return batch
+        packed = pack(rows[:, 1, :-1].reshape(self._shape).astype(bool))
+        weights = packed.predicts / max(1, packed.predicts.sum())
+        places = {"segments": packed.segments, "positions": packed.positions}
+        return batch | {"weights": weights.astype(np.float32)} | places
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Windows:
-    """Index the windows of seq_len + 1 tokens in a corpus; the last token of one is the first of the next."""
+    """Index the windows of seq_len + 1 tokens in a corpus; the last token of one is the first of the next.
+
+    A window is int32 [1, seq_len + 1], or [2, seq_len + 1] with whether each token is the last of its document.
+    """
 
     tokens: np.ndarray
     seq_len: int
+    documents: Documents | None
 
     def __len__(self) -> int:
         # So that every token but the first is a target. 100 tokens and seq_len=8 give 13 windows, the last from 91 on.
@@ -101,7 +115,10 @@ class _Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = min(index * self.seq_len, self.tokens.size - 1 - self.seq_len)
-        return _read(self.tokens, start, self.seq_len + 1).astype(np.int32)
+        tokens = _read(self.tokens, start, self.seq_len + 1).astype(np.int32)
+        if self.documents is None:
+            return tokens[None]
+        return np.stack([tokens, self.documents.is_last(tokens, start=start).astype(np.int32)])
 
 
 def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:

@@ -17,12 +17,13 @@ import numpy as np
 from ...configs.corpus_paths import find_files
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
-from ...hub.tokenizer import load_tokenizer
+from ...hub.tokenizer import ModelTokenizer, load_tokenizer
 from ...meshes import DataError
 from ...meshes.arguments import check_count
 from ...meshes.errors import printable
 from ...meshes.files.regular_file import read_bounded
 from .corpus_files import check_text_file, check_token_file
+from .documents import Documents
 from .hashed_file import HashedFile
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -35,7 +36,8 @@ class Corpus:
     """The token ids of a corpus for training and for validation, each [num_tokens], uint8, uint16 or uint32.
 
     `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the memory-mapped files,
-    which are read during the whole run and must not change; the content of all other files is in memory.
+    which are read during the whole run and must not change; the content of all other files is in memory. `documents`
+    says where they end, counted from the start of `train`, if sequences are to be cut there.
     """
 
     train: np.ndarray
@@ -44,6 +46,7 @@ class Corpus:
     description: str
     vocab_size_needed: int
     mapped: tuple[HashedFile, ...] = ()
+    documents: Documents | None = None
 
     def check_files(self) -> None:
         """Raise if a memory-mapped file is lost or has changed since it was hashed.
@@ -73,16 +76,18 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     if data.source == "tokens":
         files = find_files(data.paths)
         mapped = HashedFile(files[0]) if len(files) == 1 else None
-        return _cut(_map_tokens(files, data=data), f"tokens of {_count(len(files), 'array')}", data=data, mapped=mapped)
+        what = f"tokens of {_count(len(files), 'array')}"
+        return _cut(_map_tokens(files, data=data), what, Documents(end_id=data.end_id), data=data, mapped=mapped)
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
-        tokens = np.frombuffer(_join_texts([text for _, text in documents]), np.uint8)
-        return _cut(tokens, f"bytes of {what}", data=data)
+        texts = _end_texts([text for _, text in documents])
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64) - 1
+        return _cut(np.frombuffer(b"".join(texts), np.uint8), f"bytes of {what}", Documents(ends=ends), data=data)
     tokenizer = load_tokenizer(data.tokenizer)
     documents, what = _read_documents(data)
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = HashedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
-    return _cut(tokens, f"{what} by {tokenizer.file}", data=data, mapped=mapped)
+    return _cut(tokens, f"{what} by {tokenizer.file}", _end_of(tokenizer, data), data=data, mapped=mapped)
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -107,11 +112,22 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
     return _read_text(files), _count(len(files), "text file")
 
 
-def _join_texts(texts: Sequence[bytes]) -> bytes:
-    """Concatenate texts, with a line break after each that does not end with one, the last excepted."""
+def _end_of(tokenizer: ModelTokenizer, data: DataSection) -> Documents:
+    """Return that documents end with the id that the config or the tokenizer names."""
+    end_id = data.end_id if data.end_id >= 0 else tokenizer.special.end_id
+    if data.packing == "on" and end_id is None:
+        raise DataError(
+            f"data.packing='on' cuts sequences at the ends of documents, and no file beside {tokenizer.file} names the "
+            "token that ends one.",
+            fix="name it: data.end_id=0, say.",
+        )
+    return Documents(end_id=end_id)
+
+
+def _end_texts(texts: Sequence[bytes]) -> list[bytes]:
+    """Return the texts that are not empty, with a line break after each that does not end with one but the last."""
     texts = [text for text in texts if text]
-    ended = [text if text.endswith(b"\n") else text + b"\n" for text in texts[:-1]]
-    return b"".join([*ended, *texts[-1:]])
+    return [*(text if text.endswith(b"\n") else text + b"\n" for text in texts[:-1]), *texts[-1:]]
 
 
 def _read_stdlib() -> tuple[list[tuple[str, bytes]], str]:
@@ -203,7 +219,14 @@ def _map_array(file: Path) -> np.ndarray:
         raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
 
 
-def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: HashedFile | None = None) -> Corpus:
+def _cut(
+    tokens: np.ndarray,
+    description: str,
+    documents: Documents,
+    *,
+    data: DataSection,
+    mapped: HashedFile | None = None,
+) -> Corpus:
     if not tokens.size:
         raise DataError(
             f"the corpus is empty: {description}, 0 tokens.", fix="name files that hold something in data.paths."
@@ -227,6 +250,7 @@ def _cut(tokens: np.ndarray, description: str, *, data: DataSection, mapped: Has
         description=f"{description}, {tokens.size:,} tokens, {held_out:,} held out",
         vocab_size_needed=256 if tokens.dtype == np.uint8 else largest + 1,
         mapped=(mapped,) if mapped else (),
+        documents=documents if data.packing == "on" else None,
     )
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ...configs.run_config import RunConfig
+from ...layers.context.places import order_chunks
 from .batches import Batches
 from .corpus import Corpus
 from .prefetch import place_batch
@@ -15,12 +16,16 @@ from .validation_batches import ValidationBatches
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """The batches of a run: host arrays [M, B, T] by index, placed as [M, B@data, T]."""
+    """The batches of a run: host arrays [M, B, T] by index, placed as [M, B@data, T@context].
+
+    num_context: context ranks, in whose order tokens are placed.
+    """
 
     corpus: Corpus
     train: Batches
     validation: ValidationBatches
     sharding: jax.sharding.NamedSharding
+    num_context: int = 1
 
     def train_batch(self, step: int) -> dict[str, jax.Array]:
         """Return the batch of a training step, placed on the devices.
@@ -41,7 +46,9 @@ class TrainingData:
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         # Checked after the batch was read: a change that comes later is not part of it.
         self.corpus.check_files()
-        return place_batch(batch, self.sharding)
+        # Targets are shifted and positions given: from here on the order of tokens is that of the ranks.
+        ordered = {name: order_chunks(leaf, num_ranks=self.num_context) for name, leaf in batch.items()}
+        return place_batch(ordered, self.sharding)
 
 
 def make_training_data(
@@ -49,12 +56,14 @@ def make_training_data(
     corpus: Corpus,
     *,
     sharding: jax.sharding.NamedSharding,
+    num_context: int = 1,
     first_sequence: int = 0,
     say: Callable[[str], object] = lambda _: None,
 ) -> TrainingData:
     """Return the batches that a config cuts out of a corpus.
 
     Args:
+        num_context: context ranks, `setup.sizes.context`.
         first_sequence: as for `Batches`.
         say: told when the held-out part has fewer sequences than `train.eval_batches` asks for.
 
@@ -68,6 +77,7 @@ def make_training_data(
         batch_size=size,
         microbatches=microbatches,
         seed=config.run.seed,
+        documents=corpus.documents,
         first_sequence=first_sequence,
     )
     validation = ValidationBatches(
@@ -76,8 +86,9 @@ def make_training_data(
         batch_size=size,
         microbatches=microbatches,
         max_batches=config.train.eval_batches,
+        documents=corpus.documents and corpus.documents.behind(corpus.train.size),
     )
     asked, found = config.train.eval_batches * size, validation.num_sequences
     if found < asked:
         say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")
-    return TrainingData(corpus=corpus, train=train, validation=validation, sharding=sharding)
+    return TrainingData(corpus=corpus, train=train, validation=validation, sharding=sharding, num_context=num_context)

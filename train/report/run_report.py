@@ -84,13 +84,18 @@ def _tell_mesh(setup: Setup) -> str:
     """Return the mesh, and on lines of their own what else is split over it: tokens, the state of training."""
     sizes, shard, devices = setup.sizes, setup.config.train.shard, setup.mesh.devices.ravel()
     found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if sizes.context > 1:
+        own = sizes.tokens_of_rank(setup.config.data.seq_len)
+        found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks"
+    if setup.config.data.packing == "on":
+        found += "\n          several documents in a sequence, attention within each (data.packing)"
     if _splits_tokens(setup):
         found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
     elif sizes.tensor > 1:
         found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
-    if sizes.data > 1 and shard != "none":
+    if sizes.data * sizes.context > 1 and shard != "none":
         what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
-        found += f"\n          {what} over {sizes.label('batch')} (train.shard)"
+        found += f"\n          {what} over {sizes.label('batch', 'shard', 'context')} (train.shard)"
     if setup.is_offloaded:
         found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
     if setup.config.train.offload == "residuals":

@@ -126,7 +126,7 @@ def _count_kept(setup: Setup) -> int:
     config, sizes = setup.config, setup.sizes
     shapes: dict[str, Any] = {
         "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
-        "num_tokens": config.data.seq_len,
+        "num_tokens": sizes.tokens_of_rank(config.data.seq_len),
         "tensor": sizes.tensor,
         "sequence": "on" if sizes.splits_tokens(config.data.seq_len) else "off",
         "remat": config.pipeline.remat,

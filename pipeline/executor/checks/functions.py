@@ -77,7 +77,7 @@ class _Trace:
     def check(self, fns: StageFns, params: PipelineParams, inputs: Inputs) -> None:
         # The types that arguments have in the executor, also along axes of size 1: microbatch and layers differ between
         # all devices, the ends' arguments only between data shards where all ranks run them together.
-        split = {"pipe": (fns.axes.pipe,), "batch": fns.axes.batch, "tokens": (tokens := fns.token_axes)}
+        split = {"pipe": (fns.axes.pipe,), "summed": fns.axes.summed, "tokens": (tokens := fns.token_axes)}
         functions = bind_functions(fns, **split, keeps_trivial=True)
         is_together, axes = fns.ends_together, functions.axes
         ends: RunsOn = "all ranks" if is_together else "one rank"
@@ -118,8 +118,8 @@ class _Trace:
     def _gathered(self, fns: StageFns, params: PipelineParams) -> PipelineParams:
         """Return the parameters of one layer, and those of the ends, whole over the batch axes."""
         one_layer = replace(params, stages=jax.tree.map(lambda leaf: leaf[0, 0, 0], params.stages))
-        batch = [axis for axis in fns.axes.batch if self.mesh.shape.get(axis, 1) > 1]
-        splits = Splits.of(fns, params, batch=batch)
+        summed = [axis for axis in fns.axes.summed if self.mesh.shape.get(axis, 1) > 1]
+        splits = Splits.of(fns, params, summed=summed)
         return PipelineParams(
             stages=gather(one_layer.stages, splits.stages), shared=gather(one_layer.shared, splits.shared)
         )
