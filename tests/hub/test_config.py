@@ -31,7 +31,7 @@ OLD_LLAMA3 = {
 QWEN3_WINDOW = {"model_type": "qwen3", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
 
 MISTAKES: dict[str, dict[str, Any]] = {
-    "architecture": {"model_type": "mixtral"},
+    "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
     "no_architecture": {},
     "rope_type": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},

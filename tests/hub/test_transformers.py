@@ -18,7 +18,7 @@ from trellax.hub.tokenizer import load_tokenizer
 
 from ..commands.crafted import add_tokenizer
 from .hf_doubles import DOUBLES, make
-from .hub import GOLDEN, MESHES, MODELS, wrong_by
+from .hub import CASES, GOLDEN, MODELS, wrong_by
 from .make_hf_goldens import answer, save
 
 pytest.importorskip("transformers", reason="needs the extra `hf`: torch and transformers")
@@ -28,7 +28,7 @@ pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOLERANCE = 2e-4
-QUICK = ("tensor=2", "tensor=2,pipe=2")
+QUICK = ("tensor=2", "tensor=2,pipe=2", "tensor=2,expert=2")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return make
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "mesh", [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES]
+    ("name", "mesh"), [case if case[1] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_logits_are_those_of_transformers(name: str, mesh: str, saved: Callable[[str], Any]) -> None:
     folder, logits = saved(name)
