@@ -51,9 +51,11 @@ def write_weights(
         max_file_bytes: largest size of a file; larger models are split into several files with an index.
 
     Raises:
-        WeightsError: the folder exists, cannot be written, or no architecture supports the model.
+        WeightsError: the folder exists, cannot be written, or no architecture supports the model, or parameters are on
+            devices of other processes.
     """
     check_count("max_file_bytes", max_file_bytes, error=WeightsError)
+    _check_addressable(params)
     values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name
@@ -79,6 +81,15 @@ class _Tensor:
     paths: tuple[str, ...]
     number: tuple[int, ...]
     is_transposed: bool
+
+
+def _check_addressable(params: Any) -> None:
+    for path, leaf in leaves_by_path(params).items():
+        if not leaf.is_fully_addressable:
+            raise WeightsError(
+                f"{path} is in part on devices of other processes, and this process writes all of it.",
+                fix="write from one process: trellax export-hf reads the run's folder.",
+            )
 
 
 def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dtype) -> list[_Tensor]:

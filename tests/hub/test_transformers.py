@@ -17,9 +17,9 @@ from trellax.hub.config import read_hub_model
 from trellax.hub.tokenizer import load_tokenizer
 
 from ..commands.crafted import add_tokenizer
-from .hf_doubles import DOUBLES, make
-from .hub import CASES, GOLDEN, MODELS, wrong_by
-from .make_hf_goldens import answer, save
+from .hf_doubles import DOUBLES, make, tensors_of
+from .hub import CASES, EXPERTS, GOLDEN, MODELS, wrong_by
+from .make_hf_goldens import answer, build, save
 
 pytest.importorskip("transformers", reason="needs the extra `hf`: torch and transformers")
 pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformers")
@@ -63,6 +63,13 @@ def test_transformers_has_the_same_logits_after_import_and_export(
     assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back"), *words]) == 0
     assert np.array_equal(answer(tmp_path / "back"), logits)
     assert read_hub_model(tmp_path / "back").config == read_hub_model(folder).config
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_transformers_saves_stacked_are_read(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "model", save_original_format=False)
+    assert any(key.endswith("mlp.experts.gate_up_proj") for key in tensors_of(tmp_path / "model"))
+    assert wrong_by(tmp_path / "model", "tensor=2,expert=2", answer(tmp_path / "model")) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])
