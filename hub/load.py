@@ -52,7 +52,9 @@ def load_model(
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=path_text(path))
-        return jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=sharding)
+        # Weights of routers are float32, as in training: rounded ones would choose other experts.
+        kind = "float32" if "router" in dims else config.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     wanted = jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=lambda x: isinstance(x, tuple))

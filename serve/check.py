@@ -6,6 +6,7 @@ from ..layers import ModelConfig, model_rules
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count
 from ..meshes.axes import DEFAULT_AXES
+from .experts import check_experts_whole
 from .params import layers_of_stages
 from .requests import Request
 from .state import MAX_STOPS
@@ -23,9 +24,11 @@ def check_model(
         MeshError: an axis with several devices has no role, or one that no layer uses.
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: `max_tokens` is below 1, or the cache is longer than the context of the model.
+        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, or an axis splits
+            experts.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
+    check_experts_whole(sizes, axes=axes)
     model_rules(config, sizes, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=sizes[axes.pipe])
     if max_tokens > config.max_tokens:

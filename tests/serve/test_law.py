@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import Head, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
+from trellax.serve.experts import MOST_TOKENS, with_room
 from trellax.serve.params import stage_params, stage_shapes
 from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state
@@ -34,6 +35,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "one_kv_head": ("llama", {"num_kv_heads": 1}),
     "qwen3_with_window": ("llama", {"qk_norm": "on", "attention_window": 6}),
     "unequal_stages": ("gpt", {"num_layers": 5}),
+    "experts": ("experts", {}),
+    "experts_in_rounds": ("experts", {}),
 }
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
@@ -41,15 +44,26 @@ SAMPLE = [
     ("pipe=2", "unequal_stages"),
     ("pipe=4", "llama"),
     ("data=2,tensor=2,pipe=2", "gpt"),
+    ("tensor=2,pipe=2", "experts"),
+    ("data=2,tensor=2", "experts_in_rounds"),
 ]
 
 
 def cached_logits(
-    style: str, changes: dict[str, Any], *, mesh_text: str, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
+    style: str,
+    changes: dict[str, Any],
+    *,
+    mesh_text: str,
+    tokens_BT: np.ndarray,
+    dtype: CacheDtype = "float32",
+    num_tokens: int = 1,
 ) -> np.ndarray:
-    """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
+    """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another.
+
+    Experts have the room that they have for `num_tokens` tokens.
+    """
     config, mesh = model_of(style, **changes), mesh_of(mesh_text)
-    stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
+    stage, num_ranks = Stage(with_room(config, num_tokens=num_tokens), mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
         config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
     )
@@ -89,7 +103,8 @@ def cached_logits(
 def check(mesh: str, kind: str) -> None:
     style, changes = KINDS[kind]
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
-    actual = cached_logits(style, changes, mesh_text=mesh, tokens_BT=tokens_BT)
+    num_tokens = MOST_TOKENS + 1 if kind == "experts_in_rounds" else 1
+    actual = cached_logits(style, changes, mesh_text=mesh, tokens_BT=tokens_BT, num_tokens=num_tokens)
     expected = logits_of(model_of(style, **changes), tokens_BT)
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
