@@ -19,8 +19,8 @@ in which it multiplies them with 200 (H200) to 300 (H100) tokens, so that the em
 def with_room(config: ModelConfig, *, num_tokens: int) -> ModelConfig:
     """Return the config with which to run this many tokens at a time; no token of a request is ever left out.
 
-    With more than `MOST_TOKENS` experts have the room of the config, and tokens beyond it take further rounds: sums of a
-    token's experts are then added in an order that depends on other tokens, and differ by rounding.
+    With more than `MOST_TOKENS` experts have the room of the config, and tokens beyond it take further rounds. Then a
+    token's experts are added in an order that depends on other tokens, and sums differ by rounding.
     """
     if not config.num_experts:
         return config

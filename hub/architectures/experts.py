@@ -42,7 +42,7 @@ def expert_tensors(module: str, *, gate: str, up: str, down: str) -> TensorNames
     }
     return replace(
         LLAMA_TENSORS,
-        places=LLAMA_TENSORS.places | _of_blocks({own: _place(name) for own, name in published.items()}),
+        places={**LLAMA_TENSORS.places, **_of_blocks({own: _place(name) for own, name in published.items()})},
         stacked=_of_blocks(stacked),
     )
 

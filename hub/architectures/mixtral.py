@@ -1,4 +1,4 @@
-"""Describe Mixtral: Mistral with a mixture of experts in every layer, the weights of a token's experts adding up to 1."""
+"""Describe Mixtral: Mistral with a mixture of experts in every layer; the weights of a token's experts sum to 1."""
 
 from collections.abc import Iterator
 from typing import Any

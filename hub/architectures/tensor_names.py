@@ -35,7 +35,7 @@ class TensorPlace:
         return ("{layer}" in self.name) + ("{expert}" in self.name)
 
     def tensor_name(self, number: tuple[int, ...]) -> str:
-        """Return the name of a tensor, given its index along the stacked dimensions: (), (layer,) or (layer, expert)."""
+        """Return the name of a tensor, given its index along the stacked dimensions, (layer, expert)."""
         return self.name.format(**dict(zip(("layer", "expert"), number, strict=False)))
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:

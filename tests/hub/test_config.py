@@ -39,7 +39,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "qwen2_moe": LLAMA | {"model_type": "qwen2_moe"},
     "mixtral": MIXTRAL | {"num_local_experts": 0, "num_experts_per_tok": "2", "router_jitter_noise": 0.1},
     "mixtral_of_few_experts": MIXTRAL | {"num_local_experts": 2, "num_experts_per_tok": 3},
-    "qwen3_moe": QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": 1}
+    "qwen3_moe": QWEN3_MOE
+    | {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": 1}
     | {"attention_bias": True, "moe_intermediate_size": 0},
     "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
@@ -171,7 +172,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "without_experts": (EXPERTS, "llama"),
     "with_experts": ({}, "mixtral"),
     "other_experts": (
-        EXPERTS | {"shared_size": 8, "router": "sigmoid", "router_scale": 2.5, "router_groups": 2}
+        EXPERTS
+        | {"shared_size": 8, "router": "sigmoid", "router_scale": 2.5, "router_groups": 2}
         | {"router_normalize": "off"},
         "mixtral",
     ),
@@ -195,7 +197,9 @@ def test_compute_dtype_does_not_change_the_model_and_learned_positions_do() -> N
     assert model_differences(model(), model(dtype="bfloat16", max_tokens=7)) == []
     assert model_differences(model(rope_theta=5.0), model()) == ["rope_theta"]
     trained = {"balance_loss": 0.1, "router_z_loss": 0.1, "expert_capacity": 2.0, "expert_overflow": "drop"}
-    assert model_differences(model(**EXPERTS, expert_size=9, **trained), model(**EXPERTS, expert_size=9, ffn_size=7)) == []
+    assert (
+        model_differences(model(**EXPERTS, expert_size=9, **trained), model(**EXPERTS, expert_size=9, ffn_size=7)) == []
+    )
     assert model_differences(model(**EXPERTS, router_scale=2.0), model(**EXPERTS)) == ["router_scale"]
     learned = {"positions": "learned"}
     assert model_differences(model(**learned, max_tokens=7), model(**learned)) == ["max_tokens"]

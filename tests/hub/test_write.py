@@ -35,7 +35,11 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [*((name, "tensor=2,pipe=2") for name in MODELS), ("mixtral", "tensor=2,expert=2"), ("qwen3_moe", "pipe=2,expert=2")],
+    [
+        *((name, "tensor=2,pipe=2") for name in MODELS),
+        ("mixtral", "tensor=2,expert=2"),
+        ("qwen3_moe", "pipe=2,expert=2"),
+    ],
 )
 def test_tensors_are_those_that_transformers_saved(name: str, mesh: str, tmp_path: Path) -> None:
     expected = tensors_of(GOLDEN / name)
