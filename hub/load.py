@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Transformer, model_rules, param_dims
+from ..layers.partitioning import param_dtype
 from ..meshes import ConfigError, MeshAxes, MeshSpec, ShardingRules, build_mesh
 from ..meshes.arguments import check_choice
 from ..meshes.axes import DEFAULT_AXES
@@ -32,8 +33,8 @@ def load_model(
     >>> model(jnp.zeros((1, 16), int)).shape
     (1, 16, 256)
 
-    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and replicated over the other axes,
-    since every device runs all layers; `trellax.pipeline.split_transformer` splits layers over `pipe`.
+    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and `expert` (experts), and replicated
+    over the other axes, since every device runs all layers; `trellax.pipeline.split_transformer` splits layers over `pipe`.
 
     Args:
         mesh: mesh that holds the parameters; the first device alone if left out.
@@ -52,8 +53,7 @@ def load_model(
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=path_text(path))
-        # Weights of routers are float32, as in training: rounded ones would choose other experts.
-        kind = "float32" if "router" in dims else config.dtype
+        kind = param_dtype(dims, config.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
+from ..layers.partitioning import param_dtype
 from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
@@ -60,8 +61,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
         own = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=name)
         if dims[0] == "layer":
             own = _split_over_pipe(own, leaf.shape, pipe=axes.pipe)
-        kind = "float32" if "router" in dims else dtype or config.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=own)
+        return jax.ShapeDtypeStruct(leaf.shape, param_dtype(dims, dtype or config.dtype), sharding=own)
 
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.layers import Head, NewTokens
+from trellax.layers import Head, ModelConfig, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
 from trellax.serve.experts import MOST_TOKENS, with_room
@@ -50,20 +50,10 @@ SAMPLE = [
 
 
 def cached_logits(
-    style: str,
-    changes: dict[str, Any],
-    *,
-    mesh_text: str,
-    tokens_BT: np.ndarray,
-    dtype: CacheDtype = "float32",
-    num_tokens: int = 1,
+    config: ModelConfig, *, mesh: Mesh, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
 ) -> np.ndarray:
-    """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another.
-
-    Experts have the room that they have for `num_tokens` tokens.
-    """
-    config, mesh = model_of(style, **changes), mesh_of(mesh_text)
-    stage, num_ranks = Stage(with_room(config, num_tokens=num_tokens), mesh), mesh.shape["pipe"]
+    """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
+    stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
         config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
     )
@@ -91,20 +81,25 @@ def cached_logits(
 
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
     specs = block_specs((stage_shapes(config, mesh=mesh), shapes), mesh)
+    return run_on_shards(run, mesh, specs, (params, empty_state(shapes)), tokens_BT)
+
+
+def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], tokens_BT: np.ndarray) -> np.ndarray:
+    """Run a function on every device's part of its arguments and of the sequences, and return all logits."""
     data = "data" if mesh.shape["data"] > 1 else None
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(*specs, P(data)), out_specs=P(data, None, tensor), axis_names=set(mesh.axis_names)
     )
     tokens = jax.device_put(tokens_BT, NamedSharding(mesh, P(data)))
-    return np.asarray(jax.jit(mapped)(params, empty_state(shapes), tokens))
+    return np.asarray(jax.jit(mapped)(*args, tokens))
 
 
 def check(mesh: str, kind: str) -> None:
     style, changes = KINDS[kind]
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
-    num_tokens = MOST_TOKENS + 1 if kind == "experts_in_rounds" else 1
-    actual = cached_logits(style, changes, mesh_text=mesh, tokens_BT=tokens_BT, num_tokens=num_tokens)
+    config = with_room(model_of(style, **changes), num_tokens=MOST_TOKENS + 1 if kind == "experts_in_rounds" else 1)
+    actual = cached_logits(config, mesh=mesh_of(mesh), tokens_BT=tokens_BT)
     expected = logits_of(model_of(style, **changes), tokens_BT)
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
@@ -127,7 +122,8 @@ def test_a_bfloat16_cache_costs_the_rounding_of_keys_and_values_alone(
 ) -> None:
     """Rounded before they go to a float32 cache they give the same, to the law; bfloat16 ones are rounded already."""
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
-    run = partial(cached_logits, "llama", {"dtype": compute}, mesh_text="tensor=2,pipe=2", tokens_BT=tokens_BT)
+    config, mesh = model_of("llama", dtype=compute), mesh_of("tensor=2,pipe=2")
+    run = partial(cached_logits, config, mesh=mesh, tokens_BT=tokens_BT)
     rounded, whole = run(dtype="bfloat16"), run(dtype="float32")
     assert (rounded == whole).all() == (compute == "bfloat16")
 
