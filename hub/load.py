@@ -33,8 +33,8 @@ def load_model(
     >>> model(jnp.zeros((1, 16), int)).shape
     (1, 16, 256)
 
-    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and `expert` (experts), and replicated
-    over the other axes, since every device runs all layers; `trellax.pipeline.split_transformer` splits layers over `pipe`.
+    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and `expert`, and replicated over the
+    other axes: every device runs all layers. `trellax.pipeline.split_transformer` splits layers over `pipe`.
 
     Args:
         mesh: mesh that holds the parameters; the first device alone if left out.
