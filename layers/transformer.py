@@ -126,7 +126,7 @@ def model_rules(
         rules: `ShardingRules.of(spec.roles)` if the axes have names of their own.
 
     Raises:
-        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
     """
     rules.check_axes(sizes)

@@ -78,7 +78,7 @@ def split_transformer(
         rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
 
     Raises:
-        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ScheduleError: layers do not divide into stages, counts and placement differ, or `shard` is not a choice.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """

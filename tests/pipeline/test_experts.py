@@ -1,7 +1,7 @@
 """Mixtures of experts equal one device, with experts whole, split over expert and over tensor, in any schedule."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,13 +15,17 @@ TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
 
 def experts(
-    *, capacity: float = 1.25, overflow: Literal["rounds", "drop"] = "rounds", shared: int = 64, **more: object
+    *,
+    capacity: float = 1.25,
+    overflow: Literal["rounds", "drop"] = "rounds",
+    shared: int = 64,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **more: Any,
 ) -> ModelConfig:
     """Eight experts, of which a token uses two; an expert that has three times the mean load takes three rounds."""
-    sizes = {"num_experts": 8, "experts_per_token": 2, "expert_size": 64, "shared_size": shared}
-    losses = {"balance_loss": 0.05, "router_z_loss": 0.01}
-    model = small_model(style="llama", attention="gqa", dtype=more.pop("dtype", "float32"))
-    return replace(model, **sizes, **losses, expert_capacity=capacity, expert_overflow=overflow, **more)
+    sizes: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "expert_size": 64, "shared_size": shared}
+    sizes |= {"balance_loss": 0.05, "router_z_loss": 0.01, "expert_capacity": capacity, "expert_overflow": overflow}
+    return replace(small_model(style="llama", attention="gqa", dtype=dtype), **sizes | more)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def test_experts_equal_one_device(case: Case) -> None:
     ],
     ids=str,
 )
-def test_routers_of_other_kinds_equal_one_device(more: dict[str, object]) -> None:
+def test_routers_of_other_kinds_equal_one_device(more: dict[str, Any]) -> None:
     top = more.pop("experts_per_token", 2)
     config = replace(experts(**more), experts_per_token=top)
     step = {"mesh": "expert=2,tensor=2,pipe=2", "schedule": "1f1b", "num_microbatches": 2, "num_sequences": 16}
@@ -131,7 +135,7 @@ def test_experts_in_bfloat16_are_near_one_device_in_bfloat16() -> None:
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_refused(change: dict[str, object], match: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, Any], match: str) -> None:
     with pytest.raises(ModelError, match=match):
         replace(experts(shared=0, mlp="swiglu"), balance_loss=0.0, router_z_loss=0.0, **change)
 
