@@ -29,7 +29,7 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     # Compiling may take minutes, so the output files are checked first.
     check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
-    compiled, compile_s = compile_step(setup)
+    compiled, compile_s = compile_step(setup, hardware=machine.hardware)
     report = report_step(
         compiled,
         setup,
@@ -67,7 +67,7 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
     spec = check_run(config, num_devices=num_devices)
     machine = open_target(target, num_devices=num_devices)
     setup = Setup(config, build_mesh(spec, devices=machine.devices))
-    _ = setup.model, setup.schedule
+    setup.check()
     return machine, setup
 
 

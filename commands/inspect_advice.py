@@ -79,6 +79,9 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
     for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data * mesh.context > 1 else ():
         yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
+    if config.train.offload == "none":
+        for offload in ("optimizer", *(("residuals",) if mesh.pipe > 1 else ())):
+            yield f"--train.offload {offload}", _with(config, train={"offload": offload}), mesh
     for axis in (mesh.roles.tensor[-1], mesh.roles.pipe):
         changed = {axis: 2 * mesh.sizes[axis]}
         # Devices come from the outermost batch axis that can be halved, or are more.
@@ -124,12 +127,14 @@ class _Estimate:
         room = sizes.num_layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
-        blocks = room * block_params(config.model, tensor=mesh.tensor)
+        blocks = room * block_params(config.model, tensor=mesh.tensor, expert=mesh.expert)
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
         split = [sizes.shards if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
         self.num_moments, self.num_kept, self.num_sums = (self.num_params / parts for parts in split)
+        if config.train.offload == "optimizer":
+            self.num_moments = 0.0
         layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
         self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
@@ -140,7 +145,7 @@ class _Estimate:
         """Return the bytes of this config, scaled from the compiled step of the config `before`."""
         state = memory.parameters * self.num_kept / before.num_kept
         state += memory.gradients * self.num_sums / before.num_sums
-        moments = memory.optimizer * self.num_moments / before.num_moments
+        moments = memory.optimizer * self.num_moments / before.num_moments if before.num_moments else 0.0
         activations = memory.activations * self.activations / before.activations
         # Each part is taken from what the parts before it leave, so that all three add up to the measured memory.
         matrices = min(memory.temporary, before.matrices)
@@ -175,4 +180,5 @@ def _num_slots(config: RunConfig, mesh: MeshSpec) -> int:
         max_in_flight=section.max_in_flight or None,
         vocab=section.vocab,
     )
-    return lower(schedule).num_residual_slots
+    offload = "residuals" if config.train.offload == "residuals" else "none"
+    return lower(schedule, offload=offload).num_residual_slots

@@ -11,14 +11,15 @@ import jax
 
 from ..layers import flops_per_token
 from ..meshes import ProgramError
+from ..meshes.switches import xla_flags
 from ..plan import StepSizes, minimum_bytes
 from ..plan.costs.minimum_traffic import explain_ratios
-from ..programs import Hardware, ProgramReport, inspect_compiled
+from ..programs import Hardware, Memory, ProgramReport, inspect_compiled
 from ..programs.traffic import sum_traffic
 from ..schedules import simulate
 from ..train.state import Setup
 from ..train.step import make_train_step, step_options
-from ..train.xla import compile_for
+from ..train.xla import MEMORY_FRACTION, SLOP, compile_for
 
 
 def inspect_step(
@@ -32,12 +33,15 @@ def inspect_step(
     Raises:
         ProgramError: the compiler rejects the step.
     """
-    compiled, compile_s = compile_step(setup)
+    compiled, compile_s = compile_step(setup, hardware=hardware)
     return report_step(compiled, setup, hardware=hardware, devices_per_node=devices_per_node, compile_s=compile_s)
 
 
-def compile_step(setup: Setup) -> tuple[Any, float]:
+def compile_step(setup: Setup, *, hardware: Hardware | None = None) -> tuple[Any, float]:
     """Compile the training step; return it with the time of tracing and compiling in seconds.
+
+    Args:
+        hardware: GPUs that are not present, so that the program is the one that their memory would allow.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -46,7 +50,12 @@ def compile_step(setup: Setup) -> tuple[Any, float]:
     step: Any = make_train_step(setup)
     try:
         lowered = step.lower(setup.shapes, setup.batch_shapes, setup.peak_rate_shape)
-        compiled = compile_for(lowered, platform=setup.mesh.devices.flat[0].platform, more=step_options(setup))
+        compiled = compile_for(
+            lowered,
+            platform=setup.mesh.devices.flat[0].platform,
+            more=step_options(setup),
+            absent_bytes=None if hardware is None else hardware.memory_bytes,
+        )
     except jax.errors.JaxRuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ProgramError(
@@ -86,6 +95,7 @@ def report_step(
     sizes = step_sizes(setup)
     return replace(
         report,
+        memory=_within_fraction(report.memory),
         traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes)),
         notes=(*report.notes, *explain_ratios(sizes, shard=config.train.shard, remat=config.pipeline.remat)),
         model_flops=model_flops,
@@ -95,6 +105,13 @@ def report_step(
         else 0.0,
         compile_s=compile_s,
     )
+
+
+def _within_fraction(memory: Memory) -> Memory:
+    """Return the memory of a step with the limit under which `train` runs it: all that jax may allocate on a GPU."""
+    if memory.capacity is None or memory.limit is None or SLOP in xla_flags():
+        return memory
+    return replace(memory, limit=int(MEMORY_FRACTION * memory.capacity))
 
 
 def step_sizes(setup: Setup) -> StepSizes:

@@ -142,13 +142,21 @@ def _describe(
         f"{topology.devices_per_node} in each of {topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
     )
     width = terminal_width()
-    rows = [_head(plans[0]), *(_row(number, plan) for number, plan in enumerate(plans, 1))]
+    axes = _axes(plans)
+    rows = [_head(plans[0], axes), *(_row(number, plan, axes) for number, plan in enumerate(plans, 1))]
     table = align_within(rows, width=width)
-    reasons = [f"{number}  {plan.why}" for number, plan in enumerate(plans, 1)]
+    reasons = [f"{number}  {plan.why}{_tell_host(plan)}" for number, plan in enumerate(plans, 1)]
     head = fold(f"{_describe_work(config, args)}\n{machine}", width=width)
     lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in diagnoses]
     told = "\n".join([*reasons, *([""] if lines else []), *lines])
     return "\n".join([head, "", table, "", fold(told, width=width)])
+
+
+def _tell_host(plan: Plan) -> str:
+    """Return what a plan keeps in the memory of the host, or ""."""
+    what = "residuals" if plan.layout.offload == "residuals" else "moments"
+    host = f"{plan.memory.host / _GB:.1f} GB of {what} a device in the memory of the host"
+    return f" Keeps {host} (train.offload)." if plan.memory.host else ""
 
 
 def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
@@ -162,17 +170,23 @@ def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
     return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step{context}"
 
 
-def _head(plan: Plan) -> tuple[str, ...]:
-    sizes = ("", "data", "tensor", "pipe")
+def _axes(plans: Sequence[Plan]) -> list[str]:
+    """Return the axes of all plans' meshes, in one order."""
+    sizes = [plan.layout.mesh.sizes for plan in plans]
+    return list(max(sizes, key=len))
+
+
+def _head(plan: Plan, axes: Sequence[str]) -> tuple[str, ...]:
+    sizes = ("", *axes)
     if plan.step is None:
         return (*sizes, "token", "request", "tokens/s", "MFU", "GB", "weights", "cache")
     words = ("schedule", "microbatches", "remat", "shard", "step", "tokens/s", "MFU", "bubble")
     return (*sizes, *words, "GB", "weights", "gradients", "optimizer", "activations")
 
 
-def _row(number: int, plan: Plan) -> tuple[str, ...]:
+def _row(number: int, plan: Plan, axes: Sequence[str]) -> tuple[str, ...]:
     layout, memory = plan.layout, plan.memory
-    sizes = (str(number), str(layout.data), str(layout.tensor), str(layout.pipe))
+    sizes = (str(number), *(str(layout.mesh.sizes.get(axis, 1)) for axis in axes))
     pace = (f"{plan.tokens_per_s:,.0f}", f"{plan.mfu:.1%}")
     if plan.step is None:
         assert plan.inference is not None

@@ -20,6 +20,7 @@ _FREE_KEYS = {
     "run.fake_devices",
     "run.silence_s",
     "train.shard",
+    "train.offload",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -28,6 +28,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         data=mesh.data,
         tensor=mesh.tensor,
         pipe=mesh.pipe,
+        expert=mesh.expert,
         context=mesh.context,
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
@@ -35,6 +36,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         sequences=config.train.batch_size // (mesh.data * pipeline.microbatches),
         remat=pipeline.remat,
         zero=ZERO_STAGES[config.train.shard],
+        offload=config.train.offload,
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,
     )

@@ -25,6 +25,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
     yield from errors_of(mesh.splits_tokens, config.data.seq_len)
     yield from _check_context(config, mesh)
     yield from _check_forwards(config, pipe=mesh.pipe)
+    yield from _check_offload(config, mesh)
 
 
 def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
@@ -48,7 +49,8 @@ def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
 def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
     tensor, over = mesh.tensor, _keys_of(mesh, *mesh.roles.tensor)
-    for name, what in (("num_heads", "heads are"), ("ffn_size", "the feed-forward is")):
+    features = ("expert_size", "an expert is") if model.num_experts else ("ffn_size", "the feed-forward is")
+    for name, what in (("num_heads", "heads are"), features, ("shared_size", "the shared experts are")):
         yield from errors_of(
             check_divides,
             f"model.{name}",
@@ -58,6 +60,7 @@ def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             error=ModelError,
             rule=f"{what} divided evenly, but ",
         )
+    yield from _check_experts(model, mesh)
     # 8 heads over 4 devices are 2 on each; 2 heads over 4 devices are each on 2; 3 over 4 is neither.
     kv = model.num_kv_heads
     if kv % tensor and tensor % kv:
@@ -66,6 +69,21 @@ def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             f"{max(kv, tensor)} / {min(kv, tensor)} = {max(kv, tensor) / min(kv, tensor):.2f}.",
             fix=f"make one a multiple of the other, for example {over}={kv}.",
         )
+
+
+def _check_experts(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error unless experts split over the axes of that role."""
+    if mesh.expert == 1:
+        return
+    over = _keys_of(mesh, *mesh.roles.having("expert"))
+    if not model.num_experts:
+        yield ModelError(
+            f"{over}={mesh.expert} splits experts, but model.num_experts=0: the model has none.",
+            fix=f"set {over}=1, which mesh.data may take, or model.num_experts=8 and model.experts_per_token=2, say.",
+        )
+    else:
+        parts = {"over": over, "parts": mesh.expert, "error": ModelError}
+        yield from errors_of(check_divides, "model.num_experts", model.num_experts, **parts)
 
 
 def _check_vocab(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
@@ -148,6 +166,17 @@ def _check_forwards(config: RunConfig, *, pipe: int) -> Iterator[TrellaxError]:
             f"pipeline.microbatches={microbatches} over {stages} stages are {stages * microbatches} forwards a step; "
             f"a schedule has at most {most}.",
             fix=f"set pipeline.microbatches={max(1, most // stages)} or less.",
+        )
+
+
+def _check_offload(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error if residuals are to wait on the host where none wait: each microbatch is done with at once."""
+    if config.train.offload == "residuals" and mesh.pipe == 1:
+        key = f"mesh.{mesh.roles.pipe}"
+        yield ConfigError(
+            f"train.offload='residuals' with {key}=1: without a pipeline a backward follows its forward at once, and "
+            "no residuals wait for it.",
+            fix=f"set {key}=2 or more, or train.offload='optimizer'.",
         )
 
 

@@ -7,18 +7,18 @@
                             dp = "batch"
                             tp = "tensor"
 
-Each file is a `MeshSpec`. Without roles the keys are data, tensor and pipe, checked like those of any section.
+Each file is a `MeshSpec`. Without roles the keys are data, tensor, pipe and expert, checked like those of any section.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
 from ..meshes import Axis, MeshError, MeshSpec
-from ..meshes.axes import DEFAULT_AXES, DEFAULT_ROLES, RESERVED, ROLES, SEQUENCE
+from ..meshes.axes import DEFAULT_AXES, KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
 from ..meshes.errors import shown
 from ..meshes.spec import SequenceParallel
 
@@ -35,9 +35,6 @@ class DefaultMesh:
     sequence: SequenceParallel = "auto"
 
 
-_SIZES = tuple(field.name for field in fields(DefaultMesh) if field.name != SEQUENCE)
-
-
 def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
     """Return the mesh of a section that has roles.
 
@@ -49,7 +46,7 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
         raise MeshError(
             f"{ROLES}={shown(given)} is not a table.", fix=f'write [mesh.{ROLES}], and below it dp = "batch".'
         )
-    roles = {**DEFAULT_ROLES, **given}
+    roles = {**KNOWN_ROLES, **given}
     sizes = {name: size for name, size in values.items() if name not in RESERVED}
     sizes |= {name: 1 for name in given if name not in sizes}
     # A size without a role is not an axis, which `MeshSpec` says.
@@ -59,11 +56,8 @@ def read_mesh(values: Mapping[str, Any]) -> MeshSpec:
 
 def write_mesh(mesh: MeshSpec) -> dict[str, Any]:
     """Return the section of a mesh: its sizes, sequence, and the roles of axes with names of their own."""
-    own = {name: axis.role for name, axis in mesh.axes if name not in DEFAULT_ROLES}
-    if own:
-        return {**mesh.sizes, SEQUENCE: mesh.sequence, ROLES: own}
-    # Every key, also of an axis that the mesh does without.
-    return {**dict.fromkeys(_SIZES, 1), **mesh.sizes, SEQUENCE: mesh.sequence}
+    own = {name: axis.role for name, axis in mesh.axes if name not in KNOWN_ROLES}
+    return {**mesh.sizes, SEQUENCE: mesh.sequence, **({ROLES: own} if own else {})}
 
 
 def own_axes(section: Any, words: Iterable[str]) -> list[str]:
@@ -73,7 +67,7 @@ def own_axes(section: Any, words: Iterable[str]) -> list[str]:
     named = [word.partition("=")[0].removeprefix(_OPTION) for word in words if word.startswith(_OPTION)]
     # Without a role a name is a mistake, which is told as that of any other unknown key.
     names = [*(roles if isinstance(roles, Mapping) else ()), *named]
-    return [name for name in dict.fromkeys(names) if name not in DEFAULT_ROLES]
+    return [name for name in dict.fromkeys(names) if name not in KNOWN_ROLES]
 
 
 def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[str, int]:
@@ -95,7 +89,7 @@ _OPTION = f"--mesh.{ROLES}."
 
 def _mesh_of(own: DefaultMesh) -> MeshSpec:
     """Return the mesh of these keys; without an axis for expert or context where that has one device."""
-    more = {name: Axis(size, DEFAULT_ROLES[name]) for name, size in (("expert", own.expert), ("context", own.context))}
+    more = {name: Axis(size, KNOWN_ROLES[name]) for name, size in (("expert", own.expert), ("context", own.context))}
     axes = {name: axis for name, axis in more.items() if axis.size != 1}
     return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, axes=axes, sequence=own.sequence)
 

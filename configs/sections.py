@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..meshes.spec import MOST_FAKE_DEVICES, Shard
+from ..meshes.spec import MOST_FAKE_DEVICES, Offload, Shard
 
 _MAX = 2**31 - 1
 """Largest count: steps, tokens and ids are int32 on a device."""
@@ -74,6 +74,11 @@ class TrainSection(Section):
         "none",
         description="what data shards split: none, the optimizer (ZeRO-1), or weights too, gathered once a step or by "
         "each layer",
+    )
+    offload: Offload = Field(
+        "none",
+        description="what is kept in the memory of the host: nothing, the moments of the optimizer, or residuals of a "
+        "pipeline",
     )
     bad_step: Literal["stop", "skip"] = Field("stop", description="what to do when a loss is not finite, or spikes")
     spike_ratio: float = Field(

@@ -69,6 +69,8 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
+    if "offload" in was.get("train", {}):
+        values["train"]["offload"] = layout.offload
     run = was.get("run", {}) | values.get("run", {})
     if run.get("fake_devices", 0) != 0:
         values.setdefault("run", {})["fake_devices"] = layout.num_devices
@@ -83,14 +85,14 @@ def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[s
 
 def _list_chosen(layout: Layout) -> Sections:
     return {
-        "mesh": {"data": layout.data, "tensor": layout.tensor, "pipe": layout.pipe},
+        "mesh": layout.mesh.sizes,
         "pipeline": {
             "schedule": layout.schedule,
             "chunks": layout.chunks,
             "microbatches": layout.microbatches,
             "remat": layout.remat,
         },
-        "train": {"shard": layout.shard},
+        "train": {"shard": layout.shard} | ({"offload": layout.offload} if layout.offload != "none" else {}),
     }
 
 

@@ -15,6 +15,7 @@ from ..meshes import ModelError, WeightsError
 from ..meshes.errors import shown
 from .architectures import ARCHITECTURES
 from .architectures.architecture import Architecture, take_first
+from .architectures.missing import MISSING
 from .architectures.numbers import find_wrong_numbers
 from .folder import read_json
 from .ties import has_own_head
@@ -75,8 +76,9 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
     name = values.get("model_type") if isinstance(values, Mapping) else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # No nearest name is suggested: "llama4" is not a misspelt "llama", and loading it as one would be wrong.
+        why = f": missing are {MISSING[name]}" if isinstance(name, str) and name in MISSING else ""
         raise WeightsError(
-            f"model_type={shown(name)} is no architecture that trellax has.",
+            f"model_type={shown(name)} is no architecture that trellax has{why}.",
             fix=f"use a model of {', '.join(ARCHITECTURES)}.",
         )
     warnings: list[str] = []
@@ -92,8 +94,13 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
 
 
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Return the fields that differ between two models and change the meaning of weights; `dtype` does not."""
-    ignored = {"dtype"} | ({"max_tokens"} if one.positions == other.positions == "rotary" else set())
+    """Return the fields that differ between two models and change the meaning of weights; `dtype` does not.
+
+    Nor do losses of routers, the room of experts, and the width of dense layers where every layer has experts.
+    """
+    ignored = {"dtype", "balance_loss", "router_z_loss", "expert_capacity", "expert_overflow"}
+    ignored |= {"max_tokens"} if one.positions == other.positions == "rotary" else set()
+    ignored |= {"ffn_size"} if one.num_experts and other.num_experts else set()
     names = [field.name for field in fields(ModelConfig) if field.name not in ignored]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 

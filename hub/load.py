@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Transformer, model_rules, param_dims
+from ..layers.partitioning import param_dtype
 from ..meshes import ConfigError, MeshAxes, MeshSpec, ShardingRules, build_mesh
 from ..meshes.arguments import check_choice
 from ..meshes.axes import DEFAULT_AXES
@@ -32,8 +33,8 @@ def load_model(
     >>> model(jnp.zeros((1, 16), int)).shape
     (1, 16, 256)
 
-    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and replicated over the other axes,
-    since every device runs all layers; `trellax.pipeline.split_transformer` splits layers over `pipe`.
+    Parameters are split over `tensor` (heads, feed-forward features, vocabulary) and `expert`, and replicated over the
+    other axes: every device runs all layers. `trellax.pipeline.split_transformer` splits layers over `pipe`.
 
     Args:
         mesh: mesh that holds the parameters; the first device alone if left out.
@@ -52,7 +53,8 @@ def load_model(
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=path_text(path))
-        return jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=sharding)
+        kind = param_dtype(dims, config.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     wanted = jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=lambda x: isinstance(x, tuple))

@@ -70,9 +70,9 @@ class WeightFiles:
     prefix: str
     warnings: tuple[str, ...]
 
-    def full_name(self, path: str, *, layer: int) -> str:
-        """Return the name of the tensor that holds one layer of a parameter."""
-        return self.names.full_name(self.places[path].name.format(layer=layer), prefix=self.prefix)
+    def full_name(self, path: str, number: tuple[int, ...] = ()) -> str:
+        """Return the name of a tensor of a parameter, by its index along the dimensions over which it is stacked."""
+        return self.names.full_name(self.places[path].tensor_name(number), prefix=self.prefix)
 
 
 def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
@@ -96,11 +96,14 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
         prefix=names.prefix if has_prefix else "",
         warnings=(*model.warnings, *files.warnings),
     )
+    stacked = replace(found, places=names.with_stacked().select(leaves))
+    if _has_only(stacked, found, leaves):
+        found, stacked = stacked, found
     table = found.places["embed.table"]
     if "head.table" not in leaves and found.prefix + table.name not in files.shapes and names.head in files.shapes:
         # Tied embeddings whose single table is stored under the name of the head.
         found = replace(found, places=found.places | {"embed.table": replace(table, name=names.head)})
-    mistakes = [*files.mistakes, *_find_mistakes(found, leaves)]
+    mistakes = [*files.mistakes, *_find_mistakes(found, leaves, other=stacked)]
     if model.config.embeddings == "untied" and "head.table" not in leaves:
         mistakes.append(f"{names.head} is a table of its own, and the model that was asked for has none")
     if mistakes:
@@ -110,10 +113,17 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
     return found
 
 
-def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each tensor that is missing, unknown, or of another shape or dtype."""
+def _has_only(weights: WeightFiles, other: WeightFiles, leaves: Mapping[str, Any]) -> bool:
+    """Return whether the files have tensors of one form of experts, and none of the other."""
+    here, there = (_list_wanted(form, leaves).keys() for form in (weights, other))
+    named = weights.files.shapes.keys() | weights.files.lost
+    return bool(named & (here - there)) and not named & (there - here)
+
+
+def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any], *, other: WeightFiles) -> Iterator[str]:
+    """Yield a line for each tensor that is missing, unknown, of another shape or dtype, or there in two forms."""
     files, names = weights.files, weights.names
-    wanted = _list_wanted(weights, leaves)
+    wanted, other_form = _list_wanted(weights, leaves), _list_wanted(other, leaves)
     # Tensors of a file that cannot be read are not listed again: `files.mistakes` has the file.
     for name in sorted(wanted.keys() - files.shapes.keys() - files.lost):
         yield f"{name} {list(wanted[name])} is missing"
@@ -121,11 +131,13 @@ def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any]) -> Iterator[
         yield from _compare_tensor(files, name, wanted[name])
     for name in sorted(files.shapes.keys() - wanted.keys() - {names.head}):
         is_known = name.endswith(names.ignored) if names.ignored else False
-        if not is_known:
+        if name in other_form:
+            yield f"{name} holds experts a second time: files have them one by one or stacked, not both"
+        elif not is_known:
             yield f"{name} {list(files.shapes[name])} is not known"
     if names.head in files.shapes and names.head not in wanted:
         # A tied model may store its table a second time, of the same shape.
-        yield from _compare_tensor(files, names.head, wanted[weights.full_name("embed.table", layer=0)])
+        yield from _compare_tensor(files, names.head, wanted[weights.full_name("embed.table")])
 
 
 def _compare_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> Iterator[str]:
@@ -139,10 +151,10 @@ def _list_wanted(weights: WeightFiles, leaves: Mapping[str, Any]) -> dict[str, t
     """Return the shape of every tensor that the parameters need, by its full name."""
     wanted = {}
     for path, leaf in leaves.items():
-        is_stacked = path.startswith("blocks.")
-        shape = weights.places[path].shape(tuple(leaf.shape[1:] if is_stacked else leaf.shape))
-        for layer in range(leaf.shape[0] if is_stacked else 1):
-            wanted[weights.full_name(path, layer=layer)] = shape
+        place = weights.places[path]
+        shape = place.shape(tuple(leaf.shape))
+        for number in np.ndindex(leaf.shape[: place.num_stacked]):
+            wanted[weights.full_name(path, number)] = shape
     return wanted
 
 
@@ -162,13 +174,12 @@ def _read_leaf(weights: WeightFiles, path: str, leaf: Any) -> jax.Array:
 
 
 def _read_block(weights: WeightFiles, path: str, index: list[slice], dtype: Any) -> np.ndarray:
-    """Return a block of a parameter in the wanted type, read layer by layer where it is stacked [L, ...]."""
-    place, is_stacked = weights.places[path], path.startswith("blocks.")
-    own = tuple(index[1:] if is_stacked else index)
-    layers = range(index[0].start, index[0].stop) if is_stacked else range(1)
-    block = np.empty((len(layers), *(one.stop - one.start for one in own)), dtype)
-    for target, layer in zip(block, layers, strict=True):
-        name = weights.full_name(path, layer=layer)
+    """Return a block of a parameter in the wanted type, read tensor by tensor where it is stacked."""
+    place = weights.places[path]
+    own = tuple(index[place.num_stacked :])
+    block = np.empty([one.stop - one.start for one in index], dtype)
+    for target in np.ndindex(block.shape[: place.num_stacked]):
+        name = weights.full_name(path, tuple(one.start + i for one, i in zip(index, target, strict=False)))
         piece = weights.files.read(name, place.index(own, weights.files.shapes[name]))
-        target[...] = piece.T if place.layout == "transposed" else piece
-    return block if is_stacked else block[0]
+        block[target] = piece.swapaxes(-1, -2) if place.layout == "transposed" else piece
+    return block

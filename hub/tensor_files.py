@@ -25,7 +25,8 @@ _MAX_HEADER_BYTES = 100_000_000
 """Maximum total size of the headers; the format allows this for each file, and real models need a few MB."""
 
 _MOST_TENSORS = 250_000
-"""Maximum number of tensors in all files; the largest models have about 1,000."""
+"""Maximum number of tensors in all files; the largest dense models have about 1,000, and one tensor for each of
+128 experts in 94 layers makes 37,000."""
 
 _SHOWN = 3
 

@@ -51,9 +51,11 @@ def write_weights(
         max_file_bytes: largest size of a file; larger models are split into several files with an index.
 
     Raises:
-        WeightsError: the folder exists, cannot be written, or no architecture supports the model.
+        WeightsError: the folder exists, cannot be written, or no architecture supports the model, or parameters are on
+            devices of other processes.
     """
     check_count("max_file_bytes", max_file_bytes, error=WeightsError)
+    _check_addressable(params)
     values = dict(extra_values or {}) | hub_values(config, architecture=architecture)
     kind = np.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     values["dtype"] = kind.name
@@ -69,13 +71,25 @@ def write_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """A tensor to write: its name and size, and the paths of the parameters that it concatenates, of one layer."""
+    """A tensor to write: its name and size, and the paths of the parameters that it concatenates.
+
+    number: its index along the dimensions over which they are stacked, (), (layer,) or (layer, expert).
+    """
 
     name: str
     num_bytes: int
     paths: tuple[str, ...]
-    layer: int
+    number: tuple[int, ...]
     is_transposed: bool
+
+
+def _check_addressable(params: Any) -> None:
+    for path, leaf in leaves_by_path(params).items():
+        if not leaf.is_fully_addressable:
+            raise WeightsError(
+                f"{path} is in part on devices of other processes, and this process writes all of it.",
+                fix="write from one process: trellax export-hf reads the run's folder.",
+            )
 
 
 def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dtype) -> list[_Tensor]:
@@ -86,21 +100,20 @@ def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dt
     for path in sorted(places, key=lambda path: places[path].part):
         joined.setdefault(places[path].name, []).append(path)
     tensors = []
-    for name, paths in joined.items():
+    for paths in joined.values():
         place, leaf = places[paths[0]], leaves[paths[0]]
-        is_stacked = paths[0].startswith("blocks.")
-        shape = place.shape(leaf.shape[1:] if is_stacked else leaf.shape)
+        num_bytes = math.prod(place.shape(leaf.shape)) * dtype.itemsize
         tensors += [
             _Tensor(
-                name=names.full_name(name.format(layer=layer), prefix=names.prefix),
-                num_bytes=math.prod(shape) * dtype.itemsize,
+                name=names.full_name(place.tensor_name(number), prefix=names.prefix),
+                num_bytes=num_bytes,
                 paths=tuple(paths),
-                layer=layer,
+                number=number,
                 is_transposed=place.layout == "transposed",
             )
-            for layer in range(leaf.shape[0] if is_stacked else 1)
+            for number in np.ndindex(leaf.shape[: place.num_stacked])
         ]
-    return sorted(tensors, key=lambda tensor: (tensor.layer, tensor.name))
+    return sorted(tensors, key=lambda tensor: (tensor.number[:1] or (0,), tensor.name))
 
 
 def _write_files(
@@ -133,10 +146,24 @@ def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_T
 
 def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
     """Return a tensor as a host array."""
-    parts = []
-    for path in tensor.paths:
-        leaf = leaves[path][tensor.layer] if path.startswith("blocks.") else leaves[path]
-        parts.append(np.asarray(jax.device_get(leaf)))
+    parts = [_fetch_part(leaves[path], tensor.number) for path in tensor.paths]
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     # safetensors saves the memory of a non-contiguous view as it is, in the wrong order.
     return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(dtype))
+
+
+def _fetch_part(leaf: jax.Array, number: tuple[int, ...]) -> np.ndarray:
+    """Return one element along the stacked dimensions; only the devices that hold it send their parts of it.
+
+    Indexing the whole array would gather it, on every device, where those dimensions are split.
+    """
+    part = np.empty(leaf.shape[len(number) :], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        outer, own = shard.index[: len(number)], shard.index[len(number) :]
+        starts = [one.indices(size)[0] for one, size in zip(outer, leaf.shape, strict=False)]
+        local = tuple(i - start for i, start in zip(number, starts, strict=True))
+        is_here = all(0 <= i < size for i, size in zip(local, shard.data.shape, strict=False))
+        # Copies on other devices are the same.
+        if is_here and shard.replica_id == 0:
+            part[own] = np.asarray(shard.data[local])
+    return part

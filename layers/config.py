@@ -3,6 +3,7 @@
 Counts that follow from a `ModelConfig` are in `counts.py`. Read `transformer.py` next.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -35,8 +36,10 @@ class ModelConfig:
 
     `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
     features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
-    included; 0 is all. With `num_experts` every layer is a mixture of experts of `expert_size` features each, the ffn_size
-    if left out, with `shared_size` features of experts that all tokens use; see `experts/`. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
+    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
+
+    With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
+    of `shared_size` features that all tokens use; see `experts/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
@@ -204,6 +207,11 @@ class ModelConfig:
             object.__setattr__(self, "ffn_size", wide if self.mlp == "gelu" else thin)
         if self.num_experts and not self.expert_size:
             object.__setattr__(self, "expert_size", self.ffn_size)
+
+    def expert_rows(self, num_tokens: int) -> int:
+        """Return the rows of each expert in one round for so many tokens of a device; never more than tokens."""
+        mean = num_tokens * self.experts_per_token / self.num_experts
+        return max(1, min(math.ceil(self.expert_capacity * mean), num_tokens))
 
     @property
     def qkv_bias(self) -> Literal["on", "off"]:

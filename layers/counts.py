@@ -19,7 +19,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ParamCounts:
-    """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks.
+    """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks, with all its experts.
 
     `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding.
     """
@@ -40,8 +40,8 @@ class ParamCounts:
 class FlopCounts:
     """Model flops for one token, without recomputation (Chowdhery et al. 2022, appendix B).
 
-    `weights` counts matmuls with parameters, 2 flops for each weight, with the vocabulary projection and without the
-    embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
+    `weights` counts matmuls with parameters that a token uses, 2 flops for each weight, with the vocabulary projection
+    and without the embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
     """
 
     weights: int
@@ -75,9 +75,10 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     >>> param_counts(ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)).total
     124439808
     """
-    d, f, has_bias = config.hidden_size, config.ffn_size, config.other_bias == "on"
+    d, has_bias = config.hidden_size, config.other_bias == "on"
     norm = d * (2 if config.norm == "layernorm" and has_bias else 1)
     num_up = 2 if config.mlp == "swiglu" else 1
+    f = config.ffn_size
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if has_bias:
         biases += d + num_up * f + d
@@ -86,7 +87,7 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     return ParamCounts(
         embedding=table,
         positions=config.max_tokens * d if config.positions == "learned" else 0,
-        block=_block_weights(config) + biases + 2 * norm + head_norms,
+        block=_block_weights(config, experts=config.num_experts) + biases + 2 * norm + head_norms,
         num_layers=config.num_layers,
         head=norm + (table if config.embeddings == "untied" else 0),
     )
@@ -113,7 +114,10 @@ def flops_per_token(
     """
     check_count("num_tokens", num_tokens, error=ModelError)
     check_choice("attention", attention, ("causal", "full"), error=ModelError)
-    weights = config.num_layers * _block_weights(config) + config.vocab_size * config.hidden_size
+    weights = (
+        config.num_layers * _block_weights(config, experts=config.experts_per_token)
+        + config.vocab_size * config.hidden_size
+    )
     full = 2 * 2 * num_tokens * config.query_size * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
@@ -139,7 +143,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized.
+    "none" keeps (N + K)H/t more where queries and keys are normalized. A mixture of experts keeps its shared features
+    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -158,7 +163,26 @@ def activation_bytes(
     d = config.hidden_size // (tensor if sequence == "on" else 1)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
-    return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums)
+    experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
+    return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
+
+
+def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:
+    """Return the bytes that a mixture of experts keeps in one layer besides the width of a dense one.
+
+    Args:
+        own: tokens of this device between layers.
+    """
+    if not config.num_experts or remat == "full":
+        return 0
+    rows, f = config.num_experts * config.expert_rows(num_tokens), config.expert_size // tensor
+    num_up = 2 if config.mlp == "swiglu" else 1
+    width = 2 * config.hidden_size + (num_up + (remat == "none")) * f
+    # Logits of the router; without rematerialization also its scores' parts, and where each pair goes.
+    numbers = own * config.num_experts
+    if remat == "none":
+        numbers += (7 * config.experts_per_token + 4) * num_tokens + rows
+    return rows * width * _ITEM_BYTES[config.dtype] + numbers * _SUM_BYTES
 
 
 def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> int:
@@ -167,7 +191,7 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     Args:
         d: features of x for one token on this device, on average.
     """
-    f = config.ffn_size // tensor
+    f = (config.shared_size if config.num_experts else config.ffn_size) // tensor
     query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
     num_up = 2 if config.mlp == "swiglu" else 1
     return {
@@ -177,8 +201,15 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     }[remat]
 
 
-def _block_weights(config: ModelConfig) -> int:
-    """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three."""
+def _block_weights(config: ModelConfig, *, experts: int) -> int:
+    """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three.
+
+    Args:
+        experts: of a mixture of experts, how many are counted: all, or those that a token uses.
+    """
     d = config.hidden_size
     num_ffn = 3 if config.mlp == "swiglu" else 2
-    return 2 * d * config.query_size + 2 * d * config.kv_size + num_ffn * d * config.ffn_size
+    attention = 2 * d * config.query_size + 2 * d * config.kv_size
+    if not config.num_experts:
+        return attention + num_ffn * d * config.ffn_size
+    return attention + d * config.num_experts + num_ffn * d * (experts * config.expert_size + config.shared_size)

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ..meshes.arguments import check_count
 from .config import ModelConfig
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
@@ -25,6 +26,7 @@ class MLP(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES, features: int = 0
     ) -> None:
+        check_count("features", features, error=ModelError, least=0)
         self.rules = rules
         shared: dict[str, Any] = {
             "dim": "ffn",
@@ -66,7 +68,7 @@ class MLP(nnx.Module):
 # inputs are kept here; the backward recomputes the rest, which is elementwise work and no matmul.
 @partial(jax.checkpoint, prevent_cse=False)
 def gelu(up_BTF: jax.Array) -> jax.Array:
-    """Return gelu(up)."""
+    """Return the GELU of each feature."""
     return jax.nn.gelu(up_BTF)
 
 

@@ -9,7 +9,7 @@ A parameter carries the names of its dimensions where Flax's own tools look for 
 Read `linear.py` next, which makes such parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -44,6 +44,14 @@ def make_param(
     check_number("std", std, error=ModelError)
     value = jax.random.normal(key, shape, jnp.float32) * std if std else jnp.zeros(shape, jnp.float32)
     return nnx.Param(value, **param_metadata(dims, rules))
+
+
+def param_dtype(dims: Sequence[str], dtype: str) -> str:
+    """Return the dtype of a parameter for inference in a dtype, by its dimensions.
+
+    Weights of routers stay in float32, as in training: rounded ones would choose other experts.
+    """
+    return "float32" if "router" in dims else dtype
 
 
 def param_metadata(dims: tuple[str, ...], rules: ShardingRules = DEFAULT_RULES) -> dict[str, Any]:

@@ -5,7 +5,7 @@ It runs without a pipeline under `jax.jit` on any data x tensor mesh; `../pipeli
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -126,16 +126,17 @@ def model_rules(
         rules: `ShardingRules.of(spec.roles)` if the axes have names of their own.
 
     Raises:
-        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
     """
     rules.check_axes(sizes)
-    split: list[tuple[Literal["num_heads", "ffn_size", "vocab_size"], str]] = [
-        ("num_heads", "heads"),
-        ("ffn_size", "ffn"),
-        ("vocab_size", "vocab"),
-    ]
-    for field, dim in split:
+    split = {"num_heads": "heads", "vocab_size": "vocab"}
+    if config.num_experts:
+        split |= {"num_experts": "experts", "expert_size": "ffn", "shared_size": "ffn"}
+    else:
+        split |= {"ffn_size": "ffn"}
+        _check_no_experts(rules, sizes)
+    for field, dim in split.items():
         axis, parts = _parts(rules, dim, sizes)
         check_divides(field, getattr(config, field), over=axis, parts=parts, error=ModelError)
     # A query head needs its key/value head on its device: whole heads are split over the axis, or each is repeated on
@@ -151,6 +152,14 @@ def model_rules(
         "evenly.",
         fix=f"choose a {axis} size that divides {heads} or is a multiple of it.",
     )
+
+
+def _check_no_experts(rules: ShardingRules, sizes: Mapping[str, int]) -> None:
+    axis, parts = _parts(rules, "experts", sizes)
+    if parts > 1:
+        raise ModelError(
+            f"{axis}={parts} splits experts, and the model has none.", fix=f"set {axis}=1, or model.num_experts."
+        )
 
 
 def _parts(rules: ShardingRules, dim: str, sizes: Mapping[str, int]) -> tuple[str, int]:

@@ -23,14 +23,11 @@ Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert"]
 ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "tensor")
 """Roles from the slowest links to the fastest: devices along a tensor axis are neighbours."""
 
-DEFAULT_ROLES: Mapping[str, Role] = {
-    "data": "batch",
-    "tensor": "tensor",
-    "pipe": "pipe",
-    "expert": "expert",
-    "context": "context",
-}
-"""The names that need no role, since they have one, as a mesh is written: data=2 tensor=2 pipe=2."""
+DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe"}
+"""The axes that every mesh has, as a mesh is written: data=2 tensor=2 pipe=2."""
+
+KNOWN_ROLES: Mapping[str, Role] = {**DEFAULT_ROLES, "expert": "expert", "context": "context"}
+"""The names that need no role, since they have one."""
 
 ROLES = "roles"
 """The key of a run file's [mesh] that holds the roles of its axes."""
@@ -74,7 +71,7 @@ class MeshAxes:
                     f"mesh axis {name!r} has the unknown role {shown(role)}.{suggest(str(role), ROLE_ORDER)}",
                     fix=f"use one of {', '.join(ROLE_ORDER)}.",
                 )
-            own = DEFAULT_ROLES.get(name, role)
+            own = KNOWN_ROLES.get(name, role)
             if role != own:
                 raise MeshError(
                     f"mesh axis {name!r} has the role {role}, but this name is that of the role {own}.",

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from .axes import DEFAULT_AXES, MeshAxes, Role
 from .build import check_axes
 from .divisibility import check_divides
-from .errors import MeshError, ShardingError, suggest
+from .errors import ShardingError, suggest
 
 Axes = str | tuple[str, ...] | None
 """Mesh axes that a dimension is split over: one, several with the first outermost, or None for no split."""
@@ -112,20 +112,12 @@ class ShardingRules:
         return tuple(axis for axis in self.axes("stream_tokens") if axis not in self.axes("tokens"))
 
     def check_axes(self, sizes: Mapping[str, int]) -> None:
-        """Raise unless each axis of a mesh with several devices has a role, and a dimension can be split over it.
+        """Raise unless each axis of a mesh with several devices has a role.
 
         Raises:
-            MeshError: with the axis and its role.
+            MeshError: with the axis.
         """
         check_axes(sizes, axes=self.mesh_axes)
-        used = {role for role in _ROLES.values() if role}
-        for name, role in self.mesh_axes.roles:
-            if sizes.get(name, 1) > 1 and role not in used:
-                raise MeshError(
-                    f"mesh axis {name}={sizes[name]} has the role {role}, over which no layer of trellax is split: its "
-                    "devices would all do the same work.",
-                    fix=f"set {name}=1, or give it the role batch or tensor.",
-                )
 
     def axes(self, dim: Dim) -> tuple[str, ...]:
         """Return the mesh axes that a logical dimension is split over, the outermost first; usually one or none.

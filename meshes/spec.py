@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from .arguments import check_choice
-from .axes import DEFAULT_AXES, DEFAULT_ROLES, RESERVED, ROLE_ORDER, MeshAxes, Role
+from .axes import DEFAULT_AXES, DEFAULT_ROLES, KNOWN_ROLES, RESERVED, ROLE_ORDER, MeshAxes, Role
 from .errors import MeshError, shown, suggest
 from .numbers import whole_number
 
@@ -31,6 +31,9 @@ Shard = Literal["none", "optimizer", "step", "layer"]
 """What is split over data: nothing, the optimizer state, or weights too, gathered once a "step" or by every "layer"."""
 
 SHARDS: tuple[Shard, ...] = get_args(Shard)
+
+Offload = Literal["none", "optimizer", "residuals"]
+"""What is kept in the memory of the host: nothing, moments of the optimizer, or residuals of microbatches that wait."""
 
 
 class Axis(NamedTuple):
@@ -114,6 +117,11 @@ class MeshSpec:
         return math.prod(self.sizes[name] for name in self.roles.tensor)
 
     @property
+    def expert(self) -> int:
+        """Number of parts that experts are split into: devices along all expert axes together."""
+        return math.prod(self.sizes[name] for name in self.roles.having("expert"))
+
+    @property
     def pipe(self) -> int:
         """Number of pipeline ranks: devices along the pipe axis."""
         return self.sizes[self.roles.pipe]
@@ -136,12 +144,12 @@ class MeshSpec:
         for part in (p.strip() for p in text.split(",") if p.strip()):
             name, equals, rest = (piece.strip() for piece in part.partition("="))
             size, colon, role = (piece.strip() for piece in rest.partition(":"))
-            if not colon and name not in DEFAULT_ROLES:
+            if not colon and name not in KNOWN_ROLES:
                 raise _unknown_axis(name)
             if name in axes:
                 raise MeshError(f"mesh axis {name} is given twice in {shown(text)}.", fix=f"keep one {name}=.")
             try:
-                axes[name] = Axis(whole_number(size), role=cast("Role", role if colon else DEFAULT_ROLES[name]))
+                axes[name] = Axis(whole_number(size), role=cast("Role", role if colon else KNOWN_ROLES[name]))
             except ValueError:
                 got = f"{shown(size)} is not a whole number" if equals else "it has no size"
                 raise MeshError(
@@ -307,7 +315,7 @@ def _unknown_axis(name: str) -> MeshError:
             f"{shown(name)} is a key of [mesh] in a run file, not an axis; a mesh has data, tensor, pipe.",
             fix=f"write it there, or on the command line as --mesh.{name}.",
         )
-    hint = suggest(name, DEFAULT_ROLES)
+    hint = suggest(name, KNOWN_ROLES)
     is_name = name.isidentifier() and not hint
     fix = f"a name of your own has its role beside it: {name}=2:batch, for example." if is_name else None
     return MeshError(f"unknown mesh axis {shown(name)}; a mesh has data, tensor, pipe.{hint}", fix=fix)

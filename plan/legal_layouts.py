@@ -1,11 +1,12 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
+import math
 from collections.abc import Iterator
 
 from ..layers import ModelConfig
 from ..meshes import Axis, MeshSpec
 from ..schedules import Vocab
-from .costs.layout import Layout, PlanRemat
+from .costs.layout import Layout, PlanRemat, ZeroStage
 from .machines.topology import Topology
 
 
@@ -21,7 +22,7 @@ def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context:
     more = {"context": Axis(context, role="context")} if context > 1 else {}
     num_devices //= context
     for tensor in _divisors(num_devices):
-        if model.num_heads % tensor or model.ffn_size % tensor or not _splits_kv(model, tensor):
+        if model.num_heads % tensor or _features(model) % tensor or not _splits_kv(model, tensor):
             continue
         for pipe in _divisors(num_devices // tensor):
             parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
@@ -62,11 +63,12 @@ def legal_layouts(
             for schedule, chunks in _schedules(model, pipe=mesh.pipe, microbatches=shard // sequences):
                 for remat in remats:
                     # Not 1: weights gathered once a step take less memory, and send no more.
-                    for zero in (0, 2, 3) if mesh.data * context > 1 else (0,):
+                    for zero, expert in _splits_of_weights(model, mesh):
                         yield Layout(
                             data=mesh.data,
                             tensor=mesh.tensor,
                             pipe=mesh.pipe,
+                            expert=expert,
                             context=context,
                             schedule=schedule,
                             chunks=chunks,
@@ -75,6 +77,21 @@ def legal_layouts(
                             remat=remat,
                             zero=zero,
                         )
+
+
+def _splits_of_weights(model: ModelConfig, mesh: MeshSpec) -> Iterator[tuple[ZeroStage, int]]:
+    """Yield how much is split over data, and the devices of data that split the experts."""
+    experts = [parts for parts in _divisors(mesh.data) if model.num_experts % parts == 0] if model.num_experts else [1]
+    for expert in experts:
+        yield 0, expert
+        if mesh.data * mesh.context > expert:
+            yield 2, expert
+            yield 3, expert
+
+
+def _features(model: ModelConfig) -> int:
+    """Return the features of a feed-forward that tensor splits; of experts those of one, and those that all use."""
+    return math.gcd(model.expert_size, model.shared_size) if model.num_experts else model.ffn_size
 
 
 def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:

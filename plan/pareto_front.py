@@ -109,6 +109,7 @@ def name_point(plan: Plan, axis: FrontAxis) -> str:
         words += [f"{layout.schedule}{chunks}"] if layout.pipe > 1 else []
         words += [f"{layout.microbatches} of {layout.sequences}", f"remat {layout.remat}"]
         words += [f"shard {layout.shard}"] if layout.zero else []
+        words += [f"offload {layout.offload}"] if layout.offload != "none" else []
     return f"{', '.join(words)}: {axis.text(plan)}, {plan.memory.total / _GB:.1f} GB"
 
 

@@ -60,10 +60,12 @@ class Plan:
             "remat": layout.remat,
             "zero": layout.zero,
             "shard": layout.shard,
+            "offload": layout.offload,
             "step_time_s": self.time_s,
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
             "memory_bytes": {**self.memory.classes, "total": round(self.memory.total)},
+            "host_bytes": round(self.memory.host),
             "bubble_fraction": self.bubble_fraction,
             "traffic_bytes": self.traffic_bytes,
             "why": self.why,
@@ -80,6 +82,7 @@ class Plan:
             ("schedule", f"{layout.schedule}, {layout.microbatches} microbatches" if layout.pipe > 1 else "none"),
             ("remat", layout.remat),
             ("shard", layout.shard),
+            ("offload", layout.offload),
             ("time of a step" if self.step is not None else "time of a token", f"{self.time_s:.4g} s"),
             ("tokens per second", f"{self.tokens_per_s:,.0f}"),
             ("MFU", f"{self.mfu:.1%}"),
@@ -115,6 +118,7 @@ def step_costs(step: StepTime) -> dict[str, float]:
         "the bubble": bubble,
         "the data axis": step.data_s,
         "the optimizer": step.optimizer_s,
+        "copies of residuals": step.host_s,
     }
 
 

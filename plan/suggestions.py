@@ -52,7 +52,9 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
         changes += [replace(layout, zero=zero) for zero in (1, 2, 3) if zero > layout.zero]
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
-    for others in (changes, [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]):
+    meshes = [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]
+    # Last, for its copies take time.
+    for others in (changes, meshes, [replace(layout, offload="optimizer")]):
         sizes: list[tuple[float, Layout]] = [(layout_memory(question, one).total, one) for one in others]
         size, best = min(sizes, key=lambda pair: pair[0], default=(math.inf, layout))
         if size < plan.memory.total:
@@ -111,7 +113,8 @@ def _keys(layout: Layout) -> Change:
     """Return the config keys that a layout sets, with their values."""
     stages = layout.layers_per_stage
     return {
-        "mesh.data": layout.data,
+        "mesh.data": layout.data // layout.expert,
+        **({"mesh.expert": layout.expert} if layout.expert > 1 else {}),
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
         "mesh.context": layout.context,
@@ -122,6 +125,7 @@ def _keys(layout: Layout) -> Change:
         "pipeline.max_in_flight": layout.max_in_flight or 0,
         "pipeline.layers_per_stage": "auto" if stages is None else ",".join(map(str, stages)),
         "train.shard": layout.shard,
+        "train.offload": layout.offload,
     }
 
 

@@ -12,6 +12,7 @@ from typing import get_args
 from ..layers import ModelConfig
 from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
+from ..meshes.spec import Offload
 from ..programs.hardware import XLA_MEMORY_SHARE
 from .costs.layer_time import LayerTime, layer_time
 from .costs.layout import Layout, PlanRemat
@@ -102,13 +103,14 @@ def rank_train(question: TrainQuestion, plans: Iterable[Plan], *, objective: str
 def price_train(question: TrainQuestion) -> list[Plan]:
     """Return the plan of every layout that fits, unsorted and without its traffic.
 
-    If none keeps within the memory that XLA plans for, all that fit the device are returned; `diagnose` warns of it.
+    If none keeps within the memory that XLA plans for, all that fit the device are returned; `diagnose` warns of it. If
+    none fits, moments are kept on the host.
 
     Raises:
         PlanError: nothing fits; the message says what would.
     """
     layers: dict[tuple[object, ...], LayerTime] = {}
-    fitting = list(_fitting(question))
+    fitting = list(_fitting(question)) or list(_fitting(question, offload="optimizer"))
     plans = []
     # Memory is computed first, since it is cheap; only layouts that fit are timed.
     for layout, memory in [pair for pair in fitting if pair[1].total <= question.memory_limit] or fitting:
@@ -149,7 +151,8 @@ def smallest_fitting(question: TrainQuestion) -> int | None:
     while count <= 1 << 16:
         topology = replace(question.topology, num_devices=count, devices_per_node=min(node, count))
         wider = replace(question, topology=topology)
-        if any(layout_memory(wider, layout).total <= wider.device_limit for layout in _candidates(wider, (count,))):
+        layouts = _candidates(wider, (count,), offload="optimizer")
+        if any(layout_memory(wider, layout).total <= wider.device_limit for layout in layouts):
             return count
         count *= 2
     return None
@@ -181,16 +184,16 @@ def _with_traffic(question: TrainQuestion, plan: Plan) -> Plan:
     return replace(plan, traffic_bytes=traffic)
 
 
-def _fitting(question: TrainQuestion) -> Iterable[tuple[Layout, MemoryUse]]:
-    for layout in _candidates(question, device_counts(question.topology)):
+def _fitting(question: TrainQuestion, *, offload: Offload = "none") -> Iterable[tuple[Layout, MemoryUse]]:
+    for layout in _candidates(question, device_counts(question.topology), offload=offload):
         memory = layout_memory(question, layout)
         if memory.total <= question.device_limit:
             yield layout, memory
 
 
-def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layout]:
+def _candidates(question: TrainQuestion, counts: Iterable[int], *, offload: Offload) -> Iterable[Layout]:
     for count in counts:
-        yield from legal_layouts(
+        layouts = legal_layouts(
             question.model,
             num_devices=count,
             batch_size=question.batch_size,
@@ -198,6 +201,7 @@ def _candidates(question: TrainQuestion, counts: Iterable[int]) -> Iterable[Layo
             vocab=question.priced_runtime.vocab,
             context=question.context,
         )
+        yield from (replace(layout, offload=offload) for layout in layouts)
 
 
 def _best_of_meshes(plans: Iterable[Plan], objective: str) -> list[Plan]:
@@ -219,7 +223,7 @@ def _rank(plan: Plan, objective: str) -> tuple[float, ...]:
 def _nothing_fits(question: TrainQuestion) -> PlanError:
     topology, limit = question.topology, question.device_limit
     asked = f"{question.model.num_layers} layers of width {question.model.hidden_size} on {topology.name}"
-    layouts = list(_candidates(question, (topology.num_devices,)))
+    layouts = list(_candidates(question, (topology.num_devices,), offload="optimizer"))
     if not layouts:
         vocab = question.priced_runtime.vocab
         meshes = list(
@@ -236,7 +240,7 @@ def _nothing_fits(question: TrainQuestion) -> PlanError:
     fixes = [f"use {count} or more devices"] if count else []
     fixes.append("a smaller model or shorter sequences")
     return PlanError(
-        f"nothing fits: {asked} needs at least {needs / _GB:.1f} GB a device, and {limit / _GB:.1f} GB of "
-        f"{topology.accelerator.memory_bytes / _GB:.1f} may be used.",
+        f"nothing fits: {asked} needs at least {needs / _GB:.1f} GB a device, the optimizer's moments on the host, and "
+        f"{limit / _GB:.1f} GB of {topology.accelerator.memory_bytes / _GB:.1f} may be used.",
         fix=f"{', '.join(fixes)}.",
     )

@@ -8,7 +8,8 @@ Loops multiply the counts of their bodies, and branches are followed for each de
 
 Where loop bounds and conditions depend only on constants, counters and the device's number, the count is exact (see
 `static_values.py`). Where a branch depends on data, the most expensive one is counted every time, an upper bound; a
-loop whose number of iterations depends on data is counted as one iteration. `notes` names both. Read `collectives.py`
+loop whose number of iterations depends on data is counted as one iteration, or as none in the scope `rarely`. `notes`
+names both. Read `collectives.py`
 and `work.py` next, which count instructions.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..meshes.scopes import RARELY
 from .hlo import Computation, HloModule, Instruction
 from .static_values import Scope, chosen_branch, entry_scope
 
@@ -44,7 +46,7 @@ class ExecutionCounts:
 
 def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts:
     """Count the executions of each computation on `num_devices` devices in one run of the program."""
-    walk = _Walk(program, num_devices)
+    walk = _Walk(program)
     scope = entry_scope(program, num_devices=num_devices)
     walk.enter(scope, np.ones(num_devices, np.int64))
     return ExecutionCounts(counts=walk.counts, notes=tuple(dict.fromkeys(walk.notes)))
@@ -53,26 +55,22 @@ def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts
 class _Walk:
     """A walk along the control flow from the entry, which adds up counts."""
 
-    def __init__(self, program: HloModule, num_devices: int) -> None:
-        self.program, self.num_devices = program, num_devices
+    def __init__(self, program: HloModule) -> None:
+        self.flow = ControlFlow(program)
         self.counts: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
-        # By name of a computation: a loop that is followed one by one asks for them again in every iteration.
-        self._callers: dict[str, tuple[Instruction, ...]] = {}
-        self._branching: dict[str, bool] = {}
-        self._weights: dict[str, int] = {}
 
     def enter(self, scope: Scope, times: np.ndarray) -> None:
         """Add `times`, [devices], to the counts of a computation and of all that it calls."""
         name = scope.computation.name
         self.counts[name] = self.counts.get(name, 0) + times
-        for instruction in self._calls_of(name):
+        for instruction in self.flow.calls_of(name):
             if instruction.opcode == "while":
                 self._enter_loop(scope, instruction, times)
             elif instruction.opcode == "conditional":
                 self._enter_branches(scope, instruction, times)
             else:
-                for called in _bodies(instruction):
+                for called in called_once(instruction):
                     self.enter(scope.called_by(instruction, called), times)
 
     def _enter_loop(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
@@ -80,7 +78,7 @@ class _Walk:
         loop, trips = scope.loop(instruction), instruction.known_trip_count
         if trips is None:
             self._enter_loop_by_condition(scope, instruction, times)
-        elif trips and (not self._is_branching(instruction.called()["body"][0]) or trips > MAX_ITERATIONS):
+        elif trips and (not self.flow.is_branching(instruction.called()["body"][0]) or trips > MAX_ITERATIONS):
             # All iterations count the same, so one is walked for all. With branches each is walked, as they may differ.
             self.enter(loop.body(0), times * trips)
         else:
@@ -94,8 +92,10 @@ class _Walk:
         for iteration in range(MAX_ITERATIONS):
             continues = loop.continues(iteration)
             if not isinstance(continues, np.ndarray):
-                self.notes.append(f"{instruction.name}: the number of iterations depends on data; counted as 1.")
-                self.enter(loop.body(0), times)
+                count = 0 if is_rare(instruction) else 1
+                self.notes.append(f"{_place(instruction)}: iterations depend on data; counted as {count}.")
+                if count:
+                    self.enter(loop.body(0), times)
                 return
             # Devices may leave the loop at different iterations; one that has left stays at 0.
             running = np.where(continues.reshape(-1), running, 0)
@@ -108,43 +108,67 @@ class _Walk:
         """Count each branch on the devices that take it; the heaviest on all if the choice depends on data."""
         chosen = chosen_branch(instruction, scope.operand(instruction, 0))
         if chosen is None:
-            heaviest = max(range(len(instruction.branches)), key=lambda b: self._weigh(instruction.branches[b]))
-            where = instruction.op_name or instruction.name
-            self.notes.append(f"{where}: the branch depends on data; the heaviest is counted every time.")
-            chosen = np.array([heaviest])
+            self.notes.append(f"{_place(instruction)}: the branch depends on data; the heaviest is counted every time.")
+            chosen = np.array([self.flow.heaviest_branch(instruction)])
         for branch in np.unique(chosen):
             # `chosen` is [devices], or [1] if all take the same branch.
             share = np.where(chosen == branch, times, 0)
             if share.any():
                 self.enter(scope.branch(instruction, int(branch)), share)
 
-    def _calls_of(self, name: str) -> tuple[Instruction, ...]:
+
+def is_rare(loop: Instruction) -> bool:
+    """Return whether a loop is in the scope of those that nearly always have no iteration."""
+    return f"/{RARELY}/" in loop.op_name
+
+
+def _place(instruction: Instruction) -> str:
+    return instruction.op_name or instruction.name
+
+
+class ControlFlow:
+    """Which instructions of a computation run others, and whether that can differ from one execution to the next.
+
+    A loop that is followed one by one asks in every iteration, so answers are kept by name of the computation.
+    """
+
+    def __init__(self, program: HloModule) -> None:
+        self._program = program
+        self._callers: dict[str, tuple[Instruction, ...]] = {}
+        self._branching: dict[str, bool] = {}
+        self._weights: dict[str, int] = {}
+
+    def heaviest_branch(self, instruction: Instruction) -> int:
+        """Return the number of the branch of a conditional that produces most bytes."""
+        return max(range(len(instruction.branches)), key=lambda branch: self._weigh(instruction.branches[branch]))
+
+    def calls_of(self, name: str) -> tuple[Instruction, ...]:
         """Return the instructions of a computation that run other computations."""
         if name not in self._callers:
-            own = self.program.computations[name].instructions.values()
-            self._callers[name] = tuple(i for i in own if i.opcode in ("while", "conditional") or _bodies(i))
+            own = self._program.computations[name].instructions.values()
+            self._callers[name] = tuple(i for i in own if i.opcode in ("while", "conditional") or called_once(i))
         return self._callers[name]
 
-    def _is_branching(self, name: str) -> bool:
+    def is_branching(self, name: str) -> bool:
         """Return whether two executions of this computation can differ."""
         if name not in self._branching:
             # A loop of known length runs the same number of times in every execution; only its body can make it differ.
             self._branching[name] = any(
                 i.opcode == "conditional"
-                or (i.opcode == "while" and i.known_trip_count is None)
-                or any(map(self._is_branching, _bodies(i) or i.called().get("body", ())))
-                for i in self._calls_of(name)
+                or (i.opcode == "while" and i.known_trip_count is None and not is_rare(i))
+                or any(map(self.is_branching, called_once(i) or i.called().get("body", ())))
+                for i in self.calls_of(name)
             )
         return self._branching[name]
 
     def _weigh(self, name: str) -> int:
         """Return the bytes that a computation produces, loops multiplied, by which branches are compared."""
         if name not in self._weights:
-            own = self.program.computations[name].instructions.values()
+            own = self._program.computations[name].instructions.values()
             self._weights[name] = sum(i.num_bytes for i in own if i.opcode not in _FREE) + sum(
                 self._weigh(called) * (i.known_trip_count or 1)
-                for i in self._calls_of(name)
-                for called in (*_bodies(i), *i.branches, *i.called().get("body", ()))
+                for i in self.calls_of(name)
+                for called in (*called_once(i), *i.branches, *i.called().get("body", ()))
             )
         return self._weights[name]
 
@@ -153,7 +177,7 @@ class _Walk:
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 
-def _bodies(instruction: Instruction) -> tuple[str, ...]:
+def called_once(instruction: Instruction) -> tuple[str, ...]:
     """Return computations that run once per execution of an instruction; the end of an asynchronous pair has none."""
     if instruction.opcode.endswith(("-done", "-update")):
         return ()

@@ -17,12 +17,21 @@ from ..meshes.errors import TargetError
 LINK_BYTES_PER_S = {6: 20e9, 7: 25e9, 8: 25e9, 9: 25e9, 10: 50e9}
 """Bandwidth of one NVLink in one direction by CUDA major version; data sheets of P100, V100, A100, H100/H200, B200."""
 
-XLA_MEMORY_SHARE = 0.80 * 0.95
-"""Share of a GPU's memory for which XLA plans a program: 80%, times its slop factor (inferred from programs).
+XLA_BASE_SHARE = 0.80
+"""Share of the memory of an absent GPU that XLA takes as available (xla/service/gpu/gpu_hlo_schedule.cc).
 
-For a larger program XLA rematerialises by itself and serialises collectives: an H100 step of a 70B model loses all
-overlap. `--xla_gpu_memory_limit_slop_factor=N` in XLA_FLAGS replaces the slop factor of 95%.
+For a GPU that is present, jax passes what its allocator may take, `bytes_limit` of `memory_stats()` (jaxlib,
+py_client.cc). The 80% are for compilers that know no allocator."""
+
+XLA_SLOP = 0.95
+"""Share of the available memory, without that of arguments and results, for which XLA plans temporary values.
+
+`--xla_gpu_memory_limit_slop_factor=N` in XLA_FLAGS replaces the 95%. Beyond the limit XLA rematerialises by itself and
+serialises collectives: an H100 step of a 70B model loses all overlap.
 """
+
+XLA_MEMORY_SHARE = XLA_BASE_SHARE * XLA_SLOP
+"""Share of an absent GPU's memory for which XLA plans a program without arguments: the least that it plans for."""
 
 NETWORK_BYTES_PER_S = {8: 25e9, 9: 50e9, 10: 50e9}
 """Network bandwidth of one GPU in one direction: DGX A100 has 200 Gb/s per GPU, DGX H100 and B200 400 Gb/s."""
@@ -40,7 +49,7 @@ class Hardware:
     """Peak rates of one device; flops are by element type, named as in HLO. 0 means unknown.
 
     A device sends at `link_bytes_per_s` within its node and at `network_bytes_per_s` to other nodes.
-    `compiler_limit_bytes` is the memory for which XLA plans a program; None if XLA has no such limit.
+    `compiler_base_bytes` is the memory that XLA takes as available; None if XLA has no limit.
     """
 
     name: str
@@ -50,7 +59,7 @@ class Hardware:
     vector_flops_per_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
-    compiler_limit_bytes: int | None = None
+    compiler_base_bytes: int | None = None
 
     def matrix_peak(self, dtype: str) -> float:
         """Return the matrix peak of an element type, or that of float32 if the type is not listed."""
@@ -88,7 +97,7 @@ def hardware_from_description(text: str) -> Hardware:
         vector_flops_per_s=vector or 2 * cores * _field(text, "fpus_per_core") * clock_hz,
         link_bytes_per_s=_link_bytes_per_s(text, major),
         network_bytes_per_s=NETWORK_BYTES_PER_S.get(major, 0.0),
-        compiler_limit_bytes=int(XLA_MEMORY_SHARE * memory_bytes),
+        compiler_base_bytes=int(XLA_BASE_SHARE * memory_bytes),
     )
 
 

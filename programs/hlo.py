@@ -35,11 +35,15 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """The type of an array, such as `f32[4,128]{1,0}`; `{1,0}` is its layout, here row-major."""
+    """The type of an array, such as `f32[4,128]{1,0}`; `{1,0}` is its layout, here row-major.
+
+    `{1,0:S(5)}` is in memory space 5, that of the host.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     is_row_major: bool = True
+    is_on_host: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -266,7 +270,8 @@ def _read_type(text: str, at: int) -> tuple[Type, int]:
         dims = tuple(int(n.lstrip("<=")) for n in found[2].split(",") if n)
         # The layout lists dimensions from the fastest to the slowest: {2,1,0} is row-major. Tiles follow after `:`.
         layout = [int(n) for n in (found[3] or "").partition(":")[0].split(",") if n]
-        return Array(found[1], dims, layout == sorted(layout, reverse=True)), found.end()
+        is_row_major, is_on_host = layout == sorted(layout, reverse=True), "S(5)" in (found[3] or "")
+        return Array(found[1], dims, is_row_major, is_on_host), found.end()
     parts: list[Type] = []
     at += 1
     while text[at] != ")":

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import jax
 
-from .hardware import Hardware
+from ..meshes.host_memory import is_in_host_memory
+from .hardware import XLA_SLOP, Hardware
 from .hlo import Array, HloModule, Instruction
 from .static_values import is_invariant
 
@@ -34,7 +35,8 @@ Verdict = Literal["fits", "over XLA's limit", "does not fit"]
 class Memory:
     """Bytes on the fullest device; `capacity` is that of the device, `limit` that of XLA, None if unknown.
 
-    `temporary` is the rest of the total, which includes the batch and outputs that reuse no input.
+    `temporary` is the rest of the total, which includes the batch and outputs that reuse no input. `host` are the bytes
+    of the optimizer and of activations that a device keeps in the memory of its host, which count in no other.
     """
 
     parameters: int
@@ -45,11 +47,13 @@ class Memory:
     total: int
     capacity: int | None
     limit: int | None = None
+    host: int = 0
 
     @property
     def classes(self) -> dict[str, int]:
         """Bytes by purpose; they add up to the total."""
-        return {name: value for name, value in asdict(self).items() if name not in ("total", "capacity", "limit")}
+        others = ("total", "capacity", "limit", "host")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     @property
     def free(self) -> int | None:
@@ -77,17 +81,23 @@ def count_memory(
         parameters, optimizer: trees of the program's arguments, as arrays or shapes with shardings.
         gradients: shapes with shardings of the sums of gradients, where they are not those of the parameters.
     """
-    total = total_bytes(compiled.memory_analysis())
+    stats, away = compiled.memory_analysis(), [leaf for leaf in jax.tree.leaves(optimizer) if is_in_host_memory(leaf)]
+    host = device_bytes(away)
+    # For CPU devices jax counts all arguments as theirs.
+    total = total_bytes(stats) - (0 if stats.host_argument_size_in_bytes else host)
     sums, activations = count_carried(program, parameters=parameters if gradients is None else gradients)
     held = {
         "parameters": device_bytes(parameters),
         "gradients": sums,
-        "optimizer": device_bytes(optimizer),
+        "optimizer": device_bytes(optimizer) - host,
         "activations": activations,
     }
     capacity = None if hardware is None else hardware.memory_bytes
-    limit = None if hardware is None else hardware.compiler_limit_bytes
-    return Memory(**held, temporary=total - sum(held.values()), total=total, capacity=capacity, limit=limit)
+    base = None if hardware is None else hardware.compiler_base_bytes
+    limit = None if base is None else limit_bytes(kept_bytes(stats), base=base)
+    temporary = total - sum(held.values())
+    host += stats.host_temp_size_in_bytes
+    return Memory(**held, temporary=temporary, total=total, capacity=capacity, limit=limit, host=host)
 
 
 def judge_memory(total: float, *, capacity: float | None, limit: float | None) -> Verdict | None:
@@ -101,13 +111,22 @@ def judge_memory(total: float, *, capacity: float | None, limit: float | None) -
 
 def total_bytes(stats: Any) -> int:
     """Return the bytes of arguments, temporaries, outputs that reuse no argument, and code of a program."""
-    return (
-        stats.argument_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
+    return kept_bytes(stats) + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+
+def kept_bytes(stats: Any) -> int:
+    """Return the bytes of arguments and of outputs that reuse none, which live for the whole program."""
+    return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def limit_bytes(kept: int, *, base: int, slop: float = XLA_SLOP) -> int:
+    """Return the memory for which XLA plans a program: what is kept, and a share of what is left for temporary values.
+
+    Args:
+        kept: bytes of arguments and outputs.
+        base: bytes that XLA takes as available.
+    """
+    return kept + int(slop * max(base - kept, 0))
 
 
 def device_bytes(tree: Any) -> int:
@@ -145,7 +164,8 @@ def _carried(program: HloModule, loop: Instruction) -> list[Array]:
         return []
     body = program.computations[loop.called()["body"][0]]
     elements = enumerate(loop.type)
-    return [array for index, array in elements if isinstance(array, Array) and not is_invariant(body, index)]
+    arrays = [(index, array) for index, array in elements if isinstance(array, Array) and not array.is_on_host]
+    return [array for index, array in arrays if not is_invariant(body, index)]
 
 
 def _without(arrays: list[Array], others: list[Array]) -> Iterator[Array]:

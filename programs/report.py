@@ -18,6 +18,7 @@ from .hardware import Hardware
 from .hlo import HloModule
 from .memory import Memory, count_memory
 from .roofline import roofline_times_s
+from .timeline.schedule_report import ScheduleReport, read_schedule
 from .traffic import Traffic, sum_traffic
 from .work import CLASSES, UNITS, Work, WorkClass, count_work
 
@@ -28,8 +29,9 @@ class ProgramReport:
 
     `flops`, `model_flops` and `recompute_flops` are means over the devices; memory, traffic and `roofline` are maxima.
     `roofline` has the share of each class in the time at peak rates, and `step_bound_s` the sum of these times; both
-    are empty without hardware. `notes` names counts that are not exact. Numbers that are not in the program itself
-    (model flops, bubble, compile time) are None until the caller sets them.
+    are empty without hardware. `schedule` is empty on CPU, where nothing overlaps. `notes` names counts that are not
+    exact. Numbers that are not in the program itself (model flops, bubble, compile time) are None until the caller
+    sets them.
     """
 
     target: str
@@ -40,6 +42,7 @@ class ProgramReport:
     moved_bytes: Mapping[str, float]
     roofline: Mapping[str, float]
     step_bound_s: float | None
+    schedule: ScheduleReport
     hlo_instructions: int
     compile_s: float | None = None
     model_flops: float | None = None
@@ -73,6 +76,7 @@ class ProgramReport:
             "model_flops": self.model_flops,
             "recompute_flops": self.recompute_flops,
             "roofline": dict(self.roofline),
+            **self.schedule.to_dict(),
             "bubble_fraction": self.bubble_fraction,
             "hlo_instructions": self.hlo_instructions,
             "compile_s": self.compile_s,
@@ -101,28 +105,54 @@ def inspect_compiled(
         minimum_bytes: the least bytes to send by axes, as of `trellax.plan.minimum_bytes`.
         hardware, devices_per_node: peaks of a device; devices that share a node, all of them by default.
     """
-    executions = count_executions(program := HloModule.parse(hlo_text(compiled)), num_devices=mesh.devices.size)
-    collectives = list_collectives(program, executions, mesh=mesh)
-    work = count_work(program, executions, num_devices=mesh.devices.size)
-    times_s = _bound_times(work, collectives, hardware, mesh, devices_per_node)
+    counts = _count(compiled, mesh)
+    machine: Any = {"hardware": hardware, "devices_per_node": devices_per_node}
+    times_s = _bound_times(counts.work, counts.collectives, mesh=mesh, **machine)
     state = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
     return ProgramReport(
         target=f"{mesh.devices.flat[0].device_kind}:{mesh.devices.size}",
         devices=mesh.devices.size,
-        memory=count_memory(compiled, program, hardware=hardware, **state),
-        traffic=sum_traffic(collectives, minimum=minimum_bytes),
-        flops={unit: float(np.mean(work.flops(unit))) for unit in UNITS},
-        moved_bytes={kind: float(np.mean(work.moved_bytes(kind))) for kind in CLASSES},
+        memory=count_memory(compiled, counts.program, hardware=hardware, **state),
+        traffic=sum_traffic(counts.collectives, minimum=minimum_bytes),
+        flops={unit: float(np.mean(counts.work.flops(unit))) for unit in UNITS},
+        moved_bytes={kind: float(np.mean(counts.work.moved_bytes(kind))) for kind in CLASSES},
         roofline={kind: time_s / sum(times_s.values()) for kind, time_s in times_s.items()},
         step_bound_s=sum(times_s.values()) or None,
-        hlo_instructions=program.num_instructions,
-        notes=(*executions.notes, *_describe_uncounted(work)),
-        collectives=collectives,
+        schedule=read_schedule(counts.program, counts.collectives, counts.work, mesh=mesh, **machine),
+        hlo_instructions=counts.program.num_instructions,
+        notes=(*counts.notes, *_describe_uncounted(counts.work)),
+        collectives=counts.collectives,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counts:
+    """A parsed program, its collectives and work, and notes on counts that are not exact."""
+
+    program: HloModule
+    collectives: tuple[Collective, ...]
+    work: Work
+    notes: tuple[str, ...]
+
+
+def _count(compiled: Any, mesh: Mesh) -> _Counts:
+    program = HloModule.parse(hlo_text(compiled))
+    executions = count_executions(program, num_devices=mesh.devices.size)
+    return _Counts(
+        program=program,
+        collectives=list_collectives(program, executions, mesh=mesh),
+        work=count_work(program, executions, num_devices=mesh.devices.size),
+        notes=executions.notes,
     )
 
 
 def _bound_times(
-    work: Work, collectives: tuple[Collective, ...], hardware: Hardware | None, mesh: Mesh, devices_per_node: int | None
+    work: Work,
+    collectives: tuple[Collective, ...],
+    *,
+    hardware: Hardware | None,
+    mesh: Mesh,
+    devices_per_node: int | None,
 ) -> dict[WorkClass, float]:
     """Return seconds by class; empty without hardware, or if no class takes time."""
     if hardware is None:

@@ -21,6 +21,7 @@ COLOURS = {
 
 _SENT = COLOURS["parameters"]
 _EXCESS = (0.80, 0.25, 0.20)
+_EXPOSED = COLOURS["optimizer"]
 _GIBI = 2**30
 _MEBI = 2**20
 # Least share of the bar's width in which a number is readable.
@@ -86,7 +87,9 @@ def _draw_memory(axes: "Axes", report: ProgramReport) -> None:
 def _draw_traffic(axes: "Axes", report: ProgramReport) -> None:
     """Draw the bytes sent over each axis, in red above the minimum."""
     rows = [row for row in report.traffic if row.kind == EVERY_KIND]
-    axes.set_title("sent per device and step; black: the minimum", fontsize=9, loc="left")
+    exposed = {row.axis: row.exposed_bytes for row in report.schedule.exposed}
+    title = "sent per device and step; black: the minimum" + ("; amber: encloses no product" if exposed else "")
+    axes.set_title(title, fontsize=9, loc="left")
     _finish(axes)
     if not rows:
         axes.text(0.5, 0.5, "nothing is sent", ha="center", fontsize=9, transform=axes.transAxes)
@@ -97,6 +100,8 @@ def _draw_traffic(axes: "Axes", report: ProgramReport) -> None:
         needed = row.bytes if row.minimum_bytes is None else min(row.bytes, row.minimum_bytes)
         axes.barh(place, needed / unit, color=_SENT, height=0.6)
         axes.barh(place, (row.bytes - needed) / unit, left=needed / unit, color=_EXCESS, height=0.6)
+        # Along the lower edge, what no product hides.
+        axes.barh(place + 0.24, exposed.get(row.axis, 0.0) / unit, color=_EXPOSED, height=0.12)
         if row.minimum_bytes:
             axes.plot([row.minimum_bytes / unit] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2)
         ratio = "" if row.ratio is None else f", {row.ratio:.2f} x"

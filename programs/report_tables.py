@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..meshes.columns import align
 from .report import ProgramReport
+from .timeline.schedule_report import ScheduleReport
 from .traffic import Traffic
 from .work import CLASSES
 
@@ -15,6 +16,8 @@ def format_report(report: ProgramReport) -> str:
     """Return the tables of memory, traffic and work, and notes on counts that are not exact."""
     notes = "".join(f"\nnote: {note}" for note in report.notes)
     parts = [format_memory(report), format_traffic(report.traffic), format_work(report)]
+    if report.schedule.exposed or report.schedule.step_time:
+        parts.insert(2, format_schedule(report.schedule))
     return "\n\n".join(parts) + notes
 
 
@@ -24,6 +27,8 @@ def format_memory(report: ProgramReport) -> str:
     lines = [("memory per device", "bytes", "share")]
     lines += [(name, f"{size:,}", f"{size / memory.total:.1%}") for name, size in memory.classes.items()]
     lines.append(("total", f"{memory.total:,}", format_bytes(memory.total)))
+    if memory.host:
+        lines.append(("on the host", f"{memory.host:,}", format_bytes(memory.host)))
     if memory.capacity is None or memory.free is None:
         return align(lines)
     lines.append(("capacity", f"{memory.capacity:,}", format_bytes(memory.capacity)))
@@ -52,6 +57,43 @@ def format_traffic(rows: Sequence[Traffic]) -> str:
         ratio = "" if whole.ratio is None else f"{whole.ratio:.2f}"
         lines.append((axis, kind, f"{whole.count:,}", f"{whole.bytes:,.0f}", least, ratio))
     return align(lines, left=2) if rows else "nothing is sent"
+
+
+def format_schedule(schedule: ScheduleReport) -> str:
+    """Return the table of collectives that enclose no product, by axes, the modelled step, and XLA's own changes."""
+    lines = [("encloses no product", "count", "of", "bytes", "share", "seconds", "exposed")]
+    for row in schedule.exposed:
+        counts = row.axis, f"{row.exposed_count:,}", f"{row.count:,}", f"{row.exposed_bytes:,.0f}", f"{row.share:.1%}"
+        lines.append((*counts, _format_s(row.transfer_s), _format_s(row.exposed_s)))
+    parts = [align(lines)]
+    step = schedule.step_time
+    if step is not None:
+        parts.append(
+            f"modelled step {step.total_s:.3g} s: products {step.matrix_s:.3g}, vector {step.vector_s:.3g}, launches "
+            f"{step.launches_s:.3g}, exposed communication {step.exposed_s:.3g}, waiting {step.waiting_s:.3g}"
+        )
+    if schedule.synchronous:
+        lines = [("synchronous", "kind", "from", "count", "bytes")]
+        lines += [(c.axis, c.kind, c.place, f"{c.count:,}", f"{c.bytes:,.0f}") for c in schedule.synchronous[:_TOP]]
+        parts.append("\n" + align(lines, left=3))
+    if schedule.recomputed:
+        found = schedule.recomputed[:_TOP]
+        lines = [("XLA computes again", "runs", "flops", "bytes moved")]
+        lines += [(r.place, f"{r.count:,}", f"{r.flops:.3g}", f"{r.moved_bytes:.3g}") for r in found]
+        parts.append(f"\n{align(lines)}\n{_REMEDY}")
+    return "\n".join(parts)
+
+
+def _format_s(time_s: float | None) -> str:
+    return "" if time_s is None else f"{time_s:.3g}"
+
+
+_TOP = 6
+_REMEDY = (
+    "XLA does so by itself over its memory limit, and makes collectives synchronous. It helps to need less\n"
+    "(--pipeline.remat full, --train.shard step, --mesh.sequence on, more microbatches), or to move the limit:\n"
+    "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=N, in percent, of which `trellax train` goes to 100 by itself."
+)
 
 
 def format_work(report: ProgramReport) -> str:

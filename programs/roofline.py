@@ -36,9 +36,9 @@ def roofline_times_s(
     for operation in operations:
         if operation.kind != "communication":
             times[operation.kind] = times[operation.kind] + operation.count * bound_time_s(operation, hardware)
-    adapters = _Adapters(mesh, devices_per_node)
+    adapters = Adapters(mesh, devices_per_node)
     for collective in collectives:
-        times["communication"] = times["communication"] + _collective_time_s(collective, hardware, adapters)
+        times["communication"] = times["communication"] + collective_time_s(collective, hardware, adapters)
     slowest = int(np.argmax(np.sum(list(times.values()), axis=0)))
     return {kind: float(time[slowest]) for kind, time in times.items()}
 
@@ -53,7 +53,7 @@ def bound_time_s(operation: Operation, hardware: Hardware) -> float:
     return max(cost / peak if peak else 0.0 for cost, peak in costs)
 
 
-class _Adapters:
+class Adapters:
     """Number of network adapters of a device's group in each node, by mesh axes; inf for groups inside one node."""
 
     def __init__(self, mesh: Mesh, devices_per_node: int) -> None:
@@ -88,7 +88,7 @@ class _Adapters:
         return found
 
 
-def _collective_time_s(collective: Collective, hardware: Hardware, adapters: _Adapters) -> np.ndarray:
+def collective_time_s(collective: Collective, hardware: Hardware, adapters: Adapters) -> np.ndarray:
     """Return the seconds of a collective on each device, 0 if the speed of its links is unknown, [devices]."""
     num_adapters = adapters.of(collective.axis)
     if collective.kind in _DIRECT:

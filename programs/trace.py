@@ -16,6 +16,7 @@ from ..meshes.columns import align
 from .execution_counts import count_executions
 from .hardware import Hardware
 from .hlo import HloModule
+from .places import shorten_place
 from .report import hlo_text
 from .roofline import bound_time_s
 from .work import CLASSES, WorkClass, count_work
@@ -99,21 +100,14 @@ def format_operations(operations: Sequence[TimedOperation], *, num_steps: int, t
             f"{1e3 * one.time_s / num_steps:.2f} ms",
             one.kind,
             one.name[:_NAME_WIDTH],
-            _shorten(one.op_name),
+            shorten_place(one.op_name),
         )
         for one in operations[:top]
     ]
     return f"{head}\n{align(rows, left=(2, 3, 4))}"
 
 
-def _shorten(op_name: str) -> str:
-    """Return the last three parts of a path of jax's scopes, without uninformative ones."""
-    parts = [part for part in op_name.split("/") if part not in _EMPTY_SCOPES]
-    return "/".join(parts[-3:])
-
-
 _NAME_WIDTH = 36
-_EMPTY_SCOPES = ("while", "body", "eval_jaxpr", "closed_call", "cond", "shard_map", "branch_0_fun", "branch_1_fun")
 
 
 def _list_events(folder: Path, module: str) -> Iterator[tuple[str, float]]:

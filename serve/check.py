@@ -6,6 +6,7 @@ from ..layers import ModelConfig, model_rules
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count
 from ..meshes.axes import DEFAULT_AXES
+from .experts import check_experts_whole
 from .params import layers_of_stages
 from .requests import Request
 from .state import MAX_STOPS
@@ -20,13 +21,14 @@ def check_model(
         axes: roles of the axes, `spec.roles`, if they have names of their own.
 
     Raises:
-        MeshError: an axis with several devices has no role, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, or the mesh has a
-            context axis of several devices.
+        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, or an axis splits
+            experts or the tokens of a sequence.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
+    check_experts_whole(sizes, axes=axes)
     for axis in axes.context:
         if sizes[axis] > 1:
             raise ServeError(

@@ -14,6 +14,7 @@ from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..pipeline.model.trees import on_mesh
 from .decode import decode
+from .experts import with_room
 from .params import LayerLoop, stage_shapes
 from .prefill import chunk_shapes, prefill
 from .sampling import SamplingSettings
@@ -44,7 +45,11 @@ def compile_programs(
 ) -> CompiledPrograms:
     """Compile both programs for parameters of `stage_shapes` and a state of these shapes."""
     rules = ShardingRules.of(axes)
-    stage, params = Stage(config, mesh, axes=axes), stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
+    params = stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
+    of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
+    prefills = decodes = Stage(of_group, mesh, axes=axes)
+    if of_chunk != of_group:
+        prefills = Stage(of_chunk, mesh, axes=axes)
     settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
@@ -53,12 +58,12 @@ def compile_programs(
         params: Any, state: ServeState, settings: SamplingSettings, chunks: Any, num_chunks: jax.Array
     ) -> Any:
         state, chosen_tokens = prefill(
-            state, stage=stage, params=params, settings=settings, chunks=chunks, num_chunks=num_chunks
+            state, stage=prefills, params=params, settings=settings, chunks=chunks, num_chunks=num_chunks
         )
         return state, chosen_tokens[None]
 
     def run_decode(params: Any, state: ServeState, settings: SamplingSettings, num_rounds: jax.Array) -> Any:
-        return decode(state, stage=stage, sizes=sizes, params=params, settings=settings, num_rounds=num_rounds)
+        return decode(state, stage=decodes, sizes=sizes, params=params, settings=settings, num_rounds=num_rounds)
 
     return CompiledPrograms(
         prefill=_compile(run_prefill, mesh, (params, state, settings, chunks, number), P(pipe, data)),

@@ -2,7 +2,7 @@
 
 A reader of a run folder or of Hugging Face files gets `param_shapes` and returns arrays of these shapes, of which each
 device has read its part. `stage_params` divides them into stages, once. Parameters are in the compute dtype, so that no
-step casts a weight. Read `stage.py` next.
+step casts a weight; those of routers stay in float32. Read `stage.py` next.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
+from ..layers.partitioning import param_dtype
 from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
 from ..pipeline import balance_layers, stages_from_layers
 from ..pipeline.model.joined_block import JoinedBlock
 from ..pipeline.model.trees import on_mesh
+from .experts import check_experts_whole
 
 LayerLoop = Literal["loop", "unrolled"]
 """Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
@@ -37,15 +39,18 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
     splits the first other dimension that it divides.
 
     Args:
-        dtype: dtype of all parameters; by default the compute dtype of the config.
+        dtype: dtype of all parameters but the weights of routers, which are float32 as in training; by default the
+            compute dtype of the config.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
 
     Raises:
-        MeshError: an axis with several devices has no role, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ModelError: heads, feed-forward features or vocabulary do not split over the mesh.
         ScheduleError: there are fewer layers than pipe stages.
+        ServeError: an axis splits experts.
     """
     axes = mesh_sizes(mesh, axes=axes).roles
+    check_experts_whole(mesh.shape, axes=axes)
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=mesh.shape[axes.pipe])
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
@@ -56,7 +61,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
         own = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=name)
         if dims[0] == "layer":
             own = _split_over_pipe(own, leaf.shape, pipe=axes.pipe)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or config.dtype, sharding=own)
+        return jax.ShapeDtypeStruct(leaf.shape, param_dtype(dims, dtype or config.dtype), sharding=own)
 
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
 

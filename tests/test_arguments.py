@@ -53,6 +53,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "meshes.processes.launchers.find_processes": {"coordinator": "localhost:1", "count": 2, "index": 0, "environ": {}},
     "meshes.use_fake_devices": {"num_devices": 8},
     "layers.ColumnLinear": LINEAR,
+    "layers.MLP": {"config": MODEL, "rngs": nnx.Rngs(0)},
     "layers.ModelConfig": {"vocab_size": 64, "num_layers": 4, "hidden_size": 32, "num_heads": 4},
     "layers.activation_bytes": {"config": MODEL, "num_sequences": 1, "num_tokens": 8},
     "layers.cache.cache_shapes": {

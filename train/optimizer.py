@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -48,12 +49,17 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
     return lambda step: peak * fraction(step)
 
 
-def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -> optax.GradientTransformation:
+def make_optimizer(
+    section: OptimizerSection, *, steps: int, peak: Any = None, norm: jax.Array | None = None
+) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`.
 
     With `kind="muon"` the kernels of layers are updated by Muon (Jordan 2024): their momentum, with its singular values
     set near 1, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2). Each layer's kernel is one matrix,
     however it is split.
+
+    Args:
+        norm: the global norm float32[], to update some of the parameters alone; that of what is given if left out.
 
     Raises:
         ConfigError: there are no steps.
@@ -77,7 +83,19 @@ def make_optimizer(section: OptimizerSection, *, steps: int, peak: Any = None) -
             consistent_rms=_ADAMW_RMS,
         )
         update = optax.partition({"muon": muon, "adamw": adamw}, _find_optimizers)
-    return optax.chain(optax.clip_by_global_norm(section.clip_norm), update)
+    clip = optax.clip_by_global_norm(section.clip_norm) if norm is None else _clip_by(norm, limit=section.clip_norm)
+    return optax.chain(clip, update)
+
+
+def _clip_by(norm: jax.Array, *, limit: float) -> optax.GradientTransformation:
+    """Return `optax.clip_by_global_norm` for a norm that is known."""
+
+    def clip(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        clipped = jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates)
+        return clipped, state
+
+    return optax.GradientTransformation(optax.clip_by_global_norm(limit).init, clip)
 
 
 def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> Any:

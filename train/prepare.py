@@ -24,6 +24,5 @@ def prepare(config: RunConfig, *, corpus: CorpusFiles = "later") -> Setup:
         use_fake_devices(config.run.fake_devices)
     spec = check_run(config, num_devices=len(visible_devices()), corpus=corpus)
     setup = Setup(config, build_mesh(spec))
-    # Model and schedule check themselves when they are built.
-    _ = setup.model, setup.schedule
+    setup.check()
     return setup

@@ -10,12 +10,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.run_config import PipelineSection, RunConfig
-from ..layers import model_rules
+from ..layers import ModelConfig, model_rules
 from ..layers.context.choice import choose_context_attention
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
+from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
-from ..pipeline.model.param_specs import split_over_batch, without_axes
+from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
+from .offload import join_params, map_params, zero_moments
 from .optimizer import make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
 
@@ -54,6 +56,16 @@ class Setup:
     config: RunConfig
     mesh: Mesh
 
+    def check(self) -> None:
+        """Build model and schedule, and check what is asked of the host, before any array is made.
+
+        Raises:
+            TrellaxError: they do not fit each other, or devices or jaxlib cannot keep arrays on the host.
+        """
+        _ = self.model, self.schedule
+        if self.config.train.offload != "none":
+            check_host_memory(self.mesh, asked=f"train.offload={self.config.train.offload!r}")
+
     @cached_property
     def sizes(self) -> MeshSpec:
         """The sizes of the mesh, with the roles that the config gives its axes."""
@@ -67,11 +79,20 @@ class Setup:
     @cached_property
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
-        rules = model_rules(self.config.model, self.mesh.shape, rules=self.rules)
+        return self._cut(self.config.model)
+
+    @cached_property
+    def model_without_router_losses(self) -> PipelinedModel:
+        """The same for validation, whose loss is that of the text alone."""
+        config = self.config.model
+        return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
+
+    def _cut(self, config: ModelConfig) -> PipelinedModel:
+        rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
         return split_transformer(
-            self.config.model,
+            config,
             mesh=self.mesh,
             remat=self.config.pipeline.remat,
             unroll=self.config.pipeline.unroll,
@@ -174,16 +195,28 @@ class Setup:
     @cached_property
     def gradient_shapes(self) -> PipelineParams:
         """Shapes of the sums of gradients in a step: split as parameters are, but for what is gathered once a step."""
-        own, kept = self.model.params, self.sizes.roles.kept
-        gathered = jax.tree.map(lambda leaf: leaf.update(sharding=without_axes(leaf.sharding, kept)), own)
+        own, axes = self.model.params, self.sizes.roles
+        sums = jax.tree.map(lambda leaf: leaf.update(sharding=gathered(leaf.sharding, axes)), own)
         # Embedding and head are gathered once in either case.
-        return replace(gathered, stages=own.stages) if self.config.train.shard == "layer" else gathered
+        return replace(sums, stages=own.stages) if self.config.train.shard == "layer" else sums
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
         """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
-        own, axes = self.model.shardings, self.sizes.roles.kept
+        own, axes = self.model.shardings, self.sizes.roles
         return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the moments are kept in the memory of the host."""
+        return self.config.train.offload == "optimizer"
+
+    @property
+    def kept_moment_shardings(self) -> PipelineParams:
+        """Shardings of the moments between steps: in the memory of the host if they are offloaded."""
+        if not self.is_offloaded:
+            return self.moment_shardings
+        return jax.tree.map(in_host_memory, self.moment_shardings)
 
     @cached_property
     def shapes(self) -> TrainState:
@@ -201,7 +234,7 @@ class Setup:
         return TrainState(
             step=replicated,
             params=self.model.shardings,
-            opt_state=optimizer_shardings(opt_state, self.moment_shardings, self.mesh),
+            opt_state=optimizer_shardings(opt_state, self.kept_moment_shardings, self.mesh),
             health=StepHealth(skipped=replicated, mean_loss=replicated, halted=replicated),
         )
 
@@ -228,11 +261,22 @@ class Setup:
 
     def state_of(self, params: PipelineParams) -> TrainState:
         """Return a state before the first step with the given parameters, whose buffers are donated."""
-        return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
+        if not self.is_offloaded:
+            return jax.jit(self._fresh, out_shardings=self.shardings, donate_argnums=0)(params)
+        own = without_moments(self.shardings)
+        state = jax.jit(lambda given: without_moments(self._fresh(given)), out_shardings=own, donate_argnums=0)(params)
+        # One by one: all at once may not fit the devices. The moments of AdamW and Muon start from zero.
+        moments = map_params(zero_moments, self.shapes.opt_state)
+        return replace(state, opt_state=join_params(moments, state.opt_state))
 
     def _fresh(self, params: PipelineParams) -> TrainState:
         opt_state = self.optimizer.init(params)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=initial_health())
+
+
+def without_moments(state: TrainState) -> TrainState:
+    """Return the state with None for every copy of the parameters in its optimizer state."""
+    return replace(state, opt_state=map_params(lambda _: None, state.opt_state))
 
 
 def _load_schedule_file(section: PipelineSection, mesh: MeshSpec) -> Schedule:

@@ -3,8 +3,8 @@
 Read `../pipeline/` for the loss and its gradients, `optimizer.py` for the update, `step_health.py` for bad steps.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
 from ..plan.costs.device_params import block_matrices
+from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
@@ -32,9 +33,11 @@ _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
 class StepMetrics:
     """Replicated scalars of one step; float32[] but for `taken`, bool[].
 
-    `grad_norm` is the global norm before clipping. `taken` is false where the loss or the gradient was bad and the
-    update was left out. `mean_loss` is the running mean of the good losses before this step, with which its loss was
-    compared to find a spike; infinite before the first.
+    `loss` is that of the model without those of routers. `grad_norm` is the global norm before clipping. `taken` is
+    false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
+    good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
+    has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
+    `dropped`, the share of pairs of tokens and experts that were left out.
     """
 
     loss: jax.Array
@@ -42,6 +45,7 @@ class StepMetrics:
     lr: jax.Array
     taken: jax.Array
     mean_loss: jax.Array
+    router: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -59,7 +63,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
-        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap)
+        waits = "residuals" if section.offload == "residuals" else "none"
+        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
@@ -67,19 +72,35 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         with jax.numpy_dtype_promotion("standard"):
             rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
             lr = jnp.asarray(rate(state.step - state.health.skipped))
-            optimizer: Any = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # A select, not a product with 0: where the step is bad, NaN * 0 would still be NaN.
-        params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), state.params, updates)
-        opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), opt_state, state.opt_state)
+            # Parts are clipped by the norm of all gradients.
+            norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
+            optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
+            held = {"opt_state": state.opt_state, "params": state.params}
+            params, opt_state = update(optimizer, grads=grads, **held, good=good)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
-        return state, StepMetrics(loss=out.loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss)
+        router = _router_metrics(out.metrics)
+        loss = out.loss - router["router_loss"] if router else out.loss
+        metrics = StepMetrics(loss=loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, router=router)
+        return state, metrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return what `StepMetrics.router` has, from the sums of the layers: expert_tokens [L, E]; {} without experts."""
+    if "expert_tokens" not in sums:
+        return {}
+    tokens = sums["expert_tokens"]
+    peak = (tokens.max(-1) / tokens.mean(-1)).max()
+    return {
+        "router_loss": sums["router_loss"],
+        "expert_peak": peak,
+        "dropped": sums["dropped_pairs"] / tokens.sum(),
+    }
 
 
 def step_options(setup: Setup) -> dict[str, Any]:
@@ -91,17 +112,22 @@ def step_options(setup: Setup) -> dict[str, Any]:
     is_gathered = setup.config.train.shard == "layer" and platform_of(setup.mesh) in GPUS
     if is_gathered and _JOINED_UP_TO not in xla_flags():
         # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
-        model = setup.config.model
-        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * block_matrices(model, tensor=setup.sizes.tensor)}
+        model, sizes = setup.config.model, setup.sizes
+        matrices = block_matrices(model, tensor=sizes.tensor, expert=sizes.expert)
+        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices}
     return options
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:
-    """Return a jitted validation: (state, batch) -> loss float32[], forwards only."""
+    """Return a jitted validation: (state, batch) -> loss float32[] without those of routers, forwards only."""
 
     def loss(state: TrainState, batch: Batch) -> jax.Array:
         return pipeline_loss(
-            setup.model.fns, params=state.params, batch=batch, mesh=setup.mesh, schedule=setup.schedule
+            setup.model_without_router_losses.fns,
+            params=state.params,
+            batch=batch,
+            mesh=setup.mesh,
+            schedule=setup.schedule,
         )
 
     return jax.jit(loss)

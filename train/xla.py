@@ -12,11 +12,17 @@ from typing import Any
 
 import jax
 
+from ..meshes.processes.messages import gather_texts
 from ..meshes.switches import xla_flags
+from ..programs.hardware import XLA_BASE_SHARE, XLA_SLOP
+from ..programs.memory import kept_bytes, limit_bytes, total_bytes
 from .compilation_cache import enable_compilation_cache
 
 CompilerOption = bool | int | str
 """Value of a compiler option, as `Lowered.compile` takes it."""
+
+
+_GPUS = ("gpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +60,67 @@ MEMORY_FRACTION = 0.92
 libraries such as NCCL."""
 
 
-def compile_for(lowered: Any, *, platform: str, more: Mapping[str, CompilerOption] | None = None) -> Any:
+SLOP = "xla_gpu_memory_limit_slop_factor"
+"""XLA's option for the share, in percent, of the memory left for temporary values for which it plans a program."""
+
+
+def compile_for(
+    lowered: Any,
+    *,
+    platform: str,
+    more: Mapping[str, CompilerOption] | None = None,
+    absent_bytes: int | None = None,
+) -> Any:
     """Compile a lowered program with the options for its platform, and more, that this version of XLA knows.
+
+    XLA keeps 5% of the memory that jax may allocate in reserve. A program that needs a part of that, and no more than
+    all, is compiled again without the reserve, or XLA would compute values again and let collectives wait.
 
     >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
     Array(0., dtype=float32, ...)
+
+    Args:
+        absent_bytes: memory of a GPU that is not present, of which jax could allocate `MEMORY_FRACTION`.
     """
     options = choose_options(platform) | dict(more or {})
+    compiled = _compile(lowered, options)
+    taken = allocator_bytes() if absent_bytes is None else int(XLA_BASE_SHARE * absent_bytes)
+    kept = kept_bytes(compiled.memory_analysis()) if taken else 0
+    if taken is None or taken <= kept or platform not in _GPUS or SLOP in xla_flags():
+        return compiled
+    available = taken if absent_bytes is None else int(MEMORY_FRACTION * absent_bytes)
+    limit = limit_bytes(kept, base=taken)
+    # XLA takes less of an absent GPU than of one that is there: first as much as there, then the reserve.
+    for share in (XLA_SLOP, 1.0):
+        slop = int(100 * share * (available - kept) / (taken - kept))
+        if slop <= 100 * XLA_SLOP or not any(_answers(is_squeezed(compiled, limit=limit))):
+            continue
+        again = _compile(lowered, options | {SLOP: slop})
+        limit = limit_bytes(kept, base=available, slop=share)
+        if share < 1 or all(_answers(total_bytes(again.memory_analysis()) <= available)):
+            compiled = again
+    return compiled
+
+
+def is_squeezed(compiled: Any, *, limit: int) -> bool:
+    """Return whether XLA has computed values again by itself, or planned more memory than its limit."""
+    # XLA names an instruction that it runs again `NAME.remat`; over the limit it found no more to run again.
+    return total_bytes(compiled.memory_analysis()) > limit or ".remat" in compiled.as_text()
+
+
+def allocator_bytes() -> int | None:
+    """Return the bytes that jax may allocate on a GPU, which XLA takes as available; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _answers(own: bool) -> list[bool]:
+    """Return the answers of all processes, which must run the same program."""
+    return [text == str(True) for text in gather_texts(str(own))]
+
+
+def _compile(lowered: Any, options: dict[str, CompilerOption]) -> Any:
     while True:
         try:
             return lowered.compile(compiler_options=options or None)
@@ -73,7 +133,7 @@ def compile_for(lowered: Any, *, platform: str, more: Mapping[str, CompilerOptio
 
 def choose_options(platform: str) -> dict[str, CompilerOption]:
     """Return the options for a platform (`gpu`, `cpu`) that the user's XLA_FLAGS do not set."""
-    if platform not in ("gpu", "cuda"):
+    if platform not in _GPUS:
         return {}
     named = xla_flags()
     return {setting.name: setting.value for setting in GPU_SETTINGS if setting.name not in named}

@@ -8,10 +8,12 @@ from .architecture import Architecture
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 
-_ALL: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)
+_ALL: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT2)
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}
 """All architectures by `model_type`, in the order in which messages list them."""

@@ -77,6 +77,8 @@ class Architecture(ABC):
         for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
+        if config.num_experts and "num_experts" not in self.sizes:
+            yield f"model.num_experts={config.num_experts}, not 0"
 
 
 def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any:

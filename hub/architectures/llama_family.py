@@ -1,4 +1,4 @@
-"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen 2, Qwen 3.
+"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen 2 and 3, Mixtral.
 
 All have RMSNorm, SwiGLU and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
 member is a value of `LlamaFamily`, in its own file, with functions for the keys that the others do not have.
@@ -17,13 +17,15 @@ from .tensor_names import TensorNames, TensorPlace
 BIASES = "biases are on all linear layers, on query, key and value alone (qwen2), or on none"
 """The biases that trellax supports, for error messages."""
 
-_SIZES = {
+LLAMA_SIZES = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads",
     "ffn_size": "intermediate_size",
 }
+"""Keys of the required sizes in config.json, by `ModelConfig` field."""
+
 _OPTIONAL_SIZES = {
     "max_tokens": "max_position_embeddings",
     "num_kv_heads": "num_key_value_heads",
@@ -68,11 +70,16 @@ def _list_places() -> dict[str, TensorPlace]:
     return places
 
 
-_TENSORS = TensorNames(prefix="model.", places=_list_places(), ignored=("rotary_emb.inv_freq",))
+LLAMA_TENSORS = TensorNames(prefix="model.", places=_list_places(), ignored=("rotary_emb.inv_freq",))
+"""The names of Llama's tensors, and of those that Qwen has besides."""
 
 
 def _find_nothing(_values: Values) -> Iterator[str]:
     return iter(())
+
+
+def _resolve_nothing(_values: Values, _warnings: list[str]) -> dict[str, Any]:
+    return {}
 
 
 def _read_nothing(_values: Values) -> dict[str, Any]:
@@ -96,9 +103,11 @@ class LlamaFamily(Architecture):
         max_tokens: default of `max_position_embeddings`.
         num_kv_heads: default of `num_key_value_heads`; 0 is the number of query heads.
         head_size: default of `head_dim`; 0 is hidden_size / num_heads.
+        rope_theta: default of the base of rotary positions.
         supported: as in `Architecture`, for fields that differ from Llama without biases.
         window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
             architecture has no windows.
+        resolve_more: returns one value for each more setting that several keys can give, as `resolve_keys` does.
         read_more: returns more fields of the `ModelConfig`.
         write_more: returns more keys of config.json.
         refuse_more: yields a line for each more setting that trellax cannot compute.
@@ -109,13 +118,15 @@ class LlamaFamily(Architecture):
     max_tokens: int
     num_kv_heads: int = 0
     head_size: int = 0
-    tensors: TensorNames = _TENSORS
-    sizes: Mapping[str, str] = field(default_factory=lambda: _SIZES)
+    rope_theta: float = 10_000.0
+    tensors: TensorNames = LLAMA_TENSORS
+    sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     optional_sizes: Mapping[str, str] = field(default_factory=lambda: _OPTIONAL_SIZES)
     counts: tuple[str, ...] = ("sliding_window", "max_window_layers")
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
     supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     window_of_layer: Callable[[Values, int], int] | None = None
+    resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing
     write_more: Callable[[ModelConfig], dict[str, Any]] = _write_nothing
     refuse_more: Callable[[Values], Iterator[str]] = _find_nothing
@@ -126,10 +137,10 @@ class LlamaFamily(Architecture):
         object.__setattr__(self, "supported", _SUPPORTED | dict(self.supported))
 
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
-        """Return one table of rotary positions, under the key `rope`."""
-        resolved = {"rope": resolve_rope(values, max_tokens=self.max_tokens, warnings=warnings)}
+        """Return one table of rotary positions, under the key `rope`, and the settings of the member."""
+        rope = resolve_rope(values, max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings)
         warnings += self.warn_more(values)
-        return resolved
+        return {"rope": rope} | self.resolve_more(values, warnings)
 
     def find_unsupported_keys(self, values: Values) -> Iterator[str]:
         """Yield a line for each unsupported activation, rotary setting and key of the member."""

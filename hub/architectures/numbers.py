@@ -20,6 +20,9 @@ _LARGEST = {
     "num_kv_heads": _MOST_HEADS,
     "head_size": _MOST_HEADS,
     "ffn_size": _WIDEST,
+    "expert_size": _WIDEST,
+    "num_experts": _MOST_HEADS,
+    "experts_per_token": _MOST_HEADS,
     "max_tokens": _LONGEST,
 }
 """The largest value of each size, by its field in `ModelConfig`."""

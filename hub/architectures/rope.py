@@ -13,7 +13,6 @@ from .architecture import Values
 from .numbers import check_positive
 
 _ORIGINAL_TOKENS = "original_max_position_embeddings"
-_ROPE_THETA = 10_000.0
 
 _NUMBERS = {
     "default": (),
@@ -23,11 +22,12 @@ _NUMBERS = {
 """The required numbers of each type of scaling."""
 
 
-def resolve_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dict[str, Any]:
+def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: list[str]) -> dict[str, Any]:
     """Return the settings of rotary positions as one table, with `rope_type` and `rope_theta` in it.
 
     Args:
         max_tokens: the architecture's default of `max_position_embeddings`.
+        theta: its default of `rope_theta`.
         warnings: list to append a line to for every key that another one overrides.
 
     Raises:
@@ -38,7 +38,7 @@ def resolve_rope(values: Values, *, max_tokens: int, warnings: list[str]) -> dic
     rope = dict(scaling or parameters)
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     # The base of the table that was taken, or else the one beside the tables: never that of the other table.
-    rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), _ROPE_THETA)
+    rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), theta)
     if rope["rope_type"] == "llama3":
         rope[_ORIGINAL_TOKENS] = _first_given(
             values.get(_ORIGINAL_TOKENS),

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ...meshes.host_memory import to_device
+
 _ODD = (0x9E3779B1, 0x85EBCA77)
 
 
@@ -25,7 +27,7 @@ def checksum(array: jax.Array) -> jax.Array:
     A random change goes undetected with probability 2^-64. The index is hashed too, so a swap of two elements is
     detected.
     """
-    bits = _bits(array)
+    bits = _bits(to_device(array))
     index = jnp.zeros(bits.shape, jnp.uint32)
     stride = 1
     for dim in reversed(range(bits.ndim)):

@@ -15,11 +15,8 @@ def check_experts(config: Any) -> None:
         ModelError: a size is negative, a token uses more experts than there are, groups do not divide them, or a field
             is given without experts.
     """
-    for name in ("num_experts", *_ONLY_WITH_EXPERTS):
-        if getattr(config, name) < 0:
-            raise ModelError(
-                f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
-            )
+    _check_signs(config)
+    _check_groups(config)
     if not config.num_experts:
         for name in _ONLY_WITH_EXPERTS:
             if value := getattr(config, name):
@@ -34,29 +31,40 @@ def check_experts(config: Any) -> None:
             "one, and no expert twice.",
             fix=f"set experts_per_token from 1 to {config.num_experts}.",
         )
-    if not config.expert_capacity > 0:
-        raise ModelError(
-            f"expert_capacity={config.expert_capacity} must be above 0: the room of an expert over its mean load.",
-            fix="leave it out for 1.25.",
-        )
     if config.matmuls == "fp8":
         raise ModelError("matmuls='fp8' has no products for experts.", fix="set matmuls='plain'.")
     if config.other_bias == "on":
         raise ModelError("experts have no biases, but bias='on'.", fix="set bias='off', or 'qkv'.")
-    _check_groups(config)
+    _check_choice(config)
+
+
+def _check_signs(config: Any) -> None:
+    for name in ("num_experts", *_ONLY_WITH_EXPERTS):
+        if getattr(config, name) < 0:
+            raise ModelError(
+                f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
+            )
+    for name in ("expert_capacity", "router_scale"):
+        if not getattr(config, name) > 0:
+            raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out.")
+
+
+def _check_choice(config: Any) -> None:
+    """Raise unless there are enough experts in the groups that a token keeps."""
+    groups, kept = config.router_groups, config.router_groups_kept
+    check_divides("num_experts", config.num_experts, over="router_groups", parts=groups, error=ModelError)
+    if kept * config.num_experts // groups < config.experts_per_token:
+        raise ModelError(
+            f"router_groups_kept={kept} groups of {config.num_experts // groups} experts hold fewer than "
+            f"experts_per_token={config.experts_per_token}.",
+            fix="keep more groups.",
+        )
 
 
 def _check_groups(config: Any) -> None:
     groups, kept = config.router_groups, config.router_groups_kept
     if not 1 <= kept <= groups:
         raise ModelError(
-            f"router_groups_kept={kept} of router_groups={groups}: a token chooses among at least one group.",
+            f"router_groups_kept={kept} of router_groups={groups}: a token chooses among at least one of them.",
             fix=f"set router_groups_kept from 1 to {max(groups, 1)}.",
-        )
-    check_divides("num_experts", config.num_experts, over="router_groups", parts=groups, error=ModelError)
-    if kept * config.num_experts // groups < config.experts_per_token:
-        raise ModelError(
-            f"{kept} groups of {config.num_experts // groups} experts hold fewer than "
-            f"experts_per_token={config.experts_per_token}.",
-            fix="keep more groups.",
         )

@@ -12,7 +12,6 @@ tokens at a time, and where any has more, all devices of the group go through an
 C pass the layer by, and are counted. Features of an expert are split over tensor as those of `MLP`.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +64,8 @@ class MoE(nnx.Module):
     Sends two all-to-all over expert forward, each of C rows of D for every expert, and two backward; over tensor as
     `MLP` does. Every token also goes through the shared experts, one `MLP`, if the config has any.
 
-    >>> config = ModelConfig(vocab_size=256, num_layers=1, hidden_size=64, num_heads=4, num_experts=8, experts_per_token=2)
+    >>> sizes = {"vocab_size": 256, "num_layers": 1, "hidden_size": 64, "num_heads": 4, "bias": "off"}
+    >>> config = ModelConfig(num_experts=8, experts_per_token=2, **sizes)
     >>> MoE(config, rngs=nnx.Rngs(0))(jnp.ones((2, 16, 64)))[0].shape
     (2, 16, 64)
     """
@@ -115,22 +115,17 @@ class MoE(nnx.Module):
         experts_BTk = gather_tokens(experts_BTk, tokens)
         x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
         order = order_pairs(experts_nk, num_experts=config.num_experts)
-        room = Room(capacity=self._capacity(len(x_nD)), axes=self.rules.axes("experts"))
-        given = (x_nD.astype(config.dtype), weights_nk, kernels, order)
-        y_nD = run_round(*given, 0, room)
+        room = Room(capacity=config.expert_rows(len(x_nD)), axes=self.rules.axes("experts"))
+        given = (x_nD.astype(config.dtype), weights_nk, kernels)
+        y_nD = run_round(*given, room.slots(order, 0), room)
         dropped = jnp.zeros((), jnp.int32)
         if room.capacity < len(x_nD):
             left = jnp.maximum(order.counts - room.capacity, 0).sum()
             if config.expert_overflow == "drop":
                 dropped = max_blocks(left, (*features, *tokens))
             else:
-                y_nD = y_nD + run_further_rounds(*given, room)
+                y_nD = y_nD + run_further_rounds(*given, order, room)
         return leave_split(y_nD.reshape(x_BTD.shape), features, tokens=tokens), dropped.astype(jnp.float32)
-
-    def _capacity(self, num_tokens: int) -> int:
-        """Return the rows of a round for each expert, of so many tokens on a device; never more than tokens."""
-        mean = num_tokens * self.config.experts_per_token / self.config.num_experts
-        return max(1, min(math.ceil(self.config.expert_capacity * mean), num_tokens))
 
     def join(self) -> None:
         """Join what reads the same input in the shared experts, see `MLP.join`."""

@@ -1,7 +1,7 @@
 """Run the experts on the rows of one round, and further rounds while any expert of the group has tokens left.
 
 The first round is what happens nearly always, and jax differentiates it. The number of rounds is known at run time
-alone, and jax has no backward for such a loop: the backward here runs the same rounds again, each with its own backward.
+alone, and jax has no backward for such a loop: the backward here runs the same rounds again, each with its own.
 Devices along expert decide together, since each sends in every round; those along data decide for themselves.
 """
 
@@ -16,9 +16,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ...meshes.device_axes import manual_axes, mark_varying
+from ...meshes.scopes import RARELY
 from ..collectives import max_blocks
 from ..mlp import gelu, swish_gate
-from .slots import Order, from_rows, round_slots, to_rows
+from .slots import Order, Slots, from_rows, round_slots, to_rows
 
 EXPERT_ROWS = "expert_rows"
 """Checkpoint name of what experts read and write: rematerialization keeps it, so the backward sends nothing again."""
@@ -44,15 +45,16 @@ class Room:
     capacity: int
     axes: tuple[str, ...]
 
+    def slots(self, order: Order, number: jax.Array | int) -> Slots:
+        """Return the rows of a round."""
+        return round_slots(order, number, capacity=self.capacity)
 
-def run_round(
-    x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, order: Order, number: jax.Array | int, room: Room
-) -> jax.Array:
+
+def run_round(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, slots: Slots, room: Room) -> jax.Array:
     """Return what the experts make of the pairs of one round: x[n, D] -> y[n, D], partial sums where F is split.
 
     Two all-to-all over expert, each of [E, C, D].
     """
-    slots = round_slots(order, number, capacity=room.capacity)
     rows_SD = to_rows(x_nD, slots, weights_nk.shape[1])
     rows_ECD = rows_SD.reshape(-1, room.capacity, x_nD.shape[1])
     axes = manual_axes(room.axes)
@@ -83,9 +85,9 @@ def run_further_rounds(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels,
     """Return the sum of `run_round` over all rounds but the first: x[n, D] -> y[n, D], often zeros."""
 
     def body(number: jax.Array, y: jax.Array) -> jax.Array:
-        return y + run_round(x_nD, weights_nk, kernels, order, number, room)
+        return y + run_round(x_nD, weights_nk, kernels, room.slots(order, number), room)
 
-    like = jax.eval_shape(lambda: run_round(x_nD, weights_nk, kernels, order, 1, room))
+    like = jax.eval_shape(lambda: run_round(x_nD, weights_nk, kernels, room.slots(order, 1), room))
     return _loop(order, room, body, like)
 
 
@@ -98,7 +100,8 @@ def _loop(order: Order, room: Room, body: Callable[[jax.Array, Any], Any], like:
         number, tree = carry
         return number + 1, body(number, tree)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
+    with jax.named_scope(RARELY):
+        return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
 
 
 def _zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -111,7 +114,8 @@ def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tu
     x_nD, weights_nk, kernels, order = saved
 
     def pull(number: jax.Array | int) -> Any:
-        run = lambda x, weights, kernels: run_round(x, weights, kernels, order, number, room)  # noqa: E731
+        slots = room.slots(order, number)
+        run = lambda x, weights, kernels: run_round(x, weights, kernels, slots, room)  # noqa: E731
         return jax.vjp(run, x_nD, weights_nk, kernels)[1](grad)
 
     def body(number: jax.Array, sums: Any) -> Any:

@@ -44,7 +44,7 @@ def order_pairs(experts_nk: jax.Array, *, num_experts: int) -> Order:
     """Return the order of the pairs of tokens and experts: a stable sort."""
     pairs = experts_nk.reshape(-1)
     by_expert = _argsort(pairs)
-    counts = (pairs[:, None] == jnp.arange(num_experts, dtype=pairs.dtype)).sum(0, dtype=jnp.int32)
+    counts = jax.nn.one_hot(pairs, num_experts, dtype=jnp.int32).sum(0)
     starts = jnp.cumsum(counts) - counts
     in_order = jnp.arange(pairs.size, dtype=jnp.int32) - starts[pairs[by_expert]]
     rank = in_order[_argsort(by_expert)].reshape(experts_nk.shape)
@@ -75,7 +75,7 @@ def round_slots(order: Order, number: jax.Array | int, *, capacity: int) -> Slot
     """Return the rows of a round, in which each expert has room for `capacity` pairs."""
     num_experts, num_pairs = order.counts.size, order.by_expert.size
     first = jnp.asarray(number, jnp.int32) * capacity
-    place = first + jnp.arange(capacity, dtype=jnp.int32)
+    place = first + jnp.arange(capacity, dtype=jnp.int32)[None]
     found = order.by_expert.at[order.starts[:, None] + place].get(mode="fill", fill_value=num_pairs)
     pairs = jnp.where(place < order.counts[:, None], found, num_pairs).reshape(-1)
     is_in = (order.rank >= first) & (order.rank < first + capacity)
@@ -109,7 +109,7 @@ to_rows.defvjp(lambda x, slots, k: (to_rows(x, slots, k), (slots, x[:0])), _to_r
 
 @jax.custom_vjp
 def from_rows(y_SD: jax.Array, weights_nk: jax.Array, slots: Slots) -> jax.Array:
-    """Return the weighted sum of each token's rows: y[E C, D], weights[n, k] -> [n, D], without those of other rounds."""
+    """Return the weighted sum of each token's rows: y[E C, D], weights[n, k] -> [n, D]; no rows of other rounds."""
     picked = _take(y_SD, slots.rows).astype(jnp.float32)
     return (picked * weights_nk[..., None]).sum(1).astype(y_SD.dtype)
 

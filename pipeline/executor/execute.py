@@ -33,6 +33,7 @@ from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
 from .buffers import read, type_like
 from .ends_together import run_first, run_first_back, run_last
+from .host_residuals import finish_copies, start_loading, without_host
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
 from .loop_plan import LoopPlan
 from .loop_state import LoopState, put
@@ -44,6 +45,11 @@ def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState,
     """Run one turn of this rank, given the turn's columns [ranks]: the four steps that `tables.py` draws."""
     # All ranks run this one program; what differs between them is only the entries of the tables.
     turn = turns.at_rank(jax.lax.axis_index(plan.model.pipe))
+    if turn.host is not None:
+        state, arriving = start_loading(state, turn.host)
+        state, host = without_host(state)
+        state, _ = run_turn(plan, state, replace(turns, host=None))
+        return finish_copies(replace(state, host=host), arriving, turn.host, plan.packings), None
     is_together = plan.model.ends_together
     if is_together:
         state = run_first(plan.model, state, turn)

@@ -18,8 +18,10 @@ from jax.sharding import AbstractMesh, Mesh
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice
 from ...meshes.device_kind import GPUS, platform_of
+from ...meshes.host_memory import check_host_memory
 from ...meshes.switches import xla_flags
 from ...schedules import Schedule
+from ..lowering.tables import Offload
 from ..model.stage import Aux, LossAndGrads, PipelineParams, StageFns
 from .checks.arguments import check_arguments, check_context
 from .checks.collectives import check_branches
@@ -74,6 +76,7 @@ def pipeline_grads(
     state: Any = None,
     key: jax.Array | None = None,
     overlap: Overlap = "auto",
+    offload: Offload = "none",
     bubbles: Bubbles = "zeros",
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
@@ -89,6 +92,7 @@ def pipeline_grads(
     Args:
         state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]. It has no gradients.
         key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
+        offload: "residuals" copies those whose backward is far off to the memory of the host, and back in time.
         overlap: "on" runs the ticks in which every rank has a forward and a backward in a loop of their own, with
             messages beside products; "auto" does so on GPUs. It keeps one more microbatch and compiles longer.
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
@@ -98,9 +102,14 @@ def pipeline_grads(
         ShardingError: the batch does not split over `data`, or its leaves disagree on B.
         MeshError: the mesh lacks an axis, or has an unknown one.
     """
+    _check_offload(offload, fns, mesh)
     inputs = Inputs(batch=batch, state=state, key=key)
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
-    traced = _trace(call, params, inputs, wants="grads")
+    return _run_grads(call, params, inputs, offload=offload)
+
+
+def _run_grads(call: "_Call", params: PipelineParams, inputs: Inputs, *, offload: Offload) -> LossAndGrads:
+    traced = _trace(call, params, inputs, wants="grads", offload=offload)
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
     return LossAndGrads(loss=out.loss, grads=out.grads, metrics=out.metrics, stats=out.stats)
@@ -192,8 +201,27 @@ def _check(
     return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
 
 
+def _check_offload(offload: Offload, fns: StageFns, mesh: Mesh) -> None:
+    check_choice("offload", offload, get_args(Offload), error=ScheduleError)
+    if offload == "none":
+        return
+    if mesh.shape.get(fns.axes.pipe, 1) == 1:
+        raise ScheduleError(
+            f"offload='residuals' on a mesh with {fns.axes.pipe}=1: each backward follows its forward at once, and no "
+            "residuals wait for it.",
+            fix="leave offload out, or use two or more pipeline ranks.",
+        )
+    check_host_memory(mesh, asked="offload='residuals'")
+
+
 def _trace(
-    call: _Call, params: PipelineParams, inputs: Inputs, *, wants: Wants, wants_batch: bool = False
+    call: _Call,
+    params: PipelineParams,
+    inputs: Inputs,
+    *,
+    wants: Wants,
+    wants_batch: bool = False,
+    offload: Offload = "none",
 ) -> TracedFunction:
     region = Region(
         fns=call.fns,
@@ -203,6 +231,7 @@ def _trace(
         overlap=_overlaps(call.mesh, call.overlap),
         wants=wants,
         wants_batch=wants_batch,
+        offload=offload,
     )
     traced = trace_function(region, params, inputs)
     check_branches(traced.jaxpr.jaxpr)

@@ -29,6 +29,7 @@ from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
 from .buffers import read
 from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
 from .execute import backward, forward, run_chunk, run_turn, send
+from .host_residuals import finish_copies, start_loading, without_host
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
 from .rank_model import RankModel
@@ -104,11 +105,17 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     # tensor: benchmarks/RESULTS.md, "What stands beside the messages".
     is_last_late = not any(jax.lax.axis_size(axis) > 1 for axis in model.functions.fns.axes.tensor)
     gradients = _send(plan, state.gradients, before, step=-1, offsets=steady.backward)
+    arriving, host = {}, {}
+    if ahead.host is not None:
+        state, arriving = start_loading(state, ahead.host)
+        state, host = without_host(state)
     if steady.ends == "always":
         state = take_first_back(model, state, ahead)
     if steady.ends == "sometimes":
         state = run_first(model, state, ahead)
     state = run_chunk(forward, plan, state, ahead)
+    if ahead.host is not None:
+        state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host, plan.packings))
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
     dy = None
@@ -124,7 +131,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = make_last(model, state, ahead)
     if steady.ends == "sometimes":
         state = run_first_back(model, run_last(model, state, back), back)
-    return replace(state, activations=_receive(state.activations, back.forward, activations)), None
+    return replace(state, activations=_receive(state.activations, back.forward, activations), host=host), None
 
 
 @jax.named_scope("exchange")

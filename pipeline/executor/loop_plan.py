@@ -13,12 +13,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...meshes.host_memory import to_host
 from ...schedules import Placement
 from ..lowering.tables import Tables, Turns
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
 from .enter import Enter
+from .host_residuals import Packing
 from .layers import LayerStack
 from .leave import Leave
 from .loop_state import LoopState, Wants
@@ -64,8 +66,22 @@ class LoopPlan:
                 kind: self.fill(own, tables.num_residual_slots, self.model.room(kind))
                 for kind, own in self.kept.items()
             },
+            host=self._start_host(tables),
             grads=self.model.zero_grads(),
         )
+
+    def _start_host(self, tables: Tables) -> dict[str, list[jax.Array]]:
+        if not tables.num_host_slots:
+            return {}
+        # One more, for ranks with nothing to copy.
+        slots = tables.num_host_slots + 1
+        filled = {kind: self.fill(own.types, slots, self.model.room(kind)) for kind, own in self.packings.items()}
+        return jax.tree.map(to_host, filled)
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """How residuals travel to the host, by kind."""
+        return {kind: Packing(vjp.kept) for kind, vjp in self.vjps.items()}
 
     def stack(self, turn: Turns) -> LayerStack:
         """Return the layers of the stage that a turn's action runs."""

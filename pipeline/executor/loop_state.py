@@ -65,6 +65,7 @@ class LoopState:
     gradients: gradients of stage inputs and outputs that wait to be sent or read, [slots, b, ...], a list of those of
         the floating-point leaves.
     residuals: what layers keep for their backward, by kind, lists of [slots, layers, ...].
+    host: residuals in the memory of the host, as on the device, with their own slots; none if all stay there.
     grads: sums of the gradients of parameters and batch.
     """
 
@@ -72,6 +73,7 @@ class LoopState:
     activations: Any
     gradients: Any = None
     residuals: dict[str, list[jax.Array]] = field(default_factory=dict)
+    host: dict[str, list[jax.Array]] = field(default_factory=dict)
     grads: "Grads | None" = None
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ...schedules import Kind, Schedule
 from ..lowering.lower import lower
-from ..lowering.tables import Ends
+from ..lowering.tables import Ends, Offload
 from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
@@ -62,6 +62,7 @@ class Region:
     bubbles: Bubbles
     overlap: bool
     wants: Wants
+    offload: Offload = "none"
     wants_batch: bool = False
 
     def __call__(self, params: PipelineParams, inputs: Inputs) -> Results:
@@ -96,7 +97,9 @@ class Region:
         if pipe:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
             ends: Ends = "together" if self.fns.ends_together else "alone"
-            tables = lower(self.schedule, kinds=kinds, ends=ends, overlap=self.overlap and self.wants == "grads")
+            has_grads = self.wants == "grads"
+            offload = self.offload if has_grads else "none"
+            tables = lower(self.schedule, kinds=kinds, ends=ends, overlap=self.overlap and has_grads, offload=offload)
             sums, grads = run_turns(model, tables=tables, bubbles=self.bubbles, wants=self.wants)
         else:
             sums, grads = run_sequence(model, wants=self.wants)

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from ...layers.collectives import gather_weight
 from ..model.stage import PipelineParams, StageFns
-from ..model.trees import mesh_axes_of, spread_specs
+from ..model.trees import kept_axes, mesh_axes_of, spread_specs
 from .split_dims import Split, splits_after
 
 
@@ -39,8 +39,8 @@ class Splits:
     @classmethod
     def of(cls, fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        specs, kept = _specs_of(fns, params), _kept_of(fns, summed)
-        return cls(stages=_splits_of(specs.stages, kept), shared=_splits_of(specs.shared, kept))
+        specs = _specs_of(fns, params)
+        return cls(stages=_splits_of(specs.stages, fns, summed), shared=_splits_of(specs.shared, fns, summed))
 
 
 def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
@@ -51,22 +51,17 @@ def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
     )
 
 
-def _kept_of(fns: StageFns, summed: Sequence[str]) -> list[str]:
-    """Return the axes over which weights are kept split; along the others, those of experts, each uses its own."""
-    return [axis for axis in summed if axis in fns.axes.kept]
-
-
-def _splits_of(specs: Any, kept: Sequence[str]) -> list[Split]:
-    return [_split_of(spec, kept) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
+def _splits_of(specs: Any, fns: StageFns, summed: Sequence[str]) -> list[Split]:
+    return [_split_of(spec, fns, summed) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
 
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, P)
 
 
-def _split_of(spec: P, kept: Sequence[str]) -> Split:
+def _split_of(spec: P, fns: StageFns, summed: Sequence[str]) -> Split:
     for dim, entry in enumerate(spec):
-        if axes := tuple(axis for axis in mesh_axes_of(P(entry)) if axis in kept):
+        if axes := tuple(axis for axis in kept_axes(entry, fns.axes) if axis in summed):
             return Split(dim=dim, axes=axes)
     return Split(dim=0, axes=())
 
@@ -195,7 +190,7 @@ def layer_gathers(
         kind: LayerGather.of(
             fns.by_kind(fns.prepare)[kind],
             jax.tree.map(lambda leaf: leaf[0, 0], own),
-            _splits_of(specs[kind], _kept_of(fns, summed)),
+            _splits_of(specs[kind], fns, summed),
             dtype=fns.gather_dtype,
         )
         for kind, own in stages.items()

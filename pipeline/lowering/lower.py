@@ -30,8 +30,22 @@ from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_instance
 from ...schedules import Action, Kind, Schedule
 from ...schedules.grid import Cell
+from .offload import Wait, choose_copies
 from .steady import find_steady, longest_run
-from .tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Column, Ends, Tables, Transfer, Turns, empty_turns
+from .tables import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRAD,
+    NONE,
+    WEIGHT_GRAD,
+    Column,
+    Ends,
+    Offload,
+    Tables,
+    Transfer,
+    Turns,
+    empty_turns,
+)
 
 _CODES: dict[Kind, int] = {"F": FORWARD, "B": BACKWARD, "I": INPUT_GRAD, "W": WEIGHT_GRAD}
 
@@ -42,6 +56,7 @@ def lower(
     kinds: Sequence[Kind] = ("F", "B", "I", "W"),
     ends: Ends = "alone",
     overlap: bool = False,
+    offload: Offload = "none",
 ) -> Tables:
     """Return the tables of a schedule: columns [turns, ranks] and [turns], and the slots of each buffer.
 
@@ -52,30 +67,37 @@ def lower(
         kinds: all four kinds, or ("F",) to lower the forwards alone, without idle turns between them.
         ends: "alone" if the first and last stage run `first` and `last` themselves, "together" if all ranks do.
         overlap: whether to look for a steady state (`Steady`), in whose ticks forwards come first.
+        offload: "residuals" if those that wait long are copied to the memory of the host (`offload.py`).
 
     Raises:
         ScheduleError: `schedule` is not a `Schedule`, or `kinds` or `ends` is not one of the choices.
     """
     check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
     check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
-    check_choice("ends", ends, get_args(Ends), error=ScheduleError)
-    lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap))
+    for name, value, choices in (("ends", ends, get_args(Ends)), ("offload", offload, get_args(Offload))):
+        check_choice(name, value, choices, error=ScheduleError)
+    lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap), offload=offload)
     lowering.route_activations(ends)
     if len(kinds) > 1:
-        lowering.route_residuals()
+        lowering.route_residuals(offload)
         lowering.route_gradients(ends)
     turns = lowering.turns
     for transfer in (*turns.forward.values(), *turns.backward.values()):
         # The same on all ranks: a permute that some ranks skip would hang the others.
         transfer.is_active[:] = (transfer.send != NONE).any(axis=1)
-    return Tables(
-        turns=turns,
-        placement=schedule.placement,
-        num_activation_slots=_count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
-        num_gradient_slots=_count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
-        num_residual_slots=_count_slots(turns.compute.residuals),
-        steady=find_steady(turns, lowering.paired, ends),
-    )
+    steady = find_steady(turns, lowering.paired, ends)
+    return Tables(turns=turns, placement=schedule.placement, steady=steady, **_count_all(turns))
+
+
+def _count_all(turns: Turns) -> dict[str, int]:
+    """Return the number of slots of each buffer."""
+    host = turns.host
+    return {
+        "num_activation_slots": _count_slots(*jax.tree.leaves(turns.activations), *_receives(turns.forward)),
+        "num_gradient_slots": _count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
+        "num_residual_slots": _count_slots(turns.compute.residuals, *([host.receive] if host else [])),
+        "num_host_slots": _count_slots(host.store) if host else 0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +157,11 @@ class _Interval:
 class _Lowering:
     """The columns of one schedule, filled value by value; see the module's picture for thirds of a turn."""
 
-    def __init__(self, schedule: Schedule, placed: _TurnOf) -> None:
+    def __init__(self, schedule: Schedule, placed: _TurnOf, *, offload: Offload) -> None:
         self.schedule, self.turn_of, self.exchange_of = schedule, placed.action, placed.exchange
         self.paired = placed.paired
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
-        self.turns: Turns = empty_turns(num_turns=placed.num_turns, placement=schedule.placement)
+        self.turns: Turns = empty_turns(num_turns=placed.num_turns, placement=schedule.placement, offload=offload)
         compute = self.turns.compute
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
@@ -181,20 +203,34 @@ class _Lowering:
             uses.append(_Interval(start=3 * made + 1, end=3 * used, rank=self.rank(backward), entries=entries))
         self._assign(uses)
 
-    def route_residuals(self) -> None:
+    def route_residuals(self, offload: Offload) -> None:
         """Keep each forward's residuals until its backward, or the later of its halves, has read them."""
         readers: list[Kind] = ["I", "W"] if self.has_halves else ["B"]
-        column = self.turns.compute.residuals
-        uses = []
+        waits = []
         for forward, made in self.turn_of.items():
             if forward.kind == "F":
                 stage, microbatch = forward.stage, forward.microbatch
                 used = [self.turn_of[Action(stage=stage, kind=k, microbatch=microbatch)] for k in readers]
-                entries = tuple((column, turn) for turn in [made, *used])
-                # Layers write residuals all through the forward and read them all through the backward, so the slot
-                # is taken from the first third of the one to the output of the other.
-                uses.append(_Interval(start=3 * made, end=3 * max(used) + 1, rank=self.rank(forward), entries=entries))
-        self._assign(uses)
+                waits.append(Wait(rank=self.rank(forward), made=made, used=tuple(used)))
+        copies = choose_copies(waits, paired=self.paired) if offload == "residuals" else {}
+        column, host = self.turns.compute.residuals, self.turns.host
+        on_device, on_host = [], []
+        for wait in waits:
+            # Layers write residuals all through the forward and read them all through the backward, so the slot is
+            # taken from the first third of the one to the output of the other.
+            start, end, entries = 3 * wait.made, 3 * max(wait.used) + 1, tuple((column, turn) for turn in wait.used)
+            made = (column, wait.made)
+            if host is None or wait not in copies:
+                on_device.append(_Interval(start=start, end=end, rank=wait.rank, entries=(made, *entries)))
+                continue
+            out, back = copies[wait]
+            uses = (made, (host.send, out)), ((host.receive, back), *entries), ((host.store, out), (host.load, back))
+            # Both copies end after the action of their turn; that to the device leaves the host before it.
+            on_device.append(_Interval(start=start, end=3 * out + 2, rank=wait.rank, entries=uses[0]))
+            on_device.append(_Interval(start=3 * back + 2, end=end, rank=wait.rank, entries=uses[1]))
+            on_host.append(_Interval(start=3 * out + 2, end=3 * back, rank=wait.rank, entries=uses[2]))
+        self._assign(on_device)
+        self._assign(on_host)
 
     def _backward_kind(self) -> Kind:
         """Kind of the action that makes the gradient of a stage's input."""

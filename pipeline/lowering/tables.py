@@ -51,6 +51,9 @@ IDLE, FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD = range(5)
 Ends = Literal["alone", "together"]
 """Who runs `first` and `last`: the first and the last stage, or all ranks at once."""
 
+Offload = Literal["none", "residuals"]
+"""What waits in the memory of the host: nothing, or residuals whose backward is far off."""
+
 Column = Any
 """int32 [turns, ranks] or [turns] in `Tables`; one turn of it, [ranks] or [], in the scan; [] at one rank."""
 
@@ -87,6 +90,21 @@ class ActivationSlots:
     write: Column
     first: Column
     last: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class HostSlots:
+    """Copies of residuals to the memory of the host and back, columns [turns, ranks].
+
+    send, store: slot of the residuals that a copy leaves from after the action, and slot on the host.
+    load, receive: slot on the host that a copy leaves from before the action, and slot that has it after the action.
+    """
+
+    send: Column
+    store: Column
+    load: Column
+    receive: Column
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +155,7 @@ class Turns:
 
     forward, backward: transfers of activations and of gradients, by the offset of the receiver's rank, 1 or -1. In a
         loop activations move one rank on and gradients one back; in a V each moves both ways.
+    host: copies of residuals; None if all of them stay on the device.
     """
 
     compute: Compute
@@ -145,6 +164,7 @@ class Turns:
     forward: dict[int, Transfer]
     backward: dict[int, Transfer]
     ends: EndTurns
+    host: HostSlots | None = None
 
     def at_rank(self, rank: jax.Array) -> "Turns":
         """Return one rank's entries [] of one turn."""
@@ -182,6 +202,7 @@ class Tables:
     num_activation_slots: int
     num_gradient_slots: int
     num_residual_slots: int
+    num_host_slots: int = 0
     steady: Steady | None = None
 
     @property
@@ -195,7 +216,7 @@ class Tables:
         return bool((self.turns.compute.kind == INPUT_GRAD).any())
 
 
-def empty_turns(*, num_turns: int, placement: Placement) -> Turns:
+def empty_turns(*, num_turns: int, placement: Placement, offload: Offload = "none") -> Turns:
     """Return columns in which every rank is idle and every slot is NONE, to be filled in place."""
 
     def per_rank(fill: int = NONE) -> Column:
@@ -216,4 +237,7 @@ def empty_turns(*, num_turns: int, placement: Placement) -> Turns:
         forward={offset: transfer() for offset in placement.links(1)},
         backward={offset: transfer() for offset in placement.links(-1)},
         ends=EndTurns(first=per_turn(), last=per_turn(), first_back=per_turn()),
+        host=HostSlots(send=per_rank(), store=per_rank(), load=per_rank(), receive=per_rank())
+        if offload == "residuals"
+        else None,
     )

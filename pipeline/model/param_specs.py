@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ...meshes.axes import MeshAxes
 from ...meshes.rules import split_first_free_dim
 from .stage import PipelineParams, StageFns
-from .trees import mesh_axes_of, on_mesh, spread_specs
+from .trees import kept_axes, mesh_axes_of, on_mesh, spread_specs
 
 _STACKED_DIMS = 3
 """Number of leading dimensions of a stage parameter: [chunks, ranks, layers, ...]."""
@@ -36,21 +37,23 @@ def layer_specs(shardings: PipelineParams) -> PipelineParams:
     return PipelineParams(stages=stages, shared=jax.tree.map(lambda own: own.spec, shardings.shared, is_leaf=is_own))
 
 
-def without_axes(sharding: NamedSharding, axes: Sequence[str]) -> NamedSharding:
-    """Return the sharding of the same array gathered over some axes."""
-    left = (tuple(axis for axis in mesh_axes_of(P(entry)) if axis not in axes) for entry in sharding.spec)
+def gathered(sharding: NamedSharding, axes: MeshAxes) -> NamedSharding:
+    """Return the sharding of the same array once it is gathered for use."""
+    kept = (kept_axes(entry, axes) for entry in sharding.spec)
+    pairs = zip(sharding.spec, kept, strict=True)
+    left = (tuple(axis for axis in mesh_axes_of(P(entry)) if axis not in own) for entry, own in pairs)
     return NamedSharding(sharding.mesh, P(*(entry or None for entry in left)))
 
 
 def split_over_batch(
-    shardings: PipelineParams, shapes: PipelineParams, *, axes: tuple[str, ...], names: Sequence[str] | None = None
+    shardings: PipelineParams, shapes: PipelineParams, *, axes: MeshAxes, names: Sequence[str] | None = None
 ) -> PipelineParams:
     """Return the shardings with the first free dimension that divides evenly split over the batch axes.
 
     kernel[chunks, ranks@pipe, layers, D, F@tensor] -> kernel[chunks, ranks@pipe, layers, D@data, F@tensor]
 
     Args:
-        axes: the batch axes of the mesh.
+        axes: the axes of the mesh. Experts are split over those that hold copies of them, all else over expert too.
         names: names of the parameters that are split so, such as kernel; all if left out.
     """
 
@@ -58,8 +61,10 @@ def split_over_batch(
         def one(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             if names is not None and getattr(path[-1], "key", None) not in names:
                 return sharding
-            size = math.prod(sharding.mesh.shape[axis] for axis in axes)
-            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=axes, size=size, start=lead)
+            has_experts = set(axes.having("expert")) & set(mesh_axes_of(sharding.spec))
+            over = axes.kept if has_experts else axes.summed
+            size = math.prod(sharding.mesh.shape[axis] for axis in over)
+            spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=over, size=size, start=lead)
             return NamedSharding(sharding.mesh, spec)
 
         return one

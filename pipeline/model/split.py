@@ -27,10 +27,9 @@ from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .param_specs import layer_specs, split_over_batch
-from .protocol import Output
+from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
 from .stage import Gather, PipelineParams, StageFns, Unroll
-from .trees import mesh_axes_of
 
 SplitWeights = Literal["none", Gather]
 """How often weights that are split over the batch axes are gathered; "none" keeps them whole."""
@@ -79,7 +78,7 @@ def split_transformer(
         rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
 
     Raises:
-        MeshError: an axis with several devices has no role in the rules, or one that no layer uses.
+        MeshError: an axis with several devices has no role.
         ScheduleError: layers do not divide into stages, counts and placement differ, or `shard` is not a choice.
         ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
     """
@@ -134,12 +133,16 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"], positions_BT=microbatch.get("positions"))
 
-    def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> Any:
-        own, places = block.merge(params), _places_of(microbatch)
-        if not model.config.num_experts:
-            return own.run(x_BTD, places=places)[0]
-        y_BTD, stats = own.run(x_BTD, microbatch["weights"], places)
-        return Output(x=y_BTD, loss=stats.loss, metrics=stats.metrics)
+    def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
+        return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
+
+    def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
+        assert stats.loss is not None
+        # A row for each layer of the model, since metrics are added over layers.
+        is_own = jax.numpy.arange(model.config.num_layers) == info.index
+        own = {"expert_tokens": is_own[:, None] * stats.metrics["expert_tokens"][None], "router_loss": stats.loss}
+        return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own})
 
     # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
     # again for every microbatch.
@@ -153,7 +156,7 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
 
     return StageFns(
         first=first,
-        layer=rematerialize(layer, remat),
+        layer=rematerialize(expert_layer if model.config.num_experts else layer, remat),
         token_axes=model.head.rules.token_axes,
         axes=model.head.rules.mesh_axes,
         batch_specs=_batch_specs(model.head.rules),
@@ -211,12 +214,12 @@ def _shardings(
     whole = jax.tree_util.tree_map_with_path(place, dims, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if shard == "none":
         return whole
-    axes = rules.mesh_axes.kept
-    split = split_over_batch(whole, shapes, axes=axes, names=_SHARDED)
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    if parts > 1 and not any(set(axes) & set(mesh_axes_of(own.spec)) for own in jax.tree.leaves(split)):
+    split = split_over_batch(whole, shapes, axes=rules.mesh_axes, names=_SHARDED)
+    over = rules.mesh_axes.summed
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in over)
+    if parts > 1 and jax.tree.leaves(split) == jax.tree.leaves(whole):
         raise ShardingError(
-            f"shard={shard!r} keeps weights split over {' x '.join(axes)}={parts}, but {parts} divides no dimension of "
+            f"shard={shard!r} keeps weights split over {' x '.join(over)}={parts}, but {parts} divides no dimension of "
             "a kernel or table that is not split already.",
             fix=f"use a hidden size that is a multiple of {parts}, or shard='none'.",
         )

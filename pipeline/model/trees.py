@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ...meshes import ScheduleError, ShardingError
+from ...meshes.axes import MeshAxes
 
 
 def check_arrays(name: str, tree: Any) -> dict[str, Any]:
@@ -30,6 +31,17 @@ def mesh_axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     """Return the mesh axes that a partition spec names, in order."""
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
     return tuple(axis for entry in entries for axis in entry if axis is not None)
+
+
+def kept_axes(entry: Any, axes: MeshAxes) -> tuple[str, ...]:
+    """Return the axes over which an entry of a spec keeps a dimension split that is gathered for use.
+
+    Those are axes over which gradients are summed, ("data", "expert") say. An entry of expert axes alone names the
+    device's own experts, which it uses as they are.
+    """
+    named = mesh_axes_of(PartitionSpec(entry))
+    is_own = set(named) <= set(axes.having("expert"))
+    return () if is_own else tuple(axis for axis in named if axis in axes.summed)
 
 
 def spread_specs(name: str, specs: Any, tree: Any, *, of: str) -> Any:

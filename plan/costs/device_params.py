@@ -11,22 +11,31 @@ End = Literal["embedding", "head"]
 """A part of the model before its first layer or after its last."""
 
 
-def block_params(model: ModelConfig, *, tensor: int) -> int:
+def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of parameters of one block on one device.
 
-    Heads and features are split over `tensor`. Norms, output biases, and key and value heads where there are fewer than
-    `tensor` are whole on every device.
+    Heads and features are split over `tensor`, experts over `expert`. Norms, output biases, routers, and key and value
+    heads where there are fewer than `tensor` are whole on every device.
     """
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     head_norms = 2 * model.head_size if model.qk_norm == "on" else 0
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
-    return block_matrices(model, tensor=tensor) + norms + head_norms + biases
+    router = d * model.num_experts
+    return block_matrices(model, tensor=tensor, expert=expert) + norms + head_norms + biases + router
 
 
-def block_matrices(model: ModelConfig, *, tensor: int) -> int:
+def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights in the kernels of one block on one device."""
-    return model.hidden_size * (_columns(model, tensor)[1] + (model.query_size + model.ffn_size) // tensor)
+    features = model.shared_size if model.num_experts else model.ffn_size
+    columns, experts = _columns(model, tensor)[1], expert_matrices(model, tensor=tensor, expert=expert)
+    return model.hidden_size * (columns + (model.query_size + features) // tensor) + experts
+
+
+def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
+    """Return the number of weights of the experts of one block on one device; 0 for a dense one."""
+    num_kernels = 3 if model.mlp == "swiglu" else 2
+    return model.num_experts // expert * num_kernels * model.hidden_size * model.expert_size // tensor
 
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
@@ -34,7 +43,7 @@ def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     num_up = 2 if model.mlp == "swiglu" else 1
     split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
     heads = model.query_size // tensor + 2 * model.kv_size // split_kv
-    return heads, heads + num_up * model.ffn_size // tensor
+    return heads, heads + num_up * (model.shared_size if model.num_experts else model.ffn_size) // tensor
 
 
 def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
@@ -62,7 +71,8 @@ def device_params(
     whole = vocabulary_params(model, tensor=layout.tensor)[1]
     has_whole = layout.pipe == 1 or runtime.vocab == "split" or ends
     matrices = device_matrices(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
-    rest = block_params(model, tensor=layout.tensor) - block_matrices(model, tensor=layout.tensor)
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    rest = block_params(model, **split) - block_matrices(model, **split)
     return matrices + num_layers * rest + (whole if has_whole else 0)
 
 
@@ -71,7 +81,7 @@ def device_matrices(
 ) -> float:
     """Return the number of weights in kernels and tables on one device, as `device_params` counts all parameters."""
     tables = vocabulary_params(model, tensor=layout.tensor)[0]
-    blocks = num_layers * block_matrices(model, tensor=layout.tensor)
+    blocks = num_layers * block_matrices(model, tensor=layout.tensor, expert=layout.expert)
     if layout.pipe == 1 or (runtime.vocab == "ends" and len(ends) == 2):
         return blocks + tables
     if runtime.vocab == "split":

@@ -59,12 +59,15 @@ def layer_time(
     """
     check_count("num_tokens", num_tokens, error=PlanError)
     queries = num_tokens / layout.context
-    size = LayerSize(sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor)
+    size = LayerSize(
+        sequences=layout.sequences, queries=queries, keys=num_tokens, tensor=layout.tensor, expert=layout.expert
+    )
     operations = layer_operations(model, size=size, runtime=runtime)
     works = [_time_operation(operation, topology.accelerator, runtime, model.dtype) for operation in operations]
     forward, input_grad, weight_grad = (sum(getattr(work, name) for work in works) for name in _PASSES)
     again = _sum_recomputed(works, layout)
     comm = _tensor_comm_s(model, size=size, layout=layout, runtime=runtime, topology=topology)
+    comm += _expert_comm_s(model, size=size, layout=layout, topology=topology)
     comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
     hidden = _hidden_comm_s(comm, weight_grad, runtime)
     # Only full rematerialization runs the collectives of the forward again.
@@ -135,6 +138,16 @@ def _tensor_comm_s(
     is_split = runtime.sequence_parallel == "on"
     kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
     return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
+
+
+def _expert_comm_s(model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology) -> float:
+    """Return the seconds of one pass's all-to-all over expert, of the rows there and of their results back."""
+    if layout.expert == 1:
+        return 0.0
+    group = make_group(topology, size=layout.expert, stride=layout.tensor * layout.context)
+    rows = model.num_experts * model.expert_rows(max(1, round(size.sequences * size.queries)))
+    num_bytes = rows * model.hidden_size * item_bytes(model)
+    return 2 * collective_time_s("all_to_all", num_bytes=num_bytes, group=group, topology=topology)
 
 
 def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:

@@ -5,7 +5,8 @@ from typing import Literal
 
 from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
-from ...meshes.spec import SHARDS, Shard
+from ...meshes.divisibility import check_divides
+from ...meshes.spec import SHARDS, Offload, Shard
 from ...schedules import Family, find_family
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -23,10 +24,12 @@ class Layout:
 
     Args:
         context: devices that share each sequence.
+        expert: data shards that split the experts; a divisor of data.
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
         zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
             gradients too, with parameters gathered by every layer.
+        offload: what is kept in the memory of the host.
         layers_per_stage: layers of every stage; None for stages as even as possible.
         max_in_flight: limit of microbatches on a rank for a schedule that is searched for; None is no limit.
 
@@ -39,17 +42,20 @@ class Layout:
     pipe: int = 1
     context: int = 1
     fsdp: int = 1
+    expert: int = 1
     schedule: str = "1f1b"
     chunks: int = 1
     microbatches: int = 1
     sequences: int = 1
     remat: PlanRemat = "none"
     zero: ZeroStage = 0
+    offload: Offload = "none"
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
+        check_divides("data", self.data, over="expert", parts=self.expert, error=PlanError)
 
     @property
     def shard(self) -> Shard:
@@ -58,9 +64,14 @@ class Layout:
 
     @property
     def mesh(self) -> MeshSpec:
-        """The mesh of trellax's axes, with context if that has several devices; data includes fsdp."""
-        context = {"context": Axis(self.context, role="context")} if self.context > 1 else {}
-        return MeshSpec(data=self.data * self.fsdp, tensor=self.tensor, pipe=self.pipe, axes=context)
+        """The mesh of trellax's axes, with expert and context if those have several devices; data includes fsdp."""
+        more: dict[str, Axis] = {}
+        if self.expert > 1:
+            more["expert"] = Axis(self.expert, role="expert")
+        if self.context > 1:
+            more["context"] = Axis(self.context, role="context")
+        data = self.data // self.expert * self.fsdp
+        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=more)
 
     @property
     def num_devices(self) -> int:

@@ -15,7 +15,8 @@ from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of
+from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of, expert_matrices
+from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
@@ -24,10 +25,13 @@ from .stage_time import stage_layers
 
 _FLOAT32 = 4
 
+UPDATE_PARTS = 8
+"""Parts of the layers whose moments come from the host one after another (`../../train/offload.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes of one device of one pipeline rank, by purpose."""
+    """Bytes of one device of one pipeline rank, by purpose, and those that it keeps in the memory of its host."""
 
     weights: float
     gradients: float
@@ -35,16 +39,21 @@ class MemoryUse:
     activations: float
     temporary: float
     kv_cache: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes of all purposes together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes of all purposes together; those on the host are not the device's."""
+        return sum(getattr(self, name) for name in self._names)
 
     @property
     def classes(self) -> dict[str, int]:
         """Bytes by purpose, rounded."""
-        return {field.name: round(getattr(self, field.name)) for field in fields(self)}
+        return {name: round(getattr(self, name)) for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name != "host"]
 
 
 def step_memory(
@@ -60,6 +69,9 @@ def step_memory(
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
+    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
+    in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     held = [
         (ends_of(placement, rank), tuple(layers[stage] for stage in placement.stages_of(rank)), in_flight[rank])
@@ -72,7 +84,15 @@ def step_memory(
         )
         for own in dict.fromkeys(held)
     }
+    if waiting:
+        kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
+        room = {own: waiting.on_host * kept * max(own[1]) for own in uses}
+        uses = {own: replace(use, host=room[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)
+
+
+def _waits(layout: Layout) -> bool:
+    return layout.offload == "residuals" and layout.pipe > 1
 
 
 def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:
@@ -136,22 +156,41 @@ def _rank_memory(
     kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
-    state = {name: own * (params - whole) for name, own in _state_bytes(layout, runtime).items()}
-    if whole:
-        for name, own in _state_bytes(replace(layout, zero=0), runtime).items():
-            state[name] += own * whole
+    experts = sum(layers) * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
-    ahead = item_bytes(model) * block_matrices(model, tensor=layout.tensor) if layout.zero == 3 else 0
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
+    temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
+    host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"],
-        optimizer=state["optimizer"],
+        optimizer=state["optimizer"] - host,
         activations=kept * num_layers
         + (ahead if runtime.residuals == "trellax" else 0)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
-        temporary=_temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies,
+        # Old and new moments of one part are on the device at a time, when nothing else is temporary.
+        temporary=max(temporary, 2 * host / UPDATE_PARTS),
+        host=host,
     )
+
+
+def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer on a device.
+
+    Args:
+        whole, experts: how many of the parameters are whole on every data shard, and how many are those of experts.
+    """
+    # Along expert devices have other experts; theirs are split over what is left of data.
+    apart = replace(layout, data=layout.data // layout.expert, expert=1)
+    parts = ((layout, params - whole - experts), (apart, experts), (replace(layout, zero=0), whole))
+    found = dict.fromkeys(_state_bytes(layout, runtime), 0.0)
+    for own, count in parts:
+        for name, each in _state_bytes(own, runtime).items():
+            found[name] += each * count
+    return found
 
 
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
@@ -212,7 +251,7 @@ def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> flo
     """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split."""
     # Gathered by every layer: a part of all layers, and the layer at work.
     parts = layout.replicas if layout.zero == 3 else 1
-    own = item_bytes(model) * block_params(model, tensor=layout.tensor)
+    own = item_bytes(model) * block_params(model, tensor=layout.tensor, expert=layout.expert)
     at_work = own if layout.zero == 3 else 0.0
     if item_bytes(model) < _FLOAT32 or layout.zero == 2:
         return num_layers * own / parts + at_work

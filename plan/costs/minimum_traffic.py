@@ -13,6 +13,7 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
   for heads, 2 b s (h + h_kv) (c - 1) / c^2 each way (Jacobs et al. 2023). Each device has s / c tokens, and gradients
   are summed over data x context.
 - Every boundary between stages on two ranks sends an activation forward and its gradient back.
+- A layer of experts sends each token to its experts and back, forward and backward.
 - Embedding, head and loss are counted apart, in `_vocabulary`.
 """
 
@@ -27,7 +28,7 @@ from ...meshes.arguments import check_fields
 from ...meshes.axes import Role
 from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
-from .device_params import block_matrices, block_params, ends_of, vocabulary_params
+from .device_params import block_matrices, block_params, ends_of, expert_matrices, vocabulary_params
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -114,6 +115,7 @@ def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
         for part in (
             _gradients(sizes, rank),
             _layers(sizes, rank),
+            _experts(sizes, rank),
             _context(sizes, rank),
             _hops(sizes, rank),
             _vocabulary(sizes, rank),
@@ -131,6 +133,11 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
     if sizes.is_sequence_parallel:
         again = "the backward gathers the inputs of attention and feed-forward again, to keep a part of them"
         found.append(f"{mesh.label('tensor')}: with sequence parallelism {again}; in a block 1.25 times the minimum.")
+    if mesh.expert > 1 and sizes.model.expert_capacity > 1:
+        rows = (
+            f"expert_capacity={sizes.model.expert_capacity} sends that many rows for each pair of a token and an expert"
+        )
+        found.append(f"{mesh.label('expert')}: {rows}, some of them empty.")
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
     if mesh.context > 1 and sizes.context_attention == "gather":
@@ -149,15 +156,27 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
-    mesh, own = sizes.mesh, block_params(sizes.model, tensor=sizes.mesh.tensor)
-    matrices = block_matrices(sizes.model, tensor=mesh.tensor)
+    mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
+    # Experts are summed over data alone, all else over expert too.
+    experts = expert_matrices(sizes.model, **split)
+    own, matrices = (count(sizes.model, **split) - experts for count in (block_params, block_matrices))
+    yield mesh.label("batch"), sizes.layers_of(rank) * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
     whole = 0
     if sizes.is_sequence_parallel:
         # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
-        whole = (mesh.tensor * own - block_params(sizes.model, tensor=1)) // (mesh.tensor - 1)
+        everything = block_params(sizes.model, tensor=1) - expert_matrices(sizes.model, tensor=1)
+        whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
         yield _sum_whole(sizes, sizes.layers_of(rank) * whole, *_SUMMED)
-    split = _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
-    yield mesh.label(*_SUMMED), sizes.layers_of(rank) * split
+    updated = _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
+    yield mesh.label(*_SUMMED), sizes.layers_of(rank) * updated
+
+
+def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """Yield the all-to-all of a layer of experts: every pair of a token and an expert there and back, twice."""
+    model, parts = sizes.model, sizes.mesh.expert
+    num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
+    pairs = sizes.boundary * model.experts_per_token
+    yield sizes.mesh.label("expert") if parts > 1 else "expert", num_runs * pairs * (parts - 1) / parts
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:

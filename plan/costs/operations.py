@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig
+from .device_params import block_matrices
 from .runtime import Runtime
 
 Part = Literal["core", "weights", "vector"]
@@ -52,6 +53,7 @@ class LayerSize:
     queries: float
     keys: float
     tensor: int
+    expert: int = 1
 
 
 Operation = Product | Stream | Flash
@@ -73,22 +75,19 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
     yield Product(part="weights", m=tokens, n=d, k=query)
     yield _residual(whole, item, runtime)
     yield _norm(whole, item)
-    yield from _feed_forward(model, tokens=tokens, tensor=t)
+    if model.num_experts:
+        yield from _experts(model, size=size)
+    if features := model.shared_size if model.num_experts else model.ffn_size:
+        yield from _feed_forward(model, tokens=tokens, features=features / t)
     yield _residual(whole, item, runtime)
     # Microbatches add their weight gradients to one array.
-    weights = block_weights(model) / t
+    weights = block_matrices(model, tensor=t, expert=size.expert)
     yield Stream(part="weights", forward_bytes=0, backward_bytes=runtime.sum_traffic_bytes * weights)
 
 
 def item_bytes(model: ModelConfig) -> int:
     """Return the bytes of one element of an activation."""
     return 4 if model.dtype == "float32" else 2
-
-
-def block_weights(model: ModelConfig) -> int:
-    """Return the number of matrix weights of a block."""
-    num_ffn = 3 if model.mlp == "swiglu" else 2
-    return model.hidden_size * (2 * model.query_size + 2 * model.kv_size + num_ffn * model.ffn_size)
 
 
 def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
@@ -108,15 +107,28 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
     yield Product(part="core", m=size.queries, n=model.head_size, k=size.keys, batch=heads)
 
 
-def _feed_forward(model: ModelConfig, *, tokens: float, tensor: int) -> Iterator[Operation]:
+def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: int = 1) -> Iterator[Operation]:
     """Yield both products of the feed-forward part, and the activation function between them."""
-    item, f = item_bytes(model), model.ffn_size / tensor
+    item, f = item_bytes(model), features
     num_up = 2 if model.mlp == "swiglu" else 1
-    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size)
-    moved = item * tokens * f
+    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch)
+    moved = item * tokens * batch * f
     # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.
     yield Stream(part="vector", forward_bytes=(num_up + 1) * moved, backward_bytes=(2 * num_up + 1) * moved)
-    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f)
+    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f, batch=batch)
+
+
+def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
+    """Yield what a mixture of experts does without communication: the router, rows there and back, and the products."""
+    tokens = size.sequences * size.queries
+    yield Product(part="vector", m=tokens, n=model.num_experts, k=model.hidden_size)
+    rows, item = model.expert_rows(max(1, round(tokens))), item_bytes(model)
+    # Each row is read from a token and written, its result read and added; all four again backward.
+    moved = 4 * item * rows * model.num_experts * model.hidden_size
+    yield Stream(part="vector", forward_bytes=moved, backward_bytes=moved)
+    # A device has its experts' rows of all devices of the group.
+    own = model.num_experts // size.expert
+    yield from _feed_forward(model, tokens=rows * size.expert, features=model.expert_size / size.tensor, batch=own)
 
 
 def _norm(numbers: float, item: int) -> Stream:

@@ -4,11 +4,13 @@ Read `memory_model.py` for the memory of a step, `../training_search.py` for how
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...layers import ModelConfig, flops_per_token
 from ...schedules import StageCost
 from ..machines.topology import Topology
 from .device_params import ends_of
+from .host_residuals import residual_copies_s
 from .layer_time import LayerTime, layer_time
 from .layout import Layout
 from .pipeline_time import find_placement, pipeline_time_s, search_terms
@@ -19,10 +21,11 @@ from .update_time import UpdateTime, update_time
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step and their parts: `time_s` is `pipeline_s` + `data_s` + `optimizer_s`.
+    """Seconds of a step and their parts: `time_s` is `pipeline_s` + `data_s` + `optimizer_s` + `host_s`.
 
     `tensor_s` is the part of `pipeline_s` in which the slowest rank waits for collectives over tensor; `data_s` is the
-    exposed reduction of gradients and all-gather of parameters; `bubble_fraction` is the idle share of the pipeline.
+    exposed reduction of gradients and all-gather of parameters; `optimizer_s` has the copies of moments from the host
+    and back, `host_s` those of residuals that nothing hides; `bubble_fraction` is the idle share of the pipeline.
     `mfu` is model flops utilization: the flops of the model, with all attention scores and without recomputation, over
     those of the devices' peak.
     """
@@ -32,6 +35,7 @@ class StepTime:
     tensor_s: float
     data_s: float
     optimizer_s: float
+    host_s: float
     bubble_fraction: float
     tokens_per_s: float
     mfu: float
@@ -56,23 +60,23 @@ def step_time(
         TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
     runtime = runtime or trellax_runtime(model, topology.accelerator)
-    layer = layer or layer_time(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
-    ends = end_costs(model, layout=layout, runtime=runtime, topology=topology, num_tokens=num_tokens)
-    layers = stage_layers(model, layout)
-    placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
+    layer = layer or layer_time(model, **given, topology=topology)
+    ends = end_costs(model, **given, topology=topology)
+    layers, placement = stage_layers(model, layout), find_placement(model, **given)
     stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime, placement=placement)
-    pipeline_s, busy = _pipeline_s(model, stages, ends, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    pipeline_s, busy = _pipeline_s(model, stages, ends, **given)
     of_rank, held = sum(layers[stage] for stage in placement.stages_of(0)), ends_of(placement, 0)
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
     hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
-    time_s = pipeline_s + data_s + data.optimizer
+    copies_s = residual_copies_s(model, **given, topology=topology, layer=layer, num_layers=max(layers))
+    parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
+    time_s = sum(parts.values())
     return StepTime(
+        **parts,
         time_s=time_s,
-        pipeline_s=pipeline_s,
         tensor_s=layout.microbatches * of_rank * layer.exposed,
-        data_s=data_s,
-        optimizer_s=data.optimizer,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
         tokens_per_s=layout.batch_size * num_tokens / time_s,
         mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),

@@ -9,7 +9,7 @@ from ...layers import ModelConfig
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
-from .device_params import End, device_params
+from .device_params import End, device_params, expert_matrices
 from .layout import Layout
 from .runtime import Runtime
 
@@ -23,6 +23,7 @@ class UpdateTime:
 
     `gather` is the all-gather of parameters and `reduce` the reduction of gradients over data; with a fully sharded
     axis both run for every microbatch. `tied` is the reduction of a tied embedding between the first and last stage.
+    `optimizer` includes copies of moments from the host and back, which no computation hides.
     """
 
     gather: float
@@ -40,33 +41,47 @@ def update_time(
         num_layers, ends: what that rank holds of the layers, and of embedding and head.
     """
     params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
-    group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
-    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
-    if runtime.shard_overlap == "off" and group.num_nodes > 1:
-        group = Group(size=group.size, per_node=1)
+    experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
     shards = layout.replicas if layout.zero else 1
+    # Along expert devices have other experts: theirs are summed over what is left of data.
+    group, copies = _groups(layout, runtime, topology)
 
-    def time_of(kind: CollectiveKind, num_bytes: float) -> float:
-        return collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology)
+    def time_of(kind: CollectiveKind, bytes_each: float) -> float:
+        parts = ((group, bytes_each * (params - experts)), (copies, bytes_each * experts))
+        return sum(collective_time_s(kind, num_bytes=size, group=own, topology=topology) for own, size in parts)
 
     if layout.fsdp > 1 or layout.zero == 3:
         # Parameters are gathered for the forward and again for the backward of every microbatch.
         rounds = layout.microbatches
-        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES * params)
-        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes * params)
+        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES)
+        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
         shards = layout.replicas
     elif layout.zero:
-        gather = time_of("all_gather", _WEIGHT_BYTES * params)
-        reduce = time_of("reduce_scatter", runtime.gradient_bytes * params)
+        gather = time_of("all_gather", _WEIGHT_BYTES)
+        reduce = time_of("reduce_scatter", runtime.gradient_bytes)
     else:
-        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes * params)
-    moved = runtime.optimizer_bytes * params / shards
+        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes)
+    moved = runtime.optimizer_bytes * ((params - experts) / shards + experts / max(1, shards // layout.expert))
     return UpdateTime(
         gather=gather,
         reduce=reduce,
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
-        optimizer=memory_time_s(topology.accelerator, num_bytes=moved),
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
+        + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * params / shards),
     )
+
+
+def _copies_s(layout: Layout, topology: Topology, *, num_bytes: float) -> float:
+    return 2 * num_bytes / topology.accelerator.host_bytes_per_s if layout.offload == "optimizer" else 0.0
+
+
+def _groups(layout: Layout, runtime: Runtime, topology: Topology) -> tuple[Group, Group]:
+    """Return the devices with the same parameters, and those with the same experts."""
+    group = make_group(topology, size=layout.replicas * layout.context, stride=layout.tensor)
+    # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
+    if runtime.shard_overlap == "off" and group.num_nodes > 1:
+        group = Group(size=group.size, per_node=1)
+    return group, make_group(topology, size=layout.replicas // layout.expert, stride=layout.tensor * layout.expert)
 
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:

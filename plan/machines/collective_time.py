@@ -16,7 +16,7 @@ from typing import Literal
 
 from .topology import Topology
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 _DATA = Path(__file__).with_name("all_reduces.toml")
 _MIB = 2.0**20
@@ -60,6 +60,8 @@ def collective_time_s(kind: CollectiveKind, *, num_bytes: float, group: Group, t
         return 0.0
     if kind == "send":
         return _send_s(num_bytes, group, topology)
+    if kind == "all_to_all":
+        return _all_to_all_s(num_bytes, group, topology)
     # An all-gather or reduce-scatter is half of a ring all-reduce: (n - 1) / n of the array instead of 2 (n - 1) / n.
     is_ring = kind != "all_reduce"
     if group.num_nodes == 1:
@@ -74,6 +76,17 @@ def _send_s(num_bytes: float, group: Group, topology: Topology) -> float:
     if group.num_nodes == 1:
         return _LINK_START_S + num_bytes / (_LINK_SHARE * accelerator.link_bytes_per_s)
     return _NETWORK_START_S + num_bytes / (_NETWORK_SHARE * accelerator.network_bytes_per_s)
+
+
+def _all_to_all_s(num_bytes: float, group: Group, topology: Topology) -> float:
+    """Return the seconds in which each device sends an equal part of its bytes to each other one, straight to it."""
+    accelerator, part = topology.accelerator, num_bytes / group.size
+    inside = _LINK_START_S + part * (group.per_node - 1) / (_LINK_SHARE * accelerator.link_bytes_per_s)
+    if group.num_nodes == 1:
+        return inside
+    # A device sends to other nodes over its own adapter.
+    sent = part * (group.size - group.per_node)
+    return max(inside, _NETWORK_START_S + sent / (_NETWORK_SHARE * accelerator.network_bytes_per_s))
 
 
 def _node_all_reduce_s(num_bytes: float, size: int, topology: Topology, *, is_ring: bool) -> float:

@@ -48,6 +48,7 @@ class Accelerator:
     link_bytes_per_s: float
     devices_per_node: int
     network_bytes_per_s: float
+    host_bytes_per_s: float
     curve: str
     source: str
 
@@ -186,6 +187,8 @@ class _Figures(BaseModel):
     link_gb_per_s: _Figure
     devices_per_node: _Count
     network_gb_per_s: _Figure
+    # 16 lanes of PCI Express 3.0, the slowest of those in the file.
+    host_gb_per_s: _Figure = 15.75
     curve: str = ""
     source: str = "the user's own file"
     notes: str = ""
@@ -205,6 +208,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
         link_bytes_per_s=_GIGA * figures.link_gb_per_s,
         devices_per_node=figures.devices_per_node,
         network_bytes_per_s=_GIGA * figures.network_gb_per_s,
+        host_bytes_per_s=_GIGA * figures.host_gb_per_s,
         curve=figures.curve,
         source=printable(figures.source, limit=400),
     )

@@ -16,9 +16,9 @@ from trellax.programs import Memory
 SMALL = "inspect tiny-dense --mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --pipeline.microbatches 4"
 
 KEYS = {
-    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline bubble_fraction "
-    "hlo_instructions compile_s",
-    "memory_bytes": "parameters gradients optimizer activations temporary total capacity limit",
+    "": "target devices memory_bytes fits verdict traffic flops model_flops recompute_flops roofline exposed "
+    "step_time_s synchronous recomputed bubble_fraction hlo_instructions compile_s",
+    "memory_bytes": "parameters gradients optimizer activations temporary total capacity limit host",
     "flops": "matrix vector",
     "roofline": "matrix vector communication control",
 }
@@ -92,6 +92,17 @@ def test_zero_saves_most_of_the_optimizer_state() -> None:
     assert "--train.shard optimizer" not in savings_of(
         load_config("tiny-dense", f"{LARGE} --train.shard optimizer"), optimizer=1
     )
+
+
+def test_offload_saves_the_whole_optimizer_state() -> None:
+    config = load_config("tiny-dense", LARGE)
+    assert savings_of(config, optimizer=1000)["--train.offload optimizer"] == 1000
+    # GPipe's 4 microbatches in flight become 2.
+    config = load_config("tiny-dense", f"{LARGE} --pipeline.schedule gpipe")
+    assert savings_of(config, activations=1000)["--train.offload residuals"] == 500
+    assert "--train.offload residuals" not in savings_of(load_config("tiny-dense", LARGE), activations=1000)
+    changed = load_config("tiny-dense", f"{LARGE} --train.offload optimizer")
+    assert "--train.offload optimizer" not in savings_of(changed, optimizer=8, activations=1000)
 
 
 def test_more_microbatches_halve_the_activations_of_a_pipeline() -> None:

@@ -43,7 +43,7 @@ MISTAKES = {
     "heads_over_context": "--mesh.data=1 --mesh.context=8 --pipeline.context_attention=ulysses",
     "packed_ids_without_an_end": "--mesh.data=8 --data.source=tokens --data.packing=on --data.paths=README.md",
     "end_of_bytes": "--mesh.data=8 --data.packing=on --data.end_id=10",
-    "end_that_is_no_id": "--data.source=tokens --data.packing=on --data.end_id=999 --data.paths=README.md",
+    "end_that_is_no_id": "--mesh.data=8 --data.source=tokens --data.packing=on --data.end_id=999 --data.paths=a.bin",
     "many_at_once": "--mesh.pipe=3 --pipeline.schedule=gpip --data.seq_len=64 --train.batch_size=7",
 }
 

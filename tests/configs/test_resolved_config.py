@@ -35,10 +35,15 @@ def test_every_key_is_in_the_file_and_read_back_as_it_was(tiny: Tiny) -> None:
     make_folder(config)
     path = write_resolved_config(config, say=pytest.fail)
     values = tomllib.loads(path.read_text())
-    assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == config_keys()
+    assert [f"{section}.{key}" for section, keys in values.items() for key in keys] == [
+        # An axis that a mesh may lack is written where it has one.
+        name
+        for name in config_keys()
+        if name not in ("mesh.expert", "mesh.context")
+    ]
     assert load_config(path) == config
     # The sizes are those of the mesh, where the config asked for the rest of the devices.
-    assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "expert": 1, "context": 1, "sequence": "auto"}
+    assert values["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "sequence": "auto"}
 
 
 @pytest.mark.parametrize("name", ["a b", 'quote"', "line\nbreak", "back\x7fspace", "é", "[brackets]"])

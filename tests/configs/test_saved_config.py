@@ -37,13 +37,13 @@ def test_config_of_this_trellax_is_read_as_it_is(tiny: Tiny) -> None:
 
 def test_keys_and_sections_that_are_newer_are_left_out_and_named(tiny: Tiny) -> None:
     told: list[str] = []
-    seal = seal_of(tiny(), train={"new": 1}, later={"key": [1, {}]}, empty={}, mesh={"slice": 2})
+    seal = seal_of(tiny(), train={"new": 1}, later={"key": [1, {}]}, empty={}, mesh={"beam": 2})
     values = read(seal, told)
     assert config_from_dict(values) == tiny()
     assert list_changes(values, tiny()) == []
     (text,) = told
     assert text.startswith("run/checkpoints/40 was saved with ")
-    assert all(name in text for name in ("train.new", "later.key", "empty", "mesh.slice"))
+    assert all(name in text for name in ("train.new", "later.key", "empty", "mesh.beam"))
     assert text.endswith(", which this trellax does not know and leaves out")
 
 

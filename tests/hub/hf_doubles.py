@@ -167,6 +167,12 @@ DOUBLES |= {
         twice=say(sliding_window=4, use_sliding_window=True, max_window_layers=0),
         once=_nothing,
     ),
+    "experts of a mixtral by two names": Double(
+        model="mixtral", twice=say(num_local_experts=2, num_experts=4), once=_nothing
+    ),
+    "experts of a qwen3_moe by two names": Double(
+        model="qwen3_moe", twice=say(num_local_experts=8, num_experts=2), once=_nothing
+    ),
     "biases of a mistral": Double(model="mistral", twice=say(attention_bias=True), once=_nothing),
     "another class": Double(model="llama3", twice=say(architectures=["MistralForCausalLM"]), once=_nothing),
     "two types": Double(model="llama3", twice=say(torch_dtype="bfloat16"), once=_nothing),

@@ -12,7 +12,7 @@ from trellax.configs import config_from_dict
 from trellax.hub.config import read_hub_model
 from trellax.hub.model_folder import load_params
 from trellax.layers import ModelConfig, Transformer, model_rules
-from trellax.meshes import MeshSpec, build_mesh
+from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import pipeline_loss
 from trellax.train import Setup
 from trellax.train.checkpoints.initial_weights import weight_shapes
@@ -45,11 +45,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "dtype": "bfloat16"},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": 5},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_key_value_heads": 2, "head_dim": 8, "norm_topk_prob": True}
+    | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
 }
 """The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
 MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
+EXPERT_MESHES = ("expert=2", "tensor=2,expert=2", "pipe=2,expert=2")
+EXPERTS = ("mixtral", "qwen3_moe")
+
+CASES = [(name, mesh) for name in MODELS for mesh in (*MESHES, *(EXPERT_MESHES if name in EXPERTS else ()))]
+"""Every model on every mesh that it fits."""
 
 
 def hub_values_of(name: str) -> dict[str, Any]:
@@ -72,7 +80,8 @@ def setup_of(config: ModelConfig, mesh: str) -> Setup:
         "data": {"seq_len": T},
         "train": {"steps": 1, "batch_size": 2},
         "optimizer": {"learning_rate": 1e-3},
-        "pipeline": {"microbatches": spec.pipe},
+        # Two sequences: a microbatch has one on every device along data and expert.
+        "pipeline": {"microbatches": max(spec.pipe // spec.data, 1)},
     }
     return Setup(config_from_dict(values), build_mesh(spec, devices=jax.devices()[: spec.num_devices]))
 
@@ -80,7 +89,7 @@ def setup_of(config: ModelConfig, mesh: str) -> Setup:
 @cache
 def _forward(config: ModelConfig, mesh: str) -> Any:
     setup = setup_of(config, mesh)
-    rules = model_rules(config, setup.mesh.shape)
+    rules = model_rules(config, setup.mesh.shape, rules=ShardingRules.of(MeshSpec.parse(mesh).roles))
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(setup.config.model, rngs=nnx.Rngs(0), rules=rules)))[0]
     return jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
 

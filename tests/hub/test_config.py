@@ -30,8 +30,19 @@ OLD_LLAMA3 = {
 
 QWEN3_WINDOW = {"model_type": "qwen3", "num_key_value_heads": 2, "sliding_window": 8, "use_sliding_window": True}
 
+MIXTRAL: dict[str, Any] = LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2}
+QWEN3_MOE: dict[str, Any] = LLAMA | {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8}
+
 MISTAKES: dict[str, dict[str, Any]] = {
-    "architecture": {"model_type": "mixtral"},
+    "deepseek_v2": LLAMA | {"model_type": "deepseek_v2"},
+    "deepseek_v3": LLAMA | {"model_type": "deepseek_v3"},
+    "qwen2_moe": LLAMA | {"model_type": "qwen2_moe"},
+    "mixtral": MIXTRAL | {"num_local_experts": 0, "num_experts_per_tok": "2", "router_jitter_noise": 0.1},
+    "mixtral_of_few_experts": MIXTRAL | {"num_local_experts": 2, "num_experts_per_tok": 3},
+    "qwen3_moe": QWEN3_MOE
+    | {"decoder_sparse_step": 2, "mlp_only_layers": [0], "norm_topk_prob": 1}
+    | {"attention_bias": True, "moe_intermediate_size": 0},
+    "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
     "no_architecture": {},
     "rope_type": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -105,14 +116,30 @@ def test_llama_2_leaves_out_what_it_need_not_say() -> None:
         ({"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4096, "use_sliding_window": False}, 0),
         (QWEN3_WINDOW | {"max_window_layers": 0}, 8),
         (QWEN3_WINDOW | {"max_window_layers": 2}, 0),
+        (MIXTRAL, 0),
+        (MIXTRAL | {"sliding_window": 8}, 8),
+        (QWEN3_MOE | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 8),
+        (QWEN3_MOE | {"sliding_window": 8}, 0),
     ],
 )
 def test_window_is_what_every_layer_has(values: dict[str, Any], window: int) -> None:
     assert hub_model(LLAMA | values).config.attention_window == window
 
 
+def test_experts_that_a_file_leaves_out_are_those_of_transformers() -> None:
+    config = hub_model(MIXTRAL).config
+    assert (config.num_experts, config.experts_per_token, config.expert_size) == (8, 2, 32)
+    assert (config.router_normalize, config.rope_theta) == ("on", 1e6)
+    config = hub_model({key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}).config
+    assert (config.num_experts, config.experts_per_token, config.expert_size) == (128, 8, 768)
+    assert (config.router_normalize, config.rope_theta) == ("off", 1e4)
+
+
 def test_biases_on_all_linear_layers_of_a_llama() -> None:
     assert hub_model(LLAMA | {"attention_bias": True, "mlp_bias": True}).config.bias == "on"
+
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2}
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -128,6 +155,8 @@ def model(**changes: Any) -> ModelConfig:
         ({"qk_norm": "on"}, "qwen3"),
         ({"attention_window": 8}, "mistral"),
         ({"bias": "on"}, "llama"),
+        (EXPERTS, "mixtral"),
+        (EXPERTS | {"qk_norm": "on", "router_normalize": "off"}, "qwen3_moe"),
         ({"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on"}, "gpt2"),
     ],
 )
@@ -140,6 +169,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "none_fits": ({"mlp": "gelu"}, None),
     "other_fits": ({"qk_norm": "on", "attention_window": 4}, "llama"),
     "unknown": ({}, "mistrall"),
+    "without_experts": (EXPERTS, "llama"),
+    "with_experts": ({}, "mixtral"),
+    "other_experts": (
+        EXPERTS
+        | {"shared_size": 8, "router": "sigmoid", "router_scale": 2.5, "router_groups": 2}
+        | {"router_normalize": "off"},
+        "mixtral",
+    ),
 }
 
 
@@ -159,5 +196,10 @@ def test_values_are_plain_json() -> None:
 def test_compute_dtype_does_not_change_the_model_and_learned_positions_do() -> None:
     assert model_differences(model(), model(dtype="bfloat16", max_tokens=7)) == []
     assert model_differences(model(rope_theta=5.0), model()) == ["rope_theta"]
+    trained = {"balance_loss": 0.1, "router_z_loss": 0.1, "expert_capacity": 2.0, "expert_overflow": "drop"}
+    assert (
+        model_differences(model(**EXPERTS, expert_size=9, **trained), model(**EXPERTS, expert_size=9, ffn_size=7)) == []
+    )
+    assert model_differences(model(**EXPERTS, router_scale=2.0), model(**EXPERTS)) == ["router_scale"]
     learned = {"positions": "learned"}
     assert model_differences(model(**learned, max_tokens=7), model(**learned)) == ["max_tokens"]

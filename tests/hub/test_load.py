@@ -51,6 +51,18 @@ def test_parameters_are_split_over_the_mesh_and_on_no_other_device() -> None:
     assert devices == set(mesh.devices.flat)
 
 
+def test_experts_are_split_over_their_axis_and_routers_stay_in_float32() -> None:
+    spec = MeshSpec.parse("tensor=2,expert=2")
+    mesh = build_mesh(spec, devices=jax.devices()[:4])
+    model = load_model(GOLDEN / "mixtral", mesh=mesh, axes=spec.roles, dtype="float32")
+    found = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, tokens_of()))
+    assert np.abs(found - np.load(GOLDEN / "mixtral" / "logits.npy")).max() < TOLERANCE
+    rounded = load_model(GOLDEN / "mixtral", mesh=mesh, axes=spec.roles, dtype="bfloat16")
+    layer = nnx.to_pure_dict(nnx.state(rounded, nnx.Param))["blocks"]["mlp"]
+    assert layer["up"]["kernel"].sharding.spec == jax.P(None, "expert", None, "tensor")
+    assert (layer["up"]["kernel"].dtype, layer["router"]["weight"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
 def test_model_of_a_run_continues_as_the_engine_does(tmp_path: Path) -> None:
     config = load_config("tiny-llama")
     drawn = Transformer(config.model, rngs=nnx.Rngs(3))

@@ -18,12 +18,13 @@ from trellax.hub.read import open_weights, read_weights
 from trellax.hub.tensor_files import INDEX, TensorFiles
 from trellax.meshes import WeightsError
 
-from .hub import GOLDEN, MESHES, MODELS, shapes_of, wrong_by
+from .hub import CASES, EXPERT_MESHES, GOLDEN, MODELS, shapes_of, wrong_by
 
 TOLERANCE = 2e-4
 PIPED = "tensor=2,pipe=2"
 QUICK = [(name, "tensor=2") for name in MODELS] + [("llama3", PIPED), ("gpt2", PIPED), ("qwen3", "pipe=2")]
-REST = [(name, mesh) for name in MODELS for mesh in MESHES if (name, mesh) not in QUICK]
+QUICK += [("mixtral", "tensor=2,expert=2"), ("qwen3_moe", "pipe=2,expert=2")]
+REST = [case for case in CASES if case not in QUICK]
 
 
 @pytest.mark.parametrize(("name", "mesh"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
@@ -45,9 +46,11 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", ["llama3", "gpt2"])
-def test_every_device_reads_its_own_slices_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, sizes = shapes_of(GOLDEN / name, PIPED), spy(monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama3", PIPED), ("gpt2", PIPED), *(("mixtral", mesh) for mesh in EXPERT_MESHES[1:])]
+)
+def test_every_device_reads_its_own_slices_alone(name: str, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, sizes = shapes_of(GOLDEN / name, mesh), spy(monkeypatch)
     params = read_weights(GOLDEN / name, shapes)
     leaves = jax.tree.leaves(shapes)
     # Parts that several devices hold are read once.
@@ -58,7 +61,7 @@ def test_every_device_reads_its_own_slices_alone(name: str, monkeypatch: pytest.
     assert sum(sizes) == sum(part * count for part, count in zip(parts, different, strict=True))
     assert max(sizes) <= max(parts)
     assert all(leaf.sharding == one.sharding for leaf, one in zip(leaves, jax.tree.leaves(params), strict=True))
-    # Of a parameter that is split over tensor and pipe no device reads more than a quarter.
+    # Of a parameter that is split over two axes no device reads more than a quarter.
     up = shapes["blocks"]["mlp"]["up"]["kernel"]
     assert math.prod(up.sharding.shard_shape(up.shape)) * 4 == math.prod(up.shape)
 

@@ -17,9 +17,9 @@ from trellax.hub.config import read_hub_model
 from trellax.hub.tokenizer import load_tokenizer
 
 from ..commands.crafted import add_tokenizer
-from .hf_doubles import DOUBLES, make
-from .hub import GOLDEN, MESHES, MODELS, wrong_by
-from .make_hf_goldens import answer, save
+from .hf_doubles import DOUBLES, make, tensors_of
+from .hub import CASES, EXPERTS, GOLDEN, MODELS, wrong_by
+from .make_hf_goldens import answer, build, save
 
 pytest.importorskip("transformers", reason="needs the extra `hf`: torch and transformers")
 pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformers")
@@ -28,7 +28,7 @@ pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOLERANCE = 2e-4
-QUICK = ("tensor=2", "tensor=2,pipe=2")
+QUICK = ("tensor=2", "tensor=2,pipe=2", "tensor=2,expert=2")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return make
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "mesh", [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES]
+    ("name", "mesh"), [case if case[1] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_logits_are_those_of_transformers(name: str, mesh: str, saved: Callable[[str], Any]) -> None:
     folder, logits = saved(name)
@@ -64,6 +63,13 @@ def test_transformers_has_the_same_logits_after_import_and_export(
     assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back"), *words]) == 0
     assert np.array_equal(answer(tmp_path / "back"), logits)
     assert read_hub_model(tmp_path / "back").config == read_hub_model(folder).config
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_transformers_saves_stacked_are_read(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "model", save_original_format=False)
+    assert any(key.endswith("mlp.experts.gate_up_proj") for key in tensors_of(tmp_path / "model"))
+    assert wrong_by(tmp_path / "model", "tensor=2,expert=2", answer(tmp_path / "model")) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])

@@ -33,11 +33,18 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: leaf for file in folder.glob("*.safetensors") for name, leaf in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_tensors_are_those_that_transformers_saved(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *((name, "tensor=2,pipe=2") for name in MODELS),
+        ("mixtral", "tensor=2,expert=2"),
+        ("qwen3_moe", "pipe=2,expert=2"),
+    ],
+)
+def test_tensors_are_those_that_transformers_saved(name: str, mesh: str, tmp_path: Path) -> None:
     expected = tensors_of(GOLDEN / name)
     dtype = next(iter(expected.values())).dtype
-    written = tensors_of(write(name, tmp_path / "out", mesh="tensor=2,pipe=2", dtype=dtype.name))
+    written = tensors_of(write(name, tmp_path / "out", mesh=mesh, dtype=dtype.name))
     assert written.keys() == expected.keys()
     assert [key for key in expected if written[key].tobytes() != expected[key].tobytes()] == []
     assert {leaf.dtype for leaf in written.values()} == {dtype}

@@ -28,7 +28,7 @@ def grads(style: str, remat: Remat) -> dict[str, Any]:
 
     @jax.jit
     def step(params: Any, x: jax.Array) -> dict[str, Any]:
-        y, vjp = jax.vjp(lambda params, x: run_blocks(probe.graph, params, x, remat=remat), params, x)
+        y, vjp = jax.vjp(lambda params, x: run_blocks(probe.graph, params, x, remat=remat)[0], params, x)
         grads, grad_x = vjp(normal(*y.shape, seed=2))
         return {"y": y, "grads": grads, "x": grad_x}
 
@@ -39,7 +39,7 @@ def saved_bytes(style: str, remat: Remat) -> int:
     probe = stack(style)
 
     def backward(params: Any, x: jax.Array) -> Any:
-        return jax.vjp(lambda params, x: run_blocks(probe.graph, params, x, remat=remat), params, x)[1]
+        return jax.vjp(lambda params, x: run_blocks(probe.graph, params, x, remat=remat)[0], params, x)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(backward, probe.params, X))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)

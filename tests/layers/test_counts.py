@@ -1,6 +1,7 @@
 """What a config says of parameters, flops and activations is what the layers have, compute and keep."""
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import jax
@@ -163,6 +164,28 @@ def test_layer_keeps_as_many_bytes_as_its_residuals_have(remat: Remat, config: M
     expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat)
     assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept) == expected.layer
     assert B * T * config.hidden_size * jnp.dtype(dtype).itemsize == expected.boundary
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("shared", [0, 24])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+def test_layer_of_experts_keeps_as_many_bytes(remat: Remat, shared: int, mlp: Any) -> None:
+    config = replace(small_config("llama"), mlp=mlp, num_experts=8, experts_per_token=2, shared_size=shared)
+    layer, params = layer_of(config, remat)
+    x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan_plain(layer, params, x, None).kept)
+    expected = activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat).layer
+    assert kept == (pytest.approx(expected, rel=0.01) if remat == "none" else expected)
+
+
+def test_experts_are_counted_whole_as_parameters_and_in_part_as_flops() -> None:
+    config = replace(small_config("llama"), num_experts=8, experts_per_token=2, expert_size=40, shared_size=24)
+    params = split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1]
+    assert param_counts(config).total == count(params)
+    one, all_of_them = (
+        flops_per_token(replace(config, experts_per_token=k), num_tokens=T).weights for k in (1, config.num_experts)
+    )
+    assert all_of_them - one == 2 * config.num_layers * 7 * 3 * config.hidden_size * config.expert_size
 
 
 @pytest.mark.parametrize("remat", REMATS)

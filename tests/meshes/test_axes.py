@@ -41,7 +41,6 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "two_open_own_axes": lambda: OWN.resize(dp=-1, pp=-1),
     "resized_axis_is_unknown": lambda: OWN.resize(dpp=4),
     "no_role_for_a_mesh": lambda: mesh_sizes(abstract_mesh(OWN)),
-    "role_that_splits_nothing": lambda: ShardingRules.of(MeshAxes.of(pp="pipe", cp="shard")).check_axes({"cp": 2}),
     "rule_over_an_axis_of_another_mesh": lambda: ShardingRules.of(OWN.roles).replace(ffn="tpp"),
 }
 

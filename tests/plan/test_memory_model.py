@@ -121,3 +121,20 @@ def test_memory_is_within_5_percent_of_compiled_programs(mesh: str, extra: str) 
 @pytest.mark.parametrize(("mesh", "extra"), MORE)
 def test_memory_is_within_5_percent_of_more_compiled_programs(mesh: str, extra: str) -> None:
     assert abs(error_of(mesh, extra)) < 0.05
+
+
+def test_moments_on_the_host_are_those_of_the_compiled_program() -> None:
+    words = f"{SIZES} --train.shard layer --train.offload optimizer"
+    setup, memory = setup_of("2x2x2", words), report_of("2x2x2", words).memory
+    layout = layout_of(setup.config, num_devices=8)
+    runtime = replace(TRELLAX, vocab=setup.config.pipeline.vocab)
+    sizes = {"layout": layout, "num_tokens": setup.config.data.seq_len, "runtime": runtime}
+    found = fullest(step_memory(setup.config.model, **sizes))
+    assert found.host == memory.host == 2 * memory.parameters
+    assert found.optimizer == 0
+    # Two counts of steps stay on the device.
+    assert memory.optimizer == 8
+    assert sum(memory.classes.values()) == memory.total
+    plain = report_of("2x2x2", f"{SIZES} --train.shard layer").memory
+    assert plain.host == 0
+    assert plain.optimizer - memory.optimizer == memory.host

@@ -183,6 +183,24 @@ def test_weights_of_70b_are_35_gb_for_tensor_4_and_pipe_4() -> None:
     assert tensor.activations < pipe.activations
 
 
+def test_moments_go_to_the_host_only_if_nothing_fits_without() -> None:
+    question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h200x1"), batch_size=8, num_tokens=8192)
+    (plan,) = search_train(question)
+    assert plan.layout.offload == "optimizer"
+    kept = replace(plan.layout, offload="none")
+    assert layout_memory(question, kept).total > question.device_limit
+    assert layout_memory(question, kept).optimizer == plan.memory.host == plan.numbers["host_bytes"]
+    # 16 bytes a parameter over 63 GB/s of PCI Express 5.0, in seconds.
+    copies_s = 2 * plan.memory.host / 63e9
+    times = [
+        step_time(LLAMA_8B, layout=layout, topology=question.topology, num_tokens=8192).time_s
+        for layout in (plan.layout, kept)
+    ]
+    assert times[0] - times[1] == pytest.approx(copies_s)
+    two = search_train(replace(question, topology=read_topology("h200x2")))
+    assert {one.layout.offload for one in two} == {"none"}
+
+
 @pytest.mark.parametrize(("name", "machine", "batch"), [("too_large", "a100x8", 64), ("batch", "h100x1024", 7)])
 def test_error_of_an_impossible_request_names_a_possible_one(
     name: str, machine: str, batch: int, golden: Callable[[str, str], None]
@@ -197,3 +215,17 @@ def test_error_of_a_model_too_large_to_serve_names_a_machine_that_holds_it(golde
     with pytest.raises(PlanError) as caught:
         search_serving(ServeQuestion(model=LLAMA_405B, topology=read_topology("h100x8")), objective="latency")
     golden("errors/plan/plan_serving.txt", str(caught.value))
+
+
+def test_offloaded_residuals_are_those_of_the_tables() -> None:
+    layout = Layout(pipe=8, schedule="1f1b", microbatches=32, sequences=1, remat="dots")
+    away = replace(layout, offload="residuals")
+    question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h200x8"), batch_size=32, num_tokens=8192)
+    here, there = (layout_memory(question, one) for one in (layout, away))
+    # One slot by each: 16 on the host, one of them unused; 16 on the device, or 3 and one in transit each way.
+    slot = there.host / 16
+    assert slot == pytest.approx(3.09e9, rel=0.01)
+    assert here.total - there.total == pytest.approx(11 * slot)
+    times = [step_time(LLAMA_8B, layout=one, topology=question.topology, num_tokens=8192) for one in (layout, away)]
+    assert times[1].time_s - times[0].time_s == pytest.approx(times[1].host_s)
+    assert times[1].host_s >= 32 * slot / 63e9

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from trellax.plan import StepSizes
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.runtime import TRELLAX
 from trellax.programs import Memory
-from trellax.programs.collectives import KINDS
-from trellax.programs.hlo import Computation, HloModule, Instruction, leaves
-from trellax.programs.matmul import matrix_flops
+from trellax.programs.hlo import HloModule, leaves
+from trellax.programs.timeline.overlap import list_spans
 
 from ..pipeline.loop_weights import made_of_weights
 
@@ -193,43 +191,18 @@ def test_collectives_overlap_with_products(
     words = f"llama3-8b-8gpu h200:8 --pipeline.remat {remat} --mesh.sequence {sequence}"
     flags = f"--xla_gpu_enable_triton_gemm={kernels}"
     inspect(words, hlo=str(tmp_path / "step.hlo"), xla_flags=flags)
-    found = list(list_asynchronous(HloModule.parse((tmp_path / "step.hlo").read_text())))
-    assert {kind for kind, _, _ in found} >= {sum_kind, "collective-permute"}
+    spans = [span for _, span in list_spans(HloModule.parse((tmp_path / "step.hlo").read_text())) if span.end]
+    assert {span.kind for span in spans} >= {sum_kind, "collective-permute"}
     # Both sums of a layer's backward, that of attention's and that of the feed-forward's input gradient.
     backward = [
-        between
-        for kind, start, between in found
-        if kind == sum_kind and "/backward/" in start.op_name and "rematted_computation" not in start.op_name
+        span.products
+        for span in spans
+        if span.kind == sum_kind
+        and "/backward/" in span.start.op_name
+        and "rematted_computation" not in span.start.op_name
     ]
     assert len(backward) >= 2
     assert all(backward)
-
-
-def list_asynchronous(program: HloModule) -> Iterator[tuple[str, Instruction, list[str]]]:
-    """Every collective in two halves: kind, first half, and the matrix products that are started between them."""
-    for computation in program.computations.values():
-        order = list(computation.instructions.values())
-        place = {instruction.name: index for index, instruction in enumerate(order)}
-        for index, done in enumerate(order):
-            if not done.opcode.endswith("-done") or done.operands[0] not in place:
-                continue
-            start = order[place[done.operands[0]]]
-            inside = [i.opcode for name in start.called().get("calls", ()) for i in own(program, name)]
-            kind = next((k for k in KINDS if k in (start.opcode.removesuffix("-start"), *inside)), None)
-            if kind is not None:
-                between = order[place[start.name] + 1 : index]
-                yield kind, start, [i.name for i in between if is_product(program, i, computation)]
-
-
-def own(program: HloModule, name: str) -> Iterator[Instruction]:
-    yield from program.computations[name].instructions.values()
-
-
-def is_product(program: HloModule, instruction: Instruction, computation: Computation) -> bool:
-    if matrix_flops(instruction, computation):
-        return True
-    called = instruction.called().get("calls", ()) if instruction.opcode == "fusion" else ()
-    return any(matrix_flops(i, program.computations[name]) for name in called for i in own(program, name))
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from trellax.programs.hlo import HloModule
+from trellax.programs.timeline.overlap import list_spans
 
 from .test_cuda import inspect
-from .test_cuda_overlap import bytes_of, has_product, kind_of
+from .test_cuda_overlap import bytes_of
 
 pytestmark = pytest.mark.cuda
 
@@ -53,14 +54,11 @@ def test_every_layer_has_one_gather_and_it_encloses_a_product(tmp_path: Path) ->
     assert found["all-gather"] == pytest.approx(2 * (2 - 1 / LAYERS) * part + 2 * once, rel=0.02)
     assert found["reduce-scatter"] == pytest.approx(4 * part + 4 * once, rel=0.01)
     program = HloModule.parse((tmp_path / "step.hlo").read_text())
-    gathers = []
-    for body in program.computations.values():
-        order = list(body.instructions.values())
-        for index, start in enumerate(order):
-            if kind_of(program, start) == "all-gather" and start.opcode.endswith("-start"):
-                done = next(i for i in order[index:] if i.opcode.endswith("-done") and i.operands[:1] == (start.name,))
-                between = order[index + 1 : order.index(done)]
-                gathers.append((bytes_of(done), any(has_product(program, i, body) for i in between)))
+    gathers = [
+        (bytes_of(span.end), bool(span.products))
+        for _, span in list_spans(program)
+        if span.kind == "all-gather" and span.end is not None
+    ]
     of_layers = [is_hidden for num_bytes, is_hidden in gathers if num_bytes == 2 * LAYER_PARAMS]
     # One in the loop of the forward and one in that of the backward, beside a product; the first of each loop besides.
     assert sum(of_layers) >= 2

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trellax.meshes.scopes import RARELY
 from trellax.programs import hlo_text
 from trellax.programs.execution_counts import ExecutionCounts, count_executions
 from trellax.programs.hlo import HloModule
@@ -99,4 +100,15 @@ def test_a_loop_that_depends_on_data_counts_once_and_is_noted() -> None:
     compiled = compile_for(SQUARE, lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x))
     assert runs_of_dots(compiled) == [[1]]
     (note,) = count(compiled, 1)[1].notes
-    assert "the number of iterations depends on data; counted as 1" in note
+    assert "iterations depend on data; counted as 1" in note
+
+
+def test_a_loop_that_nearly_always_has_no_iteration_is_not_counted() -> None:
+    def run(x: jax.Array) -> jax.Array:
+        with jax.named_scope(RARELY):
+            return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
+
+    compiled = compile_for(SQUARE, run)
+    assert runs_of_dots(compiled) == []
+    (note,) = count(compiled, 1)[1].notes
+    assert "iterations depend on data; counted as 0" in note

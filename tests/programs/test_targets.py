@@ -135,7 +135,7 @@ def test_hardware_has_the_numbers_of_the_description() -> None:
     assert hardware.matrix_peak("bf16") == 2 * 100 * 4 * 512 * 1.5e9
     assert hardware.vector_flops_per_s == 2 * 100 * 128 * 2e9
     assert hardware.link_bytes_per_s == 18 * 25e9
-    assert hardware.compiler_limit_bytes == 0.76 * 80e9
+    assert hardware.compiler_base_bytes == 0.8 * 80e9
     # Eight bits, as HLO names them.
     assert hardware.matrix_peak("f8e4m3fn") == 2 * hardware.matrix_peak("bf16")
 

@@ -18,6 +18,7 @@ from trellax.programs import (
     draw_report,
     format_report,
 )
+from trellax.programs.memory import kept_bytes
 
 from .steps import compiled_step, report_of, setup_of
 
@@ -95,9 +96,10 @@ def test_table_of_a_program_that_does_not_fit_has_the_excess() -> None:
 def test_verdict_distinguishes_xla_s_limit_from_the_capacity(
     limit: float | None, capacity: float, verdict: str
 ) -> None:
-    total = report_of("2x2x2").memory.total
-    limit_bytes = None if limit is None else int(limit * total)
-    hardware = replace(HARDWARE, memory_bytes=int(capacity * total), compiler_limit_bytes=limit_bytes)
+    total, kept = report_of("2x2x2").memory.total, kept_bytes(compiled_step("2x2x2").memory_analysis())
+    # XLA plans for what is kept, and 95% of the rest of what is available.
+    base = None if limit is None else int(kept + (limit * total - kept) / 0.95)
+    hardware = replace(HARDWARE, memory_bytes=int(capacity * total), compiler_base_bytes=base)
     report = report_step(compiled_step("2x2x2"), setup_of("2x2x2"), hardware=hardware)
     assert report.to_dict()["verdict"] == report.memory.verdict == verdict
     assert f"\n{verdict}: " in format_report(report)
@@ -118,6 +120,7 @@ def test_roofline_shares_add_up_and_follow_the_slowest_link() -> None:
     # Four devices a node: what crosses pipe now takes the network, which is a hundred times slower.
     # Groups over pipe+data have two devices in a node, and so two adapters.
     slower_s = sent(near, "pipe") * (1e-6 - 1e-8) + sent(near, "pipe+data") * (1e-6 / 2 - 1e-8)
+    slower_s += sent(near, "pipe+data+tensor") * (1e-6 / 4 - 1e-8)
     assert far.step_bound_s - near.step_bound_s == pytest.approx(slower_s, rel=0.01)
 
 

@@ -1,5 +1,6 @@
 """Small models, their answers by full recomputation, and engines, for the tests of this folder."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "llama": {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off", "embeddings": "untied"},
 }
 STYLES["uneven"] = STYLES["llama"] | {"num_layers": 3}
+STYLES["experts"] = STYLES["llama"] | {"num_experts": 8, "experts_per_token": 2, "expert_size": 64, "shared_size": 32}
+# As trained: half of its mean load is all that an expert has room for. An engine leaves no token out.
+STYLES["experts"] |= {"expert_capacity": 0.5, "expert_overflow": "drop"}
 """The first with as many key/value heads as heads, the second with one for each four."""
 
 
@@ -69,7 +73,8 @@ def engine_on(mesh: str, style: str = "llama", **sizes: Any) -> Engine:
 
 @cache
 def _full(config: ModelConfig) -> Any:
-    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    whole = replace(config, expert_overflow="rounds")
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(whole, rngs=nnx.Rngs(0))))[0]
     return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
 
 

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
-from trellax.meshes import TrellaxError
+from trellax.meshes import MeshSpec, ServeError, TrellaxError, build_mesh
 from trellax.serve import Engine, Request, check_model, check_request, param_shapes
 from trellax.serve.state import Sizes
 
 from .models import mesh_of, model_of
 
 CONFIG = model_of("llama", max_tokens=64)
+EXPERTS, SPLIT = model_of("experts", num_heads=16, head_size=4, expert_size=24), MeshSpec.parse("tensor=2,expert=4")
 SIZES: dict[str, Any] = {
     "slots": 8,
     "max_tokens": 64,
@@ -44,6 +46,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "cache_longer_than_the_model": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 1}, max_tokens=65),
     "heads_over_tensor": lambda: check_model(CONFIG, {"data": 1, "tensor": 3, "pipe": 1}, max_tokens=64),
     "layers_over_pipe": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 5}, max_tokens=64),
+    "split_experts": lambda: check_model(EXPERTS, SPLIT.sizes, max_tokens=8, axes=SPLIT.roles),
+    "experts_over_tensor": lambda: check_model(EXPERTS, {"data": 1, "tensor": 16, "pipe": 1}, max_tokens=8),
     "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
     "negative_groups": lambda: Sizes(**SIZES | {"slots": 0, "groups": -2}),  # slots are made from groups
     "no_chunk": lambda: Sizes(**SIZES | {"chunk": 0}),
@@ -75,3 +79,9 @@ def test_one_request_that_does_not_fit_stops_all_before_any_is_run() -> None:
 def test_shapes_are_asked_for_only_where_the_model_fits() -> None:
     with pytest.raises(TrellaxError, match="num_heads=8"):
         param_shapes(CONFIG, mesh=mesh_of("tensor=3"))
+
+
+def test_weights_of_experts_are_not_split_over_their_own_axis() -> None:
+    mesh = build_mesh(SPLIT, devices=jax.devices()[:8])
+    with pytest.raises(ServeError, match="mesh axis expert=4 splits experts"):
+        param_shapes(EXPERTS, mesh=mesh, axes=SPLIT.roles)

@@ -41,6 +41,7 @@ SAMPLE = [
     ("data=2,tensor=2,pipe=2", "llama", {}),
     ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
     ("pipe=2", "uneven", MANY_STOPS),
+    ("data=2,tensor=2,pipe=2", "experts", {}),
 ]
 MORE = [
     ("tensor=4", "llama", {}),
@@ -51,6 +52,9 @@ MORE = [
     ("tensor=2,pipe=4", "llama", {"groups": 8}),
     ("data=4,tensor=2", "llama", {"slots": 4}),
     ("tensor=8", "llama", {"chunk": 1}),
+    ("data=1", "experts", {"layers": "unrolled", "slots": 3}),
+    ("pipe=4", "experts", {}),
+    ("tensor=4", "experts", {"chunk": 1}),
     ("outer=2:tensor,inner=4:tensor", "llama", {"layers": "unrolled"}),
     ("replica=2:batch,own=2:tensor,pp=2:pipe", "uneven", {}),
 ]

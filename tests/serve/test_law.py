@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trellax.layers import Head, NewTokens
+from trellax.layers import Head, ModelConfig, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
+from trellax.serve.experts import MOST_TOKENS, with_room
 from trellax.serve.params import stage_params, stage_shapes
 from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state
@@ -34,6 +35,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "one_kv_head": ("llama", {"num_kv_heads": 1}),
     "qwen3_with_window": ("llama", {"qk_norm": "on", "attention_window": 6}),
     "unequal_stages": ("gpt", {"num_layers": 5}),
+    "experts": ("experts", {}),
+    "experts_in_rounds": ("experts", {}),
 }
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
@@ -41,14 +44,15 @@ SAMPLE = [
     ("pipe=2", "unequal_stages"),
     ("pipe=4", "llama"),
     ("data=2,tensor=2,pipe=2", "gpt"),
+    ("tensor=2,pipe=2", "experts"),
+    ("data=2,tensor=2", "experts_in_rounds"),
 ]
 
 
 def cached_logits(
-    style: str, changes: dict[str, Any], *, mesh_text: str, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
+    config: ModelConfig, *, mesh: Mesh, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
 ) -> np.ndarray:
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
-    config, mesh = model_of(style, **changes), mesh_of(mesh_text)
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
         config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
@@ -77,19 +81,25 @@ def cached_logits(
 
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
     specs = block_specs((stage_shapes(config, mesh=mesh), shapes), mesh)
+    return run_on_shards(run, mesh, specs, (params, empty_state(shapes)), tokens_BT)
+
+
+def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], tokens_BT: np.ndarray) -> np.ndarray:
+    """Run a function on every device's part of its arguments and of the sequences, and return all logits."""
     data = "data" if mesh.shape["data"] > 1 else None
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(*specs, P(data)), out_specs=P(data, None, tensor), axis_names=set(mesh.axis_names)
     )
     tokens = jax.device_put(tokens_BT, NamedSharding(mesh, P(data)))
-    return np.asarray(jax.jit(mapped)(params, empty_state(shapes), tokens))
+    return np.asarray(jax.jit(mapped)(*args, tokens))
 
 
 def check(mesh: str, kind: str) -> None:
     style, changes = KINDS[kind]
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
-    actual = cached_logits(style, changes, mesh_text=mesh, tokens_BT=tokens_BT)
+    config = with_room(model_of(style, **changes), num_tokens=MOST_TOKENS + 1 if kind == "experts_in_rounds" else 1)
+    actual = cached_logits(config, mesh=mesh_of(mesh), tokens_BT=tokens_BT)
     expected = logits_of(model_of(style, **changes), tokens_BT)
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
@@ -112,7 +122,8 @@ def test_a_bfloat16_cache_costs_the_rounding_of_keys_and_values_alone(
 ) -> None:
     """Rounded before they go to a float32 cache they give the same, to the law; bfloat16 ones are rounded already."""
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
-    run = partial(cached_logits, "llama", {"dtype": compute}, mesh_text="tensor=2,pipe=2", tokens_BT=tokens_BT)
+    config, mesh = model_of("llama", dtype=compute), mesh_of("tensor=2,pipe=2")
+    run = partial(cached_logits, config, mesh=mesh, tokens_BT=tokens_BT)
     rounded, whole = run(dtype="bfloat16"), run(dtype="float32")
     assert (rounded == whole).all() == (compute == "bfloat16")
 

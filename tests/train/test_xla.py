@@ -1,13 +1,14 @@
 """XLA's compiler options are set for GPUs only, never over the user's, and unknown ones are left out."""
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from trellax.train import xla
-from trellax.train.xla import GPU_SETTINGS, choose_options, compile_for, prepare_backend
+from trellax.train.xla import GPU_SETTINGS, SLOP, allocator_bytes, choose_options, compile_for, prepare_backend
 
 
 def test_gpus_get_every_option_and_cpus_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +44,92 @@ def test_memory_fraction_of_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert prepare_backend() == ""
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+class FakeProgram:
+    """A program that takes some bytes; `slop` is the option that it was compiled with."""
+
+    def __init__(self, temp_bytes: int, *, slop: object = None, text: str = "") -> None:
+        self.temp_bytes, self.slop, self.text = temp_bytes, slop, text
+
+    def memory_analysis(self) -> Any:
+        return SimpleNamespace(
+            argument_size_in_bytes=100,
+            output_size_in_bytes=100,
+            alias_size_in_bytes=100,
+            temp_size_in_bytes=self.temp_bytes,
+            generated_code_size_in_bytes=0,
+        )
+
+    def as_text(self) -> str:
+        return self.text
+
+
+class FakeLowered:
+    """Gives a program of `temp_bytes` with all of the memory, and of less with a reserve."""
+
+    def __init__(self, temp_bytes: int, *, with_reserve: int, text: str = "") -> None:
+        self.whole, self.with_reserve, self.text = temp_bytes, with_reserve, text
+        self.compiled = 0
+
+    def compile(self, compiler_options: dict[str, Any]) -> FakeProgram:
+        self.compiled += 1
+        slop = compiler_options.get(SLOP)
+        return FakeProgram(self.whole if slop in (100, 117) else self.with_reserve, slop=slop, text=self.text)
+
+
+REMAT = "  %fusion.3.remat = f32[8]{0} fusion(%x), kind=kLoop"
+
+
+@pytest.mark.parametrize(
+    ("lowered", "slop", "times"),
+    [
+        # Of 1,100 bytes 100 are kept; XLA plans 95% of 1,000 for the rest.
+        (FakeLowered(940, with_reserve=940), None, 1),
+        (FakeLowered(980, with_reserve=970), 100, 2),
+        (FakeLowered(980, with_reserve=900, text=REMAT), 100, 2),
+        (FakeLowered(1200, with_reserve=940, text=REMAT), None, 2),
+    ],
+    ids=["fits", "over the limit", "computed again", "does not fit without recomputation"],
+)
+def test_reserve_is_given_up_where_a_program_needs_it(
+    lowered: FakeLowered, slop: int | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(xla, "allocator_bytes", lambda: 1100)
+    assert compile_for(lowered, platform="gpu").slop == slop
+    assert lowered.compiled == times
+
+
+@pytest.mark.parametrize(
+    ("lowered", "slop", "times"),
+    [
+        # Of 1,000 bytes XLA takes 800 and jax would 920; 100 are kept. 820 / 700 = 117%, and 95% of that 111%.
+        (FakeLowered(660, with_reserve=660), None, 1),
+        (FakeLowered(700, with_reserve=700), 111, 2),
+        (FakeLowered(800, with_reserve=790), 117, 3),
+        (FakeLowered(830, with_reserve=790), 111, 3),
+    ],
+    ids=["fits", "fits a run", "needs the reserve", "does not fit"],
+)
+def test_a_program_for_an_absent_gpu_is_that_of_a_run(
+    lowered: FakeLowered, slop: int | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compile_for(lowered, platform="gpu", absent_bytes=1000).slop == slop
+    assert lowered.compiled == times
+
+
+def test_slop_factor_of_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", f"--{SLOP}=90")
+    monkeypatch.setattr(xla, "allocator_bytes", lambda: 1100)
+    lowered = FakeLowered(980, with_reserve=970)
+    assert compile_for(lowered, platform="gpu").slop is None
+    assert lowered.compiled == 1
+
+
+def test_without_a_gpu_nothing_is_compiled_twice() -> None:
+    assert allocator_bytes() is None
+    lowered = FakeLowered(980, with_reserve=970)
+    assert compile_for(lowered, platform="gpu").slop is None
+    assert lowered.compiled == 1

@@ -6,7 +6,7 @@ w[1, 3, 2, ...]. Parameters and the optimizer's moments are converted alike; `ch
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ...hub.saves.paths import leaves_by_path
 from ...hub.saves.reader import Arrays
+from ...meshes.host_memory import HOST, in_host_memory, is_in_host_memory, to_device, to_host
 from ...meshes.rules import split_first_free_dim
 from ...pipeline import PipelineParams, natural_order, stages_from_layers
-from ..state import Setup, TrainState
+from ..offload import join_params, map_params
+from ..state import Setup, TrainState, without_moments
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,24 @@ class LayerOrder:
     @cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, type and sharding of every saved array, by path, as this run's mesh splits it."""
-        shapes = jax.eval_shape(self._merge, self.setup.shapes)
+        shapes = jax.eval_shape(self._merge, _without_shardings(self.setup.shapes))
         return leaves_by_path(jax.tree.map(_place, shapes, self._shardings))
 
     def from_state(self, state: TrainState) -> Arrays:
         """Return the arrays of a state by path, as copies: the state may be donated afterwards."""
-        return self._take(state)
+        if not self.setup.is_offloaded:
+            return self._take(state)
+        moments = map_params(partial(self._move, self._merge_params), state.opt_state, self._shardings.opt_state)
+        return leaves_by_path({"opt_state": moments}) | self._take(without_moments(state))
 
     def to_state(self, arrays: Arrays) -> TrainState:
         """Return the state of saved arrays, which are donated if their memory can be reused."""
-        return self._put(dict(arrays))
+        if not self.setup.is_offloaded:
+            return self._put(dict(arrays))
+        state = self._put({path: leaf for path, leaf in arrays.items() if not is_in_host_memory(leaf)})
+        saved = jax.tree.unflatten(self._structure, [arrays[path] for path in self.shapes]).opt_state
+        moments = map_params(partial(self._move, self._cut_params), saved, self.setup.shardings.opt_state)
+        return replace(state, opt_state=join_params(moments, state.opt_state))
 
     @cached_property
     def params(self) -> PipelineParams:
@@ -53,20 +63,52 @@ class LayerOrder:
 
     @cached_property
     def _take(self) -> Any:
-        own = {path: leaf.sharding for path, leaf in self.shapes.items()}
+        own = {path: leaf.sharding for path, leaf in self.shapes.items() if not is_in_host_memory(leaf)}
         return jax.jit(lambda state: leaves_by_path(self._merge(state)), out_shardings=own)
 
     @cached_property
     def _put(self) -> Any:
-        # `shapes` has the paths in the order of this tree's leaves.
-        structure = jax.tree.structure(jax.eval_shape(self._merge, self.setup.shapes))
-
         def put(arrays: Arrays) -> TrainState:
-            saved = jax.tree.unflatten(structure, [arrays[path] for path in self.shapes])
+            saved = jax.tree.unflatten(self._structure, [arrays.get(path) for path in self.shapes])
             health = replace(saved.health, halted=jnp.zeros((), jnp.bool_))
+            saved = without_moments(saved) if self.setup.is_offloaded else saved
             return replace(map_params(self._cut_params, saved), health=health)
 
-        return jax.jit(put, out_shardings=self.setup.shardings, donate_argnums=self._donated)
+        own = without_moments(self.setup.shardings) if self.setup.is_offloaded else self.setup.shardings
+        return jax.jit(put, out_shardings=own, donate_argnums=self._donated)
+
+    @cached_property
+    def _structure(self) -> Any:
+        # `shapes` has the paths in the order of this tree's leaves.
+        return jax.tree.structure(jax.eval_shape(self._merge, _without_shardings(self.setup.shapes)))
+
+    def _move(self, convert: Any, moments: PipelineParams, shardings: PipelineParams) -> PipelineParams:
+        """Return moments in host memory converted one array at a time: all at once may not fit the devices."""
+
+        def of_stages(leaf: jax.Array, own: NamedSharding) -> Any:
+            return self._program(convert, own)(PipelineParams(stages={"": leaf}, shared={})).stages[""]
+
+        def of_shared(leaf: jax.Array, own: NamedSharding) -> Any:
+            return self._program(convert, own)(PipelineParams(stages={}, shared=leaf)).shared
+
+        return PipelineParams(
+            stages=jax.tree.map(of_stages, moments.stages, shardings.stages),
+            shared=jax.tree.map(of_shared, moments.shared, shardings.shared),
+        )
+
+    def _program(self, convert: Any, sharding: NamedSharding) -> Any:
+        key = (convert.__name__, sharding)
+        if key not in self._programs:
+
+            def move(given: PipelineParams) -> PipelineParams:
+                return jax.tree.map(to_host, convert(jax.tree.map(to_device, given)))
+
+            self._programs[key] = jax.jit(move, out_shardings=sharding)
+        return self._programs[key]
+
+    @cached_property
+    def _programs(self) -> dict[Any, Any]:
+        return {}
 
     @property
     def _donated(self) -> tuple[int, ...]:
@@ -118,11 +160,12 @@ class LayerOrder:
         # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].
         mesh, pipe = self.setup.mesh, self.setup.sizes.roles.pipe
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
-        if self.setup.config.model.num_layers % mesh.shape[pipe] == 0:
-            return NamedSharding(mesh, PartitionSpec(rank, *rest))
-        # 7 layers do not split over 2 ranks: the first dimension that does is split over pipe instead.
-        spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis=pipe, size=mesh.shape[pipe])
-        return NamedSharding(mesh, PartitionSpec(None, *spec))
+        merged = NamedSharding(mesh, PartitionSpec(rank, *rest))
+        if self.setup.config.model.num_layers % mesh.shape[pipe]:
+            # 7 layers do not split over 2 ranks: the first dimension that does is split over pipe instead.
+            spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis=pipe, size=mesh.shape[pipe])
+            merged = NamedSharding(mesh, PartitionSpec(None, *spec))
+        return in_host_memory(merged) if sharding.memory_kind == HOST else merged
 
 
 @lru_cache(maxsize=2)
@@ -151,13 +194,8 @@ def as_pipeline(params: dict[str, Any]) -> PipelineParams:
     return PipelineParams(stages=params["blocks"], shared={"embed": params["embed"], "head": params["head"]})
 
 
-def map_params(change: Any, tree: Any) -> Any:
-    """Return a tree with `change` applied to every parameter tree in it: the parameters and the optimizer's moments."""
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, PipelineParams)
-
-    return jax.tree.map(lambda node: change(node) if is_params(node) else node, tree, is_leaf=is_params)
+def _without_shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

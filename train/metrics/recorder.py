@@ -92,6 +92,7 @@ class StepRecorder:
                     **self._timer.breakdown_s,
                     "mfu": self._throughput.mfu(step_time_s),
                     "peak_memory_bytes": peak_memory_bytes(),
+                    **{name: float(value) for name, value in metrics.router.items()},
                     "skipped": None if is_taken else 1,
                 },
             )

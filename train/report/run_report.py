@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
+
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
+from ...meshes.host_memory import is_in_host_memory
 from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
+from ...programs.memory import device_bytes
 from ...schedules import Schedule, StageCost, simulate
 from ...schedules.stage_cost import is_even
 from ..state import Setup
@@ -52,21 +56,21 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     table = sharding_table(setup.model.params)
     stages = tabulate_stages(setup) if setup.schedule.num_ranks > 1 else None
     timing = simulate(setup.schedule, stages=setup.stage_costs)
-    sizes, devices = setup.sizes, setup.mesh.devices.ravel()
     return Report(
         mesh=_tell_mesh(setup),
         parameters=table.draw(width=width),
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
-            "mesh": str(sizes),
-            "split": {"tokens": sizes.splits_tokens(setup.config.data.seq_len), "shard": setup.config.train.shard},
-            "devices": len(devices),
+            "mesh": str(setup.sizes),
+            "split": {"tokens": _splits_tokens(setup), "shard": setup.config.train.shard},
+            "devices": setup.mesh.devices.size,
             "parameters": [
                 {"name": r.name, "shape": r.shape, "bytes": r.total_bytes, "device_bytes": r.device_bytes}
                 for r in table.rows
             ],
             "device_bytes": table.device_bytes,
+            "host_bytes": _host_bytes(setup),
             "stages": stages.numbers if stages else [],
             "ranks_of": ranks_of_ends(setup),
             "schedule": setup.schedule.name,
@@ -86,14 +90,29 @@ def _tell_mesh(setup: Setup) -> str:
         found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks; {how}"
     if setup.config.data.packing == "on":
         found += "\n          several documents in a sequence, attention within each (data.packing)"
-    if sizes.splits_tokens(setup.config.data.seq_len):
+    if _splits_tokens(setup):
         found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
     elif sizes.tensor > 1:
         found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
     if sizes.data * sizes.context > 1 and shard != "none":
         what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
         found += f"\n          {what} over {sizes.label('batch', 'shard', 'context')} (train.shard)"
+    if setup.is_offloaded:
+        found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
+    if setup.config.train.offload == "residuals":
+        found += "\n          residuals whose backward is far off in the memory of the host (train.offload)"
     return found
+
+
+def _splits_tokens(setup: Setup) -> bool:
+    return setup.sizes.splits_tokens(setup.config.data.seq_len)
+
+
+def _host_bytes(setup: Setup) -> int:
+    """Return the bytes that each device keeps in the memory of its host."""
+    if not setup.is_offloaded:
+        return 0
+    return device_bytes([leaf for leaf in jax.tree.leaves(setup.shapes.opt_state) if is_in_host_memory(leaf)])
 
 
 def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:

@@ -24,7 +24,7 @@ from ....schedules import Placement, Schedule
 from ...model.pattern import stage_pattern
 from ...model.stack import check_layers
 from ...model.stage import PipelineParams, StageFns
-from ...model.trees import check_arrays, mesh_axes_of, spread_specs
+from ...model.trees import check_arrays, kept_axes, mesh_axes_of, spread_specs
 from ..batch import check_batch
 from ..loop_plan import Bubbles
 from ..microbatches import Inputs
@@ -275,7 +275,7 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
                 f"{name} of {leaf_name} is {spec}, which names {twice[0]} twice; an axis splits one dimension.",
                 fix=f"leave one {twice[0]} out.",
             )
-        _check_gathered(f"{name} of {leaf_name}", spec, batch=fns.axes.kept)
+        _check_gathered(f"{name} of {leaf_name}", spec, fns.axes)
         if len(spec) > leaf.ndim - lead:
             raise ShardingError(
                 f"{name} of {leaf_name} is {spec}, but its shape is {leaf.shape}"
@@ -288,13 +288,13 @@ def _check_specs(fns: StageFns, mesh: Mesh, tree: Any, *, name: Literal["stage_s
             check_divides(f"{leaf_name}.shape[{dim}]", leaf.shape[dim], parts=parts, error=ShardingError, **words)
 
 
-def _check_gathered(name: str, spec: P, *, batch: tuple[str, ...]) -> None:
+def _check_gathered(name: str, spec: P, axes: MeshAxes) -> None:
     """Raise unless batch axes split one dimension, and no other axis splits it too: that is gathered over them."""
-    split = [axes for entry in spec if set(batch) & set(axes := mesh_axes_of(P(entry)))]
-    if len(split) > 1 or (split and not set(split[0]) <= set(batch)):
+    split = [entry for entry in spec if kept_axes(entry, axes)]
+    if len(split) > 1 or (split and kept_axes(split[0], axes) != mesh_axes_of(P(split[0]))):
         raise ShardingError(
             f"{name} is {spec}: batch axes keep one dimension of a parameter split, by themselves, to be gathered.",
-            fix=f"name them in one dimension alone, {P(batch[0], None)} say.",
+            fix=f"name them in one dimension alone, {P(axes.batch[0], None)} say.",
         )
 
 
