@@ -79,7 +79,7 @@ def test_each_text_file_is_a_document_and_the_held_out_part_keeps_its_ends(tmp_p
     for number, text in enumerate(("first\n", "second", "third and longest of all\n")):
         (tmp_path / f"{number}.txt").write_text(text)
     paths = tuple(str(tmp_path / f"{number}.txt") for number in range(3))
-    section = {"source": "text", "paths": paths, "seq_len": 4, "val_fraction": 0.7}
+    section: dict[str, Any] = {"source": "text", "paths": paths, "seq_len": 4, "val_fraction": 0.7}
     found = load_corpus(DataSection(**section, packing="on"))
     assert found.documents is not None
     assert found.documents.ends is not None
