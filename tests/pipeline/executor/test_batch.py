@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.meshes import TrellaxError
+from trellax.meshes import MeshSpec, TrellaxError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, natural_order, pipeline_grads, stages_from_layers
 from trellax.schedules import build_schedule
 
@@ -136,3 +136,52 @@ def test_batch_that_would_be_cut_wrongly_is_refused(golden: Callable[[str, str],
             pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=grid)
         told.append(f"# {name}\n{type(caught.value).__name__}: {caught.value}")
     golden("errors/pipeline/batch.txt", "\n".join(told))
+
+
+TOKENS: dict[str, Any] = {
+    "first": lambda shared, microbatch: microbatch["x"] * shared["scale"][None, None],
+    "layer": lambda w, x, microbatch: x + jnp.tanh(x @ w),
+    "last": lambda shared, x, microbatch: ((x - microbatch["y"]) ** 2 * microbatch["weights"][..., None]).sum() / M,
+}
+"""Functions of [b, T, D] that treat every token by itself."""
+
+
+def token_step(mesh: str, **specs: Any) -> Any:
+    """Return loss and gradients of a batch [M, B, T, D] on a mesh, in natural order of layers."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    spec = MeshSpec.parse(mesh)
+    params = PipelineParams(
+        stages=stages_from_layers(draw(NUM_LAYERS, WIDTH, WIDTH), num_ranks=spec.pipe), shared={"scale": draw(WIDTH)}
+    )
+    batch = {"x": draw(M, B, 8, WIDTH), "y": draw(M, B, 8, WIDTH), "weights": np.abs(draw(M, B, 8))}
+    own: dict[str, Any] = {"mesh": build_mesh(spec, devices=jax.devices()[: spec.num_devices])}
+    own["schedule"] = build_schedule("1f1b", num_ranks=spec.pipe, num_microbatches=M)
+
+    def run(params: PipelineParams, batch: Tree) -> Any:
+        return pipeline_grads(StageFns(**TOKENS, axes=spec.roles, **specs), params=params, batch=batch, **own)
+
+    out = jax.jit(run)(params, batch)
+    return out.loss, natural_order(out.grads.stages), out.grads.shared
+
+
+def test_tokens_of_any_model_are_split_over_context() -> None:
+    expected = token_step("pipe=1")
+    actual = token_step("data=2,context=2,pipe=2", batch_specs=P(None, "data", "context"))
+    for own, one in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(own, one, rtol=TOLERANCE, atol=TOLERANCE * float(jnp.abs(one).max()))
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({}, "no leaf of the batch is split over context=2: its devices would all add the same loss"),
+        (
+            {"batch_specs": P(None, "data", None, "context")},
+            r"batch_specs\['weights'\] is P.* for a leaf of shape \(3, 8, 8\)",
+        ),
+    ],
+)
+def test_a_batch_whole_over_context_is_refused(specs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrellaxError, match=message):
+        token_step("context=2,pipe=2", **specs)
