@@ -47,7 +47,8 @@ def test_losses_and_norms_are_those_of_data_alone(name: str, runs: Path) -> None
 
 
 def test_a_run_goes_on_and_is_evaluated_on_another_mesh(runs: Path) -> None:
-    val_loss = read_summary(runs / "runs" / "context").final_val_loss
+    summary = read_summary(runs / "runs" / "context")
+    val_loss = summary and summary.final_val_loss
     spec = MeshSpec.parse("context=2,data=2")
     mesh = build_mesh(spec, devices=jax.devices()[:4])
     with pytest.MonkeyPatch.context() as patch:
