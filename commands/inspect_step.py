@@ -128,4 +128,5 @@ def step_sizes(setup: Setup) -> StepSizes:
         layers_per_stage=setup.layers_per_stage if mesh.pipe > 1 else None,
         vocab=config.pipeline.vocab,
         placement=setup.schedule.placement if mesh.pipe > 1 else None,
+        context_attention=setup.context_attention,
     )

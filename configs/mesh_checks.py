@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..layers import ModelConfig
+from ..layers.context.choice import choose_context_attention
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
@@ -22,6 +23,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
     yield from _check_depth(config, mesh)
     yield from errors_of(check_batch_splits, config, mesh)
     yield from errors_of(mesh.splits_tokens, config.data.seq_len)
+    yield from _check_context(config, mesh)
     yield from _check_forwards(config, pipe=mesh.pipe)
     yield from _check_offload(config, mesh)
 
@@ -132,6 +134,13 @@ def _check_depth(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             num_tokens=config.data.seq_len,
             vocab=config.pipeline.vocab,
         )
+
+
+def _check_context(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error unless heads can be exchanged over context, where they are asked to be."""
+    asked, sizes = config.pipeline.context_attention, {"tensor": mesh.tensor, "context": mesh.context}
+    if mesh.context > 1 and config.model.num_heads % mesh.tensor == 0:
+        yield from errors_of(choose_context_attention, config.model, asked=asked, **sizes)
 
 
 def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:

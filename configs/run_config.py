@@ -71,7 +71,7 @@ class RunConfig(Section):
     def _is_default(self, section: str, key: str) -> bool:
         own = getattr(self, section)
         if isinstance(own, MeshSpec):
-            return (key == "sequence" and own.sequence == "auto") or own.sizes.get(key) == 1
+            return (key == "sequence" and own.sequence == "auto") or own.sizes.get(key, 1) == 1
         fields = type(own).model_fields if isinstance(own, BaseModel) else type(own).__dataclass_fields__
         return getattr(own, key) == fields[key].default
 

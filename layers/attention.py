@@ -52,12 +52,10 @@ class Attention(nnx.Module):
             ModelError: x is not [B, T, D], or T is 0.
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places and places.positions)
-        segments_BT = places and places.segments
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places.positions if places else None)
+        segments_BT = places.segments if places else None
         return self.combine(
-            attend_in_context(
-                q_BTNH, k_BTKH, v_BTKH, config=self.config, axes=self.rules.axes("tokens"), segments_BT=segments_BT
-            )
+            attend_in_context(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules, segments_BT=segments_BT)
         )
 
     def project(

@@ -9,22 +9,26 @@ from ..meshes import ModelError
 from ..meshes.arguments import check_number
 from ..meshes.device_axes import num_manual_blocks
 from .collectives import own_tokens
+from .context.places import own_part
 
 
-def dropout(x: jax.Array, *, rate: float, keys: jax.Array, tokens: Sequence[str] = ()) -> jax.Array:
+def dropout(
+    x: jax.Array, *, rate: float, keys: jax.Array, tokens: Sequence[str] = (), context: Sequence[str] = ()
+) -> jax.Array:
     """Set each number of x to zero with probability `rate`, and scale the others by 1 / (1 - rate).
 
     x[B@data, ...], keys[B@data] -> y[B@data, ...] in the dtype of x; no communication. The mask of a sequence is drawn
     from its own key, so it is the same wherever the sequence lies: `info.keys()` in a pipeline's layer gives such keys.
     There the backward draws the mask again, and nothing is kept for it.
 
-    Where tokens are split between layers, x[B@data, T@tokens, D], each device draws the mask of all and uses its own.
+    Where tokens are split, x[B@data, T@(context, tokens), D], each device draws the mask of all and uses its own.
 
     >>> dropout(jnp.ones((2, 4)), rate=0.0, keys=jax.random.split(jax.random.key(0), 2)).sum()
     Array(8., dtype=float32)
 
     Args:
-        tokens: the mesh axes over which the tokens of x are split, `rules.token_axes`.
+        tokens: the mesh axes over which tokens are split between layers, `rules.token_axes`.
+        context: those over which whole sequences are split, in the order of their ranks, `rules.axes("tokens")`.
 
     Raises:
         ModelError: `rate` is not a number from 0 up to 1, or there is not one key for each sequence.
@@ -40,10 +44,10 @@ def dropout(x: jax.Array, *, rate: float, keys: jax.Array, tokens: Sequence[str]
         )
     if not rate:
         return x
-    parts = num_manual_blocks(tokens)
+    parts = num_manual_blocks(tokens) * num_manual_blocks(context)
     shape = x.shape[1:] if parts == 1 else (x.shape[1] * parts, *x.shape[2:])
     is_kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(threefry_keys(keys))
-    is_kept = own_tokens(is_kept, tokens)
+    is_kept = own_tokens(own_part(is_kept, context, dim=1), tokens)
     return jnp.where(is_kept, x / (1 - rate), jnp.zeros_like(x))
 
 

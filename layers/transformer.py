@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
         tokens[B@data, T]; without the weights of tokens in the loss [B@data, T] routers add none.
         """
         graph, params_L = nnx.split(self.blocks)
-        x_BTD = self.embed(tokens_BT, positions_BT=places and places.positions)
+        x_BTD = self.embed(tokens_BT, positions_BT=places.positions if places else None)
         return run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
 
 

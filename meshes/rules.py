@@ -32,6 +32,7 @@ _ROLES: dict[str, Role | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head": None,
+    "attention_heads": "tensor",  # heads while attention mixes tokens
     "ffn": "tensor",
     "experts": "expert",
     "router": None,
@@ -96,6 +97,14 @@ class ShardingRules:
         P('data', 'tensor', None)
         """
         return self.replace(stream_tokens=_as_entry((*self.axes("tokens"), *self.axes("heads"))))
+
+    def exchange_heads(self) -> "ShardingRules":
+        """Return the rules with heads split over the axes of tokens too while attention mixes tokens.
+
+        All-to-alls around attention of whole sequences take the place of gathers of keys and values (Jacobs et al.
+        2023, section 3.1). The heads of a tensor rank must divide.
+        """
+        return self.replace(attention_heads=_as_entry((*self.axes("heads"), *self.axes("tokens"))))
 
     @property
     def token_axes(self) -> tuple[str, ...]:

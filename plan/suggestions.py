@@ -117,6 +117,7 @@ def _keys(layout: Layout) -> Change:
         **({"mesh.expert": layout.expert} if layout.expert > 1 else {}),
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
+        "mesh.context": layout.context,
         "pipeline.schedule": layout.schedule,
         "pipeline.chunks": layout.chunks,
         "pipeline.microbatches": layout.microbatches,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import ModelConfig, model_rules
+from ..layers.context.choice import choose_context_attention
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
@@ -89,6 +90,7 @@ class Setup:
     def _cut(self, config: ModelConfig) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
+        rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
         return split_transformer(
             config,
             mesh=self.mesh,
@@ -101,6 +103,12 @@ class Setup:
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
         )
+
+    @property
+    def context_attention(self) -> Literal["gather", "ulysses"]:
+        """How context ranks attend to each other's tokens."""
+        own = {"tensor": self.sizes.tensor, "context": self.sizes.context}
+        return choose_context_attention(self.config.model, asked=self.config.pipeline.context_attention, **own)
 
     @property
     def placement(self) -> Placement:

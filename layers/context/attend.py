@@ -1,10 +1,12 @@
-"""Choose how attention meets a context axis: gather keys and values, or nothing where a device has whole sequences."""
+"""Attention where a device has a part of each sequence, or whole ones: a gather, an exchange, or neither."""
 
 import jax
 
+from ...meshes import ShardingRules
 from ...meshes.device_axes import manual_axes
 from ..config import ModelConfig
 from ..flash import attend_causally, choose_kernel
+from .exchanged import attend_exchanged
 from .fused_tiles import FusedKernel
 from .gathered import How, attend_gathered
 from .plain_tiles import PlainKernel
@@ -16,12 +18,15 @@ def attend_in_context(
     v_BTKH: jax.Array,
     *,
     config: ModelConfig,
-    axes: tuple[str, ...],
+    rules: ShardingRules,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention of sequences whose tokens are split over context axes.
 
     q[B@data, T@context, N@tensor, H], k and v[B@data, T@context, K@tensor, H] -> mixed[B@data, T@context, N@tensor, H]
+
+    Heads are exchanged for tokens where the rules split the dim "attention_heads" over context too; else keys and
+    values are gathered.
 
     Args:
         segments_BT: the number of each token's document; None where a sequence is one document.
@@ -29,9 +34,11 @@ def attend_in_context(
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
-    context = manual_axes(axes)
+    context = manual_axes(rules.axes("tokens"))
     if not context:
         return attend_causally(q_BTNH, k_BTKH, v_BTKH, config=config, segments_BT=segments_BT)
+    if set(context) <= set(rules.axes("attention_heads")):
+        return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, segments_Bt=segments_BT)
     # cuDNN's kernel has no mask between two chunks but the causal one.
     is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
     how = How(window=config.attention_window, axes=context, kernel=PlainKernel() if is_plain else FusedKernel())

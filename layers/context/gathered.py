@@ -65,7 +65,7 @@ def _forward(
     q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, segments_Bt: jax.Array | None, how: How
 ) -> tuple[jax.Array, _Saved]:
     queries = _cut(q_BtNH)
-    on_diagonal = how.kernel.attend(*map(_join, (q_BtNH, k_BtKH, v_BtKH)), _diagonal(segments_Bt, how))
+    on_diagonal = how.kernel.attend(_join(q_BtNH), _join(k_BtKH), _join(v_BtKH), _diagonal(segments_Bt, how))
     keys = _Keys.gather(k_BtKH, v_BtKH, segments_Bt, how.axes)
 
     def add(number: jax.Array, chunks: Tile) -> Tile:
@@ -125,8 +125,8 @@ class _Keys(NamedTuple):
         cls, k_BtKH: jax.Array, v_BtKH: jax.Array, segments_Bt: jax.Array | None, axes: tuple[str, ...]
     ) -> "_Keys":
         """Gather them over context."""
-        leaves = (k_BtKH, v_BtKH, segments_Bt)
-        return cls(*(None if leaf is None else jax.lax.all_gather(_cut(leaf), axes) for leaf in leaves))
+        segments = None if segments_Bt is None else jax.lax.all_gather(_cut(segments_Bt), axes)
+        return cls(*(jax.lax.all_gather(_cut(leaf), axes) for leaf in (k_BtKH, v_BtKH)), segments=segments)
 
     def count(self, how: How) -> int:
         """Return the number of pairs below the diagonal."""

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...meshes.device_axes import manual_axes
+from ...meshes import ShardingError
+from ...meshes.device_axes import manual_axes, mark_varying
+from ...meshes.divisibility import check_divides
 
 
 @jax.tree_util.register_dataclass
@@ -44,10 +46,16 @@ def order_chunks(array: Any, *, num_ranks: int, dim: int = -1) -> Any:
     if num_ranks == 1:
         return array
     dim %= array.ndim
-    shape = (*array.shape[:dim], 2 * num_ranks, -1, *array.shape[dim + 1 :])
-    order = [chunk for rank in range(num_ranks) for chunk in (rank, 2 * num_ranks - 1 - rank)]
-    take = np.take if isinstance(array, np.ndarray) else jnp.take
-    return take(array.reshape(shape), np.asarray(order), axis=dim).reshape(array.shape)
+    xp = np if isinstance(array, np.ndarray) else jnp
+    early, late = xp.split(array.reshape(*array.shape[:dim], 2 * num_ranks, -1, *array.shape[dim + 1 :]), 2, axis=dim)
+    return xp.stack([early, xp.flip(late, dim)], axis=dim + 1).reshape(array.shape)
+
+
+def restore_order(array: jax.Array, *, num_ranks: int, dim: int) -> jax.Array:
+    """Undo `order_chunks`."""
+    shape = (*array.shape[:dim], num_ranks, 2, -1, *array.shape[dim + 1 :])
+    early, late = (jnp.take(array.reshape(shape), half, axis=dim + 1) for half in (0, 1))
+    return jnp.concatenate([early, jnp.flip(late, dim)], axis=dim).reshape(array.shape)
 
 
 def own_chunks(axes: Sequence[str]) -> tuple[Any, Any]:
@@ -65,3 +73,19 @@ def own_positions(num_tokens: int, axes: Sequence[str]) -> jax.Array:
     size = num_tokens // 2
     within = jnp.arange(size, dtype=jnp.int32)
     return jnp.concatenate([first * size + within, second * size + within])
+
+
+def own_part(array: jax.Array, axes: Sequence[str], *, dim: int) -> jax.Array:
+    """Return the two chunks of this device of an array that has all tokens: [B, T, ...] -> [B, t, ...].
+
+    Raises:
+        ShardingError: the tokens are no multiple of the chunks of all ranks.
+    """
+    manual = manual_axes(axes)
+    if not manual:
+        return array
+    num_chunks = 2 * jax.lax.axis_size(manual)
+    check_divides("tokens", array.shape[dim], over="chunks of context ranks", parts=num_chunks, error=ShardingError)
+    size, whole = array.shape[dim] // num_chunks, mark_varying(array, manual)
+    chunks = [jax.lax.dynamic_slice_in_dim(whole, chunk * size, size, axis=dim) for chunk in own_chunks(axes)]
+    return jnp.concatenate(chunks, axis=dim)

@@ -173,9 +173,9 @@ def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:
     return rules.spec(("microbatch", "batch", "tokens")) if rules.axes("tokens") else None
 
 
-def _places_of(microbatch: Mapping[str, jax.Array]) -> Places | None:
+def _places_of(microbatch: Mapping[str, jax.Array] | None) -> Places | None:
     """Return where the tokens stand, in sequences of several documents."""
-    if "segments" not in microbatch:
+    if not microbatch or "segments" not in microbatch:
         return None
     return Places(positions=microbatch["positions"], segments=microbatch["segments"])
 

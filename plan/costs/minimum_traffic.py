@@ -8,9 +8,10 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
   section 3). An all-reduce over t devices sends 2 (t - 1) / t of the array.
   With sequence parallelism a reduce-scatter and an all-gather of half of that each take its place (Korthikanti et al.
   2022, section 4.2.2), and what a stage sends to the next is a t-th of the activation.
-- Keys and values are gathered over `context` in every layer, and their gradients reduce-scattered: 2 b s h_kv
-  (c - 1) / c numbers each way, for s tokens of a sequence (Llama Team 2024, section 3.3.2). Each device has s / c of
-  them, and gradients are summed over data x context.
+- Keys and values are gathered over `context` in every layer, and their gradients reduce-scattered, each
+  2 b s h_kv (c - 1) / c numbers, for s tokens of a sequence (Llama Team 2024, section 3.3.2); or tokens are exchanged
+  for heads, 2 b s (h + h_kv) (c - 1) / c^2 each way (Jacobs et al. 2023). Each device has s / c tokens, and gradients
+  are summed over data x context.
 - Every boundary between stages on two ranks sends an activation forward and its gradient back.
 - A layer of experts sends each token to its experts and back, forward and backward.
 - Embedding, head and loss are counted apart, in `_vocabulary`.
@@ -19,6 +20,7 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from ...layers import ModelConfig, Remat
 from ...meshes import MeshSpec, PlanError
@@ -57,6 +59,7 @@ class StepSizes:
     layers_per_stage: tuple[int, ...] | None = None
     vocab: Vocab = "ends"
     placement: Placement | None = None
+    context_attention: Literal["gather", "ulysses"] = "gather"
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -137,14 +140,12 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         found.append(f"{mesh.label('expert')}: {rows}, some of them empty.")
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
-    if mesh.context > 1:
-        again = (
-            "gathers keys and values again, to keep those of its own tokens alone"
-            if remat != "full"
-            else ("gathers keys and values twice more, for the forward that it repeats and for itself")
-        )
-        times = "2" if remat == "full" else "1.5"
-        found.append(f"{mesh.label('context')}: the backward {again}; {times} times the minimum.")
+    if mesh.context > 1 and sizes.context_attention == "gather":
+        again = "the backward gathers keys and values again, to keep those of its own tokens alone"
+        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
+    elif mesh.context > 1 and remat != "none":
+        what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
+        found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
     over = mesh.label(*_SUMMED)
     if sizes.shards > 1 and shard == "layer":
         found.append(f"{over}: shard='layer' gathers weights and sums gradients in every microbatch.")
@@ -185,12 +186,15 @@ def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 
 
 def _context(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """Yield the all-gathers of keys and values, and the reduce-scatters of their gradients."""
+    """Yield what attention sends of keys and values, or of heads, and of their gradients."""
     mesh, model = sizes.mesh, sizes.model
     if mesh.context == 1:
         return
     # With fewer key/value heads than tensor ranks each rank has one.
     width = max(model.kv_size // mesh.tensor, model.head_size)
+    # A device has s / c tokens: a gather sends them to c - 1 others, an exchange a c-th part to each.
+    if sizes.context_attention == "ulysses":
+        width = (model.num_heads * model.head_size // mesh.tensor + width) / mesh.context
     once = 2 * sizes.tokens * (mesh.context - 1) * width * _ITEM_BYTES[model.dtype]
     yield mesh.label("context"), 2 * sizes.layers_of(rank) * sizes.num_microbatches * once
 

@@ -38,6 +38,12 @@ MISTAKES = {
     "text_without_paths": "--mesh.data=8 --data.source=text",
     "tokens_without_paths": "--mesh.data=8 --data.source=tokens",
     "stdlib_with_paths": "--mesh.data=8 --data.paths=a.txt",
+    "tokens_over_context": "--mesh.data=1 --mesh.context=8 --data.seq_len=24",
+    "tokens_over_context_and_tensor": "--mesh.context=2 --mesh.tensor=4 --data.seq_len=20 --mesh.sequence=on",
+    "heads_over_context": "--mesh.data=1 --mesh.context=8 --pipeline.context_attention=ulysses",
+    "packed_ids_without_an_end": "--mesh.data=8 --data.source=tokens --data.packing=on --data.paths=README.md",
+    "end_of_bytes": "--mesh.data=8 --data.packing=on --data.end_id=10",
+    "end_that_is_no_id": "--mesh.data=8 --data.source=tokens --data.packing=on --data.end_id=999 --data.paths=a.bin",
     "many_at_once": "--mesh.pipe=3 --pipeline.schedule=gpip --data.seq_len=64 --train.batch_size=7",
 }
 

@@ -1,11 +1,17 @@
 """Dropout: masks by sequence, the share of zeros, the scale, and bad arguments."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from trellax.layers.context.places import order_chunks
 from trellax.layers.dropout import dropout
 from trellax.meshes import ModelError
+
+from .sharded import mesh_of
 
 KEYS = jax.random.split(jax.random.key(0), 64)
 X = 1 + jnp.arange(64 * 100, dtype=jnp.float32).reshape(64, 100)
@@ -26,6 +32,16 @@ def test_a_mask_belongs_to_its_sequence(kind: str) -> None:
     whole = dropout(X, rate=0.5, keys=keys)
     np.testing.assert_array_equal(dropout(X[10:20], rate=0.5, keys=keys[10:20]), whole[10:20])
     assert not np.array_equal(np.asarray(whole[0] != 0), np.asarray(whole[1] != 0))
+
+
+@pytest.mark.parametrize("axes", ["context=4", "context=2,tensor=2"])
+def test_context_ranks_draw_their_tokens_of_the_mask_of_a_sequence(axes: str) -> None:
+    mesh, x, keys = mesh_of(axes), 1 + jnp.arange(2 * 16 * 4, dtype=jnp.float32).reshape(2, 16, 4), KEYS[:2]
+    num_ranks, split = mesh.shape["context"], ("context", "tensor")
+    own = partial(dropout, rate=0.5, keys=keys, tokens=("tensor",), context=("context",))
+    run = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=P(None, split), out_specs=P(None, split)))
+    expected = order_chunks(np.asarray(dropout(x, rate=0.5, keys=keys)), num_ranks=num_ranks, dim=1)
+    np.testing.assert_array_equal(run(order_chunks(x, num_ranks=num_ranks, dim=1)), expected)
 
 
 def test_keys_in_the_old_style_draw_the_same_masks() -> None:

@@ -197,6 +197,7 @@ def pipeline_step(
     overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
     batch: dict[str, np.ndarray] | None = None,
+    context: Literal["gather", "ulysses"] = "gather",
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
@@ -206,7 +207,8 @@ def pipeline_step(
     """
     devices = _build(spec := _spec_of(mesh))
     rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
-    rules = (rules.split_stream() if sequence == "on" else rules).replace(**whole or {})
+    rules = rules.split_stream() if sequence == "on" else rules
+    rules = (rules.exchange_heads() if context == "ulysses" else rules).replace(**whole or {})
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}

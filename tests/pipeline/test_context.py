@@ -35,10 +35,15 @@ class Case:
     vocab: Literal["ends", "split"] = "ends"
     remat: Remat = "none"
     num_chunks: int = 1
+    context: Literal["gather", "ulysses"] = "gather"
 
     def __str__(self) -> str:
         flags = (("window", self.window), ("experts", self.experts == "on"), ("packed", self.packed == "on"))
-        more = [name for name, is_on in (*flags, ("sequence", self.sequence == "on")) if is_on]
+        more = [
+            name
+            for name, is_on in (*flags, ("sequence", self.sequence == "on"), ("ulysses", self.context == "ulysses"))
+            if is_on
+        ]
         text = "-".join(
             (self.mesh, self.schedule, self.style, self.attention, *more, self.shard, self.vocab, self.remat)
         )
@@ -55,10 +60,15 @@ CASES = (
     Case(mesh="context=4,pipe=2", schedule="zb-h1", window=5, packed="on", remat="dots"),
     Case(mesh="context=2,tensor=2,pipe=2", sequence="on", vocab="split", packed="on", remat="dots"),
     Case(mesh="data=2,context=2,pipe=2", schedule="zb-h1", shard="layer", window=3),
+    Case(mesh="context=4,pipe=2", window=3, packed="on", context="ulysses", remat="dots"),
 )
 
 MORE_CASES = (
     Case(mesh="context=4"),
+    Case(mesh="context=8", attention="mha", context="ulysses"),
+    Case(mesh="context=2,tensor=2,pipe=2", context="ulysses", sequence="on", schedule="zb-h1"),
+    Case(mesh="data=2,context=2,pipe=2", context="ulysses", style="gpt", attention="mha", shard="step", packed="on"),
+    Case(mesh="context=2,pipe=2", context="ulysses", schedule="zb-v", num_chunks=2, window=5, remat="full"),
     Case(mesh="context=8", num_microbatches=1, style="gpt"),
     Case(mesh="context=8", packed="on", window=7, attention="mqa", remat="full"),
     Case(mesh="context=2,tensor=4", sequence="on", attention="mqa"),
@@ -107,6 +117,7 @@ def found_in(case: Case) -> dict[str, float]:
         "shard": case.shard,
         "vocab": case.vocab,
         "remat": case.remat,
+        "context": case.context,
         "bubbles": "nan",
     }
     if case.packed == "off":

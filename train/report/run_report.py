@@ -86,7 +86,8 @@ def _tell_mesh(setup: Setup) -> str:
     found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     if sizes.context > 1:
         own = sizes.tokens_of_rank(setup.config.data.seq_len)
-        found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks"
+        how = "keys and values gathered" if setup.context_attention == "gather" else "heads exchanged"
+        found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks; {how}"
     if setup.config.data.packing == "on":
         found += "\n          several documents in a sequence, attention within each (data.packing)"
     if _splits_tokens(setup):

@@ -42,7 +42,8 @@ def parts(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
 
 def run_stand_in(q: jax.Array, k: jax.Array, v: jax.Array, window: int, causal: bool) -> tuple[jax.Array, Any]:
     assert not window
-    tile = attend_tile(*parts(q, k, v), mask_of(q, k, causal))
+    q_, k_, v_ = parts(q, k, v)
+    tile = attend_tile(q_, k_, v_, mask_of(q, k, causal))
     y, sums = tokens_first(tile.mixed), tile.sums.reshape(q.shape[0], N, -1)
     return y, (q, k, v, jnp.zeros((0,), q.dtype), sums, y)
 

@@ -1,0 +1,57 @@
+"""Choose how context ranks attend to each other's tokens: gather keys and values, or exchange tokens for heads.
+
+Numbers that a device sends for a layer of T tokens, N query and K key/value heads of H features on a tensor rank, over
+c ranks, in units of T H (c - 1) / c:
+
+                 forward             backward            for N = 32, K = 8:    c = 2    c = 4    c = 8
+    gather       2 K                 4 K                                          48       48       48
+    ulysses      2 (N + K) / c       2 (N + K) / c                                80       40       20
+
+A gather's backward gathers again, to keep no rank's keys but its own. Heads must divide to be exchanged.
+"""
+
+from typing import Literal, get_args
+
+from ...meshes import ModelError
+from ...meshes.arguments import check_choice
+from ..config import ModelConfig
+
+ContextAttention = Literal["auto", "gather", "ulysses"]
+"""How context ranks attend to each other's tokens; "auto" is what sends less."""
+
+
+def choose_context_attention(
+    config: ModelConfig, *, tensor: int, context: int, asked: ContextAttention = "auto"
+) -> Literal["gather", "ulysses"]:
+    """Return how attention is computed over `context` ranks, of a model split over `tensor`.
+
+    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=8, num_kv_heads=2)
+    >>> choose_context_attention(config, tensor=1, context=2)
+    'gather'
+
+    Raises:
+        ModelError: heads are to be exchanged and do not divide, or `asked` is not one of the choices.
+    """
+    check_choice("context_attention", asked, get_args(ContextAttention), error=ModelError)
+    heads, kv_heads = config.num_heads // tensor, max(1, config.num_kv_heads // tensor)
+    divides = heads % context == kv_heads % context == 0
+    if asked == "ulysses" and context > 1 and not divides:
+        raise ModelError(
+            f"context_attention='ulysses' exchanges heads over context={context}, and each of tensor={tensor} ranks "
+            f"has {heads} query and {kv_heads} key/value heads.",
+            fix=f"use a context size that divides {kv_heads}, or context_attention='gather'.",
+        )
+    if asked != "auto":
+        return asked
+    gathered, exchanged = gathered_numbers(kv_heads), exchanged_numbers(heads, kv_heads, context)
+    return "ulysses" if divides and sum(exchanged) < sum(gathered) else "gather"
+
+
+def gathered_numbers(kv_heads: int) -> tuple[float, float]:
+    """Return what a gather sends forward and backward, in the units of this file."""
+    return 2 * kv_heads, 4 * kv_heads
+
+
+def exchanged_numbers(heads: int, kv_heads: int, context: int) -> tuple[float, float]:
+    """Return what an exchange sends forward and backward, in the units of this file."""
+    return 2 * (heads + kv_heads) / context, 2 * (heads + kv_heads) / context
