@@ -214,15 +214,19 @@ def pipeline_step(
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
 
+    axes = {"over": spec.roles.batch, "context": spec.roles.context}
+    given = batch or masked_batch(num_sequences)
+    cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)
+    return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)
+
+
+def _with_norm(run: Callable[..., LossAndGrads]) -> Callable[..., tuple[LossAndGrads, jax.Array]]:
     @jax.jit
     def step(params: PipelineParams, batch: Any) -> tuple[LossAndGrads, jax.Array]:
         out = run(params=params, batch=batch)
         return out, global_norm(out.grads)
 
-    axes = {"over": spec.roles.batch, "context": spec.roles.context}
-    given = batch or masked_batch(num_sequences)
-    cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)
-    return Step(model=model, run=step, params=cut_params(config, model), batch=cut_batch)
+    return step
 
 
 def _rules_of(
