@@ -116,14 +116,8 @@ def build_run(
     state, seal = restore_or_initialize(setup, checkpoints, corpus_sha256=corpus.sha256, changes=changes, say=tell)
     first_step = int(state.step)
     first_sequence = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)
-    data = make_training_data(
-        config,
-        corpus,
-        sharding=setup.batch_sharding,
-        num_context=setup.sizes.context,
-        first_sequence=first_sequence,
-        say=tell,
-    )
+    placed = {"sharding": setup.batch_sharding, "num_context": setup.sizes.context}
+    data = make_training_data(config, corpus, **placed, first_sequence=first_sequence, say=tell)
     compiled = compile_steps(setup, say=tell)
     # A run that is resumed at its end takes no step: its last loss is the one on record.
     lines = read_metrics(config.run_folder) if seal else []

@@ -206,9 +206,7 @@ def pipeline_step(
         batch: leaves [B, T], of `masked_batch` if left out.
     """
     devices = _build(spec := _spec_of(mesh))
-    rules = model_rules(config, devices.shape, rules=ShardingRules.of(spec.roles))
-    rules = rules.split_stream() if sequence == "on" else rules
-    rules = (rules.exchange_heads() if context == "ulysses" else rules).replace(**whole or {})
+    rules = _rules_of(config, devices, spec, sequence=sequence, context=context).replace(**whole or {})
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
@@ -216,16 +214,27 @@ def pipeline_step(
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
 
+    axes = {"over": spec.roles.batch, "context": spec.roles.context}
+    given = batch or masked_batch(num_sequences)
+    cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)
+    return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)
+
+
+def _with_norm(run: Callable[..., LossAndGrads]) -> Callable[..., tuple[LossAndGrads, jax.Array]]:
     @jax.jit
     def step(params: PipelineParams, batch: Any) -> tuple[LossAndGrads, jax.Array]:
         out = run(params=params, batch=batch)
         return out, global_norm(out.grads)
 
-    axes = {"over": spec.roles.batch, "context": spec.roles.context}
-    cut_batch = partial(microbatches, mesh=devices, num_microbatches=num_microbatches, **axes)
-    return Step(
-        model=model, run=step, params=cut_params(config, model), batch=cut_batch(batch or masked_batch(num_sequences))
-    )
+    return step
+
+
+def _rules_of(
+    config: ModelConfig, mesh: Mesh, spec: MeshSpec, *, sequence: OnOff, context: Literal["gather", "ulysses"]
+) -> ShardingRules:
+    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(spec.roles))
+    rules = rules.split_stream() if sequence == "on" else rules
+    return rules.exchange_heads() if context == "ulysses" else rules
 
 
 def answer_of(step: Step) -> Answer:

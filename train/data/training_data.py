@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,25 +71,13 @@ def make_training_data(
     Raises:
         DataError: a part of the corpus has no full sequence, or a batch does not split into microbatches.
     """
-    size, microbatches, seq_len = config.train.batch_size, config.pipeline.microbatches, config.data.seq_len
-    train = Batches(
-        corpus.train,
-        seq_len=seq_len,
-        batch_size=size,
-        microbatches=microbatches,
-        seed=config.run.seed,
-        documents=corpus.documents,
-        first_sequence=first_sequence,
-    )
-    validation = ValidationBatches(
-        corpus.validation,
-        seq_len=seq_len,
-        batch_size=size,
-        microbatches=microbatches,
-        max_batches=config.train.eval_batches,
-        documents=corpus.documents and corpus.documents.behind(corpus.train.size),
-    )
-    asked, found = config.train.eval_batches * size, validation.num_sequences
+    size, most = config.train.batch_size, config.train.eval_batches
+    sizes = {"seq_len": config.data.seq_len, "batch_size": size, "microbatches": config.pipeline.microbatches}
+    more: dict[str, Any] = {"documents": corpus.documents, "seed": config.run.seed, "first_sequence": first_sequence}
+    train = Batches(corpus.train, **sizes, **more)
+    held_out = corpus.documents and corpus.documents.behind(corpus.train.size)
+    validation = ValidationBatches(corpus.validation, **sizes, max_batches=most, documents=held_out)
+    asked, found = most * size, validation.num_sequences
     if found < asked:
         say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")
     return TrainingData(corpus=corpus, train=train, validation=validation, sharding=sharding, num_context=num_context)
