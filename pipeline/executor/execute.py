@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...meshes.device_axes import varying_axes
 from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
@@ -53,7 +54,7 @@ def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState,
     is_together = plan.model.ends_together
     if is_together:
         state = run_first(plan.model, state, turn)
-    state = _run_action(plan, state, turn)
+    state = _end_actions(_run_action(plan, state, turn))
     if is_together:
         state = run_last(plan.model, state, turn, wants=plan.wants)
     if is_together and plan.wants == "grads":
@@ -97,6 +98,28 @@ def run_chunk(action: Action, plan: LoopPlan, state: LoopState, turn: Turns) -> 
         is_its = turn.compute.chunk == chunk
         state = jax.lax.cond(is_its, lambda state, own=own: action(plan, state, own), lambda state: state, state)
     return state
+
+
+def _end_actions(state: LoopState) -> LoopState:
+    """Return the state, of which nothing is sent on GPUs before every action of the turn has ended.
+
+    In a turn ranks run different actions side by side. The message of a forward waits for no other action, so XLA for
+    GPUs puts its permute before the conditionals of the others: ranks that have no forward would wait for those with
+    one, and a turn of a split backward would take as long as all three kinds.
+    """
+    if not is_nvidia() or state.grads is None:
+        return state
+    # The smallest sum of gradients stands for the action that writes them.
+    sums, structure = jax.tree.flatten(state.grads.stages)
+    place = min(range(len(sums)), key=lambda number: sums[number].size)
+    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
+    leaves = jax.tree.leaves((state.activations, state.gradients, sums[place]))
+    if jax.__version_info__ < (0, 12) and len({frozenset(varying_axes(leaf)) for leaf in leaves}) > 1:
+        return state
+    messages = state.activations, state.gradients
+    (activations, gradients), sums[place] = jax.lax.optimization_barrier((messages, sums[place]))
+    grads = replace(state.grads, stages=jax.tree.unflatten(structure, sums))
+    return replace(state, activations=activations, gradients=gradients, grads=grads)
 
 
 # The named scopes tell in profiles and in the compiled program which action an instruction belongs to.
