@@ -64,8 +64,8 @@ def bytes_of(instruction: Instruction) -> int:
 
 @pytest.mark.parametrize("schedule", ["zb-h1", "zb-v --pipeline.chunks 2"])
 def test_actions_of_a_turn_run_side_by_side(schedule: str) -> None:
-    """A message of a forward that XLA puts before the other actions would make ranks wait for each other in each turn."""
+    """A message of a forward that XLA puts before the other actions makes ranks wait for each other in each turn."""
     step = inspect(f"{EIGHT_STAGES} --pipeline.schedule {schedule}")["step_time_s"]
     assert isinstance(step, dict)
-    # Waiting was 46% and 40% of the modelled step, and is 20% and 18%: input gradients take longer than weight gradients.
+    # Waiting was 46% and 40% of the modelled step, and is 20% and 18%: an input gradient takes longer than a weight's.
     assert step["waiting_s"] <= 0.25 * step["total_s"]
