@@ -18,7 +18,7 @@ from pydantic import GetCoreSchemaHandler, GetPydanticSchema
 from pydantic_core import core_schema
 
 from ..meshes import Axis, MeshError, MeshSpec
-from ..meshes.axes import DEFAULT_AXES, KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
+from ..meshes.axes import KNOWN_ROLES, RESERVED, ROLES, SEQUENCE
 from ..meshes.errors import shown
 from ..meshes.spec import SequenceParallel
 
@@ -71,16 +71,17 @@ def own_axes(section: Any, words: Iterable[str]) -> list[str]:
 
 
 def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sizes by role (data, tensor, pipe) as sizes of the axes of a section.
+    """Return the sizes by known name (data, tensor, pipe, expert, context) as sizes of the axes of a section.
 
-    Of several axes with one role the first has them all, and the others one device.
+    Of several axes with one role the first has them all, and the others one device. An axis for expert or context that
+    the section lacks is added if it has several devices.
     """
-    if not own_axes(section, ()):
-        return dict(sizes)
-    roles, found = read_mesh(section).roles, {}
-    for name, role in DEFAULT_AXES.roles:
-        first, *others = roles.having(role)
-        found |= {first: sizes[name]} | dict.fromkeys(others, 1)
+    roles = (read_mesh(section) if own_axes(section, ()) else MeshSpec()).roles
+    found: dict[str, int] = {}
+    for name, role in KNOWN_ROLES.items():
+        first, *others = roles.having(role) or (name,)
+        if first in roles.names or first in section or sizes[name] > 1:
+            found |= {first: sizes[name]} | dict.fromkeys(others, 1)
     return found
 
 

@@ -14,7 +14,7 @@ import tomlkit
 from tomlkit.container import Container
 from tomlkit.items import Comment, Table, Whitespace
 
-from ..meshes.axes import DEFAULT_AXES
+from ..meshes.axes import KNOWN_ROLES
 from ..plan.costs.layout import Layout
 from .keys import list_keys, own_mesh_keys
 from .mesh_section import own_axes, rename_axes
@@ -26,8 +26,8 @@ Sections = dict[str, dict[str, Any]]
 """Values by section and key."""
 
 _LAID_OUT = ("mesh", "pipeline")
-_RESET = {"layers_per_stage": "auto", "max_in_flight": 0}
-"""Keys of [pipeline] that describe the old stages and schedule: if they are set, they are reset to their defaults."""
+_RESET = {"layers_per_stage": "auto", "max_in_flight": 0, "context_attention": "auto"}
+"""Keys of [pipeline] that describe the old mesh, stages and schedule: if set, they are reset to their defaults."""
 
 
 def write_plan(path: str, layout: Layout, *, header: Sequence[str], overrides: Sequence[str] = ()) -> str:
@@ -64,12 +64,10 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     for section, chosen in _list_chosen(layout).items():
         values[section] = values.get(section, {}) | chosen
     values["mesh"] = _rename_mesh(values["mesh"], was=was.get("mesh", {}))
-    if "context" in was.get("mesh", {}) or layout.context > 1:
-        values["mesh"]["context"] = layout.context
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
-    if "offload" in was.get("train", {}):
+    if "offload" in was.get("train", {}) or "offload" in values["train"]:
         values["train"]["offload"] = layout.offload
     run = was.get("run", {}) | values.get("run", {})
     if run.get("fake_devices", 0) != 0:
@@ -78,14 +76,14 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
 
 
 def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the chosen sizes of data, tensor and pipe, and what overrides say, by the names of the file's axes."""
-    own = {key: value for key, value in chosen.items() if key not in DEFAULT_AXES.names}
-    return own | rename_axes({key: chosen[key] for key in DEFAULT_AXES.names}, {**was, **own})
+    """Return the chosen sizes, and what overrides say, by the names of the file's axes."""
+    own = {key: value for key, value in chosen.items() if key not in KNOWN_ROLES}
+    return own | rename_axes({key: chosen[key] for key in KNOWN_ROLES}, {**was, **own})
 
 
 def _list_chosen(layout: Layout) -> Sections:
     return {
-        "mesh": layout.mesh.sizes,
+        "mesh": {"expert": 1, "context": 1} | layout.mesh.sizes,
         "pipeline": {
             "schedule": layout.schedule,
             "chunks": layout.chunks,

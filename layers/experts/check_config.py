@@ -63,8 +63,10 @@ def _check_choice(config: Any) -> None:
 
 def _check_groups(config: Any) -> None:
     groups, kept = config.router_groups, config.router_groups_kept
+    if groups < 1:
+        raise ModelError(f"router_groups={groups}: all experts are one group at least.", fix="set 1, for no groups.")
     if not 1 <= kept <= groups:
         raise ModelError(
             f"router_groups_kept={kept} of router_groups={groups}: a token chooses among at least one of them.",
-            fix=f"set router_groups_kept from 1 to {max(groups, 1)}.",
+            fix=f"set router_groups_kept from 1 to {groups}.",
         )

@@ -122,7 +122,8 @@ class MoE(nnx.Module):
         if room.capacity < len(x_nD):
             left = jnp.maximum(order.counts - room.capacity, 0).sum()
             if config.expert_overflow == "drop":
-                dropped = max_blocks(left, (*features, *tokens))
+                # Tokens may be split over the axes that split features.
+                dropped = max_blocks(left, tuple(dict.fromkeys((*features, *tokens))))
             else:
                 y_nD = y_nD + run_further_rounds(*given, order, room)
         return leave_split(y_nD.reshape(x_BTD.shape), features, tokens=tokens), dropped.astype(jnp.float32)

@@ -180,5 +180,43 @@ def test_plan_gives_the_first_of_two_axes_of_a_role_all_its_devices(folder: Path
     assert (sizes["replica"], sizes["data"], sizes["pipe"]) == (4, 1, 2)
 
 
+EXPERTS = REST.replace("[data]", "num_experts = 8\nexperts_per_token = 2\nbias = 'off'\n\n[data]")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "overrides", "sizes"),
+    [
+        ('[mesh]\nep = 2\ncp = 4\n[mesh.roles]\nep = "expert"\ncp = "context"\n', (), {"ep": 4, "cp": 2}),
+        ('[mesh]\ndp = 2\n[mesh.roles]\ndp = "batch"\n', (), {"dp": 1, "expert": 4, "context": 2}),
+        ("[mesh]\nexpert = 8\n", (), {"data": 1, "expert": 4, "context": 2}),
+        ("[mesh]\ndata = 8\n", ("--mesh.expert", "2"), {"data": 1, "expert": 4, "context": 2}),
+    ],
+)
+def test_plan_writes_experts_and_context_by_the_names_of_the_file(
+    folder: Path, mesh: str, overrides: tuple[str, ...], sizes: dict[str, int]
+) -> None:
+    Path("run.toml").write_text(mesh + EXPERTS)
+    layout = Layout(data=4, expert=4, context=2, microbatches=1, sequences=1)
+    Path("planned.toml").write_text(write_plan("run.toml", layout, header=["planned"], overrides=overrides))
+    found = load_config("planned.toml").mesh
+    assert {name: size for name, size in found.sizes.items() if size > 1 or name in sizes} == sizes
+    assert found.num_devices == layout.num_devices
+
+
+def test_plan_without_experts_and_context_takes_them_from_the_file(folder: Path) -> None:
+    Path("run.toml").write_text("[mesh]\nexpert = 4\ncontext = 2\n" + EXPERTS)
+    text = write_plan("run.toml", Layout(data=8, microbatches=1, sequences=1), header=["planned"])
+    assert tomllib.loads(text)["mesh"] == {"data": 8, "tensor": 1, "pipe": 1, "expert": 1, "context": 1}
+
+
+def test_plan_writes_over_what_the_old_mesh_alone_allowed(folder: Path) -> None:
+    Path("run.toml").write_text("[pipeline]\ncontext_attention = 'ulysses'\n" + EXPERTS)
+    layout = Layout(data=8, microbatches=1, sequences=1)
+    words = ("--train.offload", "residuals", "--pipeline.context_attention", "ulysses")
+    values = tomllib.loads(write_plan("run.toml", layout, header=["planned"], overrides=words))
+    assert values["train"]["offload"] == "none"
+    assert values["pipeline"]["context_attention"] == "auto"
+
+
 def test_notebook_shows_own_axes(folder: Path) -> None:
     assert "dp=2" in load(OWN)._repr_html_()

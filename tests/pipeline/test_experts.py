@@ -113,6 +113,20 @@ def test_dropped_tokens_are_counted_and_change_the_loss() -> None:
     np.testing.assert_array_equal(kept.metrics["expert_tokens"].sum(-1), np.full(8, 2 * num_tokens))
 
 
+def test_dropped_pairs_are_those_of_a_mesh_without_tensor() -> None:
+    """Devices of tensor that split tokens or features drop the same pairs, and count them once."""
+    sizes: dict[str, Any] = {"schedule": "1f1b", "num_microbatches": 1, "num_sequences": 8}
+    config, found = experts(capacity=0.5, overflow="drop"), []
+    for mesh, sequence in (("expert=2", "off"), ("expert=2,tensor=2", "off"), ("expert=2,tensor=2", "on")):
+        step = pipeline_step(config, mesh=mesh, sequence=sequence, **sizes)
+        out, _ = step.run(step.params, step.batch)
+        found.append((float(out.metrics["dropped_pairs"]), float(out.loss)))
+    assert found[0][0] > 0
+    for dropped, loss in found[1:]:
+        assert dropped == found[0][0]
+        np.testing.assert_allclose(loss, found[0][1], rtol=1e-5)
+
+
 def test_experts_in_bfloat16_are_near_one_device_in_bfloat16() -> None:
     """Routing is in float32, but its input is rounded: where two experts score alike, another one may be chosen."""
     config = experts(dtype="bfloat16")
@@ -129,6 +143,7 @@ def test_experts_in_bfloat16_are_near_one_device_in_bfloat16() -> None:
         ({"num_experts": 0}, "experts_per_token=2, but num_experts=0"),
         ({"expert_capacity": 0.0}, "expert_capacity=0.0 must be above 0"),
         ({"router_groups": 3}, "num_experts=8 does not split over router_groups=3"),
+        ({"router_groups": 0}, "router_groups=0: all experts are one group"),
         ({"router_groups": 8, "router_groups_kept": 1}, "hold fewer than experts_per_token=2"),
         ({"router_groups": 2, "router_groups_kept": 3}, "router_groups_kept=3 of router_groups=2"),
         ({"bias": "on"}, "experts have no biases"),
