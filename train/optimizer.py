@@ -23,8 +23,8 @@ from ..pipeline import PipelineParams
 _ADAMW_RMS = 0.2
 """Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
 
-_DECAYED = ("kernel", "table", "positions")
-"""Names of matrices, which have weight decay; norm scales and biases have none."""
+_DECAYED = ("kernel", "table", "positions", "weight")
+"""Names of matrices, a router's weight among them, which have weight decay; norm scales and biases have none."""
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:

@@ -1,11 +1,14 @@
 """Check the sizes and choices of a mixture of experts."""
 
+from dataclasses import fields
 from typing import Any
 
 from ...meshes import ModelError
 from ...meshes.divisibility import check_divides
 
 _ONLY_WITH_EXPERTS = ("experts_per_token", "expert_size", "shared_size", "balance_loss", "router_z_loss")
+_CHOICES = ("router", "router_normalize", "router_scale", "router_groups", "expert_capacity", "expert_overflow")
+"""Fields of a model with experts alone, whose defaults are not 0."""
 
 
 def check_experts(config: Any) -> None:
@@ -18,8 +21,9 @@ def check_experts(config: Any) -> None:
     _check_signs(config)
     _check_groups(config)
     if not config.num_experts:
-        for name in _ONLY_WITH_EXPERTS:
-            if value := getattr(config, name):
+        defaults = {field.name: field.default for field in fields(config)}
+        for name in (*_ONLY_WITH_EXPERTS, *_CHOICES):
+            if (value := getattr(config, name)) != defaults[name]:
                 raise ModelError(
                     f"{name}={value}, but num_experts=0: the model has no experts.",
                     fix=f"set num_experts=8 and experts_per_token=2, say, or leave {name} out.",

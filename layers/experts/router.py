@@ -66,7 +66,7 @@ class Router(nnx.Module):
 
 
 def _in_kept_groups(scores: jax.Array, config: ModelConfig) -> jax.Array:
-    """Return the scores with 0 for experts outside a token's best groups (DeepSeek-AI 2024, "V3", section 2.1.2).
+    """Return the scores with -inf for experts outside a token's best groups (DeepSeek-AI 2024, "V3", section 2.1.2).
 
     A group is as good as its two best experts together.
     """
@@ -76,7 +76,7 @@ def _in_kept_groups(scores: jax.Array, config: ModelConfig) -> jax.Array:
     best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
     kept = jax.lax.top_k(best, config.router_groups_kept)[1]
     is_kept = jax.nn.one_hot(kept, config.router_groups, dtype=bool).any(-2)
-    return jnp.where(is_kept[..., None], grouped, 0.0).reshape(scores.shape)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def count_tokens(routing: Routing, *, rules: ShardingRules) -> jax.Array:

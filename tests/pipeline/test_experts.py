@@ -141,6 +141,10 @@ def test_experts_in_bfloat16_are_near_one_device_in_bfloat16() -> None:
         ({"experts_per_token": 9}, "experts_per_token=9 of num_experts=8"),
         ({"num_experts": -1}, "num_experts=-1 is negative"),
         ({"num_experts": 0}, "experts_per_token=2, but num_experts=0"),
+        (
+            {"num_experts": 0, "experts_per_token": 0, "expert_size": 0, "router": "sigmoid"},
+            "router=sigmoid, but num_experts=0",
+        ),
         ({"expert_capacity": 0.0}, "expert_capacity=0.0 must be above 0"),
         ({"router_groups": 3}, "num_experts=8 does not split over router_groups=3"),
         ({"router_groups": 0}, "router_groups=0: all experts are one group"),
