@@ -168,7 +168,7 @@ class _EventStream:
     def __init__(self, job: Job, *, with_usage: bool, answer_s: float) -> None:
         self._job, self._with_usage, self._answer_s = job, with_usage, answer_s
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await run_while_connected(receive, self._send_all(send), timeout_s=None)
         except ClientDisconnect:
@@ -247,6 +247,6 @@ async def _refuse_path(request: Request, error: Exception) -> Response:
     return _error_response(HttpError(what, fix=fix, status=error.status_code))
 
 
-async def _forget(_: Request, error: Exception) -> Response:
+async def _forget(_request: Request, _error: Exception) -> Response:
     """Answer nobody: the client has left."""
     return Response(status_code=499)

@@ -149,9 +149,10 @@ def _environment() -> _Environment:
     for name in ("center", "format"):
         del environment.filters[name]
     environment.filters |= {"tojson": _to_json, "indent": _indent}
-    environment.globals.update(raise_exception=_raise, strftime_now=time.strftime)
+    names: dict[str, Any] = environment.globals
+    names |= {"raise_exception": _raise, "strftime_now": time.strftime}
     for name in ("lipsum", "cycler", "joiner"):
-        del environment.globals[name]
+        del names[name]
     return environment
 
 
