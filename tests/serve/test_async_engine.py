@@ -33,9 +33,7 @@ arrivals = st.lists(
 
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=arrivals)
-def test_cancelled_requests_change_no_other_answer(
-    engine: Engine, arrivals: list[tuple[int, int, int | None]]
-) -> None:
+def test_cancelled_requests_change_no_other_answer(engine: Engine, arrivals: list[tuple[int, int, int | None]]) -> None:
     """Each arrival is a request, the number of steps after which it comes, and of those after which it is cancelled."""
     expected = [answer_of(model_of("llama"), REQUESTS[index]) for index, _, _ in arrivals]
     sequences, ends = [], []

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,6 +90,17 @@ class Server:
         """Return a number of /metrics."""
         lines = self.ask("/metrics")[1].splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"trellax_{name} "))
+
+
+@contextmanager
+def slow_tokens() -> Iterator[None]:
+    """Make a long answer take half a second at least, however fast the machine is."""
+    engine = shared_engine()
+    engine.on_token = lambda *_: time.sleep(0.005)
+    try:
+        yield
+    finally:
+        engine.on_token = None
 
 
 @contextmanager

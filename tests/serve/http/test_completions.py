@@ -71,7 +71,9 @@ def test_streaming_chat_begins_with_the_role_and_ends_with_usage(server: Server)
 
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("is_streaming", [False, True])
-def test_stop_string_of_several_tokens_ends_the_answer_before_it(server: Server, first: int, is_streaming: bool) -> None:
+def test_stop_string_of_several_tokens_ends_the_answer_before_it(
+    server: Server, first: int, is_streaming: bool
+) -> None:
     whole = text_of("Hello", 20)
     stop = whole[first : first + 3]
     body = GREEDY | {"prompt": "Hello", "max_tokens": 20, "stop": [stop, "never there"]}
