@@ -58,12 +58,18 @@ def check_serve_arguments(args: argparse.Namespace) -> None:
     """Check that the folder and the extra exist, before jax is imported.
 
     Raises:
-        ServeError: packages of the extra `serve` are missing, or the port is none.
+        ServeError: packages of the extra `serve` are missing, or a number is out of its range.
         CheckpointError: the folder does not exist or is not a folder.
     """
     missing = [name for name in ("jinja2", "starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ServeError(f"`trellax serve` needs {', '.join(missing)}.", fix="pip install 'trellax[serve]'.")
-    if not 0 <= args.port < 1 << 16:
-        raise ServeError(f"--port {args.port} is no port.", fix="give one from 0 to 65535.")
+    for option, value, (least, most) in (
+        ("--port", args.port, (0, 65535)),
+        ("--queue", args.queue, (0, 10**6)),
+        ("--max-body-bytes", args.max_body_bytes, (1, 1 << 30)),
+        ("--timeout", args.timeout, (1e-3, 1e6)),
+    ):
+        if not least <= value <= most:
+            raise ServeError(f"{option} {value} is out of range.", fix=f"give a number from {least:,} to {most:,}.")
     check_model_folder(args.folder)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ...hub.text_stream import TextStream, Tokenizer
 from ...meshes import ServeError
 from ..async_engine import TokenStream
+from .errors import HttpError
 from .metrics import Metrics
 from .stop_strings import StopStrings
 
@@ -39,7 +40,7 @@ class Choice:
         """Yield pieces of text, none of them empty.
 
         Raises:
-            ServeError: logits are not finite, or the engine has stopped.
+            ServeError: logits are not finite, or the server or its engine has stopped.
         """
         while tokens := await self.stream.take():
             if not self.num_tokens:
@@ -53,6 +54,8 @@ class Choice:
                     self.stream.cancel()
                     self._end("stop")
                     return
+        if self.stream.finish_reason == "cancelled":
+            raise HttpError("the answer was cancelled: the server has stopped.", fix="ask again.", status=503)
         rest = self._stops.add(self._text.finish())
         if rest := rest + self._stops.finish():
             yield rest

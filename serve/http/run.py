@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from ...meshes import ServeError
+from ...meshes.errors import shown
 from .app import build_app
 from .service import Service
 
@@ -29,13 +30,13 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        # With SO_REUSEADDR, so that a server that has ended does not hold its port for a minute.
+        return socket.create_server(address[:2], family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ServeError(f"--host {host} --port {port} cannot be bound: {why}.", fix="choose another port.") from None
-    return bound
+        raise ServeError(
+            f"--host {shown(host)} --port {port} cannot be bound: {why}.", fix="choose an address and a free port."
+        ) from None
 
 
 def url_of(bound: socket.socket) -> str:
