@@ -5,14 +5,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..hub.model_folder import open_model
+from ..hub.model_folder import ModelSource, open_model
 from ..layers import ModelConfig
 from ..meshes import MeshSpec, ServeError, use_fake_devices
-from ..serve import Engine, Sizes, check_model, param_shapes
-from ..serve.async_engine import AsyncEngine
+from ..serve import AsyncEngine, Engine, Sizes, check_model, param_shapes
 from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
@@ -38,29 +38,32 @@ def run_serve(args: argparse.Namespace) -> int:
     source = open_model(args.folder)
     for warning in source.warnings:
         print(f"warning   {warning}", file=sys.stderr)
-    config = apply_dtype(source.config, args)
-    sizes = _engine_sizes(args, config, spec, num_stops=len(source.end_ids))
-    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
+    source = replace(source, config=apply_dtype(source.config, args))
+    sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
+    check_model(source.config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
     own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
     Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
-    limits = Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout)
     template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
-    mesh, start_s = open_mesh(spec), time.perf_counter()
     with bind(args.host, args.port) as bound:
-        params = source.read(param_shapes(config, mesh=mesh, axes=spec.roles))
-        engine = Engine(config, params, mesh=mesh, axes=spec.roles, **sizes)
         service = Service(
             name=args.name or Path(args.folder).resolve().name,
-            engine=AsyncEngine(engine, max_waiting=args.queue),
+            engine=AsyncEngine(_make_engine(source, spec, sizes), max_waiting=args.queue),
             source=source,
             template=template,
             api_key=key,
-            limits=limits,
+            limits=Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout),
         )
-        print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
         run_server(service, bound, on_ready=lambda: _print_ready(args, service, url_of(bound)))
     print("stopped", file=sys.stderr)
     return 0
+
+
+def _make_engine(source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
+    mesh, start_s = open_mesh(spec), time.perf_counter()
+    params = source.read(param_shapes(source.config, mesh=mesh, axes=spec.roles))
+    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, **sizes)
+    print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
+    return engine
 
 
 def _print_ready(args: argparse.Namespace, service: Service, url: str) -> None:

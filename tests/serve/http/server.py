@@ -108,16 +108,17 @@ def running(*, max_waiting: int = 64, **settings: Any) -> Iterator[Server]:
     """Run a server; at the end no slot may be in use."""
     source = ModelSource(config=CONFIG, tokenizer=LetterTokenizer(), end_ids=(), begin_ids=(7,), read=lambda _: None)
     engine = AsyncEngine(shared_engine(), max_waiting=max_waiting)
-    service = Service(**({"name": NAME, "engine": engine, "source": source, "template": TEMPLATE} | settings))
-    own = uvicorn.Server(
+    own: dict[str, Any] = {"name": NAME, "engine": engine, "source": source, "template": TEMPLATE}
+    service = Service(**(own | settings))
+    server = uvicorn.Server(
         uvicorn.Config(build_app(service), port=0, lifespan="off", log_level="warning", access_log=False)
     )
     is_up = threading.Event()
 
     async def serve() -> None:
         async with engine:
-            serving = asyncio.create_task(own.serve())
-            while not (own.started or serving.done()):
+            serving = asyncio.create_task(server.serve())
+            while not (server.started or serving.done()):
                 await asyncio.sleep(0.005)
             is_up.set()
             await serving
@@ -126,9 +127,9 @@ def running(*, max_waiting: int = 64, **settings: Any) -> Iterator[Server]:
     thread.start()
     try:
         assert is_up.wait(30)
-        yield Server(service, own.servers[0].sockets[0].getsockname()[1])
+        yield Server(service, server.servers[0].sockets[0].getsockname()[1])
     finally:
-        own.should_exit = True
+        server.should_exit = True
         thread.join(60)
     assert not thread.is_alive()
     assert shared_engine().scheduler.is_idle
