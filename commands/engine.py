@@ -1,4 +1,4 @@
-"""Convert arguments to a model config and a mesh, for commands that load a model."""
+"""Convert arguments to a model config and a mesh, and describe the engine, for commands that load a model."""
 
 import argparse
 from dataclasses import replace
@@ -9,6 +9,7 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, build_mesh
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
+from ..serve import Engine
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -46,3 +47,14 @@ def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:
         MeshError: there are fewer devices than the mesh has.
     """
     return build_mesh(spec, devices=visible_devices()[: spec.num_devices])
+
+
+def describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
+    """Return the lines that a command prints once its engine is compiled."""
+    sizes, mib = engine.sizes, 2**20
+    return (
+        f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
+        f"device    {engine.param_bytes_per_device / mib:,.1f} MiB of weights, "
+        f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache\n"
+        f"ready     in {seconds:.1f} s"
+    )

@@ -16,7 +16,7 @@ from ..meshes.files.regular_file import read_bounded
 from ..serve import Engine, Request, ServedSequence, Sizes, check_model, check_request, param_shapes
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
-from .engine import apply_dtype, open_mesh, resolve_mesh
+from .engine import apply_dtype, describe_engine, open_mesh, resolve_mesh
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -60,7 +60,7 @@ def run_generate(args: argparse.Namespace) -> int:
         on_token=printer.add if printer else None,
         **sizes,
     )
-    print(_describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
+    print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     start_s = time.perf_counter()
     sequences = _answer(engine, requests, printer)
     if args.json:
@@ -193,16 +193,6 @@ def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dic
         "token_ids": sequence.tokens,
         "finish_reason": sequence.finish_reason,
     }
-
-
-def _describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
-    sizes, mib = engine.sizes, 2**20
-    return (
-        f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
-        f"device    {engine.param_bytes_per_device / mib:,.1f} MiB of weights, "
-        f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache\n"
-        f"ready     in {seconds:.1f} s"
-    )
 
 
 def _describe_pace(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:

@@ -85,6 +85,13 @@ COMMANDS = (
         run="generate:run_generate",
     ),
     Command(
+        name="serve",
+        help="answer HTTP requests with a trained model, by OpenAI's API",
+        arguments="arguments.serve:add_serve_arguments",
+        check="arguments.serve:check_serve_arguments",
+        run="serve:run_serve",
+    ),
+    Command(
         name="bench-decode",
         help="measure latency and throughput of decoding over meshes and batch sizes",
         arguments="arguments.bench_decode:add_bench_decode_arguments",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from .async_engine import AsyncEngine, TokenStream
     from .check import check_model, check_request
     from .engine import Completion, Engine, Usage
     from .load import load_for_serving
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
     from .state import Sizes
 
 __all__ = [
+    "AsyncEngine",
     "Completion",
     "Engine",
     "FinishReason",
     "Request",
     "ServedSequence",
     "Sizes",
+    "TokenStream",
     "Usage",
     "check_model",
     "check_request",

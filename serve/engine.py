@@ -2,7 +2,8 @@
 
 Requests start and end between calls of two compiled programs (continuous batching, Yu et al. 2022, "Orca", section
 3), so a new request neither stops the others nor compiles anything. Use `Engine.generate` for a list of requests, and
-`submit` and `step` for requests that arrive one after another. A request on its way:
+`submit` and `step` for requests that arrive one after another; `async_engine.py` steps an engine on a thread. A
+request on its way:
 
     submit -> queue | admit -> prefill (chunks of the prompt) -> decode (rounds of tokens) | -> the slot is free
                     |                   one call of `step`; a long one takes several       |
@@ -157,7 +158,7 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            self._check(request)
+            self.check(request)
         sequences = [self.submit(request) for request in requests]
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
@@ -169,8 +170,19 @@ class Engine:
         Raises:
             ServeError: it does not fit the cache or the vocabulary.
         """
-        self._check(request)
+        self.check(request)
         return self.scheduler.submit(request)
+
+    def cancel(self, sequence: ServedSequence) -> None:
+        """End a sequence with "cancelled", between two steps; its slot is free again after the next one.
+
+        An ended sequence stays as it is.
+        """
+        if sequence.finish_reason is None:
+            self.scheduler.cancel(sequence)
+            if sequence.slot is not None:
+                # Devices that decode it end it at its next token, also one that is between two stages.
+                self._settings.limit[sequence.slot] = 0
 
     def step(self) -> list[ServedSequence]:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
@@ -184,7 +196,12 @@ class Engine:
         ended = self._read_prompts()
         return ended + self._decode()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise unless a request fits the engine.
+
+        Raises:
+            ServeError: it does not fit the cache or the vocabulary, or has too many stop tokens.
+        """
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
     def _read_prompts(self) -> list[ServedSequence]:
@@ -226,12 +243,17 @@ class Engine:
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
-        return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
+        left = 1 if sequence.finish_reason else sequence.request.max_new_tokens - len(sequence.tokens)
+        return left + (self.spec.pipe > 1)
 
     def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
         """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
         added, ended = [], []
         for sequence, token, reason in chosen_tokens:
+            if sequence.finish_reason == "cancelled":
+                if reason:
+                    self.scheduler.finish(sequence, "cancelled")
+                continue
             # A stop token is not part of the answer; the last token within the limit is.
             if _REASONS.get(reason) not in ("stop", "error"):
                 sequence.tokens.append(token)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
 
-FinishReason = Literal["stop", "length", "error"]
-"""The reason for the end of a sequence: a stop token, its limit of tokens, or logits that are not finite."""
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""Why a sequence ended: a stop token, its limit of tokens, `Engine.cancel`, or logits that are not finite."""
 
 _MAX_TEMPERATURE = 3.4e38
 """The largest temperature; a larger one would be infinite in float32."""
@@ -79,7 +79,7 @@ def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
         ) from None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class ServedSequence:
     """A request in the queue or in progress: its slot, None in the queue, and its answer so far."""
 
@@ -91,9 +91,9 @@ class ServedSequence:
     finish_reason: FinishReason | None = None
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether the prompt is read and the answer has not ended."""
-        return self.num_read == len(self.request.prompt) and self.finish_reason is None
+    def is_read(self) -> bool:
+        """Whether the prompt is read to its end."""
+        return self.num_read == len(self.request.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,8 @@ class RequestScheduler:
 
     @property
     def decoding(self) -> list[ServedSequence]:
-        """The sequences that are decoding."""
-        return [sequence for sequence in self.running.values() if sequence.is_decoding]
+        """The sequences that devices decode, with cancelled ones that devices have not ended yet."""
+        return [sequence for sequence in self.running.values() if sequence.is_read]
 
     def submit(self, request: Request) -> ServedSequence:
         """Put a request at the end of the queue."""
@@ -160,11 +160,20 @@ class RequestScheduler:
         return [list(self._take(reading, size, limit)) for reading in self._reading]
 
     def finish(self, sequence: ServedSequence, reason: FinishReason) -> None:
-        """End a sequence and free its slot."""
+        """End a sequence, unless it was cancelled, and free its slot."""
         assert sequence.slot is not None
         assert self.running[sequence.slot] is sequence
-        sequence.finish_reason = reason
+        sequence.finish_reason = sequence.finish_reason or reason
         del self.running[sequence.slot]
+
+    def cancel(self, sequence: ServedSequence) -> None:
+        """End a sequence with "cancelled"; one that is decoding keeps its slot until `finish`."""
+        sequence.finish_reason = "cancelled"
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        elif not sequence.is_read:
+            self._reading[sequence.slot // self._slots_per_shard].remove(sequence)
+            del self.running[sequence.slot]
 
     @property
     def _slots_per_shard(self) -> int:

@@ -113,6 +113,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "plan.step_memory": PLACED | {"num_tokens": 8},
     "plan.step_time": PLACED | {"topology": TOPOLOGY, "num_tokens": 8},
     "plan.trellax_runtime": {"model": MODEL, "accelerator": TOPOLOGY.accelerator},
+    "serve.AsyncEngine": {"engine": None},
     "serve.Engine": {"config": MODEL, "params": None, "mesh": MESH},
     "serve.Request": {"prompt": (1,)},
     "serve.Sizes": {"slots": 2, "max_tokens": 8, "groups": 1, "num_shards": 1, "chunk": 4, "items": 1, "rounds": 1},

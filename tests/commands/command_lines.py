@@ -14,6 +14,8 @@ SCHEDULE_FILES = ("--png", "--svg", "--csv", "--trace")
 ENGINE = ("--fake-devices", "--dtype", "--cache-dtype", "--chunk", "--groups")
 ANSWER = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--mesh", "--slots")
 GENERATE = (*ENGINE, *ANSWER, "--max-tokens", "--prompt", "--prompts-file")
+HTTP = ("--host", "--port", "--name", "--api-key", "--chat-template", "--queue", "--max-body-bytes", "--timeout")
+SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens")
 BENCH = (*ENGINE, "--batch", "--meshes", "--prompt-tokens", "--new-tokens", "--png")
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -26,6 +28,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "import-hf": (["model", "out"], ("--mesh", "--fake-devices")),
     "export-hf": (["no-run", "out"], ("--mesh", "--fake-devices", "--architecture", "--dtype")),
     "generate": (["model", "--prompt", "a"], GENERATE),
+    "serve": (["model"], SERVE),
     "bench-decode": (["tiny-dense", "--new-tokens=2", "--prompt-tokens=2"], BENCH),
 }
 FLAGS = ("--json", "--fresh", "--force", "--override", "--this", "--compare", "--verify", "--help", "--version")

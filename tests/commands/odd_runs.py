@@ -20,6 +20,9 @@ from trellax.commands import (
 from trellax.commands import (
     inspect as inspect_command,
 )
+from trellax.commands import (
+    serve as serve_command,
+)
 from trellax.configs import RunConfig, check_run
 from trellax.meshes import abstract_mesh
 from trellax.train.state import Setup
@@ -38,6 +41,7 @@ def stop_before_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("trellax.commands.describe.prepare", _check_on_any_machine)
     patch.setattr(inspect_command, "compile_step", _reach)
     patch.setattr(generate_command, "Engine", _reach)
+    patch.setattr(serve_command, "bind", _reach)
     patch.setattr(bench_decode_command._Trial, "measure", _reach)
 
 

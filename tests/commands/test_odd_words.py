@@ -89,7 +89,8 @@ def test_path_that_is_not_a_run_file_is_refused_by_name(kind: str, folder: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["foo", "cuda"])
 @pytest.mark.parametrize(
-    "words", ["train tiny-dense", "bench-decode tiny-dense", "generate model --prompt a", "plan tiny-dense"]
+    "words",
+    ["train tiny-dense", "bench-decode tiny-dense", "generate model --prompt a", "serve model", "plan tiny-dense"],
 )
 def test_platform_that_is_not_there_is_reported_by_every_command(words: str, platform: str, folder: Path) -> None:
     env = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT / ".src")}

@@ -1,0 +1,218 @@
+"""Render a model's chat template, the Jinja text that turns messages into one prompt.
+
+A template comes with a model, so it is somebody else's program. It runs in Jinja's sandbox without a loader, as
+transformers runs it: it reaches no files, no modules and no attributes of Python. Size and time are bounded too, since
+a sandbox does not end a loop.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.filters import do_indent
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...hub.folder import find_file, read_file, read_json
+from ...meshes import ServeError, TrellaxError
+from .errors import HttpError
+
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+MAX_TEMPLATE_BYTES = 1 << 20
+"""Length of the longest template; real ones have up to 20 kB."""
+
+MAX_PROMPT_LETTERS = 16 << 20
+MAX_SECONDS = 2.0
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    >>> ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}").render([{"role": "user", "content": "hi"}])
+    'hi'
+
+    Args:
+        source: the text of the template.
+        special: texts of special tokens by the names that templates use, such as "bos_token".
+
+    Raises:
+        ServeError: the template is too long, or Jinja cannot compile it.
+    """
+
+    def __init__(self, source: str, *, special: dict[str, str] | None = None, max_seconds: float = MAX_SECONDS) -> None:
+        self._special, self._max_seconds = special or {}, max_seconds
+        if len(source) > MAX_TEMPLATE_BYTES:
+            raise _broken(f"it has {len(source)} letters, and {MAX_TEMPLATE_BYTES} are read")
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
+            raise _broken(str(error) or type(error).__name__) from None
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the prompt for the next message of the assistant.
+
+        Raises:
+            HttpError: the template refuses the messages, fails, or takes too long.
+        """
+        limit = _TimeLimit(time.monotonic() + self._max_seconds, name=self._template.filename or "<template>")
+        before, parts, num_letters = sys.gettrace(), [], 0
+        sys.settrace(limit.trace)
+        try:
+            for part in self._template.generate(messages=list(messages), add_generation_prompt=True, **self._special):
+                num_letters += len(part)
+                if num_letters > MAX_PROMPT_LETTERS:
+                    raise _TooMuchError(f"it writes more than {MAX_PROMPT_LETTERS} letters")
+                parts.append(part)
+        except Exception as error:
+            # A template may raise anything that Python's operators raise.
+            why = str(error) or type(error).__name__
+            raise HttpError(
+                f"the model's chat template does not take these messages: {why}.",
+                fix="send the roles in the order that the model was trained with.",
+                param="messages",
+            ) from None
+        finally:
+            sys.settrace(before)
+        return "".join(parts)
+
+
+class _TooMuchError(Exception):
+    """A template takes too long, or makes too much."""
+
+
+class _TimeLimit:
+    """A trace function that ends a template after its time: at any line of it, so that a loop ends too."""
+
+    def __init__(self, end_s: float, *, name: str) -> None:
+        self._end_s, self._name = end_s, name
+
+    def trace(self, frame: FrameType, _event: str, _arg: Any) -> Any:
+        """Trace the lines of the template alone; other functions run at full speed."""
+        return self._trace_line if frame.f_code.co_filename == self._name else None
+
+    def _trace_line(self, _frame: FrameType, _event: str, _arg: Any) -> Any:
+        if time.monotonic() > self._end_s:
+            raise _TooMuchError("it takes too long")
+        return self._trace_line
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a product, a power or a format cannot fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as Jinja has it
+        """Call a function or method, such as `text.ljust(width)`, without large numbers."""
+        if any(isinstance(value, int) and value > MAX_PROMPT_LETTERS for value in (*args, *kwargs.values())):
+            raise _TooMuchError("a number is too large")
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a binary operation on numbers of a sensible size."""
+        if operator != "*" and not (_is_small(left) and _is_small(right)):
+            raise _TooMuchError(f"the operator {operator} takes small numbers alone")
+        size = next((len(one) for one in (left, right) if hasattr(one, "__len__")), 1)
+        count = next((one for one in (left, right) if isinstance(one, int)), 1)
+        if abs(count) * size > MAX_PROMPT_LETTERS:
+            raise _TooMuchError("a product is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= 1024
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}`, by which templates mark what to train on; it changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        """Return the statements inside of the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    # They make a text of any width from a number.
+    for name in ("center", "format"):
+        del environment.filters[name]
+    environment.filters |= {"tojson": _to_json, "indent": _indent}
+    names: dict[str, Any] = environment.globals
+    names |= {"raise_exception": _raise, "strftime_now": time.strftime}
+    for name in ("lipsum", "cycler", "joiner"):
+        del names[name]
+    return environment
+
+
+def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
+    return do_indent(text, min(width, 64), first, blank)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own escapes letters of HTML.
+    return json.dumps(value, ensure_ascii=False, indent=min(indent, 8) if indent else None)
+
+
+def _broken(why: str) -> ServeError:
+    return ServeError(f"the chat template is broken: {why}.", fix="give another one by --chat-template FILE.")
+
+
+def load_chat_template(folder: str | Path, *, file: str | None = None) -> ChatTemplate | None:
+    """Return the chat template of a model folder, or of a file in its place; None if there is none.
+
+    Raises:
+        ServeError: the template or the folder's tokenizer_config.json is broken.
+    """
+    config = read_json(folder, TOKENIZER_CONFIG, error=ServeError)
+    config = config if isinstance(config, dict) else {}
+    source = _read_template(Path(file)) if file else _find_source(Path(folder), config)
+    return None if source is None else ChatTemplate(source, special=_special_tokens(config))
+
+
+def _find_source(folder: Path, config: dict[str, Any]) -> str | None:
+    if find_file(folder, TEMPLATE, error=ServeError):
+        return _read_template(folder / TEMPLATE)
+    own = config.get("chat_template")
+    if isinstance(own, list):  # several by name, such as one for tools
+        named = {one.get("name"): one.get("template") for one in own if isinstance(one, dict)}
+        own = named.get("default")
+    return own if isinstance(own, str) else None
+
+
+def _read_template(file: Path) -> str:
+    try:
+        content = read_file(file.parent, file.name, max_bytes=MAX_TEMPLATE_BYTES, error=ServeError)
+        if content is None:
+            raise ServeError(f"{file} is no chat template: there is no such file.", fix="check the path.")
+        return content.decode("utf-8")
+    except TrellaxError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"{file} cannot be read: {error}.", fix="name a text file.") from None
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Return the texts of special tokens, which tokenizer_config.json has as texts or as objects."""
+    found = {}
+    for name in _SPECIAL:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
