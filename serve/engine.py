@@ -243,8 +243,7 @@ class Engine:
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
-        left = 1 if sequence.finish_reason else sequence.request.max_new_tokens - len(sequence.tokens)
-        return left + (self.spec.pipe > 1)
+        return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
 
     def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
         """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""

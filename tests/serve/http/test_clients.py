@@ -96,15 +96,15 @@ def test_no_slot_leaks_over_many_requests(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_slot_and_no_memory_leaks_over_ten_thousand_requests(server: Server) -> None:
-    # The allocator has what it keeps after some thousand: from then on it grew by 0.3 MiB in 10,000 requests.
-    soak(server, 5_000)
+    # Resident memory made one step of 10 MiB between 5,000 and 15,000 requests, and then grew by 0.2 MiB in each 10,000.
+    soak(server, 15_000)
     before_bytes, before_objects = measure_memory()
     with compilations() as compiled:
         soak(server, 10_000)
     assert compiled == []
     after_bytes, after_objects = measure_memory()
     assert after_objects - before_objects < 1_000
-    assert after_bytes - before_bytes < 5 << 20
+    assert after_bytes - before_bytes < 2 << 20
 
 
 def measure_memory() -> tuple[int, int]:
