@@ -96,7 +96,7 @@ def test_no_slot_leaks_over_many_requests(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_slot_and_no_memory_leaks_over_ten_thousand_requests(server: Server) -> None:
-    # Resident memory made one step of 10 MiB between 5,000 and 15,000 requests, and then grew by 0.2 MiB in each 10,000.
+    # Resident memory made one step of 10 MiB between 5,000 and 15,000 requests, then grew by 0.2 MiB in each 10,000.
     soak(server, 15_000)
     before_bytes, before_objects = measure_memory()
     with compilations() as compiled:
