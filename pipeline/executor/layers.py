@@ -23,7 +23,7 @@ from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
 from .buffers import read, vary_like, write
 from .loop_state import Grads, LoopState, Place, Sums
-from .sharded import LayerGather
+from .split_weights.sharded import LayerGather
 
 Index = jax.Array | int
 

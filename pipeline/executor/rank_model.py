@@ -28,7 +28,7 @@ from .layers import Index, LayerStack
 from .loop_state import Grads, Place, Sums
 from .microbatches import Inputs, Microbatches, microbatches_of
 from .prepare import prepare_layers
-from .sharded import LayerGather, layer_gathers
+from .split_weights.sharded import LayerGather, layer_gathers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
-from .sharded import gather_once, sum_once
+from .split_weights.sharded import gather_once, sum_once
 
 
 @jax.tree_util.register_dataclass

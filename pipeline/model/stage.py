@@ -70,7 +70,7 @@ class StageFns:
             axis, all ranks run `first` and `last` together on one microbatch, each with its part of `shared`: a result
             that differs between ranks must be summed over that axis before it is returned.
         gather: what is kept split over batch axes, since its spec names them, is gathered once a "step" or by every
-            "layer" (see `executor/sharded.py`); gradients are summed into parts split alike.
+            "layer" (see `executor/split_weights/sharded.py`); gradients are summed into parts split alike.
         gather_dtype: dtype in which it is sent, its own if left out.
         placement: the placement of stages on ranks by which the parameters were cut; that of the schedule must be the
             same.

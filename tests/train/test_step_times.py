@@ -91,7 +91,8 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
 
     def train(state: Any, batch: object, peak_rate: object) -> tuple[Any, Any]:
         loss = Scalar(device, device.work(STEP_S))
-        return SimpleNamespace(step=state.step + 1), SimpleNamespace(loss=loss, grad_norm=loss, lr=loss, taken=loss)
+        metrics = SimpleNamespace(loss=loss, grad_norm=loss, lr=loss, taken=loss, router={})
+        return SimpleNamespace(step=state.step + 1), metrics
 
     config = SimpleNamespace(train=SimpleNamespace(steps=9))
     setup = SimpleNamespace(config=config, mesh=SimpleNamespace(devices=np.zeros(1)), peak_rate=None)

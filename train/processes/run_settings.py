@@ -16,6 +16,7 @@ import jax
 
 from ...configs.changes import Changes
 from ...configs.run_config import RunConfig
+from ...meshes.axes import KNOWN_ROLES
 from ..run_folder import Start
 
 _PLACES = {"run.folder", "data.paths", "data.tokenizer", "train.init_from"}
@@ -60,6 +61,8 @@ def short_hash(text: str) -> str:
 
 def _config_values(config: RunConfig) -> dict[str, str]:
     sections: dict[str, dict[str, Any]] = config.model_dump(mode="json")
+    # An axis that one process has and another lacks is compared with one of a single device.
+    sections["mesh"] = {**dict.fromkeys(KNOWN_ROLES, 1), **sections["mesh"]}
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     if config.pipeline.schedule.endswith(".csv"):
         # The path may differ between machines; the schedule itself is compared before the first step.

@@ -33,7 +33,7 @@ from ....meshes.device_axes import mark_varying
 from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of
 from ..prepare import transpose_wide
-from ..sharded import LayerGather
+from ..split_weights.sharded import LayerGather
 from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
 

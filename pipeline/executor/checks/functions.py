@@ -23,7 +23,7 @@ from ..batch import batch_specs
 from ..buffers import empty_buffer, floats_of
 from ..functions import bind_functions
 from ..microbatches import Inputs, microbatches_of
-from ..sharded import Splits, gather
+from ..split_weights.sharded import Splits, gather
 from .callbacks import check_callbacks
 from .collectives import check_branches, check_collectives
 from .outputs import check_names, check_same_on_copies

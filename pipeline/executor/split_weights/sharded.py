@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from ...layers.collectives import gather_weight
-from ..model.stage import PipelineParams, StageFns
-from ..model.trees import kept_axes, mesh_axes_of, spread_specs
+from ....layers.collectives import gather_weight
+from ...model.stage import PipelineParams, StageFns
+from ...model.trees import kept_axes, mesh_axes_of, spread_specs
 from .split_dims import Split, splits_after
 
 

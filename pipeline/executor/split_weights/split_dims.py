@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from ...layers.collectives import gather_weight
-from ...meshes import ShardingError
-from .backward.open_calls import open_calls
+from ....layers.collectives import gather_weight
+from ....meshes import ShardingError
+from ..backward.open_calls import open_calls
 
 
 @dataclass(frozen=True, kw_only=True)
