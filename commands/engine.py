@@ -1,15 +1,18 @@
 """Convert arguments to a model config and a mesh, and describe the engine, for commands that load a model."""
 
 import argparse
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
 
+from ..hub.model_folder import ModelSource, open_model
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshSpec, build_mesh
+from ..meshes import ConfigError, MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
-from ..serve import Engine
+from ..serve import Engine, Sizes, check_model
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -38,6 +41,32 @@ def resolve_mesh(text: str) -> MeshSpec:
     # Even if no axis is -1: this starts jax, whose errors `visible_devices` explains.
     devices = visible_devices()
     return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec
+
+
+def open_served(args: argparse.Namespace) -> tuple[MeshSpec, ModelSource]:
+    """Return the mesh of `--mesh` and the model of the folder, whose warnings are printed; no weight is read.
+
+    Raises:
+        TrellaxError: they cannot be opened.
+    """
+    # First, since fake devices must be chosen before jax starts.
+    if args.fake_devices:
+        use_fake_devices(args.fake_devices)
+    spec, source = resolve_mesh(args.mesh), open_model(args.folder)
+    for warning in source.warnings:
+        print(f"warning   {warning}", file=sys.stderr)
+    return spec, source
+
+
+def check_served(config: ModelConfig, spec: MeshSpec, sizes: Mapping[str, int]) -> None:
+    """Raise unless model, mesh and sizes of an engine fit.
+
+    Raises:
+        TrellaxError: they do not.
+    """
+    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
+    own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
+    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
 
 
 def open_mesh(spec: MeshSpec) -> jax.sharding.Mesh:

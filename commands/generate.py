@@ -7,16 +7,16 @@ import sys
 import time
 from typing import Any, TextIO
 
-from ..hub.model_folder import ModelSource, open_model
+from ..hub.model_folder import ModelSource
 from ..hub.text_stream import TextStream, Tokenizer
 from ..layers import ModelConfig
-from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
+from ..meshes import ConfigError, MeshSpec, ServeError
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, ServedSequence, Sizes, check_model, check_request, param_shapes
+from ..serve import Engine, Request, ServedSequence, check_request, param_shapes
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
-from .engine import apply_dtype, describe_engine, open_mesh, resolve_mesh
+from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -34,19 +34,11 @@ def run_generate(args: argparse.Namespace) -> int:
         TrellaxError: model, mesh and prompts do not fit each other; no weight is read then.
     """
     prompts = _read_prompts(args)
-    # First, since fake devices must be chosen before jax starts.
-    if args.fake_devices:
-        use_fake_devices(args.fake_devices)
-    spec = resolve_mesh(args.mesh)
-    source = open_model(args.folder)
-    for warning in source.warnings:
-        print(f"warning   {warning}", file=sys.stderr)
+    spec, source = open_served(args)
     config = apply_dtype(source.config, args)
     requests = _make_requests(prompts, args, source)
     sizes = _engine_sizes(args, config, requests, spec)
-    check_model(config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
-    own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
-    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
+    check_served(config, spec, sizes)
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
     mesh = open_mesh(spec)

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..hub.model_folder import ModelSource, open_model
+from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
-from ..meshes import MeshSpec, ServeError, use_fake_devices
-from ..serve import AsyncEngine, Engine, Sizes, check_model, param_shapes
+from ..meshes import MeshSpec, ServeError
+from ..serve import AsyncEngine, Engine, param_shapes
 from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
 from ..serve.state import MAX_STOPS
-from .engine import apply_dtype, describe_engine, open_mesh, resolve_mesh
+from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
 
 API_KEY = "TRELLAX_API_KEY"
 """Environment variable of the API key, which a command line would show to other users."""
@@ -31,18 +31,10 @@ def run_serve(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: model, mesh, template or address do not fit; no weight is read then.
     """
-    # First, since fake devices must be chosen before jax starts.
-    if args.fake_devices:
-        use_fake_devices(args.fake_devices)
-    spec = resolve_mesh(args.mesh)
-    source = open_model(args.folder)
-    for warning in source.warnings:
-        print(f"warning   {warning}", file=sys.stderr)
+    spec, source = open_served(args)
     source = replace(source, config=apply_dtype(source.config, args))
     sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
-    check_model(source.config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
-    own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
-    Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
+    check_served(source.config, spec, sizes)
     template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
     with bind(args.host, args.port) as bound:
         service = Service(
