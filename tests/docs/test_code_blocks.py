@@ -4,7 +4,8 @@
   whole.
 - `bash`: lines that begin with `trellax` run in their order, a page a folder; a block with a title is for another
   machine than this, and is only parsed.
-- `text`, `toml`, `yaml`, `csv`: nothing runs; `text` with the title "output" is what the Python block before it prints.
+- `text`, `toml`, `yaml`, `csv`, `dockerfile`: nothing runs; `text` with the title "output" is what the Python block
+  before it prints.
 """
 
 import re
@@ -18,7 +19,7 @@ from .pages import EXAMPLES, LAB_NOTES, PAGES, ROOT, Block, blocks_of, name_of, 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 SCRIPTS = [block for block in BLOCKS if block.language == "python" and not block.is_snippet]
-LANGUAGES = {"python", "bash", "text", "toml", "yaml", "csv"}
+LANGUAGES = {"python", "bash", "text", "toml", "yaml", "csv", "dockerfile"}
 
 FAST = {"README.md", "docs/concepts/axes.md"}
 """Pages whose scripts run in `make test`; the others take as long and run in `make slow`."""

@@ -1,17 +1,18 @@
-"""The scripts for SLURM and Kubernetes run: with a `srun` and a `trellax` that only write down what they are told."""
+"""What starts runs elsewhere is right: with a `srun` and a `trellax` that only write down what they are told."""
 
 import contextlib
 import os
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from trellax.commands import cli
 from trellax.configs import RunConfig
 
-from .pages import DOCS
+from .pages import DOCS, ROOT
 
 
 def stub(folder: Path, name: str, script: str) -> None:
@@ -69,3 +70,35 @@ def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> No
     gpus = int(re.findall(r"nvidia.com/gpu: (\d+)", text)[0])
     assert config.mesh.num_devices == pods * gpus
     assert f"--num-processes {pods}" in command[1]
+
+
+def test_skypilot_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "how-to" / "skypilot.yaml").read_text()
+    (command,) = re.findall(r"exec (trellax train .*)", text)
+    nodes, gpus = (int(re.findall(pattern, text)[0]) for pattern in (r"num_nodes: (\d+)", r"accelerators: \w+:(\d+)"))
+    printed = subprocess.run(
+        ["bash", "-c", f'printf "%s\\n" {command}'],
+        env={"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": f"{nodes}", "SKYPILOT_NODE_RANK": "1"}
+        | {"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = printed.stdout.splitlines()[1:]
+    assert understood(words, monkeypatch).mesh.num_devices == nodes * gpus
+    assert words[words.index("--coordinator") + 1] == "10.0.0.1:61440"
+    assert words[words.index("--num-processes") + 1] == f"{nodes}"
+
+
+def test_dockerfile_copies_and_installs_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "how-to" / "Dockerfile").read_text()
+    for name in re.findall(r"^COPY ([\w.]+) \.", text, flags=re.MULTILINE):
+        assert (ROOT / name).exists()
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= set(known)
+    (command,) = re.findall(r"docker run .* (trellax train .*)", text)
+    assert understood(shlex.split(command)[1:], monkeypatch).run.folder == "/runs"
+    # What is never needed in an image, and may be large.
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs"} <= set(ignored)
