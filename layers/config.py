@@ -39,7 +39,8 @@ class ModelConfig:
     included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
 
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
-    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`. See `experts/`.
+    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
+    See `experts/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
