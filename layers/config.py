@@ -39,7 +39,8 @@ class ModelConfig:
     included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
 
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
-    of `shared_size` features that all tokens use; see `experts/`.
+    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
+    See `experts/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
@@ -72,6 +73,7 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_size: int = 0
+    dense_layers: int = 0
     expert_capacity: float = 1.25
     expert_overflow: Literal["rounds", "drop"] = "rounds"
     router: Literal["softmax", "sigmoid"] = "softmax"
@@ -79,6 +81,8 @@ class ModelConfig:
     router_scale: float = 1.0
     router_groups: int = 1
     router_groups_kept: int = 1
+    router_bias: Literal["on", "off"] = "off"
+    router_bias_rate: float = 0.001
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"

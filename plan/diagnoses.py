@@ -5,8 +5,10 @@ Read `suggestions.py` for the fixes, `training_search.py` for how layouts are pr
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
+from ..pipeline.model.balance import layer_times
 from .costs.layout import Layout
 from .costs.pipeline_time import find_placement
 from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
@@ -14,6 +16,7 @@ from .costs.stage_time import stage_layers
 from .plan import Plan
 from .suggestions import (
     Change,
+    closer_experts,
     even_pipes,
     fuller_pipes,
     layout_change,
@@ -125,6 +128,26 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
     )
 
 
+def _check_expert_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find experts that are split over several nodes."""
+    layout, node = plan.layout, question.topology.devices_per_node
+    span = layout.tensor * layout.context * layout.expert
+    if layout.expert == 1 or plan.step is None or node % span == 0:
+        return
+    share = plan.step.tensor_s / plan.time_s
+    otherwise = "expect it: no smaller expert axis fits and is faster."
+    suggestion = suggest_faster(question, plan, closer_experts(question, layout), otherwise=otherwise)
+    yield Diagnosis(
+        name="experts-across-nodes",
+        severity="warning",
+        number=share,
+        message=f"groups of expert={layout.expert} span nodes of {node}: {share:.0%} of the step waits for collectives "
+        "of the layers",
+        fix=suggestion.text,
+        change=suggestion.change,
+    )
+
+
 def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     """Find a tensor axis that spends much of the step on communication inside a node."""
     tensor, node = plan.layout.tensor, question.topology.devices_per_node
@@ -196,7 +219,9 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     placement = find_placement(
         question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.priced_runtime
     )
-    ranks = [sum(layers[stage] for stage in placement.stages_of(rank)) for rank in range(layout.pipe)]
+    times, until = layer_times(question.model, num_tokens=question.num_tokens), list(accumulate(layers))
+    stages = [sum(times[end - count : end]) for end, count in zip(until, layers, strict=True)]
+    ranks = [sum(stages[stage] for stage in placement.stages_of(rank)) for rank in range(layout.pipe)]
     # The largest rank over the mean, since a tick lasts as long as its slowest rank.
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
@@ -206,7 +231,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="unbalanced-stages",
             severity="warning",
             number=uneven,
-            message=f"the largest rank has {max(ranks)} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
+            message=f"the largest rank has {max(ranks):g} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
             f"lasts {uneven:.2f} times as long",
             fix=suggestion.text,
             change=suggestion.change,
@@ -219,12 +244,14 @@ def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         return
     share = plan.step.data_s / plan.time_s
     if share > _DATA_SHARE:
-        shard = plan.layout.microbatches * plan.layout.sequences
+        layout = plan.layout
+        shard = layout.microbatches * layout.sequences
+        shards = f"data={layout.data // layout.expert}" + f" x expert={layout.expert}" * (layout.expert > 1)
         yield Diagnosis(
             name="batch-too-small",
             severity="warning",
             number=share,
-            message=f"{shard} sequences on each of data={plan.layout.data}: {share:.0%} of the step sums gradients",
+            message=f"{shard} sequences on each of {shards}: {share:.0%} of the step sums gradients",
             fix="raise train.batch_size, or lower mesh.data.",
         )
 
@@ -279,6 +306,7 @@ _CHECKS: tuple[Callable[[TrainQuestion, Plan], Iterator[Diagnosis]], ...] = (
     _check_fit,
     _check_precision,
     _check_tensor_links,
+    _check_expert_links,
     _check_tensor_width,
     _check_bubble,
     _check_balance,

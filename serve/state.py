@@ -12,8 +12,8 @@ from ..layers.cache import CacheDtype, cache_shapes
 from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
-from .params import LayerLoop, stack_sizes
 from .sampling import SamplingSettings
+from .stacks import LayerLoop, stage_stacks
 
 MAX_STOPS = 8
 """Default for the most stop tokens of a request."""
@@ -114,7 +114,7 @@ def state_shapes(
             num_rows=sizes.slots,
             max_tokens=sizes.max_tokens,
             dtype=cache_dtype,
-            stacks=stack_sizes(config, num_ranks=num_ranks, layers=layers),
+            stacks=tuple(own.size for own in stage_stacks(config, num_ranks=num_ranks, layers=layers)),
             rules=rules,
         ),
         next_token=leaf((sizes.slots,), jnp.int32),
