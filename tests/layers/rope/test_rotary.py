@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.layers import ModelConfig
-from trellax.layers.rotary import rope_frequencies, rotate
+from trellax.layers.rope.frequencies import rope_frequencies
+from trellax.layers.rope.rotary import rotate
 
-from .sharded import differing, normal, small_config
+from ..sharded import differing, normal, small_config
 
 B, T, N, H = 2, 16, 3, 8
 X = normal(B, T, N, H)
