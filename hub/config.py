@@ -96,11 +96,13 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """Return the fields that differ between two models and change the meaning of weights; `dtype` does not.
 
-    Nor do losses of routers, the room of experts, and the width of dense layers where every layer has experts.
+    Nor do losses of routers, how fast their biases move, the room of experts, and the width of dense layers where every
+    layer has experts.
     """
-    ignored = {"dtype", "balance_loss", "router_z_loss", "expert_capacity", "expert_overflow"}
+    ignored = {"dtype", "balance_loss", "router_z_loss", "router_bias_rate", "expert_capacity", "expert_overflow"}
     ignored |= {"max_tokens"} if one.positions == other.positions == "rotary" else set()
-    ignored |= {"ffn_size"} if one.num_experts and other.num_experts else set()
+    has_dense = any(model.dense_layers or not model.num_experts for model in (one, other))
+    ignored |= set() if has_dense else {"ffn_size"}
     names = [field.name for field in fields(ModelConfig) if field.name not in ignored]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 

@@ -15,6 +15,7 @@ from .cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
 from .context.places import Places
+from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
 from .latent.attention import LatentAttention
@@ -29,7 +30,8 @@ the outputs of weight matmuls and of flash attention ("dots")."""
 class Block(nnx.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    x[B@data, T, D] -> y[B@data, T, D]; two all-reduces over `tensor` forward and two backward.
+    x[B@data, T, D] -> y[B@data, T, D]; two all-reduces over `tensor` forward and two backward. With `dense_layers` a
+    block is one of those with experts; `layer_kinds` has the configs of both.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
@@ -80,15 +82,31 @@ class Block(nnx.Module):
         return x_BTD + self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0], cache
 
 
-def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Block:
-    """Return one `Block` with a leading dimension "layer" on every parameter: [L, ...], each layer drawn on its own."""
+Stack = Block | nnx.Dict[Block]
+"""All blocks of a model, [L, ...] by kind; without names of kinds where there is one."""
 
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
-    def make(layer_rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=layer_rngs, rules=rules)
 
-    return make(rngs)
+def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Stack:
+    """Return one `Block` with a leading dimension "layer" on every parameter, [L, ...], or one for each kind of layer.
+
+    Each layer is drawn on its own.
+    """
+
+    def stack(kind: LayerKind) -> Block:
+        @nnx.split_rngs(splits=kind.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
+        def make(layer_rngs: nnx.Rngs) -> Block:
+            return Block(kind.config, rngs=layer_rngs, rules=rules)
+
+        return make(rngs)
+
+    stacks = {kind.name: stack(kind) for kind in layer_kinds(config)}
+    return stacks[""] if "" in stacks else nnx.Dict(stacks)
+
+
+def stacks_of(blocks: Stack) -> tuple[Block, ...]:
+    """Return the stacked blocks of each kind, in the order of the model."""
+    return tuple(blocks.values()) if isinstance(blocks, nnx.Dict) else (blocks,)
 
 
 def run_blocks(
@@ -100,7 +118,7 @@ def run_blocks(
     places: Places | None = None,
     remat: Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
-    """Return x after all layers of a stack, run in order by one scan, and the sum of the losses of routers.
+    """Return x after all layers of one kind, run in order by one scan, and the sum of the losses of routers.
 
     params[L, ...], x[B@data, T, D] -> y[B@data, T, D], float32 []
 

@@ -43,7 +43,7 @@ class ModelConfig:
     `latent/attention.py`.
 
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
-    of `shared_size` features that all tokens use; see `experts/`.
+    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`. See `experts/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
@@ -68,12 +68,8 @@ class ModelConfig:
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_tokens: int = 0
-    rope_slow_turns: float = 1.0
-    rope_fast_turns: float = 32.0
     rope_attention_factor: float = 0.0
-    rope_mscale: float = 0.0
     rope_mscale_all: float = 0.0
-    rope_pairs: Literal["halves", "interleaved"] = "halves"
     rope_head_size: int = 0
     latent_size: int = 0
     query_latent_size: int = 0
@@ -86,6 +82,7 @@ class ModelConfig:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_size: int = 0
+    dense_layers: int = 0
     expert_capacity: float = 1.25
     expert_overflow: Literal["rounds", "drop"] = "rounds"
     router: Literal["softmax", "sigmoid"] = "softmax"
@@ -93,7 +90,8 @@ class ModelConfig:
     router_scale: float = 1.0
     router_groups: int = 1
     router_groups_kept: int = 1
-    router_group_score: Literal["two", "one"] = "two"
+    router_bias: Literal["on", "off"] = "off"
+    router_bias_rate: float = 0.001
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"

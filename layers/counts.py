@@ -12,6 +12,7 @@ from ..meshes.arguments import check_choice, check_count
 from .attention_counts import attention_norms, attention_weights, attention_widths
 from .block import Remat
 from .config import ModelConfig
+from .experts.kinds import layer_kinds
 from .transformer import model_rules
 
 _SUM_BYTES = 4
@@ -22,6 +23,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 class ParamCounts:
     """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks, with all its experts.
 
+    In a model whose first `dense_layers` are dense, `dense_block` counts one of these, and `block` one of the others.
     `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding.
     """
 
@@ -30,11 +32,18 @@ class ParamCounts:
     block: int
     num_layers: int
     head: int
+    dense_block: int = 0
+    dense_layers: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Number of parameters of all blocks."""
+        return self.dense_layers * self.dense_block + (self.num_layers - self.dense_layers) * self.block
 
     @property
     def total(self) -> int:
         """Number of parameters of the whole model, tied ones counted once."""
-        return self.embedding + self.positions + self.num_layers * self.block + self.head
+        return self.embedding + self.positions + self.blocks + self.head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +85,32 @@ def param_counts(config: ModelConfig) -> ParamCounts:
     >>> param_counts(ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)).total
     124439808
     """
-    d, has_bias = config.hidden_size, config.other_bias == "on"
-    norm = d * (2 if config.norm == "layernorm" and has_bias else 1)
-    num_up = 2 if config.mlp == "swiglu" else 1
-    f = config.ffn_size
-    biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
-    if has_bias:
-        biases += d + num_up * f + d
-    table = config.vocab_size * d
+    d = config.hidden_size
+    table, blocks = config.vocab_size * d, [_block_params(kind.config) for kind in layer_kinds(config)]
     return ParamCounts(
         embedding=table,
         positions=config.max_tokens * d if config.positions == "learned" else 0,
-        block=_block_weights(config, experts=config.num_experts) + biases + 2 * norm + attention_norms(config),
+        block=blocks[-1],
         num_layers=config.num_layers,
-        head=norm + (table if config.embeddings == "untied" else 0),
+        head=_norm_params(config) + (table if config.embeddings == "untied" else 0),
+        dense_block=blocks[0] if config.dense_layers else 0,
+        dense_layers=config.dense_layers,
     )
+
+
+def _block_params(config: ModelConfig) -> int:
+    """Return the number of parameters of one block, with all its experts."""
+    biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
+    if config.other_bias == "on":
+        biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
+    if config.router_bias == "on":
+        biases += config.num_experts
+    norms = 2 * _norm_params(config) + attention_norms(config)
+    return _block_weights(config, experts=config.num_experts) + biases + norms
+
+
+def _norm_params(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm == "layernorm" and config.other_bias == "on" else 1)
 
 
 def flops_per_token(
@@ -114,10 +134,9 @@ def flops_per_token(
     """
     check_count("num_tokens", num_tokens, error=ModelError)
     check_choice("attention", attention, ("causal", "full"), error=ModelError)
-    weights = (
-        config.num_layers * _block_weights(config, experts=config.experts_per_token)
-        + config.vocab_size * config.hidden_size
-    )
+    weights = config.vocab_size * config.hidden_size
+    for kind in layer_kinds(config):
+        weights += kind.num_layers * _block_weights(kind.config, experts=config.experts_per_token)
     full = 2 * num_tokens * (config.query_size + config.value_size) * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
@@ -134,7 +153,7 @@ def activation_bytes(
     sequence: Literal["off", "on"] = "off",
     remat: Remat = "none",
 ) -> ActivationBytes:
-    """Return the activation bytes of one microbatch of `num_sequences` on one device.
+    """Return the activation bytes of one microbatch of `num_sequences` on one device, of a layer with experts if any has.
 
     The formula follows Korthikanti et al. 2022, section 4, with the residuals of our own layers as terms:
 

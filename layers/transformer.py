@@ -14,7 +14,7 @@ from flax import nnx
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
 from ..meshes.divisibility import check_divides
-from .block import Remat, run_blocks, stack_blocks
+from .block import Remat, run_blocks, stack_blocks, stacks_of
 from .collectives import enter_split, gather_tokens
 from .config import ModelConfig
 from .context.places import Places
@@ -111,9 +111,13 @@ class Transformer(nnx.Module):
 
         tokens[B@data, T]; without the weights of tokens in the loss [B@data, T] routers add none.
         """
-        graph, params_L = nnx.split(self.blocks)
         x_BTD = self.embed(tokens_BT, positions_BT=places.positions if places else None)
-        return run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
+        of_routers = jnp.zeros((), jnp.float32)
+        for stack in stacks_of(self.blocks):
+            graph, params_L = nnx.split(stack)
+            x_BTD, own = run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
+            of_routers += own
+        return x_BTD, of_routers
 
 
 def model_rules(
@@ -134,8 +138,9 @@ def model_rules(
     if config.num_experts:
         split |= {"num_experts": "experts", "expert_size": "ffn", "shared_size": "ffn"}
     else:
-        split |= {"ffn_size": "ffn"}
         _check_no_experts(rules, sizes)
+    if config.dense_layers or not config.num_experts:
+        split |= {"ffn_size": "ffn"}
     for field, dim in split.items():
         axis, parts = _parts(rules, dim, sizes)
         check_divides(field, getattr(config, field), over=axis, parts=parts, error=ModelError)

@@ -66,10 +66,13 @@ def find_unsupported_experts(config: ModelConfig) -> Iterator[str]:
     if not config.num_experts:
         yield "model.num_experts=0, not 1 or more"
         return
-    if config.shared_size:
-        yield f"model.shared_size={config.shared_size}, not 0"
+    for size in ("shared_size", "dense_layers"):
+        if value := getattr(config, size):
+            yield f"model.{size}={value}, not 0"
     if config.router != "softmax":
         yield f"model.router={config.router!r}, not 'softmax'"
+    if config.router_bias == "on":
+        yield "model.router_bias='on', not 'off'"
     if config.router_scale != 1:
         yield f"model.router_scale={config.router_scale}, not 1"
     if config.router_groups_kept != config.router_groups:

@@ -6,23 +6,39 @@ from typing import Any
 from ...meshes import ModelError
 from ...meshes.divisibility import check_divides
 
-_ONLY_WITH_EXPERTS = ("experts_per_token", "expert_size", "shared_size", "balance_loss", "router_z_loss")
-_CHOICES = ("router", "router_normalize", "router_scale", "router_groups", "expert_capacity", "expert_overflow")
-"""Fields of a model with experts alone, whose defaults are not 0."""
+_ONLY_WITH_EXPERTS = (
+    "experts_per_token",
+    "expert_size",
+    "shared_size",
+    "dense_layers",
+    "balance_loss",
+    "router_z_loss",
+)
+_FACTORS = ("expert_capacity", "router_scale", "router_bias_rate")
+_CHOICES = (
+    "expert_overflow",
+    "router",
+    "router_normalize",
+    "router_groups",
+    "router_groups_kept",
+    "router_bias",
+)
+EXPERT_FIELDS = ("num_experts", *_ONLY_WITH_EXPERTS, *_FACTORS, *_CHOICES)
+"""Fields of a `ModelConfig` that a model without experts has at their defaults."""
 
 
 def check_experts(config: Any) -> None:
     """Raise unless the fields of a `ModelConfig` that are about experts agree.
 
     Raises:
-        ModelError: a size is negative, a token uses more experts than there are, groups do not divide them, or a field
-            is given without experts.
+        ModelError: a size is negative, a token uses more experts than there are, groups do not divide them, no layer is
+            left for them, or a field is given without experts.
     """
     _check_signs(config)
     _check_groups(config)
     if not config.num_experts:
         defaults = {field.name: field.default for field in fields(config)}
-        for name in (*_ONLY_WITH_EXPERTS, *_CHOICES):
+        for name in EXPERT_FIELDS:
             if (value := getattr(config, name)) != defaults[name]:
                 raise ModelError(
                     f"{name}={value}, but num_experts=0: the model has no experts.",
@@ -34,6 +50,11 @@ def check_experts(config: Any) -> None:
             f"experts_per_token={config.experts_per_token} of num_experts={config.num_experts}: a token uses at least "
             "one, and no expert twice.",
             fix=f"set experts_per_token from 1 to {config.num_experts}.",
+        )
+    if config.dense_layers >= config.num_layers:
+        raise ModelError(
+            f"dense_layers={config.dense_layers} of num_layers={config.num_layers}: no layer is left for the experts.",
+            fix=f"set dense_layers from 0 to {config.num_layers - 1}, or num_experts=0 for a dense model.",
         )
     if config.matmuls == "fp8":
         raise ModelError("matmuls='fp8' has no products for experts.", fix="set matmuls='plain'.")
@@ -48,7 +69,7 @@ def _check_signs(config: Any) -> None:
             raise ModelError(
                 f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
             )
-    for name in ("expert_capacity", "router_scale"):
+    for name in _FACTORS:
         if not getattr(config, name) > 0:
             raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out.")
 

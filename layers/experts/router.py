@@ -1,7 +1,8 @@
 """Choose the experts of each token, and the losses that keep their load even.
 
     x[B, T, D] @ weight[D, E] -> scores, float32        softmax over experts, or a sigmoid of each
-    scores -> the k largest of each token               of the best groups of experts, if there are groups
+    scores -> the k largest of each token               of the best groups of experts, if there are groups; with a bias
+                                                        added for this choice alone, `router_bias`
     their scores, divided by their sum -> weights       with which the outputs of the k experts are added
 
 Scores and choice are computed in float32 whatever the compute dtype, since a rounded score chooses another expert.
@@ -18,7 +19,7 @@ from ...meshes import DEFAULT_RULES, ShardingRules
 from ...meshes.device_axes import num_manual_blocks
 from ..collectives import own_tokens, sum_blocks
 from ..config import ModelConfig
-from ..partitioning import INIT_STD, make_param
+from ..partitioning import INIT_STD, make_param, param_metadata
 
 _TINY = 1e-20
 
@@ -51,13 +52,18 @@ class Router(nnx.Module):
         shape = (config.hidden_size, config.num_experts)
         # Not a "kernel": those are cast to the compute dtype.
         self.weight = make_param(rngs.params(), shape, ("embed", "router"), std=INIT_STD, rules=rules)
+        zeros = jnp.zeros(config.num_experts, jnp.float32)
+        metadata = param_metadata(("router",), rules)
+        self.bias = nnx.Param(zeros, **metadata) if config.router_bias == "on" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> Routing:
         """x[B@data, T, D] -> the routing of its tokens."""
         config = self.config
         logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...], precision="highest")
         raw = jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
-        experts = jax.lax.top_k(_in_kept_groups(raw, config), config.experts_per_token)[1]
+        # Only the choice reads the bias, so it has a gradient of zero; `balance_step` moves it.
+        biased = raw if self.bias is None else raw + self.bias[...]
+        experts = jax.lax.top_k(_in_kept_groups(biased, config), config.experts_per_token)[1]
         weights = jnp.take_along_axis(raw, experts, axis=-1)
         if config.router_normalize == "on":
             weights = weights / (weights.sum(-1, keepdims=True) + _TINY)
@@ -68,12 +74,14 @@ class Router(nnx.Module):
 def _in_kept_groups(scores: jax.Array, config: ModelConfig) -> jax.Array:
     """Return the scores with -inf for experts outside a token's best groups (DeepSeek-AI 2024, "V3", section 2.1.2).
 
-    A group is as good as its two best experts together.
+    A group is as good as its two best experts together where the router has a bias; else as its best one ("V2", section
+    2.2.2).
     """
     if config.router_groups == config.router_groups_kept:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], config.router_groups, -1)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    num_best = min(2 if config.router_bias == "on" else 1, grouped.shape[-1])
+    best = jax.lax.top_k(grouped, num_best)[0].sum(-1)
     kept = jax.lax.top_k(best, config.router_groups_kept)[1]
     is_kept = jax.nn.one_hot(kept, config.router_groups, dtype=bool).any(-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)

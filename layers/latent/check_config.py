@@ -16,7 +16,9 @@ def check_latents(config: Any) -> None:
     """
     for name in _SIZES:
         if getattr(config, name) < 0:
-            raise ModelError(f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0.")
+            raise ModelError(
+                f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out, or set it above 0."
+            )
     if not config.latent_size:
         for name in _SIZES[1:]:
             if getattr(config, name):

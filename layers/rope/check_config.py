@@ -5,9 +5,9 @@ from typing import Any
 
 from ...meshes import ModelError
 
-_OF_LLAMA3 = ("rope_low_frequency_factor", "rope_high_frequency_factor")
-_OF_YARN = ("rope_slow_turns", "rope_fast_turns", "rope_attention_factor", "rope_mscale", "rope_mscale_all")
-_OF_ROPE = ("rope_theta", *_OF_LLAMA3, "rope_original_tokens", *_OF_YARN, "rope_pairs", "rope_head_size")
+_OF_TURNS = ("rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
+_OF_YARN = ("rope_attention_factor", "rope_mscale_all")
+_OF_ROPE = ("rope_theta", *_OF_TURNS, *_OF_YARN, "rope_head_size")
 
 
 def check_rope(config: Any) -> None:
@@ -53,8 +53,8 @@ def _check_scaling(config: Any) -> None:
             "length that the model was first trained on.",
             fix="set rope_original_tokens, 8192 for Llama 3, 4096 for DeepSeek-V3.",
         )
-    if kind == "llama3":
-        _check_llama3(config)
+    if kind in ("llama3", "yarn"):
+        _check_turns(config)
     if kind == "yarn":
         _check_yarn(config)
 
@@ -69,25 +69,23 @@ def _refuse(config: Any, names: tuple[str, ...], *, needs: str, value: str, what
             )
 
 
-def _check_llama3(config: Any) -> None:
+def _check_turns(config: Any) -> None:
     low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
     if not 0 < low < high:
         raise ModelError(
             f"rope_low_frequency_factor={low} and rope_high_frequency_factor={high}: between them lie the "
             f"wavelengths that are scaled in part, so 0 < {low} < {high} must hold.",
-            fix="leave both out for Llama 3's 1 and 4.",
+            fix="set 1 and 4 for llama3, or 1 and 32 for yarn.",
         )
 
 
 def _check_yarn(config: Any) -> None:
-    slow, fast = config.rope_slow_turns, config.rope_fast_turns
-    if not 0 < slow <= fast:
+    if config.rope_high_frequency_factor == 4:
         raise ModelError(
-            f"rope_slow_turns={slow} and rope_fast_turns={fast}: pairs that turn as often as neither are scaled in "
-            f"part, so 0 < {slow} <= {fast} must hold.",
-            fix="leave both out for YaRN's 1 and 32.",
+            "rope_high_frequency_factor=4 is Llama 3's, but rope_scaling='yarn', which keeps pairs of 32 turns and more.",
+            fix="set rope_high_frequency_factor=32.",
         )
-    for name in ("rope_attention_factor", "rope_mscale", "rope_mscale_all"):
+    for name in _OF_YARN:
         if not getattr(config, name) >= 0:
             raise ModelError(f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out.")
     if config.rope_theta <= 1:

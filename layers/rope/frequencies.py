@@ -34,17 +34,11 @@ def rope_frequencies(config: Any) -> np.ndarray:
 def rope_magnitude(config: Any) -> float:
     """Return the factor of rotated features: above 1 under YaRN, where scores of long sequences spread too thin.
 
-    It is 0.1 ln(rope_factor) + 1 (section 3.3), unless `rope_attention_factor` is given, or both of DeepSeek's mscale.
+    It is `rope_attention_factor`, or else 0.1 ln(rope_factor) + 1 (section 3.3).
     """
     if config.rope_scaling != "yarn":
         return 1.0
-    if config.rope_attention_factor:
-        return config.rope_attention_factor
-    if config.rope_mscale and config.rope_mscale_all:
-        return yarn_scale(config.rope_factor, config.rope_mscale) / yarn_scale(
-            config.rope_factor, config.rope_mscale_all
-        )
-    return yarn_scale(config.rope_factor, 1.0)
+    return config.rope_attention_factor or yarn_scale(config.rope_factor, 1.0)
 
 
 def yarn_scale(factor: float, mscale: float) -> float:
@@ -59,15 +53,15 @@ def _kept_by_turns(config: Any, own_h: np.ndarray) -> np.ndarray:
 
 
 def _kept_by_number(config: Any, own_h: np.ndarray) -> np.ndarray:
-    """Return 1 for pairs before the one with `rope_fast_turns`, 0 behind that with `rope_slow_turns`, and a ramp."""
+    """Return 1 for pairs before the one with the high factor's turns, 0 behind that with the low one's, and a ramp."""
+    size = config.rotated_size
 
     def number(turns: float) -> float:
-        return config.rotated_size * math.log(config.rope_original_tokens / (turns * 2 * math.pi)) / (
-            2 * math.log(config.rope_theta)
-        )
+        ratio = config.rope_original_tokens / (turns * 2 * math.pi)
+        return size * math.log(ratio) / (2 * math.log(config.rope_theta))
 
-    first = max(math.floor(number(config.rope_fast_turns)), 0)
-    last: float = min(math.ceil(number(config.rope_slow_turns)), config.rotated_size - 1)
+    first = max(math.floor(number(config.rope_high_frequency_factor)), 0)
+    last: float = min(math.ceil(number(config.rope_low_frequency_factor)), size - 1)
     # As in transformers: a ramp from a pair to itself would divide by 0.
     last += 0.001 if first == last else 0
     return 1 - np.clip((np.arange(len(own_h)) - first) / (last - first), 0, 1)

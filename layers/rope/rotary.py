@@ -11,7 +11,7 @@ def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | 
     """Rotate the first R features of heads by the position of their token, for R = `config.rotated_size`.
 
     x[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, H], angles in float32; no communication. Feature i is paired
-    with feature i + R/2, as in Llama, or feature 2i with 2i + 1 where `config.rope_pairs` is "interleaved".
+    with feature i + R/2, as in Llama, or feature 2i with 2i + 1 where keys come from latents, as in DeepSeek's models.
 
     Args:
         config: gives the `rope_frequencies` of the pairs.
@@ -24,7 +24,7 @@ def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | 
     magnitude = rope_magnitude(config)
     cos, sin = (magnitude * turn(angle_BTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
     turned = x_BTNH[..., :size].astype(jnp.float32)
-    if config.rope_pairs == "interleaved":
+    if config.latent_size:
         a, b = turned[..., 0::2], turned[..., 1::2]
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
     else:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
 from ...layers.context.places import Places
+from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -90,7 +91,7 @@ def split_transformer(
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
-    fns = _stage_fns(model, remat, counts, JoinedBlock.on(mesh, config=config, rules=rules))
+    fns = _stage_fns(model, remat, counts, mesh)
     fns = _keep_split(replace(fns, unroll=unroll, placement=where), shard, shardings, config.dtype)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
@@ -122,16 +123,47 @@ def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...],
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     sizes = {"num_ranks": where.num_ranks, "num_chunks": where.num_chunks}
-    blocks = stages_from_layers(params["blocks"], layers_per_stage=counts, placement=where, **sizes)
+    blocks = stages_from_layers(
+        params["blocks"], layers_per_stage=counts, pattern=layer_pattern(config), placement=where, **sizes
+    )
     return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
 
 
-def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block: JoinedBlock) -> StageFns:
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh) -> StageFns:
+    config, rules = model.config, model.head.rules
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"], positions_BT=microbatch.get("positions"))
+
+    def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
+        head: Head = nnx.merge(graphs["head"], shared["head"])
+        table_VD = shared["embed"]["table"]
+        return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
+
+    layers, prepares, pattern = {}, {}, layer_pattern(config)
+    for kind in layer_kinds(config):
+        block = JoinedBlock.on(mesh, config=kind.config, rules=rules)
+        layers[kind.name] = rematerialize(_layer_fn(kind, block), remat)
+        prepares[kind.name] = _prepare_fn(config.dtype, block)
+    return StageFns(
+        first=first,
+        layer=layers if pattern else layers[""],
+        pattern=pattern,
+        token_axes=rules.token_axes,
+        axes=rules.mesh_axes,
+        batch_specs=_batch_specs(rules),
+        last=last,
+        # Left out for equal stages, which need no padding; with several kinds of layers each kind may be padded.
+        layers_per_stage=counts if pattern or len(set(counts)) > 1 else None,
+        num_layers=sum(counts),
+        prepare=prepares if pattern else prepares[""],
+    )
+
+
+def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
+    """Return the function of a layer of one kind."""
 
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
@@ -139,33 +171,24 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], block:
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
         y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
         assert stats.loss is not None
-        # A row for each layer of the model, since metrics are added over layers.
-        is_own = jax.numpy.arange(model.config.num_layers) == info.index
-        own = {"expert_tokens": is_own[:, None] * stats.metrics["expert_tokens"][None], "router_loss": stats.loss}
-        return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own})
+        tokens_E = stats.metrics["expert_tokens"]
+        # A row for each layer with experts, since metrics are added over layers.
+        is_own = jax.numpy.arange(kind.num_layers) == info.index - kind.first
+        own = {"expert_tokens": is_own[:, None] * tokens_E[None], "router_loss": stats.loss}
+        loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
+        return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
-    # Casts kernels and joins those that read one input, once a step: inside the loop over layers both would be done
-    # again for every microbatch.
-    def prepare(params: Any) -> Any:
-        return _cast_kernels(model.config.dtype, block.join(params))
+    return expert_layer if kind.config.num_experts else layer
 
-    def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
-        head: Head = nnx.merge(graphs["head"], shared["head"])
-        table_VD = shared["embed"]["table"]
-        return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
 
-    return StageFns(
-        first=first,
-        layer=rematerialize(expert_layer if model.config.num_experts else layer, remat),
-        token_axes=model.head.rules.token_axes,
-        axes=model.head.rules.mesh_axes,
-        batch_specs=_batch_specs(model.head.rules),
-        last=last,
-        # Left out for equal stages, whose number of layers is then a constant of the program.
-        layers_per_stage=counts if len(set(counts)) > 1 else None,
-        num_layers=sum(counts),
-        prepare=None if model.config.dtype == "float32" and block.own == block.joined else prepare,
-    )
+def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:
+    """Return what casts kernels and joins those that read one input, or None if there is nothing to do.
+
+    It runs once a step: inside the loop over layers both would be done again for every microbatch.
+    """
+    if dtype == "float32" and block.own == block.joined:
+        return None
+    return lambda params: _cast_kernels(dtype, block.join(params))
 
 
 def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:

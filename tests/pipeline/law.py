@@ -130,6 +130,7 @@ def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
     params = natural_params(config)
     num_chunks, num_ranks = jax.tree.leaves(model.params.stages)[0].shape[:2]
     cut: dict[str, Any] = {"layers_per_stage": model.fns.layers_per_stage, "placement": model.fns.placement}
+    cut |= {"pattern": model.fns.pattern}
     stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, **cut)
     shared = {"embed": params["embed"], "head": params["head"]}
     return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
@@ -241,7 +242,8 @@ def answer_of(step: Step) -> Answer:
     """Run the step and bring its results into natural order."""
     out, norm = step.run(step.params, step.batch)
     fns = step.model.fns
-    stages = natural_order(out.grads.stages, layers_per_stage=fns.layers_per_stage, placement=fns.placement)
+    cut: dict[str, Any] = {"layers_per_stage": fns.layers_per_stage, "placement": fns.placement}
+    stages = natural_order(out.grads.stages, pattern=fns.pattern, **cut)
     grads = {"blocks": stages, **out.grads.shared}
     return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
 

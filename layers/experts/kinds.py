@@ -1,0 +1,69 @@
+"""The kinds of layers in a stack whose first layers are dense and whose others have experts (DeepSeek-AI 2024).
+
+    num_layers=6, dense_layers=2        dense dense experts experts experts experts
+    parameters of the stack             {"dense": [2, ...], "experts": [4, ...]}
+
+A model of one kind has parameters [L, ...] without names of kinds. Everything that differs between layers, their
+parameters, costs and bytes, follows from the config of their kind.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from ..config import ModelConfig
+from .check_config import EXPERT_FIELDS
+
+DENSE, EXPERTS = "dense", "experts"
+"""Names of the kinds of a stack that has both, in their order in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """Layers `first` to `first + num_layers` of a model, all alike.
+
+    name: that of their parameters, "" in a model of one kind.
+    config: that of a model with layers of this kind alone, as many as the whole model has.
+    """
+
+    name: str
+    config: ModelConfig
+    first: int
+    num_layers: int
+
+
+def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
+    """Return the kinds of a model's layers, in their order.
+
+    >>> sizes = {"vocab_size": 256, "num_layers": 6, "hidden_size": 64, "num_heads": 4, "bias": "off"}
+    >>> config = ModelConfig(num_experts=8, experts_per_token=2, dense_layers=2, **sizes)
+    >>> [(kind.name, kind.num_layers) for kind in layer_kinds(config)]
+    [('dense', 2), ('experts', 4)]
+    """
+    dense, whole = config.dense_layers, config.num_layers
+    if not dense:
+        return (LayerKind(name="", config=config, first=0, num_layers=whole),)
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.name in EXPERT_FIELDS}
+    return (
+        LayerKind(name=DENSE, config=replace(config, **defaults), first=0, num_layers=dense),
+        LayerKind(name=EXPERTS, config=replace(config, dense_layers=0), first=dense, num_layers=whole - dense),
+    )
+
+
+def layer_pattern(config: ModelConfig) -> tuple[str, ...] | None:
+    """Return the kind of every layer by name, or None for a model of one kind."""
+    kinds = layer_kinds(config)
+    return tuple(kind.name for kind in kinds for _ in range(kind.num_layers)) if len(kinds) > 1 else None
+
+
+def kinds_within(config: ModelConfig, *, first: int, count: int) -> dict[ModelConfig, int]:
+    """Return how many of the layers `first` to `first + count` are of each kind, by its config; no kinds of none.
+
+    >>> sizes = {"vocab_size": 256, "num_layers": 6, "hidden_size": 64, "num_heads": 4, "bias": "off"}
+    >>> config = ModelConfig(num_experts=8, experts_per_token=2, dense_layers=2, **sizes)
+    >>> list(kinds_within(config, first=1, count=3).values())
+    [1, 2]
+    """
+    counts = {
+        kind.config: min(first + count, kind.first + kind.num_layers) - max(first, kind.first)
+        for kind in layer_kinds(config)
+    }
+    return {kind: number for kind, number in counts.items() if number > 0}
