@@ -3,15 +3,16 @@
 DeepSeek-AI 2024 ("DeepSeek-V2", arXiv:2405.04434, section 2.1; the same in V3). With C = latent_size, Q =
 query_latent_size, H = head_size of which R are rotated, and values of U features, V3's sizes below:
 
-    x[D] -- query_down --> [Q] -- norm, query --> N heads of H        7168 -> 1536 -> 128 x 192
-    x[D] -- latent_down -> [C] -- norm, key_value --> N heads of      7168 ->  512 -> 128 x (128 + 128)
+    x[D] -- query.down --> [Q] -- norm, up --> N heads of H           7168 -> 1536 -> 128 x 192
+    x[D] -- latent_down -> [C] -- norm, key_value -> N heads of       7168 ->  512 -> 128 x (128 + 128)
                     |                                 H - R keys and U values
                     +----> [R] -- rotated, the keys' other features, which all heads share           64
     scores, softmax, sum of values as ever --> N heads of U -- out --> [D]
 
-Where heads are split over tensor, `query`, `key_value` and `out` are; the maps down are whole on every rank, which
-computes them for all tokens, or with sequence parallelism for its own. So the all-gathers of a layer, and backward its
-all-reduces, are of C + R + Q features and not of D. A server keeps the C + R numbers of a token alone, see `absorbed.py`.
+Where heads are split over tensor, the maps up and `out` are; the maps down are whole on every rank, which computes them
+for all tokens, or with sequence parallelism for its own. So the all-gathers of a layer, and backward its all-reduces,
+are of C + R + Q features and not of D. Without query_latent_size queries are computed from x. A server keeps the C + R
+numbers of a token alone, see `absorbed.py`.
 """
 
 from typing import Any
@@ -30,14 +31,11 @@ from ..context.attend import attend_in_context
 from ..context.places import Places, own_positions
 from ..linear import ColumnLinear, RowLinear
 from ..norms import normalize
-from ..partitioning import INIT_STD, param_metadata
+from ..partitioning import INIT_STD
 from ..rope.frequencies import yarn_scale
 from ..rope.rotary import rotate
 from .absorbed import attend_latents
-from .down import DownLinear
-
-NORM_EPSILON = 1e-6
-"""That of the norms of latent vectors, whatever the config has for the others: DeepSeek's code fixes it."""
+from .down import DownLinear, LatentQuery, make_latent_norm
 
 
 class LatentAttention(nnx.Module):
@@ -57,11 +55,10 @@ class LatentAttention(nnx.Module):
         d, heads, queries = config.hidden_size, config.num_heads, config.query_latent_size
         own: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs, "rules": rules}
         split: dict[str, Any] = {"dim": "heads", "bias": "off", **own}
-        self.query_down = DownLinear(d, queries, **own) if queries else nnx.data(None)
-        self.query_norm = _make_norm(queries, **own) if queries else nnx.data(None)
-        self.query = ColumnLinear(queries or d, config.query_size, **split)
+        of_x = None if queries else ColumnLinear(d, config.query_size, **split)
+        self.query: ColumnLinear | LatentQuery = of_x or LatentQuery(config, **own)
         self.latent_down = DownLinear(d, config.latent_size + config.rope_head_size, **own)
-        self.latent_norm = _make_norm(config.latent_size, **own)
+        self.latent_norm = make_latent_norm(config.latent_size, **own)
         self.key_value = ColumnLinear(config.latent_size, heads * sum(self._sizes), **split)
         # As in mlp.py: residual branches add up over the layers.
         self.out = RowLinear(config.value_size, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **split)
@@ -80,10 +77,7 @@ class LatentAttention(nnx.Module):
         q_BTNH, kv_BTNE = self._query(x_BTD), self.key_value(latent_BTC)
         tokens, context = self.rules.token_axes, self.rules.axes("tokens")
         shared_BT1R = gather_tokens(shared_BT1R, tokens)
-        if places is None:
-            positions_BT = own_positions(q_BTNH.shape[1], context)[None]
-        else:
-            positions_BT = places.positions
+        positions_BT = places.positions if places else own_positions(q_BTNH.shape[1], context)[None]
         q_BTNH = self._rotate_queries(q_BTNH, positions_BT)
         kv_BTNE = kv_BTNE.reshape(*q_BTNH.shape[:3], -1)
         k_BTNH, v_BTNU = jnp.split(kv_BTNE, [self._sizes[0]], axis=-1)
@@ -139,8 +133,6 @@ class LatentAttention(nnx.Module):
 
     def _query(self, x_BTD: jax.Array) -> jax.Array:
         """x[B, T, D] -> queries [B, T, N@tensor, H], of all tokens, scaled and before rotation."""
-        if self.query_down is not None and self.query_norm is not None:
-            x_BTD = normalize(self.query_norm, self.query_down(x_BTD))
         y_BTF = self.query(x_BTD)
         q_BTNH = y_BTF.reshape(*y_BTF.shape[:2], -1, self.config.head_size)
         # With YaRN scores are scaled once more; kernels divide them by the root of H alone.
@@ -158,12 +150,7 @@ class LatentAttention(nnx.Module):
 
 
 def latent_scale(config: ModelConfig) -> float:
-    """Return what scores are multiplied with besides 1 / sqrt(H): the square of YaRN's scale where the config has one."""
+    """Return what scores are multiplied with besides 1 / sqrt(H): the square of YaRN's scale if the config has one."""
     if config.rope_scaling != "yarn" or not config.rope_mscale_all:
         return 1.0
     return yarn_scale(config.rope_factor, config.rope_mscale_all) ** 2
-
-
-def _make_norm(size: int, *, dtype: Any, rngs: nnx.Rngs, rules: ShardingRules) -> nnx.RMSNorm:
-    named = param_metadata(("latent",), rules)
-    return nnx.RMSNorm(size, epsilon=NORM_EPSILON, dtype=dtype, scale_metadata=named, rngs=rngs)

@@ -82,7 +82,7 @@ def _check_turns(config: Any) -> None:
 def _check_yarn(config: Any) -> None:
     if config.rope_high_frequency_factor == 4:
         raise ModelError(
-            "rope_high_frequency_factor=4 is Llama 3's, but rope_scaling='yarn', which keeps pairs of 32 turns and more.",
+            "rope_high_frequency_factor=4 is Llama 3's, but rope_scaling='yarn', which keeps pairs from 32 turns on.",
             fix="set rope_high_frequency_factor=32.",
         )
     for name in _OF_YARN:
