@@ -7,7 +7,7 @@ from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count
 from ..meshes.axes import DEFAULT_AXES
 from .experts import check_experts_whole
-from .params import layers_of_stages
+from .stacks import layers_of_stages
 from .requests import Request
 from .state import MAX_STOPS
 

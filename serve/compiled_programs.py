@@ -15,7 +15,8 @@ from ..meshes.axes import DEFAULT_AXES
 from ..pipeline.model.trees import on_mesh
 from .decode import decode
 from .experts import with_room
-from .params import LayerLoop, stage_shapes
+from .params import stage_shapes
+from .stacks import LayerLoop
 from .prefill import chunk_shapes, prefill
 from .sampling import SamplingSettings
 from .stage import Stage, block_specs
@@ -47,9 +48,9 @@ def compile_programs(
     rules = ShardingRules.of(axes)
     params = stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
     of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
-    prefills = decodes = Stage(of_group, mesh, axes=axes)
+    prefills = decodes = Stage(of_group, mesh, layers=layers, axes=axes)
     if of_chunk != of_group:
-        prefills = Stage(of_chunk, mesh, axes=axes)
+        prefills = Stage(of_chunk, mesh, layers=layers, axes=axes)
     settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))

@@ -25,7 +25,8 @@ from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
 from .compiled_programs import compile_programs
 from .decode import NOTHING, ticks_of_round
-from .params import LayerLoop, stage_params, stage_shapes
+from .params import stage_params, stage_shapes
+from .stacks import LayerLoop
 from .prefill import Chunks
 from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
 from .sampling import SamplingSettings

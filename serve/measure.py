@@ -16,7 +16,8 @@ from ..layers import ModelConfig, bytes_per_device
 from ..meshes import MeshAxes
 from ..meshes.axes import DEFAULT_AXES
 from .engine import Engine
-from .params import layers_of_stages, param_shapes, stage_shapes
+from .params import param_shapes, stage_shapes
+from .stacks import stage_stacks
 from .requests import Request, ServedSequence
 
 
@@ -84,16 +85,20 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     """
     config, sizes = engine.config, engine.spec
     params = stage_shapes(config, mesh=engine.mesh, axes=engine.axes)
-    counts = layers_of_stages(config, num_ranks=sizes.pipe)
+    stacks = stage_stacks(config, num_ranks=sizes.pipe, layers="loop")
     # Every rank has arrays for as many layers as the largest stage; the padding of the others is never read.
-    layer = bytes_per_device(params["blocks"]) / max(counts)
+    weights, layers = [0.0] * sizes.pipe, [0] * sizes.pipe
+    for stack, own in zip(stacks, params["blocks"], strict=True):
+        layers = [total + count for total, count in zip(layers, stack.counts, strict=True)]
+        each = bytes_per_device(own) / stack.size
+        weights = [total + count * each for total, count in zip(weights, stack.counts, strict=True)]
     table = params["embed"]["table"] if config.embeddings == "tied" else params["head"]["table"]
-    weights = [count * layer for count in counts]
     weights[-1] += bytes_per_device(table)
     rows = -(-batch // sizes.data)
     # Keys and values of one layer for one row of the cache, which has room for `max_tokens` tokens.
-    token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * engine.sizes.slots_per_shard)
-    cache = [count * rows * context * token / engine.sizes.max_tokens for count in counts]
+    room = sum(stack.size for stack in stacks) * engine.sizes.slots_per_shard
+    token = bytes_per_device(engine.shapes.cache.keys) * 2 / room
+    cache = [count * rows * context * token / engine.sizes.max_tokens for count in layers]
     groups = min(engine.sizes.groups, rows)
     return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
 

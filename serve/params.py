@@ -7,30 +7,26 @@ step casts a weight; those of routers stay in float32. Read `stage.py` next.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..layers import ModelConfig, Transformer, model_rules, param_counts, param_dims
+from ..layers import ModelConfig, Transformer, model_rules, param_dims
+from ..layers.experts.kinds import LayerKind, layer_kinds
 from ..layers.partitioning import param_dtype
 from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
-from ..pipeline import balance_layers, stages_from_layers
 from ..pipeline.model.joined_block import JoinedBlock
+from ..pipeline.model.stack import cut_kind
 from ..pipeline.model.trees import on_mesh
+from ..schedules import Placement
 from .experts import check_experts_whole
+from .stacks import LayerLoop, StageStack, layers_of_stages, stage_stacks
 
-LayerLoop = Literal["loop", "unrolled"]
-"""Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
-
-On a GPU, a matrix product cannot read a slice of an array at an index that is known only at run time: in a loop, XLA
-first copies the weights of every layer, and decoding takes three times as long. A loop compiles faster, in the time of
-one layer.
-"""
-
+Stacks = tuple[StageStack, ...]
 
 def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, axes: MeshAxes = DEFAULT_AXES) -> Any:
     """Return shapes and shardings of a `Transformer`'s parameters in natural order, for a reader to fill.
@@ -79,11 +75,15 @@ def stage_shapes(
     Embedding and head are replicated over pipe, although only the first and the last stage use them. Layers that read
     the same input are joined, as in a training step.
     """
-    natural, block = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes), block_on(mesh, config, axes=axes)
-    stacks = jax.eval_shape(partial(_to_stacks, config, mesh.shape[axes.pipe], layers), natural["blocks"])
-    joined = jax.eval_shape(lambda stacks: tuple(_join(block, mesh, axes.pipe, stack) for stack in stacks), stacks)
-    shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
-    return natural | {"blocks": tuple(jax.tree.map(_place, stack, shardings) for stack in joined)}
+    natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes)
+    blocks: list[Any] = []
+    for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
+        block = block_on(mesh, kind.config, axes=axes)
+        cut = jax.eval_shape(partial(_to_stacks, stacks), _of_kind(natural["blocks"], kind))
+        joined = jax.eval_shape(lambda cut, block=block: [_join(block, mesh, axes.pipe, stack) for stack in cut], cut)
+        shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
+        blocks += [jax.tree.map(_place, stack, shardings) for stack in joined]
+    return natural | {"blocks": tuple(blocks)}
 
 
 def stage_params(
@@ -93,19 +93,39 @@ def stage_params(
 
     Unequal stages are padded with zeros. While they are joined, the layers of one stack are in memory twice.
     """
-    block, num_ranks = block_on(mesh, config, axes=axes), mesh.shape[axes.pipe]
-    shardings = _stage_shardings(block.own_specs, mesh, axes.pipe)
-    if layers == "loop" and len(set(layers_of_stages(config, num_ranks=num_ranks))) == 1:
-        cut = jax.jit(partial(_to_stacks, config, num_ranks, layers), out_shardings=(shardings,), donate_argnums=0)
-        stacks = list(cut(params["blocks"]))
+    blocks: list[Any] = []
+    for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
+        given = _of_kind(params["blocks"], kind)
+        blocks += _cut_kind(given, stacks, block_on(mesh, kind.config, axes=axes), mesh=mesh, pipe=axes.pipe)
+    return params | {"blocks": tuple(blocks)}
+
+
+def _cut_kind(blocks: Any, stacks: Stacks, block: JoinedBlock, *, mesh: Mesh, pipe: str) -> list[Any]:
+    """Return the stacks of one kind of layer, joined."""
+    shardings = _stage_shardings(block.own_specs, mesh, pipe)
+    if len(stacks) == 1 and len(set(stacks[0].counts)) == 1:
+        cut = jax.jit(partial(_to_stacks, stacks), out_shardings=(shardings,), donate_argnums=0)
+        found = list(cut(blocks))
     else:
-        stacks = _cut_one_by_one(params["blocks"], shardings, partial(_cut, config, num_ranks, layers))
+        found = _cut_one_by_one(blocks, shardings, partial(_cut, stacks))
     if block.own != block.joined:
-        joined = _stage_shardings(block.joined_specs, mesh, axes.pipe)
-        join = jax.jit(partial(_join, block, mesh, axes.pipe), out_shardings=joined)
+        joined = _stage_shardings(block.joined_specs, mesh, pipe)
+        join = jax.jit(partial(_join, block, mesh, pipe), out_shardings=joined)
         # Taken from the list, so that a stack is freed once it is joined.
-        stacks = [join(stacks.pop(0)) for _ in range(len(stacks))]
-    return params | {"blocks": tuple(stacks)}
+        found = [join(found.pop(0)) for _ in range(len(found))]
+    return found
+
+
+def _stacks_by_kind(
+    config: ModelConfig, *, mesh: Mesh, layers: LayerLoop, axes: MeshAxes
+) -> list[tuple[LayerKind, Stacks]]:
+    stacks = stage_stacks(config, num_ranks=mesh.shape[axes.pipe], layers=layers)
+    return [(kind, tuple(stack for stack in stacks if stack.kind == kind)) for kind in layer_kinds(config)]
+
+
+def _of_kind(blocks: Any, kind: LayerKind) -> Any:
+    """Return the parameters of all layers of a kind."""
+    return blocks[kind.name] if kind.name else blocks
 
 
 def block_on(mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES) -> JoinedBlock:
@@ -114,40 +134,18 @@ def block_on(mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES) 
     return JoinedBlock.on(mesh, config=config, rules=rules)
 
 
-def stack_sizes(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[int, ...]:
-    """Return the number of layers in each array of a stage's parameters: all layers, or one each.
-
-    Raises:
-        ScheduleError: there are fewer layers than stages.
-    """
-    room = max(layers_of_stages(config, num_ranks=num_ranks))
-    return (room,) if layers == "loop" else (1,) * room
-
-
-def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
-    """Return the number of layers of each stage that spreads the bytes read per token evenly.
-
-    Raises:
-        ScheduleError: there are fewer layers than stages.
-    """
-    # Decoding is bound by memory: the head counts as the number of layers whose weights have the bytes of its table.
-    head = config.vocab_size * config.hidden_size / param_counts(config).block
-    return balance_layers(config.num_layers, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
-
-
-def _to_stacks(config: ModelConfig, num_ranks: int, layers: LayerLoop, blocks: Any) -> tuple[Any, ...]:
-    """Cut the parameters of all layers, [L, ...], into one tree of arrays [P, layers, ...] for each stack."""
+def _to_stacks(stacks: Stacks, blocks: Any) -> tuple[Any, ...]:
+    """Cut the parameters of all layers of a kind, [L, ...], into one tree of arrays [P, layers, ...] for each stack."""
     leaves, tree = jax.tree.flatten(blocks)
-    cut = [_cut(config, num_ranks, layers, leaf) for leaf in leaves]
+    cut = [_cut(stacks, leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(tree, stack) for stack in zip(*cut, strict=True))
 
 
-def _cut(config: ModelConfig, num_ranks: int, layers: LayerLoop, leaf: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut one parameter of all layers, [L, ...], into arrays [P, layers, ...]."""
-    counts = layers_of_stages(config, num_ranks=num_ranks)
-    stages = stages_from_layers(leaf, num_ranks=num_ranks, layers_per_stage=counts)[0]
-    stacks = stack_sizes(config, num_ranks=num_ranks, layers=layers)
-    return tuple(stages[:, index * size : (index + 1) * size] for index, size in enumerate(stacks))
+def _cut(stacks: Stacks, leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """Cut one parameter of all layers of a kind, [L, ...], into arrays [P, layers, ...]."""
+    counts = stacks[0].counts
+    stages = cut_kind(leaf, counts=counts, placement=Placement.of("loop", num_ranks=len(counts), num_chunks=1))[0]
+    return tuple(stages[:, stack.first : stack.first + stack.size] for stack in stacks)
 
 
 def _cut_one_by_one(blocks: Any, shardings: Any, cut: Callable[[jax.Array], tuple[jax.Array, ...]]) -> list[Any]:

@@ -13,14 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..layers.experts.kinds import layer_kinds
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.device_axes import manual_axes, mark_varying
 from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from ..pipeline.model.trees import on_mesh
-from .params import block_on, layers_of_stages
+from .params import block_on
 from .sampling import SamplingSettings, choose
+from .stacks import LayerLoop, StageStack, stage_stacks
 
 
 class Stage:
@@ -29,10 +31,12 @@ class Stage:
     Parameters are this device's blocks of those of `stage_shapes`: a tuple of [1, layers, ...].
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, axes: MeshAxes = DEFAULT_AXES) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, *, layers: LayerLoop = "loop", axes: MeshAxes = DEFAULT_AXES
+    ) -> None:
         self.config, self.num_ranks, self.rules = config, mesh.shape[axes.pipe], ShardingRules.of(axes)
-        self.counts = layers_of_stages(config, num_ranks=self.num_ranks)
-        self._block = block_on(mesh, config, axes=axes)
+        self.stacks = stage_stacks(config, num_ranks=self.num_ranks, layers=layers)
+        self._blocks = {kind.name: block_on(mesh, kind.config, axes=axes) for kind in layer_kinds(config)}
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=self.rules))
         self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
@@ -68,13 +72,12 @@ class Stage:
 
         It costs two all-reduces of x per layer over `tensor`.
         """
-        keys, values, first = [], [], 0
-        for stack, own_keys, own_values in zip(params["blocks"], cache.keys, cache.values, strict=True):
-            own = KVCache(keys=own_keys, values=own_values, lengths=cache.lengths)
-            x_BTD, own = self._run_stack(stack, x_BTD, own, new, first=first)
+        keys, values = [], []
+        for stack, own_params, *stored in zip(self.stacks, params["blocks"], cache.keys, cache.values, strict=True):
+            own = KVCache(keys=stored[0], values=stored[1], lengths=cache.lengths)
+            x_BTD, own = self._run_stack(stack, own_params, x_BTD, own, new)
             keys.append(own.keys)
             values.append(own.values)
-            first += jax.tree.leaves(stack)[0].shape[1]
         end_B = new.starts + new.counts
         # Rows without a new token keep their length: a group may have slots that are not in use.
         kept_B = jax.lax.dynamic_slice(cache.lengths, (0, new.row), (1, end_B.shape[0]))[0]
@@ -83,22 +86,22 @@ class Stage:
         return x_BTD, KVCache(keys=tuple(keys), values=tuple(values), lengths=lengths)
 
     def _run_stack(
-        self, stack: Any, x_BTD: jax.Array, cache: KVCache, new: NewTokens, *, first: int
+        self, stack: StageStack, params: Any, x_BTD: jax.Array, cache: KVCache, new: NewTokens
     ) -> tuple[jax.Array, KVCache]:
         """Run the layers of one array of parameters, without the padding of a shorter stage."""
 
         def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             x_BTD, cache = carry
-            block = self._block.merge(read(stack, 0, index))
+            block = self._blocks[stack.kind.name].merge(read(params, 0, index))
             x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new)
             return self.vary(x_BTD), cache
 
-        size = jax.tree.leaves(stack)[0].shape[1]
+        size = stack.size
         # Layers that every stage has: the length of the loop is a constant. A single one needs no loop (`LayerLoop`).
-        if first + size <= min(self.counts):
+        if stack.is_full:
             return layer(0, (x_BTD, cache)) if size == 1 else jax.lax.fori_loop(0, size, layer, (x_BTD, cache))
         # Stages with fewer layers end the loop before their padding.
-        own = jnp.clip(jnp.asarray(self.counts)[self.rank] - first, 0, size)
+        own = jnp.clip(jnp.asarray(stack.counts)[self.rank] - stack.first, 0, size)
         return jax.lax.fori_loop(0, own, layer, (x_BTD, cache))
 
     @jax.named_scope("choose")

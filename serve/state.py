@@ -12,7 +12,7 @@ from ..layers.cache import CacheDtype, cache_shapes
 from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
-from .params import LayerLoop, stack_sizes
+from .stacks import LayerLoop, stage_stacks
 from .sampling import SamplingSettings
 
 MAX_STOPS = 8
@@ -114,7 +114,7 @@ def state_shapes(
             num_rows=sizes.slots,
             max_tokens=sizes.max_tokens,
             dtype=cache_dtype,
-            stacks=stack_sizes(config, num_ranks=num_ranks, layers=layers),
+            stacks=tuple(own.size for own in stage_stacks(config, num_ranks=num_ranks, layers=layers)),
             rules=rules,
         ),
         next_token=leaf((sizes.slots,), jnp.int32),

@@ -87,8 +87,9 @@ def join_params(moments: Any, rest: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Layers `start` to `stop` of every chunk and rank."""
+    """Layers `start` to `stop` of every chunk and rank, of the parameters under some names of the first level."""
 
+    names: tuple[str, ...]
     start: int
     stop: int
 
@@ -96,13 +97,14 @@ class _Layers:
         def cut(leaf: jax.Array) -> jax.Array:
             return jax.lax.slice_in_dim(leaf, self.start, self.stop, axis=_LAYERS)
 
-        return PipelineParams(stages=jax.tree.map(cut, params.stages), shared={})
+        return PipelineParams(stages={name: jax.tree.map(cut, params.stages[name]) for name in self.names}, shared={})
 
     def put(self, params: PipelineParams, new: PipelineParams) -> PipelineParams:
         def paste(leaf: jax.Array, own: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(leaf, own, self.start, axis=_LAYERS)
 
-        return replace(params, stages=jax.tree.map(paste, params.stages, new.stages))
+        own = {name: jax.tree.map(paste, params.stages[name], new.stages[name]) for name in self.names}
+        return replace(params, stages={**params.stages, **own})
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,17 @@ class _Shared:
 
 
 def _list_parts(params: PipelineParams) -> list[_Layers | _Shared]:
-    num_layers = jax.tree.leaves(params.stages)[0].shape[_LAYERS]
+    # Layers of different kinds have arrays of different lengths.
+    names_of: dict[int, list[str]] = {}
+    for name, own in params.stages.items():
+        names_of.setdefault(jax.tree.leaves(own)[0].shape[_LAYERS], []).append(name)
     # More parts would take less memory at a time, and make a larger program.
-    size = -(-num_layers // UPDATE_PARTS)
-    layers = [_Layers(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
+    size = -(-sum(names_of) // UPDATE_PARTS)
+    layers = [
+        _Layers(tuple(names), start, min(start + size, num_layers))
+        for num_layers, names in names_of.items()
+        for start in range(0, num_layers, size)
+    ]
     return [*layers, *map(_Shared, params.shared)]
 
 

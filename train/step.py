@@ -4,13 +4,14 @@ Read `../pipeline/` for the loss and its gradients, `optimizer.py` for the updat
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ..layers.experts.balance import move_biases
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
@@ -77,6 +78,10 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
             optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
             held = {"opt_state": state.opt_state, "params": state.params}
             params, opt_state = update(optimizer, grads=grads, **held, good=good)
+        if (model := setup.config.model).router_bias == "on":
+            # Those of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
+            (tokens,) = jax.tree.leaves(out.stats)
+            params = replace(params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good))
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)

@@ -7,7 +7,9 @@ A model of one kind has parameters [L, ...] without names of kinds. Everything t
 parameters, costs and bytes, follows from the config of their kind.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 from ..config import ModelConfig
 from .check_config import EXPERT_FIELDS
@@ -67,3 +69,16 @@ def kinds_within(config: ModelConfig, *, first: int, count: int) -> dict[ModelCo
         for kind in layer_kinds(config)
     }
     return {kind: number for kind, number in counts.items() if number > 0}
+
+
+def layers_by_kind(config: ModelConfig, counts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return how many layers of each kind, by name, there are on stages of these numbers of layers.
+
+    >>> sizes = {"vocab_size": 256, "num_layers": 6, "hidden_size": 64, "num_heads": 4, "bias": "off"}
+    >>> config = ModelConfig(num_experts=8, experts_per_token=2, dense_layers=2, **sizes)
+    >>> layers_by_kind(config, (3, 3))
+    {'dense': (2, 0), 'experts': (1, 3)}
+    """
+    ends = accumulate(counts)
+    stages = [kinds_within(config, first=end - count, count=count) for end, count in zip(ends, counts, strict=True)]
+    return {kind.name: tuple(stage.get(kind.config, 0) for stage in stages) for kind in layer_kinds(config)}

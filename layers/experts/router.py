@@ -61,8 +61,8 @@ class Router(nnx.Module):
         config = self.config
         logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...], precision="highest")
         raw = jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
-        # Only the choice reads the bias, so it has a gradient of zero; `balance_step` moves it.
-        biased = raw if self.bias is None else raw + self.bias[...]
+        # Only the choice reads the bias, so it has a gradient of zero; `balance.py` moves it.
+        biased = raw if self.bias is None else raw + self.bias[...][None, None]
         experts = jax.lax.top_k(_in_kept_groups(biased, config), config.experts_per_token)[1]
         weights = jnp.take_along_axis(raw, experts, axis=-1)
         if config.router_normalize == "on":

@@ -1,6 +1,7 @@
 """Choose how many layers each stage gets so that the longest stage is as short as possible, and compute stage costs.
 
-All layers are equal, so time is counted in layers; only the first and the last stage have more to do:
+Time is counted in layers, of a model whose first layers are dense in layers with experts. The first and the last
+stage have more to do:
 
     10 layers, 4 stages, a head that takes as long as 2.5 layers
     (2, 2, 3, 3)  ->  times 2  2  3  5.5     equal layers: every tick waits for the last stage
@@ -12,9 +13,11 @@ Read `split.py` next.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 from ...layers import ModelConfig, Remat, flops_per_token
+from ...layers.experts.kinds import layer_kinds
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count, check_number
 from ...schedules import StageCost, Vocab
@@ -69,9 +72,7 @@ def balance_layers(
     check_number("first_extra", first_extra, error=ScheduleError)
     check_number("last_extra", last_extra, error=ScheduleError)
     _check_depth(num_layers, num_stages=num_stages, what=f"{num_stages} stages")
-    extras = [0.0] * num_stages
-    extras[0] += first_extra
-    extras[-1] += last_extra
+    extras = _extras(num_stages, first_extra, last_extra)
     layers = [1] * num_stages
     # Layers are equal, so giving each to the stage that is shortest so far is optimal.
     shortest = [(1 + extra, -stage) for stage, extra in enumerate(extras)]
@@ -81,6 +82,51 @@ def balance_layers(
         layers[stage] += 1
         heapq.heapreplace(shortest, (layers[stage] + extras[stage], -stage))
     return tuple(layers)
+
+
+def _extras(num_stages: int, first_extra: float, last_extra: float) -> list[float]:
+    extras = [0.0] * num_stages
+    extras[0] += first_extra
+    extras[-1] += last_extra
+    return extras
+
+
+def balance_times(
+    times: Sequence[float], *, num_stages: int, first_extra: float = 0.0, last_extra: float = 0.0
+) -> tuple[int, ...]:
+    """Return what `balance_layers` returns for layers that take these times, in the order of the model.
+
+    Later stages are filled first, since earlier ones hold more microbatches in flight.
+
+    >>> balance_times([0.5, 0.5, 1, 1, 1], num_stages=2)
+    (3, 2)
+    """
+    if len(set(times)) == 1:
+        ends = {"first_extra": first_extra / times[0], "last_extra": last_extra / times[0]}
+        return balance_layers(len(times), num_stages=num_stages, **ends)
+    extras = _extras(num_stages, first_extra, last_extra)
+    # The time of the longest stage is found by halving; twice the sum of all has room for rounding.
+    low, high = 0.0, 2 * (sum(times) + sum(extras))
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fill(times, extras, middle) else (middle, high)
+    filled = _fill(times, extras, high)
+    assert filled is not None
+    return filled
+
+
+def _fill(times: Sequence[float], extras: Sequence[float], limit: float) -> tuple[int, ...] | None:
+    """Return the layers of stages that take no longer than `limit`, the last filled first; None if there are none."""
+    left, counts = len(times), []
+    for stage in reversed(range(len(extras))):
+        count, own = 0, extras[stage]
+        # Every earlier stage has at least one layer.
+        while left > stage and own + times[left - 1] <= limit:
+            left, count, own = left - 1, count + 1, own + times[left - 1]
+        if not count:
+            return None
+        counts.append(count)
+    return tuple(reversed(counts)) if not left else None
 
 
 def resolve_layers(
@@ -113,8 +159,8 @@ def resolve_layers(
         )
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
     # The extras are times in forwards, and a layer costs three of them in a step.
-    return balance_layers(
-        config.num_layers,
+    return balance_times(
+        layer_times(config, num_tokens=num_tokens),
         num_stages=num_stages,
         first_extra=(ends.embedding + ends.embedding_grad) / _PASSES,
         last_extra=ends.head / _PASSES,
@@ -129,7 +175,7 @@ def stage_costs(
     vocab: Vocab = "split",
     remat: Remat = "none",
 ) -> tuple[StageCost, ...]:
-    """Return the time of every stage for one microbatch, in units of one layer's forward.
+    """Return the time of every stage for one microbatch, in units of the last layer's forward.
 
     The input gradient and the weight gradient of a layer each take as long as its forward. With remat="full" the
     forward is computed again before the input gradient; other choices recompute next to nothing. With vocab="split"
@@ -142,15 +188,24 @@ def stage_costs(
     check_counts(layers_per_stage)
     ends = end_times(config, num_tokens=num_tokens, vocab=vocab)
     again = 1.0 if remat == "full" else 0.0
-    last = len(layers_per_stage) - 1
+    last, until = len(layers_per_stage) - 1, list(accumulate(layers_per_stage))
+    times = layer_times(config, num_tokens=num_tokens)
+    layers = [sum(times[end - count : end]) for end, count in zip(until, layers_per_stage, strict=True)]
     return tuple(
         StageCost(
-            forward=layers + (ends.embedding if stage == 0 else 0) + (ends.head if stage == last else 0),
-            input_grad=(1 + again) * layers + (ends.embedding_grad if stage == 0 else 0),
-            weight_grad=layers,
+            forward=own + (ends.embedding if stage == 0 else 0) + (ends.head if stage == last else 0),
+            input_grad=(1 + again) * own + (ends.embedding_grad if stage == 0 else 0),
+            weight_grad=own,
         )
-        for stage, layers in enumerate(layers_per_stage)
+        for stage, own in enumerate(layers)
     )
+
+
+def layer_times(config: ModelConfig, *, num_tokens: int) -> tuple[float, ...]:
+    """Return the time of every layer in units of the last one's, by the flops of a token."""
+    kinds = layer_kinds(config)
+    flops = [_layer_flops(kind.config, num_tokens=num_tokens) for kind in kinds]
+    return tuple(own / flops[-1] for kind, own in zip(kinds, flops, strict=True) for _ in range(kind.num_layers))
 
 
 def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -> EndTimes:
@@ -167,7 +222,7 @@ def end_times(config: ModelConfig, *, num_tokens: int, vocab: Vocab = "split") -
         return EndTimes(embedding=0.0, embedding_grad=0.0, head=0.0)
     # Flops of the head for one token; its input gradient and its weight gradient take as many again.
     projection = 2 * config.vocab_size * config.hidden_size
-    layer = _layer_flops(config, num_tokens=num_tokens)
+    layer = _layer_flops(layer_kinds(config)[-1].config, num_tokens=num_tokens)
     # The embedding computes nothing, so its bytes are converted to the flops that take as long.
     row = config.hidden_size * _ITEM_BYTES * _FLOPS_PER_BYTE
     return EndTimes(embedding=2 * row / layer, embedding_grad=3 * row / layer, head=3 * projection / layer)

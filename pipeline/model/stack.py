@@ -56,18 +56,7 @@ def stages_from_layers(
         return _stages_of_kinds(layers, pattern, sizes, where)
     num_layers = _count_layers(layers)
     counts = check_layers(num_layers, num_ranks=num_ranks, num_chunks=num_chunks, layers_per_stage=layers_per_stage)
-    # `room` is the number of layers of the largest stage: all stages are padded to it.
-    room, places = max(counts), _places(counts, where)
-
-    def cut(leaf: jax.Array) -> jax.Array:
-        if len(set(counts)) > 1:
-            leaf = _spread(leaf, places, len(counts) * room)
-        elif not where.is_loop:
-            # A permutation: each place has its layer.
-            leaf = leaf[np.argsort(places)]
-        return leaf.reshape(num_chunks, num_ranks, room, *leaf.shape[1:])
-
-    return jax.tree.map(cut, layers)
+    return jax.tree.map(partial(cut_kind, counts=counts, placement=where), layers)
 
 
 def _count_layers(layers: Any, *, of: str = "layers") -> int:
@@ -108,11 +97,25 @@ def _stages_of_kinds(layers: Any, pattern: Sequence[str], sizes: dict[str, Any],
                 f"parameters of {found[kind]}.",
                 fix="give each kind as many layers as the pattern has of it.",
             )
-        room = max(*own, 1)
-        filled = _spread(leaf, _places(own, where), len(own) * room)
-        return filled.reshape(sizes["num_chunks"], sizes["num_ranks"], room, *leaf.shape[1:])
+        return cut_kind(leaf, counts=own, placement=where)
 
     return {kind: jax.tree.map(partial(cut, kind), own) for kind, own in layers.items()}
+
+
+def cut_kind(leaf: jax.Array, *, counts: Sequence[int], placement: Placement) -> jax.Array:
+    """Return a parameter of one kind of layer, [layers of the kind, ...], as [chunks, ranks, room, ...].
+
+    Args:
+        counts: number of layers of the kind of each stage, perhaps 0.
+    """
+    # `room` is the number of layers of the largest stage: all stages are padded to it.
+    room, places = max(*counts, 1), _places(counts, placement)
+    if len(set(counts)) > 1:
+        leaf = _spread(leaf, places, len(counts) * room)
+    elif not placement.is_loop:
+        # A permutation: each place has its layer.
+        leaf = leaf[np.argsort(places)]
+    return leaf.reshape(placement.num_chunks, placement.num_ranks, room, *leaf.shape[1:])
 
 
 def natural_order(
@@ -143,16 +146,16 @@ def natural_order(
         for kind, own in stages.items():
             _check_room(f"stages[{kind!r}]", own, counts=cut.counts_of(kind))
         return {
-            kind: jax.tree.map(partial(_merge, counts=cut.counts_of(kind), placement=placement), own)
+            kind: jax.tree.map(partial(merge_kind, counts=cut.counts_of(kind), placement=placement), own)
             for kind, own in stages.items()
         }
     if layers_per_stage is not None:
         check_counts(layers_per_stage)
         _check_room("stages", stages, counts=layers_per_stage)
-    return jax.tree.map(partial(_merge, counts=layers_per_stage, placement=placement), stages)
+    return jax.tree.map(partial(merge_kind, counts=layers_per_stage, placement=placement), stages)
 
 
-def _merge(leaf: Any, *, counts: Sequence[int] | None, placement: Placement | Shape) -> Any:
+def merge_kind(leaf: Any, *, counts: Sequence[int] | None, placement: Placement | Shape) -> Any:
     """Return a leaf [chunks, ranks, room, ...] of stages of these counts, equal if None, as [all layers, ...]."""
     num_chunks, num_ranks, room = leaf.shape[:3]
     where = Placement.resolve(placement, num_ranks=num_ranks, num_chunks=num_chunks)

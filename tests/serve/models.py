@@ -25,6 +25,8 @@ STYLES["uneven"] = STYLES["llama"] | {"num_layers": 3}
 STYLES["experts"] = STYLES["llama"] | {"num_experts": 8, "experts_per_token": 2, "expert_size": 64, "shared_size": 32}
 # As trained: half of its mean load is all that an expert has room for. An engine leaves no token out.
 STYLES["experts"] |= {"expert_capacity": 0.5, "expert_overflow": "drop"}
+STYLES["dense_and_experts"] = STYLES["experts"] | {"num_layers": 5, "dense_layers": 2, "ffn_size": 48}
+STYLES["dense_and_experts"] |= {"router": "sigmoid", "router_bias": "on", "router_groups": 4, "router_groups_kept": 2}
 """The first with as many key/value heads as heads, the second with one for each four."""
 
 

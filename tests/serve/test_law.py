@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "unequal_stages": ("gpt", {"num_layers": 5}),
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
+    "dense_and_experts": ("dense_and_experts", {}),
 }
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
@@ -46,6 +47,7 @@ SAMPLE = [
     ("data=2,tensor=2,pipe=2", "gpt"),
     ("tensor=2,pipe=2", "experts"),
     ("data=2,tensor=2", "experts_in_rounds"),
+    ("tensor=2,pipe=2", "dense_and_experts"),
 ]
 
 
@@ -55,7 +57,7 @@ def cached_logits(
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
-        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
+        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=tuple(stack.size for stack in stage.stacks)
     )
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:

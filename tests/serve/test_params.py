@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from trellax.layers import bytes_per_device
 from trellax.layers.cache import cache_shapes
-from trellax.serve.params import layers_of_stages, param_shapes, stage_params, stage_shapes
+from trellax.serve.params import param_shapes, stage_params, stage_shapes
+from trellax.serve.stacks import layers_of_stages
 from trellax.serve.state import Sizes, empty_state, state_shapes
 
 from .models import mesh_of, model_of, numbers_of, params_on

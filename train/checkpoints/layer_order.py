@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ...hub.saves.paths import leaves_by_path
 from ...hub.saves.reader import Arrays
+from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes.host_memory import HOST, in_host_memory, is_in_host_memory, to_device, to_host
 from ...meshes.rules import split_first_free_dim
-from ...pipeline import PipelineParams, natural_order, stages_from_layers
+from ...pipeline import PipelineParams
+from ...pipeline.model.stack import cut_kind, merge_kind
 from ..offload import join_params, map_params
 from ..state import Setup, TrainState, without_moments
 
@@ -85,14 +87,16 @@ class LayerOrder:
     def _move(self, convert: Any, moments: PipelineParams, shardings: PipelineParams) -> PipelineParams:
         """Return moments in host memory converted one array at a time: all at once may not fit the devices."""
 
-        def of_stages(leaf: jax.Array, own: NamedSharding) -> Any:
-            return self._program(convert, own)(PipelineParams(stages={"": leaf}, shared={})).stages[""]
+        def of_stages(path: Any, leaf: jax.Array, own: NamedSharding) -> Any:
+            # Its first name is that of its kind, if layers are of several kinds.
+            name = path[0].key
+            return self._program(convert, own)(PipelineParams(stages={name: leaf}, shared={})).stages[name]
 
         def of_shared(leaf: jax.Array, own: NamedSharding) -> Any:
             return self._program(convert, own)(PipelineParams(stages={}, shared=leaf)).shared
 
         return PipelineParams(
-            stages=jax.tree.map(of_stages, moments.stages, shardings.stages),
+            stages=jax.tree_util.tree_map_with_path(of_stages, moments.stages, shardings.stages),
             shared=jax.tree.map(of_shared, moments.shared, shardings.shared),
         )
 
@@ -125,43 +129,44 @@ class LayerOrder:
         # Muon's state has a copy for the parameters that it does not update: without arrays.
         if not jax.tree.leaves(params.stages):
             return params
-        fns = self.setup.model.fns
-        stages = natural_order(params.stages, layers_per_stage=fns.layers_per_stage, placement=fns.placement)
-        return PipelineParams(stages=stages, shared=params.shared)
+        merge = partial(merge_kind, placement=self.setup.placement)
+        return PipelineParams(stages=self._by_kind(merge, params.stages), shared=params.shared)
 
     def _cut_params(self, params: PipelineParams) -> PipelineParams:
         if not jax.tree.leaves(params.stages):
             return params
-        num_chunks, num_ranks = jax.tree.leaves(self.setup.model.params.stages)[0].shape[:2]
-        stages = stages_from_layers(
-            params.stages,
-            num_ranks=num_ranks,
-            num_chunks=num_chunks,
-            layers_per_stage=self.setup.model.fns.layers_per_stage,
-            placement=self.setup.model.fns.placement,
-        )
-        return PipelineParams(stages=stages, shared=params.shared)
+        cut = partial(cut_kind, placement=self.setup.placement)
+        return PipelineParams(stages=self._by_kind(cut, params.stages), shared=params.shared)
+
+    def _by_kind(self, convert: Any, stages: Any) -> Any:
+        """Return convert(leaf, counts=layers of its kind on each stage) of every leaf; kinds may be left out."""
+        counts = layers_by_kind(self.setup.config.model, self.setup.layers_per_stage)
+        if "" in counts:
+            return jax.tree.map(partial(convert, counts=counts[""]), stages)
+        return {kind: jax.tree.map(partial(convert, counts=counts[kind]), own) for kind, own in stages.items()}
 
     @cached_property
     def _shardings(self) -> TrainState:
         shapes = dict(jax.tree_util.tree_leaves_with_path(self.setup.model.params.stages))
+        num_layers = {kind.name: kind.num_layers for kind in layer_kinds(self.setup.config.model)}
 
         # By path: moments of one of two optimizers lack the parameters of the other.
         def merge(shardings: PipelineParams) -> PipelineParams:
-            stages = jax.tree_util.tree_map_with_path(
-                lambda path, own: self._merge_sharding(own, shapes[path]), shardings.stages
-            )
+            def one(path: Any, own: NamedSharding) -> NamedSharding:
+                return self._merge_sharding(own, shapes[path], num_layers.get(path[0].key, num_layers.get("", 0)))
+
+            stages = jax.tree_util.tree_map_with_path(one, shardings.stages)
             return PipelineParams(stages=stages, shared=shardings.shared)
 
         own = self.setup.shardings
         return replace(map_params(merge, own), health=replace(own.health, halted=None))
 
-    def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct, num_layers: int) -> NamedSharding:
         # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].
         mesh, pipe = self.setup.mesh, self.setup.sizes.roles.pipe
         _chunk, rank, _layer, *rest = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
         merged = NamedSharding(mesh, PartitionSpec(rank, *rest))
-        if self.setup.config.model.num_layers % mesh.shape[pipe]:
+        if num_layers % mesh.shape[pipe]:
             # 7 layers do not split over 2 ranks: the first dimension that does is split over pipe instead.
             spec = split_first_free_dim(PartitionSpec(*rest), shape=leaf.shape[3:], axis=pipe, size=mesh.shape[pipe])
             merged = NamedSharding(mesh, PartitionSpec(None, *spec))
