@@ -5,7 +5,7 @@ transformers 4 wrote `rope_theta` and `rope_scaling`, version 5 writes `rope_par
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ...layers import ModelConfig
 from ...layers.rope.frequencies import yarn_scale
@@ -68,8 +68,12 @@ def _list_ignored(table: Mapping[str, Any], name: str, rope: Mapping[str, Any]) 
             yield f"{key}={shown(value)} of {name} does not count, but {shown(taken)}"
 
 
-def find_unsupported_rope(values: Values) -> Iterator[str]:
-    """Yield a line for each setting of rotary positions that trellax cannot compute."""
+def find_unsupported_rope(values: Values, *, parts: Literal["whole", "any"]) -> Iterator[str]:
+    """Yield a line for each setting of rotary positions that trellax cannot compute.
+
+    Args:
+        parts: whether the architecture rotates whole heads, or may rotate a part of each.
+    """
     rope = values["rope"]
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in _NUMBERS:
@@ -87,8 +91,11 @@ def find_unsupported_rope(values: Values) -> Iterator[str]:
         yield f"mscale_all_dim of rope type {kind!r}; only with 'yarn' it is"
     if kind in ("llama3", "yarn") and type(original := rope[_ORIGINAL_TOKENS]) is not int:
         yield f"{_ORIGINAL_TOKENS}={shown(original)} is no whole number"
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, None):
+    part = rope["partial_rotary_factor"]
+    if parts == "whole" and part not in (1, None):
         yield "partial_rotary_factor: only rotary positions of whole heads are"
+    if parts == "any" and (type(part) not in (int, float) or not 0 < part <= 1):
+        yield f"partial_rotary_factor={shown(part)} is no number above 0, and at most 1"
 
 
 def _find_unsupported_yarn(rope: Mapping[str, Any]) -> Iterator[str]:
@@ -138,6 +145,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         rope[_ORIGINAL_TOKENS] = config.rope_original_tokens
     if config.rope_scaling == "yarn":
         rope |= _write_yarn(config)
+    if config.rope_head_size and not config.latent_size:
+        rope["partial_rotary_factor"] = config.rope_head_size / config.head_size
     return {
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
