@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
-from ..layers import Remat, activation_bytes
+from ..layers import ModelConfig, Remat, activation_bytes
 from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..meshes.spec import SHARDS
@@ -124,10 +124,11 @@ class _Estimate:
 
     def __init__(self, config: RunConfig, mesh: MeshSpec, sizes: StepSizes) -> None:
         # One program runs on all ranks, so each has room for as many layers as the largest stage.
-        room = sizes.num_layer_slots
+        room = sizes.layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
         table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
-        blocks = room * block_params(config.model, tensor=mesh.tensor, expert=mesh.expert)
+        split = {"tensor": mesh.tensor, "expert": mesh.expert}
+        blocks = sum(count * block_params(kind, **split) for kind, count in room)
         self.num_params = blocks + table / parts + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
@@ -135,11 +136,14 @@ class _Estimate:
         self.num_moments, self.num_kept, self.num_sums = (self.num_params / parts for parts in split)
         if config.train.offload == "optimizer":
             self.num_moments = 0.0
-        layer, whole = (_layer_bytes(config, mesh, sizes, remat) for remat in (config.pipeline.remat, "none"))
-        self.activations = layer * room * _num_slots(config, mesh) / config.pipeline.chunks
+        own, every = (
+            [_layer_bytes(kind, mesh, sizes, remat) for kind, _ in room] for remat in (config.pipeline.remat, "none")
+        )
+        kept = sum(count * each for (_, count), each in zip(room, own, strict=True))
+        self.activations = kept * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
         logits = held * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
-        self.working = _WORKING_COPIES * (whole + logits)
+        self.working = _WORKING_COPIES * (max(every) + logits)
 
     def total(self, memory: Memory, before: "_Estimate") -> int:
         """Return the bytes of this config, scaled from the compiled step of the config `before`."""
@@ -155,10 +159,10 @@ class _Estimate:
         return int(state + moments + activations + matrices + working * self.working / before.working + copies)
 
 
-def _layer_bytes(config: RunConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
+def _layer_bytes(model: ModelConfig, mesh: MeshSpec, sizes: StepSizes, remat: Remat) -> int:
     """Return the bytes of residuals of one layer for one microbatch; with remat "none", of all its arrays."""
     return activation_bytes(
-        config.model,
+        model,
         num_sequences=sizes.num_sequences,
         num_tokens=mesh.tokens_of_rank(sizes.num_tokens),
         tensor=mesh.tensor,

@@ -45,7 +45,7 @@ _MEANINGS = {
     "model.router_scale": "factor of these weights",
     "model.router_groups": "groups of experts, of which a token uses the best: by two experts with router_bias, else one",
     "model.router_groups_kept": "groups that a token may use",
-    "model.router_bias": "a bias of each expert, added to scores for the choice alone and moved once a step to even loads",
+    "model.router_bias": "bias of each expert, for the choice alone, which evens out the load: moved once a step",
     "model.router_bias_rate": "by how much this bias moves in a step",
     "model.balance_loss": "factor of the loss that evens out the experts' load",
     "model.router_z_loss": "factor of the loss that keeps the router's logits small",

@@ -49,8 +49,10 @@ def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
 def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
     tensor, over = mesh.tensor, _keys_of(mesh, *mesh.roles.tensor)
-    features = ("expert_size", "an expert is") if model.num_experts else ("ffn_size", "the feed-forward is")
-    for name, what in (("num_heads", "heads are"), features, ("shared_size", "the shared experts are")):
+    split = [("num_heads", "heads are"), ("expert_size", "an expert is"), ("shared_size", "the shared experts are")]
+    if model.dense_layers or not model.num_experts:
+        split.append(("ffn_size", "the feed-forward is"))
+    for name, what in split:
         yield from errors_of(
             check_divides,
             f"model.{name}",

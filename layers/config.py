@@ -43,7 +43,8 @@ class ModelConfig:
     `latent/attention.py`.
 
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
-    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`. See `experts/`.
+    of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
+    See `experts/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not

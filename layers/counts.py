@@ -153,7 +153,9 @@ def activation_bytes(
     sequence: Literal["off", "on"] = "off",
     remat: Remat = "none",
 ) -> ActivationBytes:
-    """Return the activation bytes of one microbatch of `num_sequences` on one device, of a layer with experts if any has.
+    """Return the activation bytes of one microbatch of `num_sequences` on one device.
+
+    In a model with dense layers before those with experts, `layer` is one with experts.
 
     The formula follows Korthikanti et al. 2022, section 4, with the residuals of our own layers as terms:
 

@@ -5,8 +5,10 @@ Read `suggestions.py` for the fixes, `training_search.py` for how layouts are pr
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
+from ..pipeline.model.balance import layer_times
 from .costs.layout import Layout
 from .costs.pipeline_time import find_placement
 from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
@@ -196,7 +198,9 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     placement = find_placement(
         question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.priced_runtime
     )
-    ranks = [sum(layers[stage] for stage in placement.stages_of(rank)) for rank in range(layout.pipe)]
+    times, until = layer_times(question.model, num_tokens=question.num_tokens), list(accumulate(layers))
+    stages = [sum(times[end - count : end]) for end, count in zip(until, layers, strict=True)]
+    ranks = [sum(stages[stage] for stage in placement.stages_of(rank)) for rank in range(layout.pipe)]
     # The largest rank over the mean, since a tick lasts as long as its slowest rank.
     uneven = max(ranks) * layout.pipe / sum(ranks)
     if uneven > _UNEVEN_SHARE:
@@ -206,7 +210,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
             name="unbalanced-stages",
             severity="warning",
             number=uneven,
-            message=f"the largest rank has {max(ranks)} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
+            message=f"the largest rank has {max(ranks):g} layers, the mean {sum(ranks) / layout.pipe:.1f}: every tick "
             f"lasts {uneven:.2f} times as long",
             fix=suggestion.text,
             change=suggestion.change,

@@ -91,7 +91,9 @@ def _splits_of_weights(model: ModelConfig, mesh: MeshSpec) -> Iterator[tuple[Zer
 
 def _features(model: ModelConfig) -> int:
     """Return the features of a feed-forward that tensor splits; of experts those of one, and those that all use."""
-    return math.gcd(model.expert_size, model.shared_size) if model.num_experts else model.ffn_size
+    if not model.num_experts:
+        return model.ffn_size
+    return math.gcd(model.expert_size, model.shared_size, model.ffn_size if model.dense_layers else 0)
 
 
 def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:

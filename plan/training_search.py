@@ -14,11 +14,10 @@ from ..meshes.arguments import check_choice, check_count, check_fields
 from ..meshes.errors import PlanError
 from ..meshes.spec import Offload
 from ..programs.hardware import XLA_MEMORY_SHARE
-from .costs.layer_time import LayerTime, layer_time
 from .costs.layout import Layout, PlanRemat
 from .costs.memory_model import MemoryUse, fullest, step_memory
 from .costs.runtime import Runtime, trellax_runtime
-from .costs.step_time import step_time
+from .costs.step_time import LayerTimes, layer_times, step_time
 from .explanations import explain_plans
 from .legal_layouts import device_counts, legal_layouts, legal_meshes
 from .machines.topology import Topology
@@ -109,15 +108,15 @@ def price_train(question: TrainQuestion) -> list[Plan]:
     Raises:
         PlanError: nothing fits; the message says what would.
     """
-    layers: dict[tuple[object, ...], LayerTime] = {}
+    layers: dict[tuple[object, ...], LayerTimes] = {}
     fitting = list(_fitting(question)) or list(_fitting(question, offload="optimizer"))
     plans = []
     # Memory is computed first, since it is cheap; only layouts that fit are timed.
     for layout, memory in [pair for pair in fitting if pair[1].total <= question.memory_limit] or fitting:
-        # Layouts with the same tensor, microbatch and rematerialization share the time of a layer.
-        key = (layout.tensor, layout.sequences, layout.remat, layout.context)
+        # Layouts with the same parts of a layer, microbatch and rematerialization share the time of a layer.
+        key = (layout.tensor, layout.sequences, layout.remat, layout.context, layout.expert)
         if key not in layers:
-            layers[key] = layer_time(
+            layers[key] = layer_times(
                 question.model,
                 layout=layout,
                 runtime=question.priced_runtime,
@@ -158,7 +157,7 @@ def smallest_fitting(question: TrainQuestion) -> int | None:
     return None
 
 
-def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTime | None, memory: MemoryUse) -> Plan:
+def _price(question: TrainQuestion, layout: Layout, *, layer: LayerTimes | None, memory: MemoryUse) -> Plan:
     step = step_time(
         question.model,
         layout=layout,

@@ -7,8 +7,8 @@ from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count
 from ..meshes.axes import DEFAULT_AXES
 from .experts import check_experts_whole
-from .stacks import layers_of_stages
 from .requests import Request
+from .stacks import layers_of_stages
 from .state import MAX_STOPS
 
 

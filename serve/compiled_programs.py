@@ -16,9 +16,9 @@ from ..pipeline.model.trees import on_mesh
 from .decode import decode
 from .experts import with_room
 from .params import stage_shapes
-from .stacks import LayerLoop
 from .prefill import chunk_shapes, prefill
 from .sampling import SamplingSettings
+from .stacks import LayerLoop
 from .stage import Stage, block_specs
 from .state import ServeState, Sizes, settings_shapes
 

@@ -26,10 +26,10 @@ from .check import check_model, check_request
 from .compiled_programs import compile_programs
 from .decode import NOTHING, ticks_of_round
 from .params import stage_params, stage_shapes
-from .stacks import LayerLoop
 from .prefill import Chunks
 from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
 from .sampling import SamplingSettings
+from .stacks import LayerLoop
 from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]

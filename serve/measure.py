@@ -17,8 +17,8 @@ from ..meshes import MeshAxes
 from ..meshes.axes import DEFAULT_AXES
 from .engine import Engine
 from .params import param_shapes, stage_shapes
-from .stacks import stage_stacks
 from .requests import Request, ServedSequence
+from .stacks import stage_stacks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from .stacks import LayerLoop, StageStack, layers_of_stages, stage_stacks
 
 Stacks = tuple[StageStack, ...]
 
+
 def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, axes: MeshAxes = DEFAULT_AXES) -> Any:
     """Return shapes and shardings of a `Transformer`'s parameters in natural order, for a reader to fill.
 

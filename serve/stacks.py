@@ -54,7 +54,10 @@ def stage_stacks(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> t
         own = counts[kind.name]
         sizes = (max(own),) if layers == "loop" else (1,) * max(own)
         firsts = accumulate(sizes, initial=0)
-        found += [StageStack(kind=kind, counts=own, first=first, size=size) for first, size in zip(firsts, sizes, strict=False)]
+        found += [
+            StageStack(kind=kind, counts=own, first=first, size=size)
+            for first, size in zip(firsts, sizes, strict=False)
+        ]
     return tuple(found)
 
 

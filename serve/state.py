@@ -12,8 +12,8 @@ from ..layers.cache import CacheDtype, cache_shapes
 from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
-from .stacks import LayerLoop, stage_stacks
 from .sampling import SamplingSettings
+from .stacks import LayerLoop, stage_stacks
 
 MAX_STOPS = 8
 """Default for the most stop tokens of a request."""

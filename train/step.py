@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ..layers.experts.balance import move_biases
+from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
@@ -81,7 +82,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         if (model := setup.config.model).router_bias == "on":
             # Those of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
             (tokens,) = jax.tree.leaves(out.stats)
-            params = replace(params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good))
+            params = replace(
+                params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
+            )
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
@@ -118,7 +121,8 @@ def step_options(setup: Setup) -> dict[str, Any]:
     if is_gathered and _JOINED_UP_TO not in xla_flags():
         # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
         model, sizes = setup.config.model, setup.sizes
-        matrices = block_matrices(model, tensor=sizes.tensor, expert=sizes.expert)
+        parts = {"tensor": sizes.tensor, "expert": sizes.expert}
+        matrices = max(block_matrices(kind.config, **parts) for kind in layer_kinds(model))
         options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices}
     return options
 

@@ -10,6 +10,7 @@ parameters, costs and bytes, follows from the config of their kind.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 from ..config import ModelConfig
 from .check_config import EXPERT_FIELDS
@@ -43,7 +44,9 @@ def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
     dense, whole = config.dense_layers, config.num_layers
     if not dense:
         return (LayerKind(name="", config=config, first=0, num_layers=whole),)
-    defaults = {field.name: field.default for field in fields(ModelConfig) if field.name in EXPERT_FIELDS}
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in fields(ModelConfig) if field.name in EXPERT_FIELDS
+    }
     return (
         LayerKind(name=DENSE, config=replace(config, **defaults), first=0, num_layers=dense),
         LayerKind(name=EXPERTS, config=replace(config, dense_layers=0), first=dense, num_layers=whole - dense),

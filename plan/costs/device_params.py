@@ -5,6 +5,7 @@ from typing import Literal
 from ...layers import ModelConfig, param_counts
 from ...layers.attention_counts import attention_norms, attention_weights
 from ...schedules import Placement
+from .held_layers import KindCounts
 from .layout import Layout
 from .runtime import Runtime
 
@@ -21,7 +22,7 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
-    router = d * model.num_experts
+    router = model.num_experts * (d + (1 if model.router_bias == "on" else 0))
     return block_matrices(model, tensor=tensor, expert=expert) + norms + attention_norms(model) + biases + router
 
 
@@ -62,27 +63,29 @@ def ends_of(placement: Placement, rank: int) -> tuple[End, ...]:
 
 
 def device_params(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int, ends: tuple[End, ...]
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, layers: KindCounts, ends: tuple[End, ...]
 ) -> float:
-    """Return the number of parameters on one device of a pipeline rank that holds `num_layers` layers.
+    """Return the number of parameters on one device of a pipeline rank.
 
     Args:
+        layers: those that the rank holds.
         ends: which of embedding and head the rank holds; without effect if the vocabulary is split over the ranks.
     """
     whole = vocabulary_params(model, tensor=layout.tensor)[1]
     has_whole = layout.pipe == 1 or runtime.vocab == "split" or ends
-    matrices = device_matrices(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
+    matrices = device_matrices(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
     split = {"tensor": layout.tensor, "expert": layout.expert}
-    rest = block_params(model, **split) - block_matrices(model, **split)
-    return matrices + num_layers * rest + (whole if has_whole else 0)
+    rest = sum(count * (block_params(kind, **split) - block_matrices(kind, **split)) for kind, count in layers)
+    return matrices + rest + (whole if has_whole else 0)
 
 
 def device_matrices(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int, ends: tuple[End, ...]
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, layers: KindCounts, ends: tuple[End, ...]
 ) -> float:
     """Return the number of weights in kernels and tables on one device, as `device_params` counts all parameters."""
     tables = vocabulary_params(model, tensor=layout.tensor)[0]
-    blocks = num_layers * block_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    blocks = sum(count * block_matrices(kind, **split) for kind, count in layers)
     if layout.pipe == 1 or (runtime.vocab == "ends" and len(ends) == 2):
         return blocks + tables
     if runtime.vocab == "split":

@@ -7,14 +7,11 @@ longer one has no more of them at a time. Read `memory_model.py` for the use.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...layers import ModelConfig
 from ...pipeline.lowering.lower import lower
 from ..machines.topology import Topology
-from .activations import layer_activation_bytes
-from .layer_time import LayerTime
 from .layout import Layout
 from .pipeline_time import SearchTerms, plan_schedule
-from .runtime import OrderTraits, Runtime
+from .runtime import OrderTraits
 
 _IN_TRANSIT = 2
 """Slots on the device of copies that are under way, one each way."""
@@ -42,25 +39,15 @@ def count_waiting(layout: Layout, *, traits: OrderTraits, terms: SearchTerms | N
     return WaitingSlots(on_device=tables.num_residual_slots + _IN_TRANSIT, on_host=tables.num_host_slots + _UNUSED)
 
 
-def residual_copies_s(
-    model: ModelConfig,
-    *,
-    layout: Layout,
-    runtime: Runtime,
-    num_tokens: int,
-    topology: Topology,
-    layer: LayerTime,
-    num_layers: int,
-) -> float:
+def residual_copies_s(layout: Layout, *, topology: Topology, kept: float, backward: float) -> float:
     """Return the seconds of a step in which copies of residuals hold up the layers.
 
     XLA ends the loads before a forward, and does the stores beside the backward (read in programs for H200).
 
     Args:
-        num_layers: layers of a chunk.
+        kept, backward: bytes of residuals of a chunk, and seconds of its backward.
     """
     if layout.offload != "residuals":
         return 0.0
-    kept = num_layers * layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     copy_s = kept / topology.accelerator.host_bytes_per_s
-    return layout.microbatches * layout.chunks * (copy_s + max(0.0, copy_s - num_layers * layer.backward))
+    return layout.microbatches * layout.chunks * (copy_s + max(0.0, copy_s - backward))

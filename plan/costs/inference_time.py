@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ...layers import ModelConfig, param_counts
 from ...layers.attention_counts import attention_widths
+from ...layers.experts.kinds import kinds_within, layer_kinds
 from ...meshes import PlanError
 from ...meshes.arguments import check_count, check_fields
 from ..machines.collective_time import Group, collective_time_s, make_group
@@ -120,6 +121,18 @@ def decode_time_s(
     Args:
         context: tokens of a request that are in the cache, on average.
     """
+    given: dict[str, Any] = {"layout": layout, "topology": topology, "batch": batch, "context": context}
+    layers = sum(kind.num_layers * _decode_layer_s(kind.config, **given, server=server) for kind in layer_kinds(model))
+    # Reading the head's table in 16 bit takes longer than its product with a few tokens.
+    head = memory_time_s(topology.accelerator, num_bytes=2 * model.vocab_size * model.hidden_size / layout.tensor)
+    message = batch * model.hidden_size * item_bytes(model)
+    return layers + head + _hops_s(message, layout=layout, topology=topology)
+
+
+def _decode_layer_s(
+    model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, context: float, server: Server
+) -> float:
+    """Return the seconds of one layer of a kind for one token of each request."""
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
@@ -135,10 +148,7 @@ def decode_time_s(
     group = make_group(topology, size=t, stride=1)
     message = batch * model.hidden_size * item_bytes(model)
     # Two all-reduces a layer: after attention and after the feed-forward part.
-    layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
-    # Reading the head's table in 16 bit takes longer than its product with a few tokens.
-    head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
-    return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)
+    return max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
 
 
 def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
@@ -151,10 +161,16 @@ def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
 def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILED) -> float:
     """Return the bytes of weights on the fullest device of an inference layout."""
     layers = math.ceil(model.num_layers / layout.pipe)
+    # The last stage has the largest layers; room for dense ones, which others have, is on each.
+    held = kinds_within(model, first=model.num_layers - layers, count=layers)
+    if model.dense_layers:
+        dense, *_ = layer_kinds(model)
+        held[dense.config] = min(layers, dense.num_layers)
     counts = param_counts(model)
-    ends = (counts.total - counts.num_layers * counts.block) / layout.tensor
+    ends = (counts.total - counts.blocks) / layout.tensor
     end = ends if layout.pipe == 1 else ends / 2
-    return server.weight_bytes * (layers * block_params(model, tensor=layout.tensor) + end)
+    blocks = sum(count * block_params(kind, tensor=layout.tensor) for kind, count in held.items())
+    return server.weight_bytes * (blocks + end)
 
 
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
@@ -202,6 +218,17 @@ def _prefill_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
 ) -> float:
     """Return the seconds of all prompts through all stages, without dividing them into groups."""
+    given: dict[str, Any] = {"layout": layout, "topology": topology, "batch": batch, "num_tokens": num_tokens}
+    layers = sum(kind.num_layers * _prefill_layer_s(kind.config, **given, server=server) for kind in layer_kinds(model))
+    head = memory_time_s(topology.accelerator, num_bytes=2 * model.vocab_size * model.hidden_size / layout.tensor)
+    message = batch * num_tokens * model.hidden_size * item_bytes(model)
+    return layers + head + _hops_s(message, layout=layout, topology=topology)
+
+
+def _prefill_layer_s(
+    model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
+) -> float:
+    """Return the seconds of one layer of a kind for all prompts."""
     device, t = topology.accelerator, layout.tensor
     size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
     busy = server.kernels * server.gap_s
@@ -214,6 +241,4 @@ def _prefill_s(
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     group = make_group(topology, size=t, stride=1)
     message = batch * num_tokens * model.hidden_size * item_bytes(model)
-    layer = max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
-    head = memory_time_s(device, num_bytes=2 * model.vocab_size * model.hidden_size / t)
-    return model.num_layers * layer + head + _hops_s(message, layout=layout, topology=topology)
+    return max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)

@@ -40,6 +40,13 @@ class LayerTime:
         return self.recompute + self.input_grad + self.weight_grad
 
 
+def sum_times(times: Iterable[tuple[LayerTime, int]]) -> LayerTime:
+    """Return the seconds of several layers one after another, given how many there are of each kind."""
+    pairs = list(times)
+    names = ("forward", "recompute", "input_grad", "weight_grad", "exposed")
+    return LayerTime(**{name: sum(count * getattr(each, name) for each, count in pairs) for name in names})
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Work:
     """Seconds of one operation by pass, without collectives."""
@@ -145,7 +152,7 @@ def _tensor_comm_s(
 
 def _expert_comm_s(model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology) -> float:
     """Return the seconds of one pass's all-to-all over expert, of the rows there and of their results back."""
-    if layout.expert == 1:
+    if layout.expert == 1 or not model.num_experts:
         return 0.0
     group = make_group(topology, size=layout.expert, stride=layout.tensor * layout.context)
     rows = model.num_experts * model.expert_rows(max(1, round(size.sequences * size.queries)))

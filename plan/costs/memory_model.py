@@ -17,6 +17,7 @@ from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of, expert_matrices
+from .held_layers import HeldLayers, KindCounts, held_layers
 from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
@@ -75,7 +76,7 @@ def step_memory(
     in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     held = [
-        (ends_of(placement, rank), tuple(layers[stage] for stage in placement.stages_of(rank)), in_flight[rank])
+        (ends_of(placement, rank), held_layers(model, layers, stages=placement.stages_of(rank)), in_flight[rank])
         for rank in range(layout.pipe)
     ]
     # Most ranks hold as much as others, and a search asks for ten thousand layouts.
@@ -86,14 +87,20 @@ def step_memory(
         for own in dict.fromkeys(held)
     }
     if waiting:
-        kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
-        room = {own: waiting.on_host * kept * max(own[1]) for own in uses}
-        uses = {own: replace(use, host=room[own]) for own, use in uses.items()}
+        given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
+        host = {own: waiting.on_host * kept_bytes(own[1].room, **given) for own in uses}
+        uses = {own: replace(use, host=host[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)
 
 
 def _waits(layout: Layout) -> bool:
     return layout.offload == "residuals" and layout.pipe > 1
+
+
+def kept_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes of residuals of layers of one microbatch."""
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
+    return sum(count * layer_activation_bytes(kind, **given) for kind, count in layers)
 
 
 def fullest(ranks: tuple[MemoryUse, ...]) -> MemoryUse:
@@ -147,29 +154,34 @@ def _rank_memory(
     runtime: Runtime,
     num_tokens: int,
     ends: tuple[End, ...],
-    layers: tuple[int, ...],
+    layers: HeldLayers,
     held: int,
 ) -> MemoryUse:
-    counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_layers": sum(layers), "ends": ends}
+    counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "layers": layers.stored, "ends": ends}
     params = device_params(model, **counted)
     # trellax keeps norms, biases and positions whole on every data shard.
     whole = params - device_matrices(model, **counted) if runtime.residuals == "trellax" and layout.zero > 1 else 0.0
-    kept = layer_activation_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
-    num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
-    experts = sum(layers) * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
+    kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
-    split = {"tensor": layout.tensor, "expert": layout.expert}
-    ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
-    copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
-    temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
+    largest = max(block_matrices(kind, **split) for kind, _ in layers.stored)
+    # Layers of several kinds are gathered one by one, none ahead.
+    ahead = item_bytes(model) * largest if layout.zero == 3 and len(layers.stored) == 1 else 0
+    copies = _copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
+    temporary = copies + max(
+        _temporary_bytes(kind, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends)
+        for kind, _ in layers.stored
+    )
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"],
         optimizer=state["optimizer"] - host,
-        activations=kept * num_layers
+        activations=kept
         + (ahead if runtime.residuals == "trellax" else 0)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
@@ -248,20 +260,29 @@ def _temporary_bytes(
     return max(logits, once) + runtime.workspace_bytes
 
 
-def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> float:
-    """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split."""
+def _copied_bytes(layers: KindCounts, *, layout: Layout) -> float:
+    """Return the bytes of weight copies of all layers, and of the one at work where each gathers its own."""
+    copies = [(count, *_layer_copies(kind, layout=layout)) for kind, count in layers]
+    return sum(count * each for count, each, _ in copies) + max(at_work for _, _, at_work in copies)
+
+
+def _layer_copies(model: ModelConfig, *, layout: Layout) -> tuple[float, float]:
+    """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split.
+
+    They are those of one layer between its uses, and while it is at work.
+    """
     # Gathered by every layer: a part of all layers, and the layer at work.
     parts = layout.replicas if layout.zero == 3 else 1
     own = item_bytes(model) * block_params(model, tensor=layout.tensor, expert=layout.expert)
     at_work = own if layout.zero == 3 else 0.0
     if item_bytes(model) < _FLOAT32 or layout.zero == 2:
-        return num_layers * own / parts + at_work
+        return own / parts, at_work
     if layout.tensor == 1:
-        return at_work
+        return 0.0, at_work
     # What reads latent vectors is not joined.
     columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
     columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
-    return num_layers * _FLOAT32 * model.hidden_size * columns / parts + at_work
+    return _FLOAT32 * model.hidden_size * columns / parts, at_work
 
 
 def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:

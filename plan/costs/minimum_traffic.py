@@ -24,12 +24,14 @@ from typing import Literal
 
 from ...layers import ModelConfig, Remat
 from ...layers.attention_counts import attention_widths
+from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.axes import Role
 from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
 from .device_params import block_matrices, block_params, ends_of, expert_matrices, vocabulary_params
+from .held_layers import KindCounts, kinds_of_stages
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
@@ -92,16 +94,28 @@ class StepSizes:
 
     def layers_of(self, rank: int) -> int:
         """Layers of one pipeline rank, over all its chunks."""
-        if self.layers_per_stage is None:
-            return self.model.num_layers // self.mesh.pipe
-        return sum(self.layers_per_stage[stage] for stage in self.placed.stages_of(rank))
+        return sum(self.layers_of_stages[stage] for stage in self.placed.stages_of(rank))
 
     @property
-    def num_layer_slots(self) -> int:
-        """Layers that every rank allocates: every stage has as many as the largest one."""
-        if self.layers_per_stage is None:
-            return self.layers_of(0)
-        return max(self.layers_per_stage) * len(self.layers_per_stage) // self.mesh.pipe
+    def layers_of_stages(self) -> tuple[int, ...]:
+        """Layers of every stage: those given, or equal ones."""
+        num_stages = self.mesh.pipe * self.num_chunks
+        return self.layers_per_stage or (self.model.num_layers // num_stages,) * num_stages
+
+    def kinds_of(self, rank: int) -> KindCounts:
+        """Layers of each kind of one pipeline rank, over all its chunks."""
+        kinds, own = kinds_of_stages(self.model, self.layers_of_stages), self.placed.stages_of(rank)
+        total: dict[ModelConfig, int] = {}
+        for kind, count in (pair for stage in own for pair in kinds[stage]):
+            total[kind] = total.get(kind, 0) + count
+        return tuple(total.items())
+
+    @property
+    def layer_slots(self) -> KindCounts:
+        """Layers of each kind that every rank allocates: every stage has as many as any has."""
+        stages = self.layers_of_stages
+        counts, chunks = layers_by_kind(self.model, stages), len(stages) // self.mesh.pipe
+        return tuple((kind.config, chunks * max(counts[kind.name])) for kind in layer_kinds(self.model))
 
 
 def minimum_bytes(sizes: StepSizes) -> dict[str, float]:
@@ -158,24 +172,25 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
-    # Experts are summed over data alone, all else over expert too.
-    experts = expert_matrices(sizes.model, **split)
-    own, matrices = (count(sizes.model, **split) - experts for count in (block_params, block_matrices))
-    yield mesh.label("batch"), sizes.layers_of(rank) * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
-    whole = 0
-    if sizes.is_sequence_parallel:
-        # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
-        everything = block_params(sizes.model, tensor=1) - expert_matrices(sizes.model, tensor=1)
-        whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
-        yield _sum_whole(sizes, sizes.layers_of(rank) * whole, *_SUMMED)
-    updated = _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
-    yield mesh.label(*_SUMMED), sizes.layers_of(rank) * updated
+    for kind, num_layers in sizes.kinds_of(rank):
+        # Experts are summed over data alone, all else over expert too.
+        experts = expert_matrices(kind, **split)
+        own, matrices = (count(kind, **split) - experts for count in (block_params, block_matrices))
+        yield mesh.label("batch"), num_layers * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
+        whole = 0
+        if sizes.is_sequence_parallel:
+            # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
+            everything = block_params(kind, tensor=1) - expert_matrices(kind, tensor=1)
+            whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
+            yield _sum_whole(sizes, num_layers * whole, *_SUMMED)
+        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
 
 
 def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-to-all of a layer of experts: every pair of a token and an expert there and back, twice."""
     model, parts = sizes.model, sizes.mesh.expert
-    num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
+    num_layers = sum(count for kind, count in sizes.kinds_of(rank) if kind.num_experts)
+    num_runs = 4 * num_layers * sizes.num_microbatches
     pairs = sizes.boundary * model.experts_per_token
     yield sizes.mesh.label("expert") if parts > 1 else "expert", num_runs * pairs * (parts - 1) / parts
 

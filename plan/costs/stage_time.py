@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
+from ...pipeline.model.balance import balance_times, layer_times
 from ...schedules import Placement, StageCost
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
@@ -46,8 +47,13 @@ def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
 
 
 def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
-    """Return the layers of every stage of a layout: those it states, or those of `split_layers`."""
-    return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
+    """Return the layers of every stage of a layout: those it states, or those of `split_layers`.
+
+    Dense layers before others take another time, and stages are balanced by it.
+    """
+    if layout.layers_per_stage or not model.dense_layers:
+        return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
+    return balance_times(layer_times(model, num_tokens=model.max_tokens), num_stages=layout.num_stages)
 
 
 def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int) -> EndCosts:
@@ -72,24 +78,29 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
 
 
 def stage_times(
-    layer: LayerTime, *, layers: Sequence[int], ends: EndCosts, runtime: Runtime, placement: Placement
+    layers: Sequence[LayerTime], *, ends: EndCosts, runtime: Runtime, placement: Placement
 ) -> tuple[StageCost, ...]:
-    """Return the seconds of every stage for one microbatch; recomputation counts as input gradient."""
+    """Return the seconds of every stage for one microbatch; recomputation counts as input gradient.
+
+    Args:
+        layers: the time of all layers of each stage, first to last.
+    """
     last = len(layers) - 1
     # A blocking hop is work of the stage: activations to the next stage, gradients to the one before, on other ranks.
     hop, ranks = ends.hop if runtime.blocking_hops == "on" else 0.0, placement.ranks
     stages = []
-    for place, size in enumerate(layers):
+    for place, own in enumerate(layers):
         extras = [part for part, at in ((ends.embedding, 0), (ends.head, last)) if place == at]
         stages.append(
             StageCost(
-                forward=size * layer.forward
+                forward=own.forward
                 + sum(part.forward for part in extras)
                 + hop * (place < last and ranks[place] != ranks[place + 1]),
-                input_grad=size * (layer.recompute + layer.input_grad)
+                input_grad=own.recompute
+                + own.input_grad
                 + sum(part.input_grad for part in extras)
                 + hop * (place > 0 and ranks[place] != ranks[place - 1]),
-                weight_grad=size * layer.weight_grad + sum(part.weight_grad for part in extras),
+                weight_grad=own.weight_grad + sum(part.weight_grad for part in extras),
             )
         )
     return tuple(stages)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig, flops_per_token
+from ...layers.experts.kinds import layer_kinds
 from ...schedules import StageCost
 from ..machines.topology import Topology
 from .device_params import ends_of
+from .held_layers import held_layers, kinds_of_stages
 from .host_residuals import residual_copies_s
-from .layer_time import LayerTime, layer_time
+from .layer_time import LayerTime, layer_time, sum_times
 from .layout import Layout
+from .memory_model import kept_bytes
 from .pipeline_time import find_placement, pipeline_time_s, search_terms
 from .runtime import Runtime, trellax_runtime
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
@@ -41,6 +44,22 @@ class StepTime:
     mfu: float
 
 
+LayerTimes = dict[ModelConfig, LayerTime]
+"""Time of a layer of each kind, by its config."""
+
+
+def layer_times(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int
+) -> LayerTimes:
+    """Return the time of a layer of each kind of a model.
+
+    Raises:
+        PlanError: `num_tokens` is below 1.
+    """
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "topology": topology, "num_tokens": num_tokens}
+    return {kind.config: layer_time(kind.config, **given) for kind in layer_kinds(model)}
+
+
 def step_time(
     model: ModelConfig,
     *,
@@ -48,35 +67,40 @@ def step_time(
     topology: Topology,
     num_tokens: int,
     runtime: Runtime | None = None,
-    layer: LayerTime | None = None,
+    layer: LayerTimes | None = None,
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
     Args:
         runtime: traits of the training runtime; those of `trellax_runtime` if left out.
-        layer: the time of a layer if it is known already; many layouts share one.
+        layer: the time of a layer of each kind if it is known already; many layouts share one.
 
     Raises:
         TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
     """
     runtime = runtime or trellax_runtime(model, topology.accelerator)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
-    layer = layer or layer_time(model, **given, topology=topology)
+    times = layer or layer_times(model, **given, topology=topology)
     ends = end_costs(model, **given, topology=topology)
     layers, placement = stage_layers(model, layout), find_placement(model, **given)
-    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime, placement=placement)
+    kinds = kinds_of_stages(model, layers)
+    of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds]
+    stages = stage_times(of_stages, ends=ends, runtime=runtime, placement=placement)
     pipeline_s, busy = _pipeline_s(model, stages, ends, **given)
-    of_rank, held = sum(layers[stage] for stage in placement.stages_of(0)), ends_of(placement, 0)
-    data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
-    hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
+    own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
+    rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
+    data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
+    hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
-    copies_s = residual_copies_s(model, **given, topology=topology, layer=layer, num_layers=max(layers))
+    kept = max(kept_bytes(stage, **given) for stage in kinds)
+    backward = max(stage.backward for stage in of_stages)
+    copies_s = residual_copies_s(layout, topology=topology, kept=kept, backward=backward)
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
     return StepTime(
         **parts,
         time_s=time_s,
-        tensor_s=layout.microbatches * of_rank * layer.exposed,
+        tensor_s=layout.microbatches * rank.exposed,
         bubble_fraction=max(0.0, 1 - busy / pipeline_s),
         tokens_per_s=layout.batch_size * num_tokens / time_s,
         mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),

@@ -10,6 +10,7 @@ from ..machines.collective_time import CollectiveKind, Group, collective_time_s,
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
 from .device_params import End, device_params, expert_matrices
+from .held_layers import KindCounts
 from .layout import Layout
 from .runtime import Runtime
 
@@ -33,15 +34,21 @@ class UpdateTime:
 
 
 def update_time(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_layers: int, ends: tuple[End, ...]
+    model: ModelConfig,
+    *,
+    layout: Layout,
+    runtime: Runtime,
+    topology: Topology,
+    layers: KindCounts,
+    ends: tuple[End, ...],
 ) -> UpdateTime:
     """Return the seconds of the update on the first rank, which ends last.
 
     Args:
-        num_layers, ends: what that rank holds of the layers, and of embedding and head.
+        layers, ends: what that rank holds of the layers, and of embedding and head.
     """
-    params = device_params(model, layout=layout, runtime=runtime, num_layers=num_layers, ends=ends)
-    experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    params = device_params(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
+    experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
     shards = layout.replicas if layout.zero else 1
     # Along expert devices have other experts: theirs are summed over what is left of data.
     group, copies = _groups(layout, runtime, topology)

@@ -67,7 +67,8 @@ def test_full_remat_saves_less_than_dots_and_dots_less_than_none(style: str) -> 
 
 
 def test_layers_of_a_stack_are_drawn_one_by_one() -> None:
-    kernel_LDF = stack_blocks(small_config(num_layers=3), rngs=nnx.Rngs(0)).mlp.up.kernel[...]
+    blocks: Any = stack_blocks(small_config(num_layers=3), rngs=nnx.Rngs(0))
+    kernel_LDF = blocks.mlp.up.kernel[...]
     assert kernel_LDF.shape == (3, 32, 128)
     assert len(np.unique(kernel_LDF[:, 0, 0])) == 3
 

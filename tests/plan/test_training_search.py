@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig
 from trellax.meshes import PlanError
-from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.layer_time import layer_time, sum_times
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.pipeline_time import find_placement
 from trellax.plan.costs.stage_time import end_costs, stage_layers, stage_times
@@ -113,7 +113,8 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     ends = end_costs(question.model, **sizes, runtime=runtime)
     layers = stage_layers(question.model, layout)
     placement = find_placement(question.model, layout=layout, num_tokens=question.num_tokens, runtime=runtime)
-    stages = stage_times(layer, layers=layers, ends=ends, runtime=runtime, placement=placement)
+    times = [sum_times([(layer, count)]) for count in layers]
+    stages = stage_times(times, ends=ends, runtime=runtime, placement=placement)
     schedule = build_schedule(
         layout.schedule,
         num_ranks=layout.pipe,

@@ -72,7 +72,7 @@ def test_tied_table_is_held_once_in_a_v(embeddings: str) -> None:
     model = replace(GPT2, embeddings="tied" if embeddings == "tied" else "untied")
     layout = Layout(pipe=4, schedule="v-half", chunks=2, microbatches=8)
     both, one, none = (
-        device_params(model, layout=layout, runtime=ENDS, num_layers=3, ends=ends)
+        device_params(model, layout=layout, runtime=ENDS, layers=((model, 3),), ends=ends)
         for ends in (("embedding", "head"), ("embedding",), ())
     )
     table = model.vocab_size * model.hidden_size
@@ -88,7 +88,7 @@ def test_gradient_of_a_tied_table_is_summed_between_two_ranks_only() -> None:
             layout=Layout(pipe=4, schedule="v-half", chunks=2, microbatches=8),
             runtime=ENDS,
             topology=topology,
-            num_layers=3,
+            layers=((GPT2, 3),),
             ends=ends,
         ).tied
         for ends in (("embedding",), ("embedding", "head"))
@@ -131,8 +131,7 @@ def test_blocking_hops_are_no_work_in_the_turn_of_a_v() -> None:
     layer = LayerTime(**dict.fromkeys((field.name for field in fields(LayerTime)), 1.0))
     none = StageCost(forward=0, input_grad=0, weight_grad=0)
     stages = stage_times(
-        layer,
-        layers=(1, 1, 1, 1),
+        [layer] * 4,
         ends=EndCosts(embedding=none, head=none, shared_loss=0, hop=0.5),
         runtime=replace(MEGATRON, blocking_hops="on"),
         placement=Placement.of("v", num_ranks=2, num_chunks=2),

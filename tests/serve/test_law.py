@@ -57,7 +57,12 @@ def cached_logits(
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
-        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=tuple(stack.size for stack in stage.stacks)
+        config,
+        mesh=mesh,
+        num_rows=len(tokens_BT),
+        max_tokens=16,
+        dtype=dtype,
+        stacks=tuple(stack.size for stack in stage.stacks),
     )
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from ...layers import activation_bytes, param_counts
+from ...layers import ModelConfig, activation_bytes, param_counts
+from ...layers.experts.kinds import DENSE, layer_kinds, layers_by_kind
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...plan.costs.activations import split_backward_bytes
+from ...plan.costs.held_layers import kinds_of_stages
 from ...plan.costs.precision import unpriced_matmuls
 from ...schedules import Schedule, simulate
 from ..state import Setup
@@ -81,9 +83,13 @@ def tabulate_stages(setup: Setup) -> StageTable:
     config, layers = setup.config, setup.layers_per_stage
     total = sum(cost.total for cost in setup.stage_costs)
     held = microbatches_at_peak(setup.schedule, layers_per_stage=layers)
-    kept = _count_kept(setup)
-    block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
+    kinds, kept = kinds_of_stages(config.model, layers), _count_kept(setup)
+    blocks, layer_bytes = _count_blocks(config.model), _count_layer_bytes(setup)
     rows = []
+
+    def total_of(stage: int, each: dict[ModelConfig, int]) -> int:
+        return sum(count * each[kind] for kind, count in kinds[stage])
+
     for stage, cost in enumerate(setup.stage_costs):
         end, end_bytes = _count_ends(setup, stage)
         rows.append(
@@ -92,10 +98,10 @@ def tabulate_stages(setup: Setup) -> StageTable:
                 rank=setup.placement.rank_of(stage),
                 layers=layers[stage],
                 time_share=cost.total / total,
-                parameters=layers[stage] * block + end,
-                parameter_bytes=layers[stage] * layer_bytes + end_bytes,
+                parameters=total_of(stage, blocks) + end,
+                parameter_bytes=total_of(stage, layer_bytes) + end_bytes,
                 in_flight=held[stage],
-                activation_bytes=held[stage] * layers[stage] * kept,
+                activation_bytes=held[stage] * total_of(stage, kept),
             )
         )
     return StageTable(rows=tuple(rows), notes=_write_notes(setup, kept=kept))
@@ -121,8 +127,13 @@ def microbatches_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...
     return tuple(at_peak)
 
 
-def _count_kept(setup: Setup) -> int:
-    """Return the bytes that one layer keeps of one microbatch for the backward, on one device."""
+def _count_blocks(model: ModelConfig) -> dict[ModelConfig, int]:
+    """Return the number of parameters of one layer of each kind."""
+    return {kind.config: param_counts(kind.config).block for kind in layer_kinds(model)}
+
+
+def _count_kept(setup: Setup) -> dict[ModelConfig, int]:
+    """Return the bytes that one layer of each kind keeps of one microbatch for the backward, on one device."""
     config, sizes = setup.config, setup.sizes
     shapes: dict[str, Any] = {
         "num_sequences": config.train.batch_size // (config.pipeline.microbatches * sizes.data),
@@ -131,19 +142,26 @@ def _count_kept(setup: Setup) -> int:
         "sequence": "on" if sizes.splits_tokens(config.data.seq_len) else "off",
         "remat": config.pipeline.remat,
     }
-    kept = activation_bytes(config.model, **shapes).layer
     has_halves = any(action.kind == "W" for _, _, action in setup.schedule.placed())
-    return kept + round(split_backward_bytes(config.model, **shapes)) if has_halves else kept
+
+    def kept(model: ModelConfig) -> int:
+        whole = activation_bytes(model, **shapes).layer
+        return whole + round(split_backward_bytes(model, **shapes)) if has_halves else whole
+
+    return {kind.config: kept(kind.config) for kind in layer_kinds(config.model)}
 
 
-def _count_layer_bytes(setup: Setup) -> int:
+def _count_layer_bytes(setup: Setup) -> dict[ModelConfig, int]:
     """Return the bytes of one layer's parameters on one device, from leaves [chunks, ranks@pipe, layers, ...]."""
-    total = 0
-    for leaf in jax.tree.leaves(setup.model.params.stages):
-        chunks, _, slots = leaf.shape[:3]
-        own = leaf.sharding.shard_shape(leaf.shape)
-        total += leaf.dtype.itemsize * math.prod(own) // (chunks * slots)
-    return total
+    found, stages = {}, setup.model.params.stages
+    for kind in layer_kinds(setup.config.model):
+        total = 0
+        for leaf in jax.tree.leaves(stages[kind.name] if kind.name else stages):
+            chunks, _, slots = leaf.shape[:3]
+            own = leaf.sharding.shard_shape(leaf.shape)
+            total += leaf.dtype.itemsize * math.prod(own) // (chunks * slots)
+        found[kind.config] = total
+    return found
 
 
 def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
@@ -177,11 +195,15 @@ def ranks_of_ends(setup: Setup) -> dict[str, list[int]]:
     return {end: [setup.placement.rank_of(stage)] for end, stage in stages.items()}
 
 
-def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
-    most, slots = max(setup.layers_per_stage), max(simulate(setup.schedule).peak_in_flight)
+def _write_notes(setup: Setup, *, kept: dict[ModelConfig, int]) -> tuple[str, ...]:
+    slots = max(simulate(setup.schedule).peak_in_flight)
+    counts = layers_by_kind(setup.config.model, setup.layers_per_stage)
+    most = {kind: max(counts[kind.name]) for kind in layer_kinds(setup.config.model)}
+    layers = " and ".join(f"{count}{' dense' * (kind.name == DENSE)}" for kind, count in most.items())
+    total = slots * sum(count * kept[kind.config] for kind, count in most.items())
     room = (
-        f"One program runs on all ranks, so every device has room for {most} layers a stage and {slots} in flight, "
-        f"{slots * most * kept:,} bytes of activations"
+        f"One program runs on all ranks, so every device has room for {layers} layers a stage and {slots} in flight, "
+        f"{total:,} bytes of activations"
     )
     if setup.config.pipeline.vocab == "split":
         part = f"1/{setup.sizes.pipe} of embedding and head"
