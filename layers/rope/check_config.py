@@ -85,9 +85,6 @@ def _check_yarn(config: Any) -> None:
             "rope_high_frequency_factor=4 is Llama 3's, but rope_scaling='yarn', which keeps pairs from 32 turns on.",
             fix="set rope_high_frequency_factor=32.",
         )
-    for name in _OF_YARN:
-        if not getattr(config, name) >= 0:
-            raise ModelError(f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out.")
     if config.rope_theta <= 1:
         raise ModelError(
             f"rope_theta={config.rope_theta}: YaRN takes its logarithm, to find pairs by their turns.",

@@ -16,7 +16,7 @@ from .hf_doubles import Tensors, merge, say
 from .hub import EXPERTS, GOLDEN, shapes_of
 from .test_read import spy
 
-MODULE = {name: ("mlp", "gate_proj", "up_proj", "down_proj") for name in EXPERTS}
+MODULE = dict.fromkeys(EXPERTS, ("mlp", "gate_proj", "up_proj", "down_proj"))
 MODULE["mixtral"] = ("block_sparse_moe", "w1", "w3", "w2")
 MESH = "tensor=2,expert=2"
 
