@@ -72,7 +72,7 @@ class FlopCounts:
 class ActivationBytes:
     """Bytes on one device for one microbatch: `boundary` between two layers, `layer` the residuals of one layer.
 
-    A layer keeps its input, so `layer` includes one `boundary`.
+    A layer keeps its input, so `layer` includes one `boundary`. With `dense_layers` it is one of the others.
     """
 
     boundary: int
@@ -155,8 +155,6 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Return the activation bytes of one microbatch of `num_sequences` on one device.
 
-    In a model with dense layers before those with experts, `layer` is one with experts.
-
     The formula follows Korthikanti et al. 2022, section 4, with the residuals of our own layers as terms:
 
         full  D                                  the input x[b, T, D]
@@ -169,8 +167,8 @@ def activation_bytes(
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor: size of the axis that splits heads and feed-forward features; x and the norms are replicated over it.
-        sequence: "on" where x and the norms are split over it by tokens.
+        tensor: size of the axis that splits heads and feed-forward features.
+        sequence: "on" where x and the norms are split over it by tokens; otherwise they are replicated over it.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.

@@ -36,8 +36,9 @@ def check_divides(
         return
     _, larger = nearest_multiples(value, parts)
     axis = over.rpartition(".")[2]
+    article = "an" if axis[0] in "aeiou" else "a"
     raise error(
         f"{name}={value} does not split over {over if '=' in over else f'{over}={parts}'}: "
         f"{rule}{value} / {parts} = {value / parts:.2f}.",
-        fix=fix or f"set {name}={larger}, or choose a {axis} size that divides {value}.",
+        fix=fix or f"set {name}={larger}, or choose {article} {axis} size that divides {value}.",
     )

@@ -13,6 +13,7 @@ names both. Read `collectives.py`
 and `work.py` next, which count instructions.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -119,7 +120,8 @@ class _Walk:
 
 def is_rare(loop: Instruction) -> bool:
     """Return whether a loop is in the scope of those that nearly always have no iteration."""
-    return f"/{RARELY}/" in loop.op_name
+    # A transformation may stand around the name of a scope: jvp(rarely).
+    return re.search(rf"[/(]{RARELY}[)/]", loop.op_name) is not None
 
 
 def _place(instruction: Instruction) -> str:

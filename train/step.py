@@ -15,7 +15,7 @@ from ..layers.experts.balance import move_biases
 from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
-from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..plan.costs.device_params import block_matrices
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
@@ -57,7 +57,6 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     `peak_rate` is the peak learning rate, `setup.peak_rate`. It is an input so that runs with different rates share
     one compiled program; left out, the rate of the config is compiled in as a constant.
-
     Gradients come from `pipeline_grads`. With ZeRO-1 each data rank updates its own part of the parameters, which are
     then all-gathered over `data`. A bad step (`step_health.py`) leaves parameters and optimizer unchanged.
     """
@@ -79,12 +78,7 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
             optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
             held = {"opt_state": state.opt_state, "params": state.params}
             params, opt_state = update(optimizer, grads=grads, **held, good=good)
-        if (model := setup.config.model).router_bias == "on":
-            # Those of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
-            (tokens,) = jax.tree.leaves(out.stats)
-            params = replace(
-                params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
-            )
+        params = _move_biases(setup, params, out.stats, good=good)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
@@ -96,6 +90,17 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:
+    """Return the parameters with the biases of routers moved, if routers have some."""
+    model = setup.config.model
+    if model.router_bias == "off":
+        return params
+    # Tokens of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
+    (tokens,) = jax.tree.leaves(stats)
+    stages = move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
+    return replace(params, stages=stages)
 
 
 def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

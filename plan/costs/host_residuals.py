@@ -47,7 +47,5 @@ def residual_copies_s(layout: Layout, *, topology: Topology, kept: float, backwa
     Args:
         kept, backward: bytes of residuals of a chunk, and seconds of its backward.
     """
-    if layout.offload != "residuals":
-        return 0.0
     copy_s = kept / topology.accelerator.host_bytes_per_s
     return layout.microbatches * layout.chunks * (copy_s + max(0.0, copy_s - backward))

@@ -172,18 +172,14 @@ def _rank_memory(
     # Layers of several kinds are gathered one by one, none ahead.
     ahead = item_bytes(model) * largest if layout.zero == 3 and len(layers.stored) == 1 else 0
     copies = _copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
-    temporary = copies + max(
-        _temporary_bytes(kind, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends)
-        for kind, _ in layers.stored
-    )
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
+    temporary = copies + max(_temporary_bytes(kind, **given) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"],
         optimizer=state["optimizer"] - host,
-        activations=kept
-        + (ahead if runtime.residuals == "trellax" else 0)
-        + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
+        activations=kept + (ahead if runtime.residuals == "trellax" else 0) + _end_bytes(model, **given, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,

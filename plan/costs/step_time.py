@@ -3,6 +3,7 @@
 Read `memory_model.py` for the memory of a step, `../training_search.py` for how layouts are compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from ...layers.experts.kinds import layer_kinds
 from ...schedules import StageCost
 from ..machines.topology import Topology
 from .device_params import ends_of
-from .held_layers import held_layers, kinds_of_stages
+from .held_layers import KindCounts, held_layers, kinds_of_stages
 from .host_residuals import residual_copies_s
 from .layer_time import LayerTime, layer_time, sum_times
 from .layout import Layout
@@ -71,9 +72,7 @@ def step_time(
 ) -> StepTime:
     """Return the time of a training step on sequences of `num_tokens` tokens.
 
-    Args:
-        runtime: traits of the training runtime; those of `trellax_runtime` if left out.
-        layer: the time of a layer of each kind if it is known already; many layouts share one.
+    `runtime` is that of `trellax_runtime` if left out; `layer` is the time of a layer of each kind, if known already.
 
     Raises:
         TrellaxError: `num_tokens` is below 1, or the layout's schedule is unknown or cannot run.
@@ -83,8 +82,7 @@ def step_time(
     times = layer or layer_times(model, **given, topology=topology)
     ends = end_costs(model, **given, topology=topology)
     layers, placement = stage_layers(model, layout), find_placement(model, **given)
-    kinds = kinds_of_stages(model, layers)
-    of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds]
+    of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds_of_stages(model, layers)]
     stages = stage_times(of_stages, ends=ends, runtime=runtime, placement=placement)
     pipeline_s, busy = _pipeline_s(model, stages, ends, **given)
     own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
@@ -92,9 +90,7 @@ def step_time(
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
     hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
     data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
-    kept = max(kept_bytes(stage, **given) for stage in kinds)
-    backward = max(stage.backward for stage in of_stages)
-    copies_s = residual_copies_s(layout, topology=topology, kept=kept, backward=backward)
+    copies_s = _copies_s(kinds_of_stages(model, layers), of_stages, **given, topology=topology)
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
     return StepTime(
@@ -105,6 +101,22 @@ def step_time(
         tokens_per_s=layout.batch_size * num_tokens / time_s,
         mfu=_mfu(model, layout=layout, topology=topology, num_tokens=num_tokens, time_s=time_s),
     )
+
+
+def _copies_s(
+    kinds: Sequence[KindCounts],
+    times: Sequence[LayerTime],
+    *,
+    layout: Layout,
+    runtime: Runtime,
+    num_tokens: int,
+    topology: Topology,
+) -> float:
+    """Return the seconds in which copies of residuals hold up the stages, of these layers and their times."""
+    if layout.offload != "residuals":
+        return 0.0
+    kept = max(kept_bytes(own, layout=layout, runtime=runtime, num_tokens=num_tokens) for own in kinds)
+    return residual_copies_s(layout, topology=topology, kept=kept, backward=max(own.backward for own in times))
 
 
 def _pipeline_s(

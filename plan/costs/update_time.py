@@ -14,6 +14,8 @@ from .held_layers import KindCounts
 from .layout import Layout
 from .runtime import Runtime
 
+Ends = tuple[End, ...]
+
 # Gathered parameters are in 16 bit.
 _WEIGHT_BYTES = 2
 
@@ -34,13 +36,7 @@ class UpdateTime:
 
 
 def update_time(
-    model: ModelConfig,
-    *,
-    layout: Layout,
-    runtime: Runtime,
-    topology: Topology,
-    layers: KindCounts,
-    ends: tuple[End, ...],
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, layers: KindCounts, ends: Ends
 ) -> UpdateTime:
     """Return the seconds of the update on the first rank, which ends last.
 

@@ -1,14 +1,16 @@
 """Sequences of several documents, and the reference: every document by itself, on one device, with no masks."""
 
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from trellax.layers import ModelConfig, Transformer, cross_entropy
+from trellax.layers import Block, ModelConfig, Transformer, cross_entropy
+from trellax.layers.block import stacks_of
+from trellax.layers.norms import normalize
 
 from .law import NUM_TOKENS, Answer, global_norm, masked_batch, natural_params
 
@@ -69,3 +71,40 @@ def documents_one_by_one(config: ModelConfig, num_sequences: int) -> Answer:
 
     loss, grads, norm = jax.device_get(step(natural_params(config)))
     return Answer(loss=float(loss), norm=float(norm), grads=grads)
+
+
+@cache
+def attended_one_by_one(config: ModelConfig, num_sequences: int) -> Answer:
+    """Return loss and gradients of `packed_batch` where attention is given each document by itself, with no masks.
+
+    For models with experts: the balance loss is that of a whole sequence, whichever documents it has.
+    """
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    batch = jax.tree.map(jnp.asarray, packed_batch(num_sequences))
+
+    def loss_of(params: dict[str, Any]) -> jax.Array:
+        model: Transformer = nnx.merge(graph, params)
+        x, of_routers = model.embed(batch["tokens"], positions_BT=batch["positions"]), jnp.float32(0)
+        for stack in stacks_of(model.blocks):
+            own, stacked = nnx.split(stack)
+            x, losses = jax.lax.scan(partial(_run_apart, own, batch["weights"]), x, stacked)
+            of_routers += jnp.float32(0) if losses is None else losses.sum()
+        logits = model.head(x, embedding_VD=model.embed.table[...])
+        return cross_entropy(logits, batch["targets"], batch["weights"]) + of_routers
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(natural_params(config))
+    return Answer(loss=float(loss), norm=float(global_norm(grads)), grads=jax.device_get(grads))
+
+
+def _run_apart(graph: Any, weights: jax.Array, x: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Return x after a layer, x[B, T, D] of sequences with the documents of `packed_batch`, and the router's loss."""
+    block: Block = nnx.merge(graph, params)
+    normal, attended = normalize(block.attention_norm, x), jnp.zeros_like(x)
+    # Sequences whose documents have the same lengths are attended to together.
+    for number, lengths in enumerate(LENGTHS[: x.shape[0]]):
+        documents = jnp.split(normal[number :: len(LENGTHS)], np.cumsum(lengths)[:-1], axis=1)
+        own = jnp.concatenate([block.attention(document) for document in documents], axis=1)
+        attended = attended.at[number :: len(LENGTHS)].set(own)
+    x = x + attended
+    y, stats = block._feed_forward(normalize(block.mlp_norm, x), weights)
+    return x + y, stats.loss

@@ -7,7 +7,8 @@ import pytest
 from trellax.layers import ModelConfig
 from trellax.meshes import ModelError
 
-from .law import broken, natural_params
+from .law import answer_of, beyond, broken, errors_of, natural_params, pipeline_step
+from .packed import attended_one_by_one, packed_batch
 from .test_experts import TOLERANCE, experts
 
 
@@ -62,6 +63,21 @@ def test_dense_layers_before_experts_equal_one_device(case: Case) -> None:
     num_chunks = 2 if case.schedule in ("zb-v", "v-half", "interleaved-1f1b") else 1
     sizes = {"num_microbatches": case.microbatches, "num_sequences": 8 * case.microbatches, "num_chunks": num_chunks}
     assert broken(mixed(), tolerance=TOLERANCE, bubbles="nan", **step, **sizes) == {}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "schedule"),
+    [
+        pytest.param("expert=2,pipe=2", "1f1b", marks=pytest.mark.slow),
+        pytest.param("context=2,expert=2,pipe=2", "1f1b", marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=2,pipe=2", "zb-h1", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_documents_equal_attention_to_each_by_itself(mesh: str, schedule: str) -> None:
+    """With the balance loss of sequences that hold several documents."""
+    sizes: dict[str, Any] = {"mesh": mesh, "schedule": schedule, "num_microbatches": 2, "num_sequences": 8}
+    actual = answer_of(pipeline_step(mixed(), batch=packed_batch(8), bubbles="nan", **sizes))
+    assert beyond(errors_of(actual, attended_one_by_one(mixed(), 8)), tolerance=TOLERANCE) == {}
 
 
 def test_each_kind_has_parameters_of_its_own() -> None:
