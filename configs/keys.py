@@ -43,7 +43,7 @@ _MEANINGS = {
     "model.router": "function from the router's logits to scores",
     "model.router_normalize": "whether the weights of a token's experts are divided by their sum",
     "model.router_scale": "factor of these weights",
-    "model.router_groups": "groups of experts, of which a token uses the best, by two experts with router_bias, else one",
+    "model.router_groups": "groups of experts; a token uses the best, by two experts with router_bias, else by one",
     "model.router_groups_kept": "groups that a token may use",
     "model.router_bias": "bias of each expert, for the choice alone, which evens out the load: moved once a step",
     "model.router_bias_rate": "by how much this bias moves in a step",

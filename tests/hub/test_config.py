@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trellax.hub.config import hub_model, model_differences, read_hub_model
 from trellax.hub.config_write import hub_values
-from trellax.layers import ModelConfig
+from trellax.layers import ModelConfig, param_counts
 from trellax.layers.rope.frequencies import rope_magnitude
 from trellax.meshes import WeightsError
 
@@ -168,6 +168,41 @@ def test_layers_that_a_file_leaves_out_are_those_of_transformers() -> None:
     assert (config.router, config.router_bias, config.router_groups) == ("softmax", "off", 1)
     config = hub_model(own | {"model_type": "glm4_moe", "head_dim": 8}).config
     assert (config.dense_layers, config.rope_head_size, config.bias, config.norm_epsilon) == (1, 4, "off", 1e-5)
+
+
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129_280,
+    "hidden_size": 7168,
+    "intermediate_size": 18_432,
+}
+V3 |= {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128}
+LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102_400,
+    "hidden_size": 2048,
+    "intermediate_size": 10_944,
+}
+LITE |= {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408}
+LITE |= {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "q_lora_rank": None}
+GLM: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151_552,
+    "hidden_size": 5120,
+    "intermediate_size": 12_288,
+}
+GLM |= {"num_hidden_layers": 92, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128}
+GLM |= {"moe_intermediate_size": 1536, "n_routed_experts": 160, "first_k_dense_replace": 3, "attention_bias": True}
+GLM |= {"use_qk_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(V3, 671_026_419_200), (LITE, 15_706_484_224), (GLM, 352_797_829_024)],
+    ids=["v3", "v2", "glm"],
+)
+def test_published_models_have_as_many_parameters_as_in_transformers(values: dict[str, Any], expected: int) -> None:
+    assert param_counts(hub_model(values).config).total == expected
 
 
 def test_yarn_is_scaled_as_the_file_says() -> None:

@@ -1,4 +1,4 @@
-"""The planner and the inspector count attention from latent vectors as the model, its cache and its programs have it."""
+"""The planner and the inspector count attention from latents as the model, its cache and its programs have it."""
 
 import math
 from typing import Any
