@@ -89,7 +89,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "other turns": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "rope_theta": 1e6},
     "two mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
     "attention_factor": YARN | {"attention_factor": 1.3, "mscale": 0.707, "mscale_all_dim": 1.0},
-    "one pair": YARN | {"original_max_position_embeddings": 6, "beta_fast": 1.0},
+    "one pair": YARN | {"original_max_position_embeddings": 6},
+    "no pair": YARN | {"original_max_position_embeddings": 1},
     "llama3": YARN | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 
