@@ -89,7 +89,8 @@ def test_attention_costs_one_all_reduce_forward() -> None:
 
 
 def test_absorbed_queries_give_what_keys_and_values_would() -> None:
-    q, shared, latent, kernel = normal(B, T, 8, H), normal(B, T, R, seed=1), normal(B, T, C, seed=2), normal(C, 8, 14)
+    drawn = normal(B, T, 8, H), normal(B, T, R, seed=1), normal(B, T, C, seed=2), normal(C, 8, H - R + U)
+    q, shared, latent, kernel = map(jnp.asarray, drawn)
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     made = jnp.einsum("bsc,cne->bsne", latent, kernel)
     keys = jnp.concatenate([made[..., : H - R], jnp.broadcast_to(shared[:, :, None], (B, T, 8, R))], axis=-1)
