@@ -103,9 +103,13 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
     if "head.table" not in leaves and found.prefix + table.name not in files.shapes and names.head in files.shapes:
         # Tied embeddings whose single table is stored under the name of the head.
         found = replace(found, places=found.places | {"embed.table": replace(table, name=names.head)})
-    mistakes = [*files.mistakes, *_find_mistakes(found, leaves, other=stacked)]
+    num_layers = model.config.num_layers
+    mistakes = [*files.mistakes, *_find_mistakes(found, leaves, other=stacked, num_layers=num_layers)]
     if model.config.embeddings == "untied" and "head.table" not in leaves:
         mistakes.append(f"{names.head} is a table of its own, and the model that was asked for has none")
+    if left_out := [name for name in files.shapes if names.is_of_more_layers(name, num_layers=num_layers)]:
+        warning = f"{len(left_out)} tensors of layers behind the last, {left_out[0]} among them, are left out"
+        found = replace(found, warnings=(*found.warnings, warning))
     if mistakes:
         more = [f"and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []
         lines = [f"{folder} does not hold what its config.json says:", *mistakes[:_SHOWN], *more]
@@ -120,7 +124,9 @@ def _has_only(weights: WeightFiles, other: WeightFiles, leaves: Mapping[str, Any
     return bool(named & (here - there)) and not named & (there - here)
 
 
-def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any], *, other: WeightFiles) -> Iterator[str]:
+def _find_mistakes(
+    weights: WeightFiles, leaves: Mapping[str, Any], *, other: WeightFiles, num_layers: int
+) -> Iterator[str]:
     """Yield a line for each tensor that is missing, unknown, of another shape or dtype, or there in two forms."""
     files, names = weights.files, weights.names
     wanted, other_form = _list_wanted(weights, leaves), _list_wanted(other, leaves)
@@ -130,10 +136,11 @@ def _find_mistakes(weights: WeightFiles, leaves: Mapping[str, Any], *, other: We
     for name in sorted(wanted.keys() & files.shapes.keys()):
         yield from _compare_tensor(files, name, wanted[name])
     for name in sorted(files.shapes.keys() - wanted.keys() - {names.head}):
-        is_known = name.endswith(names.ignored) if names.ignored else False
         if name in other_form:
             yield f"{name} holds experts a second time: files have them one by one or stacked, not both"
-        elif not is_known:
+        elif not (names.ignored and name.endswith(names.ignored)) and not names.is_of_more_layers(
+            name, num_layers=num_layers
+        ):
             yield f"{name} {list(files.shapes[name])} is not known"
     if names.head in files.shapes and names.head not in wanted:
         # A tied model may store its table a second time, of the same shape.

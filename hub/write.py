@@ -62,7 +62,7 @@ def write_weights(
     leaves = leaves_by_path(params)
     tensors = _list_tensors(leaves, values["model_type"], kind)
     with new_folder(folder) as part:
-        _write_files(part, tensors, leaves, kind, max_file_bytes)
+        _write_files(part, tensors, leaves, max_file_bytes)
         _write_json(part / "config.json", values)
         for file in extra_files:
             copy_file(file.parent, file.name, part / file.name)
@@ -73,7 +73,8 @@ def write_weights(
 class _Tensor:
     """A tensor to write: its name and size, and the paths of the parameters that it concatenates.
 
-    number: its index along the dimensions over which they are stacked, (), (layer,) or (layer, expert).
+    number: its index along the dimensions over which they are stacked, (), (layer,) or (layer, expert); `layer` is that
+    of the model.
     """
 
     name: str
@@ -81,6 +82,8 @@ class _Tensor:
     paths: tuple[str, ...]
     number: tuple[int, ...]
     is_transposed: bool
+    layer: int
+    dtype: np.dtype
 
 
 def _check_addressable(params: Any) -> None:
@@ -96,13 +99,14 @@ def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dt
     names = ARCHITECTURES[model_type].tensors
     places = names.select(leaves)
     # GPT-2 stores query, key and value as one tensor: parameters of one name are joined in the order of their parts.
-    joined: dict[str, list[str]] = {}
+    joined: dict[tuple[str, int], list[str]] = {}
     for path in sorted(places, key=lambda path: places[path].part):
-        joined.setdefault(places[path].name, []).append(path)
+        joined.setdefault((places[path].name, places[path].first), []).append(path)
     tensors = []
     for paths in joined.values():
         place, leaf = places[paths[0]], leaves[paths[0]]
-        num_bytes = math.prod(place.shape(leaf.shape)) * dtype.itemsize
+        kind = np.dtype("float32") if place.dtype == "float32" else dtype
+        num_bytes = math.prod(place.shape(leaf.shape)) * kind.itemsize
         tensors += [
             _Tensor(
                 name=names.full_name(place.tensor_name(number), prefix=names.prefix),
@@ -110,20 +114,20 @@ def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dt
                 paths=tuple(paths),
                 number=number,
                 is_transposed=place.layout == "transposed",
+                layer=place.first + number[0] if number else 0,
+                dtype=kind,
             )
             for number in np.ndindex(leaf.shape[: place.num_stacked])
         ]
-    return sorted(tensors, key=lambda tensor: (tensor.number[:1] or (0,), tensor.name))
+    return sorted(tensors, key=lambda tensor: (tensor.layer, tensor.name))
 
 
-def _write_files(
-    part: Path, tensors: list[_Tensor], leaves: Mapping[str, jax.Array], dtype: np.dtype, max_file_bytes: int
-) -> None:
+def _write_files(part: Path, tensors: list[_Tensor], leaves: Mapping[str, jax.Array], max_file_bytes: int) -> None:
     groups = list(_fill_files(tensors, max_file_bytes))
     index = {}
     for number, group in enumerate(groups, 1):
         name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({tensor.name: _fetch(tensor, leaves, dtype) for tensor in group}, part / name, metadata=_TORCH)
+        save_file({tensor.name: _fetch(tensor, leaves) for tensor in group}, part / name, metadata=_TORCH)
         index |= {tensor.name: name for tensor in group}
     if len(groups) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
@@ -144,12 +148,12 @@ def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_T
     yield group
 
 
-def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array], dtype: np.dtype) -> np.ndarray:
+def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:
     """Return a tensor as a host array."""
     parts = [_fetch_part(leaves[path], tensor.number) for path in tensor.paths]
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     # safetensors saves the memory of a non-contiguous view as it is, in the wrong order.
-    return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(dtype))
+    return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(tensor.dtype))
 
 
 def _fetch_part(leaf: jax.Array, number: tuple[int, ...]) -> np.ndarray:

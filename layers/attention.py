@@ -16,7 +16,7 @@ from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .norms import make_head_norm, normalize
 from .partitioning import INIT_STD
-from .rotary import rotate
+from .rope.rotary import rotate
 
 
 class Attention(nnx.Module):

@@ -18,6 +18,7 @@ from .context.places import Places
 from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
+from .latent.attention import LatentAttention
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 
@@ -35,7 +36,10 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
-        self.attention = Attention(config, rngs=rngs, rules=rules)
+        of_latents = config.latent_size > 0
+        self.attention: Attention | LatentAttention = (LatentAttention if of_latents else Attention)(
+            config, rngs=rngs, rules=rules
+        )
         self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
         self.mlp: MLP | MoE = (MoE if config.num_experts else MLP)(config, rngs=rngs, rules=rules)
 

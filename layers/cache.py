@@ -27,8 +27,9 @@ CacheDtype = Literal["float32", "bfloat16"]
 class KVCache:
     """Keys and values of every layer, and the number of cached tokens of each row.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. Each pipeline stage has
-    its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
+    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. With `latent_size` they
+    are shared keys [L@pipe, B@data, 1, S, R] and latent vectors [L@pipe, B@data, 1, S, C]. Each pipeline stage has its
+    own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
     XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also holds the
     shapes of a cache (`cache_shapes`).
     """
@@ -98,15 +99,19 @@ def attend(
     q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
     keys_BKSH, values_BKSH = (stored.astype(q_BTNH.dtype) for stored in (keys_BKSH, values_BKSH))
     scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
-    place_S = jnp.arange(num_cached)
-    is_seen_BTS = place_S[None, None] <= positions_BT[..., None]
-    if window:
-        is_seen_BTS &= place_S[None, None] > positions_BT[..., None] - window
+    is_seen_BTS = visible(positions_BT, num_cached=num_cached, window=window)
     # A real token sees at least itself, so its row is never -inf throughout, which would make the softmax NaN.
     scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(size), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, values_BKSH)
     return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def visible(positions_BT: jax.Array, *, num_cached: int, window: int = 0) -> jax.Array:
+    """Return which of S cached tokens the tokens at some positions see, bool [B, T, S]."""
+    place_S = jnp.arange(num_cached)[None, None]
+    is_seen_BTS = place_S <= positions_BT[..., None]
+    return is_seen_BTS & (place_S > positions_BT[..., None] - window) if window else is_seen_BTS
 
 
 def cache_shapes(
@@ -135,17 +140,26 @@ def cache_shapes(
         check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
     num_ranks = sizes[rules.mesh_axes.pipe]
-    # One key/value head a device at least: queries never read another device's cache.
-    heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
+    heads, key_size, value_size = _row_sizes(config, tensor=math.prod(sizes[axis] for axis in rules.axes("heads")))
 
-    def stack(layers: int) -> jax.ShapeDtypeStruct:
-        shape = (layers * num_ranks, num_rows, heads, max_tokens, config.head_size)
-        own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
+    def stack(layers: int, size: int) -> jax.ShapeDtypeStruct:
+        shape = (layers * num_ranks, num_rows, heads, max_tokens, size)
+        dims = ("stage", "batch", None if config.latent_size else "heads", None, None)
+        own = rules.sharding(dims, shape=shape, mesh=mesh, name="the cache")
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
 
-    placed, stored = NamedSharding(mesh, rules.spec(("stage", "batch"))), tuple(map(stack, stacks))
+    keys, values = (tuple(stack(layers, size) for layers in stacks) for size in (key_size, value_size))
+    placed = NamedSharding(mesh, rules.spec(("stage", "batch")))
     lengths = jax.ShapeDtypeStruct((num_ranks, num_rows), jnp.int32, sharding=placed)
-    return KVCache(keys=stored, values=stored, lengths=lengths)
+    return KVCache(keys=keys, values=values, lengths=lengths)
+
+
+def _row_sizes(config: ModelConfig, *, tensor: int) -> tuple[int, int, int]:
+    """Return the heads of a cached token on all devices of tensor, and the features of a key and a value."""
+    if config.latent_size:
+        return 1, config.rope_head_size, config.latent_size
+    # One key/value head a device at least: queries never read another device's cache.
+    return max(config.num_kv_heads, tensor), config.head_size, config.head_size
 
 
 def bytes_per_device(shapes: Any) -> int:

@@ -12,6 +12,8 @@ from ..meshes.arguments import check_fields
 from ..meshes.divisibility import check_divides
 from ..meshes.errors import shown
 from .experts.check_config import check_experts
+from .latent.check_config import check_latents
+from .rope.check_config import check_rope
 
 LARGEST_FUSED_HEAD = 128
 """Largest head size that cuDNN's flash attention supports, forward and backward, on every GPU from Ampere on.
@@ -24,8 +26,6 @@ _MOST_LAYERS = 10_000
 _LARGEST_SIZE = 2**31 - 1
 """Layers are assigned to stages one by one; every other size is an array dimension or a position, of 32 bits."""
 
-_ROPE_NUMBERS = ("rope_theta", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -36,7 +36,11 @@ class ModelConfig:
 
     `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
     features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
-    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rotary.py`.
+    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
+    `rope/frequencies.py`. `rope_head_size` is the number of features of a head that are rotated; 0 is all.
+
+    With `latent_size` keys and values of all heads are computed from one vector of that size, DeepSeek's; see
+    `latent/attention.py`.
 
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
     of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
@@ -60,11 +64,17 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     rope_factor: float = 1.0
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_tokens: int = 0
+    rope_attention_factor: float = 0.0
+    rope_mscale_all: float = 0.0
+    rope_head_size: int = 0
+    latent_size: int = 0
+    query_latent_size: int = 0
+    value_head_size: int = 0
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     attention_window: int = 0
     qk_norm: Literal["on", "off"] = "off"
@@ -103,17 +113,13 @@ class ModelConfig:
             rule="every key/value head serves the same number of query heads, but ",
             fix=f"set num_kv_heads to a divisor of {self.num_heads}.",
         )
-        if self.positions == "rotary" and self.head_size % 2:
-            raise ModelError(
-                f"head_size={self.head_size} is odd, and rotary positions turn pairs of features.",
-                fix=f"set head_size={self.head_size + 1}, or positions='learned'.",
-            )
         if self.attention_window < 0:
             raise ModelError(
                 f"attention_window={self.attention_window} is negative.", fix="set 0, for attention to all before it."
             )
         self._check_attention()
-        self._check_rope_scaling()
+        check_rope(self)
+        check_latents(self)
         check_experts(self)
 
     def _check_attention(self) -> None:
@@ -122,49 +128,6 @@ class ModelConfig:
                 f"attention='cudnn' with dtype={self.dtype!r} and head_size={self.head_size}: cuDNN's flash attention "
                 f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
-            )
-
-    def _check_rope_scaling(self) -> None:
-        kind = self.rope_scaling
-        if self.positions != "rotary":
-            self._check_no_rope()
-        if kind == "none":
-            if self.rope_factor != 1:
-                raise ModelError(
-                    f"rope_factor={self.rope_factor} says to scale rotary positions, but rope_scaling='none'.",
-                    fix="set rope_scaling='linear' or 'llama3', or leave rope_factor out.",
-                )
-            return
-        if self.positions != "rotary":
-            raise ModelError(
-                f"rope_scaling={kind!r}, but positions={self.positions!r} are not rotary.",
-                fix="set positions='rotary', or leave rope_scaling out.",
-            )
-        if kind == "llama3":
-            self._check_llama3()
-
-    def _check_no_rope(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _ROPE_NUMBERS and value != field.default:
-                raise ModelError(
-                    f"{field.name}={value} is for rotary positions, but positions={self.positions!r}.",
-                    fix=f"set positions='rotary', or leave {field.name} out.",
-                )
-
-    def _check_llama3(self) -> None:
-        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
-        if not 0 < low < high:
-            raise ModelError(
-                f"rope_low_frequency_factor={low} and rope_high_frequency_factor={high}: between them lie the "
-                f"wavelengths that are scaled in part, so 0 < {low} < {high} must hold.",
-                fix="leave both out for Llama 3's 1 and 4.",
-            )
-        if self.rope_original_tokens < 1:
-            raise ModelError(
-                f"rope_original_tokens={self.rope_original_tokens}: rope_scaling='llama3' compares wavelengths with "
-                "the length that the model was first trained on.",
-                fix="set rope_original_tokens, 8192 for Llama 3.",
             )
 
     def _check_sizes(self) -> None:
@@ -209,6 +172,9 @@ class ModelConfig:
             # (Shazeer 2020, section 3), rounded up to 64 as in Llama.
             thin = -(-8 * self.hidden_size // 3 // 64) * 64
             object.__setattr__(self, "ffn_size", wide if self.mlp == "gelu" else thin)
+        if self.latent_size and not self.value_head_size:
+            # As in DeepSeek-V2 and V3.
+            object.__setattr__(self, "value_head_size", self.head_size - self.rope_head_size)
         if self.num_experts and not self.expert_size:
             object.__setattr__(self, "expert_size", self.ffn_size)
 
@@ -229,8 +195,18 @@ class ModelConfig:
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on."""
-        return self.dtype == "bfloat16" and self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
+        """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on.
+
+        jax offers it for values as wide as keys alone, which those from latents are not.
+        """
+        if self.dtype != "bfloat16" or self.latent_size:
+            return False
+        return self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
+
+    @property
+    def rotated_size(self) -> int:
+        """Features of each head that rotary positions turn."""
+        return self.rope_head_size or self.head_size
 
     @property
     def query_size(self) -> int:
@@ -241,3 +217,8 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Features of all key (or value) heads together, num_kv_heads x head_size."""
         return self.num_kv_heads * self.head_size
+
+    @property
+    def value_size(self) -> int:
+        """Features of what all heads return together, num_heads x the size of a value head."""
+        return self.num_heads * (self.value_head_size or self.head_size)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from ..meshes import ModelError
 from ..meshes.arguments import check_choice, check_count
+from .attention_counts import attention_norms, attention_weights, attention_widths
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
@@ -104,8 +105,8 @@ def _block_params(config: ModelConfig) -> int:
         biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
     if config.router_bias == "on":
         biases += config.num_experts
-    head_norms = 2 * config.head_size if config.qk_norm == "on" else 0
-    return _block_weights(config, experts=config.num_experts) + biases + 2 * _norm_params(config) + head_norms
+    norms = 2 * _norm_params(config) + attention_norms(config)
+    return _block_weights(config, experts=config.num_experts) + biases + norms
 
 
 def _norm_params(config: ModelConfig) -> int:
@@ -136,7 +137,7 @@ def flops_per_token(
     weights = config.vocab_size * config.hidden_size
     for kind in layer_kinds(config):
         weights += kind.num_layers * _block_weights(kind.config, experts=config.experts_per_token)
-    full = 2 * 2 * num_tokens * config.query_size * config.num_layers
+    full = 2 * num_tokens * (config.query_size + config.value_size) * config.num_layers
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
     causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
@@ -210,12 +211,14 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
         d: features of x for one token on this device, on average.
     """
     f = (config.shared_size if config.num_experts else config.ffn_size) // tensor
-    query, kv = config.query_size // tensor, max(config.kv_size // tensor, config.head_size)
-    num_up = 2 if config.mlp == "swiglu" else 1
+    own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
+    # Vectors that are whole over tensor, of as many tokens as x is.
+    latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
+    normed_heads = own.query + own.key if config.qk_norm == "on" else 0
     return {
         "full": d,
-        "dots": 2 * d + 2 * query + 2 * kv + num_up * f,
-        "none": 4 * d + 2 * query + 2 * kv + (num_up + 1) * f + (query + kv if config.qk_norm == "on" else 0),
+        "dots": 2 * d + own.projected + own.mixed + latents + shared + num_up * f,
+        "none": 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads,
     }[remat]
 
 
@@ -227,7 +230,7 @@ def _block_weights(config: ModelConfig, *, experts: int) -> int:
     """
     d = config.hidden_size
     num_ffn = 3 if config.mlp == "swiglu" else 2
-    attention = 2 * d * config.query_size + 2 * d * config.kv_size
+    attention = attention_weights(config)
     if not config.num_experts:
         return attention + num_ffn * d * config.ffn_size
     return attention + d * config.num_experts + num_ffn * d * (experts * config.expert_size + config.shared_size)

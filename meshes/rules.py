@@ -32,6 +32,7 @@ _ROLES: dict[str, Role | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head": None,
+    "latent": None,
     "attention_heads": "tensor",  # heads while attention mixes tokens
     "ffn": "tensor",
     "experts": "expert",

@@ -5,6 +5,10 @@ To add one, write a file beside `llama.py` with a value of `LlamaFamily` (or a s
 """
 
 from .architecture import Architecture
+from .deepseek_v2 import DEEPSEEK_V2
+from .deepseek_v3 import DEEPSEEK_V3
+from .dots1 import DOTS1
+from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -13,7 +17,10 @@ from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
-_ALL: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT2)
+_ALL: tuple[Architecture, ...] = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE),
+    *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, GPT2),
+)
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}
 """All architectures by `model_type`, in the order in which messages list them."""

@@ -77,8 +77,9 @@ class Architecture(ABC):
         for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
-        if config.num_experts and "num_experts" not in self.sizes:
-            yield f"model.num_experts={config.num_experts}, not 0"
+        for field in ("num_experts", "latent_size"):
+            if getattr(config, field) and field not in self.sizes:
+                yield f"model.{field}={getattr(config, field)}, not 0"
 
 
 def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any:

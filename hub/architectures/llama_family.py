@@ -104,6 +104,7 @@ class LlamaFamily(Architecture):
         num_kv_heads: default of `num_key_value_heads`; 0 is the number of query heads.
         head_size: default of `head_dim`; 0 is hidden_size / num_heads.
         rope_theta: default of the base of rotary positions.
+        rotated_part: default of `partial_rotary_factor`, the part of a head that is rotated; None if it is all of it.
         supported: as in `Architecture`, for fields that differ from Llama without biases.
         window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
             architecture has no windows.
@@ -119,6 +120,7 @@ class LlamaFamily(Architecture):
     num_kv_heads: int = 0
     head_size: int = 0
     rope_theta: float = 10_000.0
+    rotated_part: float | None = None
     tensors: TensorNames = LLAMA_TENSORS
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     optional_sizes: Mapping[str, str] = field(default_factory=lambda: _OPTIONAL_SIZES)
@@ -139,6 +141,7 @@ class LlamaFamily(Architecture):
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
         """Return one table of rotary positions, under the key `rope`, and the settings of the member."""
         rope = resolve_rope(values, max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings)
+        rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", self.rotated_part or 1.0))
         warnings += self.warn_more(values)
         return {"rope": rope} | self.resolve_more(values, warnings)
 
@@ -146,7 +149,7 @@ class LlamaFamily(Architecture):
         """Yield a line for each unsupported activation, rotary setting and key of the member."""
         if values.get("hidden_act", "silu") != "silu":
             yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
-        yield from find_unsupported_rope(values)
+        yield from find_unsupported_rope(values, parts="whole" if self.rotated_part is None else "any")
         yield from self.refuse_more(values)
 
     def find_unsupported_layers(self, values: Values) -> Iterator[str]:
@@ -175,8 +178,16 @@ class LlamaFamily(Architecture):
                 "dtype": read_dtype(values),
             }
             | read_rope(values["rope"])
+            | self._read_rotated(values)
             | self.read_more(values)
         )
+
+    def _read_rotated(self, values: Values) -> dict[str, Any]:
+        part = values["rope"]["partial_rotary_factor"]
+        if self.rotated_part is None or part == 1:
+            return {}
+        size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+        return {"rope_head_size": int(size * part)}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Return the keys of the family, and those of the member over them."""
@@ -198,6 +209,8 @@ class LlamaFamily(Architecture):
         yield from super().find_unsupported_fields(config)
         if config.attention_window and self.window_of_layer is None:
             yield f"model.attention_window={config.attention_window}, not 0"
+        if config.rope_head_size and self.rotated_part is None and "rope_head_size" not in self.sizes:
+            yield f"model.rope_head_size={config.rope_head_size}, not 0"
         yield from self.find_more_unsupported(config)
 
     def _window(self, values: Values, layer: int) -> int:

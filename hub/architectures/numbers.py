@@ -23,6 +23,10 @@ _LARGEST = {
     "expert_size": _WIDEST,
     "num_experts": _MOST_HEADS,
     "experts_per_token": _MOST_HEADS,
+    "latent_size": _WIDEST,
+    "query_latent_size": _WIDEST,
+    "rope_head_size": _MOST_HEADS,
+    "value_head_size": _MOST_HEADS,
     "max_tokens": _LONGEST,
 }
 """The largest value of each size, by its field in `ModelConfig`."""

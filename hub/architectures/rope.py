@@ -5,9 +5,10 @@ transformers 4 wrote `rope_theta` and `rope_scaling`, version 5 writes `rope_par
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ...layers import ModelConfig
+from ...layers.rope.frequencies import yarn_scale
 from ...meshes.errors import shown
 from .architecture import Values
 from .numbers import check_positive
@@ -18,8 +19,12 @@ _NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
 """The required numbers of each type of scaling."""
+
+_YARN_NUMBERS = ("beta_slow", "beta_fast", "attention_factor", "mscale", "mscale_all_dim")
+"""Numbers that "yarn" may have; null or 0 is as good as none."""
 
 
 def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: list[str]) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: lis
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     # The base of the table that was taken, or else the one beside the tables: never that of the other table.
     rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), theta)
-    if rope["rope_type"] == "llama3":
+    if rope["rope_type"] in ("llama3", "yarn"):
         rope[_ORIGINAL_TOKENS] = _first_given(
             values.get(_ORIGINAL_TOKENS),
             rope.get(_ORIGINAL_TOKENS),
@@ -63,8 +68,12 @@ def _list_ignored(table: Mapping[str, Any], name: str, rope: Mapping[str, Any]) 
             yield f"{key}={shown(value)} of {name} does not count, but {shown(taken)}"
 
 
-def find_unsupported_rope(values: Values) -> Iterator[str]:
-    """Yield a line for each setting of rotary positions that trellax cannot compute."""
+def find_unsupported_rope(values: Values, *, parts: Literal["whole", "any"]) -> Iterator[str]:
+    """Yield a line for each setting of rotary positions that trellax cannot compute.
+
+    Args:
+        parts: whether the architecture rotates whole heads, or may rotate a part of each.
+    """
     rope = values["rope"]
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in _NUMBERS:
@@ -76,10 +85,25 @@ def find_unsupported_rope(values: Values) -> Iterator[str]:
             yield from check_positive(key, rope[key])
         else:
             yield f"rope type {kind!r} without a number {key!r}"
-    if kind == "llama3" and type(original := rope[_ORIGINAL_TOKENS]) is not int:
+    if kind == "yarn":
+        yield from _find_unsupported_yarn(rope)
+    elif rope.get("mscale_all_dim"):
+        yield f"mscale_all_dim of rope type {kind!r}; only with 'yarn' it is"
+    if kind in ("llama3", "yarn") and type(original := rope[_ORIGINAL_TOKENS]) is not int:
         yield f"{_ORIGINAL_TOKENS}={shown(original)} is no whole number"
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, None):
+    part = rope["partial_rotary_factor"]
+    if parts == "whole" and part not in (1, None):
         yield "partial_rotary_factor: only rotary positions of whole heads are"
+    if parts == "any" and (type(part) not in (int, float) or not 0 < part <= 1):
+        yield f"partial_rotary_factor={shown(part)} is no number above 0, and at most 1"
+
+
+def _find_unsupported_yarn(rope: Mapping[str, Any]) -> Iterator[str]:
+    for key in _YARN_NUMBERS:
+        if rope.get(key):
+            yield from check_positive(key, rope[key])
+    if rope.get("truncate", True) is not True:
+        yield f"truncate={shown(rope['truncate'])} of rope type 'yarn'; only true is"
 
 
 def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +116,22 @@ def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
         read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
         read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
         read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
-    return read
+    return read | _read_yarn(rope) if kind == "yarn" else read
+
+
+def _read_yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of YaRN; without a factor of rotated features DeepSeek's two mscale give it."""
+    factor, mscale, mscale_all = float(rope["factor"]), rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+    own = rope.get("attention_factor")
+    if own is None and mscale and mscale_all:
+        own = yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all)
+    return {
+        "rope_low_frequency_factor": float(rope.get("beta_slow") or 1),
+        "rope_high_frequency_factor": float(rope.get("beta_fast") or 32),
+        "rope_original_tokens": rope[_ORIGINAL_TOKENS],
+        "rope_attention_factor": float(own or 0),
+        "rope_mscale_all": float(mscale_all),
+    }
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -104,11 +143,30 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         rope["low_freq_factor"] = config.rope_low_frequency_factor
         rope["high_freq_factor"] = config.rope_high_frequency_factor
         rope[_ORIGINAL_TOKENS] = config.rope_original_tokens
+    if config.rope_scaling == "yarn":
+        rope |= _write_yarn(config)
+    if config.rope_head_size and not config.latent_size:
+        rope["partial_rotary_factor"] = config.rope_head_size / config.head_size
     return {
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling == "none" else rope,
     }
+
+
+def _write_yarn(config: ModelConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "beta_slow": config.rope_low_frequency_factor,
+        "beta_fast": config.rope_high_frequency_factor,
+        _ORIGINAL_TOKENS: config.rope_original_tokens,
+    }
+    if config.rope_attention_factor:
+        rope["attention_factor"] = config.rope_attention_factor
+    if config.rope_mscale_all:
+        rope["mscale_all_dim"] = config.rope_mscale_all
+        # For readers that have no attention_factor: equal ones make it 1.
+        rope |= {"mscale": config.rope_mscale_all} if config.rope_attention_factor == 1 else {}
+    return rope
 
 
 def _read_table(values: Values, name: str) -> Mapping[str, Any]:

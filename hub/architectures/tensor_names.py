@@ -3,11 +3,17 @@
 Parameters are named by their path in the tree {"embed", "blocks", "head"}, such as `blocks.mlp.up.kernel`. A
 parameter of the blocks is stacked over layers, [L, ...]; a file has one tensor for each layer. Kernels of experts are
 stacked over them too, [L, E, ...]; published files have one tensor for each layer and expert.
+
+Where the first N layers are dense, blocks.dense and blocks.experts are two stacks: layer i of the second is layer N + i
+of the model. Parameters that both have, of attention say, have the same name in a file, of other layers.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+_DENSE, _EXPERTS = "blocks.dense.", "blocks.experts."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +28,16 @@ class TensorPlace:
         layout: "transposed" if the last two dimensions of the tensor are [out, in].
         part: index of the parameter among the equal parts of the tensor's last dimension, in our layout.
         num_parts: number of these parts; 1 if the tensor is the parameter.
+        first: layer of the model that is the first of the stack.
+        dtype: "float32" for what files have in float32 whatever the others are in.
     """
 
     name: str
     layout: Literal["same", "transposed"] = "same"
     part: int = 0
     num_parts: int = 1
+    first: int = 0
+    dtype: Literal["any", "float32"] = "any"
 
     @property
     def num_stacked(self) -> int:
@@ -36,7 +46,8 @@ class TensorPlace:
 
     def tensor_name(self, number: tuple[int, ...]) -> str:
         """Return the name of a tensor, given its index along the stacked dimensions, (layer, expert)."""
-        return self.name.format(**dict(zip(("layer", "expert"), number, strict=False)))
+        layer = tuple(one + self.first for one in number[:1])
+        return self.name.format(**dict(zip(("layer", "expert"), (*layer, *number[1:]), strict=False)))
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of each tensor, given the shape of the parameter."""
@@ -72,6 +83,8 @@ class TensorNames:
         stacked: places in files that hold all experts of a layer as one tensor, for parameters that differ.
         head: name of the output table, which has no prefix. Files of a model with tied embeddings may omit it.
         ignored: suffixes of tensors that are not parameters, such as masks that older versions of transformers saved.
+        more_layers: whether files may have layers behind the model's last, which are left out: those of DeepSeek-V3
+            predict one token more in training.
     """
 
     prefix: str
@@ -79,10 +92,27 @@ class TensorNames:
     stacked: Mapping[str, TensorPlace] = field(default_factory=dict)
     head: str = "lm_head.weight"
     ignored: tuple[str, ...] = ()
+    more_layers: Literal["refused", "ignored"] = "refused"
 
-    def select(self, paths: Iterable[str]) -> dict[str, TensorPlace]:
-        """Return the places of the parameters of one model, in the order of their paths."""
-        return {path: self.places[path] for path in paths}
+    def select(self, leaves: Mapping[str, Any]) -> dict[str, TensorPlace]:
+        """Return the places of the parameters of one model, in the order of their paths.
+
+        Args:
+            leaves: arrays or shapes by path.
+        """
+        num_dense = next((leaf.shape[0] for path, leaf in leaves.items() if path.startswith(_DENSE)), 0)
+        return {path: self._place(path, num_dense) for path in leaves}
+
+    def _place(self, path: str, num_dense: int) -> TensorPlace:
+        if path in self.places:
+            return self.places[path]
+        first = num_dense if path.startswith(_EXPERTS) else 0
+        return replace(self.places["blocks." + path.removeprefix(_DENSE).removeprefix(_EXPERTS)], first=first)
+
+    def is_of_more_layers(self, name: str, *, num_layers: int) -> bool:
+        """Return whether a tensor of a file is of a layer behind the model's last, where files may have such."""
+        layer = re.search(r"(?:^|\.)layers\.(\d{1,6})\.", name)
+        return self.more_layers == "ignored" and layer is not None and int(layer[1]) >= num_layers
 
     def with_stacked(self) -> "TensorNames":
         """Return the names in files that hold all experts of a layer as one tensor."""

@@ -98,8 +98,8 @@ def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[jax.Array,
         d_q = _write(d_q, _read(d_q, pair.query) + new[0], pair.query)
         return d_q, keys.add(d_k, new[1], pair), keys.add(d_v, new[2], pair)
 
-    zeros = jnp.zeros(keys.k.shape, jnp.float32)
-    start = _vary((d_q, zeros, zeros), own.q, own.grad, keys.k, keys.v)
+    zeros = (jnp.zeros(leaf.shape, jnp.float32) for leaf in (keys.k, keys.v))
+    start = _vary((d_q, *zeros), own.q, own.grad, keys.k, keys.v)
     d_q, d_k, d_v = jax.lax.fori_loop(0, keys.count(how), add, start)
 
     # Sent in the compute dtype, as every other gradient of an activation.

@@ -15,7 +15,14 @@ _ONLY_WITH_EXPERTS = (
     "router_z_loss",
 )
 _FACTORS = ("expert_capacity", "router_scale", "router_bias_rate")
-_CHOICES = ("expert_overflow", "router", "router_normalize", "router_groups", "router_groups_kept", "router_bias")
+_CHOICES = (
+    "expert_overflow",
+    "router",
+    "router_normalize",
+    "router_groups",
+    "router_groups_kept",
+    "router_bias",
+)
 EXPERT_FIELDS = ("num_experts", *_ONLY_WITH_EXPERTS, *_FACTORS, *_CHOICES)
 """Fields of a `ModelConfig` that a model without experts has at their defaults."""
 

@@ -74,12 +74,14 @@ class Router(nnx.Module):
 def _in_kept_groups(scores: jax.Array, config: ModelConfig) -> jax.Array:
     """Return the scores with -inf for experts outside a token's best groups (DeepSeek-AI 2024, "V3", section 2.1.2).
 
-    A group is as good as its two best experts together.
+    A group is as good as its two best experts together where the router has a bias; else as its best one ("V2", section
+    2.2.2).
     """
     if config.router_groups == config.router_groups_kept:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], config.router_groups, -1)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    num_best = min(2 if config.router_bias == "on" else 1, grouped.shape[-1])
+    best = jax.lax.top_k(grouped, num_best)[0].sum(-1)
     kept = jax.lax.top_k(best, config.router_groups_kept)[1]
     is_kept = jax.nn.one_hot(kept, config.router_groups, dtype=bool).any(-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)

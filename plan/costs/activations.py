@@ -8,6 +8,7 @@ compare with the compiled layers. Read `memory_model.py` next.
 from typing import Any
 
 from ...layers import ModelConfig, Remat, activation_bytes
+from ...layers.attention_counts import attention_widths
 from .layout import Layout
 from .operations import item_bytes
 from .runtime import OnOff, Runtime
@@ -49,12 +50,13 @@ def split_backward_bytes(
     """
     # Widths in elements per token on this device.
     t, d = tensor, model.hidden_size / (tensor if sequence == "on" else 1)
-    query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
+    own = attention_widths(model, tensor=t)
+    whole = (own.latents + own.shared) * d / model.hidden_size
     # The input of the last product is recomputed from the activation function's output and, for SwiGLU, its factor.
     up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
-    inputs, gradients = 2 * d + query + up, 2 * d + query + 2 * kv + up
+    inputs, gradients = 2 * d + own.mixed + up + whole, 2 * d + own.projected + up + whole
     width = {
-        "none": kv if model.qk_norm == "on" else query + 2 * kv,
+        "none": own.value if model.qk_norm == "on" else own.projected + whole,
         "dots": 2 * d + up,
         "full": inputs + gradients - d,
     }[remat]
@@ -81,10 +83,10 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     whole = tokens * model.hidden_size * (4 * item + 2 * mask)
     if runtime.sequence_parallel == "on":
         whole /= t
-    query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
+    own = attention_widths(model, tensor=t)
     num_up = 2 if model.mlp == "swiglu" else 1
     # Queries, keys, values and the core's output; inputs and output of the activation function.
-    split = tokens * item * (2 * query + 2 * kv + (num_up + 1) * model.ffn_size / t)
+    split = tokens * item * (own.projected + own.mixed + (num_up + 1) * model.ffn_size / t)
     scores = tokens * num_tokens * model.num_heads / t
     if runtime.attention == "fused":
         core = tokens * model.num_heads / t * _FLOAT32

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from ...layers import ModelConfig, param_counts
+from ...layers.attention_counts import attention_norms, attention_weights
 from ...schedules import Placement
 from .held_layers import KindCounts
 from .layout import Layout
@@ -20,17 +21,17 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
-    head_norms = 2 * model.head_size if model.qk_norm == "on" else 0
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
     router = model.num_experts * (d + (1 if model.router_bias == "on" else 0))
-    return block_matrices(model, tensor=tensor, expert=expert) + norms + head_norms + biases + router
+    return block_matrices(model, tensor=tensor, expert=expert) + norms + attention_norms(model) + biases + router
 
 
 def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights in the kernels of one block on one device."""
-    features = model.shared_size if model.num_experts else model.ffn_size
-    columns, experts = _columns(model, tensor)[1], expert_matrices(model, tensor=tensor, expert=expert)
-    return model.hidden_size * (columns + (model.query_size + features) // tensor) + experts
+    features = (model.shared_size if model.num_experts else model.ffn_size) // tensor
+    experts = expert_matrices(model, tensor=tensor, expert=expert)
+    num_kernels = 3 if model.mlp == "swiglu" else 2
+    return attention_weights(model, tensor=tensor) + num_kernels * model.hidden_size * features + experts
 
 
 def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...layers import ModelConfig, param_counts
+from ...layers.attention_counts import attention_widths
 from ...layers.experts.kinds import kinds_within, layer_kinds
 from ...meshes import PlanError
 from ...meshes.arguments import check_count, check_fields
@@ -151,8 +152,10 @@ def _decode_layer_s(
 
 
 def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
-    """Return the bytes of keys and values that one layer caches for a token on one device."""
-    return 2 * max(model.kv_size / tensor, model.head_size) * item_bytes(model)
+    """Return the bytes that one layer caches for a token on one device: its keys and values, or its latent vector."""
+    own = attention_widths(model, tensor=tensor)
+    width = model.latent_size + own.shared if model.latent_size else own.key + own.value
+    return width * item_bytes(model)
 
 
 def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILED) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig
+from ...layers.attention_counts import attention_widths
 from ...meshes import PlanError
 from ...meshes.arguments import check_count
 from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
@@ -141,7 +142,9 @@ def _tensor_comm_s(
 ) -> float:
     """Return the seconds of one pass's collectives: two all-reduces, or two all-gathers and two reduce-scatters."""
     group = make_group(topology, size=layout.tensor, stride=1)
-    num_bytes = size.sequences * size.queries * model.hidden_size * item_bytes(model)
+    # With latents one of the four in both passes is of these alone.
+    width = (3 * model.hidden_size + attention_widths(model).entered) / 4
+    num_bytes = size.sequences * size.queries * width * item_bytes(model)
     is_split = runtime.sequence_parallel == "on"
     kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
     return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
@@ -174,7 +177,7 @@ def _exposed_context_s(
     if layout.context == 1:
         return 0.0
     group = make_group(topology, size=layout.context, stride=layout.tensor)
-    kv = max(model.kv_size / layout.tensor, model.head_size)
-    num_bytes = 2 * size.sequences * size.keys * kv * item_bytes(model)
+    own = attention_widths(model, tensor=layout.tensor)
+    num_bytes = size.sequences * size.keys * (own.key + own.value) * item_bytes(model)
     sent = collective_time_s("all_gather", num_bytes=num_bytes, group=group, topology=topology)
     return max(0.0, sent - sum(work.forward for work in works if work.part == "core"))

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...layers import ModelConfig
+from ...layers.attention_counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
@@ -274,7 +275,8 @@ def _layer_copies(model: ModelConfig, *, layout: Layout) -> tuple[float, float]:
         return own / parts, at_work
     if layout.tensor == 1:
         return 0.0, at_work
-    columns = model.query_size / layout.tensor + 2 * max(model.kv_size / layout.tensor, model.head_size)
+    # What reads latent vectors is not joined.
+    columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
     columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
     return _FLOAT32 * model.hidden_size * columns / parts, at_work
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig, Remat
+from ...layers.attention_counts import attention_widths
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
@@ -195,8 +196,9 @@ def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
-    """Yield the all-reduces of attention and feed-forward, forward and backward."""
-    num_runs = 4 * sizes.layers_of(rank) * sizes.num_microbatches
+    """Yield the all-reduces of attention and feed-forward, forward and backward: that of latents is of these alone."""
+    share = attention_widths(sizes.model).entered / sizes.model.hidden_size
+    num_runs = (3 + share) * sizes.layers_of(rank) * sizes.num_microbatches
     yield sizes.mesh.label("tensor"), num_runs * sizes.boundary * _all_reduce(sizes.mesh.tensor)
 
 
@@ -206,11 +208,12 @@ def _context(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     if mesh.context == 1:
         return
     # With fewer key/value heads than tensor ranks each rank has one.
-    width = max(model.kv_size // mesh.tensor, model.head_size)
+    own = attention_widths(model, tensor=mesh.tensor)
+    width = own.key + own.value
     # A device has s / c tokens: a gather sends them to c - 1 others, an exchange a c-th part to each.
     if sizes.context_attention == "ulysses":
-        width = (model.num_heads * model.head_size // mesh.tensor + width) / mesh.context
-    once = 2 * sizes.tokens * (mesh.context - 1) * width * _ITEM_BYTES[model.dtype]
+        width = (own.query + own.mixed + width) / mesh.context
+    once = sizes.tokens * (mesh.context - 1) * width * _ITEM_BYTES[model.dtype]
     yield mesh.label("context"), 2 * sizes.layers_of(rank) * sizes.num_microbatches * once
 
 

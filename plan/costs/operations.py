@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig
+from ...layers.attention_counts import attention_products, attention_widths
 from .device_params import block_matrices
 from .runtime import Runtime
 
@@ -63,16 +64,17 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
     """Yield the operations of one block."""
     tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
     whole = tokens * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
-    d, query, kv = model.hidden_size, model.query_size / t, max(model.kv_size / t, model.head_size)
+    own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
     yield _norm(whole, item)
-    yield Product(part="weights", m=tokens, n=query + 2 * kv, k=d)
-    if model.qk_norm == "on":
-        yield _norm(tokens * (query + kv), item)
+    for rows, columns in into:
+        yield Product(part="weights", m=tokens, n=columns, k=rows)
+    if normed := own.latents + (own.query + own.key if model.qk_norm == "on" else 0):
+        yield _norm(tokens * normed, item)
     if model.positions == "rotary":
-        turned = tokens * (query + kv)
+        turned = tokens * (own.query + own.key)
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
     yield from _core(model, size=size, runtime=runtime)
-    yield Product(part="weights", m=tokens, n=d, k=query)
+    yield Product(part="weights", m=tokens, n=out[1], k=out[0])
     yield _residual(whole, item, runtime)
     yield _norm(whole, item)
     if model.num_experts:
@@ -93,10 +95,10 @@ def item_bytes(model: ModelConfig) -> int:
 def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     """Yield the core of attention: scores, softmax, dropout and the weighted sum of values, or one fused kernel."""
     heads = size.sequences * model.num_heads / size.tensor
-    scores = heads * size.queries * size.keys
+    scores, value = heads * size.queries * size.keys, model.value_size // model.num_heads
     if runtime.attention == "fused":
         # A fused kernel skips the scores that the causal mask hides: half of 4 x scores x head_size.
-        yield Flash(flops=2 * scores * model.head_size)
+        yield Flash(flops=scores * (model.head_size + value))
         return
     yield Product(part="core", m=size.queries, n=size.keys, k=model.head_size, batch=heads)
     # The softmax reads and writes the scores; its backward reads output and gradient, and writes one.
@@ -104,7 +106,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
     yield Stream(part="core", forward_bytes=2 * b * scores, backward_bytes=3 * b * scores)
     if runtime.dropout == "on":
         yield Stream(part="core", forward_bytes=(2 * b + 1) * scores, backward_bytes=(2 * b + 1) * scores)
-    yield Product(part="core", m=size.queries, n=model.head_size, k=size.keys, batch=heads)
+    yield Product(part="core", m=size.queries, n=value, k=size.keys, batch=heads)
 
 
 def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: int = 1) -> Iterator[Operation]:

@@ -36,6 +36,28 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    | {"mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 2.0}
+}
+_DENSE_THEN_EXPERTS: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+}
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+} | _DENSE_THEN_EXPERTS
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
@@ -48,13 +70,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": 5},
     "qwen3_moe": {"model_type": "qwen3_moe", "num_key_value_heads": 2, "head_dim": 8, "norm_topk_prob": True}
     | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    "deepseek_v2": {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"} | _DEEPSEEK | _YARN,
+    "deepseek_v2_lite": {"model_type": "deepseek_v2", "routed_scaling_factor": 1.5} | _DEEPSEEK | {"q_lora_rank": None},
+    "deepseek_v3": {"model_type": "deepseek_v3", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    | _DEEPSEEK
+    | _YARN,
+    "dots1": {"model_type": "dots1", "num_key_value_heads": 2, "norm_topk_prob": True} | _DENSE_THEN_EXPERTS,
+    "glm4_moe": {"model_type": "glm4_moe", "num_key_value_heads": 2, "attention_bias": True, "use_qk_norm": True}
+    | {"head_dim": 8, "rope_parameters": _YARN["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+    | _DENSE_THEN_EXPERTS,
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
 }
 """The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
 MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
 EXPERT_MESHES = ("expert=2", "tensor=2,expert=2", "pipe=2,expert=2")
-EXPERTS = ("mixtral", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "dots1", "glm4_moe")
 
 CASES = [(name, mesh) for name in MODELS for mesh in (*MESHES, *(EXPERT_MESHES if name in EXPERTS else ()))]
 """Every model on every mesh that it fits."""

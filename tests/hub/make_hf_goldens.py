@@ -14,7 +14,7 @@ from .hub import GOLDEN, MODELS, hub_values_of, tokens_of
 
 
 def build(name: str) -> Any:
-    """Return a model of transformers with every parameter drawn, biases and norms too."""
+    """Return a model of transformers with every parameter drawn, biases and norms too, and those of routers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +24,8 @@ def build(name: str) -> Any:
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for leaf_name, leaf in model.named_parameters():
+        biases = [named for named in model.named_buffers() if named[0].endswith("e_score_correction_bias")]
+        for leaf_name, leaf in (*model.named_parameters(), *biases):
             drawn = torch.randn(leaf.shape, generator=noise) * (0.1 if leaf.ndim == 1 else 0.3)
             leaf.copy_(drawn + 1 if "norm" in leaf_name or ("ln_" in leaf_name and "weight" in leaf_name) else drawn)
     return model.eval()

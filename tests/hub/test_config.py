@@ -1,6 +1,7 @@
 """config.json is read as a model and written back; everything that trellax cannot compute is listed at once."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 from trellax.hub.config import hub_model, model_differences, read_hub_model
 from trellax.hub.config_write import hub_values
-from trellax.layers import ModelConfig
+from trellax.layers import ModelConfig, param_counts
+from trellax.layers.rope.frequencies import rope_magnitude
 from trellax.meshes import WeightsError
 
 from .hub import GOLDEN, MODELS
@@ -33,9 +35,25 @@ QWEN3_WINDOW = {"model_type": "qwen3", "num_key_value_heads": 2, "sliding_window
 MIXTRAL: dict[str, Any] = LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2}
 QWEN3_MOE: dict[str, Any] = LLAMA | {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8}
 
+DEEPSEEK: dict[str, Any] = LLAMA | {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "n_group": 1}
+DEEPSEEK |= {"topk_group": 1, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+
 MISTAKES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": LLAMA | {"model_type": "deepseek_v2"},
-    "deepseek_v3": LLAMA | {"model_type": "deepseek_v3"},
+    "deepseek_v2": DEEPSEEK
+    | {"model_type": "deepseek_v2", "topk_method": "noaux_tc", "norm_topk_prob": True, "scoring_func": "sigmoid"}
+    | {"moe_layer_freq": 2, "n_shared_experts": None, "q_lora_rank": 0, "mlp_bias": True},
+    "deepseek_v3": DEEPSEEK
+    | {"topk_method": "greedy", "norm_topk_prob": 1, "rope_interleave": False, "attention_bias": True}
+    | {"kv_lora_rank": "512", "n_group": -1, "rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+    "deepseek_v3_of_dense_layers": DEEPSEEK | {"first_k_dense_replace": 2},
+    "deepseek_v3_without_rotated_features": DEEPSEEK | {"qk_rope_head_dim": 3},
+    "deepseek_v32": DEEPSEEK | {"model_type": "deepseek_v32"},
+    "dots1": DEEPSEEK | {"model_type": "dots1", "n_shared_experts": 0, "sliding_window": 8, "max_window_layers": 1},
+    "glm4_moe": DEEPSEEK
+    | {"model_type": "glm4_moe", "partial_rotary_factor": 1.5, "use_qk_norm": "yes", "scoring_func": "softmax"},
+    "yarn": LLAMA
+    | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": -1, "mscale": "1"}},
+    "yarn_of_few_turns": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
     "qwen2_moe": LLAMA | {"model_type": "qwen2_moe"},
     "mixtral": MIXTRAL | {"num_local_experts": 0, "num_experts_per_tok": "2", "router_jitter_noise": 0.1},
     "mixtral_of_few_experts": MIXTRAL | {"num_local_experts": 2, "num_experts_per_tok": 3},
@@ -45,7 +63,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
     "no_architecture": {},
-    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
     "quantised": LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "everything_at_once": {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "hidden_size": "16"}
     | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "quantization_config": {"bits": 4}},
@@ -135,11 +153,83 @@ def test_experts_that_a_file_leaves_out_are_those_of_transformers() -> None:
     assert (config.router_normalize, config.rope_theta) == ("off", 1e4)
 
 
+def test_layers_that_a_file_leaves_out_are_those_of_transformers() -> None:
+    own = LLAMA | {"num_hidden_layers": 4, "num_key_value_heads": 4}
+    config = hub_model(own | {"model_type": "deepseek_v3"}).config
+    assert (config.head_size, config.rope_head_size, config.value_head_size) == (192, 64, 128)
+    assert (config.latent_size, config.query_latent_size) == (512, 1536)
+    assert (config.dense_layers, config.num_experts, config.experts_per_token, config.shared_size) == (3, 256, 8, 2048)
+    assert (config.router_groups, config.router_groups_kept, config.router_scale) == (8, 4, 2.5)
+    config = hub_model(
+        own | {"model_type": "deepseek_v2", "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3}
+    ).config
+    assert (config.dense_layers, config.shared_size, config.router_normalize) == (0, 2 * 1407, "off")
+    # Only topk_method="group_limited_greedy" looks at groups.
+    assert (config.router, config.router_bias, config.router_groups) == ("softmax", "off", 1)
+    config = hub_model(own | {"model_type": "glm4_moe", "head_dim": 8}).config
+    assert (config.dense_layers, config.rope_head_size, config.bias, config.norm_epsilon) == (1, 4, "off", 1e-5)
+
+
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129_280,
+    "hidden_size": 7168,
+    "intermediate_size": 18_432,
+}
+V3 |= {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128}
+LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102_400,
+    "hidden_size": 2048,
+    "intermediate_size": 10_944,
+}
+LITE |= {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408}
+LITE |= {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "q_lora_rank": None}
+GLM: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151_552,
+    "hidden_size": 5120,
+    "intermediate_size": 12_288,
+}
+GLM |= {"num_hidden_layers": 92, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128}
+GLM |= {"moe_intermediate_size": 1536, "n_routed_experts": 160, "first_k_dense_replace": 3, "attention_bias": True}
+GLM |= {"use_qk_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(V3, 671_026_419_200), (LITE, 15_706_484_224), (GLM, 352_797_829_024)],
+    ids=["v3", "v2", "glm"],
+)
+def test_published_models_have_as_many_parameters_as_in_transformers(values: dict[str, Any], expected: int) -> None:
+    assert param_counts(hub_model(values).config).total == expected
+
+
+def test_yarn_is_scaled_as_the_file_says() -> None:
+    def read(**values: Any) -> ModelConfig:
+        scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, **values}
+        return hub_model(LLAMA | {"rope_scaling": scaling}).config
+
+    config = read()
+    assert (config.rope_scaling, config.rope_factor, config.rope_original_tokens) == ("yarn", 40.0, 4096)
+    assert (config.rope_low_frequency_factor, config.rope_high_frequency_factor) == (1.0, 32.0)
+    assert (config.rope_attention_factor, rope_magnitude(config)) == (0.0, 0.1 * math.log(40) + 1)
+    # DeepSeek-V3's: rotated features are as long as ever, and scores are scaled instead.
+    config = read(mscale=1.0, mscale_all_dim=1.0)
+    assert (config.rope_attention_factor, config.rope_mscale_all) == (1.0, 1.0)
+    written = hub_values(config, architecture="llama")["rope_parameters"]
+    assert (written["mscale"], written["mscale_all_dim"], written["attention_factor"]) == (1.0, 1.0, 1.0)
+    assert read(attention_factor=1.5, mscale=0.7, mscale_all_dim=1.0).rope_attention_factor == 1.5
+
+
 def test_biases_on_all_linear_layers_of_a_llama() -> None:
     assert hub_model(LLAMA | {"attention_bias": True, "mlp_bias": True}).config.bias == "on"
 
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2}
+SHARED: dict[str, Any] = EXPERTS | {"expert_size": 8, "shared_size": 16}
+LATENTS: dict[str, Any] = {"latent_size": 8, "head_size": 12, "rope_head_size": 4}
+BIASED: dict[str, Any] = {"router": "sigmoid", "router_bias": "on"}
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -157,6 +247,9 @@ def model(**changes: Any) -> ModelConfig:
         ({"bias": "on"}, "llama"),
         (EXPERTS, "mixtral"),
         (EXPERTS | {"qk_norm": "on", "router_normalize": "off"}, "qwen3_moe"),
+        (LATENTS | SHARED | {"router_normalize": "off"}, "deepseek_v2"),
+        (LATENTS | SHARED | BIASED | {"dense_layers": 1}, "deepseek_v3"),
+        (SHARED | BIASED | {"bias": "qkv", "rope_head_size": 2}, "glm4_moe"),
         ({"mlp": "gelu", "norm": "layernorm", "positions": "learned", "bias": "on"}, "gpt2"),
     ],
 )
@@ -177,6 +270,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
         | {"router_normalize": "off"},
         "mixtral",
     ),
+    "latents": (LATENTS | {"rope_scaling": "linear", "rope_factor": 2.0}, "llama"),
+    "other_shared_experts": (LATENTS | SHARED | {"shared_size": 12, "attention_window": 4}, "deepseek_v3"),
+    "no_latents": (SHARED | {"qk_norm": "on"}, "deepseek_v2"),
+    "rotated_parts": (SHARED | BIASED | {"qk_norm": "on", "rope_head_size": 2}, "dots1"),
 }
 
 

@@ -16,14 +16,16 @@ from .hf_doubles import Tensors, merge, say
 from .hub import EXPERTS, GOLDEN, shapes_of
 from .test_read import spy
 
-MODULE = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2"), "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj")}
+MODULE = dict.fromkeys(EXPERTS, ("mlp", "gate_proj", "up_proj", "down_proj"))
+MODULE["mixtral"] = ("block_sparse_moe", "w1", "w3", "w2")
 MESH = "tensor=2,expert=2"
 
 
 def stack(tensors: Tensors, name: str, *, keep: bool = False) -> None:
     """Put all experts of a layer into two tensors, as transformers 5 holds them."""
     module, *linears = MODULE[name]
-    for layer in range(2):
+    routers = [key for key in tensors if key.endswith(f"{module}.gate.weight")]
+    for layer in (int(key.split(".")[2]) for key in routers):
         old, new = f"model.layers.{layer}.{module}", f"model.layers.{layer}.mlp"
         count = sum(f"{old}.experts." in key for key in tensors) // 3
         parts = [[f"{old}.experts.{number}.{linear}.weight" for number in range(count)] for linear in linears]
@@ -53,8 +55,8 @@ def test_stacked_experts_are_those_of_single_files(
     found = read_weights(folder, shapes)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     # A device reads half of the features of each of its own half of the experts, and other devices the rest.
-    up = shapes["blocks"]["mlp"]["up"]["kernel"]
-    layer = math.prod(up.sharding.shard_shape(up.shape)) // 2
+    up = shapes["blocks"].get("experts", shapes["blocks"])["mlp"]["up"]["kernel"]
+    layer = math.prod(up.sharding.shard_shape(up.shape)) // up.shape[0]
     assert layer * 4 == math.prod(up.shape[1:])
     assert sizes.count(layer) >= 3 * 2 * 4
 

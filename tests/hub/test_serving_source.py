@@ -15,6 +15,7 @@ from trellax.serve import Engine, Request, param_shapes
 from .hub import GOLDEN, MODELS, build_longer, tokens_of
 
 SAMPLE = [("llama3", "tensor=2,pipe=2"), ("gpt2", "data=1"), ("qwen3_moe", "tensor=2,pipe=2")]
+SAMPLE += [("deepseek_v3", "tensor=2,pipe=2")]
 MESHES = ["data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2", "data=2,tensor=2,pipe=2"]
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 from trellax.commands.cli import main
-from trellax.hub.config import read_hub_model
+from trellax.hub.config import hub_model, read_hub_model
 from trellax.hub.tokenizer import load_tokenizer
+from trellax.layers.rope.frequencies import rope_frequencies, rope_magnitude
 
 from ..commands.crafted import add_tokenizer
 from .hf_doubles import DOUBLES, make, tensors_of
@@ -80,6 +81,35 @@ def test_source_that_transformers_prefers_is_used(name: str, tmp_path: Path) -> 
     assert main(["import-hf", str(folder), str(tmp_path / "run")]) == 0
     assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
     assert np.abs(answer(tmp_path / "back") - logits).max() < TOLERANCE
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "plain": YARN,
+    "other turns": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "rope_theta": 1e6},
+    "two mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
+    "attention_factor": YARN | {"attention_factor": 1.3, "mscale": 0.707, "mscale_all_dim": 1.0},
+    "one pair": YARN | {"original_max_position_embeddings": 6},
+    "no pair": YARN | {"original_max_position_embeddings": 1},
+    "llama3": YARN | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3", "glm4_moe"])
+def test_frequencies_are_those_of_transformers(kind: str, name: str) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    own = {"llama": {"head_dim": 128}, "deepseek_v3": {"qk_rope_head_dim": 64}, "glm4_moe": {"head_dim": 128}}[kind]
+    values = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64} | own
+    values |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 163_840}
+    scaling = dict(SCALINGS[name]) | ({"partial_rotary_factor": 0.5} if kind == "glm4_moe" else {})
+    config = hub_model({"model_type": kind, **values, "rope_parameters": scaling}).config
+    theirs = AutoConfig.for_model(kind, **values, rope_parameters=dict(scaling))
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
+    np.testing.assert_allclose(rope_frequencies(config), frequencies.numpy(), rtol=1e-6)
+    assert rope_magnitude(config) == magnitude
 
 
 TEXTS = ("AB", "", "A!", "!")

@@ -29,6 +29,8 @@ CUTS = (0, 5, 6, 7, 10)
 
 MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=2,tensor=2", "tensor=2,pipe=2"]
 LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
+YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_tokens": 8, "rope_mscale_all": 1.0}
+YARN |= {"rope_high_frequency_factor": 2.0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),
     "llama": ("llama", {}),
@@ -38,6 +40,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
     "dense_and_experts": ("dense_and_experts", {}),
+    "latents": ("latents", {}),
+    "latents_with_window": ("latents", {"query_latent_size": 0, "attention_window": 6, **YARN}),
 }
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
@@ -48,6 +52,8 @@ SAMPLE = [
     ("tensor=2,pipe=2", "experts"),
     ("data=2,tensor=2", "experts_in_rounds"),
     ("tensor=2,pipe=2", "dense_and_experts"),
+    ("tensor=2,pipe=2", "latents"),
+    ("data=2,tensor=2", "latents_with_window"),
 ]
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.layers import ModelConfig
-from trellax.layers.rotary import rope_frequencies, rotate
+from trellax.layers.rope.frequencies import rope_frequencies
+from trellax.layers.rope.rotary import rotate
 
-from .sharded import differing, normal, small_config
+from ..sharded import differing, normal, small_config
 
 B, T, N, H = 2, 16, 3, 8
 X = normal(B, T, N, H)
@@ -64,3 +65,10 @@ def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones() -> None:
     expected = np.where(turns > 4, plain, np.where(turns < 1, plain / 8, mixed))
     assert {"kept": (turns > 4).sum(), "mixed": ((turns <= 4) & (turns >= 1)).sum()} == {"kept": 3, "mixed": 1}
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+def test_a_part_of_each_head_is_rotated_and_the_rest_is_kept() -> None:
+    part = rotate(jnp.asarray(X), config=config_of(rope_head_size=4))
+    alone = rotate(jnp.asarray(X[..., :4]), config=small_config("llama", head_size=4))
+    assert bool((part[..., 4:] == X[..., 4:]).all())
+    assert differing(part[..., :4], alone) == {}

@@ -1,0 +1,1 @@
+"""Rotary positions (RoPE), and how they are scaled to sequences longer than those first trained on."""

@@ -1,0 +1,67 @@
+"""The angular frequency of each pair of features, under each kind of scaling to longer sequences.
+
+A pair turns `rope_original_tokens` x frequency / 2 pi times in the sequences that the model was first trained on. Pairs
+that turn often are kept, pairs that turn less than once are slowed down by `rope_factor`:
+
+    linear    all pairs are slowed down                             Chen et al. 2023, section 3.2
+    llama3    in between, in proportion to a pair's turns           Llama 3.1's release
+    yarn      in between, in proportion to a pair's number          Peng et al. 2023, arXiv:2309.00071, section 3.2
+
+Everything is in float64 until the end. Read `rotary.py` next.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def rope_frequencies(config: Any) -> np.ndarray:
+    """Return the frequency of each pair in radians per position, float32[R/2], for R = `config.rotated_size`.
+
+    That of pair i is theta**(-2i/R) before scaling.
+    """
+    size = config.rotated_size
+    own_h = config.rope_theta ** -(np.arange(0, size, 2) / size)
+    slow_h = own_h / config.rope_factor
+    keep_h = {"llama3": _kept_by_turns, "yarn": _kept_by_number}.get(config.rope_scaling)
+    if keep_h is None:
+        return slow_h.astype(np.float32)
+    share_h = keep_h(config, own_h)
+    return (share_h * own_h + (1 - share_h) * slow_h).astype(np.float32)
+
+
+def rope_magnitude(config: Any) -> float:
+    """Return the factor of rotated features: above 1 under YaRN, where scores of long sequences spread too thin.
+
+    It is `rope_attention_factor`, or else 0.1 ln(rope_factor) + 1 (section 3.3).
+    """
+    if config.rope_scaling != "yarn":
+        return 1.0
+    return config.rope_attention_factor or yarn_scale(config.rope_factor, 1.0)
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
+    """Return 0.1 x mscale x ln(factor) + 1; 1 for a factor of 1 or less."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _kept_by_turns(config: Any, own_h: np.ndarray) -> np.ndarray:
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    turns_h = config.rope_original_tokens * own_h / (2 * np.pi)
+    return np.clip((turns_h - low) / (high - low), 0, 1)
+
+
+def _kept_by_number(config: Any, own_h: np.ndarray) -> np.ndarray:
+    """Return 1 for pairs before the one with the high factor's turns, 0 behind that with the low one's, and a ramp."""
+    size = config.rotated_size
+
+    def number(turns: float) -> float:
+        ratio = config.rope_original_tokens / (turns * 2 * math.pi)
+        return size * math.log(ratio) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(number(config.rope_high_frequency_factor)), 0)
+    last: float = min(math.ceil(number(config.rope_low_frequency_factor)), size - 1)
+    # As in transformers: a ramp from a pair to itself would divide by 0.
+    last += 0.001 if first == last else 0
+    return 1 - np.clip((np.arange(len(own_h)) - first) / (last - first), 0, 1)
