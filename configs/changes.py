@@ -30,6 +30,7 @@ _FREE_KEYS = {
     # The hash of the tokens is compared instead.
     "data.source",
     "data.paths",
+    "data.text_field",
     "data.token_dtype",
     "data.tokenizer",
 }

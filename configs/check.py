@@ -53,6 +53,7 @@ def check_run(
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
     found += _check_lengths(config)
     found += _check_corpus(config)
+    found += _check_blend(config)
     if corpus == "needed":
         found += _check_corpus_files(config)
     if not found:
@@ -164,6 +165,20 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
         yield ConfigError(
             f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
             fix="set data.source='text' or 'tokens'.",
+        )
+
+
+def _check_blend(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless a blend has a weight above 0 for each path."""
+    weights, paths = config.data.weights, config.data.paths
+    if weights and len(weights) != len(paths):
+        yield ConfigError(
+            f"data.weights has {len(weights)} numbers, and data.paths has {len(paths)} paths.",
+            fix="give each path one weight: a glob, or a folder, is one path.",
+        )
+    elif weights and min(weights) <= 0:
+        yield ConfigError(
+            f"data.weights has {min(weights):g}; a weight is above 0.", fix="leave out the path that has no weight."
         )
 
 

@@ -42,9 +42,16 @@ class DataSection(Section):
     """The corpus, its tokens, and its split into sequences and validation."""
 
     source: Literal["stdlib", "text", "tokens"] = Field(
-        "stdlib", description="Python's standard library sources, text files, or arrays of token ids"
+        "stdlib", description="Python's standard library sources, files of text or records, or arrays of token ids"
     )
     paths: tuple[str, ...] = Field((), description="files or globs, for the sources text and tokens")
+    weights: tuple[float, ...] = Field(
+        (),
+        description="blend: a weight of each path, its share of the sequences; empty joins all paths into one corpus",
+    )
+    text_field: str = Field(
+        "text", min_length=1, description="field of a record that holds its text, in .jsonl, .parquet and .arrow files"
+    )
     tokenizer: str = Field("bytes", min_length=1, description="bytes, a tokenizer.json, or a folder with one")
     seq_len: int = Field(gt=0, le=_MAX, description="tokens of a sequence")
     val_fraction: float = Field(
