@@ -103,6 +103,13 @@ COMMANDS = (
         arguments="arguments.checkpoints:add_checkpoints_arguments",
         run="checkpoints:run_checkpoints",
     ),
+    Command(
+        name="data",
+        help="tokenize a corpus once into shards, or train a tokenizer on one",
+        arguments="arguments.data:add_data_arguments",
+        check="arguments.data:check_data_arguments",
+        run="data.data:run_data",
+    ),
 )
 
 

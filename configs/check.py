@@ -14,6 +14,7 @@ from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
 from .corpus_paths import find_files
 from .mesh_checks import errors_of, find_mesh_errors
+from .prepared_tokens import is_prepared
 from .run_config import RunConfig
 
 _NUM_BYTES = 256
@@ -142,7 +143,7 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             fix="set data.source='text', or leave data.tokenizer out.",
         )
     packing, end_id = config.data.packing, config.data.end_id
-    if packing == "on" and source == "tokens" and end_id < 0:
+    if packing == "on" and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
         yield ConfigError(
             "data.packing='on' cuts sequences at the ends of documents, and data.source='tokens' does not say which id "
             "ends one.",

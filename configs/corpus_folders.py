@@ -1,22 +1,23 @@
-"""Find the files of a folder that `data.paths` may name: one that the library `datasets` saved."""
+"""Find the files of a folder that `data.paths` may name: one of prepared tokens, or one that `datasets` saved."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ..meshes import DataError
 from ..meshes.errors import shown
-from ..meshes.files.regular_file import read_bounded
-
-_MAX_BYTES = 100 << 20
+from .prepared_tokens import read_object, read_prepared
 
 
 def find_folder_files(folder: Path) -> list[Path] | None:
-    """Return the files of a folder by `Dataset.save_to_disk`, in their order; None if it is another folder.
+    """Return the files of a folder by `trellax data prepare` or `Dataset.save_to_disk`, in their order.
+
+    None if it is another folder.
 
     Raises:
-        DataError: the folder has several splits, or its list of files cannot be read.
+        DataError: the folder has several splits, is not finished, or its list of files cannot be read.
     """
+    prepared = read_prepared(folder)
+    if prepared is not None:
+        return [shard.tokens for shard in prepared.shards]
     splits = read_object(folder / "dataset_dict.json")
     if splits is not None:
         names = splits.get("splits")
@@ -37,22 +38,3 @@ def find_folder_files(folder: Path) -> list[Path] | None:
         return [folder / Path(part["filename"]).name for part in state["_data_files"]]
     except (TypeError, KeyError):
         raise DataError(f"{folder}/state.json does not list its files.", fix="save the dataset again.") from None
-
-
-def read_object(file: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, None if there is no such file.
-
-    Raises:
-        DataError: the file cannot be read, or holds something else.
-    """
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(read_bounded(file, max_bytes=_MAX_BYTES, error=DataError))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{file} is no JSON.", fix="write the folder again.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{file} holds no JSON object.", fix="write the folder again.")
-    return found

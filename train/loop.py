@@ -26,6 +26,7 @@ from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .data.prefetch import Prefetch
+from .data.prepared import find_tokenizer
 from .evaluate import validate
 from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
@@ -167,7 +168,7 @@ def _open_console(console: Console | None, warning: str) -> Console:
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     """Load the corpus of a run, and print the report of the run."""
     config = setup.config
-    first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
+    first_does(lambda: keep_tokenizer(find_tokenizer(config.data), config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     schedule = short_hash(str(setup.schedule))

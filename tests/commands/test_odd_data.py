@@ -1,6 +1,5 @@
 """Corpora that are broken, endless or named strangely are refused, or read, before they cost anything."""
 
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -69,16 +68,6 @@ def test_text_larger_than_memory_is_refused_unread(tmp_path: Path) -> None:
     data = DataSection(source="text", paths=(str(file),), seq_len=4)
     with pytest.raises(DataError, match=r"1 text file of 20,000,000,000 bytes, the largest .*endless\.txt"):
         load_corpus(data)
-
-
-@pytest.mark.timeout(20)
-def test_arrays_larger_than_memory_are_not_joined(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        # Vast, and of numbers that no check takes for another type.
-        (tmp_path / f"{name}.bin").write_bytes(np.arange(1, 2**12, dtype=np.uint16).tobytes())
-        os.truncate(tmp_path / f"{name}.bin", 1 << 42)
-    with pytest.raises(DataError, match="2 arrays of 8,796,093,022,208 bytes are joined in memory"):
-        load_corpus(DataSection(source="tokens", paths=(str(tmp_path / "*.bin"),), seq_len=4))
 
 
 def test_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

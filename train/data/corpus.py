@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...configs.corpus_paths import find_files
+from ...configs.prepared_tokens import read_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
 from ...hub.tokenizer import ModelTokenizer, load_tokenizer
@@ -22,7 +23,9 @@ from .batches import TokenSource
 from .documents import Documents
 from .hashed_file import HashedFile
 from .joined_tokens import Tokens, join_tokens
-from .records import Damage, record_kind
+from .prepared import check_shards, prepared_documents
+from .records.damage import Damage
+from .records.records import record_kind
 from .texts import MOST_TEXT_BYTES, read_texts
 from .token_files import map_files, scan_tokens
 
@@ -130,10 +133,7 @@ def _blend(parts: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
 def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> Corpus:
     """Load a corpus that is no blend."""
     if data.source == "tokens":
-        files = find_files(data.paths)
-        mapped = [HashedFile(file) for file in files]
-        what, tokens = f"tokens of {_count(len(files), 'array')}", map_files(files, dtype=np.dtype(data.token_dtype))
-        return _cut(tokens, what, Documents(end_id=data.end_id), data=data, mapped=mapped)
+        return _load_tokens(data)
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
         texts = _end_texts([text for _, text in documents])
@@ -144,6 +144,19 @@ def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> C
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = [HashedFile(Path(str(tokens.filename)))] if isinstance(tokens, np.memmap) else []
     return _cut(tokens, f"{what} by {tokenizer.file}", _end_of(tokenizer, data), data=data, mapped=mapped)
+
+
+def _load_tokens(data: DataSection) -> Corpus:
+    files = find_files(data.paths)
+    folders = [folder for path in data.paths if (folder := read_prepared(Path(path)))]
+    mapped = [HashedFile(file) for file in files]
+    tokens = map_files(files, dtype=np.dtype(data.token_dtype))
+    documents = Documents(end_id=data.end_id)
+    if data.packing == "on" and data.end_id < 0:
+        documents = prepared_documents(folders)
+    corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
+    check_shards(corpus.mapped, folders)
+    return corpus
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -220,10 +233,10 @@ def _read_text(files: Sequence[Path], *, field: str, damage: Damage) -> list[tup
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
     _check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
     documents, total = [], 0
-    for place, text in read_texts(files, field=field, damage=damage):
+    for name, text in read_texts(files, field=field, damage=damage):
         total += len(text)
-        _check_total(total, files, largest=Path(place))
-        documents.append((place, text))
+        _check_total(total, files, largest=Path(name))
+        documents.append((name, text))
     return documents
 
 
@@ -232,7 +245,7 @@ def _check_total(total: int, files: Sequence[Path], *, largest: Path) -> None:
         raise DataError(
             f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
             f"text is read whole, at most {MOST_TEXT_BYTES:,} bytes.",
-            fix="save the token ids as arrays and set data.source='tokens': those stay on disk.",
+            fix="tokenize them once by `trellax data prepare`: its shards stay on disk.",
         )
 
 

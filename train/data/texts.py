@@ -10,14 +10,15 @@ from pathlib import Path
 from ...meshes import DataError
 from ...meshes.files.regular_file import read_bounded
 from .corpus_files import check_text_file
-from .records import Damage, read_records, record_kind
+from .records.damage import Damage
+from .records.records import read_records, record_kind
 
 MOST_TEXT_BYTES = 1 << 31
 """Largest text that is read whole."""
 
 
 def read_texts(files: Sequence[Path], *, field: str, damage: Damage) -> Iterator[tuple[str, bytes]]:
-    """Yield place and text of each document: a text file is one, and so is each record of the others.
+    """Yield file and text of each document: a text file is one, and so is each record of the others.
 
     Args:
         field: name of the field of a record that holds its text.
@@ -28,7 +29,8 @@ def read_texts(files: Sequence[Path], *, field: str, damage: Damage) -> Iterator
     """
     for file in files:
         if record_kind(file):
-            yield from read_records(file, field=field, damage=damage)
+            for text in read_records(file, field=field, damage=damage):
+                yield str(file), text
         else:
             yield str(file), _read_text(file)
 

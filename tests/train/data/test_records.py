@@ -133,7 +133,7 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr("trellax.train.data.records.import_module", fail)
+    monkeypatch.setattr("trellax.train.data.records.extra.import_module", fail)
     Path("b.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="needs the package pyarrow") as caught:
         load("b.parquet")
