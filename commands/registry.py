@@ -104,6 +104,13 @@ COMMANDS = (
         run="checkpoints:run_checkpoints",
     ),
     Command(
+        name="eval",
+        help="compute loss, perplexity and bits per byte of a model on files, on any mesh",
+        arguments="arguments.evaluate:add_eval_arguments",
+        check="arguments.evaluate:check_eval_arguments",
+        run="data.evaluate:run_eval",
+    ),
+    Command(
         name="data",
         help="tokenize a corpus once into shards, or train a tokenizer on one",
         arguments="arguments.data:add_data_arguments",

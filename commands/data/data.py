@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ...configs.corpus_paths import find_files
 from ...meshes import DataError
 from ...meshes.files.new_folder import new_folder
 from ...train.data.records.damage import Damage
 from ...train.data.shards.prepare_tokens import prepare_tokens
 from ...train.data.shards.train_tokenizer import train_tokenizer
+from .find_named import find_named
 
 _NUM_LINES = 20
 
@@ -40,7 +40,7 @@ def run_data(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> dict[str, Any]:
-    files, start_s = find_files(args.source), time.perf_counter()
+    files, start_s = find_named(args.source, option="SOURCE"), time.perf_counter()
     with _Bar() as bar:
         index = prepare_tokens(
             files,
@@ -65,7 +65,7 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
-    files, start_s, damage = find_files(args.source), time.perf_counter(), Damage()
+    files, start_s, damage = find_named(args.source, option="SOURCE"), time.perf_counter(), Damage()
     with new_folder(args.out) as part:
         size = train_tokenizer(files, out=part, vocab_size=args.vocab_size, field=args.text_field, damage=damage)
     seconds = time.perf_counter() - start_s

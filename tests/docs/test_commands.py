@@ -50,9 +50,8 @@ def test_command_is_understood(
     elif words[0] in WITH_CONFIG:
         _check_config(words, monkeypatch)
     elif words[0] in WITH_OWN_FILES:
-        command = find_command(words[0])
-        args = cli._parse(cli._split_overrides(words)[0])
-        assert command.check is None or import_function(command.check)(args) is None
+        args, check = cli._parse(cli._split_overrides(words)[0]), find_command(words[0]).check
+        assert check is None or import_function(check)(args) is None
     elif words[0] == "schedule" and "--file" not in words:
         assert cli.main(words) == 0
     else:
