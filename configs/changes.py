@@ -21,6 +21,7 @@ _FREE_KEYS = {
     "run.silence_s",
     "train.shard",
     "train.offload",
+    "train.seconds",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

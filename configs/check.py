@@ -121,11 +121,29 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
             f"optimizer.warmup_steps={warmup} is more than train.steps={steps}: the learning rate would never peak.",
             fix=f"set optimizer.warmup_steps={max(1, steps // 10)}, a tenth of the steps.",
         )
+    yield from _check_decay(config)
     keep_every = config.checkpoint.keep_every
     if keep_every and not config.checkpoint.every:
         yield ConfigError(
             f"checkpoint.keep_every={keep_every} keeps saves on the way, but checkpoint.every=0 saves only at the end.",
             fix=f"set checkpoint.every={keep_every}, or leave checkpoint.keep_every out.",
+        )
+
+
+def _check_decay(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless the schedule of the learning rate has a decay, which fits beside the warm-up."""
+    section, steps = config.optimizer, config.train.steps
+    if section.decay_steps and section.lr_schedule != "wsd":
+        yield ConfigError(
+            f"optimizer.decay_steps={section.decay_steps} is for optimizer.lr_schedule='wsd' alone; "
+            f"'{section.lr_schedule}' takes none.",
+            fix="leave it out, or set optimizer.lr_schedule='wsd'.",
+        )
+    elif section.warmup_steps <= steps < section.warmup_steps + section.decay_steps:
+        yield ConfigError(
+            f"optimizer.warmup_steps={section.warmup_steps} and optimizer.decay_steps={section.decay_steps} are more "
+            f"than train.steps={steps} together.",
+            fix=f"set optimizer.decay_steps={max(1, steps - section.warmup_steps)} or less.",
         )
 
 

@@ -54,7 +54,7 @@ def train(
     """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
     Training resumes from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT stop it after the current step,
-    which is saved.
+    which is saved; so does the end of `train.seconds`.
 
     >>> train(load_config("quickstart", "--train.steps 20")).steps
     20
@@ -84,7 +84,10 @@ def _train_in_folder(
     config, say = setup.config, partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
-    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as folder:
+    with (
+        StopRequest(seconds=config.train.seconds) as stop,
+        open_run_folder(config.run_folder, start=start, say=say) as folder,
+    ):
         try:
             corpus = _open_corpus(setup, say)
             with checkpoints:
