@@ -104,6 +104,20 @@ COMMANDS = (
         run="checkpoints:run_checkpoints",
     ),
     Command(
+        name="runs",
+        help="list runs with state, loss and speed, or compare some of them",
+        arguments="arguments.runs:add_runs_arguments",
+        check="arguments.runs:check_runs_arguments",
+        run="experiments.list_runs:run_runs",
+    ),
+    Command(
+        name="sweep",
+        help="train a config with every combination of some keys, and compare the runs in a table",
+        takes="config",
+        arguments="arguments.runs:add_sweep_arguments",
+        run="experiments.sweep:run_sweep",
+    ),
+    Command(
         name="eval",
         help="compute loss, perplexity and bits per byte of a model on files, on any mesh",
         arguments="arguments.evaluate:add_eval_arguments",

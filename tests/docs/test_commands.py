@@ -22,7 +22,7 @@ from .pages import PAGES, ROOT, blocks_of, commands_of, name_of, run_as_user
 
 FEW = "30"
 WITH_CONFIG = ("train", "describe", "inspect", "plan")
-WITH_OWN_FILES = ("data",)
+WITH_OWN_FILES = ("data", "runs", "sweep")
 
 COMMANDS = sorted(
     {(name_of(page), command) for page in PAGES for block in blocks_of(page) for command in commands_of(block)}
