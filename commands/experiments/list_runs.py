@@ -80,7 +80,7 @@ def _find_differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _losses_by_step(folders: Sequence[Path]) -> dict[int, list[float]]:
-    """Return the training losses of all runs at steps that all have logged, about `_STEPS` of them, the last included."""
+    """Return the training losses of all runs at about `_STEPS` steps that all have logged, the last included."""
     curves = [
         {line["step"]: line["loss"] for line in read_metrics(folder) if line.get("loss") is not None}
         for folder in folders

@@ -45,7 +45,7 @@ def run_sweep(config: RunConfig, args: argparse.Namespace) -> int:
         check_run(own, num_devices=len(visible_devices()), corpus="needed")
     folder = next(iter(configs.values())).run_folder.parent
     failed = False
-    for number, (values, own) in enumerate(configs.items(), 1):
+    for number, own in enumerate(configs.values(), 1):
         print(f"run {number}/{len(configs)}  {own.run.name}", file=sys.stderr)
         try:
             summary = _train_unless_done(own)
@@ -83,7 +83,9 @@ def _make_configs(
     """Return the config of each combination of values, in the order of the grid."""
     combinations = list(itertools.product(*grid.values()))
     if len(combinations) > _MOST_RUNS:
-        raise ConfigError(f"the grid has {len(combinations):,} runs; {_MOST_RUNS:,} are the most.", fix="leave out some.")
+        raise ConfigError(
+            f"the grid has {len(combinations):,} runs; {_MOST_RUNS:,} are the most.", fix="leave out some."
+        )
     folder = Path(config.run.folder) / (args.name or f"{config.run.name}-sweep")
     configs = {}
     for values in combinations:
@@ -132,7 +134,9 @@ def _report(
         print(json.dumps(found))
         return
     losses = [row.val_loss for row in rows if row.val_loss is not None]
-    table = [(*(key.rpartition(".")[2] for key in keys), "state", "step", "loss", "val loss", "tokens/s", "")]
+    table: list[tuple[str, ...]] = [
+        (*(key.rpartition(".")[2] for key in keys), "state", "step", "loss", "val loss", "tokens/s", "")
+    ]
     for values, row in zip(configs, rows, strict=True):
         numbers = ("" if loss is None else f"{loss:.4f}" for loss in (row.train_loss, row.val_loss))
         speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"

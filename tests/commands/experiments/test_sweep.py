@@ -25,7 +25,9 @@ def test_grid_is_trained_as_runs_beside_each_other(capsys: pytest.CaptureFixture
     assert main([*SWEEP, *grid]) == 0
     head, *rows, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["learning_rate", "seed", "state", "step", "loss", "val", "loss", "tokens/s"]
-    assert [row.split()[:4] for row in rows] == [[rate, seed, "done", "2"] for rate in ("1e-4", "3e-2") for seed in "01"]
+    assert [row.split()[:4] for row in rows] == [
+        [rate, seed, "done", "2"] for rate in ("1e-4", "3e-2") for seed in "01"
+    ]
     assert sum(row.endswith(" best") for row in rows) == 1
     sweep = Path("runs/tiny-dense-sweep")
     assert last.startswith(f"{sweep}: sweep.json, loss.png")
