@@ -103,6 +103,34 @@ COMMANDS = (
         arguments="arguments.checkpoints:add_checkpoints_arguments",
         run="checkpoints:run_checkpoints",
     ),
+    Command(
+        name="runs",
+        help="list runs with state, loss and speed, or compare some of them",
+        arguments="arguments.runs:add_runs_arguments",
+        check="arguments.runs:check_runs_arguments",
+        run="experiments.list_runs:run_runs",
+    ),
+    Command(
+        name="sweep",
+        help="train a config with every combination of some keys, and compare the runs in a table",
+        takes="config",
+        arguments="arguments.runs:add_sweep_arguments",
+        run="experiments.sweep:run_sweep",
+    ),
+    Command(
+        name="eval",
+        help="compute loss, perplexity and bits per byte of a model on files, on any mesh",
+        arguments="arguments.evaluate:add_eval_arguments",
+        check="arguments.evaluate:check_eval_arguments",
+        run="data.evaluate:run_eval",
+    ),
+    Command(
+        name="data",
+        help="tokenize a corpus once into shards, or train a tokenizer on one",
+        arguments="arguments.data:add_data_arguments",
+        check="arguments.data:check_data_arguments",
+        run="data.data:run_data",
+    ),
 )
 
 

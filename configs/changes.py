@@ -21,6 +21,7 @@ _FREE_KEYS = {
     "run.silence_s",
     "train.shard",
     "train.offload",
+    "train.seconds",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
@@ -30,6 +31,7 @@ _FREE_KEYS = {
     # The hash of the tokens is compared instead.
     "data.source",
     "data.paths",
+    "data.text_field",
     "data.token_dtype",
     "data.tokenizer",
 }

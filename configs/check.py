@@ -14,6 +14,7 @@ from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
 from .corpus_paths import find_files
 from .mesh_checks import errors_of, find_mesh_errors
+from .prepared_tokens import is_prepared
 from .run_config import RunConfig
 
 _NUM_BYTES = 256
@@ -53,6 +54,7 @@ def check_run(
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
     found += _check_lengths(config)
     found += _check_corpus(config)
+    found += _check_blend(config)
     if corpus == "needed":
         found += _check_corpus_files(config)
     if not found:
@@ -119,11 +121,29 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
             f"optimizer.warmup_steps={warmup} is more than train.steps={steps}: the learning rate would never peak.",
             fix=f"set optimizer.warmup_steps={max(1, steps // 10)}, a tenth of the steps.",
         )
+    yield from _check_decay(config)
     keep_every = config.checkpoint.keep_every
     if keep_every and not config.checkpoint.every:
         yield ConfigError(
             f"checkpoint.keep_every={keep_every} keeps saves on the way, but checkpoint.every=0 saves only at the end.",
             fix=f"set checkpoint.every={keep_every}, or leave checkpoint.keep_every out.",
+        )
+
+
+def _check_decay(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless the schedule of the learning rate has a decay, which fits beside the warm-up."""
+    section, steps = config.optimizer, config.train.steps
+    if section.decay_steps and section.lr_schedule != "wsd":
+        yield ConfigError(
+            f"optimizer.decay_steps={section.decay_steps} is for optimizer.lr_schedule='wsd' alone; "
+            f"'{section.lr_schedule}' takes none.",
+            fix="leave it out, or set optimizer.lr_schedule='wsd'.",
+        )
+    elif section.warmup_steps <= steps < section.warmup_steps + section.decay_steps:
+        yield ConfigError(
+            f"optimizer.warmup_steps={section.warmup_steps} and optimizer.decay_steps={section.decay_steps} are more "
+            f"than train.steps={steps} together.",
+            fix=f"set optimizer.decay_steps={max(1, steps - section.warmup_steps)} or less.",
         )
 
 
@@ -141,7 +161,7 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             fix="set data.source='text', or leave data.tokenizer out.",
         )
     packing, end_id = config.data.packing, config.data.end_id
-    if packing == "on" and source == "tokens" and end_id < 0:
+    if packing == "on" and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
         yield ConfigError(
             "data.packing='on' cuts sequences at the ends of documents, and data.source='tokens' does not say which id "
             "ends one.",
@@ -164,6 +184,20 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
         yield ConfigError(
             f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
             fix="set data.source='text' or 'tokens'.",
+        )
+
+
+def _check_blend(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless a blend has a weight above 0 for each path."""
+    weights, paths = config.data.weights, config.data.paths
+    if weights and len(weights) != len(paths):
+        yield ConfigError(
+            f"data.weights has {len(weights)} numbers, and data.paths has {len(paths)} paths.",
+            fix="give each path one weight: a glob, or a folder, is one path.",
+        )
+    elif weights and min(weights) <= 0:
+        yield ConfigError(
+            f"data.weights has {min(weights):g}; a weight is above 0.", fix="leave out the path that has no weight."
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..meshes import DataError
 from ..meshes.errors import shown, suggest
 from ..meshes.files.regular_file import name_kind
+from .corpus_folders import find_folder_files
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
@@ -51,7 +52,10 @@ def _match_files(path: str) -> list[Path]:
     if not path.strip():
         raise DataError(f"data.paths: {shown(path)} names no file.", fix="name files or globs in data.paths.")
     try:
-        return [Path(path)] if Path(path).is_file() else _match_pattern(path)
+        if Path(path).is_file():
+            return [Path(path)]
+        found = find_folder_files(Path(path)) if Path(path).is_dir() else None
+        return _match_pattern(path) if found is None else found
     except OSError as error:
         raise DataError(
             f"data.paths: {shown(path)} cannot be read: {error.strerror}.", fix="correct data.paths."

@@ -77,7 +77,7 @@ _MEANINGS = {
 MOVED = {"optimizer.zero": 'it is train.shard now, "optimizer" for on and "none" for off'}
 """Keys of earlier versions, and what to write instead."""
 
-Kind = Literal["whole", "number", "text", "list", "auto or list"]
+Kind = Literal["whole", "number", "text", "list", "numbers", "auto or list"]
 """How the text of an override is parsed; "auto or list" is the word auto, or whole numbers with commas."""
 
 
@@ -178,7 +178,7 @@ def _kind(annotation: Any) -> Kind:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return "auto or list"
     if typing.get_origin(annotation) is tuple:
-        return "list"
+        return "numbers" if typing.get_args(annotation)[0] is float else "list"
     return "whole" if annotation is int else "number" if annotation is float else "text"
 
 
@@ -186,7 +186,7 @@ def _type_text(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "|".join(typing.get_args(annotation))
     kind = _kind(annotation)
-    return "auto|list" if kind == "auto or list" else kind
+    return {"auto or list": "auto|list", "numbers": "list"}.get(kind, kind)
 
 
 def _default_text(default: Any) -> str:

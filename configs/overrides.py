@@ -81,6 +81,8 @@ def _describe_unknown(name: str, *, keys: Sequence[Key]) -> str:
 def _read_value(text: str, *, key: Key) -> Any:
     if key.kind == "auto or list":
         return text if text == "auto" else [_read_number(part.strip(), int) for part in text.strip("[]").split(",")]
+    if key.kind == "numbers":
+        return [_read_number(part.strip(), float) for part in text.strip("[]").split(",") if part.strip()]
     if key.kind == "list":
         return _read_list(text)
     if key.kind == "text":

@@ -42,9 +42,16 @@ class DataSection(Section):
     """The corpus, its tokens, and its split into sequences and validation."""
 
     source: Literal["stdlib", "text", "tokens"] = Field(
-        "stdlib", description="Python's standard library sources, text files, or arrays of token ids"
+        "stdlib", description="Python's standard library sources, files of text or records, or arrays of token ids"
     )
     paths: tuple[str, ...] = Field((), description="files or globs, for the sources text and tokens")
+    weights: tuple[float, ...] = Field(
+        (),
+        description="blend: a weight of each path, its share of the sequences; empty joins all paths into one corpus",
+    )
+    text_field: str = Field(
+        "text", min_length=1, description="field of a record that holds its text, in .jsonl, .parquet and .arrow files"
+    )
     tokenizer: str = Field("bytes", min_length=1, description="bytes, a tokenizer.json, or a folder with one")
     seq_len: int = Field(gt=0, le=_MAX, description="tokens of a sequence")
     val_fraction: float = Field(
@@ -63,6 +70,9 @@ class TrainSection(Section):
     """Length of the training, logging and validation."""
 
     steps: int = Field(gt=0, le=_MAX, description="number of optimizer steps")
+    seconds: int = Field(
+        0, ge=0, le=_MAX, description="seconds after which a command saves, validates and ends; 0 is no limit"
+    )
     batch_size: int = Field(gt=0, le=_MAX, description="sequences of a step, over all devices and microbatches")
     log_every: int = Field(10, gt=0, le=_MAX, description="steps between lines of metrics.jsonl")
     eval_every: int = Field(0, ge=0, le=_MAX, description="steps between validations; 0 validates only at the end")
@@ -95,13 +105,20 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW or Muon, with warm-up and cosine decay."""
+    """AdamW or Muon, and the learning rate over the steps."""
 
     kind: Literal["adamw", "muon"] = Field(
         "adamw", description="AdamW, or Muon for the kernels of layers with AdamW for all other parameters"
     )
     learning_rate: float = Field(gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, le=_MAX, description="steps of linear warm-up")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="learning rate after the warm-up: falls all the way, stays, or stays and falls at the end (wsd)",
+    )
+    decay_steps: int = Field(
+        0, ge=0, le=_MAX, description="last steps, in which wsd falls linearly; 0 is a tenth of train.steps"
+    )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms and biases have none")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .loop import train
     from .metrics.summary import Summary
     from .optimizer import make_learning_rate, make_optimizer
+    from .perplexity.evaluate_files import FileLoss, evaluate_files
     from .prepare import prepare
     from .report.run_report import Report, describe_run, draw_schedule
     from .state import Setup, TrainState
@@ -22,6 +23,7 @@ __all__ = [
     "Batches",
     "Checkpoints",
     "Corpus",
+    "FileLoss",
     "Report",
     "Setup",
     "StepMetrics",
@@ -30,6 +32,7 @@ __all__ = [
     "describe_run",
     "draw_schedule",
     "evaluate",
+    "evaluate_files",
     "evaluate_state",
     "initial_state",
     "load_corpus",

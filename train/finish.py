@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..meshes import RunError
-from ..meshes.processes.messages import is_first
+from ..meshes.processes.messages import is_first, text_of_first
 from .evaluate import validate
 from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
 from .metrics.summary import keep_throughput
 from .run import Run
 from .state import TrainState
-from .stop import StopRequest
+from .stop import BUDGET, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class StepsTaken:
 def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: StopRequest, start_s: float) -> Summary:
     """Save and validate the last state, write summary.json and loss.png, and return the summary.
 
-    A run that was asked to stop is saved and not validated.
+    A run that a signal has stopped is saved and not validated.
 
     Raises:
         RunError: the validation loss is not finite, after all files are written; or the run folder was moved.
@@ -36,11 +36,13 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
     folder, state, saver = run.config.run_folder, taken.state, run.saver
     step = int(state.step)
     saver.save(state)
-    val_loss = None if stop.signal_name else validate(state, run.compiled.evaluate, run.data)
+    # Of many processes the first decides, since all of them validate or none does.
+    ended = text_of_first(stop.signal_name)
+    val_loss = validate(state, run.compiled.evaluate, run.data) if ended in ("", BUDGET) else None
     saver.checkpoints.wait()
     # If the folder was moved away, writing the files below would create it again.
     saver.folder.check()
-    summary = _sum_up(run, taken, ended=stop.signal_name or "done", val_loss=val_loss, start_s=start_s)
+    summary = _sum_up(run, taken, ended=ended or "done", val_loss=val_loss, start_s=start_s)
     if is_first():
         # A finished run that is started again has logged its last validation already.
         if val_loss is not None and {"step": step, "val_loss": val_loss} not in read_metrics(folder):

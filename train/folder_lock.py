@@ -16,6 +16,7 @@ from typing import IO
 
 from ..meshes import RunError
 from ..meshes.files.own_file import open_own
+from ..meshes.files.regular_file import open_regular
 
 LOCK_FILE = "lock"
 """The name of the lock file in a run folder."""
@@ -55,15 +56,33 @@ def lock_folder(folder: Path, *, say: Callable[[str], object]) -> Iterator[None]
             _write_holder(file, None)
 
 
+def find_holder(folder: Path) -> tuple[int, str] | None:
+    """Return process id and host of the run that a lock file names, None if it names none; the lock is left alone.
+
+    Raises:
+        RunError: the lock is not a regular file.
+    """
+    try:
+        with open_regular(folder / LOCK_FILE, links="refuse", error=RunError) as file:
+            return _parse_holder(file.read(_MAX_HOLDER_BYTES))
+    except OSError:
+        return None
+
+
 def _read_holder(file: IO[bytes]) -> str:
     file.seek(0)
+    holder = _parse_holder(file.read(_MAX_HOLDER_BYTES))
+    return f"process {holder[0]} on {holder[1]}" if holder else _NOBODY
+
+
+def _parse_holder(content: bytes) -> tuple[int, str] | None:
     try:
-        holder = json.loads(file.read(_MAX_HOLDER_BYTES))
+        holder = json.loads(content)
         process, host = holder["process"], holder["host"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _NOBODY
+        return None
     is_ours = type(process) is int and 0 < process < 1 << 32 and re.fullmatch(r"[\w.-]{1,255}", str(host), re.ASCII)
-    return f"process {process} on {host}" if is_ours else _NOBODY
+    return (process, host) if is_ours else None
 
 
 def _write_holder(file: IO[bytes], holder: Mapping[str, object] | None) -> None:

@@ -26,6 +26,7 @@ from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .data.prefetch import Prefetch
+from .data.prepared import find_tokenizer
 from .evaluate import validate
 from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
@@ -53,7 +54,7 @@ def train(
     """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
     Training resumes from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT stop it after the current step,
-    which is saved.
+    which is saved; so does the end of `train.seconds`.
 
     >>> train(load_config("quickstart", "--train.steps 20")).steps
     20
@@ -83,7 +84,10 @@ def _train_in_folder(
     config, say = setup.config, partial(say_on, console)
     kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(config.run_folder, **kept, say=say)
-    with StopRequest() as stop, open_run_folder(config.run_folder, start=start, say=say) as folder:
+    with (
+        StopRequest(seconds=config.train.seconds) as stop,
+        open_run_folder(config.run_folder, start=start, say=say) as folder,
+    ):
         try:
             corpus = _open_corpus(setup, say)
             with checkpoints:
@@ -167,7 +171,7 @@ def _open_console(console: Console | None, warning: str) -> Console:
 def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     """Load the corpus of a run, and print the report of the run."""
     config = setup.config
-    first_does(lambda: keep_tokenizer(config.data.tokenizer, config.run_folder))
+    first_does(lambda: keep_tokenizer(find_tokenizer(config.data), config.run_folder))
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     schedule = short_hash(str(setup.schedule))

@@ -1,7 +1,8 @@
-"""Build AdamW or Muon with warm-up, cosine decay and clipping by the global norm, and say how its state is sharded.
+"""Build AdamW or Muon with a schedule of the learning rate and clipping by the global norm, and shard its state.
 
-AdamW is algorithm 2 of Loshchilov and Hutter 2019; the decay follows a half cosine as in Loshchilov and Hutter 2017
-("SGDR"), equation 5, without restarts; clipping is algorithm 1 of Pascanu et al. 2013. Read `step.py` for the use.
+AdamW is algorithm 2 of Loshchilov and Hutter 2019; the cosine decay follows Loshchilov and Hutter 2017 ("SGDR"),
+equation 5, without restarts; warmup-stable-decay is of Hu et al. 2024 ("MiniCPM"), section 4; clipping is algorithm 1
+of Pascanu et al. 2013. Read `step.py` for the use.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,14 @@ _DECAYED = ("kernel", "table", "positions", "weight")
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:
-    """Return a function step -> learning rate: linear warm-up, then cosine decay to `min_lr_ratio` of the peak.
+    """Return a function step -> learning rate: linear warm-up, then what `lr_schedule` says.
+
+    With `f` for `min_lr_ratio`, as shares of the peak after the warm-up:
+
+        cosine    1 to f in half a cosine
+        linear    1 to f in a line
+        constant  1
+        wsd       1, then in the last `decay_steps` 1 to f in a line
 
     Args:
         peak: the peak learning rate float32[], if it is an input of the program; the section's if left out.
@@ -38,15 +46,28 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
     """
     check_count("steps", steps, error=ConfigError)
     peak = section.learning_rate if peak is None else peak
-    fraction = optax.warmup_cosine_decay_schedule(
-        # Not from 0, with which the first step would change nothing.
-        init_value=1 / (section.warmup_steps + 1),
-        peak_value=1.0,
-        warmup_steps=section.warmup_steps,
-        decay_steps=max(steps, section.warmup_steps + 1),
-        end_value=section.min_lr_ratio,
-    )
+    fraction = _make_fraction(section, steps=steps)
     return lambda step: peak * fraction(step)
+
+
+def _make_fraction(section: OptimizerSection, *, steps: int) -> Callable[[Any], Any]:
+    """Return a function step -> learning rate / its peak."""
+    warmup, floor = section.warmup_steps, section.min_lr_ratio
+    # Not from 0, with which the first step would change nothing.
+    first = 1 / (warmup + 1)
+    end = max(steps, warmup + 1)
+    if section.lr_schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(first, 1.0, warmup, end, floor)
+    parts, starts = [optax.linear_schedule(first, 1.0, warmup)] if warmup else [], [warmup] if warmup else []
+    if section.lr_schedule == "linear":
+        parts.append(optax.linear_schedule(1.0, floor, end - warmup))
+    else:
+        parts.append(optax.constant_schedule(1.0))
+    if section.lr_schedule == "wsd":
+        decay = min(section.decay_steps or max(1, steps // 10), end - warmup)
+        parts.append(optax.linear_schedule(1.0, floor, decay))
+        starts.append(end - decay)
+    return optax.join_schedules(parts, starts)
 
 
 def make_optimizer(

@@ -119,7 +119,8 @@ def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 def step_options(setup: Setup) -> dict[str, Any]:
     """Return the compiler options that a training step has beside those of `xla.py`, on GPUs.
 
-    They are those of `pipeline_grads` and, where each layer gathers its weights, the bytes up to which XLA joins gathers.
+    They are those of `pipeline_grads` and, where each layer gathers its weights, the bytes up to which XLA joins
+    gathers.
     """
     options = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap)
     is_gathered = setup.config.train.shard == "layer" and platform_of(setup.mesh) in GPUS

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,21 +19,33 @@ from jax.experimental import multihost_utils
 
 EXIT_INTERRUPTED = 130
 
+BUDGET = "train.seconds"
+"""What ended a run whose time was up."""
+
 
 class StopRequest:
     """Handle the signals that ask a run to stop; use as a context manager around it.
 
     A second SIGINT ends the process at once, with exit code 130.
+
+    Args:
+        seconds: seconds after which the run is asked to stop, from when the context is entered; 0 is no limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: int = 0) -> None:
         self.signal_name = ""
-        """Name of the signal that ended the run, or ""."""
+        """Name of the signal that ended the run, `BUDGET` if its time was up, or ""."""
         self._asked, self._is_interrupted = "", False
+        self._seconds, self._end_s = seconds, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def is_due(self, step: int) -> bool:
         """Return whether to stop after `step` steps; every process calls it before every step."""
+        if self._seconds and not self._asked and time.monotonic() >= self._end_s:
+            self._asked = BUDGET
+            if jax.process_count() > 1:
+                # Clocks differ: the preemption service makes the processes agree on the step.
+                os.kill(os.getpid(), signal.SIGTERM)
         if jax.process_count() == 1:
             self.signal_name = self._asked
         elif multihost_utils.reached_preemption_sync_point(step):
@@ -54,6 +67,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> Self:
+        self._end_s = time.monotonic() + self._seconds
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ...layers import ModelConfig
-from ...layers.rope.frequencies import yarn_scale
+from ...layers.rope.magnitude import yarn_scale
 from ...meshes.errors import shown
 from .architecture import Values
 from .numbers import check_positive

@@ -32,7 +32,7 @@ from ..context.places import Places, own_positions
 from ..linear import ColumnLinear, RowLinear
 from ..norms import normalize
 from ..partitioning import INIT_STD
-from ..rope.frequencies import yarn_scale
+from ..rope.magnitude import yarn_scale
 from ..rope.rotary import rotate
 from .absorbed import attend_latents
 from .down import DownLinear, LatentQuery, make_latent_norm

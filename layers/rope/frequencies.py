@@ -31,21 +31,6 @@ def rope_frequencies(config: Any) -> np.ndarray:
     return (share_h * own_h + (1 - share_h) * slow_h).astype(np.float32)
 
 
-def rope_magnitude(config: Any) -> float:
-    """Return the factor of rotated features: above 1 under YaRN, where scores of long sequences spread too thin.
-
-    It is `rope_attention_factor`, or else 0.1 ln(rope_factor) + 1 (section 3.3).
-    """
-    if config.rope_scaling != "yarn":
-        return 1.0
-    return config.rope_attention_factor or yarn_scale(config.rope_factor, 1.0)
-
-
-def yarn_scale(factor: float, mscale: float) -> float:
-    """Return 0.1 x mscale x ln(factor) + 1; 1 for a factor of 1 or less."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
 def _kept_by_turns(config: Any, own_h: np.ndarray) -> np.ndarray:
     low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
     turns_h = config.rope_original_tokens * own_h / (2 * np.pi)

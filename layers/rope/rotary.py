@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from ..config import ModelConfig
-from .frequencies import rope_frequencies, rope_magnitude
+from .frequencies import rope_frequencies
+from .magnitude import rope_magnitude
 
 
 def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | None = None) -> jax.Array:

@@ -50,7 +50,8 @@ def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") ->
     """Return options of `jax.jit` with which XLA puts the messages of a step beside its products.
 
     By default XLA has one collective on the way at a time. Beside a layer's products there may be a permute, a sum over
-    pipe and one over tensor, or the next layer's weights and sums of gradients over data. Empty on CPUs, without overlap, and where XLA_FLAGS have the option.
+    pipe and one over tensor, or the next layer's weights and sums of gradients over data. Empty on CPUs, without
+    overlap, and where XLA_FLAGS have the option.
 
     >>> step = jax.jit(step, compiler_options=compiler_options(mesh))
 

@@ -1,6 +1,5 @@
 """Corpora that are broken, endless or named strangely are refused, or read, before they cost anything."""
 
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -71,16 +70,6 @@ def test_text_larger_than_memory_is_refused_unread(tmp_path: Path) -> None:
         load_corpus(data)
 
 
-@pytest.mark.timeout(20)
-def test_arrays_larger_than_memory_are_not_joined(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        # Vast, and of numbers that no check takes for another type.
-        (tmp_path / f"{name}.bin").write_bytes(np.arange(1, 2**12, dtype=np.uint16).tobytes())
-        os.truncate(tmp_path / f"{name}.bin", 1 << 42)
-    with pytest.raises(DataError, match="2 arrays of 8,796,093,022,208 bytes are joined in memory"):
-        load_corpus(DataSection(source="tokens", paths=(str(tmp_path / "*.bin"),), seq_len=4))
-
-
 def test_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("run[1]", "run1"):
         (tmp_path / name).mkdir()
@@ -88,9 +77,9 @@ def test_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     for paths in ("run[1]/*.txt", str(tmp_path / "run[1]" / "*.txt")):
         corpus = load_corpus(DataSection(source="text", paths=(paths,), seq_len=4))
-        assert bytes(corpus.train[:6]) == b"run[1]"
+        assert bytes(np.asarray(corpus.train)[:6]) == b"run[1]"
     corpus = load_corpus(DataSection(source="text", paths=("run[12]/*.txt",), seq_len=4))
-    assert bytes(corpus.train[:4]) == b"run1"
+    assert bytes(np.asarray(corpus.train)[:4]) == b"run1"
 
 
 def test_pattern_without_a_match_blames_the_working_directory_only_where_it_matters(tmp_path: Path) -> None:

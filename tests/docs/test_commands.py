@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trellax.commands import cli
+from trellax.commands.registry import find_command, import_function
 from trellax.configs import RunConfig, check_run, load_config
 from trellax.meshes import MeshSpec
 from trellax.plan import read_topology
@@ -21,6 +22,7 @@ from .pages import PAGES, ROOT, blocks_of, commands_of, name_of, run_as_user
 
 FEW = "30"
 WITH_CONFIG = ("train", "describe", "inspect", "plan")
+WITH_OWN_FILES = ("data", "runs", "sweep")
 
 COMMANDS = sorted(
     {(name_of(page), command) for page in PAGES for block in blocks_of(page) for command in commands_of(block)}
@@ -47,6 +49,9 @@ def test_command_is_understood(
             cli.main(words)
     elif words[0] in WITH_CONFIG:
         _check_config(words, monkeypatch)
+    elif words[0] in WITH_OWN_FILES:
+        args, check = cli._parse(cli._split_overrides(words)[0]), find_command(words[0]).check
+        assert check is None or import_function(check)(args) is None
     elif words[0] == "schedule" and "--file" not in words:
         assert cli.main(words) == 0
     else:
@@ -139,6 +144,8 @@ def _lay_out(folder: Path) -> None:
     (folder / "notes").mkdir()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (folder / "notes" / "a.txt").write_text(readme * 20, encoding="utf-8")
+    rows = [json.dumps({"id": number, "text": f"{number} times {number} is {number**2}."}) for number in range(20_000)]
+    (folder / "squares.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "prompts.txt").write_text("one two\nthree\n", encoding="utf-8")
     model = folder / "models" / "llama"
     shutil.copytree(ROOT / "tests" / "golden" / "hf" / "llama2", model)

@@ -10,7 +10,7 @@ import pytest
 from trellax.hub.config import hub_model, model_differences, read_hub_model
 from trellax.hub.config_write import hub_values
 from trellax.layers import ModelConfig, param_counts
-from trellax.layers.rope.frequencies import rope_magnitude
+from trellax.layers.rope.magnitude import rope_magnitude
 from trellax.meshes import WeightsError
 
 from .hub import GOLDEN, MODELS

@@ -62,7 +62,7 @@ def test_corpus_is_every_document_with_its_end(source: Path, here: Path) -> None
     tokenizer = load_tokenizer(source)
     corpus = load_corpus(section(source))
     expected = [*tokenizer.encode(TEXTS[0]), 0, *tokenizer.encode(TEXTS[1]), 0]
-    assert [*corpus.train, *corpus.validation] == expected
+    assert [*np.asarray(corpus.train), *np.asarray(corpus.validation)] == expected
     assert corpus.train.dtype == np.uint16
     assert corpus.vocab_size_needed <= VOCAB_SIZE
 

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, processors
 from trellax.commands.cli import main
 from trellax.hub.config import hub_model, read_hub_model
 from trellax.hub.tokenizer import load_tokenizer
-from trellax.layers.rope.frequencies import rope_frequencies, rope_magnitude
+from trellax.layers.rope.frequencies import rope_frequencies
+from trellax.layers.rope.magnitude import rope_magnitude
 
 from ..commands.crafted import add_tokenizer
 from .hf_doubles import DOUBLES, make, tensors_of

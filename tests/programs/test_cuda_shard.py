@@ -47,7 +47,7 @@ def test_weights_gathered_once_a_step_send_six_bytes_a_parameter() -> None:
 
 
 def test_every_layer_has_one_gather_and_it_encloses_a_product(tmp_path: Path) -> None:
-    report = inspect(f"{EIGHT_SHARDS} --train.shard layer", hlo=str(tmp_path / "step.hlo"))
+    report = read(f"{EIGHT_SHARDS} --train.shard layer", hlo=str(tmp_path / "step.hlo"))
     found, part = sent(report, "data"), LAYERS * ROUNDS * LAYER_PARAMS * 7 / 8
     # The last layer of the forward is the first of the backward: its weights are there.
     once = TABLES * 7 / 8

@@ -23,6 +23,24 @@ def test_learning_rate_is_never_zero(overrides: list[str]) -> None:
     assert all(float(rate(step)) > 0 for step in range(20))
 
 
+@pytest.mark.parametrize(
+    ("words", "shares"),
+    [
+        ("linear", [0.25, 0.5, 0.75, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("wsd --optimizer.decay_steps 3", [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.8, 0.6, 0.4]),
+        ("wsd", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.4]),
+        ("wsd --optimizer.warmup_steps 0 --optimizer.decay_steps 9", [1, *(1 - i / 15 for i in range(10))]),
+        ("linear --optimizer.warmup_steps 9", [*(0.1 + i / 10 for i in range(10)), 0.4]),
+    ],
+)
+def test_learning_rate_follows_its_schedule(words: str, shares: list[float]) -> None:
+    words = f"--optimizer.warmup_steps 3 --optimizer.min_lr_ratio 0.4 --optimizer.lr_schedule {words}"
+    section = load_config("tiny-dense", words).optimizer
+    rate = make_learning_rate(section, steps=len(shares) - 1, peak=2.0)
+    assert [float(rate(step)) for step in range(len(shares))] == pytest.approx([2 * share for share in shares])
+
+
 def test_weight_decay_leaves_norms_and_biases_unchanged() -> None:
     optimizer: Any = make_optimizer(load_config("tiny-dense").optimizer, steps=20)
     params = PipelineParams(

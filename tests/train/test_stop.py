@@ -88,3 +88,24 @@ def test_closed_stderr_does_not_stop_the_handler(monkeypatch: pytest.MonkeyPatch
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_due(1)
+
+
+def test_run_stops_when_its_seconds_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with StopRequest(seconds=7) as stop:
+        assert not stop.is_due(1)
+        clock[0] += 7
+        assert stop.is_due(2)
+    assert stop.signal_name == "train.seconds"
+
+
+def test_processes_agree_on_the_step_at_which_their_seconds_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(module.os, "kill", lambda _, number: asked.append(number))
+    monkeypatch.setattr(module.multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
+    monkeypatch.setattr(module.time, "monotonic", iter(range(0, 900, 10)).__next__)
+    with StopRequest(seconds=5) as stop:
+        assert [stop.is_due(step) for step in (3, 4, 5)] == [False, False, True]
+    assert (stop.signal_name, asked) == ("train.seconds", [signal.SIGTERM])

@@ -4,8 +4,9 @@ A run therefore resumes from its step alone, without the state of an iterator, a
 shuffles. Read `../step.py` next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -13,7 +14,19 @@ import numpy as np
 from ...meshes import DataError
 from ...meshes.arguments import check_count
 from .documents import Documents, pack
-from .hashed_file import check_size
+from .joined_tokens import JoinedTokens, Tokens, read_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource:
+    """Tokens [n] to cut sequences from, and their share of all sequences: `weight` / the sum of the weights.
+
+    documents: where they end; None where sequences are not cut at their ends.
+    """
+
+    tokens: Tokens
+    documents: Documents | None = None
+    weight: float = 1.0
 
 
 class Batches:
@@ -31,12 +44,18 @@ class Batches:
         sequence | 0 1 2 3 4 5 6 0' 1' 2' 3' 4' ...     7 windows an epoch
         batch    | 0 0 0 0 1 1 1 1  2  2  2  2  ...     batch_size = 4
 
+    Of several sources, each repeats on its own, and sequence i is the next one of the source that is furthest behind
+    its share. Which one that is follows from i alone:
+
+        weights 3 and 1 | a0 a1 b0 a2 a3 a4 b1 a5 ...
+
     >>> batches = Batches(np.arange(100, dtype=np.uint8), seq_len=8, batch_size=4, microbatches=2, seed=0)
     >>> batches[7]["tokens"].shape
     (2, 2, 8)
 
     Args:
-        documents: where they end; None where sequences are not cut at their ends.
+        tokens: the tokens, or several sources of them.
+        documents: where the documents of `tokens` end; None where sequences are not cut at their ends.
         first_sequence: index of the sequence at which batch 0 starts. It is not 0, and may be negative, for a run
             that was resumed with another batch size.
 
@@ -46,7 +65,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens | Sequence[TokenSource],
         *,
         seq_len: int,
         batch_size: int,
@@ -59,23 +78,23 @@ class Batches:
             check_count(name, count, error=DataError)
         check_count("seed", seed, error=DataError, least=0)
         check_count("first_sequence", first_sequence, error=DataError, least=None)
-        if tokens.size < seq_len + 1:
-            raise DataError(
-                f"{tokens.size} tokens hold no sequence of {seq_len}, which needs {seq_len + 1} with its targets.",
-                fix="use more text or a shorter data.seq_len.",
-            )
         if batch_size % microbatches:
             raise DataError(
                 f"a batch of {batch_size} sequences does not split into {microbatches} microbatches.",
                 fix="make batch_size a multiple of microbatches.",
             )
-        windows = _Windows(tokens=tokens, seq_len=seq_len, documents=documents)
-        self._is_packed = documents is not None
-        self._rows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+        if isinstance(tokens, np.ndarray | JoinedTokens):
+            tokens = (TokenSource(tokens=tokens, documents=documents),)
+        windows = [_Windows(tokens=own.tokens, seq_len=seq_len, documents=own.documents) for own in tokens]
+        weights = [own.weight for own in tokens]
+        self._is_packed = tokens[0].documents is not None
+        # Another seed for each source: those of one size would else have one order.
+        seeded = [grain.MapDataset.source(own).seed((seed + i) % 2**32) for i, own in enumerate(windows)]
+        self._rows = _mix([own.shuffle().repeat() for own in seeded], weights)
         self._shape = (microbatches, batch_size // microbatches, seq_len)
         self._batch_size, self._first_sequence = batch_size, first_sequence
-        self.num_windows = len(windows)
-        """Number of sequences in one epoch."""
+        self.num_windows = len(_mix(seeded, weights))
+        """Number of sequences in one epoch; of several sources, until the first would repeat."""
 
     def num_sequences(self, step: int) -> int:
         """Return the index of the first sequence of batch `step`, counted over all epochs."""
@@ -98,6 +117,10 @@ class Batches:
         return batch | {"weights": weights.astype(np.float32)} | places
 
 
+def _mix(rows: list[Any], weights: list[float]) -> Any:
+    return rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, weights)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Windows:
     """Index the windows of seq_len + 1 tokens in a corpus; the last token of one is the first of the next.
@@ -105,9 +128,17 @@ class _Windows:
     A window is int32 [1, seq_len + 1], or [2, seq_len + 1] with whether each token is the last of its document.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     seq_len: int
     documents: Documents | None
+
+    def __post_init__(self) -> None:
+        if self.tokens.size < self.seq_len + 1:
+            raise DataError(
+                f"{self.tokens.size} tokens hold no sequence of {self.seq_len}, which needs {self.seq_len + 1} with "
+                "its targets.",
+                fix="use more text or a shorter data.seq_len.",
+            )
 
     def __len__(self) -> int:
         # So that every token but the first is a target. 100 tokens and seq_len=8 give 13 windows, the last from 91 on.
@@ -115,31 +146,7 @@ class _Windows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = min(index * self.seq_len, self.tokens.size - 1 - self.seq_len)
-        tokens = _read(self.tokens, start, self.seq_len + 1).astype(np.int32)
+        tokens = read_tokens(self.tokens, start, self.seq_len + 1).astype(np.int32)
         if self.documents is None:
             return tokens[None]
         return np.stack([tokens, self.documents.is_last(tokens, start=start).astype(np.int32)])
-
-
-def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Return tokens[start : start + count]; those of a memory-mapped file are read from the file.
-
-    Reading through the map would kill the process with SIGBUS if the file was truncated, even right after a check.
-
-    Raises:
-        DataError: the file is lost or has another size.
-    """
-    if not isinstance(tokens, np.memmap):
-        return tokens[start : start + count]
-    # A slice keeps the offset of the whole map, so the place in the file follows from the two addresses.
-    whole = tokens.base if isinstance(tokens.base, np.memmap) else tokens
-    place = whole.offset + tokens.ctypes.data - whole.ctypes.data + start * tokens.itemsize
-    file = Path(str(tokens.filename))
-    try:
-        window = np.fromfile(file, tokens.dtype, count, offset=place)
-    except OSError:
-        window = np.empty(0, tokens.dtype)
-    if window.size < count:
-        check_size(file, whole.offset + whole.nbytes)
-        raise DataError(f"{file}: cannot be read from byte {place:,}.", fix="look at the disk.")
-    return window

@@ -4,31 +4,32 @@ The default corpus is the source code of Python's standard library, so nothing i
 versions, so a run prints the SHA-256 of its corpus. Read `batches.py` next.
 """
 
-import codecs
 import hashlib
-import os
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ...configs.corpus_paths import find_files
+from ...configs.prepared_tokens import read_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
 from ...hub.tokenizer import ModelTokenizer, load_tokenizer
 from ...meshes import DataError
 from ...meshes.arguments import check_count
-from ...meshes.errors import printable
-from ...meshes.files.regular_file import read_bounded
-from .corpus_files import check_text_file, check_token_file
+from .batches import TokenSource
 from .documents import Documents
 from .hashed_file import HashedFile
+from .joined_tokens import Tokens, join_tokens
+from .prepared import check_shards, prepared_documents
+from .records.damage import Damage
+from .records.records import record_kind
+from .texts import MOST_TEXT_BYTES, read_texts
+from .token_files import map_files, scan_tokens
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_CHUNK = 1 << 24
-_MOST_TEXT_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +38,33 @@ class Corpus:
 
     `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the memory-mapped files,
     which are read during the whole run and must not change; the content of all other files is in memory. `documents`
-    says where they end, counted from the start of `train`, if sequences are to be cut there.
+    says where they end, counted from the start of `train`, if sequences are to be cut there. A blend has its corpora in
+    `blend`, with their weights; `train` and `validation` are then theirs joined.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
     sha256: str
     description: str
     vocab_size_needed: int
     mapped: tuple[HashedFile, ...] = ()
     documents: Documents | None = None
+    blend: tuple[tuple["Corpus", float], ...] = ()
+
+    @property
+    def train_sources(self) -> tuple[TokenSource, ...]:
+        """The tokens to train on, with the weight of each source."""
+        if self.blend:
+            return tuple(replace(part.train_sources[0], weight=weight) for part, weight in self.blend)
+        return (TokenSource(tokens=self.train, documents=self.documents),)
+
+    @property
+    def validation_sources(self) -> tuple[TokenSource, ...]:
+        """The tokens to validate on, with the weight of each source."""
+        if self.blend:
+            return tuple(replace(part.validation_sources[0], weight=weight) for part, weight in self.blend)
+        held_out = self.documents and self.documents.behind(self.train.size)
+        return (TokenSource(tokens=self.validation, documents=held_out),)
 
     def check_files(self) -> None:
         """Raise if a memory-mapped file is lost or has changed since it was hashed.
@@ -61,7 +79,8 @@ class Corpus:
 def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path | None = None) -> Corpus:
     """Load the corpus that a config names, and hold out its last `val_fraction` for validation.
 
-    A token file is memory-mapped; it is read through once, for its hash and its largest id.
+    Token files are memory-mapped; they are read through once, for their hashes and their largest id. With
+    `data.weights` each path is a corpus of its own, which holds out its own last part.
 
     Args:
         vocab_size: the model's, so that tokenizing stops at the first text with a larger id.
@@ -73,11 +92,48 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     """
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, error=DataError)
+    if data.weights:
+        return _blend([_load(part, vocab_size=vocab_size, cache=cache) for part in _split_paths(data)], data.weights)
+    return _load(data, vocab_size=vocab_size, cache=cache)
+
+
+def _split_paths(data: DataSection) -> list[DataSection]:
+    """Return a section for each path of a blend."""
+    if len(data.weights) != len(data.paths):
+        raise DataError(
+            f"data.weights has {_count(len(data.weights), 'number')} for {_count(len(data.paths), 'path')}.",
+            fix="give each path in data.paths one weight.",
+        )
+    parts = [data.model_copy(update={"paths": (path,), "weights": ()}) for path in data.paths]
+    seen: dict[Path, str] = {}
+    for part in parts:
+        for file in find_files(part.paths):
+            if (other := seen.setdefault(file.resolve(), part.paths[0])) != part.paths[0]:
+                raise DataError(
+                    f"{file} is of two paths of the blend, {other!r} and {part.paths[0]!r}.",
+                    fix="name each file by one path of data.paths.",
+                )
+    return parts
+
+
+def _blend(parts: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
+    total = sum(weights)
+    shares = [f"{weight / total:.1%} {part.description}" for part, weight in zip(parts, weights, strict=True)]
+    return Corpus(
+        train=join_tokens([part.train for part in parts]),
+        validation=join_tokens([part.validation for part in parts]),
+        sha256=hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest(),
+        description="a blend of " + "; ".join(shares),
+        vocab_size_needed=max(part.vocab_size_needed for part in parts),
+        mapped=tuple(file for part in parts for file in part.mapped),
+        blend=tuple(zip(parts, weights, strict=True)),
+    )
+
+
+def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> Corpus:
+    """Load a corpus that is no blend."""
     if data.source == "tokens":
-        files = find_files(data.paths)
-        mapped = HashedFile(files[0]) if len(files) == 1 else None
-        what = f"tokens of {_count(len(files), 'array')}"
-        return _cut(_map_tokens(files, data=data), what, Documents(end_id=data.end_id), data=data, mapped=mapped)
+        return _load_tokens(data)
     if data.tokenizer == "bytes":
         documents, what = _read_documents(data)
         texts = _end_texts([text for _, text in documents])
@@ -86,8 +142,21 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     tokenizer = load_tokenizer(data.tokenizer)
     documents, what = _read_documents(data)
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
-    mapped = HashedFile(Path(str(tokens.filename))) if isinstance(tokens, np.memmap) else None
+    mapped = [HashedFile(Path(str(tokens.filename)))] if isinstance(tokens, np.memmap) else []
     return _cut(tokens, f"{what} by {tokenizer.file}", _end_of(tokenizer, data), data=data, mapped=mapped)
+
+
+def _load_tokens(data: DataSection) -> Corpus:
+    files = find_files(data.paths)
+    folders = [folder for path in data.paths if (folder := read_prepared(Path(path)))]
+    mapped = [HashedFile(file) for file in files]
+    tokens = map_files(files, dtype=np.dtype(data.token_dtype))
+    documents = Documents(end_id=data.end_id)
+    if data.packing == "on" and data.end_id < 0:
+        documents = prepared_documents(folders)
+    corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
+    check_shards(corpus.mapped, folders)
+    return corpus
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -109,7 +178,13 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
     if data.source == "stdlib":
         return _read_stdlib()
     files = find_files(data.paths)
-    return _read_text(files), _count(len(files), "text file")
+    damage = Damage()
+    documents = _read_text(files, field=data.text_field, damage=damage)
+    damage.check()
+    if not damage.num_records:
+        return documents, _count(len(files), "text file")
+    note = f", {damage}" if damage.num_damaged else ""
+    return documents, f"{_count(len(documents), 'document')} in {_count(len(files), 'file')}{note}"
 
 
 def _end_of(tokenizer: ModelTokenizer, data: DataSection) -> Documents:
@@ -150,82 +225,37 @@ def _is_library(name: Path) -> bool:
     return not built and _SKIPPED_FOLDERS.isdisjoint(name.parts)
 
 
-def _read_text(files: Sequence[Path]) -> list[tuple[str, bytes]]:
-    """Read files whole and return names and contents; since all are in memory at once, too large ones are refused."""
+def _read_text(files: Sequence[Path], *, field: str, damage: Damage) -> list[tuple[str, bytes]]:
+    """Read documents and return places and contents; since all are in memory at once, too many bytes are refused."""
     try:
-        sizes = {file: file.stat().st_size for file in files}
-        total = sum(sizes.values())
-        if total > _MOST_TEXT_BYTES:
-            largest = max(files, key=lambda file: sizes[file])
-            raise DataError(
-                f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
-                f"text is read whole, at most {_MOST_TEXT_BYTES:,} bytes.",
-                fix="save the token ids as arrays and set data.source='tokens': those stay on disk.",
-            )
-        for file in files:
-            check_text_file(file)
-        texts = {str(file): read_bounded(file, max_bytes=_MOST_TEXT_BYTES, error=DataError) for file in files}
+        sizes = {file: file.stat().st_size for file in files if not record_kind(file)}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
-    # Editors on Windows put a byte order mark before the text; it is not part of it.
-    return [(name, text.removeprefix(codecs.BOM_UTF8)) for name, text in texts.items()]
+    _check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
+    documents, total = [], 0
+    for name, text in read_texts(files, field=field, damage=damage):
+        total += len(text)
+        _check_total(total, files, largest=Path(name))
+        documents.append((name, text))
+    return documents
 
 
-def _map_tokens(files: Sequence[Path], *, data: DataSection) -> np.ndarray:
-    parts = [_map_file(file, dtype=np.dtype(data.token_dtype)) for file in files]
-    # One file stays memory-mapped; several are joined in memory.
-    if len(parts) == 1:
-        return parts[0]
-    needed, memory = sum(part.nbytes for part in parts), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
+def _check_total(total: int, files: Sequence[Path], *, largest: Path) -> None:
+    if total > MOST_TEXT_BYTES:
         raise DataError(
-            f"data.paths: {_count(len(parts), 'array')} of {needed:,} bytes are joined in memory, and this machine has "
-            f"{memory:,}.",
-            fix="join them into one file, which stays on disk.",
+            f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
+            f"text is read whole, at most {MOST_TEXT_BYTES:,} bytes.",
+            fix="tokenize them once by `trellax data prepare`: its shards stay on disk.",
         )
-    joined = np.result_type(*parts)
-    # numpy promotes uint64 and signed integers to float64, which cannot hold all ids.
-    return np.concatenate(parts, dtype=joined if joined.kind in "ui" else np.int64, casting="unsafe")
-
-
-def _map_file(file: Path, *, dtype: np.dtype) -> np.ndarray:
-    size = file.stat().st_size
-    if not size:
-        return np.empty(0, dtype)
-    if file.suffix == ".npy":
-        tokens = _map_array(file)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "ui" or not tokens.dtype.isnative:
-            raise DataError(
-                f"{file}: the array is {tokens.dtype}{list(tokens.shape)}; token ids are one row of whole numbers.",
-                fix="save it as uint16 or uint32 with one dimension.",
-            )
-        return tokens
-    check_token_file(file, dtype)
-    if size % dtype.itemsize:
-        raise DataError(
-            f"{file}: {size} bytes are no whole number of {dtype} tokens: {size} / {dtype.itemsize} = "
-            f"{size / dtype.itemsize:.2f}.",
-            fix="set data.token_dtype to the type the file was written with.",
-        )
-    return np.memmap(file, dtype, mode="r")
-
-
-def _map_array(file: Path) -> np.ndarray:
-    try:
-        return np.lib.format.open_memmap(file, mode="r")
-    # The header is a Python literal that may hold anything, so numpy may raise any error while it parses it.
-    except Exception as error:
-        why = printable(str(error).partition("\n")[0].rstrip("."), limit=200) or type(error).__name__
-        raise DataError(f"{file}: this is no .npy array: {why}.", fix="write it with numpy.save.") from None
 
 
 def _cut(
-    tokens: np.ndarray,
+    tokens: Tokens,
     description: str,
     documents: Documents,
     *,
     data: DataSection,
-    mapped: HashedFile | None = None,
+    mapped: Sequence[HashedFile] = (),
 ) -> Corpus:
     if not tokens.size:
         raise DataError(
@@ -240,33 +270,16 @@ def _cut(
                 f"data.seq_len + 1 = {data.seq_len + 1}.",
                 fix=f"use more text, another data.val_fraction than {data.val_fraction:g}, or a shorter data.seq_len.",
             )
-    sha256, largest = _scan(tokens)
-    if mapped and isinstance(tokens, np.memmap):
-        mapped.expect(sha256, offset=tokens.offset, num_bytes=tokens.nbytes)
+    scan = scan_tokens(tokens, files=mapped)
     return Corpus(
         train=parts["training"],
         validation=parts["validation"],
-        sha256=sha256,
+        sha256=scan.sha256,
         description=f"{description}, {tokens.size:,} tokens, {held_out:,} held out",
-        vocab_size_needed=256 if tokens.dtype == np.uint8 else largest + 1,
-        mapped=(mapped,) if mapped else (),
+        vocab_size_needed=256 if tokens.dtype == np.uint8 else scan.largest + 1,
+        mapped=scan.mapped,
         documents=documents if data.packing == "on" else None,
     )
-
-
-def _scan(tokens: np.ndarray) -> tuple[str, int]:
-    digest, largest = hashlib.sha256(), 0
-    for chunk in _chunks(tokens):
-        if chunk.min() < 0:
-            raise DataError(f"the corpus holds token id {chunk.min()}; ids start at 0.", fix="save unsigned integers.")
-        largest = max(largest, int(chunk.max()))
-        digest.update(np.ascontiguousarray(chunk).data)
-    return digest.hexdigest(), largest
-
-
-def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, tokens.size, _CHUNK):
-        yield tokens[start : start + _CHUNK]
 
 
 def _count(number: int, noun: str) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from ...meshes import DataError
 from ...meshes.files.regular_file import open_regular
 
-_RECORDS = {".jsonl", ".jl", ".ndjson", ".parquet", ".arrow", ".feather", ".avro"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z"}
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -60,12 +59,10 @@ def check_text_file(file: Path) -> None:
             f"{file}: this is no plain text, but {packed}; data.source='text' would train on its bytes.",
             fix="unpack it into text files, or leave it out of data.paths.",
         )
-    if suffix in _RECORDS or _is_records(head):
-        what = f"{suffix} files hold records" if suffix in _RECORDS else "its lines are JSON records"
+    if _is_records(head):
         raise DataError(
-            f"{file}: {what}; data.source='text' would train on their braces and keys.",
-            fix="write the text of the records into .txt files, or their token ids into an array for "
-            "data.source='tokens'.",
+            f"{file}: its lines are JSON records; data.source='text' would train on their braces and keys.",
+            fix="name it .jsonl: of those files the field data.text_field is read.",
         )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: this is text in UTF-16.", fix="convert it to UTF-8.")

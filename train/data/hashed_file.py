@@ -32,6 +32,11 @@ class HashedFile:
         self._span, self._sha256 = (0, 0), ""
         self._lock = threading.Lock()
 
+    @property
+    def sha256(self) -> str:
+        """The expected hash, "" before `expect`."""
+        return self._sha256
+
     def expect(self, sha256: str, *, offset: int, num_bytes: int) -> None:
         """Set the hash of the `num_bytes` bytes from `offset` on, as read since the file was opened.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -73,10 +72,8 @@ def make_training_data(
     """
     size, most = config.train.batch_size, config.train.eval_batches
     sizes = {"seq_len": config.data.seq_len, "batch_size": size, "microbatches": config.pipeline.microbatches}
-    more: dict[str, Any] = {"documents": corpus.documents, "seed": config.run.seed, "first_sequence": first_sequence}
-    train = Batches(corpus.train, **sizes, **more)
-    held_out = corpus.documents and corpus.documents.behind(corpus.train.size)
-    validation = ValidationBatches(corpus.validation, **sizes, max_batches=most, documents=held_out)
+    train = Batches(corpus.train_sources, **sizes, seed=config.run.seed, first_sequence=first_sequence)
+    validation = ValidationBatches(corpus.validation_sources, **sizes, max_batches=most)
     asked, found = most * size, validation.num_sequences
     if found < asked:
         say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")

@@ -1,12 +1,14 @@
 """Cut the validation batches out of the held-out part of a corpus: the same sequences every time, each once."""
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
-from .batches import Batches
+from .batches import Batches, TokenSource
 from .documents import Documents
+from .joined_tokens import Tokens
 
 _SEED = 0
 """The same seed in all runs, so that runs of different seeds validate on the same sequences."""
@@ -29,7 +31,7 @@ class ValidationBatches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens | Sequence[TokenSource],
         *,
         seq_len: int,
         batch_size: int,

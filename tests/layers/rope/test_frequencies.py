@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from trellax.layers import ModelConfig
-from trellax.layers.rope.frequencies import rope_frequencies, rope_magnitude
+from trellax.layers.rope.frequencies import rope_frequencies
+from trellax.layers.rope.magnitude import rope_magnitude
 from trellax.meshes import ModelError
 
 from ..sharded import small_config

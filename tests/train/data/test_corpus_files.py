@@ -28,8 +28,8 @@ def load(paths: list[str], **values: Any) -> np.ndarray:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(TEXT)
-    (tmp_path / "records.jsonl").write_text('{"text": "a story"}\n' * 40)
-    (tmp_path / "records.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a story"}\n' * 40, mtime=0))
+    (tmp_path / "records.json").write_text('{"text": "a story"}\n' * 40)
+    (tmp_path / "text.gz").write_bytes(gzip.compress(TEXT, mtime=0))
     (tmp_path / "hidden.txt").write_bytes(gzip.compress(bytes(range(200)), mtime=0))
     (tmp_path / "wide.txt").write_bytes(TEXT.decode().encode("utf-16"))
     IDS.astype(np.uint32).tofile(tmp_path / "ids.bin")
@@ -47,8 +47,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MISTAKES: dict[str, dict[str, Any]] = {
-    "records": {"paths": ["*.jsonl"]},
-    "records_by_a_tokenizer": {"paths": ["*.gz"]},
+    "records": {"paths": ["records.json"]},
+    "text_in_gzip": {"paths": ["*.gz"]},
     "compressed_text": {"paths": ["hidden.txt"]},
     "utf16": {"paths": ["wide.txt"]},
     "named_twice": {"paths": ["a.txt", "./a.txt"]},

@@ -87,7 +87,7 @@ def test_each_text_file_is_a_document_and_the_held_out_part_keeps_its_ends(tmp_p
     assert [whole[end : end + 1] for end in found.documents.ends] == [b"\n"] * 3
     held = found.documents.behind(found.train.size)
     assert held.ends is not None
-    assert [int(found.validation[end]) for end in held.ends] == [10, 10]
+    assert [int(np.asarray(found.validation)[end]) for end in held.ends] == [10, 10]
     assert load_corpus(DataSection(**section)).documents is None
 
 

@@ -1,0 +1,1 @@
+"""Commands that make tokens of texts, and that compute losses of them."""

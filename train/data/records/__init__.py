@@ -1,0 +1,1 @@
+"""Read the texts of records from JSON lines, Parquet and Arrow files."""

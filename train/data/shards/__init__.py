@@ -1,0 +1,1 @@
+"""Tokenize files once into memory-mapped shards with an index."""

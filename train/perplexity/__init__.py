@@ -1,0 +1,1 @@
+"""Compute the loss of any model on any files."""
