@@ -9,7 +9,7 @@ from statistics import mean
 
 from .predictions import Prediction, predict_row
 from .rows import PublishedRow
-from .training_case import RowSkippedError
+from .skipped import RowSkippedError
 
 CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},

@@ -11,7 +11,8 @@ from trellax.plan.costs.layout import Layout
 from trellax.plan.machines.topology import Topology
 
 from .rows import PublishedRow
-from .training_case import RowSkippedError, row_model, row_topology
+from .skipped import RowSkippedError
+from .training_case import row_model, row_topology
 
 # gpt-fast generates 200 tokens unless told otherwise; its rows do not say.
 _GENERATED = 200

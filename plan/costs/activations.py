@@ -77,14 +77,18 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
         return boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     tokens, t, item = layout.sequences * num_tokens / layout.context, layout.tensor, item_bytes(model)
     mask = 1 if runtime.dropout == "on" else 0
+    # In narrow formats the inputs of products are stored cast; that of the last one in attention besides its wide form.
+    narrow = runtime.product_format
+    cast = narrow.item_bytes if narrow.is_narrow else item
     # Inputs of both norms and of the products behind them, and two dropout masks.
-    whole = tokens * model.hidden_size * (4 * item + 2 * mask)
+    whole = tokens * model.hidden_size * (2 * item + 2 * cast + 2 * mask)
     if runtime.sequence_parallel == "on":
         whole /= t
     query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
     num_up = 2 if model.mlp == "swiglu" else 1
     # Queries, keys, values and the core's output; inputs and output of the activation function.
-    split = tokens * item * (2 * query + 2 * kv + (num_up + 1) * model.ffn_size / t)
+    split = tokens * (item * (2 * query + 2 * kv + num_up * model.ffn_size / t) + cast * model.ffn_size / t)
+    split += tokens * cast * query if narrow.is_narrow else 0.0
     scores = tokens * num_tokens * model.num_heads / t
     if runtime.attention == "fused":
         core = tokens * model.num_heads / t * _FLOAT32

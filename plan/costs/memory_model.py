@@ -15,7 +15,16 @@ from ...layers import ModelConfig
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of, expert_matrices
+from .device_params import (
+    End,
+    block_matrices,
+    block_params,
+    device_matrices,
+    device_params,
+    ends_of,
+    expert_matrices,
+    trained_params,
+)
 from .host_residuals import count_waiting
 from .layout import Layout
 from .operations import item_bytes
@@ -158,6 +167,9 @@ def _rank_memory(
     num_layers = held * max(layers) if layout.pipe > 1 else sum(layers)
     experts = sum(layers) * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
+    # Frozen weights have neither gradients nor moments.
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, num_layers=sum(layers)) / params
+    state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
     split = {"tensor": layout.tensor, "expert": layout.expert}
     ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0

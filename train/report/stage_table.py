@@ -11,7 +11,6 @@ from ...layers import activation_bytes, param_counts
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...plan.costs.activations import split_backward_bytes
-from ...plan.costs.precision import unpriced_matmuls
 from ...schedules import Schedule, simulate
 from ..state import Setup
 
@@ -188,7 +187,7 @@ def _write_notes(setup: Setup, *, kept: int) -> tuple[str, ...]:
         notes = (f"{room}.", f"Every rank holds {part}, whose time is no stage's: all ranks share it.")
     else:
         notes = (f"{room}, and for embedding and head, wherever they are used.", _place_ends(setup))
-    if narrow := unpriced_matmuls(setup.config.model):
+    if (narrow := setup.config.model.matmuls) != "plain":
         notes += (f"Time counts products in {narrow} as 16-bit ones: layers take less of it than is said.",)
     return notes
 
