@@ -13,7 +13,8 @@ from trellax.plan.machines.topology import Accelerator
 
 from .rows import PublishedRow
 
-# Where a row does not state it: NeMo's recipes adapt all linear layers with rank 16 or 32. It hardly matters.
+# Where a row does not state it: Megatron-Bridge's recipes adapt queries, keys and values alone, with rank 16
+# (`scripts/performance/configs/llama/llama3_llm_finetune.py`).
 _ADAPTER_RANK = 16
 _MODERN = ("h100", "h200", "h20", "gh200", "b200", "b300", "gb200", "gb300", "mi3")
 # By the first that a text has; "FP8" alone was delayed scaling, TransformerEngine's default.
@@ -82,6 +83,7 @@ def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
         gradient_bytes=4 if "fp32 grad" in precision else 2,
         products=products,
         adapter_rank=adapter_rank(row),
+        adapted="all" if "all" in str(inputs.get("lora_targets", "")) else "qkv",
         weight_casts="microbatch" if inputs.get("fsdp", 1) > 1 else "step",
         # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
         fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,

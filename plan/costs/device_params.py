@@ -46,6 +46,9 @@ def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime
     if not runtime.adapter_rank:
         return params
     t, num_up = layout.tensor, 2 if model.mlp == "swiglu" else 1
+    if runtime.adapted == "qkv":
+        ends = model.hidden_size + (model.query_size + 2 * model.kv_size) / t
+        return num_layers * runtime.adapter_rank * ends
     ins = 2 * model.hidden_size + (model.query_size + model.ffn_size) / t
     outs = 2 * model.hidden_size + (model.query_size + 2 * model.kv_size + num_up * model.ffn_size) / t
     return num_layers * runtime.adapter_rank * (ins + outs)

@@ -62,10 +62,17 @@ Operation = Product | Stream | Flash
 
 def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     """Yield the operations of one block, with the casts of its products' factors."""
+    # The first product with weights is that of queries, keys and values.
+    is_adapted = runtime.adapter_rank > 0
     for operation in _block_operations(model, size=size, runtime=runtime):
         yield operation
-        if isinstance(operation, Product) and operation.part == "weights":
-            yield from _beside(operation, item_bytes(model), runtime)
+        if not isinstance(operation, Product) or operation.part != "weights":
+            continue
+        if runtime.product_format.is_narrow:
+            yield _casts(operation, item_bytes(model), runtime)
+        if is_adapted:
+            yield from _adapter(operation, item_bytes(model), runtime.adapter_rank)
+        is_adapted = is_adapted and runtime.adapted == "all"
 
 
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
@@ -140,17 +147,14 @@ def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
     yield from _feed_forward(model, tokens=rows * size.expert, features=model.expert_size / size.tensor, batch=own)
 
 
-def _beside(product: Product, item: int, runtime: Runtime) -> Iterator[Operation]:
-    """Yield the casts of a product's factors, and its adapter: x A B, added to the result (Hu et al. 2021, section 4.1)."""
-    if runtime.product_format.is_narrow:
-        yield _casts(product, item, runtime)
-    if runtime.adapter_rank:
-        sizes = {"m": product.m, "batch": product.batch}
-        yield Product(part="adapters", k=product.k, n=runtime.adapter_rank, **sizes)
-        yield Product(part="adapters", k=runtime.adapter_rank, n=product.n, **sizes)
-        # Two arrays are read and their sum is written: of results forward, of the input's gradients backward.
-        added = 3 * item * product.m * product.batch
-        yield Stream(part="vector", forward_bytes=added * product.n, backward_bytes=added * product.k)
+def _adapter(product: Product, item: int, rank: int) -> Iterator[Operation]:
+    """Yield the operations of a product's adapter: x A B, added to the result (Hu et al. 2021, section 4.1)."""
+    sizes = {"m": product.m, "batch": product.batch}
+    yield Product(part="adapters", k=product.k, n=rank, **sizes)
+    yield Product(part="adapters", k=rank, n=product.n, **sizes)
+    # Two arrays are read and their sum is written: of results forward, of the input's gradients backward.
+    added = 3 * item * product.m * product.batch
+    yield Stream(part="vector", forward_bytes=added * product.n, backward_bytes=added * product.k)
 
 
 def _casts(product: Product, item: int, runtime: Runtime) -> Stream:

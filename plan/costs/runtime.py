@@ -61,6 +61,7 @@ class Runtime:
         products: number format of products of layers with weights.
         gathers: whether collectives over tensor gather activations before their cast, or after it.
         adapter_rank: rank of the adapters that are trained beside frozen weights; 0 if all weights are trained.
+        adapted: whether adapters are beside the product of queries, keys and values alone, or beside all of a layer's.
         weight_casts: whether weights are cast to it once a step, or for every microbatch.
         logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
         weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
@@ -96,6 +97,7 @@ class Runtime:
     weight_casts: Literal["step", "microbatch"] = "microbatch"
     gathers: Literal["wide", "cast"] = "wide"
     adapter_rank: int = 0
+    adapted: Literal["qkv", "all"] = "all"
     logits: Literal["chunked", "whole"] = "chunked"
     weight_copies: OnOff = "on"
     workspace_bytes: int = 0
