@@ -10,6 +10,7 @@ from statistics import mean
 from typing import cast
 
 from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.layout import PlanRemat
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
 from trellax.plan.costs.runtime import MEGATRON
@@ -85,8 +86,6 @@ def resolve_remat(case: TrainCase) -> list[tuple[float, TrainCase]]:
     take the next one, as Megatron's block method does.
     """
     limit, found = case.topology.accelerator.memory_bytes, [(1.0, case)]
-    if len(case.remats) == 1:
-        return [(share, replace(case, layout=replace(case.layout, remat=remat))) for remat, share in case.mix]
     before = None
     for remat in case.remats:
         given = replace(case, layout=replace(case.layout, remat=remat))
@@ -99,6 +98,10 @@ def resolve_remat(case: TrainCase) -> list[tuple[float, TrainCase]]:
             break
         before = (given, needs)
     return found
+
+
+def _with_remats(case: TrainCase, shares: tuple[tuple[PlanRemat, float], ...]) -> list[tuple[float, TrainCase]]:
+    return [(share, replace(case, layout=replace(case.layout, remat=remat))) for remat, share in shares]
 
 
 def _memory_bytes(case: TrainCase) -> float:
@@ -116,14 +119,16 @@ def _train(row: PublishedRow) -> list[Prediction]:
         return _sweep(row)
     case = train_case(row)
     stated, found = stated_step_times(row, case.model, case.topology), []
-    cases = resolve_remat(case)
+    is_stated = len(case.remats) == 1
+    cases = _with_remats(case, case.mix) if is_stated else resolve_remat(case)
+    keeping = _with_remats(case, case.kept) if is_stated else cases
     predicted = sum(share * _step_time_s(own) for share, own in cases) if stated else 0.0
     for convention, seconds in stated.items():
         quantity = f"step_time by {convention}-attention flops" if convention else "step_time"
         found.append(Prediction(quantity=quantity, measured=seconds, predicted=predicted))
     for name, unit in _PEAKS.items():
         if name in row.outputs:
-            needs = sum(share * _memory_bytes(own) for share, own in cases) + _CONTEXT_BYTES.get(name, 0.0)
+            needs = sum(share * _memory_bytes(own) for share, own in keeping) + _CONTEXT_BYTES.get(name, 0.0)
             found.append(Prediction(quantity="memory", measured=unit * row.outputs[name], predicted=needs))
     if not found:
         raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))

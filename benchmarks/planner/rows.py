@@ -4,7 +4,6 @@ The schema is in the README beside the files. A table with `columns` and `data` 
 `training_case.py` next.
 """
 
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from typing import Any
 
 from trellax.meshes.errors import DataError
 
-_ON_FLOPS = re.compile("flop|mfu", re.IGNORECASE)
 _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, "precision": "fp16 mixed"}
 
 
@@ -22,7 +20,7 @@ class PublishedRow:
     """One measurement: `inputs` and `outputs` by name, and the names of inputs that its source does not state.
 
     `has_sequence_parallel` is whether any row of the source uses sequence parallelism, which dates the measured code;
-    `notes` are those of the source, on flops and MFU.
+    `notes` are those of the source.
     """
 
     source: str
@@ -67,10 +65,10 @@ def _read_file(file: Path) -> Iterator[PublishedRow]:
     rows = content.get("row", [])
     is_dated = any(row.get("in", {}).get("seq_parallel") for row in rows)
     notes = content.get("source", {}).get("notes", {})
-    on_flops = " ".join(str(text) for name, text in notes.items() if _ON_FLOPS.search(name))
+    about = " ".join(map(str, notes.values()))
     for place, row in enumerate(rows):
         made = _make_row(row, source=source, name=str(row.get("id", f"row {place}")))
-        yield replace(made, has_sequence_parallel=is_dated, notes=on_flops)
+        yield replace(made, has_sequence_parallel=is_dated, notes=about)
     for name, table in content.items():
         if isinstance(table, dict) and {"columns", "data"} <= table.keys():
             yield from _read_table(table, source=f"{source}/{name}")

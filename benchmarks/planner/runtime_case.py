@@ -53,6 +53,18 @@ def is_modern(row: PublishedRow, accelerator: Accelerator) -> bool:
     return "unfused" not in stated and (is_new or "flash" in stated)
 
 
+def _loss_bytes(row: PublishedRow) -> int:
+    """Return the bytes that the loss holds of each logit; 0 for a fused kernel, where a source states one, or XLA.
+
+    Megatron's loss, which nanotron took over, has the logits in 16 bits and in float32, their softmax, which becomes
+    the gradient in place, and its cast; PyTorch's has another float32 array for the gradient.
+    """
+    framework = str(row.inputs.get("framework", ""))
+    if "fused cross entropy" in row.notes or "JAX" in framework:
+        return 0
+    return 16 if row.inputs.get("fsdp_only") else 12
+
+
 def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
     """Return the traits that a row states or implies; fused attention came with Llama shapes, FSDP and Hopper.
 
@@ -82,6 +94,7 @@ def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
         scatter_hops=switch(inputs.get("scatter_gather", True)),
         gradient_bytes=4 if "fp32 grad" in precision else 2,
         products=products,
+        loss_bytes=_loss_bytes(row),
         adapter_rank=adapter_rank(row),
         adapted="all" if "all" in str(inputs.get("lora_targets", "")) else "qkv",
         weight_casts="microbatch" if inputs.get("fsdp", 1) > 1 else "step",

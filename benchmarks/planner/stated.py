@@ -1,7 +1,7 @@
 """Compute the step time that a row states: in seconds, or by a rate of tokens, sequences or flops and its convention.
 
-Flops of a model count the scores of attention whole or by half (those that the causal mask leaves). A source's notes say
-which; where they do not, both readings are compared. Read `training_case.py` first.
+Flops of a model count the scores of attention whole or by half (those that the causal mask leaves). A source's notes
+say which; where they do not, both readings are compared. Read `training_case.py` first.
 """
 
 import re

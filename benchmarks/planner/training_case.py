@@ -20,6 +20,8 @@ from .runtime_case import is_modern, row_runtime
 from .skipped import RowSkippedError
 from .stated import batch_size
 
+# x, every second of the products' outputs, and attention's: two thirds of what "dots" keeps.
+_KEPT_BY_OP: tuple[tuple[PlanRemat, float], ...] = (("dots", 2 / 3), ("full", 1 / 3))
 _RACK, _JOB_OF_RACK = 72, 64
 _NETWORK = re.compile(r"(?:(\d+)x)?[^\d]*?(\d+(?:\.\d+)?) ?Gb/s(?: x(\d+))?(.*)")
 
@@ -28,7 +30,8 @@ _NETWORK = re.compile(r"(?:(\d+)x)?[^\d]*?(\d+(?:\.\d+)?) ?Gb/s(?: x(\d+))?(.*)"
 class TrainCase:
     """A published training step; `remats` are the possible policies, least first, or the one that is stated.
 
-    `mix` has the shares of a stated policy that treats layers or products differently; they add up to 1.
+    `mix` has the shares of a stated policy that treats layers or products differently, and `kept` those for what it
+    stores; both add up to 1.
     """
 
     model: ModelConfig
@@ -38,6 +41,7 @@ class TrainCase:
     num_tokens: int
     remats: tuple[PlanRemat, ...]
     mix: tuple[tuple[PlanRemat, float], ...] = ()
+    kept: tuple[tuple[PlanRemat, float], ...] = ()
 
 
 def train_case(row: PublishedRow) -> TrainCase:
@@ -70,6 +74,7 @@ def train_case(row: PublishedRow) -> TrainCase:
         num_tokens=_need(row, "seq"),
         remats=remats,
         mix=_mix(row, remats[0]),
+        kept=_KEPT_BY_OP if "(op)" in str(row.inputs.get("recompute")) else _mix(row, remats[0]),
     )
 
 
@@ -162,6 +167,7 @@ def _layout(row: PublishedRow, accelerator: Accelerator) -> Layout:
     if microbatches is None:
         microbatches = (batch_size(row) or _need(row, "gbs")) // (data * fsdp * sequences)
     # Megatron Core and NeMo shard the optimizer by default; earlier versions only if asked to.
+    zero = 3 if inputs.get("fsdp_only") and fsdp * inputs.get("cp", 1) > 1 else inputs.get("zero")
     sharded = "distributed optimizer" in str(inputs.get("optimizer", "")) or is_modern(row, accelerator)
     return Layout(
         data=data,
@@ -173,7 +179,7 @@ def _layout(row: PublishedRow, accelerator: Accelerator) -> Layout:
         chunks=chunks,
         microbatches=microbatches,
         sequences=sequences,
-        zero=cast("Literal[0, 1, 3]", inputs.get("zero", 1 if sharded else 0)),
+        zero=cast("Literal[0, 1, 3]", int(sharded) if zero is None else zero),
     )
 
 
@@ -182,6 +188,8 @@ def _schedule(row: PublishedRow, chunks: int) -> str:
     for name in ("vpp", "schedule (interleaved or not)"):
         if name in row.unstated:
             raise RowSkippedError(f"{name} is not stated")
+    if "interleaved" in text and "vpp" not in row.inputs and row.inputs.get("pp", 1) > 1:
+        raise RowSkippedError("vpp is not stated")
     if chunks > 1:
         return "interleaved-1f1b"
     if "zb-v" in text or "memory limit 2p" in text:

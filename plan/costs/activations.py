@@ -75,8 +75,15 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     """
     if layout.remat == "full":
         return boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    tokens, t, item = layout.sequences * num_tokens / layout.context, layout.tensor, item_bytes(model)
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     mask = 1 if runtime.dropout == "on" else 0
+    t, query, kv = layout.tensor, model.query_size / layout.tensor, max(model.kv_size / layout.tensor, model.head_size)
+    num_up = 2 if model.mlp == "swiglu" else 1
+    if layout.remat == "dots":
+        # The layer's input and the outputs of products and of attention, but the last one.
+        split = 2 * query + 2 * kv + num_up * model.ffn_size / t
+        whole = 2 * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
+        return layout.sequences * num_tokens / layout.context * item_bytes(model) * (whole + split)
     # In narrow formats the inputs of products are stored cast; that of the last one in attention besides its wide form.
     narrow = runtime.product_format
     cast = narrow.item_bytes if narrow.is_narrow else item
@@ -84,8 +91,6 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     whole = tokens * model.hidden_size * (2 * item + 2 * cast + 2 * mask)
     if runtime.sequence_parallel == "on":
         whole /= t
-    query, kv = model.query_size / t, max(model.kv_size / t, model.head_size)
-    num_up = 2 if model.mlp == "swiglu" else 1
     # Queries, keys, values and the core's output; inputs and output of the activation function.
     split = tokens * (item * (2 * query + 2 * kv + num_up * model.ffn_size / t) + cast * model.ffn_size / t)
     split += tokens * cast * query if narrow.is_narrow else 0.0

@@ -172,7 +172,11 @@ def _rank_memory(
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
     # Gathered by every layer, the parameters of the next one wait while a layer is at work.
     split = {"tensor": layout.tensor, "expert": layout.expert}
-    ahead = item_bytes(model) * block_matrices(model, **split) if layout.zero == 3 else 0
+    is_gathered = layout.zero == 3 or layout.fsdp > 1
+    ahead = item_bytes(model) * block_matrices(model, **split) if is_gathered else 0
+    if runtime.residuals == "megatron":
+        # The layer at work has its own copy besides, and its gradient before it is sent.
+        ahead *= 3
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
     temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
@@ -181,7 +185,7 @@ def _rank_memory(
         gradients=state["gradients"],
         optimizer=state["optimizer"] - host,
         activations=kept * num_layers
-        + (ahead if runtime.residuals == "trellax" else 0)
+        + ahead
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
@@ -209,8 +213,9 @@ def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
-    whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
-    weights = layout.replicas if layout.zero == 2 else whole
+    every = layout.replicas * layout.context
+    whole = every if layout.fsdp > 1 or layout.zero == 3 else 1
+    weights = every if layout.zero == 2 else whole
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)
     return {
         "weights": runtime.weight_bytes / weights,
@@ -247,16 +252,15 @@ def _temporary_bytes(
     parts = layout.tensor * (layout.pipe if is_split else 1)
     has_head = is_split or "head" in ends
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
-    # Logits in float32, and their gradient in the compute dtype.
-    logits = held * model.vocab_size / parts * (_FLOAT32 + item) if has_head else 0.0
+    logits = held * model.vocab_size / parts if has_head else 0.0
     once = 0.0
     if layout.remat != "none":
         # While a layer's backward runs, its recomputed residuals are all in memory, for one layer at a time.
         kept = replace(layout, remat="none")
         once = layer_activation_bytes(model, layout=kept, runtime=runtime, num_tokens=num_tokens)
-    if runtime.residuals == "megatron":
-        logits += _backward_bytes(model, layout=layout, tokens=tokens)
-    return max(logits, once) + runtime.workspace_bytes
+    beside = _backward_bytes(model, layout=layout, tokens=tokens) if runtime.residuals == "megatron" else 0.0
+    # Logits in float32, and their gradient in the compute dtype, are left when the last layer's backward runs.
+    return max(logits * runtime.loss_bytes, logits * (_FLOAT32 + item) + beside, once) + runtime.workspace_bytes
 
 
 def _copied_bytes(model: ModelConfig, *, layout: Layout, num_layers: int) -> float:

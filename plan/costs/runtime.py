@@ -64,13 +64,14 @@ class Runtime:
         adapted: whether adapters are beside the product of queries, keys and values alone, or beside all of a layer's.
         weight_casts: whether weights are cast to it once a step, or for every microbatch.
         logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
+        loss_bytes: bytes that the loss holds of each logit; 0 for a fused kernel's, float32 and the gradient.
         weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
         workspace_bytes: memory of a device that libraries allocate for themselves.
         weight_bytes, optimizer_state_bytes: bytes per parameter that stay in memory.
         gradient_bytes: bytes per parameter of the accumulated gradient, in memory and in its reduction.
         fresh_gradient_bytes: bytes per parameter of a microbatch's own gradient, if it is stored beside the sum.
         sum_traffic_bytes: memory traffic per weight of adding a microbatch's gradient to the sum.
-        gradient_sums: whether that is an operation of its own, or the end of each product, beside whose arithmetic it is.
+        gradient_sums: whether that is an operation of its own, or the end of each product, beside arithmetic.
         optimizer_bytes: memory traffic per parameter of an optimizer step.
         host_layer_s: least seconds of a layer's forward where a host launches its kernels one by one.
 
@@ -99,6 +100,7 @@ class Runtime:
     adapter_rank: int = 0
     adapted: Literal["qkv", "all"] = "all"
     logits: Literal["chunked", "whole"] = "chunked"
+    loss_bytes: int = 0
     weight_copies: OnOff = "on"
     workspace_bytes: int = 0
     # trellax keeps float32 parameters, two moments and a sum of gradients; adding to it reads two numbers, writes one.

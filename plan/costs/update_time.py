@@ -44,7 +44,8 @@ def update_time(
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, num_layers=num_layers)
     experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
-    shards = layout.replicas if layout.zero else 1
+    every = layout.replicas * layout.context
+    shards = every if layout.zero else 1
     # Along expert devices have other experts: theirs are summed over what is left of data.
     group, copies = _groups(layout, runtime, topology)
 
@@ -57,7 +58,7 @@ def update_time(
         rounds = layout.microbatches
         gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES, params)
         reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
-        shards = layout.replicas
+        shards = every
     elif layout.zero:
         gather = time_of("all_gather", _WEIGHT_BYTES)
         reduce = time_of("reduce_scatter", runtime.gradient_bytes)
