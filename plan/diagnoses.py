@@ -85,7 +85,7 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 
 
 def _check_precision(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
-    """Find narrow matrix products on a device that has no units for them, or that a serving plan prices as wide ones."""
+    """Find narrow matrix products that the device has no units for, or that a serving plan prices as wide ones."""
     narrow, device = question.model.matmuls, question.topology.accelerator
     if narrow == "plain":
         return

@@ -163,6 +163,10 @@ def _layout(row: PublishedRow, accelerator: Accelerator) -> Layout:
     if "dp" not in inputs:
         raise RowSkippedError("dp is not stated")
     data, fsdp, chunks = inputs["dp"], inputs.get("fsdp", 1), inputs.get("vpp", 1)
+    others = inputs.get("tp", 1) * inputs.get("pp", 1) * inputs.get("cp", 1)
+    if fsdp > 1 and data * others == inputs.get("gpus") and data % fsdp == 0:
+        # dp counts all data shards, those of fsdp among them.
+        data //= fsdp
     sequences, microbatches = _need(row, "mbs"), inputs.get("num_microbatches")
     if microbatches is None:
         microbatches = (batch_size(row) or _need(row, "gbs")) // (data * fsdp * sequences)

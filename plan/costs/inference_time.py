@@ -17,6 +17,7 @@ from ..machines.topology import Topology
 from .device_params import block_params
 from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
+from .product_format import FORMATS, FormatName
 from .runtime import Runtime
 
 
@@ -27,7 +28,7 @@ class Server:
     `kernels` is the number of kernels per layer, `gap_s` the seconds between two, `host_layer_s` the seconds in which a
     host launches those of a layer. `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory.
     `weight_bytes` are those of one weight; weights of less than 2 bytes are expanded while they are read, which reaches
-    `expand_share` of the bandwidth.
+    `expand_share` of the bandwidth, unless `products` multiplies them as they are. A cached number has `cache_bytes`.
 
     Raises:
         PlanError: a number is below its least value, or `all_reduce` is unknown.
@@ -39,6 +40,8 @@ class Server:
     all_reduce: Literal["nccl", "direct"] = "nccl"
     weight_bytes: float = 2.0
     expand_share: float = 1.0
+    products: FormatName = "plain"
+    cache_bytes: float = 2.0
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -128,7 +131,7 @@ def decode_time_s(
         elif isinstance(operation, Stream) and operation.part == "vector":
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     # The core of attention, left out above, takes the time of reading the cache.
-    cache = batch * context * kv_bytes_per_token(model, tensor=t)
+    cache = batch * context * kv_bytes_per_token(model, tensor=t) * server.cache_bytes / 2
     busy += memory_time_s(device, num_bytes=cache)
     busy += server.kernels * server.gap_s
     group = make_group(topology, size=t, stride=1)
@@ -157,9 +160,10 @@ def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILE
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
     """Return the seconds of a product with weights, or of reading and expanding weights below 16 bit."""
     device = topology.accelerator
-    computed = matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=model.dtype)
-    if server.weight_bytes == 2.0:
-        return computed
+    narrow = FORMATS[server.products]
+    if server.weight_bytes == 2.0 or narrow.is_narrow:
+        dtype = narrow.dtype or model.dtype
+        return matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=dtype)
     stored = server.weight_bytes * operation.k * operation.n
     return memory_time_s(device, num_bytes=stored / server.expand_share)
 
@@ -204,9 +208,9 @@ def _prefill_s(
     busy = server.kernels * server.gap_s
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product):
-            busy += matmul_time_s(
-                device, m=operation.m, n=operation.n, k=operation.k, batch=operation.batch, dtype=model.dtype
-            )
+            dtype = FORMATS[server.products].dtype if operation.part == "weights" else ""
+            sizes = {"m": operation.m, "n": operation.n, "k": operation.k, "batch": operation.batch}
+            busy += matmul_time_s(device, **sizes, dtype=dtype or model.dtype)
         elif isinstance(operation, Stream):
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     group = make_group(topology, size=t, stride=1)

@@ -36,9 +36,9 @@ _Count = Annotated[int, Field(ge=1, le=1 << 60)]
 class Accelerator:
     """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
 
-    `matmul_share` is the share of the peak that large matrix products in 16 bit reach, `narrow_shares` those of narrower
-    ones by element type; `cores` run the tiles of a product; `curve` names the measured all-reduces over its links and
-    is "" if there are none.
+    `matmul_share` is the share of the peak that large matrix products in 16 bit reach, `narrow_shares` that of narrower
+    ones; `cores` run the tiles of a product; `curve` names the measured all-reduces over its links and is "" if there
+    are none.
     """
 
     key: str
