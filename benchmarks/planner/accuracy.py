@@ -14,7 +14,17 @@ from .skipped import RowSkippedError
 CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},
     "hardware": {"mamf": "largest share of the peak"},
-    "korthikanti2022": {"table4": "share of the memory bandwidth"},
+    "korthikanti2022": {"table4": "shares of the memory bandwidth, and of A100's peak in training"},
+    "dgxc_benchmarking": {
+        "step_time v25.04.02-Llama3.1-8B-BF16": "share of H100's peak in training, 16 bits",
+        "step_time fp8 v25.04.02-Llama3.1": "share of H100's peak in training, 8 bits",
+        "bf16-256-GB200": "share of GB200's peak in training, 16 bits",
+        "fp8-256-GB200": "share of GB200's peak in training, 8 bits",
+    },
+    "megatron_bridge": {
+        "nvfp4 26.04-pretrain-DGX-GB200": "share of GB200's peak, 4 bits",
+        "nvfp4 26.02-pretrain-DGX-GB200": "share of GB200's peak, 4 bits",
+    },
     "vtrain2024/single_node": {"gpus2-": "seconds of the host for a layer, bytes of the optimizer"},
     "bigscience_bloom": {
         "L704": "speed of products with unaligned heads",

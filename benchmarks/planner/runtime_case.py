@@ -65,6 +65,11 @@ def _loss_bytes(row: PublishedRow) -> int:
     return 16 if row.inputs.get("fsdp_only") else 12
 
 
+def is_recent(row: PublishedRow) -> bool:
+    """Return whether a row was measured on an NVIDIA accelerator of the H100's generation or later."""
+    return re.match(r"(?:NVIDIA )?(?:DGX[- ])?(?:G?[HB]\d00|H20)", str(row.inputs.get("gpu", ""))) is not None
+
+
 def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
     """Return the traits that a row states or implies; fused attention came with Llama shapes, FSDP and Hopper.
 
