@@ -31,7 +31,10 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
         "L740": "speed of products with unaligned heads",
     },
     "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, over one adapter of a node"},
-    "simumax_b200_a100": {"memory": "temporary buffers that are alive together"},
+    "simumax_b200_a100": {
+        "memory": "temporary buffers that are alive together",
+        "step_time llama3_405b": "share of B200's peak in training, 16 bits",
+    },
     "gpt_fast": {"Llama-2-7B": "gaps between kernels, direct all-reduce, expansion of weights"},
     "fastertransformer": {"GPT-350M": "seconds of the host for a layer", "GPT-6.7B": "seconds of the host for a layer"},
 }

@@ -39,6 +39,8 @@ _PEAKS = {
 # A driver's reading includes the CUDA context: 1.3 to 2 GB by the source of these rows (BLOOM chronicles).
 _CONTEXT_BYTES = {"peak_mem_gb_nvidia_smi": 1.65e9}
 _BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
+# NVLink-C2C has 450 GB/s, which two GPUs may share; 16 lanes of PCI Express have 126 at most.
+_FAST_HOST = 200e9
 _SWEPT_VOCABS = (32000, 51200)
 _PASSES = ("forward", "input_grad", "weight_grad")
 
@@ -83,9 +85,11 @@ def resolve_remat(case: TrainCase) -> list[tuple[float, TrainCase]]:
     """Return the rematerialization of a case, as shares of the layers that have one policy or another.
 
     If several are possible, the least that fits in memory: where a policy needs too much, as many layers as have to
-    take the next one, as Megatron's block method does.
+    take the next one, as Megatron's block method does. Beside a host on NVLink what is too much waits in its memory
+    instead, if copying it there and back takes less time than the microbatch (Megatron-Bridge's cpu_offloading).
     """
-    limit, found = case.topology.accelerator.memory_bytes, [(1.0, case)]
+    device = case.topology.accelerator
+    limit, found = device.memory_bytes, [(1.0, case)]
     before = None
     for remat in case.remats:
         given = replace(case, layout=replace(case.layout, remat=remat))
@@ -93,11 +97,18 @@ def resolve_remat(case: TrainCase) -> list[tuple[float, TrainCase]]:
         found = [(1.0, given)]
         if needs <= limit:
             if before and before[1] > needs:
+                copies_s = 2 * (before[1] - limit) / device.host_bytes_per_s
+                if device.host_bytes_per_s > _FAST_HOST and copies_s < _microbatch_s(before[0]):
+                    return [(1.0, before[0])]
                 share = (before[1] - limit) / (before[1] - needs)
                 found = [(1 - share, before[0]), (share, given)]
             break
         before = (given, needs)
     return found
+
+
+def _microbatch_s(case: TrainCase) -> float:
+    return _step_time_s(case) / case.layout.microbatches
 
 
 def _with_remats(case: TrainCase, shares: tuple[tuple[PlanRemat, float], ...]) -> list[tuple[float, TrainCase]]:
@@ -229,7 +240,7 @@ def _gemm(row: PublishedRow) -> list[Prediction]:
         raise RowSkippedError("products in 8 bit are not modelled")
     case = row_topology(replace(row, inputs={"gpu": name, "gpus": 1}))
     m, n, k = (int(size) for size in str(row.inputs["shape_mnk"]).split("x"))
-    predicted = matmul_time_s(case.accelerator, m=m, n=n, k=k, dtype="bfloat16")
+    predicted = matmul_time_s(case.accelerator.in_bursts, m=m, n=n, k=k, dtype="bfloat16")
     measured = 2 * m * n * k / (1e12 * row.outputs["max_achieved_tflops"])
     return [Prediction(quantity="product", measured=measured, predicted=predicted)]
 

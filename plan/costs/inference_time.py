@@ -122,7 +122,7 @@ def decode_time_s(
     Args:
         context: tokens of a request that are in the cache, on average.
     """
-    device, t = topology.accelerator, layout.tensor
+    device, t = topology.accelerator.in_bursts, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
@@ -159,7 +159,7 @@ def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILE
 
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
     """Return the seconds of a product with weights, or of reading and expanding weights below 16 bit."""
-    device = topology.accelerator
+    device = topology.accelerator.in_bursts
     narrow = FORMATS[server.products]
     if server.weight_bytes == 2.0 or narrow.is_narrow:
         dtype = narrow.dtype or model.dtype
@@ -203,7 +203,7 @@ def _prefill_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
 ) -> float:
     """Return the seconds of all prompts through all stages, without dividing them into groups."""
-    device, t = topology.accelerator, layout.tensor
+    device, t = topology.accelerator.in_bursts, layout.tensor
     size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
     busy = server.kernels * server.gap_s
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):

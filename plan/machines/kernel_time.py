@@ -7,7 +7,8 @@ The three models are the same for every accelerator; only peaks, cores and the s
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
 - Memory traffic reaches `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five
   rows). gpt-fast's decoding of a 7B model on one A100 agrees (0.69 with its gaps between kernels).
-- Fused attention reaches a fixed share of the peak, by kernel and direction.
+- Fused attention reaches a fixed share of the peak, by kernel and direction, less half of what products lose under load:
+  half of its time is outside of the matrix units.
 Read `../costs/layer_time.py` next.
 """
 
@@ -27,6 +28,9 @@ _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 # Inner dimension whose time a tile spends on filling the arithmetic pipeline, and the least that is worth splitting.
 _SHORT_INNER = 150
 _LONG_INNER = 512
+# Share of the traffic of sums at the end of a product that its arithmetic does not hide: products with float32 sums are
+# 6.4% slower than others on B200, 4.1% on A100 (118 and 47 in simumax_b200_a100.toml, gemm_efficiency).
+_EXPOSED_SUM = 1 / 3
 _ITEM_BYTES = {"float32": 4.0, "float8": 1.0, "float4": 0.5}
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
@@ -58,7 +62,9 @@ def matmul_time_s(
     if batch > 1 and (k % _ALIGNED or n % _ALIGNED):
         # Heads whose rows are not aligned to 16 bytes leave matrix units idle (BLOOM chronicles, 02-20 to 02-26).
         flops, peak = 2 * batch * m * n * k, accelerator.peak_flops_per_s(dtype) * _MISALIGNED_SHARE
-    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic + more_bytes))
+    # Tiles that end together wait for each other's sums.
+    exposed = _EXPOSED_SUM * memory_time_s(accelerator, num_bytes=more_bytes)
+    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic + more_bytes)) + exposed
 
 
 def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
@@ -84,7 +90,7 @@ def flash_time_s(
     share = _FLASH_SHARES[kernel][direction == "backward"]
     if kernel == "portable" and accelerator.key.startswith(_ASYNCHRONOUS):
         share *= _SYNCHRONOUS_SHARE
-    return flops / (accelerator.peak_flops_per_s(dtype) * share)
+    return flops / (accelerator.peak_flops_per_s(dtype) * share * math.sqrt(accelerator.load))
 
 
 def _wave_flops(

@@ -36,9 +36,9 @@ _Count = Annotated[int, Field(ge=1, le=1 << 60)]
 class Accelerator:
     """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
 
-    `matmul_share` is the share of the peak that large matrix products in 16 bit reach, `narrow_shares` that of narrower
-    ones; `cores` run the tiles of a product; `curve` names the measured all-reduces over its links and is "" if there
-    are none.
+    `matmul_share` is the share of the peak that large matrix products in 16 bit keep under load, `narrow_shares` that
+    of narrower ones, and `burst_share` what they reach before the clocks sink; `cores` run the tiles of a product; `curve`
+    names the measured all-reduces over its links and is "" if there are none.
     """
 
     key: str
@@ -56,6 +56,18 @@ class Accelerator:
     curve: str
     source: str
     narrow_shares: Mapping[str, float] = field(default_factory=dict)
+    burst_share: float = 0.0
+
+    @property
+    def load(self) -> float:
+        """The share of its speed that the device keeps under load, 1 where it is not known."""
+        return self.matmul_share / self.burst_share if self.burst_share else 1.0
+
+    @property
+    def in_bursts(self) -> "Accelerator":
+        """The same device in work of less than a second, as in serving a request."""
+        shares = {dtype: share / self.load for dtype, share in self.narrow_shares.items()}
+        return replace(self, matmul_share=self.matmul_share / self.load, narrow_shares=shares, burst_share=0.0)
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Return the dense matrix peak for an element type, in flops/s; of a wider one where it has no units for it."""
@@ -207,6 +219,7 @@ class _Figures(BaseModel):
     cores: _Count
     matmul_share: float = Field(gt=0, le=1)
     narrow_shares: _Shares = _Shares()
+    burst_share: float = Field(default=0, ge=0, le=1)
     link: Literal["nvlink", "pcie", "ici", "xgmi"]
     link_gb_per_s: _Figure
     devices_per_node: _Count
@@ -235,6 +248,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
         host_bytes_per_s=_GIGA * figures.host_gb_per_s,
         curve=figures.curve,
         source=printable(figures.source, limit=400),
+        burst_share=figures.burst_share,
         narrow_shares={dtype: share for dtype, share in figures.narrow_shares if share is not None},
     )
 

@@ -20,7 +20,7 @@ from ..hlo import HloModule, Instruction
 from ..roofline import Adapters, bound_time_s, collective_time_s
 from ..work import Operation
 
-MATRIX_SHARE = 0.69
+MATRIX_SHARE = 0.705
 """Share of the peak that large bfloat16 products keep in training on an H100 (planner, `topologies.toml`)."""
 
 FLASH_SHARES = {"__cudnn$fmhaSoftmax": 0.6, "__cudnn$fmhaSoftmaxBackward": 0.5}
