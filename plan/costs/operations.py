@@ -164,7 +164,7 @@ def _casts(product: Product, item: int, runtime: Runtime) -> Stream:
     """
     numbers = product.batch * product.k * (product.m + (product.n if runtime.weight_casts == "microbatch" else 0.0))
     gradients = product.batch * product.m * product.n
-    each = runtime.product_format.cast_bytes(item)
+    each = runtime.product_format.cast_bytes(item, layouts=runtime.cast_layouts)
     return Stream(part="vector", forward_bytes=each * numbers, backward_bytes=each * gradients)
 
 

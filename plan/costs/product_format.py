@@ -1,9 +1,9 @@
 """The number formats of matrix products with weights: their peak, the bytes of their factors, and what a cast costs.
 
 Only products of layers with weights use the format. The core of attention, norms, router, embedding, head, sums of
-gradients and the optimizer stay in 16 and 32 bits. A factor is cast from 16 bits before its product, and for the
-backward once more in the layout of the other product, since narrow products read both factors along their inner
-dimension (NVIDIA cuBLAS, "8-bit floating point data types"; OCP MX 1.0, section 5). Read `layer_time.py` next.
+gradients and the optimizer stay in 16 and 32 bits. A factor is cast from 16 bits before its product, and where products
+read both factors along their inner dimension (cuBLAS on Hopper) or scale blocks along it (OCP MX 1.0, section 5), once
+more in the layout of the backward's product. Read `layer_time.py` next.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class ProductFormat:
         """Whether factors are cast at all."""
         return bool(self.dtype)
 
-    def cast_bytes(self, wide: int, *, layouts: int = 2) -> float:
+    def cast_bytes(self, wide: int, *, layouts: int) -> float:
         """Return the memory traffic of casting one number of `wide` bytes, stored in one layout or two."""
         return (self.scans + 1) * wide + layouts * self.item_bytes if self.is_narrow else 0.0
 

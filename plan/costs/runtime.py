@@ -59,6 +59,7 @@ class Runtime:
         residuals: whose layers decide the residuals of the backward: trellax's, or Megatron's list of tensors
             (Korthikanti et al. 2022, section 4).
         products: number format of products of layers with weights.
+        cast_layouts: layouts in which a cast is stored: XLA's products read the one, TransformerEngine's one for each.
         gathers: whether collectives over tensor gather activations before their cast, or after it.
         adapter_rank: rank of the adapters that are trained beside frozen weights; 0 if all weights are trained.
         adapted: whether adapters are beside the product of queries, keys and values alone, or beside all of a layer's.
@@ -96,6 +97,7 @@ class Runtime:
     residuals: Literal["trellax", "megatron"] = "trellax"
     products: FormatName = "plain"
     weight_casts: Literal["step", "microbatch"] = "microbatch"
+    cast_layouts: int = 1
     gathers: Literal["wide", "cast"] = "wide"
     adapter_rank: int = 0
     adapted: Literal["qkv", "all"] = "all"
@@ -146,6 +148,7 @@ MEGATRON_2021 = Runtime(
     scatter_hops="on",
     residuals="megatron",
     weight_casts="step",
+    cast_layouts=2,
     gathers="cast",
     logits="whole",
     weight_copies="off",
@@ -200,6 +203,7 @@ def trellax_runtime(
         vocab=vocab,
         sequence_parallel=sequence,
         attention="fused" if is_fused else "scores",
-        # Each device scales its blocks by their own largest values (`../../layers/product.py`).
+        # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has a
+        # maximum and a cast for each factor, and products in 8 bits that read one layout.
         products="fp8-current" if model.matmuls == "fp8" else "plain",
     )

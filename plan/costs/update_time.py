@@ -67,7 +67,7 @@ def update_time(
     moved = runtime.optimizer_bytes * ((trained - experts) / shards + experts / max(1, shards // layout.expert))
     if runtime.weight_casts == "step":
         own = block_matrices(model, tensor=layout.tensor, expert=layout.expert)
-        moved += num_layers * own * runtime.product_format.cast_bytes(_WEIGHT_BYTES)
+        moved += num_layers * own * runtime.product_format.cast_bytes(_WEIGHT_BYTES, layouts=runtime.cast_layouts)
     return UpdateTime(
         gather=gather,
         reduce=reduce,

@@ -44,10 +44,10 @@ def test_a_pass_to_find_the_largest_value_costs_time() -> None:
 
 
 def test_cast_reads_wide_numbers_once_and_writes_both_layouts() -> None:
-    assert FORMATS["plain"].cast_bytes(2) == 0
-    assert FORMATS["fp8-delayed"].cast_bytes(2) == 2 + 2 * 1
-    assert FORMATS["fp8-current"].cast_bytes(2) == 2 + 2 + 2 * 1
-    assert FORMATS["nvfp4"].cast_bytes(2) == 2 + 2 + 2 * (0.5 + 1 / 16)
+    assert FORMATS["plain"].cast_bytes(2, layouts=2) == 0
+    assert FORMATS["fp8-delayed"].cast_bytes(2, layouts=2) == 2 + 2 * 1
+    assert FORMATS["fp8-current"].cast_bytes(2, layouts=1) == 2 + 2 + 1
+    assert FORMATS["nvfp4"].cast_bytes(2, layouts=2) == 2 + 2 + 2 * (0.5 + 1 / 16)
 
 
 def test_head_embedding_and_hops_stay_wide() -> None:
@@ -94,7 +94,8 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
 
 def test_trellax_prices_its_own_fp8_by_current_scaling() -> None:
     accelerator = read_topology("h200x8").accelerator
-    assert trellax_runtime(replace(WIDE, matmuls="fp8"), accelerator).products == "fp8-current"
+    narrow = trellax_runtime(replace(WIDE, matmuls="fp8"), accelerator)
+    assert (narrow.products, narrow.cast_layouts, narrow.weight_casts) == ("fp8-current", 1, "microbatch")
     assert trellax_runtime(WIDE, accelerator).products == "plain"
 
 
