@@ -170,13 +170,6 @@ def _rank_memory(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, num_layers=sum(layers)) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    # Gathered by every layer, the parameters of the next one wait while a layer is at work.
-    split = {"tensor": layout.tensor, "expert": layout.expert}
-    is_gathered = layout.zero == 3 or layout.fsdp > 1
-    ahead = item_bytes(model) * block_matrices(model, **split) if is_gathered else 0
-    if runtime.residuals == "megatron":
-        # The layer at work has its own copy besides, and its gradient before it is sent.
-        ahead *= 3
     copies = _copied_bytes(model, layout=layout, num_layers=sum(layers)) if runtime.weight_copies == "on" else 0.0
     temporary = _temporary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends) + copies
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
@@ -185,12 +178,24 @@ def _rank_memory(
         gradients=state["gradients"],
         optimizer=state["optimizer"] - host,
         activations=kept * num_layers
-        + ahead
+        + _gathered_bytes(model, layout=layout, runtime=runtime)
         + _end_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=ends, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,
     )
+
+
+def _gathered_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> float:
+    """Return the bytes of a layer's gathered parameters where every layer gathers its own.
+
+    The next layer's wait while a layer is at work. In PyTorch the layer at work has a copy besides, and its gradient
+    before it is sent; in trellax these are counted with the copies and the temporary arrays.
+    """
+    if layout.zero != 3 and layout.fsdp == 1:
+        return 0.0
+    own = item_bytes(model) * block_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    return own if runtime.residuals == "trellax" else 3.0 * own
 
 
 def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:

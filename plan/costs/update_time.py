@@ -44,8 +44,7 @@ def update_time(
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, num_layers=num_layers)
     experts = num_layers * expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
-    every = layout.replicas * layout.context
-    shards = every if layout.zero else 1
+    shards = layout.replicas * layout.context if layout.zero else 1
     # Along expert devices have other experts: theirs are summed over what is left of data.
     group, copies = _groups(layout, runtime, topology)
 
@@ -58,16 +57,14 @@ def update_time(
         rounds = layout.microbatches
         gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES, params)
         reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
-        shards = every
+        shards = layout.replicas * layout.context
     elif layout.zero:
         gather = time_of("all_gather", _WEIGHT_BYTES)
         reduce = time_of("reduce_scatter", runtime.gradient_bytes)
     else:
         gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes)
     moved = runtime.optimizer_bytes * ((trained - experts) / shards + experts / max(1, shards // layout.expert))
-    if runtime.weight_casts == "step":
-        own = block_matrices(model, tensor=layout.tensor, expert=layout.expert)
-        moved += num_layers * own * runtime.product_format.cast_bytes(_WEIGHT_BYTES, layouts=runtime.cast_layouts)
+    moved += _cast_bytes(model, layout=layout, runtime=runtime, num_layers=num_layers)
     return UpdateTime(
         gather=gather,
         reduce=reduce,
@@ -75,6 +72,14 @@ def update_time(
         optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
         + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),
     )
+
+
+def _cast_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_layers: int) -> float:
+    """Return the memory traffic of casting weights to the products' format, if that is done once a step."""
+    if runtime.weight_casts == "microbatch":
+        return 0.0
+    own = block_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    return num_layers * own * runtime.product_format.cast_bytes(_WEIGHT_BYTES, layouts=runtime.cast_layouts)
 
 
 def _copies_s(layout: Layout, topology: Topology, *, num_bytes: float) -> float:
