@@ -11,7 +11,6 @@ from typing import Literal
 from ..pipeline.model.balance import layer_times
 from .costs.layout import Layout
 from .costs.pipeline_time import find_placement
-from .costs.precision import FP8_STEP_ERROR, PRICED_AS, unpriced_matmuls
 from .costs.stage_time import stage_layers
 from .plan import Plan
 from .suggestions import (
@@ -88,17 +87,26 @@ def _check_fit(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         )
 
 
-def _check_precision(question: TrainQuestion, _: Plan) -> Iterator[Diagnosis]:
-    """Find matrix products that are priced as those of another precision."""
-    if narrow := unpriced_matmuls(question.model):
-        yield Diagnosis(
-            name="priced-as-bfloat16",
-            severity="warning",
-            number=FP8_STEP_ERROR,
-            message=f"model.matmuls={narrow!r} is priced as {PRICED_AS}: 28 published {narrow} training steps are "
-            f"predicted {FP8_STEP_ERROR:.0%} too slow so",
-            fix="take times as upper bounds: products are faster than priced, collectives are not.",
+def _check_precision(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find narrow matrix products that the device has no units for, or that a serving plan prices as wide ones."""
+    narrow, device = question.model.matmuls, question.topology.accelerator
+    if narrow == "plain":
+        return
+    if plan.step is None:
+        message = f"model.matmuls={narrow!r} is priced as bfloat16 in serving"
+    elif not device.flops_per_s.get("float8"):
+        message = (
+            f"model.matmuls={narrow!r} on {device.name}, which multiplies in 16 bits: casts cost time and save none"
         )
+    else:
+        return
+    yield Diagnosis(
+        name="no-narrow-units" if plan.step else "priced-as-bfloat16",
+        severity="warning",
+        number=0.0,
+        message=message,
+        fix="set model.matmuls='plain'." if plan.step else "take times as upper bounds.",
+    )
 
 
 def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:

@@ -9,19 +9,32 @@ from statistics import mean
 
 from .predictions import Prediction, predict_row
 from .rows import PublishedRow
-from .training_case import RowSkippedError
+from .skipped import RowSkippedError
 
 CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "collectives": {"": "the curves of all-reduces inside a node"},
     "hardware": {"mamf": "largest share of the peak"},
-    "korthikanti2022": {"table4": "share of the memory bandwidth"},
+    "korthikanti2022": {"table4": "shares of the memory bandwidth, and of A100's peak in training"},
+    "dgxc_benchmarking": {
+        "step_time v25.04.02-Llama3.1-8B-BF16": "share of H100's peak in training, 16 bits",
+        "step_time fp8 v25.04.02-Llama3.1": "share of H100's peak in training, 8 bits",
+        "bf16-256-GB200": "share of GB200's peak in training, 16 bits",
+        "fp8-256-GB200": "share of GB200's peak in training, 8 bits",
+    },
+    "megatron_bridge": {
+        "nvfp4 26.04-pretrain-DGX-GB200": "share of GB200's peak, 4 bits",
+        "nvfp4 26.02-pretrain-DGX-GB200": "share of GB200's peak, 4 bits",
+    },
     "vtrain2024/single_node": {"gpus2-": "seconds of the host for a layer, bytes of the optimizer"},
     "bigscience_bloom": {
         "L704": "speed of products with unaligned heads",
         "L740": "speed of products with unaligned heads",
     },
     "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, over one adapter of a node"},
-    "simumax_b200_a100": {"memory": "temporary buffers that are alive together"},
+    "simumax_b200_a100": {
+        "memory": "temporary buffers that are alive together",
+        "step_time llama3_405b": "share of B200's peak in training, 16 bits",
+    },
     "gpt_fast": {"Llama-2-7B": "gaps between kernels, direct all-reduce, expansion of weights"},
     "fastertransformer": {"GPT-350M": "seconds of the host for a layer", "GPT-6.7B": "seconds of the host for a layer"},
 }

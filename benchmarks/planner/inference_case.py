@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from trellax.layers import ModelConfig
 from trellax.plan.costs.inference_time import COMPILED, EAGER, Server, inference_time
 from trellax.plan.costs.layout import Layout
+from trellax.plan.costs.product_format import FORMATS
 from trellax.plan.machines.topology import Topology
 
 from .rows import PublishedRow
-from .training_case import RowSkippedError, row_model, row_topology
+from .runtime_case import stated_format
+from .skipped import RowSkippedError
+from .training_case import row_model, row_topology
 
 # gpt-fast generates 200 tokens unless told otherwise; its rows do not say.
 _GENERATED = 200
@@ -67,8 +70,16 @@ def infer_predictions(case: InferCase, row: PublishedRow) -> dict[str, tuple[flo
     for key in ("latency_ms", "total_ms"):
         if key in out:
             found["latency"] = (out[key] / 1e3, whole.latency_s)
-    if "prefill_ms" in out:
-        found["prefill"] = (out["prefill_ms"] / 1e3, whole.prefill_s)
+    for name, gpus in (("output_tokens_per_s", 1), ("output_tokens_per_s_per_gpu", case.topology.num_devices)):
+        if name in out:
+            found["latency"] = (case.batch * case.generated / (gpus * out[name]), whole.latency_s)
+    if "output_tokens_per_s_as_printed" in out:
+        if case.topology.num_devices > 1:
+            raise RowSkippedError("tokens/s per GPU or in all: not stated")
+        found["latency"] = (case.batch * case.generated / out["output_tokens_per_s_as_printed"], whole.latency_s)
+    for name in ("prefill_ms", "first_token_ms"):
+        if name in out:
+            found["prefill"] = (out[name] / 1e3, whole.prefill_s)
     if "decode_ms_per_token" in out:
         found["decode"] = (out["decode_ms_per_token"] / 1e3, whole.decode_s)
     return found
@@ -78,6 +89,11 @@ def _server(row: PublishedRow) -> Server:
     framework = str(row.inputs.get("framework", ""))
     server = replace(COMPILED, all_reduce="direct") if "compile" in framework else EAGER
     precision = str(row.inputs.get("precision", ""))
+    narrow = stated_format(row)
+    if narrow != "plain":
+        # Weights are stored as they are multiplied, and so are keys and values.
+        size = FORMATS[narrow].item_bytes
+        return replace(COMPILED, products=narrow, weight_bytes=size, cache_bytes=size)
     for name, (size, share) in _QUANTISED.items():
         if precision.startswith(name):
             return replace(server, weight_bytes=size, expand_share=share)

@@ -4,13 +4,13 @@ A vocabulary that a source does not state is swept, and so is rematerialization;
 skipped. Read `training_case.py` for how a row becomes a question to the planner, `accuracy.py` for the errors.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any, cast
+from typing import cast
 
 from trellax.plan.costs.layer_time import layer_time
+from trellax.plan.costs.layout import PlanRemat
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.pipeline_time import plan_schedule
 from trellax.plan.costs.runtime import MEGATRON
@@ -23,15 +23,25 @@ from trellax.schedules import SCHEDULES, StageCost, simulate
 from .inference_case import infer_case, infer_predictions
 from .qi_bubble import qi_bubble
 from .rows import PublishedRow
-from .training_case import RowSkippedError, TrainCase, row_topology, train_case
+from .runtime_case import adapter_rank, stated_format
+from .skipped import RowSkippedError
+from .stated import stated_step_times
+from .training_case import TrainCase, row_topology, train_case
 
 _GIB, _GB = 2.0**30, 1e9
-_PEAKS = {"peak_alloc_gib": _GIB, "peak_mem_gb": _GB, "peak_mem_gb_nvidia_smi": _GB, "peak_memory_bytes": 1.0}
+_PEAKS = {
+    "peak_alloc_gib": _GIB,
+    "peak_mem_gib": _GIB,
+    "peak_mem_gb": _GB,
+    "peak_mem_gb_nvidia_smi": _GB,
+    "peak_memory_bytes": 1.0,
+}
 # A driver's reading includes the CUDA context: 1.3 to 2 GB by the source of these rows (BLOOM chronicles).
 _CONTEXT_BYTES = {"peak_mem_gb_nvidia_smi": 1.65e9}
 _BUBBLES = {"bubble_1f1b": "1f1b", "bubble_zb_h1": "zb-h1", "bubble_1f1b_interleaved": "interleaved-1f1b"}
+# NVLink-C2C has 450 GB/s, which two GPUs may share; 16 lanes of PCI Express have 126 at most.
+_FAST_HOST = 200e9
 _SWEPT_VOCABS = (32000, 51200)
-_NARROW = re.compile(r"(nv|mx)?(?:fp|float)([48])(?!\d)")
 _PASSES = ("forward", "input_grad", "weight_grad")
 
 
@@ -64,51 +74,75 @@ def predict_row(row: PublishedRow) -> list[Prediction]:
     found = _KINDS[row.kind](row)
     if not found:
         raise RowSkippedError("no quantity that is predicted: " + ", ".join(sorted(row.outputs)))
-    narrow = unpriced_precision(row.inputs)
-    if narrow:
-        # A quantity of its own, since this error shows the gain of the precision, not the accuracy of the planner.
-        return [replace(one, quantity=f"{one.quantity} {narrow} as bf16") for one in found]
+    # Lines of their own for narrow formats, and for steps that train adapters.
+    name = "lora" if adapter_rank(row) else stated_format(row).partition("-")[0]
+    if name == "plain" or row.kind not in ("train", "memory"):
+        return found
+    return [replace(one, quantity=f"{one.quantity} {name}") for one in found]
+
+
+def resolve_remat(case: TrainCase) -> list[tuple[float, TrainCase]]:
+    """Return the rematerialization of a case, as shares of the layers that have one policy or another.
+
+    If several are possible, the least that fits in memory: where a policy needs too much, as many layers as have to
+    take the next one, as Megatron's block method does. Beside a host on NVLink what is too much waits in its memory
+    instead, if copying it there and back takes less time than the microbatch (Megatron-Bridge's cpu_offloading).
+    """
+    device = case.topology.accelerator
+    limit, found = device.memory_bytes, [(1.0, case)]
+    before = None
+    for remat in case.remats:
+        given = replace(case, layout=replace(case.layout, remat=remat))
+        needs = _memory_bytes(given)
+        found = [(1.0, given)]
+        if needs <= limit:
+            if before and before[1] > needs:
+                copies_s = 2 * (before[1] - limit) / device.host_bytes_per_s
+                if device.host_bytes_per_s > _FAST_HOST and copies_s < _microbatch_s(before[0]):
+                    return [(1.0, before[0])]
+                share = (before[1] - limit) / (before[1] - needs)
+                found = [(1 - share, before[0]), (share, given)]
+            break
+        before = (given, needs)
     return found
 
 
-def unpriced_precision(inputs: Mapping[str, Any]) -> str:
-    """Return the precision of a published row if it is predicted as 16 bits: "fp8", "mxfp8" or "nvfp4"; else ""."""
-    found = _NARROW.search(str(inputs.get("precision", "")).lower())
-    return f"{found[1] or ''}fp{found[2]}" if found else ""
+def _microbatch_s(case: TrainCase) -> float:
+    return _step_time_s(case) / case.layout.microbatches
 
 
-def resolve_remat(case: TrainCase) -> TrainCase:
-    """Return the case with the least rematerialization of those possible that fits in memory."""
-    for remat in case.remats:
-        layout = replace(case.layout, remat=remat)
-        needs = fullest(step_memory(case.model, layout=layout, num_tokens=case.num_tokens, runtime=case.runtime))
-        if needs.total <= case.topology.accelerator.memory_bytes:
-            return replace(case, layout=layout)
-    return replace(case, layout=replace(case.layout, remat=case.remats[-1]))
+def _with_remats(case: TrainCase, shares: tuple[tuple[PlanRemat, float], ...]) -> list[tuple[float, TrainCase]]:
+    return [(share, replace(case, layout=replace(case.layout, remat=remat))) for remat, share in shares]
+
+
+def _memory_bytes(case: TrainCase) -> float:
+    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, runtime=case.runtime)
+    return fullest(ranks).total
+
+
+def _step_time_s(case: TrainCase) -> float:
+    sizes = {"layout": case.layout, "topology": case.topology, "num_tokens": case.num_tokens}
+    return step_time(case.model, runtime=case.runtime, **sizes).time_s
 
 
 def _train(row: PublishedRow) -> list[Prediction]:
     if "vocab" in row.unstated and "vocab" not in row.inputs:
         return _sweep(row)
-    known = row.step_time_s is not None or any(name in row.outputs for name in _PEAKS)
-    if not known:
-        raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
-    case = resolve_remat(train_case(row))
-    found = []
-    if row.step_time_s is not None:
-        step = step_time(
-            case.model,
-            layout=case.layout,
-            topology=case.topology,
-            num_tokens=case.num_tokens,
-            runtime=case.runtime,
-        )
-        found.append(Prediction(quantity="step_time", measured=row.step_time_s, predicted=step.time_s))
-    ranks = step_memory(case.model, layout=case.layout, num_tokens=case.num_tokens, runtime=case.runtime)
+    case = train_case(row)
+    stated, found = stated_step_times(row, case.model, case.topology), []
+    is_stated = len(case.remats) == 1
+    cases = _with_remats(case, case.mix) if is_stated else resolve_remat(case)
+    keeping = _with_remats(case, case.kept) if is_stated else cases
+    predicted = sum(share * _step_time_s(own) for share, own in cases) if stated else 0.0
+    for convention, seconds in stated.items():
+        quantity = f"step_time by {convention}-attention flops" if convention else "step_time"
+        found.append(Prediction(quantity=quantity, measured=seconds, predicted=predicted))
     for name, unit in _PEAKS.items():
         if name in row.outputs:
-            predicted = fullest(ranks).total + _CONTEXT_BYTES.get(name, 0.0)
-            found.append(Prediction(quantity="memory", measured=unit * row.outputs[name], predicted=predicted))
+            needs = sum(share * _memory_bytes(own) for share, own in keeping) + _CONTEXT_BYTES.get(name, 0.0)
+            found.append(Prediction(quantity="memory", measured=unit * row.outputs[name], predicted=needs))
+    if not found:
+        raise RowSkippedError("no step time or peak memory: " + ", ".join(sorted(row.outputs)))
     return found
 
 
@@ -178,9 +212,9 @@ def _bubble(row: PublishedRow) -> list[Prediction]:
 
 
 def _infer(row: PublishedRow) -> list[Prediction]:
-    if not set(row.outputs) & {"latency_ms", "total_ms", "prefill_ms", "decode_ms_per_token", "tokens_per_s"}:
-        raise RowSkippedError("no latency: " + ", ".join(sorted(row.outputs)))
     found = infer_predictions(infer_case(row), row)
+    if not found:
+        raise RowSkippedError("no latency: " + ", ".join(sorted(row.outputs)))
     return [Prediction(quantity=name, measured=pair[0], predicted=pair[1]) for name, pair in found.items()]
 
 
@@ -206,7 +240,7 @@ def _gemm(row: PublishedRow) -> list[Prediction]:
         raise RowSkippedError("products in 8 bit are not modelled")
     case = row_topology(replace(row, inputs={"gpu": name, "gpus": 1}))
     m, n, k = (int(size) for size in str(row.inputs["shape_mnk"]).split("x"))
-    predicted = matmul_time_s(case.accelerator, m=m, n=n, k=k, dtype="bfloat16")
+    predicted = matmul_time_s(case.accelerator.in_bursts, m=m, n=n, k=k, dtype="bfloat16")
     measured = 2 * m * n * k / (1e12 * row.outputs["max_achieved_tflops"])
     return [Prediction(quantity="product", measured=measured, predicted=predicted)]
 

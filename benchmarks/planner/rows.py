@@ -12,7 +12,6 @@ from typing import Any
 
 from trellax.meshes.errors import DataError
 
-_TOKENS_OF_DAYS = 300e9
 _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, "precision": "fp16 mixed"}
 
 
@@ -20,7 +19,8 @@ _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, 
 class PublishedRow:
     """One measurement: `inputs` and `outputs` by name, and the names of inputs that its source does not state.
 
-    `has_sequence_parallel` is whether any row of the source uses sequence parallelism, which dates the measured code.
+    `has_sequence_parallel` is whether any row of the source uses sequence parallelism, which dates the measured code;
+    `notes` are those of the source.
     """
 
     source: str
@@ -33,21 +33,7 @@ class PublishedRow:
     derived: Mapping[str, Any]
     unstated: tuple[str, ...]
     has_sequence_parallel: bool
-
-    @property
-    def step_time_s(self) -> float | None:
-        """Seconds of a training step, measured or computed from measured rates; None if the row has neither."""
-        for table in (self.outputs, self.derived):
-            if "step_time_s" in table:
-                return float(table["step_time_s"])
-        gbs, gpus, seq = (self.inputs.get(key) for key in ("gbs", "gpus", "seq"))
-        if gbs and gpus and "samples_per_gpu_per_s" in self.outputs:
-            return gbs / (gpus * self.outputs["samples_per_gpu_per_s"])
-        if gbs and seq and "tokens_per_s" in self.outputs:
-            return gbs * seq / self.outputs["tokens_per_s"]
-        if gbs and seq and "days_for_300b_tokens" in self.outputs:
-            return self.outputs["days_for_300b_tokens"] * 86400 * gbs * seq / _TOKENS_OF_DAYS
-        return None
+    notes: str = ""
 
 
 def read_published(folder: str | Path) -> dict[str, list[PublishedRow]]:
@@ -78,9 +64,11 @@ def _read_file(file: Path) -> Iterator[PublishedRow]:
     source = content.get("source", {}).get("id", file.stem)
     rows = content.get("row", [])
     is_dated = any(row.get("in", {}).get("seq_parallel") for row in rows)
+    notes = content.get("source", {}).get("notes", {})
+    about = " ".join(map(str, notes.values()))
     for place, row in enumerate(rows):
         made = _make_row(row, source=source, name=str(row.get("id", f"row {place}")))
-        yield replace(made, has_sequence_parallel=is_dated)
+        yield replace(made, has_sequence_parallel=is_dated, notes=about)
     for name, table in content.items():
         if isinstance(table, dict) and {"columns", "data"} <= table.keys():
             yield from _read_table(table, source=f"{source}/{name}")

@@ -1,12 +1,12 @@
 """Compare the planner with published measurements, for every file of a folder.
 
-Command:  python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE]
+Command:  python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE] [--write DOCS]
 Time: half a minute on one core.
 
 A row that states enough is predicted, any other is skipped with a reason. `fitted` counts the rows on which constants
-were fitted; `held out` is the error of the others. Rows in 8 and 4 bits are predicted as 16-bit ones, in lines of their
-own such as "step_time fp8 as bf16": that error shows the gain of the precision. Sweeps are ranked as well: for every
-model, number of GPUs and batch, the measured time of the planner's first layout over the best one measured.
+were fitted; `held out` is the error of the others. Steps in 8 and 4 bits and those that train adapters have lines of
+their own, such as "step_time fp8". Sweeps are ranked as well: for every model, number of GPUs and batch, the measured
+time of the planner's first layout over the best one measured. With --write the page of evidence is written.
 """
 
 import json
@@ -24,6 +24,7 @@ from trellax.meshes.errors import suggest
 
 from benchmarks.arguments import make_parser
 from benchmarks.planner.accuracy import CALIBRATION, Accuracy, measure_accuracy
+from benchmarks.planner.evidence import write_evidence
 from benchmarks.planner.ranking import Ranking, rank_sweeps
 from benchmarks.planner.rows import PublishedRow, read_published
 from benchmarks.tables import Rows
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="folder of TOML files of measurements")
     parser.add_argument("--rows", metavar="SOURCE", help="print every row of one source")
+    parser.add_argument("--write", metavar="DOCS", help="write the page of evidence below this folder, docs say")
     arguments = parser.parse_args(argv)
     try:
         published = _read_sources(arguments.folder, arguments.rows)
@@ -42,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     accuracies = measure_accuracy(published)
     rankings = rank_sweeps(accuracies)
-    if arguments.json:
+    if arguments.write:
+        print(*write_evidence(accuracies, rankings, docs=Path(arguments.write)), sep="\n")
+    elif arguments.json:
         print(json.dumps(_list_numbers(accuracies, rankings), indent=2))
     elif arguments.rows:
         print(_format_rows(accuracies))

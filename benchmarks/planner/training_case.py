@@ -12,22 +12,27 @@ from typing import Literal, cast
 from trellax.layers import ModelConfig
 from trellax.meshes.errors import TargetError, TrellaxError
 from trellax.plan.costs.layout import Layout, PlanRemat
-from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, OnOff, Runtime
+from trellax.plan.costs.runtime import Runtime
 from trellax.plan.machines.topology import Accelerator, Topology, find_accelerator
 
 from .rows import PublishedRow
+from .runtime_case import is_modern, row_runtime
+from .skipped import RowSkippedError
+from .stated import batch_size
 
-_MODERN = ("h100", "h100-pcie", "h200", "b200", "gb200", "mi300x")
+# x, every second of the products' outputs, and attention's: two thirds of what "dots" keeps.
+_KEPT_BY_OP: tuple[tuple[PlanRemat, float], ...] = (("dots", 2 / 3), ("full", 1 / 3))
+_RACK, _JOB_OF_RACK = 72, 64
 _NETWORK = re.compile(r"(?:(\d+)x)?[^\d]*?(\d+(?:\.\d+)?) ?Gb/s(?: x(\d+))?(.*)")
-
-
-class RowSkippedError(Exception):
-    """A row that cannot be predicted, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCase:
-    """A published training step; `remats` are the possible policies, least first, or the one that is stated."""
+    """A published training step; `remats` are the possible policies, least first, or the one that is stated.
+
+    `mix` has the shares of a stated policy that treats layers or products differently, and `kept` those for what it
+    stores; both add up to 1.
+    """
 
     model: ModelConfig
     layout: Layout
@@ -35,6 +40,8 @@ class TrainCase:
     topology: Topology
     num_tokens: int
     remats: tuple[PlanRemat, ...]
+    mix: tuple[tuple[PlanRemat, float], ...] = ()
+    kept: tuple[tuple[PlanRemat, float], ...] = ()
 
 
 def train_case(row: PublishedRow) -> TrainCase:
@@ -48,9 +55,9 @@ def train_case(row: PublishedRow) -> TrainCase:
         raise RowSkippedError("mixture of experts is not modelled")
     model = row_model(row)
     topology = row_topology(row)
-    runtime = _runtime(row)
+    runtime = row_runtime(row, topology.accelerator)
     try:
-        layout = _layout(row)
+        layout = _layout(row, topology.accelerator)
     except TrellaxError as error:
         raise RowSkippedError(error.problem) from error
     if layout.num_devices != topology.num_devices:
@@ -66,6 +73,8 @@ def train_case(row: PublishedRow) -> TrainCase:
         topology=topology,
         num_tokens=_need(row, "seq"),
         remats=remats,
+        mix=_mix(row, remats[0]),
+        kept=_KEPT_BY_OP if "(op)" in str(row.inputs.get("recompute")) else _mix(row, remats[0]),
     )
 
 
@@ -108,8 +117,9 @@ def row_topology(row: PublishedRow) -> Topology:
     accelerator = _accelerator(str(inputs.get("gpu", "")))
     gpus = _need(row, "gpus")
     node = inputs.get("gpus_per_node", min(gpus, accelerator.devices_per_node))
-    if accelerator.key == "gb200" and "NVL72" in str(inputs.get("intra_node", "")):
-        node = 64 if gpus % 64 == 0 else gpus
+    # A host has four GPUs of a rack whose 72 share NVLink; jobs use 64 of them.
+    if accelerator.devices_per_node == _RACK:
+        node = _JOB_OF_RACK if gpus % _JOB_OF_RACK == 0 else min(gpus, _RACK)
     network = _network_bytes_per_s(str(inputs.get("inter_node", "")), devices_per_node=node)
     accelerator = replace(accelerator, network_bytes_per_s=network) if network else accelerator
     try:
@@ -148,16 +158,21 @@ def _network_bytes_per_s(text: str, *, devices_per_node: int) -> float | None:
     return whole if "per GPU" in rest else whole / devices_per_node
 
 
-def _layout(row: PublishedRow) -> Layout:
+def _layout(row: PublishedRow, accelerator: Accelerator) -> Layout:
     inputs = row.inputs
     if "dp" not in inputs:
         raise RowSkippedError("dp is not stated")
     data, fsdp, chunks = inputs["dp"], inputs.get("fsdp", 1), inputs.get("vpp", 1)
+    others = inputs.get("tp", 1) * inputs.get("pp", 1) * inputs.get("cp", 1)
+    if fsdp > 1 and data * others == inputs.get("gpus") and data % fsdp == 0:
+        # dp counts all data shards, those of fsdp among them.
+        data //= fsdp
     sequences, microbatches = _need(row, "mbs"), inputs.get("num_microbatches")
     if microbatches is None:
-        microbatches = _need(row, "gbs") // (data * fsdp * sequences)
+        microbatches = (batch_size(row) or _need(row, "gbs")) // (data * fsdp * sequences)
     # Megatron Core and NeMo shard the optimizer by default; earlier versions only if asked to.
-    sharded = "distributed optimizer" in str(inputs.get("optimizer", "")) or is_modern(row)
+    zero = 3 if inputs.get("fsdp_only") and fsdp * inputs.get("cp", 1) > 1 else inputs.get("zero")
+    sharded = "distributed optimizer" in str(inputs.get("optimizer", "")) or is_modern(row, accelerator)
     return Layout(
         data=data,
         tensor=inputs.get("tp", 1),
@@ -168,7 +183,7 @@ def _layout(row: PublishedRow) -> Layout:
         chunks=chunks,
         microbatches=microbatches,
         sequences=sequences,
-        zero=cast("Literal[0, 1, 3]", inputs.get("zero", 1 if sharded else 0)),
+        zero=cast("Literal[0, 1, 3]", int(sharded) if zero is None else zero),
     )
 
 
@@ -177,6 +192,8 @@ def _schedule(row: PublishedRow, chunks: int) -> str:
     for name in ("vpp", "schedule (interleaved or not)"):
         if name in row.unstated:
             raise RowSkippedError(f"{name} is not stated")
+    if "interleaved" in text and "vpp" not in row.inputs and row.inputs.get("pp", 1) > 1:
+        raise RowSkippedError("vpp is not stated")
     if chunks > 1:
         return "interleaved-1f1b"
     if "zb-v" in text or "memory limit 2p" in text:
@@ -194,42 +211,16 @@ def _remats(row: PublishedRow) -> tuple[PlanRemat, ...]:
     return ("full",) if text.startswith("full") else ("selective",) if text.startswith("selective") else ("none",)
 
 
-def is_modern(row: PublishedRow) -> bool:
-    """Return whether attention is fused: where it is stated, else on Hopper and later, with Llama shapes, with FSDP."""
-    inputs = row.inputs
-    stated = str(inputs.get("attention", ""))
-    gpu = row_topology(row).accelerator.key
-    is_new = gpu in _MODERN or "swiglu" in str(inputs.get("mlp")) or bool(inputs.get("fsdp_only"))
-    return "unfused" not in stated and (is_new or "flash" in stated)
+def _mix(row: PublishedRow, stated: PlanRemat) -> tuple[tuple[PlanRemat, float], ...]:
+    """Return the policies that a stated one consists of.
 
-
-def _runtime(row: PublishedRow) -> Runtime:
-    """Return the traits that a row states or implies; fused attention came with Llama shapes, FSDP and Hopper.
-
-    Collectives behind weight gradients came to Megatron with sequence parallelism.
+    torchtitan's "op" keeps every second matrix product's output and attention's, and computes the rest again: half of
+    the products, and all between them (torchtitan, `models/.../parallelize.py`, `_apply_ac_to_transformer_block`). Of
+    times, which are linear in what is repeated, that is half of "dots" and half of "full" without attention's core.
     """
-    inputs = row.inputs
-    is_fused = is_modern(row)
-    is_overlapped = inputs.get("comm_overlap", True)
-    precision = str(inputs.get("precision", ""))
-
-    def switch(value: object) -> OnOff:
-        return "on" if value else "off"
-
-    return replace(
-        MEGATRON if is_fused or row.has_sequence_parallel else MEGATRON_2021,
-        attention="fused" if is_fused else "scores",
-        flash="portable" if inputs.get("fsdp_only") and "JAX" not in str(inputs.get("framework")) else "vendor",
-        dropout=switch(not is_fused),
-        sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
-        tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
-        blocking_hops=switch(not (is_fused and is_overlapped and inputs.get("vpp", 1) > 1)),
-        data_overlap=switch(
-            inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))
-        ),
-        shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
-        scatter_hops=switch(inputs.get("scatter_gather", True)),
-        gradient_bytes=4 if "fp32 grad" in precision else 2,
-        # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
-        fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,
-    )
+    text = str(row.inputs.get("recompute", ""))
+    if "every 2nd layer" in text:
+        return (("none", 0.5), ("full", 0.5))
+    if "(op)" in text:
+        return (("dots", 0.5), ("full", 0.5), ("selective", -0.5), ("none", 0.5))
+    return ((stated, 1.0),)

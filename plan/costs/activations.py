@@ -77,16 +77,25 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     """
     if layout.remat == "full":
         return boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    tokens, t, item = layout.sequences * num_tokens / layout.context, layout.tensor, item_bytes(model)
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     mask = 1 if runtime.dropout == "on" else 0
+    t, own = layout.tensor, attention_widths(model, tensor=layout.tensor)
+    num_up = 2 if model.mlp == "swiglu" else 1
+    if layout.remat == "dots":
+        # The layer's input and the outputs of products and of attention, but the last one.
+        split = own.projected + own.mixed + num_up * model.ffn_size / t
+        whole = 2 * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
+        return tokens * item * (whole + split)
+    # In narrow formats the inputs of products are stored cast; that of the last one in attention besides its wide form.
+    narrow = runtime.product_format
+    cast = narrow.item_bytes if narrow.is_narrow else item
     # Inputs of both norms and of the products behind them, and two dropout masks.
-    whole = tokens * model.hidden_size * (4 * item + 2 * mask)
+    whole = tokens * model.hidden_size * (2 * item + 2 * cast + 2 * mask)
     if runtime.sequence_parallel == "on":
         whole /= t
-    own = attention_widths(model, tensor=t)
-    num_up = 2 if model.mlp == "swiglu" else 1
     # Queries, keys, values and the core's output; inputs and output of the activation function.
-    split = tokens * item * (own.projected + own.mixed + (num_up + 1) * model.ffn_size / t)
+    split = tokens * (item * (own.projected + own.mixed + num_up * model.ffn_size / t) + cast * model.ffn_size / t)
+    split += tokens * cast * own.mixed if narrow.is_narrow else 0.0
     scores = tokens * num_tokens * model.num_heads / t
     if runtime.attention == "fused":
         core = tokens * model.num_heads / t * _FLOAT32

@@ -40,6 +40,23 @@ def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     return model.num_experts // expert * num_kernels * model.hidden_size * model.expert_size // tensor
 
 
+def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime: Runtime, layers: KindCounts) -> float:
+    """Return how many of a device's parameters are trained: all, or those of adapters of its kernels.
+
+    An adapter of a kernel [k, n] has rank x (k + n) parameters; of these the dim that is split over tensor is split.
+    """
+    if not runtime.adapter_rank:
+        return params
+    num_layers = sum(count for _, count in layers)
+    t, num_up = layout.tensor, 2 if model.mlp == "swiglu" else 1
+    if runtime.adapted == "qkv":
+        ends = model.hidden_size + (model.query_size + 2 * model.kv_size) / t
+        return num_layers * runtime.adapter_rank * ends
+    ins = 2 * model.hidden_size + (model.query_size + model.ffn_size) / t
+    outs = 2 * model.hidden_size + (model.query_size + 2 * model.kv_size + num_up * model.ffn_size) / t
+    return num_layers * runtime.adapter_rank * (ins + outs)
+
+
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     """Return the features of queries, keys and values on one device, and those of all column-parallel layers."""
     num_up = 2 if model.mlp == "swiglu" else 1

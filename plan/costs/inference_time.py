@@ -19,6 +19,7 @@ from ..machines.topology import Topology
 from .device_params import block_params
 from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
+from .product_format import FORMATS, FormatName
 from .runtime import Runtime
 
 
@@ -29,7 +30,7 @@ class Server:
     `kernels` is the number of kernels per layer, `gap_s` the seconds between two, `host_layer_s` the seconds in which a
     host launches those of a layer. `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory.
     `weight_bytes` are those of one weight; weights of less than 2 bytes are expanded while they are read, which reaches
-    `expand_share` of the bandwidth.
+    `expand_share` of the bandwidth, unless `products` multiplies them as they are. A cached number has `cache_bytes`.
 
     Raises:
         PlanError: a number is below its least value, or `all_reduce` is unknown.
@@ -41,6 +42,8 @@ class Server:
     all_reduce: Literal["nccl", "direct"] = "nccl"
     weight_bytes: float = 2.0
     expand_share: float = 1.0
+    products: FormatName = "plain"
+    cache_bytes: float = 2.0
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -133,7 +136,7 @@ def _decode_layer_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, context: float, server: Server
 ) -> float:
     """Return the seconds of one layer of a kind for one token of each request."""
-    device, t = topology.accelerator, layout.tensor
+    device, t = topology.accelerator.in_bursts, layout.tensor
     size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
     busy = 0.0
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
@@ -142,7 +145,7 @@ def _decode_layer_s(
         elif isinstance(operation, Stream) and operation.part == "vector":
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     # The core of attention, left out above, takes the time of reading the cache.
-    cache = batch * context * kv_bytes_per_token(model, tensor=t)
+    cache = batch * context * kv_bytes_per_token(model, tensor=t) * server.cache_bytes / 2
     busy += memory_time_s(device, num_bytes=cache)
     busy += server.kernels * server.gap_s
     group = make_group(topology, size=t, stride=1)
@@ -175,10 +178,11 @@ def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILE
 
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
     """Return the seconds of a product with weights, or of reading and expanding weights below 16 bit."""
-    device = topology.accelerator
-    computed = matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=model.dtype)
-    if server.weight_bytes == 2.0:
-        return computed
+    device = topology.accelerator.in_bursts
+    narrow = FORMATS[server.products]
+    if server.weight_bytes == 2.0 or narrow.is_narrow:
+        dtype = narrow.dtype or model.dtype
+        return matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=dtype)
     stored = server.weight_bytes * operation.k * operation.n
     return memory_time_s(device, num_bytes=stored / server.expand_share)
 
@@ -229,14 +233,14 @@ def _prefill_layer_s(
     model: ModelConfig, *, layout: Layout, topology: Topology, batch: int, num_tokens: int, server: Server
 ) -> float:
     """Return the seconds of one layer of a kind for all prompts."""
-    device, t = topology.accelerator, layout.tensor
+    device, t = topology.accelerator.in_bursts, layout.tensor
     size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
     busy = server.kernels * server.gap_s
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product):
-            busy += matmul_time_s(
-                device, m=operation.m, n=operation.n, k=operation.k, batch=operation.batch, dtype=model.dtype
-            )
+            dtype = FORMATS[server.products].dtype if operation.part == "weights" else ""
+            sizes = {"m": operation.m, "n": operation.n, "k": operation.k, "batch": operation.batch}
+            busy += matmul_time_s(device, **sizes, dtype=dtype or model.dtype)
         elif isinstance(operation, Stream):
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     group = make_group(topology, size=t, stride=1)

@@ -117,12 +117,19 @@ def _time_operation(operation: Operation, accelerator: Accelerator, runtime: Run
         return _Work(part=operation.part, forward=forward, input_grad=backward)
     # y[m, n] = x[m, k] w[k, n]; dx[m, k] = dy w^T sums over n, and dw[k, n] = x^T dy over m.
     m, n, k, batch = operation.m, operation.n, operation.k, operation.batch
+    if operation.part == "weights":
+        dtype = runtime.product_format.dtype or dtype
+    summed = 0.0
+    if operation.part == "weights" and runtime.gradient_sums == "in-product":
+        summed = runtime.sum_traffic_bytes * batch * n * k
     forward, left, right = (
-        matmul_time_s(accelerator, m=rows, n=columns, k=inner, batch=batch, dtype=dtype)
-        for rows, columns, inner in ((m, n, k), (m, k, n), (k, n, m))
+        matmul_time_s(accelerator, m=rows, n=columns, k=inner, batch=batch, dtype=dtype, more_bytes=more)
+        for rows, columns, inner, more in ((m, n, k, 0.0), (m, k, n, 0.0), (k, n, m, summed))
     )
     if operation.part == "core":
         return _Work(part="core", forward=forward, input_grad=left + right)
+    if operation.part == "weights" and runtime.adapter_rank:
+        return _Work(part="weights", forward=forward, input_grad=left)
     return _Work(part=operation.part, forward=forward, input_grad=left, weight_grad=right)
 
 
@@ -132,7 +139,7 @@ def _sum_recomputed(works: Iterable[_Work], layout: Layout) -> float:
         "none": (),
         "selective": ("core",),
         "dots": ("vector",),
-        "full": ("core", "vector", "weights"),
+        "full": ("core", "vector", "weights", "adapters"),
     }
     return sum(work.forward for work in works if work.part in parts[layout.remat])
 
@@ -144,10 +151,16 @@ def _tensor_comm_s(
     group = make_group(topology, size=layout.tensor, stride=1)
     # With latents one of the four in both passes is of these alone.
     width = (3 * model.hidden_size + attention_widths(model).entered) / 4
-    num_bytes = size.sequences * size.queries * width * item_bytes(model)
-    is_split = runtime.sequence_parallel == "on"
-    kinds: tuple[CollectiveKind, ...] = ("all_gather", "reduce_scatter") * 2 if is_split else ("all_reduce",) * 2
-    return sum(collective_time_s(kind, num_bytes=num_bytes, group=group, topology=topology) for kind in kinds)
+    numbers, item = size.sequences * size.queries * width, item_bytes(model)
+    if runtime.sequence_parallel == "off":
+        sent: dict[CollectiveKind, float] = {"all_reduce": item}
+    else:
+        # Cast activations are gathered for a product; sums are in 16 bits.
+        is_cast = runtime.gathers == "cast" and runtime.product_format.is_narrow
+        sent = {"all_gather": runtime.product_format.item_bytes if is_cast else item, "reduce_scatter": item}
+    return 2 * sum(
+        collective_time_s(kind, num_bytes=each * numbers, group=group, topology=topology) for kind, each in sent.items()
+    )
 
 
 def _expert_comm_s(model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology) -> float:

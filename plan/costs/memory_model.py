@@ -16,7 +16,16 @@ from ...layers.attention_counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_matrices, block_params, device_matrices, device_params, ends_of, expert_matrices
+from .device_params import (
+    End,
+    block_matrices,
+    block_params,
+    device_matrices,
+    device_params,
+    ends_of,
+    expert_matrices,
+    trained_params,
+)
 from .held_layers import HeldLayers, KindCounts, held_layers
 from .host_residuals import count_waiting
 from .layout import Layout
@@ -167,10 +176,9 @@ def _rank_memory(
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
-    # Gathered by every layer, the parameters of the next one wait while a layer is at work.
-    largest = max(block_matrices(kind, **split) for kind, _ in layers.stored)
-    # Layers of several kinds are gathered one by one, none ahead.
-    ahead = item_bytes(model) * largest if layout.zero == 3 and len(layers.stored) == 1 else 0
+    # Frozen weights have neither gradients nor moments.
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
+    state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
     copies = _copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
     temporary = copies + max(_temporary_bytes(kind, **given) for kind, _ in layers.stored)
@@ -179,11 +187,28 @@ def _rank_memory(
         weights=state["weights"],
         gradients=state["gradients"],
         optimizer=state["optimizer"] - host,
-        activations=kept + (ahead if runtime.residuals == "trellax" else 0) + _end_bytes(model, **given, held=held),
+        activations=kept
+        + _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
+        + _end_bytes(model, **given, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,
     )
+
+
+def _gathered_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:
+    """Return the bytes of a layer's gathered parameters where every layer gathers its own.
+
+    The next layer's wait while a layer is at work. In PyTorch the layer at work has a copy besides, and its gradient
+    before it is sent; in trellax these are counted with the copies and the temporary arrays, and layers of several
+    kinds are gathered one by one, none ahead.
+    """
+    if layout.zero != 3 and layout.fsdp == 1:
+        return 0.0
+    own = max(item_bytes(kind) * block_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, _ in layers)
+    if runtime.residuals == "trellax":
+        return own if len(layers) == 1 else 0.0
+    return 3.0 * own
 
 
 def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
@@ -206,8 +231,9 @@ def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
-    whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
-    weights = layout.replicas if layout.zero == 2 else whole
+    every = layout.replicas * layout.context
+    whole = every if layout.fsdp > 1 or layout.zero == 3 else 1
+    weights = every if layout.zero == 2 else whole
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)
     return {
         "weights": runtime.weight_bytes / weights,
@@ -244,16 +270,15 @@ def _temporary_bytes(
     parts = layout.tensor * (layout.pipe if is_split else 1)
     has_head = is_split or "head" in ends
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
-    # Logits in float32, and their gradient in the compute dtype.
-    logits = held * model.vocab_size / parts * (_FLOAT32 + item) if has_head else 0.0
+    logits = held * model.vocab_size / parts if has_head else 0.0
     once = 0.0
     if layout.remat != "none":
         # While a layer's backward runs, its recomputed residuals are all in memory, for one layer at a time.
         kept = replace(layout, remat="none")
         once = layer_activation_bytes(model, layout=kept, runtime=runtime, num_tokens=num_tokens)
-    if runtime.residuals == "megatron":
-        logits += _backward_bytes(model, layout=layout, tokens=tokens)
-    return max(logits, once) + runtime.workspace_bytes
+    beside = _backward_bytes(model, layout=layout, tokens=tokens) if runtime.residuals == "megatron" else 0.0
+    # Logits in float32, and their gradient in the compute dtype, are left when the last layer's backward runs.
+    return max(logits * runtime.loss_bytes, logits * (_FLOAT32 + item) + beside, once) + runtime.workspace_bytes
 
 
 def _copied_bytes(layers: KindCounts, *, layout: Layout) -> float:

@@ -14,8 +14,9 @@ from ...layers.attention_counts import attention_products, attention_widths
 from .device_params import block_matrices
 from .runtime import Runtime
 
-Part = Literal["core", "weights", "vector"]
-"""core: the core of attention, which "selective" recomputes; weights: products with parameters; vector: the rest."""
+Part = Literal["core", "weights", "adapters", "vector"]
+"""core: the core of attention, which "selective" recomputes; weights: products with parameters; adapters: those with
+adapters beside frozen weights; vector: the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,21 @@ Operation = Product | Stream | Flash
 
 
 def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
-    """Yield the operations of one block."""
+    """Yield the operations of one block, with the casts of its products' factors."""
+    # The first product with weights is that of queries, keys and values.
+    is_adapted = runtime.adapter_rank > 0
+    for operation in _block_operations(model, size=size, runtime=runtime):
+        yield operation
+        if not isinstance(operation, Product) or operation.part != "weights":
+            continue
+        if runtime.product_format.is_narrow:
+            yield _casts(operation, item_bytes(model), runtime)
+        if is_adapted:
+            yield from _adapter(operation, item_bytes(model), runtime.adapter_rank)
+        is_adapted = is_adapted and runtime.adapted == "all"
+
+
+def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
     whole = tokens * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
     own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
@@ -83,7 +98,8 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
         yield from _feed_forward(model, tokens=tokens, features=features / t)
     yield _residual(whole, item, runtime)
     # Microbatches add their weight gradients to one array.
-    weights = block_matrices(model, tensor=t, expert=size.expert)
+    is_apart = runtime.gradient_sums == "apart" and not runtime.adapter_rank
+    weights = block_matrices(model, tensor=t, expert=size.expert) if is_apart else 0
     yield Stream(part="weights", forward_bytes=0, backward_bytes=runtime.sum_traffic_bytes * weights)
 
 
@@ -131,6 +147,27 @@ def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
     # A device has its experts' rows of all devices of the group.
     own = model.num_experts // size.expert
     yield from _feed_forward(model, tokens=rows * size.expert, features=model.expert_size / size.tensor, batch=own)
+
+
+def _adapter(product: Product, item: int, rank: int) -> Iterator[Operation]:
+    """Yield the operations of a product's adapter: x A B, added to the result (Hu et al. 2021, section 4.1)."""
+    sizes = {"m": product.m, "batch": product.batch}
+    yield Product(part="adapters", k=product.k, n=rank, **sizes)
+    yield Product(part="adapters", k=rank, n=product.n, **sizes)
+    # Two arrays are read and their sum is written: of results forward, of the input's gradients backward.
+    added = 3 * item * product.m * product.batch
+    yield Stream(part="vector", forward_bytes=added * product.n, backward_bytes=added * product.k)
+
+
+def _casts(product: Product, item: int, runtime: Runtime) -> Stream:
+    """Return the traffic of casting activations and weights for a product's forward, and its gradient for the backward.
+
+    Weights whose cast is kept for a step are cast in the update.
+    """
+    numbers = product.batch * product.k * (product.m + (product.n if runtime.weight_casts == "microbatch" else 0.0))
+    gradients = product.batch * product.m * product.n
+    each = runtime.product_format.cast_bytes(item, layouts=runtime.cast_layouts)
+    return Stream(part="vector", forward_bytes=each * numbers, backward_bytes=each * gradients)
 
 
 def _norm(numbers: float, item: int) -> Stream:

@@ -13,6 +13,7 @@ from ...meshes.arguments import check_fields
 from ...schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
+from .product_format import FORMATS, FormatName, ProductFormat
 
 OnOff = Literal["on", "off"]
 """Whether a runtime has a trait."""
@@ -57,13 +58,21 @@ class Runtime:
         scatter_hops: sends 1/tensor of an activation between stages and gathers it again (the same, section 4.1).
         residuals: whose layers decide the residuals of the backward: trellax's, or Megatron's list of tensors
             (Korthikanti et al. 2022, section 4).
+        products: number format of products of layers with weights.
+        cast_layouts: layouts in which a cast is stored: XLA's products read the one, TransformerEngine's one for each.
+        gathers: whether collectives over tensor gather activations before their cast, or after it.
+        adapter_rank: rank of the adapters that are trained beside frozen weights; 0 if all weights are trained.
+        adapted: whether adapters are beside the product of queries, keys and values alone, or beside all of a layer's.
+        weight_casts: whether weights are cast to it once a step, or for every microbatch.
         logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
+        loss_bytes: bytes that the loss holds of each logit; 0 for a fused kernel's, float32 and the gradient.
         weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
         workspace_bytes: memory of a device that libraries allocate for themselves.
         weight_bytes, optimizer_state_bytes: bytes per parameter that stay in memory.
         gradient_bytes: bytes per parameter of the accumulated gradient, in memory and in its reduction.
         fresh_gradient_bytes: bytes per parameter of a microbatch's own gradient, if it is stored beside the sum.
         sum_traffic_bytes: memory traffic per weight of adding a microbatch's gradient to the sum.
+        gradient_sums: whether that is an operation of its own, or the end of each product, beside arithmetic.
         optimizer_bytes: memory traffic per parameter of an optimizer step.
         host_layer_s: least seconds of a layer's forward where a host launches its kernels one by one.
 
@@ -86,7 +95,14 @@ class Runtime:
     blocking_hops: OnOff = "off"
     scatter_hops: OnOff = "off"
     residuals: Literal["trellax", "megatron"] = "trellax"
+    products: FormatName = "plain"
+    weight_casts: Literal["step", "microbatch"] = "microbatch"
+    cast_layouts: int = 1
+    gathers: Literal["wide", "cast"] = "wide"
+    adapter_rank: int = 0
+    adapted: Literal["qkv", "all"] = "all"
     logits: Literal["chunked", "whole"] = "chunked"
+    loss_bytes: int = 0
     weight_copies: OnOff = "on"
     workspace_bytes: int = 0
     # trellax keeps float32 parameters, two moments and a sum of gradients; adding to it reads two numbers, writes one.
@@ -95,11 +111,17 @@ class Runtime:
     gradient_bytes: int = 4
     fresh_gradient_bytes: int = 0
     sum_traffic_bytes: int = 12
+    gradient_sums: Literal["apart", "in-product"] = "apart"
     optimizer_bytes: int = 32
     host_layer_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError, least=0)
+
+    @property
+    def product_format(self) -> ProductFormat:
+        """The number format of products with weights."""
+        return FORMATS[self.products]
 
     @property
     def order_traits(self) -> OrderTraits:
@@ -125,6 +147,9 @@ MEGATRON_2021 = Runtime(
     blocking_hops="on",
     scatter_hops="on",
     residuals="megatron",
+    weight_casts="step",
+    cast_layouts=2,
+    gathers="cast",
     logits="whole",
     weight_copies="off",
     workspace_bytes=1 << 28,
@@ -142,13 +167,15 @@ The optimizer's traffic of 30 bytes per parameter is Adam's 28 and the 16-bit we
 show 30.0 to 31.0, by width and tensor: it is what a layer adds to a step whatever the number of microbatches.
 """
 
-MEGATRON = replace(MEGATRON_2021, tensor_overlap="on", sum_traffic_bytes=8, optimizer_bytes=64)
+MEGATRON = replace(
+    MEGATRON_2021, tensor_overlap="on", sum_traffic_bytes=8, gradient_sums="in-product", optimizer_bytes=64
+)
 """Megatron-LM since Korthikanti et al. 2022: collectives behind weight gradients, gradients summed inside products.
 
 The optimizer's traffic per parameter: gradients cleared, copied, unscaled, measured and clipped 30, Adam 28, weights 6.
 """
 
-_FUSED_ON = ("a100", "h100", "h200", "b200", "gb200", "l40s", "rtx4090")
+_FUSED_ON = ("a100", "h100", "h200", "h20", "gh200", "b200", "b300", "gb200", "gb300", "l40s", "rtx")
 """Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
 
 
@@ -171,5 +198,12 @@ def trellax_runtime(
         PlanError: `vocab` is not one of its choices.
     """
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
-    attention = "fused" if is_fused else "scores"
-    return replace(TRELLAX, vocab=vocab, sequence_parallel=sequence, attention=attention)
+    return replace(
+        TRELLAX,
+        vocab=vocab,
+        sequence_parallel=sequence,
+        attention="fused" if is_fused else "scores",
+        # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has a
+        # maximum and a cast for each factor, and products in 8 bits that read one layout.
+        products="fp8-current" if model.matmuls == "fp8" else "plain",
+    )

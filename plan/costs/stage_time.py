@@ -4,7 +4,7 @@ A hop is one send of an activation or gradient between neighbouring stages. Read
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
@@ -62,6 +62,9 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
     head = _head(model, tokens=tokens, layout=layout, runtime=runtime, topology=topology)
     hop = _hop_s(model, tokens=tokens, layout=layout, runtime=runtime, topology=topology)
     embedding = _embedding(model, tokens=tokens, layout=layout, topology=topology)
+    if runtime.adapter_rank:
+        # Frozen tables have no gradient.
+        embedding, head = replace(embedding, weight_grad=0.0), replace(head, weight_grad=0.0)
     if runtime.vocab == "ends" or layout.pipe == 1:
         return EndCosts(embedding=embedding, head=head, shared_loss=0.0, hop=hop)
     over_pipe = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))

@@ -9,7 +9,7 @@ from ...layers import ModelConfig
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
-from .device_params import End, device_params, expert_matrices
+from .device_params import End, block_matrices, device_params, expert_matrices, trained_params
 from .held_layers import KindCounts
 from .layout import Layout
 from .runtime import Runtime
@@ -44,34 +44,46 @@ def update_time(
         layers, ends: what that rank holds of the layers, and of embedding and head.
     """
     params = device_params(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
+    # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers)
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
-    shards = layout.replicas if layout.zero else 1
+    shards = layout.replicas * layout.context if layout.zero else 1
     # Along expert devices have other experts: theirs are summed over what is left of data.
     group, copies = _groups(layout, runtime, topology)
 
-    def time_of(kind: CollectiveKind, bytes_each: float) -> float:
+    def time_of(kind: CollectiveKind, bytes_each: float, params: float = trained) -> float:
         parts = ((group, bytes_each * (params - experts)), (copies, bytes_each * experts))
         return sum(collective_time_s(kind, num_bytes=size, group=own, topology=topology) for own, size in parts)
 
     if layout.fsdp > 1 or layout.zero == 3:
         # Parameters are gathered for the forward and again for the backward of every microbatch.
         rounds = layout.microbatches
-        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES)
+        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES, params)
         reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
-        shards = layout.replicas
+        shards = layout.replicas * layout.context
     elif layout.zero:
         gather = time_of("all_gather", _WEIGHT_BYTES)
         reduce = time_of("reduce_scatter", runtime.gradient_bytes)
     else:
         gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes)
-    moved = runtime.optimizer_bytes * ((params - experts) / shards + experts / max(1, shards // layout.expert))
+    moved = runtime.optimizer_bytes * ((trained - experts) / shards + experts / max(1, shards // layout.expert))
+    moved += _cast_bytes(layers, layout=layout, runtime=runtime)
     return UpdateTime(
         gather=gather,
         reduce=reduce,
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
         optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
-        + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * params / shards),
+        + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),
     )
+
+
+def _cast_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:
+    """Return the memory traffic of casting weights to the products' format, if that is done once a step."""
+    if runtime.weight_casts == "microbatch":
+        return 0.0
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    own = sum(count * block_matrices(kind, **split) for kind, count in layers)
+    return own * runtime.product_format.cast_bytes(_WEIGHT_BYTES, layouts=runtime.cast_layouts)
 
 
 def _copies_s(layout: Layout, topology: Topology, *, num_bytes: float) -> float:
@@ -89,7 +101,7 @@ def _groups(layout: Layout, runtime: Runtime, topology: Topology) -> tuple[Group
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:
     """Return the seconds of summing a tied table's gradient, of which both end stages have a part."""
-    if layout.pipe == 1 or model.embeddings == "untied" or runtime.vocab == "split":
+    if layout.pipe == 1 or model.embeddings == "untied" or runtime.vocab == "split" or runtime.adapter_rank:
         return 0.0
     stride = layout.tensor * layout.context * layout.replicas * (layout.pipe - 1)
     table = runtime.gradient_bytes * model.vocab_size * model.hidden_size / layout.tensor

@@ -7,7 +7,8 @@ The three models are the same for every accelerator; only peaks, cores and the s
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
 - Memory traffic reaches `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five
   rows). gpt-fast's decoding of a 7B model on one A100 agrees (0.69 with its gaps between kernels).
-- Fused attention reaches a fixed share of the peak, by kernel and direction.
+- Fused attention reaches a fixed share of the peak, by kernel and direction, less half of what products lose under load:
+  half of its time is outside of the matrix units.
 Read `../costs/layer_time.py` next.
 """
 
@@ -27,27 +28,43 @@ _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
 # Inner dimension whose time a tile spends on filling the arithmetic pipeline, and the least that is worth splitting.
 _SHORT_INNER = 150
 _LONG_INNER = 512
+# Share of the traffic of sums at the end of a product that its arithmetic does not hide: products with float32 sums are
+# 6.4% slower than others on B200, 4.1% on A100 (118 and 47 in simumax_b200_a100.toml, gemm_efficiency).
+_EXPOSED_SUM = 1 / 3
+_ITEM_BYTES = {"float32": 4.0, "float8": 1.0, "float4": 0.5}
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
 # Shares of the peak, forward and backward.
 _FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
 # A portable kernel does not use the asynchronous matrix units of Hopper and later.
 _SYNCHRONOUS_SHARE = 0.65
-_ASYNCHRONOUS = ("h100", "h100-pcie", "h200", "b200", "gb200")
+_ASYNCHRONOUS = ("h100", "h20", "gh200", "b200", "b300", "gb200", "gb300")
 
 
-def matmul_time_s(accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str) -> float:
-    """Return the seconds of `batch` products [m, k] x [k, n]: the longer of arithmetic and memory traffic."""
+def matmul_time_s(
+    accelerator: Accelerator, *, m: float, n: float, k: float, batch: float = 1, dtype: str, more_bytes: float = 0.0
+) -> float:
+    """Return the seconds of `batch` products [m, k] x [k, n]: the longer of arithmetic and memory traffic.
+
+    Args:
+        dtype: element type of the factors; the result of a product in 8 or 4 bits is in 16.
+        more_bytes: memory traffic of what the kernel does besides, such as adding its result to a sum.
+    """
     if min(m, n, k, batch) <= 0:
         return 0.0
-    flops = min(_wave_flops(accelerator.cores, m=m, n=n, k=k, batch=batch, tile=tile) for tile in _TILES)
-    item = 4 if dtype == "float32" else 2
-    traffic = item * batch * (m * k + k * n + m * n)
-    peak = accelerator.peak_flops_per_s(dtype) * accelerator.matmul_share
+    # Filling the pipeline takes the same time in every type, in which a faster one does more of the inner dimension.
+    fill = _SHORT_INNER * accelerator.peak_flops_per_s(dtype) / accelerator.peak_flops_per_s("bfloat16")
+    sizes = {"m": m, "n": n, "k": k, "batch": batch}
+    flops = min(_wave_flops(accelerator.cores, **sizes, tile=tile, fill=max(fill, _SHORT_INNER)) for tile in _TILES)
+    item = _ITEM_BYTES.get(dtype, 2)
+    traffic = batch * (item * (m * k + k * n) + max(item, 2) * m * n)
+    peak = accelerator.matmul_flops_per_s(dtype)
     if batch > 1 and (k % _ALIGNED or n % _ALIGNED):
         # Heads whose rows are not aligned to 16 bytes leave matrix units idle (BLOOM chronicles, 02-20 to 02-26).
         flops, peak = 2 * batch * m * n * k, accelerator.peak_flops_per_s(dtype) * _MISALIGNED_SHARE
-    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic))
+    # Tiles that end together wait for each other's sums.
+    exposed = _EXPOSED_SUM * memory_time_s(accelerator, num_bytes=more_bytes)
+    return max(flops / peak, memory_time_s(accelerator, num_bytes=traffic + more_bytes)) + exposed
 
 
 def memory_time_s(accelerator: Accelerator, *, num_bytes: float) -> float:
@@ -71,12 +88,14 @@ def flash_time_s(
             reach two thirds (Shah et al. 2024, section 4).
     """
     share = _FLASH_SHARES[kernel][direction == "backward"]
-    if kernel == "portable" and accelerator.key in _ASYNCHRONOUS:
+    if kernel == "portable" and accelerator.key.startswith(_ASYNCHRONOUS):
         share *= _SYNCHRONOUS_SHARE
-    return flops / (accelerator.peak_flops_per_s(dtype) * share)
+    return flops / (accelerator.peak_flops_per_s(dtype) * share * math.sqrt(accelerator.load))
 
 
-def _wave_flops(cores: int, *, m: float, n: float, k: float, batch: float, tile: tuple[int, int, float]) -> float:
+def _wave_flops(
+    cores: int, *, m: float, n: float, k: float, batch: float, tile: tuple[int, int, float], fill: float
+) -> float:
     """Return the flops that all cores could do in the time of the waves of one tile size.
 
     With fewer tiles than cores the inner dimension is split too (split-K), as libraries do for products with few rows.
@@ -89,4 +108,4 @@ def _wave_flops(cores: int, *, m: float, n: float, k: float, batch: float, tile:
     )
     splits = max(1, min(int(cores // num_tiles), int(k // _LONG_INNER))) if num_tiles < cores else 1
     waves = math.ceil(num_tiles * splits / cores)
-    return 2 * waves * cores * rows * columns / reuse * (k / splits + _SHORT_INNER)
+    return 2 * waves * cores * rows * columns / reuse * (k / splits + fill)

@@ -7,7 +7,7 @@ accelerators are in `topologies.toml`, each with its source. Read `collective_ti
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,9 @@ _GIGA = 1e9
 _MOST_BYTES = 50_000
 _MOST_DEVICES = 1_000_000
 
+# The type whose units a device uses for a type that it has none for.
+_WIDER = {"float4": "float8", "float8": "bfloat16"}
+
 # No machine is near these limits, and all results computed within them stay finite.
 _Figure = Annotated[float, Field(ge=1e-6, le=1e12)]
 _Count = Annotated[int, Field(ge=1, le=1 << 60)]
@@ -33,8 +36,9 @@ _Count = Annotated[int, Field(ge=1, le=1 << 60)]
 class Accelerator:
     """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
 
-    `matmul_share` is the share of the peak that large matrix products reach; `cores` run the tiles of a product;
-    `curve` names the measured all-reduces over its links and is "" if there are none.
+    `matmul_share` is the share of the peak that large matrix products in 16 bit keep under load, `narrow_shares` that
+    of narrower ones, and `burst_share` what they reach before the clocks sink; `cores` run the tiles of a product; `curve`
+    names the measured all-reduces over its links and is "" if there are none.
     """
 
     key: str
@@ -51,10 +55,30 @@ class Accelerator:
     host_bytes_per_s: float
     curve: str
     source: str
+    narrow_shares: Mapping[str, float] = field(default_factory=dict)
+    burst_share: float = 0.0
+
+    @property
+    def load(self) -> float:
+        """The share of its speed that the device keeps under load, 1 where it is not known."""
+        return self.matmul_share / self.burst_share if self.burst_share else 1.0
+
+    @property
+    def in_bursts(self) -> "Accelerator":
+        """The same device in work of less than a second, as in serving a request."""
+        shares = {dtype: share / self.load for dtype, share in self.narrow_shares.items()}
+        return replace(self, matmul_share=self.matmul_share / self.load, narrow_shares=shares, burst_share=0.0)
 
     def peak_flops_per_s(self, dtype: str) -> float:
-        """Return the dense matrix peak for an element type, in flops/s."""
-        return self.flops_per_s.get(dtype) or self.flops_per_s["float32"]
+        """Return the dense matrix peak for an element type, in flops/s; of a wider one where it has no units for it."""
+        found = self.flops_per_s.get(dtype)
+        return found or self.flops_per_s[_WIDER.get(dtype, "float32")]
+
+    def matmul_flops_per_s(self, dtype: str) -> float:
+        """Return the flops/s that large matrix products reach."""
+        if not self.flops_per_s.get(dtype) and dtype in _WIDER:
+            return self.matmul_flops_per_s(_WIDER[dtype])
+        return self.peak_flops_per_s(dtype) * self.narrow_shares.get(dtype, self.matmul_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +142,8 @@ def read_topology(text: str) -> Topology:
     """
     if text.endswith(".toml"):
         return _read_file(Path(text))
-    found = _TEXT.fullmatch(text.lower())
+    # A name with an x of its own, such as rtx4090, is one device.
+    found = _TEXT.fullmatch(f"{text}x1".lower() if text.lower() in _tables() else text.lower())
     if not found:
         raise TargetError(f"topology {text!r} is not written like h100x64/8.", fix="write name x devices / per node.")
     accelerator = find_accelerator(found["name"])
@@ -169,6 +194,16 @@ class _Peaks(BaseModel):
     float32: _Figure
     float16: _Figure | Literal[0] = 0
     float8: _Figure | Literal[0] = 0
+    float4: _Figure | Literal[0] = 0
+
+
+class _Shares(BaseModel):
+    """Shares of the peaks that large matrix products in 8 and 4 bits reach."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    float8: float | None = Field(default=None, gt=0, le=1)
+    float4: float | None = Field(default=None, gt=0, le=1)
 
 
 class _Figures(BaseModel):
@@ -183,6 +218,8 @@ class _Figures(BaseModel):
     memory_gb_per_s: _Figure
     cores: _Count
     matmul_share: float = Field(gt=0, le=1)
+    narrow_shares: _Shares = _Shares()
+    burst_share: float = Field(default=0, ge=0, le=1)
     link: Literal["nvlink", "pcie", "ici", "xgmi"]
     link_gb_per_s: _Figure
     devices_per_node: _Count
@@ -211,6 +248,8 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
         host_bytes_per_s=_GIGA * figures.host_gb_per_s,
         curve=figures.curve,
         source=printable(figures.source, limit=400),
+        burst_share=figures.burst_share,
+        narrow_shares={dtype: share for dtype, share in figures.narrow_shares if share is not None},
     )
 
 

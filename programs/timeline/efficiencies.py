@@ -7,6 +7,7 @@ Left out: products that are slower because their tiles do not fill the cores, co
 beside them, and clocks that sink under load. Read `simulate.py` next.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -20,11 +21,12 @@ from ..hlo import HloModule, Instruction
 from ..roofline import Adapters, bound_time_s, collective_time_s
 from ..work import Operation
 
-MATRIX_SHARE = 0.775
-"""Share of the peak that large bfloat16 products sustain on an H100 (planner, `topologies.toml`)."""
+MATRIX_SHARE = 0.705
+"""Share of the peak that large bfloat16 products keep in training on an H100 (planner, `topologies.toml`)."""
 
-FLASH_SHARES = {"__cudnn$fmhaSoftmax": 0.6, "__cudnn$fmhaSoftmaxBackward": 0.5}
-"""Share of the peak that fused attention reaches, forward and backward (planner, `kernel_time.py`)."""
+_FLASH_LOAD = math.sqrt(MATRIX_SHARE / 0.775)
+FLASH_SHARES = {"__cudnn$fmhaSoftmax": 0.6 * _FLASH_LOAD, "__cudnn$fmhaSoftmaxBackward": 0.5 * _FLASH_LOAD}
+"""Share of the peak that fused attention keeps under load, forward and backward (planner, `kernel_time.py`)."""
 
 MEMORY_SHARE = 0.74
 """Share of the memory bandwidth that kernels reach (planner, `kernel_time.py`)."""

@@ -98,7 +98,9 @@ def test_written_config_is_the_old_one_with_the_first_mesh(capsys: pytest.Captur
     best = json.loads(ask(f"{ASK} --json --write {file}", capsys))["plans"][0]
     before, after = load_config("llama3-8b-8gpu"), load_config(file)
     assert after.mesh.sizes == best["mesh"]
-    assert (after.pipeline.schedule, after.pipeline.microbatches) == (best["schedule"], best["microbatches"])
+    assert after.pipeline.microbatches == best["microbatches"]
+    # Without a pipeline there is no schedule to write.
+    assert best["schedule"] in ("none", after.pipeline.schedule)
     assert (after.model, after.data) == (before.model, before.data)
     assert after.train == before.train.model_copy(update={"shard": best["shard"]})
     check_run(after, num_devices=8)
@@ -200,9 +202,17 @@ def test_config_as_it_stands_is_priced_with_its_diagnoses(capsys: pytest.Capture
     assert "tensor-over-pcie" in {diagnosis["name"] for diagnosis in numbers["diagnoses"]}
 
 
-@pytest.mark.parametrize("objective", ["train", "latency"])
-def test_plan_in_eight_bits_says_what_it_is_priced_as(objective: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"{ASK} --objective {objective}"
+def test_training_in_eight_bits_is_priced_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    times = []
+    for matmuls in ("plain", "fp8"):
+        numbers = json.loads(ask(f"{ASK} --objective train --model.matmuls {matmuls} --json", capsys))
+        assert "priced-as-bfloat16" not in {one["name"] for one in numbers["diagnoses"]}
+        times.append(numbers["plans"][0]["step_time_s"])
+    assert 0.5 < times[1] / times[0] < 1
+
+
+def test_serving_in_eight_bits_says_what_it_is_priced_as(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{ASK} --objective latency"
     assert "priced" not in ask(words, capsys)
     assert "warning: model.matmuls='fp8' is priced as bfloat16" in ask(f"{words} --model.matmuls fp8", capsys)
     numbers = json.loads(ask(f"{words} --model.matmuls fp8 --json", capsys))

@@ -1,64 +1,115 @@
-"""Precisions of 8 and 4 bits are predicted as 16 bits, and the plan and the benchmark's table say so."""
+"""Narrow formats speed up products with weights alone, and cost casts; frozen weights have no gradient."""
 
 from dataclasses import replace
 
 import pytest
+from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
+from trellax.plan.costs.memory_model import fullest, step_memory
+from trellax.plan.costs.product_format import FORMATS
+from trellax.plan.costs.runtime import MEGATRON, Runtime, trellax_runtime
+from trellax.plan.costs.stage_time import end_costs
 from trellax.plan.diagnoses import diagnose
+from trellax.plan.machines.kernel_time import matmul_time_s
 from trellax.plan.machines.topology import read_topology
 from trellax.plan.serving_search import ServeQuestion, price_serving
 from trellax.plan.training_search import TrainQuestion, price_layout
 
-from benchmarks.planner.accuracy import measure_accuracy
-from benchmarks.planner.predictions import unpriced_precision
-from benchmarks.planner.rows import PublishedRow
-
 from .models import GPT2
 
-PRECISIONS = {
-    "bf16": "",
-    "fp16 mixed": "",
-    "bf16, fp32 gradient accumulation": "",
-    "fp8": "fp8",
-    "amp_fp8": "fp8",
-    "float8 rowwise": "fp8",
-    "FP8-CS (FP8-MX)": "fp8",
-    "MXFP8": "mxfp8",
-    "NVFP4": "nvfp4",
-}
-SIZES = {"vocab": 50304, "layers": 4, "hidden": 512, "heads": 8, "seq": 512, "gpus": 8, "gpu": "H100 SXM"}
+WIDE = replace(GPT2, dtype="bfloat16", hidden_size=8192, num_heads=64, num_kv_heads=64, ffn_size=32768, head_size=128)
+MODERN = replace(MEGATRON, attention="fused", dropout="off")
 
 
-def row(precision: str) -> PublishedRow:
-    inputs = {**SIZES, "dp": 8, "mbs": 1, "gbs": 8, "recompute": "none", "precision": precision}
-    return PublishedRow(
-        source="test",
-        id=precision,
-        kind="train",
-        value_kind="measured",
-        provenance="",
-        inputs=inputs,
-        outputs={"step_time_s": 1.0},
-        derived={},
-        unstated=(),
-        has_sequence_parallel=True,
+def layer_of(runtime: Runtime, *, machine: str = "gb200x8"):
+    sizes = {"layout": Layout(), "num_tokens": 4096, "topology": read_topology(machine)}
+    return layer_time(WIDE, runtime=runtime, **sizes)
+
+
+def test_each_narrower_format_makes_a_wide_layer_faster() -> None:
+    times = []
+    for name in ("plain", "mxfp8", "nvfp4"):
+        layer = layer_of(replace(MODERN, products=name))
+        times.append(layer.forward + layer.backward)
+    assert times == sorted(times, reverse=True)
+    # Never by more than the ratio of the peaks.
+    assert times[0] / times[1] < 2
+    assert times[0] / times[2] < 4
+
+
+def test_a_pass_to_find_the_largest_value_costs_time() -> None:
+    current, delayed = (layer_of(replace(MODERN, products=name)) for name in ("fp8-current", "fp8-delayed"))
+    assert current.forward > delayed.forward
+    assert current.weight_grad == delayed.weight_grad
+
+
+def test_cast_reads_wide_numbers_once_and_writes_both_layouts() -> None:
+    assert FORMATS["plain"].cast_bytes(2, layouts=2) == 0
+    assert FORMATS["fp8-delayed"].cast_bytes(2, layouts=2) == 2 + 2 * 1
+    assert FORMATS["fp8-current"].cast_bytes(2, layouts=1) == 2 + 2 + 1
+    assert FORMATS["nvfp4"].cast_bytes(2, layouts=2) == 2 + 2 + 2 * (0.5 + 1 / 16)
+
+
+def test_head_embedding_and_hops_stay_wide() -> None:
+    sizes = {"layout": Layout(tensor=2, pipe=4, microbatches=8), "num_tokens": 4096}
+    costs = [
+        end_costs(WIDE, runtime=replace(MODERN, products=name), topology=read_topology("gb200x8"), **sizes)
+        for name in ("plain", "nvfp4")
+    ]
+    assert costs[0] == costs[1]
+
+
+def test_without_units_for_a_type_products_take_the_time_of_the_next_wider_one() -> None:
+    a100, h100 = (read_topology(name).accelerator for name in ("a100", "h100"))
+    sizes = {"m": 8192, "n": 8192, "k": 8192}
+    assert a100.matmul_flops_per_s("float8") == a100.matmul_flops_per_s("bfloat16")
+    assert h100.matmul_flops_per_s("float4") == h100.matmul_flops_per_s("float8")
+    assert matmul_time_s(h100, dtype="float8", **sizes) < matmul_time_s(h100, dtype="bfloat16", **sizes)
+
+
+def test_narrow_residuals_take_less_memory() -> None:
+    layout = Layout(tensor=8, pipe=4, microbatches=8)
+    held = [
+        fullest(step_memory(WIDE, layout=layout, num_tokens=4096, runtime=replace(MODERN, products=name))).activations
+        for name in ("plain", "mxfp8", "nvfp4")
+    ]
+    assert held == sorted(held, reverse=True)
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
+    adapters = replace(MODERN, adapter_rank=16, adapted="all")
+    layer, whole = layer_of(adapters), layer_of(MODERN)
+    # What is left are the gradients of the adapters, 16 columns for 8,192.
+    assert layer.weight_grad < 0.1 * whole.weight_grad
+    assert layer.forward > whole.forward
+    memory, everything = (
+        fullest(step_memory(WIDE, layout=Layout(), num_tokens=4096, runtime=runtime)) for runtime in (adapters, MODERN)
     )
+    d, layers = WIDE.hidden_size, WIDE.num_layers
+    trained = layers * 16 * ((d + 3 * d) + (d + d) + (d + 4 * d) + (4 * d + d))
+    assert memory.gradients == pytest.approx(2 * trained)
+    assert memory.optimizer == pytest.approx(12 * trained)
+    assert memory.weights == everything.weights
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_benchmark_names_precisions_that_are_priced_as_another(precision: str) -> None:
-    narrow = PRECISIONS[precision]
-    assert unpriced_precision({"precision": precision}) == narrow
-    (found,) = measure_accuracy({"test": [row(precision)]})
-    assert found.quantity == (f"step_time {narrow} as bf16" if narrow else "step_time")
+def test_trellax_prices_its_own_fp8_by_current_scaling() -> None:
+    accelerator = read_topology("h200x8").accelerator
+    narrow = trellax_runtime(replace(WIDE, matmuls="fp8"), accelerator)
+    assert (narrow.products, narrow.cast_layouts, narrow.weight_casts) == ("fp8-current", 1, "microbatch")
+    assert trellax_runtime(WIDE, accelerator).products == "plain"
 
 
-def test_plans_of_a_model_in_fp8_say_that_they_are_priced_as_bfloat16() -> None:
+@pytest.mark.parametrize(("machine", "expected"), [("h100x8", []), ("a100x8", ["no-narrow-units"])])
+def test_plans_in_fp8_warn_where_the_device_has_no_units_for_it(machine: str, expected: list[str]) -> None:
+    model = replace(GPT2, dtype="bfloat16", matmuls="fp8")
+    question = TrainQuestion(model=model, topology=read_topology(machine), batch_size=256, num_tokens=1024)
+    plan = price_layout(question, Layout(data=8, microbatches=4, sequences=8, remat="dots"))
+    assert [one.name for one in diagnose(question, plan) if one.severity != "note"] == expected
+
+
+def test_serving_says_that_it_prices_fp8_as_bfloat16() -> None:
+    model = replace(GPT2, dtype="bfloat16", matmuls="fp8")
     topology = read_topology("h100x8")
-    for matmuls, expected in (("plain", []), ("fp8", ["priced-as-bfloat16"])):
-        model = replace(GPT2, dtype="bfloat16", matmuls=matmuls)
-        question = TrainQuestion(model=model, topology=topology, batch_size=256, num_tokens=1024)
-        serving = price_serving(ServeQuestion(model=model, topology=topology, requests=1), Layout())
-        training = price_layout(question, Layout(data=8, microbatches=4, sequences=8, remat="dots"))
-        for plan in (training, serving):
-            assert [one.name for one in diagnose(question, plan) if one.severity != "note"] == expected
+    question = TrainQuestion(model=model, topology=topology, batch_size=256, num_tokens=1024)
+    plan = price_serving(ServeQuestion(model=model, topology=topology, requests=1), Layout())
+    assert [one.name for one in diagnose(question, plan)] == ["priced-as-bfloat16"]

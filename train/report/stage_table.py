@@ -13,7 +13,6 @@ from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...plan.costs.activations import split_backward_bytes
 from ...plan.costs.held_layers import kinds_of_stages
-from ...plan.costs.precision import unpriced_matmuls
 from ...schedules import Schedule, simulate
 from ..state import Setup
 
@@ -210,7 +209,7 @@ def _write_notes(setup: Setup, *, kept: dict[ModelConfig, int]) -> tuple[str, ..
         notes = (f"{room}.", f"Every rank holds {part}, whose time is no stage's: all ranks share it.")
     else:
         notes = (f"{room}, and for embedding and head, wherever they are used.", _place_ends(setup))
-    if narrow := unpriced_matmuls(setup.config.model):
+    if (narrow := setup.config.model.matmuls) != "plain":
         notes += (f"Time counts products in {narrow} as 16-bit ones: layers take less of it than is said.",)
     return notes
 

@@ -1,0 +1,108 @@
+"""Find the traits of a published row's runtime: number format, attention, overlap, what is kept in memory.
+
+They follow from what rows state: the kind of attention, dropout with unfused attention, sharded optimizers by their
+names. Read `training_case.py` first, which calls this.
+"""
+
+import re
+from dataclasses import replace
+
+from trellax.plan.costs.product_format import FormatName
+from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, OnOff, Runtime
+from trellax.plan.machines.topology import Accelerator
+
+from .rows import PublishedRow
+
+# Where a row does not state it: Megatron-Bridge's recipes adapt queries, keys and values alone, with rank 16
+# (`scripts/performance/configs/llama/llama3_llm_finetune.py`).
+_ADAPTER_RANK = 16
+_MODERN = ("h100", "h200", "h20", "gh200", "b200", "b300", "gb200", "gb300", "mi3")
+# By the first that a text has; "FP8" alone was delayed scaling, TransformerEngine's default.
+_FORMATS: tuple[tuple[str, FormatName], ...] = (
+    (r"current|tensorwise|rowwise|linears|-cs\b|_cs\b", "fp8-current"),
+    (r"nvfp4|(?:fp|float)4", "nvfp4"),
+    (r"mxfp8|-mx\b|_mx\b", "mxfp8"),
+    (r"block|subchannel|-sc\b|_sc\b", "fp8-block"),
+    (r"(?:fp|float)8", "fp8-delayed"),
+)
+
+
+def stated_format(row: PublishedRow) -> FormatName:
+    """Return the number format of products with weights that a row's precision names."""
+    text = str(row.inputs.get("precision", "")).lower()
+    # "FP8-CS (FP8-MX)" names a second measurement in parentheses.
+    first = text.partition("(")[0]
+    if not re.search(r"(?:fp|float)[48](?!\d)", text):
+        return "plain"
+    return next((name for pattern, name in _FORMATS if re.search(pattern, first)), "fp8-delayed")
+
+
+def adapter_rank(row: PublishedRow) -> int:
+    """Return the rank of adapters that a step trains; 0 if it trains all weights."""
+    inputs = row.inputs
+    if not any("lora" in str(inputs.get(name, "")).lower() for name in ("task", "peft", "finetuning")):
+        return 0
+    return int(inputs.get("lora_rank", inputs.get("adapter_rank", _ADAPTER_RANK)))
+
+
+def is_modern(row: PublishedRow, accelerator: Accelerator) -> bool:
+    """Return whether attention is fused: where it is stated, else on Hopper and later, with Llama shapes, with FSDP."""
+    inputs = row.inputs
+    stated = str(inputs.get("attention", ""))
+    is_new = accelerator.key.startswith(_MODERN) or "swiglu" in str(inputs.get("mlp")) or bool(inputs.get("fsdp_only"))
+    return "unfused" not in stated and (is_new or "flash" in stated)
+
+
+def _loss_bytes(row: PublishedRow) -> int:
+    """Return the bytes that the loss holds of each logit; 0 for a fused kernel, where a source states one, or XLA.
+
+    Megatron's loss, which nanotron took over, has the logits in 16 bits and in float32, their softmax, which becomes
+    the gradient in place, and its cast; PyTorch's has another float32 array for the gradient.
+    """
+    framework = str(row.inputs.get("framework", ""))
+    if "fused cross entropy" in row.notes or "JAX" in framework:
+        return 0
+    return 16 if row.inputs.get("fsdp_only") else 12
+
+
+def is_recent(row: PublishedRow) -> bool:
+    """Return whether a row was measured on an NVIDIA accelerator of the H100's generation or later."""
+    return re.match(r"(?:NVIDIA )?(?:DGX[- ])?(?:G?[HB]\d00|H20)", str(row.inputs.get("gpu", ""))) is not None
+
+
+def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
+    """Return the traits that a row states or implies; fused attention came with Llama shapes, FSDP and Hopper.
+
+    Collectives behind weight gradients came to Megatron with sequence parallelism.
+    """
+    inputs = row.inputs
+    is_fused = is_modern(row, accelerator)
+    is_overlapped = inputs.get("comm_overlap", True)
+    precision = str(inputs.get("precision", ""))
+    products = stated_format(row)
+
+    def switch(value: object) -> OnOff:
+        return "on" if value else "off"
+
+    return replace(
+        MEGATRON if is_fused or row.has_sequence_parallel else MEGATRON_2021,
+        attention="fused" if is_fused else "scores",
+        flash="portable" if inputs.get("fsdp_only") and "JAX" not in str(inputs.get("framework")) else "vendor",
+        dropout=switch(not is_fused),
+        sequence_parallel=switch(inputs.get("seq_parallel", is_fused and inputs.get("tp", 1) > 1)),
+        tensor_overlap=switch(is_overlapped and (is_fused or row.has_sequence_parallel)),
+        blocking_hops=switch(not (is_fused and is_overlapped and inputs.get("vpp", 1) > 1)),
+        data_overlap=switch(
+            inputs.get("grad_reduce_overlap", inputs.get("ddp") == "torch" or (is_fused and is_overlapped))
+        ),
+        shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
+        scatter_hops=switch(inputs.get("scatter_gather", True)),
+        gradient_bytes=4 if "fp32 grad" in precision else 2,
+        products=products,
+        loss_bytes=_loss_bytes(row),
+        adapter_rank=adapter_rank(row),
+        adapted="all" if "all" in str(inputs.get("lora_targets", "")) else "qkv",
+        weight_casts="microbatch" if inputs.get("fsdp", 1) > 1 else "step",
+        # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
+        fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,
+    )

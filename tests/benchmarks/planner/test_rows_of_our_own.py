@@ -1,0 +1,168 @@
+"""The benchmark on a file of the schema that is written here: rates become step times, and the page can be parsed."""
+
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks.planner.accuracy import measure_accuracy
+from benchmarks.planner.predictions import predict_row
+from benchmarks.planner.rows import PublishedRow, read_published
+from benchmarks.planner.run import main
+from benchmarks.planner.runtime_case import adapter_rank, stated_format
+from benchmarks.planner.skipped import RowSkippedError
+
+PRECISIONS = {
+    "bf16": "plain",
+    "fp16 mixed": "plain",
+    "bf16, fp32 gradient accumulation": "plain",
+    "fp8": "fp8-delayed",
+    "amp_fp8": "fp8-delayed",
+    "fp8 (Transformer Engine)": "fp8-delayed",
+    "float8 rowwise": "fp8-current",
+    "FP8-CS (FP8-MX)": "fp8-current",
+    "fp8 blockwise": "fp8-block",
+    "MXFP8": "mxfp8",
+    "FP8-MX": "mxfp8",
+    "NVFP4": "nvfp4",
+}
+SIZES = {"vocab": 50304, "layers": 4, "hidden": 512, "heads": 8, "seq": 512, "gpus": 8, "gpu": "H100 SXM"}
+LAYOUT = {"dp": 8, "mbs": 2, "gbs": 16, "recompute": "none"}
+FILE = """
+schema = 1
+[source]
+id = "ours"
+[source.notes]
+flops = "model flops count causal (half) attention"
+[[row]]
+id = "seconds"
+[row.in]
+{inputs}
+[row.out]
+step_time_s = 0.01
+peak_mem_gib = 3.0
+[[row]]
+id = "adapters | fp8"
+[row.in]
+{inputs}
+precision = "FP8-CS"
+task = "lora"
+[row.out]
+tokens_per_s = 1e6
+[[row]]
+id = "without a layout"
+[row.in]
+gpu = "H100 SXM"
+[row.out]
+step_time_s = 1.0
+"""
+
+
+def row(inputs: dict[str, object], outputs: dict[str, float], *, notes: str = "") -> PublishedRow:
+    return PublishedRow(
+        source="test",
+        id="row",
+        kind="train",
+        value_kind="measured",
+        provenance="",
+        inputs={**SIZES, **LAYOUT, **inputs},
+        outputs=outputs,
+        derived={},
+        unstated=(),
+        has_sequence_parallel=True,
+        notes=notes,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    inputs = "\n".join(f"{key} = {value!r}" for key, value in {**SIZES, **LAYOUT}.items())
+    (tmp_path / "ours.toml").write_text(FILE.format(inputs=inputs))
+    return tmp_path
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precisions_become_formats(precision: str) -> None:
+    one = row({"precision": precision}, {"step_time_s": 1.0})
+    assert stated_format(one) == PRECISIONS[precision]
+    family = PRECISIONS[precision].partition("-")[0]
+    (found,) = measure_accuracy({"test": [one]})
+    assert found.quantity == ("step_time" if family == "plain" else f"step_time {family}")
+
+
+def test_rates_determine_the_step() -> None:
+    tokens = 16 * 512
+    for outputs in (
+        {"tokens_per_s": tokens / 0.25},
+        {"tokens_per_s_per_gpu": tokens / 0.25 / 8},
+        {"sequences_per_s": 16 / 0.25},
+        {"samples_per_gpu_per_s": 16 / 0.25 / 8},
+    ):
+        (found,) = predict_row(row({}, outputs))
+        assert (found.quantity, found.measured) == ("step_time", pytest.approx(0.25))
+
+
+def test_batch_follows_from_the_layout_where_it_is_not_stated() -> None:
+    stated = row({}, {"tokens_per_s": 16 * 512.0})
+    unstated = replace(stated, inputs={key: value for key, value in stated.inputs.items() if key != "gbs"})
+    assert predict_row(unstated) == predict_row(stated)
+
+
+@pytest.mark.parametrize(
+    ("notes", "quantities"),
+    [
+        ("counts CAUSAL (half) attention", ["step_time"]),
+        ("24.07 counts FULL attention", ["step_time"]),
+        ("attention term is NOT causal-halved", ["step_time"]),
+        ("", ["step_time by full-attention flops", "step_time by half-attention flops"]),
+    ],
+)
+def test_flops_are_read_by_the_convention_stated_or_by_both(notes: str, quantities: list[str]) -> None:
+    for outputs in ({"tflops_per_gpu": 400.0}, {"mfu_pct": 40.0}):
+        found = predict_row(row({}, outputs, notes=notes))
+        assert [one.quantity for one in found] == quantities
+        assert all(one.measured > 0 for one in found)
+    if not notes:
+        full, half = (one.measured for one in found)
+        assert full > half
+
+
+def test_adapters_are_trained_where_a_row_says_so() -> None:
+    assert adapter_rank(row({"task": "LoRA"}, {})) == 16
+    assert adapter_rank(row({"task": "lora", "lora_rank": 8}, {})) == 8
+    assert adapter_rank(row({"task": "sft"}, {})) == 0
+
+
+def test_data_shards_that_count_those_of_fsdp_are_not_counted_twice() -> None:
+    times = [predict_row(row({"dp": dp, "fsdp": 8}, {"step_time_s": 1.0}))[0].predicted for dp in (1, 8)]
+    assert times[0] == times[1]
+
+
+def test_chunks_that_are_not_stated_skip_an_interleaved_row() -> None:
+    inputs = {"pp": 2, "dp": 4, "schedule": "interleaved-1f1b", "num_microbatches": 2}
+    with pytest.raises(RowSkippedError, match="vpp is not stated"):
+        predict_row(row(inputs, {"step_time_s": 1.0}))
+
+
+def test_page_of_evidence_can_be_parsed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = tmp_path / "docs"
+    assert main([str(folder), "--write", str(docs)]) == 0
+    page, picture = (Path(line) for line in capsys.readouterr().out.splitlines())
+    text = page.read_text()
+    assert f"](../{picture.relative_to(docs)})" in text
+    ElementTree.parse(picture)
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 5
+    for lines in tables:
+        widths = {line.replace("\\|", "").count("|") for line in lines}
+        assert len(widths) == 1
+    assert "| fp8 steps | 10% | 0 | - | - | - |" in text
+    assert "| LoRA steps | 15% | 1 |" in text
+    assert "adapters \\| fp8" in text
+    assert "| ours | 1 | vocab is not stated |" in text
+
+
+def test_schema_is_read_with_its_notes(folder: Path) -> None:
+    first = read_published(folder)["ours"][0]
+    assert (first.id, first.notes) == ("seconds", "model flops count causal (half) attention")
