@@ -54,12 +54,16 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Configure:
     return read
 
 
+def setup_of(config: RunConfig) -> Setup:
+    devices = jax.devices()[: config.mesh.num_devices]
+    return Setup(config, build_mesh(config.mesh, devices=devices))
+
+
 class Run:
     """Steps of a config on its mesh, one by one."""
 
     def __init__(self, config: RunConfig) -> None:
-        devices = jax.devices()[: config.mesh.num_devices]
-        self.setup = Setup(config, build_mesh(config.mesh, devices=devices))
+        self.setup = setup_of(config)
         self.step = make_train_step(self.setup)
         self.state = self.setup.init_state()
         sizes: dict[str, Any] = {"seq_len": config.data.seq_len, "batch_size": config.train.batch_size}
@@ -147,18 +151,46 @@ def test_steps_with_moving_biases_equal_one_device(
         assert np.abs(leaf - expected[path]).max() <= TOLERANCE * np.abs(expected[path]).max(), path
 
 
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ("expert=2,pipe=2", ""),
+        pytest.param("data=2,pipe=4", "--train.offload optimizer", marks=pytest.mark.slow),
+        pytest.param("expert=2,pipe=2", "--pipeline.schedule zb-v --pipeline.chunks 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_state_of_two_kinds_moves_to_another_mesh_and_back(
+    mesh: str, words: str, configure: Configure, tmp_path: Path
+) -> None:
+    one, other = setup_of(configure(f"{MIXED} {words}", "data=2,pipe=2")), setup_of(configure(f"{MIXED} {words}", mesh))
+    state = one.init_state()
+    # Random numbers tell the layers apart; biases start as zeros.
+    bias = state.params.stages["experts"]["mlp"]["router"]
+    bias["bias"] = bias["bias"] + jax.random.normal(jax.random.key(0), bias["bias"].shape)
+    there = moved(state, one, other, tmp_path / "there")
+    back = moved(there, other, one, tmp_path / "back")
+    found = [jax.tree.leaves(params_of(*pair)) for pair in ((one, state), (other, there), (one, back))]
+    for first, second, third in zip(*found, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(first, third)
+
+
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh_with_its_biases(configure: Configure, tmp_path: Path) -> None:
     saved, other = (Run(configure(MIXED, mesh)) for mesh in ("data=2,pipe=4", "expert=2,pipe=2"))
     saved.take(2)
-    with Checkpoints(tmp_path / "saves", keep=1) as checkpoints:
-        checkpoints.save(saved.state, saved.setup)
-        checkpoints.wait()
-        other.state = checkpoints.restore(other.setup)
-    for one, two in zip(jax.tree.leaves(saved.params), jax.tree.leaves(other.params), strict=True):
-        np.testing.assert_array_equal(one, two)
+    other.state = moved(saved.state, saved.setup, other.setup, tmp_path)
     saved.take(2)
     other.take(2)
     np.testing.assert_array_equal(bias_of(saved.params), bias_of(other.params))
+
+
+def moved(state: TrainState, one: Setup, other: Setup, folder: Path) -> TrainState:
+    """Return the state that another setup restores from what the first saves."""
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(state, one)
+        checkpoints.wait()
+        return checkpoints.restore(other)
 
 
 def test_a_bad_step_leaves_the_biases_alone(configure: Configure) -> None:

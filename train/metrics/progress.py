@@ -37,9 +37,14 @@ class StepProgress:
         )
         self._task = self._bar.add_task("training", total=steps, completed=first_step, numbers="")
 
-    def advance(self, step: int, *, loss: float, tokens_per_s: float) -> None:
-        """Show that `step` steps are done."""
+    def advance(self, step: int, *, loss: float, tokens_per_s: float, expert_peak: float | None = None) -> None:
+        """Show that `step` steps are done.
+
+        Args:
+            expert_peak: tokens of the most loaded expert of any layer over the mean, of a mixture of experts.
+        """
         numbers = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+        numbers += f"  expert peak {expert_peak:.2f}" if expert_peak is not None else ""
         self._bar.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal and (step % self._line_every == 0 or step == self._steps):
             say(self._console, f"step {step}/{self._steps}  {numbers}")

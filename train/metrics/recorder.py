@@ -77,7 +77,8 @@ class StepRecorder:
         self._timer.end_step()
         step_time_s = self._timer.step_time_s
         tokens_per_s = self._throughput.tokens_per_s(step_time_s)
-        self._progress.advance(step, loss=loss, tokens_per_s=tokens_per_s)
+        router = {name: float(value) for name, value in metrics.router.items()}
+        self._progress.advance(step, loss=loss, tokens_per_s=tokens_per_s, expert_peak=router.get("expert_peak"))
         if is_taken:
             self.last_loss = loss
         if self._intervals.logs(step) or not is_taken:
@@ -92,7 +93,7 @@ class StepRecorder:
                     **self._timer.breakdown_s,
                     "mfu": self._throughput.mfu(step_time_s),
                     "peak_memory_bytes": peak_memory_bytes(),
-                    **{name: float(value) for name, value in metrics.router.items()},
+                    **router,
                     "skipped": None if is_taken else 1,
                 },
             )

@@ -20,3 +20,10 @@ def test_bar_shows_no_loss_before_the_first_step() -> None:
     assert "0/3" in file.getvalue()
     assert "nan" not in file.getvalue()
     assert progress is not None
+
+
+def test_line_of_a_mixture_of_experts_has_its_peak() -> None:
+    file = io.StringIO()
+    with StepProgress(Console(file=file, width=120), first_step=0, steps=1) as progress:
+        progress.advance(1, loss=2.5, tokens_per_s=1000, expert_peak=1.234)
+    assert file.getvalue() == "step 1/1  loss 2.500  1,000 tokens/s  expert peak 1.23\n"
