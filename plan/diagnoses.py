@@ -16,6 +16,7 @@ from .costs.stage_time import stage_layers
 from .plan import Plan
 from .suggestions import (
     Change,
+    closer_experts,
     even_pipes,
     fuller_pipes,
     layout_change,
@@ -127,6 +128,26 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
     )
 
 
+def _check_expert_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
+    """Find experts that are split over several nodes."""
+    layout, node = plan.layout, question.topology.devices_per_node
+    span = layout.tensor * layout.context * layout.expert
+    if layout.expert == 1 or plan.step is None or node % span == 0:
+        return
+    share = plan.step.tensor_s / plan.time_s
+    otherwise = "expect it: no smaller expert axis fits and is faster."
+    suggestion = suggest_faster(question, plan, closer_experts(question, layout), otherwise=otherwise)
+    yield Diagnosis(
+        name="experts-across-nodes",
+        severity="warning",
+        number=share,
+        message=f"groups of expert={layout.expert} span nodes of {node}: {share:.0%} of the step waits for collectives "
+        "of the layers",
+        fix=suggestion.text,
+        change=suggestion.change,
+    )
+
+
 def _check_tensor_width(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     """Find a tensor axis that spends much of the step on communication inside a node."""
     tensor, node = plan.layout.tensor, question.topology.devices_per_node
@@ -223,12 +244,14 @@ def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
         return
     share = plan.step.data_s / plan.time_s
     if share > _DATA_SHARE:
-        shard = plan.layout.microbatches * plan.layout.sequences
+        layout = plan.layout
+        shard = layout.microbatches * layout.sequences
+        shards = f"data={layout.data // layout.expert}" + f" x expert={layout.expert}" * (layout.expert > 1)
         yield Diagnosis(
             name="batch-too-small",
             severity="warning",
             number=share,
-            message=f"{shard} sequences on each of data={plan.layout.data}: {share:.0%} of the step sums gradients",
+            message=f"{shard} sequences on each of {shards}: {share:.0%} of the step sums gradients",
             fix="raise train.batch_size, or lower mesh.data.",
         )
 
@@ -283,6 +306,7 @@ _CHECKS: tuple[Callable[[TrainQuestion, Plan], Iterator[Diagnosis]], ...] = (
     _check_fit,
     _check_precision,
     _check_tensor_links,
+    _check_expert_links,
     _check_tensor_width,
     _check_bubble,
     _check_balance,

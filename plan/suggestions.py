@@ -71,6 +71,14 @@ def narrower_tensor(question: TrainQuestion, layout: Layout) -> Iterator[Layout]
             yield from _on_mesh(question, layout, mesh)
 
 
+def closer_experts(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
+    """Yield this layout with a smaller expert axis whose groups lie within nodes."""
+    for parts in range(1, layout.expert):
+        is_even = question.model.num_experts % parts == 0 and layout.data % parts == 0
+        if is_even and question.topology.devices_per_node % (layout.tensor * layout.context * parts) == 0:
+            yield replace(layout, expert=parts)
+
+
 def even_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
     """Yield layouts with even stages: this one without its own `layers_per_stage`, and those of another pipe axis."""
     if layout.layers_per_stage is not None:
@@ -114,7 +122,7 @@ def _keys(layout: Layout) -> Change:
     stages = layout.layers_per_stage
     return {
         "mesh.data": layout.data // layout.expert,
-        **({"mesh.expert": layout.expert} if layout.expert > 1 else {}),
+        "mesh.expert": layout.expert,
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
         "mesh.context": layout.context,

@@ -12,6 +12,7 @@ for every microbatch, and a second copy of all gradients.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ class LayerStack:
     state: what layers are given as `info.state`, by kind, leaves [C, k, ...].
     gathers: the gather of a layer's parameters by kind, None where this device has them whole.
     kind_of, place_of: kind of each layer and its place among those of its kind, [most layers]; None for a single kind.
+    kind_counts: number of layers of each kind where they are sorted by kind, in place of `kind_of` and `place_of`.
     """
 
     stages: dict[str, Any]
@@ -51,6 +53,7 @@ class LayerStack:
     gathers: dict[str, LayerGather | None]
     kind_of: Any = None
     place_of: Any = None
+    kind_counts: dict[str, Index] | None = None
     unroll: Unroll = "off"
 
     def params(self, place: Place) -> Any:
@@ -74,9 +77,9 @@ class LayerStack:
         Gathered parameters of the next layer are in the carry, so that their gather runs beside this layer's products;
         the last layer, which has no next one, stands behind the loop.
         """
-        # A count that differs between ranks is a traced number: such a loop cannot be written out.
-        is_written_out = self.unroll == "on" and isinstance(self.count, int)
-        unroll: dict[str, Any] = {"unroll": is_written_out or None}
+        if self.kind_counts is not None:
+            return self._loop_by_kind(self.kind_counts, work, carry, is_reversed=is_reversed)
+        unroll = self._unroll(self.count)
 
         def index_of(turn: Index) -> Index:
             return self.count - 1 - turn if is_reversed else turn
@@ -96,6 +99,24 @@ class LayerStack:
         params, carry = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
         last = index_of(self.count - 1)
         return work(self._place(last), params, last, carry)
+
+    def _loop_by_kind(self, counts: dict[str, Index], work: Work, carry: Any, *, is_reversed: bool) -> Any:
+        """Return what `loop` does, by a loop for each kind: no layer asks at run time of which kind it is."""
+        firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        for kind, count in reversed(counts.items()) if is_reversed else counts.items():
+
+            def turn(turn: Index, carry: Any, kind: str = kind, count: Index = count) -> Any:
+                index = count - 1 - turn if is_reversed else turn
+                place = Place(kind=kind, chunk=self.chunk, index=index)
+                return work(place, self.params(place), firsts[kind] + index, carry)
+
+            carry = jax.lax.fori_loop(0, count, turn, carry, **self._unroll(count))
+        return carry
+
+    def _unroll(self, count: Index) -> dict[str, Any]:
+        """Return how a loop over so many layers is unrolled."""
+        # A count that differs between ranks is a traced number: such a loop cannot be written out.
+        return {"unroll": (self.unroll == "on" and isinstance(count, int)) or None}
 
     def _run(self, index: Index, work: Work, carry: Any) -> Any:
         """Return work of the layer at an index; a layer's kind decides at run time which work is done."""

@@ -83,10 +83,14 @@ class RankModel:
         if len(set(counts)) > 1:
             count, first = (_at(own, stage) for own in (counts, (0, *accumulate(counts[:-1]))))
         # Rows of constants of the program: one row is read at run time where the rank decides which stage it is.
-        kind_of = place_of = None
+        kind_of = place_of = kind_counts = None
         if fns.pattern is not None:
             pattern = stage_pattern(fns.pattern, kinds=tuple(self.unprepared), counts=counts)
-            kind_of, place_of = (jnp.asarray(table)[stage] for table in (pattern.kind_of, pattern.place_of))
+            if pattern.is_sorted:
+                own = {kind: pattern.counts_of(kind) for kind in pattern.kinds}
+                kind_counts = {kind: each[0] if len(set(each)) == 1 else _at(each, stage) for kind, each in own.items()}
+            else:
+                kind_of, place_of = (jnp.asarray(table)[stage] for table in (pattern.kind_of, pattern.place_of))
         return LayerStack(
             stages=self.stages,
             chunk=chunk,
@@ -97,6 +101,7 @@ class RankModel:
             gathers=self.gathers,
             kind_of=kind_of,
             place_of=place_of,
+            kind_counts=kind_counts,
             unroll=fns.unroll,
         )
 

@@ -40,6 +40,11 @@ class StagePattern:
         number = self.kinds.index(kind)
         return [int((row[:count] == number).sum()) for row, count in zip(self.kind_of, self.counts, strict=True)]
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether every stage has all layers of the first kind, then all of the second, and so on."""
+        return all((np.diff(row[:count]) >= 0).all() for row, count in zip(self.kind_of, self.counts, strict=True))
+
 
 def stage_pattern(pattern: Sequence[str], *, kinds: Sequence[str], counts: Sequence[int]) -> StagePattern:
     """Return the pattern on stages of `counts` layers: the layer l of the model is of kind pattern[l % len(pattern)].

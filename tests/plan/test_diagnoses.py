@@ -1,5 +1,7 @@
 """Every mistake is found where it is made, with its number, and a sound layout has none."""
 
+from dataclasses import replace
+
 import pytest
 from trellax.layers import ModelConfig
 from trellax.plan.costs.layout import Layout
@@ -8,6 +10,7 @@ from trellax.plan.machines.topology import read_topology
 from trellax.plan.training_search import TrainQuestion, price_layout
 
 from .models import GPT2, LLAMA_8B
+from .test_experts import MODEL
 
 CASES = {
     "tensor-over-pcie": ("a100-pciex8", Layout(tensor=8, microbatches=64, remat="full")),
@@ -46,6 +49,23 @@ def test_mistake_is_found_with_its_number(name: str) -> None:
 def test_tensor_too_wide_for_the_hidden_size() -> None:
     layout = Layout(tensor=4, data=2, microbatches=8, sequences=1)
     assert found("h100x8", layout, GPT2, 1024)["tensor-too-wide"].number > 0.3
+
+
+EXPERTS = replace(MODEL, num_experts=64, experts_per_token=8)
+
+
+def test_experts_over_several_nodes_are_found_with_a_smaller_axis() -> None:
+    layout = Layout(data=16, expert=16, microbatches=4, zero=2)
+    diagnosis = found("h100x16/8", layout, EXPERTS, 512)["experts-across-nodes"]
+    assert 0 < diagnosis.number < 1
+    assert diagnosis.change["mesh.expert"] in (1, 2, 4, 8)
+    assert diagnosis.change["mesh.data"] == 16 // diagnosis.change["mesh.expert"]
+    assert "experts-across-nodes" not in found("h100x16/8", replace(layout, expert=8), EXPERTS, 512)
+
+
+def test_shards_of_a_batch_are_named_by_the_axes_of_the_mesh() -> None:
+    diagnosis = found("h100x64/8", Layout(data=64, expert=4, zero=1), EXPERTS, 64)["batch-too-small"]
+    assert "on each of data=16 x expert=4:" in diagnosis.message
 
 
 def test_batch_too_small_for_the_data_axis() -> None:

@@ -1,15 +1,17 @@
 """Layers are balanced so that the longest stage is as short as possible, and no layer is lost."""
 
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise
+from dataclasses import replace
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trellax.layers import ModelConfig, flops_per_token
+from trellax.layers.experts.kinds import layer_kinds
 from trellax.meshes import ScheduleError
 from trellax.pipeline import balance_layers, resolve_layers, stage_costs
-from trellax.pipeline.model.balance import end_times
+from trellax.pipeline.model.balance import balance_times, end_times, layer_times
 from trellax.schedules import StageCost, build_schedule, simulate
 
 EXTRA = st.one_of(st.just(0.0), st.floats(0, 15), st.integers(0, 12).map(float))
@@ -42,6 +44,45 @@ def test_no_split_has_a_shorter_longest_stage(stages: int, more: int, first: flo
     assert min(ours) >= 1
     best = min(longest(layers, first, last) for layers in all_splits(num_layers, stages))
     assert longest(ours, first, last) == pytest.approx(best, rel=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    stages=st.integers(1, 4),
+    counts=st.tuples(st.integers(0, 6), st.integers(1, 6)),
+    ratio=st.floats(0.2, 5),
+    first=EXTRA,
+    last=EXTRA,
+)
+def test_no_split_of_unequal_layers_has_a_shorter_longest_stage(
+    stages: int, counts: tuple[int, int], ratio: float, first: float, last: float
+) -> None:
+    times = [ratio] * counts[0] + [1.0] * counts[1]
+    stages = min(stages, len(times))
+    ours = balance_times(times, num_stages=stages, first_extra=first, last_extra=last)
+    assert (len(ours), sum(ours)) == (stages, len(times))
+    assert min(ours) >= 1
+
+    def longest_of(layers: tuple[int, ...]) -> float:
+        ends = list(accumulate(layers))
+        own = [sum(times[end - count : end]) for end, count in zip(ends, layers, strict=True)]
+        own[0] += first
+        own[-1] += last
+        return max(own)
+
+    assert longest_of(ours) == pytest.approx(min(map(longest_of, all_splits(len(times), stages))), rel=1e-12)
+
+
+def test_dense_layers_count_by_their_time() -> None:
+    experts = replace(model(6), mlp="swiglu", bias="off", num_experts=8, experts_per_token=2, expert_size=64)
+    wide = replace(experts, dense_layers=2, ffn_size=2048)
+    times = layer_times(wide, num_tokens=16)
+    flops = [flops_per_token(kind.config, num_tokens=16).forward - 2 * 256 * 32 for kind in layer_kinds(wide)]
+    assert times == (flops[0] / flops[1], flops[0] / flops[1], 1.0, 1.0, 1.0, 1.0)
+    layers = resolve_layers(wide, num_ranks=2, num_tokens=16)
+    assert layers == (1, 5)
+    costs = stage_costs(wide, layers_per_stage=layers, num_tokens=16)
+    assert [cost.forward for cost in costs] == pytest.approx([times[0], times[1] + 4])
 
 
 @pytest.mark.parametrize(

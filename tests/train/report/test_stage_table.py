@@ -33,6 +33,15 @@ def test_parameters_add_up_to_the_model(words: str, vocab: str, embeddings: str)
     assert sum(row.time_share for row in rows) == pytest.approx(1.0)
 
 
+def test_stages_count_layers_of_both_kinds() -> None:
+    mixed = "--model.num_layers 5 --model.dense_layers 2 --model.ffn_size 192 --model.router_bias on"
+    setup = setup_of(f"--mesh.data 4 --mesh.pipe 2 --pipeline.layers_per_stage 3,2 {mixed}", "tiny-moe")
+    table, counts = tabulate_stages(setup), param_counts(setup.config.model)
+    assert sum(row.parameters for row in table.rows) == counts.total
+    assert table.rows[0].parameters - table.rows[1].parameters == 2 * counts.dense_block - counts.block - 64
+    assert "room for 2 dense and 2 layers a stage" in table.notes[0]
+
+
 def test_middle_stage_has_its_layers_alone() -> None:
     row = tabulate_stages(setup_of(f"{FOUR} --pipeline.vocab ends")).rows[1]
     assert row.parameters == row.layers * param_counts(setup_of(FOUR).config.model).block
