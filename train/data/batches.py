@@ -14,7 +14,7 @@ import numpy as np
 from ...meshes import DataError
 from ...meshes.arguments import check_count
 from .documents import Documents, pack
-from .joined_tokens import JoinedTokens, Tokens, read_tokens
+from .joined_tokens import JoinedTokens, Readable, Tokens, read_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class TokenSource:
     mask: for each token whether it counts as a target, 0 or 1; None if all do.
     """
 
-    tokens: Tokens
+    tokens: Readable
     documents: Documents | None = None
-    mask: Tokens | None = None
+    mask: Readable | None = None
     weight: float = 1.0
 
 

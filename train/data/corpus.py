@@ -40,8 +40,8 @@ class Corpus:
     `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the memory-mapped files,
     which are read during the whole run and must not change; the content of all other files is in memory. `documents`
     says where they end, counted from the start of `train`, if sequences are to be cut there. `mask`, counted alike,
-    says which tokens count as targets, if not all do. A blend has its corpora in
-    `blend`, with their weights; `train` and `validation` are then theirs joined.
+    says which tokens count as targets, if not all do; `shuffled` where the documents end that are to be shuffled. A
+    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined.
     """
 
     train: Tokens
@@ -52,6 +52,7 @@ class Corpus:
     mapped: tuple[HashedFile, ...] = ()
     documents: Documents | None = None
     mask: Tokens | None = None
+    shuffled: Documents | None = None
     blend: tuple[tuple["Corpus", float], ...] = ()
 
     @property
@@ -157,7 +158,7 @@ def _load_tokens(data: DataSection) -> Corpus:
     mapped = [HashedFile(file) for file in files]
     tokens = map_files(files, dtype=np.dtype(data.token_dtype))
     documents = Documents(end_id=data.end_id)
-    if data.packing == "on" and data.end_id < 0:
+    if data.needs_documents and data.end_id < 0:
         documents = prepared_documents(folders)
     corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
     check_shards(corpus.mapped, folders)
@@ -200,9 +201,9 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
 def _end_of(tokenizer: ModelTokenizer, data: DataSection) -> Documents:
     """Return that documents end with the id that the config or the tokenizer names."""
     end_id = data.end_id if data.end_id >= 0 else tokenizer.special.end_id
-    if data.packing == "on" and end_id is None:
+    if data.needs_documents and end_id is None:
         raise DataError(
-            f"data.packing='on' cuts sequences at the ends of documents, and no file beside {tokenizer.file} names the "
+            f"{data.needs_documents} takes the ends of documents, and no file beside {tokenizer.file} names the "
             "token that ends one.",
             fix="name it: data.end_id=0, say.",
         )
@@ -289,6 +290,7 @@ def _cut(
         vocab_size_needed=256 if tokens.dtype == np.uint8 else scan.largest + 1,
         mapped=scan.mapped,
         documents=documents if data.packing == "on" else None,
+        shuffled=documents if data.shuffle == "documents" else None,
     )
 
 
