@@ -160,15 +160,14 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"data.tokenizer={config.data.tokenizer!r} is given, but data.source='tokens' reads ids, not text.",
             fix="set data.source='text', or leave data.tokenizer out.",
         )
-    packing, end_id = config.data.packing, config.data.end_id
-    if packing == "on" and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
+    needs, end_id = config.data.needs_documents, config.data.end_id
+    if needs and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
         yield ConfigError(
-            "data.packing='on' cuts sequences at the ends of documents, and data.source='tokens' does not say which id "
-            "ends one.",
+            f"{needs} takes the ends of documents, and data.source='tokens' does not say which id ends one.",
             fix="set data.end_id, 50256 for GPT-2's tokenizer.",
         )
-    if end_id >= 0 and (packing == "off" or (source != "tokens" and config.data.tokenizer == "bytes")):
-        why = "data.packing is 'off'" if packing == "off" else "bytes have no such token: each file is a document"
+    if end_id >= 0 and (not needs or (source != "tokens" and config.data.tokenizer == "bytes")):
+        why = "data.packing is 'off'" if not needs else "bytes have no such token: each file is a document"
         yield ConfigError(f"data.end_id={end_id} is given, but {why}.", fix="leave it out.")
     if end_id >= vocab_size:
         yield ModelError(

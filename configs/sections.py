@@ -61,9 +61,17 @@ class DataSection(Section):
     packing: Literal["off", "on"] = Field(
         "off", description="whether attention, positions and loss stop at the ends of the documents of a sequence"
     )
-    end_id: int = Field(
-        -1, ge=-1, le=_MAX, description="id of the token that ends a document, for packing; -1 is the tokenizer's"
+    end_id: int = Field(-1, ge=-1, le=_MAX, description="id of the token that ends a document; -1 is the tokenizer's")
+    shuffle: Literal["sequences", "documents"] = Field(
+        "sequences", description="what is shuffled: sequences alone, or documents first, before sequences are cut"
     )
+
+    @property
+    def needs_documents(self) -> str:
+        """The key and value that take the ends of documents, "" if none does."""
+        if self.packing == "on":
+            return "data.packing='on'"
+        return "data.shuffle='documents'" if self.shuffle == "documents" else ""
 
 
 class TrainSection(Section):

@@ -20,6 +20,7 @@ from ...configs.run_config import RunConfig, load_config
 from ...meshes import ConfigError, RunError, use_fake_devices
 from ...meshes.build import visible_devices
 from ...meshes.columns import align
+from ...meshes.errors import shown
 from ...meshes.files.own_file import replace_file
 from ...train.loop import train
 from ...train.metrics import Summary, read_summary
@@ -28,6 +29,7 @@ from ...train.metrics.run_rows import read_config_values, read_run_row
 from ...train.stop import BUDGET
 
 _MOST_RUNS = 1000
+_NAME = re.compile(r"[^/\\]*[^/\\.][^/\\]*")
 _PLAIN = re.compile(r"[^\w.+-]+")
 
 
@@ -81,6 +83,8 @@ def _make_configs(
     config: RunConfig, grid: Mapping[str, Sequence[str]], args: argparse.Namespace
 ) -> dict[tuple[str, ...], RunConfig]:
     """Return the config of each combination of values, in the order of the grid."""
+    if args.name is not None and not _NAME.fullmatch(args.name):
+        raise ConfigError(f"--name {shown(args.name)} is no name of a folder.", fix="write a name without slashes.")
     combinations = list(itertools.product(*grid.values()))
     if len(combinations) > _MOST_RUNS:
         raise ConfigError(

@@ -18,6 +18,9 @@ HTTP = ("--host", "--port", "--name", "--api-key", "--chat-template", "--queue",
 SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens")
 BENCH = (*ENGINE, "--batch", "--meshes", "--prompt-tokens", "--new-tokens", "--png")
 
+PREPARE = ("--text-field", "--vocab-size", "--tokenizer", "--processes", "--shard-mib", "--max-damaged")
+EVAL = ("--data", "--text-field", "--mesh", "--fake-devices", "--seq-len", "--batch-size", "--dtype")
+
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "train": (["tiny-dense"], TRAIN),
     "describe": (["tiny-dense"], ("--fake-devices",)),
@@ -29,6 +32,9 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "export-hf": (["no-run", "out"], ("--mesh", "--fake-devices", "--architecture", "--dtype")),
     "generate": (["model", "--prompt", "a"], GENERATE),
     "serve": (["model"], SERVE),
+    "data": (["prepare", "no-text.txt", "--out", "out"], PREPARE),
+    "eval": (["model", "--data", "no-text.txt"], EVAL),
+    "runs": (["no-runs"], ("--png",)),
     "bench-decode": (["tiny-dense", "--new-tokens=2", "--prompt-tokens=2"], BENCH),
 }
 FLAGS = ("--json", "--fresh", "--force", "--override", "--this", "--compare", "--verify", "--help", "--version")

@@ -14,7 +14,7 @@ import numpy as np
 from ...meshes import DataError
 from ...meshes.arguments import check_count
 from .documents import Documents, pack
-from .joined_tokens import JoinedTokens, Tokens, read_tokens
+from .joined_tokens import JoinedTokens, Readable, Tokens, read_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,12 @@ class TokenSource:
     """Tokens [n] to cut sequences from, and their share of all sequences: `weight` / the sum of the weights.
 
     documents: where they end; None where sequences are not cut at their ends.
+    mask: for each token whether it counts as a target, 0 or 1; None if all do.
     """
 
-    tokens: Tokens
+    tokens: Readable
     documents: Documents | None = None
+    mask: Readable | None = None
     weight: float = 1.0
 
 
@@ -85,9 +87,10 @@ class Batches:
             )
         if isinstance(tokens, np.ndarray | JoinedTokens):
             tokens = (TokenSource(tokens=tokens, documents=documents),)
-        windows = [_Windows(tokens=own.tokens, seq_len=seq_len, documents=own.documents) for own in tokens]
-        weights = [own.weight for own in tokens]
         self._is_packed = tokens[0].documents is not None
+        self._is_masked = any(own.mask is not None for own in tokens)
+        windows = [_Windows(source=own, seq_len=seq_len, is_masked=self._is_masked) for own in tokens]
+        weights = [own.weight for own in tokens]
         # Another seed for each source: those of one size would else have one order.
         seeded = [grain.MapDataset.source(own).seed((seed + i) % 2**32) for i, own in enumerate(windows)]
         self._rows = _mix([own.shuffle().repeat() for own in seeded], weights)
@@ -109,12 +112,16 @@ class Batches:
             "targets": rows[:, 0, 1:].reshape(self._shape),
             "weights": np.full(self._shape, 1 / np.prod(self._shape), np.float32),
         }
-        if not self._is_packed:
+        if not self._is_packed and not self._is_masked:
             return batch
-        packed = pack(rows[:, 1, :-1].reshape(self._shape).astype(bool))
-        weights = packed.predicts / max(1, packed.predicts.sum())
-        places = {"segments": packed.segments, "positions": packed.positions}
-        return batch | {"weights": weights.astype(np.float32)} | places
+        counts = np.ones(self._shape, bool)
+        if self._is_packed:
+            packed = pack(rows[:, 1, :-1].reshape(self._shape).astype(bool))
+            counts &= packed.predicts
+            batch |= {"segments": packed.segments, "positions": packed.positions}
+        if self._is_masked:
+            counts &= rows[:, -1, 1:].reshape(self._shape).astype(bool)
+        return batch | {"weights": (counts / max(1, counts.sum())).astype(np.float32)}
 
 
 def _mix(rows: list[Any], weights: list[float]) -> Any:
@@ -125,28 +132,33 @@ def _mix(rows: list[Any], weights: list[float]) -> Any:
 class _Windows:
     """Index the windows of seq_len + 1 tokens in a corpus; the last token of one is the first of the next.
 
-    A window is int32 [1, seq_len + 1], or [2, seq_len + 1] with whether each token is the last of its document.
+    A window is int32 [n, seq_len + 1]: the tokens; with documents, whether each is the last of its own; with a mask,
+    whether each counts as a target.
     """
 
-    tokens: Tokens
+    source: TokenSource
     seq_len: int
-    documents: Documents | None
+    is_masked: bool
 
     def __post_init__(self) -> None:
-        if self.tokens.size < self.seq_len + 1:
+        size, needed = self.source.tokens.size, self.seq_len + 1
+        if size < needed:
             raise DataError(
-                f"{self.tokens.size} tokens hold no sequence of {self.seq_len}, which needs {self.seq_len + 1} with "
-                "its targets.",
+                f"{size} tokens hold no sequence of {self.seq_len}, which needs {needed} with its targets.",
                 fix="use more text or a shorter data.seq_len.",
             )
 
     def __len__(self) -> int:
         # So that every token but the first is a target. 100 tokens and seq_len=8 give 13 windows, the last from 91 on.
-        return (self.tokens.size - 2) // self.seq_len + 1
+        return (self.source.tokens.size - 2) // self.seq_len + 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = min(index * self.seq_len, self.tokens.size - 1 - self.seq_len)
-        tokens = read_tokens(self.tokens, start, self.seq_len + 1).astype(np.int32)
-        if self.documents is None:
-            return tokens[None]
-        return np.stack([tokens, self.documents.is_last(tokens, start=start).astype(np.int32)])
+        source, count = self.source, self.seq_len + 1
+        start = min(index * self.seq_len, source.tokens.size - count)
+        tokens = read_tokens(source.tokens, start, count)
+        rows = [tokens]
+        if source.documents is not None:
+            rows.append(source.documents.is_last(tokens, start=start))
+        if self.is_masked:
+            rows.append(np.ones(count, bool) if source.mask is None else read_tokens(source.mask, start, count))
+        return np.stack([row.astype(np.int32) for row in rows])

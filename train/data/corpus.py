@@ -23,6 +23,7 @@ from .batches import TokenSource
 from .documents import Documents
 from .hashed_file import HashedFile
 from .joined_tokens import Tokens, join_tokens
+from .loss_mask import is_mask, map_masks
 from .prepared import check_shards, prepared_documents
 from .records.damage import Damage
 from .records.records import record_kind
@@ -38,8 +39,9 @@ class Corpus:
 
     `vocab_size_needed` is the smallest vocabulary that has an id for every token. `mapped` are the memory-mapped files,
     which are read during the whole run and must not change; the content of all other files is in memory. `documents`
-    says where they end, counted from the start of `train`, if sequences are to be cut there. A blend has its corpora in
-    `blend`, with their weights; `train` and `validation` are then theirs joined.
+    says where they end, counted from the start of `train`, if sequences are to be cut there. `mask`, counted alike,
+    says which tokens count as targets, if not all do; `shuffled` where the documents end that are to be shuffled. A
+    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined.
     """
 
     train: Tokens
@@ -49,6 +51,8 @@ class Corpus:
     vocab_size_needed: int
     mapped: tuple[HashedFile, ...] = ()
     documents: Documents | None = None
+    mask: Tokens | None = None
+    shuffled: Documents | None = None
     blend: tuple[tuple["Corpus", float], ...] = ()
 
     @property
@@ -56,7 +60,8 @@ class Corpus:
         """The tokens to train on, with the weight of each source."""
         if self.blend:
             return tuple(replace(part.train_sources[0], weight=weight) for part, weight in self.blend)
-        return (TokenSource(tokens=self.train, documents=self.documents),)
+        mask = None if self.mask is None else self.mask[: self.train.size]
+        return (TokenSource(tokens=self.train, documents=self.documents, mask=mask),)
 
     @property
     def validation_sources(self) -> tuple[TokenSource, ...]:
@@ -64,7 +69,8 @@ class Corpus:
         if self.blend:
             return tuple(replace(part.validation_sources[0], weight=weight) for part, weight in self.blend)
         held_out = self.documents and self.documents.behind(self.train.size)
-        return (TokenSource(tokens=self.validation, documents=held_out),)
+        mask = None if self.mask is None else self.mask[self.train.size :]
+        return (TokenSource(tokens=self.validation, documents=held_out, mask=mask),)
 
     def check_files(self) -> None:
         """Raise if a memory-mapped file is lost or has changed since it was hashed.
@@ -147,16 +153,21 @@ def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> C
 
 
 def _load_tokens(data: DataSection) -> Corpus:
-    files = find_files(data.paths)
+    files = [file for file in find_files(data.paths) if not is_mask(file)]
     folders = [folder for path in data.paths if (folder := read_prepared(Path(path)))]
     mapped = [HashedFile(file) for file in files]
     tokens = map_files(files, dtype=np.dtype(data.token_dtype))
     documents = Documents(end_id=data.end_id)
-    if data.packing == "on" and data.end_id < 0:
+    if data.needs_documents and data.end_id < 0:
         documents = prepared_documents(folders)
     corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
     check_shards(corpus.mapped, folders)
-    return corpus
+    mask = map_masks(files, dtype=np.dtype(data.token_dtype))
+    if mask is None:
+        return corpus
+    # Another mask is another corpus.
+    sha256 = hashlib.sha256(f"{corpus.sha256} {mask.sha256}".encode()).hexdigest()
+    return replace(corpus, mask=mask.counts, sha256=sha256, mapped=(*corpus.mapped, *mask.mapped))
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -190,9 +201,9 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
 def _end_of(tokenizer: ModelTokenizer, data: DataSection) -> Documents:
     """Return that documents end with the id that the config or the tokenizer names."""
     end_id = data.end_id if data.end_id >= 0 else tokenizer.special.end_id
-    if data.packing == "on" and end_id is None:
+    if data.needs_documents and end_id is None:
         raise DataError(
-            f"data.packing='on' cuts sequences at the ends of documents, and no file beside {tokenizer.file} names the "
+            f"{data.needs_documents} takes the ends of documents, and no file beside {tokenizer.file} names the "
             "token that ends one.",
             fix="name it: data.end_id=0, say.",
         )
@@ -279,6 +290,7 @@ def _cut(
         vocab_size_needed=256 if tokens.dtype == np.uint8 else scan.largest + 1,
         mapped=scan.mapped,
         documents=documents if data.packing == "on" else None,
+        shuffled=documents if data.shuffle == "documents" else None,
     )
 
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .joined_tokens import Tokens, read_tokens
+
+_CHUNK = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
@@ -33,6 +37,17 @@ class Documents:
         first, last = np.searchsorted(self.ends, (start, start + tokens.size))
         found[self.ends[first:last] - start] = True
         return found
+
+    def find_ends(self, tokens: Tokens) -> np.ndarray:
+        """Return the places of the last tokens of all documents, int64 [D]; the end of the tokens ends the last one."""
+        ends = self.ends
+        if ends is None:
+            starts = range(0, tokens.size, _CHUNK)
+            pieces = ((start, read_tokens(tokens, start, min(_CHUNK, tokens.size - start))) for start in starts)
+            found = [start + np.flatnonzero(piece == self.end_id) for start, piece in pieces]
+            ends = np.concatenate([np.empty(0, np.int64), *found])
+        ends = ends[ends < tokens.size - 1]
+        return np.append(ends, tokens.size - 1).astype(np.int64)
 
     def behind(self, start: int) -> "Documents":
         """Return the same of the part of the corpus from place `start` on."""

@@ -65,8 +65,48 @@ class JoinedTokens:
         return self.read(0, self.size).astype(dtype or self.dtype)
 
 
+class PermutedTokens:
+    """The documents of other tokens in another order, without copying them.
+
+    >>> tokens = PermutedTokens(np.array([7, 7, 8, 9, 9, 9]), ends=np.array([1, 2, 5]), order=np.array([2, 0, 1]))
+    >>> tokens.read(2, 4).tolist()
+    [9, 7, 7, 8]
+
+    Args:
+        ends: int64 [D], the place of the last token of each document; the last document ends with the tokens.
+        order: a permutation of the D documents.
+    """
+
+    def __init__(self, tokens: np.ndarray | JoinedTokens, *, ends: np.ndarray, order: np.ndarray) -> None:
+        sizes = np.diff(ends, prepend=-1)
+        self._tokens, self._given = tokens, (ends, order)
+        self._starts = (ends - sizes + 1)[order]
+        self.ends = np.cumsum(sizes[order]) - 1
+        """Place of the last token of each document in the new order, int64 [D]."""
+        self.size, self.dtype = int(tokens.size), tokens.dtype
+
+    def permute(self, others: np.ndarray | JoinedTokens) -> "PermutedTokens":
+        """Return numbers that belong to the tokens in the same order."""
+        ends, order = self._given
+        return PermutedTokens(others, ends=ends, order=order)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return tokens[start : start + count]; errors are those of `read_tokens`."""
+        found = []
+        index = int(np.searchsorted(self.ends, start))
+        while count > 0 and index < self.ends.size:
+            rest = int(self.ends[index]) + 1 - start
+            size = int(self.ends[index] - (self.ends[index - 1] if index else -1))
+            found.append(read_tokens(self._tokens, int(self._starts[index]) + size - rest, min(count, rest)))
+            start, count, index = start + found[-1].size, count - found[-1].size, index + 1
+        return np.concatenate([np.empty(0, self.dtype), *found])
+
+
 Tokens = Union[np.ndarray, JoinedTokens]  # noqa: UP007
 """Token ids [n], in memory, in a file, or in several."""
+
+Readable = Union[Tokens, PermutedTokens]  # noqa: UP007
+"""Tokens that are read in pieces."""
 
 
 def join_tokens(parts: Sequence[Tokens]) -> JoinedTokens:
@@ -74,7 +114,7 @@ def join_tokens(parts: Sequence[Tokens]) -> JoinedTokens:
     return JoinedTokens([own for part in parts for own in (part.parts if isinstance(part, JoinedTokens) else [part])])
 
 
-def read_tokens(tokens: Tokens, start: int, count: int) -> np.ndarray:
+def read_tokens(tokens: Readable, start: int, count: int) -> np.ndarray:
     """Return tokens[start : start + count]; those of a memory-mapped file are read from the file.
 
     Reading through the map would kill the process with SIGBUS if the file was truncated, even right after a check.
@@ -82,7 +122,7 @@ def read_tokens(tokens: Tokens, start: int, count: int) -> np.ndarray:
     Raises:
         DataError: the file is lost or has another size.
     """
-    if isinstance(tokens, JoinedTokens):
+    if not isinstance(tokens, np.ndarray):
         return tokens.read(start, count)
     if not isinstance(tokens, np.memmap):
         return tokens[start : start + count]

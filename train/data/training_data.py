@@ -11,6 +11,7 @@ from ...layers.context.places import order_chunks
 from .batches import Batches
 from .corpus import Corpus
 from .prefetch import place_batch
+from .shuffle_documents import shuffled_sources
 from .validation_batches import ValidationBatches
 
 
@@ -72,7 +73,9 @@ def make_training_data(
     """
     size, most = config.train.batch_size, config.train.eval_batches
     sizes = {"seq_len": config.data.seq_len, "batch_size": size, "microbatches": config.pipeline.microbatches}
-    train = Batches(corpus.train_sources, **sizes, seed=config.run.seed, first_sequence=first_sequence)
+    train = Batches(
+        shuffled_sources(corpus, seed=config.run.seed), **sizes, seed=config.run.seed, first_sequence=first_sequence
+    )
     validation = ValidationBatches(corpus.validation_sources, **sizes, max_batches=most)
     asked, found = most * size, validation.num_sequences
     if found < asked:

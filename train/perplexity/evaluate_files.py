@@ -85,6 +85,9 @@ def evaluate_files(
         DataError: a file cannot be read.
         TrellaxError: the model cannot be read, or does not fit the mesh.
     """
+    check_count("batch_size", batch_size, error=DataError)
+    if seq_len is not None:
+        check_count("seq_len", seq_len, error=DataError)
     source, spec = open_model(folder), MeshSpec() if mesh is None else mesh
     setup = _make_setup(source, spec, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
     read = {"field": field, "vocab_size": setup.config.model.vocab_size}
@@ -110,8 +113,6 @@ def sum_losses(losses: Sequence[FileLoss], *, name: str) -> FileLoss:
 def _make_setup(
     source: ModelSource, spec: MeshSpec, *, seq_len: int | None, batch_size: int, dtype: str | None
 ) -> Setup:
-    check_count("batch_size", batch_size, error=DataError)
-    check_count("seq_len", seq_len or 1, error=DataError)
     if (seq_len or 1) > source.config.max_tokens:
         raise DataError(
             f"sequences of {seq_len} tokens are longer than the model reads, {source.config.max_tokens}.",
