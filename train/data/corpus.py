@@ -159,6 +159,11 @@ def _load_tokens(data: DataSection) -> Corpus:
     tokens = map_files(files, dtype=np.dtype(data.token_dtype))
     documents = Documents(end_id=data.end_id)
     if data.needs_documents and data.end_id < 0:
+        if len(folders) < len(data.paths):
+            raise DataError(
+                f"{data.needs_documents} takes the ends of documents, which arrays of token ids do not say.",
+                fix="set data.end_id, or prepare the tokens with `trellax data prepare`.",
+            )
         documents = prepared_documents(folders)
     corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
     check_shards(corpus.mapped, folders)

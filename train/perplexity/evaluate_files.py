@@ -85,9 +85,7 @@ def evaluate_files(
         DataError: a file cannot be read.
         TrellaxError: the model cannot be read, or does not fit the mesh.
     """
-    check_count("batch_size", batch_size, error=DataError)
-    if seq_len is not None:
-        check_count("seq_len", seq_len, error=DataError)
+    _check_sizes(batch_size, seq_len)
     source, spec = open_model(folder), MeshSpec() if mesh is None else mesh
     setup = _make_setup(source, spec, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
     read = {"field": field, "vocab_size": setup.config.model.vocab_size}
@@ -96,6 +94,12 @@ def evaluate_files(
     params = params_in_stages(setup, as_pipeline(source.read(weight_shapes(setup))))
     compute = _compile_loss(setup)
     return [_evaluate_file(name, own, setup, params, compute) for name, own in found]
+
+
+def _check_sizes(batch_size: int, seq_len: int | None) -> None:
+    check_count("batch_size", batch_size, error=DataError)
+    if seq_len is not None:
+        check_count("seq_len", seq_len, error=DataError)
 
 
 def sum_losses(losses: Sequence[FileLoss], *, name: str) -> FileLoss:

@@ -88,6 +88,8 @@ def test_documents_without_ends_cannot_be_shuffled() -> None:
     Tokenizer(models.WordLevel({"?": 0}, unk_token="?")).save("tokenizer.json")
     with pytest.raises(DataError, match=r"data\.shuffle='documents' takes the ends of documents, and no file beside"):
         load("*.txt", source="text", tokenizer="tokenizer.json")
+    with pytest.raises(DataError, match=r"data\.shuffle='documents' takes the ends of documents, which arrays"):
+        load("ids.npy", source="tokens")
 
 
 @pytest.mark.slow
