@@ -49,7 +49,8 @@ BOUNDS = {
     ("llm_foundry", "step_time"): 0.12,
     ("bigscience_bloom", "step_time"): 0.175,
     ("bigscience_bloom", "memory"): 0.19,
-    ("zero_bubble2024", "step_time"): 0.065,
+    ("zero_bubble2024", "step_time"): 0.03,
+    ("zero_bubble2024", "stage_time"): 0.11,
     ("zero_bubble2024", "memory"): 0.04,
 }
 
