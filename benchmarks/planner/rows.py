@@ -65,11 +65,9 @@ def _read_file(file: Path) -> Iterator[PublishedRow]:
         raise DataError(f"{file} has schema {content.get('schema')!r}; 1 is read.", fix="set schema = 1.")
     source = content.get("source", {}).get("id", file.stem)
     rows = content.get("row", [])
+    inputs = [row.get("in", {}) for row in rows]
     # Zero-bubble schedules came after sequence parallelism.
-    is_dated = any(
-        row.get("in", {}).get("seq_parallel") or _ZERO_BUBBLE.search(str(row.get("in", {}).get("schedule")))
-        for row in rows
-    )
+    is_dated = any(one.get("seq_parallel") or _ZERO_BUBBLE.search(str(one.get("schedule"))) for one in inputs)
     notes = content.get("source", {}).get("notes", {})
     about = " ".join(map(str, notes.values()))
     for place, row in enumerate(rows):
