@@ -4,6 +4,7 @@ The schema is in the README beside the files. A table with `columns` and `data` 
 `training_case.py` next.
 """
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from trellax.meshes.errors import DataError
 
+_ZERO_BUBBLE = re.compile("zb|zero.bubble", re.IGNORECASE)
 _TABLE_DEFAULTS = {"cp": 1, "mlp": "gelu", "recompute": "full", "vocab": 50304, "precision": "fp16 mixed"}
 
 
@@ -63,7 +65,9 @@ def _read_file(file: Path) -> Iterator[PublishedRow]:
         raise DataError(f"{file} has schema {content.get('schema')!r}; 1 is read.", fix="set schema = 1.")
     source = content.get("source", {}).get("id", file.stem)
     rows = content.get("row", [])
-    is_dated = any(row.get("in", {}).get("seq_parallel") for row in rows)
+    inputs = [row.get("in", {}) for row in rows]
+    # Zero-bubble schedules came after sequence parallelism.
+    is_dated = any(one.get("seq_parallel") or _ZERO_BUBBLE.search(str(one.get("schedule"))) for one in inputs)
     notes = content.get("source", {}).get("notes", {})
     about = " ".join(map(str, notes.values()))
     for place, row in enumerate(rows):

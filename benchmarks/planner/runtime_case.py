@@ -97,7 +97,8 @@ def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
         ),
         shard_overlap=switch("DeepSpeed" not in str(inputs.get("schedule"))),
         scatter_hops=switch(inputs.get("scatter_gather", True)),
-        gradient_bytes=4 if "fp32 grad" in precision else 2,
+        # Composer's default reduces gradients in float32 (`composer/distributed/mosaic_fsdp.py`).
+        gradient_bytes=4 if "fp32 grad" in precision or inputs.get("mp_mode") == "DEFAULT" else 2,
         products=products,
         loss_bytes=_loss_bytes(row),
         adapter_rank=adapter_rank(row),

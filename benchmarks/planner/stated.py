@@ -5,6 +5,7 @@ say which; where they do not, both readings are compared. Read `training_case.py
 """
 
 import re
+from typing import Literal
 
 from trellax.layers import ModelConfig, flops_per_token
 from trellax.plan.machines.topology import Topology
@@ -14,7 +15,7 @@ from .rows import PublishedRow
 _TOKENS_OF_DAYS = 300e9
 _HALF = re.compile(r"\bcausal[- ]?\(?(?:half|halved)|counts? causal|half(?: of)? (?:the )?attention", re.IGNORECASE)
 _FULL = re.compile(r"counts? full attention|not causal|attention[^.;]{0,20}not halved", re.IGNORECASE)
-_CONVENTIONS = {"full": "full", "half": "causal"}
+_CONVENTIONS: dict[str, Literal["full", "causal"]] = {"full": "full", "half": "causal"}
 
 
 def batch_size(row: PublishedRow) -> int | None:

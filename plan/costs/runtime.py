@@ -203,7 +203,7 @@ def trellax_runtime(
         vocab=vocab,
         sequence_parallel=sequence,
         attention="fused" if is_fused else "scores",
-        # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has a
-        # maximum and a cast for each factor, and products in 8 bits that read one layout.
+        # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has
+        # a maximum and a cast for each factor, and products in 8 bits that read one layout.
         products="fp8-current" if model.matmuls == "fp8" else "plain",
     )

@@ -88,8 +88,8 @@ def step_time(
     own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
     rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
-    hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
-    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
+    beside = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
+    data_s = _data_s(data, layout=layout, runtime=runtime, topology=topology, **beside)
     copies_s = _copies_s(kinds_of_stages(model, layers), of_stages, **given, topology=topology)
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
@@ -150,6 +150,13 @@ def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: 
     flops = flops_per_token(model, num_tokens=num_tokens, attention="full").training
     peak = topology.accelerator.peak_flops_per_s(model.dtype) * layout.num_devices
     return tokens * flops / (time_s * peak)
+
+
+def _data_s(data: UpdateTime, *, topology: Topology, **given: Any) -> float:
+    """Return the seconds that collectives over data add to a step: those not hidden, and what hidden ones slow down."""
+    exposed_s = _exposed_data_s(data, **given)
+    # Collectives that run beside products take cores from them.
+    return exposed_s + topology.accelerator.collective_cores * max(0.0, data.sent - exposed_s)
 
 
 def _exposed_data_s(

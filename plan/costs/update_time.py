@@ -34,6 +34,11 @@ class UpdateTime:
     tied: float
     optimizer: float
 
+    @property
+    def sent(self) -> float:
+        """Seconds of all collectives, hidden or not."""
+        return self.gather + self.reduce + self.tied
+
 
 def update_time(
     model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, layers: KindCounts, ends: Ends

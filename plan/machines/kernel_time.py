@@ -7,8 +7,8 @@ The three models are the same for every accelerator; only peaks, cores and the s
   Fitted on 183 products on A100-PCIe (mean error 4.0%); 11.3% on 514 on B200 (simumax_b200_a100.toml, gemm_efficiency).
 - Memory traffic reaches `MEMORY_SHARE` of the data sheet's bandwidth, fitted on Korthikanti et al. 2022, Table 4 (five
   rows). gpt-fast's decoding of a 7B model on one A100 agrees (0.69 with its gaps between kernels).
-- Fused attention reaches a fixed share of the peak, by kernel and direction, less half of what products lose under load:
-  half of its time is outside of the matrix units.
+- Fused attention reaches a fixed share of the peak, by kernel and direction, less half of what products lose under
+  load: half of its time is outside of the matrix units.
 Read `../costs/layer_time.py` next.
 """
 

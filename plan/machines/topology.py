@@ -27,6 +27,9 @@ _MOST_DEVICES = 1_000_000
 # The type whose units a device uses for a type that it has none for.
 _WIDER = {"float4": "float8", "float8": "bfloat16"}
 
+# NCCL's default number of channels on links of NVIDIA's servers, each of which occupies one core.
+_CHANNELS = 16
+
 # No machine is near these limits, and all results computed within them stay finite.
 _Figure = Annotated[float, Field(ge=1e-6, le=1e12)]
 _Count = Annotated[int, Field(ge=1, le=1 << 60)]
@@ -37,8 +40,8 @@ class Accelerator:
     """One kind of device: peaks in flops/s by element type, memory in bytes, bandwidths in bytes/s one way.
 
     `matmul_share` is the share of the peak that large matrix products in 16 bit keep under load, `narrow_shares` that
-    of narrower ones, and `burst_share` what they reach before the clocks sink; `cores` run the tiles of a product; `curve`
-    names the measured all-reduces over its links and is "" if there are none.
+    of narrower ones, and `burst_share` what they reach before the clocks sink; `cores` run the tiles of a product;
+    `curve` names the measured all-reduces over its links and is "" if there are none.
     """
 
     key: str
@@ -62,6 +65,11 @@ class Accelerator:
     def load(self) -> float:
         """The share of its speed that the device keeps under load, 1 where it is not known."""
         return self.matmul_share / self.burst_share if self.burst_share else 1.0
+
+    @property
+    def collective_cores(self) -> float:
+        """The share of the cores that a collective beside other work occupies; a TPU's links need none."""
+        return 0.0 if self.link == "ici" else min(1.0, _CHANNELS / self.cores)
 
     @property
     def in_bursts(self) -> "Accelerator":

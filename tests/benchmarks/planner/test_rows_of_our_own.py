@@ -140,7 +140,7 @@ def test_data_shards_that_count_those_of_fsdp_are_not_counted_twice() -> None:
 
 
 def test_chunks_that_are_not_stated_skip_an_interleaved_row() -> None:
-    inputs = {"pp": 2, "dp": 4, "schedule": "interleaved-1f1b", "num_microbatches": 2}
+    inputs: dict[str, object] = {"pp": 2, "dp": 4, "schedule": "interleaved-1f1b", "num_microbatches": 2}
     with pytest.raises(RowSkippedError, match="vpp is not stated"):
         predict_row(row(inputs, {"step_time_s": 1.0}))
 
