@@ -56,7 +56,7 @@ COMMANDS = (
         takes="config",
         arguments="arguments.plan:add_plan_arguments",
         check="arguments.plan:check_plan_arguments",
-        run="plan:run_plan",
+        run="planning.plan:run_plan",
     ),
     Command(
         name="schedule",

@@ -44,7 +44,8 @@ class MemoryUse:
     @property
     def total(self) -> float:
         """Bytes of all purposes together; those on the host are not the device's."""
-        return sum(getattr(self, name) for name in self._names)
+        # A sum over the fields' names takes ten times as long, and a search asks for ten thousand layouts.
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary + self.kv_cache
 
     @property
     def classes(self) -> dict[str, int]:
@@ -197,8 +198,9 @@ def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
-    whole = layout.replicas if layout.fsdp > 1 or layout.zero == 3 else 1
-    weights = layout.replicas if layout.zero == 2 else whole
+    every = layout.replicas * layout.context
+    whole = every if layout.fsdp > 1 or layout.zero == 3 else 1
+    weights = every if layout.zero == 2 else whole
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)
     return {
         "weights": runtime.weight_bytes / weights,

@@ -5,6 +5,7 @@ A hop is one send of an activation or gradient between neighbouring stages. Read
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
@@ -33,6 +34,7 @@ class EndCosts:
     hop: float
 
 
+@lru_cache(maxsize=1024)
 def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
     """Return the layers of every stage: equal, or one fewer at both ends, or else as even as possible.
 

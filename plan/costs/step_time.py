@@ -69,7 +69,7 @@ def step_time(
     of_rank, held = sum(layers[stage] for stage in placement.stages_of(0)), ends_of(placement, 0)
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, num_layers=of_rank, ends=held)
     hidden = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": of_rank * layer.backward}
-    data_s = _exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
+    data_s = exposed_data_s(data, layout=layout, runtime=runtime, **hidden)
     copies_s = residual_copies_s(model, **given, topology=topology, layer=layer, num_layers=max(layers))
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
@@ -116,7 +116,7 @@ def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: 
     return tokens * flops / (time_s * peak)
 
 
-def _exposed_data_s(
+def exposed_data_s(
     data: UpdateTime, *, layout: Layout, runtime: Runtime, layers: int, pipeline_s: float, backward: float
 ) -> float:
     """Return the seconds of reductions and all-gathers over data that no computation hides."""
