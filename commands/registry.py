@@ -59,6 +59,13 @@ COMMANDS = (
         run="planning.plan:run_plan",
     ),
     Command(
+        name="calibrate",
+        help="measure products, copies and collectives of the devices at hand, for the planner",
+        arguments="arguments.calibrate:add_calibrate_arguments",
+        check="arguments.calibrate:check_calibrate_arguments",
+        run="planning.calibrate:run_calibrate",
+    ),
+    Command(
         name="schedule",
         help="draw, save or compare pipeline schedules",
         arguments="arguments.schedule:add_schedule_arguments",

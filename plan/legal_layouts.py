@@ -1,8 +1,9 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from ..layers import ModelConfig
 from ..layers.context.choice import ContextAttention
@@ -86,34 +87,33 @@ def legal_layouts(
         contexts: sizes of the context axis to try, of which those that divide the devices are taken.
     """
     for mesh in _meshes_of_contexts(model, num_devices=num_devices, vocab=vocab, contexts=contexts):
+        # Roles are looked up once for thousands of layouts.
         sizes = {"data": mesh.data, "tensor": mesh.tensor, "pipe": mesh.pipe, "context": mesh.context}
-        if batch_size % sizes["data"]:
+        if batch_size % sizes["data"] == 0:
+            for layout in _layouts_of_mesh(model, sizes, shard=batch_size // sizes["data"], remats=remats):
+                yield layout if offload == "none" else replace(layout, offload=offload)
+
+
+def _layouts_of_mesh(
+    model: ModelConfig, sizes: Mapping[str, int], *, shard: int, remats: tuple[PlanRemat, ...]
+) -> Iterator[Layout]:
+    """Yield the layouts of one mesh whose data shards have `shard` sequences each."""
+    over: Any = sizes
+    # Not 1: weights gathered once a step take less memory, and send no more.
+    splits: list[Any] = [
+        {"zero": zero, "expert": expert, "context_attention": how}
+        for zero, expert in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
+        for how in _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
+    ]
+    for sequences in _divisors(shard):
+        if sequences & (sequences - 1) and sequences != shard:
             continue
-        shard = batch_size // sizes["data"]
-        # Not 1: weights gathered once a step take less memory, and send no more.
-        splits = [
-            (*split, how)
-            for split in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
-            for how in _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
-        ]
-        for sequences in _divisors(shard):
-            if sequences & (sequences - 1) and sequences != shard:
-                continue
-            for schedule, chunks in _schedules(model, pipe=sizes["pipe"], microbatches=shard // sequences):
-                for remat in remats:
-                    for zero, expert, how in splits:
-                        yield Layout(
-                            **sizes,
-                            expert=expert,
-                            context_attention=how,
-                            schedule=schedule,
-                            chunks=chunks,
-                            microbatches=shard // sequences,
-                            sequences=sequences,
-                            remat=remat,
-                            zero=zero,
-                            offload=offload,
-                        )
+        count = shard // sequences
+        for schedule, chunks in _schedules(model, pipe=sizes["pipe"], microbatches=count):
+            own: Any = {"schedule": schedule, "chunks": chunks, "microbatches": count, "sequences": sequences}
+            for remat in remats:
+                for split in splits:
+                    yield Layout(**over, **own, remat=remat, **split)
 
 
 def _meshes_of_contexts(
