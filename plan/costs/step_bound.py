@@ -60,7 +60,14 @@ class StepBounds:
     def _pipeline_s(self, layout: Layout, layer: LayerTime) -> float:
         """Return the least seconds from the first forward to the last gradient."""
         mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
-        own = (layout.sequences, layout.remat, layout.chunks, layout.family.placement, layout.is_backward_split)
+        own = (
+            layout.context_attention,
+            layout.sequences,
+            layout.remat,
+            layout.chunks,
+            layout.family.placement,
+            layout.is_backward_split,
+        )
         key = (*mesh, *own, layout.microbatches)
         if key not in self._pipelines:
             ends = self._end_costs(layout)
