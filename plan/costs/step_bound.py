@@ -82,9 +82,9 @@ class StepBounds:
 
     def _pipeline_s(self, layout: Layout) -> float:
         """Return the least seconds from the first forward to the last gradient."""
-        mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
-        own = (layout.sequences, layout.remat, layout.chunks, layout.family.placement, layout.is_backward_split)
-        key = (*mesh, *own, layout.microbatches)
+        mesh = (layout.data, layout.fsdp, layout.pipe)
+        own = (layout.chunks, layout.family.placement, layout.is_backward_split, layout.microbatches)
+        key = (*_key_of_layer(layout), *mesh, *own)
         if key not in self._pipelines:
             ends = self._end_costs(layout)
             self._pipelines[key] = max(self._rank_s(layout, rank, ends) for rank in {0, layout.pipe - 1})
