@@ -19,7 +19,8 @@ _INTRO = """# How far off the planner is
 
 Written by `python benchmarks/planner/run.py FOLDER --write docs`, where FOLDER has published measurements, one TOML
 file a source. None is this project's. An error is predicted over measured, minus 1; the mean is of its size. Rows on
-which a constant was fitted are counted apart, and `held out` is the mean of the others.
+which a constant was fitted are counted apart, and `held out` is the mean of the others. Mechanisms were chosen with all
+rows in view.
 
 ![Range, middle and mean of the errors of every source](../pictures/planner-errors.svg)
 """
