@@ -56,7 +56,14 @@ COMMANDS = (
         takes="config",
         arguments="arguments.plan:add_plan_arguments",
         check="arguments.plan:check_plan_arguments",
-        run="plan:run_plan",
+        run="planning.plan:run_plan",
+    ),
+    Command(
+        name="calibrate",
+        help="measure products, copies and collectives of the devices at hand, for the planner",
+        arguments="arguments.calibrate:add_calibrate_arguments",
+        check="arguments.calibrate:check_calibrate_arguments",
+        run="planning.calibrate:run_calibrate",
     ),
     Command(
         name="schedule",

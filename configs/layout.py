@@ -1,6 +1,9 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
-from ..meshes import PlanError
+from typing import Literal
+
+from ..layers.context.choice import choose_context_attention
+from ..meshes import MeshSpec, PlanError
 from ..plan.costs.layout import ZERO_STAGES, Layout
 from ..plan.costs.runtime import OnOff, trellax_runtime
 from ..plan.machines.topology import Topology
@@ -30,6 +33,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         pipe=mesh.pipe,
         expert=mesh.expert,
         context=mesh.context,
+        context_attention="auto" if mesh.context == 1 else _context_attention(config, mesh),
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,
         microbatches=pipeline.microbatches,
@@ -40,6 +44,11 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,
     )
+
+
+def _context_attention(config: RunConfig, mesh: MeshSpec) -> Literal["gather", "ulysses"]:
+    sizes = {"tensor": mesh.tensor, "context": mesh.context}
+    return choose_context_attention(config.model, asked=config.pipeline.context_attention, **sizes)
 
 
 def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:

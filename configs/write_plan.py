@@ -26,7 +26,7 @@ Sections = dict[str, dict[str, Any]]
 """Values by section and key."""
 
 _LAID_OUT = ("mesh", "pipeline")
-_RESET = {"layers_per_stage": "auto", "max_in_flight": 0, "context_attention": "auto"}
+_RESET = {"layers_per_stage": "auto", "max_in_flight": 0}
 """Keys of [pipeline] that describe the old mesh, stages and schedule: if set, they are reset to their defaults."""
 
 
@@ -67,6 +67,8 @@ def _list_values(layout: Layout, given: Sequence[Override], *, was: Mapping[str,
     for key, default in _RESET.items():
         if key in was.get("pipeline", {}) or key in values["pipeline"]:
             values["pipeline"][key] = default
+    if layout.context > 1 or "context_attention" in {**was.get("pipeline", {}), **values["pipeline"]}:
+        values["pipeline"]["context_attention"] = layout.context_attention
     if "offload" in was.get("train", {}) or "offload" in values["train"]:
         values["train"]["offload"] = layout.offload
     run = was.get("run", {}) | values.get("run", {})

@@ -7,6 +7,7 @@ so that the same mistake gives the same error everywhere.
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -37,7 +38,7 @@ def check_count(name: str, value: Any, *, error: type[TrellaxError], least: int 
     Raises:
         TrellaxError: of the class `error`.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise error(f"{name}={shown(value)} is not a whole number.", fix="give one, without quotes or a point.")
     if least is not None and value < least:
         raise error(f"{name}={shown(value)} is below {least}.", fix=f"give {least} or more.")
@@ -88,19 +89,33 @@ def check_fields(value: Any, *, error: type[TrellaxError], least: int | None = 1
     Raises:
         TrellaxError: of the class `error`.
     """
-    for field in fields(value):
-        own, kinds = getattr(value, field.name), _parts_of(field.type)
-        if own is None and NoneType in kinds:
+    for name, choices, kind, is_optional, example in _rules_of(type(value)):
+        own = getattr(value, name)
+        if own is None and is_optional:
             continue
-        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices:
-            check_choice(field.name, own, choices, error=error)
-        elif int in kinds:
-            check_count(field.name, own, error=error, least=least)
-        elif float in kinds:
-            # A default is a sensible value, unless it is 0 for "off".
-            default = field.default if isinstance(field.default, float) else 0.0
-            check_number(field.name, own, error=error, example=default or 1.0)
+            check_choice(name, own, choices, error=error)
+        elif kind is int:
+            check_count(name, own, error=error, least=least)
+        else:
+            check_number(name, own, error=error, example=example)
+
+
+@cache
+def _rules_of(cls: type) -> tuple[tuple[str, tuple[Any, ...], type, bool, float], ...]:
+    """Return for each field to check its name, choices, int or float, whether it may be None, and an example.
+
+    A search makes a hundred thousand layouts, so annotations are taken apart once.
+    """
+    found = []
+    for field in fields(cls):
+        kinds = _parts_of(field.type)
+        choices = tuple(choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
+        # A default is a sensible value, unless it is 0 for "off".
+        example = (field.default if isinstance(field.default, float) else 0.0) or 1.0
+        if choices or int in kinds or float in kinds:
+            found.append((field.name, choices, int if int in kinds else float, NoneType in kinds, example))
+    return tuple(found)
 
 
 def _parts_of(annotation: Any) -> tuple[Any, ...]:

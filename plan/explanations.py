@@ -1,11 +1,14 @@
 """Explain a ranking of plans: one sentence per plan on what it wins or loses by. Read `training_search.py` next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .plan import Plan, name_layout
 
 _GB = 1e9
+
+ON_FRONT = "no other plan is as good in all of them."
+"""The reason of a plan that is best in none of several objectives, and beaten by none in all."""
 
 
 def explain_plans(plans: Sequence[Plan], *, objective: str) -> list[Plan]:
@@ -25,6 +28,9 @@ def _explain_first(first: Plan, second: Plan | None, objective: str) -> str:
     if objective == "memory":
         saved = (second.memory.total - first.memory.total) / _GB
         return f"least memory: {saved:.1f} GB a device below the next."
+    if objective in ("gpu-hours", "energy"):
+        fewer = second.gpu_hours / first.gpu_hours - 1
+        return f"{first.gpu_hours:,.1f} hours of one device for a billion tokens: the next takes {fewer:.1%} more."
     part, saved = _largest_loss(second.costs, first.costs)
     lead = _lead(second, first, objective)
     return f"{lead:.1%} faster than {name_layout(second.layout)}, most of it in {part} ({_format_s(saved)} less)."
@@ -37,9 +43,32 @@ def _explain_other(plan: Plan, first: Plan, objective: str) -> str:
         return f"{(plan.memory.total - first.memory.total) / _GB:.1f} GB more a device, most of it {part}."
     if objective == "balanced":
         return f"{_both(plan)}: farther from the best of both."
+    if objective in ("gpu-hours", "energy"):
+        return f"{plan.gpu_hours:,.1f} hours of one device for a billion tokens: {_share_more(plan, first)} more."
     part, lost = _largest_loss(plan.costs, first.costs)
     slower = f"{_lead(plan, first, objective):.1%} slower"
     return f"{slower}: {_format_s(lost)} more on {part}." if lost > 0 else f"{slower}; the two spend their time alike."
+
+
+def explain_front(plans: Sequence[Plan], *, objectives: Sequence[str]) -> list[Plan]:
+    """Return plans that are beaten by none in all objectives, with `why` saying in which of them each is best."""
+    values: dict[str, Callable[[Plan], float]] = {
+        "train": lambda plan: plan.time_s,
+        "memory": lambda plan: plan.memory.total,
+        "gpu-hours": lambda plan: plan.gpu_hours,
+        "energy": lambda plan: plan.gpu_hours,
+    }
+    names = {"train": "time", "memory": "memory", "gpu-hours": "device hours", "energy": "energy"}
+    explained = []
+    for plan in plans:
+        best = [names[one] for one in objectives if values[one](plan) == min(map(values[one], plans))]
+        why = f"least {' and '.join(best)}." if best else ON_FRONT
+        explained.append(replace(plan, why=why))
+    return explained
+
+
+def _share_more(plan: Plan, first: Plan) -> str:
+    return f"{plan.gpu_hours / first.gpu_hours - 1:.1%}"
 
 
 def _both(plan: Plan) -> str:

@@ -1,13 +1,23 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from ..layers import ModelConfig
+from ..layers.context.choice import ContextAttention
 from ..meshes import Axis, MeshSpec
+from ..meshes.spec import Offload
 from ..schedules import Vocab
 from .costs.layout import Layout, PlanRemat, ZeroStage
 from .machines.topology import Topology
+
+_LEAST_TOKENS = 1024
+"""Tokens of a sequence that a context rank has at least, in layouts that are searched for."""
+
+_MOST_RANKS_OF_A_V = 32
+"""Ranks up to which V-shaped schedules are searched: they take seconds to build beyond."""
 
 
 def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context: int = 1) -> Iterator[MeshSpec]:
@@ -30,13 +40,32 @@ def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context:
                 yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe, axes=more)
 
 
-def device_counts(topology: Topology) -> tuple[int, ...]:
+def legal_contexts(*, num_devices: int, num_tokens: int) -> tuple[int, ...]:
+    """Return the numbers of devices that may share a sequence: powers of two that leave each of them enough of it.
+
+    A sequence is cut into two chunks a device. With fewer than 1,024 tokens on a device, products are too short to hide
+    anything, and another axis has the same memory; a config with such a context keeps it.
+    """
+    found = [1]
+    while num_devices % (2 * found[-1]) == 0 and num_tokens % (4 * found[-1]) == 0:
+        if num_tokens // (2 * found[-1]) < _LEAST_TOKENS:
+            break
+        found.append(2 * found[-1])
+    return tuple(found)
+
+
+def device_counts(topology: Topology, *, counts: Literal["few", "powers"] = "few") -> tuple[int, ...]:
     """Return the numbers of devices on which a search tries meshes, in ascending order.
 
-    They are all devices, the largest power of two of them (which divides more batches), one node, and one device.
+    They are all devices, the largest power of two of them (which divides more batches), one node, and one device; with
+    "powers" every power of two besides.
     """
-    power = 1 << topology.num_devices.bit_length() - 1
-    return tuple(sorted({topology.num_devices, power, topology.devices_per_node, 1}))
+    powers = [1 << place for place in range(topology.num_devices.bit_length())]
+    tried = powers if counts == "powers" else powers[-1:]
+    # A part of a machine is part of a node, or whole nodes.
+    node = topology.devices_per_node
+    legal = [count for count in tried if count <= node or count % node == 0 or count == powers[-1]]
+    return tuple(sorted({topology.num_devices, *legal, node, 1}))
 
 
 def legal_layouts(
@@ -46,47 +75,70 @@ def legal_layouts(
     batch_size: int,
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
     vocab: Vocab = "split",
-    context: int = 1,
+    contexts: tuple[int, ...] = (1,),
+    offload: Offload = "none",
 ) -> Iterator[Layout]:
     """Yield the layouts of a training step on `num_devices` devices that the search prices.
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
-    chunk per rank or interleaved with 2 or 4, and the V-shaped ones with 2.
+    chunk per rank or interleaved with 2 or 4, and up to 32 ranks the V-shaped ones with 2.
+
+    Args:
+        contexts: sizes of the context axis to try, of which those that divide the devices are taken.
     """
-    for mesh in legal_meshes(model, num_devices=num_devices, vocab=vocab, context=context):
-        if batch_size % mesh.data:
+    for mesh in _meshes_of_contexts(model, num_devices=num_devices, vocab=vocab, contexts=contexts):
+        # Roles are looked up once for thousands of layouts.
+        sizes = {"data": mesh.data, "tensor": mesh.tensor, "pipe": mesh.pipe, "context": mesh.context}
+        if batch_size % sizes["data"] == 0:
+            for layout in _layouts_of_mesh(model, sizes, shard=batch_size // sizes["data"], remats=remats):
+                yield layout if offload == "none" else replace(layout, offload=offload)
+
+
+def _layouts_of_mesh(
+    model: ModelConfig, sizes: Mapping[str, int], *, shard: int, remats: tuple[PlanRemat, ...]
+) -> Iterator[Layout]:
+    """Yield the layouts of one mesh whose data shards have `shard` sequences each."""
+    over: Any = sizes
+    # Not 1: weights gathered once a step take less memory, and send no more.
+    splits: list[Any] = [
+        {"zero": zero, "expert": expert, "context_attention": how}
+        for zero, expert in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
+        for how in _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
+    ]
+    for sequences in _divisors(shard):
+        if sequences & (sequences - 1) and sequences != shard:
             continue
-        shard = batch_size // mesh.data
-        for sequences in _divisors(shard):
-            if sequences & (sequences - 1) and sequences != shard:
-                continue
-            for schedule, chunks in _schedules(model, pipe=mesh.pipe, microbatches=shard // sequences):
-                for remat in remats:
-                    # Not 1: weights gathered once a step take less memory, and send no more.
-                    for zero, expert in _splits_of_weights(model, mesh):
-                        yield Layout(
-                            data=mesh.data,
-                            tensor=mesh.tensor,
-                            pipe=mesh.pipe,
-                            expert=expert,
-                            context=context,
-                            schedule=schedule,
-                            chunks=chunks,
-                            microbatches=shard // sequences,
-                            sequences=sequences,
-                            remat=remat,
-                            zero=zero,
-                        )
+        count = shard // sequences
+        for schedule, chunks in _schedules(model, pipe=sizes["pipe"], microbatches=count):
+            own: Any = {"schedule": schedule, "chunks": chunks, "microbatches": count, "sequences": sequences}
+            for remat in remats:
+                for split in splits:
+                    yield Layout(**over, **own, remat=remat, **split)
 
 
-def _splits_of_weights(model: ModelConfig, mesh: MeshSpec) -> Iterator[tuple[ZeroStage, int]]:
+def _meshes_of_contexts(
+    model: ModelConfig, *, num_devices: int, vocab: Vocab, contexts: tuple[int, ...]
+) -> Iterator[MeshSpec]:
+    for context in contexts:
+        yield from legal_meshes(model, num_devices=num_devices, vocab=vocab, context=context)
+
+
+def _splits_of_weights(model: ModelConfig, *, data: int, context: int) -> Iterator[tuple[ZeroStage, int]]:
     """Yield how much is split over data, and the devices of data that split the experts."""
-    experts = [parts for parts in _divisors(mesh.data) if model.num_experts % parts == 0] if model.num_experts else [1]
+    experts = [parts for parts in _divisors(data) if model.num_experts % parts == 0] if model.num_experts else [1]
     for expert in experts:
         yield 0, expert
-        if mesh.data * mesh.context > expert:
+        if data * context > expert:
             yield 2, expert
             yield 3, expert
+
+
+def _ways_to_attend(model: ModelConfig, *, tensor: int, context: int) -> list[ContextAttention]:
+    """Return how context ranks may attend to each other's tokens; heads must divide to be exchanged."""
+    if context == 1:
+        return ["auto"]
+    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    return ["gather", "ulysses"] if heads % context == kv_heads % context == 0 else ["gather"]
 
 
 def _features(model: ModelConfig) -> int:
@@ -112,7 +164,7 @@ def _schedules(model: ModelConfig, *, pipe: int, microbatches: int) -> Iterator[
         if 1 < microbatches <= 2 * pipe:
             yield "interleaved-zb-h1", chunks
     # Not dualpipev: here it takes as long as zb-v, and holds one microbatch of a chunk more.
-    if microbatches > 1 and 2 * pipe <= model.num_layers:
+    if microbatches > 1 and 2 * pipe <= model.num_layers and pipe <= _MOST_RANKS_OF_A_V:
         for name in ("zb-v", "v-half", "v-min"):
             yield name, 2
 

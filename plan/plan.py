@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..layers import ModelConfig
+from ..layers.context.choice import choose_context_attention
 from ..meshes.notebook import table_html
 from .costs.inference_time import InferenceTime
 from .costs.layout import Layout
@@ -19,8 +20,8 @@ from .costs.step_time import StepTime
 class Plan:
     """A layout with its predictions: time, memory of the fullest device, and traffic of the busiest device by axes.
 
-    A training plan has `step`, an inference plan `inference`. `costs` are seconds by purpose; `why` is one sentence on
-    the plan's rank in a search.
+    A training plan has `step`, an inference plan `inference`. `costs` are seconds by purpose; `device_watts` is the
+    power limit of a device, 0 if none is stated; `why` is one sentence on the plan's rank in a search.
     """
 
     layout: Layout
@@ -31,6 +32,7 @@ class Plan:
     inference: InferenceTime | None = None
     mfu: float = 0.0
     bubble_fraction: float = 0.0
+    device_watts: float = 0.0
     why: str = ""
 
     @property
@@ -49,11 +51,22 @@ class Plan:
         return timing.tokens_per_s
 
     @property
+    def gpu_hours(self) -> float:
+        """Hours of one device for a billion tokens."""
+        return self.layout.num_devices * 1e9 / self.tokens_per_s / 3600
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Kilowatt-hours of all devices at their power limit for a billion tokens; None if no limit is stated."""
+        return self.gpu_hours * self.device_watts / 1000 if self.device_watts else None
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """The plan as a dictionary of plain numbers and texts, for JSON."""
         layout = self.layout
         found: dict[str, Any] = {
             "mesh": layout.mesh.sizes,
+            **({"context_attention": layout.context_attention} if layout.context > 1 else {}),
             "schedule": layout.schedule if layout.pipe > 1 else "none",
             "chunks": layout.chunks,
             "microbatches": layout.microbatches,
@@ -64,6 +77,8 @@ class Plan:
             "step_time_s": self.time_s,
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
+            "gpu_hours_per_billion_tokens": self.gpu_hours,
+            "kwh_per_billion_tokens": self.energy_kwh,
             "memory_bytes": {**self.memory.classes, "total": round(self.memory.total)},
             "host_bytes": round(self.memory.host),
             "bubble_fraction": self.bubble_fraction,
@@ -104,6 +119,9 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime
         num_chunks=layout.chunks,
         layers_per_stage=stage_layers(model, layout),
         vocab=runtime.vocab,
+        context_attention=choose_context_attention(
+            model, tensor=layout.tensor, context=layout.context, asked=layout.context_attention
+        ),
         placement=find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     return minimum_bytes(sizes)

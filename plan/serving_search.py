@@ -179,6 +179,7 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
         costs=_costs(question, layout, timing),
         inference=timing,
         mfu=_mfu(question, timing.tokens_per_s),
+        device_watts=topology.accelerator.watts,
         bubble_fraction=1 - min(1.0, batch / layout.pipe),
     )
 

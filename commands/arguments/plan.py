@@ -8,17 +8,23 @@ from ..output_file import check_output_files
 from .config import add_config_arguments
 from .types import parse_whole
 
-OBJECTIVES = ("train", "latency", "throughput", "balanced", "memory")
+OBJECTIVES = ("train", "latency", "throughput", "balanced", "memory", "gpu-hours", "energy")
+_OF_SERVING = ("latency", "throughput", "balanced")
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--topology", metavar="T", help="h100x8, h100x64/8 for 8 a node, or a TOML file (default: this machine)"
+        "--topology",
+        metavar="T",
+        help="h100x8, h100x64/8 for 8 a node, a TOML file, or several with commas to compare (default: this machine)",
     )
     parser.add_argument(
-        "--objective", metavar="O", default="train", help=f"one of {', '.join(OBJECTIVES)} (default train)"
+        "--objective",
+        metavar="O",
+        default="train",
+        help=f"one of {', '.join(OBJECTIVES)} (default train), or several of training with commas",
     )
     parser.add_argument("--this", action="store_true", help="price the config's own mesh and schedule only")
     parser.add_argument(
@@ -42,13 +48,19 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
         PlanError: the objective is unknown, or options contradict each other.
         ConfigError: a file cannot be written.
     """
-    if args.topology:
-        read_topology(args.topology)
-    if args.objective not in OBJECTIVES:
+    names = topologies_of(args)
+    topologies = [read_topology(name) for name in names]
+    _check_objectives(args)
+    for topology in topologies:
+        if "energy" in objectives_of(args) and not topology.accelerator.watts:
+            raise PlanError(
+                f"the energy of {topology.name}: watts of {topology.accelerator.name} are not stated.",
+                fix="write watts = 700, say, in a topology file, or ask for gpu-hours, which energy grows with.",
+            )
+    if len(names) > 1 and (args.png or args.write):
         raise PlanError(
-            f"unknown objective {args.objective!r}; there are {', '.join(OBJECTIVES)}."
-            f"{suggest(args.objective, OBJECTIVES)}",
-            fix="write for example --objective train.",
+            f"--topology names {len(names)} machines, and --png and --write take the plans of one.",
+            fix="name one machine, or leave them out.",
         )
     if args.write and (args.this or is_serving(args)):
         raise PlanError("--write writes the mesh of a training plan.", fix="leave out --this, and use train or memory.")
@@ -60,6 +72,31 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
     check_output_files(args.png, args.write)
 
 
+def _check_objectives(args: argparse.Namespace) -> None:
+    objectives = objectives_of(args)
+    for objective in objectives:
+        if objective not in OBJECTIVES:
+            raise PlanError(
+                f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}.{suggest(objective, OBJECTIVES)}",
+                fix="write for example --objective train.",
+            )
+    if len(objectives) > 1 and (set(objectives) & set(_OF_SERVING) or len(set(objectives)) < len(objectives)):
+        raise PlanError(
+            f"--objective {args.objective}: {', '.join(_OF_SERVING)} stand alone, and no objective comes twice.",
+            fix="write for example --objective train,memory.",
+        )
+
+
+def objectives_of(args: argparse.Namespace) -> list[str]:
+    """Return the objectives that are asked for."""
+    return args.objective.split(",")
+
+
+def topologies_of(args: argparse.Namespace) -> list[str]:
+    """Return the machines that are asked for, none for this one."""
+    return args.topology.split(",") if args.topology else []
+
+
 def is_serving(args: argparse.Namespace) -> bool:
     """Whether the objective is one of serving, not of training."""
-    return args.objective in ("latency", "throughput", "balanced")
+    return args.objective in _OF_SERVING

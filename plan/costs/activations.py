@@ -5,6 +5,7 @@ fused attention and models without dropout follow too. trellax's are those of `l
 compare with the compiled layers. Read `memory_model.py` next.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from ...layers import ModelConfig, Remat, activation_bytes
@@ -23,19 +24,23 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
     """
     if runtime.residuals == "megatron":
         return _megatron_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    remat: Remat = "dots" if layout.remat == "selective" else layout.remat
-    counted = activation_bytes(
+    kept = _kept_bytes(
         model,
         num_sequences=layout.sequences,
         num_tokens=num_tokens,
         tensor=layout.tensor,
         sequence=runtime.sequence_parallel,
-        remat=remat,
+        remat="dots" if layout.remat == "selective" else layout.remat,
+        is_backward_split=layout.is_backward_split,
     )
-    sizes = {"num_sequences": layout.sequences, "num_tokens": num_tokens, "tensor": layout.tensor}
-    kinds: dict[str, Any] = {"sequence": runtime.sequence_parallel, "remat": remat}
-    deferred = split_backward_bytes(model, **sizes, **kinds) if layout.is_backward_split else 0.0
-    return (counted.layer + deferred) / layout.context
+    return kept / layout.context
+
+
+@lru_cache(maxsize=4096)
+def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) -> float:
+    """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
+    deferred = split_backward_bytes(model, **sizes) if is_backward_split else 0.0
+    return activation_bytes(model, **sizes).layer + deferred
 
 
 def split_backward_bytes(

@@ -14,6 +14,7 @@ from ...meshes.arguments import check_count
 from ..machines.collective_time import CollectiveKind, collective_time_s, make_group
 from ..machines.kernel_time import flash_time_s, matmul_time_s, memory_time_s
 from ..machines.topology import Accelerator, Topology
+from .context_time import context_time
 from .layout import Layout
 from .operations import Flash, LayerSize, Operation, Part, Product, item_bytes, layer_operations
 from .runtime import Runtime
@@ -25,7 +26,7 @@ _PASSES = ("forward", "input_grad", "weight_grad")
 class LayerTime:
     """Seconds of one layer for one microbatch, collectives included; `recompute` is repeated work of the backward.
 
-    `exposed` are the seconds of the other four in which the device waits for collectives over tensor.
+    `exposed` are the seconds of the other four in which the device waits for others over tensor, expert, context.
     """
 
     forward: float
@@ -76,11 +77,12 @@ def layer_time(
     again = _sum_recomputed(works, layout)
     comm = _tensor_comm_s(model, size=size, layout=layout, runtime=runtime, topology=topology)
     comm += _expert_comm_s(model, size=size, layout=layout, topology=topology)
-    comm += _exposed_context_s(model, size=size, layout=layout, topology=topology, works=works)
+    around = context_time(model, size=size, layout=layout, topology=topology, beside=weight_grad)
     hidden = _hidden_comm_s(comm, weight_grad, runtime)
     # Only full rematerialization runs the collectives of the forward again.
-    again += comm if layout.remat == "full" else 0.0
-    input_grad += comm - hidden
+    again += comm + around.forward if layout.remat == "full" else 0.0
+    input_grad += comm - hidden + around.backward
+    comm += around.forward
     # If the host launches kernels more slowly than the device runs them, the device waits, in each pass as a whole.
     passes = 3 if layout.remat == "full" else 2
     waiting = max(0.0, passes * runtime.host_layer_s - (again + input_grad + weight_grad))
@@ -90,7 +92,7 @@ def layer_time(
         input_grad=input_grad + waiting / 2,
         weight_grad=weight_grad + waiting / 2,
         # The forward and the backward wait for the same collectives, the recomputation for them once more.
-        exposed=2 * comm - hidden + (comm if layout.remat == "full" else 0.0),
+        exposed=(3 if layout.remat == "full" else 2) * comm - around.forward + around.backward - hidden,
     )
 
 
@@ -181,16 +183,3 @@ def _hidden_comm_s(comm: float, weight_grad: float, runtime: Runtime) -> float:
     if runtime.tensor_overlap == "off":
         return 0.0
     return min(comm / 2 if runtime.sequence_parallel == "on" else comm, weight_grad)
-
-
-def _exposed_context_s(
-    model: ModelConfig, *, size: LayerSize, layout: Layout, topology: Topology, works: list[_Work]
-) -> float:
-    """Return the seconds of sending keys and values around the context axis that attention does not hide."""
-    if layout.context == 1:
-        return 0.0
-    group = make_group(topology, size=layout.context, stride=layout.tensor)
-    own = attention_widths(model, tensor=layout.tensor)
-    num_bytes = size.sequences * size.keys * (own.key + own.value) * item_bytes(model)
-    sent = collective_time_s("all_gather", num_bytes=num_bytes, group=group, topology=topology)
-    return max(0.0, sent - sum(work.forward for work in works if work.part == "core"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ...layers.context.choice import ContextAttention
 from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.divisibility import check_divides
@@ -24,6 +25,7 @@ class Layout:
 
     Args:
         context: devices that share each sequence.
+        context_attention: how they attend to each other's tokens; "auto" is what sends less.
         expert: data shards that split the experts; a divisor of data.
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
@@ -41,6 +43,7 @@ class Layout:
     tensor: int = 1
     pipe: int = 1
     context: int = 1
+    context_attention: ContextAttention = "auto"
     fsdp: int = 1
     expert: int = 1
     schedule: str = "1f1b"

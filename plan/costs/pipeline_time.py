@@ -15,6 +15,7 @@ from ...layers import ModelConfig
 from ...pipeline import stage_costs
 from ...schedules import Placement, Schedule, StageCost, build_schedule, find_family, simulate
 from .layout import Layout
+from .lockstep_ticks import TickCounts, count_ticks, lockstep_time_s
 from .runtime import OrderTraits, Runtime
 from .stage_time import stage_layers
 
@@ -92,6 +93,10 @@ def pipeline_time_s(
 
     def run(count: int) -> float:
         sizes = {"num_ranks": num_ranks, "num_microbatches": count, "num_chunks": num_chunks}
+        if traits.clock == "lockstep":
+            alike = tuple(map(stages.index, stages))
+            ticks = sort_ticks(schedule, **sizes, traits=traits, terms=terms, alike=alike)
+            return lockstep_time_s(ticks, stages=stages, transfer=transfer, shared_loss=shared_loss)
         grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
         return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
@@ -119,6 +124,22 @@ def is_searched_whole(schedule: str, *, num_stages: int, num_microbatches: int) 
     """
     is_searched = find_family(schedule).order == "searched"
     return is_searched and num_stages * num_microbatches <= _MOST_SEARCHED_ACTIONS
+
+
+@lru_cache(maxsize=512)
+def sort_ticks(
+    schedule: str,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int,
+    traits: OrderTraits,
+    terms: SearchTerms | None,
+    alike: tuple[int, ...],
+) -> TickCounts:
+    """Return the ticks of the schedule in which a runtime runs, by what they cost; see `count_ticks`."""
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
+    return count_ticks(plan_schedule(schedule, **sizes, traits=traits, terms=terms), alike=alike)
 
 
 @lru_cache(maxsize=256)

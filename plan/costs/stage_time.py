@@ -5,6 +5,7 @@ A hop is one send of an activation or gradient between neighbouring stages. Read
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ...layers import ModelConfig
 from ...pipeline import balance_layers
@@ -34,6 +35,7 @@ class EndCosts:
     hop: float
 
 
+@lru_cache(maxsize=1024)
 def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
     """Return the layers of every stage: equal, or one fewer at both ends, or else as even as possible.
 
@@ -53,7 +55,12 @@ def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
     """
     if layout.layers_per_stage or not model.dense_layers:
         return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
-    return balance_times(layer_times(model, num_tokens=model.max_tokens), num_stages=layout.num_stages)
+    return _balance_kinds(model, num_stages=layout.num_stages)
+
+
+@lru_cache(maxsize=1024)
+def _balance_kinds(model: ModelConfig, *, num_stages: int) -> tuple[int, ...]:
+    return balance_times(layer_times(model, num_tokens=model.max_tokens), num_stages=num_stages)
 
 
 def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, num_tokens: int) -> EndCosts:

@@ -89,7 +89,7 @@ def step_time(
     rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
     beside = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
-    data_s = _data_s(data, layout=layout, runtime=runtime, topology=topology, **beside)
+    data_s = data_time_s(data, layout=layout, runtime=runtime, topology=topology, **beside)
     copies_s = _copies_s(kinds_of_stages(model, layers), of_stages, **given, topology=topology)
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
@@ -152,7 +152,7 @@ def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: 
     return tokens * flops / (time_s * peak)
 
 
-def _data_s(data: UpdateTime, *, topology: Topology, **given: Any) -> float:
+def data_time_s(data: UpdateTime, *, topology: Topology, **given: Any) -> float:
     """Return the seconds that collectives over data add to a step: those not hidden, and what hidden ones slow down."""
     exposed_s = _exposed_data_s(data, **given)
     # Collectives that run beside products take cores from them.

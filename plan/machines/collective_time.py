@@ -23,9 +23,9 @@ _MIB = 2.0**20
 # Below the smallest measured size the time falls to this share of it: 43.8 us at 32 KiB, 101.9 us at 1 MiB on A100.
 _START_SHARE = 0.43
 # Shares of the data sheets' bandwidths that messages reach, and seconds until the first byte arrives.
-_LINK_SHARE = 0.78
+LINK_SHARE = 0.78
 _NETWORK_SHARE = 0.92
-_LINK_START_S = 10e-6
+LINK_START_S = 10e-6
 _NETWORK_START_S = 15e-6
 # Switches that reduce in the network (NVLS) serve all-reduce only: 361 against 473 GB/s at 8 GiB on eight H200.
 _RING_SHARE = {"h200": 0.765, "b200": 0.765}
@@ -74,14 +74,14 @@ def collective_time_s(kind: CollectiveKind, *, num_bytes: float, group: Group, t
 def _send_s(num_bytes: float, group: Group, topology: Topology) -> float:
     accelerator = topology.accelerator
     if group.num_nodes == 1:
-        return _LINK_START_S + num_bytes / (_LINK_SHARE * accelerator.link_bytes_per_s)
+        return LINK_START_S + num_bytes / (LINK_SHARE * accelerator.link_bytes_per_s)
     return _NETWORK_START_S + num_bytes / (_NETWORK_SHARE * accelerator.network_bytes_per_s)
 
 
 def _all_to_all_s(num_bytes: float, group: Group, topology: Topology) -> float:
     """Return the seconds in which each device sends an equal part of its bytes to each other one, straight to it."""
     accelerator, part = topology.accelerator, num_bytes / group.size
-    inside = _LINK_START_S + part * (group.per_node - 1) / (_LINK_SHARE * accelerator.link_bytes_per_s)
+    inside = LINK_START_S + part * (group.per_node - 1) / (LINK_SHARE * accelerator.link_bytes_per_s)
     if group.num_nodes == 1:
         return inside
     # A device sends to other nodes over its own adapter.
@@ -94,7 +94,7 @@ def _node_all_reduce_s(num_bytes: float, size: int, topology: Topology, *, is_ri
     wire = 2 * (size - 1) / size * num_bytes
     curves = _curves().get(accelerator.curve)
     if not curves:
-        return 2 * _LINK_START_S * math.log2(size) + wire / (_LINK_SHARE * accelerator.link_bytes_per_s)
+        return 2 * LINK_START_S * math.log2(size) + wire / (LINK_SHARE * accelerator.link_bytes_per_s)
     share = _RING_SHARE.get(accelerator.curve, 1.0) if is_ring else 1.0
     widths = sorted(curves)
     # Interpolate between the measured numbers of ranks on both sides; outside of them the nearest one counts.
@@ -111,8 +111,8 @@ def _network_all_reduce_s(num_bytes: float, group: Group, topology: Topology) ->
     wire = 2 * (group.size - 1) / group.size * num_bytes
     # Every device of the group has an adapter of its own, and all of them send at once; the links inside may be slower.
     network = group.per_node * _NETWORK_SHARE * accelerator.network_bytes_per_s
-    speed = min(network, _LINK_SHARE * accelerator.link_bytes_per_s)
-    return 2 * _NETWORK_START_S * math.log2(group.num_nodes) + 2 * _LINK_START_S + wire / speed
+    speed = min(network, LINK_SHARE * accelerator.link_bytes_per_s)
+    return 2 * _NETWORK_START_S * math.log2(group.num_nodes) + 2 * LINK_START_S + wire / speed
 
 
 def _bus_bytes_per_s(points: tuple[tuple[float, float], ...], num_bytes: float) -> float:

@@ -19,7 +19,7 @@ from ...meshes.errors import TargetError, printable, shown, suggest
 from ...meshes.files.regular_file import read_bounded
 
 _DATA = Path(__file__).with_name("topologies.toml")
-_TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:x(?P<devices>[0-9]{1,9}))?(?:/(?P<node>[0-9]{1,9}))?")
+_TEXT = re.compile(r"(?P<name>[a-z0-9.-]*?[a-z0-9])(?:[x:](?P<devices>[0-9]{1,9}))?(?:/(?P<node>[0-9]{1,9}))?")
 _GIGA = 1e9
 _MOST_BYTES = 50_000
 _MOST_DEVICES = 1_000_000
@@ -41,7 +41,7 @@ class Accelerator:
 
     `matmul_share` is the share of the peak that large matrix products in 16 bit keep under load, `narrow_shares` that
     of narrower ones, and `burst_share` what they reach before the clocks sink; `cores` run the tiles of a product;
-    `curve` names the measured all-reduces over its links and is "" if there are none.
+    `curve` names the measured all-reduces over its links and is "" if there are none; `watts` is its power limit, or 0.
     """
 
     key: str
@@ -60,6 +60,7 @@ class Accelerator:
     source: str
     narrow_shares: Mapping[str, float] = field(default_factory=dict)
     burst_share: float = 0.0
+    watts: float = 0.0
 
     @property
     def load(self) -> float:
@@ -138,9 +139,9 @@ class Topology:
 def read_topology(text: str) -> Topology:
     """Parse the name of a machine, or read a TOML file that describes one.
 
-    `h100` is one device, `h100x8` eight in a node, `h100x64/8` sixty-four with eight a node. A file has a key
-    `accelerator` (a known name, or a table with all of its figures), `devices`, and may set `devices_per_node` and any
-    figure of the accelerator, such as `network_gb_per_s`.
+    `h100` is one device, `h100x8` eight in a node, `h100x64/8` sixty-four with eight a node; `h100:64/8` is the same. A
+    file has a key `accelerator` (a known name, or a table with all of its figures), `devices`, and may set
+    `devices_per_node` and any figure of the accelerator, such as `network_gb_per_s`.
 
     >>> read_topology("a100x16").devices_per_node
     8
@@ -234,6 +235,8 @@ class _Figures(BaseModel):
     network_gb_per_s: _Figure
     # 16 lanes of PCI Express 3.0, the slowest of those in the file.
     host_gb_per_s: _Figure = 15.75
+    # The power limit; 0 where none is stated.
+    watts: _Figure | Literal[0] = 0
     curve: str = ""
     source: str = "the user's own file"
     notes: str = ""
@@ -258,6 +261,7 @@ def _make_accelerator(key: str, table: Mapping[str, Any]) -> Accelerator:
         source=printable(figures.source, limit=400),
         burst_share=figures.burst_share,
         narrow_shares={dtype: share for dtype, share in figures.narrow_shares if share is not None},
+        watts=figures.watts,
     )
 
 

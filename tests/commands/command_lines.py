@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan": (["tiny-dense", "--topology", "h100x8", "--mesh.data=8"], PLAN),
     "schedule": (["1f1b", "--ranks", "2", "--microbatches", "4"], (*SCHEDULE, *SCHEDULE, *SCHEDULE_FILES)),
     "checkpoints": (["no-run"], ()),
+    "calibrate": (["no-folder/machine.toml"], ("--config", "--fake-devices")),
     "import-hf": (["model", "out"], ("--mesh", "--fake-devices")),
     "export-hf": (["no-run", "out"], ("--mesh", "--fake-devices", "--architecture", "--dtype")),
     "generate": (["model", "--prompt", "a"], GENERATE),

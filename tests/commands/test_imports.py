@@ -46,6 +46,8 @@ WORDS = {
     "serve nowhere": 2,
     "serve . --port 70000": 2,
     "bench-decode --help": 0,
+    "calibrate --help": 0,
+    "calibrate machine.json": 2,
     "import-hf --help": 0,
     "export-hf runs": 2,
     "train nowhere": 2,

@@ -11,7 +11,7 @@ from trellax.plan.machines.topology import read_topology
 from trellax.plan.pareto_front import front_axis, name_point, pareto_front, plot_front
 from trellax.plan.plan import Plan
 from trellax.plan.serving_search import ServeQuestion, price_all_serving, rank_serving
-from trellax.plan.training_search import TrainQuestion, price_layout, price_train, rank_train
+from trellax.plan.training_search import TrainQuestion, TrainSearch
 
 from .models import GPT2, LLAMA_8B, LLAMA_70B
 
@@ -30,8 +30,10 @@ def draw(model: ModelConfig, machine: str, objective: str) -> tuple[list[Plan], 
     topology = read_topology(machine)
     if objective in ("train", "memory"):
         question = TrainQuestion(model=model, topology=topology, batch_size=64, num_tokens=1024)
-        priced = price_train(question)
-        ranked = rank_train(question, priced, objective=objective)
+        search = TrainSearch(question)
+        ranked = search.best(objective=objective)
+        search.front("train", "memory")
+        priced = search.priced
     else:
         question = ServeQuestion(model=model, topology=topology)
         priced = price_all_serving(question, objective=objective)
@@ -80,9 +82,3 @@ def _nothing_overlaps(figure: Figure) -> None:
 
 def _box(text: Text) -> BboxBase:
     return text.get_window_extent()
-
-
-def test_a_layout_has_one_price() -> None:
-    question = TrainQuestion(model=LLAMA_70B, topology=read_topology("h100x32/8"), batch_size=32, num_tokens=8192)
-    for plan in price_train(question):
-        assert price_layout(question, plan.layout).time_s == plan.time_s

@@ -18,7 +18,7 @@ from trellax.plan.costs.update_time import update_time
 from trellax.plan.legal_layouts import legal_layouts
 from trellax.plan.machines.topology import read_topology
 from trellax.plan.suggestions import fuller_pipes
-from trellax.plan.training_search import TrainQuestion
+from trellax.plan.training_search import TrainQuestion, price_layout
 from trellax.schedules import Placement, StageCost, build_schedule
 
 from .models import GPT2, LLAMA_8B
@@ -153,3 +153,14 @@ def test_idle_pipeline_is_compared_with_a_v() -> None:
     question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h100x8"), batch_size=8, num_tokens=8192)
     tried = {layout.schedule for layout in fuller_pipes(question, Layout(pipe=8, microbatches=8))}
     assert {"zb-v", "v-half"} <= tried
+
+
+def test_split_backwards_cost_what_lockstep_turns_cost() -> None:
+    """In lockstep a turn lasts as long as its longest action; by the compiled programs 6.13, 7.54 and 7.82 s.
+
+    The seconds are modelled on programs for H200 (benchmarks/RESULTS.md, "Steps of large models").
+    """
+    question = TrainQuestion(model=LLAMA_8B, topology=read_topology("h200x8"), batch_size=64, num_tokens=8192)
+    for name, chunks, expected_s in (("1f1b", 1, 6.13), ("zb-h1", 1, 7.54), ("zb-v", 2, 7.82)):
+        layout = Layout(pipe=8, schedule=name, chunks=chunks, microbatches=64, remat="dots")
+        assert price_layout(question, layout).time_s == pytest.approx(expected_s, rel=0.08)

@@ -1,0 +1,1 @@
+"""Plan a layout, compare machines, and calibrate the machine at hand."""

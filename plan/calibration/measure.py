@@ -1,0 +1,122 @@
+"""Measure the devices at hand: large products, copies in memory, copies from the host, and all-reduces.
+
+Every figure is the median of up to nine calls. Devices of one host run at once where they do so in training: fake CPU
+devices share the host's cores and memory, so each measures its share. Read `topology_file.py` for what comes of it.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .timing import Timed, time_call
+
+_MIB = 1 << 20
+_BUDGET_S = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Rows of square products, and bytes on a device of what is copied and summed."""
+
+    products: tuple[int, ...]
+    copied: int
+    summed: tuple[int, int]
+
+
+_OF_CPU = Sizes(products=(256, 512, 1024), copied=64 * _MIB, summed=(_MIB // 4, 8 * _MIB))
+_OF_GPU = Sizes(products=(2048, 4096, 8192), copied=1024 * _MIB, summed=(_MIB, 256 * _MIB))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured: work in flops or bytes over the median time, per device, with the spread of its calls.
+
+    `name` is such as "product bfloat16 4096", `unit` flops/s or bytes/s. An all-reduce counts the bytes of its array.
+    """
+
+    name: str
+    rate: float
+    unit: str
+    num_bytes: float
+    timed: Timed
+
+
+def measure_devices(devices: Sequence[jax.Device], *, say: Callable[[str], None]) -> list[Measured]:
+    """Return the rates of products, copies and sums, all devices at work at once; takes half a minute.
+
+    Args:
+        say: is told what is being measured.
+    """
+    sizes = _OF_CPU if devices[0].platform == "cpu" else _OF_GPU
+    mesh = Mesh(np.array(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    found: list[Measured] = []
+    jobs: list[Callable[[], Measured]] = [
+        functools.partial(_product, mesh, size, dtype) for dtype in ("bfloat16", "float32") for size in sizes.products
+    ]
+    jobs += [functools.partial(_copy, mesh, sizes.copied), functools.partial(_from_host, mesh, sizes.copied)]
+    if len(devices) > 1:
+        jobs += [functools.partial(_all_reduce, mesh, size) for size in sizes.summed]
+    for number, job in enumerate(jobs, 1):
+        began = time.perf_counter()
+        one = job()
+        found.append(one)
+        say(f"{number}/{len(jobs)} {one.name}: {one.rate:.3g} {one.unit}, {time.perf_counter() - began:.1f} s")
+    return found
+
+
+def rate_of(found: Sequence[Measured], name: str) -> float:
+    """Return the best rate of what has a name that begins so."""
+    return max(one.rate for one in found if one.name.startswith(name))
+
+
+def _product(mesh: Mesh, size: int, dtype: str) -> Measured:
+    """Multiply two square matrices on every device at once."""
+    num = mesh.size
+    make = jax.jit(lambda: jnp.ones((num, size, size), dtype), out_shardings=_split(mesh))
+    x, y = make(), make()
+    multiply = jax.jit(lambda a, b: jnp.einsum("dij,djk->dik", a, b), out_shardings=_split(mesh))
+    timed = time_call(lambda: multiply(x, y), budget_s=_BUDGET_S)
+    flops = 2.0 * size**3
+    return Measured(name=f"product {dtype} {size}", rate=flops / timed.time_s, unit="flops/s", num_bytes=0, timed=timed)
+
+
+def _copy(mesh: Mesh, num_bytes: int) -> Measured:
+    """Read and write an array in the memory of every device at once."""
+    x = jax.jit(lambda: jnp.ones((mesh.size, num_bytes // 4), jnp.float32), out_shardings=_split(mesh))()
+    add = jax.jit(lambda a: a + 1, out_shardings=_split(mesh))
+    timed = time_call(lambda: add(x), budget_s=_BUDGET_S)
+    return Measured(
+        name="copy in memory", rate=2 * num_bytes / timed.time_s, unit="bytes/s", num_bytes=num_bytes, timed=timed
+    )
+
+
+def _from_host(mesh: Mesh, num_bytes: int) -> Measured:
+    """Copy an array from the memory of the host to one device."""
+    x = np.ones(num_bytes // 4, np.float32)
+    device = mesh.devices.flat[0]
+    timed = time_call(lambda: jax.device_put(x, device, may_alias=False), budget_s=_BUDGET_S)
+    return Measured(
+        name="copy from the host", rate=num_bytes / timed.time_s, unit="bytes/s", num_bytes=num_bytes, timed=timed
+    )
+
+
+def _all_reduce(mesh: Mesh, num_bytes: int) -> Measured:
+    """Sum an array of every device over all devices."""
+    x = jax.jit(lambda: jnp.ones((mesh.size, num_bytes // 4), jnp.float32), out_shardings=_split(mesh))()
+    specs: dict[str, Any] = {"in_specs": PartitionSpec("device"), "out_specs": PartitionSpec()}
+    total = jax.jit(jax.shard_map(lambda a: jax.lax.psum(a, "device"), mesh=mesh, **specs))
+    timed = time_call(lambda: total(x), budget_s=_BUDGET_S)
+    return Measured(
+        name=f"all-reduce {num_bytes}", rate=num_bytes / timed.time_s, unit="bytes/s", num_bytes=num_bytes, timed=timed
+    )
+
+
+def _split(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("device"))
