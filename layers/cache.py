@@ -7,7 +7,7 @@ own length, and new tokens are written behind it. `attention.py` reads the cache
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.device_axes import mark_varying, varying_axes
 from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16"]
 """Dtype in which keys and values are stored; scores are summed in float32 either way."""
+
+BLOCK = 256
+"""Number of cached tokens that attention reads at a time."""
 
 
 @jax.tree_util.register_dataclass
@@ -52,16 +56,23 @@ class KVCache:
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
-    def read(self, layer: jax.Array | int, new: "NewTokens") -> tuple[jax.Array, jax.Array]:
-        """Return keys and values of one layer in the rows of the new tokens: two of [B, K, S, H]."""
+    def read_block(
+        self, layer: jax.Array | int, new: "NewTokens", block: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return a block of one layer in the rows of the new tokens: its places [1, S], keys and values, two [B, K, S, H].
+
+        Places that an earlier block has, since the last one ends at the end of the cache, are -1.
+        """
+        size = min(BLOCK, self.keys.shape[3])
+        begin = jnp.minimum(block * size, self.keys.shape[3] - size)
+        place_1S = begin + jnp.arange(size)[None]
 
         def take(stored: jax.Array) -> jax.Array:
-            _, _, *inner = stored.shape
-            # This layer's [K, S, H] of the rows of the new tokens.
-            start = (layer, new.row, 0, 0, 0)
-            return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts.shape[0], *inner))[0])
+            _, _, heads, _, width = stored.shape
+            start, shape = (layer, new.row, 0, begin, 0), (1, new.starts.shape[0], heads, size, width)
+            return _decode(jax.lax.dynamic_slice(stored, start, shape)[0])
 
-        return take(self.keys), take(self.values)
+        return jnp.where(place_1S >= block * size, place_1S, -1), take(self.keys), take(self.values)
 
 
 @jax.tree_util.register_dataclass
@@ -81,32 +92,73 @@ class NewTokens:
         return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
-def attend(
-    q_BTNH: jax.Array, keys_BKSH: jax.Array, values_BKSH: jax.Array, positions_BT: jax.Array, *, window: int = 0
-) -> jax.Array:
+def attend(q_BTNH: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens, window: int = 0) -> jax.Array:
     """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 
-    q[B@data, T, N@tensor, H], keys and values [B@data, K@tensor, S, H] -> y[B@data, T, N@tensor, H]; no communication.
-    Scores are float32. Unused places of `keys` may hold anything, those of `values` any finite number.
+    q[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, H]; no communication. Scores and sums are float32.
+
+    It reads blocks of `BLOCK` tokens, from the first that a window shows to the last that any row has filled: their
+    number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that a row
+    does not see adds exactly nothing: a row's result does not depend on the others. Unused places may hold anything.
 
     Args:
         window: number of visible tokens, the token itself included; 0 is all.
     """
     num_rows, num_tokens, _, size = q_BTNH.shape
-    num_kv, num_cached = keys_BKSH.shape[1:3]
+    num_kv, block_size = cache.keys.shape[2], min(BLOCK, cache.keys.shape[3])
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
     q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
-    keys_BKSH, values_BKSH = (stored.astype(q_BTNH.dtype) for stored in (keys_BKSH, values_BKSH))
-    scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
-    place_S = jnp.arange(num_cached)
-    is_seen_BTS = place_S[None, None] <= positions_BT[..., None]
-    if window:
-        is_seen_BTS &= place_S[None, None] > positions_BT[..., None] - window
-    # A real token sees at least itself, so its row is never -inf throughout, which would make the softmax NaN.
-    scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(size), -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, values_BKSH)
+    positions_BT1, end_B = new.positions(num_tokens)[..., None], new.starts + new.counts
+
+    def add_block(block: jax.Array, so_far: _Softmax) -> _Softmax:
+        place_1S, keys_BKSH, values_BKSH = cache.read_block(layer, new, block)
+        is_used_BS = (place_1S >= 0) & (place_1S < end_B[:, None])
+        is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
+        if window:
+            is_seen_BTS &= place_1S[None] > positions_BT1 - window
+        # A weight of 0 does not hide a NaN of an unused place.
+        values_BKSH = jnp.where(is_used_BS[:, None, :, None], values_BKSH, 0)
+        return _add_block(so_far, q_BKGTH, keys_BKSH, values_BKSH, is_seen_BTS)
+
+    is_real_B = new.counts > 0
+    last = (jnp.where(is_real_B, end_B, 0).max() + block_size - 1) // block_size
+    first = jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // block_size if window else 0
+    total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, varying_axes(cache.keys)))
+    # The largest score adds 1 to the sum; rows that are not in use have seen nothing.
+    mixed_BKGTH = (total.mixed / jnp.maximum(total.sum, 1.0)).astype(q_BTNH.dtype)
     return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+class _Softmax(NamedTuple):
+    """A softmax over some keys: largest score and sum of exponentials [B, K, G, T, 1], mixed values [B, K, G, T, H]."""
+
+    top: jax.Array
+    sum: jax.Array
+    mixed: jax.Array
+
+
+def _nothing_seen(q_BKGTH: jax.Array, axes: Sequence[str]) -> _Softmax:
+    """Return the softmax over no keys, varying over the axes of the queries and of the cache."""
+    *outer, _ = q_BKGTH.shape
+    top, sum_, mixed = jnp.full((*outer, 1), -jnp.inf), jnp.zeros((*outer, 1)), jnp.zeros(q_BKGTH.shape)
+    both = tuple({*axes, *varying_axes(q_BKGTH)})
+    return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
+
+
+def _add_block(
+    so_far: _Softmax, q_BKGTH: jax.Array, keys_BKSH: jax.Array, values_BKSH: jax.Array, is_seen_BTS: jax.Array
+) -> _Softmax:
+    keys_BKSH, values_BKSH = (stored.astype(q_BKGTH.dtype) for stored in (keys_BKSH, values_BKSH))
+    scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(q_BKGTH.shape[-1]), -jnp.inf)
+    top = jnp.maximum(so_far.top, scores_BKGTS.max(-1, keepdims=True))
+    # Of a row that has seen nothing yet the largest is -inf, and -inf - -inf is NaN.
+    finite_top = jnp.where(top == -jnp.inf, 0.0, top)
+    old, weights_BKGTS = jnp.exp(so_far.top - finite_top), jnp.exp(scores_BKGTS - finite_top)
+    mixed_BKGTH = jnp.einsum(
+        "bkgts,bksh->bkgth", weights_BKGTS.astype(q_BKGTH.dtype), values_BKSH, preferred_element_type=jnp.float32
+    )
+    return _Softmax(top, so_far.sum * old + weights_BKGTS.sum(-1, keepdims=True), so_far.mixed * old + mixed_BKGTH)
 
 
 def cache_shapes(

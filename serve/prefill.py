@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from ..layers import KVCache, NewTokens
+from ..layers import NewTokens
 from ..meshes import DEFAULT_RULES, ShardingRules
-from ..meshes.device_axes import mark_varying, varying_axes
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING
 from .sampling import SamplingSettings, finish_reasons
@@ -93,7 +92,7 @@ def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, 
     new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None])
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
-    x, cache = stage.run_layers(params, x, cache=_wiped(state.cache, chunk), new=new)
+    x, cache = stage.run_layers(params, x, cache=state.cache, new=new)
 
     def finish() -> jax.Array:
         own = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), settings)
@@ -106,20 +105,6 @@ def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, 
     is_chosen = chunk.is_last & (stage.rank == stage.num_ranks - 1)
     chosen_tokens = jax.lax.cond(stage.vary(is_chosen), finish, lambda: chosen_tokens)
     return replace(state, cache=cache, busy=state.busy + 1), x, chosen_tokens
-
-
-def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
-    """Zero the slot of a sequence that starts: masked positions have weight 0, but 0 times an old NaN is NaN."""
-
-    def wipe(values: jax.Array) -> jax.Array:
-        num_layers, _, *inner = values.shape
-        empty = mark_varying(jnp.zeros((num_layers, 1, *inner), values.dtype), varying_axes(values))
-        return jax.lax.dynamic_update_slice(values, empty, (0, chunk.slot, 0, 0, 0))
-
-    values = jax.lax.cond(
-        chunk.start == 0, lambda values: tuple(map(wipe, values)), lambda values: values, cache.values
-    )
-    return KVCache(keys=cache.keys, values=values, lengths=cache.lengths)
 
 
 def _open(state: ServeState, chunks: Chunks, chosen_tokens: jax.Array) -> ServeState:

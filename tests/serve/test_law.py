@@ -95,6 +95,12 @@ def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], token
     return np.asarray(jax.jit(mapped)(*args, tokens))
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the cache, and of which a window skips some."""
+    monkeypatch.setattr(cache_module, "BLOCK", 3)
+
+
 def check(mesh: str, kind: str) -> None:
     style, changes = KINDS[kind]
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
