@@ -1,7 +1,13 @@
 """The KV cache: keys and values of earlier tokens, so that generating a token computes one token and not all of them.
 
-A cache has a fixed number of rows (sequences) and of tokens a row, so that no program changes shape. Every row has its
-own length, and new tokens are written behind it. `attention.py` reads the cache.
+It is kept in pages of a few tokens (Kwon et al. 2023, "PagedAttention", section 4). A sequence has a list of pages,
+which is data, so no program changes shape; two sequences that begin with the same tokens may list the same pages:
+
+    page          0    1    2    3    4    5         4 tokens a page
+    sequence a    pages 3, 0, 5    9 tokens: 4 in page 3, 4 in page 0, 1 in page 5
+    sequence b    pages 3, 0, 1    the same first 8 tokens, then others
+
+`attention.py` reads the cache; `serve/pages.py` gives pages to sequences.
 """
 
 import math
@@ -29,10 +35,10 @@ BLOCK = 256
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of every layer, and the number of cached tokens of each row.
+    """Keys and values of every layer in pages of S tokens, and the number of cached tokens of each row.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. Each pipeline stage has
-    its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
+    keys, values [L@pipe, pages@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. Each pipeline stage
+    has its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
     XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also holds the
     shapes of a cache (`cache_shapes`).
     """
@@ -41,38 +47,36 @@ class KVCache:
     values: Any
     lengths: Any
 
+    @property
+    def page(self) -> int:
+        """Number of tokens of a page, of the cache of one stack of layers."""
+        return self.keys.shape[3]
+
     def append(self, layer: jax.Array | int, new: "NewTokens", k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
         """Return the cache with the keys and values of new tokens in one layer; in place where it is donated."""
         num_tokens = k_BTKH.shape[1]
-        row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
         head_11K = jnp.arange(k_BTKH.shape[2])[None, None]
-        # An index one past the end is dropped by the scatter: padding of a chunk and rows that are not in use go there.
+        place_BT = new.positions(num_tokens)
+        page_BT = jnp.take_along_axis(new.pages, place_BT // self.page, axis=1, mode="clip")
+        # A page past the last is dropped by the scatter: padding of a chunk and rows that are not in use go there.
         is_real_BT = jnp.arange(num_tokens)[None] < new.counts[:, None]
-        place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[3])
+        page_BT = jnp.where(is_real_BT, page_BT, self.keys.shape[1])
 
         def put(stored: jax.Array, own: jax.Array) -> jax.Array:
-            place = (layer, row_BT1, head_11K, place_BT[..., None])
+            place = (layer, page_BT[..., None], head_11K, (place_BT % self.page)[..., None])
             return stored.at[place].set(_encode(own, stored.dtype), mode="drop")
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
-    def read_block(
-        self, layer: jax.Array | int, new: "NewTokens", block: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return a block of one layer in the rows of the new tokens: its places [1, S], keys and values, two [B, K, S, H].
-
-        Places that an earlier block has, since the last one ends at the end of the cache, are -1.
-        """
-        size = min(BLOCK, self.keys.shape[3])
-        begin = jnp.minimum(block * size, self.keys.shape[3] - size)
-        place_1S = begin + jnp.arange(size)[None]
+    def read(self, layer: jax.Array | int, page_Bn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values of one layer in n pages of each row: two of [B, K, n * S, H]."""
 
         def take(stored: jax.Array) -> jax.Array:
-            _, _, heads, _, width = stored.shape
-            start, shape = (layer, new.row, 0, begin, 0), (1, new.starts.shape[0], heads, size, width)
-            return _decode(jax.lax.dynamic_slice(stored, start, shape)[0])
+            # [B, n, K, S, H], of pages that exist.
+            pages = jnp.swapaxes(stored.at[layer, page_Bn].get(mode="promise_in_bounds"), 1, 2)
+            return _decode(pages.reshape(*pages.shape[:2], -1, pages.shape[-1]))
 
-        return jnp.where(place_1S >= block * size, place_1S, -1), take(self.keys), take(self.values)
+        return take(self.keys), take(self.values)
 
 
 @jax.tree_util.register_dataclass
@@ -81,11 +85,13 @@ class NewTokens:
     """The place of T new tokens of each of B rows: rows `row` to `row + B`, from positions `starts` on.
 
     The first `counts` of a row's T tokens are real; the others are padding, computed but not written to the cache.
+    `pages`, [B, pages], are the pages of each row in the order of their tokens; those not in use are any that exist.
     """
 
     row: Any
     starts: Any
     counts: Any
+    pages: Any
 
     def positions(self, num_tokens: int) -> jax.Array:
         """Return the position of every token in its sequence: [B, T]."""
@@ -97,22 +103,26 @@ def attend(q_BTNH: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: Ne
 
     q[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, H]; no communication. Scores and sums are float32.
 
-    It reads blocks of `BLOCK` tokens, from the first that a window shows to the last that any row has filled: their
-    number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that a row
-    does not see adds exactly nothing: a row's result does not depend on the others. Unused places may hold anything.
+    It reads blocks of about `BLOCK` tokens, from the first that a window shows to the last that any row has filled:
+    their number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that
+    a row does not see adds exactly nothing: no row depends on the others. Unused places may hold anything.
 
     Args:
         window: number of visible tokens, the token itself included; 0 is all.
     """
     num_rows, num_tokens, _, size = q_BTNH.shape
-    num_kv, block_size = cache.keys.shape[2], min(BLOCK, cache.keys.shape[3])
+    num_kv, num_pages = cache.keys.shape[2], min(max(BLOCK // cache.page, 1), new.pages.shape[1])
+    block_size = num_pages * cache.page
+    pages = jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages)))
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
     q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
     positions_BT1, end_B = new.positions(num_tokens)[..., None], new.starts + new.counts
 
     def add_block(block: jax.Array, so_far: _Softmax) -> _Softmax:
-        place_1S, keys_BKSH, values_BKSH = cache.read_block(layer, new, block)
-        is_used_BS = (place_1S >= 0) & (place_1S < end_B[:, None])
+        own = jax.lax.dynamic_slice_in_dim(pages, block * num_pages, num_pages, axis=1)
+        keys_BKSH, values_BKSH = cache.read(layer, own)
+        place_1S = block * block_size + jnp.arange(block_size)[None]
+        is_used_BS = place_1S < end_B[:, None]
         is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
         if window:
             is_seen_BTS &= place_1S[None] > positions_BT1 - window
@@ -166,7 +176,8 @@ def cache_shapes(
     *,
     mesh: Mesh,
     num_rows: int,
-    max_tokens: int,
+    num_pages: int,
+    page: int,
     dtype: CacheDtype,
     stacks: Sequence[int],
     rules: ShardingRules = DEFAULT_RULES,
@@ -176,14 +187,15 @@ def cache_shapes(
     With fewer key/value heads than `tensor` devices, heads are repeated until every device has one.
 
     Args:
+        num_pages, page: number of pages over all data shards, and of tokens of a page.
         stacks: number of layers a stage in each array of keys, and of values.
 
     Raises:
-        ShardingError: rows do not split evenly over `data`.
+        ShardingError: pages do not split evenly over `data`.
         ModelError: a count is below 1, or keys and values cannot be stored as `dtype`.
     """
     check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
-    for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
+    for name, count in {"num_rows": num_rows, "num_pages": num_pages, "page": page}.items():
         check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
     num_ranks = sizes[rules.mesh_axes.pipe]
@@ -191,7 +203,7 @@ def cache_shapes(
     heads = max(config.num_kv_heads, math.prod(sizes[axis] for axis in rules.axes("heads")))
 
     def stack(layers: int) -> jax.ShapeDtypeStruct:
-        shape = (layers * num_ranks, num_rows, heads, max_tokens, config.head_size)
+        shape = (layers * num_ranks, num_pages, heads, page, config.head_size)
         own = rules.sharding(("stage", "batch", "heads", None, None), shape=shape, mesh=mesh, name="the cache")
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
 

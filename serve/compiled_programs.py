@@ -17,17 +17,17 @@ from .decode import decode
 from .experts import with_room
 from .params import LayerLoop, stage_shapes
 from .prefill import chunk_shapes, prefill
-from .sampling import SamplingSettings
+from .slots import SlotInputs, input_shapes
 from .stage import Stage, block_specs
-from .state import ServeState, Sizes, settings_shapes
+from .state import ServeState, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledPrograms:
     """The compiled programs of an engine; both donate the state and return it.
 
-    prefill(params, state, settings, chunks, num_chunks) -> state, first tokens [P@pipe, data, I, 2]
-    decode(params, state, settings, num_rounds) -> state, tokens [P@pipe, rounds, B@data, 2]
+    prefill(params, state, slots, chunks, num_chunks) -> state, first tokens [P@pipe, data, I, 2]
+    decode(params, state, slots, num_rounds) -> state, tokens [P@pipe, rounds, B@data, 2]
     """
 
     prefill: Any
@@ -50,24 +50,22 @@ def compile_programs(
     prefills = decodes = Stage(of_group, mesh, axes=axes)
     if of_chunk != of_group:
         prefills = Stage(of_chunk, mesh, axes=axes)
-    settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
+    slots, chunks = input_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
-    def run_prefill(
-        params: Any, state: ServeState, settings: SamplingSettings, chunks: Any, num_chunks: jax.Array
-    ) -> Any:
+    def run_prefill(params: Any, state: ServeState, slots: SlotInputs, chunks: Any, num_chunks: jax.Array) -> Any:
         state, chosen_tokens = prefill(
-            state, stage=prefills, params=params, settings=settings, chunks=chunks, num_chunks=num_chunks
+            state, stage=prefills, params=params, slots=slots, chunks=chunks, num_chunks=num_chunks
         )
         return state, chosen_tokens[None]
 
-    def run_decode(params: Any, state: ServeState, settings: SamplingSettings, num_rounds: jax.Array) -> Any:
-        return decode(state, stage=decodes, sizes=sizes, params=params, settings=settings, num_rounds=num_rounds)
+    def run_decode(params: Any, state: ServeState, slots: SlotInputs, num_rounds: jax.Array) -> Any:
+        return decode(state, stage=decodes, sizes=sizes, params=params, slots=slots, num_rounds=num_rounds)
 
     return CompiledPrograms(
-        prefill=_compile(run_prefill, mesh, (params, state, settings, chunks, number), P(pipe, data)),
-        decode=_compile(run_decode, mesh, (params, state, settings, number), P(pipe, None, data)),
+        prefill=_compile(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
+        decode=_compile(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
     )
 
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from ..layers import NewTokens
-from .sampling import SamplingSettings, finish_reasons
+from .sampling import finish_reasons
+from .slots import SlotInputs
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
@@ -32,17 +33,16 @@ _LAST = -2
 
 
 def decode(
-    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, num_rounds: jax.Array
+    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, slots: SlotInputs, num_rounds: jax.Array
 ) -> tuple[ServeState, jax.Array]:
     """Run `num_rounds` rounds inside `shard_map` over all axes; return the state and the chosen tokens.
 
     -> tokens and finish reasons [1, rounds, slots of this shard, 2], valid on the last rank; NOTHING for slots that are
     not in use. A tick costs one permute of x[b, 1, D] and one of [b] over `pipe`.
     """
-    ticks = ticks_of_round(sizes, stage.num_ranks)
     chosen = stage.vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
-    loop = _DecodeLoop(stage, sizes, params, settings, ticks)
-    return jax.lax.fori_loop(0, num_rounds * ticks, loop.tick, (state, chosen))
+    loop = _DecodeLoop(stage, sizes, params, slots)
+    return jax.lax.fori_loop(0, num_rounds * loop.ticks, loop.tick, (state, chosen))
 
 
 def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
@@ -53,9 +53,9 @@ def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
 class _DecodeLoop:
     """The body of the loop over ticks on one rank."""
 
-    def __init__(self, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, ticks: int) -> None:
-        self.stage, self.sizes, self.params, self.settings, self.ticks = stage, sizes, params, settings, ticks
-        self.last = stage.num_ranks - 1
+    def __init__(self, stage: Stage, sizes: Sizes, params: Any, slots: SlotInputs) -> None:
+        self.stage, self.sizes, self.params, self.slots = stage, sizes, params, slots
+        self.ticks, self.last = ticks_of_round(sizes, stage.num_ranks), stage.num_ranks - 1
 
     def tick(self, tick: jax.Array, carry: tuple[ServeState, jax.Array]) -> tuple[ServeState, jax.Array]:
         """Run this rank's stage for the group that has arrived, if a slot of it is in use, then pass on."""
@@ -82,8 +82,9 @@ class _DecodeLoop:
     ) -> tuple[ServeState, Any]:
         """Run the stage for one group; return x and a message per slot: in use, or (last rank) the next token."""
         size = self.sizes.group_size
+        slots: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.slots)
         starts_B = rows_of(state.cache.lengths[0], row, size)
-        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32))
+        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32), pages=slots.pages)
         tokens_B1 = rows_of(state.next_token[0], row, size)[:, None]
         x = self.stage.on_rank(
             0, lambda: self.stage.embed(self.params, tokens_B1, starts_B[:, None]), lambda: state.x[0]
@@ -91,10 +92,9 @@ class _DecodeLoop:
         x, cache = self.stage.run_layers(self.params, x, cache=state.cache, new=new)
 
         def finish() -> tuple[jax.Array, jax.Array]:
-            own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.settings)
             # The token just read is at position `starts`; with the new one the sequence has `starts` + 2 tokens.
-            token_B = self.stage.choose(self.params, x, own, position_B=starts_B + 1)
-            reason_B = finish_reasons(token_B, own, length_B=starts_B + 2)
+            token_B = self.stage.choose(self.params, x, slots.settings, position_B=starts_B + 1)
+            reason_B = finish_reasons(token_B, slots.settings, length_B=starts_B + 2)
             chosen_tokens = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
             message_B = jnp.where(reason_B > 0, _LAST, token_B)
             return jax.lax.dynamic_update_slice(chosen, chosen_tokens[None, None], (0, turn, row, 0)), self.stage.vary(

@@ -28,8 +28,8 @@ from .decode import NOTHING, ticks_of_round
 from .params import LayerLoop, stage_params, stage_shapes
 from .prefill import Chunks
 from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
-from .sampling import SamplingSettings
-from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
+from .slots import empty_inputs, write_inputs
+from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]
 """A callback for each new token of a sequence, in order; the sequence may already hold later tokens."""
@@ -47,10 +47,15 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Ticks of decoding and of prefill so far; `busy`, [P, data], counts those in which each rank had work."""
+    """Work so far: ticks of decoding and of prefill, and prompt tokens that were read, and shared and so not read.
+
+    `busy`, [P, data], counts the ticks in which each rank had work.
+    """
 
     decode_ticks: int
     prefill_ticks: int
+    read_tokens: int
+    shared_tokens: int
     busy: np.ndarray
 
     @property
@@ -70,7 +75,10 @@ class Engine:
         params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
         slots: number of sequences in progress at a time, over all data shards.
-        max_tokens: most tokens of a sequence, prompt and answer; the length of the cache.
+        max_tokens: most tokens of a sequence, prompt and answer.
+        cache_tokens: tokens for which the cache has pages, over all data shards; by default `slots` x `max_tokens`.
+            With fewer, a request waits until there are pages for its prompt and its longest answer.
+        page: number of tokens of a page, the unit in which prompts that begin alike share the cache.
         groups: number of parts of a data shard's slots, which follow each other through the stages; by default the
             number of stages.
         cache_dtype: dtype of keys and values; by default the compute dtype.
@@ -96,6 +104,8 @@ class Engine:
         axes: MeshAxes = DEFAULT_AXES,
         slots: int = 8,
         max_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        page: int = PAGE,
         groups: int | None = None,
         cache_dtype: CacheDtype | None = None,
         chunk: int = 64,
@@ -117,16 +127,24 @@ class Engine:
             items=chunks_per_step,
             rounds=rounds,
             stops=max_stops,
+            page=page,
+            cache_tokens=cache_tokens,
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
         own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": self.axes}
         self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
         self.programs = compile_programs(config, sizes, state=self.shapes, **own)
-        self.scheduler = RequestScheduler(num_shards=self.spec.data, groups=sizes.groups, group_size=sizes.group_size)
+        self.scheduler = RequestScheduler(
+            num_shards=sizes.num_shards,
+            groups=sizes.groups,
+            group_size=sizes.group_size,
+            num_pages=sizes.pages_per_shard,
+            page=sizes.page,
+        )
         self._params = stage_params(params, config=config, **own)
-        self._state, self._settings = empty_state(self.shapes, fill=fill), _empty_settings(sizes)
-        self._decode_ticks = self._prefill_ticks = 0
+        self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(sizes)
+        self._decode_ticks = self._prefill_ticks = self._read_tokens = self._shared_tokens = 0
 
     @property
     def axes(self) -> MeshAxes:
@@ -147,7 +165,11 @@ class Engine:
     def usage(self) -> Usage:
         """Ticks so far, and how many of them each rank worked."""
         return Usage(
-            decode_ticks=self._decode_ticks, prefill_ticks=self._prefill_ticks, busy=np.asarray(self._state.busy)
+            decode_ticks=self._decode_ticks,
+            prefill_ticks=self._prefill_ticks,
+            read_tokens=self._read_tokens,
+            shared_tokens=self._shared_tokens,
+            busy=np.asarray(self._state.busy),
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -182,7 +204,7 @@ class Engine:
             self.scheduler.cancel(sequence)
             if sequence.slot is not None:
                 # Devices that decode it end it at its next token, also one that is between two stages.
-                self._settings.limit[sequence.slot] = 0
+                self._slots.settings.limit[sequence.slot] = 0
 
     def step(self) -> list[ServedSequence]:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
@@ -192,7 +214,7 @@ class Engine:
         """
         # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():
-            self._write_settings(sequence)
+            write_inputs(self._slots, sequence, vocab_size=self.config.vocab_size)
         ended = self._read_prompts()
         return ended + self._decode()
 
@@ -210,8 +232,10 @@ class Engine:
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        args = self._params, self._state, self._settings, self._pack(chunks), np.int32(num_chunks)
+        args = self._params, self._state, self._slots, self._pack(chunks), np.int32(num_chunks)
         self._state, chosen_tokens = self.programs.prefill(*args)
+        self._read_tokens += sum(len(chunk.tokens) for own in chunks for chunk in own)
+        self._shared_tokens += sum(chunk.sequence.num_shared for own in chunks for chunk in own if chunk.is_last)
         # Chunk i is on rank r in tick i + r.
         self._prefill_ticks += num_chunks + self.spec.pipe - 1
         first = np.asarray(chosen_tokens)[-1]
@@ -230,9 +254,7 @@ class Engine:
             return []
         longest = max(self._num_left(sequence) for sequence in decoding.values())
         num_rounds = min(self.sizes.rounds, longest)
-        self._state, chosen_tokens = self.programs.decode(
-            self._params, self._state, self._settings, np.int32(num_rounds)
-        )
+        self._state, chosen_tokens = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
         return self._record_tokens(
             (decoding[slot], token, reason)
@@ -268,16 +290,6 @@ class Engine:
             if sequence.finish_reason == "error":
                 raise _not_finite(sequence)
         return ended
-
-    def _write_settings(self, sequence: ServedSequence) -> None:
-        """Write the settings of an admitted request into the row of its slot."""
-        request, slot = sequence.request, sequence.slot
-        self._settings.temperature[slot] = request.temperature
-        self._settings.top_k[slot] = min(request.top_k, self.config.vocab_size)
-        self._settings.top_p[slot] = request.top_p
-        self._settings.seed[slot] = request.seed
-        self._settings.limit[slot] = len(request.prompt) + request.max_new_tokens
-        self._settings.stops[slot] = [*request.stop, *[-1] * (self.sizes.stops - len(request.stop))]
 
     def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
         """Pack chunks into arrays; unused entries have count 0."""
@@ -316,17 +328,4 @@ def _not_finite(sequence: ServedSequence) -> ServeError:
         f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
         "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
         fix="check where the weights come from, or serve them in float32.",
-    )
-
-
-def _empty_settings(sizes: Sizes) -> SamplingSettings:
-    """Return settings of unused slots, on the host: a request overwrites its row, and each call sends them all."""
-    slots = sizes.slots
-    return SamplingSettings(
-        temperature=np.zeros(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
-        top_p=np.ones(slots, np.float32),
-        seed=np.zeros(slots, np.uint32),
-        limit=np.zeros(slots, np.int32),
-        stops=np.full((slots, sizes.stops), -1, np.int32),
     )

@@ -1,6 +1,6 @@
 """Measure the speed of an engine: time to the first token, time per further token, and the memory roofline.
 
-Decoding reads all weights and the whole cache for every token and computes little. The roofline is therefore the time
+Decoding reads all weights and the used cache for every token and computes little. The roofline is therefore the time
 in which the fullest device reads them (Pope et al. 2022, section 2.1). `../commands/bench_decode.py` prints them.
 """
 
@@ -91,9 +91,10 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     weights = [count * layer for count in counts]
     weights[-1] += bytes_per_device(table)
     rows = -(-batch // sizes.data)
-    # Keys and values of one layer for one row of the cache, which has room for `max_tokens` tokens.
-    token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * engine.sizes.slots_per_shard)
-    cache = [count * rows * context * token / engine.sizes.max_tokens for count in counts]
+    # Keys and values of one token in one layer.
+    num_cached = engine.sizes.pages_per_shard * engine.sizes.page
+    token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * num_cached)
+    cache = [count * rows * context * token for count in counts]
     groups = min(engine.sizes.groups, rows)
     return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
 

@@ -21,7 +21,8 @@ from ..layers import NewTokens
 from ..meshes import DEFAULT_RULES, ShardingRules
 from ..pipeline.executor.buffers import read
 from .decode import NOTHING
-from .sampling import SamplingSettings, finish_reasons
+from .sampling import finish_reasons
+from .slots import SlotInputs
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes
 
@@ -32,7 +33,7 @@ class Chunks:
     """Up to I chunks for each data shard: tokens [data, I, T], the rest [data, I].
 
     Args:
-        slot: row in the cache of the shard.
+        slot: row among those of the shard.
         start, count: position of the first token, and number of real tokens among T; 0 for an unused entry.
         is_last: whether the prompt ends here, so that the next token is chosen.
     """
@@ -56,7 +57,7 @@ def chunk_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RUL
 
 
 def prefill(
-    state: ServeState, *, stage: Stage, params: Any, settings: SamplingSettings, chunks: Chunks, num_chunks: jax.Array
+    state: ServeState, *, stage: Stage, params: Any, slots: SlotInputs, chunks: Chunks, num_chunks: jax.Array
 ) -> tuple[ServeState, jax.Array]:
     """Read chunks inside `shard_map`; return the state and the first token after each prompt that ends.
 
@@ -75,7 +76,7 @@ def prefill(
         is_here = (item >= 0) & (item < num_chunks) & (chunk.count > 0)
 
         def work(carry: Any) -> Any:
-            return _work(carry, stage=stage, params=params, settings=settings, chunk=chunk, item=item)
+            return _work(carry, stage=stage, params=params, slots=slots, chunk=chunk, item=item)
 
         state, x, chosen_tokens = jax.lax.cond(stage.vary(is_here), work, lambda carry: carry, carry)
         return state, stage.pass_on(x, shape="line"), chosen_tokens
@@ -86,20 +87,20 @@ def prefill(
     return _open(state, chunks, chosen_tokens), jnp.where(chunks.is_last[:, None], chosen_tokens, NOTHING)[None]
 
 
-def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, chunk: Chunks, item: jax.Array) -> Any:
+def _work(carry: Any, *, stage: Stage, params: Any, slots: SlotInputs, chunk: Chunks, item: jax.Array) -> Any:
     """Run this rank's layers on one chunk; at the end of a prompt the last rank chooses the next token."""
     state, x, chosen_tokens = carry
-    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None])
+    own: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), slots)
+    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None], pages=own.pages)
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
     x, cache = stage.run_layers(params, x, cache=state.cache, new=new)
 
     def finish() -> jax.Array:
-        own = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), settings)
         x_11D = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)
         length_1 = (chunk.start + chunk.count)[None]
-        token_1 = stage.choose(params, x_11D, own, position_B=length_1)
-        first = jnp.stack([token_1, finish_reasons(token_1, own, length_B=length_1 + 1)], axis=-1)
+        token_1 = stage.choose(params, x_11D, own.settings, position_B=length_1)
+        first = jnp.stack([token_1, finish_reasons(token_1, own.settings, length_B=length_1 + 1)], axis=-1)
         return jax.lax.dynamic_update_slice(chosen_tokens, first, (item, 0))
 
     is_chosen = chunk.is_last & (stage.rank == stage.num_ranks - 1)

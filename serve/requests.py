@@ -1,7 +1,8 @@
 """Schedule requests: a queue, slots, and prompts cut into chunks. Plain Python, no jax.
 
-Requests are served first come, first served: each takes a slot as soon as one is free, and prompts are read in the
-order of admission. `engine.py` uses the scheduler.
+Requests are served first come, first served: each takes a slot as soon as one is free on a data shard with enough free
+pages, and prompts are read in the order of admission, without their beginnings that are in the cache. `engine.py` uses
+the scheduler, `pages.py` gives the pages.
 """
 
 import operator
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
+from .pages import PagePool
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why a sequence ended: a stop token, its limit of tokens, `Engine.cancel`, or logits that are not finite."""
@@ -81,12 +83,19 @@ def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
 
 @dataclass(kw_only=True, eq=False)
 class ServedSequence:
-    """A request in the queue or in progress: its slot, None in the queue, and its answer so far."""
+    """A request in the queue or in progress: its slot, None in the queue, and its answer so far.
+
+    Args:
+        pages: its pages of the cache.
+        num_read, num_shared: tokens of the prompt that are in the cache, and those that other sequences have read.
+    """
 
     id: int
     request: Request
     slot: int | None = None
+    pages: list[int] = field(default_factory=list)
     num_read: int = 0
+    num_shared: int = 0
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -113,13 +122,18 @@ class Chunk:
 class RequestScheduler:
     """A queue and slots: `num_shards` data shards with `groups` groups of `group_size` slots each.
 
-    >>> scheduler = RequestScheduler(num_shards=1, groups=2, group_size=1)
+    Args:
+        num_pages, page: number of pages of each data shard, and of tokens of a page. Whoever submits a request has
+            checked that it fits into them alone.
+
+    >>> scheduler = RequestScheduler(num_shards=1, groups=2, group_size=1, num_pages=16, page=8)
     >>> waiting = [scheduler.submit(Request(prompt=(1, 2, 3))) for _ in range(3)]
     >>> [sequence.slot for sequence in scheduler.admit()]
     [0, 1]
     """
 
-    def __init__(self, *, num_shards: int, groups: int, group_size: int) -> None:
+    def __init__(self, *, num_shards: int, groups: int, group_size: int, num_pages: int, page: int) -> None:
+        self.pools = [PagePool(num_pages=num_pages, page=page) for _ in range(num_shards)]
         self.num_shards, self.groups, self.group_size = num_shards, groups, group_size
         self.waiting: deque[ServedSequence] = deque()
         self.running: dict[int, ServedSequence] = {}
@@ -145,26 +159,25 @@ class RequestScheduler:
         return sequence
 
     def admit(self) -> list[ServedSequence]:
-        """Give free slots to waiting sequences in order, and return the admitted ones."""
+        """Give free slots and pages to waiting sequences in order, and return the admitted ones."""
         admitted = []
-        while self.waiting and (slot := self._free_slot()) is not None:
+        while self.waiting and (place := self._find_place(self.waiting[0].request)) is not None:
             sequence = self.waiting.popleft()
-            sequence.slot = slot
-            self.running[slot] = sequence
-            self._reading[slot // self._slots_per_shard].append(sequence)
+            sequence.slot, sequence.pages = place
+            self.running[sequence.slot] = sequence
+            self._reading[self._shard(sequence.slot)].append(sequence)
             admitted.append(sequence)
         return admitted
 
     def take_chunks(self, *, size: int, limit: int) -> list[list[Chunk]]:
         """Return the next chunks to read on each data shard, at most `limit`, and mark them as read."""
-        return [list(self._take(reading, size, limit)) for reading in self._reading]
+        pools = zip(self.pools, self._reading, strict=True)
+        return [list(self._take(pool, reading, size, limit)) for pool, reading in pools]
 
     def finish(self, sequence: ServedSequence, reason: FinishReason) -> None:
-        """End a sequence, unless it was cancelled, and free its slot."""
-        assert sequence.slot is not None
-        assert self.running[sequence.slot] is sequence
+        """End a sequence, unless it was cancelled, and free its slot and pages."""
         sequence.finish_reason = sequence.finish_reason or reason
-        del self.running[sequence.slot]
+        self._free(sequence)
 
     def cancel(self, sequence: ServedSequence) -> None:
         """End a sequence with "cancelled"; one that is decoding keeps its slot until `finish`."""
@@ -172,34 +185,61 @@ class RequestScheduler:
         if sequence.slot is None:
             self.waiting.remove(sequence)
         elif not sequence.is_read:
-            self._reading[sequence.slot // self._slots_per_shard].remove(sequence)
-            del self.running[sequence.slot]
+            self._reading[self._shard(sequence.slot)].remove(sequence)
+            self._free(sequence)
 
-    @property
-    def _slots_per_shard(self) -> int:
-        return self.groups * self.group_size
+    def _free(self, sequence: ServedSequence) -> None:
+        assert sequence.slot is not None
+        assert self.running.pop(sequence.slot) is sequence
+        pool = self.pools[self._shard(sequence.slot)]
+        if sequence.finish_reason == "error":
+            pool.forget(sequence.pages)
+        pool.give_back(sequence.pages)
+        sequence.pages = []
 
-    def _free_slot(self) -> int | None:
-        """Return a free slot of the group with most free slots: groups of equal size keep all stages busy."""
-        groups = [range(first, first + self.group_size) for first in self._first_slots()]
-        free = [[slot for slot in group if slot not in self.running] for group in groups]
-        emptiest = max(free, key=len)
-        return emptiest[0] if emptiest else None
+    def _shard(self, slot: int) -> int:
+        return slot // (self.groups * self.group_size)
 
-    def _first_slots(self) -> Iterable[int]:
-        """Return the first slot of every group."""
-        return range(0, self.num_shards * self._slots_per_shard, self.group_size)
+    def _find_place(self, request: Request) -> tuple[int, list[int]] | None:
+        """Return a free slot and pages, or None.
 
-    def _take(self, reading: deque[ServedSequence], size: int, limit: int) -> Iterable[Chunk]:
+        They are of the group with most free slots, since groups of equal size keep all stages busy; of several, where
+        more of the prompt is in the cache.
+        """
+        free: dict[int, list[int]] = {}
+        for first in range(0, self.num_shards * self.groups * self.group_size, self.group_size):
+            if slots := [slot for slot in range(first, first + self.group_size) if slot not in self.running]:
+                free[first] = slots
+
+        def rank(first: int) -> tuple[int, int]:
+            return -len(free[first]), -self.pools[self._shard(first)].num_shared(request.prompt)
+
+        # The last token of an answer is never read, so it is not cached.
+        num_tokens = len(request.prompt) + request.max_new_tokens - 1
+        for first in sorted(free, key=rank):
+            pages = self.pools[self._shard(first)].take(request.prompt, num_tokens=num_tokens)
+            if pages is not None:
+                return free[first][0], pages
+        return None
+
+    def _take(self, pool: PagePool, reading: deque[ServedSequence], size: int, limit: int) -> Iterable[Chunk]:
         """Yield at most `limit` chunks of `size` tokens of one data shard; a prompt that ends leaves the queue."""
         for _ in range(limit):
             if not reading:
                 return
             sequence = reading[0]
-            tokens = sequence.request.prompt[sequence.num_read : sequence.num_read + size]
-            chunk = Chunk(sequence=sequence, start=sequence.num_read, tokens=tokens)
+            prompt = sequence.request.prompt
+            # Not at admission: those before it in this queue have read since then, or were cancelled and have not.
+            if not sequence.num_read:
+                sequence.num_read = sequence.num_shared = pool.num_read(sequence.pages, prompt)
+            chunk = Chunk(
+                sequence=sequence,
+                start=sequence.num_read,
+                tokens=prompt[sequence.num_read : sequence.num_read + size],
+            )
             # Counted before the devices have read it: the engine runs prefill right after.
-            sequence.num_read += len(tokens)
+            sequence.num_read += len(chunk.tokens)
+            pool.mark_read(sequence.pages, num_tokens=sequence.num_read)
             if chunk.is_last:
                 reading.popleft()
             yield chunk

@@ -9,14 +9,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
 from ..layers.cache import CacheDtype, cache_shapes
-from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
+from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
 from .params import LayerLoop, stack_sizes
-from .sampling import SamplingSettings
 
 MAX_STOPS = 8
 """Default for the most stop tokens of a request."""
+
+PAGE = 16
+"""Default for the number of tokens of a page of the cache."""
 
 Fill = Literal["zeros", "nan"]
 """Content of an unused cache; "nan" proves that it does not affect results."""
@@ -27,7 +29,8 @@ Fill = Literal["zeros", "nan"]
 class ServeState:
     """The state of an engine, which every call donates and returns; also the tree of its shapes.
 
-    A slot is a row of the cache, [B@data]; a group is the slots of a data shard that pass through the stages together.
+    A slot is a row, [B@data], with a list of pages of the cache; a group is the slots of a data shard that pass through
+    the stages together.
 
     Args:
         next_token, is_open: [P@pipe, B@data]: the next token of each slot for the first stage, and whether its sequence
@@ -49,12 +52,13 @@ class ServeState:
 class Sizes:
     """The static sizes of an engine.
 
-    The cache has `slots` rows of `max_tokens` tokens over all data shards, and each data shard's rows form `groups`
-    groups. A call reads at most `items` chunks of `chunk` prompt tokens, or decodes at most `rounds` tokens per slot. A
+    There are `slots` rows of at most `max_tokens` tokens over all data shards, and each data shard's rows form `groups`
+    groups. Their keys and values are in pages of `page` tokens, `cache_tokens` in all; None is as many as fill every
+    slot. A call reads at most `items` chunks of `chunk` prompt tokens, or decodes at most `rounds` tokens per slot. A
     request has at most `stops` stop tokens.
 
     Raises:
-        ServeError: the sizes do not divide, or are not positive.
+        ServeError: the sizes do not divide, or are not positive; or the cache has no room for one full row.
     """
 
     slots: int
@@ -65,6 +69,8 @@ class Sizes:
     items: int
     rounds: int
     stops: int = MAX_STOPS
+    page: int = PAGE
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         # The default number of slots is computed from groups.
@@ -77,6 +83,13 @@ class Sizes:
                 f"{self.slots} / {parts} = {self.slots / parts:.2f}.",
                 fix=f"set slots={-(-self.slots // parts) * parts}.",
             )
+        if self.pages_per_shard < self.pages_per_row:
+            least = self.pages_per_row * self.page * self.num_shards
+            raise ServeError(
+                f"cache_tokens={self.cache_tokens} are {self.pages_per_shard} pages of {self.page} tokens on each of "
+                f"data={self.num_shards}, and one sequence of max_tokens={self.max_tokens} takes {self.pages_per_row}.",
+                fix=f"set cache_tokens={least} or more, or a smaller max_tokens.",
+            )
 
     @property
     def slots_per_shard(self) -> int:
@@ -87,6 +100,18 @@ class Sizes:
     def group_size(self) -> int:
         """Number of slots that pass through the stages together."""
         return self.slots_per_shard // self.groups
+
+    @property
+    def pages_per_row(self) -> int:
+        """Number of pages of a sequence of `max_tokens` tokens."""
+        return -(-self.max_tokens // self.page)
+
+    @property
+    def pages_per_shard(self) -> int:
+        """Number of pages of one data shard."""
+        if self.cache_tokens is None:
+            return self.slots_per_shard * self.pages_per_row
+        return self.cache_tokens // self.page // self.num_shards
 
 
 def state_shapes(
@@ -112,7 +137,8 @@ def state_shapes(
             config,
             mesh=mesh,
             num_rows=sizes.slots,
-            max_tokens=sizes.max_tokens,
+            num_pages=sizes.pages_per_shard * sizes.num_shards,
+            page=sizes.page,
             dtype=cache_dtype,
             stacks=stack_sizes(config, num_ranks=num_ranks, layers=layers),
             rules=rules,
@@ -122,22 +148,6 @@ def state_shapes(
         x=leaf((moving, 1, config.hidden_size), config.dtype),
         is_full=leaf((moving,), jnp.bool_),
         busy=leaf((sizes.num_shards,), jnp.int32),
-    )
-
-
-def settings_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SamplingSettings:
-    """Return shapes and shardings of the sampling settings of all slots, which are the same on all ranks."""
-
-    def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((sizes.slots, *inner), dtype, sharding=NamedSharding(mesh, rules.spec(("batch",))))
-
-    return SamplingSettings(
-        temperature=leaf(jnp.float32),
-        top_k=leaf(jnp.int32),
-        top_p=leaf(jnp.float32),
-        seed=leaf(jnp.uint32),
-        limit=leaf(jnp.int32),
-        stops=leaf(jnp.int32, sizes.stops),
     )
 
 

@@ -67,7 +67,7 @@ def engine_on(mesh: str, style: str = "llama", **sizes: Any) -> Engine:
     """An engine with a poisoned cache and small chunks."""
     config = model_of(style)
     own, axes = mesh_of(mesh), MeshSpec.parse(mesh).roles
-    wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "fill": "nan"}
+    wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "page": 2, "fill": "nan"}
     return Engine(config, params_on(config, own, axes), mesh=own, axes=axes, **(wanted | sizes))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trellax.meshes import ServeError
 from trellax.programs import compilations
 from trellax.serve import Engine, Request, param_shapes
+from trellax.serve.pages import PagePool
 from trellax.serve.params import stage_params
 
 from .models import MAX_TOKENS, answer_of, engine_on, model_of, numbers_of, requests_of
@@ -80,6 +81,68 @@ def test_answers_are_those_of_one_device_on_more_meshes(mesh: str, style: str, s
 def busy_engine() -> Engine:
     """Two stages, two data shards, three groups of one slot: requests must wait, groups are no multiple of ranks."""
     return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2)
+
+
+@pytest.fixture(scope="module")
+def short_engine() -> Engine:
+    """The same with pages for two and a half of the longest requests on each data shard."""
+    return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2, cache_tokens=120)
+
+
+def alike(request: Request) -> Request:
+    """The request with one of two beginnings that others have too."""
+    begin = ((1, 2, 3, 4, 5), (1, 2, 6))[len(request.prompt) % 2]
+    return replace(request, prompt=(*begin, *request.prompt[:8]))
+
+
+ALIKE = [alike(request) for request in REQUESTS]
+arrivals_and_ends = st.lists(
+    st.tuples(st.integers(0, len(ALIKE) - 1), st.integers(0, 2), st.none() | st.integers(0, 5)), min_size=1, max_size=16
+)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrivals=arrivals_and_ends)
+def test_requests_that_share_pages_and_wait_for_them_get_the_answers_of_requests_alone(
+    short_engine: Engine, arrivals: list[tuple[int, int, int | None]]
+) -> None:
+    """Each arrival is a request, the steps after which it comes, and those after which it is cancelled."""
+    sequences: list[Any] = []
+
+    def step() -> None:
+        short_engine.step()
+        for place, (sequence, left) in enumerate(sequences):
+            sequences[place] = sequence, None if left is None else left - 1
+            if left == 0:
+                short_engine.cancel(sequence)
+
+    with compilations() as compiled:
+        for index, pause, end in arrivals:
+            for _ in range(pause):
+                step()
+            sequences.append((short_engine.submit(ALIKE[index]), end))
+        while not short_engine.scheduler.is_idle:
+            step()
+    assert compiled == []
+    for (sequence, _), (index, _, _) in zip(sequences, arrivals, strict=True):
+        tokens, reason = answer_of(model_of("llama"), ALIKE[index])
+        if sequence.finish_reason == "cancelled":
+            tokens, reason = tokens[: len(sequence.tokens)], "cancelled"
+        assert (tuple(sequence.tokens), sequence.finish_reason) == (tokens, reason)
+    assert [pool.num_free for pool in short_engine.scheduler.pools] == [short_engine.sizes.pages_per_shard] * 2
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "tensor=2,pipe=2"])
+def test_a_shared_prompt_is_read_once(mesh: str) -> None:
+    engine, system = engine_on(mesh, slots=4, cache_tokens=64), tuple(range(10, 20))
+    requests = [Request(prompt=(*system, 30 + index), max_new_tokens=3) for index in range(6)]
+    check_answers(engine, "llama", requests)
+    assert (engine.usage.read_tokens, engine.usage.shared_tokens) == (11 + 5, 5 * 10)
+    # Also after all have ended, and others have taken pages.
+    check_answers(engine, "llama", [Request(prompt=(5, 6, 7), max_new_tokens=9)])
+    before = engine.usage.read_tokens
+    check_answers(engine, "llama", requests)
+    assert engine.usage.read_tokens == before + len(requests)
 
 
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,6 +222,8 @@ def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> No
             told.append(str(error))
     assert all(sequence.finish_reason for sequence in sequences)
     assert "logits are NaN or infinite" in told[0]
+    # What sequences have left that ended before.
+    engine.scheduler.pools = [PagePool(num_pages=engine.sizes.pages_per_shard, page=engine.sizes.page)]
     check_answers(engine, "llama", REQUESTS[2:6])
 
 

@@ -27,6 +27,9 @@ TOLERANCE = 2e-5
 CUTS = (0, 5, 6, 7, 10)
 """A chunk of a prompt, two tokens one by one, another chunk."""
 
+PAGES = 7
+"""Pages of a sequence, of two tokens each."""
+
 MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=2,tensor=2", "tensor=2,pipe=2"]
 LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,8 +58,17 @@ def cached_logits(
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
     shapes = cache_shapes(
-        config, mesh=mesh, num_rows=len(tokens_BT), max_tokens=16, dtype=dtype, stacks=(max(stage.counts),)
+        config,
+        mesh=mesh,
+        num_rows=len(tokens_BT),
+        num_pages=PAGES * len(tokens_BT),
+        page=2,
+        dtype=dtype,
+        stacks=(max(stage.counts),),
     )
+    # Each row has its pages all over those of its shard.
+    num_rows = len(tokens_BT) // mesh.shape["data"]
+    pages = np.random.default_rng(1).permutation(PAGES * num_rows).reshape(num_rows, PAGES)
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:
         found = []
@@ -66,6 +78,7 @@ def cached_logits(
                 row=0,
                 starts=stage.vary(jnp.full(len(tokens_bT), start)),
                 counts=stage.vary(jnp.full(len(tokens_bT), size)),
+                pages=stage.vary(jnp.asarray(pages)),
             )
             x = stage.embed(params, stage.vary(tokens_bT[:, start:end]), new.positions(size))
             for rank in range(num_ranks):
@@ -93,12 +106,6 @@ def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], token
     )
     tokens = jax.device_put(tokens_BT, NamedSharding(mesh, P(data)))
     return np.asarray(jax.jit(mapped)(*args, tokens))
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that do not divide the cache, and of which a window skips some."""
-    monkeypatch.setattr(cache_module, "BLOCK", 3)
 
 
 def check(mesh: str, kind: str) -> None:
