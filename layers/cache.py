@@ -98,6 +98,7 @@ class NewTokens:
         return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
+@jax.named_scope("attend")
 def attend(q_BTNH: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens, window: int = 0) -> jax.Array:
     """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 

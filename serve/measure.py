@@ -92,7 +92,7 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     weights[-1] += bytes_per_device(table)
     rows = -(-batch // sizes.data)
     # Keys and values of one token in one layer.
-    num_cached = engine.sizes.pages_per_shard * engine.sizes.page
+    num_cached = engine.sizes.cached_tokens / engine.sizes.num_shards
     token = bytes_per_device(engine.shapes.cache.keys) * 2 / (max(counts) * num_cached)
     cache = [count * rows * context * token for count in counts]
     groups = min(engine.sizes.groups, rows)

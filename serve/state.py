@@ -113,6 +113,11 @@ class Sizes:
             return self.slots_per_shard * self.pages_per_row
         return self.cache_tokens // self.page // self.num_shards
 
+    @property
+    def cached_tokens(self) -> int:
+        """Number of tokens for which the cache has pages, over all data shards."""
+        return self.pages_per_shard * self.page * self.num_shards
+
 
 def state_shapes(
     config: ModelConfig,

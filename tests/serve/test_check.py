@@ -52,6 +52,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "experts_over_tensor": lambda: check_model(EXPERTS, {"data": 1, "tensor": 16, "pipe": 1}, max_tokens=8),
     "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
     "negative_groups": lambda: Sizes(**SIZES | {"slots": 0, "groups": -2}),  # slots are made from groups
+    "cache_shorter_than_a_sequence": lambda: Sizes(**SIZES | {"page": 8, "cache_tokens": 120}),
     "no_chunk": lambda: Sizes(**SIZES | {"chunk": 0}),
 }
 
