@@ -66,7 +66,7 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max
             "sequence.",
             fix=f"{fix}." if is_model else f"{fix}, or set max_tokens={prompt + new}.",
         )
-    for token in (*request.prompt, *request.stop):
+    for token in (*request.prompt, *request.stop, *(token for token, _ in request.logit_bias)):
         if not 0 <= token < config.vocab_size:
             raise ServeError(
                 f"token id {token} is not in the vocabulary of {config.vocab_size}, ids 0 to {config.vocab_size - 1}.",

@@ -9,10 +9,12 @@ request on its way:
                     |                   one call of `step`; a long one takes several       |
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,26 +25,33 @@ from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.switches import Switch, check_switches
 from .check import check_model, check_request
+from .chunks import pack_chunks
 from .compiled_programs import compile_programs
-from .decode import NOTHING, ticks_of_round
+from .decode import ticks_of_round
 from .params import LayerLoop, stage_params, stage_shapes
-from .prefill import Chunks
-from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
-from .slots import empty_inputs, write_inputs
+from .requests import FinishReason, Request, RequestScheduler, ServedSequence, TokenLogprobs
+from .sampling import NOTHING, Choice
+from .slots import empty_inputs, prompt_parts, write_inputs
 from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]
 """A callback for each new token of a sequence, in order; the sequence may already hold later tokens."""
+
+_Place = tuple[int, int]
 
 _REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The answer to a request: its new tokens, without a stop token, and the reason for its end."""
+    """The answer to a request: its new tokens, without a stop token, and the reason for its end.
+
+    `logprobs` has an entry for each token if the request wants them.
+    """
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +193,10 @@ class Engine:
         sequences = [self.submit(request) for request in requests]
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
-        return [Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length") for s in sequences]
+        return [
+            Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length", logprobs=tuple(s.logprobs))
+            for s in sequences
+        ]
 
     def submit(self, request: Request) -> ServedSequence:
         """Put a request in the queue, and return its sequence, to which `step` adds tokens.
@@ -215,6 +227,8 @@ class Engine:
         # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():
             write_inputs(self._slots, sequence, vocab_size=self.config.vocab_size)
+            if sequence.request.has_penalty:
+                self._count_prompt(sequence)
         ended = self._read_prompts()
         return ended + self._decode()
 
@@ -226,25 +240,30 @@ class Engine:
         """
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
+    def _count_prompt(self, sequence: ServedSequence) -> None:
+        """Let the devices count the tokens of a prompt, also of a beginning that they will not read again."""
+        for part in prompt_parts(self.sizes, sequence):
+            self._state = replace(self._state, seen=self.programs.note_prompt(self._state.seen, part))
+
     def _read_prompts(self) -> list[ServedSequence]:
         """Run prefill on the next chunks, and return the sequences that their first token ends."""
         chunks = self.scheduler.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        args = self._params, self._state, self._slots, self._pack(chunks), np.int32(num_chunks)
-        self._state, chosen_tokens = self.programs.prefill(*args)
+        args = self._params, self._state, self._slots, pack_chunks(self.sizes, chunks), np.int32(num_chunks)
+        self._state, chosen = self.programs.prefill(*args)
         self._read_tokens += sum(len(chunk.tokens) for own in chunks for chunk in own)
         self._shared_tokens += sum(chunk.sequence.num_shared for own in chunks for chunk in own if chunk.is_last)
         # Chunk i is on rank r in tick i + r.
         self._prefill_ticks += num_chunks + self.spec.pipe - 1
-        first = np.asarray(chosen_tokens)[-1]
-        return self._record_tokens(
-            (chunk.sequence, *first[shard, item].tolist())
+        places = (
+            (chunk.sequence, (shard, item))
             for shard, own in enumerate(chunks)
             for item, chunk in enumerate(own)
             if chunk.is_last
         )
+        return self._record_tokens(places, _on_host(chosen))
 
     def _decode(self) -> list[ServedSequence]:
         """Run some rounds of decode, and return the sequences that ended."""
@@ -254,61 +273,47 @@ class Engine:
             return []
         longest = max(self._num_left(sequence) for sequence in decoding.values())
         num_rounds = min(self.sizes.rounds, longest)
-        self._state, chosen_tokens = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
+        self._state, chosen = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
-        return self._record_tokens(
-            (decoding[slot], token, reason)
-            for turn in np.asarray(chosen_tokens)[-1, :num_rounds]
-            for slot, (token, reason) in enumerate(turn.tolist())
-            if token != NOTHING
-        )
+        host = _on_host(chosen)
+        turns, slots = np.nonzero(host.token[:num_rounds] != NOTHING)
+        places = ((decoding[slot], (turn, slot)) for turn, slot in zip(turns.tolist(), slots.tolist(), strict=True))
+        return self._record_tokens(places, host)
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
 
-    def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
-        """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
+    def _record_tokens(self, places: Iterable[tuple[ServedSequence, _Place]], chosen: Choice) -> list[ServedSequence]:
+        """Add chosen tokens to their sequences, call `on_token`, and return the sequences that ended."""
         added, ended = [], []
-        for sequence, token, reason in chosen_tokens:
+        for sequence, place in places:
+            reason = int(chosen.reason[place])
             if sequence.finish_reason == "cancelled":
                 if reason:
                     self.scheduler.finish(sequence, "cancelled")
                 continue
             # A stop token is not part of the answer; the last token within the limit is.
             if _REASONS.get(reason) not in ("stop", "error"):
-                sequence.tokens.append(token)
-                added.append((sequence, token))
+                _add_token(sequence, chosen, place)
+                added.append(sequence)
             if reason:
                 self.scheduler.finish(sequence, _REASONS[reason])
                 ended.append(sequence)
         # Only after all tokens are stored: the devices have moved on, and a callback may raise.
-        if self.on_token:
-            for sequence, token in added:
-                self.on_token(sequence, token)
+        self._tell(added)
         for sequence in ended:
             if sequence.finish_reason == "error":
                 raise _not_finite(sequence)
         return ended
 
-    def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
-        """Pack chunks into arrays; unused entries have count 0."""
-        sizes = self.sizes
-        shape = (sizes.num_shards, sizes.items)
-        tokens = np.zeros((*shape, sizes.chunk), np.int32)
-        slot, start, count = (np.zeros(shape, np.int32) for _ in range(3))
-        is_last = np.zeros(shape, np.bool_)
-        for shard, own in enumerate(chunks):
-            for item, chunk in enumerate(own):
-                place = shard, item
-                assert chunk.sequence.slot is not None
-                tokens[(*place, slice(len(chunk.tokens)))] = chunk.tokens
-                # Slots are numbered over all data shards; a device knows the rows of its own.
-                slot[place] = chunk.sequence.slot % sizes.slots_per_shard
-                start[place] = chunk.start
-                count[place] = len(chunk.tokens)
-                is_last[place] = chunk.is_last
-        return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+    def _tell(self, added: list[ServedSequence]) -> None:
+        """Call `on_token` for the new tokens of sequences, which are listed once for each."""
+        if self.on_token:
+            num_left = Counter(added)
+            for sequence in added:
+                self.on_token(sequence, sequence.tokens[-num_left[sequence]])
+                num_left[sequence] -= 1
 
 
 def _check_values(
@@ -321,6 +326,19 @@ def _check_values(
     check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
     check_choice("layers", layers, (None, *get_args(LayerLoop)), error=ServeError)
     check_choice("fill", fill, get_args(Fill), error=ServeError)
+
+
+def _on_host(chosen: Choice) -> Choice:
+    """Return what the last rank has chosen."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[-1], chosen)
+
+
+def _add_token(sequence: ServedSequence, chosen: Choice, place: _Place) -> None:
+    token, found, count = int(chosen.token[place]), chosen.logprobs, sequence.request.logprobs
+    sequence.tokens.append(token)
+    if count is not None:
+        top = zip(found.top_tokens[place][:count].tolist(), found.top[place][:count].tolist(), strict=True)
+        sequence.logprobs.append(TokenLogprobs(token=token, logprob=float(found.chosen[place]), top=tuple(top)))
 
 
 def _not_finite(sequence: ServedSequence) -> ServeError:

@@ -7,16 +7,25 @@ the scheduler, `pages.py` gives the pages.
 
 import operator
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
+from ..meshes.errors import shown
 from .pages import PagePool
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why a sequence ended: a stop token, its limit of tokens, `Engine.cancel`, or logits that are not finite."""
+
+MOST_BIASES = 300
+"""The most tokens of a request that have a bias; OpenAI's API takes as many."""
+
+MOST_LOGPROBS = 20
+"""The most likeliest tokens of which a request gets log probabilities; OpenAI's API has as many."""
+
+_MOST_BIAS = 100
 
 _MAX_TEMPERATURE = 3.4e38
 """The largest temperature; a larger one would be infinite in float32."""
@@ -32,6 +41,13 @@ class Request:
         temperature: divisor of the logits before a draw; 0 takes the likeliest token.
         top_k: number of likeliest tokens to draw from; 0 for all.
         top_p: total probability of the likeliest tokens to draw from; 1 for all (Holtzman et al. 2020, section 3.1).
+        min_p: least probability of a token to draw, as a share of that of the likeliest; 0 for all.
+        repetition_penalty: divisor of positive logits, and factor of others, of tokens in prompt or answer; 1 for none.
+        presence_penalty, frequency_penalty: taken from the logits of tokens in the answer, once and as often as they
+            are there; 0 for none.
+        logit_bias: what is added to the logits of tokens, as a mapping or pairs (token, bias); at most 300.
+        logprobs: number of likeliest tokens whose log probabilities come with those of the answer, up to 20; 0 for
+            those of the answer alone, None for none.
         seed: seed of the draws; it gives the same tokens on any mesh and beside any other requests.
         stop: token ids that end the answer and are not part of it.
 
@@ -44,6 +60,12 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
     seed: int = 0
     stop: tuple[int, ...] = ()
 
@@ -54,19 +76,32 @@ class Request:
             raise ServeError("a prompt is empty: there is nothing to continue.", fix="give at least one token.")
         for name in ("max_new_tokens", "top_k", "seed"):
             check_count(name, getattr(self, name), error=ServeError, least=1 if name == "max_new_tokens" else 0)
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             check_number(name, getattr(self, name), error=ServeError)
+        object.__setattr__(self, "logit_bias", _read_biases(self.logit_bias))
+        if self.logprobs is not None:
+            check_count("logprobs", self.logprobs, error=ServeError, least=0)
         ranges = {
             "temperature": (
                 self.temperature <= _MAX_TEMPERATURE,
                 f"from 0 to {_MAX_TEMPERATURE:g}, what float32 holds",
             ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "logprobs": ((self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
             "seed": (self.seed < 2**32, "from 0 to 4294967295"),
         }
         for name, (is_right, wanted) in ranges.items():
             if not is_right:
                 raise ServeError(f"{name}={getattr(self, name)} is out of range.", fix=f"give {wanted}.")
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether tokens that the sequence has already are penalized."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
 
 def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
@@ -81,12 +116,40 @@ def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:
         ) from None
 
 
+def _read_biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Return biases as pairs, of each token one."""
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else given
+        biases = {operator.index(token): float(bias) for token, bias in pairs}
+    except (TypeError, ValueError):
+        raise ServeError(
+            f"logit_bias={shown(given)} are no pairs of a token and a number.", fix="give {token: bias}."
+        ) from None
+    if len(biases) > MOST_BIASES:
+        raise ServeError(
+            f"logit_bias has {len(biases)} tokens, and at most {MOST_BIASES} are taken.", fix="leave some out."
+        )
+    if wrong := [bias for bias in biases.values() if not abs(bias) <= _MOST_BIAS]:
+        raise ServeError(f"logit_bias={wrong[0]} is out of range.", fix=f"give from -{_MOST_BIAS} to {_MOST_BIAS}.")
+    return tuple(biases.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """The log probability of a token of an answer, and the likeliest tokens in its place with theirs, largest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(kw_only=True, eq=False)
 class ServedSequence:
     """A request in the queue or in progress: its slot, None in the queue, and its answer so far.
 
     Args:
         pages: its pages of the cache.
+        logprobs: one entry for each token of the answer, if the request wants them.
         num_read, num_shared: tokens of the prompt that are in the cache, and those that other sequences have read.
     """
 
@@ -97,6 +160,7 @@ class ServedSequence:
     num_read: int = 0
     num_shared: int = 0
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property

@@ -37,6 +37,8 @@ class ServeState:
             continues. Only the first rank's entries are valid.
         x, is_full: [P@pipe, b@data, 1, D] and [P@pipe, b@data]: activations that have arrived at each rank, for b slots
             of one group, and which of these hold a token. They stay between calls, so that the pipeline does not drain.
+        seen: [P@pipe, B@data, V@tensor]: how often each sequence has each token, as `penalties.py` counts; valid on the
+            last rank for sequences that have a penalty.
         busy: [P@pipe, data]: number of ticks in which each rank had work.
     """
 
@@ -45,6 +47,7 @@ class ServeState:
     is_open: Any
     x: Any
     is_full: Any
+    seen: Any
     busy: Any
 
 
@@ -132,8 +135,8 @@ def state_shapes(
     rules = ShardingRules.of(axes)
     num_ranks = mesh.shape[rules.mesh_axes.pipe]
 
-    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, rules.spec(("stage", "batch")))
+    def leaf(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, rules.spec(("stage", "batch", *dims)))
         return jax.ShapeDtypeStruct((num_ranks, *shape), dtype, sharding=sharding)
 
     moving = sizes.group_size * sizes.num_shards
@@ -152,6 +155,7 @@ def state_shapes(
         is_open=leaf((sizes.slots,), jnp.bool_),
         x=leaf((moving, 1, config.hidden_size), config.dtype),
         is_full=leaf((moving,), jnp.bool_),
+        seen=leaf((sizes.slots, config.vocab_size), jnp.int32, "vocab"),
         busy=leaf((sizes.num_shards,), jnp.int32),
     )
 

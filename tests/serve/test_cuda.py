@@ -29,9 +29,9 @@ tensor, layers, num_experts, max_tokens = int(sys.argv[1]), sys.argv[2], int(sys
 machine = open_target(Target.parse(f"h200:{tensor}"), num_devices=tensor)
 mesh = build_mesh(MeshSpec(tensor=tensor), devices=machine.devices)
 config = ModelConfig(
-    vocab_size=128256, num_layers=2, hidden_size=4096, num_heads=32, num_kv_heads=8, ffn_size=14336, max_tokens=max_tokens,
-    mlp="swiglu", norm="rmsnorm", positions="rotary", bias="off", embeddings="untied", dtype="bfloat16",
-    num_experts=num_experts, experts_per_token=min(num_experts, 2),
+    vocab_size=128256, num_layers=2, hidden_size=4096, num_heads=32, num_kv_heads=8, ffn_size=14336,
+    max_tokens=max_tokens, mlp="swiglu", norm="rmsnorm", positions="rotary", bias="off", embeddings="untied",
+    dtype="bfloat16", num_experts=num_experts, experts_per_token=min(num_experts, 2),
 )
 sizes = Sizes(slots=1, max_tokens=max_tokens, groups=1, num_shards=1, chunk=256, items=2, rounds=2)
 state = state_shapes(config, sizes, mesh=mesh, cache_dtype="bfloat16", layers=layers)
@@ -45,7 +45,10 @@ print(json.dumps({"temporary": programs.decode.memory_analysis().temp_size_in_by
 
 
 def bytes_of_decoding(tensor: int, layers: str, *, num_experts: int = 0, max_tokens: int = 2048) -> dict[str, int]:
-    """Temporary bytes, and bytes moved in a tick with one block of the cache in each layer, from a process of its own: a target is chosen before jax starts."""
+    """Temporary bytes, and bytes moved in a tick with one block of the cache in each layer.
+
+    From a process of its own: a target is chosen before jax starts.
+    """
     for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
     env["PYTHONPATH"] = str(ROOT / ".src")

@@ -16,9 +16,9 @@ from trellax.serve import Engine, Request, param_shapes
 from trellax.serve.pages import PagePool
 from trellax.serve.params import stage_params
 
-from .models import MAX_TOKENS, answer_of, engine_on, model_of, numbers_of, requests_of
+from .models import MAX_TOKENS, answer_of, engine_on, logits_of, model_of, numbers_of, requests_of
 
-REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8)]
+REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8), *requests_of("changed", 6)]
 
 STOPPING = Request(prompt=(5, 6, 7), max_new_tokens=12, temperature=1.0, seed=3, stop=tuple(range(0, 64, 9)))
 
@@ -162,6 +162,32 @@ def test_requests_that_arrive_at_any_time_get_the_answers_of_requests_alone(
     expected = [answer_of(model_of("llama"), REQUESTS[index]) for index, _ in arrivals]
     assert [(tuple(s.tokens), s.finish_reason) for s in sequences] == expected
     assert compiled == []
+
+
+@pytest.mark.parametrize(("mesh", "style", "slots"), [("data=1", "llama", 3), ("data=2,tensor=2,pipe=2", "llama", 8)])
+def test_log_probabilities_are_those_of_the_models_own_logits(mesh: str, style: str, slots: int) -> None:
+    requests = [replace(request, logprobs=5) for request in REQUESTS[-6:]]
+    engine = shared(mesh, style, **({"slots": slots} if mesh == "data=1" else {}))
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        whole = np.asarray([[*request.prompt, *completion.tokens]])
+        logits_TV = logits_of(model_of(style), whole)[0, len(request.prompt) - 1 : -1].astype(np.float64)
+        expected_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        assert [one.token for one in completion.logprobs] == list(completion.tokens)
+        for found, expected_V in zip(completion.logprobs, expected_TV, strict=True):
+            assert found.logprob == pytest.approx(expected_V[found.token], abs=1e-4)
+            assert [token for token, _ in found.top] == np.argsort(-expected_V)[:5].tolist()
+            assert [value for _, value in found.top] == pytest.approx(np.sort(expected_V)[::-1][:5].tolist(), abs=1e-4)
+
+
+def test_penalties_change_answers() -> None:
+    """Else the tests of this file would not see them."""
+    penalized = [request for request in REQUESTS[-6:] if request.has_penalty]
+    plain = [replace(one, repetition_penalty=1, frequency_penalty=0, presence_penalty=0) for one in penalized]
+    answers = [
+        (answer_of(model_of("llama"), one), answer_of(model_of("llama"), other))
+        for one, other in zip(penalized, plain, strict=True)
+    ]
+    assert sum(one != other for one, other in answers) >= 2
 
 
 def test_callback_gets_every_token_in_order() -> None:
