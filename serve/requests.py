@@ -211,6 +211,11 @@ class RequestScheduler:
         return not self.waiting and not self.running
 
     @property
+    def num_free_pages(self) -> int:
+        """Number of pages that no sequence has, over all data shards."""
+        return sum(pool.num_free for pool in self.pools)
+
+    @property
     def decoding(self) -> list[ServedSequence]:
         """The sequences that devices decode, with cancelled ones that devices have not ended yet."""
         return [sequence for sequence in self.running.values() if sequence.is_read]
