@@ -12,7 +12,7 @@ request on its way:
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +21,8 @@ from jax.sharding import Mesh
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.cache import CacheDtype
 from ..meshes import MeshAxes, ServeError, mesh_sizes
-from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
-from ..meshes.switches import Switch, check_switches
-from .check import check_model, check_request
+from .check import check_model, check_request, check_values
 from .chunks import pack_chunks
 from .compiled_programs import compile_programs
 from .decode import ticks_of_round
@@ -125,7 +123,7 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
-        _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
+        check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
         self.sizes = sizes = Sizes(
             slots=slots,
@@ -141,18 +139,16 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": self.axes}
-        self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
-        self.programs = compile_programs(config, sizes, state=self.shapes, **own)
-        self.scheduler = RequestScheduler(
-            num_shards=sizes.num_shards,
-            groups=sizes.groups,
-            group_size=sizes.group_size,
-            num_pages=sizes.pages_per_shard,
-            page=sizes.page,
-        )
-        self._params = stage_params(params, config=config, **own)
-        self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(sizes)
+        self._begin(params, cache_dtype=cache_dtype or config.dtype, fill=fill)
+
+    def _begin(self, params: Any, *, cache_dtype: CacheDtype, fill: Fill) -> None:
+        """Compile, take the parameters, and allocate a state in which no slot is in use."""
+        own: dict[str, Any] = {"mesh": self.mesh, "layers": self.layers, "axes": self.axes}
+        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=cache_dtype, **own)
+        self.programs = compile_programs(self.config, self.sizes, state=self.shapes, **own)
+        self.scheduler = _make_scheduler(self.sizes)
+        self._params = stage_params(params, config=self.config, **own)
+        self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(self.sizes)
         self._decode_ticks = self._prefill_ticks = self._read_tokens = self._shared_tokens = 0
 
     @property
@@ -316,16 +312,14 @@ class Engine:
                 num_left[sequence] -= 1
 
 
-def _check_values(
-    cache_dtype: CacheDtype | None, layers: LayerLoop | None, fill: Fill, chunks_per_step: int, max_stops: int
-) -> None:
-    """Check jax's switches, and arguments that `Sizes` does not check or knows by another name."""
-    check_switches(*get_args(Switch), error=ServeError)
-    check_count("chunks_per_step", chunks_per_step, error=ServeError)
-    check_count("max_stops", max_stops, error=ServeError)
-    check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
-    check_choice("layers", layers, (None, *get_args(LayerLoop)), error=ServeError)
-    check_choice("fill", fill, get_args(Fill), error=ServeError)
+def _make_scheduler(sizes: Sizes) -> RequestScheduler:
+    return RequestScheduler(
+        num_shards=sizes.num_shards,
+        groups=sizes.groups,
+        group_size=sizes.group_size,
+        num_pages=sizes.pages_per_shard,
+        page=sizes.page,
+    )
 
 
 def _on_host(chosen: Choice) -> Choice:

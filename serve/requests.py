@@ -9,6 +9,7 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from ..meshes import ServeError
@@ -76,7 +77,7 @@ class Request:
             raise ServeError("a prompt is empty: there is nothing to continue.", fix="give at least one token.")
         for name in ("max_new_tokens", "top_k", "seed"):
             check_count(name, getattr(self, name), error=ServeError, least=1 if name == "max_new_tokens" else 0)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in ("temperature", "top_p"):
             check_number(name, getattr(self, name), error=ServeError)
         object.__setattr__(self, "logit_bias", _read_biases(self.logit_bias))
         if self.logprobs is not None:
@@ -87,21 +88,25 @@ class Request:
                 f"from 0 to {_MAX_TEMPERATURE:g}, what float32 holds",
             ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "min_p": (_is_within(self.min_p, 0, 1), "a number from 0 to 1"),
+            "repetition_penalty": (_is_within(self.repetition_penalty, 0.01, 100), "a number from 0.01 to 100"),
+            "presence_penalty": (_is_within(self.presence_penalty, -2, 2), "a number from -2 to 2"),
+            "frequency_penalty": (_is_within(self.frequency_penalty, -2, 2), "a number from -2 to 2"),
             "logprobs": ((self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
             "seed": (self.seed < 2**32, "from 0 to 4294967295"),
         }
         for name, (is_right, wanted) in ranges.items():
             if not is_right:
-                raise ServeError(f"{name}={getattr(self, name)} is out of range.", fix=f"give {wanted}.")
+                raise ServeError(f"{name}={shown(getattr(self, name))} is out of range.", fix=f"give {wanted}.")
 
     @property
     def has_penalty(self) -> bool:
         """Whether tokens that the sequence has already are penalized."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+
+def _is_within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
 
 
 def _read_tokens(name: str, tokens: Any) -> tuple[int, ...]:

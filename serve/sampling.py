@@ -80,16 +80,20 @@ def choose(
         return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes), x_BV)
 
     noisy_BV = jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
-    top_B, token_B = noisy_BV.max(-1), noisy_BV.argmax(-1).astype(jnp.int32)
     # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
-    is_finite_B = jnp.isfinite(logits_BV.max(-1))
-    # Of equal scores the first token wins, as in argmax on one device.
-    token_B = token_B + block_index(axes) * logits_BV.shape[-1]
-    token_B = jnp.where(top_B < max_blocks(top_B, axes), jnp.iinfo(jnp.int32).max, token_B)
-    # NOT_FINITE is less than any token, so the minimum carries it from one device to all.
-    token_B = -max_blocks(-jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
+    token_B = _find_largest(noisy_BV, is_finite_B=jnp.isfinite(logits_BV.max(-1)), axes=axes)
     reason_B = finish_reasons(token_B, settings, length_B=position_B + 1)
     return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes))
+
+
+def _find_largest(scores_BV: jax.Array, *, is_finite_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return the token with the largest score of each row [B]."""
+    top_B, token_B = scores_BV.max(-1), scores_BV.argmax(-1).astype(jnp.int32)
+    # Of equal scores the first token wins, as in argmax on one device.
+    token_B = token_B + block_index(axes) * scores_BV.shape[-1]
+    token_B = jnp.where(top_B < max_blocks(top_B, axes), jnp.iinfo(jnp.int32).max, token_B)
+    # NOT_FINITE is less than any token, so the minimum carries it from one device to all.
+    return -max_blocks(-jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
 
 
 def _logprobs(logits_BV: jax.Array, token_B: jax.Array, settings: SamplingSettings, axes: tuple[str, ...]) -> Logprobs:

@@ -158,6 +158,7 @@ RESULTS = {
     *(
         "serve.Completion",
         "serve.ServedSequence",
+        "serve.TokenLogprobs",
         "serve.Usage",
         "train.Corpus",
         "hub.ModelTokenizer",

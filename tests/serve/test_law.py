@@ -52,20 +52,18 @@ SAMPLE = [
 ]
 
 
+def shapes_of(config: ModelConfig, mesh: Mesh, *, num_rows: int, dtype: CacheDtype, num_layers: int) -> Any:
+    """A cache with room for all rows, in pages of two tokens."""
+    sizes = {"num_rows": num_rows, "num_pages": PAGES * num_rows, "page": 2}
+    return cache_shapes(config, mesh=mesh, dtype=dtype, stacks=(num_layers,), **sizes)
+
+
 def cached_logits(
     config: ModelConfig, *, mesh: Mesh, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
 ) -> np.ndarray:
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
-    shapes = cache_shapes(
-        config,
-        mesh=mesh,
-        num_rows=len(tokens_BT),
-        num_pages=PAGES * len(tokens_BT),
-        page=2,
-        dtype=dtype,
-        stacks=(max(stage.counts),),
-    )
+    shapes = shapes_of(config, mesh, num_rows=len(tokens_BT), dtype=dtype, num_layers=max(stage.counts))
     # Each row has its pages all over those of its shard.
     num_rows = len(tokens_BT) // mesh.shape["data"]
     pages = np.random.default_rng(1).permutation(PAGES * num_rows).reshape(num_rows, PAGES)
