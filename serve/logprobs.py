@@ -32,7 +32,7 @@ def num_top(vocab_size: int) -> int:
 def compute_logprobs(logits_BV: jax.Array, token_B: jax.Array, *, axes: tuple[str, ...]) -> Logprobs:
     """Return log probabilities: logits[B@data, V@axes], tokens[B@data] -> [B@data] and [B@data, top].
 
-    It costs two all-reduces of [B] and one of [2, B], and two all-gathers of [B, top] over the axes.
+    It costs an all-reduce of [B], another of [2, B], and two all-gathers of [B, top] over the axes.
     """
     size, manual = logits_BV.shape[1], manual_axes(axes)
     first = block_index(axes) * size
