@@ -32,6 +32,7 @@ STYLES["dense_and_experts"] = STYLES["experts"] | {"num_layers": 5, "dense_layer
 STYLES["dense_and_experts"] |= {"router": "sigmoid", "router_bias": "on", "router_groups": 4, "router_groups_kept": 2}
 STYLES["latents"] = STYLES["llama"] | {"num_kv_heads": 8, "head_size": 12, "rope_head_size": 4, "value_head_size": 6}
 STYLES["latents"] |= {"latent_size": 24, "query_latent_size": 16}
+STYLES["deepseek"] = STYLES["dense_and_experts"] | STYLES["latents"]
 """The first with as many key/value heads as heads, the second with one for each four."""
 
 

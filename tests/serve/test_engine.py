@@ -54,6 +54,8 @@ MORE = [
     ("data=4,tensor=2", "llama", {"slots": 4}),
     ("tensor=8", "llama", {"chunk": 1}),
     ("data=1", "experts", {"layers": "unrolled", "slots": 3}),
+    ("data=2,tensor=2,pipe=2", "deepseek", {"layers": "unrolled"}),
+    ("tensor=4", "latents", {"slots": 3}),
     ("pipe=4", "experts", {}),
     ("tensor=4", "experts", {"chunk": 1}),
     ("outer=2:tensor,inner=4:tensor", "llama", {"layers": "unrolled"}),
@@ -132,16 +134,16 @@ def test_requests_that_share_pages_and_wait_for_them_get_the_answers_of_requests
     assert [pool.num_free for pool in short_engine.scheduler.pools] == [short_engine.sizes.pages_per_shard] * 2
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "tensor=2,pipe=2"])
-def test_a_shared_prompt_is_read_once(mesh: str) -> None:
-    engine, system = engine_on(mesh, slots=4, cache_tokens=64), tuple(range(10, 20))
+@pytest.mark.parametrize(("mesh", "style"), [("data=1", "llama"), ("tensor=2,pipe=2", "deepseek")])
+def test_a_shared_prompt_is_read_once(mesh: str, style: str) -> None:
+    engine, system = engine_on(mesh, style, slots=4, cache_tokens=64), tuple(range(10, 20))
     requests = [Request(prompt=(*system, 30 + index), max_new_tokens=3) for index in range(6)]
-    check_answers(engine, "llama", requests)
+    check_answers(engine, style, requests)
     assert (engine.usage.read_tokens, engine.usage.shared_tokens) == (11 + 5, 5 * 10)
     # Also after all have ended, and others have taken pages.
-    check_answers(engine, "llama", [Request(prompt=(5, 6, 7), max_new_tokens=9)])
+    check_answers(engine, style, [Request(prompt=(5, 6, 7), max_new_tokens=9)])
     before = engine.usage.read_tokens
-    check_answers(engine, "llama", requests)
+    check_answers(engine, style, requests)
     assert engine.usage.read_tokens == before + len(requests)
 
 
