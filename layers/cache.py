@@ -12,7 +12,7 @@ which is data, so no program changes shape; two sequences that begin with the sa
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -128,35 +128,63 @@ def attend(
         scale: what scores are multiplied with; by default 1 / sqrt(H).
     """
     num_rows, num_tokens, num_heads, size = q_BTNH.shape
-    num_kv, num_pages = cache.keys.shape[2], min(max(BLOCK // cache.page, 1), new.pages.shape[1])
-    block_size = num_pages * cache.page
-    pages = jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages)))
+    num_pages = min(max(BLOCK // cache.page, 1), new.pages.shape[1])
+    new = replace(new, pages=jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages))))
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
-    q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
-    scale = 1 / math.sqrt(size) if scale is None else scale
-    positions_BT1, end_B = new.positions(num_tokens)[..., None], new.starts + new.counts
+    q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, cache.keys.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
+    scale = size**-0.5 if scale is None else scale
+    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": window, "keys": keys}
 
-    def add_block(block: jax.Array, so_far: _Softmax) -> _Softmax:
-        own = jax.lax.dynamic_slice_in_dim(pages, block * num_pages, num_pages, axis=1)
-        keys_BKSH, values_BKSU = cache.read(layer, own)
-        if keys == "keys_and_values":
-            keys_BKSH = jnp.concatenate([keys_BKSH, values_BKSU], axis=-1)
-        place_1S = block * block_size + jnp.arange(block_size)[None]
-        is_used_BS = place_1S < end_B[:, None]
-        is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
-        if window:
-            is_seen_BTS &= place_1S[None] > positions_BT1 - window
-        # A weight of 0 does not hide a NaN of an unused place.
-        values_BKSU = jnp.where(is_used_BS[:, None, :, None], values_BKSU, 0)
-        return _add_block(so_far, q_BKGTH, keys_BKSH, values_BKSU, is_seen_BTS, scale=scale)
+    def add_block(number: jax.Array, so_far: _Softmax) -> _Softmax:
+        return _add_block(so_far, q_BKGTH, _read_block(number, cache, layer, new, **how), scale=scale)
 
-    is_real_B = new.counts > 0
-    last = (jnp.where(is_real_B, end_B, 0).max() + block_size - 1) // block_size
-    first = jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // block_size if window else 0
+    first, last = _blocks_in_use(new, size=num_pages * cache.page, window=window)
     total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values))
     # The largest score adds 1 to the sum; rows that are not in use have seen nothing.
     mixed_BKGTU = (total.mixed / jnp.maximum(total.sum, 1.0)).astype(q_BTNH.dtype)
     return mixed_BKGTU.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, -1)
+
+
+def _blocks_in_use(new: NewTokens, *, size: int, window: int) -> tuple[jax.Array | int, jax.Array]:
+    """Return the first block of `size` tokens that any row sees, and the end of the last."""
+    is_real_B, end_B = new.counts > 0, new.starts + new.counts
+    last = (jnp.where(is_real_B, end_B, 0).max() + size - 1) // size
+    first = jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // size if window else 0
+    return first, last
+
+
+class _Block(NamedTuple):
+    """Cached tokens: keys [B, K, S, H], values [B, K, S, U], and which of them new tokens see, [B, T, S]."""
+
+    keys: jax.Array
+    values: jax.Array
+    is_seen: jax.Array
+
+
+def _read_block(
+    number: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    new: NewTokens,
+    *,
+    num_pages: int,
+    num_tokens: int,
+    window: int,
+    keys: Keys,
+) -> _Block:
+    """Return a block of `num_pages` pages of each row, as `num_tokens` new tokens see it."""
+    own = jax.lax.dynamic_slice_in_dim(new.pages, number * num_pages, num_pages, axis=1)
+    keys_BKSH, values_BKSU = cache.read(layer, own)
+    if keys == "keys_and_values":
+        keys_BKSH = jnp.concatenate([keys_BKSH, values_BKSU], axis=-1)
+    place_1S = (number * num_pages * cache.page + jnp.arange(num_pages * cache.page))[None]
+    positions_BT1 = new.positions(num_tokens)[..., None]
+    is_used_BS = place_1S < (new.starts + new.counts)[:, None]
+    is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
+    if window:
+        is_seen_BTS &= place_1S[None] > positions_BT1 - window
+    # A weight of 0 does not hide a NaN of an unused place.
+    return _Block(keys_BKSH, jnp.where(is_used_BS[:, None, :, None], values_BKSU, 0), is_seen_BTS)
 
 
 class _Softmax(NamedTuple):
@@ -175,18 +203,10 @@ def _nothing_seen(q_BKGTH: jax.Array, values: jax.Array) -> _Softmax:
     return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
 
 
-def _add_block(
-    so_far: _Softmax,
-    q_BKGTH: jax.Array,
-    keys_BKSH: jax.Array,
-    values_BKSU: jax.Array,
-    is_seen_BTS: jax.Array,
-    *,
-    scale: float,
-) -> _Softmax:
-    keys_BKSH, values_BKSU = (stored.astype(q_BKGTH.dtype) for stored in (keys_BKSH, values_BKSU))
+def _add_block(so_far: _Softmax, q_BKGTH: jax.Array, block: _Block, *, scale: float) -> _Softmax:
+    keys_BKSH, values_BKSU = (stored.astype(q_BKGTH.dtype) for stored in (block.keys, block.values))
     scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS * scale, -jnp.inf)
+    scores_BKGTS = jnp.where(block.is_seen[:, None, None], scores_BKGTS * scale, -jnp.inf)
     top = jnp.maximum(so_far.top, scores_BKGTS.max(-1, keepdims=True))
     # Of a row that has seen nothing yet the largest is -inf, and -inf - -inf is NaN.
     finite_top = jnp.where(top == -jnp.inf, 0.0, top)
