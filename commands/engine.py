@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -58,7 +59,7 @@ def open_served(args: argparse.Namespace) -> tuple[MeshSpec, ModelSource]:
     return spec, source
 
 
-def check_served(config: ModelConfig, spec: MeshSpec, sizes: Mapping[str, int]) -> None:
+def check_served(config: ModelConfig, spec: MeshSpec, sizes: Mapping[str, Any]) -> None:
     """Raise unless model, mesh and sizes of an engine fit.
 
     Raises:
@@ -66,6 +67,7 @@ def check_served(config: ModelConfig, spec: MeshSpec, sizes: Mapping[str, int]) 
     """
     check_model(config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
     own = {name: sizes[name] for name in ("slots", "max_tokens", "groups", "chunk")}
+    own["cache_tokens"] = sizes.get("cache_tokens")
     Sizes(num_shards=spec.data, items=1, rounds=1, **own)  # checks itself
 
 
@@ -84,6 +86,6 @@ def describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     return (
         f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
         f"device    {engine.param_bytes_per_device / mib:,.1f} MiB of weights, "
-        f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache\n"
+        f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache for {sizes.cached_tokens:,} tokens\n"
         f"ready     in {seconds:.1f} s"
     )

@@ -79,6 +79,7 @@ def _engine_sizes(args: argparse.Namespace, config: ModelConfig, spec: MeshSpec,
     parts = spec.data * groups
     return {
         "slots": args.slots or -(-_SLOTS // parts) * parts,
+        "cache_tokens": args.cache_tokens or None,
         "max_tokens": args.max_tokens or min(_MAX_TOKENS, config.max_tokens),
         "groups": groups,
         "chunk": args.chunk,

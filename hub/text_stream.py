@@ -9,6 +9,9 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8
 """Number of prompt tokens that are decoded along with the answer: more than a character has bytes."""
 
+_WINDOW = 64
+"""Number of tokens that are decoded together before those in front of the last `_CONTEXT` are left out."""
+
 _CHARACTER = 4
 """Maximum number of bytes of a character in UTF-8."""
 
@@ -50,6 +53,9 @@ class ByteTokenizer:
 class TextStream:
     """Decode a stream of tokens; a character is returned once all its bytes have arrived.
 
+    A token costs the decoding of at most `_WINDOW` tokens before it, however long the stream is, unless more than these
+    in a row are no text.
+
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.add(byte) for byte in "aé".encode()]
     ['a', '', 'é']
@@ -69,11 +75,21 @@ class TextStream:
         self._tokens += tokens
         text = self._tokenizer.decode(self._tokens)
         # Decoders return a replacement character for an incomplete character, or one for each of its bytes.
-        return self._show(text.rstrip(_UNFINISHED))
+        shown = self._show(text.rstrip(_UNFINISHED))
+        if len(self._tokens) > _WINDOW and not text.endswith(_UNFINISHED):
+            self._leave_out()
+        return shown
 
     def finish(self) -> str:
         """Return the rest of the text, after the last token."""
         return self._show(self._tokenizer.decode(self._tokens))
+
+    def _leave_out(self) -> None:
+        """Keep the last tokens of the stream, all of whose text has been returned, as if they were the prompt."""
+        # Tokens without text are no context: a decoder would drop the space after them.
+        if self._tokenizer.decode(self._tokens[-_CONTEXT:]):
+            del self._tokens[:-_CONTEXT]
+            self._num_shown = self._pass_over_prompt(is_cut=True)
 
     def _pass_over_prompt(self, *, is_cut: bool) -> int:
         """Return the number of letters of the prompt, without a part of a character at its end.

@@ -108,9 +108,8 @@ class Attention(nnx.Module):
         positions_BT = new.positions(x_BTD.shape[1])
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT)
         cache = cache.append(layer, new, k_BTKH, v_BTKH)
-        keys_BKSH, values_BKSH = cache.read(layer, new)
-        window = self.config.attention_window
-        return self.combine(attend(q_BTNH, keys_BKSH, values_BKSH, positions_BT, window=window)), cache
+        mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, window=self.config.attention_window)
+        return self.combine(mixed_BTNH), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].

@@ -1,13 +1,19 @@
 """The KV cache: keys and values of earlier tokens, so that generating a token computes one token and not all of them.
 
-A cache has a fixed number of rows (sequences) and of tokens a row, so that no program changes shape. Every row has its
-own length, and new tokens are written behind it. `attention.py` reads the cache.
+It is kept in pages of a few tokens (Kwon et al. 2023, "PagedAttention", section 4). A sequence has a list of pages,
+which is data, so no program changes shape; two sequences that begin with the same tokens may list the same pages:
+
+    page          0    1    2    3    4    5         4 tokens a page
+    sequence a    pages 3, 0, 5    9 tokens: 4 in page 3, 4 in page 0, 1 in page 5
+    sequence b    pages 3, 0, 1    the same first 8 tokens, then others
+
+`attention.py` reads the cache; `serve/pages.py` gives pages to sequences.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,51 +22,63 @@ from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
+from ..meshes.device_axes import mark_varying, varying_axes
 from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16"]
 """Dtype in which keys and values are stored; scores are summed in float32 either way."""
 
+Keys = Literal["keys", "keys_and_values"]
+"""What queries are multiplied with: stored keys, or these followed by the values, as of latent vectors."""
+
+BLOCK = 256
+"""Number of cached tokens that attention reads at a time."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of every layer, and the number of cached tokens of each row.
+    """Keys and values of every layer in pages of S tokens, and the number of cached tokens of each row.
 
-    keys, values [L@pipe, B@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. With `latent_size` they
-    are shared keys [L@pipe, B@data, 1, S, R] and latent vectors [L@pipe, B@data, 1, S, C]. Each pipeline stage has its
-    own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in uint16:
-    XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also holds the
-    shapes of a cache (`cache_shapes`).
+    keys, values [L@pipe, pages@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. With `latent_size`
+    they are shared keys [L@pipe, pages@data, 1, S, R] and latent vectors [L@pipe, pages@data, 1, S, C]. Each pipeline
+    stage has its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in
+    uint16: XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also
+    holds the shapes of a cache (`cache_shapes`).
     """
 
     keys: Any
     values: Any
     lengths: Any
 
+    @property
+    def page(self) -> int:
+        """Number of tokens of a page, of the cache of one stack of layers."""
+        return self.keys.shape[3]
+
     def append(self, layer: jax.Array | int, new: "NewTokens", k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
         """Return the cache with the keys and values of new tokens in one layer; in place where it is donated."""
         num_tokens = k_BTKH.shape[1]
-        row_BT1 = (new.row + jnp.arange(k_BTKH.shape[0]))[:, None, None]
         head_11K = jnp.arange(k_BTKH.shape[2])[None, None]
-        # An index one past the end is dropped by the scatter: padding of a chunk and rows that are not in use go there.
+        place_BT = new.positions(num_tokens)
+        page_BT = jnp.take_along_axis(new.pages, place_BT // self.page, axis=1, mode="clip")
+        # A page past the last is dropped by the scatter: padding of a chunk and rows that are not in use go there.
         is_real_BT = jnp.arange(num_tokens)[None] < new.counts[:, None]
-        place_BT = jnp.where(is_real_BT, new.positions(num_tokens), self.keys.shape[3])
+        page_BT = jnp.where(is_real_BT, page_BT, self.keys.shape[1])
 
         def put(stored: jax.Array, own: jax.Array) -> jax.Array:
-            place = (layer, row_BT1, head_11K, place_BT[..., None])
+            place = (layer, page_BT[..., None], head_11K, (place_BT % self.page)[..., None])
             return stored.at[place].set(_encode(own, stored.dtype), mode="drop")
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
-    def read(self, layer: jax.Array | int, new: "NewTokens") -> tuple[jax.Array, jax.Array]:
-        """Return keys and values of one layer in the rows of the new tokens: two of [B, K, S, H]."""
+    def read(self, layer: jax.Array | int, page_Bn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values of one layer in n pages of each row: two of [B, K, n * S, H]."""
 
         def take(stored: jax.Array) -> jax.Array:
-            _, _, *inner = stored.shape
-            # This layer's [K, S, H] of the rows of the new tokens.
-            start = (layer, new.row, 0, 0, 0)
-            return _decode(jax.lax.dynamic_slice(stored, start, (1, new.starts.shape[0], *inner))[0])
+            # [B, n, K, S, H], of pages that exist.
+            pages = jnp.swapaxes(stored.at[layer, page_Bn].get(mode="promise_in_bounds"), 1, 2)
+            return _decode(pages.reshape(*pages.shape[:2], -1, pages.shape[-1]))
 
         return take(self.keys), take(self.values)
 
@@ -71,47 +89,132 @@ class NewTokens:
     """The place of T new tokens of each of B rows: rows `row` to `row + B`, from positions `starts` on.
 
     The first `counts` of a row's T tokens are real; the others are padding, computed but not written to the cache.
+    `pages`, [B, pages], are the pages of each row in the order of their tokens; those not in use are any that exist.
     """
 
     row: Any
     starts: Any
     counts: Any
+    pages: Any
 
     def positions(self, num_tokens: int) -> jax.Array:
         """Return the position of every token in its sequence: [B, T]."""
         return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
+@jax.named_scope("attend")
 def attend(
-    q_BTNH: jax.Array, keys_BKSH: jax.Array, values_BKSH: jax.Array, positions_BT: jax.Array, *, window: int = 0
+    q_BTNH: jax.Array,
+    *,
+    cache: KVCache,
+    layer: jax.Array | int,
+    new: NewTokens,
+    window: int = 0,
+    keys: Keys = "keys",
+    scale: float | None = None,
 ) -> jax.Array:
     """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 
-    q[B@data, T, N@tensor, H], keys and values [B@data, K@tensor, S, H] -> y[B@data, T, N@tensor, H]; no communication.
-    Scores are float32. Unused places of `keys` may hold anything, those of `values` any finite number.
+    q[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, features of a value]; no communication. Scores and sums are
+    float32.
+
+    It reads blocks of about `BLOCK` tokens, from the first that a window shows to the last that any row has filled:
+    their number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that
+    a row does not see adds exactly nothing: no row depends on the others. Unused places may hold anything.
 
     Args:
         window: number of visible tokens, the token itself included; 0 is all.
+        keys: what queries are multiplied with.
+        scale: what scores are multiplied with; by default 1 / sqrt(H).
     """
-    num_rows, num_tokens, _, size = q_BTNH.shape
-    num_kv, num_cached = keys_BKSH.shape[1:3]
+    num_rows, num_tokens, num_heads, size = q_BTNH.shape
+    num_pages = min(max(BLOCK // cache.page, 1), new.pages.shape[1])
+    new = replace(new, pages=jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages))))
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
-    q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, num_kv, -1, size).transpose(0, 2, 3, 1, 4)
-    keys_BKSH, values_BKSH = (stored.astype(q_BTNH.dtype) for stored in (keys_BKSH, values_BKSH))
+    q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, cache.keys.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
+    scale = size**-0.5 if scale is None else scale
+    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": window, "keys": keys}
+
+    def add_block(number: jax.Array, so_far: _Softmax) -> _Softmax:
+        return _add_block(so_far, q_BKGTH, _read_block(number, cache, layer, new, **how), scale=scale)
+
+    first, last = _blocks_in_use(new, size=num_pages * cache.page, window=window)
+    total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values))
+    # The largest score adds 1 to the sum; rows that are not in use have seen nothing.
+    mixed_BKGTU = (total.mixed / jnp.maximum(total.sum, 1.0)).astype(q_BTNH.dtype)
+    return mixed_BKGTU.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, -1)
+
+
+def _blocks_in_use(new: NewTokens, *, size: int, window: int) -> tuple[jax.Array | int, jax.Array]:
+    """Return the first block of `size` tokens that any row sees, and the end of the last."""
+    is_real_B, end_B = new.counts > 0, new.starts + new.counts
+    last = (jnp.where(is_real_B, end_B, 0).max() + size - 1) // size
+    first = jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // size if window else 0
+    return first, last
+
+
+class _Block(NamedTuple):
+    """Cached tokens: keys [B, K, S, H], values [B, K, S, U], and which of them new tokens see, [B, T, S]."""
+
+    keys: jax.Array
+    values: jax.Array
+    is_seen: jax.Array
+
+
+def _read_block(
+    number: jax.Array,
+    cache: KVCache,
+    layer: jax.Array | int,
+    new: NewTokens,
+    *,
+    num_pages: int,
+    num_tokens: int,
+    window: int,
+    keys: Keys,
+) -> _Block:
+    """Return a block of `num_pages` pages of each row, as `num_tokens` new tokens see it."""
+    own = jax.lax.dynamic_slice_in_dim(new.pages, number * num_pages, num_pages, axis=1)
+    keys_BKSH, values_BKSU = cache.read(layer, own)
+    if keys == "keys_and_values":
+        keys_BKSH = jnp.concatenate([keys_BKSH, values_BKSU], axis=-1)
+    place_1S = (number * num_pages * cache.page + jnp.arange(num_pages * cache.page))[None]
+    positions_BT1 = new.positions(num_tokens)[..., None]
+    is_used_BS = place_1S < (new.starts + new.counts)[:, None]
+    is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
+    if window:
+        is_seen_BTS &= place_1S[None] > positions_BT1 - window
+    # A weight of 0 does not hide a NaN of an unused place.
+    return _Block(keys_BKSH, jnp.where(is_used_BS[:, None, :, None], values_BKSU, 0), is_seen_BTS)
+
+
+class _Softmax(NamedTuple):
+    """A softmax over some keys: largest score and sum of exponentials [B, K, G, T, 1], mixed values [B, K, G, T, U]."""
+
+    top: jax.Array
+    sum: jax.Array
+    mixed: jax.Array
+
+
+def _nothing_seen(q_BKGTH: jax.Array, values: jax.Array) -> _Softmax:
+    """Return the softmax over no keys, varying over the axes of the queries and of the cache."""
+    *outer, _ = q_BKGTH.shape
+    top, sum_, mixed = (jnp.full((*outer, n), x) for n, x in ((1, -jnp.inf), (1, 0.0), (values.shape[-1], 0.0)))
+    both = tuple({*varying_axes(values), *varying_axes(q_BKGTH)})
+    return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
+
+
+def _add_block(so_far: _Softmax, q_BKGTH: jax.Array, block: _Block, *, scale: float) -> _Softmax:
+    keys_BKSH, values_BKSU = (stored.astype(q_BKGTH.dtype) for stored in (block.keys, block.values))
     scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
-    is_seen_BTS = visible(positions_BT, num_cached=num_cached, window=window)
-    # A real token sees at least itself, so its row is never -inf throughout, which would make the softmax NaN.
-    scores_BKGTS = jnp.where(is_seen_BTS[:, None, None], scores_BKGTS / math.sqrt(size), -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    mixed_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights_BKGTS, values_BKSH)
-    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-
-
-def visible(positions_BT: jax.Array, *, num_cached: int, window: int = 0) -> jax.Array:
-    """Return which of S cached tokens the tokens at some positions see, bool [B, T, S]."""
-    place_S = jnp.arange(num_cached)[None, None]
-    is_seen_BTS = place_S <= positions_BT[..., None]
-    return is_seen_BTS & (place_S > positions_BT[..., None] - window) if window else is_seen_BTS
+    scores_BKGTS = jnp.where(block.is_seen[:, None, None], scores_BKGTS * scale, -jnp.inf)
+    top = jnp.maximum(so_far.top, scores_BKGTS.max(-1, keepdims=True))
+    # Of a row that has seen nothing yet the largest is -inf, and -inf - -inf is NaN.
+    finite_top = jnp.where(top == -jnp.inf, 0.0, top)
+    old, weights_BKGTS = jnp.exp(so_far.top - finite_top), jnp.exp(scores_BKGTS - finite_top)
+    mixed_BKGTU = jnp.einsum(
+        "bkgts,bksu->bkgtu", weights_BKGTS.astype(q_BKGTH.dtype), values_BKSU, preferred_element_type=jnp.float32
+    )
+    return _Softmax(top, so_far.sum * old + weights_BKGTS.sum(-1, keepdims=True), so_far.mixed * old + mixed_BKGTU)
 
 
 def cache_shapes(
@@ -119,7 +222,8 @@ def cache_shapes(
     *,
     mesh: Mesh,
     num_rows: int,
-    max_tokens: int,
+    num_pages: int,
+    page: int,
     dtype: CacheDtype,
     stacks: Sequence[int],
     rules: ShardingRules = DEFAULT_RULES,
@@ -129,21 +233,22 @@ def cache_shapes(
     With fewer key/value heads than `tensor` devices, heads are repeated until every device has one.
 
     Args:
+        num_pages, page: number of pages over all data shards, and of tokens of a page.
         stacks: number of layers a stage in each array of keys, and of values.
 
     Raises:
-        ShardingError: rows do not split evenly over `data`.
+        ShardingError: pages do not split evenly over `data`.
         ModelError: a count is below 1, or keys and values cannot be stored as `dtype`.
     """
     check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
-    for name, count in {"num_rows": num_rows, "max_tokens": max_tokens}.items():
+    for name, count in {"num_rows": num_rows, "num_pages": num_pages, "page": page}.items():
         check_count(name, count, error=ModelError)
     sizes: Mapping[str, int] = mesh.shape
     num_ranks = sizes[rules.mesh_axes.pipe]
     heads, key_size, value_size = _row_sizes(config, tensor=math.prod(sizes[axis] for axis in rules.axes("heads")))
 
     def stack(layers: int, size: int) -> jax.ShapeDtypeStruct:
-        shape = (layers * num_ranks, num_rows, heads, max_tokens, size)
+        shape = (layers * num_ranks, num_pages, heads, page, size)
         dims = ("stage", "batch", None if config.latent_size else "heads", None, None)
         own = rules.sharding(dims, shape=shape, mesh=mesh, name="the cache")
         return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)

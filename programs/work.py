@@ -226,7 +226,7 @@ def _read_of(parameter: Instruction, users: Mapping[str, list[Instruction]], cod
     for user in users.get(parameter.name, []):
         if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == parameter.name:
             read += user.num_bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == parameter.name:
             # The buffer that is updated in place is not read.
             continue
         elif user.opcode in ("bitcast", "copy", "convert", "reshape"):
@@ -242,6 +242,9 @@ def _written_by(root: Instruction, code: Computation) -> int:
     made = root
     while made.opcode in ("bitcast", "copy", "convert") and made.operands:
         made = code.instructions[made.operands[0]]
+    if made.opcode == "scatter":
+        # It also reads the elements that it changes.
+        return 2 * _operand_bytes(made, code, -1)
     return _operand_bytes(made, code, 1) if made.opcode == "dynamic-update-slice" else root.num_bytes
 
 

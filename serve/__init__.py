@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .engine import Completion, Engine, Usage
     from .load import load_for_serving
     from .params import param_shapes
-    from .requests import FinishReason, Request, ServedSequence
+    from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
     from .state import Sizes
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Request",
     "ServedSequence",
     "Sizes",
+    "TokenLogprobs",
     "TokenStream",
     "Usage",
     "check_model",

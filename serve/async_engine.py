@@ -19,11 +19,13 @@ from typing import Any, Self
 from ..meshes import ServeError
 from ..meshes.arguments import check_count
 from .engine import Engine
-from .requests import FinishReason, Request, ServedSequence
+from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
 
 
 class TokenStream:
     """The answer to one request, an async iterator of its tokens; `finish_reason` is None until it has ended.
+
+    `logprobs` has an entry for each token that has arrived, if the request wants them.
 
     Raises:
         ServeError: while iterating: logits are not finite, or the engine has stopped.
@@ -32,6 +34,7 @@ class TokenStream:
     def __init__(self, request: Request, *, send: Callable[..., None]) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
+        self.logprobs: list[TokenLogprobs] = []
         self.error: ServeError | None = None
         self._send = send
         self._tokens: deque[int] = deque()
@@ -61,13 +64,14 @@ class TokenStream:
         """End the answer with "cancelled", and free its slot; an ended answer stays as it is."""
         if self.finish_reason is None:
             self._send(self)
-            self.receive((), "cancelled", None)
+            self.receive(StreamUpdate(reason="cancelled"))
 
-    def receive(self, tokens: tuple[int, ...], reason: FinishReason | None, error: ServeError | None) -> None:
+    def receive(self, update: "StreamUpdate") -> None:
         """Add tokens that the engine has decoded; those of a cancelled answer come too late."""
         if self.finish_reason is None:
-            self._tokens += tokens
-            self.finish_reason, self.error = reason, error
+            self._tokens += update.tokens
+            self.logprobs += update.logprobs
+            self.finish_reason, self.error = update.reason, update.error
             self._changed.set()
 
     async def _wait(self) -> None:
@@ -78,12 +82,33 @@ class TokenStream:
             raise self.error
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamUpdate:
+    """What a step adds to a stream: tokens with their log probabilities, if it has ended the reason, and an error."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    reason: FinishReason | None = None
+    error: ServeError | None = None
+
+
 @dataclass(eq=False, kw_only=True)
 class _Progress:
     """A stream on the thread's side: its sequence, and the number of its tokens that the stream has."""
 
     sequence: ServedSequence
     num_sent: int = 0
+
+    def take(self, problem: ServeError | None) -> StreamUpdate:
+        """Return what is new since the last call."""
+        own, first = self.sequence, self.num_sent
+        self.num_sent = len(own.tokens)
+        return StreamUpdate(
+            tokens=tuple(own.tokens[first:]),
+            logprobs=tuple(own.logprobs[first:]),
+            reason=own.finish_reason,
+            error=problem if own.finish_reason == "error" else None,
+        )
 
 
 class AsyncEngine:
@@ -174,17 +199,17 @@ class AsyncEngine:
             self._inbox.append((verb, stream))
             self._has_work.notify()
 
-    def _deliver(self, updates: list[tuple[TokenStream, tuple[int, ...], Any, ServeError | None]]) -> None:
+    def _deliver(self, updates: list[tuple[TokenStream, StreamUpdate]]) -> None:
         """Hand new tokens to their streams; on the loop."""
-        for stream, tokens, reason, error in updates:
-            stream.receive(tokens, reason, error)
-            if reason:
+        for stream, update in updates:
+            stream.receive(update)
+            if update.reason:
                 self._forget(stream)
 
     def _stop(self, error: ServeError) -> None:
         """End all streams after the thread has failed; on the loop."""
         self.error = error
-        self._deliver([(stream, (), "error", error) for stream in tuple(self._streams)])
+        self._deliver([(stream, StreamUpdate(reason="error", error=error)) for stream in tuple(self._streams)])
 
     def _run(self) -> None:
         """Step the engine while there is work, and sleep while there is none; on the thread."""
@@ -224,12 +249,10 @@ class AsyncEngine:
             problem = error
         updates = []
         for stream, progress in tuple(self._progress.items()):
-            sequence = progress.sequence
-            tokens, reason = tuple(sequence.tokens[progress.num_sent :]), sequence.finish_reason
-            if tokens or reason:
-                progress.num_sent += len(tokens)
-                updates.append((stream, tokens, reason, problem if reason == "error" else None))
-            if reason:
+            update = progress.take(problem)
+            if update.tokens or update.reason:
+                updates.append((stream, update))
+            if update.reason:
                 del self._progress[stream]
         if updates:
             self._call(self._deliver, updates)

@@ -1,15 +1,18 @@
 """Check the sizes of an engine and of its requests before devices are used or weights are read."""
 
 from collections.abc import Mapping
+from typing import get_args
 
 from ..layers import ModelConfig, model_rules
+from ..layers.cache import CacheDtype
 from ..meshes import MeshAxes, ServeError, ShardingRules
-from ..meshes.arguments import check_count
+from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
+from ..meshes.switches import Switch, check_switches
 from .experts import check_experts_whole
 from .requests import Request
-from .stacks import layers_of_stages
-from .state import MAX_STOPS
+from .stacks import LayerLoop, layers_of_stages
+from .state import MAX_STOPS, Fill
 
 
 def check_model(
@@ -66,7 +69,7 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max
             "sequence.",
             fix=f"{fix}." if is_model else f"{fix}, or set max_tokens={prompt + new}.",
         )
-    for token in (*request.prompt, *request.stop):
+    for token in (*request.prompt, *request.stop, *(token for token, _ in request.logit_bias)):
         if not 0 <= token < config.vocab_size:
             raise ServeError(
                 f"token id {token} is not in the vocabulary of {config.vocab_size}, ids 0 to {config.vocab_size - 1}.",
@@ -77,3 +80,19 @@ def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max
             f"a request has {len(request.stop)} stop tokens, and an engine of max_stops={max_stops} looks for no more.",
             fix=f"set max_stops={len(request.stop)}, or give {max_stops} or fewer.",
         )
+
+
+def check_values(
+    cache_dtype: CacheDtype | None, layers: LayerLoop | None, fill: Fill, chunks_per_step: int, max_stops: int
+) -> None:
+    """Check jax's switches, and arguments of an engine that `Sizes` does not check or knows by another name.
+
+    Raises:
+        ServeError: one of them is wrong.
+    """
+    check_switches(*get_args(Switch), error=ServeError)
+    check_count("chunks_per_step", chunks_per_step, error=ServeError)
+    check_count("max_stops", max_stops, error=ServeError)
+    check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
+    check_choice("layers", layers, (None, *get_args(LayerLoop)), error=ServeError)
+    check_choice("fill", fill, get_args(Fill), error=ServeError)

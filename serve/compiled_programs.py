@@ -1,4 +1,4 @@
-"""Compile the two programs of an engine, prefill and decode, once for fixed shapes."""
+"""Compile the programs of an engine, prefill, decode and the counting of prompts, once for fixed shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,26 +13,30 @@ from ..layers import ModelConfig
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..pipeline.model.trees import on_mesh
+from .chunks import chunk_shapes
 from .decode import decode
 from .experts import with_room
 from .params import stage_shapes
-from .prefill import chunk_shapes, prefill
-from .sampling import SamplingSettings
+from .penalties import PromptPart, note_prompt
+from .prefill import prefill
+from .slots import SlotInputs, input_shapes, part_shapes
 from .stacks import LayerLoop
 from .stage import Stage, block_specs
-from .state import ServeState, Sizes, settings_shapes
+from .state import ServeState, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledPrograms:
-    """The compiled programs of an engine; both donate the state and return it.
+    """The compiled programs of an engine; the first two donate the state and return it, the last `state.seen`.
 
-    prefill(params, state, settings, chunks, num_chunks) -> state, first tokens [P@pipe, data, I, 2]
-    decode(params, state, settings, num_rounds) -> state, tokens [P@pipe, rounds, B@data, 2]
+    prefill(params, state, slots, chunks, num_chunks) -> state, `Choice` of [P@pipe, data, I, ...]
+    decode(params, state, slots, num_rounds) -> state, `Choice` of [P@pipe, rounds, B@data, ...]
+    note_prompt(seen, part) -> seen, for a sequence that has a penalty, before its prefill
     """
 
     prefill: Any
     decode: Any
+    note_prompt: Any
 
 
 def compile_programs(
@@ -44,32 +48,41 @@ def compile_programs(
     layers: LayerLoop = "loop",
     axes: MeshAxes = DEFAULT_AXES,
 ) -> CompiledPrograms:
-    """Compile both programs for parameters of `stage_shapes` and a state of these shapes."""
+    """Compile all programs for parameters of `stage_shapes` and a state of these shapes."""
     rules = ShardingRules.of(axes)
     params = stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
     of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
     prefills = decodes = Stage(of_group, mesh, layers=layers, axes=axes)
     if of_chunk != of_group:
         prefills = Stage(of_chunk, mesh, layers=layers, axes=axes)
-    settings, chunks = settings_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
+    slots, chunks = input_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
-    def run_prefill(
-        params: Any, state: ServeState, settings: SamplingSettings, chunks: Any, num_chunks: jax.Array
-    ) -> Any:
-        state, chosen_tokens = prefill(
-            state, stage=prefills, params=params, settings=settings, chunks=chunks, num_chunks=num_chunks
-        )
-        return state, chosen_tokens[None]
+    def run_prefill(params: Any, state: ServeState, slots: SlotInputs, chunks: Any, num_chunks: jax.Array) -> Any:
+        state, chosen = prefill(state, stage=prefills, params=params, slots=slots, chunks=chunks, num_chunks=num_chunks)
+        return state, jax.tree.map(lambda leaf: leaf[None], chosen)
 
-    def run_decode(params: Any, state: ServeState, settings: SamplingSettings, num_rounds: jax.Array) -> Any:
-        return decode(state, stage=decodes, sizes=sizes, params=params, settings=settings, num_rounds=num_rounds)
+    def run_decode(params: Any, state: ServeState, slots: SlotInputs, num_rounds: jax.Array) -> Any:
+        return decode(state, stage=decodes, sizes=sizes, params=params, slots=slots, num_rounds=num_rounds)
 
     return CompiledPrograms(
-        prefill=_compile(run_prefill, mesh, (params, state, settings, chunks, number), P(pipe, data)),
-        decode=_compile(run_decode, mesh, (params, state, settings, number), P(pipe, None, data)),
+        prefill=_compile(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
+        decode=_compile(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
+        note_prompt=_compile_note(state.seen, part_shapes(sizes, mesh=mesh, rules=rules), mesh, rules.axes("vocab")),
     )
+
+
+def _compile_note(seen: Any, part: PromptPart, mesh: Mesh, axes: tuple[str, ...]) -> Any:
+    specs = block_specs((seen, part), mesh)
+    mapped = jax.shard_map(
+        lambda seen, part: note_prompt(seen, part, axes=axes),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=specs[0],
+        axis_names=set(mesh.axis_names),
+    )
+    return jax.jit(mapped, donate_argnums=0, out_shardings=seen.sharding).lower(seen, part).compile()
 
 
 def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:

@@ -20,29 +20,27 @@ import jax
 import jax.numpy as jnp
 
 from ..layers import NewTokens
-from .sampling import SamplingSettings, finish_reasons
+from .penalties import count_tokens, is_penalized
+from .sampling import NOTHING, Choice, no_choice
+from .slots import SlotInputs
 from .stage import Stage, rows_of
 from .state import ServeState, Sizes
-
-NOTHING = -1
-"""A placeholder for the token of a slot that is not in use."""
 
 _LAST = -2
 """A message to the first rank, in place of a token: the sequence has ended."""
 
 
 def decode(
-    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, num_rounds: jax.Array
-) -> tuple[ServeState, jax.Array]:
+    state: ServeState, *, stage: Stage, sizes: Sizes, params: Any, slots: SlotInputs, num_rounds: jax.Array
+) -> tuple[ServeState, Choice]:
     """Run `num_rounds` rounds inside `shard_map` over all axes; return the state and the chosen tokens.
 
-    -> tokens and finish reasons [1, rounds, slots of this shard, 2], valid on the last rank; NOTHING for slots that are
-    not in use. A tick costs one permute of x[b, 1, D] and one of [b] over `pipe`.
+    -> leaves are [1, rounds, slots of this shard, ...], valid on the last rank; NOTHING for slots that are not in use.
+    A tick costs one permute of x[b, 1, D] and one of [b] over `pipe`.
     """
-    ticks = ticks_of_round(sizes, stage.num_ranks)
-    chosen = stage.vary(jnp.full((1, sizes.rounds, sizes.slots_per_shard, 2), NOTHING, jnp.int32))
-    loop = _DecodeLoop(stage, sizes, params, settings, ticks)
-    return jax.lax.fori_loop(0, num_rounds * ticks, loop.tick, (state, chosen))
+    chosen = no_choice((1, sizes.rounds, sizes.slots_per_shard), vocab_size=stage.config.vocab_size)
+    loop = _DecodeLoop(stage, sizes, params, slots)
+    return jax.lax.fori_loop(0, num_rounds * loop.ticks, loop.tick, (state, jax.tree.map(stage.vary, chosen)))
 
 
 def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
@@ -53,11 +51,11 @@ def ticks_of_round(sizes: Sizes, num_ranks: int) -> int:
 class _DecodeLoop:
     """The body of the loop over ticks on one rank."""
 
-    def __init__(self, stage: Stage, sizes: Sizes, params: Any, settings: SamplingSettings, ticks: int) -> None:
-        self.stage, self.sizes, self.params, self.settings, self.ticks = stage, sizes, params, settings, ticks
-        self.last = stage.num_ranks - 1
+    def __init__(self, stage: Stage, sizes: Sizes, params: Any, slots: SlotInputs) -> None:
+        self.stage, self.sizes, self.params, self.slots = stage, sizes, params, slots
+        self.ticks, self.last = ticks_of_round(sizes, stage.num_ranks), stage.num_ranks - 1
 
-    def tick(self, tick: jax.Array, carry: tuple[ServeState, jax.Array]) -> tuple[ServeState, jax.Array]:
+    def tick(self, tick: jax.Array, carry: tuple[ServeState, Choice]) -> tuple[ServeState, Choice]:
         """Run this rank's stage for the group that has arrived, if a slot of it is in use, then pass on."""
         state, chosen = carry
         size = self.sizes.group_size
@@ -78,33 +76,37 @@ class _DecodeLoop:
         return self._exchange(state, x, message_B, tick), chosen
 
     def _work(
-        self, state: ServeState, chosen: jax.Array, is_full_B: jax.Array, row: jax.Array, turn: jax.Array
+        self, state: ServeState, chosen: Choice, is_full_B: jax.Array, row: jax.Array, turn: jax.Array
     ) -> tuple[ServeState, Any]:
         """Run the stage for one group; return x and a message per slot: in use, or (last rank) the next token."""
         size = self.sizes.group_size
+        slots: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.slots)
         starts_B = rows_of(state.cache.lengths[0], row, size)
-        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32))
+        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32), pages=slots.pages)
         tokens_B1 = rows_of(state.next_token[0], row, size)[:, None]
         x = self.stage.on_rank(
             0, lambda: self.stage.embed(self.params, tokens_B1, starts_B[:, None]), lambda: state.x[0]
         )
         x, cache = self.stage.run_layers(self.params, x, cache=state.cache, new=new)
 
-        def finish() -> tuple[jax.Array, jax.Array]:
-            own = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.settings)
-            # The token just read is at position `starts`; with the new one the sequence has `starts` + 2 tokens.
-            token_B = self.stage.choose(self.params, x, own, position_B=starts_B + 1)
-            reason_B = finish_reasons(token_B, own, length_B=starts_B + 2)
-            chosen_tokens = jnp.where(is_full_B[:, None], jnp.stack([token_B, reason_B], axis=-1), NOTHING)
-            message_B = jnp.where(reason_B > 0, _LAST, token_B)
-            return jax.lax.dynamic_update_slice(chosen, chosen_tokens[None, None], (0, turn, row, 0)), self.stage.vary(
-                message_B
+        def finish() -> tuple[Choice, jax.Array]:
+            # The token just read is at position `starts`.
+            choice = self.stage.choose(
+                self.params,
+                x,
+                slots.settings,
+                read_seen=lambda: rows_of(state.seen[0], row, size),
+                position_B=starts_B + 1,
             )
+            message_B = jnp.where(choice.reason > 0, _LAST, choice.token)
+            return _store(chosen, choice, is_full_B, turn=turn, row=row), self.stage.vary(message_B)
 
         chosen, message_B = self.stage.on_rank(
             self.last, finish, lambda: (chosen, self.stage.vary(jnp.zeros(size, jnp.int32)))
         )
-        state = replace(state, cache=cache, busy=state.busy + 1)
+        is_counted_B = is_full_B & (self.stage.rank == self.last) & is_penalized(slots.settings)
+        seen = count_tokens(state.seen, message_B, row=row, is_counted_B=is_counted_B, axes=self.stage.vocab_axes)
+        state = replace(state, cache=cache, seen=seen, busy=state.busy + 1)
         return state, (x[None], jnp.where(is_full_B, message_B, NOTHING), chosen)
 
     @jax.named_scope("exchange")
@@ -131,3 +133,14 @@ class _DecodeLoop:
             )
 
         return self.stage.on_rank(0, lambda: store(state), lambda: state)
+
+
+def _store(chosen: Choice, choice: Choice, is_full_B: jax.Array, *, turn: jax.Array, row: jax.Array) -> Choice:
+    """Write the choice of one group into that of all rounds and slots."""
+
+    def put(whole: jax.Array, own: jax.Array) -> jax.Array:
+        place = (0, turn, row, *[0] * (own.ndim - 1))
+        return jax.lax.dynamic_update_slice(whole, own[None, None], place)
+
+    choice = choice._replace(token=jnp.where(is_full_B, choice.token, NOTHING))
+    return jax.tree.map(put, chosen, choice)

@@ -9,49 +9,61 @@ request on its way:
                     |                   one call of `step`; a long one takes several       |
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.cache import CacheDtype
 from ..meshes import MeshAxes, ServeError, mesh_sizes
-from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
-from ..meshes.switches import Switch, check_switches
-from .check import check_model, check_request
+from .check import check_model, check_request, check_values
+from .chunks import pack_chunks
 from .compiled_programs import compile_programs
-from .decode import NOTHING, ticks_of_round
+from .decode import ticks_of_round
 from .params import stage_params, stage_shapes
-from .prefill import Chunks
-from .requests import Chunk, FinishReason, Request, RequestScheduler, ServedSequence
-from .sampling import SamplingSettings
+from .requests import FinishReason, Request, RequestScheduler, ServedSequence, TokenLogprobs
+from .sampling import NOTHING, Choice
+from .slots import empty_inputs, prompt_parts, write_inputs
 from .stacks import LayerLoop
-from .state import MAX_STOPS, Fill, Sizes, empty_state, state_shapes
+from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]
 """A callback for each new token of a sequence, in order; the sequence may already hold later tokens."""
+
+_Place = tuple[int, int]
 
 _REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The answer to a request: its new tokens, without a stop token, and the reason for its end."""
+    """The answer to a request: its new tokens, without a stop token, and the reason for its end.
+
+    `logprobs` has an entry for each token if the request wants them.
+    """
 
     tokens: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Ticks of decoding and of prefill so far; `busy`, [P, data], counts those in which each rank had work."""
+    """Work so far: ticks of decoding and of prefill, and prompt tokens that were read, and shared and so not read.
+
+    `busy`, [P, data], counts the ticks in which each rank had work.
+    """
 
     decode_ticks: int
     prefill_ticks: int
+    read_tokens: int
+    shared_tokens: int
     busy: np.ndarray
 
     @property
@@ -71,7 +83,10 @@ class Engine:
         params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
         slots: number of sequences in progress at a time, over all data shards.
-        max_tokens: most tokens of a sequence, prompt and answer; the length of the cache.
+        max_tokens: most tokens of a sequence, prompt and answer.
+        cache_tokens: tokens for which the cache has pages, over all data shards; by default `slots` x `max_tokens`.
+            With fewer, a request waits until there are pages for its prompt and its longest answer.
+        page: number of tokens of a page, the unit in which prompts that begin alike share the cache.
         groups: number of parts of a data shard's slots, which follow each other through the stages; by default the
             number of stages.
         cache_dtype: dtype of keys and values; by default the compute dtype.
@@ -97,6 +112,8 @@ class Engine:
         axes: MeshAxes = DEFAULT_AXES,
         slots: int = 8,
         max_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        page: int = PAGE,
         groups: int | None = None,
         cache_dtype: CacheDtype | None = None,
         chunk: int = 64,
@@ -107,7 +124,7 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
     ) -> None:
-        _check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
+        check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
         self.sizes = sizes = Sizes(
             slots=slots,
@@ -118,16 +135,22 @@ class Engine:
             items=chunks_per_step,
             rounds=rounds,
             stops=max_stops,
+            page=page,
+            cache_tokens=cache_tokens,
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        own: dict[str, Any] = {"mesh": mesh, "layers": self.layers, "axes": self.axes}
-        self.shapes = state_shapes(config, sizes, cache_dtype=cache_dtype or config.dtype, **own)
-        self.programs = compile_programs(config, sizes, state=self.shapes, **own)
-        self.scheduler = RequestScheduler(num_shards=self.spec.data, groups=sizes.groups, group_size=sizes.group_size)
-        self._params = stage_params(params, config=config, **own)
-        self._state, self._settings = empty_state(self.shapes, fill=fill), _empty_settings(sizes)
-        self._decode_ticks = self._prefill_ticks = 0
+        self._begin(params, cache_dtype=cache_dtype or config.dtype, fill=fill)
+
+    def _begin(self, params: Any, *, cache_dtype: CacheDtype, fill: Fill) -> None:
+        """Compile, take the parameters, and allocate a state in which no slot is in use."""
+        own: dict[str, Any] = {"mesh": self.mesh, "layers": self.layers, "axes": self.axes}
+        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=cache_dtype, **own)
+        self.programs = compile_programs(self.config, self.sizes, state=self.shapes, **own)
+        self.scheduler = _make_scheduler(self.sizes)
+        self._params = stage_params(params, config=self.config, **own)
+        self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(self.sizes)
+        self._decode_ticks = self._prefill_ticks = self._read_tokens = self._shared_tokens = 0
 
     @property
     def axes(self) -> MeshAxes:
@@ -148,7 +171,11 @@ class Engine:
     def usage(self) -> Usage:
         """Ticks so far, and how many of them each rank worked."""
         return Usage(
-            decode_ticks=self._decode_ticks, prefill_ticks=self._prefill_ticks, busy=np.asarray(self._state.busy)
+            decode_ticks=self._decode_ticks,
+            prefill_ticks=self._prefill_ticks,
+            read_tokens=self._read_tokens,
+            shared_tokens=self._shared_tokens,
+            busy=np.asarray(self._state.busy),
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -163,7 +190,10 @@ class Engine:
         sequences = [self.submit(request) for request in requests]
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
-        return [Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length") for s in sequences]
+        return [
+            Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length", logprobs=tuple(s.logprobs))
+            for s in sequences
+        ]
 
     def submit(self, request: Request) -> ServedSequence:
         """Put a request in the queue, and return its sequence, to which `step` adds tokens.
@@ -183,7 +213,7 @@ class Engine:
             self.scheduler.cancel(sequence)
             if sequence.slot is not None:
                 # Devices that decode it end it at its next token, also one that is between two stages.
-                self._settings.limit[sequence.slot] = 0
+                self._slots.settings.limit[sequence.slot] = 0
 
     def step(self) -> list[ServedSequence]:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
@@ -193,7 +223,9 @@ class Engine:
         """
         # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():
-            self._write_settings(sequence)
+            write_inputs(self._slots, sequence, vocab_size=self.config.vocab_size)
+            if sequence.request.has_penalty:
+                self._count_prompt(sequence)
         ended = self._read_prompts()
         return ended + self._decode()
 
@@ -205,23 +237,30 @@ class Engine:
         """
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
 
+    def _count_prompt(self, sequence: ServedSequence) -> None:
+        """Let the devices count the tokens of a prompt, also of a beginning that they will not read again."""
+        for part in prompt_parts(self.sizes, sequence):
+            self._state = replace(self._state, seen=self.programs.note_prompt(self._state.seen, part))
+
     def _read_prompts(self) -> list[ServedSequence]:
         """Run prefill on the next chunks, and return the sequences that their first token ends."""
         chunks = self.scheduler.take_chunks(size=self.sizes.chunk, limit=self.sizes.items)
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        args = self._params, self._state, self._settings, self._pack(chunks), np.int32(num_chunks)
-        self._state, chosen_tokens = self.programs.prefill(*args)
+        args = self._params, self._state, self._slots, pack_chunks(self.sizes, chunks), np.int32(num_chunks)
+        self._state, chosen = self.programs.prefill(*args)
+        self._read_tokens += sum(len(chunk.tokens) for own in chunks for chunk in own)
+        self._shared_tokens += sum(chunk.sequence.num_shared for own in chunks for chunk in own if chunk.is_last)
         # Chunk i is on rank r in tick i + r.
         self._prefill_ticks += num_chunks + self.spec.pipe - 1
-        first = np.asarray(chosen_tokens)[-1]
-        return self._record_tokens(
-            (chunk.sequence, *first[shard, item].tolist())
+        places = (
+            (chunk.sequence, (shard, item))
             for shard, own in enumerate(chunks)
             for item, chunk in enumerate(own)
             if chunk.is_last
         )
+        return self._record_tokens(places, _on_host(chosen))
 
     def _decode(self) -> list[ServedSequence]:
         """Run some rounds of decode, and return the sequences that ended."""
@@ -231,85 +270,70 @@ class Engine:
             return []
         longest = max(self._num_left(sequence) for sequence in decoding.values())
         num_rounds = min(self.sizes.rounds, longest)
-        self._state, chosen_tokens = self.programs.decode(
-            self._params, self._state, self._settings, np.int32(num_rounds)
-        )
+        self._state, chosen = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
-        return self._record_tokens(
-            (decoding[slot], token, reason)
-            for turn in np.asarray(chosen_tokens)[-1, :num_rounds]
-            for slot, (token, reason) in enumerate(turn.tolist())
-            if token != NOTHING
-        )
+        host = _on_host(chosen)
+        turns, slots = np.nonzero(host.token[:num_rounds] != NOTHING)
+        places = ((decoding[slot], (turn, slot)) for turn, slot in zip(turns.tolist(), slots.tolist(), strict=True))
+        return self._record_tokens(places, host)
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
 
-    def _record_tokens(self, chosen_tokens: Iterable[tuple[ServedSequence, int, int]]) -> list[ServedSequence]:
-        """Add tokens to their sequences, call `on_token`, and return the sequences that ended."""
+    def _record_tokens(self, places: Iterable[tuple[ServedSequence, _Place]], chosen: Choice) -> list[ServedSequence]:
+        """Add chosen tokens to their sequences, call `on_token`, and return the sequences that ended."""
         added, ended = [], []
-        for sequence, token, reason in chosen_tokens:
+        for sequence, place in places:
+            reason = int(chosen.reason[place])
             if sequence.finish_reason == "cancelled":
                 if reason:
                     self.scheduler.finish(sequence, "cancelled")
                 continue
             # A stop token is not part of the answer; the last token within the limit is.
             if _REASONS.get(reason) not in ("stop", "error"):
-                sequence.tokens.append(token)
-                added.append((sequence, token))
+                _add_token(sequence, chosen, place)
+                added.append(sequence)
             if reason:
                 self.scheduler.finish(sequence, _REASONS[reason])
                 ended.append(sequence)
         # Only after all tokens are stored: the devices have moved on, and a callback may raise.
-        if self.on_token:
-            for sequence, token in added:
-                self.on_token(sequence, token)
+        self._tell(added)
         for sequence in ended:
             if sequence.finish_reason == "error":
                 raise _not_finite(sequence)
         return ended
 
-    def _write_settings(self, sequence: ServedSequence) -> None:
-        """Write the settings of an admitted request into the row of its slot."""
-        request, slot = sequence.request, sequence.slot
-        self._settings.temperature[slot] = request.temperature
-        self._settings.top_k[slot] = min(request.top_k, self.config.vocab_size)
-        self._settings.top_p[slot] = request.top_p
-        self._settings.seed[slot] = request.seed
-        self._settings.limit[slot] = len(request.prompt) + request.max_new_tokens
-        self._settings.stops[slot] = [*request.stop, *[-1] * (self.sizes.stops - len(request.stop))]
-
-    def _pack(self, chunks: list[list[Chunk]]) -> Chunks:
-        """Pack chunks into arrays; unused entries have count 0."""
-        sizes = self.sizes
-        shape = (sizes.num_shards, sizes.items)
-        tokens = np.zeros((*shape, sizes.chunk), np.int32)
-        slot, start, count = (np.zeros(shape, np.int32) for _ in range(3))
-        is_last = np.zeros(shape, np.bool_)
-        for shard, own in enumerate(chunks):
-            for item, chunk in enumerate(own):
-                place = shard, item
-                assert chunk.sequence.slot is not None
-                tokens[(*place, slice(len(chunk.tokens)))] = chunk.tokens
-                # Slots are numbered over all data shards; a device knows the rows of its own.
-                slot[place] = chunk.sequence.slot % sizes.slots_per_shard
-                start[place] = chunk.start
-                count[place] = len(chunk.tokens)
-                is_last[place] = chunk.is_last
-        return Chunks(tokens=tokens, slot=slot, start=start, count=count, is_last=is_last)
+    def _tell(self, added: list[ServedSequence]) -> None:
+        """Call `on_token` for the new tokens of sequences, which are listed once for each."""
+        if self.on_token:
+            num_left = Counter(added)
+            for sequence in added:
+                self.on_token(sequence, sequence.tokens[-num_left[sequence]])
+                num_left[sequence] -= 1
 
 
-def _check_values(
-    cache_dtype: CacheDtype | None, layers: LayerLoop | None, fill: Fill, chunks_per_step: int, max_stops: int
-) -> None:
-    """Check jax's switches, and arguments that `Sizes` does not check or knows by another name."""
-    check_switches(*get_args(Switch), error=ServeError)
-    check_count("chunks_per_step", chunks_per_step, error=ServeError)
-    check_count("max_stops", max_stops, error=ServeError)
-    check_choice("cache_dtype", cache_dtype, (None, *get_args(CacheDtype)), error=ServeError)
-    check_choice("layers", layers, (None, *get_args(LayerLoop)), error=ServeError)
-    check_choice("fill", fill, get_args(Fill), error=ServeError)
+def _make_scheduler(sizes: Sizes) -> RequestScheduler:
+    return RequestScheduler(
+        num_shards=sizes.num_shards,
+        groups=sizes.groups,
+        group_size=sizes.group_size,
+        num_pages=sizes.pages_per_shard,
+        page=sizes.page,
+    )
+
+
+def _on_host(chosen: Choice) -> Choice:
+    """Return what the last rank has chosen."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[-1], chosen)
+
+
+def _add_token(sequence: ServedSequence, chosen: Choice, place: _Place) -> None:
+    token, found, count = int(chosen.token[place]), chosen.logprobs, sequence.request.logprobs
+    sequence.tokens.append(token)
+    if count is not None:
+        top = zip(found.top_tokens[place][:count].tolist(), found.top[place][:count].tolist(), strict=True)
+        sequence.logprobs.append(TokenLogprobs(token=token, logprob=float(found.chosen[place]), top=tuple(top)))
 
 
 def _not_finite(sequence: ServedSequence) -> ServeError:
@@ -317,17 +341,4 @@ def _not_finite(sequence: ServedSequence) -> ServeError:
         f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
         "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
         fix="check where the weights come from, or serve them in float32.",
-    )
-
-
-def _empty_settings(sizes: Sizes) -> SamplingSettings:
-    """Return settings of unused slots, on the host: a request overwrites its row, and each call sends them all."""
-    slots = sizes.slots
-    return SamplingSettings(
-        temperature=np.zeros(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
-        top_p=np.ones(slots, np.float32),
-        seed=np.zeros(slots, np.uint32),
-        limit=np.zeros(slots, np.int32),
-        stops=np.full((slots, sizes.stops), -1, np.int32),
     )

@@ -1,6 +1,6 @@
 """Measure the speed of an engine: time to the first token, time per further token, and the memory roofline.
 
-Decoding reads all weights and the whole cache for every token and computes little. The roofline is therefore the time
+Decoding reads all weights and the used cache for every token and computes little. The roofline is therefore the time
 in which the fullest device reads them (Pope et al. 2022, section 2.1). `../commands/bench_decode.py` prints them.
 """
 
@@ -95,10 +95,11 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     table = params["embed"]["table"] if config.embeddings == "tied" else params["head"]["table"]
     weights[-1] += bytes_per_device(table)
     rows = -(-batch // sizes.data)
-    # Keys and values of one layer for one row of the cache, which has room for `max_tokens` tokens.
-    room = sum(stack.size for stack in stacks) * engine.sizes.slots_per_shard
-    token = bytes_per_device(engine.shapes.cache.keys) * 2 / room
-    cache = [count * rows * context * token / engine.sizes.max_tokens for count in layers]
+    # Keys and values of one token in one layer.
+    num_cached = engine.sizes.cached_tokens / engine.sizes.num_shards
+    stored = engine.shapes.cache
+    token = bytes_per_device((stored.keys, stored.values)) / (sum(stack.size for stack in stacks) * num_cached)
+    cache = [count * rows * context * token for count in layers]
     groups = min(engine.sizes.groups, rows)
     return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
 

@@ -10,64 +10,36 @@ number of chunks is data, so one program reads prompts of any length. Activation
 where they are. Read `decode.py` next.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 
-from ..layers import KVCache, NewTokens
-from ..meshes import DEFAULT_RULES, ShardingRules
-from ..meshes.device_axes import mark_varying, varying_axes
+from ..layers import NewTokens
 from ..pipeline.executor.buffers import read
-from .decode import NOTHING
-from .sampling import SamplingSettings, finish_reasons
+from .chunks import Chunks
+from .penalties import count_tokens, is_penalized
+from .sampling import NOTHING, Choice, no_choice
+from .slots import SlotInputs
 from .stage import Stage, rows_of
-from .state import ServeState, Sizes
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Chunks:
-    """Up to I chunks for each data shard: tokens [data, I, T], the rest [data, I].
-
-    Args:
-        slot: row in the cache of the shard.
-        start, count: position of the first token, and number of real tokens among T; 0 for an unused entry.
-        is_last: whether the prompt ends here, so that the next token is chosen.
-    """
-
-    tokens: Any
-    slot: Any
-    start: Any
-    count: Any
-    is_last: Any
-
-
-def chunk_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Chunks:
-    """Return shapes and shardings of the chunks of one call, which are the same on all ranks."""
-
-    def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
-        shape = (sizes.num_shards, sizes.items, *inner)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec(("batch",))))
-
-    number = leaf(jnp.int32)
-    return Chunks(tokens=leaf(jnp.int32, sizes.chunk), slot=number, start=number, count=number, is_last=leaf(jnp.bool_))
+from .state import ServeState
 
 
 def prefill(
-    state: ServeState, *, stage: Stage, params: Any, settings: SamplingSettings, chunks: Chunks, num_chunks: jax.Array
-) -> tuple[ServeState, jax.Array]:
+    state: ServeState, *, stage: Stage, params: Any, slots: SlotInputs, chunks: Chunks, num_chunks: jax.Array
+) -> tuple[ServeState, Choice]:
     """Read chunks inside `shard_map`; return the state and the first token after each prompt that ends.
 
-    -> tokens and finish reasons [1, I, 2], NOTHING for chunks that end no prompt. A tick costs one permute of
-    x[1, T, D] over `pipe`, and a call one all-reduce of [I, 2].
+    -> leaves are [1, I, ...], NOTHING for chunks that end no prompt. A tick costs one permute of x[1, T, D] over
+    `pipe`, and a call one all-reduce of these leaves.
     """
     chunks = jax.tree.map(lambda leaf: leaf[0], chunks)
     num_items, num_tokens = chunks.tokens.shape
     x = stage.vary(jnp.zeros((1, num_tokens, stage.config.hidden_size), state.x.dtype))
-    chosen_tokens = stage.vary(jnp.zeros((num_items, 2), jnp.int32))
+    # Zeros, to be summed over the ranks.
+    none = no_choice((num_items,), vocab_size=stage.config.vocab_size)
+    chosen: Choice = jax.tree.map(lambda leaf: stage.vary(jnp.zeros_like(leaf)), none)
 
     def tick(tick: jax.Array, carry: Any) -> Any:
         item = tick - stage.rank
@@ -76,59 +48,57 @@ def prefill(
         is_here = (item >= 0) & (item < num_chunks) & (chunk.count > 0)
 
         def work(carry: Any) -> Any:
-            return _work(carry, stage=stage, params=params, settings=settings, chunk=chunk, item=item)
+            return _work(carry, stage=stage, params=params, slots=slots, chunk=chunk, item=item)
 
-        state, x, chosen_tokens = jax.lax.cond(stage.vary(is_here), work, lambda carry: carry, carry)
-        return state, stage.pass_on(x, shape="line"), chosen_tokens
+        state, x, chosen = jax.lax.cond(stage.vary(is_here), work, lambda carry: carry, carry)
+        return state, stage.pass_on(x, shape="line"), chosen
 
-    state, _, chosen_tokens = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, chosen_tokens))
+    state, _, chosen = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, chosen))
     # Only the last rank has chosen tokens; the others hold zeros.
-    chosen_tokens = jax.lax.psum(chosen_tokens, stage.pipe) if stage.num_ranks > 1 else chosen_tokens
-    return _open(state, chunks, chosen_tokens), jnp.where(chunks.is_last[:, None], chosen_tokens, NOTHING)[None]
+    chosen = jax.lax.psum(chosen, stage.pipe) if stage.num_ranks > 1 else chosen
+    first = chosen._replace(token=jnp.where(chunks.is_last, chosen.token, NOTHING))
+    return _open(state, chunks, chosen), jax.tree.map(lambda leaf: leaf[None], first)
 
 
-def _work(carry: Any, *, stage: Stage, params: Any, settings: SamplingSettings, chunk: Chunks, item: jax.Array) -> Any:
+def _work(carry: Any, *, stage: Stage, params: Any, slots: SlotInputs, chunk: Chunks, item: jax.Array) -> Any:
     """Run this rank's layers on one chunk; at the end of a prompt the last rank chooses the next token."""
-    state, x, chosen_tokens = carry
-    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None])
+    state, x, chosen = carry
+    own: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), slots)
+    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None], pages=own.pages)
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
-    x, cache = stage.run_layers(params, x, cache=_wiped(state.cache, chunk), new=new)
+    x, cache = stage.run_layers(params, x, cache=state.cache, new=new)
 
-    def finish() -> jax.Array:
-        own = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), settings)
+    def finish() -> Choice:
         x_11D = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=1)
-        length_1 = (chunk.start + chunk.count)[None]
-        token_1 = stage.choose(params, x_11D, own, position_B=length_1)
-        first = jnp.stack([token_1, finish_reasons(token_1, own, length_B=length_1 + 1)], axis=-1)
-        return jax.lax.dynamic_update_slice(chosen_tokens, first, (item, 0))
+        choice = stage.choose(
+            params,
+            x_11D,
+            own.settings,
+            read_seen=lambda: rows_of(state.seen[0], chunk.slot, 1),
+            position_B=(chunk.start + chunk.count)[None],
+        )
+        return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, item, 0), chosen, choice)
 
-    is_chosen = chunk.is_last & (stage.rank == stage.num_ranks - 1)
-    chosen_tokens = jax.lax.cond(stage.vary(is_chosen), finish, lambda: chosen_tokens)
-    return replace(state, cache=cache, busy=state.busy + 1), x, chosen_tokens
-
-
-def _wiped(cache: KVCache, chunk: Chunks) -> KVCache:
-    """Zero the slot of a sequence that starts: masked positions have weight 0, but 0 times an old NaN is NaN."""
-
-    def wipe(values: jax.Array) -> jax.Array:
-        num_layers, _, *inner = values.shape
-        empty = mark_varying(jnp.zeros((num_layers, 1, *inner), values.dtype), varying_axes(values))
-        return jax.lax.dynamic_update_slice(values, empty, (0, chunk.slot, 0, 0, 0))
-
-    values = jax.lax.cond(
-        chunk.start == 0, lambda values: tuple(map(wipe, values)), lambda values: values, cache.values
+    is_chosen = stage.vary(chunk.is_last & (stage.rank == stage.num_ranks - 1))
+    chosen = jax.lax.cond(is_chosen, finish, lambda: chosen)
+    seen = count_tokens(
+        state.seen,
+        rows_of(chosen.token, item, 1),
+        row=chunk.slot,
+        is_counted_B=is_chosen & is_penalized(own.settings),
+        axes=stage.vocab_axes,
     )
-    return KVCache(keys=cache.keys, values=values, lengths=cache.lengths)
+    return replace(state, cache=cache, seen=seen, busy=state.busy + 1), x, chosen
 
 
-def _open(state: ServeState, chunks: Chunks, chosen_tokens: jax.Array) -> ServeState:
+def _open(state: ServeState, chunks: Chunks, chosen: Choice) -> ServeState:
     """Open the slots of sequences whose prompts are read, with their first token."""
     num_slots = state.next_token.shape[1]
     # An index past the end, which `mode="drop"` leaves out, for chunks that end no prompt.
     slot = jnp.where(chunks.is_last, chunks.slot, num_slots)
     return replace(
         state,
-        next_token=state.next_token.at[0, slot].set(chosen_tokens[:, 0], mode="drop"),
-        is_open=state.is_open.at[0, slot].set(chosen_tokens[:, 1] == 0, mode="drop"),
+        next_token=state.next_token.at[0, slot].set(chosen.token, mode="drop"),
+        is_open=state.is_open.at[0, slot].set(chosen.reason == 0, mode="drop"),
     )

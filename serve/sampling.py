@@ -1,7 +1,9 @@
-"""Choose tokens from logits with a split vocabulary: greedy, or drawn with temperature, top-k and top-p.
+"""Choose tokens from logits with a split vocabulary: greedy, or drawn with temperature, min-p, top-k and top-p.
 
-Top-k keeps the k likeliest tokens (Fan et al. 2018, section 5.4), top-p the likeliest with a total probability of p
-(Holtzman et al. 2020, section 3.1). A draw adds Gumbel noise to the logits and takes the largest (Maddison et al. 2014,
+Biases and penalties come first (`penalties.py`), then the temperature and the filters. Min-p keeps the tokens with at
+least this share of the probability of the likeliest (Nguyen et al. 2024, section 3), top-k the k likeliest ones (Fan et
+al. 2018, section 5.4), top-p the likeliest with a total probability of p (Holtzman et al. 2020, section 3.1), in this
+order, which is vLLM's. A draw adds Gumbel noise to the logits and takes the largest (Maddison et al. 2014,
 "A* sampling", section 2).
 
 The settings are data, one row per sequence, so one program serves all requests. The noise of a draw depends only on the
@@ -10,14 +12,19 @@ requests. Read `stage.py` for the caller.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..layers.collectives import gather_blocks, max_blocks
-from ..meshes.device_axes import block_index, num_manual_blocks
+from ..meshes.device_axes import block_index, mark_varying, num_manual_blocks, varying_axes
+from .logprobs import Logprobs, compute_logprobs, num_top
+from .penalties import change_logits
+from .sampling_settings import SamplingSettings
+
+NOTHING = -1
+"""A placeholder for the token of a slot that is not in use."""
 
 NOT_FINITE = -3
 """A placeholder for the token where logits are NaN or infinite."""
@@ -26,43 +33,46 @@ _MIN_TEMPERATURE = 1e-30
 """The lowest temperature for a draw: below it logits would overflow, and draws are greedy long before."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """Settings by which each of B sequences chooses tokens and ends; leaves are [B@data], `stops` is [B@data, E].
+class Choice(NamedTuple):
+    """Chosen tokens and their finish reasons, [..., B]; log probabilities, which are zeros if no row wants any."""
 
-    Args:
-        temperature: divisor of the logits before a draw; 0 takes the likeliest token.
-        top_k: number of likeliest tokens to draw from; 0 for all.
-        top_p: total probability of the likeliest tokens to draw from; 1 for all.
-        seed: seed of the draws.
-        limit: number of tokens, prompt and answer, at which the sequence ends.
-        stops: tokens that end the sequence, padded with -1.
-    """
+    token: Any
+    reason: Any
+    logprobs: Logprobs
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    seed: Any
-    limit: Any
-    stops: Any
+
+def no_choice(shape: tuple[int, ...], *, vocab_size: int) -> Choice:
+    """Return a choice of this shape in which nothing is chosen."""
+    top = (*shape, num_top(vocab_size))
+    logprobs = Logprobs(chosen=jnp.zeros(shape), top_tokens=jnp.zeros(top, jnp.int32), top=jnp.zeros(top))
+    return Choice(jnp.full(shape, NOTHING, jnp.int32), jnp.zeros(shape, jnp.int32), logprobs)
 
 
 def choose(
-    logits_BV: jax.Array, settings: SamplingSettings, *, position_B: jax.Array, axes: tuple[str, ...]
-) -> jax.Array:
+    logits_BV: jax.Array,
+    settings: SamplingSettings,
+    *,
+    read_seen: Callable[[], jax.Array],
+    position_B: jax.Array,
+    axes: tuple[str, ...],
+) -> Choice:
     """Choose one token per row: logits[B@data, V@tensor] in float32 -> tokens[B@data].
 
     For use inside `shard_map`, where the logits are this device's block of the vocabulary over `axes`. It costs two
-    all-reduces of [B] over these axes (the best score and its token), and one all-gather of the logits if any row has
-    top-k or top-p. A row with logits that are not finite gets `NOT_FINITE` on every device.
+    all-reduces of [B] over these axes (the best score and its token); if any row has min-p another one, if any has
+    top-k or top-p an all-gather of the logits, and if any wants log probabilities those of `compute_logprobs`. A row
+    with logits that are not finite gets `NOT_FINITE` on every device.
 
     Args:
+        read_seen: returns how often each sequence has each token [B@data, V@tensor], as `penalties.py` counts them.
         position_B: positions of the tokens to choose in their sequences.
     """
+    changed_BV = change_logits(logits_BV, settings, read_seen=read_seen, axes=axes)
     # A row of temperature 0 is divided by 1 and gets no noise.
     is_drawn_B = settings.temperature > 0
-    scaled_BV = logits_BV / jnp.where(is_drawn_B, jnp.maximum(settings.temperature, _MIN_TEMPERATURE), 1.0)[:, None]
+    scaled_BV = changed_BV / jnp.where(is_drawn_B, jnp.maximum(settings.temperature, _MIN_TEMPERATURE), 1.0)[:, None]
+    has_least_B = is_drawn_B & (settings.min_p > 0)
+    scaled_BV = jax.lax.cond(has_least_B.any(), lambda x: _drop_unlikely(x, settings, axes), lambda x: x, scaled_BV)
     is_cut_B = is_drawn_B & ((settings.top_k > 0) | (settings.top_p < 1))
     cut_BV = jax.lax.cond(is_cut_B.any(), lambda x: _cut(x, settings, is_cut_B, axes), lambda x: x, scaled_BV)
 
@@ -70,14 +80,41 @@ def choose(
         return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes), x_BV)
 
     noisy_BV = jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
-    top_B, token_B = noisy_BV.max(-1), noisy_BV.argmax(-1).astype(jnp.int32)
     # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
-    is_finite_B = jnp.isfinite(logits_BV.max(-1))
+    token_B = _find_largest(noisy_BV, is_finite_B=jnp.isfinite(logits_BV.max(-1)), axes=axes)
+    reason_B = finish_reasons(token_B, settings, length_B=position_B + 1)
+    return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes))
+
+
+def _find_largest(scores_BV: jax.Array, *, is_finite_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return the token with the largest score of each row [B]."""
+    top_B, token_B = scores_BV.max(-1), scores_BV.argmax(-1).astype(jnp.int32)
     # Of equal scores the first token wins, as in argmax on one device.
-    token_B = token_B + block_index(axes) * logits_BV.shape[-1]
+    token_B = token_B + block_index(axes) * scores_BV.shape[-1]
     token_B = jnp.where(top_B < max_blocks(top_B, axes), jnp.iinfo(jnp.int32).max, token_B)
     # NOT_FINITE is less than any token, so the minimum carries it from one device to all.
     return -max_blocks(-jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
+
+
+def _logprobs(logits_BV: jax.Array, token_B: jax.Array, settings: SamplingSettings, axes: tuple[str, ...]) -> Logprobs:
+    """Return log probabilities if any row wants them."""
+
+    def compute(logits_BV: jax.Array) -> Logprobs:
+        return compute_logprobs(logits_BV, token_B, axes=axes)
+
+    def leave_out(logits_BV: jax.Array) -> Logprobs:
+        none = no_choice(token_B.shape, vocab_size=logits_BV.shape[1] * num_manual_blocks(axes)).logprobs
+        # The same on all devices that split the vocabulary, but not on those of other sequences.
+        return jax.tree.map(lambda x: mark_varying(x, varying_axes(token_B)), none)
+
+    return jax.lax.cond((settings.num_logprobs >= 0).any(), compute, leave_out, logits_BV)
+
+
+def _drop_unlikely(scaled_BV: jax.Array, settings: SamplingSettings, axes: tuple[str, ...]) -> jax.Array:
+    """Set logits of tokens below min-p to minus infinity."""
+    # The logarithm of 0 is minus infinity, which drops none.
+    least_B = max_blocks(scaled_BV.max(-1), axes) + jnp.log(settings.min_p)
+    return jnp.where(scaled_BV < least_B[:, None], -jnp.inf, scaled_BV)
 
 
 def _noise(like_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -4,6 +4,7 @@ For use inside `shard_map` over all mesh axes. All collectives are explicit, her
 layer over `tensor`. Read `decode.py` next.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from ..pipeline.model.trees import on_mesh
 from .params import block_on
-from .sampling import SamplingSettings, choose
+from .sampling import Choice, choose
+from .sampling_settings import SamplingSettings
 from .stacks import LayerLoop, StageStack, stage_stacks
 
 
@@ -104,12 +106,30 @@ class Stage:
         own = jnp.clip(jnp.asarray(stack.counts)[self.rank] - stack.first, 0, size)
         return jax.lax.fori_loop(0, own, layer, (x_BTD, cache))
 
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the vocabulary is split."""
+        return self.rules.axes("vocab")
+
     @jax.named_scope("choose")
-    def choose(self, params: Any, x_B1D: jax.Array, settings: SamplingSettings, *, position_B: jax.Array) -> jax.Array:
-        """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] at positions `position_B`."""
+    def choose(
+        self,
+        params: Any,
+        x_B1D: jax.Array,
+        settings: SamplingSettings,
+        *,
+        read_seen: Callable[[], jax.Array],
+        position_B: jax.Array,
+    ) -> Choice:
+        """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] for positions `position_B`.
+
+        Args:
+            read_seen: as of `sampling.choose`.
+        """
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        return self.vary(choose(logits_B1V[:, 0], settings, position_B=position_B, axes=self.rules.axes("vocab")))
+        choice = choose(logits_B1V[:, 0], settings, read_seen=read_seen, position_B=position_B, axes=self.vocab_axes)
+        return jax.tree.map(self.vary, choice)
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:
         """Return x of the previous rank; costs one permute over `pipe`.

@@ -9,14 +9,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
 from ..layers.cache import CacheDtype, cache_shapes
-from ..meshes import DEFAULT_RULES, MeshAxes, ServeError, ShardingRules
+from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
-from .sampling import SamplingSettings
 from .stacks import LayerLoop, stage_stacks
 
 MAX_STOPS = 8
 """Default for the most stop tokens of a request."""
+
+PAGE = 16
+"""Default for the number of tokens of a page of the cache."""
 
 Fill = Literal["zeros", "nan"]
 """Content of an unused cache; "nan" proves that it does not affect results."""
@@ -27,13 +29,16 @@ Fill = Literal["zeros", "nan"]
 class ServeState:
     """The state of an engine, which every call donates and returns; also the tree of its shapes.
 
-    A slot is a row of the cache, [B@data]; a group is the slots of a data shard that pass through the stages together.
+    A slot is a row, [B@data], with a list of pages of the cache; a group is the slots of a data shard that pass through
+    the stages together.
 
     Args:
         next_token, is_open: [P@pipe, B@data]: the next token of each slot for the first stage, and whether its sequence
             continues. Only the first rank's entries are valid.
         x, is_full: [P@pipe, b@data, 1, D] and [P@pipe, b@data]: activations that have arrived at each rank, for b slots
             of one group, and which of these hold a token. They stay between calls, so that the pipeline does not drain.
+        seen: [P@pipe, B@data, V@tensor]: how often each sequence has each token, as `penalties.py` counts; valid on the
+            last rank for sequences that have a penalty.
         busy: [P@pipe, data]: number of ticks in which each rank had work.
     """
 
@@ -42,6 +47,7 @@ class ServeState:
     is_open: Any
     x: Any
     is_full: Any
+    seen: Any
     busy: Any
 
 
@@ -49,12 +55,13 @@ class ServeState:
 class Sizes:
     """The static sizes of an engine.
 
-    The cache has `slots` rows of `max_tokens` tokens over all data shards, and each data shard's rows form `groups`
-    groups. A call reads at most `items` chunks of `chunk` prompt tokens, or decodes at most `rounds` tokens per slot. A
+    There are `slots` rows of at most `max_tokens` tokens over all data shards, and each data shard's rows form `groups`
+    groups. Their keys and values are in pages of `page` tokens, `cache_tokens` in all; None is as many as fill every
+    slot. A call reads at most `items` chunks of `chunk` prompt tokens, or decodes at most `rounds` tokens per slot. A
     request has at most `stops` stop tokens.
 
     Raises:
-        ServeError: the sizes do not divide, or are not positive.
+        ServeError: the sizes do not divide, or are not positive; or the cache has no room for one full row.
     """
 
     slots: int
@@ -65,6 +72,8 @@ class Sizes:
     items: int
     rounds: int
     stops: int = MAX_STOPS
+    page: int = PAGE
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         # The default number of slots is computed from groups.
@@ -77,6 +86,13 @@ class Sizes:
                 f"{self.slots} / {parts} = {self.slots / parts:.2f}.",
                 fix=f"set slots={-(-self.slots // parts) * parts}.",
             )
+        if self.pages_per_shard < self.pages_per_row:
+            least = self.pages_per_row * self.page * self.num_shards
+            raise ServeError(
+                f"cache_tokens={self.cache_tokens} are {self.pages_per_shard} pages of {self.page} tokens on each of "
+                f"data={self.num_shards}, and one sequence of max_tokens={self.max_tokens} takes {self.pages_per_row}.",
+                fix=f"set cache_tokens={least} or more, or a smaller max_tokens.",
+            )
 
     @property
     def slots_per_shard(self) -> int:
@@ -87,6 +103,23 @@ class Sizes:
     def group_size(self) -> int:
         """Number of slots that pass through the stages together."""
         return self.slots_per_shard // self.groups
+
+    @property
+    def pages_per_row(self) -> int:
+        """Number of pages of a sequence of `max_tokens` tokens."""
+        return -(-self.max_tokens // self.page)
+
+    @property
+    def pages_per_shard(self) -> int:
+        """Number of pages of one data shard."""
+        if self.cache_tokens is None:
+            return self.slots_per_shard * self.pages_per_row
+        return self.cache_tokens // self.page // self.num_shards
+
+    @property
+    def cached_tokens(self) -> int:
+        """Number of tokens for which the cache has pages, over all data shards."""
+        return self.pages_per_shard * self.page * self.num_shards
 
 
 def state_shapes(
@@ -102,8 +135,8 @@ def state_shapes(
     rules = ShardingRules.of(axes)
     num_ranks = mesh.shape[rules.mesh_axes.pipe]
 
-    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, rules.spec(("stage", "batch")))
+    def leaf(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, rules.spec(("stage", "batch", *dims)))
         return jax.ShapeDtypeStruct((num_ranks, *shape), dtype, sharding=sharding)
 
     moving = sizes.group_size * sizes.num_shards
@@ -112,7 +145,8 @@ def state_shapes(
             config,
             mesh=mesh,
             num_rows=sizes.slots,
-            max_tokens=sizes.max_tokens,
+            num_pages=sizes.pages_per_shard * sizes.num_shards,
+            page=sizes.page,
             dtype=cache_dtype,
             stacks=tuple(own.size for own in stage_stacks(config, num_ranks=num_ranks, layers=layers)),
             rules=rules,
@@ -121,23 +155,8 @@ def state_shapes(
         is_open=leaf((sizes.slots,), jnp.bool_),
         x=leaf((moving, 1, config.hidden_size), config.dtype),
         is_full=leaf((moving,), jnp.bool_),
+        seen=leaf((sizes.slots, config.vocab_size), jnp.int32, "vocab"),
         busy=leaf((sizes.num_shards,), jnp.int32),
-    )
-
-
-def settings_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SamplingSettings:
-    """Return shapes and shardings of the sampling settings of all slots, which are the same on all ranks."""
-
-    def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((sizes.slots, *inner), dtype, sharding=NamedSharding(mesh, rules.spec(("batch",))))
-
-    return SamplingSettings(
-        temperature=leaf(jnp.float32),
-        top_k=leaf(jnp.int32),
-        top_p=leaf(jnp.float32),
-        seed=leaf(jnp.uint32),
-        limit=leaf(jnp.int32),
-        stops=leaf(jnp.int32, sizes.stops),
     )
 
 

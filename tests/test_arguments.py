@@ -60,7 +60,8 @@ CALLS: dict[str, dict[str, Any]] = {
         "config": MODEL,
         "mesh": MESH,
         "num_rows": 1,
-        "max_tokens": 8,
+        "num_pages": 1,
+        "page": 8,
         "dtype": "float32",
         "stacks": (4,),
     },
@@ -158,6 +159,7 @@ RESULTS = {
     *(
         "serve.Completion",
         "serve.ServedSequence",
+        "serve.TokenLogprobs",
         "serve.Usage",
         "train.Corpus",
         "train.FileLoss",

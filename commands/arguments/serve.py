@@ -27,6 +27,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cached tokens of an answer, with its prompt (default: what the model reads, at most 4096)",
     )
+    parser.add_argument(
+        "--cache-tokens",
+        type=parse_whole,
+        default=0,
+        metavar="N",
+        help="cached tokens of all answers together (default: slots x max-tokens)",
+    )
 
 
 def _add_http_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,42 +6,42 @@ queries go through W instead, and all heads attend to one vector of C features a
 head's products are C + R and C features wide instead of H and U.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from ..cache import visible
+from ..cache import KVCache, NewTokens, attend
 
 
 def attend_latents(
     q_BTNH: jax.Array,
-    shared_BSR: jax.Array,
-    latent_BSC: jax.Array,
     kernel_CNE: jax.Array,
-    positions_BT: jax.Array,
     *,
+    cache: KVCache,
+    layer: jax.Array | int,
+    new: NewTokens,
     window: int = 0,
 ) -> jax.Array:
-    """Compute attention of new tokens to cached ones: cached token s is visible from position s on.
+    """Compute attention of new tokens to cached latent vectors: cached token s is visible from position s on.
 
-    q[B@data, T, N@tensor, H], shared keys[B@data, S, R], latent vectors[B@data, S, C], kernel[C, N@tensor, H - R + U]
-    -> mixed[B@data, T, N@tensor, U]; no communication. Scores are float32. Unused places of the shared keys may hold
-    anything, those of the latent vectors any finite number.
+    q[B@data, T, N@tensor, H], its last R features rotated, kernel[C, N@tensor, H - R + U] -> mixed[B@data, T, N@tensor,
+    U]; no communication.
+
+    It is `attend` with one key/value head: a key is [shared key, latent vector] and its value is the latent vector.
 
     Args:
         window: number of visible tokens, the token itself included; 0 is all.
     """
-    dtype, size = q_BTNH.dtype, q_BTNH.shape[-1]
-    shared_BSR, latent_BSC = shared_BSR.astype(dtype), latent_BSC.astype(dtype)
-    num_own = size - shared_BSR.shape[-1]
+    size, num_own = q_BTNH.shape[-1], q_BTNH.shape[-1] - cache.keys.shape[-1]
     to_keys_CNE, to_values_CNU = jnp.split(kernel_CNE, [num_own], axis=-1)
     own_BTNE, turned_BTNR = jnp.split(q_BTNH, [num_own], axis=-1)
     q_BTNC = jnp.einsum("btne,cne->btnc", own_BTNE, to_keys_CNE)
-    scores_BNTS = jnp.einsum("btnc,bsc->bnts", q_BTNC, latent_BSC, preferred_element_type=jnp.float32)
-    scores_BNTS += jnp.einsum("btnr,bsr->bnts", turned_BTNR, shared_BSR, preferred_element_type=jnp.float32)
-    seen_BTS = visible(positions_BT, num_cached=latent_BSC.shape[1], window=window)
-    scores_BNTS = jnp.where(seen_BTS[:, None], scores_BNTS / math.sqrt(size), -jnp.inf)
-    shares_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype)
-    mixed_BTNC = jnp.einsum("bnts,bsc->btnc", shares_BNTS, latent_BSC)
+    mixed_BTNC = attend(
+        jnp.concatenate([turned_BTNR, q_BTNC], axis=-1),
+        cache=cache,
+        layer=layer,
+        new=new,
+        window=window,
+        keys="keys_and_values",
+        scale=size**-0.5,
+    )
     return jnp.einsum("btnc,cnu->btnu", mixed_BTNC, to_values_CNU)

@@ -100,24 +100,18 @@ class LatentAttention(nnx.Module):
         """Return attention of new tokens to the cached ones and to each other, and the cache with the new tokens.
 
         x[B@data, T, D] -> y[B@data, T, D]; one all-reduce. For inference, inside `shard_map` over all axes. The cache
-        has rotated shared keys [B, 1, S, R] in place of keys and latent vectors [B, 1, S, C] in place of values, both
+        has pages of rotated shared keys [1, S, R] in place of keys and of latent vectors [1, S, C] in place of values,
         whole on every device.
         """
         positions_BT = new.positions(x_BTD.shape[1])
         latent_BTC, shared_BT1R = self._compress(x_BTD)
         shared_BT1R = rotate(shared_BT1R, config=self.config, positions_BT=positions_BT)
         cache = cache.append(layer, new, shared_BT1R, latent_BTC[:, :, None])
-        shared_B1SR, latent_B1SC = cache.read(layer, new)
         q_BTNH = self._rotate_queries(self._query(x_BTD), positions_BT)
-        kernel = self.key_value.kernel[...].astype(self.config.dtype)
-        mixed_BTNU = attend_latents(
-            q_BTNH,
-            shared_B1SR[:, 0],
-            latent_B1SC[:, 0],
-            kernel.reshape(self.config.latent_size, q_BTNH.shape[2], -1),
-            positions_BT,
-            window=self.config.attention_window,
-        )
+        kernel_CF = self.key_value.kernel[...].astype(self.config.dtype)
+        kernel_CNE = kernel_CF.reshape(self.config.latent_size, q_BTNH.shape[2], -1)
+        window = self.config.attention_window
+        mixed_BTNU = attend_latents(q_BTNH, kernel_CNE, cache=cache, layer=layer, new=new, window=window)
         return self._combine(mixed_BTNU), cache
 
     @property

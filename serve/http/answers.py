@@ -11,12 +11,22 @@ from typing import Any, Literal
 from ...hub.text_stream import TextStream, Tokenizer
 from ...meshes import ServeError
 from ..async_engine import TokenStream
+from ..requests import TokenLogprobs
 from .errors import HttpError
+from .logprobs import chat_logprobs, text_logprobs
 from .metrics import Metrics
 from .stop_strings import StopStrings
 
 _MAX_PIECES = 256
 """Most pieces of text that wait for a client that reads slowly; tokens wait as numbers beyond."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of the text of an answer, and the log probabilities of its tokens, if the request wants them."""
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Choice:
@@ -34,10 +44,28 @@ class Choice:
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._text, self._stops = TextStream(tokenizer, prompt=stream.request.prompt), StopStrings(stops)
+        self._tokenizer = tokenizer
         self._start_s = time.monotonic()
+        self._untold: list[TokenLogprobs] = []
+        self._num_letters = 0
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Yield pieces of text, none of them empty.
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the request wants log probabilities."""
+        return self.stream.request.logprobs is not None
+
+    def shape_logprobs(self, kind: Literal["text", "chat"], found: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """Return log probabilities of the next tokens as the API has them; None if the request wants none."""
+        if not self.has_logprobs:
+            return None
+        if kind == "chat":
+            return chat_logprobs(found, self._tokenizer)
+        shaped = text_logprobs(found, self._tokenizer, offset=self._num_letters)
+        self._num_letters += sum(map(len, shaped["tokens"]))
+        return shaped
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield pieces of text; where log probabilities are wanted the last one may be empty.
 
         Raises:
             ServeError: logits are not finite, or the server or its engine has stopped.
@@ -48,8 +76,10 @@ class Choice:
             for token in tokens:
                 self.num_tokens += 1
                 self.metrics.num_answer_tokens += 1
-                if piece := self._stops.add(self._text.add(token)):
-                    yield piece
+                if self.has_logprobs:
+                    self._untold.append(self.stream.logprobs[self.num_tokens - 1])
+                if text := self._stops.add(self._text.add(token)):
+                    yield self._piece(text)
                 if self._stops.has_stopped:
                     self.stream.cancel()
                     self._end("stop")
@@ -57,14 +87,19 @@ class Choice:
         if self.stream.finish_reason == "cancelled":
             raise HttpError("the answer was cancelled: the server has stopped.", fix="ask again.", status=503)
         rest = self._stops.add(self._text.finish())
-        if rest := rest + self._stops.finish():
-            yield rest
+        rest += self._stops.finish()
+        if rest or self._untold:
+            yield self._piece(rest)
         self._end("stop" if self._stops.has_stopped else self.stream.finish_reason or "length")
 
     def cancel(self) -> None:
         """End the answer, if it has not ended, and free its slot."""
         self.stream.cancel()
         self._end(self.stream.finish_reason or "cancelled")
+
+    def _piece(self, text: str) -> Piece:
+        untold, self._untold = tuple(self._untold), []
+        return Piece(text=text, logprobs=untold)
 
     def _end(self, reason: str) -> None:
         if self.finish_reason is not None:
@@ -101,8 +136,8 @@ class Job:
         Raises:
             ServeError: as `Choice.pieces`.
         """
-        texts = await asyncio.gather(*map(_collect, self.choices))
-        choices = [self._choice(choice, text) for choice, text in zip(self.choices, texts, strict=True)]
+        wholes = await asyncio.gather(*map(_collect, self.choices))
+        choices = [self._choice(choice, whole) for choice, whole in zip(self.choices, wholes, strict=True)]
         name = "text_completion" if self.kind == "text" else "chat.completion"
         return self._envelope(name) | {"choices": choices, "usage": self.usage()}
 
@@ -121,9 +156,11 @@ class Job:
         async with contextlib.aclosing(_merge(self.choices)) as merged:
             async for choice, piece in merged:
                 if self.kind == "text":
-                    part = _chunk(choice.index, text=piece or "")
+                    part = _chunk(choice.index, text=piece.text if piece else "")
                 else:
-                    part = _chunk(choice.index, delta={} if piece is None else {"content": piece})
+                    part = _chunk(choice.index, delta={"content": piece.text} if piece else {})
+                if piece:
+                    part["logprobs"] = choice.shape_logprobs(self.kind, piece.logprobs)
                 reason = choice.finish_reason if piece is None else None
                 yield envelope | {"choices": [part | {"finish_reason": reason}]}
         if with_usage:
@@ -142,25 +179,28 @@ class Job:
         prefix = "cmpl" if self.kind == "text" else "chatcmpl"
         return {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model}
 
-    def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
+    def _choice(self, choice: Choice, whole: Piece) -> dict[str, Any]:
         if self.kind == "text":
-            part = _chunk(choice.index, text=text)
+            part = _chunk(choice.index, text=whole.text)
         else:
-            part = _chunk(choice.index, message={"role": "assistant", "content": text, "refusal": None})
-        return part | {"finish_reason": choice.finish_reason}
+            part = _chunk(choice.index, message={"role": "assistant", "content": whole.text, "refusal": None})
+        logprobs = choice.shape_logprobs(self.kind, whole.logprobs)
+        return part | {"logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
 def _chunk(index: int, **content: Any) -> dict[str, Any]:
     return {"index": index, **content, "logprobs": None, "finish_reason": None}
 
 
-async def _collect(choice: Choice) -> str:
-    return "".join([piece async for piece in choice.pieces()])
+async def _collect(choice: Choice) -> Piece:
+    pieces = [piece async for piece in choice.pieces()]
+    logprobs = tuple(one for piece in pieces for one in piece.logprobs)
+    return Piece(text="".join(piece.text for piece in pieces), logprobs=logprobs)
 
 
-async def _merge(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, str | None]]:
+async def _merge(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece | None]]:
     """Yield pieces of all choices as they come, and None at the end of each."""
-    ready: asyncio.Queue[tuple[Choice, str | ServeError | None]] = asyncio.Queue(_MAX_PIECES)
+    ready: asyncio.Queue[tuple[Choice, Piece | ServeError | None]] = asyncio.Queue(_MAX_PIECES)
 
     async def read(choice: Choice) -> None:
         try:

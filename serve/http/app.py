@@ -82,6 +82,11 @@ class _Endpoints:
         gauges = {
             "slots": ("Slots of the engine", engine.sizes.slots),
             "slots_used": ("Slots in use", len(engine.scheduler.running)),
+            "cache_tokens": ("Tokens for which the cache has pages", engine.sizes.cached_tokens),
+            "cache_tokens_free": (
+                "Tokens of pages that no answer has",
+                engine.scheduler.num_free_pages * engine.sizes.page,
+            ),
             "queue_length": ("Answers that wait for a slot", len(engine.scheduler.waiting)),
             "answers_open": ("Answers that have not ended", open_),
         }

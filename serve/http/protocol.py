@@ -1,16 +1,19 @@
 """Parse and check the bodies of requests: the fields of OpenAI's API that the server has.
 
 A field of that API which would change the answer, and which the server does not have, is refused unless it has its
-default; a field that changes no answer is ignored; any other field is a mistake. `top_k` is an addition of ours.
+default; a field that changes no answer is ignored; any other field is a mistake. `top_k`, `min_p` and
+`repetition_penalty` are additions, by vLLM's names.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from abc import abstractmethod
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...meshes.errors import shown
+from ..requests import MOST_LOGPROBS
 from .errors import HttpError
 
 MAX_STOPS = 16
@@ -23,22 +26,15 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -68,6 +64,11 @@ class AnswerSettings(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -81,6 +82,33 @@ class AnswerSettings(_Strict):
         if not all(texts):
             raise ValueError("a stop string is empty")
         return stop
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _check_biases(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
+        for token in biases or {}:
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise ValueError(f"{shown(token)} is no token id")
+        return biases
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """The number of likeliest tokens whose log probabilities are wanted; None for none at all."""
+
+    @property
+    def choosing(self) -> dict[str, Any]:
+        """The settings of an engine's request by which tokens are chosen, those that are not given left out."""
+        given = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_k": max(self.top_k or 0, 0),
+            # 0 means the likeliest token alone, which an engine writes as the smallest positive share.
+            "top_p": 1.0 if self.top_p is None else max(self.top_p, 1e-9),
+            "logit_bias": [(int(token), bias) for token, bias in (self.logit_bias or {}).items()],
+            "logprobs": self.num_logprobs,
+        }
+        names = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return given | {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -100,6 +128,12 @@ class CompletionRequest(AnswerSettings):
     """The body of /v1/completions: one prompt or several, as text or as token ids."""
 
     prompt: str | list[str] | Tokens | list[Tokens]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of likeliest tokens whose log probabilities are wanted; None for none at all."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -139,6 +173,19 @@ class ChatRequest(AnswerSettings):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The number of likeliest tokens whose log probabilities are wanted; None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 Body = TypeVar("Body", bound=AnswerSettings)

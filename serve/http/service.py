@@ -160,10 +160,7 @@ class Service:
             first = Request(
                 prompt=prompt,
                 max_new_tokens=max_tokens,
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_k=max(body.top_k or 0, 0),
-                # 0 means the likeliest token alone, which an engine writes as the smallest positive share.
-                top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),
+                **body.choosing,
                 seed=seed % 2**32,
                 stop=self.source.end_ids,
             )

@@ -15,7 +15,7 @@ ENGINE = ("--fake-devices", "--dtype", "--cache-dtype", "--chunk", "--groups")
 ANSWER = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--mesh", "--slots")
 GENERATE = (*ENGINE, *ANSWER, "--max-tokens", "--prompt", "--prompts-file")
 HTTP = ("--host", "--port", "--name", "--api-key", "--chat-template", "--queue", "--max-body-bytes", "--timeout")
-SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens")
+SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens", "--cache-tokens")
 BENCH = (*ENGINE, "--batch", "--meshes", "--prompt-tokens", "--new-tokens", "--png")
 
 PREPARE = ("--text-field", "--vocab-size", "--tokenizer", "--processes", "--shard-mib", "--max-damaged")

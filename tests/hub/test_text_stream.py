@@ -89,3 +89,51 @@ def test_prompt_that_ends_with_a_replacement_character_is_not_shown_again(make: 
 def test_the_space_between_prompt_and_answer_is_part_of_the_answer() -> None:
     stream = TextStream(Llama2(), prompt=[1])
     assert stream.add(2) + stream.finish() == " world"
+
+
+LONG = "a é猫😀\n€ ß  x�y 👩‍👩‍👧 " * 12
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, Llama2])
+@pytest.mark.parametrize("first", range(7))
+def test_a_long_text_is_the_one_that_is_decoded_at_once(make: Any, first: int) -> None:
+    text = LONG[first:]
+    prompt = text.encode()[:5].decode(errors="ignore")
+    tokens = make().encode(text)
+    stream = TextStream(make(), prompt=tokens[:5])
+    assert "".join([*(stream.add(token) for token in tokens[5:]), stream.finish()]) == text[len(prompt) :]
+
+
+@given(st.binary(min_size=60, max_size=200))
+def test_many_bytes_decode_in_a_stream_as_they_do_at_once(tokens: bytes) -> None:
+    assert "".join(pieces_of(tokens)) == ByteTokenizer().decode(tokens)
+
+
+@given(st.lists(st.sampled_from([1, 2, *(3 + byte for byte in "é😀 ".encode())]), max_size=200))
+def test_words_and_bytes_in_any_order_lose_no_word_and_no_space(tokens: list[int]) -> None:
+    """Bytes that are no text may be told otherwise than at once: a decoder replaces all around them."""
+    stream = TextStream(Llama2(), prompt=[1])
+    text = "".join([*(stream.add(token) for token in tokens), stream.finish()])
+    assert text.count(" Hello") == tokens.count(1)
+    assert text.count(" world") == tokens.count(2)
+
+
+class Counted(ByteTokenizer):
+    """Notes how many tokens are decoded."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As `ByteTokenizer`."""
+        self.counts.append(len(tokens))
+        return super().decode(tokens)
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_stream() -> None:
+    tokenizer = Counted()
+    stream, tokens = TextStream(tokenizer), tokenizer.encode(LONG * 10)
+    for token in tokens:
+        stream.add(token)
+    assert max(tokenizer.counts) <= 70
+    assert sum(tokenizer.counts) <= 60 * len(tokens)

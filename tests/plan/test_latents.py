@@ -39,9 +39,9 @@ def test_parameters_of_a_block_are_those_on_a_device(tensor: int) -> None:
 
 def test_cached_bytes_are_those_of_the_cache() -> None:
     mesh = build_mesh(MESH, devices=jax.devices()[:4])
-    shapes = cache_shapes(MODEL, mesh=mesh, num_rows=3, max_tokens=128, dtype="bfloat16", stacks=(2,))
+    shapes = cache_shapes(MODEL, mesh=mesh, num_rows=3, num_pages=24, page=16, dtype="bfloat16", stacks=(2,))
     lengths = 3 * 4
-    assert bytes_per_device(shapes) - lengths == 2 * 3 * 128 * kv_bytes_per_token(MODEL, tensor=2)
+    assert bytes_per_device(shapes) - lengths == 2 * 24 * 16 * kv_bytes_per_token(MODEL, tensor=2)
     # Keys and values of all heads would be 48 + 32 features of each.
     assert kv_bytes_per_token(MODEL, tensor=1) == 2 * (64 + 16)
 

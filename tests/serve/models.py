@@ -1,5 +1,7 @@
 """Small models, their answers by full recomputation, and engines, for the tests of this folder."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,7 +15,8 @@ from trellax.layers import ModelConfig, Transformer
 from trellax.meshes import MeshAxes, MeshSpec, build_mesh
 from trellax.meshes.axes import DEFAULT_AXES
 from trellax.serve import Engine, Request, param_shapes
-from trellax.serve.sampling import SamplingSettings, choose
+from trellax.serve.sampling import choose
+from trellax.serve.sampling_settings import SamplingSettings
 
 MAX_TOKENS = 24
 
@@ -29,6 +32,7 @@ STYLES["dense_and_experts"] = STYLES["experts"] | {"num_layers": 5, "dense_layer
 STYLES["dense_and_experts"] |= {"router": "sigmoid", "router_bias": "on", "router_groups": 4, "router_groups_kept": 2}
 STYLES["latents"] = STYLES["llama"] | {"num_kv_heads": 8, "head_size": 12, "rope_head_size": 4, "value_head_size": 6}
 STYLES["latents"] |= {"latent_size": 24, "query_latent_size": 16}
+STYLES["deepseek"] = STYLES["dense_and_experts"] | STYLES["latents"]
 """The first with as many key/value heads as heads, the second with one for each four."""
 
 
@@ -71,7 +75,7 @@ def engine_on(mesh: str, style: str = "llama", **sizes: Any) -> Engine:
     """An engine with a poisoned cache and small chunks."""
     config = model_of(style)
     own, axes = mesh_of(mesh), MeshSpec.parse(mesh).roles
-    wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "fill": "nan"}
+    wanted: dict[str, Any] = {"slots": 8, "chunk": 4, "chunks_per_step": 4, "rounds": 3, "page": 2, "fill": "nan"}
     return Engine(config, params_on(config, own, axes), mesh=own, axes=axes, **(wanted | sizes))
 
 
@@ -89,20 +93,52 @@ def logits_of(config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
     return np.asarray(_full(config)(numbers_of(config), padded))[:, : tokens_BT.shape[1]]
 
 
-_choose = jax.jit(lambda logits, settings, position: choose(logits, settings, position_B=position, axes=()))
+def settings_of(rows: int, **changes: Any) -> SamplingSettings:
+    """The same settings for every row: greedy, without limits, but for what is named."""
+    given: dict[str, Any] = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "limit": 2**30}
+    given |= {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0, "num_logprobs": -1}
+    given |= {"stops": [-1, -1], "bias_tokens": [-1, -1], "biases": [0, 0]} | changes
+    whole = {"top_k", "limit", "num_logprobs", "stops", "bias_tokens"}
+
+    def row(name: str, value: Any) -> np.ndarray:
+        array = np.asarray(value, np.uint32 if name == "seed" else np.int32 if name in whole else np.float32)
+        return np.broadcast_to(array, (rows, *array.shape))
+
+    return SamplingSettings(**{name: row(name, value) for name, value in given.items()})
+
+
+def no_counts() -> Any:
+    """For settings without penalties."""
+    raise AssertionError
+
+
+@jax.jit
+def _choose(logits: jax.Array, settings: SamplingSettings, position: jax.Array) -> jax.Array:
+    zeros = jnp.zeros(logits.shape, jnp.int32)
+    return choose(logits, settings, read_seen=lambda: zeros, position_B=position, axes=()).token
+
+
+def changed_logits(logits_V: np.ndarray, request: Request, answer: Sequence[int]) -> np.ndarray:
+    """Biases and penalties as vLLM has them, token by token."""
+    changed = logits_V.copy()
+    for token, bias in request.logit_bias:
+        changed[token] += np.float32(bias)
+    penalty = np.float32(request.repetition_penalty)
+    for token in {*request.prompt, *answer}:
+        changed[token] = changed[token] / penalty if changed[token] > 0 else changed[token] * penalty
+    for token, number in Counter(answer).items():
+        changed[token] -= np.float32(request.frequency_penalty) * number + np.float32(request.presence_penalty)
+    return changed
 
 
 @cache
 def answer_of(config: ModelConfig, request: Request) -> tuple[tuple[int, ...], str]:
     """What a request must get: every token by recomputing the whole sequence, with the same rule of settings."""
     tokens, new = list(request.prompt), []
-    one = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p, "seed": request.seed}
-    types = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, "seed": jnp.uint32}
-    settings = SamplingSettings(
-        limit=0, stops=0, **{name: jnp.asarray([value], types[name]) for name, value in one.items()}
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    settings = settings_of(1, **{name: getattr(request, name) for name in names})
     while len(new) < request.max_new_tokens:
-        logits_1V = logits_of(config, np.asarray([tokens]))[:, -1]
+        logits_1V = changed_logits(logits_of(config, np.asarray([tokens]))[0, -1], request, new)[None]
         token = int(_choose(logits_1V, settings, np.asarray([len(tokens)], np.int32))[0])
         if token in request.stop:
             return tuple(new), "stop"
@@ -120,6 +156,12 @@ def requests_of(kind: str, count: int = 10) -> list[Request]:
         if kind == "sampled":
             how = {"temperature": 0.7 + 0.1 * (index % 4), "seed": index, "top_k": [0, 5, 0, 12][index % 4]}
             how["top_p"] = [1.0, 1.0, 0.8, 0.9][index % 4]
+        if kind == "changed":
+            # Greedy ones too: a tiny model repeats itself, so penalties change what follows.
+            how = {"temperature": [0.0, 0.9][index % 2], "seed": index, "min_p": 0.1 * (index % 3)}
+            how |= {"repetition_penalty": [1.0, 1.5, 0.7][index % 3], "frequency_penalty": 0.8 * (index % 2)}
+            how |= {"presence_penalty": [1.2, 0.0, -0.5][index % 3], "logit_bias": [(7 * index % 64, 4.0), (3, -100)]}
+            how["logprobs"] = [None, 0, 5][index % 3]
         prompt = tuple(rng.integers(0, 64, int(rng.integers(1, 14))).tolist())
         found.append(Request(prompt=prompt, max_new_tokens=int(rng.integers(1, 11)), **how))
     return found

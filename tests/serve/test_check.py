@@ -38,6 +38,14 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "fraction_for_a_token": lambda: Request(prompt=(1, 1.5)),  # type: ignore[arg-type]
     "text_for_tokens": lambda: Request(prompt="def f(", stop=(1,)),  # type: ignore[arg-type]
     "top_p_of_zero": lambda: Request(prompt=(1,), top_p=0.0),
+    "min_p_above_one": lambda: Request(prompt=(1,), min_p=1.5),
+    "repetition_penalty_of_zero": lambda: Request(prompt=(1,), repetition_penalty=0.0),
+    "frequency_penalty_too_large": lambda: Request(prompt=(1,), frequency_penalty=2.5),
+    "too_many_logprobs": lambda: Request(prompt=(1,), logprobs=21),
+    "bias_that_is_no_number": lambda: Request(prompt=(1,), logit_bias={1: "x"}),  # type: ignore[arg-type]
+    "bias_too_large": lambda: Request(prompt=(1,), logit_bias={1: 101.0}),  # type: ignore[arg-type]
+    "too_many_biases": lambda: Request(prompt=(1,), logit_bias=[(token, 1.0) for token in range(301)]),  # type: ignore[arg-type]
+    "bias_of_a_token_not_in_vocabulary": lambda: ask(max_new_tokens=4, logit_bias={64: 1.0}),
     "negative_top_k": lambda: Request(prompt=(1,), top_k=-1),
     "seed_too_large": lambda: Request(prompt=(1,), seed=2**32),
     "answer_longer_than_the_cache": lambda: ask(max_new_tokens=14),
@@ -52,6 +60,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "experts_over_tensor": lambda: check_model(EXPERTS, {"data": 1, "tensor": 16, "pipe": 1}, max_tokens=8),
     "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
     "negative_groups": lambda: Sizes(**SIZES | {"slots": 0, "groups": -2}),  # slots are made from groups
+    "cache_shorter_than_a_sequence": lambda: Sizes(**SIZES | {"page": 8, "cache_tokens": 120}),
     "no_chunk": lambda: Sizes(**SIZES | {"chunk": 0}),
 }
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from trellax.meshes import ServeError
 from trellax.programs import compilations
 from trellax.serve import Engine, Request, param_shapes
+from trellax.serve.pages import PagePool
 from trellax.serve.params import stage_params
 
-from .models import MAX_TOKENS, answer_of, engine_on, model_of, numbers_of, requests_of
+from .models import MAX_TOKENS, answer_of, engine_on, logits_of, model_of, numbers_of, requests_of
 
-REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8)]
+REQUESTS = [*requests_of("greedy", 6), *requests_of("sampled", 8), *requests_of("changed", 6)]
 
 STOPPING = Request(prompt=(5, 6, 7), max_new_tokens=12, temperature=1.0, seed=3, stop=tuple(range(0, 64, 9)))
 
@@ -53,6 +54,8 @@ MORE = [
     ("data=4,tensor=2", "llama", {"slots": 4}),
     ("tensor=8", "llama", {"chunk": 1}),
     ("data=1", "experts", {"layers": "unrolled", "slots": 3}),
+    ("data=2,tensor=2,pipe=2", "deepseek", {"layers": "unrolled"}),
+    ("tensor=4", "latents", {"slots": 3}),
     ("pipe=4", "experts", {}),
     ("tensor=4", "experts", {"chunk": 1}),
     ("outer=2:tensor,inner=4:tensor", "llama", {"layers": "unrolled"}),
@@ -82,6 +85,68 @@ def busy_engine() -> Engine:
     return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2)
 
 
+@pytest.fixture(scope="module")
+def short_engine() -> Engine:
+    """The same with pages for two and a half of the longest requests on each data shard."""
+    return engine_on("data=2,pipe=2", slots=6, groups=3, rounds=2, chunks_per_step=2, cache_tokens=120)
+
+
+def alike(request: Request) -> Request:
+    """The request with one of two beginnings that others have too."""
+    begin = ((1, 2, 3, 4, 5), (1, 2, 6))[len(request.prompt) % 2]
+    return replace(request, prompt=(*begin, *request.prompt[:8]))
+
+
+ALIKE = [alike(request) for request in REQUESTS]
+arrivals_and_ends = st.lists(
+    st.tuples(st.integers(0, len(ALIKE) - 1), st.integers(0, 2), st.none() | st.integers(0, 5)), min_size=1, max_size=16
+)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrivals=arrivals_and_ends)
+def test_requests_that_share_pages_and_wait_for_them_get_the_answers_of_requests_alone(
+    short_engine: Engine, arrivals: list[tuple[int, int, int | None]]
+) -> None:
+    """Each arrival is a request, the steps after which it comes, and those after which it is cancelled."""
+    sequences: list[Any] = []
+
+    def step() -> None:
+        short_engine.step()
+        for place, (sequence, left) in enumerate(sequences):
+            sequences[place] = sequence, None if left is None else left - 1
+            if left == 0:
+                short_engine.cancel(sequence)
+
+    with compilations() as compiled:
+        for index, pause, end in arrivals:
+            for _ in range(pause):
+                step()
+            sequences.append((short_engine.submit(ALIKE[index]), end))
+        while not short_engine.scheduler.is_idle:
+            step()
+    assert compiled == []
+    for (sequence, _), (index, _, _) in zip(sequences, arrivals, strict=True):
+        tokens, reason = answer_of(model_of("llama"), ALIKE[index])
+        if sequence.finish_reason == "cancelled":
+            tokens, reason = tokens[: len(sequence.tokens)], "cancelled"
+        assert (tuple(sequence.tokens), sequence.finish_reason) == (tokens, reason)
+    assert [pool.num_free for pool in short_engine.scheduler.pools] == [short_engine.sizes.pages_per_shard] * 2
+
+
+@pytest.mark.parametrize(("mesh", "style"), [("data=1", "llama"), ("tensor=2,pipe=2", "deepseek")])
+def test_a_shared_prompt_is_read_once(mesh: str, style: str) -> None:
+    engine, system = engine_on(mesh, style, slots=4, cache_tokens=64), tuple(range(10, 20))
+    requests = [Request(prompt=(*system, 30 + index), max_new_tokens=3) for index in range(6)]
+    check_answers(engine, style, requests)
+    assert (engine.usage.read_tokens, engine.usage.shared_tokens) == (11 + 5, 5 * 10)
+    # Also after all have ended, and others have taken pages.
+    check_answers(engine, style, [Request(prompt=(5, 6, 7), max_new_tokens=9)])
+    before = engine.usage.read_tokens
+    check_answers(engine, style, requests)
+    assert engine.usage.read_tokens == before + len(requests)
+
+
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=16))
 def test_requests_that_arrive_at_any_time_get_the_answers_of_requests_alone(
@@ -99,6 +164,32 @@ def test_requests_that_arrive_at_any_time_get_the_answers_of_requests_alone(
     expected = [answer_of(model_of("llama"), REQUESTS[index]) for index, _ in arrivals]
     assert [(tuple(s.tokens), s.finish_reason) for s in sequences] == expected
     assert compiled == []
+
+
+@pytest.mark.parametrize(("mesh", "style", "slots"), [("data=1", "llama", 3), ("data=2,tensor=2,pipe=2", "llama", 8)])
+def test_log_probabilities_are_those_of_the_models_own_logits(mesh: str, style: str, slots: int) -> None:
+    requests = [replace(request, logprobs=5) for request in REQUESTS[-6:]]
+    engine = shared(mesh, style, **({"slots": slots} if mesh == "data=1" else {}))
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
+        whole = np.asarray([[*request.prompt, *completion.tokens]])
+        logits_TV = logits_of(model_of(style), whole)[0, len(request.prompt) - 1 : -1].astype(np.float64)
+        expected_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        assert [one.token for one in completion.logprobs] == list(completion.tokens)
+        for found, expected_V in zip(completion.logprobs, expected_TV, strict=True):
+            assert found.logprob == pytest.approx(expected_V[found.token], abs=1e-4)
+            assert [token for token, _ in found.top] == np.argsort(-expected_V)[:5].tolist()
+            assert [value for _, value in found.top] == pytest.approx(np.sort(expected_V)[::-1][:5].tolist(), abs=1e-4)
+
+
+def test_penalties_change_answers() -> None:
+    """Else the tests of this file would not see them."""
+    penalized = [request for request in REQUESTS[-6:] if request.has_penalty]
+    plain = [replace(one, repetition_penalty=1, frequency_penalty=0, presence_penalty=0) for one in penalized]
+    answers = [
+        (answer_of(model_of("llama"), one), answer_of(model_of("llama"), other))
+        for one, other in zip(penalized, plain, strict=True)
+    ]
+    assert sum(one != other for one, other in answers) >= 2
 
 
 def test_callback_gets_every_token_in_order() -> None:
@@ -159,6 +250,8 @@ def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot() -> No
             told.append(str(error))
     assert all(sequence.finish_reason for sequence in sequences)
     assert "logits are NaN or infinite" in told[0]
+    # What sequences have left that ended before.
+    engine.scheduler.pools = [PagePool(num_pages=engine.sizes.pages_per_shard, page=engine.sizes.page)]
     check_answers(engine, "llama", REQUESTS[2:6])
 
 

@@ -27,6 +27,9 @@ TOLERANCE = 2e-5
 CUTS = (0, 5, 6, 7, 10)
 """A chunk of a prompt, two tokens one by one, another chunk."""
 
+PAGES = 7
+"""Pages of a sequence, of two tokens each."""
+
 MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=2,tensor=2", "tensor=2,pipe=2"]
 LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_tokens": 8, "rope_mscale_all": 1.0}
@@ -57,19 +60,23 @@ SAMPLE = [
 ]
 
 
+def shapes_of(config: ModelConfig, mesh: Mesh, *, num_rows: int, dtype: CacheDtype, stacks: tuple[int, ...]) -> Any:
+    """A cache with room for all rows, in pages of two tokens."""
+    sizes = {"num_rows": num_rows, "num_pages": PAGES * num_rows, "page": 2}
+    return cache_shapes(config, mesh=mesh, dtype=dtype, stacks=stacks, **sizes)
+
+
 def cached_logits(
     config: ModelConfig, *, mesh: Mesh, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
 ) -> np.ndarray:
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
     stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
-    shapes = cache_shapes(
-        config,
-        mesh=mesh,
-        num_rows=len(tokens_BT),
-        max_tokens=16,
-        dtype=dtype,
-        stacks=tuple(stack.size for stack in stage.stacks),
+    shapes = shapes_of(
+        config, mesh, num_rows=len(tokens_BT), dtype=dtype, stacks=tuple(own.size for own in stage.stacks)
     )
+    # Each row has its pages all over those of its shard.
+    num_rows = len(tokens_BT) // mesh.shape["data"]
+    pages = np.random.default_rng(1).permutation(PAGES * num_rows).reshape(num_rows, PAGES)
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:
         found = []
@@ -79,6 +86,7 @@ def cached_logits(
                 row=0,
                 starts=stage.vary(jnp.full(len(tokens_bT), start)),
                 counts=stage.vary(jnp.full(len(tokens_bT), size)),
+                pages=stage.vary(jnp.asarray(pages)),
             )
             x = stage.embed(params, stage.vary(tokens_bT[:, start:end]), new.positions(size))
             for rank in range(num_ranks):

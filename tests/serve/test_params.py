@@ -27,7 +27,7 @@ def held_by_each(tree: object) -> set[int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bytes_per_device_are_those_of_the_arrays(style: str, dtype: str) -> None:
     config, mesh = model_of(style, dtype=dtype), mesh_of(MESH)
-    sizes = Sizes(slots=8, max_tokens=24, groups=2, num_shards=2, chunk=4, items=2, rounds=2)
+    sizes = Sizes(slots=8, max_tokens=24, groups=2, num_shards=2, chunk=4, items=2, rounds=2, page=8)
     shapes = state_shapes(config, sizes, mesh=mesh, cache_dtype="bfloat16")
     state, params = empty_state(shapes), stage_params(params_on(config, mesh), config=config, mesh=mesh)
     assert held_by_each(state.cache) == {bytes_per_device(shapes.cache)}
@@ -39,8 +39,8 @@ def test_bytes_per_device_are_those_of_the_arrays(style: str, dtype: str) -> Non
 
 def test_every_device_has_a_head_where_there_are_fewer() -> None:
     config, mesh = model_of("llama", num_kv_heads=1), mesh_of("tensor=4")
-    (keys,) = cache_shapes(config, mesh=mesh, num_rows=2, max_tokens=8, dtype="float32", stacks=(4,)).keys
-    assert keys.sharding.shard_shape(keys.shape) == (4, 2, 1, 8, 4)
+    (keys,) = cache_shapes(config, mesh=mesh, num_rows=2, num_pages=6, page=8, dtype="float32", stacks=(4,)).keys
+    assert keys.sharding.shard_shape(keys.shape) == (4, 6, 1, 8, 4)
     params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
     kernel = params["blocks"][0]["attention"]["qkv"]["kernel"]
     own = numbers_of(config)["blocks"]["attention"]["key"]["kernel"]

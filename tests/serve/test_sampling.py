@@ -1,5 +1,6 @@
 """Sampling: filters against sorting in numpy, draws against probabilities, and the same tokens on any mesh."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,26 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.serve.sampling import SamplingSettings, _cut, finish_reasons
+from trellax.meshes.device_axes import block_index
+from trellax.serve import Request
+from trellax.serve.logprobs import compute_logprobs
+from trellax.serve.penalties import PromptPart, change_logits, count_tokens, note_prompt
+from trellax.serve.sampling import _cut, _drop_unlikely, finish_reasons
 from trellax.serve.sampling import choose as choose_arrays
+from trellax.serve.sampling_settings import SamplingSettings
 
-from .models import mesh_of
+from .models import changed_logits, mesh_of
+from .models import settings_of as settings_of_rows
 
 V = 16
 LOGITS_BV = np.random.default_rng(0).standard_normal((6, V)).astype(np.float32) * 2
 
 
 def settings_of(rows: int = 6, **changes: Any) -> SamplingSettings:
-    """The same settings for every row."""
-    given: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "limit": 100, "stops": [-1, -1]}
-    types = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint32}
-    arrays = {name: np.asarray(value, types.get(name, np.int32)) for name, value in (given | changes).items()}
-    return SamplingSettings(**{name: np.broadcast_to(value, (rows, *value.shape)) for name, value in arrays.items()})
+    """The same settings for every row, by default a draw."""
+    return settings_of_rows(rows, **({"temperature": 1, "limit": 100} | changes))
 
 
-def choose(logits: Any, settings: SamplingSettings, *, position_B: Any, axes: tuple[str, ...]) -> jax.Array:
-    """The settings of what numpy has."""
-    return choose_arrays(jnp.asarray(logits), settings, position_B=jnp.asarray(position_B), axes=axes)
+def choose(
+    logits: Any, settings: SamplingSettings, *, position_B: Any, axes: tuple[str, ...], seen: Any = None
+) -> jax.Array:
+    """The tokens, chosen by the settings of what numpy has."""
+    seen = jnp.zeros(np.shape(logits), jnp.int32) if seen is None else seen
+    logits, position = jnp.asarray(logits), jnp.asarray(position_B)
+    return choose_arrays(logits, settings, read_seen=lambda: seen, position_B=position, axes=axes).token
 
 
 def kept(logits_V: np.ndarray, *, top_k: int, top_p: float) -> set[int]:
@@ -124,3 +132,99 @@ def test_a_split_vocabulary_chooses_a_token_of_it_even_where_the_model_overflows
         mesh=mesh, in_specs=P(None, "tensor"), out_specs=P(), axis_names=set(mesh.axis_names),
     )  # fmt: skip
     assert max(jax.jit(split)(np.full_like(LOGITS_BV, np.nan)).tolist()) < V
+
+
+SPLITS = [pytest.param(None, id="whole"), pytest.param("tensor=4", id="split")]
+
+
+def on_blocks(split: str | None, run: Any, *arrays_BV: np.ndarray) -> Any:
+    """Run a function of (axes, arrays) on whole arrays, or on their blocks of the vocabulary."""
+    if split is None:
+        return jax.jit(lambda *arrays: run((), *arrays))(*arrays_BV)
+    mesh = mesh_of(split)
+    mapped = jax.shard_map(
+        lambda *arrays: run(("tensor",), *arrays),
+        mesh=mesh, in_specs=P(None, "tensor"), out_specs=P(None, "tensor"), axis_names=set(mesh.axis_names),
+    )  # fmt: skip
+    return jax.jit(mapped)(*arrays_BV)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_biases_and_penalties_are_those_of_a_loop_over_tokens(split: str | None) -> None:
+    rng = np.random.default_rng(2)
+    prompts, answers = rng.integers(0, V, (6, 5)), rng.integers(0, V, (6, 7))
+    how = {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "presence_penalty": -0.6}
+    biases = ((3, 2.5), (15, -1.0))
+    requests = [Request(prompt=tuple(prompt), logit_bias=biases, **how) for prompt in prompts]
+    expected = np.stack([changed_logits(*one) for one in zip(LOGITS_BV, requests, answers.tolist(), strict=True)])
+    seen = np.zeros((6, V), np.int32)
+    for row in range(6):
+        seen[row, prompts[row]] = 1
+        np.add.at(seen[row], answers[row], 2)
+    settings = settings_of(bias_tokens=[3, -1, 15], biases=[2.5, 9.0, -1.0], **how)
+
+    def run(axes: tuple[str, ...], logits: jax.Array, seen: jax.Array) -> jax.Array:
+        return change_logits(logits, settings, read_seen=lambda: seen, axes=axes)
+
+    assert np.abs(np.asarray(on_blocks(split, run, LOGITS_BV, seen)) - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokens_are_counted_once_for_the_prompt_and_each_time_in_the_answer(split: str | None) -> None:
+    garbage = np.full((3, V), 9, np.int32)
+
+    def run(axes: tuple[str, ...], seen: jax.Array) -> jax.Array:
+        parts = [([5, 5, 1], True), ([1, 15, -1], False)]
+        seen = seen[None]
+        for tokens, is_first in parts:
+            part = PromptPart(slot=jnp.asarray([1]), tokens=jnp.asarray([tokens]), is_first=jnp.asarray([is_first]))
+            seen = note_prompt(seen, part, axes=axes)
+        for token in (5, 15, 15):
+            token_B, is_counted_B = jnp.asarray([token, token]), jnp.asarray([True, False])
+            seen = count_tokens(seen, token_B, row=jnp.int32(1), is_counted_B=is_counted_B, axes=axes)
+        return seen[0]
+
+    expected = garbage.copy()
+    expected[1] = 0
+    expected[1, [5, 1, 15]] = [3, 1, 5]
+    assert np.asarray(on_blocks(split, run, garbage)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("split", SPLITS)
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(split: str | None, min_p: float) -> None:
+    kept = on_blocks(split, lambda axes, x: _drop_unlikely(x, settings_of(min_p=min_p), axes), LOGITS_BV)
+    share = np.exp(LOGITS_BV.astype(np.float64))
+    expected = share >= min_p * share.max(-1, keepdims=True)
+    assert np.isfinite(np.asarray(kept)).tolist() == expected.tolist()
+
+
+def test_rows_without_settings_keep_their_logits_to_the_bit() -> None:
+    settings = settings_of(repetition_penalty=1.3, bias_tokens=[2, 3], biases=[1, 1])
+    for name, value in (("repetition_penalty", 1), ("bias_tokens", -1)):
+        changed = np.array(getattr(settings, name))
+        changed[2] = value
+        settings = replace(settings, **{name: changed})
+    seen = jnp.ones((6, V), jnp.int32)
+    changed = change_logits(jnp.asarray(LOGITS_BV), settings, read_seen=lambda: seen, axes=())
+    assert (np.asarray(changed) == LOGITS_BV).all(-1).tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_log_probabilities_of_chosen_and_likeliest_tokens(split: str | None) -> None:
+    token_B = jnp.asarray([0, 3, 5, 15, 8, 4])
+
+    def run(axes: tuple[str, ...], logits: jax.Array) -> jax.Array:
+        found = compute_logprobs(logits, token_B, axes=axes)
+        columns = [found.chosen[:, None], found.top_tokens.astype(jnp.float32), found.top]
+        # Every device has all of them; the test takes a quarter from each.
+        whole = jnp.concatenate(columns, axis=1)[:, :32]
+        size = whole.shape[1] // (4 if axes else 1)
+        return jax.lax.dynamic_slice_in_dim(whole, block_index(axes) * size, size, axis=1)
+
+    found = np.asarray(on_blocks(split, run, LOGITS_BV))
+    expected = LOGITS_BV - np.log(np.exp(LOGITS_BV.astype(np.float64)).sum(-1, keepdims=True))
+    order = np.argsort(-expected, axis=-1)
+    assert found[:, 1:17].astype(int).tolist() == order.tolist()
+    assert np.abs(found[:, 0] - expected[np.arange(6), np.asarray(token_B)]).max() <= 1e-5
+    assert np.abs(found[:, 17:] - np.take_along_axis(expected, order, axis=-1)[:, :15]).max() <= 1e-5

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from trellax.layers import ModelConfig, model_rules
+from trellax.layers import ModelConfig, NewTokens, model_rules
+from trellax.layers import cache as cache_module
+from trellax.layers.cache import KVCache
 from trellax.layers.latent.absorbed import attend_latents
 from trellax.layers.latent.attention import LatentAttention
 from trellax.meshes import ModelError
@@ -88,16 +90,25 @@ def test_attention_costs_one_all_reduce_forward() -> None:
     assert [(one.kind, one.shape) for one in found] == [("all-reduce", (B * T, D))]
 
 
-def test_absorbed_queries_give_what_keys_and_values_would() -> None:
+def test_absorbed_queries_give_what_keys_and_values_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pages of four tokens that lie anywhere, two of them a block, and NaN in all that is not in use."""
+    monkeypatch.setattr(cache_module, "BLOCK", 8)
     drawn = normal(B, T, 8, H), normal(B, T, R, seed=1), normal(B, T, C, seed=2), normal(C, 8, H - R + U)
     q, shared, latent, kernel = map(jnp.asarray, drawn)
-    positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     made = jnp.einsum("bsc,cne->bsne", latent, kernel)
     keys = jnp.concatenate([made[..., : H - R], jnp.broadcast_to(shared[:, :, None], (B, T, 8, R))], axis=-1)
     scores = jnp.einsum("btnh,bsnh->bnts", q, keys) / H**0.5
     shares = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool))[None, None], scores, -jnp.inf), axis=-1)
     expected = jnp.einsum("bnts,bsnu->btnu", shares, made[..., H - R :])
-    assert differing(attend_latents(q, shared, latent, kernel, positions), expected) == {}
+    pages = jnp.asarray(np.random.default_rng(0).permutation(B * 7).reshape(B, 7))
+    empty = (jnp.full((1, B * 7, 1, 4, size), jnp.nan) for size in (R, C))
+    cache = KVCache(keys=next(empty), values=next(empty), lengths=None)
+    found = []
+    for start, end in ((0, 6), (6, 7), (7, T)):
+        new = NewTokens(row=0, starts=jnp.full(B, start), counts=jnp.full(B, end - start), pages=pages)
+        cache = cache.append(0, new, shared[:, start:end, None], latent[:, start:end, None])
+        found.append(attend_latents(q[:, start:end], kernel, cache=cache, layer=0, new=new))
+    assert differing(jnp.concatenate(found, axis=1), expected) == {}
 
 
 MISTAKES: dict[str, dict[str, Any]] = {

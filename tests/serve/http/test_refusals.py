@@ -53,7 +53,15 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (TEXT, GOOD | {"n": 7}, 400, "prompts x n are 7 answers"),
     (TEXT, GOOD | {"stop": ""}, 400, "a stop string is empty"),
     (TEXT, GOOD | {"stop": ["a"] * 17}, 400, "17 stop strings, at most 16 are taken"),
-    (TEXT, GOOD | {"logprobs": 3}, 400, "logprobs=3 is not supported by this server"),
+    (TEXT, GOOD | {"logprobs": 21}, 400, "logprobs=21"),
+    (TEXT, GOOD | {"logprobs": True}, 400, "logprobs=True"),
+    (TEXT, GOOD | {"best_of": 3}, 400, "best_of=3 is not supported by this server"),
+    (TEXT, GOOD | {"presence_penalty": 2.5}, 400, "presence_penalty=2.5"),
+    (TEXT, GOOD | {"repetition_penalty": 0}, 400, "repetition_penalty=0"),
+    (TEXT, GOOD | {"logit_bias": {"a": 1}}, 400, "'a' is no token id"),
+    (TEXT, GOOD | {"logit_bias": {"64": 1}}, 400, "token id 64 is not in the vocabulary of 64"),
+    (TEXT, GOOD | {"logit_bias": {"6": 101}}, 400, "logit_bias=101"),
+    (CHAT, CHAT_GOOD | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs to be true"),
     (TEXT, GOOD | {"echo": True}, 400, "echo=True is not supported"),
     (TEXT, GOOD | {"temprature": 1}, 400, "'temprature' is an unknown field"),
     (TEXT, GOOD | {"stream_options": {"x": 1}}, 400, "'stream_options.x' is an unknown field"),
@@ -93,6 +101,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 NAMES = sorted([*GOOD, *CHAT_GOOD, "n", "stop", "seed", "temperature", "top_p", "top_k", "stream_options", "logprobs"])
+NAMES += ["top_logprobs", "logit_bias", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
 
 
 @settings(
