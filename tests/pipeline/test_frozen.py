@@ -1,0 +1,51 @@
+"""Frozen parameters: no gradient, no product for one, and the gradients of all others as on one device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+from trellax.layers import ModelConfig
+
+from .law import Answer, answer_of, beyond, errors_of, global_norm, one_device, pipeline_step, small_model
+
+TOLERANCE = 2e-5
+"""As in test_law.py."""
+
+MODEL = small_model(style="llama", attention="gqa", embeddings="untied")
+
+CASES: dict[str, dict[str, Any]] = {
+    "one device": {"mesh": "1x1x1", "schedule": "gpipe"},
+    "data and tensor, layers gathered": {"mesh": "2x2x1", "schedule": "gpipe", "shard": "layer"},
+    "zero bubble": {"mesh": "2x2x2", "schedule": "zb-h1", "vocab": "split"},
+    "zero bubble, remat": {"mesh": "1x2x4", "schedule": "zb-h1", "remat": "dots"},
+    "sequence, gathered once": {"mesh": "2x2x2", "schedule": "1f1b", "sequence": "on", "shard": "step"},
+    "chunks": {"mesh": "1x1x4", "schedule": "interleaved-1f1b", "num_chunks": 2},
+}
+
+
+def freezes_all_but(*names: str) -> Callable[[str], bool]:
+    return lambda path: not any(name in path for name in names)
+
+
+def frozen_answer(config: ModelConfig, num_sequences: int, is_frozen: Callable[[str], bool]) -> Answer:
+    """Return the reference without the gradients of frozen parameters."""
+    whole = one_device(config, num_sequences)
+
+    def keep(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        is_layer, rest = name.startswith("blocks."), name.removeprefix("blocks.")
+        return None if is_frozen(f"stages.{rest}" if is_layer else f"shared.{name}") else leaf
+
+    grads = jax.tree_util.tree_map_with_path(keep, whole.grads)
+    return replace(whole, grads=grads, norm=float(global_norm(grads)))
+
+
+@pytest.mark.parametrize("trained", ["query,up", "key.kernel,head.table", "scale", "embed.table"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_what_is_trained_equal_those_of_one_device(case: str, trained: str) -> None:
+    is_frozen = freezes_all_but(*trained.split(","))
+    step = pipeline_step(MODEL, num_microbatches=4, num_sequences=16, frozen=is_frozen, **CASES[case])
+    expected = frozen_answer(MODEL, 16, is_frozen)
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
