@@ -49,3 +49,14 @@ def test_gradients_of_what_is_trained_equal_those_of_one_device(case: str, train
     step = pipeline_step(MODEL, num_microbatches=4, num_sequences=16, frozen=is_frozen, **CASES[case])
     expected = frozen_answer(MODEL, 16, is_frozen)
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.parametrize("targets", [(), ("key", "up")])
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_have_the_gradients_of_one_device(case: str, targets: tuple[str, ...]) -> None:
+    config = replace(MODEL, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+    step = pipeline_step(config, num_microbatches=4, num_sequences=16, **CASES[case])
+    assert step.model.fns.frozen is not None
+    expected = frozen_answer(config, 16, step.model.fns.frozen)
+    assert len(jax.tree.leaves(expected.grads)) == 2 * (len(targets) or 7)
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
