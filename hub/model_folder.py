@@ -11,6 +11,7 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
+from .adapters import without_lora
 from .config import read_hub_model
 from .folder import check_model_folder, find_file
 from .read import read_weights
@@ -97,6 +98,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         CheckpointError: the run folder has no whole save, or one with unknown model keys.
         WeightsError: the Hugging Face model is broken or not supported.
     """
+    # A run that trained adapters is read as the model that they are merged into.
     return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
 
 
@@ -118,7 +120,7 @@ def _read_run(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the model of the newest save, and the `data` section of its config."""
     saves = run_saves(folder)
     seal = SaveReader(folder=saves).require_newest()
-    return read_saved_model(seal, folder=saves / seal.step), dict(seal.config.get("data", {}))
+    return without_lora(read_saved_model(seal, folder=saves / seal.step)), dict(seal.config.get("data", {}))
 
 
 def _with_tokenizer(tokenizer: ModelTokenizer, config: ModelConfig, *, read: Callable[[Any], Any]) -> ModelSource:

@@ -127,7 +127,17 @@ def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...],
     blocks = stages_from_layers(
         params["blocks"], layers_per_stage=counts, pattern=layer_pattern(config), placement=where, **sizes
     )
-    return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    made = PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    return _cast_frozen(config.dtype, made) if config.lora_rank else made
+
+
+def _cast_frozen(dtype: str, params: PipelineParams) -> PipelineParams:
+    """Return parameters with frozen kernels and tables in the compute dtype: no update needs more digits."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) in _SHARDED else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh) -> StageFns:
