@@ -25,7 +25,7 @@ _ADAMW_RMS = 0.2
 """Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
 
 _DECAYED = ("kernel", "table", "positions", "weight", *ADAPTERS)
-"""Names of matrices, a router's weight and adapters among them, which have weight decay; norm scales and biases have none."""
+"""Names of matrices, adapters and weights of routers too, which have weight decay; norm scales and biases have none."""
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:

@@ -83,7 +83,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         if (model := setup.config.model).router_bias == "on":
             # Those of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
             (tokens,) = jax.tree.leaves(out.stats)
-            params = replace(params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good))
+            params = replace(
+                params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
+            )
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)

@@ -54,6 +54,20 @@ def check_lora(config: Any) -> None:
         ModelError: the rank is negative, fields are given without one, a target is unknown or not in the model, or the
             model has layers that adapters do not support.
     """
+    _check_given(config)
+    if not config.lora_rank:
+        return
+    for name in config.lora_targets:
+        _check_target(name, mlp=config.mlp)
+    for name, what in {"num_experts": "a mixture of experts", "latent_size": "attention from latent vectors"}.items():
+        if getattr(config, name):
+            raise ModelError(
+                f"lora_rank={config.lora_rank} with {name}={getattr(config, name)}: there are no adapters for {what}.",
+                fix="set lora_rank=0, to train all weights.",
+            )
+
+
+def _check_given(config: Any) -> None:
     if config.lora_rank < 0:
         raise ModelError(f"lora_rank={config.lora_rank} is negative.", fix="set it to 8, say, or 0 for no adapters.")
     if not isinstance(config.lora_targets, tuple) or not all(isinstance(name, str) for name in config.lora_targets):
@@ -64,24 +78,18 @@ def check_lora(config: Any) -> None:
                 f"{name}={getattr(config, name)}, but lora_rank=0: the model has no adapters.",
                 fix=f"set lora_rank=8, say, or leave {name} out.",
             )
-    if not config.lora_rank:
-        return
-    for name in config.lora_targets:
-        if name not in TARGETS:
-            raise ModelError(
-                f"lora_targets has {name!r}, which is no linear layer of a block.{suggest(name, TARGETS)}",
-                fix=f"name some of {_listed()}, or leave it out for all.",
-            )
-        if name == "gate" and config.mlp != "swiglu":
-            raise ModelError(
-                f"lora_targets has 'gate', but mlp={config.mlp!r} has none.", fix="leave gate out, or set mlp='swiglu'."
-            )
-    for name, what in {"num_experts": "a mixture of experts", "latent_size": "attention from latent vectors"}.items():
-        if getattr(config, name):
-            raise ModelError(
-                f"lora_rank={config.lora_rank} with {name}={getattr(config, name)}: there are no adapters for {what}.",
-                fix="set lora_rank=0, to train all weights.",
-            )
+
+
+def _check_target(name: str, *, mlp: str) -> None:
+    if name not in TARGETS:
+        raise ModelError(
+            f"lora_targets has {name!r}, which is no linear layer of a block.{suggest(name, TARGETS)}",
+            fix=f"name some of {_listed()}, or leave it out for all.",
+        )
+    if name == "gate" and mlp != "swiglu":
+        raise ModelError(
+            f"lora_targets has 'gate', but mlp={mlp!r} has none.", fix="leave gate out, or set mlp='swiglu'."
+        )
 
 
 def _listed() -> str:

@@ -126,7 +126,6 @@ class RankModel:
 
     def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
-
         floats, merge = split_floats(self.shared, self.trained_shared)
 
         # Differentiated at once, so nothing of the head waits for a backward turn. Gradients of integers are float0.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import pytest
 from trellax.layers import ModelConfig
+from trellax.programs.hlo import HloModule, leaves
 
 from .law import Answer, answer_of, beyond, errors_of, global_norm, one_device, pipeline_step, small_model
 
@@ -60,3 +61,35 @@ def test_adapters_have_the_gradients_of_one_device(case: str, targets: tuple[str
     expected = frozen_answer(config, 16, step.model.fns.frozen)
     assert len(jax.tree.leaves(expected.grads)) == 2 * (len(targets) or 7)
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
+def weight_products(is_frozen: Callable[[str], bool] | None, **case: Any) -> set[tuple[int, ...]]:
+    """Return the shapes of kernels and tables that a compiled step makes by a matmul."""
+    # 80 or 160 tokens of a microbatch on a device: no dimension of a kernel, so no activation has the shape of one.
+    step = pipeline_step(MODEL, num_microbatches=4, num_sequences=40, frozen=is_frozen, **case)
+    program = HloModule.parse(step.run.lower(step.params, step.batch).compile().as_text())
+    matrices = {
+        sorted_shape(leaf.sharding.shard_shape(leaf.shape)[-2:])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(step.params)
+        if path[-1].key in ("kernel", "table")
+    }
+    found = {
+        sorted_shape(array.dims)
+        for _, instruction in program.instructions()
+        if instruction.opcode == "dot"
+        for array in leaves(instruction.type)
+    }
+    return matrices & found
+
+
+def sorted_shape(shape: Any) -> tuple[int, ...]:
+    return tuple(sorted(shape))
+
+
+@pytest.mark.parametrize("case", ["one device", "zero bubble", "zero bubble, remat", "sequence, gathered once"])
+def test_frozen_weights_have_no_products_in_the_compiled_step(case: str) -> None:
+    assert weight_products(lambda name: not name.endswith("scale"), **CASES[case]) == set()
+
+
+def test_weights_that_are_trained_have_products_in_the_compiled_step() -> None:
+    assert (64, 64) in weight_products(None, **CASES["one device"])

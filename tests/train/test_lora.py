@@ -32,7 +32,7 @@ LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0}
 
 def lora_run(text: Path, *, name: str = "run", mesh: str = "data=8", steps: int = 2, **train: Any) -> RunConfig:
     sections = {"train": {"init_from": str(SOURCE), "steps": steps, "batch_size": 16} | train}
-    sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05}}
+    sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05, "min_lr_ratio": 1.0}}
     return run_of(replace(read_hub_model(SOURCE).config, **LORA), text, mesh=mesh, **sections)
 
 

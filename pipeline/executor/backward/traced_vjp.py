@@ -82,7 +82,8 @@ def trace_vjp(
     """Return the trace of fn(params, x, given) and of its pullback; only the types of the arguments matter.
 
     What is not floating-point has no gradient: `None` stands in its place. So it does for parameters that are false in
-    the tree `trained`, if one is given, and for the microbatch unless `wants_batch`. A loss among the outputs has the gradient 1: it is added to the loss of the step.
+    the tree `trained`, if one is given, and for the microbatch unless `wants_batch`. A loss among the outputs has the
+    gradient 1: it is added to the loss of the step.
     """
     trees: list[Any] = []
     num_own: list[int] = []
