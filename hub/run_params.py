@@ -20,6 +20,7 @@ from ..layers import ModelConfig
 from ..meshes import CheckpointError
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
+from .peft.read import base_of
 from .read import read_weights
 from .saved_model import read_saved_model
 from .saves.names import FOLDER, SaveFolder
@@ -131,7 +132,7 @@ def _with_base(
             f"{folder} holds adapters of the weights in train.init_from={source!r}, and there is no such folder here.",
             fix="run the command where the run was started, or bring the folder back.",
         )
-    shapes = without_adapters(asked)
+    source, shapes = base_of(source), without_adapters(asked)
     base = read_run_params(source, shapes) if is_run_folder(source) else read_weights(source, shapes, say=say_on_stderr)
     return join_adapters(base, adapters) if adapters_of(asked) else merge_adapters(base, adapters, config=model)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 from ...configs.run_config import RunConfig
 from ...hub.adapters import without_adapters
 from ...hub.model_folder import load_params
+from ...hub.peft.read import base_of
 from ...hub.run_params import arrays_from_params, params_from_arrays, require_same_arrays
 from ...hub.saves.reader import Arrays, Damaged, SaveReader, Shapes
 from ...hub.saves.seal import PARAMS, SEAL_FILE, Seal
@@ -162,7 +163,7 @@ def _read_base(setup: Setup) -> Arrays:
     if not setup.config.model.lora_rank:
         return {}
     shapes = without_adapters(as_model(layer_order(setup).params))
-    return arrays_from_params(load_params(setup.config.train.init_from, shapes))
+    return arrays_from_params(load_params(base_of(setup.config.train.init_from), shapes))
 
 
 def _check_place(seal: Seal) -> str:
