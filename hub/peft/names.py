@@ -38,19 +38,23 @@ class AdaptedLayer:
 
     @property
     def module(self) -> str:
-        """The last name of the layer, as `target_modules` lists it."""
-        return self.tensor.rpartition(".")[2]
+        """The last names of the layer, as `target_modules` lists it."""
+        # GPT-2, whose kernels are not transposed, has two layers c_proj in a block.
+        return self.tensor.rpartition("." if self.is_transposed else "{layer}.")[2]
 
     def tensor_name(self, layer: int, matrix: Matrix) -> str:
         """Return the name of a matrix of a layer's adapter."""
         return f"{_PREFIX}{self.tensor.format(layer=layer)}.lora_{matrix}{_END}"
 
 
-def adapted_layers(config: ModelConfig, *, architecture: str | None = None) -> tuple[AdaptedLayer, ...]:
+def adapted_layers(
+    config: ModelConfig, *, architecture: str | None = None, joined: Literal["refuse", "leave out"] = "refuse"
+) -> tuple[AdaptedLayer, ...]:
     """Return the layers of a model that have adapters.
 
     Args:
         architecture: the `model_type`; the first that supports the model if left out.
+        joined: what to do with a layer that the architecture stores as one with others.
 
     Raises:
         WeightsError: no architecture supports the model, or it stores several of the layers as one.
@@ -59,10 +63,12 @@ def adapted_layers(config: ModelConfig, *, architecture: str | None = None) -> t
     found = []
     for part, name in layers_with_adapters(config).values():
         place = names.places[f"blocks.{part}.{name}.kernel"]
+        if place.num_parts > 1 and joined == "leave out":
+            continue
         if place.num_parts > 1:
             raise WeightsError(
-                f"{name} has an adapter, and is 1 of {place.num_parts} parts of {place.name} there, which PEFT adapts as "
-                "one.",
+                f"{name} has an adapter, and is 1 of {place.num_parts} parts of {place.name} in the files, which PEFT "
+                "adapts as one.",
                 fix="export the merged model instead, or adapt other layers: model.lora_targets.",
             )
         tensor = names.full_name(place.name, prefix=names.prefix).removesuffix(_END)

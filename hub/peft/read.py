@@ -100,7 +100,8 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     """
     tensors = _load(opened.folder)
     every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha)
-    targets = [own.name for own in adapted_layers(every) if own.tensor_name(0, "A") in tensors]
+    known = adapted_layers(every, joined="leave out")
+    targets = [own.name for own in known if own.tensor_name(0, "A") in tensors]
     model = replace(every, lora_targets=tuple(name for name in TARGETS if name in targets))
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()
     names = {
