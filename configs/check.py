@@ -52,6 +52,7 @@ def check_run(
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
     found += _check_lengths(config)
+    found += _check_adapters(config)
     found += _check_corpus(config)
     if corpus == "needed":
         found += _check_corpus_files(config)
@@ -124,6 +125,22 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
         yield ConfigError(
             f"checkpoint.keep_every={keep_every} keeps saves on the way, but checkpoint.every=0 saves only at the end.",
             fix=f"set checkpoint.every={keep_every}, or leave checkpoint.keep_every out.",
+        )
+
+
+def _check_adapters(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error for each choice that has no use where adapters alone are trained."""
+    rank = config.model.lora_rank
+    if rank and config.optimizer.kind == "muon":
+        yield ConfigError(
+            f"optimizer.kind='muon' updates kernels, and model.lora_rank={rank} trains none of them.",
+            fix="set optimizer.kind='adamw'.",
+        )
+    if rank and config.train.offload == "optimizer":
+        yield ConfigError(
+            f"train.offload='optimizer' with model.lora_rank={rank}: the moments of adapters are too small to gain by "
+            "it.",
+            fix="leave train.offload out.",
         )
 
 

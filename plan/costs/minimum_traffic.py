@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ...layers import ModelConfig, Remat
+from ...layers import ModelConfig, Remat, param_counts
 from ...layers.attention_counts import attention_widths
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
@@ -158,6 +158,11 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
+    if adapters := param_counts(sizes.model).adapters:
+        # At least: one of the two matrices of each is whole over tensor, and sent by all of its ranks.
+        own = adapters / sizes.model.num_layers / mesh.tensor
+        yield mesh.label(*_SUMMED), sizes.layers_of(rank) * _updated(sizes, 0, own, over=sizes.shards)
+        return
     # Experts are summed over data alone, all else over expert too.
     experts = expert_matrices(sizes.model, **split)
     own, matrices = (count(sizes.model, **split) - experts for count in (block_params, block_matrices))
@@ -214,7 +219,8 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
-    table, whole = vocabulary_params(model, tensor=mesh.tensor)
+    # Frozen tables have no gradients.
+    table, whole = (0, 0) if model.lora_rank else vocabulary_params(model, tensor=mesh.tensor)
     pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit

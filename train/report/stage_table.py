@@ -82,7 +82,8 @@ def tabulate_stages(setup: Setup) -> StageTable:
     total = sum(cost.total for cost in setup.stage_costs)
     held = microbatches_at_peak(setup.schedule, layers_per_stage=layers)
     kept = _count_kept(setup)
-    block, layer_bytes = param_counts(config.model).block, _count_layer_bytes(setup)
+    counts, layer_bytes = param_counts(config.model), _count_layer_bytes(setup)
+    block = counts.block + counts.adapters // counts.num_layers
     rows = []
     for stage, cost in enumerate(setup.stage_costs):
         end, end_bytes = _count_ends(setup, stage)
@@ -151,18 +152,20 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
     config, sizes = setup.config.model, setup.sizes
     counts, last = param_counts(config), setup.schedule.num_stages - 1
     table = counts.embedding
+    # Frozen tables are in the compute dtype.
+    table_bytes = setup.model.params.shared["embed"]["table"].dtype.itemsize
     is_untied = config.embeddings == "untied"
     norm = counts.head - (table if is_untied else 0)
     whole = (counts.positions if stage == 0 else 0) + (norm if stage == last else 0)
     if setup.config.pipeline.vocab == "split":
         # Every rank has an equal part of the tables, counted with its first stage.
         part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
-        return whole + part, _PARAM_BYTES * (whole + part // sizes.tensor)
+        return whole + part, _PARAM_BYTES * whole + table_bytes * (part // sizes.tensor)
     own = table if stage == 0 or (stage == last and is_untied) else 0
     # A tied table is one parameter, but takes memory at the last stage as well, unless one rank holds both ends.
     is_shared = not is_untied and setup.placement.rank_of(0) == setup.placement.rank_of(last)
     used = table if stage == 0 or (stage == last and not is_shared) else 0
-    return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
+    return whole + own, _PARAM_BYTES * whole + table_bytes * (used // sizes.tensor)
 
 
 def ranks_of_ends(setup: Setup) -> dict[str, list[int]]:
