@@ -7,7 +7,7 @@ Parameters are a tree {"embed", "blocks", "head"}; beside blocks.*.kernel [L, in
 """
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig
-from ..layers.lora.check_config import ADAPTERS, ATTENTION_TARGETS, LORA_FIELDS, lora_scale, lora_targets
+from ..layers.lora.check_config import ADAPTERS, ATTENTION_TARGETS, lora_scale, lora_targets
 
 _A, _B = ADAPTERS
 
 
 def without_lora(config: ModelConfig) -> ModelConfig:
     """Return the config of the model once its adapters are merged."""
-    return replace(config, **{field.name: field.default for field in fields(ModelConfig) if field.name in LORA_FIELDS})
+    return replace(config, lora_rank=0, lora_alpha=0.0, lora_targets=())
 
 
 def adapters_of(params: Any) -> Any:

@@ -51,7 +51,8 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
-    return ModelConfig(**{name: tuple(own) if isinstance(own, list) else own for name, own in values.items()})
+    own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return ModelConfig(**own)
 
 
 def check_model_keys(seal: Seal, *, folder: Path) -> None:

@@ -37,12 +37,13 @@ class Attention(nnx.Module):
         shared: dict[str, Any] = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
         d, std = config.hidden_size, INIT_STD / (2 * config.num_layers) ** 0.5
         lora = partial(lora_of, config)
-        of_query, of_kv = ({"dim": dim, "bias": config.qkv_bias} | shared for dim in ("heads", "kv_heads"))
+        of_query: dict[str, Any] = {"dim": "heads", "bias": config.qkv_bias} | shared
+        of_kv = of_query | {"dim": "kv_heads"}
         self.query = ColumnLinear(d, config.query_size, lora=lora("query"), **of_query)
         self.key = ColumnLinear(d, config.kv_size, lora=lora("key"), **of_kv)
         self.value = ColumnLinear(d, config.kv_size, lora=lora("value"), **of_kv)
         # As in mlp.py: residual branches add up over the layers.
-        own = {"dim": "heads", "bias": config.other_bias, "std": std} | shared
+        own: dict[str, Any] = {"dim": "heads", "bias": config.other_bias, "std": std} | shared
         self.out = RowLinear(config.query_size, d, lora=lora("out"), **own)
         self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"

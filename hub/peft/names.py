@@ -20,6 +20,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _END = "base_model.model.", ".weight"
 
 Matrix = Literal["A", "B"]
+MATRICES: tuple[tuple[str, Matrix], ...] = (("lora_a", "A"), ("lora_b", "B"))
+"""The two matrices of an adapter, by the names of their parameters and of their tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)

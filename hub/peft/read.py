@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ...layers import ModelConfig
-from ...layers.lora.check_config import ADAPTERS, TARGETS
+from ...layers.lora.check_config import TARGETS
 from ...meshes import WeightsError
 from ...meshes.errors import shown
 from ..adapters import adapter_shapes
 from ..folder import find_file, read_json
-from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers
+from .names import CONFIG_FILE, MATRICES, WEIGHTS_FILE, adapted_layers
 
 _REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
 _SHOWN = 5
@@ -108,7 +108,7 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         own.tensor_name(number, matrix): _swapped(wanted["blocks"][own.part][own.name][param].shape[1:])
         for own in layers
         for number in range(config.num_layers)
-        for param, matrix in zip(ADAPTERS, ("A", "B"), strict=True)
+        for param, matrix in MATRICES
     }
     mistakes = [f"{name} is no adapter of a layer of this model" for name in tensors if name not in names]
     mistakes += [f"{name} is missing" for name in names if name not in tensors]
@@ -123,7 +123,7 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         raise WeightsError("\n  ".join(lines), fix="use the base that the adapters were trained on.")
     for own in layers:
         part = wanted["blocks"][own.part][own.name]
-        for param, matrix in zip(ADAPTERS, ("A", "B"), strict=True):
+        for param, matrix in MATRICES:
             stack = [tensors[own.tensor_name(number, matrix)].T for number in range(config.num_layers)]
             part[param] = _place(np.stack(stack).astype(np.float32), part[param])
     return model, wanted

@@ -8,9 +8,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ...layers import ModelConfig
-from ...layers.lora.check_config import ADAPTERS
 from ...meshes.files.new_folder import new_folder
-from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers
+from .names import CONFIG_FILE, MATRICES, WEIGHTS_FILE, adapted_layers
 
 _TORCH = {"format": "pt"}
 
@@ -32,7 +31,7 @@ def write_adapters(
     layers = adapted_layers(config, architecture=architecture)
     tensors: dict[str, np.ndarray] = {}
     for own in layers:
-        for name, matrix in zip(ADAPTERS, ("A", "B"), strict=True):
+        for name, matrix in MATRICES:
             whole = np.asarray(adapters["blocks"][own.part][own.name][name], np.float32)
             for number, one in enumerate(whole):
                 tensors[own.tensor_name(number, matrix)] = np.ascontiguousarray(one.T)

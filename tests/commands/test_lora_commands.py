@@ -24,8 +24,8 @@ def test_adapters_are_trained_exported_merged_and_trained_further(here: Path, ca
     assert main(["import-hf", "model", "runs/mine"]) == 0
     tune = f"train runs/mine/config.toml --run.name tuned --train.init_from model {LORA}"
     assert main(f"{tune} --train.steps 3".split()) == 0
-    assert main("export-hf runs/tuned merged".split()) == 0
-    assert main("export-hf runs/tuned adapters --adapters".split()) == 0
+    assert main(["export-hf", "runs/tuned", "merged"]) == 0
+    assert main(["export-hf", "runs/tuned", "adapters", "--adapters"]) == 0
     base, merged, own = map(tensors_of, ("model", "merged", "adapters"))
     changed = {name for name in base if not np.array_equal(base[name], merged[name])}
     modules = ("self_attn.q_proj", "mlp.down_proj")
@@ -63,7 +63,7 @@ def test_mistakes_are_told(words: str, message: str, here: Path, capsys: pytest.
 
 def test_run_without_adapters_has_none_to_export(here: Path, capsys: pytest.CaptureFixture) -> None:
     main(["import-hf", "model", "runs/mine"])
-    assert main("export-hf runs/mine adapters --adapters".split()) == 2
+    assert main(["export-hf", "runs/mine", "adapters", "--adapters"]) == 2
     assert "it has no adapters" in capsys.readouterr().err
 
 

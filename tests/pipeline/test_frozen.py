@@ -67,7 +67,8 @@ def weight_products(is_frozen: Callable[[str], bool] | None, **case: Any) -> set
     """Return the shapes of kernels and tables that a compiled step makes by a matmul."""
     # 80 or 160 tokens of a microbatch on a device: no dimension of a kernel, so no activation has the shape of one.
     step = pipeline_step(MODEL, num_microbatches=4, num_sequences=40, frozen=is_frozen, **case)
-    program = HloModule.parse(step.run.lower(step.params, step.batch).compile().as_text())
+    run: Any = step.run
+    program = HloModule.parse(run.lower(step.params, step.batch).compile().as_text())
     matrices = {
         sorted_shape(leaf.sharding.shard_shape(leaf.shape)[-2:])
         for path, leaf in jax.tree_util.tree_leaves_with_path(step.params)

@@ -132,7 +132,7 @@ class Checkpoints:
             params = params_from_arrays(arrays, like=as_model(order.params))
             state = setup.state_of(order.to_params(as_pipeline(params)))
         else:
-            state = order.to_state(dict(arrays) | _read_base(setup))
+            state = order.to_state({**arrays, **_read_base(setup)})
         if (step := int(state.step)) != seal.step:
             # A folder renamed to a later step would outlive all saves of this run, and every start would resume there.
             raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")

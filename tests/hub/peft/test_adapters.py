@@ -66,7 +66,7 @@ def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
 def test_folder_of_peft_is_read_as_the_merged_model(tmp_path: Path) -> None:
     config, adapters = written(tmp_path / "out")
     merged = merge_adapters(read_weights(BASE, shapes_of(BASE)), adapters, config=config)
-    found = load_model(tmp_path / "out")
+    found: Any = load_model(tmp_path / "out")
     kernel = found.blocks.mlp.up.kernel[...]
     assert np.array_equal(kernel, merged["blocks"]["mlp"]["up"]["kernel"])
 
