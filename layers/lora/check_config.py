@@ -71,7 +71,7 @@ def _check_given(config: Any) -> None:
     if config.lora_rank < 0:
         raise ModelError(f"lora_rank={config.lora_rank} is negative.", fix="set it to 8, say, or 0 for no adapters.")
     if not isinstance(config.lora_targets, tuple) or not all(isinstance(name, str) for name in config.lora_targets):
-        raise ModelError(f"lora_targets={config.lora_targets!r} is not a list of names.", fix=f"name {_listed()}.")
+        raise ModelError(f"lora_targets={config.lora_targets!r} is not a tuple of names.", fix=f"name {_listed()}.")
     for name in ("lora_alpha", "lora_targets"):
         if getattr(config, name) and not config.lora_rank:
             raise ModelError(

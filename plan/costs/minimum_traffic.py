@@ -237,7 +237,8 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield _sum_whole(sizes, whole, *_SUMMED)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
-    yield pipe, 4 * runs * sizes.boundary / mesh.tensor
+    # A frozen embedding needs no dx.
+    yield pipe, (3 if model.lora_rank else 4) * runs * sizes.boundary / mesh.tensor
     gather = 0.0 if sizes.is_sequence_parallel else (mesh.tensor - 1) / mesh.tensor
     yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
     yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)

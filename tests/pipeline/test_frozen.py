@@ -63,6 +63,14 @@ def test_adapters_have_the_gradients_of_one_device(case: str, targets: tuple[str
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
 
 
+def test_adapters_of_a_key_head_that_tensor_ranks_share_have_the_gradients_of_one_device() -> None:
+    config = replace(small_model(style="gpt", attention="mqa"), lora_rank=2, lora_targets=("key", "value", "out"))
+    step = pipeline_step(config, num_microbatches=4, num_sequences=16, **CASES["zero bubble"])
+    assert step.model.fns.frozen is not None
+    expected = frozen_answer(config, 16, step.model.fns.frozen)
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
 def weight_products(is_frozen: Callable[[str], bool] | None, **case: Any) -> set[tuple[int, ...]]:
     """Return the shapes of kernels and tables that a compiled step makes by a matmul."""
     # 80 or 160 tokens of a microbatch on a device: no dimension of a kernel, so no activation has the shape of one.
