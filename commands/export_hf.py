@@ -3,11 +3,16 @@
 import argparse
 from pathlib import Path
 
+from ..configs.run_config import RunConfig
 from ..configs.saved_config import load_saved_config
+from ..hub.adapters import adapters_of, without_lora
 from ..hub.config_write import hub_values
 from ..hub.model_folder import load_params
+from ..hub.peft.write import write_adapters
+from ..hub.run_params import read_adapters
 from ..hub.tokenizer_files import read_origin
 from ..hub.write import write_weights
+from ..meshes import WeightsError
 from ..meshes.files.new_folder import refuse_existing
 from ..train.checkpoints.initial_weights import weight_shapes
 from .hf_folders import count_text, list_tokenizer_files, print_result, read_asked_mesh, say, setup_on
@@ -26,6 +31,10 @@ def run_export(args: argparse.Namespace) -> int:
     # First, since fake devices must be chosen before jax starts.
     spec = read_asked_mesh(args)
     config, origin = load_saved_config(source), read_origin(source)
+    if args.adapters:
+        return _export_adapters(args, config, architecture=args.architecture or origin.get("model_type"))
+    # Adapters are merged by whoever reads the weights without them.
+    config = config.model_copy(update={"model": without_lora(config.model)})
     values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
     refuse_existing(out)
     say(f"reading   {source}: {count_text(config.model)} parameters, on {spec}")
@@ -39,4 +48,19 @@ def run_export(args: argparse.Namespace) -> int:
         extra_files=[source / name for name in list_tokenizer_files(source)],
     )
     print_result(args, values["model_type"], config.model, files=sorted(file.name for file in out.iterdir()))
+    return 0
+
+
+def _export_adapters(args: argparse.Namespace, config: RunConfig, *, architecture: str | None) -> int:
+    """Write the adapters of a run as a folder of PEFT, and return the exit code."""
+    source, out, model = Path(args.source), Path(args.out), config.model
+    if not model.lora_rank:
+        raise WeightsError(
+            f"{source} was trained with model.lora_rank=0: it has no adapters.", fix="leave --adapters out."
+        )
+    refuse_existing(out)
+    shapes = adapters_of(weight_shapes(setup_on(read_asked_mesh(args), config)))
+    base = str(Path(config.train.init_from).resolve())
+    write_adapters(read_adapters(source, lambda _: shapes), model, out, base=base, architecture=architecture)
+    print_result(args, "peft", model, files=sorted(file.name for file in out.iterdir()))
     return 0

@@ -53,6 +53,7 @@ def check_run(
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
     found += _check_lengths(config)
+    found += _check_adapters(config)
     found += _check_corpus(config)
     found += _check_blend(config)
     if corpus == "needed":
@@ -144,6 +145,22 @@ def _check_decay(config: RunConfig) -> Iterator[TrellaxError]:
             f"optimizer.warmup_steps={section.warmup_steps} and optimizer.decay_steps={section.decay_steps} are more "
             f"than train.steps={steps} together.",
             fix=f"set optimizer.decay_steps={max(1, steps - section.warmup_steps)} or less.",
+        )
+
+
+def _check_adapters(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error for each choice that has no use where adapters alone are trained."""
+    rank = config.model.lora_rank
+    if rank and config.optimizer.kind == "muon":
+        yield ConfigError(
+            f"optimizer.kind='muon' updates kernels, and model.lora_rank={rank} trains none of them.",
+            fix="set optimizer.kind='adamw'.",
+        )
+    if rank and config.train.offload == "optimizer":
+        yield ConfigError(
+            f"train.offload='optimizer' with model.lora_rank={rank}: the moments of adapters are too small to gain by "
+            "it.",
+            fix="leave train.offload out.",
         )
 
 

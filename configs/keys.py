@@ -69,7 +69,10 @@ _MEANINGS = {
     "model.qk_norm": "RMSNorm of each query and key head",
     "model.bias": "biases of linear layers and layer norms; qkv: of query, key and value only",
     "model.embeddings": "whether the output projection shares the embedding table",
-    "model.dtype": "dtype to compute in; parameters are always float32",
+    "model.lora_rank": "features of low-rank adapters (LoRA), which alone are trained; 0 trains all weights",
+    "model.lora_alpha": "adapters are multiplied by lora_alpha / lora_rank; 0 means lora_rank",
+    "model.lora_targets": "layers with adapters, of query, key, value, out, gate, up, down; all if left out",
+    "model.dtype": "dtype to compute in; parameters are float32, but for frozen ones",
     "model.matmuls": "precision of matrix products with weights: model.dtype (plain), or fp8 (needs qwix)",
 }
 """Meanings of the keys of dataclass sections, whose fields have no description."""

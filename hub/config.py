@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layers import ModelConfig
+from ..layers.lora.check_config import LORA_FIELDS
 from ..meshes import ModelError, WeightsError
 from ..meshes.errors import shown
 from .architectures import ARCHITECTURES
@@ -96,10 +97,11 @@ def hub_model(values: Mapping[str, Any]) -> HubModel:
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """Return the fields that differ between two models and change the meaning of weights; `dtype` does not.
 
-    Nor do losses of routers, how fast their biases move, the room of experts, and the width of dense layers where every
-    layer has experts.
+    Nor do losses of routers, how fast their biases move, the room of experts, adapters, which are added to weights, and
+    the width of dense layers where every layer has experts.
     """
     ignored = {"dtype", "balance_loss", "router_z_loss", "router_bias_rate", "expert_capacity", "expert_overflow"}
+    ignored |= set(LORA_FIELDS)
     ignored |= {"max_tokens"} if one.positions == other.positions == "rotary" else set()
     has_dense = any(model.dense_layers or not model.num_experts for model in (one, other))
     ignored |= set() if has_dense else {"ffn_size"}

@@ -4,15 +4,17 @@ Read `run_params.py` for the weights in a run folder, and `read.py` for those in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
+from .adapters import merge_adapters, without_lora
 from .config import read_hub_model
 from .folder import check_model_folder, find_file
+from .peft.read import is_peft_folder, open_adapters, read_adapters
 from .read import read_weights
 from .run_params import is_run_folder, read_run_params, run_saves, say_on_stderr
 from .saved_model import read_saved_model
@@ -62,6 +64,8 @@ def open_model(folder: str | Path) -> ModelSource:
     folder = Path(folder)
     if is_run_folder(folder):
         return _open_run(folder)
+    if is_peft_folder(folder):
+        return replace(open_model(open_adapters(folder).base), read=partial(load_params, folder))
     check_model_folder(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(
@@ -75,7 +79,8 @@ def open_model(folder: str | Path) -> ModelSource:
 def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters in a run folder (its newest save) or a Hugging Face folder, each device reading its part.
 
-    A damaged save is reported on stderr, and the one before it is read.
+    A damaged save is reported on stderr, and the one before it is read. A folder of PEFT holds adapters alone: they are
+    merged into the weights of its base.
 
     Args:
         shapes: the parameters wanted, a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings,
@@ -87,6 +92,10 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """
     if is_run_folder(folder):
         return read_run_params(folder, shapes)
+    if is_peft_folder(folder):
+        opened = open_adapters(folder)
+        config, adapters = read_adapters(opened, read_model_config(opened.base), shapes)
+        return merge_adapters(load_params(opened.base, shapes), adapters, config=config)
     return read_weights(folder, shapes, say=say_on_stderr)
 
 
@@ -97,6 +106,9 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         CheckpointError: the run folder has no whole save, or one with unknown model keys.
         WeightsError: the Hugging Face model is broken or not supported.
     """
+    if is_peft_folder(folder):
+        return read_model_config(open_adapters(folder).base)
+    # A run that trained adapters is read as the model that they are merged into.
     return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
 
 
@@ -118,7 +130,7 @@ def _read_run(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Return the model of the newest save, and the `data` section of its config."""
     saves = run_saves(folder)
     seal = SaveReader(folder=saves).require_newest()
-    return read_saved_model(seal, folder=saves / seal.step), dict(seal.config.get("data", {}))
+    return without_lora(read_saved_model(seal, folder=saves / seal.step)), dict(seal.config.get("data", {}))
 
 
 def _with_tokenizer(tokenizer: ModelTokenizer, config: ModelConfig, *, read: Callable[[Any], Any]) -> ModelSource:

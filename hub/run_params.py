@@ -16,8 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..layers import ModelConfig
 from ..meshes import CheckpointError
 from ..meshes.processes.messages import is_first
+from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
+from .peft.read import base_of
+from .read import read_weights
+from .saved_model import read_saved_model
 from .saves.names import FOLDER, SaveFolder
 from .saves.paths import leaves_by_path
 from .saves.reader import Arrays, SaveReader, Shapes
@@ -48,6 +53,9 @@ def read_run_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any
     Args:
         shapes: a tree of `jax.ShapeDtypeStruct` with shardings. A save holds float32, which is converted to its types.
 
+    Of a run that trained adapters, whose saves hold those alone, the other weights are read from its `train.init_from`;
+    adapters are merged unless `shapes` has them.
+
     Raises:
         CheckpointError: there is no whole save, or it is of another model.
     """
@@ -65,17 +73,68 @@ def read_chosen_params(folder: str | Path, choose_shapes: Callable[[Seal], dict[
         CheckpointError: there is no whole save, or it is of another model.
     """
     saves = run_saves(folder)
-    chosen: list[dict[str, Any]] = []
+    chosen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def choose(seal: Seal) -> Shapes:
+        asked = choose_shapes(seal)
+        model = _saved_lora(seal, folder=saves / seal.step)
+        own = asked if model is None else adapters_of(asked) or adapter_shapes(model, asked)
+        chosen.append((asked, own))
+        wanted = arrays_from_params(jax.tree.map(_as_saved, own))
+        require_same_arrays(seal, wanted, folder=saves / seal.step, within=PARAMS)
+        return wanted
+
+    seal, arrays = SaveReader(folder=saves, say=say_on_stderr).read(choose)
+    # A save whose arrays were found to be damaged was chosen before it; the last one is the save that was read.
+    asked, own = chosen[-1]
+    params = jax.tree.map(_convert, params_from_arrays(arrays, like=own), own)
+    model = _saved_lora(seal, folder=saves / seal.step)
+    return params if model is None else _with_base(params, asked, model, seal, folder=saves / seal.step)
+
+
+def read_adapters(folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]]) -> dict[str, Any]:
+    """Return the adapters of the newest whole save of a run that trained them, without the weights they adapt.
+
+    Args:
+        choose_shapes: returns the shapes of the adapters, a tree {"blocks": ...}.
+
+    Raises:
+        CheckpointError: there is no whole save, or it is of another model.
+    """
+    saves, chosen = run_saves(folder), list[dict[str, Any]]()
 
     def choose(seal: Seal) -> Shapes:
         chosen.append(choose_shapes(seal))
-        wanted = arrays_from_params(jax.tree.map(_as_saved, chosen[-1]))
+        wanted = arrays_from_params(chosen[-1])
         require_same_arrays(seal, wanted, folder=saves / seal.step, within=PARAMS)
         return wanted
 
     _, arrays = SaveReader(folder=saves, say=say_on_stderr).read(choose)
-    # A save whose arrays were found to be damaged was chosen before it; the last one is the save that was read.
-    return jax.tree.map(_convert, params_from_arrays(arrays, like=chosen[-1]), chosen[-1])
+    return params_from_arrays(arrays, like=chosen[-1])
+
+
+def _saved_lora(seal: Seal, *, folder: Path) -> ModelConfig | None:
+    """Return the model of a save that holds adapters alone, None for one that holds all weights."""
+    return read_saved_model(seal, folder=folder) if seal.config.get("model", {}).get("lora_rank") else None
+
+
+def _with_base(
+    adapters: dict[str, Any], asked: dict[str, Any], model: ModelConfig, seal: Seal, *, folder: Path
+) -> dict[str, Any]:
+    """Return the weights that adapters belong to, from `train.init_from`: with them beside, or merged if not asked for.
+
+    Raises:
+        CheckpointError: those weights are not there.
+    """
+    source = seal.config.get("train", {}).get("init_from")
+    if not isinstance(source, str) or not Path(source).is_dir():
+        raise CheckpointError(
+            f"{folder} holds adapters of the weights in train.init_from={source!r}, and there is no such folder here.",
+            fix="run the command where the run was started, or bring the folder back.",
+        )
+    source, shapes = base_of(source), without_adapters(asked)
+    base = read_run_params(source, shapes) if is_run_folder(source) else read_weights(source, shapes, say=say_on_stderr)
+    return join_adapters(base, adapters) if adapters_of(asked) else merge_adapters(base, adapters, config=model)
 
 
 def arrays_from_params(params: dict[str, Any]) -> dict[str, Any]:

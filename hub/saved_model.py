@@ -50,7 +50,9 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         # Python's JSON parser accepts NaN and infinities.
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
-    return ModelConfig(**values)
+    # JSON has no tuples.
+    own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return ModelConfig(**own)
 
 
 def check_model_keys(seal: Seal, *, folder: Path) -> None:
@@ -69,14 +71,14 @@ def check_model_keys(seal: Seal, *, folder: Path) -> None:
 
 
 def check_saved_size(config: ModelConfig, seal: Seal, *, folder: Path) -> None:
-    """Raise unless a save holds as many parameters as a model has.
+    """Raise unless a save holds as many parameters as a model has, or as its adapters have.
 
     Call it before anything is built from the sizes of the model: a broken record may ask for a billion layers.
 
     Raises:
         CheckpointError: the numbers differ; both are given.
     """
-    here = param_counts(config).total
+    here = param_counts(config).trained
     there = sum(math.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith(PARAMS))
     if here != there:
         raise CheckpointError(

@@ -3,6 +3,9 @@
 Query heads are column parallel, the output projection is row parallel, so a block costs one all-reduce here.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -14,6 +17,7 @@ from .context.attend import attend_in_context
 from .context.places import Places, own_positions
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
+from .lora.check_config import lora_of
 from .norms import make_head_norm, normalize
 from .partitioning import INIT_STD
 from .rope.rotary import rotate
@@ -30,13 +34,17 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.config, self.rules = config, rules
-        shared = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
+        shared: dict[str, Any] = {"dtype": config.dtype, "matmuls": config.matmuls, "rngs": rngs, "rules": rules}
         d, std = config.hidden_size, INIT_STD / (2 * config.num_layers) ** 0.5
-        self.query = ColumnLinear(d, config.query_size, dim="heads", bias=config.qkv_bias, **shared)
-        self.key = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **shared)
-        self.value = ColumnLinear(d, config.kv_size, dim="kv_heads", bias=config.qkv_bias, **shared)
+        lora = partial(lora_of, config)
+        of_query: dict[str, Any] = {"dim": "heads", "bias": config.qkv_bias} | shared
+        of_kv = of_query | {"dim": "kv_heads"}
+        self.query = ColumnLinear(d, config.query_size, lora=lora("query"), **of_query)
+        self.key = ColumnLinear(d, config.kv_size, lora=lora("key"), **of_kv)
+        self.value = ColumnLinear(d, config.kv_size, lora=lora("value"), **of_kv)
         # As in mlp.py: residual branches add up over the layers.
-        self.out = RowLinear(config.query_size, d, dim="heads", std=std, bias=config.other_bias, **shared)
+        own: dict[str, Any] = {"dim": "heads", "bias": config.other_bias, "std": std} | shared
+        self.out = RowLinear(config.query_size, d, lora=lora("out"), **own)
         self.qkv: JoinedLinear | None = nnx.data(None)
         is_normed = config.qk_norm == "on"
         self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)

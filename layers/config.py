@@ -13,6 +13,7 @@ from ..meshes.divisibility import check_divides
 from ..meshes.errors import shown
 from .experts.check_config import check_experts
 from .latent.check_config import check_latents
+from .lora.check_config import check_lora
 from .rope.check_config import check_rope
 
 LARGEST_FUSED_HEAD = 128
@@ -45,6 +46,9 @@ class ModelConfig:
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
     of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
     See `experts/`.
+
+    With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
+    `lora/`.
 
     Raises:
         ModelError: a value has the wrong type or is not among the choices, a size is not positive, or sizes do not
@@ -96,6 +100,9 @@ class ModelConfig:
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmuls: Literal["plain", "fp8"] = "plain"
 
@@ -121,6 +128,7 @@ class ModelConfig:
         check_rope(self)
         check_latents(self)
         check_experts(self)
+        check_lora(self)
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:

@@ -13,6 +13,7 @@ from .attention_counts import attention_norms, attention_weights, attention_widt
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
+from .lora.check_config import lora_targets
 from .transformer import model_rules
 
 _SUM_BYTES = 4
@@ -24,7 +25,8 @@ class ParamCounts:
     """Number of parameters of every part of a model; `block` counts one of `num_layers` blocks, with all its experts.
 
     In a model whose first `dense_layers` are dense, `dense_block` counts one of these, and `block` one of the others.
-    `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding.
+    `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding; `adapters`
+    those of all blocks, which `block` leaves out.
     """
 
     embedding: int
@@ -34,6 +36,7 @@ class ParamCounts:
     head: int
     dense_block: int = 0
     dense_layers: int = 0
+    adapters: int = 0
 
     @property
     def blocks(self) -> int:
@@ -43,7 +46,12 @@ class ParamCounts:
     @property
     def total(self) -> int:
         """Number of parameters of the whole model, tied ones counted once."""
-        return self.embedding + self.positions + self.blocks + self.head
+        return self.embedding + self.positions + self.blocks + self.head + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that are trained: those of adapters where there are any, else all."""
+        return self.adapters or self.total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +59,13 @@ class FlopCounts:
     """Model flops for one token, without recomputation (Chowdhery et al. 2022, appendix B).
 
     `weights` counts matmuls with parameters that a token uses, 2 flops for each weight, with the vocabulary projection
-    and without the embedding lookup; `scores` counts the two matmuls between tokens, over all layers.
+    and without the embedding lookup; `scores` counts the two matmuls between tokens, over all layers; `frozen` those of
+    `weights` whose parameters have no gradient.
     """
 
     weights: int
     scores: int
+    frozen: int = 0
 
     @property
     def forward(self) -> int:
@@ -64,8 +74,11 @@ class FlopCounts:
 
     @property
     def training(self) -> int:
-        """Flops of forward and backward for one token: each matmul has two in the backward, hence three times."""
-        return 3 * self.forward
+        """Flops of forward and backward for one token: each matmul has two in the backward, hence three times.
+
+        One with frozen weights has one in the backward.
+        """
+        return 3 * self.forward - self.frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +108,17 @@ def param_counts(config: ModelConfig) -> ParamCounts:
         head=_norm_params(config) + (table if config.embeddings == "untied" else 0),
         dense_block=blocks[0] if config.dense_layers else 0,
         dense_layers=config.dense_layers,
+        adapters=_adapter_params(config),
     )
+
+
+def _adapter_params(config: ModelConfig) -> int:
+    """Return the number of parameters of the adapters of all blocks: r x (in + out) of each layer that has one."""
+    if not config.lora_rank:
+        return 0
+    d, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
+    sizes = {"query": d + q, "key": d + kv, "value": d + kv, "out": q + d, "gate": d + f, "up": d + f, "down": f + d}
+    return config.num_layers * config.lora_rank * sum(sizes[name] for name in lora_targets(config))
 
 
 def _block_params(config: ModelConfig) -> int:
@@ -141,7 +164,8 @@ def flops_per_token(
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
     causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
-    return FlopCounts(weights=2 * weights, scores=full if attention == "full" else causal)
+    adapters, scores = _adapter_params(config), full if attention == "full" else causal
+    return FlopCounts(weights=2 * (weights + adapters), scores=scores, frozen=2 * weights if adapters else 0)
 
 
 def activation_bytes(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..meshes.device_axes import num_blocks
+from ..meshes.device_axes import mark_varying, num_blocks, varying_axes
 from .check_inputs import check_features
 from .collectives import own_columns, run_in_blocks
 from .linear import ColumnLinear, add_bias, multiply_columns, name_dims
@@ -41,6 +41,7 @@ class JoinedLinear(nnx.Module):
         self.kernel, self.widths = self._join([(one.dim, one.kernel[...]) for one in linears], unit, "embed")
         biases = [(one.dim, one.bias[...]) for one in linears if one.bias is not None]
         self.bias = self._join(biases, unit)[0] if biases else nnx.data(None)
+        self._join_adapters(linears, unit)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
@@ -70,6 +71,29 @@ class JoinedLinear(nnx.Module):
         joined, in_dims = (*lead, self.dim), tuple((*lead, dim) for dim, _ in named)
         value = run_in_blocks(join, rules=self.rules, in_dims=in_dims, out_dims=joined)(*(w for _, w in named))
         return nnx.Param(value, **param_metadata(joined, self.rules)), tuple(widths)
+
+    def _join_adapters(self, linears: Sequence[ColumnLinear], unit: int) -> None:
+        """Join adapters into one, [A1 A2] and the blocks B1, B2 on a diagonal: x A1 B1 and x A2 B2 side by side.
+
+        A layer without one has columns of zeros.
+        """
+        self.lora, self.lora_a, self.lora_b = linears[0].lora, nnx.data(None), nnx.data(None)
+        adapted = [one for one in linears if one.lora_a is not None]
+        if not adapted:
+            return
+        self.lora = adapted[0].lora
+        whole = jnp.concatenate([one.lora_a[...] for one in adapted], axis=1)
+        self.lora_a = nnx.Param(whole, **param_metadata(("embed", "lora"), self.rules))
+        rows = whole.shape[1]
+        named, first = [], 0
+        for one in linears:
+            own = jnp.zeros((0, one.kernel.shape[1]), whole.dtype) if one.lora_b is None else one.lora_b[...]
+            if one.lora_b is None and varying_axes(one.kernel[...]):
+                own = mark_varying(own, varying_axes(one.kernel[...]))
+            below = rows - first - own.shape[0]
+            named.append((one.dim, jnp.pad(own, [(first, below), (0, 0)])))
+            first += own.shape[0]
+        self.lora_b, _ = self._join(named, unit, "lora")
 
     def _own(self, dim: str, weight: jax.Array, unit: int) -> jax.Array:
         # Where a layer's own features are not split, there are too few heads for that: see Attention.

@@ -19,8 +19,7 @@ reduce-scatter after B take the place of the all-reduces, in as many bytes (Kort
 The layers name logical dimensions; `ShardingRules` says which mesh axis those are split over. Read `mlp.py` next.
 """
 
-from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,9 @@ from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.device_axes import num_blocks
 from .check_inputs import check_features
-from .collectives import enter_gathered, enter_split, leave_split
+from .collectives import enter_gathered, enter_split, gather_tokens, leave_split
+from .lora.adapter import add_adapter, enter_frozen, make_adapter
+from .lora.check_config import Lora
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
 
@@ -52,6 +53,7 @@ class ColumnLinear(nnx.Module):
         dim: logical name of the output features ("ffn", "heads", "kv_heads").
         dtype: compute dtype; parameters stay float32.
         matmuls: what the product is computed in, see `product.py`.
+        lora: its adapter, if the kernel is frozen, see `lora/adapter.py`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ColumnLinear(nnx.Module):
         std: float = INIT_STD,
         dtype: DTypeLike = jnp.float32,
         matmuls: Matmuls = "plain",
+        lora: Lora | None = None,
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
         _check_options(in_size, out_size, bias, matmuls)
@@ -73,6 +76,8 @@ class ColumnLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
+        self.lora, size = lora, (in_size, out_size)
+        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, ("embed", dim), rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -104,6 +109,7 @@ class RowLinear(nnx.Module):
         dim: logical name of the input features ("ffn", "heads").
         dtype: compute dtype; parameters stay float32.
         matmuls: what the product is computed in, see `product.py`.
+        lora: its adapter, if the kernel is frozen, see `lora/adapter.py`.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class RowLinear(nnx.Module):
         std: float = INIT_STD,
         dtype: DTypeLike = jnp.float32,
         matmuls: Matmuls = "plain",
+        lora: Lora | None = None,
         rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
         _check_options(in_size, out_size, bias, matmuls)
@@ -125,6 +132,8 @@ class RowLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
+        self.lora, size = lora, (in_size, out_size)
+        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, (dim, "embed"), rules)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].
@@ -135,7 +144,9 @@ class RowLinear(nnx.Module):
         """
         check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
-        y_BTD = multiply(x_BTF, self.kernel[...], dtype=self.dtype, matmuls=self.matmuls)
+        kernel = self.kernel[...] if self.lora is None else jax.lax.stop_gradient(self.kernel[...])
+        y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls)
+        y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim))
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
         y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
@@ -150,6 +161,9 @@ class _Columns(Protocol):
     dim: str
     dtype: DTypeLike
     matmuls: Matmuls
+    lora: Lora | None
+    lora_a: Any
+    lora_b: Any
     rules: ShardingRules
 
 
@@ -159,14 +173,21 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
     Where tokens are split between layers x is [B, T@tokens, D], and is gathered here. The backward gathers it again:
     what is kept of it is this device's tokens (Korthikanti et al. 2022, section 4.2.2).
     """
-    rules, kernel = layer.rules, layer.kernel[...].astype(layer.dtype)
-    run = partial(multiply, dtype=layer.dtype, matmuls=layer.matmuls)
-    tokens = rules.token_axes
+    rules, kernel, is_frozen = layer.rules, layer.kernel[...].astype(layer.dtype), layer.lora is not None
+    tokens, axes = rules.token_axes, rules.axes(layer.dim)
+
+    def run(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+        y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls)
+        return add_adapter(layer, x_BTD, y_BTF, axes)
+
     if num_blocks(tokens) == 1:
-        return run(*enter_split(x_BTD, kernel, rules.axes(layer.dim)))
+        return run(*(enter_frozen if is_frozen else enter_split)(x_BTD, kernel, axes))
 
     def gather_and_multiply(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-        x_BTD, kernel = enter_gathered(x_BTD, kernel, tokens)
+        if is_frozen:
+            x_BTD, kernel = gather_tokens(x_BTD, tokens), jax.lax.stop_gradient(kernel)
+        else:
+            x_BTD, kernel = enter_gathered(x_BTD, kernel, tokens)
         return run(rules.constrain(x_BTD, name_dims(x_BTD, "embed")), kernel)
 
     return jax.checkpoint(gather_and_multiply, prevent_cse=False)(x_BTD, kernel)

@@ -11,6 +11,7 @@ from ..meshes.arguments import check_count
 from .config import ModelConfig
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
+from .lora.check_config import lora_of
 from .partitioning import INIT_STD
 
 
@@ -37,11 +38,13 @@ class MLP(nnx.Module):
             "rules": rules,
         }
         d, f = config.hidden_size, features or config.ffn_size
-        self.up = ColumnLinear(d, f, **shared)
-        self.gate = ColumnLinear(d, f, **shared) if config.mlp == "swiglu" else nnx.data(None)
+        lora, is_gated = partial(lora_of, config), config.mlp == "swiglu"
+        self.up = ColumnLinear(d, f, lora=lora("up"), **shared)
+        self.gate = ColumnLinear(d, f, lora=lora("gate"), **shared) if is_gated else nnx.data(None)
         self.gate_up: JoinedLinear | None = nnx.data(None)
         # Residual branches add up: without the 1/sqrt(2L) the stream's variance grows with depth (GPT-2, section 2.3).
-        self.down = RowLinear(f, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **shared)
+        std = INIT_STD / (2 * config.num_layers) ** 0.5
+        self.down = RowLinear(f, d, std=std, lora=lora("down"), **shared)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""

@@ -33,6 +33,7 @@ _ROLES: dict[str, Role | None] = {
     "kv_heads": "tensor",
     "head": None,
     "latent": None,
+    "lora": None,
     "attention_heads": "tensor",  # heads while attention mixes tokens
     "ffn": "tensor",
     "experts": "expert",

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from ..configs.run_config import OptimizerSection
+from ..layers.lora.check_config import ADAPTERS
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count
 from ..pipeline import PipelineParams
@@ -24,8 +25,8 @@ from ..pipeline import PipelineParams
 _ADAMW_RMS = 0.2
 """Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
 
-_DECAYED = ("kernel", "table", "positions", "weight")
-"""Names of matrices, a router's weight among them, which have weight decay; norm scales and biases have none."""
+_DECAYED = ("kernel", "table", "positions", "weight", *ADAPTERS)
+"""Names of matrices, adapters and weights of routers too, which have weight decay; norm scales and biases have none."""
 
 
 def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = None) -> Callable[[Any], Any]:

@@ -15,6 +15,7 @@ from ..layers.context.choice import choose_context_attention
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
+from ..pipeline.model.frozen import keep_trained, trained_mask
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .offload import join_params, map_params, zero_moments
@@ -198,13 +199,17 @@ class Setup:
         own, axes = self.model.params, self.sizes.roles
         sums = jax.tree.map(lambda leaf: leaf.update(sharding=gathered(leaf.sharding, axes)), own)
         # Embedding and head are gathered once in either case.
-        return replace(sums, stages=own.stages) if self.config.train.shard == "layer" else sums
+        return self.trained(replace(sums, stages=own.stages) if self.config.train.shard == "layer" else sums)
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
         """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
-        own, axes = self.model.shardings, self.sizes.roles
-        return split_over_batch(own, self.model.params, axes=axes) if self.config.train.shard == "optimizer" else own
+        own, axes, is_split = self.model.shardings, self.sizes.roles, self.config.train.shard == "optimizer"
+        return self.trained(split_over_batch(own, self.model.params, axes=axes) if is_split else own)
+
+    def trained(self, tree: PipelineParams) -> PipelineParams:
+        """Return a tree like the parameters with None for those that are frozen, which the optimizer does not see."""
+        return keep_trained(tree, trained_mask(self.model.fns.frozen, self.model.params))
 
     @property
     def is_offloaded(self) -> bool:
@@ -229,7 +234,7 @@ class Setup:
     @cached_property
     def shardings(self) -> TrainState:
         """Shardings of the whole state."""
-        opt_state = jax.eval_shape(self.optimizer.init, self.model.params)
+        opt_state = jax.eval_shape(self.optimizer.init, self.trained(self.model.params))
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return TrainState(
             step=replicated,
@@ -270,7 +275,7 @@ class Setup:
         return replace(state, opt_state=join_params(moments, state.opt_state))
 
     def _fresh(self, params: PipelineParams) -> TrainState:
-        opt_state = self.optimizer.init(params)
+        opt_state = self.optimizer.init(self.trained(params))
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, health=initial_health())
 
 

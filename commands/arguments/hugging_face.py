@@ -27,6 +27,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype of the written tensors (default: model.dtype)"
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="write the adapters alone, as the package peft reads them; without it they are merged",
+    )
     _add_shared_arguments(parser)
 
 

@@ -77,7 +77,7 @@ class Architecture(ABC):
         for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
-        for field in ("num_experts", "latent_size"):
+        for field in ("num_experts", "latent_size", "lora_rank"):
             if getattr(config, field) and field not in self.sizes:
                 yield f"model.{field}={getattr(config, field)}, not 0"
 

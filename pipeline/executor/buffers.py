@@ -39,9 +39,9 @@ def floats_of(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
-def zeros_for(param: jax.Array) -> jax.Array | None:
-    """Return zeros in float32 to sum the gradients of a parameter in, varying over its axes; None for integers."""
-    if not jnp.issubdtype(param.dtype, jnp.inexact):
+def zeros_for(param: jax.Array, is_trained: bool = True) -> jax.Array | None:
+    """Return zeros in float32 to sum the gradients of a parameter in, varying over its axes; None if it has none."""
+    if not is_trained or not jnp.issubdtype(param.dtype, jnp.inexact):
         return None
     return mark_varying(jnp.zeros(param.shape, jnp.float32), sorted(jax.typeof(param).mat.varying))
 
@@ -94,7 +94,7 @@ def _accumulate(sums: jax.Array, grad: jax.Array, place: tuple[jax.Array | int, 
 
 
 def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
-    """Return the sums with gradients added at a position; None stays None (integer parameters have no gradient)."""
+    """Return the sums with gradients added at a position; None stays None, where there is no gradient."""
 
     def one(own: jax.Array | None, grad: Any) -> jax.Array | None:
         return None if own is None else _accumulate(own, grad, place)

@@ -94,7 +94,8 @@ def tangent_of_loss(tangents: Any, grads: Any) -> jax.Array:
     """Return the tangent of the loss: the sum of gradient times tangent over all leaves, float32 []."""
 
     def one(tangent: Any, grad: Any) -> Any:
-        return 0.0 if _is_zero(tangent) else jnp.sum(grad * tangent.astype(jnp.float32))
+        # A frozen parameter has no gradient.
+        return 0.0 if grad is None or _is_zero(tangent) else jnp.sum(grad * tangent.astype(jnp.float32))
 
     return jax.tree.reduce(jnp.add, jax.tree.map(one, tangents, grads), jnp.float32(0))
 

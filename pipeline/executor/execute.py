@@ -109,8 +109,10 @@ def _end_actions(state: LoopState) -> LoopState:
     """
     if not is_nvidia() or state.grads is None:
         return state
-    # The smallest sum of gradients stands for the action that writes them.
+    # The smallest sum of gradients stands for the action that writes them. Frozen stages have none.
     sums, structure = jax.tree.flatten(state.grads.stages)
+    if not sums:
+        return state
     place = min(range(len(sums)), key=lambda number: sums[number].size)
     # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
     leaves = jax.tree.leaves((state.activations, state.gradients, sums[place]))

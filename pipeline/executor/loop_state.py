@@ -80,7 +80,7 @@ class LoopState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Grads:
-    """Sums of gradients in float32; None for whole numbers, and for what is not differentiated.
+    """Sums of gradients in float32; None for whole numbers, frozen parameters, and what is not differentiated.
 
     stages: by kind, leaves [C, k, ...] as params.stages.
     shared: as params.shared.

@@ -10,11 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Var
 
 from ...meshes import ScheduleError
 from ...meshes.device_axes import mark_varying
+from .backward.equations import depending_on
 from .backward.float32_grads import without_rounding
-from .buffers import empty_buffer
+from .backward.open_calls import open_calls
+from .backward.traced_vjp import split_floats
+from .buffers import empty_buffer, type_like
 from .functions import Functions
 
 
@@ -82,3 +86,25 @@ def transpose_wide(prepare: Any, own: Any) -> Any:
         return back(jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, types))
 
     return run
+
+
+def trained_after(prepare: Callable[[Any], Any], own: Any, trained: Any) -> Any:
+    """Return which of the prepared parameters have gradients, those made of one that is true in the tree `trained`."""
+    closed, made = jax.make_jaxpr(prepare, return_shape=True)(own)
+    jaxpr = open_calls(closed, (own,), barriers="drop").jaxpr
+    pairs = zip(jaxpr.invars, jax.tree.leaves(trained), strict=True)
+    found = depending_on(jaxpr.eqns, [v for v, is_trained in pairs if is_trained])
+    return jax.tree.unflatten(jax.tree.structure(made), [isinstance(v, Var) and v in found for v in jaxpr.outvars])
+
+
+def transpose_trained(prepare: Callable[[Any], Any], own: Any, trained: Any) -> Any:
+    """Return `transpose_wide` of what prepare makes of the trained parameters; None for gradients of the others."""
+    if trained is None or all(jax.tree.leaves(trained)):
+        return transpose_wide(prepare, own)
+    # Prepare is linear, so what it adds of frozen parameters has no part in gradients.
+    frozen = jax.tree.map(lambda leaf: empty_buffer(type_like(leaf)), own)
+    after = trained_after(prepare, own, trained)
+    floats, _ = split_floats(own, trained)
+    _, merge = split_floats(frozen, trained)
+    back = transpose_wide(lambda floats: split_floats(prepare(merge(floats)), after)[0], floats)
+    return lambda grads: merge(back(jax.tree.leaves(grads)), others="none")

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from ...meshes.device_axes import mark_varying
+from ..model.frozen import trained_mask
 from ..model.pattern import stage_pattern
 from ..model.protocol import Given, Output
 from ..model.stage import PipelineParams
 from .backward.residuals import LayerVjp, plan_layer
 from .backward.split_backward import SplitBackward
-from .backward.traced_vjp import pull_back
+from .backward.traced_vjp import pull_back, split_floats
 from .buffers import empty_buffer, floats_of, read, zeros_for
 from .functions import Functions
 from .layers import Index, LayerStack
@@ -42,6 +43,7 @@ class RankModel:
     gathers: the gather of one layer's parameters, by kind, None where they are whole.
     microbatches, at_ends: the batch, as layers and as the ends are given it.
     wants_batch: whether gradients of the batch are asked for too.
+    trained, trained_shared: trees of bools, whether a parameter of the layers, by kind, or of the ends has gradients.
     """
 
     functions: Functions
@@ -53,6 +55,8 @@ class RankModel:
     microbatches: Microbatches
     at_ends: Microbatches
     wants_batch: bool
+    trained: dict[str, Any]
+    trained_shared: Any
 
     @property
     def pipe(self) -> str:
@@ -117,7 +121,8 @@ class RankModel:
 
     def first_grads(self, given: Given, dx: list[jax.Array]) -> tuple[Any, Any]:
         """Return gradients of (shared, microbatch) through `first`, given those of its output."""
-        grads = pull_back(self.functions.first, self.shared, given.at(-1), dx, wants_batch=self.wants_batch)
+        wanted: dict[str, Any] = {"wants_batch": self.wants_batch, "trained": self.trained_shared}
+        grads = pull_back(self.functions.first, self.shared, given.at(-1), dx, **wanted)
         return grads[0], self._once(grads[1])
 
     def run_last(self, y: Any, given: Given) -> Output:
@@ -126,16 +131,17 @@ class RankModel:
 
     def last_and_grads(self, y: Any, given: Given) -> tuple[Output, tuple[Any, Any], list[jax.Array]]:
         """Return the result of `last`, its gradients of (shared, microbatch), and dy of the floating-point leaves."""
+        floats, merge = split_floats(self.shared, self.trained_shared)
 
         # Differentiated at once, so nothing of the head waits for a backward turn. Gradients of integers are float0.
-        def loss_of(shared: Any, y: Any, microbatch: Any) -> tuple[Any, Output]:
-            out = self.functions.last(shared, y, replace(given.at(-2), microbatch=microbatch))
+        def loss_of(floats: list[Any], y: Any, microbatch: Any) -> tuple[Any, Output]:
+            out = self.functions.last(merge(floats), y, replace(given.at(-2), microbatch=microbatch))
             return out.loss, out
 
         wanted = (0, 1, 2) if self.wants_batch else (0, 1)
-        grads, out = jax.grad(loss_of, argnums=wanted, has_aux=True, allow_int=True)(self.shared, y, given.microbatch)
+        grads, out = jax.grad(loss_of, argnums=wanted, has_aux=True, allow_int=True)(floats, y, given.microbatch)
         d_shared, dy, *d_batch = grads
-        return out, (d_shared, self._once(d_batch[0]) if d_batch else None), floats_of(dy)
+        return out, (merge(d_shared, others="none"), self._once(d_batch[0]) if d_batch else None), floats_of(dy)
 
     def _once(self, d_batch: Any) -> Any:
         """Return gradients of a microbatch on one rank and zeros on the others, where all ranks have the same."""
@@ -187,8 +193,8 @@ class RankModel:
     def zero_grads(self) -> Grads:
         """Return sums of zero for the gradients."""
         return Grads(
-            stages=jax.tree.map(zeros_for, self.unprepared),
-            shared=jax.tree.map(zeros_for, self.shared),
+            stages=jax.tree.map(zeros_for, self.unprepared, self.trained),
+            shared=jax.tree.map(zeros_for, self.shared, self.trained_shared),
             batch=jax.tree.map(zeros_for, self.microbatches.batch) if self.wants_batch else None,
         )
 
@@ -207,6 +213,7 @@ class RankModel:
                 unprepared=read(self.unprepared[kind], 0, 0),
                 gather=self.gathers[kind],
                 wants_batch=self.wants_batch,
+                trained=self.trained[kind],
             )
 
         return {kind: plan(kind) for kind in self.functions.layers}
@@ -241,6 +248,7 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
     shared = _mark(params.shared, (*functions.end_axes, *tokens))
     unprepared = _mark(by_kind(params.stages), (*functions.axes, *tokens))
     at_ends = microbatches_of(functions, inputs)
+    trained = trained_mask(functions.fns.frozen, params)
     return RankModel(
         functions=functions,
         unprepared=unprepared,
@@ -251,4 +259,6 @@ def rank_model(functions: Functions, params: PipelineParams, inputs: Inputs, *, 
         microbatches=at_ends.marked(functions.axes),
         at_ends=at_ends,
         wants_batch=wants_batch,
+        trained=by_kind(trained.stages),
+        trained_shared=trained.shared,
     )

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ...schedules import Kind, Schedule
 from ..lowering.lower import lower
 from ..lowering.tables import Ends, Offload
+from ..model.frozen import keep_trained, trained_mask
 from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
 from ..model.trees import mesh_axes_of, on_mesh
@@ -78,7 +79,7 @@ class Region:
                 loss=P(),
                 metrics=P(),
                 stats=of_layers,
-                grads=of_params if self.wants == "grads" else P(),
+                grads=keep_trained(of_params, self._trained(params)) if self.wants == "grads" else P(),
                 batch_grads=of_batch if self.wants_batch else P(),
             ),
         )(params, inputs)
@@ -112,11 +113,12 @@ class Region:
         self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], summed: tuple[str, ...]
     ) -> tuple[PipelineParams, Any]:
         """Sum gradients over the devices that have a part of them: once a step."""
-        stages = fill_integers(self.fns.one_or_by_kind(grads.stages), params.stages)
-        of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, params.shared))
+        trained = keep_trained(params, self._trained(params))
+        stages = fill_integers(self.fns.one_or_by_kind(grads.stages), trained.stages)
+        of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, trained.shared))
         # Where the ends ran together, their gradients are summed over pipe already.
         over = {"pipe": () if self.fns.ends_together else pipe, "summed": summed}
-        of_params = sum_once(self.fns, of_params, **over, tokens=self._split_axes(self.fns.token_axes))
+        of_params = sum_once(self.fns, of_params, params=params, **over, tokens=self._split_axes(self.fns.token_axes))
         of_params = replace(of_params, stages=_restore(of_params.stages))
         if not self.wants_batch:
             return of_params, None
@@ -127,6 +129,9 @@ class Region:
 
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
+
+    def _trained(self, params: PipelineParams) -> Any:
+        return trained_mask(self.fns.frozen, params)
 
     def _split_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if self.mesh.shape.get(axis, 1) > 1)

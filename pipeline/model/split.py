@@ -21,6 +21,7 @@ from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_di
 from ...layers.block import rematerialize
 from ...layers.context.places import Places
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
+from ...layers.lora.check_config import ADAPTERS
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -126,7 +127,17 @@ def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...],
     blocks = stages_from_layers(
         params["blocks"], layers_per_stage=counts, pattern=layer_pattern(config), placement=where, **sizes
     )
-    return PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    made = PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    return _cast_frozen(config.dtype, made) if config.lora_rank else made
+
+
+def _cast_frozen(dtype: str, params: PipelineParams) -> PipelineParams:
+    """Return parameters with frozen kernels and tables in the compute dtype: no update needs more digits."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) in _SHARDED else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh) -> StageFns:
@@ -159,7 +170,13 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
         layers_per_stage=counts if pattern or len(set(counts)) > 1 else None,
         num_layers=sum(counts),
         prepare=prepares if pattern else prepares[""],
+        frozen=is_frozen if config.lora_rank else None,
     )
+
+
+def is_frozen(name: str) -> bool:
+    """Return whether a parameter of a model with adapters is frozen, all but those of adapters."""
+    return name.rpartition(".")[2] not in ADAPTERS
 
 
 def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
@@ -207,7 +224,7 @@ def _cast_kernels(dtype: str, params: Any) -> Any:
     """Return parameters with kernels in the compute dtype. Norms compute in float32, and all else is small."""
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if getattr(path[-1], "key", None) == "kernel" else leaf
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) in ("kernel", *ADAPTERS) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -80,6 +80,8 @@ class StageFns:
         prepare: a linear function from the parameters of one layer to those that `layer` is given, run once a step for
             all layers, for instance a cast. Gradients come back through its transpose and are summed in float32.
         unroll: "on" to write the layers of a stage out one after another, "off" to loop over them.
+        frozen: whether a parameter is frozen, by its name, `stages.up.kernel` or `shared.table`: its gradient is None,
+            and nothing is computed or kept for it.
 
     Raises:
         ScheduleError: a function is not callable, a count is not a count, or `unroll` is not one of the choices.
@@ -101,6 +103,7 @@ class StageFns:
     axes: MeshAxes = DEFAULT_AXES
     prepare: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any] | None] | None = None
     unroll: Unroll = "off"
+    frozen: Callable[[str], bool] | None = None
 
     def by_kind(self, value: Any) -> dict[str, Any]:
         """Return what is given for each kind of layer, by kind; a single kind has the name ""."""
@@ -136,6 +139,11 @@ class StageFns:
                         f"{name} of StageFns is a {type(function).__name__}, not a function.",
                         fix="give what is called: StageFns(first=..., layer=..., last=...).",
                     )
+        if self.frozen is not None and not callable(self.frozen):
+            raise ScheduleError(
+                f"frozen of StageFns is a {type(self.frozen).__name__}, not a function.",
+                fix='give a function of the name of a parameter: frozen=lambda name: "lora" not in name.',
+            )
         if self.layers_per_stage is not None:
             check_counts(self.layers_per_stage)
         if self.num_layers is not None:

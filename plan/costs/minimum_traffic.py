@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ...layers import ModelConfig, Remat
+from ...layers import ModelConfig, Remat, param_counts
 from ...layers.attention_counts import attention_widths
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes import MeshSpec, PlanError
@@ -172,6 +172,11 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
+    if adapters := param_counts(sizes.model).adapters:
+        # At least: one of the two matrices of each is whole over tensor, and sent by all of its ranks.
+        own, num_layers = adapters / sizes.model.num_layers / mesh.tensor, sum(n for _, n in sizes.kinds_of(rank))
+        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own, over=sizes.shards)
+        return
     for kind, num_layers in sizes.kinds_of(rank):
         # Experts are summed over data alone, all else over expert too.
         experts = expert_matrices(kind, **split)
@@ -229,7 +234,8 @@ def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
 def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
-    table, whole = vocabulary_params(model, tensor=mesh.tensor)
+    # Frozen tables have no gradients.
+    table, whole = (0, 0) if model.lora_rank else vocabulary_params(model, tensor=mesh.tensor)
     pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
@@ -246,7 +252,8 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     yield _sum_whole(sizes, whole, *_SUMMED)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
-    yield pipe, 4 * runs * sizes.boundary / mesh.tensor
+    # A frozen embedding needs no dx.
+    yield pipe, (3 if model.lora_rank else 4) * runs * sizes.boundary / mesh.tensor
     gather = 0.0 if sizes.is_sequence_parallel else (mesh.tensor - 1) / mesh.tensor
     yield tensor, runs * sizes.boundary * (2 * _all_reduce(mesh.tensor) + 2 * gather)
     yield f"{pipe}+{tensor}" if mesh.tensor > 1 else pipe, loss * _all_reduce(mesh.pipe * mesh.tensor)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -199,6 +199,7 @@ def pipeline_step(
     bubbles: Literal["zeros", "nan"] = "zeros",
     batch: dict[str, np.ndarray] | None = None,
     context: Literal["gather", "ulysses"] = "gather",
+    frozen: Callable[[str], bool] | None = None,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
@@ -213,6 +214,7 @@ def pipeline_step(
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
+    model = replace(model, fns=replace(model.fns, frozen=frozen or model.fns.frozen))
     run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
 
     axes = {"over": spec.roles.batch, "context": spec.roles.context}

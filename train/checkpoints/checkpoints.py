@@ -9,6 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...configs.run_config import RunConfig
+from ...hub.adapters import without_adapters
+from ...hub.model_folder import load_params
+from ...hub.peft.read import base_of
 from ...hub.run_params import arrays_from_params, params_from_arrays, require_same_arrays
 from ...hub.saves.reader import Arrays, Damaged, SaveReader, Shapes
 from ...hub.saves.seal import PARAMS, SEAL_FILE, Seal
@@ -116,7 +119,7 @@ class Checkpoints:
 
         def choose(seal: Seal) -> Shapes:
             accept(seal)
-            shapes = order.shapes
+            shapes = order.saved
             if seal.has_params_alone:
                 shapes = {path: leaf for path, leaf in shapes.items() if path.startswith(PARAMS)}
             require_same_arrays(seal, shapes, folder=self.folder / seal.step)
@@ -129,7 +132,7 @@ class Checkpoints:
             params = params_from_arrays(arrays, like=as_model(order.params))
             state = setup.state_of(order.to_params(as_pipeline(params)))
         else:
-            state = order.to_state(arrays)
+            state = order.to_state({**arrays, **_read_base(setup)})
         if (step := int(state.step)) != seal.step:
             # A folder renamed to a later step would outlive all saves of this run, and every start would resume there.
             raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")
@@ -153,6 +156,14 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._store.__exit__(kind, error, traceback)
+
+
+def _read_base(setup: Setup) -> Arrays:
+    """Return the frozen weights by the paths under which a save would hold them; {} where all are trained."""
+    if not setup.config.model.lora_rank:
+        return {}
+    shapes = without_adapters(as_model(layer_order(setup).params))
+    return arrays_from_params(load_params(base_of(setup.config.train.init_from), shapes))
 
 
 def _check_place(seal: Seal) -> str:

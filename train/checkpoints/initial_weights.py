@@ -6,11 +6,19 @@ Parameters of a model are a tree {"embed", "blocks", "head"} as in a `Transforme
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
 from ...configs.run_config import RunConfig
+from ...hub.adapters import adapters_of, join_adapters, without_adapters, without_lora
 from ...hub.config import model_differences
 from ...hub.model_folder import load_params, read_model_config
+from ...hub.peft.read import base_of, is_peft_folder, open_adapters, read_adapters
 from ...hub.read import open_weights
 from ...hub.run_params import is_run_folder
+from ...layers import Transformer
+from ...layers.lora.check_config import lora_scale, lora_targets
 from ...meshes import ConfigError
 from ...meshes.processes.messages import text_of_first
 from ..run_folder import Start
@@ -46,6 +54,12 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
         TrellaxError: there are no weights, or they are of another model; all keys that differ are listed.
     """
     source, config = setup.config.train.init_from, setup.config
+    if config.model.lora_rank and not source:
+        raise ConfigError(
+            f"model.lora_rank={config.model.lora_rank} trains adapters of weights that stay as they are, and "
+            "train.init_from does not say which.",
+            fix="set train.init_from to a Hugging Face or run folder, or model.lora_rank=0.",
+        )
     # Process 0 decides, as at the start of a run, even if another process sees another folder by mistake.
     is_empty = text_of_first("empty" if Checkpoints(config.run_folder).folder.is_empty else "") if source else ""
     if not source or (start == "resume" and not is_empty):
@@ -57,8 +71,8 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
             "\n  ".join([f"train.init_from={source!r} holds another model than this config has:", *lines]),
             fix="set these keys as they are there.",
         )
-    if not is_run_folder(source):
-        open_weights(source, weight_shapes(setup))
+    if not is_run_folder(source) and not is_peft_folder(source):
+        open_weights(source, without_adapters(weight_shapes(setup)))
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -70,4 +84,38 @@ def initial_state(setup: Setup) -> TrainState:
     source = setup.config.train.init_from
     if not source:
         return setup.init_state()
-    return setup.state_of(params_in_stages(setup, as_pipeline(load_params(source, weight_shapes(setup)))))
+    shapes = weight_shapes(setup)
+    if setup.config.model.lora_rank:
+        params = load_params(base_of(source), without_adapters(shapes))
+        params = join_adapters(params, _first_adapters(setup, shapes))
+    else:
+        params = load_params(source, shapes)
+    return setup.state_of(params_in_stages(setup, as_pipeline(params)))
+
+
+def _first_adapters(setup: Setup, shapes: Any) -> Any:
+    """Return the adapters of a folder of PEFT if the run starts with one, else fresh ones."""
+    source, config = setup.config.train.init_from, setup.config.model
+    if not is_peft_folder(source):
+        return _draw_adapters(setup, adapters_of(shapes))
+    there, adapters = read_adapters(open_adapters(source), without_lora(config), shapes)
+    for name, value in {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}.items():
+        if value(config) != value(there):
+            raise ConfigError(
+                f"train.init_from={source!r} has adapters of {name} {value(there)}, and this config {value(config)}.",
+                fix=f"set model.lora_rank={there.lora_rank}, model.lora_alpha={there.lora_alpha:g} and "
+                f"model.lora_targets={list(lora_targets(there))}.",
+            )
+    return adapters
+
+
+def _draw_adapters(setup: Setup, shapes: Any) -> Any:
+    """Return fresh adapters in layer order, the same on every mesh: the model with them is the model without."""
+
+    def draw(seed: jax.Array) -> Any:
+        model = Transformer(setup.config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        return adapters_of(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    with jax.transfer_guard("allow"):
+        seed = jnp.uint32(setup.config.run.seed)
+        return jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(seed)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ...hub.saves.paths import leaves_by_path
 from ...hub.saves.reader import Arrays
+from ...hub.saves.seal import PARAMS
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes.host_memory import HOST, in_host_memory, is_in_host_memory, to_device, to_host
 from ...meshes.rules import split_first_free_dim
@@ -53,6 +54,15 @@ class LayerOrder:
         return replace(state, opt_state=join_params(moments, state.opt_state))
 
     @cached_property
+    def saved(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of what a save holds: all arrays but frozen parameters, which `train.init_from` has."""
+        return {path: leaf for path, leaf in self.shapes.items() if not self._is_frozen(path)}
+
+    def _is_frozen(self, path: str) -> bool:
+        frozen = self.setup.model.fns.frozen
+        return frozen is not None and path.startswith(PARAMS) and frozen(path.removeprefix(PARAMS))
+
+    @cached_property
     def params(self) -> PipelineParams:
         """Shapes and shardings of the parameters alone, stages [L, ...]."""
         shapes = jax.eval_shape(self._merge_params, self.setup.model.params)
@@ -65,8 +75,12 @@ class LayerOrder:
 
     @cached_property
     def _take(self) -> Any:
-        own = {path: leaf.sharding for path, leaf in self.shapes.items() if not is_in_host_memory(leaf)}
-        return jax.jit(lambda state: leaves_by_path(self._merge(state)), out_shardings=own)
+        own = {path: leaf.sharding for path, leaf in self.saved.items() if not is_in_host_memory(leaf)}
+
+        def take(state: TrainState) -> Arrays:
+            return {path: leaf for path, leaf in leaves_by_path(self._merge(state)).items() if path in own}
+
+        return jax.jit(take, out_shardings=own)
 
     @cached_property
     def _put(self) -> Any:

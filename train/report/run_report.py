@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import jax
 
+from ...layers import param_counts
+from ...layers.lora.check_config import lora_targets
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
 from ...meshes.host_memory import is_in_host_memory
@@ -58,7 +60,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     timing = simulate(setup.schedule, stages=setup.stage_costs)
     return Report(
         mesh=_tell_mesh(setup),
-        parameters=table.draw(width=width),
+        parameters="\n".join([table.draw(width=width), *_tell_adapters(setup)]),
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
@@ -70,6 +72,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
                 for r in table.rows
             ],
             "device_bytes": table.device_bytes,
+            "trained": param_counts(setup.config.model).trained,
             "host_bytes": _host_bytes(setup),
             "stages": stages.numbers if stages else [],
             "ranks_of": ranks_of_ends(setup),
@@ -102,6 +105,16 @@ def _tell_mesh(setup: Setup) -> str:
     if setup.config.train.offload == "residuals":
         found += "\n          residuals whose backward is far off in the memory of the host (train.offload)"
     return found
+
+
+def _tell_adapters(setup: Setup) -> list[str]:
+    """Return a line with the number of parameters that are trained, none where all are."""
+    model = setup.config.model
+    counts, names = param_counts(model), ", ".join(lora_targets(model))
+    if not counts.adapters:
+        return []
+    share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
+    return [f"{share}: adapters of rank {model.lora_rank} on {names}"]
 
 
 def _splits_tokens(setup: Setup) -> bool:

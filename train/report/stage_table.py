@@ -127,8 +127,9 @@ def microbatches_at_peak(schedule: Schedule, *, layers_per_stage: tuple[int, ...
 
 
 def _count_blocks(model: ModelConfig) -> dict[ModelConfig, int]:
-    """Return the number of parameters of one layer of each kind."""
-    return {kind.config: param_counts(kind.config).block for kind in layer_kinds(model)}
+    """Return the number of parameters of one layer of each kind, those of adapters too."""
+    counts = {kind.config: param_counts(kind.config) for kind in layer_kinds(model)}
+    return {kind: own.block + own.adapters // own.num_layers for kind, own in counts.items()}
 
 
 def _count_kept(setup: Setup) -> dict[ModelConfig, int]:
@@ -168,18 +169,20 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
     config, sizes = setup.config.model, setup.sizes
     counts, last = param_counts(config), setup.schedule.num_stages - 1
     table = counts.embedding
+    # Frozen tables are in the compute dtype.
+    table_bytes = setup.model.params.shared["embed"]["table"].dtype.itemsize
     is_untied = config.embeddings == "untied"
     norm = counts.head - (table if is_untied else 0)
     whole = (counts.positions if stage == 0 else 0) + (norm if stage == last else 0)
     if setup.config.pipeline.vocab == "split":
         # Every rank has an equal part of the tables, counted with its first stage.
         part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
-        return whole + part, _PARAM_BYTES * (whole + part // sizes.tensor)
+        return whole + part, _PARAM_BYTES * whole + table_bytes * (part // sizes.tensor)
     own = table if stage == 0 or (stage == last and is_untied) else 0
     # A tied table is one parameter, but takes memory at the last stage as well, unless one rank holds both ends.
     is_shared = not is_untied and setup.placement.rank_of(0) == setup.placement.rank_of(last)
     used = table if stage == 0 or (stage == last and not is_shared) else 0
-    return whole + own, _PARAM_BYTES * (whole + used // sizes.tensor)
+    return whole + own, _PARAM_BYTES * whole + table_bytes * (used // sizes.tensor)
 
 
 def ranks_of_ends(setup: Setup) -> dict[str, list[int]]:

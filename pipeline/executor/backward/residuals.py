@@ -32,7 +32,7 @@ from jax.extend.core import JaxprEqn, Var
 from ....meshes.device_axes import mark_varying
 from ...model.protocol import Given, Output
 from ..buffers import floats_of, type_of
-from ..prepare import transpose_wide
+from ..prepare import trained_after, transpose_trained
 from ..split_weights.sharded import LayerGather
 from .equations import depending_on, keeps_numbers, needed, read_by, run
 from .traced_vjp import TracedVjp, trace_vjp
@@ -95,6 +95,7 @@ def plan_layer(
     unprepared: Any = None,
     gather: LayerGather | None = None,
     wants_batch: bool = False,
+    trained: Any = None,
 ) -> LayerVjp:
     """Return the forward and backward of layer(params, x, given) -> Output, with residuals chosen.
 
@@ -105,8 +106,10 @@ def plan_layer(
         unprepared: the parameters of one layer, where `prepare` or `gather` is given.
         gather: makes `params` whole where this device keeps a part; gradients are those of the part then, summed.
         wants_batch: whether the backward also returns the gradient of the microbatch.
+        trained: a tree of bools like the parameters of one layer, without those of `prepare`; all if left out.
     """
-    traced = trace_vjp(layer, params, x, given, floats_of(x), wants_batch=wants_batch)
+    own = trained if prepare is None or trained is None else trained_after(prepare, unprepared, trained)
+    traced = trace_vjp(layer, params, x, given, floats_of(x), wants_batch=wants_batch, trained=own)
     # A gradient may be a forward value itself, such as x, and then no backward equation reads it.
     read = read_by(traced.backward) | dict.fromkeys(v for v in traced.grads if isinstance(v, Var))
     dependent = depending_on(traced.forward, traced.x)
@@ -120,16 +123,16 @@ def plan_layer(
         copies=copies,
         forward_eqns=needed(traced.forward, [*traced.out, *residuals], acts=True),
         again_eqns=needed(traced.forward, [v for v in read if v not in dependent]),
-        unprepare=_unprepare(prepare, unprepared, gather),
+        unprepare=_unprepare(prepare, unprepared, gather, trained),
     )
 
 
 def _unprepare(
-    prepare: Callable[[Any], Any] | None, unprepared: Any, gather: LayerGather | None
+    prepare: Callable[[Any], Any] | None, unprepared: Any, gather: LayerGather | None, trained: Any
 ) -> Callable[[Any], Any]:
     """Return the map from gradients of a layer's whole, prepared parameters to those of the parameters as kept."""
     whole = unprepared if gather is None else gather.gather_kept(unprepared)
-    back = (lambda grads: grads) if prepare is None else transpose_wide(prepare, whole)
+    back = (lambda grads: grads) if prepare is None else transpose_trained(prepare, whole, trained)
     # Summed as float32 parameters, whatever dtype they were sent in.
     return back if gather is None else (lambda grads: gather.scatter(back(grads)))
 

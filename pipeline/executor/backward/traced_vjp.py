@@ -70,17 +70,27 @@ class TracedVjp:
 
 
 def trace_vjp(
-    fn: Callable[[Any, Any, Given], Output], params: Any, x: Any, given: Given, grad: list[Any], *, wants_batch: bool
+    fn: Callable[[Any, Any, Given], Output],
+    params: Any,
+    x: Any,
+    given: Given,
+    grad: list[Any],
+    *,
+    wants_batch: bool,
+    trained: Any = None,
 ) -> TracedVjp:
     """Return the trace of fn(params, x, given) and of its pullback; only the types of the arguments matter.
 
-    What is not floating-point has no gradient: `None` stands in its place. So it does for the microbatch unless
-    `wants_batch`. A loss among the outputs has the gradient 1: it is added to the loss of the step.
+    What is not floating-point has no gradient: `None` stands in its place. So it does for parameters that are false in
+    the tree `trained`, if one is given, and for the microbatch unless `wants_batch`. A loss among the outputs has the
+    gradient 1: it is added to the loss of the step.
     """
     trees: list[Any] = []
+    num_own: list[int] = []
 
     def whole(params: Any, x: Any, given: Given, grad: list[jax.Array]) -> tuple[Any, ...]:
-        mark, out, grads = _run_and_pull_back(fn, (params, x, given), grad, wants_batch=wants_batch)
+        mark, out, grads = _run_and_pull_back(fn, (params, x, given), grad, wants_batch=wants_batch, trained=trained)
+        num_own.append(len(jax.tree.leaves(grads[0][0])))
         (out, out_tree), (grads, grads_tree) = jax.tree.flatten(out), jax.tree.flatten(grads)
         trees.extend((out_tree, grads_tree))
         return mark, out, grads
@@ -99,7 +109,7 @@ def trace_vjp(
     return TracedVjp(
         closed=closed,
         forward=closed.jaxpr.eqns[:position],
-        backward=widen_products(backward, grads[: len(floats_of(params))]),
+        backward=widen_products(backward, grads[: num_own[0]]),
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
         grad=[mark, *closed.jaxpr.invars[len(closed.jaxpr.invars) - len(grad) + 1 :]],
         out=out,
@@ -110,12 +120,17 @@ def trace_vjp(
 
 
 def _run_and_pull_back(
-    fn: Callable[[Any, Any, Given], Output], args: tuple[Any, Any, Given], grad: list[Any], *, wants_batch: bool
+    fn: Callable[[Any, Any, Given], Output],
+    args: tuple[Any, Any, Given],
+    grad: list[Any],
+    *,
+    wants_batch: bool,
+    trained: Any,
 ) -> tuple[jax.Array, Output, Any]:
     """Return the mark that divides forward from backward, fn(*args), and the tree of gradients."""
     params, x, given = args
     parts = (params, x, given.microbatch if wants_batch else ())
-    floats, merge = zip(*map(_split_floats, parts), strict=True)
+    floats, merge = zip(*map(split_floats, parts, (trained, None, None)), strict=True)
 
     def run(*floats: list[Any]) -> tuple[Any, Output]:
         own, x, microbatch = (one(values) for one, values in zip(merge, floats, strict=True))
@@ -130,13 +145,17 @@ def _run_and_pull_back(
     return mark, out, ((merge[0](d_params, others="none"), d_batch), dx)
 
 
-def _split_floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
+def split_floats(tree: Any, trained: Any = None) -> tuple[list[Any], Callable[..., Any]]:
     """Return the leaves that have gradients, and `merge`, which puts such a list back into the tree.
+
+    Those are of floating-point numbers, and true in the tree `trained` if one is given.
 
     merge(floats) fills the other places with the tree's own leaves, merge(floats, others="none") with None.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    wanted = [True] * len(leaves) if trained is None else jax.tree.leaves(trained)
+    pairs = zip(leaves, wanted, strict=True)
+    is_float = [is_its and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf, is_its in pairs]
     floats = [leaf for leaf, is_its in zip(leaves, is_float, strict=True) if is_its]
 
     def merge(floats: list[Any], *, others: Literal["same", "none"] = "same") -> Any:
@@ -150,15 +169,20 @@ def _split_floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
 
 
 def pull_back(
-    fn: Callable[[Any, Given], Any], params: Any, given: Given, grad: list[Any], *, wants_batch: bool
+    fn: Callable[[Any, Given], Any],
+    params: Any,
+    given: Given,
+    grad: list[Any],
+    *,
+    wants_batch: bool,
+    trained: Any = None,
 ) -> tuple[Any, Any]:
     """Return the gradients of (params, microbatch), given that of fn(params, given), with no residuals.
 
     The forward runs again as far as the gradients need it, without its prints.
     """
-    traced = trace_vjp(
-        lambda params, _, given: Output(x=fn(params, given)), params, (), given, grad, wants_batch=wants_batch
-    )
+    wanted: dict[str, Any] = {"wants_batch": wants_batch, "trained": trained}
+    traced = trace_vjp(lambda params, _, given: Output(x=fn(params, given)), params, (), given, grad, **wanted)
     env = traced.env(params, (), given) | dict(zip(traced.grad, grad, strict=True))
     made = {v for eqn in traced.forward for v in eqn.outvars}
     read = [v for eqn in traced.backward for v in eqn.invars if isinstance(v, Var) and v in made]

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ....layers.collectives import gather_weight
+from ...model.frozen import keep_trained, trained_mask
 from ...model.stage import PipelineParams, StageFns
 from ...model.trees import kept_axes, mesh_axes_of, spread_specs
 from .split_dims import Split, splits_after
@@ -39,7 +40,11 @@ class Splits:
     @classmethod
     def of(cls, fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        specs = _specs_of(fns, params)
+        return cls.from_specs(fns, _specs_of(fns, params), summed=summed)
+
+    @classmethod
+    def from_specs(cls, fns: StageFns, specs: PipelineParams, *, summed: Sequence[str]) -> "Splits":
+        """Return the splits that the specs of parameters name, those of stages without [chunks, layers]."""
         return cls(stages=_splits_of(specs.stages, fns, summed), shared=_splits_of(specs.shared, fns, summed))
 
 
@@ -122,14 +127,21 @@ def gather_once(fns: StageFns, params: PipelineParams, *, summed: Sequence[str])
 
 
 def sum_once(
-    fns: StageFns, grads: PipelineParams, *, pipe: Sequence[str], summed: Sequence[str], tokens: Sequence[str]
+    fns: StageFns,
+    grads: PipelineParams,
+    *,
+    params: PipelineParams,
+    pipe: Sequence[str],
+    summed: Sequence[str],
+    tokens: Sequence[str],
 ) -> PipelineParams:
     """Return the gradients summed over the batch axes, and those of the ends over pipe too, in parts as parameters are.
 
     Where tokens are split, what is whole along their axes is summed over those as well. grads.stages [C, k, ...] of
-    what `gather_once` returned.
+    what `gather_once` returned, with None for frozen parameters.
     """
-    splits, specs, stages = Splits.of(fns, grads, summed=summed), _specs_of(fns, grads), grads.stages
+    specs, stages = keep_trained(_specs_of(fns, params), trained_mask(fns.frozen, params)), grads.stages
+    splits = Splits.from_specs(fns, specs, summed=summed)
     if fns.gather == "step":
         stages = scatter(stages, [split.behind(2) for split in splits.stages])
     shared = scatter(grads.shared, splits.shared)
@@ -175,7 +187,7 @@ class LayerGather:
         return gather(params, jax.tree.leaves(self.kept))
 
     def scatter(self, grads: Any) -> Any:
-        """Return this device's part of the gradients of a layer's parameters, summed; None stays, for integers."""
+        """Return this device's part of the gradients of a layer's parameters, summed; None stays."""
         return jax.tree.map(lambda split, grad: grad if grad is None else _scatter(grad, split), self.kept, grads)
 
 

@@ -1,0 +1,1 @@
+"""Adapters in the files of the package `peft`. Start reading at `names.py`."""

@@ -1,0 +1,1 @@
+"""Low-rank adapters on frozen linear layers. Start reading at `adapter.py`."""

@@ -1,0 +1,100 @@
+"""Adapters go out to PEFT's files and come back, and what they add is W + (alpha / r) B A of the files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from trellax.hub import load_model
+from trellax.hub.adapters import adapter_shapes, merge_adapters
+from trellax.hub.config import read_hub_model
+from trellax.hub.peft.read import open_adapters, read_adapters
+from trellax.hub.peft.write import write_adapters
+from trellax.hub.read import read_weights
+from trellax.layers import ModelConfig
+from trellax.meshes import WeightsError
+
+from ..hub import GOLDEN, shapes_of
+
+BASE = GOLDEN / "llama3"
+
+
+def config_with(*targets: str) -> ModelConfig:
+    return replace(read_hub_model(BASE).config, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+
+
+def random_adapters(config: ModelConfig) -> Any:
+    shapes, rng = adapter_shapes(config, shapes_of(BASE)), np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, jnp.float32), shapes)
+
+
+def written(folder: Path, *targets: str) -> tuple[ModelConfig, Any]:
+    config = config_with(*targets)
+    adapters = random_adapters(config)
+    write_adapters(adapters, config, folder, base=str(BASE))
+    return config, adapters
+
+
+@pytest.mark.parametrize("targets", [(), ("query", "down")])
+def test_adapters_come_back_as_they_were(targets: tuple[str, ...], tmp_path: Path) -> None:
+    config, adapters = written(tmp_path / "out", *targets)
+    opened = open_adapters(tmp_path / "out")
+    there, found = read_adapters(opened, read_hub_model(BASE).config, shapes_of(BASE))
+    assert (there.lora_rank, there.lora_alpha) == (config.lora_rank, config.lora_alpha)
+    jax.tree.map(np.testing.assert_array_equal, found, adapters)
+
+
+def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
+    config, adapters = written(tmp_path / "out", "query", "down")
+    base = read_weights(BASE, shapes_of(BASE))
+    kept = jax.tree.map(np.asarray, base)
+    merged = merge_adapters(base, adapters, config=config)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for part, name, module in (("attention", "query", "self_attn.q_proj"), ("mlp", "down", "mlp.down_proj")):
+        for layer in range(config.num_layers):
+            a, b = (tensors[f"base_model.model.model.layers.{layer}.{module}.lora_{m}.weight"] for m in "AB")
+            wanted = kept["blocks"][part][name]["kernel"][layer].T + 6 / 3 * b @ a
+            np.testing.assert_allclose(merged["blocks"][part][name]["kernel"][layer].T, wanted, atol=1e-6)
+    assert np.array_equal(merged["blocks"]["mlp"]["up"]["kernel"], kept["blocks"]["mlp"]["up"]["kernel"])
+
+
+def test_folder_of_peft_is_read_as_the_merged_model(tmp_path: Path) -> None:
+    config, adapters = written(tmp_path / "out")
+    merged = merge_adapters(read_weights(BASE, shapes_of(BASE)), adapters, config=config)
+    found: Any = load_model(tmp_path / "out")
+    kernel = found.blocks.mlp.up.kernel[...]
+    assert np.array_equal(kernel, merged["blocks"]["mlp"]["up"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"r": 0}, "r=0, not a whole number above 0"),
+        ({"base_model_name_or_path": "org/model"}, "'org/model', and there is no such folder"),
+    ],
+)
+def test_config_that_is_not_supported_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    written(tmp_path / "out")
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(WeightsError, match=message):
+        open_adapters(tmp_path / "out")
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    written(tmp_path / "out", "query")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = tensors.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
+    save_file(tensors | {"more": first}, file)
+    with pytest.raises(WeightsError) as caught:
+        read_adapters(open_adapters(tmp_path / "out"), read_hub_model(BASE).config, shapes_of(BASE))
+    assert "more is no adapter of a layer of this model" in str(caught.value)
+    assert "layers.1.self_attn.q_proj.lora_A.weight is missing" in str(caught.value)

@@ -1,0 +1,55 @@
+"""Compare with the package peft, where it is installed: it loads our adapters and we load its, with equal logits."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trellax.hub import load_model
+
+from ..hub import GOLDEN
+from .test_adapters import BASE, written
+
+peft = pytest.importorskip("peft", reason="needs peft, torch and transformers")
+torch = pytest.importorskip("torch", reason="needs peft, torch and transformers")
+transformers = pytest.importorskip("transformers", reason="needs peft, torch and transformers")
+
+# What other people's libraries warn of is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 2e-4
+"""As in test_transformers.py."""
+
+
+def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens)).logits.numpy()
+
+
+def tokens_of() -> np.ndarray:
+    return np.arange(24)[None] ** 2 % 61
+
+
+@pytest.mark.parametrize("targets", [(), ("query", "value")])
+def test_peft_loads_our_adapters_with_the_same_logits(targets: tuple[str, ...], tmp_path: Path) -> None:
+    written(tmp_path / "out", *targets)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    plain = logits_of(base, tokens_of())
+    there = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval(), tokens_of())
+    here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
+    assert np.abs(there - plain).max() > 10 * TOLERANCE
+    assert np.abs(there - here).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_we_load_adapters_of_peft_with_the_same_logits(name: str, use_rslora: bool, tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+    modules = ["c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj", "down_proj"]
+    options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False, "use_rslora": use_rslora}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "out")
+    here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
+    assert np.abs(logits_of(model.eval(), tokens_of()) - here).max() < TOLERANCE

@@ -1,0 +1,86 @@
+"""A layer with an adapter is y = x W + (alpha / r) (x A) B, on one device and split by the compiler."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from trellax.layers import ColumnLinear, ModelConfig, RowLinear, Transformer, flops_per_token, param_counts
+from trellax.layers.lora.check_config import Lora
+from trellax.layers.partitioning import place_model
+from trellax.meshes import MeshSpec, ModelError, build_mesh
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
+LLAMA: dict[str, Any] = SIZES | {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off"}
+
+
+@pytest.mark.parametrize("kind", [ColumnLinear, RowLinear])
+def test_adapter_adds_a_scaled_product_of_low_rank(kind: Any) -> None:
+    layer = kind(16, 24, dim="ffn", rngs=nnx.Rngs(0), std=0.3, lora=Lora(rank=3, scale=2.0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    plain = x @ layer.kernel[...]
+    np.testing.assert_allclose(layer(x), plain, atol=1e-6)
+    layer.lora_b[...] = jax.random.normal(jax.random.key(2), (3, 24))
+    np.testing.assert_allclose(layer(x), plain + 2.0 * x @ layer.lora_a[...] @ layer.lora_b[...], atol=1e-5)
+
+
+def test_kernel_of_a_layer_with_an_adapter_has_no_gradient() -> None:
+    layer = ColumnLinear(16, 24, dim="ffn", rngs=nnx.Rngs(0), lora=Lora(rank=3, scale=2.0))
+    grads = nnx.grad(lambda layer: layer(jnp.ones((1, 2, 16))).sum())(layer)
+    assert not grads["kernel"][...].any()
+    assert grads["lora_b"][...].any()
+
+
+@pytest.mark.parametrize("targets", [(), ("query", "down")])
+def test_model_with_adapters_is_the_same_split_by_the_compiler(targets: tuple[str, ...]) -> None:
+    config = ModelConfig(**LLAMA, lora_rank=4, lora_targets=targets)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    nnx.update(
+        model, jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state)
+    )
+    tokens = jnp.arange(24).reshape(2, 12) % 64
+    wanted = np.asarray(model(tokens))
+    mesh = build_mesh(MeshSpec(data=2, tensor=2), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = nnx.jit(lambda model, tokens: model(tokens))(place_model(model, mesh=mesh), tokens)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("targets", [(), ("key", "gate")])
+def test_counts_are_those_of_the_parameters(targets: tuple[str, ...]) -> None:
+    config = ModelConfig(**LLAMA, lora_rank=4, lora_targets=targets)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param))
+    )
+    counts = param_counts(config)
+    assert sum(leaf.size for _, leaf in leaves) == counts.total
+    assert sum(leaf.size for path, leaf in leaves if path[-1].key.startswith("lora")) == counts.trained
+
+
+def test_frozen_weights_have_one_product_in_the_backward() -> None:
+    own, plain = (flops_per_token(ModelConfig(**LLAMA, lora_rank=r), num_tokens=16) for r in (1, 0))
+    adapters = own.weights - plain.weights
+    assert own.training == 2 * plain.weights + 3 * plain.scores + 3 * adapters
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_rank": -1}, "lora_rank=-1 is negative"),
+        ({"lora_alpha": 4.0}, "lora_rank=0: the model has no adapters"),
+        ({"lora_rank": 2, "lora_targets": ("qurey",)}, "Did you mean 'query'"),
+        ({"lora_rank": 2, "lora_targets": ["query"]}, "is not a tuple of names"),
+        ({"lora_rank": 2, "lora_targets": ("gate",), "mlp": "gelu"}, "mlp='gelu' has none"),
+        ({"lora_rank": 2, "num_experts": 4, "experts_per_token": 2}, "no adapters for a mixture of experts"),
+        (
+            {"lora_rank": 2, "latent_size": 8, "rope_head_size": 4, "num_kv_heads": 4},
+            "no adapters for attention from latent vectors",
+        ),
+    ],
+)
+def test_fields_that_do_not_agree_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        ModelConfig(**(LLAMA | fields))

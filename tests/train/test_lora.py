@@ -1,0 +1,102 @@
+"""A run with adapters trains and saves those alone, on any mesh, and is read as the model that they are merged into."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from trellax.configs import RunConfig
+from trellax.hub import load_model
+from trellax.hub.config import read_hub_model
+from trellax.hub.run_params import run_saves
+from trellax.hub.saves.reader import SaveReader
+from trellax.layers import Transformer, param_counts
+from trellax.meshes import ConfigError
+from trellax.pipeline import natural_order
+from trellax.train import Checkpoints, train
+from trellax.train.checkpoints.initial_weights import check_initial_weights, initial_state
+from trellax.train.metrics import read_metrics
+
+from ..hub.hub import GOLDEN
+from .checkpoints.test_initial_weights import are_equal, run_of, setup_of, text
+
+__all__ = ["text"]
+
+SOURCE = GOLDEN / "llama3"
+LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0}
+
+
+def lora_run(text: Path, *, name: str = "run", mesh: str = "data=8", steps: int = 2, **train: Any) -> RunConfig:
+    sections = {"train": {"init_from": str(SOURCE), "steps": steps, "batch_size": 16} | train}
+    sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05, "min_lr_ratio": 1.0}}
+    return run_of(replace(read_hub_model(SOURCE).config, **LORA), text, mesh=mesh, **sections)
+
+
+def test_optimizer_state_and_saves_are_those_of_adapters(text: Path) -> None:
+    config = lora_run(text)
+    setup = setup_of(config)
+    check_initial_weights(setup)
+    state, counts = initial_state(setup), param_counts(config.model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == counts.total
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.nbytes for leaf in moments) == 2 * 4 * counts.adapters
+    train(config)
+    seal = SaveReader(folder=run_saves(config.run_folder)).require_newest()
+    saved = {path: np.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith("params.")}
+    assert sum(saved.values()) == counts.trained == counts.adapters
+    assert all(path.endswith(("lora_a", "lora_b")) for path in saved)
+
+
+@pytest.mark.parametrize("more", [{}, {"shard": "layer"}], ids=["whole", "layers gathered"])
+def test_run_resumes_on_another_mesh_with_the_same_losses(more: dict[str, Any], text: Path) -> None:
+    one, cut = lora_run(text, name="one", steps=4), lora_run(text, name="cut", steps=2)
+    train(one)
+    train(cut)
+    went_on = lora_run(text, name="cut", mesh="data=2,tensor=2,pipe=2", steps=4, **more)
+    train(went_on, changes="accept")
+    losses = [read_metrics(config.run_folder)[-1]["val_loss"] for config in (one, went_on)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_model_of_the_run_has_its_adapters_merged(text: Path) -> None:
+    config = lora_run(text)
+    train(config)
+    with Checkpoints(config.run_folder) as checkpoints:
+        state = checkpoints.restore(setup := setup_of(config))
+    fresh = initial_state(setup)
+    assert are_equal(state.params.shared, fresh.params.shared)
+    own, merged = load_model(SOURCE), load_model(config.run_folder)
+    assert merged.config == own.config
+    tokens = jnp.arange(12)[None] % 61
+    assert jnp.abs(merged(tokens) - own(tokens)).max() > 1e-2
+    unmerged = _unmerged(config, state)
+    np.testing.assert_allclose(merged(tokens), unmerged(tokens), atol=2e-5)
+
+
+def _unmerged(config: RunConfig, state: Any) -> Any:
+    """Return the model whose adapters are products of their own."""
+    model = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    nnx.update(model, {"blocks": natural_order(state.params.stages), **state.params.shared})
+    return model
+
+
+def test_adapters_without_weights_are_refused(text: Path) -> None:
+    config = lora_run(text, init_from="")
+    with pytest.raises(ConfigError, match=r"train\.init_from does not say which"):
+        check_initial_weights(setup_of(config))
+
+
+def test_frozen_weights_are_kept_in_the_compute_dtype(text: Path) -> None:
+    config = lora_run(text)
+    config = config.model_copy(update={"model": replace(config.model, dtype="bfloat16")})
+    state = initial_state(setup_of(config))
+    kernel = state.params.stages["mlp"]["up"]
+    assert {name: leaf.dtype.name for name, leaf in kernel.items()} == {
+        "kernel": "bfloat16",
+        "lora_a": "float32",
+        "lora_b": "float32",
+    }
