@@ -51,8 +51,8 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
-    own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return ModelConfig(**own)
+    targets = values.get("lora_targets")
+    return ModelConfig(**{**values, **({"lora_targets": tuple(targets)} if isinstance(targets, list) else {})})
 
 
 def check_model_keys(seal: Seal, *, folder: Path) -> None:

@@ -15,7 +15,6 @@ from ..layers.experts.balance import move_biases
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import compiler_options, pipeline_grads, pipeline_loss
-from ..pipeline.model.frozen import merge_trained
 from ..plan.costs.device_params import block_matrices
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
@@ -77,15 +76,12 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
             # Parts are clipped by the norm of all gradients.
             norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
             optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
-            held = {"opt_state": state.opt_state, "params": setup.trained(state.params)}
-            trained, opt_state = update(optimizer, grads=grads, **held, good=good)
-            params = merge_trained(trained, state.params)
+            held = {"opt_state": state.opt_state, "params": state.params}
+            params, opt_state = update(optimizer, grads=grads, **held, good=good)
         if (model := setup.config.model).router_bias == "on":
             # Those of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
             (tokens,) = jax.tree.leaves(out.stats)
-            params = replace(
-                params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
-            )
+            params = replace(params, stages=move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good))
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
