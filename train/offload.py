@@ -60,7 +60,8 @@ def apply_update(
     updates, new_state = optimizer.update(grads, opt_state, trained)
     # A select, not a product with 0: where the step is bad, NaN * 0 would still be NaN.
     trained = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), trained, updates)
-    return merge_trained(trained, params), jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, opt_state)
+    opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, opt_state)
+    return merge_trained(trained, params), opt_state
 
 
 def zero_moments(shapes: Any) -> Any:
