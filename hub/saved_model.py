@@ -51,8 +51,10 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
-    targets = values.get("lora_targets")
-    return ModelConfig(**{**values, **({"lora_targets": tuple(targets)} if isinstance(targets, list) else {})})
+    own = dict(values)
+    if isinstance(own.get("lora_targets"), list):
+        own["lora_targets"] = tuple(own["lora_targets"])
+    return ModelConfig(**own)
 
 
 def check_model_keys(seal: Seal, *, folder: Path) -> None:
