@@ -51,7 +51,9 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
-    own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    own = dict(values)
+    if isinstance(own.get("lora_targets"), list):
+        own["lora_targets"] = tuple(own["lora_targets"])
     return ModelConfig(**own)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from ..meshes.host_memory import to_device, to_host
 from ..pipeline import PipelineParams
+from ..pipeline.model.frozen import keep_trained, merge_trained
 from ..plan.costs.memory_model import UPDATE_PARTS
 
 _LAYERS = 2
@@ -50,11 +51,17 @@ def update_by_parts(
 def apply_update(
     optimizer: Any, *, grads: PipelineParams, opt_state: Any, params: PipelineParams, good: jax.Array
 ) -> tuple[PipelineParams, Any]:
-    """Return updated parameters and optimizer state; both unchanged where `good`, bool[], is false."""
-    updates, new_state = optimizer.update(grads, opt_state, params)
+    """Return updated parameters and optimizer state; both unchanged where `good`, bool[], is false.
+
+    Frozen parameters, whose gradient is None, are unknown to the optimizer and stay as they are.
+    """
+    is_trained = jax.tree.map(lambda grad: grad is not None, grads, is_leaf=lambda grad: grad is None)
+    trained = keep_trained(params, is_trained)
+    updates, new_state = optimizer.update(grads, opt_state, trained)
     # A select, not a product with 0: where the step is bad, NaN * 0 would still be NaN.
-    params = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), params, updates)
-    return params, jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, opt_state)
+    trained = jax.tree.map(lambda p, u: jnp.where(good, p + u, p), trained, updates)
+    opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, opt_state)
+    return merge_trained(trained, params), opt_state
 
 
 def zero_moments(shapes: Any) -> Any:

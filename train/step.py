@@ -16,7 +16,6 @@ from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
-from ..pipeline.model.frozen import merge_trained
 from ..plan.costs.device_params import block_matrices
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
@@ -77,9 +76,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
             # Parts are clipped by the norm of all gradients.
             norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
             optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
-            held = {"opt_state": state.opt_state, "params": setup.trained(state.params)}
-            trained, opt_state = update(optimizer, grads=grads, **held, good=good)
-        params = _move_biases(setup, merge_trained(trained, state.params), out.stats, good=good)
+            held = {"opt_state": state.opt_state, "params": state.params}
+            params, opt_state = update(optimizer, grads=grads, **held, good=good)
+        params = _move_biases(setup, params, out.stats, good=good)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)

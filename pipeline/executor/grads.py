@@ -84,8 +84,7 @@ def pipeline_grads(
 
     params.stages [chunks, ranks@pipe, layers, ...]; params.shared replicated over pipe, or as `fns.shared_specs` says;
     batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
-    -> loss [], gradients in float32, sharded as the parameters; those of integers are zeros of their own dtype, and
-    those of frozen parameters None.
+    -> loss [], gradients in float32, sharded as the parameters; integers have zeros, frozen parameters None.
 
     Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. Where `fns.shared_specs` split
     over pipe, also four all-reduces of an activation over it a microbatch. With pipe=1 microbatches run one after

@@ -214,9 +214,8 @@ def pipeline_step(
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
-    model = replace(model, fns=replace(model.fns, frozen=frozen or model.fns.frozen))
-    run = partial(pipeline_grads, model.fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
-
+    fns = replace(model.fns, frozen=frozen or model.fns.frozen)
+    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
     axes = {"over": spec.roles.batch, "context": spec.roles.context}
     given = batch or masked_batch(num_sequences)
     cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)

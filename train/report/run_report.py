@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -60,17 +61,14 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     timing = simulate(setup.schedule, stages=setup.stage_costs)
     return Report(
         mesh=_tell_mesh(setup),
-        parameters="\n".join([table.draw(width=width), *_tell_adapters(setup)]),
+        parameters=f"{table.draw(width=width)}{_tell_adapters(setup)}",
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
             "mesh": str(setup.sizes),
             "split": {"tokens": _splits_tokens(setup), "shard": setup.config.train.shard},
             "devices": setup.mesh.devices.size,
-            "parameters": [
-                {"name": r.name, "shape": r.shape, "bytes": r.total_bytes, "device_bytes": r.device_bytes}
-                for r in table.rows
-            ],
+            "parameters": [_row_numbers(row) for row in table.rows],
             "device_bytes": table.device_bytes,
             "trained": param_counts(setup.config.model).trained,
             "host_bytes": _host_bytes(setup),
@@ -81,6 +79,10 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
             "peak_in_flight": list(timing.peak_in_flight),
         },
     )
+
+
+def _row_numbers(row: Any) -> dict[str, object]:
+    return {"name": row.name, "shape": row.shape, "bytes": row.total_bytes, "device_bytes": row.device_bytes}
 
 
 def _tell_mesh(setup: Setup) -> str:
@@ -107,14 +109,14 @@ def _tell_mesh(setup: Setup) -> str:
     return found
 
 
-def _tell_adapters(setup: Setup) -> list[str]:
-    """Return a line with the number of parameters that are trained, none where all are."""
+def _tell_adapters(setup: Setup) -> str:
+    """Return a line with the number of parameters that are trained, "" where all are."""
     model = setup.config.model
     counts, names = param_counts(model), ", ".join(lora_targets(model))
     if not counts.adapters:
-        return []
+        return ""
     share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
-    return [f"{share}: adapters of rank {model.lora_rank} on {names}"]
+    return f"\n{share}: adapters of rank {model.lora_rank} on {names}"
 
 
 def _splits_tokens(setup: Setup) -> bool:

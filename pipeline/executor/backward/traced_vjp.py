@@ -85,22 +85,10 @@ def trace_vjp(
     the tree `trained`, if one is given, and for the microbatch unless `wants_batch`. A loss among the outputs has the
     gradient 1: it is added to the loss of the step.
     """
-    trees: list[Any] = []
-    num_own: list[int] = []
-
-    def whole(params: Any, x: Any, given: Given, grad: list[jax.Array]) -> tuple[Any, ...]:
-        mark, out, grads = _run_and_pull_back(fn, (params, x, given), grad, wants_batch=wants_batch, trained=trained)
-        num_own.append(len(jax.tree.leaves(grads[0][0])))
-        (out, out_tree), (grads, grads_tree) = jax.tree.flatten(out), jax.tree.flatten(grads)
-        trees.extend((out_tree, grads_tree))
-        return mark, out, grads
-
-    closed = jax.make_jaxpr(whole)(*(example := (params, x, given, grad)))
-    if any(is_half(v.aval.dtype) for v in closed.jaxpr.outvars[1 + trees[0].num_leaves :]):
-        # Products inside calls, such as `jax.checkpoint`, are to be found.
-        closed = open_calls(closed, example, barriers="keep")
+    example = (params, x, given, grad)
+    closed, (out_tree, grads_tree) = _trace_whole(fn, example, wants_batch=wants_batch, trained=trained)
     mark, *rest = closed.jaxpr.outvars
-    out, grads = rest[: trees[0].num_leaves], rest[trees[0].num_leaves :]
+    out, grads = rest[: out_tree.num_leaves], rest[out_tree.num_leaves :]
     # The barrier's equation divides the list; it belongs to neither part, since `run` is given a value for `mark`.
     position = next(index for index, eqn in enumerate(closed.jaxpr.eqns) if mark in eqn.outvars)
     num_params = len(jax.tree.leaves(params))
@@ -109,14 +97,31 @@ def trace_vjp(
     return TracedVjp(
         closed=closed,
         forward=closed.jaxpr.eqns[:position],
-        backward=widen_products(backward, grads[: num_own[0]]),
+        backward=widen_products(backward, grads[: len(split_floats(params, trained)[0])]),
         x=closed.jaxpr.invars[num_params : num_params + len(jax.tree.leaves(x))],
         grad=[mark, *closed.jaxpr.invars[len(closed.jaxpr.invars) - len(grad) + 1 :]],
         out=out,
-        out_tree=trees[0],
+        out_tree=out_tree,
         grads=grads,
-        grads_tree=trees[1],
+        grads_tree=grads_tree,
     )
+
+
+def _trace_whole(fn: Any, example: Any, *, wants_batch: bool, trained: Any) -> tuple[ClosedJaxpr, list[Any]]:
+    """Return the jaxpr of (mark, fn(params, x, given), gradients), and the trees of the last two."""
+    trees: list[Any] = []
+
+    def whole(params: Any, x: Any, given: Given, grad: list[jax.Array]) -> tuple[Any, ...]:
+        mark, out, grads = _run_and_pull_back(fn, (params, x, given), grad, wants_batch=wants_batch, trained=trained)
+        (out, out_tree), (grads, grads_tree) = jax.tree.flatten(out), jax.tree.flatten(grads)
+        trees.extend((out_tree, grads_tree))
+        return mark, out, grads
+
+    closed = jax.make_jaxpr(whole)(*example)
+    if any(is_half(v.aval.dtype) for v in closed.jaxpr.outvars[1 + trees[0].num_leaves :]):
+        # Products inside calls, such as `jax.checkpoint`, are to be found.
+        closed = open_calls(closed, example, barriers="keep")
+    return closed, trees
 
 
 def _run_and_pull_back(
