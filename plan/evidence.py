@@ -16,13 +16,14 @@ _DATA = Path(__file__).with_name("evidence.toml")
 _KIN = {
     "h200": "h100",
     "h100-pcie": "h100",
+    "h100-96gb": "h100",
     "gh200": "h100",
     "gb300": "gb200",
     "b300": "b200",
     "a100-40gb": "a100",
     "a100-pcie": "a100",
 }
-"""Accelerators without published rows, each with the relative whose rows are the nearest."""
+"""Accelerators with few published rows or none, each with the relative whose rows are the nearest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,17 @@ def find_evidence(accelerator: Accelerator, *, kind: str, matmuls: str) -> Evide
         kind: "train", or anything else for serving.
         matmuls: `model.matmuls` of the config.
     """
-    key = _KIN.get(accelerator.key, accelerator.key)
     wanted = ("train" if kind == "train" else "serve", "bfloat16" if matmuls == "plain" else matmuls)
-    found = [one for one in _sources() if key in one["accelerators"] and (one["kind"], one["matmuls"]) == wanted]
-    if not found:
-        return None
+    alike = [one for one in _sources() if (one["kind"], one["matmuls"]) == wanted]
+    for key in (accelerator.key, _KIN.get(accelerator.key, "")):
+        found = [one for one in alike if key in one["accelerators"]]
+        if found:
+            return _sum_up(found, key=key, is_kin=key != accelerator.key)
+    return None
+
+
+def _sum_up(found: list[dict[str, Any]], *, key: str, is_kin: bool) -> Evidence:
+    """Return the mean error of the rows of all sources."""
     rows = sum(one["rows"] for one in found)
     return Evidence(
         error=sum(one["error"] * one["rows"] for one in found) / rows,
@@ -75,7 +82,7 @@ def find_evidence(accelerator: Accelerator, *, kind: str, matmuls: str) -> Evide
         sources=tuple(one["name"] for one in found),
         date=max(one["date"] for one in found),
         accelerator=key,
-        is_kin=key != accelerator.key,
+        is_kin=is_kin,
     )
 
 

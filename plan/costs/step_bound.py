@@ -69,9 +69,9 @@ class StepBounds:
         """Return the time of the layers of every stage."""
         key = (*_key_of_layer(layout), layout.num_stages)
         if key not in self._stages:
-            times = self.layer_times(layout)
-            sums = {own: sum_times((times[kind], count) for kind, count in own) for own in self._kinds_of(layout)}
-            self._stages[key] = tuple(sums[own] for own in self._kinds_of(layout))
+            times, kinds = self.layer_times(layout), self._kinds_of(layout)
+            sums = {own: sum_times((times[kind], count) for kind, count in own) for own in set(kinds)}
+            self._stages[key] = tuple(sums[own] for own in kinds)
         return self._stages[key]
 
     def _kinds_of(self, layout: Layout) -> tuple[KindCounts, ...]:
@@ -115,7 +115,7 @@ class StepBounds:
         layers = self._layers_of_first(layout)
         mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
         rounds = layout.microbatches if layout.zero == 3 or layout.fsdp > 1 else 1
-        key = (*mesh, layout.zero, layout.offload, rounds, layers, ends)
+        key = (*mesh, layout.zero, layout.offload, rounds, ends, *(count for _, count in layers))
         if key not in self._updates:
             sizes = {"layout": layout, "topology": self.topology, "layers": layers, "ends": ends}
             self._updates[key] = update_time(self.model, runtime=self.runtime, **sizes)
