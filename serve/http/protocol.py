@@ -19,7 +19,8 @@ from .errors import HttpError
 MAX_STOPS = 16
 """Most stop strings of a request; OpenAI takes 4."""
 
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_IGNORED |= {"prompt_cache_retention", "parallel_tool_calls"}
 """Fields that change no answer."""
 
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -41,6 +42,11 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Fields that the server does not have, and their values that change nothing, besides null."""
 
 
+# Else a body of a million wrong items makes a million errors, each with its text.
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
 class _Strict(BaseModel):
     """A model that takes no value of another type and no unknown field."""
 
@@ -59,7 +65,7 @@ class AnswerSettings(_Strict):
 
     model: str
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -120,14 +126,17 @@ class AnswerSettings(_Strict):
         """Whether the last chunk of a stream tells the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-
-Tokens = list[Annotated[int, Field(ge=0, lt=2**31)]]
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        return self
 
 
 class CompletionRequest(AnswerSettings):
     """The body of /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | list[str] | Tokens | list[Tokens]
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
@@ -156,9 +165,15 @@ class Message(_Strict):
     """A message of a chat; a content of several parts is joined."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
     tool_call_id: str | None = None
+    # Clients send an answer back as they got it.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[None], Field(max_length=0)] | None = None
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates expect it."""
@@ -171,7 +186,7 @@ class Message(_Strict):
 class ChatRequest(AnswerSettings):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -231,10 +246,17 @@ def _explain(error: pydantic.ValidationError) -> HttpError:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         path = ".".join(map(str, first["loc"]))
-        return HttpError(f"{shown(path)} is an unknown field.", fix="leave it out, or check its spelling.", param=path)
+        return HttpError(
+            f"{shown(path)} is an unknown field.",
+            fix="leave it out, or check its spelling.",
+            param=path,
+            code="unknown_parameter",
+        )
     if first["type"] == "missing":
         path = ".".join(map(str, first["loc"]))
-        return HttpError(f"the field {shown(path)} is missing.", fix=f"send {path}.", param=path)
+        return HttpError(
+            f"the field {shown(path)} is missing.", fix=f"send {path}.", param=path, code="missing_required_parameter"
+        )
     whys = dict.fromkeys(
         problem["msg"] for problem in problems if str(problem["loc"][0] if problem["loc"] else "") == name
     )

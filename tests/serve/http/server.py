@@ -16,8 +16,8 @@ from trellax.hub.model_folder import ModelSource
 from trellax.meshes import DataError
 from trellax.serve import Engine, Request
 from trellax.serve.async_engine import AsyncEngine
-from trellax.serve.http.app import build_app
 from trellax.serve.http.chat_template import ChatTemplate
+from trellax.serve.http.run import uvicorn_config
 from trellax.serve.http.service import Service
 
 from ..models import answer_of, mesh_of, model_of, params_on
@@ -110,9 +110,9 @@ def running(*, max_waiting: int = 64, **settings: Any) -> Iterator[Server]:
     engine = AsyncEngine(shared_engine(), max_waiting=max_waiting)
     own: dict[str, Any] = {"name": NAME, "engine": engine, "source": source, "template": TEMPLATE}
     service = Service(**(own | settings))
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(service), port=0, lifespan="off", log_level="warning", access_log=False)
-    )
+    config = uvicorn_config(service)
+    config.port = 0
+    server = uvicorn.Server(config)
     is_up = threading.Event()
 
     async def serve() -> None:
