@@ -6,11 +6,11 @@ default; a field that changes no answer is ignored; any other field is a mistake
 """
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ...meshes.errors import shown
 from ..requests import MOST_LOGPROBS
@@ -89,6 +89,13 @@ class AnswerSettings(_Strict):
             raise ValueError("a stop string is empty")
         return stop
 
+    @field_validator("stream_options", mode="after")
+    @classmethod
+    def _check_stream_options(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("stream_options needs stream to be true")
+        return options
+
     @field_validator("logit_bias", mode="after")
     @classmethod
     def _check_biases(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
@@ -125,12 +132,6 @@ class AnswerSettings(_Strict):
     def has_usage_chunk(self) -> bool:
         """Whether the last chunk of a stream tells the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if self.stream_options and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
-        return self
 
 
 class CompletionRequest(AnswerSettings):
@@ -191,11 +192,12 @@ class ChatRequest(AnswerSettings):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
-    @model_validator(mode="after")
-    def _check_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
+    @field_validator("top_logprobs", mode="after")
+    @classmethod
+    def _check_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count and not info.data.get("logprobs"):
             raise ValueError("top_logprobs needs logprobs to be true")
-        return self
+        return count
 
     @property
     def num_logprobs(self) -> int | None:
@@ -258,7 +260,9 @@ def _explain(error: pydantic.ValidationError) -> HttpError:
             f"the field {shown(path)} is missing.", fix=f"send {path}.", param=path, code="missing_required_parameter"
         )
     whys = dict.fromkeys(
-        problem["msg"] for problem in problems if str(problem["loc"][0] if problem["loc"] else "") == name
+        problem["msg"].removeprefix("Value error, ")
+        for problem in problems
+        if str(problem["loc"][0] if problem["loc"] else "") == name
     )
     return HttpError(f"{name}={shown(first['input'])}: {'; or '.join(whys)}.", fix=f"correct {name}.", param=name)
 
