@@ -42,9 +42,11 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Fields that the server does not have, and their values that change nothing, besides null."""
 
 
+_MAX_PROMPTS, _MAX_FIELDS = 4096, 64
+
 # Else a body of a million wrong items makes a million errors, each with its text.
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(max_length=_MAX_PROMPTS, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -137,7 +139,7 @@ class AnswerSettings(_Strict):
 class CompletionRequest(AnswerSettings):
     """The body of /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(max_length=_MAX_PROMPTS, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
@@ -221,6 +223,8 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
         raise HttpError(f"the body is not JSON: {error}.", fix="send one JSON object in UTF-8.") from None
     if not isinstance(values, dict):
         raise HttpError(f"the body is {_kind(values)}, not a JSON object.", fix='send {"model": ..., ...}.')
+    if len(values) > _MAX_FIELDS:
+        raise HttpError(f"the body has {len(values)} fields, and there are fewer.", fix="send fewer fields.")
     try:
         return kind.model_validate(_drop_defaults(values))
     except pydantic.ValidationError as error:
