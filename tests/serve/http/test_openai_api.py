@@ -86,8 +86,9 @@ def test_answer_has_the_shape_of_the_api(server: Server, case: dict[str, Any]) -
         assert [p for event in events for p in problems(event, API["shapes"][case["shape"]])] == []
         check_stream(events, body, case)
         return
-    for _ in range(case.get("asks", 1)):
-        status, answer = server.ask(path, body)
+    for _ in range(case.get("asks", 1) - 1):
+        server.ask(path, body)
+    status, answer = server.ask(path, body)
     assert status == case.get("status", 200), answer
     assert problems(answer, API["shapes"][case["shape"]]) == []
     check_values(answer, case.get("values", {}))
