@@ -4,6 +4,7 @@ Read `tokenized_text.py` for whole documents, and `text_stream.py` for text that
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -132,24 +133,29 @@ def _read_tokenizer(file: Path, *, is_named: bool) -> bytes | None:
     return read_file(real.parent, real.name, max_bytes=MAX_TOKENIZER_BYTES, error=DataError)
 
 
+_redirecting = threading.Lock()
+
+
 @contextmanager
 def _quiet_panics() -> Iterator[None]:
     """Redirect stderr while the library runs, since its panics print stack traces there.
 
-    Keep it short: stderr is that of the process, so other threads are silenced too.
+    Keep it short: stderr is that of the process, so other threads are silenced too. One at a time: a second thread
+    would keep the first one's redirected stderr, and restore it for good.
     """
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is no stderr
-        yield
-        return
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    with _redirecting:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no stderr
+            yield
+            return
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _try_out(tokenizer: Any) -> None:

@@ -25,7 +25,8 @@ from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
 class TokenStream:
     """The answer to one request, an async iterator of its tokens; `finish_reason` is None until it has ended.
 
-    `logprobs` has an entry for each token that has arrived, if the request wants them.
+    `logprobs` has an entry for each token that has arrived, if the request wants them; with the first token comes
+    `num_shared`, the number of tokens of the prompt that were in the cache.
 
     Raises:
         ServeError: while iterating: logits are not finite, or the engine has stopped.
@@ -35,6 +36,7 @@ class TokenStream:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []
+        self.num_shared = 0
         self.error: ServeError | None = None
         self._send = send
         self._tokens: deque[int] = deque()
@@ -71,6 +73,7 @@ class TokenStream:
         if self.finish_reason is None:
             self._tokens += update.tokens
             self.logprobs += update.logprobs
+            self.num_shared = update.num_shared
             self.finish_reason, self.error = update.reason, update.error
             self._changed.set()
 
@@ -88,6 +91,7 @@ class StreamUpdate:
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_shared: int = 0
     reason: FinishReason | None = None
     error: ServeError | None = None
 
@@ -106,6 +110,7 @@ class _Progress:
         return StreamUpdate(
             tokens=tuple(own.tokens[first:]),
             logprobs=tuple(own.logprobs[first:]),
+            num_shared=own.num_shared,
             reason=own.finish_reason,
             error=problem if own.finish_reason == "error" else None,
         )

@@ -115,13 +115,14 @@ class Job:
 
     Args:
         kind: "text" for /v1/completions, "chat" for /v1/chat/completions.
-        num_prompt_tokens: tokens of all prompts, each counted once.
+        choices: those of the first prompt, then those of the next.
+        prompt_lengths: tokens of each prompt.
     """
 
     kind: Literal["text", "chat"]
     model: str
     choices: list[Choice]
-    num_prompt_tokens: int
+    prompt_lengths: list[int]
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -166,14 +167,22 @@ class Job:
         if with_usage:
             yield envelope | {"choices": [], "usage": self.usage()}
 
-    def usage(self) -> dict[str, int]:
-        """Return the numbers of tokens so far."""
+    def usage(self) -> dict[str, Any]:
+        """Return the numbers of tokens so far; each prompt counts once, whatever n is."""
+        prompt = sum(self.prompt_lengths)
         answer = sum(choice.num_tokens for choice in self.choices)
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": prompt,
             "completion_tokens": answer,
-            "total_tokens": self.num_prompt_tokens + answer,
+            "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": self._count_cached()},
         }
+
+    def _count_cached(self) -> int:
+        """Count tokens of prompts that were in the cache; one choice of a prompt may share what another has read."""
+        n = len(self.choices) // len(self.prompt_lengths)
+        firsts = range(0, len(self.choices), n)
+        return sum(min(choice.stream.num_shared for choice in self.choices[first : first + n]) for first in firsts)
 
     def _envelope(self, name: str) -> dict[str, Any]:
         prefix = "cmpl" if self.kind == "text" else "chatcmpl"

@@ -4,7 +4,9 @@ Every refusal is JSON with a sentence. An answer whose client has left is cancel
 next one. Read `protocol.py` for the fields, `service.py` for what becomes of them, and `run.py` for the process.
 """
 
+import contextlib
 import hmac
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from ...meshes import TrellaxError
 from .answers import Job
 from .errors import HttpError
 from .protocol import AnswerSettings, ChatRequest, CompletionRequest, parse_body
-from .responses import EventStream, answer_nobody, collect, error_response, read_body, refuse, refuse_path
+from .responses import EventStream, answer_nobody, collect, error_response, fail, read_body, refuse, refuse_path
 from .service import Service
+from .timed_protocol import CONNECTION
 
 _OPEN_PATHS = {"/", "/health"}
 """Paths that need no API key."""
@@ -44,6 +47,7 @@ def build_app(service: Service) -> ASGIApp:
         Route("/v1/chat/completions", own.chat, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {TrellaxError: refuse, HTTPException: refuse_path, ClientDisconnect: answer_nobody}
+    handlers[Exception] = fail
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), service)
 
 
@@ -113,7 +117,7 @@ class _Endpoints:
 
 
 class _Guard:
-    """Check the API key, and count responses, around the application."""
+    """Check the API key, count responses, and give each an id, around the application."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -124,8 +128,13 @@ class _Guard:
             await self._app(scope, receive, send)
             return
 
+        connection = scope.get("state", {}).get(CONNECTION)
+
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if connection:
+                    connection.mark_answered()
+                message["headers"] = [*message["headers"], (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())]
                 # Paths of the application alone: a client may make up any number of others.
                 path = "other" if message["status"] in {401, 404} else scope["path"]
                 path = "/v1/models" if path.startswith("/v1/models/") else path
@@ -133,7 +142,8 @@ class _Guard:
             await send(message)
 
         app = self._app if self._is_allowed(scope) else error_response(_no_key())
-        await app(scope, receive, count)
+        with connection.answering() if connection else contextlib.nullcontext():
+            await app(scope, receive, count)
 
     def _is_allowed(self, scope: Scope) -> bool:
         if self._key is None or scope["path"] in _OPEN_PATHS:

@@ -4,8 +4,6 @@ from typing import Any
 
 from ...meshes import ServeError, TrellaxError
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
 
 class HttpError(ServeError):
     """A request that the server refuses, with the status of its response.
@@ -33,7 +31,7 @@ def error_body(error: TrellaxError) -> dict[str, Any]:
     """Return the JSON of an error; one that is no `HttpError` is a mistake in the request."""
     message = error.problem if error.fix is None else f"{error.problem} Fix: {error.fix}"
     status = status_of(error)
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     own = {"param": error.param, "code": error.code} if isinstance(error, HttpError) else {"param": None, "code": None}
     return {"error": {"message": message, "type": kind, **own}}
 

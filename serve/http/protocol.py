@@ -6,11 +6,11 @@ default; a field that changes no answer is ignored; any other field is a mistake
 """
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ...meshes.errors import shown
 from ..requests import MOST_LOGPROBS
@@ -19,7 +19,8 @@ from .errors import HttpError
 MAX_STOPS = 16
 """Most stop strings of a request; OpenAI takes 4."""
 
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_IGNORED |= {"prompt_cache_retention", "parallel_tool_calls"}
 """Fields that change no answer."""
 
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -41,6 +42,13 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Fields that the server does not have, and their values that change nothing, besides null."""
 
 
+_MAX_PROMPTS, _MAX_FIELDS = 4096, 64
+
+# Else a body of a million wrong items makes a million errors, each with its text.
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(max_length=_MAX_PROMPTS, fail_fast=True)]
+
+
 class _Strict(BaseModel):
     """A model that takes no value of another type and no unknown field."""
 
@@ -59,7 +67,7 @@ class AnswerSettings(_Strict):
 
     model: str
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -82,6 +90,13 @@ class AnswerSettings(_Strict):
         if not all(texts):
             raise ValueError("a stop string is empty")
         return stop
+
+    @field_validator("stream_options", mode="after")
+    @classmethod
+    def _check_stream_options(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("stream_options needs stream to be true")
+        return options
 
     @field_validator("logit_bias", mode="after")
     @classmethod
@@ -121,13 +136,10 @@ class AnswerSettings(_Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-Tokens = list[Annotated[int, Field(ge=0, lt=2**31)]]
-
-
 class CompletionRequest(AnswerSettings):
     """The body of /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | list[str] | Tokens | list[Tokens]
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(max_length=_MAX_PROMPTS, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
@@ -156,9 +168,15 @@ class Message(_Strict):
     """A message of a chat; a content of several parts is joined."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
     tool_call_id: str | None = None
+    # Clients send an answer back as they got it.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[None], Field(max_length=0)] | None = None
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates expect it."""
@@ -171,16 +189,17 @@ class Message(_Strict):
 class ChatRequest(AnswerSettings):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
-    @model_validator(mode="after")
-    def _check_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
+    @field_validator("top_logprobs", mode="after")
+    @classmethod
+    def _check_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count and not info.data.get("logprobs"):
             raise ValueError("top_logprobs needs logprobs to be true")
-        return self
+        return count
 
     @property
     def num_logprobs(self) -> int | None:
@@ -204,6 +223,8 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
         raise HttpError(f"the body is not JSON: {error}.", fix="send one JSON object in UTF-8.") from None
     if not isinstance(values, dict):
         raise HttpError(f"the body is {_kind(values)}, not a JSON object.", fix='send {"model": ..., ...}.')
+    if len(values) > _MAX_FIELDS:
+        raise HttpError(f"the body has {len(values)} fields, and there are fewer.", fix="send fewer fields.")
     try:
         return kind.model_validate(_drop_defaults(values))
     except pydantic.ValidationError as error:
@@ -231,12 +252,21 @@ def _explain(error: pydantic.ValidationError) -> HttpError:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         path = ".".join(map(str, first["loc"]))
-        return HttpError(f"{shown(path)} is an unknown field.", fix="leave it out, or check its spelling.", param=path)
+        return HttpError(
+            f"{shown(path)} is an unknown field.",
+            fix="leave it out, or check its spelling.",
+            param=path,
+            code="unknown_parameter",
+        )
     if first["type"] == "missing":
         path = ".".join(map(str, first["loc"]))
-        return HttpError(f"the field {shown(path)} is missing.", fix=f"send {path}.", param=path)
+        return HttpError(
+            f"the field {shown(path)} is missing.", fix=f"send {path}.", param=path, code="missing_required_parameter"
+        )
     whys = dict.fromkeys(
-        problem["msg"] for problem in problems if str(problem["loc"][0] if problem["loc"] else "") == name
+        problem["msg"].removeprefix("Value error, ")
+        for problem in problems
+        if str(problem["loc"][0] if problem["loc"] else "") == name
     )
     return HttpError(f"{name}={shown(first['input'])}: {'; or '.join(whys)}.", fix=f"correct {name}.", param=name)
 

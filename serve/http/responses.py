@@ -139,6 +139,11 @@ async def refuse_path(request: Request, error: Exception) -> Response:
     return error_response(HttpError(what, fix=fix, status=error.status_code))
 
 
+async def fail(_request: Request, _error: Exception) -> Response:
+    """Answer a request that met a mistake of the server, whose traceback goes to stderr alone."""
+    return error_response(HttpError("the server failed.", fix="report what its stderr says.", status=500))
+
+
 async def answer_nobody(_request: Request, _error: Exception) -> Response:
     """Answer nobody: the client has left."""
     return Response(status_code=499)

@@ -6,6 +6,7 @@ rest.
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +18,7 @@ from ...meshes import ServeError
 from ...meshes.errors import shown
 from .app import build_app
 from .service import Service
+from .timed_protocol import TimedProtocol
 
 _CLOSE_S = 10
 """Most seconds for clients to take the ends of their answers, once all have been decoded."""
@@ -47,8 +49,16 @@ def url_of(bound: socket.socket) -> str:
 
 def run_server(service: Service, bound: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Serve on a bound socket until a signal; `on_ready` is called once requests are answered."""
-    config = uvicorn.Config(
+    asyncio.run(_serve(service, uvicorn.Server(uvicorn_config(service)), bound, on_ready))
+
+
+def uvicorn_config(service: Service) -> uvicorn.Config:
+    """Return the settings of uvicorn: what reaches no application is refused or ended as the rest is."""
+    protocol: Any = functools.partial(TimedProtocol, head_s=service.limits.head_s)
+    return uvicorn.Config(
         build_app(service),
+        http=protocol,
+        ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
@@ -56,7 +66,6 @@ def run_server(service: Service, bound: socket.socket, *, on_ready: Callable[[],
         timeout_keep_alive=10,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    asyncio.run(_serve(service, uvicorn.Server(config), bound, on_ready))
 
 
 async def _serve(service: Service, server: uvicorn.Server, bound: socket.socket, on_ready: Callable[[], None]) -> None:

@@ -28,6 +28,7 @@ class Limits:
 
     Args:
         body_bytes: the longest body.
+        head_s: most seconds in which the headers must arrive, and a client must take a part of the rest of its answer.
         body_s: most seconds in which the body must arrive.
         answer_s: most seconds from a request to the end of its answer.
         choices: most choices of a request, prompts x n.
@@ -37,6 +38,7 @@ class Limits:
     """
 
     body_bytes: int = 4 << 20
+    head_s: float = 10.0
     body_s: float = 30.0
     answer_s: float = 600.0
     choices: int = 64
@@ -44,7 +46,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("body_bytes", "choices"):
             check_count(name, getattr(self, name), error=ServeError)
-        for name in ("body_s", "answer_s"):
+        for name in ("head_s", "body_s", "answer_s"):
             if not getattr(self, name) > 0:
                 raise ServeError(f"{name}={getattr(self, name)} is no time to wait.", fix="give seconds above 0.")
 
@@ -77,10 +79,10 @@ class Service:
         Raises:
             HttpError: the model is unknown, a prompt or a setting does not fit, or there is no room.
         """
-        self._check(body)
-        prompts = [self._encode_prompt(prompt) for prompt in body.prompts]
-        if not prompts:
+        self._check(body, num_prompts=len(body.prompts))
+        if not body.prompts:
             raise HttpError("there is no prompt.", fix="send a text, or a list with one.", param="prompt")
+        prompts = await asyncio.to_thread(lambda: [self._encode_prompt(prompt) for prompt in body.prompts])
         return self._begin("text", body, prompts, max_tokens=body.max_tokens or _COMPLETION_TOKENS)
 
     async def chat(self, body: ChatRequest) -> Job:
@@ -96,15 +98,12 @@ class Service:
                 fix="start the server with --chat-template FILE, or use /v1/completions.",
                 code="no_chat_template",
             )
-        messages = [message.for_template() for message in body.messages]
-        text = await asyncio.to_thread(self.template.render, messages)
-        # The template writes the special tokens itself.
-        prompt = self._encode(text, special="without", param="messages")
+        prompt = await asyncio.to_thread(self._encode_chat, self.template, body)
         room = self.engine.engine.sizes.max_tokens - len(prompt)
         max_tokens = body.max_completion_tokens or body.max_tokens or max(room, 1)
         return self._begin("chat", body, [prompt], max_tokens=max_tokens)
 
-    def _check(self, body: AnswerSettings) -> None:
+    def _check(self, body: AnswerSettings, *, num_prompts: int = 1) -> None:
         if body.model != self.name:
             raise HttpError(
                 f"there is no model {shown(body.model)} here; this server has {shown(self.name)}.",
@@ -113,8 +112,18 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        if self.is_stopping:
-            raise HttpError("the server is stopping.", fix="send the request to another one.", status=503)
+        if (num_choices := num_prompts * (body.n or 1)) > self.limits.choices:
+            raise HttpError(
+                f"prompts x n are {num_choices} answers, and a request has at most {self.limits.choices}.",
+                fix="send several requests.",
+                param="n",
+            )
+
+    def _encode_chat(self, template: ChatTemplate, body: ChatRequest) -> tuple[int, ...]:
+        """Render and encode messages; like all that grows with a prompt on a thread, so that nobody waits for it."""
+        text = template.render([message.for_template() for message in body.messages])
+        # The template writes the special tokens itself.
+        return self._encode(text, special="without", param="messages")
 
     def _encode_prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -142,13 +151,13 @@ class Service:
             )
             for index, request in enumerate(requests)
         ]
-        num_prompt_tokens = sum(map(len, prompts))
-        self.metrics.num_prompt_tokens += num_prompt_tokens
+        lengths = [len(prompt) for prompt in prompts]
+        self.metrics.num_prompt_tokens += sum(lengths)
         return Job(
             kind="chat" if kind == "chat" else "text",
             model=self.name,
             choices=choices,
-            num_prompt_tokens=num_prompt_tokens,
+            prompt_lengths=lengths,
         )
 
     def _requests(self, body: AnswerSettings, prompt: tuple[int, ...], *, kind: str, max_tokens: int) -> list[Request]:
@@ -185,12 +194,9 @@ class Service:
             )
 
     def _check_room(self, num_requests: int) -> None:
-        if num_requests > self.limits.choices:
-            raise HttpError(
-                f"prompts x n are {num_requests} answers, and a request has at most {self.limits.choices}.",
-                fix="send several requests.",
-                param="n",
-            )
+        # Also a server that has begun to stop while a prompt was encoded.
+        if self.is_stopping:
+            raise HttpError("the server is stopping.", fix="send the request to another one.", status=503)
         if self.engine.error:
             raise HttpError(self.engine.error.problem, fix=self.engine.error.fix, status=503)
         if num_requests > self.engine.num_free:

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 
 import uvicorn
 from trellax.hub.model_folder import ModelSource
+from trellax.hub.text_stream import Tokenizer
 from trellax.meshes import DataError
 from trellax.serve import Engine, Request
 from trellax.serve.async_engine import AsyncEngine
-from trellax.serve.http.app import build_app
 from trellax.serve.http.chat_template import ChatTemplate
+from trellax.serve.http.run import uvicorn_config
 from trellax.serve.http.service import Service
 
 from ..models import answer_of, mesh_of, model_of, params_on
@@ -43,6 +45,9 @@ class LetterTokenizer:
         return "".join(LETTERS[one] for one in ids)
 
 
+TOKENIZER = LetterTokenizer()
+
+
 @cache
 def shared_engine() -> Engine:
     """Three slots, so that a few requests fill them; the cache is poisoned with NaN."""
@@ -60,8 +65,18 @@ def text_of(prompt: str, max_tokens: int, *, how: Any = None) -> str:
 class Server:
     """A client of the server at a port."""
 
-    def __init__(self, service: Service, port: int) -> None:
-        self.service, self.port = service, port
+    def __init__(self, service: Service, http: uvicorn.Server) -> None:
+        self.service, self._http = service, http
+        self._listening = http.servers[0].sockets[0]
+        self.port = self._listening.getsockname()[1]
+
+    def num_connections(self) -> int:
+        """Number of connections that are open."""
+        return len(self._http.server_state.connections)
+
+    def shrink_buffers(self) -> None:
+        """Let the system take little of what the next clients do not read."""
+        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def ask(self, path: str, body: Any = None, *, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """Return status and content: GET without a body, POST with one, as JSON unless it is bytes."""
@@ -104,15 +119,15 @@ def slow_tokens() -> Iterator[None]:
 
 
 @contextmanager
-def running(*, max_waiting: int = 64, **settings: Any) -> Iterator[Server]:
+def running(*, max_waiting: int = 64, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Iterator[Server]:
     """Run a server; at the end no slot may be in use."""
-    source = ModelSource(config=CONFIG, tokenizer=LetterTokenizer(), end_ids=(), begin_ids=(7,), read=lambda _: None)
+    source = ModelSource(config=CONFIG, tokenizer=tokenizer, end_ids=(), begin_ids=(7,), read=lambda _: None)
     engine = AsyncEngine(shared_engine(), max_waiting=max_waiting)
     own: dict[str, Any] = {"name": NAME, "engine": engine, "source": source, "template": TEMPLATE}
     service = Service(**(own | settings))
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(service), port=0, lifespan="off", log_level="warning", access_log=False)
-    )
+    config = uvicorn_config(service)
+    config.port = 0
+    server = uvicorn.Server(config)
     is_up = threading.Event()
 
     async def serve() -> None:
@@ -127,7 +142,7 @@ def running(*, max_waiting: int = 64, **settings: Any) -> Iterator[Server]:
     thread.start()
     try:
         assert is_up.wait(30)
-        yield Server(service, server.servers[0].sockets[0].getsockname()[1])
+        yield Server(service, server)
     finally:
         server.should_exit = True
         thread.join(60)
