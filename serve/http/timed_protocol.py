@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from .errors import HttpError, error_body
@@ -36,8 +36,8 @@ class TimedProtocol(asyncio.Protocol):
         *,
         head_s: float,
     ) -> None:
-        own: Any = AutoHTTPProtocol
-        self._inner = own(config, server_state, {**app_state, CONNECTION: self}, _loop)
+        # Not httptools, which bounds no length of headers.
+        self._inner: Any = H11Protocol(config, server_state, {**app_state, CONNECTION: self}, _loop)
         # uvicorn's own answer to what is not HTTP is plain text.
         self._inner.send_400_response = self._refuse
         self._head_s = head_s

@@ -1,9 +1,11 @@
 """Documents become ids of a model's own tokenizer, each with its end; a second run reads the ids that were kept."""
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,12 @@ def test_tokenizer_that_panics_gives_an_error_of_one_sentence(
     with pytest.raises(DataError, match=r"^tokenizer\.json is no tokenizer: "):
         load_tokenizer("tokenizer.json")
     assert capfd.readouterr().err == ""
+
+
+def test_threads_that_decode_at_once_leave_stderr_as_it_was(source: Path) -> None:
+    tokenizer, before = load_tokenizer(source), os.fstat(2)
+    ids = tokenizer.encode(TEXTS[1] * 5)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(tokenizer.decode, [ids] * 200)) == {TEXTS[1] * 5}
+        assert set(map(tuple, pool.map(tokenizer.encode, [TEXTS[1] * 5] * 200))) == {tuple(ids)}
+    assert os.path.samestat(os.fstat(2), before)
