@@ -37,7 +37,7 @@ class TimedProtocol(asyncio.Protocol):
         head_s: float,
     ) -> None:
         # Not httptools, which bounds no length of headers.
-        self._inner: Any = H11Protocol(config, server_state, {**app_state, CONNECTION: self}, _loop)
+        self._inner = H11Protocol(config, server_state, {**app_state, CONNECTION: self}, _loop)
         # uvicorn's own answer to what is not HTTP is plain text.
         self._inner.send_400_response = self._refuse
         self._head_s = head_s
@@ -114,10 +114,10 @@ class TimedProtocol(asyncio.Protocol):
         self._num_unsent = num_unsent
         self._start_timer()
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, msg: str) -> None:
         """Answer what is not HTTP, unless the answer to this request has begun."""
         if not self._has_answered:
-            self._transport.write(_response("400 Bad Request", HttpError(f"the request is not HTTP: {why}")))
+            self._transport.write(_response("400 Bad Request", HttpError(f"the request is not HTTP: {msg}")))
         self._transport.close()
 
 

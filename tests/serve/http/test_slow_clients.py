@@ -99,6 +99,15 @@ def test_an_answer_may_take_longer_than_its_headers(server: Server) -> None:
         assert len(server.events(TEXT, LONG)) > 1
 
 
+def test_requests_sent_at_once_are_answered_one_after_another(server: Server) -> None:
+    with slow_tokens(), connect(server) as client:
+        for body in (GOOD, LONG):
+            send(client, body | {"stream": True})
+        found = read_all(client)
+    assert found.count(b"HTTP/1.1 200 ") == found.count(b"data: [DONE]") == 2
+    assert b" 408 " not in found
+
+
 @pytest.mark.parametrize("content", [b"\r\n\r\nhello\r\n\r\n", b"GET  HTTP\r\n\r\n", b"\x16\x03\x01" + b"\0" * 64])
 def test_what_is_not_http_is_a_400_with_a_sentence(server: Server, content: bytes) -> None:
     with connect(server) as client:
