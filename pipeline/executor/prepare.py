@@ -99,11 +99,12 @@ def trained_after(prepare: Callable[[Any], Any], own: Any, trained: Any) -> Any:
 
 def transpose_trained(prepare: Callable[[Any], Any], own: Any, trained: Any) -> Any:
     """Return `transpose_wide` of what prepare makes of the trained parameters; None for gradients of the others."""
-    if trained is None or all(jax.tree.leaves(trained)):
+    after = True if trained is None else trained_after(prepare, own, trained)
+    # Constants that prepare adds have no gradient either.
+    if trained is None or all(jax.tree.leaves((trained, after))):
         return transpose_wide(prepare, own)
     # Prepare is linear, so what it adds of frozen parameters has no part in gradients.
     frozen = jax.tree.map(lambda leaf: empty_buffer(type_like(leaf)), own)
-    after = trained_after(prepare, own, trained)
     floats, _ = split_floats(own, trained)
     _, merge = split_floats(frozen, trained)
     back = transpose_wide(lambda floats: split_floats(prepare(merge(floats)), after)[0], floats)

@@ -112,9 +112,9 @@ def test_turn_and_both_ends_are_on_one_rank(name: str) -> None:
 
 @pytest.mark.parametrize("name", V_SHAPED)
 def test_sixteen_ranks_and_sixty_four_microbatches_are_built_within_a_second(name: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     build_schedule(name, num_ranks=16, num_microbatches=64, num_chunks=2)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
