@@ -20,6 +20,8 @@ TOKENS_FOLDER = "tokens"
 _BATCH = 256
 """Documents that are tokenized at a time."""
 
+_FIX = "convert it, or set data.tokenizer='bytes'."
+
 
 def tokenize(
     documents: Sequence[tuple[str, bytes]],
@@ -87,17 +89,20 @@ def _check_ids(ids: np.ndarray, tokenizer: ModelTokenizer, vocab_size: int | Non
 
 def _batches(documents: Sequence[tuple[str, bytes]]) -> Iterator[list[str]]:
     for start in range(0, len(documents), _BATCH):
-        yield [_decode(name, text) for name, text in documents[start : start + _BATCH]]
+        yield [decode_text(name, text, fix=_FIX) for name, text in documents[start : start + _BATCH]]
 
 
-def _decode(name: str, text: bytes) -> str:
+def decode_text(name: str, text: bytes, *, fix: str = "convert it.") -> str:
+    """Return a text in UTF-8 as a string.
+
+    Raises:
+        DataError: it is no UTF-8; the message names the text and the first wrong byte, and ends with the fix.
+    """
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: this is no UTF-8 text: {error.reason} at byte {error.start}.",
-            fix="convert it, or set data.tokenizer='bytes'.",
-        ) from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{name}: this is no UTF-8 text: {reason}.", fix=fix) from None
 
 
 def _hash(documents: Sequence[tuple[str, bytes]], tokenizer: ModelTokenizer) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...hub.text_stream import ByteTokenizer, Tokenizer
+from ...hub.tokenized_text import decode_text
 from ...hub.tokenizer import ModelTokenizer
 from ...meshes import DataError
 from ..data.records.damage import Damage
@@ -54,10 +55,7 @@ def tokenize_file(file: Path, tokenizer: Tokenizer, *, field: str, vocab_size: i
 
 
 def _encode(file: Path, texts: list[bytes], tokenizer: ModelTokenizer) -> np.ndarray:
-    try:
-        decoded = [text.decode("utf-8") for text in texts]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: this is no UTF-8 text: {error.reason}.", fix="convert it.") from None
+    decoded = [decode_text(str(file), text) for text in texts]
     ends = [] if tokenizer.special.end_id is None else [tokenizer.special.end_id]
     parts = [np.empty(0, np.int32)]
     for ids in tokenizer.encode_prompts(decoded):

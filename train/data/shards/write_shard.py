@@ -14,13 +14,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from ....hub.tokenized_text import decode_text
 from ....hub.tokenizer import ModelTokenizer, load_tokenizer
-from ....meshes import DataError
 from ....meshes.files.own_file import replace_file, replacing_file
 from ..records.damage import Damage
 from .units import Unit
 
 BYTES = "bytes"
+_FIX = "convert it, or leave --tokenizer out for bytes."
 
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 256
@@ -106,19 +107,9 @@ def _encode(batch: list[tuple[str, bytes]], tokenizer: ModelTokenizer | None, dt
                 yield np.frombuffer(text if text.endswith(b"\n") else text + b"\n", dtype)
         return
     ends = [] if tokenizer.special.end_id is None else [tokenizer.special.end_id]
-    for ids in tokenizer.encode_prompts([_decode(name, text) for name, text in batch]):
+    for ids in tokenizer.encode_prompts([decode_text(name, text, fix=_FIX) for name, text in batch]):
         if found := [*ids, *ends]:
             yield np.array(found, dtype)
-
-
-def _decode(name: str, text: bytes) -> str:
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: this is no UTF-8 text: {error.reason} at byte {error.start}.",
-            fix="convert it, or leave --tokenizer out for bytes.",
-        ) from None
 
 
 def _write_header(file: IO[bytes], dtype: np.dtype, size: int) -> None:
