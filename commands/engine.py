@@ -13,6 +13,7 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
+from ..meshes.processes.messages import is_first
 from ..serve import Engine, Sizes, check_model
 
 _DTYPES = ("float32", "bfloat16")
@@ -54,7 +55,7 @@ def open_served(args: argparse.Namespace) -> tuple[MeshSpec, ModelSource]:
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
     spec, source = resolve_mesh(args.mesh), open_model(args.folder)
-    for warning in source.warnings:
+    for warning in source.warnings if is_first() else ():
         print(f"warning   {warning}", file=sys.stderr)
     return spec, source
 

@@ -1,15 +1,19 @@
-"""Join the processes of a run, and watch them while it trains."""
+"""Join the processes of a run or of a server, and watch them while they work."""
 
 import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from ..configs.changes import Changes
 from ..configs.run_config import RunConfig
 from ..meshes import TrellaxError
 from ..meshes.numbers import whole_number
+from ..meshes.processes.agreement import Facts
 from ..meshes.processes.join import join_processes
 from ..meshes.processes.launchers import find_processes
 from ..train.processes.abort_handler import handle_aborts
@@ -17,9 +21,18 @@ from ..train.processes.run_settings import collect_run_settings
 from ..train.processes.watchdog import ProcessWatchdog
 from ..train.run_folder import Start
 from .arguments.processes import START_S
+from .standard_streams import guarded_stdout
 
 _MARGIN_S = 20
 """Seconds that jax waits longer than the watchdog, whose message names the lost process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """The processes of a command once they have joined: their watch, None for a single one, and this one's stdout."""
+
+    stdout: Any
+    watch: ProcessWatchdog | None = None
 
 
 @contextlib.contextmanager
@@ -31,6 +44,29 @@ def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, chang
         RunError: the processes have different configs, corpora or versions.
         LostProcessError: some did not start within `--start-timeout`.
     """
+    facts = partial(collect_run_settings, config, start=start, changes=changes)
+    with join_others(args, silence_s=config.run.silence_s, facts=facts):
+        yield
+
+
+@contextlib.contextmanager
+def join_others(
+    args: argparse.Namespace,
+    *,
+    silence_s: int,
+    facts: Callable[[], Facts],
+    before_end: Callable[[str], None] = lambda _: None,
+) -> Iterator[Joined]:
+    """Join the other processes that the arguments name, if there are any, and watch them inside the context.
+
+    Args:
+        silence_s: seconds without a heartbeat after which a process counts as lost.
+        facts: returns what must be the same in all processes.
+        before_end: called with the reason before the watch ends this process.
+
+    Raises:
+        MeshError, RunError, LostProcessError: as `join_run`.
+    """
     processes = find_processes(
         coordinator=args.coordinator,
         count=_read_number("--num-processes", args.num_processes),
@@ -38,25 +74,23 @@ def join_run(args: argparse.Namespace, config: RunConfig, *, start: Start, chang
     )
     start_s = _read_number("--start-timeout", args.start_timeout) or START_S
     if processes is None:
-        yield
+        yield Joined(stdout=sys.stdout)
         return
-    silence_s = config.run.silence_s
-    facts = collect_run_settings(config, start=start, changes=changes)
-    watch = ProcessWatchdog(processes, silence_s=silence_s)
-    with _quiet_stdout(), handle_aborts(watch.explain_abort):
-        join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts)
+    watch = ProcessWatchdog(processes, silence_s=silence_s, before_end=before_end)
+    with _quiet_stdout() as stdout, handle_aborts(watch.explain_abort):
+        join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts())
         with watch:
-            yield
+            yield Joined(stdout=stdout, watch=watch)
 
 
 @contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Discard what C++ writes to stdout, where Gloo reports its connections; stdout is for the result."""
+def _quiet_stdout() -> Iterator[Any]:
+    """Discard what C++ writes to stdout, where Gloo reports its connections; yields a stream for results until then."""
     sys.stdout.flush()
     own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
-        yield
+        yield guarded_stdout(own)
     finally:
         os.dup2(own, 1)
         os.close(own)

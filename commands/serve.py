@@ -6,65 +6,118 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
 from ..meshes import MeshSpec, ServeError
+from ..meshes.processes.messages import is_first
 from ..serve import AsyncEngine, Engine, param_shapes
 from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
+from ..serve.processes.channel import StepSender, receive_steps
+from ..serve.processes.follow import follow, ignore_signals
 from ..serve.state import MAX_STOPS
+from ..train.processes.run_settings import collect_program_settings, sample_folder
 from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
+from .processes import join_others
 
 API_KEY = "TRELLAX_API_KEY"
 """Environment variable of the API key, which a command line would show to other users."""
 
 _SLOTS, _MAX_TOKENS = 8, 4096
 
+_SHARED_ARGUMENTS = (
+    "mesh",
+    "fake_devices",
+    "slots",
+    "max_tokens",
+    "cache_tokens",
+    "groups",
+    "chunk",
+    "dtype",
+    "cache_dtype",
+    "silence",
+)
+"""Arguments that all processes of a server must share."""
+
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until a signal, print the URL to stdout once requests are answered, and return the exit code.
 
+    With several processes the first one has the clients, and the others work with it.
+
     Raises:
         TrellaxError: model, mesh, template or address do not fit; no weight is read then.
     """
-    spec, source = open_served(args)
-    source = replace(source, config=apply_dtype(source.config, args))
-    sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
-    check_served(source.config, spec, sizes)
-    template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
-    with bind(args.host, args.port) as bound:
-        service = Service(
-            name=args.name or Path(args.folder).resolve().name,
-            engine=AsyncEngine(_make_engine(source, spec, sizes), max_waiting=args.queue),
-            source=source,
-            template=template,
-            api_key=key,
-            limits=Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout),
-        )
-        run_server(service, bound, on_ready=lambda: _print_ready(args, service, url_of(bound)))
+    served: list[AsyncEngine] = []
+
+    def tell_clients(why: str) -> None:
+        for engine in served:
+            engine.fail(why)
+
+    facts = partial(collect_serve_settings, args)
+    with join_others(args, silence_s=args.silence, facts=facts, before_end=tell_clients) as joined:
+        spec, source = open_served(args)
+        source = replace(source, config=apply_dtype(source.config, args))
+        sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
+        check_served(source.config, spec, sizes)
+        if not is_first():
+            # Process 0 ends the others when it has ended what its clients wait for.
+            with ignore_signals():
+                follow(_make_engine(source, spec, sizes), receive_steps())
+            return 0
+        template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
+        with bind(args.host, args.port) as bound:
+            engine = AsyncEngine(
+                _make_engine(source, spec, sizes),
+                max_waiting=args.queue,
+                others=StepSender() if joined.watch else None,
+                on_failure=joined.watch.fail if joined.watch else None,
+            )
+            served.append(engine)
+            service = Service(
+                name=args.name or Path(args.folder).resolve().name,
+                engine=engine,
+                source=source,
+                template=template,
+                api_key=key,
+                limits=Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout),
+            )
+            run_server(service, bound, on_ready=lambda: _print_ready(args, service, url_of(bound), joined.stdout))
     print("stopped", file=sys.stderr)
     return 0
+
+
+def collect_serve_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Return the settings that all processes of a server must share, by name."""
+    own = {f"--{name.replace('_', '-')}": str(vars(args)[name]) for name in _SHARED_ARGUMENTS}
+    return {**own, **collect_program_settings(), "model": sample_folder(args.folder)}
 
 
 def _make_engine(source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
     mesh, start_s = open_mesh(spec), time.perf_counter()
     params = source.read(param_shapes(source.config, mesh=mesh, axes=spec.roles))
     engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, **sizes)
-    print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
+    if is_first():
+        print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     return engine
 
 
-def _print_ready(args: argparse.Namespace, service: Service, url: str) -> None:
+def _print_ready(args: argparse.Namespace, service: Service, url: str, stdout: Any) -> None:
     if service.template is None:
         print("warning   the model has no chat template, so it only continues texts", file=sys.stderr)
     if service.api_key is None and args.host not in {"127.0.0.1", "localhost", "::1"}:
         print(f"warning   everyone who reaches {args.host} can use the server: set {API_KEY}", file=sys.stderr)
     ready = {"url": url, "api": f"{url}/v1", "model": service.name}
-    print(json.dumps(ready) if args.json else f"{service.name} at {url}/v1, a page to chat at {url}", flush=True)
+    print(
+        json.dumps(ready) if args.json else f"{service.name} at {url}/v1, a page to chat at {url}",
+        file=stdout,
+        flush=True,
+    )
 
 
 def _read_key(args: argparse.Namespace) -> str | None:

@@ -57,6 +57,11 @@ def guarded_outputs() -> Iterator[None]:
             _drop(guards[1])
 
 
+def guarded_stdout(descriptor: int) -> Any:
+    """Return a text stream on a file descriptor, which stays open, that raises `LostOutputError`, as stdout does."""
+    return _ResultStream(os.fdopen(descriptor, "w", errors="backslashreplace", closefd=False))
+
+
 def _drop(stream: Any) -> None:
     """Redirect a stream to /dev/null: Python flushes it at exit, and would print an error and exit with code 120."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

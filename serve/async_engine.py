@@ -19,7 +19,13 @@ from typing import Any, Self
 from ..meshes import ServeError
 from ..meshes.arguments import check_count
 from .engine import Engine
+from .processes.channel import StepSender
+from .processes.events import Event
 from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
+
+
+class EngineStoppedError(ServeError):
+    """The engine has stopped, so this answer will not end and no other can begin."""
 
 
 class TokenStream:
@@ -127,12 +133,22 @@ class AsyncEngine:
 
     Args:
         max_waiting: most requests in the queue, besides those in slots.
+        others: the way to the processes that serve the same model with this one, if there are any.
+        on_failure: what the thread does with an error that ends it; `fail` with its text if left out.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 64,
+        others: StepSender | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
         check_count("max_waiting", max_waiting, error=ServeError, least=0)
-        self.engine, self.max_waiting = engine, max_waiting
-        self.error: ServeError | None = None
+        self.engine, self.max_waiting, self._others = engine, max_waiting, others
+        self._on_failure = on_failure or (lambda error: self.fail(f"{type(error).__name__}: {error}"))
+        self.error: EngineStoppedError | None = None
         self._streams: set[TokenStream] = set()
         self._idle = asyncio.Event()
         self._inbox: list[tuple[str, TokenStream]] = []
@@ -211,8 +227,12 @@ class AsyncEngine:
             if update.reason:
                 self._forget(stream)
 
-    def _stop(self, error: ServeError) -> None:
-        """End all streams after the thread has failed; on the loop."""
+    def fail(self, why: str) -> None:
+        """End all answers with an error, and accept no more; from any thread."""
+        self._call(self._stop, EngineStoppedError(f"the engine has stopped: {why}", fix="restart the server."))
+
+    def _stop(self, error: EngineStoppedError) -> None:
+        """End all streams; on the loop."""
         self.error = error
         self._deliver([(stream, StreamUpdate(reason="error", error=error)) for stream in tuple(self._streams)])
 
@@ -220,13 +240,15 @@ class AsyncEngine:
         """Step the engine while there is work, and sleep while there is none; on the thread."""
         try:
             while (inbox := self._wait_for_work()) is not None:
-                for verb, stream in inbox:
-                    self._obey(verb, stream)
+                events = [event for verb, stream in inbox if (event := self._obey(verb, stream)) is not None]
+                if self._others:
+                    self._others.send(events)
                 self._step()
+            if self._others:
+                self._others.end()
         except BaseException as error:
             # Whatever it is, those who wait must hear of it: this thread has no caller.
-            stopped = ServeError(f"the engine has stopped: {type(error).__name__}: {error}", fix="restart the server.")
-            self._call(self._stop, stopped)
+            self._on_failure(error)
             raise
 
     def _wait_for_work(self) -> list[tuple[str, TokenStream]] | None:
@@ -239,11 +261,15 @@ class AsyncEngine:
             inbox, self._inbox = self._inbox, []
         return inbox
 
-    def _obey(self, verb: str, stream: TokenStream) -> None:
+    def _obey(self, verb: str, stream: TokenStream) -> Event | None:
+        """Submit or cancel a request, and return what other processes must hear."""
         if verb == "submit":
             self._progress[stream] = _Progress(sequence=self.engine.submit(stream.request))
-        elif progress := self._progress.pop(stream, None):
+            return stream.request
+        if progress := self._progress.pop(stream, None):
             self.engine.cancel(progress.sequence)
+            return progress.sequence.id
+        return None
 
     def _step(self) -> None:
         """Run one step, and send the new tokens of every stream."""

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ..layers import ModelConfig
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
+from ..meshes.processes.messages import require_one_program
 from ..pipeline.model.trees import on_mesh
 from .chunks import chunk_shapes
 from .decode import decode
@@ -19,6 +20,7 @@ from .experts import with_room
 from .params import stage_shapes
 from .penalties import PromptPart, note_prompt
 from .prefill import prefill
+from .processes.place import with_placed_inputs
 from .slots import SlotInputs, input_shapes, part_shapes
 from .stacks import LayerLoop
 from .stage import Stage, block_specs
@@ -82,7 +84,8 @@ def _compile_note(seen: Any, part: PromptPart, mesh: Mesh, axes: tuple[str, ...]
         out_specs=specs[0],
         axis_names=set(mesh.axis_names),
     )
-    return jax.jit(mapped, donate_argnums=0, out_shardings=seen.sharding).lower(seen, part).compile()
+    jitted = jax.jit(mapped, donate_argnums=0, out_shardings=seen.sharding)
+    return _finish("counting of prompts", jitted.lower(seen, part), mesh, (seen, part))
 
 
 def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
@@ -93,5 +96,15 @@ def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], token
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=specs, out_specs=(specs[1], tokens_spec), axis_names=set(mesh.axis_names)
     )
-    jitted = jax.jit(mapped, donate_argnums=1, out_shardings=(placed, NamedSharding(mesh, tokens_spec)))
-    return jitted.lower(*shapes).compile()
+    # Every process must be able to read the tokens.
+    chosen = NamedSharding(mesh, P() if mesh.is_multi_process else tokens_spec)
+    jitted = jax.jit(mapped, donate_argnums=1, out_shardings=(placed, chosen))
+    return _finish(run.__name__, jitted.lower(*shapes), mesh, shapes)
+
+
+def _finish(what: str, lowered: Any, mesh: Mesh, shapes: tuple[Any, ...]) -> Any:
+    """Compile; over several processes, the same program on all of them."""
+    if not mesh.is_multi_process:
+        return lowered.compile()
+    require_one_program(what, lowered)
+    return with_placed_inputs(lowered.compile(), shapes)

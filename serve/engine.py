@@ -27,6 +27,7 @@ from .chunks import pack_chunks
 from .compiled_programs import compile_programs
 from .decode import ticks_of_round
 from .params import stage_params, stage_shapes
+from .processes.place import gather
 from .requests import FinishReason, Request, RequestScheduler, ServedSequence, TokenLogprobs
 from .sampling import NOTHING, Choice
 from .slots import empty_inputs, prompt_parts, write_inputs
@@ -169,13 +170,13 @@ class Engine:
 
     @property
     def usage(self) -> Usage:
-        """Ticks so far, and how many of them each rank worked."""
+        """Ticks so far, and how many of them each rank worked; with several processes, all must ask."""
         return Usage(
             decode_ticks=self._decode_ticks,
             prefill_ticks=self._prefill_ticks,
             read_tokens=self._read_tokens,
             shared_tokens=self._shared_tokens,
-            busy=np.asarray(self._state.busy),
+            busy=gather(self._state.busy),
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:

@@ -6,6 +6,7 @@ import importlib.util
 from ...hub.folder import check_model_folder
 from ...meshes.errors import ServeError
 from .engine import add_engine_arguments
+from .processes import add_process_arguments
 from .types import parse_path, parse_real, parse_whole
 
 
@@ -16,6 +17,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
     _add_http_arguments(parser)
+    add_process_arguments(parser)
+    parser.add_argument(
+        "--silence",
+        type=parse_whole,
+        default=20,
+        metavar="S",
+        help="seconds without a sign of life after which a process counts as lost (default 20)",
+    )
     add_engine_arguments(parser)
     parser.add_argument(
         "--slots", type=parse_whole, default=0, metavar="N", help="answers decoded at a time (default: 8 or more)"
@@ -76,6 +85,7 @@ def check_serve_arguments(args: argparse.Namespace) -> None:
         ("--queue", args.queue, (0, 10**6)),
         ("--max-body-bytes", args.max_body_bytes, (1, 1 << 30)),
         ("--timeout", args.timeout, (1e-3, 1e6)),
+        ("--silence", args.silence, (5, 50)),
     ):
         if not least <= value <= most:
             raise ServeError(f"{option} {value} is out of range.", fix=f"give a number from {least:,} to {most:,}.")

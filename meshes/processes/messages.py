@@ -77,9 +77,9 @@ def require_agreement(topic: str, facts: Facts) -> None:
     folder = f"{_FACTS}{topic}/"
     client.key_value_set(f"{folder}{index}", json.dumps(dict(facts)))
     if index == 0:
-        all_facts = {other: json.loads(_wait_for(client, f"{folder}{other}")) for other in range(count)}
+        all_facts = {other: json.loads(wait_for_key(client, f"{folder}{other}")) for other in range(count)}
         client.key_value_set(f"{folder}verdict", json.dumps(describe_differences(all_facts)))
-    if differ := json.loads(_wait_for(client, f"{folder}verdict")):
+    if differ := json.loads(wait_for_key(client, f"{folder}verdict")):
         raise RunError(f"{differ}.", fix="give all processes the same files.")
 
 
@@ -112,7 +112,8 @@ def read_failures() -> dict[int, tuple[int, str]]:
     return found
 
 
-def _wait_for(client: Any, key: str) -> str:
+def wait_for_key(client: Any, key: str) -> str:
+    """Return the value of a key of the coordinator's store, once it has one."""
     # Without a limit: another process may tokenize a corpus for hours, and the watch detects one that is lost.
     while True:
         started = time.monotonic()

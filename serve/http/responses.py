@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from ...meshes import ServeError, TrellaxError
+from ..async_engine import EngineStoppedError
 from .answers import Job
 from .connection import run_while_connected
 from .errors import HttpError, error_body, status_of
@@ -107,7 +108,9 @@ def _event(data: str) -> Message:
 
 def _failed(error: ServeError) -> HttpError:
     """Return the error for an answer that the engine could not end: no fault of the request."""
-    return error if isinstance(error, HttpError) else HttpError(error.problem, fix=error.fix, status=500)
+    if isinstance(error, HttpError):
+        return error
+    return HttpError(error.problem, fix=error.fix, status=503 if isinstance(error, EngineStoppedError) else 500)
 
 
 def _too_slow(answer_s: float) -> HttpError:

@@ -47,10 +47,17 @@ def collect_run_settings(config: RunConfig, *, start: Start, changes: Changes) -
         "--fresh": "no" if start == "resume" else "yes",
         "--force": "yes" if start == "replace" else "no",
         "--override": "yes" if changes == "accept" else "no",
+        **collect_program_settings(),
+        "weights of train.init_from": sample_folder(config.train.init_from),
+    }
+
+
+def collect_program_settings() -> dict[str, str]:
+    """Return what compiled programs depend on besides their arguments: versions, options of jax, flags of XLA."""
+    return {
         **_package_versions(),
         **{name: str(getattr(jax.config, name)) for name in _SWITCHES},
         "XLA_FLAGS": _read_xla_flags(os.environ),
-        "weights of train.init_from": _sample_folder(config.train.init_from),
     }
 
 
@@ -83,7 +90,7 @@ def _read_xla_flags(environ: Mapping[str, str]) -> str:
     return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
 
 
-def _sample_folder(name: str) -> str:
+def sample_folder(name: str) -> str:
     """Return a hash of the names, the sizes and a few bytes of all files below a folder; "" without a folder."""
     if not name:
         return ""

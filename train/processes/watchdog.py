@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback as tracebacks
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,10 +46,13 @@ class ProcessWatchdog:
 
     Args:
         silence_s: seconds without a heartbeat after which a process counts as lost.
+        before_end: called with the reason before it ends this process, for process 0 some seconds before.
     """
 
-    def __init__(self, processes: Processes, *, silence_s: float) -> None:
-        self._processes, self._silence_s = processes, silence_s
+    def __init__(
+        self, processes: Processes, *, silence_s: float, before_end: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._processes, self._silence_s, self._before_end = processes, silence_s, before_end
         self._client: Any = None
         now = time.monotonic()
         self._answered_s = now
@@ -72,6 +76,10 @@ class ProcessWatchdog:
             self._wait_for_all()
             self._ended.set()
             return
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End this process, and so all of them, for an error; if it follows from a lost process, in its name."""
         if _is_of_jax(error):
             # jax's error does not name the process that was lost. The threads find it and end this process, so this
             # waits longer than they need.
@@ -196,6 +204,8 @@ class ProcessWatchdog:
             sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
+        with contextlib.suppress(Exception):
+            self._before_end(text.strip())
         if self._processes.index == 0:
             # The coordinator ends with this process, and jax would abort the others before they have read the failure.
             time.sleep(_PATIENCE_S + _HEARTBEAT_S)
