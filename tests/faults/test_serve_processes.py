@@ -45,7 +45,7 @@ def start(zygote: Zygote, model: Path, mesh: str, *, devices: int, count: int) -
 
 def url_of(child: Child) -> str:
     end = time.monotonic() + 500
-    while not (said := child.out.read_text()).endswith("\n"):
+    while not (said := child.out.read_text() if child.out.exists() else "").endswith("\n"):
         assert time.monotonic() < end, child.said()
         time.sleep(0.1)
     return json.loads(said)["api"]
