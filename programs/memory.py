@@ -119,14 +119,14 @@ def kept_bytes(stats: Any) -> int:
     return stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
-def limit_bytes(kept: int, *, base: int, slop: float = XLA_SLOP) -> int:
+def limit_bytes(kept: int, *, base: int) -> int:
     """Return the memory for which XLA plans a program: what is kept, and a share of what is left for temporary values.
 
     Args:
         kept: bytes of arguments and outputs.
         base: bytes that XLA takes as available.
     """
-    return kept + int(slop * max(base - kept, 0))
+    return kept + int(XLA_SLOP * max(base - kept, 0))
 
 
 def device_bytes(tree: Any) -> int:

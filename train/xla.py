@@ -60,6 +60,9 @@ MEMORY_FRACTION = 0.92
 libraries such as NCCL."""
 
 
+_NO_LIMIT = 10.0
+"""Share of the available memory that no estimate of XLA reaches."""
+
 SLOP = "xla_gpu_memory_limit_slop_factor"
 """XLA's option for the share, in percent, of the memory left for temporary values for which it plans a program."""
 
@@ -73,8 +76,10 @@ def compile_for(
 ) -> Any:
     """Compile a lowered program with the options for its platform, and more, that this version of XLA knows.
 
-    XLA keeps 5% of the memory that jax may allocate in reserve. A program that needs a part of that, and no more than
-    all, is compiled again without the reserve, or XLA would compute values again and let collectives wait.
+    XLA keeps 5% of the memory that jax may allocate in reserve, and plans with an estimate that may be far above what
+    the program takes (70B in four chunks a rank: 66 GB, and XLA computes slices again at a limit of 110). A program
+    over its limit is compiled again without one, and with no reserve, and the first that fits is taken; or XLA would
+    compute values again and let collectives wait.
 
     >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
     Array(0., dtype=float32, ...)
@@ -89,16 +94,22 @@ def compile_for(
     if taken is None or taken <= kept or platform not in _GPUS or SLOP in xla_flags():
         return compiled
     available = taken if absent_bytes is None else int(MEMORY_FRACTION * absent_bytes)
-    limit = limit_bytes(kept, base=taken)
-    # XLA takes less of an absent GPU than of one that is there: first as much as there, then the reserve.
-    for share in (XLA_SLOP, 1.0):
+
+    def compile_again(share: float) -> Any:
         slop = int(100 * share * (available - kept) / (taken - kept))
-        if slop <= 100 * XLA_SLOP or not any(_answers(is_squeezed(compiled, limit=limit))):
-            continue
-        again = _compile(lowered, options | {SLOP: slop})
-        limit = limit_bytes(kept, base=available, slop=share)
-        if share < 1 or all(_answers(total_bytes(again.memory_analysis()) <= available)):
-            compiled = again
+        return _compile(lowered, options | {SLOP: slop})
+
+    def is_squeezed_on_any(compiled: Any, *, base: int) -> bool:
+        return any(_answers(is_squeezed(compiled, limit=limit_bytes(kept, base=base))))
+
+    if is_squeezed_on_any(compiled, base=taken) and available > taken:
+        # XLA takes less of an absent GPU than of one that is there: first as much as there.
+        compiled = compile_again(XLA_SLOP)
+    if is_squeezed_on_any(compiled, base=available):
+        for share in (_NO_LIMIT, 1.0):
+            again = compile_again(share)
+            if all(_answers(total_bytes(again.memory_analysis()) <= available)):
+                return again
     return compiled
 
 

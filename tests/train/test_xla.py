@@ -66,16 +66,18 @@ class FakeProgram:
 
 
 class FakeLowered:
-    """Gives a program of `temp_bytes` with all of the memory, and of less with a reserve."""
+    """Gives a program of `temp_bytes` with all of the memory, of less with a reserve, and of more without a limit."""
 
-    def __init__(self, temp_bytes: int, *, with_reserve: int, text: str = "") -> None:
+    def __init__(self, temp_bytes: int, *, with_reserve: int, unlimited: int | None = None, text: str = "") -> None:
         self.whole, self.with_reserve, self.text = temp_bytes, with_reserve, text
+        self.unlimited = temp_bytes if unlimited is None else unlimited
         self.compiled = 0
 
     def compile(self, compiler_options: dict[str, Any]) -> FakeProgram:
         self.compiled += 1
         slop = compiler_options.get(SLOP)
-        return FakeProgram(self.whole if slop in (100, 117) else self.with_reserve, slop=slop, text=self.text)
+        sizes = {100: self.whole, 117: self.whole, 1000: self.unlimited, 1171: self.unlimited}
+        return FakeProgram(sizes.get(slop, self.with_reserve), slop=slop, text=self.text)
 
 
 REMAT = "  %fusion.3.remat = f32[8]{0} fusion(%x), kind=kLoop"
@@ -86,13 +88,14 @@ REMAT = "  %fusion.3.remat = f32[8]{0} fusion(%x), kind=kLoop"
     [
         # Of 1,100 bytes 100 are kept; XLA plans 95% of 1,000 for the rest.
         (FakeLowered(940, with_reserve=940), None, 1),
-        (FakeLowered(980, with_reserve=970), 100, 2),
-        (FakeLowered(980, with_reserve=900, text=REMAT), 100, 2),
-        (FakeLowered(1200, with_reserve=940, text=REMAT), None, 2),
+        (FakeLowered(980, with_reserve=970), 1000, 2),
+        (FakeLowered(980, with_reserve=900, text=REMAT), 1000, 2),
+        (FakeLowered(980, with_reserve=900, unlimited=1050, text=REMAT), 100, 3),
+        (FakeLowered(1200, with_reserve=940, text=REMAT), None, 3),
     ],
-    ids=["fits", "over the limit", "computed again", "does not fit without recomputation"],
+    ids=["fits", "over the limit", "computed again", "fits with a limit", "does not fit without recomputation"],
 )
-def test_reserve_is_given_up_where_a_program_needs_it(
+def test_the_limit_is_given_up_where_a_program_needs_it(
     lowered: FakeLowered, slop: int | None, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -107,10 +110,11 @@ def test_reserve_is_given_up_where_a_program_needs_it(
         # Of 1,000 bytes XLA takes 800 and jax would 920; 100 are kept. 820 / 700 = 117%, and 95% of that 111%.
         (FakeLowered(660, with_reserve=660), None, 1),
         (FakeLowered(700, with_reserve=700), 111, 2),
-        (FakeLowered(800, with_reserve=790), 117, 3),
-        (FakeLowered(830, with_reserve=790), 111, 3),
+        (FakeLowered(800, with_reserve=790), 1171, 3),
+        (FakeLowered(800, with_reserve=790, unlimited=830), 117, 4),
+        (FakeLowered(830, with_reserve=790), 111, 4),
     ],
-    ids=["fits", "fits a run", "needs the reserve", "does not fit"],
+    ids=["fits", "fits a run", "needs the reserve", "fits with a limit", "does not fit"],
 )
 def test_a_program_for_an_absent_gpu_is_that_of_a_run(
     lowered: FakeLowered, slop: int | None, times: int, monkeypatch: pytest.MonkeyPatch
