@@ -53,7 +53,7 @@ def open_served(args: argparse.Namespace) -> tuple[MeshSpec, ModelSource]:
     # First, since fake devices must be chosen before jax starts.
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
-    spec, source = resolve_mesh(args.mesh), open_model(args.folder)
+    spec, source = resolve_mesh(args.mesh), open_model(args.folder, weights=args.weights)
     for warning in source.warnings:
         print(f"warning   {warning}", file=sys.stderr)
     return spec, source

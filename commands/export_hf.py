@@ -39,7 +39,7 @@ def run_export(args: argparse.Namespace) -> int:
     refuse_existing(out)
     say(f"reading   {source}: {count_text(config.model)} parameters, on {spec}")
     write_weights(
-        load_params(source, weight_shapes(setup_on(spec, config))),
+        load_params(source, weight_shapes(setup_on(spec, config)), weights=args.weights),
         config.model,
         out,
         architecture=values["model_type"],
@@ -61,6 +61,7 @@ def _export_adapters(args: argparse.Namespace, config: RunConfig, *, architectur
     refuse_existing(out)
     shapes = adapters_of(weight_shapes(setup_on(read_asked_mesh(args), config)))
     base = str(Path(config.train.init_from).resolve())
-    write_adapters(read_adapters(source, lambda _: shapes), model, out, base=base, architecture=architecture)
+    adapters = read_adapters(source, lambda _: shapes, weights=args.weights)
+    write_adapters(adapters, model, out, base=base, architecture=architecture)
     print_result(args, "peft", model, files=sorted(file.name for file in out.iterdir()))
     return 0

@@ -60,7 +60,7 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     Gradients come from `pipeline_grads`. With ZeRO-1 each data rank updates its own part of the parameters, which are
     then all-gathered over `data`. A bad step (`step_health.py`) leaves parameters and optimizer unchanged.
     """
-    section, optimizer_section = setup.config.train, setup.config.optimizer
+    section = setup.config.train
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
@@ -69,16 +69,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
-        # optax mixes integer counts with floats, which jax_numpy_dtype_promotion="strict" would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
-            lr = jnp.asarray(rate(state.step - state.health.skipped))
-            # Parts are clipped by the norm of all gradients.
-            norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
-            optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
-            held = {"opt_state": state.opt_state, "params": state.params}
-            params, opt_state = update(optimizer, grads=grads, **held, good=good)
-        params = _move_biases(setup, params, out.stats, good=good)
+        # Biases move first, so that an average of the weights sees them where they are after this step.
+        moved = replace(state, params=_move_biases(setup, state.params, out.stats, good=good))
+        params, opt_state, lr = _update(setup, moved, grads, grad_norm=grad_norm, good=good, peak_rate=peak_rate)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
@@ -90,6 +83,27 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _update(
+    setup: Setup,
+    state: TrainState,
+    grads: PipelineParams,
+    *,
+    grad_norm: jax.Array,
+    good: jax.Array,
+    peak_rate: jax.Array | None,
+) -> tuple[PipelineParams, Any, jax.Array]:
+    """Return updated parameters and optimizer state, and the learning rate of this step."""
+    section, rates = setup.config.train, {"steps": setup.config.train.steps, "peak": peak_rate}
+    # optax mixes integer counts with floats, which jax_numpy_dtype_promotion="strict" would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        lr = jnp.asarray(make_learning_rate(setup.config.optimizer, **rates)(state.step - state.health.skipped))
+        # Parts are clipped by the norm of all gradients.
+        norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
+        optimizer = make_optimizer(setup.config.optimizer, **rates, norm=norm, ema=section.ema)
+        held = {"opt_state": state.opt_state, "params": state.params}
+        return *update(optimizer, grads=grads, **held, good=good), lr
 
 
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:

@@ -4,6 +4,7 @@ import argparse
 
 from ...hub.architectures import ARCHITECTURES
 from .types import parse_path, parse_whole
+from .weights import add_weights_argument
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the adapters alone, as the package peft reads them; without it they are merged",
     )
+    add_weights_argument(parser)
     _add_shared_arguments(parser)
 
 

@@ -33,6 +33,7 @@ def run_eval(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         field=args.text_field,
         dtype=args.dtype,
+        weights=args.weights,
     )
     total = sum_losses(losses, name="all files")
     if args.json:
