@@ -26,6 +26,7 @@ _FREE_KEYS = {
     "train.eval_every",
     "train.eval_batches",
     "train.patience",
+    "train.noise_scale",
     "train.bad_step",
     "train.spike_ratio",
     "train.init_from",

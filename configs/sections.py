@@ -91,6 +91,9 @@ class TrainSection(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay a step of an average of the weights, kept beside them; 0 keeps none"
     )
+    noise_scale: Literal["off", "on"] = Field(
+        "off", description="log the gradient noise scale, in sequences; needs two data shards or more"
+    )
     init_from: str = Field(
         "", description="Hugging Face or run folder to take initial weights from; random if left out"
     )

@@ -20,6 +20,7 @@ from .data.corpus import Corpus
 from .data.training_data import TrainingData, make_training_data
 from .intervals import Intervals, make_intervals
 from .metrics import MetricsLog, NoLog, last_loss, read_metrics
+from .metrics.noise_scale import NoiseScale
 from .metrics.plateau import Plateau
 from .metrics.progress import StepProgress, say
 from .metrics.recorder import StepRecorder
@@ -95,6 +96,7 @@ class Run:
             intervals=self.intervals,
             bad_steps=BadSteps(self.config, saver=self.saver, say=self.say),
             last_loss=self.last_loss,
+            noise=NoiseScale(batch_size=self.config.train.batch_size),
         )
 
 

@@ -15,8 +15,9 @@ from ..layers.experts.balance import move_biases
 from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
-from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..plan.costs.device_params import block_matrices
+from .metrics.noise_scale import measure_noise
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
@@ -39,7 +40,8 @@ class StepMetrics:
     false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
     good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
     has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out.
+    `dropped`, the share of pairs of tokens and experts that were left out. `noise` has, with `train.noise_scale`,
+    `signal` and `spread` (`metrics/noise_scale.py`).
     """
 
     loss: jax.Array
@@ -48,6 +50,7 @@ class StepMetrics:
     taken: jax.Array
     mean_loss: jax.Array
     router: dict[str, jax.Array] = field(default_factory=dict)
+    noise: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -65,7 +68,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
         waits = "residuals" if section.offload == "residuals" else "none"
-        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
+        given |= {"overlap": setup.config.pipeline.overlap, "offload": waits, "shard_squares": section.noise_scale}
+        out = pipeline_grads(setup.model.fns, **given)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
@@ -78,8 +82,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
         router = _router_metrics(out.metrics)
         loss = out.loss - router["router_loss"] if router else out.loss
-        metrics = StepMetrics(loss=loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, router=router)
-        return state, metrics
+        noise = _noise_metrics(setup, out, batch, grad_norm=grad_norm)
+        measured = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "router": router, "noise": noise}
+        return state, StepMetrics(**measured, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
@@ -128,6 +133,13 @@ def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "expert_peak": peak,
         "dropped": sums["dropped_pairs"] / tokens.sum(),
     }
+
+
+def _noise_metrics(setup: Setup, out: LossAndGrads, batch: Batch, *, grad_norm: jax.Array) -> dict[str, jax.Array]:
+    """Return what `StepMetrics.noise` has."""
+    if out.shard_squares is None:
+        return {}
+    return measure_noise(grad_norm, out.shard_squares, batch["weights"], num_shards=setup.sizes.data)
 
 
 def step_options(setup: Setup) -> dict[str, Any]:
