@@ -15,6 +15,7 @@ from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
 from ..meshes.processes.messages import is_first
 from ..serve import Engine, Sizes, check_model
+from .arguments.ema import chosen_weights
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -54,7 +55,7 @@ def open_served(args: argparse.Namespace) -> tuple[MeshSpec, ModelSource]:
     # First, since fake devices must be chosen before jax starts.
     if args.fake_devices:
         use_fake_devices(args.fake_devices)
-    spec, source = resolve_mesh(args.mesh), open_model(args.folder)
+    spec, source = resolve_mesh(args.mesh), open_model(args.folder, weights=chosen_weights(args))
     for warning in source.warnings if is_first() else ():
         print(f"warning   {warning}", file=sys.stderr)
     return spec, source

@@ -15,6 +15,7 @@ from ..hub.write import write_weights
 from ..meshes import WeightsError
 from ..meshes.files.new_folder import refuse_existing
 from ..train.checkpoints.initial_weights import weight_shapes
+from .arguments.ema import chosen_weights
 from .hf_folders import count_text, list_tokenizer_files, print_result, read_asked_mesh, say, setup_on
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -39,7 +40,7 @@ def run_export(args: argparse.Namespace) -> int:
     refuse_existing(out)
     say(f"reading   {source}: {count_text(config.model)} parameters, on {spec}")
     write_weights(
-        load_params(source, weight_shapes(setup_on(spec, config))),
+        load_params(source, weight_shapes(setup_on(spec, config)), weights=chosen_weights(args)),
         config.model,
         out,
         architecture=values["model_type"],
@@ -61,6 +62,7 @@ def _export_adapters(args: argparse.Namespace, config: RunConfig, *, architectur
     refuse_existing(out)
     shapes = adapters_of(weight_shapes(setup_on(read_asked_mesh(args), config)))
     base = str(Path(config.train.init_from).resolve())
-    write_adapters(read_adapters(source, lambda _: shapes), model, out, base=base, architecture=architecture)
+    adapters = read_adapters(source, lambda _: shapes, weights=chosen_weights(args))
+    write_adapters(adapters, model, out, base=base, architecture=architecture)
     print_result(args, "peft", model, files=sorted(file.name for file in out.iterdir()))
     return 0

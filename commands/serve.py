@@ -23,7 +23,7 @@ from ..serve.processes.follow import follow, ignore_signals
 from ..serve.state import MAX_STOPS
 from ..train.processes.run_settings import collect_program_settings, sample_folder
 from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
-from .processes import join_others
+from .processes import Joined, join_others
 
 API_KEY = "TRELLAX_API_KEY"
 """Environment variable of the API key, which a command line would show to other users."""
@@ -70,26 +70,39 @@ def run_serve(args: argparse.Namespace) -> int:
             with ignore_signals():
                 follow(_make_engine(source, spec, sizes), receive_steps())
             return 0
-        template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
-        with bind(args.host, args.port) as bound:
-            engine = AsyncEngine(
-                _make_engine(source, spec, sizes),
-                max_waiting=args.queue,
-                others=StepSender() if joined.watch else None,
-                on_failure=joined.watch.fail if joined.watch else None,
-            )
-            served.append(engine)
-            service = Service(
-                name=args.name or Path(args.folder).resolve().name,
-                engine=engine,
-                source=source,
-                template=template,
-                api_key=key,
-                limits=Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout),
-            )
-            run_server(service, bound, on_ready=lambda: _print_ready(args, service, url_of(bound), joined.stdout))
+        _serve_clients(args, source, spec, sizes, joined=joined, served=served)
     print("stopped", file=sys.stderr)
     return 0
+
+
+def _serve_clients(
+    args: argparse.Namespace,
+    source: ModelSource,
+    spec: MeshSpec,
+    sizes: dict[str, Any],
+    *,
+    joined: Joined,
+    served: list[AsyncEngine],
+) -> None:
+    """Serve until a signal, on process 0; the engine is added to `served`."""
+    template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
+    with bind(args.host, args.port) as bound:
+        engine = AsyncEngine(
+            _make_engine(source, spec, sizes),
+            max_waiting=args.queue,
+            others=StepSender() if joined.watch else None,
+            on_failure=joined.watch.fail if joined.watch else None,
+        )
+        served.append(engine)
+        service = Service(
+            name=args.name or Path(args.folder).resolve().name,
+            engine=engine,
+            source=source,
+            template=template,
+            api_key=key,
+            limits=Limits(body_bytes=args.max_body_bytes, answer_s=args.timeout),
+        )
+        run_server(service, bound, on_ready=lambda: _print_ready(args, service, url_of(bound), joined.stdout))
 
 
 def collect_serve_settings(args: argparse.Namespace) -> dict[str, str]:

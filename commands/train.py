@@ -9,6 +9,7 @@ from ..configs.run_config import RunConfig
 from ..meshes.processes.messages import is_first
 from ..train.loop import train
 from ..train.metrics import NO_SCHEDULE, Summary, summary_values
+from ..train.metrics.plateau import PLATEAU
 from ..train.run_folder import Start
 from . import processes
 from .standard_streams import LostOutputError
@@ -37,15 +38,16 @@ def run_train(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _describe_summary(summary: Summary) -> str:
-    if summary.ended != "done":
+    if summary.ended not in ("done", PLATEAU):
         return (
             f"stopped by {summary.ended} after step {summary.steps}, saved in {summary.folder}; "
             "the same command goes on"
         )
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
+    why = f", ended on a {PLATEAU}" if summary.ended == PLATEAU else ""
     return (
-        f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}\n"
+        f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}{why}\n"
         f"train loss {_format_loss(summary.final_train_loss)}   "
         f"validation loss {_format_loss(summary.final_val_loss)}\n"
         f"{summary.folder}: config.toml, summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"

@@ -25,6 +25,8 @@ _FREE_KEYS = {
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.patience",
+    "train.noise_scale",
     "train.bad_step",
     "train.spike_ratio",
     "train.init_from",

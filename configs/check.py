@@ -123,6 +123,12 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
             fix=f"set optimizer.warmup_steps={max(1, steps // 10)}, a tenth of the steps.",
         )
     yield from _check_decay(config)
+    if config.train.patience and not config.train.eval_every:
+        yield ConfigError(
+            f"train.patience={config.train.patience} counts validations, but train.eval_every=0 validates only at the "
+            "end.",
+            fix=f"set train.eval_every={max(1, steps // 20)}, a twentieth of the steps, or leave train.patience out.",
+        )
     keep_every = config.checkpoint.keep_every
     if keep_every and not config.checkpoint.every:
         yield ConfigError(

@@ -69,5 +69,11 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
         context=config.mesh.context,
-        runtime=trellax_runtime(config.model, topology.accelerator, vocab=config.pipeline.vocab, sequence=sequence),
+        runtime=trellax_runtime(
+            config.model,
+            topology.accelerator,
+            vocab=config.pipeline.vocab,
+            sequence=sequence,
+            average="on" if config.train.ema else "off",
+        ),
     )

@@ -26,6 +26,7 @@ def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError
     yield from _check_context(config, mesh)
     yield from _check_forwards(config, pipe=mesh.pipe)
     yield from _check_offload(config, mesh)
+    yield from _check_noise_scale(config, mesh)
 
 
 def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
@@ -180,6 +181,30 @@ def _check_offload(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
             "no residuals wait for it.",
             fix=f"set {key}=2 or more, or train.offload='optimizer'.",
         )
+
+
+def _check_noise_scale(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
+    """Yield an error unless each data shard has a gradient of its own, which is compared with that of the batch."""
+    if config.train.noise_scale == "off":
+        return
+    over = _keys_of(mesh, *mesh.roles.batch)
+    apart = next((role for role in ("context", "expert") if getattr(mesh, role) > 1), None)
+    if apart:
+        axis = _keys_of(mesh, *mesh.roles.having(apart))
+        problem, fix = f"with {axis}={getattr(mesh, apart)} no device has that of its own sequences", f"{axis}=1"
+    elif mesh.data == 1:
+        problem, fix = f"{over}=1 has one, that of the batch", f"{over}=2 or more"
+    elif config.train.shard == "layer":
+        problem, fix = "train.shard='layer' sums them over shards layer by layer", "train.shard='step' or 'optimizer'"
+    elif mesh.pipe > 1 and config.pipeline.vocab == "ends":
+        problem = "pipeline.vocab='ends' sums those of embedding and head over pipeline ranks and shards at once"
+        fix = "pipeline.vocab='split'"
+    else:
+        return
+    yield ConfigError(
+        f"train.noise_scale='on' compares gradients of data shards, and {problem}.",
+        fix=f"leave train.noise_scale out, or set {fix}.",
+    )
 
 
 def _keys_of(mesh: MeshSpec, *axes: str) -> str:

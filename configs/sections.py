@@ -85,6 +85,15 @@ class TrainSection(Section):
     log_every: int = Field(10, gt=0, le=_MAX, description="steps between lines of metrics.jsonl")
     eval_every: int = Field(0, ge=0, le=_MAX, description="steps between validations; 0 validates only at the end")
     eval_batches: int = Field(8, gt=0, le=_MAX, description="batches of a validation")
+    patience: int = Field(
+        0, ge=0, le=_MAX, description="validations in a row without a lower loss after which the run ends; 0 is no end"
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay a step of an average of the weights, kept beside them; 0 keeps none"
+    )
+    noise_scale: Literal["off", "on"] = Field(
+        "off", description="log the gradient noise scale, in sequences; needs two data shards or more"
+    )
     init_from: str = Field(
         "", description="Hugging Face or run folder to take initial weights from; random if left out"
     )

@@ -16,7 +16,7 @@ from .config import read_hub_model
 from .folder import check_model_folder, find_file
 from .peft.read import is_peft_folder, open_adapters, read_adapters
 from .read import read_weights
-from .run_params import is_run_folder, read_run_params, run_saves, say_on_stderr
+from .run_params import Weights, check_weights, is_run_folder, read_run_params, run_saves, say_on_stderr
 from .saved_model import read_saved_model
 from .saves.names import FOLDER
 from .saves.reader import SaveReader
@@ -49,21 +49,27 @@ class ModelSource:
     warnings: tuple[str, ...] = ()
 
 
-def open_model(folder: str | Path) -> ModelSource:
+def open_model(folder: str | Path, *, weights: Weights = "last") -> ModelSource:
     """Return the model in a folder, its weights not read yet.
 
     >>> source = open_model("runs/quickstart")
     >>> source.tokenizer.encode("hi")
     [104, 105]
 
+    Args:
+        weights: which weights of a run to read, those of its last step or their average.
+
     Raises:
         CheckpointError: there is no such folder, no model in it, or a run without a save or without a tokenizer.
         WeightsError: the Hugging Face model is broken or not supported.
         DataError: its tokenizer is missing or broken.
     """
+    check_weights(weights)
     folder = Path(folder)
     if is_run_folder(folder):
-        return _open_run(folder)
+        return _open_run(folder, weights)
+    if weights == "ema":
+        raise _no_average(folder)
     if is_peft_folder(folder):
         return replace(open_model(open_adapters(folder).base), read=partial(load_params, folder))
     check_model_folder(folder)
@@ -76,7 +82,14 @@ def open_model(folder: str | Path) -> ModelSource:
     return _with_tokenizer(load_tokenizer(folder), model.config, read=partial(load_params, folder))
 
 
-def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
+def _no_average(folder: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is no run folder: only a run holds an average of its weights.",
+        fix="leave the choice of weights out.",
+    )
+
+
+def load_params(folder: str | Path, shapes: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:
     """Return the parameters in a run folder (its newest save) or a Hugging Face folder, each device reading its part.
 
     A damaged save is reported on stderr, and the one before it is read. A folder of PEFT holds adapters alone: they are
@@ -85,13 +98,17 @@ def load_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     Args:
         shapes: the parameters wanted, a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings,
             blocks [L, ...]; such as `trellax.serve.param_shapes` or `trellax.train.weight_shapes` returns.
+        weights: which weights of a run, those of its last step or their average.
 
     Raises:
-        CheckpointError: the run folder has no whole save, or one of another model.
+        CheckpointError: the run folder has no whole save, one of another model, or no average.
         WeightsError: the Hugging Face folder is incomplete, or of another model.
     """
+    check_weights(weights)
     if is_run_folder(folder):
-        return read_run_params(folder, shapes)
+        return read_run_params(folder, shapes, weights=weights)
+    if weights == "ema":
+        raise _no_average(folder)
     if is_peft_folder(folder):
         opened = open_adapters(folder)
         config, adapters = read_adapters(opened, read_model_config(opened.base), shapes)
@@ -112,9 +129,9 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
 
 
-def _open_run(folder: Path) -> ModelSource:
+def _open_run(folder: Path, weights: Weights) -> ModelSource:
     config, data = _read_run(folder)
-    read = partial(load_params, folder)
+    read = partial(load_params, folder, weights=weights)
     if find_file(folder, TOKENIZER):
         return _with_tokenizer(load_tokenizer(folder), config, read=read)
     reads_bytes = data.get("source", "stdlib") != "tokens" and data.get("tokenizer", "bytes") == "bytes"

@@ -5,19 +5,22 @@ A save holds the whole training state. The parameters are the arrays under `para
     blocks.mlp.up.kernel [L, ...]  <->  params.stages.mlp.up.kernel
     embed.table                    <->  params.shared.embed.table
 
+A run with `train.ema` has an average of them beside, under `opt_state.2.average.`
+
 `train/checkpoints/` writes them; read `model_folder.py` next.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
+from ..meshes.arguments import check_choice
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
 from .peft.read import base_of
@@ -26,9 +29,22 @@ from .saved_model import read_saved_model
 from .saves.names import FOLDER, SaveFolder
 from .saves.paths import leaves_by_path
 from .saves.reader import Arrays, SaveReader, Shapes
-from .saves.seal import PARAMS, Seal
+from .saves.seal import AVERAGE, PARAMS, Seal
 
+Weights = Literal["last", "ema"]
+"""Which weights of a run: those after its last step, or their average (`train.ema`)."""
+
+_PREFIXES: dict[Weights, str] = {"last": PARAMS, "ema": AVERAGE}
 _SHOWN = 5
+
+
+def check_weights(weights: Weights) -> None:
+    """Raise unless this is a choice of weights.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    check_choice("weights", weights, get_args(Weights), error=CheckpointError)
 
 
 def is_run_folder(folder: str | Path) -> bool:
@@ -47,7 +63,7 @@ def run_saves(folder: str | Path) -> SaveFolder:
     return SaveFolder((Path(folder) / FOLDER).absolute())
 
 
-def read_run_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
+def read_run_params(folder: str | Path, shapes: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:
     """Return the parameters of the newest whole save, each device reading its part; changes nothing on the disk.
 
     Args:
@@ -57,12 +73,14 @@ def read_run_params(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any
     adapters are merged unless `shapes` has them.
 
     Raises:
-        CheckpointError: there is no whole save, or it is of another model.
+        CheckpointError: there is no whole save, it is of another model, or it has no average of the weights.
     """
-    return read_chosen_params(folder, lambda _seal: shapes)
+    return read_chosen_params(folder, lambda _seal: shapes, weights=weights)
 
 
-def read_chosen_params(folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]]) -> dict[str, Any]:
+def read_chosen_params(
+    folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]], *, weights: Weights = "last"
+) -> dict[str, Any]:
     """Return the same for shapes that depend on the save, whose files are hashed once.
 
     Args:
@@ -70,8 +88,9 @@ def read_chosen_params(folder: str | Path, choose_shapes: Callable[[Seal], dict[
             takes them, or raises to refuse the save.
 
     Raises:
-        CheckpointError: there is no whole save, or it is of another model.
+        CheckpointError: there is no whole save, it is of another model, or it has no average of the weights.
     """
+    check_weights(weights)
     saves = run_saves(folder)
     chosen: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
@@ -80,19 +99,19 @@ def read_chosen_params(folder: str | Path, choose_shapes: Callable[[Seal], dict[
         model = _saved_lora(seal, folder=saves / seal.step)
         own = asked if model is None else adapters_of(asked) or adapter_shapes(model, asked)
         chosen.append((asked, own))
-        wanted = arrays_from_params(jax.tree.map(_as_saved, own))
-        require_same_arrays(seal, wanted, folder=saves / seal.step, within=PARAMS)
-        return wanted
+        return _choose_weights(seal, jax.tree.map(_as_saved, own), folder=saves / seal.step, weights=weights)
 
     seal, arrays = SaveReader(folder=saves, say=say_on_stderr).read(choose)
     # A save whose arrays were found to be damaged was chosen before it; the last one is the save that was read.
     asked, own = chosen[-1]
-    params = jax.tree.map(_convert, params_from_arrays(arrays, like=own), own)
+    params = jax.tree.map(_convert, params_from_arrays(arrays, like=own, weights=weights), own)
     model = _saved_lora(seal, folder=saves / seal.step)
     return params if model is None else _with_base(params, asked, model, seal, folder=saves / seal.step)
 
 
-def read_adapters(folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]]) -> dict[str, Any]:
+def read_adapters(
+    folder: str | Path, choose_shapes: Callable[[Seal], dict[str, Any]], *, weights: Weights = "last"
+) -> dict[str, Any]:
     """Return the adapters of the newest whole save of a run that trained them, without the weights they adapt.
 
     Args:
@@ -105,12 +124,23 @@ def read_adapters(folder: str | Path, choose_shapes: Callable[[Seal], dict[str, 
 
     def choose(seal: Seal) -> Shapes:
         chosen.append(choose_shapes(seal))
-        wanted = arrays_from_params(chosen[-1])
-        require_same_arrays(seal, wanted, folder=saves / seal.step, within=PARAMS)
-        return wanted
+        return _choose_weights(seal, chosen[-1], folder=saves / seal.step, weights=weights)
 
     _, arrays = SaveReader(folder=saves, say=say_on_stderr).read(choose)
-    return params_from_arrays(arrays, like=chosen[-1])
+    return params_from_arrays(arrays, like=chosen[-1], weights=weights)
+
+
+def _choose_weights(seal: Seal, shapes: dict[str, Any], *, folder: Path, weights: Weights) -> Shapes:
+    """Return the shapes of a model by the paths of the arrays to read."""
+    within = _PREFIXES[weights]
+    if weights == "ema" and not any(path.startswith(within) for path in seal.arrays):
+        raise CheckpointError(
+            f"{folder} holds no average of the weights: train.ema was 0.",
+            fix="ask for the weights of the last step, or train with --train.ema 0.999.",
+        )
+    wanted = arrays_from_params(shapes, weights=weights)
+    require_same_arrays(seal, wanted, folder=folder, within=within)
+    return wanted
 
 
 def _saved_lora(seal: Seal, *, folder: Path) -> ModelConfig | None:
@@ -137,14 +167,15 @@ def _with_base(
     return join_adapters(base, adapters) if adapters_of(asked) else merge_adapters(base, adapters, config=model)
 
 
-def arrays_from_params(params: dict[str, Any]) -> dict[str, Any]:
+def arrays_from_params(params: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:
     """Return the leaves of a model's parameters by the paths under which a run saves them."""
-    return {_saved_path(path): leaf for path, leaf in leaves_by_path(params).items()}
+    return {_saved_path(path, weights): leaf for path, leaf in leaves_by_path(params).items()}
 
 
-def params_from_arrays(arrays: Arrays, *, like: dict[str, Any]) -> dict[str, Any]:
+def params_from_arrays(arrays: Arrays, *, like: dict[str, Any], weights: Weights = "last") -> dict[str, Any]:
     """Return saved arrays, by path, as the tree of a model; `like` is a tree of the same structure."""
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in arrays_from_params(like)])
+    paths = arrays_from_params(like, weights=weights)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in paths])
 
 
 def require_same_arrays(seal: Seal, wanted: Shapes, *, folder: Path, within: str = "") -> None:
@@ -183,9 +214,9 @@ def say_on_stderr(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
 
-def _saved_path(path: str) -> str:
+def _saved_path(path: str, weights: Weights) -> str:
     part, _, rest = path.partition(".")
-    return f"{PARAMS}stages.{rest}" if part == "blocks" else f"{PARAMS}shared.{path}"
+    return f"{_PREFIXES[weights]}stages.{rest}" if part == "blocks" else f"{_PREFIXES[weights]}shared.{path}"
 
 
 def _as_saved(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

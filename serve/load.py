@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from ..hub.model_folder import ModelSource, open_model
+from ..hub.run_params import Weights, check_weights
 from ..meshes import ConfigError, MeshAxes
 from ..meshes.arguments import check_choice
 from ..meshes.axes import DEFAULT_AXES
@@ -19,6 +20,7 @@ def load_for_serving(
     mesh: Mesh,
     dtype: Literal["float32", "bfloat16"] | None = None,
     axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "last",
 ) -> tuple[ModelSource, Any]:
     """Return the model in a folder and its parameters on a mesh.
 
@@ -28,12 +30,14 @@ def load_for_serving(
     Args:
         dtype: type of the parameters and to compute in; the model's own if left out.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
+        weights: which weights of a run, those of its last step or their average.
 
     Raises:
         TrellaxError: there is no model, or it does not fit the mesh; then nothing was read.
     """
     check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
-    source = open_model(path)
+    check_weights(weights)
+    source = open_model(path, weights=weights)
     # The config too: an engine is made of both.
     config = replace(source.config, dtype=dtype or source.config.dtype)
     return replace(source, config=config), source.read(param_shapes(config, mesh=mesh, axes=axes))

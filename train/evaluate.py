@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..configs.saved_config import config_from_seal
-from ..hub.run_params import read_chosen_params, run_saves, say_on_stderr
+from ..hub.run_params import Weights, read_chosen_params, run_saves, say_on_stderr
 from ..hub.saves.seal import Seal
 from ..meshes import DataError, MeshAxes, mesh_sizes
 from .checkpoints.initial_weights import weight_shapes
@@ -21,12 +21,12 @@ from .prepare import prepare
 from .state import Setup, TrainState
 
 
-def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | None = None) -> float:
-    """Return the validation loss of the newest save in a run folder, in nats per token.
+def evaluate(
+    folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | None = None, weights: Weights = "last"
+) -> float:
+    """Return the validation loss of the newest save in a run folder, in nats per token; nothing is saved.
 
-    It is the `val_loss` that the run logged at that step: to the digit on the mesh of the run, and on another mesh up
-    to the rounding of sums in another order. Nothing is saved.
-
+    It is the `val_loss` that the run logged at that step: to the digit on the run's mesh, on another up to rounding.
     >>> evaluate("runs/quickstart")
     1.9...
     >>> evaluate("runs/quickstart", mesh=build_mesh(MeshSpec(data=2), devices=jax.devices()[:2]))
@@ -35,9 +35,10 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | N
     Args:
         mesh: the mesh to compute on; that of the run's config if left out.
         axes: roles of its axes, `spec.roles`, if their names are neither the default ones nor those of the run.
+        weights: which weights of the run, those of its last step or their average.
 
     Raises:
-        CheckpointError: the folder has no save.
+        CheckpointError: the folder has no save, or no average.
         DataError: the files of the run's corpus are missing or changed.
         TrellaxError: the model does not fit the mesh.
     """
@@ -57,7 +58,7 @@ def evaluate(folder: str | Path, *, mesh: Mesh | None = None, axes: MeshAxes | N
         found.append((setup, corpus))
         return weight_shapes(setup)
 
-    params = as_pipeline(read_chosen_params(folder, choose_shapes))
+    params = as_pipeline(read_chosen_params(folder, choose_shapes, weights=weights))
     setup, corpus = found[-1]
     return _evaluate_on(corpus, setup, setup.state_of(params_in_stages(setup, params)))
 

@@ -9,6 +9,7 @@ from ..meshes import RunError
 from ..meshes.processes.messages import is_first, text_of_first
 from .evaluate import validate
 from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
+from .metrics.plateau import PLATEAU
 from .metrics.summary import keep_throughput
 from .run import Run
 from .state import TrainState
@@ -37,8 +38,10 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
     step = int(state.step)
     saver.save(state)
     # Of many processes the first decides, since all of them validate or none does.
-    ended = text_of_first(stop.signal_name)
-    val_loss = validate(state, run.compiled.evaluate, run.data) if ended in ("", BUDGET) else None
+    ended = text_of_first(stop.signal_name) or (PLATEAU if run.plateau.is_reached else "")
+    if ended == PLATEAU:
+        run.say(str(run.plateau))
+    val_loss = validate(state, run.compiled.evaluate, run.data) if ended in ("", BUDGET, PLATEAU) else None
     saver.checkpoints.wait()
     # If the folder was moved away, writing the files below would create it again.
     saver.folder.check()

@@ -54,7 +54,7 @@ def train(
     """Train as the config says and return the summary; messages go to `console` (stderr if left out).
 
     Training resumes from the newest save of the run folder. SIGTERM, SIGHUP or SIGINT stop it after the current step,
-    which is saved; so does the end of `train.seconds`.
+    which is saved; so do the end of `train.seconds` and a plateau (`train.patience`).
 
     >>> train(load_config("quickstart", "--train.steps 20")).steps
     20
@@ -122,7 +122,7 @@ def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecor
     timer.restart()
     try:
         for step in range(due.first_step + 1, due.steps + 1):
-            if stop.is_due(step - 1):
+            if stop.is_due(step - 1) or run.plateau.is_reached:
                 break
             if profile.begins_with(step):
                 recorder.flush(state)
@@ -141,7 +141,9 @@ def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecor
             if profile.ends_with(step):
                 profile.stop(state, run.compiled.train, num_devices=run.setup.mesh.devices.size)
             if due.validates(step):
-                recorder.log_validation(step, validate(state, run.compiled.evaluate, run.data))
+                loss = validate(state, run.compiled.evaluate, run.data)
+                recorder.log_validation(step, loss)
+                run.plateau.add(loss)
             if due.saves(step):
                 run.saver.save(state)
             timer.restart()

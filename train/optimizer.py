@@ -1,5 +1,7 @@
 """Build AdamW or Muon with a schedule of the learning rate and clipping by the global norm, and shard its state.
 
+The state may hold an average of the weights too: `average_weights`.
+
 AdamW is algorithm 2 of Loshchilov and Hutter 2019; the cosine decay follows Loshchilov and Hutter 2017 ("SGDR"),
 equation 5, without restarts; warmup-stable-decay is of Hu et al. 2024 ("MiniCPM"), section 4; clipping is algorithm 1
 of Pascanu et al. 2013. Read `step.py` for the use.
@@ -7,7 +9,7 @@ of Pascanu et al. 2013. Read `step.py` for the use.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from optax.contrib import MuonDimensionNumbers
 from ..configs.run_config import OptimizerSection
 from ..layers.lora.check_config import ADAPTERS
 from ..meshes import ConfigError
-from ..meshes.arguments import check_count
+from ..meshes.arguments import check_count, check_number
 from ..pipeline import PipelineParams
 
 _ADAMW_RMS = 0.2
@@ -72,7 +74,7 @@ def _make_fraction(section: OptimizerSection, *, steps: int) -> Callable[[Any], 
 
 
 def make_optimizer(
-    section: OptimizerSection, *, steps: int, peak: Any = None, norm: jax.Array | None = None
+    section: OptimizerSection, *, steps: int, peak: Any = None, norm: jax.Array | None = None, ema: float = 0.0
 ) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`.
 
@@ -82,10 +84,12 @@ def make_optimizer(
 
     Args:
         norm: the global norm float32[], to update some of the parameters alone; that of what is given if left out.
+        ema: decay of an average of the weights, below 1, which the state then has too; 0 for none.
 
     Raises:
-        ConfigError: there are no steps.
+        ConfigError: there are no steps, or the decay is not a number of 0 or more.
     """
+    check_number("ema", ema, error=ConfigError)
     rate = make_learning_rate(section, steps=steps, peak=peak)
     adamw = optax.adamw(
         rate,
@@ -106,7 +110,32 @@ def make_optimizer(
         )
         update = optax.partition({"muon": muon, "adamw": adamw}, _find_optimizers)
     clip = optax.clip_by_global_norm(section.clip_norm) if norm is None else _clip_by(norm, limit=section.clip_norm)
-    return optax.chain(clip, update)
+    return optax.chain(clip, update, average_weights(ema)) if ema else optax.chain(clip, update)
+
+
+class AverageState(NamedTuple):
+    """The state of `average_weights`: an average of each parameter, float32. A save names its arrays by this field."""
+
+    average: PipelineParams
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Return a last transformation, which leaves updates as they are and averages the weights that they lead to.
+
+    The average starts as the first weights, and after each step is decay * average + (1 - decay) * weights (EMA; Polyak
+    and Juditsky 1992, Izmailov et al. 2018): it remembers about 1 / (1 - decay) steps.
+    """
+
+    def init(params: Any) -> AverageState:
+        return AverageState(average=jax.tree.map(jnp.array, params))
+
+    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+        def one(average: jax.Array, param: jax.Array, change: jax.Array) -> jax.Array:
+            return decay * average + (1 - decay) * (param + change)
+
+        return updates, AverageState(average=jax.tree.map(one, state.average, params, updates))
+
+    return optax.GradientTransformation(cast("Any", init), cast("Any", update))
 
 
 def _clip_by(norm: jax.Array, *, limit: float) -> optax.GradientTransformation:

@@ -20,6 +20,8 @@ from .data.corpus import Corpus
 from .data.training_data import TrainingData, make_training_data
 from .intervals import Intervals, make_intervals
 from .metrics import MetricsLog, NoLog, last_loss, read_metrics
+from .metrics.noise_scale import NoiseScale
+from .metrics.plateau import Plateau
 from .metrics.progress import StepProgress, say
 from .metrics.recorder import StepRecorder
 from .metrics.step_timer import StepTimer
@@ -47,6 +49,7 @@ class Run:
     compiled: CompiledSteps
     intervals: Intervals
     saver: StateSaver
+    plateau: Plateau
     timer: StepTimer
     throughput: Throughput
     profile: StepProfile
@@ -93,6 +96,7 @@ class Run:
             intervals=self.intervals,
             bad_steps=BadSteps(self.config, saver=self.saver, say=self.say),
             last_loss=self.last_loss,
+            noise=NoiseScale(batch_size=self.config.train.batch_size),
         )
 
 
@@ -121,12 +125,14 @@ def build_run(
     compiled = compile_steps(setup, say=tell)
     # A run that is resumed at its end takes no step: its last loss is the one on record.
     lines = read_metrics(config.run_folder) if seal else []
+    plateau = Plateau(config.train.patience, record=seal.data if seal else None)
     run = Run(
         setup=setup,
         data=data,
         compiled=compiled,
         intervals=make_intervals(config, first_step=first_step),
-        saver=StateSaver(setup=setup, checkpoints=checkpoints, folder=folder, data=data),
+        saver=StateSaver(setup=setup, checkpoints=checkpoints, folder=folder, data=data, plateau=plateau),
+        plateau=plateau,
         timer=StepTimer(window=max(config.train.log_every, _MIN_TIMED_STEPS)),
         throughput=step_throughput(config, setup.mesh),
         profile=profile,

@@ -7,18 +7,20 @@ import jax
 from ..meshes import DataError
 from .checkpoints.checkpoints import Checkpoints
 from .data.training_data import TrainingData
+from .metrics.plateau import Plateau
 from .run_folder import HeldFolder
 from .state import Setup, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaver:
-    """Save a state into the checkpoints of a run folder, with its position in the data."""
+    """Save a state into the checkpoints of a run folder, with its position in the data and its last validations."""
 
     setup: Setup
     checkpoints: Checkpoints
     folder: HeldFolder
     data: TrainingData
+    plateau: Plateau
 
     def save(self, state: TrainState) -> None:
         """Start to save a state in the background, unless its step is saved already.
@@ -31,7 +33,8 @@ class StateSaver:
         step = int(state.step)
         if step != self.checkpoints.last_step:
             position = {"batches": step, "sequences": self.data.train.num_sequences(step)}
-            self.checkpoints.save(state, self.setup, data=position | {"corpus": self.data.corpus.sha256})
+            position |= {"corpus": self.data.corpus.sha256, **self.plateau.record}
+            self.checkpoints.save(state, self.setup, data=position)
 
     def save_and_wait(self, state: TrainState) -> int | None:
         """Save a state, wait until it is complete, and return its step.

@@ -19,7 +19,7 @@ from ..pipeline.model.frozen import keep_trained, trained_mask
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .offload import join_params, map_params, zero_moments
-from .optimizer import make_optimizer, optimizer_shardings
+from .optimizer import AverageState, make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
 
 
@@ -191,7 +191,7 @@ class Setup:
         It has the learning rate of the config as a constant; `make_train_step` makes one whose rate is an input, with
         the same state. Annotated as Any because optax's types do not admit dataclasses as parameter trees.
         """
-        return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
+        return make_optimizer(self.config.optimizer, steps=self.config.train.steps, ema=self.config.train.ema)
 
     @cached_property
     def gradient_shapes(self) -> PipelineParams:
@@ -203,7 +203,10 @@ class Setup:
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:
-        """Shardings of AdamW's two moments: those of the parameters, with ZeRO-1 also split over the batch axes."""
+        """Shardings of AdamW's two moments and of the average of the weights.
+
+        They are those of the parameters, with ZeRO-1 also split over the batch axes.
+        """
         own, axes, is_split = self.model.shardings, self.sizes.roles, self.config.train.shard == "optimizer"
         return self.trained(split_over_batch(own, self.model.params, axes=axes) if is_split else own)
 
@@ -213,7 +216,7 @@ class Setup:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the moments are kept in the memory of the host."""
+        """Whether the moments, and the average of the weights, are kept in the memory of the host."""
         return self.config.train.offload == "optimizer"
 
     @property
@@ -271,8 +274,11 @@ class Setup:
         own = without_moments(self.shardings)
         state = jax.jit(lambda given: without_moments(self._fresh(given)), out_shardings=own, donate_argnums=0)(params)
         # One by one: all at once may not fit the devices. The moments of AdamW and Muon start from zero.
-        moments = map_params(zero_moments, self.shapes.opt_state)
-        return replace(state, opt_state=join_params(moments, state.opt_state))
+        opt_state = join_params(map_params(zero_moments, self.shapes.opt_state), state.opt_state)
+        if self.config.train.ema:
+            average = jax.device_put(self.trained(state.params), self.kept_moment_shardings)
+            opt_state = (*opt_state[:-1], AverageState(average=average))
+        return replace(state, opt_state=opt_state)
 
     def _fresh(self, params: PipelineParams) -> TrainState:
         opt_state = self.optimizer.init(self.trained(params))

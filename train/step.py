@@ -15,8 +15,9 @@ from ..layers.experts.balance import move_biases
 from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
-from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..plan.costs.device_params import block_matrices
+from .metrics.noise_scale import measure_noise
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
@@ -39,7 +40,8 @@ class StepMetrics:
     false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
     good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
     has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out.
+    `dropped`, the share of pairs of tokens and experts that were left out. `noise` has, with `train.noise_scale`,
+    `signal` and `spread` (`metrics/noise_scale.py`).
     """
 
     loss: jax.Array
@@ -48,6 +50,7 @@ class StepMetrics:
     taken: jax.Array
     mean_loss: jax.Array
     router: dict[str, jax.Array] = field(default_factory=dict)
+    noise: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -60,36 +63,52 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     Gradients come from `pipeline_grads`. With ZeRO-1 each data rank updates its own part of the parameters, which are
     then all-gathered over `data`. A bad step (`step_health.py`) leaves parameters and optimizer unchanged.
     """
-    section, optimizer_section = setup.config.train, setup.config.optimizer
+    section = setup.config.train
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
-        given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
+        given: dict[str, Any] = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
         waits = "residuals" if section.offload == "residuals" else "none"
-        out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
+        given |= {"overlap": setup.config.pipeline.overlap, "offload": waits, "shard_squares": section.noise_scale}
+        out = pipeline_grads(setup.model.fns, **given)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
         good = is_good_step(state.health, loss=out.loss, grad_norm=grad_norm, section=section)
-        # optax mixes integer counts with floats, which jax_numpy_dtype_promotion="strict" would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            rate = make_learning_rate(optimizer_section, steps=section.steps, peak=peak_rate)
-            lr = jnp.asarray(rate(state.step - state.health.skipped))
-            # Parts are clipped by the norm of all gradients.
-            norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
-            optimizer = make_optimizer(optimizer_section, steps=section.steps, peak=peak_rate, norm=norm)
-            held = {"opt_state": state.opt_state, "params": state.params}
-            params, opt_state = update(optimizer, grads=grads, **held, good=good)
-        params = _move_biases(setup, params, out.stats, good=good)
+        # Biases move first, so that an average of the weights sees them where they are after this step.
+        moved = replace(state, params=_move_biases(setup, state.params, out.stats, good=good))
+        params, opt_state, lr = _update(setup, moved, grads, grad_norm=grad_norm, good=good, peak_rate=peak_rate)
         moves_on = 1 if section.bad_step == "skip" else good.astype(jnp.int32)
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
         router = _router_metrics(out.metrics)
         loss = out.loss - router["router_loss"] if router else out.loss
-        metrics = StepMetrics(loss=loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, router=router)
-        return state, metrics
+        noise = _noise_metrics(setup, out, batch, grad_norm=grad_norm)
+        measured = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "router": router, "noise": noise}
+        return state, StepMetrics(**measured, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _update(
+    setup: Setup,
+    state: TrainState,
+    grads: PipelineParams,
+    *,
+    grad_norm: jax.Array,
+    good: jax.Array,
+    peak_rate: jax.Array | None,
+) -> tuple[PipelineParams, Any, jax.Array]:
+    """Return updated parameters and optimizer state, and the learning rate of this step."""
+    section, rates = setup.config.train, {"steps": setup.config.train.steps, "peak": peak_rate}
+    # optax mixes integer counts with floats, which jax_numpy_dtype_promotion="strict" would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        lr = jnp.asarray(make_learning_rate(setup.config.optimizer, **rates)(state.step - state.health.skipped))
+        # Parts are clipped by the norm of all gradients.
+        norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
+        optimizer = make_optimizer(setup.config.optimizer, **rates, norm=norm, ema=section.ema)
+        held = {"opt_state": state.opt_state, "params": state.params}
+        return *update(optimizer, grads=grads, **held, good=good), lr
 
 
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:
@@ -114,6 +133,13 @@ def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         "expert_peak": peak,
         "dropped": sums["dropped_pairs"] / tokens.sum(),
     }
+
+
+def _noise_metrics(setup: Setup, out: LossAndGrads, batch: Batch, *, grad_norm: jax.Array) -> dict[str, jax.Array]:
+    """Return what `StepMetrics.noise` has."""
+    if out.shard_squares is None:
+        return {}
+    return measure_noise(grad_norm, out.shard_squares, batch["weights"], num_shards=setup.sizes.data)
 
 
 def step_options(setup: Setup) -> dict[str, Any]:

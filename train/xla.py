@@ -61,7 +61,11 @@ libraries such as NCCL."""
 
 
 _NO_LIMIT = 10.0
-"""Share of the available memory that no estimate of XLA reaches."""
+"""Share of the available memory that no estimate of XLA reaches.
+
+XLA keeps 5% in reserve, and plans with an estimate that may be far above what a program takes: of 70B in four chunks a
+rank, 66 GB, it computes slices again at a limit of 110 GB.
+"""
 
 SLOP = "xla_gpu_memory_limit_slop_factor"
 """XLA's option for the share, in percent, of the memory left for temporary values for which it plans a program."""
@@ -76,10 +80,8 @@ def compile_for(
 ) -> Any:
     """Compile a lowered program with the options for its platform, and more, that this version of XLA knows.
 
-    XLA keeps 5% of the memory that jax may allocate in reserve, and plans with an estimate that may be far above what
-    the program takes (70B in four chunks a rank: 66 GB, and XLA computes slices again at a limit of 110). A program
-    over its limit is compiled again without one, and with no reserve, and the first that fits is taken; or XLA would
-    compute values again and let collectives wait.
+    A program over XLA's limit is compiled again without one, and with no reserve, and the first that fits is taken; or
+    XLA would compute values again and let collectives wait.
 
     >>> compile_for(jax.jit(jnp.sin).lower(1.0), platform="cpu")(0.0)
     Array(0., dtype=float32, ...)

@@ -4,6 +4,7 @@ import argparse
 
 from ...hub.folder import check_model_folder
 from ...meshes.errors import DataError
+from .ema import add_ema_argument
 from .types import parse_path, parse_whole
 
 
@@ -30,6 +31,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=parse_whole, default=8, metavar="N", help="sequences at a time (default 8)"
     )
     parser.add_argument("--dtype", metavar="T", help="dtype to compute in, float32 or bfloat16 (default: the model's)")
+    add_ema_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

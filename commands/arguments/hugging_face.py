@@ -3,6 +3,7 @@
 import argparse
 
 from ...hub.architectures import ARCHITECTURES
+from .ema import add_ema_argument
 from .types import parse_path, parse_whole
 
 
@@ -32,6 +33,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the adapters alone, as the package peft reads them; without it they are merged",
     )
+    add_ema_argument(parser)
     _add_shared_arguments(parser)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ...meshes import use_fake_devices
 from ...meshes.columns import align
 from ...train.perplexity.evaluate_files import FileLoss, evaluate_files, sum_losses
+from ..arguments.ema import chosen_weights
 from ..engine import resolve_mesh
 from .find_named import find_named
 
@@ -33,6 +34,7 @@ def run_eval(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         field=args.text_field,
         dtype=args.dtype,
+        weights=chosen_weights(args),
     )
     total = sum_losses(losses, name="all files")
     if args.json:

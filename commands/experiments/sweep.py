@@ -25,6 +25,7 @@ from ...meshes.files.own_file import replace_file
 from ...train.loop import train
 from ...train.metrics import Summary, read_summary
 from ...train.metrics.compare_plot import draw_losses
+from ...train.metrics.plateau import PLATEAU
 from ...train.metrics.run_rows import read_config_values, read_run_row
 from ...train.stop import BUDGET
 
@@ -55,7 +56,7 @@ def run_sweep(config: RunConfig, args: argparse.Namespace) -> int:
             failed = True
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             continue
-        if summary.ended not in ("done", BUDGET):
+        if summary.ended not in ("done", BUDGET, PLATEAU):
             print(f"stopped by {summary.ended}; the same command goes on", file=sys.stderr)
             break
     begun = {values: own for values, own in configs.items() if own.run_folder.is_dir()}

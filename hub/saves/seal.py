@@ -24,6 +24,9 @@ SEAL_FORMAT = 1
 PARAMS = "params."
 """Prefix of the paths of model parameters; all other arrays belong to the trainer."""
 
+AVERAGE = "opt_state.2.average."
+"""Prefix of the paths of the average of the parameters (`train.ema`), which the optimizer state of a run has last."""
+
 _MAX_SEAL_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 30
 

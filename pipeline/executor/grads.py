@@ -38,10 +38,14 @@ from .loop_plan import Bubbles
 from .loop_state import Wants
 from .microbatches import Inputs
 from .region import Region
+from .split_weights.shard_squares import check_shard_squares
 from .traced_function import ClosedOver, TracedFunction, trace_function
 
 Overlap = Literal["auto", "on", "off"]
 """Whether the steady state of a schedule has a loop of its own, in which messages travel beside products."""
+
+ShardSquares = Literal["off", "on"]
+"""Whether the squared norms of the shards' own gradients are computed too."""
 
 _LIMIT, _COLLECTIVES_AT_ONCE = "xla_gpu_experimental_parallel_collective_overlap_limit", 4
 
@@ -79,6 +83,7 @@ def pipeline_grads(
     overlap: Overlap = "auto",
     offload: Offload = "none",
     bubbles: Bubbles = "zeros",
+    shard_squares: ShardSquares = "off",
 ) -> LossAndGrads:
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
 
@@ -97,23 +102,29 @@ def pipeline_grads(
         overlap: "on" runs the ticks in which every rank has a forward and a backward in a loop of their own, with
             messages beside products; "auto" does so on GPUs. It keeps one more microbatch and compiles longer.
         bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
+        shard_squares: "on" also returns the squared norms of the shards' own gradients (`shard_squares.py`).
 
     Raises:
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
         ShardingError: the batch does not split over `data`, or its leaves disagree on B.
         MeshError: the mesh lacks an axis, or has an unknown one.
     """
-    _check_offload(offload, fns, mesh)
+    _check_choices(offload, shard_squares, fns, mesh)
     inputs = Inputs(batch=batch, state=state, key=key)
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
-    return _run_grads(call, params, inputs, offload=offload)
+    return _run_grads(call, params, inputs, offload=offload, shard_squares=shard_squares)
 
 
-def _run_grads(call: "_Call", params: PipelineParams, inputs: Inputs, *, offload: Offload) -> LossAndGrads:
-    traced = _trace(call, params, inputs, wants="grads", offload=offload)
+def _run_grads(
+    call: "_Call", params: PipelineParams, inputs: Inputs, *, offload: Offload, shard_squares: ShardSquares
+) -> LossAndGrads:
+    if shard_squares == "on":
+        check_shard_squares(call.fns, call.mesh)
+    traced = _trace(call, params, inputs, wants="grads", offload=offload, wants_squares=shard_squares == "on")
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
-    return LossAndGrads(loss=out.loss, grads=out.grads, metrics=out.metrics, stats=out.stats)
+    own = {"metrics": out.metrics, "stats": out.stats, "shard_squares": out.shard_squares}
+    return LossAndGrads(loss=out.loss, grads=out.grads, **own)
 
 
 def pipeline_loss(
@@ -202,7 +213,8 @@ def _check(
     return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
 
 
-def _check_offload(offload: Offload, fns: StageFns, mesh: Mesh) -> None:
+def _check_choices(offload: Offload, shard_squares: ShardSquares, fns: StageFns, mesh: Mesh) -> None:
+    check_choice("shard_squares", shard_squares, get_args(ShardSquares), error=ScheduleError)
     check_choice("offload", offload, get_args(Offload), error=ScheduleError)
     if offload == "none":
         return
@@ -222,6 +234,7 @@ def _trace(
     *,
     wants: Wants,
     wants_batch: bool = False,
+    wants_squares: bool = False,
     offload: Offload = "none",
 ) -> TracedFunction:
     region = Region(
@@ -232,6 +245,7 @@ def _trace(
         overlap=_overlaps(call.mesh, call.overlap),
         wants=wants,
         wants_batch=wants_batch,
+        wants_squares=wants_squares,
         offload=offload,
     )
     traced = trace_function(region, params, inputs)

@@ -34,6 +34,7 @@ from .microbatches import Inputs
 from .prepare import check_prepare
 from .rank_model import rank_model
 from .sequential import run_sequence
+from .split_weights.shard_squares import sum_shard_squares
 from .split_weights.sharded import gather_once, sum_once
 
 
@@ -44,6 +45,7 @@ class Results:
 
     loss: float32 []; metrics: named; stats: leaves [C, ranks@pipe, k, ...].
     grads: gradients of the parameters, None where only the loss is wanted; batch_grads: of the batch, if wanted.
+    shard_squares: float32 [], if wanted.
     """
 
     loss: Any
@@ -51,6 +53,7 @@ class Results:
     stats: Any
     grads: Any
     batch_grads: Any
+    shard_squares: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Region:
     wants: Wants
     offload: Offload = "none"
     wants_batch: bool = False
+    wants_squares: bool = False
 
     def __call__(self, params: PipelineParams, inputs: Inputs) -> Results:
         """Run on the whole arrays: params.stages [C, ranks@pipe, k, ...], batch leaves [M, B@data, ...]."""
@@ -81,6 +85,7 @@ class Region:
                 stats=of_layers,
                 grads=keep_trained(of_params, self._trained(params)) if self.wants == "grads" else P(),
                 batch_grads=of_batch if self.wants_batch else P(),
+                shard_squares=P(),
             ),
         )(params, inputs)
 
@@ -105,30 +110,43 @@ class Region:
         else:
             sums, grads = run_sequence(model, wants=self.wants)
         loss, metrics = _sum((sums.loss, sums.metrics), functions.axes)
-        of_params, of_batch = (None, None) if grads is None else self._join(grads, params, inputs, pipe, summed)
         stats = _restore(_sum(self.fns.one_or_by_kind(sums.stats), summed))
-        return Results(loss=loss, metrics=metrics, stats=stats, grads=of_params, batch_grads=of_batch)
+        results = Results(loss=loss, metrics=metrics, stats=stats, grads=None, batch_grads=None)
+        return results if grads is None else self._join(results, grads, params, inputs, pipe=pipe, summed=summed)
 
     def _join(
-        self, grads: Grads, params: PipelineParams, inputs: Inputs, pipe: tuple[str, ...], summed: tuple[str, ...]
-    ) -> tuple[PipelineParams, Any]:
-        """Sum gradients over the devices that have a part of them: once a step."""
+        self,
+        results: Results,
+        grads: Grads,
+        params: PipelineParams,
+        inputs: Inputs,
+        *,
+        pipe: tuple[str, ...],
+        summed: tuple[str, ...],
+    ) -> Results:
+        """Return the results with gradients, summed over the devices that have a part of them: once a step."""
         trained = keep_trained(params, self._trained(params))
         stages = fill_integers(self.fns.one_or_by_kind(grads.stages), trained.stages)
         of_params = PipelineParams(stages=stages, shared=fill_integers(grads.shared, trained.shared))
         # Where the ends ran together, their gradients are summed over pipe already.
-        over = {"pipe": () if self.fns.ends_together else pipe, "summed": summed}
-        of_params = sum_once(self.fns, of_params, params=params, **over, tokens=self._split_axes(self.fns.token_axes))
-        of_params = replace(of_params, stages=_restore(of_params.stages))
+        over = {"summed": summed, "tokens": self._split_axes(self.fns.token_axes)}
+        if self.wants_squares:
+            sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+            results = replace(
+                results, shard_squares=sum_shard_squares(self.fns, of_params, params=params, sizes=sizes, **over)
+            )
+        of_params = sum_once(self.fns, of_params, params=params, pipe=() if self.fns.ends_together else pipe, **over)
+        results = replace(results, grads=replace(of_params, stages=_restore(of_params.stages)))
         if not self.wants_batch:
-            return of_params, None
+            return results
 
         # Every stage adds its part of the gradient of a microbatch, and every shard that of a leaf that is whole.
         def over_copies(grad: jax.Array, spec: P) -> jax.Array:
             return _sum(grad, tuple(axis for axis in (*pipe, *summed) if axis not in mesh_axes_of(spec)))
 
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
-        return of_params, jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
+        of_batch = jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
+        return replace(results, batch_grads=of_batch)
 
     def _trained(self, params: PipelineParams) -> Any:
         return trained_mask(self.fns.frozen, params)

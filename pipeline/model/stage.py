@@ -224,12 +224,15 @@ class LossAndGrads:
 
     metrics: named sums over layers, microbatches and data, replicated float32.
     stats: sums of what each layer returned as `Output.stats`, leaves [chunks, ranks@pipe, layers, ...].
+    shard_squares: sum over data shards of the squared norm of the part of the gradient that a shard's own sequences
+        give, float32 [], if asked for.
     """
 
     loss: jax.Array
     grads: PipelineParams
     metrics: dict[str, jax.Array] = field(default_factory=dict)
     stats: Any = None
+    shard_squares: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -5,11 +5,11 @@ for these traits and never for the name of a runtime. Read `step_time.py` and `m
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from ...layers import ModelConfig
 from ...meshes import PlanError
-from ...meshes.arguments import check_fields
+from ...meshes.arguments import check_choice, check_fields
 from ...schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
@@ -180,7 +180,12 @@ _FUSED_ON = ("a100", "h100", "h200", "h20", "gh200", "b200", "b300", "gb200", "g
 
 
 def trellax_runtime(
-    model: ModelConfig, accelerator: Accelerator, *, vocab: Vocab = "split", sequence: OnOff = "on"
+    model: ModelConfig,
+    accelerator: Accelerator,
+    *,
+    vocab: Vocab = "split",
+    sequence: OnOff = "on",
+    average: OnOff = "off",
 ) -> Runtime:
     """Return the traits of the step that trellax compiles for a model on an accelerator.
 
@@ -193,10 +198,13 @@ def trellax_runtime(
     Args:
         vocab: placement of embedding and head, `pipeline.vocab` in a config.
         sequence: whether tokens are split over tensor between layers, where `mesh.sequence` is not off.
+        average: whether an average of the weights is kept, `train.ema`, in float32 beside the moments.
 
     Raises:
-        PlanError: `vocab` is not one of its choices.
+        PlanError: `vocab` or `average` is not one of its choices.
     """
+    check_choice("average", average, get_args(OnOff), error=PlanError)
+    averaged = 4 if average == "on" else 0
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
     return replace(
         TRELLAX,
@@ -206,4 +214,7 @@ def trellax_runtime(
         # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has
         # a maximum and a cast for each factor, and products in 8 bits that read one layout.
         products="fp8-current" if model.matmuls == "fp8" else "plain",
+        optimizer_state_bytes=TRELLAX.optimizer_state_bytes + averaged,
+        # Read and written once a step.
+        optimizer_bytes=TRELLAX.optimizer_bytes + 2 * averaged,
     )

@@ -15,7 +15,7 @@ ENGINE = ("--fake-devices", "--dtype", "--cache-dtype", "--chunk", "--groups")
 ANSWER = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--mesh", "--slots")
 GENERATE = (*ENGINE, *ANSWER, "--max-tokens", "--prompt", "--prompts-file")
 HTTP = ("--host", "--port", "--name", "--api-key", "--chat-template", "--queue", "--max-body-bytes", "--timeout")
-SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens", "--cache-tokens")
+SERVE = (*ENGINE, *HTTP, "--num-processes", "--silence", "--mesh", "--slots", "--max-tokens", "--cache-tokens")
 BENCH = (*ENGINE, "--batch", "--meshes", "--prompt-tokens", "--new-tokens", "--png")
 
 PREPARE = ("--text-field", "--vocab-size", "--tokenizer", "--processes", "--shard-mib", "--max-damaged")
@@ -38,7 +38,18 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "runs": (["no-runs"], ("--png",)),
     "bench-decode": (["tiny-dense", "--new-tokens=2", "--prompt-tokens=2"], BENCH),
 }
-FLAGS = ("--json", "--fresh", "--force", "--override", "--this", "--compare", "--verify", "--help", "--version")
+FLAGS = (
+    "--json",
+    "--ema",
+    "--fresh",
+    "--force",
+    "--override",
+    "--this",
+    "--compare",
+    "--verify",
+    "--help",
+    "--version",
+)
 
 
 def draw_command(rng: random.Random) -> tuple[str, list[str]]:

@@ -76,7 +76,7 @@ class FakeLowered:
     def compile(self, compiler_options: dict[str, Any]) -> FakeProgram:
         self.compiled += 1
         slop = compiler_options.get(SLOP)
-        sizes = {100: self.whole, 117: self.whole, 1000: self.unlimited, 1171: self.unlimited}
+        sizes: dict[object, int] = {100: self.whole, 117: self.whole, 1000: self.unlimited, 1171: self.unlimited}
         return FakeProgram(sizes.get(slop, self.with_reserve), slop=slop, text=self.text)
 
 

@@ -17,6 +17,8 @@ from ...hub.saves.reader import Arrays, Damaged, SaveReader, Shapes
 from ...hub.saves.seal import PARAMS, SEAL_FILE, Seal
 from ...hub.saves.seal_fields import is_count, is_sha256
 from ...meshes import CheckpointError
+from ..metrics.log import is_finite_or_none
+from ..metrics.plateau import BEST, WITHOUT_GAIN
 from ..state import Setup, TrainState
 from .layer_order import as_model, as_pipeline, layer_order
 from .store import SaveStore
@@ -168,6 +170,8 @@ def _read_base(setup: Setup) -> Arrays:
 
 def _check_place(seal: Seal) -> str:
     """Return the problem with the position in the data of a seal, or ""."""
-    corpus, counts = seal.data.get("corpus"), [seal.data.get(name) for name in ("batches", "sequences")]
+    corpus, best = seal.data.get("corpus"), seal.data.get(BEST)
+    counts = [seal.data.get(name) for name in ("batches", "sequences", WITHOUT_GAIN)]
     is_right = (corpus is None or is_sha256(corpus)) and all(count is None or is_count(count) for count in counts)
+    is_right = is_right and is_finite_or_none(best)
     return "" if is_right else f"{SEAL_FILE} is no seal: its data cannot be"

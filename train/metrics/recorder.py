@@ -13,6 +13,7 @@ from ..state import TrainState
 from ..step import StepMetrics
 from .log import MetricsLog, NoLog
 from .memory import peak_memory_bytes
+from .noise_scale import NoiseScale
 from .progress import StepProgress
 from .step_timer import StepTimer
 from .throughput import Throughput
@@ -23,6 +24,7 @@ class StepRecorder:
 
     Args:
         last_loss: the last training loss on record before the first step, None if there is none.
+        noise: the noise scale of the steps.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class StepRecorder:
         intervals: Intervals,
         bad_steps: BadSteps,
         last_loss: float | None,
+        noise: NoiseScale,
     ) -> None:
         self._log, self._progress, self._timer = log, progress, timer
         self._throughput, self._intervals, self._bad_steps = throughput, intervals, bad_steps
+        self._noise = noise
         self._pending: tuple[int, StepMetrics] | None = None
         self.last_loss = last_loss
         """Loss of the last recorded step whose update was taken."""
@@ -81,6 +85,7 @@ class StepRecorder:
         self._progress.advance(step, loss=loss, tokens_per_s=tokens_per_s, expert_peak=router.get("expert_peak"))
         if is_taken:
             self.last_loss = loss
+            self._noise.add({name: float(value) for name, value in metrics.noise.items()})
         if self._intervals.logs(step) or not is_taken:
             self._log.write(
                 step,
@@ -94,6 +99,7 @@ class StepRecorder:
                     "mfu": self._throughput.mfu(step_time_s),
                     "peak_memory_bytes": peak_memory_bytes(),
                     **router,
+                    "noise_scale": self._noise.sequences,
                     "skipped": None if is_taken else 1,
                 },
             )

@@ -14,6 +14,7 @@ from ...meshes import RunError
 from ...meshes.files.regular_file import read_bounded
 from ..folder_lock import find_holder
 from .log import METRICS_FILE, last_loss, read_metrics
+from .plateau import PLATEAU
 from .summary import SUMMARY_FILE, Summary, read_summary
 
 _MAX_CONFIG_BYTES = 1_000_000
@@ -23,9 +24,10 @@ _MAX_CONFIG_BYTES = 1_000_000
 class RunRow:
     """How a run stands.
 
-    `state` is "done", "running", "stopped by" a signal or train.seconds, "killed" (its process is gone), "failed" (it
-    ended with an error), or "not begun". `step` is the last one that was logged, or saved at the end, of `steps`, which
-    is 0 if the folder has no config that says it. Losses are in nats per token, None if none was logged.
+    `state` is "done", "plateau" (the validation loss no longer fell), "running", "stopped by" a signal or
+    train.seconds, "killed" (its process is gone), "failed" (it ended with an error), or "not begun". `step` is the last
+    one that was logged, or saved at the end, of `steps`, which is 0 if the folder has no config that says it. Losses
+    are in nats per token, None if none was logged.
     """
 
     name: str
@@ -100,7 +102,7 @@ def _find_state(folder: Path, summary: Summary | None, *, step: int) -> str:
         # Of another machine nothing else is known than that the run has not ended by itself.
         return "running" if host != socket.gethostname() or _is_alive(process) else "killed"
     if summary and summary.steps >= step:
-        return "done" if summary.ended == "done" else f"stopped by {summary.ended}"
+        return summary.ended if summary.ended in ("done", PLATEAU) else f"stopped by {summary.ended}"
     return "failed" if step else "not begun"
 
 

@@ -22,9 +22,9 @@ _MAX_FILE_BYTES = 1 << 20
 class Summary:
     """The result of a run and its folder; losses are in nats per token.
 
-    `ended` is "done", "train.seconds" if the time of the run was up, or the name of the signal that stopped it; a run
-    that a signal stopped has no `final_val_loss`. `tokens_per_s` and `wall_time_s` are of this call alone, not of the
-    calls it resumes.
+    `ended` is "done", "train.seconds" if the time of the run was up, "plateau" if its validation loss no longer fell,
+    or the name of the signal that stopped it; a run that a signal stopped has no `final_val_loss`. `tokens_per_s` and
+    `wall_time_s` are of this call alone, not of the calls it resumes.
     """
 
     ended: str

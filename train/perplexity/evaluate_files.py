@@ -12,6 +12,7 @@ import numpy as np
 from ...configs.check import check_run
 from ...configs.run_config import RunConfig, config_from_dict
 from ...hub.model_folder import ModelSource, open_model
+from ...hub.run_params import Weights, check_weights
 from ...layers import ModelConfig
 from ...layers.context.places import order_chunks
 from ...meshes import DataError, MeshSpec, build_mesh
@@ -63,8 +64,9 @@ def evaluate_files(
     batch_size: int = _BATCH_SIZE,
     field: str = "text",
     dtype: str | None = None,
+    weights: Weights = "last",
 ) -> list[FileLoss]:
-    """Return the loss of the model in a folder on each file.
+    """Return the loss of the model in a folder, a run's or Hugging Face's, on each file.
 
     A file is one stream of tokens, its documents with the special tokens that training puts around them. It is cut into
     sequences of `seq_len`, and each token but the first is predicted once, from those before it in its sequence.
@@ -73,20 +75,19 @@ def evaluate_files(
     7.9...
 
     Args:
-        folder: run folder or Hugging Face folder.
         files: text files, or files of records.
         mesh: sizes of the mesh; one device if left out.
         seq_len: 1,024 if left out, or what the model reads if that is less.
         batch_size: sequences at a time, rounded up to what the mesh needs.
         field: field of a record that holds its text.
         dtype: dtype to compute in, that of the model if left out.
+        weights: which weights of a run, those of its last step or their average.
 
     Raises:
-        DataError: a file cannot be read.
-        TrellaxError: the model cannot be read, or does not fit the mesh.
+        TrellaxError: a file or the model cannot be read, or the model does not fit the mesh.
     """
-    _check_sizes(batch_size, seq_len)
-    source, spec = open_model(folder), MeshSpec() if mesh is None else mesh
+    _check_arguments(batch_size, seq_len, weights)
+    source, spec = open_model(folder, weights=weights), MeshSpec() if mesh is None else mesh
     setup = _make_setup(source, spec, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
     read = {"field": field, "vocab_size": setup.config.model.vocab_size}
     # All files are read before the weights: a mistake in the last one would cost the work on the others.
@@ -96,7 +97,8 @@ def evaluate_files(
     return [_evaluate_file(name, own, setup, params, compute) for name, own in found]
 
 
-def _check_sizes(batch_size: int, seq_len: int | None) -> None:
+def _check_arguments(batch_size: int, seq_len: int | None, weights: Weights) -> None:
+    check_weights(weights)
     check_count("batch_size", batch_size, error=DataError)
     if seq_len is not None:
         check_count("seq_len", seq_len, error=DataError)

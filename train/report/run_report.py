@@ -72,6 +72,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
             "device_bytes": table.device_bytes,
             "trained": param_counts(setup.config.model).trained,
             "host_bytes": _host_bytes(setup),
+            "average_bytes": _average_bytes(setup),
             "stages": stages.numbers if stages else [],
             "ranks_of": ranks_of_ends(setup),
             "schedule": setup.schedule.name,
@@ -102,6 +103,8 @@ def _tell_mesh(setup: Setup) -> str:
     if sizes.data * sizes.context > 1 and shard != "none":
         what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
         found += f"\n          {what} over {sizes.label('batch', 'shard', 'context')} (train.shard)"
+    if setup.config.train.ema:
+        found += f"\n          an average of the weights, {_average_bytes(setup):,} bytes a device (train.ema)"
     if setup.is_offloaded:
         found += f"\n          moments in the memory of the host, {_host_bytes(setup):,} bytes a device (train.offload)"
     if setup.config.train.offload == "residuals":
@@ -128,6 +131,11 @@ def _host_bytes(setup: Setup) -> int:
     if not setup.is_offloaded:
         return 0
     return device_bytes([leaf for leaf in jax.tree.leaves(setup.shapes.opt_state) if is_in_host_memory(leaf)])
+
+
+def _average_bytes(setup: Setup) -> int:
+    """Return the bytes of the average of the weights on each device, or in the memory of its host."""
+    return device_bytes(jax.tree.leaves(setup.shapes.opt_state[-1])) if setup.config.train.ema else 0
 
 
 def draw_schedule(schedule: Schedule, *, stages: Sequence[StageCost] | None = None, width: int | None = None) -> str:

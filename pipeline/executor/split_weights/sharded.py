@@ -40,7 +40,7 @@ class Splits:
     @classmethod
     def of(cls, fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> "Splits":
         """Return the splits that the specs of a model name, over batch axes with several devices."""
-        return cls.from_specs(fns, _specs_of(fns, params), summed=summed)
+        return cls.from_specs(fns, specs_of(fns, params), summed=summed)
 
     @classmethod
     def from_specs(cls, fns: StageFns, specs: PipelineParams, *, summed: Sequence[str]) -> "Splits":
@@ -48,7 +48,7 @@ class Splits:
         return cls(stages=_splits_of(specs.stages, fns, summed), shared=_splits_of(specs.shared, fns, summed))
 
 
-def _specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
+def specs_of(fns: StageFns, params: PipelineParams) -> PipelineParams:
     """Return the spec of each parameter, of those of stages without [chunks, layers]."""
     return PipelineParams(
         stages=spread_specs("stage_specs", fns.stage_specs, params.stages, of="params.stages"),
@@ -77,7 +77,7 @@ def gather(tree: Any, splits: Sequence[Split], *, dtype: DTypeLike | None = None
     def one(leaf: jax.Array, split: Split) -> jax.Array:
         if not split.axes:
             return leaf
-        sent = leaf.astype(dtype) if dtype is not None and _is_float(leaf) else leaf
+        sent = leaf.astype(dtype) if dtype is not None and is_float(leaf) else leaf
         return gather_weight(sent, split.axes, dim=split.dim)
 
     return _map(one, tree, splits)
@@ -92,7 +92,7 @@ def _scatter(grad: jax.Array, split: Split) -> jax.Array:
     if not split.axes:
         return grad
     # Gradients of integers are zeros of their own dtype.
-    sums = grad.astype(jnp.float32) if _is_float(grad) else grad
+    sums = grad.astype(jnp.float32) if is_float(grad) else grad
     return jax.lax.psum_scatter(sums, split.axes, scatter_dimension=split.dim, tiled=True)
 
 
@@ -103,7 +103,7 @@ def _sum_over(tree: Any, specs: Any, axes: Sequence[str]) -> Any:
     for number, (leaf, spec) in enumerate(zip(leaves, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)):
         over = tuple(axis for axis in axes if axis not in mesh_axes_of(spec))
         # A sum over no axes would stay in the program as a copy. Gradients of integers are zeros on every device.
-        if over and _is_float(leaf):
+        if over and is_float(leaf):
             groups.setdefault(over, []).append(number)
     for over, numbers in groups.items():
         for number, total in zip(numbers, jax.lax.psum([leaves[n] for n in numbers], over), strict=True):
@@ -140,7 +140,7 @@ def sum_once(
     Where tokens are split, what is whole along their axes is summed over those as well. grads.stages [C, k, ...] of
     what `gather_once` returned, with None for frozen parameters.
     """
-    specs, stages = keep_trained(_specs_of(fns, params), trained_mask(fns.frozen, params)), grads.stages
+    specs, stages = keep_trained(specs_of(fns, params), trained_mask(fns.frozen, params)), grads.stages
     splits = Splits.from_specs(fns, specs, summed=summed)
     if fns.gather == "step":
         stages = scatter(stages, [split.behind(2) for split in splits.stages])
@@ -209,7 +209,8 @@ def layer_gathers(
     }
 
 
-def _is_float(leaf: jax.Array) -> bool:
+def is_float(leaf: jax.Array) -> bool:
+    """Return whether a leaf has gradients: those of integers are zeros."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 

@@ -14,7 +14,12 @@ from ..models import engine_on, requests_of
 
 def test_events_come_back_as_they_were() -> None:
     request = Request(
-        prompt=(1, 2), temperature=0.1 + 0.2, logit_bias={3: 1 / 3, 4: -100}, stop=(5,), logprobs=2, seed=2**32 - 1
+        prompt=(1, 2),
+        temperature=0.1 + 0.2,
+        logit_bias=((3, 1 / 3), (4, -100.0)),
+        stop=(5,),
+        logprobs=2,
+        seed=2**32 - 1,
     )
     events: list[Event] = [request, 7, Request(prompt=(1,))]
     text = write_events(events)
