@@ -6,6 +6,7 @@ from typing import Any
 from ..layers import ModelConfig
 from ..layers.context.choice import choose_context_attention
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
+from ..meshes.axes import Role
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
 from ..schedules import SCHEDULES
@@ -188,7 +189,8 @@ def _check_noise_scale(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxErr
     if config.train.noise_scale == "off":
         return
     over = _keys_of(mesh, *mesh.roles.batch)
-    apart = next((role for role in ("context", "expert") if getattr(mesh, role) > 1), None)
+    roles: tuple[Role, ...] = ("context", "expert")
+    apart = next((role for role in roles if getattr(mesh, role) > 1), None)
     if apart:
         axis = _keys_of(mesh, *mesh.roles.having(apart))
         problem, fix = f"with {axis}={getattr(mesh, apart)} no device has that of its own sequences", f"{axis}=1"

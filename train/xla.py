@@ -96,6 +96,19 @@ def compile_for(
     if taken is None or taken <= kept or platform not in _GPUS or SLOP in xla_flags():
         return compiled
     available = taken if absent_bytes is None else int(MEMORY_FRACTION * absent_bytes)
+    return _compile_without_limit(lowered, options, compiled, taken=taken, available=available)
+
+
+def _compile_without_limit(
+    lowered: Any, options: dict[str, CompilerOption], compiled: Any, *, taken: int, available: int
+) -> Any:
+    """Return a program as compiled, or if XLA has squeezed it, one with another limit that fits the available memory.
+
+    Args:
+        taken: bytes that XLA takes as available.
+        available: bytes that jax may allocate.
+    """
+    kept = kept_bytes(compiled.memory_analysis())
 
     def compile_again(share: float) -> Any:
         slop = int(100 * share * (available - kept) / (taken - kept))
@@ -104,7 +117,7 @@ def compile_for(
     def is_squeezed_on_any(compiled: Any, *, base: int) -> bool:
         return any(_answers(is_squeezed(compiled, limit=limit_bytes(kept, base=base))))
 
-    if is_squeezed_on_any(compiled, base=taken) and available > taken:
+    if available > taken and is_squeezed_on_any(compiled, base=taken):
         # XLA takes less of an absent GPU than of one that is there: first as much as there.
         compiled = compile_again(XLA_SLOP)
     if is_squeezed_on_any(compiled, base=available):

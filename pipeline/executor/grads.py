@@ -88,20 +88,18 @@ def pipeline_grads(
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
 
     params.stages [chunks, ranks@pipe, layers, ...]; params.shared replicated over pipe, or as `fns.shared_specs` says;
-    batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
-    -> loss [], gradients in float32, sharded as the parameters; integers have zeros, frozen parameters None.
-
-    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step. Where `fns.shared_specs` split
-    over pipe, also four all-reduces of an activation over it a microbatch. With pipe=1 microbatches run one after
-    another, and the schedule gives only their number.
+    batch leaves [M, B@data, ...], or as `fns.batch_specs` says, and [M] whole -> loss [], gradients in float32, sharded
+    as the parameters; integers have zeros, frozen parameters None.
+    It costs two neighbour permutes a tick and one gradient all-reduce over `data` a step; where `fns.shared_specs`
+    split over pipe, four all-reduces of an activation over it a microbatch.
 
     Args:
-        state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]. It has no gradients.
+        state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]; without gradients.
         key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
         offload: "residuals" copies those whose backward is far off to the memory of the host, and back in time.
-        overlap: "on" runs the ticks in which every rank has a forward and a backward in a loop of their own, with
-            messages beside products; "auto" does so on GPUs. It keeps one more microbatch and compiles longer.
-        bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
+        overlap: "on" runs ticks of a forward and a backward on every rank in a loop of their own, with messages beside
+            products, one more microbatch in memory; "auto" does so on GPUs.
+        bubbles: "nan" fills unused buffers with NaN.
         shard_squares: "on" also returns the squared norms of the shards' own gradients (`shard_squares.py`).
 
     Raises:

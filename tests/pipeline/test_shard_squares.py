@@ -120,17 +120,15 @@ def test_noise_scale_of_a_quadratic_is_the_exact_one() -> None:
     scale = NoiseScale(batch_size=num_rows, num_steps=num_batches)
     for number in range(num_batches):
         x = (mu + deviations * rng.standard_normal((1, num_rows, 8))).astype(np.float32)
-        # Unequal weights, as masks and packing give them: shard 3 has a fourth of what shard 0 has.
+        # Unequal weights, as masks and packing give them.
         weights = np.repeat([4.0, 2.0, 2.0, 1.0], num_rows // num_shards)[None, :, None].astype(np.float32)
         weights /= weights.sum()
         noise, grad = step({"x": x, "weights": weights})
         if number == 0:
             parts = (weights * (theta - x))[0].reshape(num_shards, -1, 8).sum(axis=1)
             np.testing.assert_allclose(grad, parts.sum(axis=0), rtol=1e-5)
-            shares = weights.reshape(num_shards, -1).sum(axis=1)
-            square = np.sum(parts.sum(axis=0) ** 2)
+            square, shares = np.sum(parts.sum(axis=0) ** 2), weights.reshape(num_shards, -1).sum(axis=1)
             signal = (square - np.sum(parts**2)) / (1 - np.sum(shares**2))
             np.testing.assert_allclose([noise["signal"], noise["spread"]], [signal, square - signal], rtol=1e-4)
         scale.add({name: float(value) for name, value in noise.items()})
-    # n sequences of unequal weights are as noisy as 1 / sum w^2 of equal ones.
     assert scale.sequences == pytest.approx(exact * num_rows * np.sum(weights**2), rel=0.1)
