@@ -160,6 +160,6 @@ def rematerialize(layer: Callable[..., Any], remat: Remat, *, num_layers: int = 
     keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS)
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
-    # Loops keep the forward and the recomputation in the backward apart. Those of one layer XLA unrolls, and would merge
+    # Loops keep the forward and its recomputation in the backward apart. XLA unrolls those of one layer, and would merge
     # the two, so that everything is kept after all.
     return jax.checkpoint(layer, policy=policy, prevent_cse=num_layers == 1)

@@ -180,18 +180,13 @@ def _rank_memory(
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
     copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
-    if runtime.residuals == "trellax":
-        tables = gathered_tables(model, layout=layout, runtime=runtime)
-        copies += _FLOAT32 * tables
-        # By layer, gradients of layers are split as they are made, those of the tables when the step ends.
-        split = 1 - 1 / (layout.replicas * layout.context) if layout.zero == 3 or layout.fsdp > 1 else 0.0
-        state["gradients"] += runtime.gradient_bytes * tables * split
+    tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    temporary = copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    temporary = copies + tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
-        gradients=state["gradients"],
+        gradients=state["gradients"] + tables.gradients,
         optimizer=state["optimizer"] - host,
         activations=kept
         + _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
@@ -205,16 +200,13 @@ def _rank_memory(
 def _gathered_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:
     """Return the bytes of a layer's gathered parameters where every layer gathers its own.
 
-    The next layer's wait while a layer is at work. In PyTorch the layer at work has a copy besides, and its gradient
-    before it is sent; in trellax these are counted with the copies and the temporary arrays, and layers of several
-    kinds are gathered one by one, none ahead.
+    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In PyTorch
+    both are there, and the gradient before it is sent.
     """
     if layout.zero != 3 and layout.fsdp == 1:
         return 0.0
     own = max(item_bytes(kind) * block_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, _ in layers)
-    if runtime.residuals == "trellax":
-        return own if len(layers) == 1 else 0.0
-    return 3.0 * own
+    return own if runtime.residuals == "trellax" else 3.0 * own
 
 
 def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
