@@ -134,21 +134,17 @@ def run_blocks(
         y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT, places)
         return y_BTD, stats.loss
 
-    num_layers = len(jax.tree.leaves(params_L)[0])
-    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat, num_layers=num_layers), x_BTD, params_L)
+    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)
     return y_BTD, jnp.zeros((), jnp.float32) if losses is None else losses.sum()
 
 
-def rematerialize(layer: Callable[..., Any], remat: Remat, *, num_layers: int = 2) -> Callable[..., Any]:
+def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """Return the layer under a rematerialization policy (Chen et al. 2016, section 4).
 
     - "none" recomputes only the inside of norms and activation functions, which are cheap for their size.
     - "dots" keeps the outputs of weight matmuls and of attention and recomputes all between them. On CPUs it is faster
       than "none", since less is written and read; it has not been timed on a GPU.
     - "full" keeps only the layer's input.
-
-    Args:
-        num_layers: how many layers the loop runs that this one is in.
 
     Raises:
         ModelError: there is no such policy.
@@ -160,6 +156,5 @@ def rematerialize(layer: Callable[..., Any], remat: Remat, *, num_layers: int = 
     keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS)
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
-    # Loops keep the forward and its recomputation in the backward apart. XLA unrolls those of one layer, and would merge
-    # the two, so that everything is kept after all.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=num_layers == 1)
+    # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
 from ...layers.context.places import Places
-from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern, layers_by_kind
+from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
@@ -154,10 +154,9 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
         return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
 
     layers, prepares, pattern = {}, {}, layer_pattern(config)
-    own_counts = layers_by_kind(config, counts)
     for kind in layer_kinds(config):
         block = JoinedBlock.on(mesh, config=kind.config, rules=rules)
-        layers[kind.name] = rematerialize(_layer_fn(kind, block), remat, num_layers=max(own_counts[kind.name]))
+        layers[kind.name] = rematerialize(_layer_fn(kind, block), remat)
         prepares[kind.name] = _prepare_fn(config.dtype, block)
     return StageFns(
         first=first,
