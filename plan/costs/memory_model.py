@@ -31,7 +31,7 @@ from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
 from .runtime import TRELLAX, OrderTraits, Runtime
 from .stage_time import stage_layers
-from .temporary import copied_bytes, gathered_tables, temporary_bytes
+from .temporary import copied_bytes, gathered_tables, score_bytes, temporary_bytes
 
 _FLOAT32 = 4
 
@@ -173,6 +173,8 @@ def _rank_memory(
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
     kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    if layout.pipe == 1 and runtime.residuals == "trellax":
+        kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
@@ -194,6 +196,22 @@ def _rank_memory(
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,
+    )
+
+
+def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes that a layer alone of its kind keeps in spite of rematerialization.
+
+    XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward.
+    """
+    given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
+    whole = replace(layout, remat="none")
+    alone = [kind for kind, count in layers if count == 1 and layout.remat != "none"]
+    return sum(
+        layer_activation_bytes(kind, layout=whole, **given)
+        - layer_activation_bytes(kind, layout=layout, **given)
+        + score_bytes(kind, layout=layout, **given)
+        for kind in alone
     )
 
 

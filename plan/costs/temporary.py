@@ -28,7 +28,10 @@ def temporary_bytes(
     """Return the larger of the loss, on a rank where the head runs, and one layer's backward."""
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
     has_head = "head" in ends or _is_vocab_split(layout, runtime)
-    loss = _loss_bytes(model, **given) if has_head else 0.0
+    if runtime.residuals == "trellax":
+        loss = _loss_bytes(model, **given) if has_head else 0.0
+    else:
+        loss = _megatron_loss_bytes(model, **given, has_head=has_head)
     once = _layer_work(model, **given)
     if runtime.residuals == "trellax" and layout.zero == 3:
         # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
@@ -54,16 +57,18 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     num_up = 2 if model.mlp == "swiglu" else 1
     gradients = item * tokens * (num_up + 1) * features
     gradients += boundary_bytes(model, layout=layout, **given)
-    if runtime.attention == "scores" and layout.remat == "full":
-        gradients += _score_bytes(model, layout=layout, num_tokens=num_tokens)
+    if layout.remat == "full":
+        gradients += score_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     return recomputed + gradients + _round_bytes(model, layout=layout, tokens=round(tokens))
 
 
-def _score_bytes(model: ModelConfig, *, layout: Layout, num_tokens: int) -> float:
-    """Return the bytes of the scores of all blocks, in float32, where a layer is computed again with its backward.
+def score_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes of the scores of all blocks, in float32, where a layer's forward and backward are in one body.
 
-    XLA merges what the backward recomputes of a block with the recomputed layer, so all blocks are kept.
+    XLA merges what the backward recomputes of a block with the forward, so all blocks are kept. Fused kernels have none.
     """
+    if runtime.attention == "fused":
+        return 0.0
     blocks = sum((rows.stop - rows.start) * rows.stop for rows in row_blocks(num_tokens))
     return _FLOAT32 * layout.sequences * model.num_heads / layout.tensor * blocks / layout.context**2
 
@@ -92,24 +97,36 @@ def _is_vocab_split(layout: Layout, runtime: Runtime) -> bool:
     return runtime.vocab == "split" and layout.pipe > 1
 
 
-def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
-    """Return the bytes of logits and what is made of them, and of what is alive beside them.
+def _words(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> float:
+    """Return the words of the vocabulary on a device that has a part of the head."""
+    return model.vocab_size / layout.tensor / (layout.pipe if _is_vocab_split(layout, runtime) else 1)
 
-    trellax has the logits of a chunk in float32 and their gradient, the table in the compute dtype and its gradient,
-    and x with its gradient, both of all tokens (`../../layers/projected_loss.py`).
+
+def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes of trellax's loss (`../../layers/projected_loss.py`).
+
+    Logits of a chunk in float32 and their gradient, the table in the compute dtype and its gradient, and x with its
+    gradient, both of all tokens.
+    """
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
+    held, words = min(tokens, chunk_tokens(model.hidden_size)), _words(model, layout=layout, runtime=runtime)
+    # With one microbatch the table's gradient is counted as the step's.
+    table = words * model.hidden_size * (item if _is_one_microbatch(layout) else _FLOAT32 + item)
+    return table + (held * words + tokens * model.hidden_size) * (_FLOAT32 + item)
+
+
+def _megatron_loss_bytes(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, has_head: bool
+) -> float:
+    """Return the bytes of Megatron's loss, or of what is left of it when the last layer's backward runs.
+
+    Logits in float32, and their gradient in the compute dtype, are left then.
     """
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
-    words = model.vocab_size / layout.tensor
-    if _is_vocab_split(layout, runtime):
-        words /= layout.pipe
-    if runtime.residuals == "trellax":
-        # With one microbatch the table's gradient is counted as the step's.
-        table = words * model.hidden_size * (item if _is_one_microbatch(layout) else _FLOAT32 + item)
-        return table + tokens * (held / tokens * words + model.hidden_size) * (_FLOAT32 + item)
-    # Logits in float32, and their gradient in the compute dtype, are left when the last layer's backward runs.
-    left = held * words * (_FLOAT32 + item) + _backward_bytes(model, layout=layout, tokens=tokens)
-    return max(held * words * runtime.loss_bytes, left)
+    logits = held * _words(model, layout=layout, runtime=runtime) if has_head else 0.0
+    left = logits * (_FLOAT32 + item) + _backward_bytes(model, layout=layout, tokens=tokens)
+    return max(logits * runtime.loss_bytes, left)
 
 
 @dataclass(frozen=True, kw_only=True)
