@@ -272,8 +272,9 @@ def _end_bytes(
     boundary = boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     if runtime.residuals == "trellax":
         waiting = layout.microbatches + 2 if layout.family.peak_in_flight == "all" else 3
-        # The input of the next pair is made before that of this one is used up.
-        waiting += layout.family.is_paired and runtime.pair_overlap == "on" and runtime.vocab == "split"
+        if layout.family.is_paired and runtime.pair_overlap == "on":
+            # Both buffers have two places, to receive beside the work; inputs and outputs of both parts are there too.
+            waiting += 6
         return boundary * (waiting if layout.pipe > 1 else 1)
     masks = boundary / item_bytes(model) * held if "embedding" in ends and runtime.dropout == "on" else 0.0
     return masks + (2 * boundary if "head" in ends else 0.0)
