@@ -1,5 +1,6 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
+from dataclasses import replace
 from typing import Literal
 
 from ..layers.context.choice import choose_context_attention
@@ -63,17 +64,19 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
             fix="plan with --model.lora_rank 0, whose layouts need more memory, or compile the step: trellax inspect.",
         )
     sequence: OnOff = "off" if config.mesh.sequence == "off" else "on"
+    runtime = trellax_runtime(
+        config.model,
+        topology.accelerator,
+        vocab=config.pipeline.vocab,
+        sequence=sequence,
+        average="on" if config.train.ema else "off",
+    )
     return TrainQuestion(
         model=config.model,
         topology=topology,
         batch_size=config.train.batch_size,
         num_tokens=config.data.seq_len,
         context=config.mesh.context,
-        runtime=trellax_runtime(
-            config.model,
-            topology.accelerator,
-            vocab=config.pipeline.vocab,
-            sequence=sequence,
-            average="on" if config.train.ema else "off",
-        ),
+        # Muon keeps one float32 moment of a kernel, AdamW two.
+        runtime=replace(runtime, kernel_saving_bytes=4) if config.optimizer.kind == "muon" else runtime,
     )

@@ -1,17 +1,19 @@
 """Compare the planner with published measurements, for every file of a folder.
 
-Command:  python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE] [--write DOCS]
+Command:  python benchmarks/planner/run.py FOLDER [--json] [--rows SOURCE] [--write DOCS] [--evidence FILE]
 Time: half a minute on one core.
 
 A row that states enough is predicted, any other is skipped with a reason. `fitted` counts the rows on which constants
 were fitted; `held out` is the error of the others. Steps in 8 and 4 bits and those that train adapters have lines of
 their own, such as "step_time fp8". Sweeps are ranked as well: for every model, number of GPUs and batch, the measured
-time of the planner's first layout over the best one measured. With --write the page of evidence is written.
+time of the planner's first layout over the best one measured. With --write the page of evidence is written, with
+--evidence the errors that `trellax plan` prints beside its plans.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from trellax.meshes.errors import suggest
 from benchmarks.arguments import make_parser
 from benchmarks.planner.accuracy import CALIBRATION, Accuracy, measure_accuracy
 from benchmarks.planner.evidence import write_evidence
+from benchmarks.planner.plan_evidence import format_evidence
 from benchmarks.planner.ranking import Ranking, rank_sweeps
 from benchmarks.planner.rows import PublishedRow, read_published
 from benchmarks.tables import Rows
@@ -36,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="folder of TOML files of measurements")
     parser.add_argument("--rows", metavar="SOURCE", help="print every row of one source")
     parser.add_argument("--write", metavar="DOCS", help="write the page of evidence below this folder, docs say")
+    parser.add_argument("--evidence", metavar="FILE", help="write the errors that plans carry, plan/evidence.toml say")
     arguments = parser.parse_args(argv)
+    if arguments.rows and (arguments.write or arguments.evidence):
+        parser.error("--rows reads one source; leave it out where --write or --evidence write the errors of all")
     try:
         published = _read_sources(arguments.folder, arguments.rows)
     except TrellaxError as error:
@@ -44,8 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     accuracies = measure_accuracy(published)
     rankings = rank_sweeps(accuracies)
+    written: list[Path] = []
     if arguments.write:
-        print(*write_evidence(accuracies, rankings, docs=Path(arguments.write)), sep="\n")
+        written += write_evidence(accuracies, rankings, docs=Path(arguments.write))
+    if arguments.evidence:
+        Path(arguments.evidence).write_text(format_evidence(accuracies, date=date.today().isoformat()))
+        written.append(Path(arguments.evidence))
+    if written:
+        print(*written, sep="\n")
     elif arguments.json:
         print(json.dumps(_list_numbers(accuracies, rankings), indent=2))
     elif arguments.rows:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..machines.detect import match_accelerator
 from .timing import Timed, time_call
 
 _MIB = 1 << 20
@@ -58,7 +59,7 @@ def measure_devices(devices: Sequence[jax.Device], *, say: Callable[[str], None]
     mesh = Mesh(np.array(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     found: list[Measured] = []
     jobs: list[Callable[[], Measured]] = [
-        functools.partial(_product, mesh, size, dtype) for dtype in ("bfloat16", "float32") for size in sizes.products
+        functools.partial(_product, mesh, size, dtype) for dtype in _product_dtypes(devices) for size in sizes.products
     ]
     jobs += [functools.partial(_copy, mesh, sizes.copied), functools.partial(_from_host, mesh, sizes.copied)]
     if len(devices) > 1:
@@ -76,12 +77,23 @@ def rate_of(found: Sequence[Measured], name: str) -> float:
     return max(one.rate for one in found if one.name.startswith(name))
 
 
+def _product_dtypes(devices: Sequence[jax.Device]) -> tuple[str, ...]:
+    """Return the number formats of products: 8 bits too where the accelerator is known to have units for them."""
+    known = None if devices[0].platform == "cpu" else match_accelerator(devices[0].device_kind)
+    return ("bfloat16", "float32", *(("float8",) if known and known.flops_per_s.get("float8") else ()))
+
+
 def _product(mesh: Mesh, size: int, dtype: str) -> Measured:
-    """Multiply two square matrices on every device at once."""
-    num = mesh.size
-    make = jax.jit(lambda: jnp.ones((num, size, size), dtype), out_shardings=_split(mesh))
+    """Multiply two square matrices on every device at once; those in 8 bits with sums in float32, kept in bfloat16."""
+    num, of = mesh.size, "float8_e4m3fn" if dtype == "float8" else dtype
+    make = jax.jit(lambda: jnp.ones((num, size, size), of), out_shardings=_split(mesh))
     x, y = make(), make()
-    multiply = jax.jit(lambda a, b: jnp.einsum("dij,djk->dik", a, b), out_shardings=_split(mesh))
+    sums, kept = ("float32", "bfloat16") if dtype == "float8" else (dtype, dtype)
+
+    @functools.partial(jax.jit, out_shardings=_split(mesh))
+    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum("dij,djk->dik", a, b, preferred_element_type=sums).astype(kept)
+
     timed = time_call(lambda: multiply(x, y), budget_s=_BUDGET_S)
     flops = 2.0 * size**3
     return Measured(name=f"product {dtype} {size}", rate=flops / timed.time_s, unit="flops/s", num_bytes=0, timed=timed)

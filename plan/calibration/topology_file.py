@@ -23,7 +23,8 @@ _TERA, _GIGA = 1e12, 1e9
 def figures_of(devices: Sequence[jax.Device], found: Sequence[Measured]) -> dict[str, Any]:
     """Return the keys of a topology file: measured rates, and what is known of the accelerator."""
     known = match_accelerator(devices[0].device_kind) if devices[0].platform != "cpu" else None
-    peaks = {name: rate_of(found, f"product {name}") for name in ("bfloat16", "float32")}
+    names = dict.fromkeys(one.name.split()[1] for one in found if one.name.startswith("product"))
+    peaks = {name: rate_of(found, f"product {name}") for name in names}
     link = _link_bytes_per_s(found, len(devices))
     memory = rate_of(found, "copy in memory") / MEMORY_SHARE
     accelerator = {

@@ -4,7 +4,8 @@
     activations                     residuals of a layer x layers x microbatches in flight, and buffers of the ends
     temporary                       logits of the loss, one layer's backward, and copies of the weights
 
-Residuals of a layer come from `activations.py`, bytes per parameter from `runtime.py`.
+Residuals of a layer come from `activations.py`, bytes per parameter from `runtime.py`, temporary ones from
+`temporary.py`.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,14 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from ...layers import ModelConfig
-from ...layers.attention_counts import attention_widths
-from ...layers.projected_loss import chunk_tokens
 from ...schedules import find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import (
     End,
     block_matrices,
-    block_params,
     device_matrices,
     device_params,
     ends_of,
@@ -33,6 +31,7 @@ from .operations import item_bytes
 from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_schedule, search_terms
 from .runtime import TRELLAX, OrderTraits, Runtime
 from .stage_time import stage_layers
+from .temporary import copied_bytes, gathered_tables, score_bytes, temporary_bytes
 
 _FLOAT32 = 4
 
@@ -174,19 +173,24 @@ def _rank_memory(
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
     kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    if layout.pipe == 1 and runtime.residuals == "trellax":
+        kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    copies = _copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
+    kernels = sum(count * block_matrices(kind, **split) for kind, count in layers.stored)
+    state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
+    copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
+    tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    temporary = copies + max(_temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    temporary = copies + tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
-        gradients=state["gradients"],
+        gradients=state["gradients"] + tables.gradients,
         optimizer=state["optimizer"] - host,
         activations=kept
         + _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
@@ -197,19 +201,32 @@ def _rank_memory(
     )
 
 
+def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes that a layer alone of its kind keeps in spite of rematerialization.
+
+    XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward.
+    """
+    given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
+    whole = replace(layout, remat="none")
+    alone = [kind for kind, count in layers if count == 1 and layout.remat != "none"]
+    return sum(
+        layer_activation_bytes(kind, layout=whole, **given)
+        - layer_activation_bytes(kind, layout=layout, **given)
+        + score_bytes(kind, layout=layout, **given)
+        for kind in alone
+    )
+
+
 def _gathered_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:
     """Return the bytes of a layer's gathered parameters where every layer gathers its own.
 
-    The next layer's wait while a layer is at work. In PyTorch the layer at work has a copy besides, and its gradient
-    before it is sent; in trellax these are counted with the copies and the temporary arrays, and layers of several
-    kinds are gathered one by one, none ahead.
+    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In PyTorch
+    both are there, and the gradient before it is sent.
     """
     if layout.zero != 3 and layout.fsdp == 1:
         return 0.0
     own = max(item_bytes(kind) * block_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, _ in layers)
-    if runtime.residuals == "trellax":
-        return own if len(layers) == 1 else 0.0
-    return 3.0 * own
+    return own if runtime.residuals == "trellax" else 3.0 * own
 
 
 def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
@@ -255,65 +272,9 @@ def _end_bytes(
     boundary = boundary_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     if runtime.residuals == "trellax":
         waiting = layout.microbatches + 2 if layout.family.peak_in_flight == "all" else 3
-        # The input of the next pair is made before that of this one is used up.
-        waiting += layout.family.is_paired and runtime.pair_overlap == "on" and runtime.vocab == "split"
+        if layout.family.is_paired and runtime.pair_overlap == "on":
+            # Both buffers have two places, to receive beside the work; inputs and outputs of both parts are there too.
+            waiting += 6
         return boundary * (waiting if layout.pipe > 1 else 1)
     masks = boundary / item_bytes(model) * held if "embedding" in ends and runtime.dropout == "on" else 0.0
     return masks + (2 * boundary if "head" in ends else 0.0)
-
-
-def _temporary_bytes(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, ends: tuple[End, ...]
-) -> float:
-    """Return the larger of the loss (logits and their gradient, where the head runs) and one layer's backward."""
-    is_split = runtime.vocab == "split" and layout.pipe > 1
-    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
-    parts = layout.tensor * (layout.pipe if is_split else 1)
-    has_head = is_split or "head" in ends
-    held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
-    logits = held * model.vocab_size / parts if has_head else 0.0
-    once = 0.0
-    if layout.remat != "none":
-        # While a layer's backward runs, its recomputed residuals are all in memory, for one layer at a time.
-        kept = replace(layout, remat="none")
-        once = layer_activation_bytes(model, layout=kept, runtime=runtime, num_tokens=num_tokens)
-    beside = _backward_bytes(model, layout=layout, tokens=tokens) if runtime.residuals == "megatron" else 0.0
-    # Logits in float32, and their gradient in the compute dtype, are left when the last layer's backward runs.
-    return max(logits * runtime.loss_bytes, logits * (_FLOAT32 + item) + beside, once) + runtime.workspace_bytes
-
-
-def _copied_bytes(layers: KindCounts, *, layout: Layout) -> float:
-    """Return the bytes of weight copies of all layers, and of the one at work where each gathers its own."""
-    copies = [(count, *_layer_copies(kind, layout=layout)) for kind, count in layers]
-    return sum(count * each for count, each, _ in copies) + max(at_work for _, _, at_work in copies)
-
-
-def _layer_copies(model: ModelConfig, *, layout: Layout) -> tuple[float, float]:
-    """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split.
-
-    They are those of one layer between its uses, and while it is at work.
-    """
-    # Gathered by every layer: a part of all layers, and the layer at work.
-    parts = layout.replicas if layout.zero == 3 else 1
-    own = item_bytes(model) * block_params(model, tensor=layout.tensor, expert=layout.expert)
-    at_work = own if layout.zero == 3 else 0.0
-    if item_bytes(model) < _FLOAT32 or layout.zero == 2:
-        return own / parts, at_work
-    if layout.tensor == 1:
-        return 0.0, at_work
-    # What reads latent vectors is not joined.
-    columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
-    columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
-    return _FLOAT32 * model.hidden_size * columns / parts, at_work
-
-
-def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:
-    """Return the bytes of the feed-forward's gradients and of its largest weight gradient, in float32, before the sum.
-
-    Both are alive together with the logits in the first backward of a microbatch, as 14 peaks on B200 show
-    (simumax_b200_a100.toml).
-    """
-    num_up = 2 if model.mlp == "swiglu" else 1
-    features = model.ffn_size / layout.tensor
-    gradients = tokens * item_bytes(model) * (num_up + 1) * features
-    return gradients + _FLOAT32 * num_up * features * model.hidden_size

@@ -9,6 +9,7 @@ from trellax.configs import load_config
 from trellax.plan.costs.inference_time import inference_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.machines.topology import read_topology
+from trellax.plan.serving_search import ServeQuestion, price_serving
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -43,6 +44,36 @@ def test_throughput_over_pipe_is_the_models() -> None:
         one = serve(Layout(), batch=batch).tokens_per_s
         expected += [f"{serve(Layout(pipe=parts), batch=batch).tokens_per_s / one:.2f}" for parts in (2, 4)]
     assert numbers_after(text, "rule says 1.8 and 3.2 times. The model says", 4) == expected
+
+
+def rows_of(text: str, head: str) -> dict[str, list[str]]:
+    """Return the cells of the table with this head, by the first of a line."""
+    lines = text.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    return {first: rest for first, *rest in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+def test_memory_and_traffic_over_tensor_and_pipe_are_the_models() -> None:
+    text = (DOCS / "concepts" / "planner.md").read_text()
+    question = ServeQuestion(model=load_config("llama3-70b-64gpu").model, topology=read_topology("a100x4"), requests=64)
+    expected = {}
+    for name, layout in (("tensor=4", Layout(tensor=4)), ("pipe=4", Layout(pipe=4))):
+        plan = price_serving(question, layout)
+        parts = [plan.memory.weights, plan.memory.kv_cache, plan.memory.activations]
+        sent = sum(plan.traffic_bytes.values()) / 1e6
+        cells = [*(f"{part / 1e9:.1f} GB" for part in parts), f"{sent:.{0 if sent > 100 else 1}f} MB"]
+        expected[name] = [*cells, f"{serve(layout, batch=1).latency_s:.2f} s"]
+    assert rows_of(text, "| a device, 64 requests |") == expected
+
+
+def test_serving_layouts_of_the_tutorial_are_the_models() -> None:
+    text = (DOCS / "tutorials" / "which-mesh.md").read_text()
+    model, topology = load_config("llama3-70b-64gpu").model, read_topology("a100-80gbx8")
+    for name, (alone, full, _) in rows_of(text, "| layout | one request alone |").items():
+        layout = Layout(**{axis: int(size) for axis, size in (part.split("=") for part in name.split())})
+        inference = price_serving(ServeQuestion(model=model, topology=topology), layout).inference
+        assert inference is not None
+        assert alone == f"{serve(layout, batch=1).latency_s:.2f} s"
+        assert full in ("fewer", f"{inference.tokens_per_s:,.0f}")
 
 
 def test_offloaded_plan_is_an_excerpt_of_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:

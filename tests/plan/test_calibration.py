@@ -1,9 +1,12 @@
 """Calibration: what was measured is what the planner predicts from the file, and the file is a topology."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from trellax.plan.calibration import measure
 from trellax.plan.calibration.measure import Measured, Sizes, measure_devices
 from trellax.plan.calibration.timing import Timed, time_call
@@ -46,6 +49,17 @@ def test_planner_predicts_what_was_measured(tmp_path: Path) -> None:
     assert largest_s == pytest.approx(64 * MIB / 2e9, rel=1e-3)
     assert "8 fake devices that share a host" in device.name
     assert "# all-reduce 67108864: 2e+09 bytes/s (9 calls, 10%)" in file.read_text()
+
+
+def test_products_in_8_bits_are_measured_where_there_are_units_for_them(tmp_path: Path) -> None:
+    h200, a100 = (SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}") for name in ("H200", "A100-SXM4-80GB"))
+    assert [measure._product_dtypes([one])[2:] for one in (h200, a100, jax.devices()[0])] == [("float8",), (), ()]
+    mesh = Mesh(np.array(jax.devices()[:1]), ("device",))
+    assert measure._product(mesh, 32, "float8").rate > 0
+    found = [*FOUND, measured("product float8 1024", 6e11)]
+    file = tmp_path / "machine.toml"
+    file.write_text(format_topology(figures_of(jax.devices(), found), found, date="2026-11-26"))
+    assert read_topology(str(file)).accelerator.matmul_flops_per_s("float8") == 6e11
 
 
 def test_one_device_sums_nothing_and_is_a_topology_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The files lie beside the repository; PUBLISHED names another folder. Without the
 """
 
 import os
+import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from trellax.layers import flops_per_token, param_counts
 
 from benchmarks.planner.accuracy import Accuracy, measure_accuracy
+from benchmarks.planner.plan_evidence import format_evidence, list_evidence
 from benchmarks.planner.ranking import rank_sweeps
 from benchmarks.planner.rows import PublishedRow, read_published
 from benchmarks.planner.training_case import row_model
@@ -83,6 +85,26 @@ def test_bubbles_of_zero_bubble_table_5_are_equal_to_the_printed_digit(schedule:
     assert found.used == 12
     for error in found.errors:
         assert round(error.prediction.predicted, 4) == error.prediction.measured
+
+
+def test_plans_carry_the_errors_of_the_benchmark() -> None:
+    # Sources that other tests here predict too.
+    for source in dict.fromkeys(source for source, _ in BOUNDS):
+        assert list_evidence(accuracy_of(source)) == [line for line in carried() if line["key"] == source]
+
+
+@pytest.mark.slow
+def test_evidence_of_plans_is_what_the_benchmark_writes() -> None:
+    accuracies = measure_accuracy(published())
+    assert list_evidence(accuracies) == carried()
+    written = tomllib.loads(format_evidence(accuracies, date="2026-11-26"))["sources"]
+    assert [{name: line[name] for name in line if name != "date"} for line in written] == carried()
+
+
+def carried() -> list[dict[str, object]]:
+    """The lines of plan/evidence.toml but their dates."""
+    text = (Path(__file__).parents[3] / "plan" / "evidence.toml").read_text()
+    return [{name: line[name] for name in line if name != "date"} for line in tomllib.loads(text)["sources"]]
 
 
 @pytest.mark.slow

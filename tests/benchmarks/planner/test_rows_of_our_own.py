@@ -1,5 +1,6 @@
 """The benchmark on a file of the schema that is written here: rates become step times, and the page can be parsed."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -7,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.planner.accuracy import measure_accuracy
+from benchmarks.planner.plan_evidence import format_evidence, list_evidence
 from benchmarks.planner.predictions import predict_row
 from benchmarks.planner.rows import PublishedRow, read_published
 from benchmarks.planner.run import main
@@ -161,6 +163,19 @@ def test_page_of_evidence_can_be_parsed(folder: Path, tmp_path: Path, capsys: py
     assert "| LoRA steps | 15% | 1 |" in text
     assert "adapters \\| fp8" in text
     assert "| ours | 1 | vocab is not stated |" in text
+
+
+def test_errors_of_a_source_become_lines_that_plans_carry() -> None:
+    rows = [replace(row({}, {"step_time_s": seconds}), id=str(seconds)) for seconds in (0.01, 0.02)]
+    narrow = row({"precision": "fp8"}, {"step_time_s": 0.01})
+    accuracies = measure_accuracy({"test": [*rows, narrow]})
+    errors = [abs(error.prediction.error) for error in accuracies[0].errors]
+    # One row in 8 bits is not enough for a line.
+    (line,) = list_evidence(accuracies)
+    assert line["error"] == round(sum(errors) / 2, 3)
+    assert (line["name"], line["accelerators"], line["kind"], line["rows"]) == ("test", ["h100"], "train", 2)
+    (read,) = tomllib.loads(format_evidence(accuracies, date="2026-11-26"))["sources"]
+    assert read == {**line, "date": "2026-11-26"}
 
 
 def test_schema_is_read_with_its_notes(folder: Path) -> None:

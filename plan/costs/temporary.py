@@ -1,0 +1,193 @@
+"""Count what a step needs for a while: the loss, one layer's backward, and copies of the weights.
+
+The loss and a layer's backward are never at work together, so the larger one counts. Of trellax's programs the arrays
+are those that XLA holds at its peak, read in programs for H200 (`../../benchmarks/memory`). Read `memory_model.py`
+first.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...layers import ModelConfig
+from ...layers.attention_counts import attention_widths
+from ...layers.blockwise import row_blocks
+from ...layers.projected_loss import chunk_tokens
+from .activations import boundary_bytes, layer_activation_bytes
+from .device_params import End, block_params, expert_matrices, vocabulary_params
+from .held_layers import KindCounts
+from .layout import Layout
+from .operations import item_bytes
+from .runtime import Runtime
+
+_FLOAT32 = 4
+
+
+def temporary_bytes(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, ends: tuple[End, ...]
+) -> float:
+    """Return the larger of the loss, on a rank where the head runs, and one layer's backward."""
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
+    has_head = "head" in ends or _is_vocab_split(layout, runtime)
+    if runtime.residuals == "trellax":
+        loss = _loss_bytes(model, **given) if has_head else 0.0
+    else:
+        loss = _megatron_loss_bytes(model, **given, has_head=has_head)
+    once = _layer_work(model, **given)
+    if runtime.residuals == "trellax" and layout.zero == 3:
+        # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
+        loss += layer_activation_bytes(model, **given) if layout.pipe == 1 else 0.0
+    return max(loss, once) + runtime.workspace_bytes
+
+
+def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes that a layer's backward has at once beside what is kept of it.
+
+    Megatron's are its recomputed residuals. trellax has the gradients of the feed-forward's inputs and outputs besides,
+    which XLA writes together.
+    """
+    if runtime.residuals != "trellax" and layout.remat == "none":
+        return 0.0
+    given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
+    whole = layer_activation_bytes(model, layout=replace(layout, remat="none"), **given)
+    if runtime.residuals != "trellax":
+        return whole
+    recomputed = whole - layer_activation_bytes(model, layout=replace(layout, schedule="1f1b"), **given)
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
+    features = (model.shared_size if model.num_experts else model.ffn_size) / layout.tensor
+    num_up = 2 if model.mlp == "swiglu" else 1
+    gradients = item * tokens * (num_up + 1) * features
+    gradients += boundary_bytes(model, layout=layout, **given)
+    if layout.remat == "full":
+        gradients += score_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    return recomputed + gradients + _round_bytes(model, layout=layout, tokens=round(tokens))
+
+
+def score_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes of the scores of all blocks, in float32, where a layer's forward and backward are in one body.
+
+    XLA merges what the backward recomputes of a block with the forward, so all blocks are kept. Fused kernels have none.
+    """
+    if runtime.attention == "fused":
+        return 0.0
+    blocks = sum((rows.stop - rows.start) * rows.stop for rows in row_blocks(num_tokens))
+    return _FLOAT32 * layout.sequences * model.num_heads / layout.tensor * blocks / layout.context**2
+
+
+def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
+    """Return the bytes of the backward of experts beside the residuals of their first round.
+
+    The gradients of the first round, of rows in and out and of features, wait while the loop of further ones has
+    residuals and gradients of its own: at most when the features' are made, or when the rows' are sent back. Beside
+    them are kernels in the layout of the backward, and their gradients.
+    """
+    if not model.num_experts:
+        return 0.0
+    item, num_up = item_bytes(model), 2 if model.mlp == "swiglu" else 1
+    d, f = model.hidden_size, model.expert_size / layout.tensor
+    capacity, features = model.expert_rows(tokens), (num_up + 1) * f
+    rows = model.num_experts * capacity
+    kernels = expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
+    if model.expert_overflow == "drop" or capacity >= tokens:
+        return item * (rows * (2 * d + features) + kernels)
+    further = max(2 * d + 2 * features, 6 * d + 2 * f)
+    return item * (rows * (2 * d + further) + 3 * kernels)
+
+
+def _is_vocab_split(layout: Layout, runtime: Runtime) -> bool:
+    return runtime.vocab == "split" and layout.pipe > 1
+
+
+def _words(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> float:
+    """Return the words of the vocabulary on a device that has a part of the head."""
+    return model.vocab_size / layout.tensor / (layout.pipe if _is_vocab_split(layout, runtime) else 1)
+
+
+def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
+    """Return the bytes of trellax's loss (`../../layers/projected_loss.py`).
+
+    Logits of a chunk in float32 and their gradient, the table in the compute dtype and its gradient, and x with its
+    gradient, both of all tokens.
+    """
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
+    held, words = min(tokens, chunk_tokens(model.hidden_size)), _words(model, layout=layout, runtime=runtime)
+    # With one microbatch the table's gradient is counted as the step's.
+    table = words * model.hidden_size * (item if _is_one_microbatch(layout) else _FLOAT32 + item)
+    return table + (held * words + tokens * model.hidden_size) * (_FLOAT32 + item)
+
+
+def _megatron_loss_bytes(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, has_head: bool
+) -> float:
+    """Return the bytes of Megatron's loss, or of what is left of it when the last layer's backward runs.
+
+    Logits in float32, and their gradient in the compute dtype, are left then.
+    """
+    tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
+    held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
+    logits = held * _words(model, layout=layout, runtime=runtime) if has_head else 0.0
+    left = logits * (_FLOAT32 + item) + _backward_bytes(model, layout=layout, tokens=tokens)
+    return max(logits * runtime.loss_bytes, left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableBytes:
+    """Bytes of embedding and head in float32 on a device, beside its own part: gathered copies, and their gradients."""
+
+    copies: float
+    gradients: float
+
+
+def gathered_tables(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> TableBytes:
+    """Return the bytes of the tables where they are gathered over data once a step, as weights of layers may not be.
+
+    Their gradients are whole until the step ends, those of layers that gather their own are split as they are made. In
+    a step of one microbatch nothing waits: tables are read in the compute dtype, and the embedding's gradient is made
+    last.
+    """
+    is_gathered = layout.zero >= 2 or layout.fsdp > 1
+    if runtime.residuals != "trellax" or not is_gathered:
+        return TableBytes(copies=0.0, gradients=0.0)
+    tables = vocabulary_params(model, tensor=layout.tensor)[0]
+    whole = _FLOAT32 * tables / (layout.pipe if _is_vocab_split(layout, runtime) else 1)
+    rest = whole * (1 - 1 / (layout.replicas * layout.context)) if layout.zero != 2 else 0.0
+    if _is_one_microbatch(layout):
+        return TableBytes(copies=0.0, gradients=rest / (1 if model.embeddings == "tied" else 2))
+    return TableBytes(copies=whole, gradients=rest)
+
+
+def _is_one_microbatch(layout: Layout) -> bool:
+    return layout.pipe == 1 and layout.microbatches == 1
+
+
+def copied_bytes(layers: KindCounts, *, layout: Layout) -> float:
+    """Return the bytes of weight copies of all layers that a step makes once: cast to 16 bits, or joined if split."""
+    return sum(count * _layer_copies(kind, layout=layout) for kind, count in layers)
+
+
+def _layer_copies(model: ModelConfig, *, layout: Layout) -> float:
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    experts = expert_matrices(model, **split)
+    rest, item = block_params(model, **split) - experts, item_bytes(model)
+    # Where every layer gathers its own a device has the copies of its part; other experts along expert split no more.
+    parts = layout.replicas * layout.context if layout.zero == 3 else 1
+    # Frozen weights are kept in the compute dtype.
+    if (item < _FLOAT32 and not model.lora_rank) or layout.zero == 2:
+        return item * (rest + experts * (layout.expert if layout.zero == 3 else 1)) / parts
+    if layout.tensor == 1:
+        return 0.0
+    # What reads latent vectors is not joined.
+    columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
+    columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
+    return (item if model.lora_rank else _FLOAT32) * model.hidden_size * columns / parts
+
+
+def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:
+    """Return the bytes of the feed-forward's gradients and of its largest weight gradient, in float32, before the sum.
+
+    Both are alive together with the logits in the first backward of a microbatch, as 14 peaks on B200 show
+    (simumax_b200_a100.toml).
+    """
+    num_up = 2 if model.mlp == "swiglu" else 1
+    features = model.ffn_size / layout.tensor
+    gradients = tokens * item_bytes(model) * (num_up + 1) * features
+    return gradients + _FLOAT32 * num_up * features * model.hidden_size
