@@ -18,8 +18,8 @@ from .context.places import Places
 from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
-from .lora.adapter import ADAPTED
 from .latent.attention import LatentAttention
+from .lora.adapter import ADAPTED
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 

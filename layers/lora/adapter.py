@@ -23,7 +23,6 @@ from ..partitioning import make_param
 from ..product import multiply
 from .check_config import Lora
 
-
 ADAPTED = "adapted"
 """Name of the sum of both products for rematerialization: by the policy for products each would be kept beside it."""
 

@@ -180,6 +180,7 @@ def _rank_memory(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
+    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
     copies = _copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
     temporary = copies + max(_temporary_bytes(kind, **given) for kind, _ in layers.stored)
@@ -291,20 +292,20 @@ def _copied_bytes(layers: KindCounts, *, layout: Layout) -> float:
 def _layer_copies(model: ModelConfig, *, layout: Layout) -> tuple[float, float]:
     """Return the bytes of weight copies that a step makes once: cast to 16 bits, or joined if columns are split.
 
-    They are those of one layer between its uses, and while it is at work.
+    Frozen weights are kept in 16 bits. They are those of one layer between its uses, and while it is at work.
     """
     # Gathered by every layer: a part of all layers, and the layer at work.
     parts = layout.replicas if layout.zero == 3 else 1
     own = item_bytes(model) * block_params(model, tensor=layout.tensor, expert=layout.expert)
     at_work = own if layout.zero == 3 else 0.0
-    if item_bytes(model) < _FLOAT32 or layout.zero == 2:
+    if (item_bytes(model) < _FLOAT32 and not model.lora_rank) or layout.zero == 2:
         return own / parts, at_work
     if layout.tensor == 1:
         return 0.0, at_work
     # What reads latent vectors is not joined.
     columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
     columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
-    return _FLOAT32 * model.hidden_size * columns / parts, at_work
+    return item_bytes(model) * model.hidden_size * columns / parts, at_work
 
 
 def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> float:
