@@ -7,9 +7,9 @@ reference r,
     margin  =  reward of chosen - reward of rejected
     loss    =  -log sigmoid(margin)              mean over pairs
 
-The gradient is that of a weighted cross-entropy, whose weights are known once the rows' losses are: beta sigmoid(-margin)
-for chosen tokens, the same below 0 for rejected ones. So the fused loss of `../projected_loss.py` serves again, and all
-that is added is one more product with the head's table, for the losses.
+The gradient is that of a weighted cross-entropy, whose weights are known once the rows' losses are: beta
+sigmoid(-margin) for chosen tokens, and minus that for rejected ones. So the fused loss of `../projected_loss.py` serves
+again, and all that is added is one more product with the head's table, for the rows' losses.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ..projected_loss import projected_cross_entropy, sequence_losses
 
 
 class PreferenceLoss(NamedTuple):
-    """Parts of the batch's mean over pairs, float32 []: the loss, the margin, the share of pairs with a margin over 0."""
+    """Means over the pairs of the batch, float32 []: loss, margin, and the share of pairs with a margin above 0."""
 
     loss: jax.Array
     margin: jax.Array

@@ -17,6 +17,10 @@ LossFn = Callable[[Head, jax.Array, Microbatch, jax.Array], Any]
 """Function (head, x, microbatch, table) -> loss or `Output`."""
 
 
+REWARDS = ("reward_margin", "reward_accuracy")
+"""Metrics of the loss of preferences."""
+
+
 def next_token_loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> jax.Array:
     """Return the weighted sum of the cross-entropies of tokens.
 
@@ -29,7 +33,7 @@ def make_preference_loss(beta: float) -> LossFn:
     """Return the loss of pairs of rows, chosen before rejected (see `layers/preference/dpo.py`).
 
     A microbatch has besides `reference` and `shares` [B@data, 1], for each row the loss by the reference, and the share
-    of its pair in the mean. A step has the metrics `reward_margin` and `reward_accuracy`.
+    of its pair in the mean. A step has the metrics `REWARDS`.
     """
 
     def loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> Output:
@@ -42,7 +46,7 @@ def make_preference_loss(beta: float) -> LossFn:
             shares_B=microbatch["shares"][:, 0],
             beta=beta,
         )
-        return Output(loss=found.loss, metrics={"reward_margin": found.margin, "reward_accuracy": found.accuracy})
+        return Output(loss=found.loss, metrics=dict(zip(REWARDS, (found.margin, found.accuracy), strict=True)))
 
     return loss
 

@@ -77,10 +77,8 @@ def split_transformer(
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
-        placement, vocab, unroll: those of the schedule; whether layers are written out.
-        shard: how often weights that are kept split over batch axes are gathered.
-        loss: what the last stage computes, see `losses.py`.
-        rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
+        placement, vocab, unroll, loss: those of the schedule; whether layers are written out; see `losses.py`.
+        shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
 
     Raises:
         MeshError: an axis with several devices has no role.
@@ -95,8 +93,8 @@ def split_transformer(
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
-    fns = _stage_fns(model, remat, counts, mesh, loss)
-    fns = _keep_split(replace(fns, unroll=unroll, placement=where), shard, shardings, config.dtype)
+    own = _stage_fns(model, remat, counts, mesh, loss)
+    fns = _keep_split(replace(own, unroll=unroll, placement=where), shard, shardings, config.dtype)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
