@@ -14,10 +14,12 @@ from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
 from .corpus_paths import find_files
 from .mesh_checks import errors_of, find_mesh_errors
+from .preference_checks import find_preference_errors
 from .prepared_tokens import is_prepared
 from .run_config import RunConfig
 
 _NUM_BYTES = 256
+_ENDINGS = {"text": "txt", "tokens": "bin", "pairs": "jsonl"}
 
 CorpusFiles = Literal["needed", "later"]
 """Whether the files of the corpus must exist: `train` needs them at once, `describe` does not."""
@@ -56,6 +58,7 @@ def check_run(
     found += _check_adapters(config)
     found += _check_corpus(config)
     found += _check_blend(config)
+    found += find_preference_errors(config, mesh)
     if corpus == "needed":
         found += _check_corpus_files(config)
     if not found:
@@ -189,8 +192,9 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"{needs} takes the ends of documents, and data.source='tokens' does not say which id ends one.",
             fix="set data.end_id, 50256 for GPT-2's tokenizer.",
         )
-    if end_id >= 0 and (not needs or (source != "tokens" and config.data.tokenizer == "bytes")):
-        why = "data.packing is 'off'" if not needs else "bytes have no such token: each file is a document"
+    has_no_end = source != "tokens" and config.data.tokenizer == "bytes"
+    if end_id >= 0 and (has_no_end or (not needs and source != "pairs")):
+        why = "bytes have no such token: each file is a document" if needs else "data.packing is 'off'"
         yield ConfigError(f"data.end_id={end_id} is given, but {why}.", fix="leave it out.")
     if end_id >= vocab_size:
         yield ModelError(
@@ -200,7 +204,7 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
     if source != "stdlib" and not paths:
         yield ConfigError(
             f"data.source={source!r} reads files, but data.paths is empty.",
-            fix=f'set data.paths, for example to ["corpus/*.{"bin" if source == "tokens" else "txt"}"].',
+            fix=f'set data.paths, for example to ["corpus/*.{_ENDINGS[source]}"].',
         )
     if source == "stdlib" and paths:
         yield ConfigError(

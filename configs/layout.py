@@ -56,13 +56,8 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
     """Return the question which layout trains the model of a config fastest on a machine, by trellax's own step.
 
     Raises:
-        PlanError: a size is below 1, or the model has adapters.
+        PlanError: a size is below 1.
     """
-    if config.model.lora_rank:
-        raise PlanError(
-            f"model.lora_rank={config.model.lora_rank}: the planner prices steps that train all weights, not adapters.",
-            fix="plan with --model.lora_rank 0, whose layouts need more memory, or compile the step: trellax inspect.",
-        )
     sequence: OnOff = "off" if config.mesh.sequence == "off" else "on"
     runtime = trellax_runtime(
         config.model,

@@ -41,10 +41,12 @@ class RunSection(Section):
 class DataSection(Section):
     """The corpus, its tokens, and its split into sequences and validation."""
 
-    source: Literal["stdlib", "text", "tokens"] = Field(
-        "stdlib", description="Python's standard library sources, files of text or records, or arrays of token ids"
+    source: Literal["stdlib", "text", "tokens", "pairs"] = Field(
+        "stdlib",
+        description="Python's standard library sources, files of text or records, arrays of token ids, or records of "
+        "prompt, chosen and rejected (DPO)",
     )
-    paths: tuple[str, ...] = Field((), description="files or globs, for the sources text and tokens")
+    paths: tuple[str, ...] = Field((), description="files or globs, for all sources but stdlib")
     weights: tuple[float, ...] = Field(
         (),
         description="blend: a weight of each path, its share of the sequences; empty joins all paths into one corpus",
@@ -96,6 +98,9 @@ class TrainSection(Section):
     )
     init_from: str = Field(
         "", description="Hugging Face or run folder to take initial weights from; random if left out"
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="with data.source pairs: how strongly the model is kept near its initial weights"
     )
     shard: Shard = Field(
         "none",

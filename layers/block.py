@@ -19,6 +19,7 @@ from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
 from .latent.attention import LatentAttention
+from .lora.adapter import ADAPTED
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 
@@ -153,7 +154,7 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS)
+    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS, ADAPTED)
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
     # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.

@@ -186,8 +186,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. A mixture of experts keeps its shared features
-    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more where queries and keys are normalized; both keep r for each adapter. A mixture of
+    experts keeps its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -238,12 +238,11 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
+    small = config.lora_rank * len(lora_targets(config))
     normed_heads = own.query + own.key if config.qk_norm == "on" else 0
-    return {
-        "full": d,
-        "dots": 2 * d + own.projected + own.mixed + latents + shared + num_up * f,
-        "none": 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads,
-    }[remat]
+    dots = 2 * d + own.projected + own.mixed + latents + shared + num_up * f + small
+    none = 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads + small
+    return {"full": d, "dots": dots, "none": none}[remat]
 
 
 def _block_weights(config: ModelConfig, *, experts: int) -> int:

@@ -21,7 +21,8 @@ from .context.places import Places
 from .embedding import Embedding
 from .norms import apply_norm, make_norm
 from .partitioning import INIT_STD, make_param
-from .projected_loss import projected_cross_entropy
+from .preference.dpo import PreferenceLoss, preference_loss
+from .projected_loss import projected_cross_entropy, sequence_losses
 
 
 class Head(nnx.Module):
@@ -59,6 +60,20 @@ class Head(nnx.Module):
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
         return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
+
+    def preference_loss(
+        self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array, **pairs: Any
+    ) -> PreferenceLoss:
+        """Return the loss of pairs of rows (see `preference/dpo.py`, which has the other arguments)."""
+        table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
+        return preference_loss(x_BTD, table_VD, targets_BT, weights_BT, **pairs, rules=self.rules)
+
+    def sequence_losses(
+        self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
+    ) -> jax.Array:
+        """Return the loss of each sequence [B@data] without gradients (see `projected_loss.py`)."""
+        table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
+        return sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
         return embedding_VD if self.table is None else self.table[...]

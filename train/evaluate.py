@@ -17,6 +17,7 @@ from .checkpoints.layer_order import as_pipeline, params_in_stages
 from .compiled_steps import compile_eval_step
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .data.training_data import TrainingData, make_training_data
+from .preferences.reference import reference_losses
 from .prepare import prepare
 from .state import Setup, TrainState
 
@@ -60,7 +61,7 @@ def evaluate(
 
     params = as_pipeline(read_chosen_params(folder, choose_shapes, weights=weights))
     setup, corpus = found[-1]
-    return _evaluate_on(corpus, setup, setup.state_of(params_in_stages(setup, params)))
+    return _evaluate_on(corpus, setup, setup.state_of(params_in_stages(setup, params)), cache=Path(folder))
 
 
 def evaluate_state(setup: Setup, state: TrainState) -> float:
@@ -75,7 +76,7 @@ def evaluate_state(setup: Setup, state: TrainState) -> float:
     Raises:
         DataError: a file of the corpus is missing, or its held-out part has no full sequence.
     """
-    return _evaluate_on(_load_corpus(setup, cache=None), setup, state)
+    return _evaluate_on(_load_corpus(setup, cache=None), setup, state, cache=None)
 
 
 def validate(state: TrainState, eval_step: Callable[..., Any], data: TrainingData) -> float:
@@ -94,8 +95,11 @@ def validate(state: TrainState, eval_step: Callable[..., Any], data: TrainingDat
     return float(np.sum(jax.device_get(losses)))
 
 
-def _evaluate_on(corpus: Corpus, setup: Setup, state: TrainState) -> float:
-    data = make_training_data(setup.config, corpus, sharding=setup.batch_sharding, num_context=setup.sizes.context)
+def _evaluate_on(corpus: Corpus, setup: Setup, state: TrainState, *, cache: Path | None) -> float:
+    pairs = corpus.preferences
+    reference = reference_losses(setup, pairs, cache=cache) if pairs else None
+    placed: dict[str, Any] = {"sharding": setup.batch_sharding, "num_context": setup.sizes.context}
+    data = make_training_data(setup.config, corpus, **placed, reference=reference)
     return validate(state, compile_eval_step(setup, say=lambda _: None), data)
 
 

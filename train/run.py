@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from .metrics.progress import StepProgress, say
 from .metrics.recorder import StepRecorder
 from .metrics.step_timer import StepTimer
 from .metrics.throughput import Throughput, step_throughput
+from .preferences.reference import reference_losses
 from .profile import StepProfile
 from .restore import restore_or_initialize
 from .run_folder import HeldFolder
@@ -116,15 +118,16 @@ def build_run(
         TrellaxError: the save is of another run, or the corpus does not give a batch.
     """
     config, tell = setup.config, partial(say, console)
+    pairs = corpus.preferences
+    reference = reference_losses(setup, pairs, cache=config.run_folder, say=tell) if pairs else None
     # The state comes first, since its save has the sequence of the corpus with which the run continues.
     state, seal = restore_or_initialize(setup, checkpoints, corpus_sha256=corpus.sha256, changes=changes, say=tell)
     first_step = int(state.step)
     first_sequence = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)
-    placed = {"sharding": setup.batch_sharding, "num_context": setup.sizes.context}
-    data = make_training_data(config, corpus, **placed, first_sequence=first_sequence, say=tell)
+    placed: dict[str, Any] = {"sharding": setup.batch_sharding, "num_context": setup.sizes.context}
+    placed |= {"first_sequence": first_sequence, "reference": reference}
+    data = make_training_data(config, corpus, **placed, say=tell)
     compiled = compile_steps(setup, say=tell)
-    # A run that is resumed at its end takes no step: its last loss is the one on record.
-    lines = read_metrics(config.run_folder) if seal else []
     plateau = Plateau(config.train.patience, record=seal.data if seal else None)
     run = Run(
         setup=setup,
@@ -137,7 +140,8 @@ def build_run(
         throughput=step_throughput(config, setup.mesh),
         profile=profile,
         console=console,
-        last_loss=last_loss(lines, step=first_step),
+        # A run that is resumed at its end takes no step: its last loss is the one on record.
+        last_loss=last_loss(read_metrics(config.run_folder) if seal else [], step=first_step),
     )
     return run, state
 

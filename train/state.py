@@ -16,6 +16,7 @@ from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.frozen import keep_trained, trained_mask
+from ..pipeline.model.losses import LossFn, make_preference_loss, next_token_loss
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .offload import join_params, map_params, zero_moments
@@ -88,7 +89,11 @@ class Setup:
         config = self.config.model
         return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
 
-    def _cut(self, config: ModelConfig) -> PipelinedModel:
+    def cut_for(self, loss: LossFn) -> PipelinedModel:
+        """The model with another loss in its last stage; its parameters are those of `model`."""
+        return self._cut(self.config.model, loss)
+
+    def _cut(self, config: ModelConfig, loss: LossFn | None = None) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
@@ -103,7 +108,16 @@ class Setup:
             placement=self.placement,
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
+            loss=loss or self._loss,
         )
+
+    @property
+    def _loss(self) -> LossFn:
+        return make_preference_loss(self.config.train.dpo_beta) if self._is_of_pairs else next_token_loss
+
+    @property
+    def _is_of_pairs(self) -> bool:
+        return self.config.data.source == "pairs"
 
     @property
     def context_attention(self) -> Literal["gather", "ulysses"]:
@@ -253,15 +267,19 @@ class Setup:
 
     @property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch: weights float32, all else int32, each [M, B@data, T@context]."""
+        """Shapes and shardings of a batch: weights float32, all else int32, each [M, B@data, T@context].
+
+        With preferences also `reference` and `shares`, float32 [M, B@data, 1].
+        """
         microbatches = self.config.pipeline.microbatches
         shape = (microbatches, self.config.train.batch_size // microbatches, self.config.data.seq_len)
         dtypes = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         if self.config.data.packing == "on":
             dtypes |= {"segments": np.int32, "positions": np.int32}
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in dtypes.items()
-        }
+        sizes = {name: (shape, dtype) for name, dtype in dtypes.items()}
+        if self._is_of_pairs:
+            sizes |= dict.fromkeys(("reference", "shares"), ((*shape[:2], 1), np.float32))
+        return {name: jax.ShapeDtypeStruct(*size, sharding=self.batch_sharding) for name, size in sizes.items()}
 
     def init_state(self) -> TrainState:
         """Return a state before the first step, its parameters drawn from the seed, each device making its own part."""

@@ -16,6 +16,7 @@ from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline.model.losses import REWARDS
 from ..plan.costs.device_params import block_matrices
 from .metrics.noise_scale import measure_noise
 from .offload import apply_update, update_by_parts
@@ -40,7 +41,8 @@ class StepMetrics:
     false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
     good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
     has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out. `noise` has, with `train.noise_scale`,
+    `dropped`, the share of pairs of tokens and experts that were left out. `preferences` has, of pairs of answers, the
+    means of `reward_margin` and `reward_accuracy` (`layers/preference/dpo.py`). `noise` has, with `train.noise_scale`,
     `signal` and `spread` (`metrics/noise_scale.py`).
     """
 
@@ -51,6 +53,7 @@ class StepMetrics:
     mean_loss: jax.Array
     router: dict[str, jax.Array] = field(default_factory=dict)
     noise: dict[str, jax.Array] = field(default_factory=dict)
+    preferences: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -82,8 +85,14 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
         router = _router_metrics(out.metrics)
         loss = out.loss - router["router_loss"] if router else out.loss
-        noise = _noise_metrics(setup, out, batch, grad_norm=grad_norm)
-        measured = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "router": router, "noise": noise}
+        measured = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "router": router,
+            "preferences": {name: out.metrics[name] for name in REWARDS if name in out.metrics},
+            "noise": _noise_metrics(setup, out, batch, grad_norm=grad_norm),
+        }
         return state, StepMetrics(**measured, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -122,7 +123,7 @@ def planned_bytes(case: Case) -> float:
     num_devices = config.mesh.num_devices
     question = question_of(config, topology=read_topology(f"{ACCELERATOR}x{num_devices}"))
     layout = layout_of(config, num_devices=num_devices)
-    sizes = {"layout": layout, "num_tokens": question.num_tokens, "runtime": question.runtime}
+    sizes: dict[str, Any] = {"layout": layout, "num_tokens": question.num_tokens, "runtime": question.runtime}
     return fullest(step_memory(config.model, **sizes)).total
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 from trellax.plan.costs.product_format import FormatName
-from trellax.plan.costs.runtime import MEGATRON, MEGATRON_2021, OnOff, Runtime
+from trellax.plan.costs.runtime import ALL_ADAPTED, MEGATRON, MEGATRON_2021, QKV_ADAPTED, OnOff, Runtime
 from trellax.plan.machines.topology import Accelerator
 
 from .rows import PublishedRow
@@ -102,7 +102,7 @@ def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
         products=products,
         loss_bytes=_loss_bytes(row),
         adapter_rank=adapter_rank(row),
-        adapted="all" if "all" in str(inputs.get("lora_targets", "")) else "qkv",
+        adapted=ALL_ADAPTED if "all" in str(inputs.get("lora_targets", "")) else QKV_ADAPTED,
         weight_casts="microbatch" if inputs.get("fsdp", 1) > 1 else "step",
         # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
         fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ...meshes import ShardingRules
@@ -21,6 +22,9 @@ from ...meshes.device_axes import manual_axes, mark_varying, num_blocks
 from ..partitioning import make_param
 from ..product import multiply
 from .check_config import Lora
+
+ADAPTED = "adapted"
+"""Name of the sum of both products for rematerialization: by the policy for products each would be kept beside it."""
 
 
 class _Adapted(Protocol):
@@ -63,4 +67,4 @@ def add_adapter(layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str]
     # Marked, so that the gradient of what is whole is summed where it is made, and not that of a small activation.
     a, b = (mark_varying(w[...], manual_axes(axes)) for w in (layer.lora_a, layer.lora_b))
     small = multiply(x, a, dtype=layer.dtype) * layer.lora.scale
-    return y + multiply(small, b, dtype=layer.dtype)
+    return checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)

@@ -28,6 +28,7 @@ from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
+from .losses import LossFn, next_token_loss
 from .param_specs import layer_specs, split_over_batch
 from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
@@ -67,6 +68,7 @@ def split_transformer(
     remat: Remat = "dots",
     unroll: Unroll = "off",
     shard: SplitWeights = "none",
+    loss: LossFn = next_token_loss,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
@@ -75,9 +77,8 @@ def split_transformer(
 
     Args:
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
-        placement, vocab, unroll: those of the schedule; whether layers are written out.
-        shard: how often weights that are kept split over batch axes are gathered.
-        rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
+        placement, vocab, unroll, loss: those of the schedule; whether layers are written out; see `losses.py`.
+        shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
 
     Raises:
         MeshError: an axis with several devices has no role.
@@ -92,8 +93,8 @@ def split_transformer(
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
-    fns = _stage_fns(model, remat, counts, mesh)
-    fns = _keep_split(replace(fns, unroll=unroll, placement=where), shard, shardings, config.dtype)
+    own = _stage_fns(model, remat, counts, mesh, loss)
+    fns = _keep_split(replace(own, unroll=unroll, placement=where), shard, shardings, config.dtype)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
 
@@ -140,7 +141,7 @@ def _cast_frozen(dtype: str, params: PipelineParams) -> PipelineParams:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh) -> StageFns:
+def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh, loss: LossFn) -> StageFns:
     config, rules = model.config, model.head.rules
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
@@ -148,10 +149,9 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
         embed: Embedding = nnx.merge(graphs["embed"], shared["embed"])
         return embed(microbatch["tokens"], positions_BT=microbatch.get("positions"))
 
-    def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
+    def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> Any:
         head: Head = nnx.merge(graphs["head"], shared["head"])
-        table_VD = shared["embed"]["table"]
-        return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
+        return loss(head, x_BTD, microbatch, shared["embed"]["table"])
 
     layers, prepares, pattern = {}, {}, layer_pattern(config)
     for kind in layer_kinds(config):

@@ -48,13 +48,26 @@ def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime
     if not runtime.adapter_rank:
         return params
     num_layers = sum(count for _, count in layers)
-    t, num_up = layout.tensor, 2 if model.mlp == "swiglu" else 1
-    if runtime.adapted == "qkv":
-        ends = model.hidden_size + (model.query_size + 2 * model.kv_size) / t
-        return num_layers * runtime.adapter_rank * ends
-    ins = 2 * model.hidden_size + (model.query_size + model.ffn_size) / t
-    outs = 2 * model.hidden_size + (model.query_size + 2 * model.kv_size + num_up * model.ffn_size) / t
-    return num_layers * runtime.adapter_rank * (ins + outs)
+    return (
+        num_layers * runtime.adapter_rank * sum(_adapter_ends(model, names, layout.tensor) for names in runtime.adapted)
+    )
+
+
+def _adapter_ends(model: ModelConfig, names: tuple[str, ...], tensor: int) -> float:
+    """Return the features in and out, on a device, of layers that share an adapter."""
+    d, t = model.hidden_size, tensor
+    q, kv, f = model.query_size / t, model.kv_size / t, model.ffn_size / t
+    ins = {"out": q, "down": f}
+    outs = {
+        "query": q,
+        "key": kv,
+        "value": kv,
+        "out": d,
+        "gate": f if model.mlp == "swiglu" else 0.0,
+        "up": f,
+        "down": d,
+    }
+    return ins.get(names[0], d) + sum(outs[name] for name in names)
 
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:

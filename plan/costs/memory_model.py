@@ -181,6 +181,7 @@ def _rank_memory(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
+    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
     kernels = sum(count * block_matrices(kind, **split) for kind, count in layers.stored)
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
     copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0

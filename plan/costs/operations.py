@@ -21,13 +21,17 @@ adapters beside frozen weights; vector: the rest."""
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """`batch` products [m, k] x [k, n] forward; the backward has one product for each operand."""
+    """`batch` products [m, k] x [k, n] forward; the backward has one product for each operand.
+
+    `layers` are the linear layers that it is the product of, as `Runtime.adapted` names them.
+    """
 
     part: Part
     m: float
     n: float
     k: float
     batch: float = 1
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +67,14 @@ Operation = Product | Stream | Flash
 
 def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     """Yield the operations of one block, with the casts of its products' factors."""
-    # The first product with weights is that of queries, keys and values.
-    is_adapted = runtime.adapter_rank > 0
     for operation in _block_operations(model, size=size, runtime=runtime):
         yield operation
         if not isinstance(operation, Product) or operation.part != "weights":
             continue
         if runtime.product_format.is_narrow:
             yield _casts(operation, item_bytes(model), runtime)
-        if is_adapted:
-            yield from _adapter(operation, item_bytes(model), runtime.adapter_rank)
-        is_adapted = is_adapted and runtime.adapted == "all"
+        if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in runtime.adapted):
+            yield from _adapter(operation, item_bytes(model), num_adapters * runtime.adapter_rank)
 
 
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
@@ -82,14 +83,14 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
     own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
     yield _norm(whole, item)
     for rows, columns in into:
-        yield Product(part="weights", m=tokens, n=columns, k=rows)
+        yield Product(part="weights", m=tokens, n=columns, k=rows, layers=("query", "key", "value"))
     if normed := own.latents + (own.query + own.key if model.qk_norm == "on" else 0):
         yield _norm(tokens * normed, item)
     if model.positions == "rotary":
         turned = tokens * (own.query + own.key)
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
     yield from _core(model, size=size, runtime=runtime)
-    yield Product(part="weights", m=tokens, n=out[1], k=out[0])
+    yield Product(part="weights", m=tokens, n=out[1], k=out[0], layers=("out",))
     yield _residual(whole, item, runtime)
     yield _norm(whole, item)
     if model.num_experts:
@@ -129,11 +130,11 @@ def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: 
     """Yield both products of the feed-forward part, and the activation function between them."""
     item, f = item_bytes(model), features
     num_up = 2 if model.mlp == "swiglu" else 1
-    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch)
+    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch, layers=("gate", "up"))
     moved = item * tokens * batch * f
     # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.
     yield Stream(part="vector", forward_bytes=(num_up + 1) * moved, backward_bytes=(2 * num_up + 1) * moved)
-    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f, batch=batch)
+    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f, batch=batch, layers=("down",))
 
 
 def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
@@ -150,7 +151,10 @@ def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
 
 
 def _adapter(product: Product, item: int, rank: int) -> Iterator[Operation]:
-    """Yield the operations of a product's adapter: x A B, added to the result (Hu et al. 2021, section 4.1)."""
+    """Yield the operations of a product's adapters: x A B, added to the result (Hu et al. 2021, section 4.1).
+
+    rank: that of all of them together; where several layers are one product, so are their adapters.
+    """
     sizes = {"m": product.m, "batch": product.batch}
     yield Product(part="adapters", k=product.k, n=rank, **sizes)
     yield Product(part="adapters", k=rank, n=product.n, **sizes)

@@ -5,9 +5,10 @@ for these traits and never for the name of a runtime. Read `step_time.py` and `m
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ...layers import ModelConfig
+from ...layers.lora.check_config import lora_targets
 from ...meshes import PlanError
 from ...meshes.arguments import check_choice, check_fields
 from ...schedules import Clock, Vocab
@@ -23,6 +24,10 @@ ChunkOrder = Literal["paired", "run-ahead"]
 
 Running ahead hides the time that results travel between separate programs (Narayanan et al. 2021, section 2.2).
 """
+
+
+AdaptedLayers = tuple[tuple[str, ...], ...]
+"""Linear layers by their names in `layers/lora`; those that are one product in a runtime share one adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +67,14 @@ class Runtime:
         cast_layouts: layouts in which a cast is stored: XLA's products read the one, TransformerEngine's one for each.
         gathers: whether collectives over tensor gather activations before their cast, or after it.
         adapter_rank: rank of the adapters that are trained beside frozen weights; 0 if all weights are trained.
-        adapted: whether adapters are beside the product of queries, keys and values alone, or beside all of a layer's.
+        adapted: layers with an adapter, those together that share one.
         weight_casts: whether weights are cast to it once a step, or for every microbatch.
         logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
         loss_bytes: bytes that the loss holds of each logit; 0 for a fused kernel's, float32 and the gradient.
         weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
         workspace_bytes: memory of a device that libraries allocate for themselves.
         weight_bytes, optimizer_state_bytes: bytes per parameter that stay in memory.
-        kernel_saving_bytes: how many fewer those of the optimizer are for kernels of layers; Muon has one moment of them.
+        kernel_saving_bytes: how many fewer the optimizer's are for kernels of layers; Muon has one moment of them.
         gradient_bytes: bytes per parameter of the accumulated gradient, in memory and in its reduction.
         fresh_gradient_bytes: bytes per parameter of a microbatch's own gradient, if it is stored beside the sum.
         sum_traffic_bytes: memory traffic per weight of adding a microbatch's gradient to the sum.
@@ -101,7 +106,7 @@ class Runtime:
     cast_layouts: int = 1
     gathers: Literal["wide", "cast"] = "wide"
     adapter_rank: int = 0
-    adapted: Literal["qkv", "all"] = "all"
+    adapted: AdaptedLayers = ()
     logits: Literal["chunked", "whole"] = "chunked"
     loss_bytes: int = 0
     weight_copies: OnOff = "on"
@@ -177,6 +182,10 @@ MEGATRON = replace(
 The optimizer's traffic per parameter: gradients cleared, copied, unscaled, measured and clipped 30, Adam 28, weights 6.
 """
 
+QKV_ADAPTED: AdaptedLayers = (("query", "key", "value"),)
+ALL_ADAPTED: AdaptedLayers = (*QKV_ADAPTED, ("out",), ("gate", "up"), ("down",))
+"""What NeMo adapts: the product of queries, keys and values alone, or all products of a layer."""
+
 _FUSED_ON = ("a100", "h100", "h200", "h20", "gh200", "b200", "b300", "gb200", "gb300", "l40s", "rtx")
 """Accelerators, by the beginning of their key, on which trellax runs cuDNN's flash attention."""
 
@@ -207,6 +216,11 @@ def trellax_runtime(
     """
     check_choice("average", average, get_args(OnOff), error=PlanError)
     averaged = 4 if average == "on" else 0
+    adapters: dict[str, Any] = {}
+    if model.lora_rank:
+        # Frozen kernels and tables are kept in the compute dtype.
+        adapters = {"adapter_rank": model.lora_rank, "adapted": tuple((name,) for name in lora_targets(model))}
+        adapters["weight_bytes"] = 4 if model.dtype == "float32" else 2
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
     return replace(
         TRELLAX,
@@ -219,4 +233,5 @@ def trellax_runtime(
         optimizer_state_bytes=TRELLAX.optimizer_state_bytes + averaged,
         # Read and written once a step.
         optimizer_bytes=TRELLAX.optimizer_bytes + 2 * averaged,
+        **adapters,
     )

@@ -151,6 +151,8 @@ def _lay_out(folder: Path) -> None:
     (folder / "notes" / "a.txt").write_text(readme * 20, encoding="utf-8")
     rows = [json.dumps({"id": number, "text": f"{number} times {number} is {number**2}."}) for number in range(20_000)]
     (folder / "squares.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    pairs = [{"prompt": f"{n} + 2 = ", "chosen": str(n + 2), "rejected": str(n + 3)} for n in range(200)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
     (folder / "prompts.txt").write_text("one two\nthree\n", encoding="utf-8")
     model = folder / "models" / "llama"
     shutil.copytree(ROOT / "tests" / "golden" / "hf" / "llama2", model)

@@ -24,6 +24,7 @@ from trellax.pipeline import (
     split_transformer,
     stages_from_layers,
 )
+from trellax.pipeline.model.losses import LossFn, next_token_loss
 from trellax.schedules import Schedule, Vocab, build_schedule
 
 Attention = Literal["mha", "gqa", "mqa"]
@@ -200,6 +201,7 @@ def pipeline_step(
     batch: dict[str, np.ndarray] | None = None,
     context: Literal["gather", "ulysses"] = "gather",
     frozen: Callable[[str], bool] | None = None,
+    loss: LossFn = next_token_loss,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
@@ -212,13 +214,12 @@ def pipeline_step(
     sizes = {"num_ranks": spec.pipe, "num_microbatches": num_microbatches, "num_chunks": num_chunks}
     plan = build_schedule(schedule, **sizes, vocab=vocab) if isinstance(schedule, str) else schedule
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
-    cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard}
+    cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard, "loss": loss}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     fns = replace(model.fns, frozen=frozen or model.fns.frozen)
     run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
-    axes = {"over": spec.roles.batch, "context": spec.roles.context}
-    given = batch or masked_batch(num_sequences)
-    cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)
+    axes: dict[str, Any] = {"over": spec.roles.batch, "context": spec.roles.context, "mesh": devices}
+    cut_batch = microbatches(batch or masked_batch(num_sequences), num_microbatches=num_microbatches, **axes)
     return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)
 
 

@@ -32,7 +32,11 @@ def freezes_all_but(*names: str) -> Callable[[str], bool]:
 
 def frozen_answer(config: ModelConfig, num_sequences: int, is_frozen: Callable[[str], bool]) -> Answer:
     """Return the reference without the gradients of frozen parameters."""
-    whole = one_device(config, num_sequences)
+    return keep_trained(one_device(config, num_sequences), is_frozen)
+
+
+def keep_trained(whole: Answer, is_frozen: Callable[[str], bool]) -> Answer:
+    """Return an answer without the gradients of frozen parameters."""
 
     def keep(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from trellax.layers import param_counts
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.product_format import FORMATS
-from trellax.plan.costs.runtime import MEGATRON, Runtime, trellax_runtime
+from trellax.plan.costs.runtime import ALL_ADAPTED, MEGATRON, Runtime, trellax_runtime
 from trellax.plan.costs.stage_time import end_costs
 from trellax.plan.diagnoses import diagnose
 from trellax.plan.machines.kernel_time import matmul_time_s
@@ -77,7 +78,7 @@ def test_narrow_residuals_take_less_memory() -> None:
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
-    adapters = replace(MODERN, adapter_rank=16, adapted="all")
+    adapters = replace(MODERN, adapter_rank=16, adapted=ALL_ADAPTED)
     layer, whole = layer_of(adapters), layer_of(MODERN)
     # What is left are the gradients of the adapters, 16 columns for 8,192.
     assert layer.weight_grad < 0.1 * whole.weight_grad
@@ -89,7 +90,19 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     trained = layers * 16 * ((d + 3 * d) + (d + d) + (d + 4 * d) + (4 * d + d))
     assert memory.gradients == pytest.approx(2 * trained)
     assert memory.optimizer == pytest.approx(12 * trained)
-    assert memory.weights == everything.weights
+    assert memory.weights == pytest.approx(everything.weights + 2 * trained)
+
+
+def test_trellax_prices_its_own_adapters() -> None:
+    model = replace(WIDE, lora_rank=8, lora_targets=("query", "down"))
+    accelerator, counts = read_topology("h200x8").accelerator, param_counts(model)
+    runtime = trellax_runtime(model, accelerator)
+    assert (runtime.adapter_rank, runtime.adapted, runtime.weight_bytes) == (8, (("query",), ("down",)), 2)
+    memory = fullest(step_memory(model, layout=Layout(remat="dots"), num_tokens=4096, runtime=runtime))
+    assert memory.gradients == pytest.approx(4 * counts.adapters)
+    assert memory.optimizer == pytest.approx(8 * counts.adapters)
+    # Frozen weights are read as they are kept: no cast copy of them is made.
+    assert memory.weights + memory.temporary < 1.1 * 2 * counts.total
 
 
 def test_trellax_prices_its_own_fp8_by_current_scaling() -> None:

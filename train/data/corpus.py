@@ -24,6 +24,7 @@ from .documents import Documents
 from .hashed_file import HashedFile
 from .joined_tokens import Tokens, join_tokens
 from .loss_mask import is_mask, map_masks
+from .preferences.pairs import LoadedPairs, load_pairs
 from .prepared import check_shards, prepared_documents
 from .records.damage import Damage
 from .records.records import record_kind
@@ -41,7 +42,8 @@ class Corpus:
     which are read during the whole run and must not change; the content of all other files is in memory. `documents`
     says where they end, counted from the start of `train`, if sequences are to be cut there. `mask`, counted alike,
     says which tokens count as targets, if not all do; `shuffled` where the documents end that are to be shuffled. A
-    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined.
+    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined. Pairs of
+    answers are in `preferences`.
     """
 
     train: Tokens
@@ -54,6 +56,7 @@ class Corpus:
     mask: Tokens | None = None
     shuffled: Documents | None = None
     blend: tuple[tuple["Corpus", float], ...] = ()
+    preferences: LoadedPairs | None = None
 
     @property
     def train_sources(self) -> tuple[TokenSource, ...]:
@@ -138,6 +141,8 @@ def _blend(parts: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
 
 def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> Corpus:
     """Load a corpus that is no blend."""
+    if data.source == "pairs":
+        return _of_pairs(load_pairs(data))
     if data.source == "tokens":
         return _load_tokens(data)
     if data.tokenizer == "bytes":
@@ -150,6 +155,18 @@ def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> C
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = [HashedFile(Path(str(tokens.filename)))] if isinstance(tokens, np.memmap) else []
     return _cut(tokens, f"{what} by {tokenizer.file}", _end_of(tokenizer, data), data=data, mapped=mapped)
+
+
+def _of_pairs(loaded: LoadedPairs) -> Corpus:
+    first = loaded.pairs.starts[loaded.pairs.num_rows - 2 * loaded.num_held_out]
+    return Corpus(
+        train=loaded.pairs.tokens[:first],
+        validation=loaded.pairs.tokens[first:],
+        sha256=loaded.sha256,
+        description=loaded.description,
+        vocab_size_needed=loaded.vocab_size_needed,
+        preferences=loaded,
+    )
 
 
 def _load_tokens(data: DataSection) -> Corpus:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from ...configs.run_config import RunConfig
 from ...layers.context.places import order_chunks
 from .batches import Batches
 from .corpus import Corpus
+from .preferences.pair_batches import PairBatches, PairValidation
 from .prefetch import place_batch
 from .shuffle_documents import shuffled_sources
 from .validation_batches import ValidationBatches
@@ -23,8 +25,8 @@ class TrainingData:
     """
 
     corpus: Corpus
-    train: Batches
-    validation: ValidationBatches
+    train: Batches | PairBatches
+    validation: ValidationBatches | PairValidation
     sharding: jax.sharding.NamedSharding
     num_context: int = 1
 
@@ -59,6 +61,7 @@ def make_training_data(
     sharding: jax.sharding.NamedSharding,
     num_context: int = 1,
     first_sequence: int = 0,
+    reference: np.ndarray | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> TrainingData:
     """Return the batches that a config cuts out of a corpus.
@@ -66,6 +69,7 @@ def make_training_data(
     Args:
         num_context: context ranks, `setup.sizes.context`.
         first_sequence: as for `Batches`.
+        reference: of pairs of answers, the loss of each row by the reference.
         say: told when the held-out part has fewer sequences than `train.eval_batches` asks for.
 
     Raises:
@@ -73,10 +77,18 @@ def make_training_data(
     """
     size, most = config.train.batch_size, config.train.eval_batches
     sizes = {"seq_len": config.data.seq_len, "batch_size": size, "microbatches": config.pipeline.microbatches}
-    train = Batches(
-        shuffled_sources(corpus, seed=config.run.seed), **sizes, seed=config.run.seed, first_sequence=first_sequence
-    )
-    validation = ValidationBatches(corpus.validation_sources, **sizes, max_batches=most)
+    where: dict[str, Any] = {"seed": config.run.seed, "first_sequence": first_sequence}
+    train: Batches | PairBatches
+    validation: ValidationBatches | PairValidation
+    if corpus.preferences is None:
+        train = Batches(shuffled_sources(corpus, seed=config.run.seed), **sizes, **where)
+        validation = ValidationBatches(corpus.validation_sources, **sizes, max_batches=most)
+    else:
+        assert reference is not None
+        pairs, first = corpus.preferences.pairs, len(corpus.preferences.pairs) - corpus.preferences.num_held_out
+        train = PairBatches(pairs, numbers=range(first), reference=reference, **sizes, **where)
+        held_out = range(first, len(pairs))
+        validation = PairValidation(pairs, numbers=held_out, reference=reference, **sizes, max_batches=most)
     asked, found = most * size, validation.num_sequences
     if found < asked:
         say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")

@@ -82,6 +82,7 @@ class StepRecorder:
         step_time_s = self._timer.step_time_s
         tokens_per_s = self._throughput.tokens_per_s(step_time_s)
         router = {name: float(value) for name, value in metrics.router.items()}
+        rewards = {name: float(value) for name, value in metrics.preferences.items()}
         self._progress.advance(step, loss=loss, tokens_per_s=tokens_per_s, expert_peak=router.get("expert_peak"))
         if is_taken:
             self.last_loss = loss
@@ -100,6 +101,7 @@ class StepRecorder:
                     "peak_memory_bytes": peak_memory_bytes(),
                     **router,
                     "noise_scale": self._noise.sequences,
+                    **rewards,
                     "skipped": None if is_taken else 1,
                 },
             )

@@ -22,8 +22,7 @@ def warn_of_layout(config: RunConfig, *, topology: Topology | None = None) -> li
         question = question_of(config, topology=machine)
         plan = price_layout(question, layout_of(config, num_devices=machine.num_devices))
     except TrellaxError:
-        # The planner has no price for a schedule read from a file, or for adapters. The run itself has been checked
-        # before.
+        # The planner has no price for a schedule read from a file. The run itself has been checked before.
         return []
     warnings = [diagnosis for diagnosis in diagnose(question, plan) if diagnosis.severity != "note"]
     return [f"{warning.severity}: {warning.message}. Fix: {warning.fix}" for warning in warnings]

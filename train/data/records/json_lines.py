@@ -4,7 +4,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,8 +33,12 @@ class Span:
     stop: int
 
 
-def read_json_lines(file: Path, *, field: str, damage: Damage, span: Span | None = None) -> Iterator[tuple[Place, Any]]:
+def read_json_lines(
+    file: Path, *, field: str | Sequence[str], damage: Damage, span: Span | None = None
+) -> Iterator[tuple[Place, Any]]:
     """Yield place and value of the field of every line of JSON that is not blank; damaged ones are counted.
+
+    Of several fields the value is a list of theirs.
 
     Raises:
         DataError: the compressed file is cut off, a line is endless, or the first record has no such field.
@@ -42,7 +46,7 @@ def read_json_lines(file: Path, *, field: str, damage: Damage, span: Span | None
     start = span.start if span else 0
     # Counted only for a line that is named: the lines before a span are those of other spans.
     before = cache(partial(_count_lines, file, start))
-    is_first = start == 0
+    is_first, names = start == 0, [field] if isinstance(field, str) else field
     with _open_lines(file) as stream:
         for number, line in enumerate(_split_lines(stream, file, span), 1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -56,13 +60,14 @@ def read_json_lines(file: Path, *, field: str, damage: Damage, span: Span | None
             if isinstance(record, str):
                 damage.add(place, record)
                 continue
-            if is_first and field not in record:
-                raise no_field(place(), field, list(record))
+            missing = next((name for name in names if name not in record), None)
+            if is_first and missing:
+                raise no_field(place(), missing, list(record))
             is_first = False
-            if field not in record:
-                damage.add(place, f"no field {field}")
+            if missing:
+                damage.add(place, f"no field {missing}")
                 continue
-            yield place, record[field]
+            yield place, record[field] if isinstance(field, str) else [record[name] for name in names]
 
 
 def _parse(text: bytes) -> dict[str, Any] | str:

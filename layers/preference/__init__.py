@@ -1,0 +1,1 @@
+"""The loss of preferences between two answers (DPO). Start reading at `dpo.py`."""

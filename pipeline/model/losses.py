@@ -1,0 +1,66 @@
+"""What the last stage computes from the model's last activation: the loss of the next token, or of preferences.
+
+A loss is a function of the head, x[B@data, T, D], the microbatch and the embedding's table, and runs inside `last`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...layers import Head
+from .protocol import Output
+
+Microbatch = Mapping[str, jax.Array]
+LossFn = Callable[[Head, jax.Array, Microbatch, jax.Array], Any]
+"""Function (head, x, microbatch, table) -> loss or `Output`."""
+
+
+REWARDS = ("reward_margin", "reward_accuracy")
+"""Metrics of the loss of preferences."""
+
+
+def next_token_loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> jax.Array:
+    """Return the weighted sum of the cross-entropies of tokens.
+
+    A microbatch has `targets` and `weights` [B@data, T].
+    """
+    return head.loss(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
+
+
+def make_preference_loss(beta: float) -> LossFn:
+    """Return the loss of pairs of rows, chosen before rejected (see `layers/preference/dpo.py`).
+
+    A microbatch has besides `reference` and `shares` [B@data, 1], for each row the loss by the reference, and the share
+    of its pair in the mean. A step has the metrics `REWARDS`.
+    """
+
+    def loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> Output:
+        found = head.preference_loss(
+            x_BTD,
+            microbatch["targets"],
+            microbatch["weights"],
+            embedding_VD=table_VD,
+            reference_B=microbatch["reference"][:, 0],
+            shares_B=microbatch["shares"][:, 0],
+            beta=beta,
+        )
+        return Output(loss=found.loss, metrics=dict(zip(REWARDS, (found.margin, found.accuracy), strict=True)))
+
+    return loss
+
+
+def make_row_losses(num_rows: int) -> LossFn:
+    """Return a loss whose metric `row_losses` [num_rows] has the loss of every row of the whole batch.
+
+    A microbatch has besides `rows` int32 [B@data, 1], the number of each row.
+    """
+
+    def loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> Output:
+        own_B = head.sequence_losses(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
+        # Metrics are added over microbatches and devices: each adds its own rows.
+        is_row_nB = jnp.arange(num_rows)[:, None] == microbatch["rows"][None, :, 0]
+        return Output(loss=own_B.sum(), metrics={"row_losses": jnp.where(is_row_nB, own_B[None], 0.0).sum(1)})
+
+    return loss
