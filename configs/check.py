@@ -55,6 +55,7 @@ def check_run(
     found += _check_lengths(config)
     found += _check_adapters(config)
     found += _check_corpus(config)
+    found += _check_ends(config)
     found += _check_blend(config)
     if corpus == "needed":
         found += _check_corpus_files(config)
@@ -177,29 +178,43 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"data.tokenizer={config.data.tokenizer!r} is given, but data.source='tokens' reads ids, not text.",
             fix="set data.source='text', or leave data.tokenizer out.",
         )
+    if source == "chat" and config.data.tokenizer == "bytes":
+        yield ConfigError(
+            "data.source='chat' needs a chat template, which is beside a model's tokenizer; data.tokenizer='bytes' has "
+            "none.",
+            fix="set data.tokenizer to the folder of a model that chats.",
+        )
+    if source != "stdlib" and not paths:
+        suffix = {"tokens": "bin", "chat": "jsonl"}.get(source, "txt")
+        yield ConfigError(
+            f"data.source={source!r} reads files, but data.paths is empty.",
+            fix=f'set data.paths, for example to ["corpus/*.{suffix}"].',
+        )
+    if source == "stdlib" and paths:
+        yield ConfigError(
+            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
+            fix="set data.source='text' or 'tokens'.",
+        )
+
+
+def _check_ends(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless it is known where documents end, if that is needed."""
+    source, paths, vocab_size = config.data.source, config.data.paths, config.model.vocab_size
     needs, end_id = config.data.needs_documents, config.data.end_id
     if needs and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
         yield ConfigError(
             f"{needs} takes the ends of documents, and data.source='tokens' does not say which id ends one.",
             fix="set data.end_id, 50256 for GPT-2's tokenizer.",
         )
-    if end_id >= 0 and (not needs or (source != "tokens" and config.data.tokenizer == "bytes")):
-        why = "data.packing is 'off'" if not needs else "bytes have no such token: each file is a document"
+    is_ended = source == "chat" or (source != "tokens" and config.data.tokenizer == "bytes")
+    if end_id >= 0 and (not needs or is_ended):
+        why = "bytes have no such token: each file is a document" if source != "chat" else "each chat is a document"
+        why = why if needs else "data.packing is 'off'"
         yield ConfigError(f"data.end_id={end_id} is given, but {why}.", fix="leave it out.")
     if end_id >= vocab_size:
         yield ModelError(
             f"data.end_id={end_id} is no id of model.vocab_size={vocab_size}, which knows 0 to {vocab_size - 1}.",
             fix="set the id that ends a document.",
-        )
-    if source != "stdlib" and not paths:
-        yield ConfigError(
-            f"data.source={source!r} reads files, but data.paths is empty.",
-            fix=f'set data.paths, for example to ["corpus/*.{"bin" if source == "tokens" else "txt"}"].',
-        )
-    if source == "stdlib" and paths:
-        yield ConfigError(
-            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
-            fix="set data.source='text' or 'tokens'.",
         )
 
 

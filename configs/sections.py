@@ -41,16 +41,20 @@ class RunSection(Section):
 class DataSection(Section):
     """The corpus, its tokens, and its split into sequences and validation."""
 
-    source: Literal["stdlib", "text", "tokens"] = Field(
-        "stdlib", description="Python's standard library sources, files of text or records, or arrays of token ids"
+    source: Literal["stdlib", "text", "chat", "tokens"] = Field(
+        "stdlib",
+        description="Python's standard library sources, files of text or records, records of chats whose answers are "
+        "trained on, or arrays of token ids",
     )
-    paths: tuple[str, ...] = Field((), description="files or globs, for the sources text and tokens")
+    paths: tuple[str, ...] = Field((), description="files or globs, for the sources text, chat and tokens")
     weights: tuple[float, ...] = Field(
         (),
         description="blend: a weight of each path, its share of the sequences; empty joins all paths into one corpus",
     )
     text_field: str = Field(
-        "text", min_length=1, description="field of a record that holds its text, in .jsonl, .parquet and .arrow files"
+        "text",
+        min_length=1,
+        description="field of a record that holds its text, in .jsonl, .parquet and .arrow files; messages for chat",
     )
     tokenizer: str = Field("bytes", min_length=1, description="bytes, a tokenizer.json, or a folder with one")
     seq_len: int = Field(gt=0, le=_MAX, description="tokens of a sequence")
@@ -65,6 +69,11 @@ class DataSection(Section):
     shuffle: Literal["sequences", "documents"] = Field(
         "sequences", description="what is shuffled: sequences alone, or documents first, before sequences are cut"
     )
+
+    @property
+    def record_field(self) -> str:
+        """The field of a record that is read; chats have another default than texts."""
+        return "messages" if self.source == "chat" and self.text_field == "text" else self.text_field
 
     @property
     def needs_documents(self) -> str:

@@ -57,7 +57,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, special: dict[str, str] | None = None, max_seconds: float = MAX_SECONDS) -> None:
-        self._special, self._max_seconds = special or {}, max_seconds
+        self.source, self._special, self._max_seconds = source, special or {}, max_seconds
         if len(source) > MAX_TEMPLATE_BYTES:
             raise _broken(f"it has {len(source)} letters, and {MAX_TEMPLATE_BYTES} are read")
         try:
@@ -185,6 +185,7 @@ class _GenerationTag(Extension):
     def parse(self, parser: Any) -> Any:
         """Return a block that tells where its text begins and ends, as that of transformers does."""
         line = next(parser.stream).lineno
+        assert isinstance(self.environment, _Environment)
         self.environment.has_marks = True
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)

@@ -23,11 +23,12 @@ from .batches import TokenSource
 from .documents import Documents
 from .hashed_file import HashedFile
 from .joined_tokens import Tokens, join_tokens
-from .loss_mask import is_mask, map_masks
+from .loss_mask import Mask, is_mask, map_masks
 from .prepared import check_shards, prepared_documents
 from .records.damage import Damage
+from .records.extra import import_extra
 from .records.records import record_kind
-from .texts import MOST_TEXT_BYTES, read_texts
+from .texts import check_total, read_texts
 from .token_files import map_files, scan_tokens
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -146,6 +147,8 @@ def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> C
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64) - 1
         return _cut(np.frombuffer(b"".join(texts), np.uint8), f"bytes of {what}", Documents(ends=ends), data=data)
     tokenizer = load_tokenizer(data.tokenizer)
+    if data.source == "chat":
+        return _load_chats(data, tokenizer)
     documents, what = _read_documents(data)
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = [HashedFile(Path(str(tokens.filename)))] if isinstance(tokens, np.memmap) else []
@@ -166,13 +169,30 @@ def _load_tokens(data: DataSection) -> Corpus:
             )
         documents = prepared_documents(folders)
     corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
-    check_shards(corpus.mapped, folders)
     mask = map_masks(files, dtype=np.dtype(data.token_dtype))
-    if mask is None:
-        return corpus
-    # Another mask is another corpus.
+    corpus = corpus if mask is None else _with_mask(corpus, mask)
+    check_shards(corpus.mapped, folders)
+    return corpus
+
+
+def _with_mask(corpus: Corpus, mask: Mask) -> Corpus:
+    """Return the corpus with a mask of the tokens that count; another mask is another corpus."""
     sha256 = hashlib.sha256(f"{corpus.sha256} {mask.sha256}".encode()).hexdigest()
     return replace(corpus, mask=mask.counts, sha256=sha256, mapped=(*corpus.mapped, *mask.mapped))
+
+
+def _load_chats(data: DataSection, tokenizer: ModelTokenizer) -> Corpus:
+    import_extra("jinja2", tokenizer.file)
+    from .chats import load_chats
+
+    files, damage = find_files(data.paths), Damage()
+    chats = load_chats(files, field=data.record_field, tokenizer=tokenizer, damage=damage)
+    damage.check()
+    answers = f"{chats.mask.mean():.0%} of them in answers" if chats.mask.size else "no answers"
+    note = f", {damage}" if damage.num_damaged else ""
+    what = f"{_count(len(chats.ends), 'chat')} in {_count(len(files), 'file')}{note} by {tokenizer.file}, {answers}"
+    corpus = _cut(chats.tokens, what, Documents(ends=chats.ends), data=data)
+    return _with_mask(corpus, Mask(counts=chats.mask, sha256=scan_tokens(chats.mask).sha256))
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -195,7 +215,7 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
         return _read_stdlib()
     files = find_files(data.paths)
     damage = Damage()
-    documents = _read_text(files, field=data.text_field, damage=damage)
+    documents = _read_text(files, field=data.record_field, damage=damage)
     damage.check()
     if not damage.num_records:
         return documents, _count(len(files), "text file")
@@ -247,22 +267,13 @@ def _read_text(files: Sequence[Path], *, field: str, damage: Damage) -> list[tup
         sizes = {file: file.stat().st_size for file in files if not record_kind(file)}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
-    _check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
+    check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
     documents, total = [], 0
     for name, text in read_texts(files, field=field, damage=damage):
         total += len(text)
-        _check_total(total, files, largest=Path(name))
+        check_total(total, files, largest=Path(name))
         documents.append((name, text))
     return documents
-
-
-def _check_total(total: int, files: Sequence[Path], *, largest: Path) -> None:
-    if total > MOST_TEXT_BYTES:
-        raise DataError(
-            f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
-            f"text is read whole, at most {MOST_TEXT_BYTES:,} bytes.",
-            fix="tokenize them once by `trellax data prepare`: its shards stay on disk.",
-        )
 
 
 def _cut(
