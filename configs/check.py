@@ -12,7 +12,7 @@ from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
-from .corpus_paths import find_files
+from .corpus_paths import find_files, find_validation_files
 from .mesh_checks import errors_of, find_mesh_errors
 from .prepared_tokens import is_prepared
 from .run_config import RunConfig
@@ -235,6 +235,8 @@ def _check_blend(config: RunConfig) -> Iterator[TrellaxError]:
 def _check_corpus_files(config: RunConfig) -> Iterator[TrellaxError]:
     if config.data.source != "stdlib" and config.data.paths:
         yield from errors_of(find_files, config.data.paths)
+    for name, paths in config.data.validation_paths.items():
+        yield from errors_of(find_validation_files, name, paths)
 
 
 def _join(errors: list[TrellaxError]) -> ConfigError:

@@ -3,6 +3,7 @@
 The sections [mesh] and [model] are `MeshSpec` and `ModelConfig`, the dataclasses that the toolkit itself uses.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -69,6 +70,25 @@ class DataSection(Section):
     shuffle: Literal["sequences", "documents"] = Field(
         "sequences", description="what is shuffled: sequences alone, or documents first, before sequences are cut"
     )
+
+    validation: tuple[str, ...] = Field(
+        (), description="further validation sets, name=path each, such as wiki=wiki/*.jsonl; a name may have several"
+    )
+
+    @field_validator("validation")
+    @classmethod
+    def _check_validation(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, _, path = entry.partition("=")
+            if not (re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) and path.strip()):
+                raise PydanticCustomError("validation", "expected name=path, such as wiki=wiki.jsonl")
+        return value
+
+    @property
+    def validation_paths(self) -> dict[str, tuple[str, ...]]:
+        """The paths of each further validation set, by its name."""
+        pairs = [entry.partition("=")[::2] for entry in self.validation]
+        return {name: tuple(path for own, path in pairs if own == name) for name, _ in pairs}
 
     @property
     def record_field(self) -> str:

@@ -6,13 +6,14 @@ versions, so a run prints the SHA-256 of its corpus. Read `batches.py` next.
 
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...configs.corpus_paths import find_files
+from ...configs.corpus_paths import find_files, of_validation
 from ...configs.prepared_tokens import read_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
@@ -31,6 +32,9 @@ from .records.records import record_kind
 from .texts import check_total, read_texts
 from .token_files import map_files, scan_tokens
 
+_ALL = 1.0
+"""`val_fraction` of a corpus that is held out whole, which no config can say."""
+
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -42,7 +46,8 @@ class Corpus:
     which are read during the whole run and must not change; the content of all other files is in memory. `documents`
     says where they end, counted from the start of `train`, if sequences are to be cut there. `mask`, counted alike,
     says which tokens count as targets, if not all do; `shuffled` where the documents end that are to be shuffled. A
-    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined.
+    blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined. `sets` are
+    the further validation sets by name, each held out whole; `sha256` and `vocab_size_needed` are without them.
     """
 
     train: Tokens
@@ -55,6 +60,7 @@ class Corpus:
     mask: Tokens | None = None
     shuffled: Documents | None = None
     blend: tuple[tuple["Corpus", float], ...] = ()
+    sets: tuple[tuple[str, "Corpus"], ...] = ()
 
     @property
     def train_sources(self) -> tuple[TokenSource, ...]:
@@ -99,9 +105,22 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     """
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, error=DataError)
-    if data.weights:
-        return _blend([_load(part, vocab_size=vocab_size, cache=cache) for part in _split_paths(data)], data.weights)
-    return _load(data, vocab_size=vocab_size, cache=cache)
+    read = partial(_load, vocab_size=vocab_size, cache=cache)
+    corpus = _blend([read(part) for part in _split_paths(data)], data.weights) if data.weights else read(data)
+    sets = [(name, _load_set(name, paths, data, read)) for name, paths in data.validation_paths.items()]
+    mapped = [file for _, own in sets for file in own.mapped]
+    return replace(corpus, sets=tuple(sets), mapped=(*corpus.mapped, *mapped))
+
+
+def _load_set(name: str, paths: tuple[str, ...], data: DataSection, read: Callable[[DataSection], Corpus]) -> Corpus:
+    """Load a set of `data.validation`, of which all is held out."""
+    source = "text" if data.source == "stdlib" else data.source
+    whole = {"source": source, "paths": paths, "weights": (), "val_fraction": _ALL, "shuffle": "sequences"}
+    try:
+        return read(data.model_copy(update=whole))
+    except DataError as error:
+        problem = error.problem if "data.paths" in error.problem else f"validation set {name}: {error.problem}"
+        raise DataError(of_validation(problem, name), fix=error.fix and of_validation(error.fix, name)) from None
 
 
 def _split_paths(data: DataSection) -> list[DataSection]:
@@ -201,11 +220,11 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
     Raises:
         DataError: a token id is at or above `vocab_size`.
     """
-    largest = corpus.vocab_size_needed - 1
+    largest = max(own.vocab_size_needed for own in (corpus, *(own for _, own in corpus.sets))) - 1
     if largest >= vocab_size:
         raise DataError(
             f"the corpus holds token id {largest}, but model.vocab_size={vocab_size} knows ids 0 to {vocab_size - 1}.",
-            fix=f"set model.vocab_size={corpus.vocab_size_needed} or more, or check data.token_dtype.",
+            fix=f"set model.vocab_size={largest + 1} or more, or check data.token_dtype.",
         )
 
 
@@ -291,7 +310,7 @@ def _cut(
     held_out = round(tokens.size * data.val_fraction)
     parts = {"training": tokens[: tokens.size - held_out], "validation": tokens[tokens.size - held_out :]}
     for name, part in parts.items():
-        if part.size < data.seq_len + 1:
+        if part.size < data.seq_len + 1 and not (name == "training" and data.val_fraction == _ALL):
             raise DataError(
                 f"the {name} part of the corpus has {part.size} of {tokens.size} tokens, but one sequence needs "
                 f"data.seq_len + 1 = {data.seq_len + 1}.",
