@@ -69,9 +69,9 @@ def check_eval_arguments(args: argparse.Namespace) -> None:
 def _check_task_arguments(args: argparse.Namespace) -> None:
     """Raise unless either files or tasks are given, and the extra for tasks is there."""
     if bool(args.data) == bool(args.tasks):
-        what = "both" if args.data else "neither"
+        what = "both are" if args.data else "neither is"
         raise DataError(
-            f"`trellax eval` computes the loss on --data or the scores of --tasks; {what} is given.",
+            f"`trellax eval` computes the loss on --data or the scores of --tasks; {what} given.",
             fix="give one of the two.",
         )
     given = [name for name in ("num_fewshot", "limit") if getattr(args, name) is not None]

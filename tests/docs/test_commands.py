@@ -151,6 +151,12 @@ def _lay_out(folder: Path) -> None:
     (folder / "notes" / "a.txt").write_text(readme * 20, encoding="utf-8")
     rows = [json.dumps({"id": number, "text": f"{number} times {number} is {number**2}."}) for number in range(20_000)]
     (folder / "squares.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    turns = [
+        [{"role": "user", "content": f"{i} times {i}?"}, {"role": "assistant", "content": f"It is {i * i}."}]
+        for i in range(5_000)
+    ]
+    chats = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (folder / "chats.jsonl").write_text(chats, encoding="utf-8")
     (folder / "prompts.txt").write_text("one two\nthree\n", encoding="utf-8")
     model = folder / "models" / "llama"
     shutil.copytree(ROOT / "tests" / "golden" / "hf" / "llama2", model)
@@ -159,3 +165,5 @@ def _lay_out(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2, "three": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(model / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
