@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..hub.chat.template import load_chat_template
 from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
 from ..meshes import MeshSpec, ServeError
 from ..meshes.processes.messages import is_first
 from ..serve import AsyncEngine, Engine, param_shapes
-from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
 from ..serve.processes.channel import StepSender, receive_steps

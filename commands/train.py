@@ -46,10 +46,11 @@ def _describe_summary(summary: Summary) -> str:
     pace = f", {summary.tokens_per_s:,.0f} tokens/s" if summary.tokens_per_s else ""
     schedule = "" if summary.schedule == NO_SCHEDULE else f" with {summary.schedule}"
     why = f", ended on a {PLATEAU}" if summary.ended == PLATEAU else ""
+    sets = "".join(f"   {name} {_format_loss(loss)}" for name, loss in summary.final_val_losses.items())
     return (
         f"{summary.steps} steps on {summary.mesh}{schedule} in {summary.wall_time_s:.0f} s{pace}{why}\n"
         f"train loss {_format_loss(summary.final_train_loss)}   "
-        f"validation loss {_format_loss(summary.final_val_loss)}\n"
+        f"validation loss {_format_loss(summary.final_val_loss)}{sets}\n"
         f"{summary.folder}: config.toml, summary.json, metrics.jsonl, loss.png, tensorboard, checkpoints"
     )
 

@@ -34,6 +34,7 @@ _FREE_KEYS = {
     "data.source",
     "data.paths",
     "data.text_field",
+    "data.validation",
     "data.token_dtype",
     "data.tokenizer",
 }

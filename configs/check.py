@@ -12,7 +12,7 @@ from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
-from .corpus_paths import find_files
+from .corpus_paths import find_files, find_validation_files
 from .mesh_checks import errors_of, find_mesh_errors
 from .preference_checks import find_preference_errors
 from .prepared_tokens import is_prepared
@@ -57,6 +57,7 @@ def check_run(
     found += _check_lengths(config)
     found += _check_adapters(config)
     found += _check_corpus(config)
+    found += _check_ends(config)
     found += _check_blend(config)
     found += find_preference_errors(config, mesh)
     if corpus == "needed":
@@ -186,30 +187,43 @@ def _check_corpus(config: RunConfig) -> Iterator[TrellaxError]:
             f"data.tokenizer={config.data.tokenizer!r} is given, but data.source='tokens' reads ids, not text.",
             fix="set data.source='text', or leave data.tokenizer out.",
         )
+    if source == "chat" and config.data.tokenizer == "bytes":
+        yield ConfigError(
+            "data.source='chat' needs a chat template, which is beside a model's tokenizer; data.tokenizer='bytes' has "
+            "none.",
+            fix="set data.tokenizer to the folder of a model that chats.",
+        )
+    if source != "stdlib" and not paths:
+        suffix = {"tokens": "bin", "chat": "jsonl"}.get(source, "txt")
+        yield ConfigError(
+            f"data.source={source!r} reads files, but data.paths is empty.",
+            fix=f'set data.paths, for example to ["corpus/*.{suffix}"].',
+        )
+    if source == "stdlib" and paths:
+        yield ConfigError(
+            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
+            fix="set data.source='text' or 'tokens'.",
+        )
+
+
+def _check_ends(config: RunConfig) -> Iterator[TrellaxError]:
+    """Yield an error unless it is known where documents end, if that is needed."""
+    source, paths, vocab_size = config.data.source, config.data.paths, config.model.vocab_size
     needs, end_id = config.data.needs_documents, config.data.end_id
     if needs and source == "tokens" and end_id < 0 and not all(map(is_prepared, paths)):
         yield ConfigError(
             f"{needs} takes the ends of documents, and data.source='tokens' does not say which id ends one.",
             fix="set data.end_id, 50256 for GPT-2's tokenizer.",
         )
-    has_no_end = source != "tokens" and config.data.tokenizer == "bytes"
-    if end_id >= 0 and (has_no_end or (not needs and source != "pairs")):
-        why = "bytes have no such token: each file is a document" if needs else "data.packing is 'off'"
+    is_ended = source == "chat" or (source != "tokens" and config.data.tokenizer == "bytes")
+    if end_id >= 0 and (is_ended or (not needs and source != "pairs")):
+        why = "bytes have no such token: each file is a document" if source != "chat" else "each chat is a document"
+        why = why if needs else "data.packing is 'off'"
         yield ConfigError(f"data.end_id={end_id} is given, but {why}.", fix="leave it out.")
     if end_id >= vocab_size:
         yield ModelError(
             f"data.end_id={end_id} is no id of model.vocab_size={vocab_size}, which knows 0 to {vocab_size - 1}.",
             fix="set the id that ends a document.",
-        )
-    if source != "stdlib" and not paths:
-        yield ConfigError(
-            f"data.source={source!r} reads files, but data.paths is empty.",
-            fix=f'set data.paths, for example to ["corpus/*.{_ENDINGS[source]}"].',
-        )
-    if source == "stdlib" and paths:
-        yield ConfigError(
-            f"data.paths={list(paths)} is given, but data.source='stdlib' reads no files.",
-            fix="set data.source='text' or 'tokens'.",
         )
 
 
@@ -230,6 +244,8 @@ def _check_blend(config: RunConfig) -> Iterator[TrellaxError]:
 def _check_corpus_files(config: RunConfig) -> Iterator[TrellaxError]:
     if config.data.source != "stdlib" and config.data.paths:
         yield from errors_of(find_files, config.data.paths)
+    for name, paths in config.data.validation_paths.items():
+        yield from errors_of(find_validation_files, name, paths)
 
 
 def _join(errors: list[TrellaxError]) -> ConfigError:

@@ -27,6 +27,23 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(file for path in paths for file in _match_files(path)))
 
 
+def find_validation_files(name: str, paths: Sequence[str]) -> list[Path]:
+    """Return the files of a set of `data.validation`, as `find_files` does.
+
+    Raises:
+        DataError: as `find_files`; it names the set.
+    """
+    try:
+        return find_files(paths)
+    except DataError as error:
+        raise DataError(of_validation(error.problem, name), fix=error.fix and of_validation(error.fix, name)) from None
+
+
+def of_validation(text: str, name: str) -> str:
+    """Return a text about `data.paths` as one about a set of `data.validation`."""
+    return text.replace("data.paths", f"data.validation, {name}")
+
+
 def _check_named_once(paths: Sequence[str]) -> None:
     """Raise if a path is given twice, which other programs understand as a weight."""
     seen = set()

@@ -28,6 +28,8 @@ def find_preference_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[Trella
         "data.packing": (config.data.packing, "off", "each row is a sequence of its own"),
         "data.shuffle": (config.data.shuffle, "sequences", "pairs are shuffled"),
         "data.weights": (config.data.weights, (), "there is no blend of pairs"),
+        "data.validation": (config.data.validation, (), "the validation set is a part of the pairs"),
+        "train.noise_scale": (config.train.noise_scale, "off", "a pair is no sequence"),
     }
     for key, (value, wanted, why) in off.items():
         if value != wanted:

@@ -2,6 +2,7 @@
 
     index.json            format, tokenizer, counts, and for each shard its files, tokens, documents and SHA-256
     tokens-00000.npy      token ids, uint8, uint16 or uint32
+    tokens-00000.mask.npy uint8: 1 where a token counts as a target; of chats alone
     documents-00000.npy   int64: place in the shard of the last token of each document
     tokenizer.json        unless tokens are bytes
 
@@ -27,12 +28,14 @@ _MAX_BYTES = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A file of tokens, and the one that says where its documents end."""
+    """A file of tokens, the one that says where its documents end, and that of its mask, None if all tokens count."""
 
     tokens: Path
     documents: Path
     num_tokens: int
     sha256: str
+    mask: Path | None = None
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ def _read_shard(folder: Path, values: dict[str, Any]) -> Shard:
         documents=folder / Path(values["documents"]).name,
         num_tokens=int(values["num_tokens"]),
         sha256=str(values["sha256"]),
+        mask=folder / Path(values["mask"]).name if "mask" in values else None,
+        mask_sha256=str(values.get("mask_sha256", "")),
     )
 
 

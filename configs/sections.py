@@ -3,6 +3,7 @@
 The sections [mesh] and [model] are `MeshSpec` and `ModelConfig`, the dataclasses that the toolkit itself uses.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -41,10 +42,10 @@ class RunSection(Section):
 class DataSection(Section):
     """The corpus, its tokens, and its split into sequences and validation."""
 
-    source: Literal["stdlib", "text", "tokens", "pairs"] = Field(
+    source: Literal["stdlib", "text", "chat", "tokens", "pairs"] = Field(
         "stdlib",
-        description="Python's standard library sources, files of text or records, arrays of token ids, or records of "
-        "prompt, chosen and rejected (DPO)",
+        description="Python's standard library sources, files of text or records, records of chats whose answers are "
+        "trained on, arrays of token ids, or records of prompt, chosen and rejected (DPO)",
     )
     paths: tuple[str, ...] = Field((), description="files or globs, for all sources but stdlib")
     weights: tuple[float, ...] = Field(
@@ -52,7 +53,9 @@ class DataSection(Section):
         description="blend: a weight of each path, its share of the sequences; empty joins all paths into one corpus",
     )
     text_field: str = Field(
-        "text", min_length=1, description="field of a record that holds its text, in .jsonl, .parquet and .arrow files"
+        "text",
+        min_length=1,
+        description="field of a record that holds its text, in .jsonl, .parquet and .arrow files; messages for chat",
     )
     tokenizer: str = Field("bytes", min_length=1, description="bytes, a tokenizer.json, or a folder with one")
     seq_len: int = Field(gt=0, le=_MAX, description="tokens of a sequence")
@@ -67,6 +70,30 @@ class DataSection(Section):
     shuffle: Literal["sequences", "documents"] = Field(
         "sequences", description="what is shuffled: sequences alone, or documents first, before sequences are cut"
     )
+
+    validation: tuple[str, ...] = Field(
+        (), description="further validation sets, name=path each, such as wiki=wiki/*.jsonl; a name may have several"
+    )
+
+    @field_validator("validation")
+    @classmethod
+    def _check_validation(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, _, path = entry.partition("=")
+            if not (re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) and path.strip()):
+                raise PydanticCustomError("validation", "expected name=path, such as wiki=wiki.jsonl")
+        return value
+
+    @property
+    def validation_paths(self) -> dict[str, tuple[str, ...]]:
+        """The paths of each further validation set, by its name."""
+        pairs = [entry.partition("=")[::2] for entry in self.validation]
+        return {name: tuple(path for own, path in pairs if own == name) for name, _ in pairs}
+
+    @property
+    def record_field(self) -> str:
+        """The field of a record that is read; chats have another default than texts."""
+        return "messages" if self.source == "chat" and self.text_field == "text" else self.text_field
 
     @property
     def needs_documents(self) -> str:

@@ -49,6 +49,14 @@ class ModelTokenizer:
         """
         return self._encode([text], special="without")[0].ids
 
+    def encode_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids of texts, as `encode` does, and the span [start, end) of letters of each token.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of a text.
+        """
+        return [(encoding.ids, encoding.offsets) for encoding in self._encode(texts, special="without")]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text, with the special tokens that the tokenizer puts before it.
 

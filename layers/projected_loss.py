@@ -29,7 +29,7 @@ import numpy as np
 from ..meshes import DEFAULT_RULES, ShardingRules
 from ..meshes.device_axes import mark_varying, num_manual_blocks, sum_like, varying_axes
 from .check_inputs import check_features, check_targets
-from .collectives import gather_tokens, leave_split, run_in_blocks
+from .collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from .loss import reject_unknown_targets, token_losses, weighted_sum
 
 CHUNK_TOKENS = 1024
@@ -110,6 +110,48 @@ def sequence_losses(
     in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
     run = run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=("batch",))
     return run(*map(jax.lax.stop_gradient, (x_BTD, table_VD)), targets_BT, weights_BT)
+
+
+class TokenScores(NamedTuple):
+    """The log-likelihood of every target, and whether it is the likeliest word, the first of equal ones; [B, T]."""
+
+    logprob: jax.Array
+    is_best: jax.Array
+
+
+def projected_scores(
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, rules: ShardingRules = DEFAULT_RULES
+) -> TokenScores:
+    """Return the scores of targets by the logits x @ table^T, chunk by chunk: float32 and bool [B, T].
+
+    Shapes and errors are those of `projected_cross_entropy`; costs one more all-reduce of [B, T] over `vocab`. A target
+    outside the vocabulary has no score.
+    """
+    check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
+    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.token_axes)
+
+    def score(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole_BTD, table_VD = gather_tokens(x_BTD, axes.tokens), table_VD.astype(x_BTD.dtype)
+
+        def chunk(carry: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            x_BtD, targets_Bt = part
+            logits_BtV = _logits(x_BtD, table_VD)
+            losses = token_losses(logits_BtV, targets_Bt, axes.vocab)
+            top_Bt = max_blocks(logits_BtV.max(-1), axes.vocab)
+            # The least word with the largest logit, as the largest of negative ones.
+            is_top_BtV = logits_BtV == top_Bt[..., None]
+            least_Bt = max_blocks(jnp.where(is_top_BtV, -losses.word, jnp.iinfo(jnp.int32).min).max(-1), axes.vocab)
+            return carry, (-losses.loss, -least_Bt == targets_Bt)
+
+        parts = _scan(chunk, None, _cut_tokens(whole_BTD, targets_BT))[1]
+        logprob_BT, is_best_BT = (_merge_tokens(part, targets_BT.shape[1]) for part in parts)
+        return logprob_BT, is_best_BT
+
+    of_x, of_tokens = ("batch", "stream_tokens", "embed"), ("batch", "tokens")
+    run = run_in_blocks(
+        score, rules=rules, in_dims=(of_x, ("vocab", "embed"), of_tokens), out_dims=(of_tokens, of_tokens)
+    )
+    return TokenScores(*run(x_BTD, table_VD, targets_BT))
 
 
 class _Axes(NamedTuple):

@@ -22,7 +22,7 @@ from .embedding import Embedding
 from .norms import apply_norm, make_norm
 from .partitioning import INIT_STD, make_param
 from .preference.dpo import PreferenceLoss, preference_loss
-from .projected_loss import projected_cross_entropy, sequence_losses
+from .projected_loss import TokenScores, projected_cross_entropy, projected_scores, sequence_losses
 
 
 class Head(nnx.Module):
@@ -74,6 +74,11 @@ class Head(nnx.Module):
         """Return the loss of each sequence [B@data] without gradients (see `projected_loss.py`)."""
         table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
         return sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
+
+    def scores(self, x_BTD: jax.Array, targets_BT: jax.Array, *, embedding_VD: jax.Array) -> TokenScores:
+        """Return the log-likelihood of each target, and whether it is the likeliest word, [B@data, T]."""
+        x_BTD = apply_norm(self.norm, x_BTD)
+        return projected_scores(x_BTD, self._table(embedding_VD), targets_BT, rules=self.rules)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
         return embedding_VD if self.table is None else self.table[...]

@@ -1,6 +1,6 @@
 """Compute the validation loss of a run folder, or of a state, on any mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,17 @@ def validate(state: TrainState, eval_step: Callable[..., Any], data: TrainingDat
     Raises:
         DataError: a file of the corpus is lost or changed.
     """
+    return _sum_losses(state, eval_step, data.validation_batches())
+
+
+def validate_sets(state: TrainState, eval_step: Callable[..., Any], data: TrainingData) -> dict[str, float]:
+    """Return the mean loss of each further validation set by its name; arguments and errors are those of `validate`."""
+    return {name: _sum_losses(state, eval_step, data.validation_batches(name=name)) for name in data.sets}
+
+
+def _sum_losses(state: TrainState, eval_step: Callable[..., Any], batches: Iterator[Any]) -> float:
     # The list starts all batches before the first loss is waited for.
-    losses = [eval_step(state, batch) for batch in data.validation_batches()]
+    losses = [eval_step(state, batch) for batch in batches]
     return float(np.sum(jax.device_get(losses)))
 
 

@@ -2,13 +2,14 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..meshes import RunError
 from ..meshes.processes.messages import is_first, text_of_first
-from .evaluate import validate
+from .evaluate import validate, validate_sets
 from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
+from .metrics.log import set_metrics
 from .metrics.plateau import PLATEAU
 from .metrics.summary import keep_throughput
 from .run import Run
@@ -42,14 +43,17 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
     if ended == PLATEAU:
         run.say(str(run.plateau))
     val_loss = validate(state, run.compiled.evaluate, run.data) if ended in ("", BUDGET, PLATEAU) else None
+    sets = {} if val_loss is None else validate_sets(state, run.compiled.evaluate, run.data)
     saver.checkpoints.wait()
     # If the folder was moved away, writing the files below would create it again.
     saver.folder.check()
     summary = _sum_up(run, taken, ended=ended or "done", val_loss=val_loss, start_s=start_s)
+    summary = replace(summary, final_val_losses={**sets})
     if is_first():
         # A finished run that is started again has logged its last validation already.
-        if val_loss is not None and {"step": step, "val_loss": val_loss} not in read_metrics(folder):
-            log.write(step, {"val_loss": val_loss})
+        for losses in ({} if val_loss is None else {"val_loss": val_loss}, set_metrics(sets)):
+            if losses and {"step": step, **losses} not in read_metrics(folder):
+                log.write(step, losses)
         write_summary(summary)
         draw_loss(folder)
     saver.folder.check()

@@ -27,7 +27,7 @@ from .checkpoints.initial_weights import check_initial_weights
 from .data.corpus import Corpus, check_vocabulary, load_corpus
 from .data.prefetch import Prefetch
 from .data.prepared import find_tokenizer
-from .evaluate import validate
+from .evaluate import validate, validate_sets
 from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
@@ -143,6 +143,7 @@ def _loop(run: Run, state: TrainState, *, batches: Prefetch, recorder: StepRecor
             if due.validates(step):
                 loss = validate(state, run.compiled.evaluate, run.data)
                 recorder.log_validation(step, loss)
+                recorder.log_sets(step, validate_sets(state, run.compiled.evaluate, run.data))
                 run.plateau.add(loss)
             if due.saves(step):
                 run.saver.save(state)
@@ -177,11 +178,14 @@ def _open_corpus(setup: Setup, say: Callable[[object], None]) -> Corpus:
     corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, cache=config.run_folder)
     check_vocabulary(corpus, vocab_size=config.model.vocab_size)
     schedule = short_hash(str(setup.schedule))
-    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", "schedule": schedule})
+    sets = {f"validation {name}": f"sha256 {own.sha256[:12]}" for name, own in corpus.sets}
+    require_agreement("data", {"corpus": f"sha256 {corpus.sha256[:12]}", **sets, "schedule": schedule})
     say(describe_run(setup, width=terminal_width(sys.stderr)))
     for warning in warn_of_layout(config):
         say(warning)
     say(f"\ncorpus    {corpus.description}, sha256 {corpus.sha256[:12]}")
+    for name, own in corpus.sets:
+        say(f"validation {name}: {own.description}, sha256 {own.sha256[:12]}")
     return corpus
 
 

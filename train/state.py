@@ -93,7 +93,11 @@ class Setup:
         """The model with another loss in its last stage; its parameters are those of `model`."""
         return self._cut(self.config.model, loss)
 
-    def _cut(self, config: ModelConfig, loss: LossFn | None = None) -> PipelinedModel:
+    def model_that_scores(self, num_scored: int) -> PipelinedModel:
+        """Return the same for the log-likelihoods of the sequences of a batch, in place of its loss."""
+        return self._cut(self.config.model, num_scored=num_scored)
+
+    def _cut(self, config: ModelConfig, loss: LossFn | None = None, *, num_scored: int = 0) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
@@ -109,6 +113,7 @@ class Setup:
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
             loss=loss or self._loss,
+            num_scored=num_scored,
         )
 
     @property

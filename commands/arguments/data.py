@@ -6,7 +6,7 @@ from ...meshes.errors import DataError, suggest
 from .types import parse_path, parse_real, parse_whole
 
 _ACTIONS = ("prepare", "train-tokenizer")
-_DEFAULTS = {"tokenizer": "bytes", "processes": 0, "shard_mib": 64, "max_damaged": 1e-3}
+_DEFAULTS = {"chat": False, "tokenizer": "bytes", "processes": 0, "shard_mib": 64, "max_damaged": 1e-3}
 """Options of `prepare` alone."""
 
 
@@ -32,9 +32,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write; a stopped `prepare` goes on in it, and a tokenizer needs a new one",
     )
     parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field of a record that holds its text (default text)"
+        "--text-field", metavar="NAME", help="field of a record that holds its text (default text; messages of chats)"
     )
+    _add_prepare_arguments(parser)
     parser.add_argument("--vocab-size", type=parse_whole, metavar="N", help="train-tokenizer: number of token ids")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="prepare: records are chats, of which the answers alone are trained on; the tokenizer's folder has the "
+        "chat template",
+    )
     parser.add_argument(
         "--tokenizer", type=parse_path, metavar="T", help="prepare: a tokenizer.json or a folder (default: bytes)"
     )
@@ -45,7 +57,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-damaged", type=parse_real, metavar="X", help="prepare: largest share of damaged records (default 0.001)"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def check_data_arguments(args: argparse.Namespace) -> None:

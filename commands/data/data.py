@@ -46,7 +46,8 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
             files,
             out=Path(args.out),
             tokenizer=args.tokenizer,
-            field=args.text_field,
+            field=args.text_field or ("messages" if args.chat else "text"),
+            holds="messages" if args.chat else "text",
             shard_bytes=args.shard_mib << 20,
             num_processes=args.processes or os.cpu_count() or 1,
             max_damaged=args.max_damaged,
@@ -67,7 +68,9 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
 def _train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     files, start_s, damage = find_named(args.source, option="SOURCE"), time.perf_counter(), Damage()
     with new_folder(args.out) as part:
-        size = train_tokenizer(files, out=part, vocab_size=args.vocab_size, field=args.text_field, damage=damage)
+        size = train_tokenizer(
+            files, out=part, vocab_size=args.vocab_size, field=args.text_field or "text", damage=damage
+        )
     seconds = time.perf_counter() - start_s
     if not args.json:
         print(f"{size:,} tokens in {seconds:.1f} s\n{args.out}: tokenizer.json, tokenizer_config.json")

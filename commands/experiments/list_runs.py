@@ -16,7 +16,8 @@ from ...train.metrics.log import read_metrics
 from ...train.metrics.run_rows import RunRow, find_runs, is_run, read_config_values, read_run_row
 from ..output_file import check_output_files, write_output_file
 
-_HEAD = ("run", "state", "step", "loss", "val loss", "tokens/s", "updated")
+_HEAD = ("run", "state", "step", "loss", "val loss")
+_TAIL = ("tokens/s", "updated")
 _NOT_COMPARED = ("run.name", "run.folder")
 _STEPS = 10
 """Steps at which the losses of two runs are printed side by side."""
@@ -39,7 +40,7 @@ def run_runs(args: argparse.Namespace) -> int:
     elif args.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
-        print(align([_HEAD, *map(_cells, rows)], left=2) if rows else "no runs")
+        print(align(_table(rows), left=2) if rows else "no runs")
     return 0
 
 
@@ -64,9 +65,8 @@ def _print_comparison(folders: Sequence[Path], rows: Sequence[RunRow], args: arg
         runs = [asdict(row) | {"folder": str(folder)} for row, folder in zip(rows, folders, strict=True)]
         print(json.dumps({"runs": runs, "config": differing, "losses": losses}))
         return
-    cells = [_cells(row) for row in rows]
     table: list[tuple[str, ...]] = [("", *labels)]
-    table += [(_HEAD[place], *(row[place] for row in cells)) for place in range(1, len(_HEAD))]
+    table += list(zip(*_table(rows), strict=True))[1:]
     table += [(key, *map(_text, values)) for key, values in differing.items()]
     table += [(f"loss at step {step}", *map(_number, values)) for step, values in losses.items()]
     print(align(table))
@@ -90,11 +90,18 @@ def _losses_by_step(folders: Sequence[Path]) -> dict[int, list[float]]:
     return {step: [curve[step] for curve in curves] for step in common[::-1][::every][::-1]}
 
 
-def _cells(row: RunRow) -> tuple[str, ...]:
+def _table(rows: Sequence[RunRow]) -> list[tuple[str, ...]]:
+    """Return the head and the cells of each run, with a column for each further validation set."""
+    names = list(dict.fromkeys(name for row in rows for name in row.val_losses))
+    return [(*_HEAD, *names, *_TAIL), *(_cells(row, names) for row in rows)]
+
+
+def _cells(row: RunRow, names: Sequence[str]) -> tuple[str, ...]:
     step = f"{row.step}/{row.steps}" if row.steps else str(row.step)
     speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
     updated = datetime.fromtimestamp(row.updated_s).strftime("%Y-%m-%d %H:%M")
-    return (row.name, row.state, step, _number(row.train_loss), _number(row.val_loss), speed, updated)
+    losses = (row.train_loss, row.val_loss, *(row.val_losses.get(name) for name in names))
+    return (row.name, row.state, step, *map(_number, losses), speed, updated)
 
 
 def _number(loss: float | None) -> str:

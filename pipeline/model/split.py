@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -69,6 +70,7 @@ def split_transformer(
     unroll: Unroll = "off",
     shard: SplitWeights = "none",
     loss: LossFn = next_token_loss,
+    num_scored: int = 0,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
@@ -79,6 +81,8 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         placement, vocab, unroll, loss: those of the schedule; whether layers are written out; see `losses.py`.
         shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
+        num_scored: number of sequences of a batch, for metrics `logprob` and `misses` [num_scored] in place of a loss:
+            the log-likelihood of the targets of weight above 0, and how many of them are not the likeliest word.
 
     Raises:
         MeshError: an axis with several devices has no role.
@@ -94,6 +98,7 @@ def split_transformer(
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     own = _stage_fns(model, remat, counts, mesh, loss)
+    own = replace(own, last=_score_fn(model, num_scored)) if num_scored else own
     fns = _keep_split(replace(own, unroll=unroll, placement=where), shard, shardings, config.dtype)
     init = partial(_init, jax.jit(make_params, out_shardings=shardings))
     return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
@@ -118,7 +123,7 @@ def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRule
 def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelineParams:
     # The seed is one number, sent once; jax_transfer_guard="disallow" is meant for transfers in the training loop.
     with jax.transfer_guard("allow"):
-        return make(jax.numpy.uint32(seed))
+        return make(jnp.uint32(seed))
 
 
 def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...], seed: jax.Array) -> PipelineParams:
@@ -174,6 +179,24 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
     )
 
 
+def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
+    """Return a `last` that adds the scores of each sequence to a metric, in its row."""
+    graph: Any = nnx.split(model.head)[0]
+
+    def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
+        head: Head = nnx.merge(graph, shared["head"])
+        scores = head.scores(x_BTD, microbatch["targets"], embedding_VD=shared["embed"]["table"])
+        counts_BT = microbatch["weights"] > 0
+        logprob_B = jnp.where(counts_BT, scores.logprob, 0.0).sum(-1)
+        misses_B = (counts_BT & ~scores.is_best).sum(-1, dtype=jnp.float32)
+        # Rows of zeros for the sequences of others: metrics are added over microbatches and data shards.
+        is_own_SB = jnp.arange(num_scored)[:, None] == info.sequences[None]
+        rows = [jnp.where(is_own_SB, own_B[None], 0.0).sum(-1) for own_B in (logprob_B, misses_B)]
+        return Output(loss=-logprob_B.sum(), metrics=dict(zip(("logprob", "misses"), rows, strict=True)))
+
+    return last
+
+
 def is_frozen(name: str) -> bool:
     """Return whether a parameter of a model with adapters is frozen, all but those of adapters."""
     return name.rpartition(".")[2] not in ADAPTERS
@@ -190,7 +213,7 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
-        is_own = jax.numpy.arange(kind.num_layers) == info.index - kind.first
+        is_own = jnp.arange(kind.num_layers) == info.index - kind.first
         own = {"expert_tokens": is_own[:, None] * tokens_E[None], "router_loss": stats.loss}
         loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)

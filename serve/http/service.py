@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from ...hub.chat.template import ChatTemplate
 from ...hub.model_folder import ModelSource
 from ...meshes import ServeError, TrellaxError
 from ...meshes.arguments import check_count
@@ -13,7 +14,6 @@ from ...meshes.errors import shown
 from ..async_engine import AsyncEngine
 from ..requests import Request
 from .answers import Choice, Job
-from .chat_template import ChatTemplate
 from .errors import HttpError
 from .metrics import Metrics
 from .protocol import AnswerSettings, ChatRequest, CompletionRequest
@@ -121,7 +121,10 @@ class Service:
 
     def _encode_chat(self, template: ChatTemplate, body: ChatRequest) -> tuple[int, ...]:
         """Render and encode messages; like all that grows with a prompt on a thread, so that nobody waits for it."""
-        text = template.render([message.for_template() for message in body.messages])
+        try:
+            text = template.render([message.for_template() for message in body.messages])
+        except ServeError as error:
+            raise HttpError(error.problem, fix=error.fix, param="messages") from None
         # The template writes the special tokens itself.
         return self._encode(text, special="without", param="messages")
 

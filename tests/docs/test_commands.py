@@ -153,6 +153,12 @@ def _lay_out(folder: Path) -> None:
     (folder / "squares.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     pairs = [{"prompt": f"{n} + 2 = ", "chosen": str(n + 2), "rejected": str(n + 3)} for n in range(200)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
+    turns = [
+        [{"role": "user", "content": f"{i} times {i}?"}, {"role": "assistant", "content": f"It is {i * i}."}]
+        for i in range(5_000)
+    ]
+    chats = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (folder / "chats.jsonl").write_text(chats, encoding="utf-8")
     (folder / "prompts.txt").write_text("one two\nthree\n", encoding="utf-8")
     model = folder / "models" / "llama"
     shutil.copytree(ROOT / "tests" / "golden" / "hf" / "llama2", model)
@@ -161,3 +167,5 @@ def _lay_out(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2, "three": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(model / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")

@@ -6,13 +6,14 @@ versions, so a run prints the SHA-256 of its corpus. Read `batches.py` next.
 
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...configs.corpus_paths import find_files
+from ...configs.corpus_paths import find_files, of_validation
 from ...configs.prepared_tokens import read_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
@@ -23,13 +24,17 @@ from .batches import TokenSource
 from .documents import Documents
 from .hashed_file import HashedFile
 from .joined_tokens import Tokens, join_tokens
-from .loss_mask import is_mask, map_masks
+from .loss_mask import Mask, is_mask, map_masks
 from .preferences.pairs import LoadedPairs, load_pairs
 from .prepared import check_shards, prepared_documents
 from .records.damage import Damage
+from .records.extra import import_extra
 from .records.records import record_kind
-from .texts import MOST_TEXT_BYTES, read_texts
+from .texts import check_total, read_texts
 from .token_files import map_files, scan_tokens
+
+_ALL = 1.0
+"""`val_fraction` of a corpus that is held out whole, which no config can say."""
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -43,7 +48,8 @@ class Corpus:
     says where they end, counted from the start of `train`, if sequences are to be cut there. `mask`, counted alike,
     says which tokens count as targets, if not all do; `shuffled` where the documents end that are to be shuffled. A
     blend has its corpora in `blend`, with their weights; `train` and `validation` are then theirs joined. Pairs of
-    answers are in `preferences`.
+    answers are in `preferences`. `sets` are the further validation sets by name, each held out whole; `sha256` and
+    `vocab_size_needed` are without them.
     """
 
     train: Tokens
@@ -57,6 +63,7 @@ class Corpus:
     shuffled: Documents | None = None
     blend: tuple[tuple["Corpus", float], ...] = ()
     preferences: LoadedPairs | None = None
+    sets: tuple[tuple[str, "Corpus"], ...] = ()
 
     @property
     def train_sources(self) -> tuple[TokenSource, ...]:
@@ -101,9 +108,22 @@ def load_corpus(data: DataSection, *, vocab_size: int | None = None, cache: Path
     """
     if vocab_size is not None:
         check_count("vocab_size", vocab_size, error=DataError)
-    if data.weights:
-        return _blend([_load(part, vocab_size=vocab_size, cache=cache) for part in _split_paths(data)], data.weights)
-    return _load(data, vocab_size=vocab_size, cache=cache)
+    read = partial(_load, vocab_size=vocab_size, cache=cache)
+    corpus = _blend([read(part) for part in _split_paths(data)], data.weights) if data.weights else read(data)
+    sets = [(name, _load_set(name, paths, data, read)) for name, paths in data.validation_paths.items()]
+    mapped = [file for _, own in sets for file in own.mapped]
+    return replace(corpus, sets=tuple(sets), mapped=(*corpus.mapped, *mapped))
+
+
+def _load_set(name: str, paths: tuple[str, ...], data: DataSection, read: Callable[[DataSection], Corpus]) -> Corpus:
+    """Load a set of `data.validation`, of which all is held out."""
+    source = "text" if data.source == "stdlib" else data.source
+    whole = {"source": source, "paths": paths, "weights": (), "val_fraction": _ALL, "shuffle": "sequences"}
+    try:
+        return read(data.model_copy(update=whole))
+    except DataError as error:
+        problem = error.problem if "data.paths" in error.problem else f"validation set {name}: {error.problem}"
+        raise DataError(of_validation(problem, name), fix=error.fix and of_validation(error.fix, name)) from None
 
 
 def _split_paths(data: DataSection) -> list[DataSection]:
@@ -151,6 +171,8 @@ def _load(data: DataSection, *, vocab_size: int | None, cache: Path | None) -> C
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64) - 1
         return _cut(np.frombuffer(b"".join(texts), np.uint8), f"bytes of {what}", Documents(ends=ends), data=data)
     tokenizer = load_tokenizer(data.tokenizer)
+    if data.source == "chat":
+        return _load_chats(data, tokenizer)
     documents, what = _read_documents(data)
     tokens = tokenize(documents, tokenizer, cache=cache, vocab_size=vocab_size)
     mapped = [HashedFile(Path(str(tokens.filename)))] if isinstance(tokens, np.memmap) else []
@@ -183,13 +205,30 @@ def _load_tokens(data: DataSection) -> Corpus:
             )
         documents = prepared_documents(folders)
     corpus = _cut(tokens, f"tokens of {_count(len(files), 'array')}", documents, data=data, mapped=mapped)
-    check_shards(corpus.mapped, folders)
     mask = map_masks(files, dtype=np.dtype(data.token_dtype))
-    if mask is None:
-        return corpus
-    # Another mask is another corpus.
+    corpus = corpus if mask is None else _with_mask(corpus, mask)
+    check_shards(corpus.mapped, folders)
+    return corpus
+
+
+def _with_mask(corpus: Corpus, mask: Mask) -> Corpus:
+    """Return the corpus with a mask of the tokens that count; another mask is another corpus."""
     sha256 = hashlib.sha256(f"{corpus.sha256} {mask.sha256}".encode()).hexdigest()
     return replace(corpus, mask=mask.counts, sha256=sha256, mapped=(*corpus.mapped, *mask.mapped))
+
+
+def _load_chats(data: DataSection, tokenizer: ModelTokenizer) -> Corpus:
+    import_extra("jinja2", tokenizer.file)
+    from .chats import load_chats
+
+    files, damage = find_files(data.paths), Damage()
+    chats = load_chats(files, field=data.record_field, tokenizer=tokenizer, damage=damage)
+    damage.check()
+    answers = f"{chats.mask.mean():.0%} of them in answers" if chats.mask.size else "no answers"
+    note = f", {damage}" if damage.num_damaged else ""
+    what = f"{_count(len(chats.ends), 'chat')} in {_count(len(files), 'file')}{note} by {tokenizer.file}, {answers}"
+    corpus = _cut(chats.tokens, what, Documents(ends=chats.ends), data=data)
+    return _with_mask(corpus, Mask(counts=chats.mask, sha256=scan_tokens(chats.mask).sha256))
 
 
 def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
@@ -198,11 +237,11 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
     Raises:
         DataError: a token id is at or above `vocab_size`.
     """
-    largest = corpus.vocab_size_needed - 1
+    largest = max(own.vocab_size_needed for own in (corpus, *(own for _, own in corpus.sets))) - 1
     if largest >= vocab_size:
         raise DataError(
             f"the corpus holds token id {largest}, but model.vocab_size={vocab_size} knows ids 0 to {vocab_size - 1}.",
-            fix=f"set model.vocab_size={corpus.vocab_size_needed} or more, or check data.token_dtype.",
+            fix=f"set model.vocab_size={largest + 1} or more, or check data.token_dtype.",
         )
 
 
@@ -212,7 +251,7 @@ def _read_documents(data: DataSection) -> tuple[list[tuple[str, bytes]], str]:
         return _read_stdlib()
     files = find_files(data.paths)
     damage = Damage()
-    documents = _read_text(files, field=data.text_field, damage=damage)
+    documents = _read_text(files, field=data.record_field, damage=damage)
     damage.check()
     if not damage.num_records:
         return documents, _count(len(files), "text file")
@@ -264,22 +303,13 @@ def _read_text(files: Sequence[Path], *, field: str, damage: Damage) -> list[tup
         sizes = {file: file.stat().st_size for file in files if not record_kind(file)}
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}.", fix="check its permissions.") from None
-    _check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
+    check_total(sum(sizes.values()), files, largest=max(sizes, key=lambda file: sizes[file], default=files[0]))
     documents, total = [], 0
     for name, text in read_texts(files, field=field, damage=damage):
         total += len(text)
-        _check_total(total, files, largest=Path(name))
+        check_total(total, files, largest=Path(name))
         documents.append((name, text))
     return documents
-
-
-def _check_total(total: int, files: Sequence[Path], *, largest: Path) -> None:
-    if total > MOST_TEXT_BYTES:
-        raise DataError(
-            f"data.paths: {_count(len(files), 'text file')} of {total:,} bytes, the largest {largest}; "
-            f"text is read whole, at most {MOST_TEXT_BYTES:,} bytes.",
-            fix="tokenize them once by `trellax data prepare`: its shards stay on disk.",
-        )
 
 
 def _cut(
@@ -297,7 +327,7 @@ def _cut(
     held_out = round(tokens.size * data.val_fraction)
     parts = {"training": tokens[: tokens.size - held_out], "validation": tokens[tokens.size - held_out :]}
     for name, part in parts.items():
-        if part.size < data.seq_len + 1:
+        if part.size < data.seq_len + 1 and not (name == "training" and data.val_fraction == _ALL):
             raise DataError(
                 f"the {name} part of the corpus has {part.size} of {tokens.size} tokens, but one sequence needs "
                 f"data.seq_len + 1 = {data.seq_len + 1}.",

@@ -24,7 +24,7 @@ class Mask:
 
     counts: Tokens
     sha256: str
-    mapped: tuple[HashedFile, ...]
+    mapped: tuple[HashedFile, ...] = ()
 
 
 def is_mask(file: Path) -> bool:

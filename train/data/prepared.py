@@ -43,12 +43,17 @@ def find_tokenizer(data: DataSection) -> str:
 
 
 def check_shards(files: Sequence[HashedFile], folders: Sequence[PreparedTokens]) -> None:
-    """Raise unless each shard has the hash that its index gives.
+    """Raise unless each shard, and each mask, has the hash that its index gives.
 
     Raises:
-        DataError: a shard has another hash.
+        DataError: a file has another hash, or a mask is lost.
     """
-    expected = {shard.tokens: shard.sha256 for folder in folders for shard in folder.shards}
+    shards = [shard for folder in folders for shard in folder.shards]
+    expected = {shard.tokens: shard.sha256 for shard in shards}
+    expected |= {shard.mask: shard.mask_sha256 for shard in shards if shard.mask}
+    # Without its mask all tokens of a shard would count.
+    if lost := expected.keys() - {file.path for file in files}:
+        raise DataError(f"{min(lost)} is lost.", fix="bring the file back, or prepare its folder again.")
     for file in files:
         if expected.get(file.path, file.sha256) != file.sha256:
             raise DataError(

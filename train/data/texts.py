@@ -35,6 +35,20 @@ def read_texts(files: Sequence[Path], *, field: str, damage: Damage) -> Iterator
             yield str(file), _read_text(file)
 
 
+def check_total(total: int, files: Sequence[Path], *, largest: Path) -> None:
+    """Raise if files have more than `MOST_TEXT_BYTES` bytes of text, which are read into memory.
+
+    Raises:
+        DataError: they have.
+    """
+    if total > MOST_TEXT_BYTES:
+        raise DataError(
+            f"data.paths: {len(files)} file{'s' * (len(files) > 1)} of {total:,} bytes, the largest {largest}; "
+            f"text is read whole, at most {MOST_TEXT_BYTES:,} bytes.",
+            fix="tokenize them once by `trellax data prepare`: its shards stay on disk.",
+        )
+
+
 def _read_text(file: Path) -> bytes:
     try:
         check_text_file(file)

@@ -1,6 +1,6 @@
 """Hold the batches of a run, for training and validation, and place them on the mesh."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from .validation_batches import ValidationBatches
 class TrainingData:
     """The batches of a run: host arrays [M, B, T] by index, placed as [M, B@data, T@context].
 
+    sets: the batches of each further validation set, by its name.
     num_context: context ranks, in whose order tokens are placed.
     """
 
     corpus: Corpus
     train: Batches | PairBatches
     validation: ValidationBatches | PairValidation
+    sets: Mapping[str, ValidationBatches]
     sharding: jax.sharding.NamedSharding
     num_context: int = 1
 
@@ -38,13 +40,13 @@ class TrainingData:
         """
         return self._place(self.train[step])
 
-    def validation_batches(self) -> Iterator[dict[str, jax.Array]]:
-        """Yield the batches of one validation, the same at every validation.
+    def validation_batches(self, *, name: str = "") -> Iterator[dict[str, jax.Array]]:
+        """Yield the batches of one validation, the same at every validation: of the held-out part, or of a set.
 
         Raises:
             DataError: a file of the corpus is lost or changed.
         """
-        return (self._place(batch) for batch in self.validation)
+        return (self._place(batch) for batch in (self.sets[name] if name else self.validation))
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         # Checked after the batch was read: a change that comes later is not part of it.
@@ -89,7 +91,11 @@ def make_training_data(
         train = PairBatches(pairs, numbers=range(first), reference=reference, **sizes, **where)
         held_out = range(first, len(pairs))
         validation = PairValidation(pairs, numbers=held_out, reference=reference, **sizes, max_batches=most)
-    asked, found = most * size, validation.num_sequences
-    if found < asked:
-        say(f"validation on all {found} held-out sequences: train.eval_batches asks for {asked}")
-    return TrainingData(corpus=corpus, train=train, validation=validation, sharding=sharding, num_context=num_context)
+    own = {name: ValidationBatches(own.validation_sources, **sizes, max_batches=most) for name, own in corpus.sets}
+    for what, batches in {"": validation, **own}.items():
+        asked, found = most * size, batches.num_sequences
+        if found < asked:
+            where_from = f"{found} sequences of {what}" if what else f"{found} held-out sequences"
+            say(f"validation on all {where_from}: train.eval_batches asks for {asked}")
+    placed: dict[str, Any] = {"sharding": sharding, "num_context": num_context}
+    return TrainingData(corpus=corpus, train=train, validation=validation, sets=own, **placed)

@@ -18,6 +18,9 @@ from .tensorboard import BOARD_FOLDER, EventWriter
 
 METRICS_FILE = "metrics.jsonl"
 
+SET = "val_loss/"
+"""What begins the name of the loss of a further validation set."""
+
 _MAX_LINE_BYTES, _MAX_FILE_BYTES = 1 << 20, 1 << 32
 
 
@@ -148,6 +151,17 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             if line is not None:
                 lines.append(line)
     return lines
+
+
+def set_metrics(losses: Mapping[str, float]) -> dict[str, float]:
+    """Return the losses of further validation sets by the names of their metrics."""
+    return {f"{SET}{name}": loss for name, loss in losses.items()}
+
+
+def last_set_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last loss of each further validation set, by its name."""
+    pairs = [(name, value) for line in lines for name, value in line.items() if name.startswith(SET)]
+    return {name.removeprefix(SET): value for name, value in pairs if value is not None}
 
 
 def last_loss(lines: list[dict[str, Any]], *, step: int) -> float | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...meshes.files.own_file import replace_file
-from .log import read_metrics
+from .log import SET, last_set_losses, read_metrics
 
 PLOT_FILE = "loss.png"
 
@@ -26,10 +26,11 @@ def draw_loss(folder: str | Path) -> Path | None:
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for curve, label, colour, marker in (
-        (train, "training", "#2a6fbb", ""),
-        (validation, "validation", "#d9822b", "o"),
-    ):
+    curves = [(train, "training", "#2a6fbb", ""), (validation, "validation", "#d9822b", "o")]
+    # A colour of matplotlib's for each further set.
+    sets = enumerate(last_set_losses(lines))
+    curves += [(_curve(lines, name=f"{SET}{name}"), name, f"C{2 + i % 8}", "o") for i, name in sets]
+    for curve, label, colour, marker in curves:
         if curve:
             steps, losses = zip(*curve, strict=True)
             text = f"{label}, {losses[-1]:.3f} at step {steps[-1]}"

@@ -7,11 +7,13 @@ of the step before, while the devices work on the new one:
     devices |   step 4    |    step 5     |     step 6     | ...
 """
 
+from collections.abc import Mapping
+
 from ..bad_steps import BadSteps
 from ..intervals import Intervals
 from ..state import TrainState
 from ..step import StepMetrics
-from .log import MetricsLog, NoLog
+from .log import MetricsLog, NoLog, set_metrics
 from .memory import peak_memory_bytes
 from .noise_scale import NoiseScale
 from .progress import StepProgress
@@ -73,6 +75,11 @@ class StepRecorder:
     def log_validation(self, step: int, loss: float) -> None:
         """Log the validation loss after a step."""
         self._log.write(step, {"val_loss": loss})
+
+    def log_sets(self, step: int, losses: Mapping[str, float]) -> None:
+        """Log the losses of further validation sets after a step, each under its name."""
+        if losses:
+            self._log.write(step, set_metrics(losses))
 
     def _record(self, step: int, metrics: StepMetrics) -> None:
         with self._timer.waiting("device"):

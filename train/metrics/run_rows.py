@@ -13,7 +13,7 @@ from ...hub.saves.names import FOLDER
 from ...meshes import RunError
 from ...meshes.files.regular_file import read_bounded
 from ..folder_lock import find_holder
-from .log import METRICS_FILE, last_loss, read_metrics
+from .log import METRICS_FILE, last_loss, last_set_losses, read_metrics
 from .plateau import PLATEAU
 from .summary import SUMMARY_FILE, Summary, read_summary
 
@@ -27,7 +27,7 @@ class RunRow:
     `state` is "done", "plateau" (the validation loss no longer fell), "running", "stopped by" a signal or
     train.seconds, "killed" (its process is gone), "failed" (it ended with an error), or "not begun". `step` is the last
     one that was logged, or saved at the end, of `steps`, which is 0 if the folder has no config that says it. Losses
-    are in nats per token, None if none was logged.
+    are in nats per token, None if none was logged; `val_losses` are those of further validation sets by name.
     """
 
     name: str
@@ -36,6 +36,7 @@ class RunRow:
     steps: int
     train_loss: float | None
     val_loss: float | None
+    val_losses: dict[str, float]
     tokens_per_s: float | None
     updated_s: float
 
@@ -75,6 +76,7 @@ def read_run_row(folder: Path) -> RunRow:
         steps=steps if isinstance(steps, int) else 0,
         train_loss=last_loss(lines, step=step),
         val_loss=validations[-1] if validations else None,
+        val_losses=last_set_losses(lines),
         tokens_per_s=summary.tokens_per_s if summary and summary.steps == step else (speeds or [None])[-1],
         updated_s=_updated_s(folder),
     )

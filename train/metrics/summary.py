@@ -1,7 +1,7 @@
 """Write and read summary.json: how a run ended, with its last losses and its throughput."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Summary:
 
     `ended` is "done", "train.seconds" if the time of the run was up, "plateau" if its validation loss no longer fell,
     or the name of the signal that stopped it; a run that a signal stopped has no `final_val_loss`. `tokens_per_s` and
-    `wall_time_s` are of this call alone, not of the calls it resumes.
+    `wall_time_s` are of this call alone, not of the calls it resumes. `final_val_losses` are those of further
+    validation sets by name.
     """
 
     ended: str
@@ -36,11 +37,14 @@ class Summary:
     mesh: str
     schedule: str
     folder: str
+    final_val_losses: dict[str, float | None] = field(default_factory=dict)
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
     """Return a summary as a dict for JSON, with None for numbers that are not finite."""
-    return {name: finite_or_none(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
+    values = {name: finite_or_none(v) if isinstance(v, float) else v for name, v in asdict(summary).items()}
+    sets = {name: None if loss is None else finite_or_none(loss) for name, loss in summary.final_val_losses.items()}
+    return values | {"final_val_losses": sets}
 
 
 def write_summary(summary: Summary) -> Path:
@@ -64,7 +68,10 @@ def read_summary(folder: str | Path) -> Summary | None:
         return None
     texts = (summary.ended, summary.mesh, summary.schedule, summary.folder)
     numbers = (summary.steps, summary.tokens_per_s, summary.wall_time_s)
-    losses = (summary.final_train_loss, summary.final_val_loss)
+    sets = summary.final_val_losses
+    if not isinstance(sets, dict):
+        return None
+    losses = (summary.final_train_loss, summary.final_val_loss, *sets.values())
     is_valid = all(isinstance(text, str) for text in texts) and None not in numbers
     return summary if is_valid and all(map(is_finite_or_none, (*numbers, *losses))) else None
 

@@ -88,7 +88,7 @@ def evaluate_files(
     """
     _check_arguments(batch_size, seq_len, weights)
     source, spec = open_model(folder, weights=weights), MeshSpec() if mesh is None else mesh
-    setup = _make_setup(source, spec, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
+    setup = make_setup(source, spec, seq_len=seq_len, batch_size=batch_size, dtype=dtype)
     read = {"field": field, "vocab_size": setup.config.model.vocab_size}
     # All files are read before the weights: a mistake in the last one would cost the work on the others.
     found = [(str(file), tokenize_file(Path(file), source.tokenizer, **read)) for file in files]
@@ -116,9 +116,14 @@ def sum_losses(losses: Sequence[FileLoss], *, name: str) -> FileLoss:
     )
 
 
-def _make_setup(
+def make_setup(
     source: ModelSource, spec: MeshSpec, *, seq_len: int | None, batch_size: int, dtype: str | None
 ) -> Setup:
+    """Return what evaluates a model on a mesh.
+
+    Raises:
+        TrellaxError: sequences, model and mesh do not fit each other.
+    """
     if (seq_len or 1) > source.config.max_tokens:
         raise DataError(
             f"sequences of {seq_len} tokens are longer than the model reads, {source.config.max_tokens}.",

@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 import uvicorn
+from trellax.hub.chat.template import ChatTemplate
 from trellax.hub.model_folder import ModelSource
 from trellax.hub.text_stream import Tokenizer
 from trellax.meshes import DataError
 from trellax.serve import Engine, Request
 from trellax.serve.async_engine import AsyncEngine
-from trellax.serve.http.chat_template import ChatTemplate
 from trellax.serve.http.run import uvicorn_config
 from trellax.serve.http.service import Service
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from trellax.hub.chat.template import ChatTemplate
 from trellax.serve.http import protocol
-from trellax.serve.http.chat_template import ChatTemplate
 from trellax.serve.http.protocol import ChatRequest, CompletionRequest, Message
 from trellax.serve.http.service import Limits, Service
 

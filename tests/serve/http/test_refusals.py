@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trellax.hub.chat.template import ChatTemplate
 from trellax.meshes import ServeError
-from trellax.serve.http.chat_template import ChatTemplate
 from trellax.serve.http.service import Limits
 
 from .server import LONG, NAME, Server, running, slow_tokens

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from trellax.hub.chat.template import ChatTemplate
 from trellax.serve.http import responses
-from trellax.serve.http.chat_template import ChatTemplate
 from trellax.serve.http.service import Limits
 
 from .server import LONG, NAME, LetterTokenizer, Server, running, slow_tokens, text_of

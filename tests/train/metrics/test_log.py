@@ -175,6 +175,7 @@ def test_summary_is_written_as_json(tmp_path: Path) -> None:
         "mesh": "data=2 tensor=2 pipe=2",
         "schedule": "1f1b",
         "folder": str(tmp_path),
+        "final_val_losses": {},
     }
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 

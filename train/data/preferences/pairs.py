@@ -147,5 +147,5 @@ def _read_values(file: Path, damage: Damage) -> Iterator[tuple[Any, Sequence[Any
     if kind == "lines":
         yield from read_json_lines(file, field=FIELDS, damage=damage)
         return
-    for columns in zip(*(read_rows(file, field=name, kind=kind) for name in FIELDS), strict=True):
+    for columns in zip(*(read_rows(file, field=name, kind=kind, holds="text") for name in FIELDS), strict=True):
         yield columns[0][0], [value for _, value in columns]

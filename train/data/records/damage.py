@@ -54,9 +54,9 @@ class Damage:
 
 
 def no_field(place: str, field: str, known: Sequence[str]) -> DataError:
-    """Return the error for a record, or a table, without the field that holds the text."""
+    """Return the error for a record, or a table, without the field that is read."""
     names = ", ".join(shown(name, limit=40) for name in known[:20]) or "none"
     return DataError(
         f"{place}: there is no field {field!r}; the fields are {names}.{suggest(field, known)}",
-        fix="set data.text_field to the text's.",
+        fix="set data.text_field to the right one.",
     )

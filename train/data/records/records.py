@@ -6,12 +6,12 @@ A damaged record is left out, counted, and named by file and line; more than a s
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ....meshes.errors import shown
 from .damage import Damage
-from .json_lines import Span, read_json_lines
-from .tables import read_rows
+from .json_lines import Place, Span, read_json_lines
+from .tables import Holds, read_rows
 
 Kind = Literal["lines", "parquet", "arrow"]
 
@@ -50,12 +50,7 @@ def read_records(file: Path, *, field: str, damage: Damage, span: Span | None = 
     Raises:
         DataError: the file cannot be read, a package is missing, or the first record has no such field.
     """
-    kind = record_kind(file)
-    if kind == "lines" or kind is None:
-        values = read_json_lines(file, field=field, damage=damage, span=span)
-    else:
-        values = read_rows(file, field=field, kind=kind)
-    for place, value in values:
+    for place, value in read_values(file, field=field, damage=damage, span=span, holds="text"):
         if not isinstance(value, str):
             damage.add(place, f"{field} is {shown(value, limit=40)}, no text")
             continue
@@ -66,3 +61,20 @@ def read_records(file: Path, *, field: str, damage: Damage, span: Span | None = 
             continue
         damage.num_records += 1
         yield text
+
+
+def read_values(
+    file: Path, *, field: str, damage: Damage, span: Span | None, holds: Holds
+) -> Iterator[tuple[Place, Any]]:
+    """Yield place and value of a field of each record; lines that are no records are counted.
+
+    Args:
+        holds: what the field should hold; a column of another type is refused.
+
+    Raises:
+        DataError: as `read_records`.
+    """
+    kind = record_kind(file)
+    if kind == "lines" or kind is None:
+        return read_json_lines(file, field=field, damage=damage, span=span)
+    return read_rows(file, field=field, kind=kind, holds=holds)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....configs.prepared_tokens import FORMAT, INDEX, JOB, read_object
 from ....hub.tokenizer import load_tokenizer
@@ -21,8 +21,16 @@ from ....hub.tokenizer_files import keep_tokenizer
 from ....meshes import DataError
 from ....meshes.files.own_file import replace_file
 from ..records.damage import Damage
+from ..records.extra import import_extra
+from ..records.tables import Holds
 from .units import Unit, cut_units
 from .write_shard import BYTES, ShardJob, entry_path, write_shard
+
+if TYPE_CHECKING:
+    from ....hub.chat.template import ChatTemplate
+
+_FILES = ("tokens", "documents", "mask")
+"""Files of a shard in its entry; a mask is there for chats alone."""
 
 Report = Callable[[int, int], object]
 """Called with bytes done and bytes in all, whenever a shard is finished."""
@@ -34,6 +42,7 @@ def prepare_tokens(
     out: Path,
     tokenizer: str = BYTES,
     field: str = "text",
+    holds: Holds = "text",
     shard_bytes: int = 64 << 20,
     num_processes: int = 1,
     max_damaged: float = 1e-3,
@@ -43,7 +52,8 @@ def prepare_tokens(
 
     Args:
         tokenizer: a tokenizer.json, a folder with one, or "bytes".
-        field: field of a record that holds its text.
+        field: field of a record that holds its text, or messages.
+        holds: what records hold; of messages, the answers alone count as targets.
         shard_bytes: bytes of plain lines, or of text files, that become one shard.
         max_damaged: share of damaged records from which the corpus is refused.
 
@@ -52,17 +62,16 @@ def prepare_tokens(
         OSError: the folder cannot be written.
     """
     units = cut_units(files, unit_bytes=shard_bytes)
-    description = _describe(units, tokenizer=tokenizer, field=field)
-    finished = _open_folder(out, description)
-    if finished is not None:
+    description = _describe(units, tokenizer=tokenizer, field=field, holds=holds)
+    if (finished := _open_folder(out, description)) is not None:
         return finished
     keep_tokenizer(tokenizer, out)
-    job = ShardJob(folder=out, tokenizer=tokenizer, field=field)
+    job = ShardJob(folder=out, tokenizer=tokenizer, field=field, holds=holds)
     damage, entries = Damage(), {}
     done, total = 0, sum(unit.num_bytes for unit in units)
     for number, entry in _find_and_write(job, units, num_processes=num_processes):
         entries[number] = entry
-        damage.merge(num_records=entry["num_records"], num_damaged=entry["num_damaged"], places=entry["places"])
+        damage.merge(**{name: entry[name] for name in ("num_records", "num_damaged", "places")})
         damage.check(most=max_damaged)
         done += units[number].num_bytes
         report(done, total)
@@ -82,16 +91,38 @@ def _find_and_write(
     yield from _write_shards(job, left, num_processes=num_processes)
 
 
-def _describe(units: Sequence[Unit], *, tokenizer: str, field: str) -> dict[str, Any]:
+def _read_template(tokenizer: str) -> "ChatTemplate":
+    """Return the chat template beside a tokenizer.
+
+    Raises:
+        DataError: there is none.
+    """
+    if tokenizer == BYTES:
+        raise DataError(
+            "chats need a chat template, which is beside a model's tokenizer; bytes have none.",
+            fix="name the folder of a model that chats: --tokenizer DIR.",
+        )
+    loaded = load_tokenizer(tokenizer)
+    import_extra("jinja2", loaded.file)
+    from ..chats import read_template
+
+    return read_template(loaded)
+
+
+def _describe(units: Sequence[Unit], *, tokenizer: str, field: str, holds: Holds) -> dict[str, Any]:
     """Return what the tokens follow from, by which a folder is recognised: files, their cuts, tokenizer and field."""
     files = {file: file.stat() for unit in units for file in unit.files}
     known = [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in files.items()]
     cuts = [[len(unit.files), unit.span and unit.span.start, unit.span and unit.span.stop] for unit in units]
     loaded = None if tokenizer == BYTES else load_tokenizer(tokenizer)
     name = BYTES if loaded is None else hashlib.sha256(loaded.file.read_bytes()).hexdigest()
-    end_id = None if loaded is None else loaded.special.end_id
+    # The token that ends a text may end each message of a chat.
+    end_id = None if loaded is None or holds == "messages" else loaded.special.end_id
     sources = hashlib.sha256(json.dumps([known, cuts]).encode()).hexdigest()
-    return {"format": FORMAT, "tokenizer": name, "end_id": end_id, "field": field, "sources": sources}
+    found = {"format": FORMAT, "tokenizer": name, "end_id": end_id, "field": field, "sources": sources}
+    if holds == "text":
+        return found
+    return found | {"template": hashlib.sha256(_read_template(tokenizer).source.encode()).hexdigest()}
 
 
 def _open_folder(out: Path, description: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -119,7 +150,8 @@ def _open_folder(out: Path, description: Mapping[str, Any]) -> dict[str, Any] | 
 def _read_entry(out: Path, number: int) -> dict[str, Any] | None:
     """Return the entry of a shard that an earlier call finished."""
     entry = read_object(entry_path(out, number))
-    return entry if entry and all((out / entry[name]).is_file() for name in ("tokens", "documents")) else None
+    names = [entry[name] for name in _FILES if name in entry] if entry else []
+    return entry if names and all((out / name).is_file() for name in names) else None
 
 
 def _write_shards(
@@ -156,7 +188,7 @@ def _write_index(
     out: Path, description: Mapping[str, Any], entries: Sequence[dict[str, Any]], damage: Damage
 ) -> dict[str, Any]:
     """Write the index, and remove what was needed without it."""
-    names = ("tokens", "documents", "num_tokens", "num_documents", "sha256")
+    names = (*_FILES, "num_tokens", "num_documents", "sha256", "mask_sha256")
     digest = hashlib.sha256(" ".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     sums = {key: sum(entry[key] for entry in entries) for key in ("num_tokens", "num_documents", "text_bytes")}
     index = {
@@ -166,7 +198,7 @@ def _write_index(
         "sha256": digest,
         "num_damaged": damage.num_damaged,
         "damaged": damage.places,
-        "shards": [{name: entry[name] for name in names} for entry in entries if entry["num_tokens"]],
+        "shards": [{name: entry[name] for name in names if name in entry} for entry in entries if entry["num_tokens"]],
     }
     replace_file(out / INDEX, json.dumps(index, indent=1).encode())
     for name in [JOB, *(entry_path(out, number).name for number in range(len(entries)))]:

@@ -3,11 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..records.damage import Damage
 from ..records.json_lines import Span
 from ..records.records import is_plain_lines, read_records, record_kind
 from ..texts import read_texts
+
+if TYPE_CHECKING:
+    from ....hub.chat.template import ChatTemplate, RenderedChat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,18 @@ class Unit:
         (file,) = self.files
         for text in read_records(file, field=field, damage=damage, span=self.span):
             yield str(file), text
+
+    def read_chats(self, *, field: str, template: "ChatTemplate", damage: Damage) -> Iterator["RenderedChat"]:
+        """Yield the chats of the records.
+
+        Raises:
+            DataError: a file cannot be read, or holds no records.
+        """
+        # Not at the top: jinja2 is of an extra.
+        from ..records.chats import read_chats
+
+        for file in self.files:
+            yield from read_chats(file, field=field, template=template, damage=damage, span=self.span)
 
 
 def cut_units(files: Sequence[Path], *, unit_bytes: int) -> list[Unit]:

@@ -7,7 +7,8 @@ import array
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from ....hub.tokenized_text import decode_text
 from ....hub.tokenizer import ModelTokenizer, load_tokenizer
 from ....meshes.files.own_file import replace_file, replacing_file
 from ..records.damage import Damage
+from ..records.tables import Holds
 from .units import Unit
 
 BYTES = "bytes"
@@ -31,11 +33,15 @@ _HEADER_BYTES = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """How units become shards: the folder, the tokenizer (its path, or "bytes"), and the field of records."""
+    """How units become shards: the folder, the tokenizer (its path, or "bytes"), and the field of records.
+
+    holds: what the records are; of chats, a mask beside the tokens says which of them are answers.
+    """
 
     folder: Path
     tokenizer: str
     field: str
+    holds: Holds = "text"
 
 
 def write_shard(job: ShardJob, number: int, unit: Unit) -> dict[str, Any]:
@@ -45,26 +51,29 @@ def write_shard(job: ShardJob, number: int, unit: Unit) -> dict[str, Any]:
         DataError: a file cannot be read, or is no UTF-8.
         OSError: the folder cannot be written.
     """
-    names = {"tokens": f"tokens-{number:05}.npy", "documents": f"documents-{number:05}.npy"}
+    tokens, mask = f"tokens-{number:05}.npy", f"tokens-{number:05}.mask.npy"
+    names = {"tokens": tokens, "documents": f"documents-{number:05}.npy"}
     tokenizer = None if job.tokenizer == BYTES else _load(job.tokenizer)
-    damage, ends, digest, largest, text_bytes = Damage(), array.array("q"), hashlib.sha256(), -1, 0
-    dtype, num_tokens = dtype_of(tokenizer), 0
-    with replacing_file(job.folder / names["tokens"]) as file:
-        file.write(bytes(_HEADER_BYTES))
-        for batch in _batches(unit.read(field=job.field, damage=damage)):
-            for ids in _encode(batch, tokenizer, dtype):
-                file.write(ids.data)
-                digest.update(ids.data)
-                num_tokens += ids.size
-                ends.append(num_tokens - 1)
-                largest = max(largest, int(ids.max()))
-            text_bytes += sum(len(text) for _, text in batch)
-        _write_header(file, dtype, num_tokens)
+    damage, ends, largest, text_bytes = Damage(), array.array("q"), -1, 0
+    with ExitStack() as stack:
+        array_of_tokens = stack.enter_context(_append_to(job.folder / tokens, dtype_of(tokenizer)))
+        counts = stack.enter_context(_append_to(job.folder / mask, np.dtype(np.uint8))) if job.holds != "text" else None
+        for document in _tokenize(job, unit, tokenizer, damage):
+            text_bytes += document.num_bytes
+            if not document.ids.size:
+                continue
+            array_of_tokens.append(document.ids)
+            if counts is not None:
+                counts.append(document.mask)
+            ends.append(array_of_tokens.size - 1)
+            largest = max(largest, int(document.ids.max()))
     with replacing_file(job.folder / names["documents"]) as file:
         np.save(file, np.frombuffer(ends, np.int64) if ends else np.empty(0, np.int64))
-    counts = {"num_tokens": num_tokens, "num_documents": len(ends), "text_bytes": text_bytes, "largest_id": largest}
-    damaged = {"num_records": damage.num_records, "num_damaged": damage.num_damaged, "places": damage.places}
-    entry = names | counts | {"sha256": digest.hexdigest()} | damaged
+    entry: dict[str, Any] = names | {"num_tokens": array_of_tokens.size, "sha256": array_of_tokens.sha256}
+    if counts is not None:
+        entry |= {"mask": mask, "mask_sha256": counts.sha256}
+    entry |= {"num_documents": len(ends), "text_bytes": text_bytes, "largest_id": largest}
+    entry |= {"num_records": damage.num_records, "num_damaged": damage.num_damaged, "places": damage.places}
     replace_file(entry_path(job.folder, number), json.dumps(entry).encode())
     return entry
 
@@ -79,6 +88,29 @@ def dtype_of(tokenizer: ModelTokenizer | None) -> np.dtype:
     if tokenizer is None:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """The token ids of a document, the bytes of its text, and of a chat which tokens are answers."""
+
+    ids: np.ndarray
+    num_bytes: int
+    mask: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
+def _tokenize(job: ShardJob, unit: Unit, tokenizer: ModelTokenizer | None, damage: Damage) -> Iterator[_Document]:
+    if job.holds == "text":
+        for batch in _batches(unit.read(field=job.field, damage=damage)):
+            yield from _encode(batch, tokenizer, dtype_of(tokenizer))
+        return
+    # Not at the top: jinja2 is of an extra.
+    from ..chats import read_template, tokenize_chats
+
+    assert tokenizer is not None
+    chats = unit.read_chats(field=job.field, template=read_template(tokenizer), damage=damage)
+    for text, tokens in tokenize_chats(chats, tokenizer):
+        yield _Document(ids=tokens.ids, mask=tokens.mask, num_bytes=len(text.encode()))
 
 
 @cache
@@ -99,21 +131,48 @@ def _batches(documents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str,
         yield batch
 
 
-def _encode(batch: list[tuple[str, bytes]], tokenizer: ModelTokenizer | None, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the ids of each document that has any, as `corpus.py` and `hub/tokenized_text.py` give them."""
+def _encode(batch: list[tuple[str, bytes]], tokenizer: ModelTokenizer | None, dtype: np.dtype) -> Iterator[_Document]:
+    """Yield the documents of a batch, their ids as `corpus.py` and `hub/tokenized_text.py` give them."""
     if tokenizer is None:
         for _, text in batch:
-            if text:
-                yield np.frombuffer(text if text.endswith(b"\n") else text + b"\n", dtype)
+            ended = text if text.endswith(b"\n") or not text else text + b"\n"
+            yield _Document(ids=np.frombuffer(ended, dtype), num_bytes=len(text))
         return
     ends = [] if tokenizer.special.end_id is None else [tokenizer.special.end_id]
-    for ids in tokenizer.encode_prompts([decode_text(name, text, fix=_FIX) for name, text in batch]):
-        if found := [*ids, *ends]:
-            yield np.array(found, dtype)
+    found = tokenizer.encode_prompts([decode_text(name, text, fix=_FIX) for name, text in batch])
+    for (_, text), ids in zip(batch, found, strict=True):
+        yield _Document(ids=np.array([*ids, *ends], dtype), num_bytes=len(text))
 
 
-def _write_header(file: IO[bytes], dtype: np.dtype, size: int) -> None:
-    file.seek(0)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    assert file.tell() == _HEADER_BYTES
+class _GrowingArray:
+    """An .npy file of one dimension that is written in pieces."""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype) -> None:
+        self._file, self._dtype, self._digest, self.size = file, dtype, hashlib.sha256(), 0
+        file.write(bytes(_HEADER_BYTES))
+
+    def append(self, piece: np.ndarray) -> None:
+        """Write numbers at the end."""
+        self._file.write(piece.data)
+        self._digest.update(piece.data)
+        self.size += piece.size
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the numbers."""
+        return self._digest.hexdigest()
+
+    def finish(self) -> None:
+        """Write the header, which holds the size."""
+        self._file.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        assert self._file.tell() == _HEADER_BYTES
+
+
+@contextmanager
+def _append_to(path: Path, dtype: np.dtype) -> Iterator[_GrowingArray]:
+    with replacing_file(path) as file:
+        growing = _GrowingArray(file, dtype)
+        yield growing
+        growing.finish()

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from trellax.hub.chat.template import ChatTemplate
 from trellax.meshes import ServeError
-from trellax.serve.http.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 # Not compile and exec: Jinja compiles a line of its own to raise an error at the template's line.

@@ -1,26 +1,27 @@
-"""Render a model's chat template, the Jinja text that turns messages into one prompt.
+"""Render a model's chat template, the Jinja text that turns messages into one text.
 
 A template comes with a model, so it is somebody else's program. It runs in Jinja's sandbox without a loader, as
 transformers runs it: it reaches no files, no modules and no attributes of Python. Size and time are bounded too, since
-a sandbox does not end a loop.
+a sandbox does not end a loop. Read `answers.py` next for what of the text the assistant wrote.
 """
 
 import json
 import sys
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from jinja2.ext import Extension
 from jinja2.filters import do_indent
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ...hub.folder import find_file, read_file, read_json
 from ...meshes import ServeError, TrellaxError
-from .errors import HttpError
+from ..folder import find_file, read_file, read_json
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -31,6 +32,14 @@ MAX_PROMPT_LETTERS = 16 << 20
 MAX_SECONDS = 2.0
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedChat:
+    """The text of messages, and the spans [start, end) of its letters that the assistant wrote, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
 
 
 class ChatTemplate:
@@ -48,40 +57,76 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, special: dict[str, str] | None = None, max_seconds: float = MAX_SECONDS) -> None:
-        self._special, self._max_seconds = special or {}, max_seconds
+        self.source, self._special, self._max_seconds = source, special or {}, max_seconds
         if len(source) > MAX_TEMPLATE_BYTES:
             raise _broken(f"it has {len(source)} letters, and {MAX_TEMPLATE_BYTES} are read")
         try:
-            self._template = _environment().from_string(source)
+            self._environment = _environment()
+            self._template = self._environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
             raise _broken(str(error) or type(error).__name__) from None
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """Return the prompt for the next message of the assistant.
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says what the assistant wrote, by `{% generation %}`."""
+        return self._environment.has_marks
+
+    def render(self, messages: Sequence[dict[str, Any]], *, ends: Literal["prompt", "message"] = "prompt") -> str:
+        """Return the prompt for the next message of the assistant, or the text of the messages alone.
 
         Raises:
-            HttpError: the template refuses the messages, fails, or takes too long.
+            ServeError: the template refuses the messages, fails, or takes too long.
         """
+        return self._render(messages, ends=ends).text
+
+    def render_marked(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
+        """Return the text of the messages, with the spans that the template marks by `{% generation %}`.
+
+        Raises:
+            ServeError: as `render`; or a mark is where its place in the text is not known.
+        """
+        return self._render(messages, ends="message")
+
+    def _render(self, messages: Sequence[dict[str, Any]], *, ends: Literal["prompt", "message"]) -> RenderedChat:
         limit = _TimeLimit(time.monotonic() + self._max_seconds, name=self._template.filename or "<template>")
-        before, parts, num_letters = sys.gettrace(), [], 0
+        given = {"messages": list(messages), "add_generation_prompt": ends == "prompt", **self._special}
+        before, parts, marks = sys.gettrace(), [], _Marks()
+        token = _marks.set(marks)
         sys.settrace(limit.trace)
         try:
-            for part in self._template.generate(messages=list(messages), add_generation_prompt=True, **self._special):
-                num_letters += len(part)
-                if num_letters > MAX_PROMPT_LETTERS:
+            for part in self._template.generate(**given):
+                marks.num_letters += len(part)
+                if marks.num_letters > MAX_PROMPT_LETTERS:
                     raise _TooMuchError(f"it writes more than {MAX_PROMPT_LETTERS} letters")
                 parts.append(part)
+            return marks.apply_to("".join(parts))
         except Exception as error:
             # A template may raise anything that Python's operators raise.
             why = str(error) or type(error).__name__
-            raise HttpError(
+            raise ServeError(
                 f"the model's chat template does not take these messages: {why}.",
                 fix="send the roles in the order that the model was trained with.",
-                param="messages",
             ) from None
         finally:
             sys.settrace(before)
-        return "".join(parts)
+            _marks.reset(token)
+
+
+@dataclass
+class _Marks:
+    """The letters that a template has written so far, and where it marked what the assistant wrote."""
+
+    num_letters: int = 0
+    found: list[tuple[int, str]] = field(default_factory=list)
+
+    def apply_to(self, text: str) -> RenderedChat:
+        # A macro writes into a buffer of its own, whose place in the text is not known when the mark is met.
+        if not all(text.startswith(own, start) for start, own in self.found):
+            raise _TooMuchError("its {% generation %} is inside of a macro or another block")
+        return RenderedChat(text=text, spans=tuple((start, start + len(own)) for start, own in self.found if own))
+
+
+_marks: ContextVar[_Marks | None] = ContextVar("marks", default=None)
 
 
 class _TooMuchError(Exception):
@@ -108,6 +153,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which a product, a power or a format cannot fill the memory."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
+    has_marks = False
+    """Whether a template has `{% generation %}`."""
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as Jinja has it
         """Call a function or method, such as `text.ljust(width)`, without large numbers."""
@@ -136,9 +183,18 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
-        """Return the statements inside of the tag."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        """Return a block that tells where its text begins and ends, as that of transformers does."""
+        line = next(parser.stream).lineno
+        assert isinstance(self.environment, _Environment)
+        self.environment.has_marks = True
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        text, marks = caller(), _marks.get()
+        if marks is not None:
+            marks.found.append((marks.num_letters, text))
+        return text
 
 
 def _environment() -> _Environment:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trellax.hub.chat.template import ChatTemplate, load_chat_template
 from trellax.meshes import ServeError
-from trellax.serve.http.chat_template import ChatTemplate, load_chat_template
-from trellax.serve.http.errors import HttpError
 
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hé <b>"}]
 
@@ -65,7 +64,7 @@ def test_template_renders_as_transformers_renders_it(source: str) -> None:
     ],
 )
 def test_template_reaches_nothing_and_ends(source: str) -> None:
-    with pytest.raises(HttpError, match="the model's chat template does not take these messages"):
+    with pytest.raises(ServeError, match="the model's chat template does not take these messages"):
         ChatTemplate(source, max_seconds=0.2).render(MESSAGES)
 
 

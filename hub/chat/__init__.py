@@ -1,0 +1,1 @@
+"""Turn messages into the prompt, or the training tokens, of a model."""
