@@ -123,16 +123,14 @@ def build_run(
     # The state comes first, since its save has the sequence of the corpus with which the run continues.
     state, seal = restore_or_initialize(setup, checkpoints, corpus_sha256=corpus.sha256, changes=changes, say=tell)
     first_step = int(state.step)
-    first_sequence = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)
+    first = _find_first_sequence(seal, first_step=first_step, batch_size=config.train.batch_size)
     placed: dict[str, Any] = {"sharding": setup.batch_sharding, "num_context": setup.sizes.context}
-    placed |= {"first_sequence": first_sequence, "reference": reference}
-    data = make_training_data(config, corpus, **placed, say=tell)
-    compiled = compile_steps(setup, say=tell)
+    data = make_training_data(config, corpus, **placed, first_sequence=first, reference=reference, say=tell)
     plateau = Plateau(config.train.patience, record=seal.data if seal else None)
     run = Run(
         setup=setup,
         data=data,
-        compiled=compiled,
+        compiled=compile_steps(setup, say=tell),
         intervals=make_intervals(config, first_step=first_step),
         saver=StateSaver(setup=setup, checkpoints=checkpoints, folder=folder, data=data, plateau=plateau),
         plateau=plateau,

@@ -85,14 +85,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
         router = _router_metrics(out.metrics)
         loss = out.loss - router["router_loss"] if router else out.loss
-        measured = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "router": router,
-            "preferences": {name: out.metrics[name] for name in REWARDS if name in out.metrics},
-            "noise": _noise_metrics(setup, out, batch, grad_norm=grad_norm),
-        }
+        more = {"router": router, "noise": _noise_metrics(setup, out, batch, grad_norm=grad_norm)}
+        more["preferences"] = {name: out.metrics[name] for name in REWARDS if name in out.metrics}
+        measured: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **more}
         return state, StepMetrics(**measured, taken=good, mean_loss=mean_loss)
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.

@@ -43,18 +43,10 @@ def run_tasks(
     from .harness_model import HarnessModel
 
     manager = TaskManager()
-    found = [_find_task(task, manager) for task in tasks]
+    own: dict[str, Any] = {"tasks": [_find_task(task, manager) for task in tasks], "task_manager": manager}
+    own |= {"num_fewshot": num_fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
     model = HarnessModel(folder, mesh=mesh, batch_size=batch_size, max_length=max_length, dtype=dtype)
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=found,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
-    return results["results"]
+    return lm_eval.simple_evaluate(model=model, **own)["results"]
 
 
 def check_harness() -> None:

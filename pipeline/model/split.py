@@ -78,16 +78,13 @@ def split_transformer(
     Embedding and head are shared: whole over pipe, or tables [V@pipe+tensor, D]. A batch: tokens, targets, weights.
 
     Args:
-        layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
+        layers_per_stage: layers of each stage, equal if left out; unequal ones are padded with zeros.
         placement, vocab, unroll, loss: those of the schedule; whether layers are written out; see `losses.py`.
         shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
-        num_scored: number of sequences of a batch, for metrics `logprob` and `misses` [num_scored] in place of a loss:
-            the log-likelihood of the targets of weight above 0, and how many of them are not the likeliest word.
+        num_scored: sequences of a batch, whose scores are metrics in place of a loss (`_score_fn`).
 
     Raises:
-        MeshError: an axis with several devices has no role.
-        ScheduleError: layers do not divide into stages, counts and placement differ, or `shard` is not a choice.
-        ShardingError: a parameter does not split over its axis; for the vocabulary that is pipe x tensor.
+        TrellaxError: an axis of several devices has no role, or layers or a parameter do not split over theirs.
     """
     rules = _place_vocab(rules, vocab, mesh)
     sizes = {"num_ranks": mesh.shape[rules.mesh_axes.pipe], "num_chunks": num_chunks}
@@ -97,11 +94,10 @@ def split_transformer(
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
-    own = _stage_fns(model, remat, counts, mesh, loss)
-    own = replace(own, last=_score_fn(model, num_scored)) if num_scored else own
-    fns = _keep_split(replace(own, unroll=unroll, placement=where), shard, shardings, config.dtype)
-    init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+    own = replace(_stage_fns(model, remat, counts, mesh, loss), unroll=unroll, placement=where)
+    fns = replace(own, last=_score_fn(model, num_scored)) if num_scored else own
+    fns, init = _keep_split(fns, shard, shardings, config.dtype), jax.jit(make_params, out_shardings=shardings)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, init))
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
@@ -180,7 +176,10 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
 
 
 def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
-    """Return a `last` that adds the scores of each sequence to a metric, in its row."""
+    """Return a `last` with metrics `logprob` and `misses` [num_scored], for each sequence in its row.
+
+    They are the log-likelihood of targets of weight above 0, and how many of those are not the likeliest word.
+    """
     graph: Any = nnx.split(model.head)[0]
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:

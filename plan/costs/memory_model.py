@@ -168,7 +168,7 @@ def _rank_memory(
 ) -> MemoryUse:
     counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "layers": layers.stored, "ends": ends}
     params = device_params(model, **counted)
-    # trellax keeps norms, biases and positions whole on every data shard.
+    # Norms, biases and positions are whole on every data shard.
     whole = params - device_matrices(model, **counted) if runtime.residuals == "trellax" and layout.zero > 1 else 0.0
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
@@ -178,28 +178,36 @@ def _rank_memory(
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
-    # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
-    state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
-    kernels = sum(count * block_matrices(kind, **split) for kind, count in layers.stored)
-    state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
-    copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
+    kernels = sum(count * block_matrices(kind, **split) for kind, count in layers.stored) / params
+    state = _trained_state(state, runtime, trained=trained, kernels=kernels)
+    kept += _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
     tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    temporary = copies + tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    temporary = tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    temporary += copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"] + tables.gradients,
         optimizer=state["optimizer"] - host,
-        activations=kept
-        + _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
-        + _end_bytes(model, **given, held=held),
+        activations=kept + _end_bytes(model, **given, held=held),
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
         temporary=max(temporary, 2 * host / UPDATE_PARTS),
         host=host,
     )
+
+
+def _trained_state(state: dict[str, float], runtime: Runtime, *, trained: float, kernels: float) -> dict[str, float]:
+    """Return the bytes of the state, given the shares of parameters that are trained and that are kernels."""
+    # Frozen weights have neither gradients nor moments.
+    return {
+        "weights": state["weights"] * (1 + trained if runtime.adapter_rank else 1),
+        "gradients": trained * state["gradients"],
+        "optimizer": trained
+        * state["optimizer"]
+        * (1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels),
+    }
 
 
 def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:

@@ -216,11 +216,6 @@ def trellax_runtime(
     """
     check_choice("average", average, get_args(OnOff), error=PlanError)
     averaged = 4 if average == "on" else 0
-    adapters: dict[str, Any] = {}
-    if model.lora_rank:
-        # Frozen kernels and tables are kept in the compute dtype.
-        adapters = {"adapter_rank": model.lora_rank, "adapted": tuple((name,) for name in lora_targets(model))}
-        adapters["weight_bytes"] = 4 if model.dtype == "float32" else 2
     is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
     return replace(
         TRELLAX,
@@ -233,5 +228,13 @@ def trellax_runtime(
         optimizer_state_bytes=TRELLAX.optimizer_state_bytes + averaged,
         # Read and written once a step.
         optimizer_bytes=TRELLAX.optimizer_bytes + 2 * averaged,
-        **adapters,
+        **_adapter_traits(model),
     )
+
+
+def _adapter_traits(model: ModelConfig) -> dict[str, Any]:
+    if not model.lora_rank:
+        return {}
+    adapted = tuple((name,) for name in lora_targets(model))
+    # Frozen kernels and tables are kept in the compute dtype.
+    return {"adapter_rank": model.lora_rank, "adapted": adapted, "weight_bytes": 4 if model.dtype == "float32" else 2}

@@ -92,10 +92,15 @@ def make_training_data(
         held_out = range(first, len(pairs))
         validation = PairValidation(pairs, numbers=held_out, reference=reference, **sizes, max_batches=most)
     own = {name: ValidationBatches(own.validation_sources, **sizes, max_batches=most) for name, own in corpus.sets}
-    for what, batches in {"": validation, **own}.items():
-        asked, found = most * size, batches.num_sequences
-        if found < asked:
-            where_from = f"{found} sequences of {what}" if what else f"{found} held-out sequences"
-            say(f"validation on all {where_from}: train.eval_batches asks for {asked}")
+    _say_short({"": validation, **own}, asked=most * size, say=say)
     placed: dict[str, Any] = {"sharding": sharding, "num_context": num_context}
     return TrainingData(corpus=corpus, train=train, validation=validation, sets=own, **placed)
+
+
+def _say_short(
+    found: Mapping[str, ValidationBatches | PairValidation], *, asked: int, say: Callable[[str], object]
+) -> None:
+    for what, batches in found.items():
+        if batches.num_sequences < asked:
+            those = f"sequences of {what}" if what else "held-out sequences"
+            say(f"validation on all {batches.num_sequences} {those}: train.eval_batches asks for {asked}")
