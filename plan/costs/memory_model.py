@@ -186,7 +186,9 @@ def _rank_memory(
     copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    temporary = copies + tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    own = state["gradients"] * kernels / params
+    temporary = copies + tables.copies
+    temporary += max(temporary_bytes(kind, **given, gradients=own) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
