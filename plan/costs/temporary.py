@@ -82,7 +82,7 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
 def score_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
     """Return the bytes of the scores of all blocks, in float32, where a layer's forward and backward are in one body.
 
-    XLA merges what the backward recomputes of a block with the forward, so all blocks are kept. Fused kernels have none.
+    XLA merges what the backward recomputes of a block with the forward, so all are kept. Fused kernels have none.
     """
     if runtime.attention == "fused":
         return 0.0
