@@ -6,7 +6,8 @@ Time: about a minute of one core a case. It needs the extra `cuda` and Python 3.
 Cases are compiled one at a time, each in a process of its own, and what `trellax inspect` reports of a case is appended
 to FILE, one JSON object a line. A case that is there is not compiled again: delete its line where the code of a step
 has changed. With --compiled nothing is compiled, and the tables are of what the file has: a change of the planner is
-compared in seconds. `total` is the whole program: arguments, outputs that reuse none, temporary arrays, and code.
+compared in seconds. The larger programs that RESULTS.md has are compared too (`recorded.py`). `total` is the whole
+program: arguments, outputs that reuse none, temporary arrays, and code.
 """
 
 import json
@@ -23,12 +24,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trellax.configs.layout import layout_of, question_of
+from trellax.configs.run_config import RunConfig
 from trellax.meshes import TrellaxError
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.machines.topology import read_topology
 
 from benchmarks.arguments import make_parser
 from benchmarks.memory.cases import ACCELERATOR, CASES, Case
+from benchmarks.memory.recorded import read_recorded
 from benchmarks.tables import Rows, format_table
 from benchmarks.targets import Target, exit_code, format_targets, print_json
 
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.compiled:
         found |= _compile_all([case for case in cases if case.name not in found], arguments.file)
     rows = [compare(case, found[case.name]) for case in cases if case.name in found]
+    if arguments.kind is None:
+        rows += compare_recorded()
     targets = targets_of(rows)
     if arguments.json:
         print_json({"rows": [asdict(row) for row in rows]}, targets)
@@ -119,9 +124,12 @@ def planned_bytes(case: Case) -> float:
     Raises:
         TrellaxError: the planner refuses the case.
     """
-    config = case.load()
+    return _planned(case.load(), ACCELERATOR)
+
+
+def _planned(config: RunConfig, accelerator: str) -> float:
     num_devices = config.mesh.num_devices
-    question = question_of(config, topology=read_topology(f"{ACCELERATOR}x{num_devices}"))
+    question = question_of(config, topology=read_topology(f"{accelerator}x{num_devices}"))
     layout = layout_of(config, num_devices=num_devices)
     sizes: dict[str, Any] = {"layout": layout, "num_tokens": question.num_tokens, "runtime": question.runtime}
     return fullest(step_memory(config.model, **sizes)).total
@@ -137,6 +145,14 @@ def compare(case: Case, compiled: dict[str, object]) -> Row:
         except TrellaxError as error:
             failure = str(error).splitlines()[0]
     return Row(kind=case.kind, case=case.name, failure=failure)
+
+
+def compare_recorded() -> list[Row]:
+    """Return the bytes of the larger programs that RESULTS.md has, and of their plans."""
+    return [
+        Row(kind="large, recorded", case=name, compiled=round(num_bytes), planned=_planned(config, accelerator))
+        for name, (config, accelerator, num_bytes) in read_recorded().items()
+    ]
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:

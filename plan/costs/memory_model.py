@@ -173,8 +173,7 @@ def _rank_memory(
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
     kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    if layout.pipe == 1 and runtime.residuals == "trellax":
-        kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
@@ -184,7 +183,8 @@ def _rank_memory(
     kept += _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
     tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    temporary = tables.copies + max(temporary_bytes(kind, **given) for kind, _ in layers.stored)
+    gradients = state["gradients"] * kernels
+    temporary = tables.copies + max(temporary_bytes(kind, **given, gradients=gradients) for kind, _ in layers.stored)
     temporary += copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
@@ -215,6 +215,8 @@ def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num
 
     XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward.
     """
+    if layout.pipe > 1 or runtime.residuals != "trellax":
+        return 0.0
     given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
     whole = replace(layout, remat="none")
     alone = [kind for kind, count in layers if count == 1 and layout.remat != "none"]

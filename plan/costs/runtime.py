@@ -74,7 +74,7 @@ class Runtime:
         weight_copies: whether a step makes copies of the weights in the form that its loops over layers read.
         workspace_bytes: memory of a device that libraries allocate for themselves.
         weight_bytes, optimizer_state_bytes: bytes per parameter that stay in memory.
-        kernel_saving_bytes: how many fewer the optimizer's are for kernels of layers; Muon has one moment of them.
+        kernel_saving_bytes: how many fewer those of the optimizer are for kernels of layers: 4 for Muon's one moment.
         gradient_bytes: bytes per parameter of the accumulated gradient, in memory and in its reduction.
         fresh_gradient_bytes: bytes per parameter of a microbatch's own gradient, if it is stored beside the sum.
         sum_traffic_bytes: memory traffic per weight of adding a microbatch's gradient to the sum.

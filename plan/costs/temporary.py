@@ -23,9 +23,20 @@ _FLOAT32 = 4
 
 
 def temporary_bytes(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int, ends: tuple[End, ...]
+    model: ModelConfig,
+    *,
+    layout: Layout,
+    runtime: Runtime,
+    num_tokens: int,
+    ends: tuple[End, ...],
+    gradients: float,
 ) -> float:
-    """Return the larger of the loss, on a rank where the head runs, and one layer's backward."""
+    """Return the larger of the loss, on a rank where the head runs, and one layer's backward.
+
+    Args:
+        gradients: bytes of those of the layers, which are counted elsewhere, and in a step of one microbatch are made
+            after the loss.
+    """
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
     has_head = "head" in ends or _is_vocab_split(layout, runtime)
     if runtime.residuals == "trellax":
@@ -36,6 +47,8 @@ def temporary_bytes(
     if runtime.residuals == "trellax" and layout.zero == 3:
         # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
         loss += layer_activation_bytes(model, **given) if layout.pipe == 1 else 0.0
+    if runtime.residuals == "trellax" and _is_one_microbatch(layout):
+        loss -= gradients
     return max(loss, once) + runtime.workspace_bytes
 
 
@@ -57,6 +70,10 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     num_up = 2 if model.mlp == "swiglu" else 1
     gradients = item * tokens * (num_up + 1) * features
     gradients += boundary_bytes(model, layout=layout, **given)
+    if layout.tensor > 1 and runtime.sequence_parallel == "on":
+        # Of all tokens: the inputs of attention and of the feed-forward, the gradient that enters, and the one that
+        # leaves before its sum.
+        gradients += 4 * item * tokens * model.hidden_size
     if layout.remat == "full":
         gradients += score_bytes(model, layout=layout, runtime=runtime, num_tokens=num_tokens)
     return recomputed + gradients + _round_bytes(model, layout=layout, tokens=round(tokens))
@@ -65,7 +82,7 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
 def score_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
     """Return the bytes of the scores of all blocks, in float32, where a layer's forward and backward are in one body.
 
-    XLA merges what the backward recomputes of a block with the forward, so all blocks are kept. Fused ones have none.
+    XLA merges what the backward recomputes of a block with the forward, so all are kept. Fused kernels have none.
     """
     if runtime.attention == "fused":
         return 0.0
