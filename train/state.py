@@ -88,11 +88,7 @@ class Setup:
         config = self.config.model
         return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
 
-    def model_that_scores(self, num_scored: int) -> PipelinedModel:
-        """Return the same for the log-likelihoods of the sequences of a batch, in place of its loss."""
-        return self._cut(self.config.model, num_scored=num_scored)
-
-    def _cut(self, config: ModelConfig, *, num_scored: int = 0) -> PipelinedModel:
+    def _cut(self, config: ModelConfig) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
@@ -107,7 +103,6 @@ class Setup:
             placement=self.placement,
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
-            num_scored=num_scored,
         )
 
     @property

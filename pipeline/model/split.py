@@ -49,12 +49,15 @@ class PipelinedModel:
     params: shapes, dtypes and shardings of the parameters.
     shardings: a `NamedSharding` for every parameter.
     init: init(seed) returns the parameters, the same values on every mesh; every device computes only its own part.
+    scores: scores(num_sequences) returns stage functions with metrics of each of so many sequences of a batch,
+        `logprob` and `misses`: the log-likelihood of targets of weight above 0, and how many are not the likeliest.
     """
 
     fns: StageFns
     params: PipelineParams
     shardings: PipelineParams
     init: Callable[[int], PipelineParams]
+    scores: Callable[[int], StageFns]
 
 
 def split_transformer(
@@ -68,7 +71,6 @@ def split_transformer(
     remat: Remat = "dots",
     unroll: Unroll = "off",
     shard: SplitWeights = "none",
-    num_scored: int = 0,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
@@ -79,8 +81,6 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal stages are padded with zeros.
         placement, vocab, unroll: those of the schedule; whether layers are written out.
         shard: how often weights that are kept split over batch axes are gathered.
-        num_scored: number of sequences of a batch, for metrics `logprob` and `misses` [num_scored] in place of a loss:
-            the log-likelihood of the targets of weight above 0, and how many of them are not the likeliest word.
         rules: fitted to model and mesh by `layers.model_rules`; they name the mesh's axes.
 
     Raises:
@@ -97,10 +97,9 @@ def split_transformer(
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     fns = _stage_fns(model, remat, counts, mesh)
-    fns = replace(fns, last=_score_fn(model, num_scored)) if num_scored else fns
     fns = _keep_split(replace(fns, unroll=unroll, placement=where), shard, shardings, config.dtype)
-    init = partial(_init, jax.jit(make_params, out_shardings=shardings))
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init)
+    init, scores = partial(_init, jax.jit(make_params, out_shardings=shardings)), partial(_score_fns, fns, model)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init, scores=scores)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
@@ -179,8 +178,8 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
     )
 
 
-def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
-    """Return a `last` that adds the scores of each sequence to a metric, in its row."""
+def _score_fns(fns: StageFns, model: Transformer, num_sequences: int) -> StageFns:
+    """Return the functions with a `last` that adds the scores of each sequence to a metric, in its row."""
     graph: Any = nnx.split(model.head)[0]
 
     def last(shared: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
@@ -190,11 +189,11 @@ def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
         logprob_B = jnp.where(counts_BT, scores.logprob, 0.0).sum(-1)
         misses_B = (counts_BT & ~scores.is_best).sum(-1, dtype=jnp.float32)
         # Rows of zeros for the sequences of others: metrics are added over microbatches and data shards.
-        is_own_SB = jnp.arange(num_scored)[:, None] == info.sequences[None]
+        is_own_SB = jnp.arange(num_sequences)[:, None] == info.sequences[None]
         rows = [jnp.where(is_own_SB, own_B[None], 0.0).sum(-1) for own_B in (logprob_B, misses_B)]
         return Output(loss=-logprob_B.sum(), metrics=dict(zip(("logprob", "misses"), rows, strict=True)))
 
-    return last
+    return replace(fns, last=last)
 
 
 def is_frozen(name: str) -> bool:
