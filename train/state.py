@@ -89,15 +89,7 @@ class Setup:
         config = self.config.model
         return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
 
-    def cut_for(self, loss: LossFn) -> PipelinedModel:
-        """The model with another loss in its last stage; its parameters are those of `model`."""
-        return self._cut(self.config.model, loss)
-
-    def model_that_scores(self, num_scored: int) -> PipelinedModel:
-        """Return the same for the log-likelihoods of the sequences of a batch, in place of its loss."""
-        return self._cut(self.config.model, num_scored=num_scored)
-
-    def _cut(self, config: ModelConfig, loss: LossFn | None = None, *, num_scored: int = 0) -> PipelinedModel:
+    def _cut(self, config: ModelConfig) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
@@ -112,8 +104,7 @@ class Setup:
             placement=self.placement,
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
-            loss=loss or self._loss,
-            num_scored=num_scored,
+            loss=self._loss,
         )
 
     @property

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...meshes import DataError, MeshSpec
+from ...meshes import DataError
 from ...meshes.errors import printable, shown, suggest
 
 
@@ -13,12 +13,9 @@ def run_tasks(
     folder: str | Path,
     tasks: Sequence[str],
     *,
-    mesh: MeshSpec | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    dtype: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Return the results of tasks as the harness gives them, by task and metric.
 
@@ -30,7 +27,7 @@ def run_tasks(
         tasks: names of tasks of the harness, and paths of YAML files.
         num_fewshot: examples before each question, that of the task if left out.
         limit: first questions of each task alone.
-        mesh, batch_size, max_length, dtype: as for `HarnessModel`.
+        settings: mesh, batch_size, max_length and dtype of a `HarnessModel`.
 
     Raises:
         DataError: lm_eval is not installed, a task is unknown, or the harness refuses it.
@@ -43,10 +40,10 @@ def run_tasks(
     from .harness_model import HarnessModel
 
     manager = TaskManager()
-    own: dict[str, Any] = {"tasks": [_find_task(task, manager) for task in tasks], "task_manager": manager}
-    own |= {"num_fewshot": num_fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
-    model = HarnessModel(folder, mesh=mesh, batch_size=batch_size, max_length=max_length, dtype=dtype)
-    return lm_eval.simple_evaluate(model=model, **own)["results"]
+    found = [_find_task(task, manager) for task in tasks]
+    model = HarnessModel(folder, **settings)
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    return lm_eval.simple_evaluate(model=model, tasks=found, task_manager=manager, **asked)["results"]
 
 
 def check_harness() -> None:

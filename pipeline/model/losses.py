@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ...layers import Head
 from .protocol import Output
@@ -47,20 +46,5 @@ def make_preference_loss(beta: float) -> LossFn:
             beta=beta,
         )
         return Output(loss=found.loss, metrics=dict(zip(REWARDS, (found.margin, found.accuracy), strict=True)))
-
-    return loss
-
-
-def make_row_losses(num_rows: int) -> LossFn:
-    """Return a loss whose metric `row_losses` [num_rows] has the loss of every row of the whole batch.
-
-    A microbatch has besides `rows` int32 [B@data, 1], the number of each row.
-    """
-
-    def loss(head: Head, x_BTD: jax.Array, microbatch: Microbatch, table_VD: jax.Array) -> Output:
-        own_B = head.sequence_losses(x_BTD, microbatch["targets"], microbatch["weights"], embedding_VD=table_VD)
-        # Metrics are added over microbatches and devices: each adds its own rows.
-        is_row_nB = jnp.arange(num_rows)[:, None] == microbatch["rows"][None, :, 0]
-        return Output(loss=own_B.sum(), metrics={"row_losses": jnp.where(is_row_nB, own_B[None], 0.0).sum(1)})
 
     return loss

@@ -50,12 +50,15 @@ class PipelinedModel:
     params: shapes, dtypes and shardings of the parameters.
     shardings: a `NamedSharding` for every parameter.
     init: init(seed) returns the parameters, the same values on every mesh; every device computes only its own part.
+    scores: scores(num_sequences) returns stage functions with metrics of each of so many sequences of a batch,
+        `logprob` and `misses`: the log-likelihood of targets of weight above 0, and how many are not the likeliest.
     """
 
     fns: StageFns
     params: PipelineParams
     shardings: PipelineParams
     init: Callable[[int], PipelineParams]
+    scores: Callable[[int], StageFns]
 
 
 def split_transformer(
@@ -70,7 +73,6 @@ def split_transformer(
     unroll: Unroll = "off",
     shard: SplitWeights = "none",
     loss: LossFn = next_token_loss,
-    num_scored: int = 0,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> PipelinedModel:
     """Return the transformer of `config` cut into num_chunks x pipe stages, [chunks, ranks@pipe, layers, ...].
@@ -81,7 +83,6 @@ def split_transformer(
         layers_per_stage: layers of each stage, equal if left out; unequal ones are padded with zeros.
         placement, vocab, unroll, loss: those of the schedule; whether layers are written out; see `losses.py`.
         shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
-        num_scored: sequences of a batch, whose scores are metrics in place of a loss (`_score_fn`).
 
     Raises:
         TrellaxError: an axis of several devices has no role, or layers or a parameter do not split over theirs.
@@ -95,9 +96,9 @@ def split_transformer(
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
     params = jax.tree.map(lambda shape, own: shape.update(sharding=own), shapes, shardings)
     own = replace(_stage_fns(model, remat, counts, mesh, loss), unroll=unroll, placement=where)
-    fns = replace(own, last=_score_fn(model, num_scored)) if num_scored else own
-    fns, init = _keep_split(fns, shard, shardings, config.dtype), jax.jit(make_params, out_shardings=shardings)
-    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=partial(_init, init))
+    fns = _keep_split(own, shard, shardings, config.dtype)
+    init, scores = partial(_init, jax.jit(make_params, out_shardings=shardings)), partial(_score_fns, fns, model)
+    return PipelinedModel(fns=fns, params=params, shardings=shardings, init=init, scores=scores)
 
 
 def _place_vocab(rules: ShardingRules, vocab: Vocab, mesh: Mesh) -> ShardingRules:
@@ -175,10 +176,11 @@ def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: 
     )
 
 
-def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
-    """Return a `last` with metrics `logprob` and `misses` [num_scored], for each sequence in its row.
+def _score_fns(fns: StageFns, model: Transformer, num_sequences: int) -> StageFns:
+    """Return the functions with a `last` that adds the scores of each sequence to a metric, in its row.
 
-    They are the log-likelihood of targets of weight above 0, and how many of those are not the likeliest word.
+    The metrics `logprob` and `misses` [num_sequences] are the log-likelihood of the targets of weight above 0, and how
+    many of those are not the likeliest word.
     """
     graph: Any = nnx.split(model.head)[0]
 
@@ -189,11 +191,11 @@ def _score_fn(model: Transformer, num_scored: int) -> Callable[..., Output]:
         logprob_B = jnp.where(counts_BT, scores.logprob, 0.0).sum(-1)
         misses_B = (counts_BT & ~scores.is_best).sum(-1, dtype=jnp.float32)
         # Rows of zeros for the sequences of others: metrics are added over microbatches and data shards.
-        is_own_SB = jnp.arange(num_scored)[:, None] == info.sequences[None]
+        is_own_SB = jnp.arange(num_sequences)[:, None] == info.sequences[None]
         rows = [jnp.where(is_own_SB, own_B[None], 0.0).sum(-1) for own_B in (logprob_B, misses_B)]
         return Output(loss=-logprob_B.sum(), metrics=dict(zip(("logprob", "misses"), rows, strict=True)))
 
-    return last
+    return replace(fns, last=last)
 
 
 def is_frozen(name: str) -> bool:

@@ -114,11 +114,11 @@ class SequenceScorer:
 
 
 def _compile_scores(setup: Setup) -> Callable[..., Any]:
-    model = setup.model_that_scores(setup.config.train.batch_size)
+    fns = setup.model.scores(setup.config.train.batch_size)
 
     def scores(params: PipelineParams, batch: Any) -> dict[str, jax.Array]:
         own = {"params": params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
-        return pipeline_loss(model.fns, **own, has_aux=True)[1].metrics
+        return pipeline_loss(fns, **own, has_aux=True)[1].metrics
 
     return jax.jit(scores)
 

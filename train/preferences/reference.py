@@ -17,7 +17,6 @@ from ...meshes import RunError
 from ...meshes.files.own_file import replacing_file
 from ...meshes.processes.messages import first_does, text_of_first
 from ...pipeline import PipelineParams, pipeline_loss
-from ...pipeline.model.losses import make_row_losses
 from ..checkpoints.initial_weights import initial_state
 from ..data.preferences.pair_batches import lay_out_rows
 from ..data.preferences.pairs import LoadedPairs
@@ -52,19 +51,18 @@ def reference_losses(
 def _compute(setup: Setup, loaded: LoadedPairs) -> np.ndarray:
     section, microbatches = setup.config.train, setup.config.pipeline.microbatches
     size, num_rows = section.batch_size, loaded.pairs.num_rows
-    fns = setup.cut_for(make_row_losses(size)).fns
+    fns = setup.model.scores(size)
 
     @jax.jit
     def run(params: PipelineParams, batch: Batch) -> jax.Array:
         given: dict[str, Any] = {"batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
-        return pipeline_loss(fns, params=params, **given, has_aux=True)[1].metrics["row_losses"]
+        return -pipeline_loss(fns, params=params, **given, has_aux=True)[1].metrics["logprob"]
 
     params, shape, found = initial_state(setup).params, (microbatches, size // microbatches), []
     for first in range(0, num_rows, size):
         # The last batch is filled up with rows that are computed already.
         rows = [row % num_rows for row in range(first, first + size)]
         batch = lay_out_rows(loaded.pairs, rows, seq_len=setup.config.data.seq_len, shape=shape)
-        batch["rows"] = np.arange(size, dtype=np.int32).reshape(*shape, 1)
         found.append(run(params, place_batch(batch, setup.batch_sharding)))
     return np.concatenate(jax.device_get(found))[:num_rows].astype(np.float32)
 

@@ -103,7 +103,7 @@ def test_each_set_has_its_name_in_lines_summary_and_runs(tiny: Callable[..., Any
 
 @pytest.mark.slow
 def test_losses_of_sets_are_those_of_any_mesh_and_change_no_training(tiny: Callable[..., Any]) -> None:
-    words = f"{WORDS} --train.batch_size 8 --train.steps 2 --pipeline.microbatches 2"
+    words = f"{WORDS} --train.batch_size 16 --train.steps 2 --pipeline.microbatches 2"
     meshes = {"one": "--mesh.data 8", "other": "--mesh.data 2 --mesh.tensor 2 --mesh.pipe 2"}
     one, other = (train(tiny(f"{words} {SETS} {mesh} --run.name {name}")) for name, mesh in meshes.items())
     assert one.final_val_losses == pytest.approx(other.final_val_losses, rel=1e-5)
