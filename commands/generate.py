@@ -5,6 +5,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from ..hub.model_folder import ModelSource
@@ -55,6 +57,8 @@ def run_generate(args: argparse.Namespace) -> int:
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     start_s = time.perf_counter()
     sequences = _answer(engine, requests, printer)
+    if not args.json and args.logprobs is not None:
+        print("\n".join(_logprob_lines(sequences, source.tokenizer)), file=sys.stderr)
     if args.json:
         print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
     print(_describe_pace(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
@@ -104,6 +108,12 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSo
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty,
+            logit_bias=args.logit_bias,
+            logprobs=args.logprobs,
             seed=args.seed + index,
             stop=tuple(stops),
         )
@@ -179,12 +189,27 @@ class _Printer:
 
 def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dict[str, Any]:
     stream = TextStream(tokenizer, prompt=sequence.request.prompt)
+    wanted = sequence.request.logprobs is not None
     return {
         "prompt": prompt,
         "completion": stream.add(*sequence.tokens) + stream.finish(),
         "token_ids": sequence.tokens,
         "finish_reason": sequence.finish_reason,
+        **({"logprobs": [asdict(one) for one in sequence.logprobs]} if wanted else {}),
     }
+
+
+def _logprob_lines(sequences: list[ServedSequence], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a line for each token of each answer: its log probability, and the likeliest tokens in its place."""
+
+    def entry(token: int, logprob: float) -> str:
+        return f"{logprob:8.3f} {token:6} {tokenizer.decode([token])!r}"
+
+    for index, sequence in enumerate(sequences):
+        yield f"logprobs of answer {index}"
+        for one in sequence.logprobs:
+            top = "".join(f"   | {entry(*pair).lstrip()}" for pair in one.top)
+            yield entry(one.token, one.logprob) + top
 
 
 def _describe_pace(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:
