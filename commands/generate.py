@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 from ..hub.model_folder import ModelSource
@@ -15,10 +15,10 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, ServedSequence, check_request, param_shapes
+from ..serve import Engine, Request, ServedSequence, check_request
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
-from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
+from .engine import apply_dtype, check_served, describe_engine, load_params, open_mesh, open_served
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -48,7 +48,7 @@ def run_generate(args: argparse.Namespace) -> int:
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
     engine = Engine(
         config,
-        source.read(param_shapes(config, mesh=mesh, axes=spec.roles)),
+        load_params(replace(source, config=config), spec, args, mesh=mesh),
         mesh=mesh,
         axes=spec.roles,
         on_token=printer.add if printer else None,

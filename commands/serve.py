@@ -12,12 +12,12 @@ from typing import Any
 from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
 from ..meshes import MeshSpec, ServeError
-from ..serve import AsyncEngine, Engine, param_shapes
+from ..serve import AsyncEngine, Engine
 from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
 from ..serve.state import MAX_STOPS
-from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
+from .engine import apply_dtype, check_served, describe_engine, load_params, open_mesh, open_served
 
 API_KEY = "TRELLAX_API_KEY"
 """Environment variable of the API key, which a command line would show to other users."""
@@ -39,7 +39,7 @@ def run_serve(args: argparse.Namespace) -> int:
     with bind(args.host, args.port) as bound:
         service = Service(
             name=args.name or Path(args.folder).resolve().name,
-            engine=AsyncEngine(_make_engine(source, spec, sizes), max_waiting=args.queue),
+            engine=AsyncEngine(_make_engine(args, source, spec, sizes), max_waiting=args.queue),
             source=source,
             template=template,
             api_key=key,
@@ -50,9 +50,9 @@ def run_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_engine(source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
+def _make_engine(args: argparse.Namespace, source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
     mesh, start_s = open_mesh(spec), time.perf_counter()
-    params = source.read(param_shapes(source.config, mesh=mesh, axes=spec.roles))
+    params = load_params(source, spec, args, mesh=mesh)
     engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, **sizes)
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     return engine

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .engine import Completion, Engine, Usage
     from .load import load_for_serving
     from .params import param_shapes
+    from .quantize import quantize_params
     from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
     from .state import Sizes
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_request",
     "load_for_serving",
     "param_shapes",
+    "quantize_params",
 ]
 
 make_lazy(__name__)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..layers import ModelConfig
+from ..layers.quantized import Weights
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..pipeline.model.trees import on_mesh
@@ -47,14 +48,16 @@ def compile_programs(
     state: ServeState,
     layers: LayerLoop = "loop",
     axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "plain",
 ) -> CompiledPrograms:
     """Compile all programs for parameters of `stage_shapes` and a state of these shapes."""
     rules = ShardingRules.of(axes)
-    params = stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
+    own: dict[str, Any] = {"layers": layers, "axes": axes, "weights": weights}
+    params = stage_shapes(config, mesh=mesh, **own)
     of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
-    prefills = decodes = Stage(of_group, mesh, layers=layers, axes=axes)
+    prefills = decodes = Stage(of_group, mesh, **own)
     if of_chunk != of_group:
-        prefills = Stage(of_chunk, mesh, layers=layers, axes=axes)
+        prefills = Stage(of_chunk, mesh, **own)
     slots, chunks = input_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))

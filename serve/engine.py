@@ -27,6 +27,7 @@ from .chunks import pack_chunks
 from .compiled_programs import compile_programs
 from .decode import ticks_of_round
 from .params import stage_params, stage_shapes
+from .quantize import weights_of
 from .requests import FinishReason, Request, RequestScheduler, ServedSequence, TokenLogprobs
 from .sampling import NOTHING, Choice
 from .slots import empty_inputs, prompt_parts, write_inputs
@@ -80,7 +81,8 @@ class Engine:
     >>> engine.generate([Request(prompt=(72, 105), max_new_tokens=8)])[0].tokens
 
     Args:
-        params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
+        params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`, or from `quantize_params`; the
+            engine donates them.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
         slots: number of sequences in progress at a time, over all data shards.
         max_tokens: most tokens of a sequence, prompt and answer.
@@ -140,12 +142,14 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        self._begin(params, cache_dtype=cache_dtype or config.dtype, fill=fill)
+        self.cache_dtype: CacheDtype = cache_dtype or config.dtype
+        self._begin(params, fill=fill)
 
-    def _begin(self, params: Any, *, cache_dtype: CacheDtype, fill: Fill) -> None:
+    def _begin(self, params: Any, *, fill: Fill) -> None:
         """Compile, take the parameters, and allocate a state in which no slot is in use."""
         own: dict[str, Any] = {"mesh": self.mesh, "layers": self.layers, "axes": self.axes}
-        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=cache_dtype, **own)
+        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=self.cache_dtype, **own)
+        own["weights"] = self.weights = weights_of(params)
         self.programs = compile_programs(self.config, self.sizes, state=self.shapes, **own)
         self.scheduler = _make_scheduler(self.sizes)
         self._params = stage_params(params, config=self.config, **own)
@@ -165,7 +169,7 @@ class Engine:
     @property
     def param_bytes_per_device(self) -> int:
         """Bytes of parameters on each device."""
-        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes))
+        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes, weights=self.weights))
 
     @property
     def usage(self) -> Usage:

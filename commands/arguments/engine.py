@@ -6,11 +6,19 @@ from .types import parse_whole
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --fake-devices, --dtype, --cache-dtype, --chunk, --groups and --json."""
+    """Add --fake-devices, --dtype, --weights, --cache-dtype, --chunk, --groups and --json."""
     parser.add_argument("--fake-devices", type=parse_whole, default=0, metavar="N", help="run on N fake CPU devices")
     parser.add_argument("--dtype", metavar="T", help="dtype to compute in, float32 or bfloat16 (default: the model's)")
     parser.add_argument(
-        "--cache-dtype", metavar="T", help="dtype of cached keys and values, float32 or bfloat16 (default: the model's)"
+        "--weights",
+        metavar="T",
+        default="plain",
+        help="weights of linear layers in eight bits, int8 or fp8, rounded as they are loaded (default: plain)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        metavar="T",
+        help="dtype of cached keys and values, float32, bfloat16 or fp8 (default: the model's)",
     )
     parser.add_argument(
         "--chunk", type=parse_whole, default=64, metavar="N", help="prompt tokens prefilled at once (default 64)"

@@ -116,6 +116,22 @@ def test_settings_that_change_logits_reach_the_answer_and_log_probabilities_are_
     assert [len(one["top"]) for one in found["logprobs"]] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
+def test_quantized_answers_are_those_of_python_and_the_error_is_told(ask: Any, run_folder: Path) -> None:
+    code, out, err = ask(*HOW, "--json", "--weights", "int8", "--cache-dtype", "fp8")
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    source, params = load_for_serving(run_folder, mesh=mesh, weights="int8")
+    engine = Engine(source.config, params, mesh=mesh, slots=1, max_tokens=16, cache_dtype="fp8")
+    requests = [
+        Request(prompt=tuple(source.tokenizer.encode(prompt)), max_new_tokens=8, temperature=0.9, seed=5 + i)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    wanted = [list(answer.tokens) for answer in engine.generate(requests)]
+    assert (code, [one["token_ids"] for one in json.loads(out)]) == (0, wanted)
+    assert "weights   int8, a scale for each output channel: rounded by 0." in err
+    assert "fp8, a scale for each token and head" in err
+
+
 def test_each_token_has_a_line_of_log_probabilities() -> None:
     sequence = ServedSequence(id=0, request=Request(prompt=(1,)))
     sequence.logprobs = [TokenLogprobs(token=65, logprob=-1.5, top=((66, -0.5), (65, -1.5)))]
@@ -132,6 +148,7 @@ MISTAKES: dict[str, list[str]] = {
     "slots_over_groups": ["--prompt", "x", "--mesh", "pipe=2", "--slots", "3", "--max-new-tokens", "4"],
     "mesh_too_large": ["--prompt", "x", "--mesh", "tensor=4,data=4", "--max-new-tokens", "4"],
     "unknown_type": ["--prompt", "x", "--dtype", "bfloat6"],
+    "unknown_weights": ["--prompt", "x", "--weights", "int4"],
     "long_stop": ["--prompt", "x", "--stop", "end"],
     "unknown_axis": ["--prompt", "x", "--mesh", "tenso=2"],
     "prompt_that_is_no_text": ["--prompt", "x\udcff"],
