@@ -7,11 +7,12 @@ from ..meshes.lazy import make_lazy
 if TYPE_CHECKING:
     from .async_engine import AsyncEngine, TokenStream
     from .check import check_model, check_request
-    from .engine import Completion, Engine, Usage
-    from .load import load_for_serving
+    from .engine import Engine
+    from .load import load_for_serving, quantize_params
     from .params import param_shapes
-    from .quantize import quantize_params
     from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
+    from .results import Completion, Usage
+    from .speculation.speculate import Speculation
     from .state import Sizes
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Request",
     "ServedSequence",
     "Sizes",
+    "Speculation",
     "TokenLogprobs",
     "TokenStream",
     "Usage",

@@ -70,8 +70,8 @@ def compile_programs(
         return decode(state, stage=decodes, sizes=sizes, params=params, slots=slots, num_rounds=num_rounds)
 
     return CompiledPrograms(
-        prefill=_compile(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
-        decode=_compile(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
+        prefill=compile_program(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
+        decode=compile_program(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
         note_prompt=_compile_note(state.seen, part_shapes(sizes, mesh=mesh, rules=rules), mesh, rules.axes("vocab")),
     )
 
@@ -88,8 +88,11 @@ def _compile_note(seen: Any, part: PromptPart, mesh: Mesh, axes: tuple[str, ...]
     return jax.jit(mapped, donate_argnums=0, out_shardings=seen.sharding).lower(seen, part).compile()
 
 
-def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
-    """Compile with all axes manual, so that the partitioner adds no communication."""
+def compile_program(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
+    """Compile run(params, state, ...) -> (state, chosen), which donates the state, for these shapes.
+
+    All axes are manual, so that the partitioner adds no communication.
+    """
     specs = block_specs(shapes, mesh)
     # The specs omit axes of one device, but results must have exactly the shardings that the next call expects.
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes[1])

@@ -48,7 +48,7 @@ def param_shapes(
         dtype: dtype of all parameters but the weights of routers, which are float32 as in training; by default the
             compute dtype of the config.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
-        weights: how the kernels of linear layers are held, see `quantize.py`.
+        weights: how the kernels of linear layers are held, see `load.py`.
 
     Raises:
         MeshError: an axis with several devices has no role.
@@ -82,6 +82,13 @@ def _build(config: ModelConfig, rules: ShardingRules, weights: Weights) -> Trans
     model = Transformer(config, rngs=nnx.Rngs(0), rules=rules)
     quantize_layers(model.blocks, weights)
     return model
+
+
+def weights_of(params: Any) -> Weights:
+    """Return how the kernels of parameters in natural order are held."""
+    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    names = {leaf.dtype.name for path, leaf in leaves if path[-1].key == "kernel"}
+    return "int8" if "int8" in names else "fp8" if "float8_e4m3fn" in names else "plain"
 
 
 def stage_shapes(

@@ -16,8 +16,8 @@ from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
 from trellax.layers.quantized import Weights
 from trellax.serve.experts import MOST_TOKENS, with_room
+from trellax.serve.load import quantize_params
 from trellax.serve.params import stage_params, stage_shapes
-from trellax.serve.quantize import quantize_params
 from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state
 

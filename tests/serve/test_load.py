@@ -10,8 +10,9 @@ from trellax.layers.quantized import Weights, dequantize, quantize
 from trellax.meshes import ServeError
 from trellax.serve import Engine, Request, param_shapes
 from trellax.serve.experts import with_room
+from trellax.serve.load import quantize_params
 from trellax.serve.measure import read_bytes
-from trellax.serve.quantize import quantize_params, weights_of
+from trellax.serve.params import weights_of
 
 from .models import logits_of, mesh_of, model_of, numbers_of, params_on
 from .test_law import CUTS, MESHES, TOLERANCE, cached_logits
