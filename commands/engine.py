@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
@@ -15,7 +15,8 @@ from ..layers.quantized import Weights
 from ..meshes import ConfigError, MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
-from ..serve import Engine, Sizes, check_model, param_shapes, quantize_params
+from ..serve import Engine, Sizes, Speculation, check_model, param_shapes, quantize_params
+from ..serve.speculation.draft import check_draft
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -107,14 +108,55 @@ def quantize_and_tell(
     return params
 
 
+@dataclass(frozen=True)
+class Guesser:
+    """What `--speculate` names: how many tokens to guess, and the draft model, None for look-up."""
+
+    tokens: int
+    source: ModelSource | None = None
+
+    def load(self, spec: MeshSpec, mesh: jax.sharding.Mesh) -> Speculation:
+        """Read the draft model, if there is one.
+
+        Raises:
+            TrellaxError: it cannot be read.
+        """
+        if self.source is None:
+            return Speculation(tokens=self.tokens)
+        config = self.source.config
+        params = self.source.read(param_shapes(config, mesh=mesh, axes=spec.roles))
+        return Speculation(tokens=self.tokens, draft=(config, params))
+
+
+def open_guesser(
+    args: argparse.Namespace, config: ModelConfig, spec: MeshSpec, sizes: Mapping[str, Any]
+) -> Guesser | None:
+    """Return what `--speculate` names, checked; no weight is read.
+
+    Raises:
+        TrellaxError: there is no such model, or it cannot guess for this one on the mesh.
+    """
+    if args.speculate is None:
+        return None
+    if args.speculate == "lookup":
+        return Guesser(Speculation(tokens=args.speculate_tokens).tokens)
+    source = open_model(args.speculate)
+    source = replace(source, config=replace(source.config, dtype=config.dtype))
+    Speculation(tokens=args.speculate_tokens, draft=(source.config, None)).check(config)
+    check_draft(source.config, spec.sizes, max_tokens=sizes["max_tokens"], axes=spec.roles)
+    return Guesser(args.speculate_tokens, source)
+
+
 def describe_engine(engine: Engine, spec: MeshSpec, seconds: float) -> str:
     """Return the lines that a command prints once its engine is compiled."""
-    sizes, mib, rounding = engine.sizes, 2**20, ""
+    sizes, mib, further = engine.sizes, 2**20, ""
+    if engine.draft_bytes_per_device:
+        further = f"draft     {engine.draft_bytes_per_device / mib:,.1f} MiB of another model, its cache included\n"
     if engine.cache_dtype == "fp8":
-        rounding = "cache     fp8, a scale for each token and head: numbers rounded by at most 6.25%, 2.6% on average\n"
+        further += "cache     fp8, a scale for each token and head: numbers rounded by at most 6.25%, 2.6% on average\n"
     return (
         f"mesh      {spec}, {sizes.slots} slots of {sizes.max_tokens} tokens in {sizes.groups} groups a data shard\n"
         f"device    {engine.param_bytes_per_device / mib:,.1f} MiB of weights, "
         f"{engine.cache_bytes_per_device / mib:,.1f} MiB of cache for {sizes.cached_tokens:,} tokens\n"
-        f"{rounding}ready     in {seconds:.1f} s"
+        f"{further}ready     in {seconds:.1f} s"
     )

@@ -18,7 +18,7 @@ from ..meshes.files.regular_file import read_bounded
 from ..serve import Engine, Request, ServedSequence, check_request
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
-from .engine import apply_dtype, check_served, describe_engine, load_params, open_mesh, open_served
+from .engine import apply_dtype, check_served, describe_engine, load_params, open_guesser, open_mesh, open_served
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -43,7 +43,7 @@ def run_generate(args: argparse.Namespace) -> int:
     check_served(config, spec, sizes)
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
-    mesh = open_mesh(spec)
+    guesser, mesh = open_guesser(args, config, spec, sizes), open_mesh(spec)
     start_s = time.perf_counter()
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
     engine = Engine(
@@ -52,6 +52,7 @@ def run_generate(args: argparse.Namespace) -> int:
         mesh=mesh,
         axes=spec.roles,
         on_token=printer.add if printer else None,
+        speculation=guesser.load(spec, mesh) if guesser else None,
         **sizes,
     )
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
@@ -214,7 +215,10 @@ def _logprob_lines(sequences: list[ServedSequence], tokenizer: Tokenizer) -> Ite
 
 def _describe_pace(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+    usage, guessed = engine.usage, ""
+    if usage.guessed_tokens:
+        guessed = f"; {usage.accepted_share:.0%} of {usage.guessed_tokens} guessed tokens were right"
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "
-        f"stages idle {engine.usage.idle_share:.0%} of the ticks"
+        f"stages idle {usage.idle_share:.0%} of the ticks{guessed}"
     )

@@ -17,7 +17,16 @@ from ..serve.http.chat_template import load_chat_template
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
 from ..serve.state import MAX_STOPS
-from .engine import apply_dtype, check_served, describe_engine, load_params, open_mesh, open_served
+from .engine import (
+    Guesser,
+    apply_dtype,
+    check_served,
+    describe_engine,
+    load_params,
+    open_guesser,
+    open_mesh,
+    open_served,
+)
 
 API_KEY = "TRELLAX_API_KEY"
 """Environment variable of the API key, which a command line would show to other users."""
@@ -35,11 +44,12 @@ def run_serve(args: argparse.Namespace) -> int:
     source = replace(source, config=apply_dtype(source.config, args))
     sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
     check_served(source.config, spec, sizes)
+    guesser = open_guesser(args, source.config, spec, sizes)
     template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
     with bind(args.host, args.port) as bound:
         service = Service(
             name=args.name or Path(args.folder).resolve().name,
-            engine=AsyncEngine(_make_engine(args, source, spec, sizes), max_waiting=args.queue),
+            engine=AsyncEngine(_make_engine(args, source, spec, sizes, guesser), max_waiting=args.queue),
             source=source,
             template=template,
             api_key=key,
@@ -50,10 +60,13 @@ def run_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_engine(args: argparse.Namespace, source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
+def _make_engine(
+    args: argparse.Namespace, source: ModelSource, spec: MeshSpec, sizes: dict[str, Any], guesser: Guesser | None
+) -> Engine:
     mesh, start_s = open_mesh(spec), time.perf_counter()
     params = load_params(source, spec, args, mesh=mesh)
-    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, **sizes)
+    speculation = guesser.load(spec, mesh) if guesser else None
+    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, speculation=speculation, **sizes)
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     return engine
 

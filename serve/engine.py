@@ -141,6 +141,21 @@ class Engine:
         return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes, weights=self.weights))
 
     @property
+    def draft_bytes_per_device(self) -> int:
+        """Bytes of a draft model with its cache on each device; 0 without one."""
+        return self._speculator.bytes_per_device if self._speculator else 0
+
+    @property
+    def guessed_tokens(self) -> int:
+        """Tokens that speculation has guessed so far."""
+        return self._speculator.num_guessed if self._speculator else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that were right."""
+        return self._speculator.num_accepted if self._speculator else 0
+
+    @property
     def usage(self) -> Usage:
         """Ticks so far, and how many of them each rank worked."""
         return Usage(
@@ -148,8 +163,8 @@ class Engine:
             prefill_ticks=self._prefill_ticks,
             read_tokens=self._read_tokens,
             shared_tokens=self._shared_tokens,
-            guessed_tokens=self._speculator.num_guessed if self._speculator else 0,
-            accepted_tokens=self._speculator.num_accepted if self._speculator else 0,
+            guessed_tokens=self.guessed_tokens,
+            accepted_tokens=self.accepted_tokens,
             busy=np.asarray(self._state.busy),
         )
 
@@ -239,7 +254,7 @@ class Engine:
     def _decode(self) -> list[ServedSequence]:
         """Run some rounds of decode, and return the sequences that ended."""
         # By slot, as the devices return tokens; no slot gets another sequence before the next step.
-        decoding = {s.slot: s for s in self.scheduler.decoding}
+        decoding = {s.slot: s for s in self.scheduler.decoding if s.slot is not None}
         if not decoding:
             return []
         if self._speculator is not None:

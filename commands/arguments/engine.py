@@ -2,7 +2,7 @@
 
 import argparse
 
-from .types import parse_whole
+from .types import parse_path, parse_whole
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,3 +27,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--groups", type=parse_whole, default=0, metavar="N", help="request groups in flight (default: one a stage)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_speculate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --speculate and --speculate-tokens."""
+    parser.add_argument(
+        "--speculate",
+        type=parse_path,
+        metavar="HOW",
+        help="guess tokens and check several at once: lookup, or the folder of a smaller model (default: none)",
+    )
+    parser.add_argument(
+        "--speculate-tokens", type=parse_whole, default=4, metavar="N", help="tokens guessed at a time (default 4)"
+    )

@@ -4,7 +4,7 @@ import argparse
 
 from ...hub.folder import check_model_folder
 from ...meshes.errors import ServeError
-from .engine import add_engine_arguments
+from .engine import add_engine_arguments, add_speculate_arguments
 from .types import parse_bias, parse_path, parse_real, parse_whole
 
 
@@ -17,6 +17,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampling_arguments(parser)
     parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
     add_engine_arguments(parser)
+    add_speculate_arguments(parser)
     parser.add_argument(
         "--slots", type=parse_whole, default=0, metavar="N", help="requests decoded at a time (default: at most 8)"
     )

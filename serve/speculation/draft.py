@@ -6,6 +6,7 @@ same token wherever one is likely by both (Daliri et al. 2025, "Coupling without
 `verify.py` for what becomes of the guesses.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ...layers import ModelConfig
-from ...meshes import MeshAxes, ServeError, mesh_sizes
+from ...layers import ModelConfig, bytes_per_device
+from ...meshes import MeshAxes, ServeError
 from ..check import check_model
 from ..chunks import Chunks
 from ..compiled_programs import compile_programs
-from ..params import stage_params, weights_of
+from ..params import stage_params, stage_shapes, weights_of
 from ..slots import SlotInputs
 from ..stacks import LayerLoop
 from ..state import Sizes, empty_state, state_shapes
@@ -47,15 +48,21 @@ class DraftModel:
         axes: MeshAxes,
         layers: LayerLoop,
     ) -> None:
-        check_draft(config, mesh, max_tokens=sizes.max_tokens, axes=axes)
+        check_draft(config, mesh.shape, max_tokens=sizes.max_tokens, axes=axes)
         # One round more than guesses: the last guess is read too, for when all of them are right.
         self._sizes = replace(sizes, rounds=num_tokens + 1)
         own: dict[str, Any] = {"mesh": mesh, "layers": layers, "axes": axes}
         self._shapes = state_shapes(config, self._sizes, cache_dtype=config.dtype, **own)
         own["weights"] = weights_of(params)
+        self._weights = stage_shapes(config, **own)
         self._programs = compile_programs(config, self._sizes, state=self._shapes, **own)
         self._params = stage_params(params, config=config, **own)
         self._state = empty_state(self._shapes)
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of its parameters and of its state on each device."""
+        return bytes_per_device((self._weights, self._shapes))
 
     def read(self, slots: SlotInputs, chunks: Chunks, num_chunks: np.int32) -> None:
         """Read chunks of prompts, as the model has read them."""
@@ -76,17 +83,17 @@ class DraftModel:
         return np.asarray(chosen.token)[-1]
 
 
-def check_draft(config: ModelConfig, mesh: Mesh, *, max_tokens: int, axes: MeshAxes) -> None:
-    """Raise unless a model can guess on a mesh.
+def check_draft(config: ModelConfig, sizes: Mapping[str, int], *, max_tokens: int, axes: MeshAxes) -> None:
+    """Raise unless a model can guess on a mesh of these sizes.
 
     Raises:
         ServeError: the mesh has stages.
         TrellaxError: the model does not split, or reads fewer tokens than sequences have.
     """
-    stages = mesh_sizes(mesh, axes=axes).pipe
-    if stages > 1:
+    if sizes[axes.pipe] > 1:
         raise ServeError(
-            f"a draft model on {axes.pipe}={stages}: its layers are not cut into stages, and other ranks would wait.",
+            f"a draft model on {axes.pipe}={sizes[axes.pipe]}: its layers are not cut into stages, and all but one "
+            "would wait for it.",
             fix=f"set {axes.pipe}=1, or guess by look-up.",
         )
-    check_model(config, mesh.shape, max_tokens=max_tokens, axes=axes)
+    check_model(config, sizes, max_tokens=max_tokens, axes=axes)

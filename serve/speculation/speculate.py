@@ -97,6 +97,11 @@ class Speculator:
             self._draft = DraftModel(*how.draft, sizes=sizes, num_tokens=how.tokens, **own)
         self._verify = _compile(config, sizes, how.tokens + 1, state=state, weights=weights, **own)
 
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes of a draft model with its state on each device; 0 without one."""
+        return self._draft.bytes_per_device if self._draft else 0
+
     def read(self, *chunks: Any) -> None:
         """Let a draft model read the chunks of prompts that the model reads."""
         if self._draft is not None:

@@ -13,10 +13,11 @@ SCHEDULE = (*SCHEDULE_SIZES, "--forward", "--input-grad", "--weight-grad", "--tr
 SCHEDULE_FILES = ("--png", "--svg", "--csv", "--trace")
 ENGINE = ("--fake-devices", "--dtype", "--weights", "--cache-dtype", "--chunk", "--groups")
 ANSWER = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--mesh", "--slots")
+SPECULATE = ("--speculate", "--speculate-tokens")
 PENALTIES = ("--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias")
-GENERATE = (*PENALTIES, "--logprobs", *ENGINE, *ANSWER, "--max-tokens", "--prompt", "--prompts-file")
+GENERATE = (*SPECULATE, *PENALTIES, "--logprobs", *ENGINE, *ANSWER, "--max-tokens", "--prompt", "--prompts-file")
 HTTP = ("--host", "--port", "--name", "--api-key", "--chat-template", "--queue", "--max-body-bytes", "--timeout")
-SERVE = (*ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens", "--cache-tokens")
+SERVE = (*SPECULATE, *ENGINE, *HTTP, "--mesh", "--slots", "--max-tokens", "--cache-tokens")
 BENCH = (*ENGINE, "--batch", "--meshes", "--prompt-tokens", "--new-tokens", "--png")
 
 PREPARE = ("--text-field", "--vocab-size", "--tokenizer", "--processes", "--shard-mib", "--max-damaged")

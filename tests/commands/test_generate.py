@@ -117,6 +117,19 @@ def test_settings_that_change_logits_reach_the_answer_and_log_probabilities_are_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["lookup", "model"])
+def test_guesses_change_no_answer_and_their_share_is_told(
+    how: str, ask: Any, answers: list[Completion], run_folder: Path
+) -> None:
+    code, out, err = ask(*HOW, "--json", "--speculate", str(run_folder) if how == "model" else how)
+    assert code == 0
+    assert [one["token_ids"] for one in json.loads(out)] == [list(answer.tokens) for answer in answers]
+    # The model guesses what it says itself.
+    assert ("100% of" in err) == (how == "model")
+    assert ("guessed tokens were right" in err) or how == "lookup"
+
+
+@pytest.mark.slow
 def test_quantized_answers_are_those_of_python_and_the_error_is_told(ask: Any, run_folder: Path) -> None:
     code, out, err = ask(*HOW, "--json", "--weights", "int8", "--cache-dtype", "fp8")
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
@@ -155,6 +168,8 @@ MISTAKES: dict[str, list[str]] = {
     "stop_that_is_no_text": ["--prompt", "x", "--stop", "\udcff"],
     "bias_that_is_no_pair": ["--prompt", "x", "--logit-bias", "7"],
     "penalty_out_of_range": ["--prompt", "x", "--presence-penalty", "3"],
+    "no_guesses": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "lookup", "--speculate-tokens", "0"],
+    "no_draft": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "no-folder"],
     "override": ["--prompt", "x", "--train.steps", "3"],
 }
 
