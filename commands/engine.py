@@ -16,6 +16,7 @@ from ..meshes import ConfigError, MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices
 from ..meshes.errors import shown, suggest
 from ..serve import Engine, Sizes, Speculation, check_model, param_shapes, quantize_params
+from ..serve.load import RoundingError, read_params
 from ..serve.speculation.draft import check_draft
 
 _DTYPES = ("float32", "bfloat16")
@@ -94,15 +95,17 @@ def load_params(source: ModelSource, spec: MeshSpec, args: argparse.Namespace, *
     Raises:
         TrellaxError: they cannot be read.
     """
-    params = source.read(param_shapes(source.config, mesh=mesh, axes=spec.roles))
-    return quantize_and_tell(params, source.config, spec, args, mesh=mesh)
+    return _tell(args, *read_params(source, mesh=mesh, weights=args.weights, axes=spec.roles))
 
 
 def quantize_and_tell(
     params: Any, config: ModelConfig, spec: MeshSpec, args: argparse.Namespace, *, mesh: jax.sharding.Mesh
 ) -> Any:
     """Quantize parameters as `--weights` says, and print what rounding costs."""
-    params, error = quantize_params(params, config=config, mesh=mesh, weights=args.weights, axes=spec.roles)
+    return _tell(args, *quantize_params(params, config=config, mesh=mesh, weights=args.weights, axes=spec.roles))
+
+
+def _tell(args: argparse.Namespace, params: Any, error: RoundingError | None) -> Any:
     if error is not None:
         print(f"weights   {args.weights}, a scale for each output channel: {error}", file=sys.stderr)
     return params
