@@ -105,6 +105,7 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: li
     assert [one["finish_reason"] for one in found] == ["stop" if stop in own else "length" for own in tokens]
 
 
+@pytest.mark.slow
 def test_settings_that_change_logits_reach_the_answer_and_log_probabilities_are_shown(ask: Any) -> None:
     """A bias wins over all else, and its penalty for each time over the bias: 65 three times, then 66."""
     words = ["--prompt", "x", "--max-new-tokens", "4", "--logit-bias", "65=100", "--logit-bias", "66=95"]

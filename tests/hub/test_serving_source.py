@@ -69,6 +69,7 @@ def test_64_tokens_are_those_that_transformers_generates(name: str, tmp_path: Pa
         assert [list(completion.tokens) for completion in found] == expected.tolist()
 
 
+@pytest.mark.slow
 def test_each_kernel_is_rounded_before_the_next_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     folder, mesh = GOLDEN / "llama3", build_mesh(MeshSpec(), devices=jax.devices()[:1])
     config, read = read_hub_model(folder).config, partial(load_params, folder)

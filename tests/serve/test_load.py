@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.layers.quantized import Weights, dequantize, quantize
+from flax import nnx
+from trellax.layers import RowLinear
+from trellax.layers.quantized import Weights, dequantize, quantize, quantize_layers
 from trellax.meshes import ServeError
 from trellax.serve import Engine, Request, param_shapes
 from trellax.serve.experts import with_room
@@ -54,6 +56,16 @@ def check(mesh: str, style: str, weights: Weights) -> None:
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_a_layer_multiplies_by_its_rounded_kernel(weights: Weights) -> None:
+    layer = quantize_layers(nnx.Sequential(RowLinear(16, 8, dim="ffn", rngs=nnx.Rngs(0))), weights).layers[0]
+    x = np.random.default_rng(0).standard_normal((2, 3, 16)).astype(np.float32)
+    kernel = np.asarray(dequantize(layer.kernel[...], layer.kernel_scale[...]))
+    assert layer.kernel[...].dtype.itemsize == 1
+    assert np.allclose(layer(x), x @ kernel, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_quantized_on_a_mesh_equals_the_rounded_model_on_one_device() -> None:
     check("tensor=2,pipe=2", "llama", "int8")
 
@@ -78,6 +90,7 @@ def test_rounding_is_bounded_by_the_largest_weight_of_a_column_or_by_the_weight(
     assert (error <= bound * 1.001).all()
 
 
+@pytest.mark.slow
 def test_the_error_that_is_told_is_that_of_the_kernels() -> None:
     config, mesh = model_of("llama"), mesh_of("data=1")
     _, error = quantize_params(params_on(config, mesh), config=config, mesh=mesh, weights="int8")
@@ -114,6 +127,7 @@ def test_a_weight_that_is_not_finite_ends_an_answer_with_an_error() -> None:
         engine_of("llama", "int8", params=params).generate([Request(prompt=(1,), max_new_tokens=2)])
 
 
+@pytest.mark.slow
 def test_formats_are_read_off_the_parameters() -> None:
     for style, weights in (("llama", "plain"), ("gpt", "fp8"), ("deepseek", "int8")):
         assert weights_of(param_shapes(model_of(style), mesh=mesh_of("tensor=2"), weights=weights)) == weights

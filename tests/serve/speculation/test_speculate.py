@@ -7,7 +7,7 @@ import pytest
 from trellax.meshes import ServeError
 from trellax.serve import Engine, Request, Speculation, Usage
 
-from ..models import STYLES, answer_of, engine_on, mesh_of, model_of, numbers_of, params_on, requests_of
+from ..models import STYLES, answer_of, engine_on, logits_of, mesh_of, model_of, numbers_of, params_on, requests_of
 
 REPEATING = [Request(prompt=(1, 2, 3, 4) * 3, max_new_tokens=11), Request(prompt=(9,), max_new_tokens=20)]
 
@@ -30,7 +30,7 @@ def check(mesh: str, style: str, kind: str, speculation: Speculation, **sizes: A
 
 
 def test_looked_up_guesses_change_no_answer() -> None:
-    usage = check("tensor=2,pipe=2", "llama", "sampled", Speculation(tokens=3))
+    usage = check("data=1", "llama", "sampled", Speculation(tokens=3))
     assert 0 < usage.accepted_tokens < usage.guessed_tokens
 
 
@@ -49,8 +49,12 @@ def test_looked_up_guesses_change_no_answer_on_all_meshes(mesh: str, style: str,
 def test_a_draft_model_changes_no_answer(mesh: str, like: str, kind: str) -> None:
     speculation = Speculation(tokens=3, draft=draft_of("llama", mesh, like=like))
     usage = check(mesh, "llama", kind, speculation)
-    # A draft model that is the model draws what the model draws.
-    assert (usage.accepted_tokens == usage.guessed_tokens) == (like == "same")
+    if kind == "changed":
+        # All of these have a penalty.
+        assert usage.guessed_tokens == 0
+    else:
+        # A draft model that is the model draws what the model draws.
+        assert (usage.accepted_tokens == usage.guessed_tokens) == (like == "same")
 
 
 @pytest.mark.slow
@@ -79,26 +83,29 @@ def test_a_cancelled_sequence_ends_and_others_go_on() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("like", ["same", "other"])
 def test_drawn_answers_have_the_distribution_of_the_model(like: str) -> None:
-    """Pairs of first tokens of 4,000 seeds beside their exact probabilities: chi-square within its 99.9% bound."""
+    """Pairs of tokens of 4,000 seeds beside exact probabilities: chi-square within four deviations of its mean."""
     config = model_of("llama", vocab_size=8)
     draft = config if like == "same" else model_of("llama", vocab_size=8, hidden_size=16, num_layers=1)
     mesh = mesh_of("data=1")
     speculation = Speculation(tokens=2, draft=(draft, params_on(draft, mesh)))
     engine = Engine(config, params_on(config, mesh), mesh=mesh, slots=64, chunk=4, page=2, speculation=speculation)
-    draws = [Request(prompt=(1, 2, 3), max_new_tokens=3, temperature=3.0, seed=seed) for seed in range(4_000)]
+    draws = [Request(prompt=(1, 2, 3), max_new_tokens=3, temperature=5.0, seed=seed) for seed in range(4_000)]
     counts = np.zeros((8, 8))
     for answer in engine.generate(draws):
         counts[answer.tokens[1], answer.tokens[2]] += 1
-    expected = exact_pairs(config, temperature=3.0) * len(draws)
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    # 63 degrees of freedom, and more where an expected count is small: those below 5 are not.
-    assert expected.min() > 5
-    assert chi_square < 103.4
+    expected = exact_pairs(config, temperature=5.0) * len(draws)
+    # Rare pairs count together.
+    is_rare = expected < 5
+    counts, expected = (np.append(x[~is_rare], x[is_rare].sum()) for x in (counts, expected))
+    free = len(counts) - 1
+    assert free > 20
+    assert ((counts - expected) ** 2 / expected).sum() < free + 4 * (2 * free) ** 0.5
+    assert engine.accepted_tokens > 0
+    assert (engine.accepted_tokens == engine.guessed_tokens) == (like == "same")
 
 
 def exact_pairs(config: Any, *, temperature: float) -> np.ndarray:
     """Probabilities of the second and third token of an answer, summed over the first: [V, V]."""
-    from ..models import logits_of
 
     def shares(tokens_BT: np.ndarray) -> np.ndarray:
         logits = logits_of(config, tokens_BT)[:, -1].astype(np.float64) / temperature
