@@ -22,7 +22,7 @@ from ..serve import Engine, Sizes, check_model, param_shapes
 from ..serve.measure import draw_params, measure_decode
 from ..serve.params import stage_shapes
 from ..serve.state import state_shapes
-from .engine import apply_dtype, open_mesh, resolve_mesh
+from .engine import apply_dtype, open_mesh, quantize_and_tell, resolve_mesh
 from .output_file import check_output_files, write_output_file
 
 _GIB = 2**30
@@ -146,22 +146,23 @@ class _Trial:
         mesh, dtype = open_mesh(self.spec), self.args.cache_dtype or self.config.dtype
         state = state_shapes(self.config, self.sizes, mesh=mesh, cache_dtype=dtype, axes=axes)
         cache = bytes_per_device(state)
-        weights = bytes_per_device(stage_shapes(self.config, mesh=mesh, axes=axes))
+        weights = bytes_per_device(stage_shapes(self.config, mesh=mesh, axes=axes, weights=self.args.weights))
         room = memory.num_bytes(self.spec)
         if room is not None and weights + cache > room:
             raise ServeError(
                 f"{self.spec} with {self.batch} requests: a device would hold {weights / _GIB:.1f} GiB of weights and "
                 f"{cache / _GIB:.1f} GiB of cache, and has {room / _GIB:.1f} GiB.",
-                fix="use more devices, fewer requests, or --cache-dtype bfloat16.",
+                fix="use more devices, fewer requests, --weights int8, or --cache-dtype bfloat16.",
             )
 
     def measure(self, read: Any, memory: _Memory) -> dict[str, Any]:
         """Build an engine, run it once to compile and once to be timed, and return the row."""
         print(f"{self.spec}, {self.batch} requests ...", file=sys.stderr)
         mesh, sizes = open_mesh(self.spec), self.sizes
+        params = read(mesh, self.spec.roles)
         engine = Engine(
             self.config,
-            read(mesh, self.spec.roles),
+            quantize_and_tell(params, self.config, self.spec, self.args, mesh=mesh),
             mesh=mesh,
             axes=self.spec.roles,
             slots=sizes.slots,

@@ -5,6 +5,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 from ..hub.model_folder import ModelSource
@@ -13,10 +15,10 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, ServedSequence, check_request, param_shapes
+from ..serve import Engine, Request, ServedSequence, check_request
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
-from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
+from .engine import apply_dtype, check_served, describe_engine, load_params, open_guesser, open_mesh, open_served
 
 _DEFAULT_SLOTS = 8
 _MAX_PROMPTS_BYTES = 1 << 28
@@ -41,20 +43,23 @@ def run_generate(args: argparse.Namespace) -> int:
     check_served(config, spec, sizes)
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
-    mesh = open_mesh(spec)
+    guesser, mesh = open_guesser(args, config, spec, sizes), open_mesh(spec)
     start_s = time.perf_counter()
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
     engine = Engine(
         config,
-        source.read(param_shapes(config, mesh=mesh, axes=spec.roles)),
+        load_params(replace(source, config=config), spec, args, mesh=mesh),
         mesh=mesh,
         axes=spec.roles,
         on_token=printer.add if printer else None,
+        speculation=guesser.load(spec, mesh) if guesser else None,
         **sizes,
     )
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     start_s = time.perf_counter()
     sequences = _answer(engine, requests, printer)
+    if not args.json and args.logprobs is not None:
+        print("\n".join(_logprob_lines(sequences, source.tokenizer)), file=sys.stderr)
     if args.json:
         print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
     print(_describe_pace(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
@@ -104,6 +109,12 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSo
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty,
+            logit_bias=args.logit_bias,
+            logprobs=args.logprobs,
             seed=args.seed + index,
             stop=tuple(stops),
         )
@@ -179,17 +190,35 @@ class _Printer:
 
 def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dict[str, Any]:
     stream = TextStream(tokenizer, prompt=sequence.request.prompt)
+    wanted = sequence.request.logprobs is not None
     return {
         "prompt": prompt,
         "completion": stream.add(*sequence.tokens) + stream.finish(),
         "token_ids": sequence.tokens,
         "finish_reason": sequence.finish_reason,
+        **({"logprobs": [asdict(one) for one in sequence.logprobs]} if wanted else {}),
     }
+
+
+def _logprob_lines(sequences: list[ServedSequence], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a line for each token of each answer: its log probability, and the likeliest tokens in its place."""
+
+    def entry(token: int, logprob: float) -> str:
+        return f"{logprob:8.3f} {token:6} {tokenizer.decode([token])!r}"
+
+    for index, sequence in enumerate(sequences):
+        yield f"logprobs of answer {index}"
+        for one in sequence.logprobs:
+            top = "".join(f"   | {entry(*pair).lstrip()}" for pair in one.top)
+            yield entry(one.token, one.logprob) + top
 
 
 def _describe_pace(engine: Engine, sequences: list[ServedSequence], seconds: float) -> str:
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+    usage, guessed = engine.usage, ""
+    if usage.guessed_tokens:
+        guessed = f"; {usage.accepted_share:.0%} of {usage.guessed_tokens} guessed tokens were right"
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:,.1f} tokens/s; "
-        f"stages idle {engine.usage.idle_share:.0%} of the ticks"
+        f"stages idle {usage.idle_share:.0%} of the ticks{guessed}"
     )

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,23 @@ from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
 from ..meshes import MeshSpec, ServeError
 from ..meshes.processes.messages import is_first
-from ..serve import AsyncEngine, Engine, param_shapes
+from ..serve import AsyncEngine, Engine
 from ..serve.http.run import bind, run_server, url_of
 from ..serve.http.service import Limits, Service
 from ..serve.processes.channel import StepSender, receive_steps
 from ..serve.processes.follow import follow, ignore_signals
 from ..serve.state import MAX_STOPS
 from ..train.processes.run_settings import collect_program_settings, sample_folder
-from .engine import apply_dtype, check_served, describe_engine, open_mesh, open_served
+from .engine import (
+    Guesser,
+    apply_dtype,
+    check_served,
+    describe_engine,
+    load_params,
+    open_guesser,
+    open_mesh,
+    open_served,
+)
 from .processes import Joined, join_others
 
 API_KEY = "TRELLAX_API_KEY"
@@ -39,7 +49,11 @@ _SHARED_ARGUMENTS = (
     "groups",
     "chunk",
     "dtype",
+    "weights",
     "cache_dtype",
+    "ema",
+    "speculate",
+    "speculate_tokens",
     "silence",
 )
 """Arguments that all processes of a server must share."""
@@ -65,12 +79,14 @@ def run_serve(args: argparse.Namespace) -> int:
         source = replace(source, config=apply_dtype(source.config, args))
         sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
         check_served(source.config, spec, sizes)
+        guesser = open_guesser(args, source.config, spec, sizes)
+        make_engine = partial(_make_engine, args, source, spec, sizes, guesser)
         if not is_first():
             # Process 0 ends the others when it has ended what its clients wait for.
             with ignore_signals():
-                follow(_make_engine(source, spec, sizes), receive_steps())
+                follow(make_engine(), receive_steps())
             return 0
-        _serve_clients(args, source, spec, sizes, joined=joined, served=served)
+        _serve_clients(args, source, make_engine, joined=joined, served=served)
     print("stopped", file=sys.stderr)
     return 0
 
@@ -78,8 +94,7 @@ def run_serve(args: argparse.Namespace) -> int:
 def _serve_clients(
     args: argparse.Namespace,
     source: ModelSource,
-    spec: MeshSpec,
-    sizes: dict[str, Any],
+    make_engine: Callable[[], Engine],
     *,
     joined: Joined,
     served: list[AsyncEngine],
@@ -88,7 +103,7 @@ def _serve_clients(
     template, key = load_chat_template(args.folder, file=args.chat_template), _read_key(args)
     with bind(args.host, args.port) as bound:
         engine = AsyncEngine(
-            _make_engine(source, spec, sizes),
+            make_engine(),
             max_waiting=args.queue,
             others=StepSender() if joined.watch else None,
             on_failure=joined.watch.fail if joined.watch else None,
@@ -111,10 +126,13 @@ def collect_serve_settings(args: argparse.Namespace) -> dict[str, str]:
     return {**own, **collect_program_settings(), "model": sample_folder(args.folder)}
 
 
-def _make_engine(source: ModelSource, spec: MeshSpec, sizes: dict[str, Any]) -> Engine:
+def _make_engine(
+    args: argparse.Namespace, source: ModelSource, spec: MeshSpec, sizes: dict[str, Any], guesser: Guesser | None
+) -> Engine:
     mesh, start_s = open_mesh(spec), time.perf_counter()
-    params = source.read(param_shapes(source.config, mesh=mesh, axes=spec.roles))
-    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, **sizes)
+    params = load_params(source, spec, args, mesh=mesh)
+    speculation = guesser.load(spec, mesh) if guesser else None
+    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, speculation=speculation, **sizes)
     if is_first():
         print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     return engine

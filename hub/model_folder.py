@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
 from .adapters import merge_adapters, without_lora
@@ -19,6 +21,7 @@ from .read import read_weights
 from .run_params import Weights, check_weights, is_run_folder, read_run_params, run_saves, say_on_stderr
 from .saved_model import read_saved_model
 from .saves.names import FOLDER
+from .saves.paths import path_text
 from .saves.reader import SaveReader
 from .special_ids import ORIGIN
 from .text_stream import ByteTokenizer, Tokenizer
@@ -36,7 +39,7 @@ class ModelSource:
         tokenizer: converts text to token ids and back.
         end_ids: ids of the tokens that end an answer.
         read: reads the parameters with given shapes, dtypes and shardings, a tree {"embed", "blocks", "head"} of
-            `jax.ShapeDtypeStruct`, blocks [L, ...].
+            `jax.ShapeDtypeStruct`, blocks [L, ...]; takes `each` as `load_params` does.
         begin_ids: prompt to use in place of an empty one; empty if no file of the folder names a first token.
         warnings: a line for every two files of the folder that differ.
     """
@@ -44,7 +47,7 @@ class ModelSource:
     config: ModelConfig
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
-    read: Callable[[Any], Any]
+    read: Callable[..., Any]
     begin_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -89,7 +92,13 @@ def _no_average(folder: str | Path) -> CheckpointError:
     )
 
 
-def load_params(folder: str | Path, shapes: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:
+def load_params(
+    folder: str | Path,
+    shapes: dict[str, Any],
+    *,
+    weights: Weights = "last",
+    each: Callable[[str, jax.Array], Any] | None = None,
+) -> dict[str, Any]:
     """Return the parameters in a run folder (its newest save) or a Hugging Face folder, each device reading its part.
 
     A damaged save is reported on stderr, and the one before it is read. A folder of PEFT holds adapters alone: they are
@@ -99,12 +108,17 @@ def load_params(folder: str | Path, shapes: dict[str, Any], *, weights: Weights 
         shapes: the parameters wanted, a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings,
             blocks [L, ...]; such as `trellax.serve.param_shapes` or `trellax.train.weight_shapes` returns.
         weights: which weights of a run, those of its last step or their average.
+        each: as of `read_weights`. Of a Hugging Face folder one parameter is read and given to it after another, of
+            others all are read first.
 
     Raises:
         CheckpointError: the run folder has no whole save, one of another model, or no average.
         WeightsError: the Hugging Face folder is incomplete, or of another model.
     """
     check_weights(weights)
+    if each is not None and (is_run_folder(folder) or is_peft_folder(folder)):
+        change = lambda path, leaf: each(path_text(path), leaf)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(change, load_params(folder, shapes, weights=weights))
     if is_run_folder(folder):
         return read_run_params(folder, shapes, weights=weights)
     if weights == "ema":
@@ -113,7 +127,7 @@ def load_params(folder: str | Path, shapes: dict[str, Any], *, weights: Weights 
         opened = open_adapters(folder)
         config, adapters = read_adapters(opened, read_model_config(opened.base), shapes)
         return merge_adapters(load_params(opened.base, shapes), adapters, config=config)
-    return read_weights(folder, shapes, say=say_on_stderr)
+    return read_weights(folder, shapes, say=say_on_stderr, **({} if each is None else {"each": each}))
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:

@@ -27,7 +27,17 @@ def _ignore(_message: str) -> None:
     pass
 
 
-def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object] = _ignore) -> Any:
+def _keep(_path: str, leaf: jax.Array) -> Any:
+    return leaf
+
+
+def read_weights(
+    folder: str | Path,
+    shapes: Any,
+    *,
+    say: Callable[[str], object] = _ignore,
+    each: Callable[[str, jax.Array], Any] = _keep,
+) -> Any:
     """Return the parameters of a Hugging Face folder as arrays of the given shapes, types and shardings.
 
     Every device reads its slices of the files and converts them to the wanted type. The host holds one device's part
@@ -37,6 +47,8 @@ def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object
         shapes: a tree {"embed", "blocks", "head"} of `jax.ShapeDtypeStruct` with shardings, shaped like the parameters
             of a `Transformer`; blocks are [L, ...].
         say: called with a line for every two keys or files that differ, with the one that was used.
+        each: called with the path of each parameter, "blocks.mlp.up.kernel", and its array, before the next one is
+            read; what it returns takes the array's place.
 
     Raises:
         WeightsError: the files are broken, or tensors are missing, unknown or of another shape; no weight is read then.
@@ -46,8 +58,8 @@ def read_weights(folder: str | Path, shapes: Any, *, say: Callable[[str], object
         # Names in the files are quoted, and may hold terminal escapes.
         say(printable(f"warning   {folder}: {warning}", limit=1_000))
 
-    def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return _read_leaf(weights, path_text(path), leaf)
+    def read(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+        return each(path_text(path), _read_leaf(weights, path_text(path), leaf))
 
     return jax.tree_util.tree_map_with_path(read, shapes)
 

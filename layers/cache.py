@@ -11,13 +11,13 @@ which is data, so no program changes shape; two sequences that begin with the sa
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
@@ -25,8 +25,9 @@ from ..meshes.arguments import check_choice, check_count
 from ..meshes.device_axes import mark_varying, varying_axes
 from .config import ModelConfig
 
-CacheDtype = Literal["float32", "bfloat16"]
-"""Dtype in which keys and values are stored; scores are summed in float32 either way."""
+CacheDtype = Literal["float32", "bfloat16", "fp8"]
+"""Dtype in which keys and values are stored; scores are summed in float32 either way. "fp8" is e4m3 with a scale for
+each token and head, so that each number is rounded by at most 1/16 of itself, or 2**-18 of the largest of its head."""
 
 Keys = Literal["keys", "keys_and_values"]
 """What queries are multiplied with: stored keys, or these followed by the values, as of latent vectors."""
@@ -37,14 +38,28 @@ BLOCK = 256
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """Stored numbers in eight bits, the bits of e4m3 in uint8 [..., H], and their scales, float32 [...]."""
+
+    numbers: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        return self.numbers.shape
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values of every layer in pages of S tokens, and the number of cached tokens of each row.
 
     keys, values [L@pipe, pages@data, K@tensor, S, H], or tuples of such; lengths [P@pipe, B@data]. With `latent_size`
     they are shared keys [L@pipe, pages@data, 1, S, R] and latent vectors [L@pipe, pages@data, 1, S, C]. Each pipeline
     stage has its own lengths, since a token reaches the stages one after another. bfloat16 is stored as its bits, in
-    uint16: XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. The class also
-    holds the shapes of a cache (`cache_shapes`).
+    uint16: XLA's CPU backend would scatter it in float32, a copy of the whole cache for each token. In fp8 each is a
+    `Scaled`. The class also holds the shapes of a cache (`cache_shapes`).
     """
 
     keys: Any
@@ -66,19 +81,22 @@ class KVCache:
         is_real_BT = jnp.arange(num_tokens)[None] < new.counts[:, None]
         page_BT = jnp.where(is_real_BT, page_BT, self.keys.shape[1])
 
-        def put(stored: jax.Array, own: jax.Array) -> jax.Array:
-            place = (layer, page_BT[..., None], head_11K, (place_BT % self.page)[..., None])
-            return stored.at[place].set(_encode(own, stored.dtype), mode="drop")
+        place = (layer, page_BT[..., None], head_11K, (place_BT % self.page)[..., None])
+
+        def put(stored: Any, own: jax.Array) -> Any:
+            coded = _round(own) if isinstance(stored, Scaled) else _encode(own, stored.dtype)
+            return jax.tree.map(lambda all_, new: all_.at[place].set(new, mode="drop"), stored, coded)
 
         return KVCache(keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH), lengths=self.lengths)
 
     def read(self, layer: jax.Array | int, page_Bn: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return keys and values of one layer in n pages of each row: two of [B, K, n * S, H]."""
 
-        def take(stored: jax.Array) -> jax.Array:
+        def take(stored: Any) -> jax.Array:
             # [B, n, K, S, H], of pages that exist.
-            pages = jnp.swapaxes(stored.at[layer, page_Bn].get(mode="promise_in_bounds"), 1, 2)
-            return _decode(pages.reshape(*pages.shape[:2], -1, pages.shape[-1]))
+            own = jax.tree.map(lambda all_: all_.at[layer, page_Bn].get(mode="promise_in_bounds"), stored)
+            pages = jnp.swapaxes(_widen(own) if isinstance(own, Scaled) else _decode(own), 1, 2)
+            return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
 
         return take(self.keys), take(self.values)
 
@@ -195,11 +213,11 @@ class _Softmax(NamedTuple):
     mixed: jax.Array
 
 
-def _nothing_seen(q_BKGTH: jax.Array, values: jax.Array) -> _Softmax:
+def _nothing_seen(q_BKGTH: jax.Array, values: Any) -> _Softmax:
     """Return the softmax over no keys, varying over the axes of the queries and of the cache."""
     *outer, _ = q_BKGTH.shape
     top, sum_, mixed = (jnp.full((*outer, n), x) for n, x in ((1, -jnp.inf), (1, 0.0), (values.shape[-1], 0.0)))
-    both = tuple({*varying_axes(values), *varying_axes(q_BKGTH)})
+    both = tuple({*varying_axes(jax.tree.leaves(values)[0]), *varying_axes(q_BKGTH)})
     return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
 
 
@@ -234,29 +252,34 @@ def cache_shapes(
 
     Args:
         num_pages, page: number of pages over all data shards, and of tokens of a page.
-        stacks: number of layers a stage in each array of keys, and of values.
+        stacks: number of layers a stage in each array.
 
     Raises:
         ShardingError: pages do not split evenly over `data`.
         ModelError: a count is below 1, or keys and values cannot be stored as `dtype`.
     """
-    check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
-    for name, count in {"num_rows": num_rows, "num_pages": num_pages, "page": page}.items():
-        check_count(name, count, error=ModelError)
-    sizes: Mapping[str, int] = mesh.shape
-    num_ranks = sizes[rules.mesh_axes.pipe]
-    heads, key_size, value_size = _row_sizes(config, tensor=math.prod(sizes[axis] for axis in rules.axes("heads")))
+    _check_cache(dtype, num_rows=num_rows, num_pages=num_pages, page=page)
+    num_ranks, tensor = mesh.shape[rules.mesh_axes.pipe], math.prod(mesh.shape[axis] for axis in rules.axes("heads"))
+    heads, key_size, value_size = _row_sizes(config, tensor=tensor)
+    dims = ("stage", "batch", None if config.latent_size else "heads", None, None)
 
-    def stack(layers: int, size: int) -> jax.ShapeDtypeStruct:
-        shape = (layers * num_ranks, num_pages, heads, page, size)
-        dims = ("stage", "batch", None if config.latent_size else "heads", None, None)
-        own = rules.sharding(dims, shape=shape, mesh=mesh, name="the cache")
-        return jax.ShapeDtypeStruct(shape, _STORED[dtype], sharding=own)
+    def array(kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        own = rules.sharding(dims[: len(shape)], shape=shape, mesh=mesh, name="the cache")
+        return jax.ShapeDtypeStruct(shape, kind, sharding=own)
+
+    def stack(layers: int, size: int) -> Any:
+        shape = (layers * num_ranks, num_pages, heads, page)
+        numbers = array(_STORED[dtype], *shape, size)
+        return Scaled(numbers=numbers, scales=array(jnp.float32, *shape)) if dtype == "fp8" else numbers
 
     keys, values = (tuple(stack(layers, size) for layers in stacks) for size in (key_size, value_size))
-    placed = NamedSharding(mesh, rules.spec(("stage", "batch")))
-    lengths = jax.ShapeDtypeStruct((num_ranks, num_rows), jnp.int32, sharding=placed)
-    return KVCache(keys=keys, values=values, lengths=lengths)
+    return KVCache(keys=keys, values=values, lengths=array(jnp.int32, num_ranks, num_rows))
+
+
+def _check_cache(dtype: str, **counts: int) -> None:
+    check_choice("dtype", dtype, get_args(CacheDtype), error=ModelError)
+    for name, count in counts.items():
+        check_count(name, count, error=ModelError)
 
 
 def _row_sizes(config: ModelConfig, *, tensor: int) -> tuple[int, int, int]:
@@ -277,7 +300,7 @@ def bytes_per_device(shapes: Any) -> int:
     return sum(map(one, jax.tree.leaves(shapes)))
 
 
-_STORED = {"float32": jnp.float32, "bfloat16": jnp.uint16}
+_STORED = {"float32": jnp.float32, "bfloat16": jnp.uint16, "fp8": jnp.uint8}
 
 
 def _encode(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -287,3 +310,18 @@ def _encode(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def _decode(stored: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored
+
+
+def _round(x: jax.Array) -> Scaled:
+    """Return x[..., H] in eight bits with a scale [...]: the largest number becomes e4m3's, 448."""
+    x = x.astype(jnp.float32)
+    top = jnp.abs(x).max(-1)
+    # A NaN, which XLA's maximum may pass over, stays one in e4m3; an infinity becomes one.
+    scales = jnp.where(top == 0, 1.0, top / 448)
+    numbers = (x / scales[..., None]).astype(jnp.float8_e4m3fn)
+    return Scaled(numbers=jax.lax.bitcast_convert_type(numbers, jnp.uint8), scales=scales)
+
+
+def _widen(stored: Scaled) -> jax.Array:
+    numbers = jax.lax.bitcast_convert_type(stored.numbers, jnp.float8_e4m3fn)
+    return numbers.astype(jnp.float32) * stored.scales[..., None]

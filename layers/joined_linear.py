@@ -39,6 +39,8 @@ class JoinedLinear(nnx.Module):
         first = linears[0]
         self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
         self.kernel, self.widths = self._join([(one.dim, one.kernel[...]) for one in linears], unit, "embed")
+        scales = [(one.dim, one.kernel_scale[...]) for one in linears if one.kernel_scale is not None]
+        self.kernel_scale = self._join(scales, unit)[0] if scales else nnx.data(None)
         biases = [(one.dim, one.bias[...]) for one in linears if one.bias is not None]
         self.bias = self._join(biases, unit)[0] if biases else nnx.data(None)
         self._join_adapters(linears, unit)

@@ -35,6 +35,7 @@ from .lora.adapter import add_adapter, enter_frozen, make_adapter
 from .lora.check_config import Lora
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
+from .quantized import scale_of
 
 
 class ColumnLinear(nnx.Module):
@@ -76,6 +77,7 @@ class ColumnLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
+        self.kernel_scale = nnx.data(None)
         self.lora, size = lora, (in_size, out_size)
         self.lora_a, self.lora_b = make_adapter(rngs, lora, size, ("embed", dim), rules)
 
@@ -132,6 +134,7 @@ class RowLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
+        self.kernel_scale = nnx.data(None)
         self.lora, size = lora, (in_size, out_size)
         self.lora_a, self.lora_b = make_adapter(rngs, lora, size, (dim, "embed"), rules)
 
@@ -145,7 +148,7 @@ class RowLinear(nnx.Module):
         check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         kernel = self.kernel[...] if self.lora is None else jax.lax.stop_gradient(self.kernel[...])
-        y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls)
+        y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls, scale=scale_of(self))
         y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim))
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
@@ -158,6 +161,7 @@ class _Columns(Protocol):
     """What `ColumnLinear` and `JoinedLinear` have in common."""
 
     kernel: nnx.Param
+    kernel_scale: Any
     dim: str
     dtype: DTypeLike
     matmuls: Matmuls
@@ -177,7 +181,7 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
     tokens, axes = rules.token_axes, rules.axes(layer.dim)
 
     def run(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-        y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls)
+        y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls, scale=scale_of(layer))
         return add_adapter(layer, x_BTD, y_BTF, axes)
 
     if num_blocks(tokens) == 1:

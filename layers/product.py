@@ -22,8 +22,10 @@ Matmuls = Literal["plain", "fp8"]
 _VALUE, _GRADIENT = "float8_e4m3fn", "float8_e5m2"
 
 
-def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain") -> jax.Array:
-    """Return x[..., D] @ kernel[D, ...] -> y[..., ...] in `dtype`.
+def multiply(
+    x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matmuls = "plain", scale: jax.Array | None = None
+) -> jax.Array:
+    """Return x[..., D] @ kernel[D, ...] -> y[..., ...] in `dtype`; times the scale [F] of a quantized kernel [D, F].
 
     With "fp8" the residual for the backward is x in eight bits, half the bytes of bfloat16.
 
@@ -32,6 +34,10 @@ def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matm
     """
     lead, (num_features, *features) = x.shape[:-1], kernel.shape
     x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if scale is not None:
+        # Scaled before it is rounded. The kernel is widened while it is read, see `quantized.py`.
+        y = _dot_rows(x.reshape(-1, num_features), kernel, jnp.float32) * scale[None]
+        return y.astype(dtype).reshape(*lead, *features)
     if matmuls == "plain":
         # With tokens merged into one dim: where a weight gradient sums over two, XLA's CPU backend first transposes an
         # activation.
@@ -41,7 +47,7 @@ def multiply(x: jax.Array, kernel: jax.Array, *, dtype: DTypeLike, matmuls: Matm
     return y.reshape(*lead, *features)
 
 
-def _dot_rows(x_nD: jax.Array, kernel: jax.Array) -> jax.Array:
+def _dot_rows(x_nD: jax.Array, kernel: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Return x[n, D] @ kernel[D, ...] -> y[n, ...]; on GPUs a single row, as in decoding one sequence, is duplicated.
 
     XLA turns a product of one row into an elementwise multiplication and a sum, and writes the multiplication out: an
@@ -50,7 +56,7 @@ def _dot_rows(x_nD: jax.Array, kernel: jax.Array) -> jax.Array:
     is_duplicated = len(x_nD) == 1 and is_nvidia()
     # Without the barrier XLA would see that both rows are the same.
     rows_nD = jax.lax.optimization_barrier(jnp.concatenate([x_nD, x_nD])) if is_duplicated else x_nD
-    y = jax.lax.dot_general(rows_nD, kernel, (((1,), (0,)), ((), ())))
+    y = jax.lax.dot_general(rows_nD, kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
     return y[:1] if is_duplicated else y
 
 

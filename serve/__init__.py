@@ -7,10 +7,12 @@ from ..meshes.lazy import make_lazy
 if TYPE_CHECKING:
     from .async_engine import AsyncEngine, TokenStream
     from .check import check_model, check_request
-    from .engine import Completion, Engine, Usage
-    from .load import load_for_serving
+    from .engine import Engine
+    from .load import load_for_serving, quantize_params
     from .params import param_shapes
     from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
+    from .results import Completion, Usage
+    from .speculation.speculate import Speculation
     from .state import Sizes
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Request",
     "ServedSequence",
     "Sizes",
+    "Speculation",
     "TokenLogprobs",
     "TokenStream",
     "Usage",
@@ -28,6 +31,7 @@ __all__ = [
     "check_request",
     "load_for_serving",
     "param_shapes",
+    "quantize_params",
 ]
 
 make_lazy(__name__)

@@ -32,7 +32,8 @@ class TokenStream:
     """The answer to one request, an async iterator of its tokens; `finish_reason` is None until it has ended.
 
     `logprobs` has an entry for each token that has arrived, if the request wants them; with the first token comes
-    `num_shared`, the number of tokens of the prompt that were in the cache.
+    `num_shared`, the number of tokens of the prompt that were in the cache. `num_guessed` and `num_accepted` are the
+    numbers of tokens that speculation has guessed, and of those that were right.
 
     Raises:
         ServeError: while iterating: logits are not finite, or the engine has stopped.
@@ -42,7 +43,7 @@ class TokenStream:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []
-        self.num_shared = 0
+        self.num_shared = self.num_guessed = self.num_accepted = 0
         self.error: ServeError | None = None
         self._send = send
         self._tokens: deque[int] = deque()
@@ -80,6 +81,7 @@ class TokenStream:
             self._tokens += update.tokens
             self.logprobs += update.logprobs
             self.num_shared = update.num_shared
+            self.num_guessed, self.num_accepted = update.num_guessed, update.num_accepted
             self.finish_reason, self.error = update.reason, update.error
             self._changed.set()
 
@@ -98,6 +100,8 @@ class StreamUpdate:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_shared: int = 0
+    num_guessed: int = 0
+    num_accepted: int = 0
     reason: FinishReason | None = None
     error: ServeError | None = None
 
@@ -117,6 +121,8 @@ class _Progress:
             tokens=tuple(own.tokens[first:]),
             logprobs=tuple(own.logprobs[first:]),
             num_shared=own.num_shared,
+            num_guessed=own.num_guessed,
+            num_accepted=own.num_accepted,
             reason=own.finish_reason,
             error=problem if own.finish_reason == "error" else None,
         )

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..layers import ModelConfig
+from ..layers.quantized import Weights
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.processes.messages import require_one_program
@@ -49,14 +50,16 @@ def compile_programs(
     state: ServeState,
     layers: LayerLoop = "loop",
     axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "plain",
 ) -> CompiledPrograms:
     """Compile all programs for parameters of `stage_shapes` and a state of these shapes."""
     rules = ShardingRules.of(axes)
-    params = stage_shapes(config, mesh=mesh, layers=layers, axes=axes)
+    own: dict[str, Any] = {"layers": layers, "axes": axes, "weights": weights}
+    params = stage_shapes(config, mesh=mesh, **own)
     of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
-    prefills = decodes = Stage(of_group, mesh, layers=layers, axes=axes)
+    prefills = decodes = Stage(of_group, mesh, **own)
     if of_chunk != of_group:
-        prefills = Stage(of_chunk, mesh, layers=layers, axes=axes)
+        prefills = Stage(of_chunk, mesh, **own)
     slots, chunks = input_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
@@ -69,8 +72,8 @@ def compile_programs(
         return decode(state, stage=decodes, sizes=sizes, params=params, slots=slots, num_rounds=num_rounds)
 
     return CompiledPrograms(
-        prefill=_compile(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
-        decode=_compile(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
+        prefill=compile_program(run_prefill, mesh, (params, state, slots, chunks, number), P(pipe, data)),
+        decode=compile_program(run_decode, mesh, (params, state, slots, number), P(pipe, None, data)),
         note_prompt=_compile_note(state.seen, part_shapes(sizes, mesh=mesh, rules=rules), mesh, rules.axes("vocab")),
     )
 
@@ -88,8 +91,11 @@ def _compile_note(seen: Any, part: PromptPart, mesh: Mesh, axes: tuple[str, ...]
     return _finish("counting of prompts", jitted.lower(seen, part), mesh, (seen, part))
 
 
-def _compile(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
-    """Compile with all axes manual, so that the partitioner adds no communication."""
+def compile_program(run: Callable[..., Any], mesh: Mesh, shapes: tuple[Any, ...], tokens_spec: P) -> Any:
+    """Compile run(params, state, ...) -> (state, chosen), which donates the state, for these shapes.
+
+    All axes are manual, so that the partitioner adds no communication.
+    """
     specs = block_specs(shapes, mesh)
     # The specs omit axes of one device, but results must have exactly the shardings that the next call expects.
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes[1])

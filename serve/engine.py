@@ -11,67 +11,32 @@ request on its way:
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.cache import CacheDtype
-from ..meshes import MeshAxes, ServeError, mesh_sizes
+from ..meshes import MeshAxes, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from .check import check_model, check_request, check_values
 from .chunks import pack_chunks
 from .compiled_programs import compile_programs
 from .decode import ticks_of_round
-from .params import stage_params, stage_shapes
+from .params import stage_params, stage_shapes, weights_of
 from .processes.place import gather
-from .requests import FinishReason, Request, RequestScheduler, ServedSequence, TokenLogprobs
+from .requests import Request, RequestScheduler, ServedSequence
+from .results import Completion, Place, Usage, complete, not_finite, on_host, record_tokens
 from .sampling import NOTHING, Choice
 from .slots import empty_inputs, prompt_parts, write_inputs
+from .speculation.speculate import Speculation, Speculator
 from .stacks import LayerLoop
 from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]
 """A callback for each new token of a sequence, in order; the sequence may already hold later tokens."""
-
-_Place = tuple[int, int]
-
-_REASONS: dict[int, FinishReason] = {1: "stop", 2: "length", 3: "error"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """The answer to a request: its new tokens, without a stop token, and the reason for its end.
-
-    `logprobs` has an entry for each token if the request wants them.
-    """
-
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Work so far: ticks of decoding and of prefill, and prompt tokens that were read, and shared and so not read.
-
-    `busy`, [P, data], counts the ticks in which each rank had work.
-    """
-
-    decode_ticks: int
-    prefill_ticks: int
-    read_tokens: int
-    shared_tokens: int
-    busy: np.ndarray
-
-    @property
-    def idle_share(self) -> float:
-        """Share of ticks in which a stage was idle, mean over stages, with filling and draining of the pipeline."""
-        ticks = self.decode_ticks + self.prefill_ticks
-        return 1 - float(self.busy.mean()) / ticks if ticks else 0.0
 
 
 class Engine:
@@ -81,7 +46,8 @@ class Engine:
     >>> engine.generate([Request(prompt=(72, 105), max_new_tokens=8)])[0].tokens
 
     Args:
-        params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`; the engine donates them.
+        params: parameters in natural order, as in `param_shapes(config, mesh=mesh)`, or from `quantize_params`; the
+            engine donates them.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
         slots: number of sequences in progress at a time, over all data shards.
         max_tokens: most tokens of a sequence, prompt and answer.
@@ -99,6 +65,7 @@ class Engine:
         max_stops: most stop tokens of a request.
         on_token: a callback for every new token.
         fill: "nan" fills the unused cache with NaN, to prove that it does not affect answers.
+        speculation: how to guess tokens, so that a step may decode several of a sequence; the answers are the same.
 
     Raises:
         TrellaxError: model, mesh and sizes are incompatible; nothing was allocated.
@@ -124,6 +91,7 @@ class Engine:
         layers: LayerLoop | None = None,
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
+        speculation: Speculation | None = None,
     ) -> None:
         check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
@@ -141,13 +109,18 @@ class Engine:
         )
         check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
-        self._begin(params, cache_dtype=cache_dtype or config.dtype, fill=fill)
+        self.cache_dtype: CacheDtype = cache_dtype or config.dtype
+        self._begin(params, fill=fill, speculation=speculation)
 
-    def _begin(self, params: Any, *, cache_dtype: CacheDtype, fill: Fill) -> None:
+    def _begin(self, params: Any, *, fill: Fill, speculation: Speculation | None) -> None:
         """Compile, take the parameters, and allocate a state in which no slot is in use."""
         own: dict[str, Any] = {"mesh": self.mesh, "layers": self.layers, "axes": self.axes}
-        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=cache_dtype, **own)
+        self.shapes = state_shapes(self.config, self.sizes, cache_dtype=self.cache_dtype, **own)
+        own["weights"] = self.weights = weights_of(params)
         self.programs = compile_programs(self.config, self.sizes, state=self.shapes, **own)
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            self._speculator = Speculator(speculation, self.config, self.sizes, state=self.shapes, **own)
         self.scheduler = _make_scheduler(self.sizes)
         self._params = stage_params(params, config=self.config, **own)
         self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(self.sizes)
@@ -166,7 +139,22 @@ class Engine:
     @property
     def param_bytes_per_device(self) -> int:
         """Bytes of parameters on each device."""
-        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes))
+        return bytes_per_device(stage_shapes(self.config, mesh=self.mesh, axes=self.axes, weights=self.weights))
+
+    @property
+    def draft_bytes_per_device(self) -> int:
+        """Bytes of a draft model with its cache on each device; 0 without one."""
+        return self._speculator.bytes_per_device if self._speculator else 0
+
+    @property
+    def guessed_tokens(self) -> int:
+        """Tokens that speculation has guessed so far."""
+        return self._speculator.num_guessed if self._speculator else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that were right."""
+        return self._speculator.num_accepted if self._speculator else 0
 
     @property
     def usage(self) -> Usage:
@@ -176,6 +164,8 @@ class Engine:
             prefill_ticks=self._prefill_ticks,
             read_tokens=self._read_tokens,
             shared_tokens=self._shared_tokens,
+            guessed_tokens=self.guessed_tokens,
+            accepted_tokens=self.accepted_tokens,
             busy=gather(self._state.busy),
         )
 
@@ -191,10 +181,7 @@ class Engine:
         sequences = [self.submit(request) for request in requests]
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
-        return [
-            Completion(tokens=tuple(s.tokens), finish_reason=s.finish_reason or "length", logprobs=tuple(s.logprobs))
-            for s in sequences
-        ]
+        return [complete(sequence) for sequence in sequences]
 
     def submit(self, request: Request) -> ServedSequence:
         """Put a request in the queue, and return its sequence, to which `step` adds tokens.
@@ -249,8 +236,10 @@ class Engine:
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        args = self._params, self._state, self._slots, pack_chunks(self.sizes, chunks), np.int32(num_chunks)
-        self._state, chosen = self.programs.prefill(*args)
+        given = self._slots, pack_chunks(self.sizes, chunks), np.int32(num_chunks)
+        self._state, chosen = self.programs.prefill(self._params, self._state, *given)
+        if self._speculator is not None:
+            self._speculator.read(*given)
         self._read_tokens += sum(len(chunk.tokens) for own in chunks for chunk in own)
         self._shared_tokens += sum(chunk.sequence.num_shared for own in chunks for chunk in own if chunk.is_last)
         # Chunk i is on rank r in tick i + r.
@@ -261,48 +250,40 @@ class Engine:
             for item, chunk in enumerate(own)
             if chunk.is_last
         )
-        return self._record_tokens(places, _on_host(chosen))
+        return self._record(places, on_host(chosen))
 
     def _decode(self) -> list[ServedSequence]:
         """Run some rounds of decode, and return the sequences that ended."""
         # By slot, as the devices return tokens; no slot gets another sequence before the next step.
-        decoding = {s.slot: s for s in self.scheduler.decoding}
+        decoding = {s.slot: s for s in self.scheduler.decoding if s.slot is not None}
         if not decoding:
             return []
+        if self._speculator is not None:
+            run = self._params, self._state, self._slots, decoding
+            self._state, host, accepted = self._speculator.run(*run)
+            self._decode_ticks += self._speculator.num_ticks
+            return self._record(accepted, host)
         longest = max(self._num_left(sequence) for sequence in decoding.values())
         num_rounds = min(self.sizes.rounds, longest)
         self._state, chosen = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
-        host = _on_host(chosen)
+        host = on_host(chosen)
         turns, slots = np.nonzero(host.token[:num_rounds] != NOTHING)
         places = ((decoding[slot], (turn, slot)) for turn, slot in zip(turns.tolist(), slots.tolist(), strict=True))
-        return self._record_tokens(places, host)
+        return self._record(places, host)
 
     def _num_left(self, sequence: ServedSequence) -> int:
         """Return the rounds until a sequence ends: one more on several stages, where its token may be between two."""
         return sequence.request.max_new_tokens - len(sequence.tokens) + (self.spec.pipe > 1)
 
-    def _record_tokens(self, places: Iterable[tuple[ServedSequence, _Place]], chosen: Choice) -> list[ServedSequence]:
+    def _record(self, places: Iterable[tuple[ServedSequence, Place]], chosen: Choice) -> list[ServedSequence]:
         """Add chosen tokens to their sequences, call `on_token`, and return the sequences that ended."""
-        added, ended = [], []
-        for sequence, place in places:
-            reason = int(chosen.reason[place])
-            if sequence.finish_reason == "cancelled":
-                if reason:
-                    self.scheduler.finish(sequence, "cancelled")
-                continue
-            # A stop token is not part of the answer; the last token within the limit is.
-            if _REASONS.get(reason) not in ("stop", "error"):
-                _add_token(sequence, chosen, place)
-                added.append(sequence)
-            if reason:
-                self.scheduler.finish(sequence, _REASONS[reason])
-                ended.append(sequence)
+        added, ended = record_tokens(self.scheduler, places, chosen)
         # Only after all tokens are stored: the devices have moved on, and a callback may raise.
         self._tell(added)
         for sequence in ended:
             if sequence.finish_reason == "error":
-                raise _not_finite(sequence)
+                raise not_finite(sequence)
         return ended
 
     def _tell(self, added: list[ServedSequence]) -> None:
@@ -321,25 +302,4 @@ def _make_scheduler(sizes: Sizes) -> RequestScheduler:
         group_size=sizes.group_size,
         num_pages=sizes.pages_per_shard,
         page=sizes.page,
-    )
-
-
-def _on_host(chosen: Choice) -> Choice:
-    """Return what the last rank has chosen."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[-1], chosen)
-
-
-def _add_token(sequence: ServedSequence, chosen: Choice, place: _Place) -> None:
-    token, found, count = int(chosen.token[place]), chosen.logprobs, sequence.request.logprobs
-    sequence.tokens.append(token)
-    if count is not None:
-        top = zip(found.top_tokens[place][:count].tolist(), found.top[place][:count].tolist(), strict=True)
-        sequence.logprobs.append(TokenLogprobs(token=token, logprob=float(found.chosen[place]), top=tuple(top)))
-
-
-def _not_finite(sequence: ServedSequence) -> ServeError:
-    return ServeError(
-        f"after {len(sequence.tokens)} tokens of the answer to request {sequence.id} logits are NaN or infinite, so no "
-        "token is the likeliest: a weight is not finite, or the type to compute in overflows.",
-        fix="check where the weights come from, or serve them in float32.",
     )

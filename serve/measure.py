@@ -84,7 +84,7 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
     They are the weights, once per group in flight, and the stored keys and values, without the unused cache.
     """
     config, sizes = engine.config, engine.spec
-    params = stage_shapes(config, mesh=engine.mesh, axes=engine.axes)
+    params = stage_shapes(config, mesh=engine.mesh, axes=engine.axes, weights=engine.weights)
     stacks = stage_stacks(config, num_ranks=sizes.pipe, layers="loop")
     # Every rank has arrays for as many layers as the largest stage; the padding of the others is never read.
     weights, layers = [0.0] * sizes.pipe, [0] * sizes.pipe

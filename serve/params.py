@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig, Transformer, model_rules, param_dims
 from ..layers.experts.kinds import LayerKind, layer_kinds
 from ..layers.partitioning import param_dtype
+from ..layers.quantized import SCALE, Weights, quantize_layers
 from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
@@ -29,7 +31,14 @@ from .stacks import LayerLoop, StageStack, layers_of_stages, stage_stacks
 Stacks = tuple[StageStack, ...]
 
 
-def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, axes: MeshAxes = DEFAULT_AXES) -> Any:
+def param_shapes(
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    dtype: str | None = None,
+    axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "plain",
+) -> Any:
     """Return shapes and shardings of a `Transformer`'s parameters in natural order, for a reader to fill.
 
     They are a tree {"embed", "blocks", "head"}, blocks [L@pipe, ...]. If pipe does not divide the number of layers, it
@@ -39,6 +48,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
         dtype: dtype of all parameters but the weights of routers, which are float32 as in training; by default the
             compute dtype of the config.
         axes: roles of the mesh's axes, `spec.roles`, if they have names of their own.
+        weights: how the kernels of linear layers are held, see `load.py`.
 
     Raises:
         MeshError: an axis with several devices has no role.
@@ -50,7 +60,7 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
     check_experts_whole(mesh.shape, axes=axes)
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=mesh.shape[axes.pipe])
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+    model = nnx.eval_shape(lambda: _build(config, rules, weights))
     shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -58,9 +68,27 @@ def param_shapes(config: ModelConfig, *, mesh: Mesh, dtype: str | None = None, a
         own = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=name)
         if dims[0] == "layer":
             own = _split_over_pipe(own, leaf.shape, pipe=axes.pipe)
-        return jax.ShapeDtypeStruct(leaf.shape, param_dtype(dims, dtype or config.dtype), sharding=own)
+        return jax.ShapeDtypeStruct(leaf.shape, _dtype_of(name, leaf, dims, dtype or config.dtype), sharding=own)
 
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
+
+
+def _dtype_of(name: str, leaf: Any, dims: tuple[str, ...], dtype: str) -> Any:
+    """Return the dtype of a parameter; that of quantized kernels and of their scales does not depend on the model's."""
+    return leaf.dtype if name.endswith(SCALE) or leaf.dtype != jnp.float32 else param_dtype(dims, dtype)
+
+
+def _build(config: ModelConfig, rules: ShardingRules, weights: Weights) -> Transformer:
+    model = Transformer(config, rngs=nnx.Rngs(0), rules=rules)
+    quantize_layers(model.blocks, weights)
+    return model
+
+
+def weights_of(params: Any) -> Weights:
+    """Return how the kernels of parameters in natural order are held."""
+    leaves = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    names = {leaf.dtype.name for path, leaf in leaves if path[-1].key == "kernel"}
+    return "int8" if "int8" in names else "fp8" if "float8_e4m3fn" in names else "plain"
 
 
 def stage_shapes(
@@ -70,16 +98,17 @@ def stage_shapes(
     dtype: str | None = None,
     layers: LayerLoop = "loop",
     axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "plain",
 ) -> Any:
     """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
     Embedding and head are replicated over pipe, although only the first and the last stage use them. Layers that read
     the same input are joined, as in a training step.
     """
-    natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes)
+    natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes, weights=weights)
     blocks: list[Any] = []
     for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
-        block = block_on(mesh, kind.config, axes=axes)
+        block = block_on(mesh, kind.config, axes=axes, weights=weights)
         cut = jax.eval_shape(partial(_to_stacks, stacks), _of_kind(natural["blocks"], kind))
         joined = jax.eval_shape(lambda cut, block=block: [_join(block, mesh, axes.pipe, stack) for stack in cut], cut)
         shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
@@ -88,7 +117,13 @@ def stage_shapes(
 
 
 def stage_params(
-    params: Any, *, config: ModelConfig, mesh: Mesh, layers: LayerLoop = "loop", axes: MeshAxes = DEFAULT_AXES
+    params: Any,
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
+    layers: LayerLoop = "loop",
+    axes: MeshAxes = DEFAULT_AXES,
+    weights: Weights = "plain",
 ) -> Any:
     """Divide parameters into stages, and join layers that read the same input; the blocks are donated.
 
@@ -97,7 +132,8 @@ def stage_params(
     blocks: list[Any] = []
     for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
         given = _of_kind(params["blocks"], kind)
-        blocks += _cut_kind(given, stacks, block_on(mesh, kind.config, axes=axes), mesh=mesh, pipe=axes.pipe)
+        block = block_on(mesh, kind.config, axes=axes, weights=weights)
+        blocks += _cut_kind(given, stacks, block, mesh=mesh, pipe=axes.pipe)
     return params | {"blocks": tuple(blocks)}
 
 
@@ -129,10 +165,12 @@ def _of_kind(blocks: Any, kind: LayerKind) -> Any:
     return blocks[kind.name] if kind.name else blocks
 
 
-def block_on(mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES) -> JoinedBlock:
+def block_on(
+    mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES, weights: Weights = "plain"
+) -> JoinedBlock:
     """Return the structure of a block on a mesh, before and after layers are joined."""
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
-    return JoinedBlock.on(mesh, config=config, rules=rules)
+    return JoinedBlock.on(mesh, config=config, rules=rules, weights=weights)
 
 
 def _to_stacks(stacks: Stacks, blocks: Any) -> tuple[Any, ...]:

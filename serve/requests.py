@@ -156,6 +156,7 @@ class ServedSequence:
         pages: its pages of the cache.
         logprobs: one entry for each token of the answer, if the request wants them.
         num_read, num_shared: tokens of the prompt that are in the cache, and those that other sequences have read.
+        num_guessed, num_accepted: tokens of the answer that speculation guessed, and those that were right.
     """
 
     id: int
@@ -167,6 +168,8 @@ class ServedSequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_guessed: int = 0
+    num_accepted: int = 0
 
     @property
     def is_read(self) -> bool:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
 from ..layers.experts.kinds import layer_kinds
+from ..layers.quantized import Weights
 from ..meshes import MeshAxes, ShardingRules
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.device_axes import manual_axes, mark_varying
@@ -34,11 +35,19 @@ class Stage:
     """
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, *, layers: LayerLoop = "loop", axes: MeshAxes = DEFAULT_AXES
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        layers: LayerLoop = "loop",
+        axes: MeshAxes = DEFAULT_AXES,
+        weights: Weights = "plain",
     ) -> None:
         self.config, self.num_ranks, self.rules = config, mesh.shape[axes.pipe], ShardingRules.of(axes)
         self.stacks = stage_stacks(config, num_ranks=self.num_ranks, layers=layers)
-        self._blocks = {kind.name: block_on(mesh, kind.config, axes=axes) for kind in layer_kinds(config)}
+        self._blocks = {
+            kind.name: block_on(mesh, kind.config, axes=axes, weights=weights) for kind in layer_kinds(config)
+        }
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=self.rules))
         self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 

@@ -160,8 +160,8 @@ def state_shapes(
     )
 
 
-# Cache dtype -> a NaN; uint16 holds the bits of bfloat16.
-_NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0}
+# Cache dtype -> a NaN; uint16 holds the bits of bfloat16, uint8 those of e4m3.
+_NAN = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint16": 0x7FC0, "uint8": 0x7F}
 
 
 def empty_state(shapes: Any, *, fill: Fill = "zeros") -> Any:

@@ -2,15 +2,23 @@
 
 import argparse
 
-from .types import parse_whole
+from .types import parse_path, parse_whole
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --fake-devices, --dtype, --cache-dtype, --chunk, --groups and --json."""
+    """Add --fake-devices, --dtype, --weights, --cache-dtype, --chunk, --groups and --json."""
     parser.add_argument("--fake-devices", type=parse_whole, default=0, metavar="N", help="run on N fake CPU devices")
     parser.add_argument("--dtype", metavar="T", help="dtype to compute in, float32 or bfloat16 (default: the model's)")
     parser.add_argument(
-        "--cache-dtype", metavar="T", help="dtype of cached keys and values, float32 or bfloat16 (default: the model's)"
+        "--weights",
+        metavar="T",
+        default="plain",
+        help="weights of linear layers in eight bits, int8 or fp8, rounded as they are loaded (default: plain)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        metavar="T",
+        help="dtype of cached keys and values, float32, bfloat16 or fp8 (default: the model's)",
     )
     parser.add_argument(
         "--chunk", type=parse_whole, default=64, metavar="N", help="prompt tokens prefilled at once (default 64)"
@@ -19,3 +27,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--groups", type=parse_whole, default=0, metavar="N", help="request groups in flight (default: one a stage)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_speculate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --speculate and --speculate-tokens."""
+    parser.add_argument(
+        "--speculate",
+        type=parse_path,
+        metavar="HOW",
+        help="guess tokens and check several at once: lookup, or the folder of a smaller model (default: none)",
+    )
+    parser.add_argument(
+        "--speculate-tokens", type=parse_whole, default=4, metavar="N", help="tokens guessed at a time (default 4)"
+    )

@@ -5,8 +5,8 @@ import argparse
 from ...hub.folder import check_model_folder
 from ...meshes.errors import ServeError
 from .ema import add_ema_argument
-from .engine import add_engine_arguments
-from .types import parse_path, parse_real, parse_whole
+from .engine import add_engine_arguments, add_speculate_arguments
+from .types import parse_bias, parse_path, parse_real, parse_whole
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
     add_ema_argument(parser)
     add_engine_arguments(parser)
+    add_speculate_arguments(parser)
     parser.add_argument(
         "--slots", type=parse_whole, default=0, metavar="N", help="requests decoded at a time (default: at most 8)"
     )
@@ -57,11 +58,57 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample from the most likely tokens whose probabilities sum to P (default 1)",
     )
     parser.add_argument(
+        "--min-p",
+        type=parse_real,
+        default=0.0,
+        metavar="P",
+        help="sample from tokens with at least P times the probability of the likeliest (default 0)",
+    )
+    _add_penalty_arguments(parser)
+    parser.add_argument(
         "--seed",
         type=parse_whole,
         default=0,
         metavar="N",
         help="seed of prompt 0; prompt i has N + i (default 0)",
+    )
+
+
+def _add_penalty_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repetition-penalty",
+        type=parse_real,
+        default=1.0,
+        metavar="X",
+        help="divide logits of tokens in prompt and answer by X (default 1, none)",
+    )
+    parser.add_argument(
+        "--presence-penalty",
+        type=parse_real,
+        default=0.0,
+        metavar="X",
+        help="take X from the logits of tokens in the answer (default 0)",
+    )
+    parser.add_argument(
+        "--frequency-penalty",
+        type=parse_real,
+        default=0.0,
+        metavar="X",
+        help="take X from the logits of tokens in the answer for each time (default 0)",
+    )
+    parser.add_argument(
+        "--logit-bias",
+        type=parse_bias,
+        action="append",
+        default=[],
+        metavar="ID=X",
+        help="add X to the logit of token ID; may be repeated",
+    )
+    parser.add_argument(
+        "--logprobs",
+        type=parse_whole,
+        metavar="N",
+        help="show log probabilities of the answer's tokens and of the N likeliest in their places",
     )
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from ...hub.folder import check_model_folder
 from ...meshes.errors import ServeError
 from .ema import add_ema_argument
-from .engine import add_engine_arguments
+from .engine import add_engine_arguments, add_speculate_arguments
 from .processes import add_process_arguments
 from .types import parse_path, parse_real, parse_whole
 
@@ -28,6 +28,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ema_argument(parser)
     add_engine_arguments(parser)
+    add_speculate_arguments(parser)
     parser.add_argument(
         "--slots", type=parse_whole, default=0, metavar="N", help="answers decoded at a time (default: 8 or more)"
     )

@@ -41,3 +41,16 @@ def parse_real(text: str) -> float:
         return real_number(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}, got {shown(text)}") from None
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """Parse a token and what is added to its logit, as 42=-1.5.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not such a pair.
+    """
+    token, _, bias = text.partition("=")
+    try:
+        return whole_number(token), real_number(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a token id and a bias, 42=-1.5 say, got {shown(text)}") from None

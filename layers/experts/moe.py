@@ -25,7 +25,8 @@ from ..collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from ..config import ModelConfig
 from ..mlp import MLP
 from ..partitioning import INIT_STD, make_param
-from .rounds import Kernels, Room, run_further_rounds, run_round
+from ..quantized import scale_of
+from .rounds import Kernels, Room, Weight, run_further_rounds, run_round
 from .router import Router, count_tokens, router_loss
 from .slots import order_pairs
 
@@ -56,6 +57,19 @@ class ExpertLinear(nnx.Module):
         rules: ShardingRules,
     ) -> None:
         self.kernel = make_param(rngs.params(), shape, dims, std=std, rules=rules)
+        self.kernel_scale = nnx.data(None)
+
+    @property
+    def weights(self) -> Weight:
+        """The kernels, with their scales if they are quantized."""
+        return Weight(self.kernel[...], scale_of(self))
+
+    @property
+    def dims(self) -> Weight:
+        """The logical dimensions of `weights`."""
+        # A stack of layers has a dimension more, which a layer in a loop has not.
+        dims = self.kernel.get_metadata("out_sharding")[-3:]
+        return Weight(dims, None if self.kernel_scale is None else (dims[0], dims[2]))
 
 
 class MoE(nnx.Module):
@@ -89,9 +103,9 @@ class MoE(nnx.Module):
         """
         routing = self.router(x_BTD)
         counts_BE = count_tokens(routing, rules=self.rules)
-        kernels = Kernels(up=self.up.kernel[...], gate=self.gate and self.gate.kernel[...], down=self.down.kernel[...])
-        into, out, tokens = ("experts", "embed", "ffn"), ("experts", "ffn", "embed"), ("batch", "stream_tokens", None)
-        of_kernels = Kernels(up=into, gate=self.gate and into, down=out)
+        kernels = Kernels(up=self.up.weights, gate=self.gate and self.gate.weights, down=self.down.weights)
+        tokens = ("batch", "stream_tokens", None)
+        of_kernels = Kernels(up=self.up.dims, gate=self.gate and self.gate.dims, down=self.down.dims)
         run = run_in_blocks(
             self._run, rules=self.rules, in_dims=(tokens, tokens, tokens, of_kernels), out_dims=(tokens, ())
         )

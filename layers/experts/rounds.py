@@ -8,7 +8,7 @@ Devices along expert decide together, since each sends in every round; those alo
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ from .slots import Order, Slots, from_rows, round_slots, to_rows
 
 EXPERT_ROWS = "expert_rows"
 """Checkpoint name of what experts read and write: rematerialization keeps it, so the backward sends nothing again."""
+
+
+class Weight(NamedTuple):
+    """The kernels of a linear layer of experts, [E, D, F], and their scales [E, F], None if they have none."""
+
+    kernel: Any
+    scale: Any
 
 
 @jax.tree_util.register_dataclass
@@ -70,8 +77,12 @@ def run_round(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, slots: S
 def _run_experts(rows_ECD: jax.Array, kernels: Kernels) -> jax.Array:
     """rows[E, C, D] of each expert -> [E, C, D], in the dtype of the rows."""
 
-    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.einsum("ecd,edf->ecf", rows, kernel.astype(rows.dtype))
+    def product(rows: jax.Array, weight: Weight) -> jax.Array:
+        kernel = weight.kernel.astype(rows.dtype)
+        if weight.scale is None:
+            return jnp.einsum("ecd,edf->ecf", rows, kernel)
+        y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32)
+        return (y_ECF * weight.scale[:, None]).astype(rows.dtype)
 
     up = checkpoint_name(product(rows_ECD, kernels.up), EXPERT_ROWS)
     if kernels.gate is None:

@@ -32,6 +32,7 @@ from ..context.places import Places, own_positions
 from ..linear import ColumnLinear, RowLinear
 from ..norms import normalize
 from ..partitioning import INIT_STD
+from ..quantized import dequantize, scale_of
 from ..rope.magnitude import yarn_scale
 from ..rope.rotary import rotate
 from .absorbed import attend_latents
@@ -108,7 +109,7 @@ class LatentAttention(nnx.Module):
         shared_BT1R = rotate(shared_BT1R, config=self.config, positions_BT=positions_BT)
         cache = cache.append(layer, new, shared_BT1R, latent_BTC[:, :, None])
         q_BTNH = self._rotate_queries(self._query(x_BTD), positions_BT)
-        kernel_CF = self.key_value.kernel[...].astype(self.config.dtype)
+        kernel_CF = dequantize(self.key_value.kernel[...], scale_of(self.key_value)).astype(self.config.dtype)
         kernel_CNE = kernel_CF.reshape(self.config.latent_size, q_BTNH.shape[2], -1)
         window = self.config.attention_window
         mixed_BTNU = attend_latents(q_BTNH, kernel_CNE, cache=cache, layer=layer, new=new, window=window)

@@ -13,6 +13,7 @@ from ..linear import ColumnLinear, name_dims
 from ..norms import normalize
 from ..partitioning import INIT_STD, make_param, param_metadata
 from ..product import multiply
+from ..quantized import scale_of
 
 NORM_EPSILON = 1e-6
 """That of the norms of latent vectors, whatever the config has for the others: transformers fixes it."""
@@ -29,6 +30,7 @@ class DownLinear(nnx.Module):
     ) -> None:
         self.dtype, self.rules = dtype, rules
         self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", "latent"), std=INIT_STD, rules=rules)
+        self.kernel_scale = nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, C].
@@ -37,7 +39,7 @@ class DownLinear(nnx.Module):
             ModelError: x has another number of features.
         """
         check_features(x_BTD, self.kernel.shape[0], layer="DownLinear")
-        y_BTC = multiply(x_BTD, self.kernel[...], dtype=self.dtype)
+        y_BTC = multiply(x_BTD, self.kernel[...], dtype=self.dtype, scale=scale_of(self))
         return self.rules.constrain(y_BTC, name_dims(y_BTC, "latent", tokens="stream_tokens"))
 
 

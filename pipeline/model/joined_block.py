@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from ...layers import Block, ModelConfig
+from ...layers.quantized import Weights, quantize_layers
 from ...meshes import ShardingRules
 from .trees import on_mesh
 
@@ -33,9 +34,9 @@ class JoinedBlock:
     joined_specs: Any
 
     @classmethod
-    def on(cls, mesh: Mesh, *, config: ModelConfig, rules: ShardingRules) -> "JoinedBlock":
+    def on(cls, mesh: Mesh, *, config: ModelConfig, rules: ShardingRules, weights: Weights = "plain") -> "JoinedBlock":
         """Return the structure on a mesh; nothing is computed."""
-        block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), rules=rules))
+        block = nnx.eval_shape(lambda: quantize_layers(Block(config, rngs=nnx.Rngs(0), rules=rules), weights))
         own, params = nnx.split(block, nnx.Param)
         own_specs, found = _specs_of(block), []
 

@@ -176,7 +176,15 @@ class Job:
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
             "prompt_tokens_details": {"cached_tokens": self._count_cached()},
+            **self._count_guessed(),
         }
+
+    def _count_guessed(self) -> dict[str, Any]:
+        """Return the tokens that speculation has guessed, by the names of OpenAI's predicted outputs; none if none."""
+        guessed = sum(choice.stream.num_guessed for choice in self.choices)
+        right = sum(choice.stream.num_accepted for choice in self.choices)
+        details = {"accepted_prediction_tokens": right, "rejected_prediction_tokens": guessed - right}
+        return {"completion_tokens_details": details} if guessed else {}
 
     def _count_cached(self) -> int:
         """Count tokens of prompts that were in the cache; one choice of a prompt may share what another has read."""

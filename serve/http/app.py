@@ -83,6 +83,8 @@ class _Endpoints:
     async def metrics(self, _: Request) -> Response:
         """Print the numbers for Prometheus."""
         engine, open_ = self._service.engine.engine, self._service.engine.num_open
+        metrics = self._service.metrics
+        metrics.num_guessed_tokens, metrics.num_accepted_tokens = engine.guessed_tokens, engine.accepted_tokens
         gauges = {
             "slots": ("Slots of the engine", engine.sizes.slots),
             "slots_used": ("Slots in use", len(engine.scheduler.running)),
@@ -94,7 +96,7 @@ class _Endpoints:
             "queue_length": ("Answers that wait for a slot", len(engine.scheduler.waiting)),
             "answers_open": ("Answers that have not ended", open_),
         }
-        return PlainTextResponse(self._service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
     async def page(self, _: Request) -> Response:
         """Show the page to chat with the model."""

@@ -29,6 +29,8 @@ class Metrics:
     answers: Counter[str] = field(default_factory=Counter)
     num_prompt_tokens: int = 0
     num_answer_tokens: int = 0
+    num_guessed_tokens: int = 0
+    num_accepted_tokens: int = 0
     first_token: Histogram = field(default_factory=Histogram)
     answer: Histogram = field(default_factory=Histogram)
 
@@ -39,6 +41,8 @@ class Metrics:
             *_family("answers_total", "counter", "Answers that ended, by reason", self._answer_lines()),
             *_family("prompt_tokens_total", "counter", "Prompt tokens taken", [("", self.num_prompt_tokens)]),
             *_family("answer_tokens_total", "counter", "Answer tokens sent", [("", self.num_answer_tokens)]),
+            *_family("guessed_tokens_total", "counter", "Answer tokens guessed", [("", self.num_guessed_tokens)]),
+            *_family("accepted_tokens_total", "counter", "Guesses that were right", [("", self.num_accepted_tokens)]),
         ]
         for name, (told, value) in gauges.items():
             lines += _family(name, "gauge", told, [("", value)])

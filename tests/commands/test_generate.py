@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 from trellax.commands.cli import main
-from trellax.commands.generate import _engine_sizes, _Printer, _read_prompts
+from trellax.commands.generate import _engine_sizes, _logprob_lines, _Printer, _read_prompts
 from trellax.configs import load_config
 from trellax.hub.saves.reader import SaveReader
 from trellax.hub.special_ids import ORIGIN
 from trellax.hub.text_stream import ByteTokenizer
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Completion, Engine, Request, ServedSequence, load_for_serving, param_shapes
+from trellax.serve import Completion, Engine, Request, ServedSequence, TokenLogprobs, load_for_serving, param_shapes
 from trellax.train.checkpoints.initial_weights import save_params
 
 PROMPTS = ["def f(", "é = 1", "x"]
@@ -105,6 +105,54 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: li
     assert [one["finish_reason"] for one in found] == ["stop" if stop in own else "length" for own in tokens]
 
 
+@pytest.mark.slow
+def test_settings_that_change_logits_reach_the_answer_and_log_probabilities_are_shown(ask: Any) -> None:
+    """A bias wins over all else, and its penalty for each time over the bias: 65 three times, then 66."""
+    words = ["--prompt", "x", "--max-new-tokens", "4", "--logit-bias", "65=100", "--logit-bias", "66=95"]
+    words += ["--frequency-penalty", "2", "--presence-penalty", "0.5", "--repetition-penalty", "1", "--min-p", "0.1"]
+    code, out, _ = ask(*words, "--logprobs", "2", "--json")
+    (found,) = json.loads(out)
+    assert (code, found["token_ids"]) == (0, [65, 65, 65, 66])
+    assert [one["token"] for one in found["logprobs"]] == [65, 65, 65, 66]
+    assert [len(one["top"]) for one in found["logprobs"]] == [2, 2, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lookup", "model"])
+def test_guesses_change_no_answer_and_their_share_is_told(
+    how: str, ask: Any, answers: list[Completion], run_folder: Path
+) -> None:
+    code, out, err = ask(*HOW, "--json", "--speculate", str(run_folder) if how == "model" else how)
+    assert code == 0
+    assert [one["token_ids"] for one in json.loads(out)] == [list(answer.tokens) for answer in answers]
+    # The model guesses what it says itself.
+    assert ("100% of" in err) == (how == "model")
+    assert ("guessed tokens were right" in err) or how == "lookup"
+
+
+@pytest.mark.slow
+def test_quantized_answers_are_those_of_python_and_the_error_is_told(ask: Any, run_folder: Path) -> None:
+    code, out, err = ask(*HOW, "--json", "--weights", "int8", "--cache-dtype", "fp8")
+    mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    source, params = load_for_serving(run_folder, mesh=mesh, weights="int8")
+    engine = Engine(source.config, params, mesh=mesh, slots=1, max_tokens=16, cache_dtype="fp8")
+    requests = [
+        Request(prompt=tuple(source.tokenizer.encode(prompt)), max_new_tokens=8, temperature=0.9, seed=5 + i)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    wanted = [list(answer.tokens) for answer in engine.generate(requests)]
+    assert (code, [one["token_ids"] for one in json.loads(out)]) == (0, wanted)
+    assert "weights   int8, a scale for each output channel: rounded by 0." in err
+    assert "fp8, a scale for each token and head" in err
+
+
+def test_each_token_has_a_line_of_log_probabilities() -> None:
+    sequence = ServedSequence(id=0, request=Request(prompt=(1,)))
+    sequence.logprobs = [TokenLogprobs(token=65, logprob=-1.5, top=((66, -0.5), (65, -1.5)))]
+    lines = list(_logprob_lines([sequence], ByteTokenizer()))
+    assert lines == ["logprobs of answer 0", "  -1.500     65 'A'   | -0.500     66 'B'   | -1.500     65 'A'"]
+
+
 MISTAKES: dict[str, list[str]] = {
     "no_prompt": [],
     "prompt_longer_than_the_model": ["--prompt", "x" * 40],
@@ -114,10 +162,15 @@ MISTAKES: dict[str, list[str]] = {
     "slots_over_groups": ["--prompt", "x", "--mesh", "pipe=2", "--slots", "3", "--max-new-tokens", "4"],
     "mesh_too_large": ["--prompt", "x", "--mesh", "tensor=4,data=4", "--max-new-tokens", "4"],
     "unknown_type": ["--prompt", "x", "--dtype", "bfloat6"],
+    "unknown_weights": ["--prompt", "x", "--weights", "int4"],
     "long_stop": ["--prompt", "x", "--stop", "end"],
     "unknown_axis": ["--prompt", "x", "--mesh", "tenso=2"],
     "prompt_that_is_no_text": ["--prompt", "x\udcff"],
     "stop_that_is_no_text": ["--prompt", "x", "--stop", "\udcff"],
+    "bias_that_is_no_pair": ["--prompt", "x", "--logit-bias", "7"],
+    "penalty_out_of_range": ["--prompt", "x", "--presence-penalty", "3"],
+    "no_guesses": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "lookup", "--speculate-tokens", "0"],
+    "no_draft": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "no-folder"],
     "override": ["--prompt", "x", "--train.steps", "3"],
 }
 

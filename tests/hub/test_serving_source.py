@@ -1,16 +1,21 @@
 """Hugging Face folders are served as they are: the tokens are those of transformers, on any mesh."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from trellax.hub import read as read_module
 from trellax.hub.config import read_hub_model
+from trellax.hub.model_folder import ModelSource, load_params
 from trellax.hub.read import read_weights
+from trellax.hub.text_stream import ByteTokenizer
 from trellax.layers import bytes_per_device
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.serve import Engine, Request, param_shapes
+from trellax.serve import Engine, Request, param_shapes, quantize_params
+from trellax.serve.load import read_params
 
 from .hub import GOLDEN, MODELS, build_longer, tokens_of
 
@@ -62,3 +67,27 @@ def test_64_tokens_are_those_that_transformers_generates(name: str, tmp_path: Pa
     for mesh in MESHES[:5]:
         found = engine_of(tmp_path, mesh).generate(requests)
         assert [list(completion.tokens) for completion in found] == expected.tolist()
+
+
+@pytest.mark.slow
+def test_each_kernel_is_rounded_before_the_next_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mesh = GOLDEN / "llama3", build_mesh(MeshSpec(), devices=jax.devices()[:1])
+    config, read = read_hub_model(folder).config, partial(load_params, folder)
+    source = ModelSource(config=config, tokenizer=ByteTokenizer(), end_ids=(), read=read)
+    whole, told = quantize_params(
+        source.read(param_shapes(source.config, mesh=mesh)), config=source.config, mesh=mesh, weights="int8"
+    )
+    kernels: list[jax.Array] = []
+    read_leaf = read_module._read_leaf
+
+    def read_one(weights: Any, path: str, leaf: Any) -> jax.Array:
+        assert all(one.is_deleted() for one in kernels)
+        found = read_leaf(weights, path, leaf)
+        kernels.extend([found] * path.endswith("kernel"))
+        return found
+
+    monkeypatch.setattr(read_module, "_read_leaf", read_one)
+    params, error = read_params(source, mesh=mesh, weights="int8")
+    assert error == told
+    assert len(kernels) == 7
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, whole))

@@ -86,11 +86,11 @@ def _full(config: ModelConfig) -> Any:
     return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
 
 
-def logits_of(config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
+def logits_of(config: ModelConfig, tokens_BT: np.ndarray, *, params: Any = None) -> np.ndarray:
     """All logits by the training path on one device, without any cache: [B, T, V]."""
     padded = np.zeros((len(tokens_BT), config.max_tokens), np.int32)
     padded[:, : tokens_BT.shape[1]] = tokens_BT
-    return np.asarray(_full(config)(numbers_of(config), padded))[:, : tokens_BT.shape[1]]
+    return np.asarray(_full(config)(numbers_of(config) if params is None else params, padded))[:, : tokens_BT.shape[1]]
 
 
 def settings_of(rows: int, **changes: Any) -> SamplingSettings:

@@ -25,8 +25,8 @@ from trellax.programs.work import count_work
 from trellax.serve.compiled_programs import compile_programs
 from trellax.serve.state import Sizes, state_shapes
 
-tensor, pipe, num_experts, max_tokens, slots = map(int, sys.argv[2:])
-layers, num_devices = sys.argv[1], tensor * pipe
+tensor, pipe, num_experts, max_tokens, slots = map(int, sys.argv[3:])
+layers, weights, num_devices = sys.argv[1], sys.argv[2], tensor * pipe
 machine = open_target(Target.parse(f"h200:{num_devices}"), num_devices=num_devices)
 mesh = build_mesh(MeshSpec(tensor=tensor, pipe=pipe), devices=machine.devices)
 config = ModelConfig(
@@ -36,7 +36,7 @@ config = ModelConfig(
 )
 sizes = Sizes(slots=slots, max_tokens=max_tokens, groups=pipe, num_shards=1, chunk=256, items=2, rounds=2)
 state = state_shapes(config, sizes, mesh=mesh, cache_dtype="bfloat16", layers=layers)
-programs = compile_programs(config, sizes, mesh=mesh, state=state, layers=layers)
+programs = compile_programs(config, sizes, mesh=mesh, state=state, layers=layers, weights=weights)
 program, parts = HloModule.parse(programs.decode.as_text()), {"block": 0, "layers": 0, "others": 0}
 for one in count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices).operations:
     in_layers = "layers" if "/layers/" in one.op_name else "others"
@@ -46,7 +46,14 @@ print(json.dumps({"temporary": programs.decode.memory_analysis().temp_size_in_by
 
 
 def bytes_of_decoding(
-    tensor: int, layers: str, *, pipe: int = 1, num_experts: int = 0, max_tokens: int = 2048, slots: int = 1
+    tensor: int,
+    layers: str,
+    *,
+    pipe: int = 1,
+    num_experts: int = 0,
+    max_tokens: int = 2048,
+    slots: int = 1,
+    weights: str = "plain",
 ) -> dict[str, int]:
     """Temporary bytes, and bytes moved in a tick with one block of the cache in each layer.
 
@@ -56,7 +63,7 @@ def bytes_of_decoding(
     env = {name: value for name, value in os.environ.items() if name not in for_tests}
     env["PYTHONPATH"] = str(ROOT / ".src")
     numbers = map(str, (tensor, pipe, num_experts, max_tokens, slots))
-    command = [sys.executable, "-c", COMPILE, layers, *numbers]
+    command = [sys.executable, "-c", COMPILE, layers, weights, *numbers]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -66,6 +73,15 @@ def bytes_of_decoding(
 def test_decoding_on_a_gpu_copies_no_weights(tensor: int) -> None:
     layer = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336) // tensor
     assert bytes_of_decoding(tensor, "unrolled")["temporary"] < 0.1 * layer
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_decoding_reads_quantized_weights_as_bytes(weights: str) -> None:
+    """A byte each, and no copy of them in 16 bits: products widen them while they read."""
+    kernels = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    found = bytes_of_decoding(1, "unrolled", weights=weights)
+    assert found["layers"] < 1.05 * kernels
+    assert found["temporary"] < 0.01 * kernels
 
 
 def test_decoding_experts_on_a_gpu_copies_no_weights() -> None:

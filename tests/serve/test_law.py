@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import Head, ModelConfig, NewTokens
 from trellax.layers import cache as cache_module
 from trellax.layers.cache import CacheDtype, cache_shapes
+from trellax.layers.quantized import Weights
 from trellax.serve.experts import MOST_TOKENS, with_room
+from trellax.serve.load import quantize_params
 from trellax.serve.params import stage_params, stage_shapes
 from trellax.serve.stage import Stage, block_specs
 from trellax.serve.state import empty_state
@@ -67,13 +69,17 @@ def shapes_of(config: ModelConfig, mesh: Mesh, *, num_rows: int, dtype: CacheDty
 
 
 def cached_logits(
-    config: ModelConfig, *, mesh: Mesh, tokens_BT: np.ndarray, dtype: CacheDtype = "float32"
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    tokens_BT: np.ndarray,
+    dtype: CacheDtype = "float32",
+    weights: Weights = "plain",
 ) -> np.ndarray:
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
-    stage, num_ranks = Stage(config, mesh), mesh.shape["pipe"]
-    shapes = shapes_of(
-        config, mesh, num_rows=len(tokens_BT), dtype=dtype, stacks=tuple(own.size for own in stage.stacks)
-    )
+    stage, num_ranks = Stage(config, mesh, weights=weights), mesh.shape["pipe"]
+    stacks = tuple(own.size for own in stage.stacks)
+    shapes = shapes_of(config, mesh, num_rows=len(tokens_BT), dtype=dtype, stacks=stacks)
     # Each row has its pages all over those of its shard.
     num_rows = len(tokens_BT) // mesh.shape["data"]
     pages = np.random.default_rng(1).permutation(PAGES * num_rows).reshape(num_rows, PAGES)
@@ -94,15 +100,19 @@ def cached_logits(
                 x, cache = stage.on_rank(rank, work, lambda x=x, cache=cache: (x, cache))
                 x = stage.pass_on(x, shape="ring")
             # Round the ring: the first rank has it now.
-            head: Head = nnx.merge(stage._graphs["head"], params["head"])
-            logits = head(x, embedding_VD=params["embed"]["table"])
-            found.append(jnp.where(stage.rank == 0, logits, 0))
+            found.append(jnp.where(stage.rank == 0, logits_by(stage, params, x), 0))
         whole = jnp.concatenate(found, axis=1)
         return jax.lax.psum(whole, "pipe") if num_ranks > 1 else whole
 
-    params = stage_params(params_on(config, mesh), config=config, mesh=mesh)
-    specs = block_specs((stage_shapes(config, mesh=mesh), shapes), mesh)
+    params, _ = quantize_params(params_on(config, mesh), config=config, mesh=mesh, weights=weights)
+    params = stage_params(params, config=config, mesh=mesh, weights=weights)
+    specs = block_specs((stage_shapes(config, mesh=mesh, weights=weights), shapes), mesh)
     return run_on_shards(run, mesh, specs, (params, empty_state(shapes)), tokens_BT)
+
+
+def logits_by(stage: Stage, params: Any, x: jax.Array) -> jax.Array:
+    head: Head = nnx.merge(stage._graphs["head"], params["head"])
+    return head(x, embedding_VD=params["embed"]["table"])
 
 
 def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], tokens_BT: np.ndarray) -> np.ndarray:
@@ -135,6 +145,26 @@ def test_decoding_equals_full_recomputation_at_every_position(mesh: str, kind: s
 @pytest.mark.parametrize("mesh", MESHES + LARGE)
 def test_decoding_equals_full_recomputation_on_all_meshes(mesh: str, kind: str) -> None:
     check(mesh, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["llama", "latents"])
+def test_a_cache_in_fp8_costs_the_rounding_of_keys_and_values_alone(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens_BT = np.random.default_rng(0).integers(0, 64, (4, CUTS[-1])).astype(np.int32)
+    run = partial(cached_logits, model_of(style), mesh=mesh_of("tensor=2,pipe=2"), tokens_BT=tokens_BT)
+    narrow, whole = run(dtype="fp8"), run(dtype="float32")
+
+    def round_first(x: jax.Array, _dtype: Any) -> jax.Array:
+        scale = jnp.abs(x).max(-1, keepdims=True) / 448
+        return (x / scale).astype("float8_e4m3fn").astype(x.dtype) * scale
+
+    monkeypatch.setattr(cache_module, "_encode", round_first)
+    expected = run(dtype="float32")
+    assert np.abs(narrow - expected).max() <= TOLERANCE * np.abs(expected).max()
+    # What it costs: a number is rounded by 2.6% of itself, in the root of the mean square.
+    assert 0.001 < np.abs(narrow - whole).max() / np.abs(whole).max() < 0.2
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

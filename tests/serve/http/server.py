@@ -131,7 +131,7 @@ def running(*, max_waiting: int = 64, tokenizer: Tokenizer = TOKENIZER, **settin
     is_up = threading.Event()
 
     async def serve() -> None:
-        async with engine:
+        async with service.engine:
             serving = asyncio.create_task(server.serve())
             while not (server.started or serving.done()):
                 await asyncio.sleep(0.005)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from trellax.programs import compilations
+from trellax.serve import AsyncEngine, Engine, Speculation
 
-from .server import NAME, Server, running, text_of
+from ..models import mesh_of, params_on
+from .server import CONFIG, NAME, Server, running, text_of
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
@@ -141,6 +143,21 @@ def test_models_health_and_page(server: Server) -> None:
     assert status == 200
     assert page.startswith("<!doctype html>")
     assert "http" not in page.split("<script>")[0]
+
+
+@pytest.mark.slow
+def test_guesses_are_in_usage_and_metrics_and_change_no_text() -> None:
+    mesh, repeated = mesh_of("data=1"), "abcabcabcabc"
+    engine = Engine(CONFIG, params_on(CONFIG, mesh), mesh=mesh, slots=3, speculation=Speculation(tokens=3))
+    with running(engine=AsyncEngine(engine)) as server:
+        _, answer = server.ask(TEXT, GREEDY | {"prompt": repeated, "max_tokens": 40})
+        text = server.ask("/metrics")[1]
+    assert answer["choices"][0]["text"] == text_of(repeated, 40)
+    right, wrong = answer["usage"]["completion_tokens_details"].values()
+    assert engine.guessed_tokens == right + wrong > 0
+    assert engine.accepted_tokens == right
+    assert f"trellax_guessed_tokens_total {right + wrong}" in text.splitlines()
+    assert f"trellax_accepted_tokens_total {right}" in text.splitlines()
 
 
 def test_metrics_count_tokens_and_answers() -> None:

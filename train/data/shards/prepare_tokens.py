@@ -68,8 +68,7 @@ def prepare_tokens(
     keep_tokenizer(tokenizer, out)
     contents = f"{description['tokenizer']} {description.get('template')}"
     job = ShardJob(folder=out, tokenizer=tokenizer, contents=contents, field=field, holds=holds)
-    damage, entries = Damage(), {}
-    done, total = 0, sum(unit.num_bytes for unit in units)
+    damage, entries, done, total = Damage(), {}, 0, sum(unit.num_bytes for unit in units)
     for number, entry in _find_and_write(job, units, num_processes=num_processes):
         entries[number] = entry
         damage.merge(**{name: entry[name] for name in ("num_records", "num_damaged", "places")})
