@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from ..hub.model_folder import ModelSource, open_model
 from ..hub.run_params import Weights as SavedWeights
-from ..hub.run_params import check_weights
 from ..layers import ModelConfig
 from ..layers.quantized import SCALE, Weights, dequantize, quantize
 from ..meshes import ConfigError, MeshAxes, ServeError
@@ -49,7 +48,7 @@ def load_for_serving(
     """
     check_choice("dtype", dtype, (None, "float32", "bfloat16"), error=ConfigError)
     check_choice("weights", weights, get_args(Weights), error=ConfigError)
-    check_weights(saved)
+    check_choice("saved", saved, get_args(SavedWeights), error=ConfigError)
     source = open_model(path, weights=saved)
     # The config too: an engine is made of both.
     source = replace(source, config=replace(source.config, dtype=dtype or source.config.dtype))
