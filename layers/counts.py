@@ -108,7 +108,7 @@ def param_counts(config: ModelConfig) -> ParamCounts:
         head=_norm_params(config) + (table if config.embeddings == "untied" else 0),
         dense_block=blocks[0] if config.dense_layers else 0,
         dense_layers=config.dense_layers,
-        adapters=_adapter_params(config),
+        adapters=_adapter_params(config) + _magnitude_params(config),
     )
 
 
@@ -119,6 +119,15 @@ def _adapter_params(config: ModelConfig) -> int:
     d, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
     sizes = {"query": d + q, "key": d + kv, "value": d + kv, "out": q + d, "gate": d + f, "up": d + f, "down": f + d}
     return config.num_layers * config.lora_rank * sum(sizes[name] for name in lora_targets(config))
+
+
+def _magnitude_params(config: ModelConfig) -> int:
+    """Return the number of columns of all adapted layers, where each has a magnitude."""
+    if config.lora_magnitude == "off":
+        return 0
+    d, kv, f = config.hidden_size, config.kv_size, config.ffn_size
+    sizes = {"query": config.query_size, "key": kv, "value": kv, "out": d, "gate": f, "up": f, "down": d}
+    return config.num_layers * sum(sizes[name] for name in lora_targets(config))
 
 
 def _block_params(config: ModelConfig) -> int:

@@ -76,8 +76,8 @@ class ColumnLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
-        self.lora, size = lora, (in_size, out_size)
-        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, ("embed", dim), rules)
+        adapter = make_adapter(rngs, lora, self.kernel[...], ("embed", dim), rules)
+        self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -132,8 +132,8 @@ class RowLinear(nnx.Module):
         self.bias = nnx.data(None)
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
-        self.lora, size = lora, (in_size, out_size)
-        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, (dim, "embed"), rules)
+        adapter = make_adapter(rngs, lora, self.kernel[...], (dim, "embed"), rules)
+        self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].
@@ -146,7 +146,7 @@ class RowLinear(nnx.Module):
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         kernel = self.kernel[...] if self.lora is None else jax.lax.stop_gradient(self.kernel[...])
         y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls)
-        y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim))
+        y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim), rows=self.rules.axes(self.dim))
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
         y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
@@ -164,6 +164,7 @@ class _Columns(Protocol):
     lora: Lora | None
     lora_a: Any
     lora_b: Any
+    lora_m: Any
     rules: ShardingRules
 
 

@@ -7,19 +7,26 @@ their products lie inside its region, so that an adapter sends no activation:
     split by rows       W[F@tensor, D]    A[F@tensor, r]    B[r, D]           x A B is a partial sum as x W is
 
 What is whole over `tensor`, A of columns and B of rows, has its gradient summed over it.
+
+With magnitudes m (DoRA, Liu et al. 2024, equation 5) columns have the direction of V = W + (alpha / r) A B, and m for
+their length: y = x V * m / |V|, where |V|, the length of each column, is a constant to the gradient (section 4.3). V is
+not made, since |V|^2 = |W|^2 + 2 s (A^T W) * B + s^2 B * (A^T A B), summed over features in; where rows are split that
+is one all-reduce of a number a column. Fresh magnitudes are |W|, with which the model is the model without.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ...meshes import ShardingRules
 from ...meshes.device_axes import manual_axes, mark_varying, num_blocks
-from ..partitioning import make_param
+from ..collectives import sum_blocks
+from ..partitioning import make_param, param_metadata
 from ..product import multiply
 from .check_config import Lora
 
@@ -33,19 +40,32 @@ class _Adapted(Protocol):
     lora: Lora | None
     lora_a: Any
     lora_b: Any
+    lora_m: Any
+    kernel: nnx.Param
     dtype: DTypeLike
 
 
 def make_adapter(
-    rngs: nnx.Rngs, lora: Lora | None, shape: tuple[int, int], dims: tuple[str, str], rules: ShardingRules
-) -> tuple[Any, Any]:
-    """Return A [in, r] and B [r, out] of a kernel [in, out] whose dimensions have these names; None without one."""
+    rngs: nnx.Rngs, lora: Lora | None, kernel: jax.Array, dims: tuple[str, str], rules: ShardingRules
+) -> tuple[Any, Any, Any]:
+    """Return A [in, r], B [r, out] and magnitudes [out] of a kernel [in, out] whose dimensions have these names.
+
+    None for each that the layer has not.
+    """
     if lora is None or not lora.rank:
-        return nnx.data(None), nnx.data(None)
-    (d_in, d_out), rank = shape, lora.rank
+        return nnx.data(None), nnx.data(None), nnx.data(None)
+    (d_in, d_out), rank = kernel.shape, lora.rank
     # x A has about the size of a feature of x.
     a = make_param(rngs.params(), (d_in, rank), (dims[0], "lora"), std=d_in**-0.5, rules=rules)
-    return a, make_param(rngs.params(), (rank, d_out), ("lora", dims[1]), std=0.0, rules=rules)
+    b = make_param(rngs.params(), (rank, d_out), ("lora", dims[1]), std=0.0, rules=rules)
+    if lora.magnitude == "off":
+        return a, b, nnx.data(None)
+    return a, b, nnx.Param(column_lengths(kernel), **param_metadata((dims[1],), rules))
+
+
+def column_lengths(kernel: jax.Array) -> jax.Array:
+    """Return the length of every column: kernel[..., in, out] -> [..., out], float32."""
+    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(-2))
 
 
 def enter_frozen(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
@@ -57,14 +77,39 @@ def enter_frozen(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[
     return (mark_varying(x, manual_axes(axes)) if num_blocks(axes) > 1 else x), kernel
 
 
-def add_adapter(layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str]) -> jax.Array:
+def add_adapter(
+    layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str], *, rows: Sequence[str] = ()
+) -> jax.Array:
     """Return y + scale (x A) B, of a layer whose kernel is split over axes; y where it has no adapter.
 
     x[..., D] or [..., F@axes], y[..., F@axes] or a partial sum [..., D]
+
+    Args:
+        rows: the axes that split the kernel's features in.
     """
     if layer.lora is None or layer.lora_a is None:
         return y
     # Marked, so that the gradient of what is whole is summed where it is made, and not that of a small activation.
     a, b = (mark_varying(w[...], manual_axes(axes)) for w in (layer.lora_a, layer.lora_b))
     small = multiply(x, a, dtype=layer.dtype) * layer.lora.scale
-    return checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)
+    y = checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)
+    if layer.lora_m is None:
+        return y
+    magnitude = mark_varying(layer.lora_m[...], manual_axes(axes))
+    factor = jnp.expand_dims(_relative_lengths(layer, magnitude, rows), tuple(range(y.ndim - 1)))
+    return (y.astype(jnp.float32) * factor).astype(y.dtype)
+
+
+def _relative_lengths(layer: _Adapted, magnitude_F: jax.Array, rows: Sequence[str]) -> jax.Array:
+    """Return m / |V| [F] in float32; 1 where m is 0, as of layers without an adapter that are joined with others."""
+    assert layer.lora is not None
+    kernel, a, b = (jax.lax.stop_gradient(w[...]) for w in (layer.kernel, layer.lora_a, layer.lora_b))
+    a, b, scale = a.astype(jnp.float32), b.astype(jnp.float32), layer.lora.scale
+    inner_rF = jnp.einsum("dr,df->rf", a, kernel.astype(jnp.float32), precision="highest")
+    outer_rF = jnp.einsum("rs,sf->rf", jnp.einsum("dr,ds->rs", a, a, precision="highest"), b, precision="highest")
+    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(0) + (b * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(
+        0
+    )
+    lengths_F = jnp.sqrt(sum_blocks(squares_F, rows))
+    is_own_F = magnitude_F != 0
+    return jnp.where(is_own_F, magnitude_F / jnp.where(is_own_F, lengths_F, 1.0), 1.0)

@@ -75,6 +75,10 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
             yield _casts(operation, item_bytes(model), runtime)
         if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in runtime.adapted):
             yield from _adapter(operation, item_bytes(model), num_adapters * runtime.adapter_rank)
+            if model.lora_magnitude == "on":
+                # The lengths of columns: the weights are read for their squares, and for the product with A.
+                read = 2 * item_bytes(model) * operation.k * operation.n * operation.batch
+                yield Stream(part="vector", forward_bytes=read, backward_bytes=0)
 
 
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
