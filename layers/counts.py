@@ -195,8 +195,9 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized; both keep r for each adapter. A mixture of
-    experts keeps its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more where queries and keys are normalized. Both keep r for each adapter; with magnitudes
+    "none" keeps the features out of adapted layers once more, and "dots" D if down is one. A mixture of experts keeps
+    its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -247,10 +248,15 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
-    small = config.lora_rank * len(lora_targets(config))
+    targets = lora_targets(config)
+    small = config.lora_rank * len(targets)
     normed_heads = own.query + own.key if config.qk_norm == "on" else 0
     dots = 2 * d + own.projected + own.mixed + latents + shared + num_up * f + small
     none = 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads + small
+    if config.lora_magnitude == "on":
+        # The gradient of a magnitude takes the column before it is scaled.
+        outs = {"query": own.query, "key": own.key, "value": own.value, "out": d, "gate": f, "up": f, "down": d}
+        dots, none = dots + ("down" in targets) * d, none + sum(outs[name] for name in targets)
     return {"full": d, "dots": dots, "none": none}[remat]
 
 

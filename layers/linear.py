@@ -31,7 +31,7 @@ from ..meshes.arguments import check_choice, check_count
 from ..meshes.device_axes import num_blocks
 from .check_inputs import check_features
 from .collectives import enter_gathered, enter_split, gather_tokens, leave_split
-from .lora.adapter import add_adapter, enter_frozen, make_adapter
+from .lora.adapter import add_adapter, enter_frozen, make_adapter, scale_columns
 from .lora.check_config import Lora
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
@@ -146,10 +146,11 @@ class RowLinear(nnx.Module):
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
         kernel = self.kernel[...] if self.lora is None else jax.lax.stop_gradient(self.kernel[...])
         y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls)
-        y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim), rows=self.rules.axes(self.dim))
+        y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim))
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
         y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
+        y_BTD = scale_columns(self, y_BTD, rows=self.rules.axes(self.dim))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else add_bias(y_BTD, self.bias[...])
 
@@ -179,7 +180,7 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
 
     def run(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
         y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls)
-        return add_adapter(layer, x_BTD, y_BTF, axes)
+        return scale_columns(layer, add_adapter(layer, x_BTD, y_BTF, axes))
 
     if num_blocks(tokens) == 1:
         return run(*(enter_frozen if is_frozen else enter_split)(x_BTD, kernel, axes))

@@ -77,26 +77,29 @@ def enter_frozen(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[
     return (mark_varying(x, manual_axes(axes)) if num_blocks(axes) > 1 else x), kernel
 
 
-def add_adapter(
-    layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str], *, rows: Sequence[str] = ()
-) -> jax.Array:
+def add_adapter(layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str]) -> jax.Array:
     """Return y + scale (x A) B, of a layer whose kernel is split over axes; y where it has no adapter.
 
     x[..., D] or [..., F@axes], y[..., F@axes] or a partial sum [..., D]
-
-    Args:
-        rows: the axes that split the kernel's features in.
     """
     if layer.lora is None or layer.lora_a is None:
         return y
     # Marked, so that the gradient of what is whole is summed where it is made, and not that of a small activation.
     a, b = (mark_varying(w[...], manual_axes(axes)) for w in (layer.lora_a, layer.lora_b))
     small = multiply(x, a, dtype=layer.dtype) * layer.lora.scale
-    y = checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)
+    return checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)
+
+
+def scale_columns(layer: _Adapted, y: jax.Array, *, rows: Sequence[str] = ()) -> jax.Array:
+    """Return y[..., F] with columns of the lengths that a layer's magnitudes say; y where it has none.
+
+    Args:
+        rows: the axes that split the kernel's features in. y is summed over them already, so that it is the sum that is
+            kept for the gradient of m, and not each device's part.
+    """
     if layer.lora_m is None:
         return y
-    magnitude = mark_varying(layer.lora_m[...], manual_axes(axes))
-    factor = jnp.expand_dims(_relative_lengths(layer, magnitude, rows), tuple(range(y.ndim - 1)))
+    factor = jnp.expand_dims(_relative_lengths(layer, layer.lora_m[...], rows), tuple(range(y.ndim - 1)))
     return (y.astype(jnp.float32) * factor).astype(y.dtype)
 
 

@@ -35,7 +35,8 @@ def lora_run(
 ) -> RunConfig:
     sections = {"train": {"init_from": str(SOURCE), "steps": steps, "batch_size": 16} | train}
     sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05, "min_lr_ratio": 1.0}}
-    model = replace(read_hub_model(SOURCE).config, **LORA, lora_magnitude=magnitude)
+    own: dict[str, Any] = LORA | {"lora_magnitude": magnitude}
+    model = replace(read_hub_model(SOURCE).config, **own)
     return run_of(model, text, mesh=mesh, **sections)
 
 
