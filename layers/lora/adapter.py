@@ -107,12 +107,13 @@ def _relative_lengths(layer: _Adapted, magnitude_F: jax.Array, rows: Sequence[st
     """Return m / |V| [F] in float32; 1 where m is 0, as of layers without an adapter that are joined with others."""
     assert layer.lora is not None
     kernel, a, b = (jax.lax.stop_gradient(w[...]) for w in (layer.kernel, layer.lora_a, layer.lora_b))
-    a, b, scale = a.astype(jnp.float32), b.astype(jnp.float32), layer.lora.scale
-    inner_rF = jnp.einsum("dr,df->rf", a, kernel.astype(jnp.float32), precision="highest")
-    outer_rF = jnp.einsum("rs,sf->rf", jnp.einsum("dr,ds->rs", a, a, precision="highest"), b, precision="highest")
-    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(0) + (b * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(
-        0
-    )
+    # A in the kernel's dtype, in which x A is computed: in float32 the product would read a copy of the kernel.
+    exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
+    inner_rF = jnp.einsum("dr,df->rf", a.astype(kernel.dtype), kernel, **exact)
+    outer_rF = jnp.einsum("rs,sf->rf", jnp.einsum("dr,ds->rs", a, a, **exact), b.astype(jnp.float32), **exact)
+    scale, b = layer.lora.scale, b.astype(jnp.float32)
+    added_F = (b * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(0)
+    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(0) + added_F
     lengths_F = jnp.sqrt(sum_blocks(squares_F, rows))
     is_own_F = magnitude_F != 0
     return jnp.where(is_own_F, magnitude_F / jnp.where(is_own_F, lengths_F, 1.0), 1.0)

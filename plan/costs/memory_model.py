@@ -276,8 +276,9 @@ def _temporary_bytes(
     once = 0.0
     if layout.remat != "none":
         # While a layer's backward runs, its recomputed residuals are all in memory, for one layer at a time.
-        kept = replace(layout, remat="none")
-        once = layer_activation_bytes(model, layout=kept, runtime=runtime, num_tokens=num_tokens)
+        # What magnitudes scale is kept already.
+        kept, plain = replace(layout, remat="none"), replace(model, lora_magnitude="off")
+        once = layer_activation_bytes(plain, layout=kept, runtime=runtime, num_tokens=num_tokens)
     beside = _backward_bytes(model, layout=layout, tokens=tokens) if runtime.residuals == "megatron" else 0.0
     # Logits in float32, and their gradient in the compute dtype, are left when the last layer's backward runs.
     return max(logits * runtime.loss_bytes, logits * (_FLOAT32 + item) + beside, once) + runtime.workspace_bytes
