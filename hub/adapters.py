@@ -4,6 +4,8 @@ Parameters are a tree {"embed", "blocks", "head"}; beside blocks.*.kernel [L, in
 [L, r, out]. A merged model is the model without adapters (Hu et al. 2021, section 4.1):
 
     kernel + (alpha / r) lora_a @ lora_b
+
+With magnitudes lora_m [L, out] its columns are scaled to these lengths (Liu et al. 2024, equation 5).
 """
 
 from collections.abc import Callable
@@ -16,24 +18,25 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig
-from ..layers.lora.check_config import ADAPTERS, ATTENTION_TARGETS, lora_scale, lora_targets
+from ..layers.lora.adapter import column_lengths
+from ..layers.lora.check_config import ADAPTERS, ATTENTION_TARGETS, MAGNITUDE, TRAINED, lora_scale, lora_targets
 
 _A, _B = ADAPTERS
 
 
 def without_lora(config: ModelConfig) -> ModelConfig:
     """Return the config of the model once its adapters are merged."""
-    return replace(config, lora_rank=0, lora_alpha=0.0, lora_targets=())
+    return replace(config, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_magnitude="off")
 
 
 def adapters_of(params: Any) -> Any:
     """Return the tree with the parameters of adapters alone; {} where there are none."""
-    return _filter(params, lambda name: name in ADAPTERS)
+    return _filter(params, lambda name: name in TRAINED)
 
 
 def without_adapters(params: Any) -> Any:
     """Return the tree without the parameters of adapters."""
-    return _filter(params, lambda name: name not in ADAPTERS)
+    return _filter(params, lambda name: name not in TRAINED)
 
 
 def _filter(tree: Any, is_kept: Callable[[str], bool]) -> Any:
@@ -48,7 +51,17 @@ def join_adapters(params: Any, adapters: Any) -> Any:
     if not isinstance(params, dict):
         return params
     both = {name: join_adapters(own, adapters.get(name, {})) for name, own in params.items()}
-    return both | {name: own for name, own in adapters.items() if name in ADAPTERS}
+    return both | {name: own for name, own in adapters.items() if name in TRAINED}
+
+
+def with_lengths(params: Any) -> Any:
+    """Return the parameters with the lengths of the kernels' columns as magnitudes, where there are some."""
+    if not isinstance(params, dict):
+        return params
+    found = {name: with_lengths(own) for name, own in params.items()}
+    if MAGNITUDE in found:
+        found[MAGNITUDE] = jax.jit(column_lengths, out_shardings=found[MAGNITUDE].sharding)(found["kernel"])
+    return found
 
 
 def layers_with_adapters(config: ModelConfig) -> dict[str, tuple[str, str]]:
@@ -67,6 +80,9 @@ def adapter_shapes(config: ModelConfig, shapes: Any) -> Any:
         a = _shape((sizes[0], sizes[1], rank), NamedSharding(mesh, PartitionSpec(layers, d_in, None)))
         b = _shape((sizes[0], rank, sizes[2]), NamedSharding(mesh, PartitionSpec(layers, None, d_out)))
         found.setdefault(part, {})[name] = {_A: a, _B: b}
+        if config.lora_magnitude == "on":
+            spec = PartitionSpec(layers, d_out)
+            found[part][name][MAGNITUDE] = _shape((sizes[0], sizes[2]), NamedSharding(mesh, spec))
     return {"blocks": found}
 
 
@@ -79,15 +95,18 @@ def merge_adapters(params: Any, adapters: Any, *, config: ModelConfig) -> Any:
     blocks = dict(params["blocks"])
     for part, name in layers_with_adapters(config).values():
         layer, own = blocks[part][name], adapters["blocks"][part][name]
-        kernel = _merge_on(layer["kernel"].sharding)(layer["kernel"], own[_A], own[_B], lora_scale(config))
+        given = (layer["kernel"], own[_A], own[_B], own.get(MAGNITUDE))
+        kernel = _merge_on(layer["kernel"].sharding)(*given, lora_scale(config))
         blocks[part] = blocks[part] | {name: layer | {"kernel": kernel}}
     return params | {"blocks": blocks}
 
 
 @lru_cache(maxsize=16)
 def _merge_on(sharding: Any) -> Any:
-    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None, scale: jax.Array) -> jax.Array:
         product = jnp.einsum("ldr,lrf->ldf", a, b, precision="highest", preferred_element_type=jnp.float32)
-        return (kernel.astype(jnp.float32) + jnp.float32(scale) * product).astype(kernel.dtype)
+        merged = kernel.astype(jnp.float32) + jnp.float32(scale) * product
+        merged = merged if m is None else merged * (m / column_lengths(merged))[:, None]
+        return merged.astype(kernel.dtype)
 
     return jax.jit(merge, out_shardings=sharding, donate_argnums=0)

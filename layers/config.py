@@ -103,6 +103,7 @@ class ModelConfig:
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
+    lora_magnitude: Literal["off", "on"] = "off"
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmuls: Literal["plain", "fp8"] = "plain"
 

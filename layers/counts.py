@@ -108,7 +108,7 @@ def param_counts(config: ModelConfig) -> ParamCounts:
         head=_norm_params(config) + (table if config.embeddings == "untied" else 0),
         dense_block=blocks[0] if config.dense_layers else 0,
         dense_layers=config.dense_layers,
-        adapters=_adapter_params(config),
+        adapters=_adapter_params(config) + _magnitude_params(config),
     )
 
 
@@ -119,6 +119,15 @@ def _adapter_params(config: ModelConfig) -> int:
     d, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
     sizes = {"query": d + q, "key": d + kv, "value": d + kv, "out": q + d, "gate": d + f, "up": d + f, "down": f + d}
     return config.num_layers * config.lora_rank * sum(sizes[name] for name in lora_targets(config))
+
+
+def _magnitude_params(config: ModelConfig) -> int:
+    """Return the number of columns of all adapted layers, where each has a magnitude."""
+    if config.lora_magnitude == "off":
+        return 0
+    d, kv, f = config.hidden_size, config.kv_size, config.ffn_size
+    sizes = {"query": config.query_size, "key": kv, "value": kv, "out": d, "gate": f, "up": f, "down": d}
+    return config.num_layers * sum(sizes[name] for name in lora_targets(config))
 
 
 def _block_params(config: ModelConfig) -> int:
@@ -186,13 +195,13 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized; both keep r for each adapter. A mixture of
-    experts keeps its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more where queries and keys are normalized. Both keep r for each adapter; with magnitudes
+    "none" keeps the features out of adapted layers once more, and "dots" D if down is one. A mixture of experts keeps
+    its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor: size of the axis that splits heads and feed-forward features.
-        sequence: "on" where x and the norms are split over it by tokens; otherwise they are replicated over it.
+        tensor, sequence: size of the axis that splits heads and features; "on" where it splits x and the norms by tokens.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
@@ -238,10 +247,15 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
-    small = config.lora_rank * len(lora_targets(config))
+    targets = lora_targets(config)
+    small = config.lora_rank * len(targets)
     normed_heads = own.query + own.key if config.qk_norm == "on" else 0
     dots = 2 * d + own.projected + own.mixed + latents + shared + num_up * f + small
     none = 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads + small
+    if config.lora_magnitude == "on":
+        # The gradient of a magnitude takes the column before it is scaled.
+        outs = {"query": own.query, "key": own.key, "value": own.value, "out": d, "gate": f, "up": f, "down": d}
+        dots, none = dots + ("down" in targets) * d, none + sum(outs[name] for name in targets)
     return {"full": d, "dots": dots, "none": none}[remat]
 
 

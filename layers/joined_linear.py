@@ -80,6 +80,7 @@ class JoinedLinear(nnx.Module):
         A layer without one has columns of zeros.
         """
         self.lora, self.lora_a, self.lora_b = linears[0].lora, nnx.data(None), nnx.data(None)
+        self.lora_m = nnx.data(None)
         adapted = [one for one in linears if one.lora_a is not None]
         if not adapted:
             return
@@ -89,17 +90,26 @@ class JoinedLinear(nnx.Module):
         rows = whole.shape[1]
         named, first = [], 0
         for one in linears:
-            own = jnp.zeros((0, one.kernel.shape[1]), whole.dtype) if one.lora_b is None else one.lora_b[...]
-            if one.lora_b is None and varying_axes(one.kernel[...]):
-                own = mark_varying(own, varying_axes(one.kernel[...]))
+            own = _zeros_for(one, rows=0) if one.lora_b is None else one.lora_b[...]
             below = rows - first - own.shape[0]
             named.append((one.dim, jnp.pad(own, [(first, below), (0, 0)])))
             first += own.shape[0]
         self.lora_b, _ = self._join(named, unit, "lora")
+        if adapted[0].lora_m is not None:
+            # 0 leaves a column of a layer without an adapter as it is.
+            lengths = [_zeros_for(one) if one.lora_m is None else one.lora_m[...] for one in linears]
+            self.lora_m, _ = self._join([(one.dim, own) for one, own in zip(linears, lengths, strict=True)], unit)
 
     def _own(self, dim: str, weight: jax.Array, unit: int) -> jax.Array:
         # Where a layer's own features are not split, there are too few heads for that: see Attention.
         return weight if self.rules.axes(dim) else own_columns(weight, self.rules.axes(self.dim), unit=unit)
+
+
+def _zeros_for(linear: ColumnLinear, *, rows: int | None = None) -> jax.Array:
+    """Return zeros [F], or [rows, F], that vary over the axes over which the kernel of a layer varies."""
+    kernel = linear.kernel[...]
+    zeros = jnp.zeros(kernel.shape[1:] if rows is None else (rows, *kernel.shape[1:]), jnp.float32)
+    return mark_varying(zeros, varying_axes(kernel)) if varying_axes(kernel) else zeros
 
 
 def join_split(linears: Sequence[ColumnLinear], *, unit: int = 1) -> JoinedLinear | None:

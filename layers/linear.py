@@ -31,7 +31,7 @@ from ..meshes.arguments import check_choice, check_count
 from ..meshes.device_axes import num_blocks
 from .check_inputs import check_features
 from .collectives import enter_gathered, enter_split, gather_tokens, leave_split
-from .lora.adapter import add_adapter, enter_frozen, make_adapter
+from .lora.adapter import add_adapter, enter_frozen, make_adapter, scale_columns
 from .lora.check_config import Lora
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
@@ -78,8 +78,8 @@ class ColumnLinear(nnx.Module):
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), (dim,), std=0.0, rules=rules)
         self.kernel_scale = nnx.data(None)
-        self.lora, size = lora, (in_size, out_size)
-        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, ("embed", dim), rules)
+        adapter = make_adapter(rngs, lora, self.kernel[...], ("embed", dim), rules)
+        self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -135,8 +135,8 @@ class RowLinear(nnx.Module):
         if bias == "on":
             self.bias = make_param(rngs.params(), (out_size,), ("embed",), std=0.0, rules=rules)
         self.kernel_scale = nnx.data(None)
-        self.lora, size = lora, (in_size, out_size)
-        self.lora_a, self.lora_b = make_adapter(rngs, lora, size, (dim, "embed"), rules)
+        adapter = make_adapter(rngs, lora, self.kernel[...], (dim, "embed"), rules)
+        self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].
@@ -153,6 +153,7 @@ class RowLinear(nnx.Module):
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
         y_BTD = self.rules.constrain(y_BTD, name_dims(y_BTD, "embed", tokens="stream_tokens"))
+        y_BTD = scale_columns(self, y_BTD, rows=self.rules.axes(self.dim))
         # After the all-reduce: added before it, the bias would be counted once per tensor rank.
         return y_BTD if self.bias is None else add_bias(y_BTD, self.bias[...])
 
@@ -168,6 +169,7 @@ class _Columns(Protocol):
     lora: Lora | None
     lora_a: Any
     lora_b: Any
+    lora_m: Any
     rules: ShardingRules
 
 
@@ -182,7 +184,7 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
 
     def run(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
         y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls, scale=scale_of(layer))
-        return add_adapter(layer, x_BTD, y_BTF, axes)
+        return scale_columns(layer, add_adapter(layer, x_BTD, y_BTF, axes))
 
     if num_blocks(tokens) == 1:
         return run(*(enter_frozen if is_frozen else enter_split)(x_BTD, kernel, axes))

@@ -19,9 +19,14 @@ from ..architectures.tensor_names import TensorNames
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _END = "base_model.model.", ".weight"
 
-Matrix = Literal["A", "B"]
-MATRICES: tuple[tuple[str, Matrix], ...] = (("lora_a", "A"), ("lora_b", "B"))
-"""The two matrices of an adapter, by the names of their parameters and of their tensors."""
+ENDS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
+MAGNITUDE_END = {"lora_m": ".lora_magnitude_vector"}
+"""Ends of the names of an adapter's tensors, by the names of its parameters; magnitudes are those of DoRA."""
+
+
+def tensor_ends(config: ModelConfig) -> dict[str, str]:
+    """Return the ends of the names of the tensors that adapters of a model have."""
+    return ENDS | (MAGNITUDE_END if config.lora_magnitude == "on" else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +49,9 @@ class AdaptedLayer:
         # GPT-2, whose kernels are not transposed, has two layers c_proj in a block.
         return self.tensor.rpartition("." if self.is_transposed else "{layer}.")[2]
 
-    def tensor_name(self, layer: int, matrix: Matrix) -> str:
-        """Return the name of a matrix of a layer's adapter."""
-        return f"{_PREFIX}{self.tensor.format(layer=layer)}.lora_{matrix}{_END}"
+    def tensor_name(self, layer: int, end: str) -> str:
+        """Return the name of a tensor of a layer's adapter, by its end."""
+        return f"{_PREFIX}{self.tensor.format(layer=layer)}{end}"
 
 
 def adapted_layers(

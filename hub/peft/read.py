@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,9 +16,9 @@ from ...meshes import WeightsError
 from ...meshes.errors import shown
 from ..adapters import adapter_shapes
 from ..folder import find_file, read_json
-from .names import CONFIG_FILE, MATRICES, WEIGHTS_FILE, adapted_layers
+from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers, tensor_ends
 
-_REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
+_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
 _SHOWN = 5
 
 
@@ -28,12 +28,14 @@ class PeftFolder:
 
     base: folder of the weights that they adapt.
     rank, alpha: those of all layers; what is added is alpha / rank x A B.
+    magnitude: whether columns have magnitudes of their own, as DoRA's.
     """
 
     folder: Path
     base: Path
     rank: int
     alpha: float
+    magnitude: Literal["off", "on"] = "off"
 
 
 def is_peft_folder(folder: str | Path) -> bool:
@@ -73,7 +75,8 @@ def open_adapters(folder: str | Path) -> PeftFolder:
         )
     # rslora divides alpha by the root of the rank.
     scaled = alpha * rank**0.5 if values.get("use_rslora") else alpha
-    return PeftFolder(folder=folder, base=found, rank=rank, alpha=float(scaled))
+    magnitude: Literal["off", "on"] = "on" if values.get("use_dora") else "off"
+    return PeftFolder(folder=folder, base=found, rank=rank, alpha=float(scaled), magnitude=magnitude)
 
 
 def _find_mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -99,16 +102,17 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         WeightsError: the file is broken, or its tensors are missing, unknown or of another shape.
     """
     tensors = _load(opened.folder)
-    every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha)
+    every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha, lora_magnitude=opened.magnitude)
+    ends = tensor_ends(every)
     known = adapted_layers(every, joined="leave out")
-    targets = [own.name for own in known if own.tensor_name(0, "A") in tensors]
+    targets = [own.name for own in known if own.tensor_name(0, ends["lora_a"]) in tensors]
     model = replace(every, lora_targets=tuple(name for name in TARGETS if name in targets))
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()
     names = {
-        own.tensor_name(number, matrix): _swapped(wanted["blocks"][own.part][own.name][param].shape[1:])
+        own.tensor_name(number, end): _swapped(wanted["blocks"][own.part][own.name][param].shape[1:])
         for own in layers
         for number in range(config.num_layers)
-        for param, matrix in MATRICES
+        for param, end in ends.items()
     }
     mistakes = [f"{name} is no adapter of a layer of this model" for name in tensors if name not in names]
     mistakes += [f"{name} is missing" for name in names if name not in tensors]
@@ -123,8 +127,8 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         raise WeightsError("\n  ".join(lines), fix="use the base that the adapters were trained on.")
     for own in layers:
         part = wanted["blocks"][own.part][own.name]
-        for param, matrix in MATRICES:
-            stack = [tensors[own.tensor_name(number, matrix)].T for number in range(config.num_layers)]
+        for param, end in ends.items():
+            stack = [tensors[own.tensor_name(number, end)].T for number in range(config.num_layers)]
             part[param] = _place(np.stack(stack).astype(np.float32), part[param])
     return model, wanted
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from ...layers import ModelConfig
 from ...meshes.files.new_folder import new_folder
-from .names import CONFIG_FILE, MATRICES, WEIGHTS_FILE, adapted_layers
+from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers, tensor_ends
 
 _TORCH = {"format": "pt"}
 
@@ -31,10 +31,10 @@ def write_adapters(
     layers = adapted_layers(config, architecture=architecture)
     tensors: dict[str, np.ndarray] = {}
     for own in layers:
-        for name, matrix in MATRICES:
+        for name, end in tensor_ends(config).items():
             whole = np.asarray(adapters["blocks"][own.part][own.name][name], np.float32)
             for number, one in enumerate(whole):
-                tensors[own.tensor_name(number, matrix)] = np.ascontiguousarray(one.T)
+                tensors[own.tensor_name(number, end)] = np.ascontiguousarray(one.T)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -46,6 +46,7 @@ def write_adapters(
         "bias": "none",
         "fan_in_fan_out": not layers[0].is_transposed,
         "inference_mode": True,
+        "use_dora": config.lora_magnitude == "on",
     }
     with new_folder(folder) as part:
         save_file(tensors, part / WEIGHTS_FILE, metadata=_TORCH)

@@ -7,19 +7,26 @@ their products lie inside its region, so that an adapter sends no activation:
     split by rows       W[F@tensor, D]    A[F@tensor, r]    B[r, D]           x A B is a partial sum as x W is
 
 What is whole over `tensor`, A of columns and B of rows, has its gradient summed over it.
+
+With magnitudes m (DoRA, Liu et al. 2024, equation 5) columns have the direction of V = W + (alpha / r) A B, and m for
+their length: y = x V * m / |V|, where |V|, the length of each column, is a constant to the gradient (section 4.3). V is
+not made, since |V|^2 = |W|^2 + 2 s (A^T W) * B + s^2 B * (A^T A B), summed over features in; where rows are split that
+is one all-reduce of a number a column. Fresh magnitudes are |W|, with which the model is the model without.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ...meshes import ShardingRules
 from ...meshes.device_axes import manual_axes, mark_varying, num_blocks
-from ..partitioning import make_param
+from ..collectives import sum_blocks
+from ..partitioning import make_param, param_metadata
 from ..product import multiply
 from .check_config import Lora
 
@@ -33,19 +40,32 @@ class _Adapted(Protocol):
     lora: Lora | None
     lora_a: Any
     lora_b: Any
+    lora_m: Any
+    kernel: nnx.Param
     dtype: DTypeLike
 
 
 def make_adapter(
-    rngs: nnx.Rngs, lora: Lora | None, shape: tuple[int, int], dims: tuple[str, str], rules: ShardingRules
-) -> tuple[Any, Any]:
-    """Return A [in, r] and B [r, out] of a kernel [in, out] whose dimensions have these names; None without one."""
+    rngs: nnx.Rngs, lora: Lora | None, kernel: jax.Array, dims: tuple[str, str], rules: ShardingRules
+) -> tuple[Any, Any, Any]:
+    """Return A [in, r], B [r, out] and magnitudes [out] of a kernel [in, out] whose dimensions have these names.
+
+    None for each that the layer has not.
+    """
     if lora is None or not lora.rank:
-        return nnx.data(None), nnx.data(None)
-    (d_in, d_out), rank = shape, lora.rank
+        return nnx.data(None), nnx.data(None), nnx.data(None)
+    (d_in, d_out), rank = kernel.shape, lora.rank
     # x A has about the size of a feature of x.
     a = make_param(rngs.params(), (d_in, rank), (dims[0], "lora"), std=d_in**-0.5, rules=rules)
-    return a, make_param(rngs.params(), (rank, d_out), ("lora", dims[1]), std=0.0, rules=rules)
+    b = make_param(rngs.params(), (rank, d_out), ("lora", dims[1]), std=0.0, rules=rules)
+    if lora.magnitude == "off":
+        return a, b, nnx.data(None)
+    return a, b, nnx.Param(column_lengths(kernel), **param_metadata((dims[1],), rules))
+
+
+def column_lengths(kernel: jax.Array) -> jax.Array:
+    """Return the length of every column: kernel[..., in, out] -> [..., out], float32."""
+    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(-2))
 
 
 def enter_frozen(x: jax.Array, kernel: jax.Array, axes: Sequence[str]) -> tuple[jax.Array, jax.Array]:
@@ -68,3 +88,32 @@ def add_adapter(layer: _Adapted, x: jax.Array, y: jax.Array, axes: Sequence[str]
     a, b = (mark_varying(w[...], manual_axes(axes)) for w in (layer.lora_a, layer.lora_b))
     small = multiply(x, a, dtype=layer.dtype) * layer.lora.scale
     return checkpoint_name(y + multiply(small, b, dtype=layer.dtype), ADAPTED)
+
+
+def scale_columns(layer: _Adapted, y: jax.Array, *, rows: Sequence[str] = ()) -> jax.Array:
+    """Return y[..., F] with columns of the lengths that a layer's magnitudes say; y where it has none.
+
+    Args:
+        rows: the axes that split the kernel's features in. y is summed over them already, so that it is the sum that is
+            kept for the gradient of m, and not each device's part.
+    """
+    if layer.lora_m is None:
+        return y
+    factor = jnp.expand_dims(_relative_lengths(layer, layer.lora_m[...], rows), tuple(range(y.ndim - 1)))
+    return (y.astype(jnp.float32) * factor).astype(y.dtype)
+
+
+def _relative_lengths(layer: _Adapted, magnitude_F: jax.Array, rows: Sequence[str]) -> jax.Array:
+    """Return m / |V| [F] in float32; 1 where m is 0, as of layers without an adapter that are joined with others."""
+    assert layer.lora is not None
+    kernel, a, b = (jax.lax.stop_gradient(w[...]) for w in (layer.kernel, layer.lora_a, layer.lora_b))
+    # A in the kernel's dtype, in which x A is computed: in float32 the product would read a copy of the kernel.
+    exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
+    inner_rF = jnp.einsum("dr,df->rf", a.astype(kernel.dtype), kernel, **exact)
+    outer_rF = jnp.einsum("rs,sf->rf", jnp.einsum("dr,ds->rs", a, a, **exact), b.astype(jnp.float32), **exact)
+    scale, b = layer.lora.scale, b.astype(jnp.float32)
+    added_F = (b * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(0)
+    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(0) + added_F
+    lengths_F = jnp.sqrt(sum_blocks(squares_F, rows))
+    is_own_F = magnitude_F != 0
+    return jnp.where(is_own_F, magnitude_F / jnp.where(is_own_F, lengths_F, 1.0), 1.0)

@@ -1,7 +1,7 @@
 """Which linear layers of a model have adapters, and the checks of that choice."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ...meshes import ModelError
 from ...meshes.errors import suggest
@@ -11,9 +11,15 @@ TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
 """Layers that may have an adapter, by the names of their parameters."""
 
 ADAPTERS = ("lora_a", "lora_b")
-"""Names of the parameters of an adapter, [in, r] and [r, out]."""
+"""Names of the matrices of an adapter, [in, r] and [r, out]."""
 
-LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
+MAGNITUDE = "lora_m"
+"""Name of the magnitudes of a layer's columns, [out]."""
+
+TRAINED = (*ADAPTERS, MAGNITUDE)
+"""Names of all parameters of an adapter."""
+
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_magnitude")
 """Fields of a `ModelConfig` that are about adapters."""
 
 
@@ -23,17 +29,20 @@ class Lora:
 
     rank: features between A and B; 0 for a frozen layer without an adapter.
     scale: alpha / rank.
+    magnitude: whether the length of each column is trained apart from its direction, as DoRA does.
     """
 
     rank: int
     scale: float
+    magnitude: Literal["off", "on"] = "off"
 
 
 def lora_of(config: Any, target: str) -> Lora | None:
     """Return the adapter of a layer by its name in `TARGETS`, None in a model without adapters."""
     if not config.lora_rank:
         return None
-    return Lora(rank=config.lora_rank if target in lora_targets(config) else 0, scale=lora_scale(config))
+    rank = config.lora_rank if target in lora_targets(config) else 0
+    return Lora(rank=rank, scale=lora_scale(config), magnitude=config.lora_magnitude)
 
 
 def lora_scale(config: Any) -> float:
@@ -78,6 +87,11 @@ def _check_given(config: Any) -> None:
                 f"{name}={getattr(config, name)}, but lora_rank=0: the model has no adapters.",
                 fix=f"set lora_rank=8, say, or leave {name} out.",
             )
+    if config.lora_magnitude == "on" and not config.lora_rank:
+        raise ModelError(
+            "lora_magnitude='on', but lora_rank=0: the model has no adapters.",
+            fix="set lora_rank=8, say, or leave lora_magnitude out.",
+        )
 
 
 def _check_target(name: str, *, mlp: str) -> None:

@@ -22,7 +22,7 @@ from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_di
 from ...layers.block import rematerialize
 from ...layers.context.places import Places
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
-from ...layers.lora.check_config import ADAPTERS
+from ...layers.lora.check_config import ADAPTERS, TRAINED
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -200,7 +200,7 @@ def _score_fns(fns: StageFns, model: Transformer, num_sequences: int) -> StageFn
 
 def is_frozen(name: str) -> bool:
     """Return whether a parameter of a model with adapters is frozen, all but those of adapters."""
-    return name.rpartition(".")[2] not in ADAPTERS
+    return name.rpartition(".")[2] not in TRAINED
 
 
 def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:

@@ -47,27 +47,18 @@ def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime
     """
     if not runtime.adapter_rank:
         return params
-    num_layers = sum(count for _, count in layers)
-    return (
-        num_layers * runtime.adapter_rank * sum(_adapter_ends(model, names, layout.tensor) for names in runtime.adapted)
-    )
+    num_layers, rank = sum(count for _, count in layers), runtime.adapter_rank
+    return num_layers * sum(_adapter_params(model, names, layout.tensor, rank) for names in runtime.adapted)
 
 
-def _adapter_ends(model: ModelConfig, names: tuple[str, ...], tensor: int) -> float:
-    """Return the features in and out, on a device, of layers that share an adapter."""
+def _adapter_params(model: ModelConfig, names: tuple[str, ...], tensor: int, rank: int) -> float:
+    """Return the parameters, on a device, of an adapter that layers share, with the magnitudes of their columns."""
     d, t = model.hidden_size, tensor
     q, kv, f = model.query_size / t, model.kv_size / t, model.ffn_size / t
-    ins = {"out": q, "down": f}
-    outs = {
-        "query": q,
-        "key": kv,
-        "value": kv,
-        "out": d,
-        "gate": f if model.mlp == "swiglu" else 0.0,
-        "up": f,
-        "down": d,
-    }
-    return ins.get(names[0], d) + sum(outs[name] for name in names)
+    gate = f if model.mlp == "swiglu" else 0.0
+    outs = {"query": q, "key": kv, "value": kv, "out": d, "gate": gate, "up": f, "down": d}
+    num_in, num_out = {"out": q, "down": f}.get(names[0], d), sum(outs[name] for name in names)
+    return rank * (num_in + num_out) + (num_out if model.lora_magnitude == "on" else 0)
 
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:

@@ -75,6 +75,8 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
             yield _casts(operation, item_bytes(model), runtime)
         if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in runtime.adapted):
             yield from _adapter(operation, item_bytes(model), num_adapters * runtime.adapter_rank)
+            if model.lora_magnitude == "on":
+                yield _magnitudes(operation, item_bytes(model))
 
 
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
@@ -161,6 +163,16 @@ def _adapter(product: Product, item: int, rank: int) -> Iterator[Operation]:
     # Two arrays are read and their sum is written: of results forward, of the input's gradients backward.
     added = 3 * item * product.m * product.batch
     yield Stream(part="vector", forward_bytes=added * product.n, backward_bytes=added * product.k)
+
+
+def _magnitudes(product: Product, item: int) -> Stream:
+    """Return the traffic of a product's magnitudes (Liu et al. 2024, equation 5).
+
+    Forward: the weights are read for the squares of columns and for the product with A; the results are scaled as they
+    are added. Backward: gradients are read and scaled, and read again beside the results for the magnitudes' own.
+    """
+    weights, results = product.k * product.n * product.batch, product.m * product.n * product.batch
+    return Stream(part="vector", forward_bytes=2 * item * weights, backward_bytes=4 * item * results)
 
 
 def _casts(product: Product, item: int, runtime: Runtime) -> Stream:

@@ -61,6 +61,8 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     if runtime.residuals != "trellax" and layout.remat == "none":
         return 0.0
     given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
+    # What magnitudes scale is kept already.
+    model = replace(model, lora_magnitude="off")
     whole = layer_activation_bytes(model, layout=replace(layout, remat="none"), **given)
     if runtime.residuals != "trellax":
         return whole

@@ -178,6 +178,16 @@ def test_layer_of_experts_keeps_as_many_bytes(remat: Remat, shared: int, mlp: An
     assert kept == (pytest.approx(expected, rel=0.01) if remat == "none" else expected)
 
 
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("magnitude", ["off", "on"])
+def test_layer_with_adapters_keeps_as_many_bytes(remat: Remat, magnitude: Any) -> None:
+    config = replace(small_config("llama"), lora_rank=4, lora_magnitude=magnitude)
+    layer, params = layer_of(config, remat)
+    x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan_plain(layer, params, x, None).kept)
+    assert kept == activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat).layer
+
+
 def test_experts_are_counted_whole_as_parameters_and_in_part_as_flops() -> None:
     config = replace(small_config("llama"), num_experts=8, experts_per_token=2, expert_size=40, shared_size=24)
     params = split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1]

@@ -75,6 +75,17 @@ def test_adapters_of_a_key_head_that_tensor_ranks_share_have_the_gradients_of_on
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
 
 
+@pytest.mark.parametrize("targets", [(), ("key", "up", "down")])
+@pytest.mark.parametrize("case", CASES)
+def test_magnitudes_have_the_gradients_of_one_device(case: str, targets: tuple[str, ...]) -> None:
+    config = replace(MODEL, lora_rank=3, lora_alpha=6.0, lora_targets=targets, lora_magnitude="on")
+    step = pipeline_step(config, num_microbatches=4, num_sequences=16, **CASES[case])
+    assert step.model.fns.frozen is not None
+    expected = frozen_answer(config, 16, step.model.fns.frozen)
+    assert len(jax.tree.leaves(expected.grads)) == 3 * (len(targets) or 7)
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
 def weight_products(is_frozen: Callable[[str], bool] | None, **case: Any) -> set[tuple[int, ...]]:
     """Return the shapes of kernels and tables that a compiled step makes by a matmul."""
     # 80 or 160 tokens of a microbatch on a device: no dimension of a kernel, so no activation has the shape of one.

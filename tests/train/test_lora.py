@@ -30,10 +30,14 @@ SOURCE = GOLDEN / "llama3"
 LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 4.0}
 
 
-def lora_run(text: Path, *, name: str = "run", mesh: str = "data=8", steps: int = 2, **train: Any) -> RunConfig:
+def lora_run(
+    text: Path, *, name: str = "run", mesh: str = "data=8", steps: int = 2, magnitude: str = "off", **train: Any
+) -> RunConfig:
     sections = {"train": {"init_from": str(SOURCE), "steps": steps, "batch_size": 16} | train}
     sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05, "min_lr_ratio": 1.0}}
-    return run_of(replace(read_hub_model(SOURCE).config, **LORA), text, mesh=mesh, **sections)
+    own: dict[str, Any] = LORA | {"lora_magnitude": magnitude}
+    model = replace(read_hub_model(SOURCE).config, **own)
+    return run_of(model, text, mesh=mesh, **sections)
 
 
 def test_optimizer_state_and_saves_are_those_of_adapters(text: Path) -> None:
@@ -62,8 +66,9 @@ def test_run_resumes_on_another_mesh_with_the_same_losses(more: dict[str, Any], 
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_model_of_the_run_has_its_adapters_merged(text: Path) -> None:
-    config = lora_run(text)
+@pytest.mark.parametrize("magnitude", ["off", "on"])
+def test_model_of_the_run_has_its_adapters_merged(magnitude: str, text: Path) -> None:
+    config = lora_run(text, magnitude=magnitude)
     train(config)
     with Checkpoints(config.run_folder) as checkpoints:
         state = checkpoints.restore(setup := setup_of(config))
@@ -82,6 +87,12 @@ def _unmerged(config: RunConfig, state: Any) -> Any:
     model = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
     nnx.update(model, {"blocks": natural_order(state.params.stages), **state.params.shared})
     return model
+
+
+def test_fresh_magnitudes_are_the_lengths_of_the_columns_that_are_read(text: Path) -> None:
+    state = initial_state(setup_of(lora_run(text, magnitude="on")))
+    layer = state.params.stages["mlp"]["down"]
+    np.testing.assert_allclose(layer["lora_m"], np.linalg.norm(layer["kernel"], axis=-2), rtol=1e-5)
 
 
 def test_adapters_without_weights_are_refused(text: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ...configs.run_config import RunConfig
-from ...hub.adapters import adapters_of, join_adapters, without_adapters, without_lora
+from ...hub.adapters import adapters_of, join_adapters, with_lengths, without_adapters, without_lora
 from ...hub.config import model_differences
 from ...hub.model_folder import load_params, read_model_config
 from ...hub.peft.read import base_of, is_peft_folder, open_adapters, read_adapters
@@ -88,6 +88,7 @@ def initial_state(setup: Setup) -> TrainState:
     if setup.config.model.lora_rank:
         params = load_params(base_of(source), without_adapters(shapes))
         params = join_adapters(params, _first_adapters(setup, shapes))
+        params = params if is_peft_folder(source) else with_lengths(params)
     else:
         params = load_params(source, shapes)
     return setup.state_of(params_in_stages(setup, as_pipeline(params)))
@@ -99,12 +100,13 @@ def _first_adapters(setup: Setup, shapes: Any) -> Any:
     if not is_peft_folder(source):
         return _draw_adapters(setup, adapters_of(shapes))
     there, adapters = read_adapters(open_adapters(source), without_lora(config), shapes)
-    for name, value in {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}.items():
+    compared = {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}
+    for name, value in (compared | {"magnitude": lambda m: m.lora_magnitude}).items():
         if value(config) != value(there):
             raise ConfigError(
                 f"train.init_from={source!r} has adapters of {name} {value(there)}, and this config {value(config)}.",
-                fix=f"set model.lora_rank={there.lora_rank}, model.lora_alpha={there.lora_alpha:g} and "
-                f"model.lora_targets={list(lora_targets(there))}.",
+                fix=f"set model.lora_rank={there.lora_rank}, model.lora_alpha={there.lora_alpha:g}, "
+                f"model.lora_targets={list(lora_targets(there))}, model.lora_magnitude={there.lora_magnitude!r}.",
             )
     return adapters
 

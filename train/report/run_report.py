@@ -119,7 +119,8 @@ def _tell_adapters(setup: Setup) -> str:
     if not counts.adapters:
         return ""
     share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
-    return f"\n{share}: adapters of rank {model.lora_rank} on {names}"
+    kind = "adapters and magnitudes" if model.lora_magnitude == "on" else "adapters"
+    return f"\n{share}: {kind} of rank {model.lora_rank} on {names}"
 
 
 def _splits_tokens(setup: Setup) -> bool:

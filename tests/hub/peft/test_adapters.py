@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,12 @@ from ..hub import GOLDEN, shapes_of
 BASE = GOLDEN / "llama3"
 
 
-def config_with(*targets: str) -> ModelConfig:
-    return replace(read_hub_model(BASE).config, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+Magnitude = Literal["off", "on"]
+
+
+def config_with(*targets: str, magnitude: Magnitude = "off") -> ModelConfig:
+    own = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets, "lora_magnitude": magnitude}
+    return replace(read_hub_model(BASE).config, **own)
 
 
 def random_adapters(config: ModelConfig) -> Any:
@@ -33,19 +37,20 @@ def random_adapters(config: ModelConfig) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, jnp.float32), shapes)
 
 
-def written(folder: Path, *targets: str) -> tuple[ModelConfig, Any]:
-    config = config_with(*targets)
+def written(folder: Path, *targets: str, magnitude: Magnitude = "off") -> tuple[ModelConfig, Any]:
+    config = config_with(*targets, magnitude=magnitude)
     adapters = random_adapters(config)
     write_adapters(adapters, config, folder, base=str(BASE))
     return config, adapters
 
 
-@pytest.mark.parametrize("targets", [(), ("query", "down")])
-def test_adapters_come_back_as_they_were(targets: tuple[str, ...], tmp_path: Path) -> None:
-    config, adapters = written(tmp_path / "out", *targets)
+@pytest.mark.parametrize(("targets", "magnitude"), [((), "off"), (("query", "down"), "off"), (("query", "down"), "on")])
+def test_adapters_come_back_as_they_were(targets: tuple[str, ...], magnitude: Magnitude, tmp_path: Path) -> None:
+    config, adapters = written(tmp_path / "out", *targets, magnitude=magnitude)
     opened = open_adapters(tmp_path / "out")
     there, found = read_adapters(opened, read_hub_model(BASE).config, shapes_of(BASE))
     assert (there.lora_rank, there.lora_alpha) == (config.lora_rank, config.lora_alpha)
+    assert there.lora_magnitude == magnitude
     jax.tree.map(np.testing.assert_array_equal, found, adapters)
 
 
@@ -63,6 +68,15 @@ def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
     assert np.array_equal(merged["blocks"]["mlp"]["up"]["kernel"], kept["blocks"]["mlp"]["up"]["kernel"])
 
 
+def test_merged_columns_have_the_magnitudes_for_lengths(tmp_path: Path) -> None:
+    config = config_with("query", "down", magnitude="on")
+    adapters = random_adapters(config)
+    merged = merge_adapters(read_weights(BASE, shapes_of(BASE)), adapters, config=config)
+    for part, name in (("attention", "query"), ("mlp", "down")):
+        lengths = np.linalg.norm(merged["blocks"][part][name]["kernel"], axis=1)
+        np.testing.assert_allclose(lengths, np.abs(adapters["blocks"][part][name]["lora_m"]), rtol=1e-5)
+
+
 def test_folder_of_peft_is_read_as_the_merged_model(tmp_path: Path) -> None:
     config, adapters = written(tmp_path / "out")
     merged = merge_adapters(read_weights(BASE, shapes_of(BASE)), adapters, config=config)
@@ -74,7 +88,7 @@ def test_folder_of_peft_is_read_as_the_merged_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"r": 0}, "r=0, not a whole number above 0"),
         ({"base_model_name_or_path": "org/model"}, "'org/model', and there is no such folder"),

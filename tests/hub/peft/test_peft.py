@@ -9,7 +9,7 @@ import pytest
 from trellax.hub import load_model
 
 from ..hub import GOLDEN
-from .test_adapters import BASE, written
+from .test_adapters import BASE, Magnitude, written
 
 peft = pytest.importorskip("peft", reason="needs peft, torch and transformers")
 torch = pytest.importorskip("torch", reason="needs peft, torch and transformers")
@@ -31,9 +31,11 @@ def tokens_of() -> np.ndarray:
     return np.arange(24)[None] ** 2 % 61
 
 
-@pytest.mark.parametrize("targets", [(), ("query", "value")])
-def test_peft_loads_our_adapters_with_the_same_logits(targets: tuple[str, ...], tmp_path: Path) -> None:
-    written(tmp_path / "out", *targets)
+@pytest.mark.parametrize(("targets", "magnitude"), [((), "off"), (("query", "value"), "off"), ((), "on")])
+def test_peft_loads_our_adapters_with_the_same_logits(
+    targets: tuple[str, ...], magnitude: Magnitude, tmp_path: Path
+) -> None:
+    written(tmp_path / "out", *targets, magnitude=magnitude)
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     plain = logits_of(base, tokens_of())
     there = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval(), tokens_of())
@@ -43,13 +45,17 @@ def test_peft_loads_our_adapters_with_the_same_logits(targets: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "gpt2"])
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_we_load_adapters_of_peft_with_the_same_logits(name: str, use_rslora: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[str, bool], tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
     modules = ["c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj", "down_proj"]
-    options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False, "use_rslora": use_rslora}
+    options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False} | variant
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(base, config)
+    for leaf_name, leaf in model.named_parameters():
+        if "lora_magnitude_vector" in leaf_name:
+            # Fresh ones are the columns' lengths.
+            leaf.data *= torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)
     model.save_pretrained(tmp_path / "out")
     here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
     assert np.abs(logits_of(model.eval(), tokens_of()) - here).max() < TOLERANCE

@@ -26,6 +26,26 @@ def test_adapter_adds_a_scaled_product_of_low_rank(kind: Any) -> None:
     np.testing.assert_allclose(layer(x), plain + 2.0 * x @ layer.lora_a[...] @ layer.lora_b[...], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [ColumnLinear, RowLinear])
+def test_magnitudes_are_the_lengths_of_the_columns(kind: Any) -> None:
+    layer = kind(16, 24, dim="ffn", rngs=nnx.Rngs(0), std=0.3, lora=Lora(rank=3, scale=2.0, magnitude="on"))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    np.testing.assert_allclose(layer(x), x @ layer.kernel[...], atol=1e-5)
+    layer.lora_b[...] = jax.random.normal(jax.random.key(2), (3, 24))
+    layer.lora_m[...] = jnp.linspace(0.5, 2.0, 24)
+    kernel, low, high, m = (np.asarray(w[...]) for w in (layer.kernel, layer.lora_a, layer.lora_b, layer.lora_m))
+    whole, given = kernel + 2.0 * low @ high, np.asarray(x)
+    lengths = np.linalg.norm(whole, axis=0)
+    wanted = given @ (whole * m / lengths)
+    np.testing.assert_allclose(layer(x), wanted, atol=1e-5)
+    # The length is a constant to the gradient (Liu et al. 2024, section 4.3).
+    grads = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    by_m = 2 * wanted * (given @ whole) / lengths
+    np.testing.assert_allclose(grads["lora_m"][...], by_m.sum((0, 1)), rtol=1e-4)
+    by_b = np.einsum("btr,btf->rf", given @ low, 2 * wanted * m / lengths) * 2.0
+    np.testing.assert_allclose(grads["lora_b"][...], by_b, rtol=1e-3, atol=1e-4)
+
+
 def test_kernel_of_a_layer_with_an_adapter_has_no_gradient() -> None:
     layer = ColumnLinear(16, 24, dim="ffn", rngs=nnx.Rngs(0), lora=Lora(rank=3, scale=2.0))
     grads = nnx.grad(lambda layer: layer(jnp.ones((1, 2, 16))).sum())(layer)
@@ -49,9 +69,9 @@ def test_model_with_adapters_is_the_same_split_by_the_compiler(targets: tuple[st
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("targets", [(), ("key", "gate")])
-def test_counts_are_those_of_the_parameters(targets: tuple[str, ...]) -> None:
-    config = ModelConfig(**LLAMA, lora_rank=4, lora_targets=targets)
+@pytest.mark.parametrize(("targets", "magnitude"), [((), "off"), (("key", "gate"), "off"), ((), "on")])
+def test_counts_are_those_of_the_parameters(targets: tuple[str, ...], magnitude: Any) -> None:
+    config = ModelConfig(**LLAMA, lora_rank=4, lora_targets=targets, lora_magnitude=magnitude)
     leaves = jax.tree_util.tree_leaves_with_path(
         nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param))
     )
@@ -71,6 +91,7 @@ def test_frozen_weights_have_one_product_in_the_backward() -> None:
     [
         ({"lora_rank": -1}, "lora_rank=-1 is negative"),
         ({"lora_alpha": 4.0}, "lora_rank=0: the model has no adapters"),
+        ({"lora_magnitude": "on"}, "lora_magnitude='on', but lora_rank=0"),
         ({"lora_rank": 2, "lora_targets": ("qurey",)}, "Did you mean 'query'"),
         ({"lora_rank": 2, "lora_targets": ["query"]}, "is not a tuple of names"),
         ({"lora_rank": 2, "lora_targets": ("gate",), "mlp": "gelu"}, "mlp='gelu' has none"),
