@@ -8,11 +8,14 @@ for columns of weights; activations stay as they are). It does not depend on the
 values and scales as a whole one. Embedding, head, norms, biases and routers stay as they are.
 """
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from ..meshes import ModelError
+from ..meshes.arguments import check_choice
 
 Weights = Literal["plain", "int8", "fp8"]
 """How weights of linear layers are held for inference: in the compute dtype ("plain"), or in eight bits."""
@@ -46,7 +49,11 @@ def quantize_layers(module: ModuleT, weights: Weights) -> ModuleT:
     """Return a module whose linear layers hold values and scales, changed in place; "plain" changes nothing.
 
     Layers are those with a `kernel_scale`, None until then. Kernels may be stacked, [L, D, F].
+
+    Raises:
+        ModelError: there is no such format.
     """
+    check_choice("weights", weights, get_args(Weights), error=ModelError)
     if weights != "plain":
         for _, layer in nnx.iter_modules(module):
             if hasattr(layer, SCALE):
