@@ -66,7 +66,7 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     section = setup.config.train
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
-        given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
+        given: dict[str, Any] = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
         waits = "residuals" if section.offload == "residuals" else "none"
         given |= {"overlap": setup.config.pipeline.overlap, "offload": waits, "shard_squares": section.noise_scale}
         out = pipeline_grads(setup.model.fns, **given)
