@@ -43,7 +43,21 @@ def leaves(folder: Path, **weights: Any) -> list[np.ndarray]:
 
 def test_exported_average_is_that_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("last", "ema"):
-        call(["export-hf", str(run), str(tmp_path / name), "--weights", name, "--dtype", "float32", "--json"], capsys)
+        call(
+            [
+                "export-hf",
+                str(run),
+                str(tmp_path / name),
+                "--weights",
+                name,
+                "--architecture",
+                "llama",
+                "--dtype",
+                "float32",
+                "--json",
+            ],
+            capsys,
+        )
     for name in ("last", "ema"):
         pairs = zip(leaves(run, weights=name), leaves(tmp_path / name), strict=True)
         assert all(np.array_equal(ours, theirs) for ours, theirs in pairs)
@@ -65,6 +79,6 @@ def test_answers_are_those_of_the_average(run: Path, tmp_path: Path, capsys: pyt
 
 
 def test_hugging_face_folder_has_no_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call(["export-hf", str(run), str(tmp_path / "out"), "--json"], capsys)
+    call(["export-hf", str(run), str(tmp_path / "out"), "--architecture", "llama", "--json"], capsys)
     assert main(["generate", str(tmp_path / "out"), "--prompt", "a", "--weights", "ema"]) == 2
     assert "is no run folder: only a run holds an average of its weights" in capsys.readouterr().err
