@@ -23,6 +23,7 @@ _FREE_KEYS = {
     "train.offload",
     "train.seconds",
     "train.log_every",
+    "train.log_to",
     "train.eval_every",
     "train.eval_batches",
     "train.patience",

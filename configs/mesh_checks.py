@@ -6,7 +6,6 @@ from typing import Any
 from ..layers import ModelConfig
 from ..layers.context.choice import choose_context_attention
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
-from ..meshes.axes import Role
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
 from ..schedules import SCHEDULES
@@ -189,11 +188,10 @@ def _check_noise_scale(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxErr
     if config.train.noise_scale == "off":
         return
     over = _keys_of(mesh, *mesh.roles.batch)
-    roles: tuple[Role, ...] = ("context", "expert")
-    apart = next((role for role in roles if getattr(mesh, role) > 1), None)
-    if apart:
-        axis = _keys_of(mesh, *mesh.roles.having(apart))
-        problem, fix = f"with {axis}={getattr(mesh, apart)} no device has that of its own sequences", f"{axis}=1"
+    if mesh.context * mesh.expert > 1:
+        axes = [*mesh.roles.context, *mesh.roles.having("expert")]
+        axis = next(f"mesh.{axis}" for axis in axes if mesh.sizes[axis] > 1)
+        problem, fix = f"with {axis} above 1 no device has that of its own sequences", f"{axis}=1"
     elif mesh.data == 1:
         problem, fix = f"{over}=1 has one, that of the batch", f"{over}=2 or more"
     elif config.train.shard == "layer":

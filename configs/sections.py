@@ -15,6 +15,10 @@ _MAX = 2**31 - 1
 """Largest count: steps, tokens and ids are int32 on a device."""
 
 
+TrackerName = Literal["wandb", "mlflow"]
+"""Trackers of experiments that a run can log to, each an extra of the package."""
+
+
 class Section(BaseModel):
     """A section of a run config: frozen, without unknown keys, type conversions, NaN or infinity."""
 
@@ -112,6 +116,9 @@ class TrainSection(Section):
     )
     batch_size: int = Field(gt=0, le=_MAX, description="sequences of a step, over all devices and microbatches")
     log_every: int = Field(10, gt=0, le=_MAX, description="steps between lines of metrics.jsonl")
+    log_to: tuple[TrackerName, ...] = Field(
+        (), description="trackers that get the lines of metrics.jsonl too: wandb, mlflow, or both"
+    )
     eval_every: int = Field(0, ge=0, le=_MAX, description="steps between validations; 0 validates only at the end")
     eval_batches: int = Field(8, gt=0, le=_MAX, description="batches of a validation")
     patience: int = Field(

@@ -201,7 +201,7 @@ def activation_bytes(
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor, sequence: size of the axis that splits heads and features; "on" where it splits x and the norms by tokens.
+        tensor, sequence: size of the axis that splits heads and features; "on" where it splits x and norms by tokens.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.

@@ -32,6 +32,7 @@ from .finish import StepsTaken, finish_run
 from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
 from .metrics.recorder import StepRecorder
+from .metrics.trackers.open import check_trackers
 from .prepare import prepare
 from .processes.run_settings import short_hash
 from .profile import StepProfile
@@ -72,6 +73,7 @@ def train(
     warning = prepare_backend()
     setup = prepare(config, corpus="needed")
     check_initial_weights(setup, start=start)
+    first_does(lambda: check_trackers(config.train.log_to))
     console = _open_console(console, warning)
     profile = StepProfile(config.run_folder, num_steps=profile_steps, say=partial(say_on, console))
     return _train_in_folder(setup, console=console, start=start, changes=changes, profile=profile, start_s=start_s)

@@ -81,6 +81,7 @@ class Run:
             self.config.run_folder,
             resumed_step=self.intervals.first_step,
             hyperparameters=list_hyperparameters(config),
+            log_to=self.config.train.log_to,
             say=self.say,
         )
 

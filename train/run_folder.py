@@ -27,14 +27,15 @@ from ..meshes.files.regular_file import name_kind, walk_folder
 from ..meshes.processes.messages import first_does, require_agreement, text_of_first
 from .folder_lock import LOCK_FILE, lock_folder
 from .metrics import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, SUMMARY_FILE
+from .metrics.trackers.open import TRACKERS_FILE
 
 ASIDE = "aside"
 PROFILE_FOLDER = "profile"
-_LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, BOARD_FOLDER, FOLDER)
+_LEFT_BY_A_RUN = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE, TRACKERS_FILE, BOARD_FOLDER, FOLDER)
 """Entries that --force moves aside, besides the config.toml of a run. Saves are moved last: if the process is killed in
 between, the folder still holds a run. The config and the tokenizer of an imported model stay."""
 
-_FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, *TOKENIZER_FILES, ORIGIN}
+_FILES = {LOCK_FILE, METRICS_FILE, SUMMARY_FILE, PLOT_FILE, TRACKERS_FILE, *TOKENIZER_FILES, ORIGIN}
 _FOLDERS = {BOARD_FOLDER, FOLDER, TOKENS_FOLDER, PROFILE_FOLDER}
 _DEPTHS = {PROFILE_FOLDER: 8}
 """Levels of folders that a run writes below a folder; 1 for the others."""

@@ -88,26 +88,26 @@ def pipeline_grads(
     """Return the loss of a batch and its gradients, computed in the order of a schedule.
 
     params.stages [chunks, ranks@pipe, layers, ...]; params.shared replicated over pipe, or as `fns.shared_specs` says;
-    batch leaves [M, B@data, ...], or as `fns.batch_specs` says, and [M] whole -> loss [], gradients in float32, sharded
-    as the parameters; integers have zeros, frozen parameters None.
-    It costs two neighbour permutes a tick and one gradient all-reduce over `data` a step; where `fns.shared_specs`
-    split over pipe, four all-reduces of an activation over it a microbatch.
+    batch leaves [M, B@data, ...] of one B, or as `fns.batch_specs` says, and [M] whole on every data shard
+    -> loss [], gradients in float32, sharded as the parameters; integers have zeros, frozen parameters None.
+
+    Costs two neighbour permutes a tick and one gradient all-reduce over `data` a step; where `fns.shared_specs` split
+    over pipe, four all-reduces of an activation over it a microbatch. With pipe=1 microbatches run one by one.
 
     Args:
         state: what layers are given as `info.state`, leaves [chunks, ranks@pipe, layers, ...]; without gradients.
         key: a random key, replicated, from which `info.keys()` makes one for each layer and sequence.
         offload: "residuals" copies those whose backward is far off to the memory of the host, and back in time.
-        overlap: "on" runs ticks of a forward and a backward on every rank in a loop of their own, with messages beside
-            products, one more microbatch in memory; "auto" does so on GPUs.
-        bubbles: "nan" fills unused buffers with NaN.
+        overlap: "on" runs the steady state in a loop of its own, with messages beside products, and keeps one more
+            microbatch; "auto" does so on GPUs.
+        bubbles: "nan" fills unused buffers and idle sends with NaN, to prove that nothing leaks.
         shard_squares: "on" also returns the squared norms of the shards' own gradients (`shard_squares.py`).
 
     Raises:
         ScheduleError: mesh, schedule, parameters and batch disagree on ranks, chunks or microbatches.
-        ShardingError: the batch does not split over `data`, or its leaves disagree on B.
-        MeshError: the mesh lacks an axis, or has an unknown one.
+        ShardingError, MeshError: the batch does not split over `data`; an axis is missing or unknown.
     """
-    _check_choices(offload, shard_squares, fns, mesh)
+    _check_asked(fns, mesh, offload=offload, shard_squares=shard_squares)
     inputs = Inputs(batch=batch, state=state, key=key)
     call = _check(fns, params, inputs, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
     return _run_grads(call, params, inputs, offload=offload, shard_squares=shard_squares)
@@ -116,8 +116,6 @@ def pipeline_grads(
 def _run_grads(
     call: "_Call", params: PipelineParams, inputs: Inputs, *, offload: Offload, shard_squares: ShardSquares
 ) -> LossAndGrads:
-    if shard_squares == "on":
-        check_shard_squares(call.fns, call.mesh)
     traced = _trace(call, params, inputs, wants="grads", offload=offload, wants_squares=shard_squares == "on")
     given = watch_derivatives((params, inputs, traced.closed_over), check=call.check_second)
     out = traced.run(*given)
@@ -211,9 +209,11 @@ def _check(
     return _Call(fns=fns, facts=facts, mesh=mesh, schedule=schedule, overlap=overlap, bubbles=bubbles)
 
 
-def _check_choices(offload: Offload, shard_squares: ShardSquares, fns: StageFns, mesh: Mesh) -> None:
-    check_choice("shard_squares", shard_squares, get_args(ShardSquares), error=ScheduleError)
+def _check_asked(fns: StageFns, mesh: Mesh, *, offload: Offload, shard_squares: ShardSquares) -> None:
     check_choice("offload", offload, get_args(Offload), error=ScheduleError)
+    check_choice("shard_squares", shard_squares, get_args(ShardSquares), error=ScheduleError)
+    if shard_squares == "on":
+        check_shard_squares(fns, mesh)
     if offload == "none":
         return
     if mesh.shape.get(fns.axes.pipe, 1) == 1:

@@ -1,5 +1,6 @@
 """The squared norms of the shards' own gradients are those of one device that is given each shard's sequences alone."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,11 @@ def shard_squares(config: ModelConfig, mesh: str, **cut: Any) -> tuple[float, li
     step = pipeline_step(config, mesh=mesh, schedule="1f1b", **sizes, **cut)
     devices = step.model.params.shared["embed"]["table"].sharding.mesh
     ranks = devices.shape[step.model.fns.axes.pipe]
-    given = {"num_ranks": ranks, "num_microbatches": NUM_MICROBATCHES, "vocab": cut.get("vocab", "ends")}
+    given: dict[str, Any] = {
+        "num_ranks": ranks,
+        "num_microbatches": NUM_MICROBATCHES,
+        "vocab": cut.get("vocab", "ends"),
+    }
     run = partial(pipeline_grads, step.model.fns, mesh=devices, schedule=build_schedule("1f1b", **given))
     asked = jax.jit(lambda params, batch: run(params=params, batch=batch, shard_squares="on"))
     out, (plain, _) = asked(step.params, step.batch), step.run(step.params, step.batch)
@@ -92,43 +97,60 @@ def test_where_no_shard_has_a_gradient_of_its_own_it_is_refused(mesh: str, cut: 
         shard_squares(LLAMA, mesh, **cut)
 
 
-def test_noise_scale_of_a_quadratic_is_the_exact_one() -> None:
-    # A sequence x has the loss |theta - x|^2 / 2 and the gradient theta - x: of mean theta - mu, of covariance Sigma.
-    rng, mesh, num_shards, num_rows, num_batches = np.random.default_rng(0), mesh_of("4x1x1"), 4, 16, 400
-    theta, mu, deviations = np.ones(8, np.float32), np.full(8, 0.5), np.linspace(0.5, 2.0, 8)
-    exact = np.sum(deviations**2) / np.sum((theta - mu) ** 2)
+NUM_SHARDS, NUM_ROWS, WIDTH = 4, 16, 8
+Measured = tuple[dict[str, jax.Array], jax.Array]
+
+
+def quadratic_step(theta: np.ndarray) -> Callable[[dict[str, Any]], Measured]:
+    """Return a step whose loss of a sequence x is |theta - x|^2 / 2, of gradient theta - x."""
 
     def last(shared: jax.Array, x: jax.Array, part: dict[str, jax.Array]) -> jax.Array:
         return 0.5 * jnp.sum(part["weights"] * jnp.sum((shared[None] - x) ** 2, axis=-1, keepdims=True))
 
-    params = PipelineParams(stages=jnp.zeros((1, 1, 1)), shared=jnp.asarray(theta))
     fns = StageFns(
         first=lambda shared, part: part["x"],
         layer=lambda params, x, part: x + 0 * params,
         last=last,
         batch_specs=P(None, "data"),
     )
-    schedule = build_schedule("gpipe", num_ranks=1, num_microbatches=1)
+    params = PipelineParams(stages=jnp.zeros((1, 1, 1)), shared=jnp.asarray(theta))
+    given: dict[str, Any] = {"params": params, "mesh": mesh_of(f"{NUM_SHARDS}x1x1")}
+    given["schedule"] = build_schedule("gpipe", num_ranks=1, num_microbatches=1)
 
     @jax.jit
-    def step(batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-        out = pipeline_grads(fns, params=params, batch=batch, mesh=mesh, schedule=schedule, shard_squares="on")
-        norm = global_norm(out.grads)
-        assert out.shard_squares is not None
-        return measure_noise(norm, out.shard_squares, batch["weights"], num_shards=num_shards), out.grads.shared
+    def step(batch: dict[str, jax.Array]) -> Measured:
+        out = pipeline_grads(fns, **given, batch=batch, shard_squares="on")
+        squares, norm = jnp.asarray(out.shard_squares), global_norm(out.grads)
+        return measure_noise(norm, squares, batch["weights"], num_shards=NUM_SHARDS), out.grads.shared
 
-    scale = NoiseScale(batch_size=num_rows, num_steps=num_batches)
-    for number in range(num_batches):
-        x = (mu + deviations * rng.standard_normal((1, num_rows, 8))).astype(np.float32)
-        # Unequal weights, as masks and packing give them.
-        weights = np.repeat([4.0, 2.0, 2.0, 1.0], num_rows // num_shards)[None, :, None].astype(np.float32)
-        weights /= weights.sum()
-        noise, grad = step({"x": x, "weights": weights})
-        if number == 0:
-            parts = (weights * (theta - x))[0].reshape(num_shards, -1, 8).sum(axis=1)
-            np.testing.assert_allclose(grad, parts.sum(axis=0), rtol=1e-5)
-            square, shares = np.sum(parts.sum(axis=0) ** 2), weights.reshape(num_shards, -1).sum(axis=1)
-            signal = (square - np.sum(parts**2)) / (1 - np.sum(shares**2))
-            np.testing.assert_allclose([noise["signal"], noise["spread"]], [signal, square - signal], rtol=1e-4)
+    return step
+
+
+# Unequal weights, as masks and packing give them: shard 3 has a fourth of what shard 0 has.
+WEIGHTS = np.repeat([4.0, 2.0, 2.0, 1.0], NUM_ROWS // NUM_SHARDS)[None, :, None].astype(np.float32)
+WEIGHTS /= WEIGHTS.sum()
+
+
+def test_signal_and_spread_are_those_of_numpy() -> None:
+    theta, x = np.ones(WIDTH, np.float32), np.random.default_rng(1).normal(size=(1, NUM_ROWS, WIDTH))
+    noise, grad = quadratic_step(theta)({"x": x.astype(np.float32), "weights": WEIGHTS})
+    parts = (WEIGHTS * (theta - x))[0].reshape(NUM_SHARDS, -1, WIDTH).sum(axis=1)
+    shares = WEIGHTS.reshape(NUM_SHARDS, -1).sum(axis=1)
+    square = np.sum(parts.sum(axis=0) ** 2)
+    signal = (square - np.sum(parts**2)) / (1 - np.sum(shares**2))
+    np.testing.assert_allclose(grad, parts.sum(axis=0), rtol=1e-5)
+    np.testing.assert_allclose([noise["signal"], noise["spread"]], [signal, square - signal], rtol=1e-4)
+
+
+def test_noise_scale_of_a_quadratic_is_the_exact_one() -> None:
+    # Gradients of mean theta - mu, and of independent entries with these standard deviations.
+    rng, theta, mu = np.random.default_rng(0), np.ones(WIDTH, np.float32), np.full(WIDTH, 0.5)
+    deviations = np.linspace(0.5, 2.0, WIDTH)
+    step, scale = quadratic_step(theta), NoiseScale(batch_size=NUM_ROWS, num_steps=400)
+    for _ in range(400):
+        x = (mu + deviations * rng.standard_normal((1, NUM_ROWS, WIDTH))).astype(np.float32)
+        noise, _ = step({"x": x, "weights": WEIGHTS})
         scale.add({name: float(value) for name, value in noise.items()})
-    assert scale.sequences == pytest.approx(exact * num_rows * np.sum(weights**2), rel=0.1)
+    exact = np.sum(deviations**2) / np.sum((theta - mu) ** 2)
+    # A batch of these weights is as noisy as 1 / sum w^2 sequences of equal weights.
+    assert scale.sequences == pytest.approx(exact * NUM_ROWS * np.sum(WEIGHTS**2), rel=0.1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,9 +10,11 @@ import optax
 import pytest
 from trellax.configs import RunConfig
 from trellax.configs.layout import layout_of, question_of
+from trellax.configs.run_config import OptimizerSection
 from trellax.hub import load_params
 from trellax.hub.model_folder import open_model
 from trellax.meshes import CheckpointError, MeshSpec, build_mesh
+from trellax.pipeline import PipelineParams
 from trellax.plan import price_layout, read_topology
 from trellax.programs.memory import device_bytes
 from trellax.train import (
@@ -25,7 +27,7 @@ from trellax.train import (
     make_train_step,
     weight_shapes,
 )
-from trellax.train.optimizer import AverageState
+from trellax.train.optimizer import AverageState, make_optimizer
 
 from ..hub.hub import GOLDEN
 
@@ -34,12 +36,12 @@ Tiny = Callable[..., RunConfig]
 NUM_STEPS, DECAY = 10, 0.9
 LAYOUTS = [
     ("data=2,tensor=1,pipe=1", "optimizer"),
-    pytest.param("data=2,tensor=2,pipe=2", "optimizer", marks=pytest.mark.slow),
-    pytest.param("data=4,tensor=2,pipe=1", "none", marks=pytest.mark.slow),
-    pytest.param("data=4,tensor=1,pipe=2", "step", marks=pytest.mark.slow),
-    pytest.param("data=4,tensor=2,pipe=1", "layer", marks=pytest.mark.slow),
-    pytest.param("data=2,tensor=1,pipe=2", "layer --optimizer.kind muon", marks=pytest.mark.slow),
-    pytest.param("data=2,tensor=2,pipe=2", "optimizer --train.offload optimizer", marks=pytest.mark.slow),
+    ("data=2,tensor=2,pipe=2", "optimizer"),
+    ("data=4,tensor=2,pipe=1", "none"),
+    ("data=4,tensor=1,pipe=2", "step"),
+    ("data=4,tensor=2,pipe=1", "layer"),
+    ("data=2,tensor=1,pipe=2", "layer --optimizer.kind muon"),
+    ("data=2,tensor=2,pipe=2", "optimizer --train.offload optimizer"),
 ]
 """Meshes, what data shards split and other words."""
 
@@ -71,6 +73,24 @@ def difference(here: Any, there: Any) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_last_transformation_averages_the_weights_that_a_step_leads_to(kind: Literal["adamw", "muon"]) -> None:
+    rng = np.random.default_rng(0)
+    stages = {"kernel": rng.standard_normal((1, 1, 2, 4, 4)), "scale": rng.standard_normal((1, 1, 2, 4))}
+    params = PipelineParams(stages=jax.tree.map(np.float32, stages), shared={"table": np.ones((8, 4), np.float32)})
+    optimizer: Any = make_optimizer(OptimizerSection(learning_rate=0.1, kind=kind), steps=NUM_STEPS, ema=DECAY)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        ours = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+        for _ in range(3):
+            grads = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), params)
+            updates, state = optimizer.update(grads, state, params)
+            params = jax.tree.map(np.add, params, updates)
+            ours = jax.tree.map(lambda old, new: DECAY * old + (1 - DECAY) * new, ours, params)
+    assert difference(state[-1].average, ours) < TOLERANCE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "words"), LAYOUTS)
 def test_average_is_that_of_numpy_and_of_optax(mesh: str, words: str, tiny: Tiny) -> None:
     config = tiny(f"--train.ema {DECAY} --train.shard {words} --pipeline.microbatches 2 --optimizer.learning_rate 0.01")
@@ -99,6 +119,7 @@ def saved_run(config: RunConfig, mesh: str) -> tuple[Setup, TrainState]:
     return setup, state
 
 
+@pytest.mark.slow
 def test_average_is_restored_on_another_mesh_and_read_as_a_model(tiny: Tiny) -> None:
     config = tiny("--train.ema 0.9 --train.shard optimizer")
     saved_run(config, "data=2,tensor=2,pipe=2")
@@ -110,18 +131,48 @@ def test_average_is_restored_on_another_mesh_and_read_as_a_model(tiny: Tiny) -> 
     assert difference(average, jax.tree.map(lambda leaf: 2 * leaf, last)) == 0
 
 
-def test_average_that_is_not_there_is_refused(tiny: Tiny) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["none", "optimizer", "optimizer --train.offload optimizer"])
+def test_average_begins_and_ends_where_a_run_is_resumed_with_another_decay(words: str, tiny: Tiny) -> None:
+    mesh = build_mesh(MeshSpec.parse("data=4,tensor=2,pipe=1"))
+    off, on = (Setup(tiny(f"--train.shard {words} --train.ema {decay}"), mesh) for decay in (0, 0.9))
+    with Checkpoints(off.config.run_folder) as checkpoints:
+        checkpoints.save(off.init_state(), off)
+        checkpoints.wait()
+        begun = checkpoints.restore(on)
+        assert difference(average_of(begun), begun.params) == 0
+        assert jax.tree.map(lambda leaf: leaf.sharding, begun) == on.shardings
+        after, _ = make_train_step(on)(begun, next_batch(on), on.peak_rate)
+        checkpoints.save(after, on)
+        checkpoints.wait()
+        ended = checkpoints.restore(off)
+    assert int(ended.step) == 1
+    assert jax.tree.structure(ended) == jax.tree.structure(off.shapes)
+
+
+def next_batch(setup: Setup) -> Any:
+    config = setup.config
+    sizes = {"seq_len": config.data.seq_len, "batch_size": config.train.batch_size}
+    batches = Batches(load_corpus(config.data).train, **sizes, microbatches=config.pipeline.microbatches, seed=0)
+    return jax.device_put(batches[0], setup.batch_sharding)
+
+
+@pytest.mark.slow
+def test_average_of_a_run_without_one_is_refused(tiny: Tiny) -> None:
     config = tiny()
     setup = Setup(config, build_mesh(MeshSpec.parse("data=8")))
     with Checkpoints(config.run_folder) as checkpoints:
         checkpoints.save(setup.init_state(), setup)
     with pytest.raises(CheckpointError, match=r"holds no average of the weights: train\.ema was 0"):
         load_params(config.run_folder, weight_shapes(setup), weights="ema")
+
+
+def test_average_of_a_hugging_face_folder_is_refused() -> None:
     with pytest.raises(CheckpointError, match="is no run folder: only a run holds an average"):
         open_model(GOLDEN / "llama3", weights="ema")
 
 
-@pytest.mark.parametrize("words", ["none", "optimizer", "step", "none --train.offload optimizer"])
+@pytest.mark.parametrize("words", ["optimizer", "none --train.offload optimizer"])
 def test_planner_and_report_count_the_bytes_of_the_average(words: str, tiny: Tiny) -> None:
     config = tiny(f"--train.ema 0.9 --train.shard {words} --mesh.data 4 --mesh.pipe 2 --pipeline.microbatches 2")
     setup = Setup(config, build_mesh(config.mesh))

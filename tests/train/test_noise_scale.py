@@ -44,7 +44,7 @@ def test_run_logs_the_noise_scale_and_trains_as_without_it(words: str, tiny: Tin
     [
         ("--mesh.tensor 4 --mesh.pipe 2", r"mesh\.data=1 has one, that of the batch"),
         ("--mesh.data 8 --train.shard layer", r"train\.shard='layer' sums them over shards layer by layer"),
-        ("--mesh.data 4 --mesh.context 2", r"with mesh\.context=2 no device has that of its own sequences"),
+        ("--mesh.data 4 --mesh.context 2", r"with mesh\.context above 1 no device has that of its own sequences"),
         ("--mesh.data 4 --mesh.pipe 2 --pipeline.vocab ends", r"pipeline\.vocab='ends' sums those of embedding"),
     ],
 )

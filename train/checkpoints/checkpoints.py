@@ -20,6 +20,7 @@ from ...meshes import CheckpointError
 from ..metrics.log import is_finite_or_none
 from ..metrics.plateau import BEST, WITHOUT_GAIN
 from ..state import Setup, TrainState
+from .average import arrays_in_both, begin_average
 from .layer_order import as_model, as_pipeline, layer_order
 from .store import SaveStore
 
@@ -109,7 +110,8 @@ class Checkpoints:
     def restore(self, setup: Setup, *, accept: Callable[[Seal], object] = _ignore) -> TrainState:
         """Return the state of the newest whole save, sharded for the mesh of `setup`; renames damaged saves.
 
-        A save of parameters alone, as `save_params` makes it, gets a new optimizer state.
+        A save of parameters alone, as `save_params` makes it, gets a new optimizer state. An average of the weights
+        that the save lacks begins as its weights, and one that `setup` lacks is left out.
 
         Args:
             accept: called with the seal of the save before its arrays are read; raises to refuse it.
@@ -124,6 +126,8 @@ class Checkpoints:
             shapes = order.saved
             if seal.has_params_alone:
                 shapes = {path: leaf for path, leaf in shapes.items() if path.startswith(PARAMS)}
+            else:
+                seal, shapes = arrays_in_both(seal, shapes)
             require_same_arrays(seal, shapes, folder=self.folder / seal.step)
             return shapes
 
@@ -134,7 +138,7 @@ class Checkpoints:
             params = params_from_arrays(arrays, like=as_model(order.params))
             state = setup.state_of(order.to_params(as_pipeline(params)))
         else:
-            state = order.to_state({**arrays, **_read_base(setup)})
+            state = order.to_state({**begin_average(arrays, order.saved), **_read_base(setup)})
         if (step := int(state.step)) != seal.step:
             # A folder renamed to a later step would outlive all saves of this run, and every start would resume there.
             raise CheckpointError(f"{self.folder / seal.step} holds a state of step {step}.", fix="move it away.")

@@ -1,20 +1,24 @@
 """Write and read metrics.jsonl, the record of a run: one JSON object per logged step.
 
-TensorBoard's events are written beside it (`tensorboard.py`); loss.png is drawn from it (`loss_plot.py`).
+TensorBoard's events are written beside it (`tensorboard.py`), and trackers are sent the same (`trackers/`); loss.png is
+drawn from it (`loss_plot.py`).
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ...configs.sections import TrackerName
 from ...meshes import RunError
 from ...meshes.files.own_file import free_name, identify_file, open_own, replace_file
 from ...meshes.files.regular_file import open_regular
 from .tensorboard import BOARD_FOLDER, EventWriter
+from .trackers.open import open_trackers
+from .trackers.tracker import Ended, RunFacts, finite_values
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,12 +39,14 @@ class MetricsLog:
 
     Args:
         hyperparameters: values by name, shown in TensorBoard's table of runs.
+        log_to: trackers that are sent the same.
         say: called with a message when metrics.jsonl was removed or replaced while the run wrote it; the file is then
             written again from the start.
 
     Raises:
         RunError: metrics.jsonl is there, and not a regular file or larger than 4 GiB.
         OSError: the folder cannot be written.
+        ConfigError: a tracker cannot begin its run.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class MetricsLog:
         *,
         resumed_step: int = 0,
         hyperparameters: Mapping[str, object] | None = None,
+        log_to: Sequence[TrackerName] = (),
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._path, self._say = Path(folder) / METRICS_FILE, say
@@ -62,6 +69,8 @@ class MetricsLog:
             resumed_step=resumed_step,
             hyperparameters=hyperparameters or {},
         )
+        own = {"name": Path(folder).name, "folder": str(folder), "hyperparameters": hyperparameters or {}}
+        self._trackers = open_trackers(log_to, RunFacts(**own, lines=kept), say=say)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append the metrics of one step; a None is left out, a number that is not finite becomes null.
@@ -74,12 +83,14 @@ class MetricsLog:
         self._file.write((json.dumps(line) + "\n").encode())
         self._file.flush()
         self._restore_if_removed()
-        self._events.write(step, {name: value for name, value in line.items() if name != "step" and value is not None})
+        self._events.write(step, finite_values(line))
+        self._trackers.write(step, finite_values(line))
 
-    def close(self) -> None:
-        """Close both files."""
+    def close(self, ended: Ended = "whole") -> None:
+        """Close both files, and end the command in the trackers."""
         self._file.close()
         self._events.close()
+        self._trackers.close(ended)
 
     def _restore_if_removed(self) -> None:
         """Write metrics.jsonl again if another process has removed or replaced it."""
@@ -115,7 +126,7 @@ class MetricsLog:
             if kind is None:
                 self._restore_if_removed()
         finally:
-            self.close()
+            self.close("whole" if kind is None else "failed")
 
 
 class NoLog:

@@ -36,7 +36,7 @@ def natural(setup: Setup, state: TrainState) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("other", "extra"),
     [
-        ("data=2,tensor=4", "--train.shard optimizer"),
+        ("data=2,tensor=4", "--train.shard optimizer --train.ema 0.9"),
         ("data=4,pipe=2", "--train.shard layer --optimizer.kind muon"),
         pytest.param("data=8", "--train.shard step", marks=pytest.mark.slow),
     ],
