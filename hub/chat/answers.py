@@ -82,7 +82,11 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _FIX = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'

@@ -40,11 +40,8 @@ def encode_chats(chats: Sequence[RenderedChat], tokenizer: ModelTokenizer) -> li
 
 def _mask(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return which tokens overlap a span; both are in order."""
-    mask, index = np.zeros(len(places), np.uint8), 0
-    for token, (start, end) in enumerate(places):
-        while index < len(spans) and start >= spans[index][1]:
-            index += 1
-        if index == len(spans):
-            break
-        mask[token] = end > spans[index][0]
-    return mask
+    (starts, ends), (first, last) = (np.array(own, np.int64).reshape(-1, 2).T for own in (places, spans))
+    # The first span that ends behind the start of a token is the only one that it may begin in.
+    index = np.searchsorted(last, starts, side="right")
+    begins = np.append(first, np.iinfo(np.int64).max)[index]
+    return (ends > begins).astype(np.uint8)
