@@ -127,9 +127,16 @@ def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     """
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     held, words = min(tokens, chunk_tokens(model.hidden_size)), _words(model, layout=layout, runtime=runtime)
-    # With one microbatch the table's gradient is counted as the step's.
-    table = words * model.hidden_size * (item if _is_one_microbatch(layout) else _FLOAT32 + item)
-    return table + (held * words + tokens * model.hidden_size) * (_FLOAT32 + item)
+    both, d = _FLOAT32 + item, model.hidden_size
+    if _is_one_microbatch(layout):
+        # The table's gradient is counted as the step's.
+        chunk = words * (held * both + d * item)
+    elif held < tokens:
+        chunk = words * (held + d) * both
+    else:
+        # Without a loop over chunks logits are used up before the table's gradient is made.
+        chunk = words * max(held * both + d * item, held * item + d * both)
+    return chunk + tokens * d * both
 
 
 def _megatron_loss_bytes(
