@@ -40,18 +40,14 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
 def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) -> float:
     """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
     deferred = split_backward_bytes(model, **sizes) if is_backward_split else 0.0
-    return activation_bytes(model, **sizes).layer + deferred + _wide_output_bytes(model, **sizes)
-
-
-def _wide_output_bytes(
-    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, sequence: OnOff = "off", remat: Remat
-) -> float:
-    """Return the bytes by which outputs of products in 8 bits are wider: "dots" keeps them as they are, in float32."""
-    if model.matmuls != "fp8" or remat != "dots":
-        return 0.0
-    up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / tensor
-    width = attention_widths(model, tensor=tensor).projected + up
-    return num_sequences * num_tokens * width * (_FLOAT32 - item_bytes(model))
+    kept = activation_bytes(model, **sizes).layer + deferred
+    if model.matmuls == "fp8" and sizes["remat"] == "dots":
+        # Outputs of products in 8 bits are kept as they are, in float32.
+        tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
+        up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / tensor
+        width = attention_widths(model, tensor=tensor).projected + up
+        kept += tokens * width * (_FLOAT32 - item_bytes(model))
+    return kept
 
 
 def split_backward_bytes(
