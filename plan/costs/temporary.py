@@ -47,8 +47,12 @@ def temporary_bytes(
     if runtime.residuals == "trellax" and layout.zero == 3:
         # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
         loss += layer_activation_bytes(model, **given) if layout.pipe == 1 else 0.0
-    if runtime.residuals == "trellax" and _is_one_microbatch(layout):
-        loss -= gradients
+    if runtime.residuals == "trellax" and layout.pipe == 1:
+        if layout.microbatches == 1:
+            loss -= gradients
+        elif layout.tensor > 1 or layout.zero == 3:
+            # XLA adds the gradient of the head's table to its sum when the layers are done.
+            once += _FLOAT32 * _words(model, layout=layout, runtime=runtime) * model.hidden_size
     return max(loss, once) + runtime.workspace_bytes
 
 
