@@ -40,7 +40,14 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
 def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) -> float:
     """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
     deferred = split_backward_bytes(model, **sizes) if is_backward_split else 0.0
-    return activation_bytes(model, **sizes).layer + deferred
+    kept = activation_bytes(model, **sizes).layer + deferred
+    if model.matmuls == "fp8" and sizes["remat"] == "dots":
+        # Outputs of products in 8 bits are kept as they are, in float32.
+        tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
+        up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / tensor
+        width = attention_widths(model, tensor=tensor).projected + up
+        kept += tokens * width * (_FLOAT32 - item_bytes(model))
+    return kept
 
 
 def split_backward_bytes(

@@ -72,6 +72,10 @@ def step_memory(
 ) -> tuple[MemoryUse, ...]:
     """Return the memory of a training step on a device of every pipeline rank; the fullest decides whether it fits."""
     layers = stage_layers(model, layout)
+    is_one_program = runtime.residuals == "trellax"
+    if is_one_program and not model.dense_layers:
+        # Stages are padded to the largest. Layers of two kinds are always counted so.
+        layers = (max(layers),) * len(layers)
     in_flight = peak_in_flight(
         layout.schedule,
         num_ranks=layout.pipe,
@@ -84,8 +88,14 @@ def step_memory(
     waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
     in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
+    # In one program for all ranks each has both tables, where those are not split.
+    both: tuple[End, ...] = ("embedding", "head")
     held = [
-        (ends_of(placement, rank), held_layers(model, layers, stages=placement.stages_of(rank)), in_flight[rank])
+        (
+            both if is_one_program else ends_of(placement, rank),
+            held_layers(model, layers, stages=placement.stages_of(rank)),
+            in_flight[rank],
+        )
         for rank in range(layout.pipe)
     ]
     # Most ranks hold as much as others, and a search asks for ten thousand layouts.

@@ -47,8 +47,12 @@ def temporary_bytes(
     if runtime.residuals == "trellax" and layout.zero == 3:
         # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
         loss += layer_activation_bytes(model, **given) if layout.pipe == 1 else 0.0
-    if runtime.residuals == "trellax" and _is_one_microbatch(layout):
-        loss -= gradients
+    if runtime.residuals == "trellax" and layout.pipe == 1:
+        if layout.microbatches == 1:
+            loss -= gradients
+        elif layout.tensor > 1 or layout.zero == 3:
+            # XLA adds the gradient of the head's table to its sum when the layers are done.
+            once += _FLOAT32 * _words(model, layout=layout, runtime=runtime) * model.hidden_size
     return max(loss, once) + runtime.workspace_bytes
 
 
@@ -129,9 +133,16 @@ def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     """
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     held, words = min(tokens, chunk_tokens(model.hidden_size)), _words(model, layout=layout, runtime=runtime)
-    # With one microbatch the table's gradient is counted as the step's.
-    table = words * model.hidden_size * (item if _is_one_microbatch(layout) else _FLOAT32 + item)
-    return table + (held * words + tokens * model.hidden_size) * (_FLOAT32 + item)
+    both, d = _FLOAT32 + item, model.hidden_size
+    if _is_one_microbatch(layout):
+        # The table's gradient is counted as the step's.
+        chunk = words * (held * both + d * item)
+    elif held < tokens:
+        chunk = words * (held + d) * both
+    else:
+        # Without a loop over chunks logits are used up before the table's gradient is made.
+        chunk = words * max(held * both + d * item, held * item + d * both)
+    return chunk + tokens * d * both
 
 
 def _megatron_loss_bytes(
