@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ..layers import flops_per_token
+from ..layers.own.counts import tell_counts
 from ..meshes import ProgramError
 from ..meshes.switches import xla_flags
 from ..plan import StepSizes, minimum_bytes
@@ -92,12 +93,13 @@ def report_step(
         hardware=hardware,
         devices_per_node=devices_per_node,
     )
-    sizes = step_sizes(setup)
+    sizes, told = step_sizes(setup), tell_counts(config.model)
+    ratios = explain_ratios(sizes, shard=config.train.shard, remat=config.pipeline.remat)
     return replace(
         report,
         memory=_within_fraction(report.memory),
         traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes)),
-        notes=(*report.notes, *explain_ratios(sizes, shard=config.train.shard, remat=config.pipeline.remat)),
+        notes=(*report.notes, *([told] if told else []), *ratios),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction

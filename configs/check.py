@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..layers.own.load import check_classes
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import suggest
@@ -48,7 +49,9 @@ def check_run(
     except MeshError as error:
         found.append(error)
     # A mesh size is still -1 if it cannot be resolved; that error has been added above.
-    if min(mesh.sizes.values()) > 0:
+    classes = list(errors_of(check_classes, config.model))
+    found += classes
+    if min(mesh.sizes.values()) > 0 and not classes:
         found += errors_of(ShardingRules.of(mesh.roles).check_axes, mesh.sizes)
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)

@@ -62,7 +62,7 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
             f"model.lora_rank={config.model.lora_rank}: the planner prices steps that train all weights, not adapters.",
             fix="plan with --model.lora_rank 0, whose layouts need more memory, or compile the step: trellax inspect.",
         )
-    sequence: OnOff = "off" if config.mesh.sequence == "off" else "on"
+    sequence: OnOff = "off" if config.sequence == "off" else "on"
     return TrainQuestion(
         model=config.model,
         topology=topology,

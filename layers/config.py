@@ -14,6 +14,7 @@ from ..meshes.errors import shown
 from .experts.check_config import check_experts
 from .latent.check_config import check_latents
 from .lora.check_config import check_lora
+from .own.check_config import check_own
 from .rope.check_config import check_rope
 
 LARGEST_FUSED_HEAD = 128
@@ -46,6 +47,10 @@ class ModelConfig:
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
     of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
     See `experts/`.
+
+    `block` names a class of the user's own in place of ours, "module:Class"; `mlp_class`, `norm_class` and
+    `attention_class` do so for a part of a block, and `dims` adds rules for names of dimensions, "inner=tensor". See
+    `own/`.
 
     With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
     `lora/`.
@@ -100,6 +105,11 @@ class ModelConfig:
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"
+    block: str = ""
+    mlp_class: str = ""
+    norm_class: str = ""
+    attention_class: str = ""
+    dims: tuple[str, ...] = ()
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
@@ -129,6 +139,7 @@ class ModelConfig:
         check_latents(self)
         check_experts(self)
         check_lora(self)
+        check_own(self)
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:

@@ -16,6 +16,8 @@ from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline.model.own_block import LAYER_LOSS
+from ..pipeline.model.protocol import asks_for_info
 from ..plan.costs.device_params import block_matrices
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
@@ -39,7 +41,8 @@ class StepMetrics:
     false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
     good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
     has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out.
+    `dropped`, the share of pairs of tokens and experts that were left out. `block` has the metrics of a block of the
+    user's, with what it adds to the loss as `layer_loss`.
     """
 
     loss: jax.Array
@@ -48,6 +51,7 @@ class StepMetrics:
     taken: jax.Array
     mean_loss: jax.Array
     router: dict[str, jax.Array] = field(default_factory=dict)
+    block: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -65,6 +69,7 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
         given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
         waits = "residuals" if section.offload == "residuals" else "none"
+        given["key"] = _key_of(setup, state.step)
         out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
@@ -84,12 +89,22 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
         router = _router_metrics(out.metrics)
-        loss = out.loss - router["router_loss"] if router else out.loss
-        metrics = StepMetrics(loss=loss, grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, router=router)
+        added = dict(out.metrics) if setup.config.model.block else {}
+        own = router.get("router_loss", added.get(LAYER_LOSS))
+        loss = out.loss if own is None else out.loss - own
+        sums = {"grad_norm": grad_norm, "mean_loss": mean_loss, "router": router, "block": added}
+        metrics = StepMetrics(loss=loss, lr=lr, taken=good, **sums)
         return state, metrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
+    """Return the random key of a step, by the seed of the run and its number; None for a model that draws nothing."""
+    if not any(map(asks_for_info, setup.model.fns.by_kind(setup.model.fns.layer).values())):
+        return None
+    return jax.random.fold_in(jax.random.key(setup.config.run.seed), step)
 
 
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:

@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
-from ...layers.context.places import Places
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
@@ -28,6 +27,7 @@ from ...schedules import Placement, Vocab
 from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
+from .own_block import own_layer, places_of
 from .param_specs import layer_specs, split_over_batch
 from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
@@ -181,12 +181,14 @@ def is_frozen(name: str) -> bool:
 
 def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
     """Return the function of a layer of one kind."""
+    if kind.config.block:
+        return own_layer(kind.config.block, block)
 
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
-        return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
+        return block.merge(params).run(x_BTD, places=places_of(microbatch))[0]
 
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch))
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
@@ -211,13 +213,6 @@ def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:
 def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:
     """Return how leaves [M, B, T] lie on the mesh; None for the default, where no axis splits tokens."""
     return rules.spec(("microbatch", "batch", "tokens")) if rules.axes("tokens") else None
-
-
-def _places_of(microbatch: Mapping[str, jax.Array] | None) -> Places | None:
-    """Return where the tokens stand, in sequences of several documents."""
-    if not microbatch or "segments" not in microbatch:
-        return None
-    return Places(positions=microbatch["positions"], segments=microbatch["segments"])
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:

@@ -94,6 +94,7 @@ class StepRecorder:
                     "mfu": self._throughput.mfu(step_time_s),
                     "peak_memory_bytes": peak_memory_bytes(),
                     **router,
+                    **{f"block.{name}": float(value) for name, value in metrics.block.items()},
                     "skipped": None if is_taken else 1,
                 },
             )

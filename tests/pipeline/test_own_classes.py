@@ -1,0 +1,74 @@
+"""Blocks, feed-forwards, norms and attention of the user's equal one device on every mesh and schedule."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+from trellax.layers import ModelConfig
+
+from . import own_blocks
+from .law import broken, small_model
+
+# float32: sums of other orders, as for our own blocks.
+TOLERANCE = 2e-5
+
+MODELS: dict[str, dict[str, Any]] = {
+    "block": {"block": "ParallelBlock", "dims": ("inner=tensor",)},
+    "mlp": {"mlp_class": "ByHand", "dims": ("inner=tensor",)},
+    "whole": {"mlp_class": "ByHand", "dims": ("inner=none",)},
+    "norm": {"norm_class": "ScaleNorm"},
+    "attention": {"attention_class": "WindowAttention"},
+    "all": {"mlp_class": "ByHand", "norm_class": "ScaleNorm", "attention_class": "WindowAttention"}
+    | {"dims": ("inner=tensor",)},
+}
+
+
+def own_model(name: str, **more: Any) -> ModelConfig:
+    own = {
+        key: value if key == "dims" else f"{own_blocks.__name__}:{value}"
+        for key, value in (MODELS[name] | more).items()
+    }
+    return replace(small_model(style="llama", attention="gqa"), **own)
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    mesh: str
+    schedule: str
+    microbatches: int = 2
+    sequence: Literal["on", "off"] = "off"
+    shard: Literal["none", "step", "layer"] = "none"
+    vocab: Literal["ends", "split"] = "ends"
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.mesh}-{self.schedule}-{self.sequence}-{self.shard}-{self.vocab}"
+
+
+CASES = (Case("all", "2x2x2", "1f1b"),)
+
+MORE_CASES = (
+    Case("block", "1x1x1", "1f1b"),
+    Case("block", "2x2x2", "zb-h1", 3, vocab="split"),
+    Case("block", "2x4x1", "gpipe", sequence="on"),
+    Case("block", "2x1x4", "zb-v", 4),
+    Case("block", "data=2,tensor=2,pipe=2", "interleaved-1f1b", 4, shard="layer"),
+    Case("block", "context=2,tensor=2,pipe=2", "1f1b"),
+    Case("mlp", "2x2x2", "zb-h1", 3),
+    Case("mlp", "1x8x1", "1f1b", shard="none"),
+    Case("whole", "2x2x2", "1f1b", vocab="split"),
+    Case("norm", "1x2x4", "1f1b", 4, sequence="on"),
+    Case("norm", "4x2x1", "1f1b", shard="step"),
+    Case("attention", "2x2x2", "zb-h1", 3),
+)
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
+)
+def test_own_classes_equal_one_device(case: Case) -> None:
+    step = {"mesh": case.mesh, "schedule": case.schedule, "sequence": case.sequence, "shard": case.shard}
+    num_chunks = 2 if case.schedule in ("zb-v", "interleaved-1f1b") else 1
+    sizes = {"num_microbatches": case.microbatches, "num_sequences": 8 * case.microbatches, "num_chunks": num_chunks}
+    found = broken(own_model(case.model), tolerance=TOLERANCE, bubbles="nan", vocab=case.vocab, **step, **sizes)
+    assert found == {}
