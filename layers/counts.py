@@ -197,33 +197,35 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. With classes of the user's it is what the vjp of
-    the block keeps by its jaxpr. A mixture of experts keeps its shared features
-    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more where queries and keys are normalized. A mixture of experts keeps its shared features
+    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there. With classes of the user's `layer`
+    is what the block's vjp keeps by its jaxpr.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor: size of the axis that splits heads and feed-forward features.
-        sequence: "on" where x and the norms are split over it by tokens; otherwise they are replicated over it.
+        tensor, sequence: size of the axis that splits heads and features, and whether it splits x by tokens too.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
     """
-    for name, count in {"num_sequences": num_sequences, "num_tokens": num_tokens, "tensor": tensor}.items():
-        check_count(name, count, error=ModelError)
-    check_choice("remat", remat, get_args(Remat), error=ModelError)
-    check_choice("sequence", sequence, ("off", "on"), error=ModelError)
+    _check_sizes(remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
+    d = config.hidden_size // (tensor if sequence == "on" else 1)
     if has_own_classes(config):
         own = kept_bytes(config, num_tokens=num_tokens, tensor=tensor, sequence=sequence, remat=remat)
-        boundary = numbers * config.hidden_size // (tensor if sequence == "on" else 1) * item_bytes
-        return ActivationBytes(boundary=boundary, layer=num_sequences * own)
-    d = config.hidden_size // (tensor if sequence == "on" else 1)
+        return ActivationBytes(boundary=numbers * d * item_bytes, layer=num_sequences * own)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
+
+
+def _check_sizes(remat: Remat, sequence: Literal["off", "on"], **counts: int) -> None:
+    check_choice("remat", remat, get_args(Remat), error=ModelError)
+    check_choice("sequence", sequence, ("off", "on"), error=ModelError)
+    for name, count in counts.items():
+        check_count(name, count, error=ModelError)
 
 
 def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:

@@ -15,7 +15,7 @@ from ..layers.experts.balance import move_biases
 from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
-from ..pipeline import PipelineParams, compiler_options, pipeline_grads, pipeline_loss
+from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..pipeline.model.own_block import LAYER_LOSS
 from ..pipeline.model.protocol import asks_for_info
 from ..plan.costs.device_params import block_matrices
@@ -67,9 +67,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     section, optimizer_section = setup.config.train, setup.config.optimizer
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
-        given = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
+        given: dict[str, Any] = {"params": state.params, "batch": batch, "mesh": setup.mesh}
+        given |= {"schedule": setup.schedule, "key": _key_of(setup, state.step)}
         waits = "residuals" if section.offload == "residuals" else "none"
-        given["key"] = _key_of(setup, state.step)
         out = pipeline_grads(setup.model.fns, **given, overlap=setup.config.pipeline.overlap, offload=waits)
         grads = jax.lax.with_sharding_constraint(out.grads, setup.moment_shardings)
         grad_norm = optax.tree.norm(grads)
@@ -88,12 +88,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
-        router = _router_metrics(out.metrics)
-        added = dict(out.metrics) if setup.config.model.block else {}
-        own = router.get("router_loss", added.get(LAYER_LOSS))
-        loss = out.loss if own is None else out.loss - own
-        sums = {"grad_norm": grad_norm, "mean_loss": mean_loss, "router": router, "block": added}
-        metrics = StepMetrics(loss=loss, lr=lr, taken=good, **sums)
+        sums = _layer_metrics(setup, out)
+        metrics = StepMetrics(grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, **sums)
         return state, metrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
@@ -116,6 +112,14 @@ def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.
     (tokens,) = jax.tree.leaves(stats)
     stages = move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
     return replace(params, stages=stages)
+
+
+def _layer_metrics(setup: Setup, out: LossAndGrads) -> dict[str, Any]:
+    """Return the loss of the model without those of its layers, and what layers of experts or of the user report."""
+    router = _router_metrics(out.metrics)
+    block = dict(out.metrics) if setup.config.model.block else {}
+    own = router.get("router_loss", block.get(LAYER_LOSS))
+    return {"loss": out.loss if own is None else out.loss - own, "router": router, "block": block}
 
 
 def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -129,14 +129,15 @@ def _check_signatures(own: type[Any], *, key: str, said: str) -> None:
     offered = _GIVEN[key]
     asked = [name for name in offered if name in inspect.signature(own.__call__).parameters]
     more = f"; it may have {', '.join(offered)} too" if offered else ""
-    wanted: tuple[tuple[str, Any, tuple[Any, ...], list[str], str], ...] = (
-        ("__init__", own, (None,), ["rngs", "rules"], "def __init__(self, config, *, rngs, rules)"),
-        ("__call__", own.__call__, (None, None), asked, f"def __call__(self, x_BTD){more}"),
+    wanted: tuple[tuple[str, list[str], str], ...] = (
+        ("__init__", ["rngs", "rules"], "def __init__(self, config, *, rngs, rules)"),
+        ("__call__", asked, f"def __call__(self, x_BTD){more}"),
     )
-    for method, function, args, options, written in wanted:
-        signature = inspect.signature(function)
+    for method, options, written in wanted:
+        signature = inspect.signature(getattr(own, method))
         try:
-            signature.bind(*args, **dict.fromkeys(options))
+            # Each is called with itself and one value by position.
+            signature.bind(None, None, **dict.fromkeys(options))
         except TypeError as error:
             raise ModelError(
                 f"{said}: {own.__name__}.{method} has the parameters {signature}: {error}.", fix=f"write {written}."

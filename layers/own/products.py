@@ -81,16 +81,23 @@ def list_products(jaxpr: Jaxpr, depends: Sequence[bool]) -> Traced:
 
 def _loop(eqn: Any, given: list[bool]) -> Traced:
     """Return the products of one turn of a scan, whose carry depends on x if that of any turn does."""
-    consts, carries, body = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["jaxpr"].jaxpr
+    (body,) = _jaxprs_in({"jaxpr": eqn.params["jaxpr"]})
+    # Inputs are constants, the carry, then what is scanned over; only the last have a dimension more outside.
+    carries = _count_alike(eqn.outvars, body.outvars)
+    consts = _count_alike(eqn.invars, body.invars) - carries
     while True:
         inner = list_products(body, given)
-        after = list(given)
-        after[consts : consts + carries] = [
-            own or new for own, new in zip(given[consts:], inner.depends[:carries], strict=False)
-        ]
+        carry = [own or new for own, new in zip(given[consts:], inner.depends[:carries], strict=False)]
+        after = [*given[:consts], *carry, *given[consts + carries :]]
         if after == given:
             return inner
         given = after
+
+
+def _count_alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Return how many arrays have as many dimensions outside of a loop as in one turn."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(own.aval.ndim == turn.aval.ndim for own, turn in pairs)
 
 
 def _jaxprs_in(params: dict[str, Any]) -> Iterator[Jaxpr]:

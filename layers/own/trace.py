@@ -26,6 +26,8 @@ from .protocol import LayerInfo
 Sequence = Literal["off", "on"]
 
 _TENSOR = "tensor"
+_COPIES = ("reshape", "pvary")
+"""Primitives whose result is the same array in another shape, or marked as varying over more axes."""
 
 
 @lru_cache(maxsize=512)
@@ -48,8 +50,7 @@ def trace_products(config: Any, key: str, *, num_tokens: int, tensor: int = 1, s
 def kept_bytes(config: Any, *, num_tokens: int, tensor: int, sequence: Sequence, remat: Remat) -> int:
     """Return the bytes that the backward of a whole block keeps of one sequence, on one of `tensor` devices.
 
-    They are arrays that depend on x, each counted once. The executor may keep less: it stores an array that the
-    backward reads in two shapes once, and a split backward reuses buffers.
+    They are arrays that depend on x, each counted once, in whatever shapes it is read.
     """
 
     def make(rngs: nnx.Rngs, rules: Any) -> Any:
@@ -60,7 +61,13 @@ def kept_bytes(config: Any, *, num_tokens: int, tensor: int, sequence: Sequence,
 
     jaxpr = _trace(config, make, backward_of, num_tokens=num_tokens, tensor=tensor, sequence=sequence)
     depends = list_products(jaxpr.jaxpr, _of_x(jaxpr)).depends
-    kept = {var for var, own in zip(jaxpr.jaxpr.outvars, depends, strict=True) if own and isinstance(var, Var)}
+    sources = {eqn.outvars[0]: eqn.invars[0] for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name in _COPIES}
+
+    def source_of(var: Any) -> Any:
+        return source_of(sources[var]) if var in sources else var
+
+    outs = (var for var, own in zip(jaxpr.jaxpr.outvars, depends, strict=True) if own and isinstance(var, Var))
+    kept = {source_of(var) for var in outs}
     return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)
 
 

@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def own_model(name: str, **more: Any) -> ModelConfig:
-    own = {
+    own: dict[str, Any] = {
         key: value if key == "dims" else f"{own_blocks.__name__}:{value}"
         for key, value in (MODELS[name] | more).items()
     }

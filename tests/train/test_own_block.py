@@ -98,16 +98,17 @@ def test_run_is_the_same_on_every_mesh_and_schedule() -> None:
     }.items():
         other = train(f"{words} --run.name {name}")
         for mine, its in zip(one, other, strict=True):
-            for key in ("loss", "grad_norm", "block.size", "val_loss"):
-                assert mine.get(key) == pytest.approx(its.get(key), rel=2e-5), (name, key)
+            for key in {"loss", "grad_norm", "block.size", "val_loss"} & set(mine):
+                assert mine[key] == pytest.approx(its[key], rel=2e-5), (name, key)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_run_resumes_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = train(f"{MESH} --train.steps 4 --optimizer.lr_schedule constant --run.name whole")
-    train(f"{MESH} --train.steps 2 --optimizer.lr_schedule constant --run.name parts")
-    parts = train("--mesh.data 4 --mesh.tensor 2 --train.steps 4 --optimizer.lr_schedule constant --run.name parts")
+    constant = "--optimizer.lr_schedule constant"
+    whole = train(f"{MESH} --train.steps 4 {constant} --run.name whole")
+    train(f"{MESH} {constant} --run.name parts")
+    parts = train(f"--override --mesh.data 4 --mesh.tensor 2 --train.steps 4 {constant} --run.name parts")
     found = [[line["loss"] for line in run if "loss" in line] for run in (whole, parts)]
     assert found[1] == pytest.approx(found[0], rel=2e-5)
     assert evaluate("runs/whole") == pytest.approx(whole[-1]["val_loss"], rel=1e-5)
