@@ -17,7 +17,6 @@ from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..pipeline.model.own_block import LAYER_LOSS
-from ..pipeline.model.protocol import asks_for_info
 from ..plan.costs.device_params import block_matrices
 from .offload import apply_update, update_by_parts
 from .optimizer import make_learning_rate, make_optimizer
@@ -98,7 +97,7 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
 def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
     """Return the random key of a step, by the seed of the run and its number; None for a model that draws nothing."""
-    if not any(map(asks_for_info, setup.model.fns.by_kind(setup.model.fns.layer).values())):
+    if not setup.config.model.block:
         return None
     return jax.random.fold_in(jax.random.key(setup.config.run.seed), step)
 

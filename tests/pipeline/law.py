@@ -200,6 +200,7 @@ def pipeline_step(
     batch: dict[str, np.ndarray] | None = None,
     context: Literal["gather", "ulysses"] = "gather",
     frozen: Callable[[str], bool] | None = None,
+    key: jax.Array | None = None,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
@@ -215,7 +216,7 @@ def pipeline_step(
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     fns = replace(model.fns, frozen=frozen or model.fns.frozen)
-    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
+    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles, key=key)
     axes = {"over": spec.roles.batch, "context": spec.roles.context}
     given = batch or masked_batch(num_sequences)
     cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jax
 import pytest
 from trellax.layers import ModelConfig
 
 from . import own_blocks
-from .law import broken, small_model
+from .law import answer_of, beyond, broken, errors_of, pipeline_step, small_model
 
 # float32: sums of other orders, as for our own blocks.
 TOLERANCE = 2e-5
@@ -72,3 +73,19 @@ def test_own_classes_equal_one_device(case: Case) -> None:
     sizes = {"num_microbatches": case.microbatches, "num_sequences": 8 * case.microbatches, "num_chunks": num_chunks}
     found = broken(own_model(case.model), tolerance=TOLERANCE, bubbles="nan", vocab=case.vocab, **step, **sizes)
     assert found == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "schedule"), [("2x2x2", "zb-h1"), ("2x4x1", "gpipe"), ("1x1x8", "1f1b")])
+def test_noise_losses_and_metrics_of_a_block_are_the_same_on_every_mesh(mesh: str, schedule: str) -> None:
+    config = replace(own_model("block"), block=f"{own_blocks.__name__}:NoiseBlock")
+    found = []
+    for where, microbatches in ((mesh, 2), ("1x1x1", 1)):
+        cut = {"num_microbatches": microbatches, "num_sequences": 16}
+        step = pipeline_step(config, mesh=where, schedule=schedule, key=jax.random.key(3), **cut)
+        metrics = step.run(step.params, step.batch)[0].metrics
+        square = float(metrics["square"])
+        assert float(metrics["layer_loss"]) == pytest.approx(0.1 * square, rel=1e-6)
+        found.append((answer_of(step), square))
+    assert beyond(errors_of(found[0][0], found[1][0]), tolerance=TOLERANCE) == {}
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
