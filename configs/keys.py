@@ -74,6 +74,8 @@ _MEANINGS = {
     "model.norm_class": "a norm of your own, module:Class",
     "model.attention_class": "an attention of your own, module:Class",
     "model.dims": "dims that these classes name, such as inner=tensor, split over that axis, or width=none",
+    "model.dropout": "share of the numbers of each branch that training sets to zero",
+    "model.stochastic_depth": "share of sequences for which training leaves a branch of the last layer out",
     "model.lora_rank": "features of low-rank adapters (LoRA), which alone are trained; 0 trains all weights",
     "model.lora_alpha": "adapters are multiplied by lora_alpha / lora_rank; 0 means lora_rank",
     "model.lora_targets": "layers with adapters, of query, key, value, out, gate, up, down; all if left out",

@@ -15,6 +15,7 @@ from .cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
 from .context.places import Places
+from .dropout import BranchNoise
 from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
@@ -41,21 +42,27 @@ class Block(nnx.Module):
         self.attention = _make_attention(config, rngs=rngs, rules=rules)
         self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
         self.mlp = _make_mlp(config, rngs=rngs, rules=rules)
+        self.rules = rules
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
         return self.run(x_BTD)[0]
 
     def run(
-        self, x_BTD: jax.Array, weights_BT: jax.Array | None = None, places: Places | None = None
+        self,
+        x_BTD: jax.Array,
+        weights_BT: jax.Array | None = None,
+        places: Places | None = None,
+        noise: BranchNoise | None = None,
     ) -> tuple[jax.Array, ExpertStats]:
         """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
 
         x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
         """
-        x_BTD = x_BTD + same_as(x_BTD, self.attention(normalize(self.attention_norm, x_BTD), places), self.attention)
+        y_BTD = same_as(x_BTD, self.attention(normalize(self.attention_norm, x_BTD), places), self.attention)
+        x_BTD = x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=0, rules=self.rules))
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
-        return x_BTD + y_BTD, stats
+        return x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=1, rules=self.rules)), stats
 
     def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
         if isinstance(self.mlp, MoE):

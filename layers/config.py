@@ -52,6 +52,9 @@ class ModelConfig:
     `attention_class` do so for a part of a block, and `dims` adds rules for names of dimensions, "inner=tensor". See
     `own/`.
 
+    In training `dropout` is the share of the numbers of every branch, attention's and the feed-forward's, that are set
+    to zero, and `stochastic_depth` that of the branches of the last layer, see `dropout.py`.
+
     With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
     `lora/`.
 
@@ -110,6 +113,8 @@ class ModelConfig:
     norm_class: str = ""
     attention_class: str = ""
     dims: tuple[str, ...] = ()
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
@@ -140,6 +145,7 @@ class ModelConfig:
         check_experts(self)
         check_lora(self)
         check_own(self)
+        self._check_noise()
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:
@@ -148,6 +154,17 @@ class ModelConfig:
                 f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
             )
+
+    def _check_noise(self) -> None:
+        for name in ("dropout", "stochastic_depth"):
+            rate = getattr(self, name)
+            if not 0 <= rate < 1:
+                raise ModelError(f"{name}={rate} is no share below 1.", fix=f"set {name}=0.1, say, or 0 for none.")
+            if rate and self.block:
+                raise ModelError(
+                    f"{name}={rate} with block={self.block!r}: a block of your own has the branches that it has.",
+                    fix=f"leave {name} out; `layers.dropout` with info.keys() drops in a block.",
+                )
 
     def _check_sizes(self) -> None:
         for name, kind in ((field.name, field.type) for field in fields(self)):

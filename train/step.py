@@ -97,7 +97,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
 
 def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
     """Return the random key of a step, by the seed of the run and its number; None for a model that draws nothing."""
-    if not setup.config.model.block:
+    model = setup.config.model
+    if not (model.block or model.dropout or model.stochastic_depth):
         return None
     return jax.random.fold_in(jax.random.key(setup.config.run.seed), step)
 

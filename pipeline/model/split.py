@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
+from ...layers.dropout import BranchNoise
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
@@ -187,8 +188,12 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         return block.merge(params).run(x_BTD, places=places_of(microbatch))[0]
 
+    def noisy_layer(params: Any, x_BTD: jax.Array, microbatch: Any, info: LayerInfo) -> jax.Array:
+        return block.merge(params).run(x_BTD, places=places_of(microbatch), noise=_noise_of(kind.config, info))[0]
+
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch))
+        noise = _noise_of(kind.config, info)
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch), noise)
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
@@ -197,7 +202,21 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
-    return expert_layer if kind.config.num_experts else layer
+    if kind.config.num_experts:
+        return expert_layer
+    return noisy_layer if kind.config.dropout or kind.config.stochastic_depth else layer
+
+
+def _noise_of(config: ModelConfig, info: LayerInfo) -> BranchNoise | None:
+    """Return what a layer drops, None where nothing is: outside of training there is no random key.
+
+    The share of branches that are left out grows with depth in a line, up to that of the config in the last layer
+    (Huang et al. 2016, equation 4).
+    """
+    if info.key is None or not (config.dropout or config.stochastic_depth):
+        return None
+    left_out = config.stochastic_depth * (info.index + 1).astype("float32") / config.num_layers
+    return BranchNoise(keys=info.keys(), dropout=config.dropout, left_out=left_out)
 
 
 def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:

@@ -1,5 +1,7 @@
 """A model of Hugging Face never names a class to import, and one with classes of the user's is never written as one."""
 
+from typing import Any
+
 import pytest
 from trellax.hub.config import hub_model
 from trellax.hub.config_write import hub_values
@@ -21,6 +23,7 @@ def test_code_that_a_config_names_is_left_alone() -> None:
 @pytest.mark.parametrize("name", OWN_CLASSES)
 def test_model_with_a_class_of_the_users_is_not_exported(name: str) -> None:
     sizes = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 4}
-    config = ModelConfig(**sizes, **{name: "my_blocks:Mine"})
+    own: dict[str, Any] = {name: "my_blocks:Mine"}
+    config = ModelConfig(**sizes, **own)
     with pytest.raises(WeightsError, match=f"model.{name}='my_blocks:Mine', a class of your own"):
         hub_values(config)
