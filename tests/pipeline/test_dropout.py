@@ -41,6 +41,7 @@ def noise_of(*, dropout: float, left_out: float, num_sequences: int) -> BranchNo
     return BranchNoise(keys=keys, dropout=dropout, left_out=jnp.float32(left_out))
 
 
+@pytest.mark.slow
 def test_share_of_numbers_and_of_branches_is_that_of_the_rates() -> None:
     noise = noise_of(dropout=0.25, left_out=0.5, num_sequences=400)
     drop = jax.jit(lambda noise, y: noise.drop(y, branch=0, rules=DEFAULT_RULES))

@@ -46,9 +46,8 @@ class Case:
         return f"{self.model}-{self.mesh}-{self.schedule}-{self.sequence}-{self.shard}-{self.vocab}"
 
 
-CASES = (Case("all", "2x2x2", "1f1b"),)
-
-MORE_CASES = (
+CASES = (
+    Case("all", "2x2x2", "1f1b"),
     Case("block", "1x1x1", "1f1b"),
     Case("block", "2x2x2", "zb-h1", 3, vocab="split"),
     Case("block", "2x4x1", "gpipe", sequence="on"),
@@ -64,9 +63,8 @@ MORE_CASES = (
 )
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_own_classes_equal_one_device(case: Case) -> None:
     step = {"mesh": case.mesh, "schedule": case.schedule, "sequence": case.sequence, "shard": case.shard}
     num_chunks = 2 if case.schedule in ("zb-v", "interleaved-1f1b") else 1

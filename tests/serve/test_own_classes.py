@@ -34,7 +34,9 @@ class Shift(nnx.Module):
         self.shift = nnx.Param(jnp.zeros(config.hidden_size), out_sharding=("embed",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD * jax.lax.rsqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) + jnp.expand_dims(self.shift, (0, 1))
+        return x_BTD * jax.lax.rsqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5) + jnp.expand_dims(
+            self.shift[...], (0, 1)
+        )
 
 
 class Parallel(nnx.Module):

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from trellax.commands.cli import main
 from trellax.configs import load_config
 from trellax.layers import param_counts
-from trellax.train import evaluate
+from trellax.meshes import build_mesh
+from trellax.train import Setup, evaluate, make_train_step
 from trellax.train.metrics import read_metrics
 
 MODULE = """
@@ -78,6 +80,19 @@ def train(words: str) -> list[dict[str, float]]:
     return read_metrics(Path("runs") / words.rsplit(maxsplit=1)[-1])
 
 
+@pytest.mark.usefixtures("folder")
+def test_step_of_a_toml_path_is_traced_on_2x2x2() -> None:
+    """Without its compilation, which takes 15 seconds: all that can be wrong about a class is told before it."""
+    config = load_config("own.toml", MESH)
+    setup = Setup(config, build_mesh(config.mesh))
+    state, metrics = jax.eval_shape(make_train_step(setup), setup.shapes, setup.batch_shapes)
+    assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, setup.shapes)
+    assert set(metrics.block) == {"size", "layer_loss"}
+    kernel = state.params.stages["up"]["kernel"]
+    assert setup.shardings.params.stages["up"]["kernel"].shard_shape(kernel.shape) == (1, 1, 1, 16, 24)
+
+
+@pytest.mark.slow
 def test_block_of_a_toml_path_trains_on_2x2x2(folder: Path) -> None:
     first, last = train(f"{MESH} --run.name own")[:2]
     assert last["loss"] < first["loss"] < 5.7
@@ -117,6 +132,7 @@ def test_run_resumes_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> Non
     assert "NoisyBlock has no method extend" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_describe_counts_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "own.toml", *MESH.split(), "--json"]) == 0

@@ -57,8 +57,14 @@ def test_our_layers_as_classes_of_the_user_count_as_ours() -> None:
         assert block_matrices(own, tensor=tensor) == block_matrices(ours, tensor=tensor)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    ("remat", "tensor"),
+    [
+        ("none", 2),
+        *(pytest.param(remat, tensor, marks=pytest.mark.slow) for remat in ("dots", "full") for tensor in (1, 2)),
+        pytest.param("none", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_our_layers_as_classes_of_the_user_keep_as_many_bytes(tensor: int, remat: Any) -> None:
     sizes: dict[str, Any] = {"num_sequences": 3, "num_tokens": T, "tensor": tensor, "remat": remat}
     assert activation_bytes(config_of(**OURS), **sizes) == activation_bytes(config_of(), **sizes)
