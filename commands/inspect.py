@@ -64,8 +64,9 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
             f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
             fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
         )
-    spec = check_run(config, num_devices=num_devices)
+    # First, since a module of the user's that the config names may start jax.
     machine = open_target(target, num_devices=num_devices)
+    spec = check_run(config, num_devices=num_devices)
     setup = Setup(config, build_mesh(spec, devices=machine.devices))
     setup.check()
     return machine, setup

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ..layers import flops_per_token
+from ..layers.own.counts import tell_counts
 from ..meshes import ProgramError
 from ..meshes.switches import xla_flags
 from ..plan import StepSizes, minimum_bytes
@@ -97,7 +98,7 @@ def report_step(
         report,
         memory=_within_fraction(report.memory),
         traffic=sum_traffic(report.collectives, minimum=minimum_bytes(sizes)),
-        notes=(*report.notes, *explain_ratios(sizes, shard=config.train.shard, remat=config.pipeline.remat)),
+        notes=(*report.notes, *_tell_notes(setup, sizes)),
         model_flops=model_flops,
         recompute_flops=report.flops["matrix"] - model_flops,
         bubble_fraction=simulate(setup.schedule, stages=setup.stage_costs).bubble_fraction
@@ -105,6 +106,13 @@ def report_step(
         else 0.0,
         compile_s=compile_s,
     )
+
+
+def _tell_notes(setup: Setup, sizes: StepSizes) -> list[str]:
+    """Return what the traffic of a step and the counts of classes of the user's rest on."""
+    told = tell_counts(setup.config.model)
+    ratios = explain_ratios(sizes, shard=setup.config.train.shard, remat=setup.config.pipeline.remat)
+    return [*([told] if told else []), *ratios]
 
 
 def _within_fraction(memory: Memory) -> Memory:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..layers.own.load import check_classes
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import suggest
@@ -50,15 +51,14 @@ def check_run(
     except MeshError as error:
         found.append(error)
     # A mesh size is still -1 if it cannot be resolved; that error has been added above.
-    if min(mesh.sizes.values()) > 0:
+    classes = list(errors_of(check_classes, config.model))
+    found += classes
+    if min(mesh.sizes.values()) > 0 and not classes:
         found += errors_of(ShardingRules.of(mesh.roles).check_axes, mesh.sizes)
         found += find_mesh_errors(config, mesh)
     found += _check_schedule(config, pipe=mesh.pipe, known=known_schedules)
-    found += _check_lengths(config)
-    found += _check_adapters(config)
-    found += _check_corpus(config)
-    found += _check_ends(config)
-    found += _check_blend(config)
+    for check in (_check_lengths, _check_adapters, _check_corpus, _check_ends, _check_blend):
+        found += check(config)
     found += find_preference_errors(config, mesh)
     if corpus == "needed":
         found += _check_corpus_files(config)

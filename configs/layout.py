@@ -58,7 +58,7 @@ def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:
     Raises:
         PlanError: a size is below 1.
     """
-    sequence: OnOff = "off" if config.mesh.sequence == "off" else "on"
+    sequence: OnOff = "off" if config.sequence == "off" else "on"
     runtime = trellax_runtime(
         config.model,
         topology.accelerator,

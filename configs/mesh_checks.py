@@ -50,8 +50,12 @@ def check_batch_splits(config: RunConfig, mesh: MeshSpec) -> None:
 def _check_widths(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless query heads and feed-forward split over tensor, and key/value heads split or replicate."""
     tensor, over = mesh.tensor, _keys_of(mesh, *mesh.roles.tensor)
+    if model.block:
+        # Sizes of its parameters are checked where they are made.
+        yield from _check_experts(model, mesh)
+        return
     split = [("num_heads", "heads are"), ("expert_size", "an expert is"), ("shared_size", "the shared experts are")]
-    if model.dense_layers or not model.num_experts:
+    if model.dense_layers or not (model.num_experts or model.mlp_class):
         split.append(("ffn_size", "the feed-forward is"))
     for name, what in split:
         yield from errors_of(

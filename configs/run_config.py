@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ..layers import ModelConfig
 from ..meshes import MeshSpec
 from ..meshes.notebook import table_html
+from ..meshes.spec import SequenceParallel
 from ..meshes.terminal import terminal_width
 from .keys import draw_keys, list_keys, own_mesh_keys, render_keys
 from .mesh_section import MeshSection, own_axes
@@ -59,6 +60,12 @@ class RunConfig(Section):
     def run_folder(self) -> Path:
         """The folder that the run writes to, `run.folder/run.name`."""
         return Path(self.run.folder) / self.run.name
+
+    @property
+    def sequence(self) -> SequenceParallel:
+        """`mesh.sequence`; auto is off with a block, feed-forward or attention of the user's, which sees all tokens."""
+        is_own = self.model.block or self.model.mlp_class or self.model.attention_class
+        return "off" if is_own and self.mesh.sequence == "auto" else self.mesh.sequence
 
     def _repr_html_(self) -> str:
         """Return an HTML table for notebooks: a row for each section, with the values that are not defaults."""

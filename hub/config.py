@@ -101,7 +101,7 @@ def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     the width of dense layers where every layer has experts.
     """
     ignored = {"dtype", "balance_loss", "router_z_loss", "router_bias_rate", "expert_capacity", "expert_overflow"}
-    ignored |= set(LORA_FIELDS)
+    ignored |= {"dropout", "stochastic_depth", *LORA_FIELDS}
     ignored |= {"max_tokens"} if one.positions == other.positions == "rotary" else set()
     has_dense = any(model.dense_layers or not model.num_experts for model in (one, other))
     ignored |= set() if has_dense else {"ffn_size"}

@@ -52,8 +52,9 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
     own = dict(values)
-    if isinstance(own.get("lora_targets"), list):
-        own["lora_targets"] = tuple(own["lora_targets"])
+    for name in ("lora_targets", "dims"):
+        if isinstance(own.get(name), list):
+            own[name] = tuple(own[name])
     return ModelConfig(**own)
 
 

@@ -15,6 +15,7 @@ from .cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
 from .context.places import Places
+from .dropout import BranchNoise
 from .experts.kinds import LayerKind, layer_kinds
 from .experts.moe import ExpertStats, MoE
 from .experts.rounds import EXPERT_ROWS
@@ -22,6 +23,8 @@ from .latent.attention import LatentAttention
 from .lora.adapter import ADAPTED
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
+from .own.call import join_layers, run_alone, same_as
+from .own.make import make_own
 
 Remat = Literal["none", "full", "dots"]
 """Rematerialization policy: recompute nothing in the backward, each block from its input ("full"), or everything but
@@ -37,40 +40,43 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
         self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
-        of_latents = config.latent_size > 0
-        self.attention: Attention | LatentAttention = (LatentAttention if of_latents else Attention)(
-            config, rngs=rngs, rules=rules
-        )
+        self.attention = _make_attention(config, rngs=rngs, rules=rules)
         self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
-        self.mlp: MLP | MoE = (MoE if config.num_experts else MLP)(config, rngs=rngs, rules=rules)
+        self.mlp = _make_mlp(config, rngs=rngs, rules=rules)
+        self.rules = rules
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
         return self.run(x_BTD)[0]
 
     def run(
-        self, x_BTD: jax.Array, weights_BT: jax.Array | None = None, places: Places | None = None
+        self,
+        x_BTD: jax.Array,
+        weights_BT: jax.Array | None = None,
+        places: Places | None = None,
+        noise: BranchNoise | None = None,
     ) -> tuple[jax.Array, ExpertStats]:
         """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
 
         x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
         """
-        x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD), places)
+        y_BTD = same_as(x_BTD, self.attention(normalize(self.attention_norm, x_BTD), places), self.attention)
+        x_BTD = x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=0, rules=self.rules))
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
-        return x_BTD + y_BTD, stats
+        return x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=1, rules=self.rules)), stats
 
     def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
         if isinstance(self.mlp, MoE):
             return self.mlp(x_BTD, weights_BT)
-        return self.mlp(x_BTD), ExpertStats()
+        return same_as(x_BTD, self.mlp(x_BTD), self.mlp), ExpertStats()
 
     def join(self) -> None:
         """Replace layers that read the same input by one joined layer each, where they are split.
 
         A training step does this once to the parameters of all layers, so that its loops do not copy kernels.
         """
-        self.attention.join()
-        self.mlp.join()
+        join_layers(self.attention)
+        join_layers(self.mlp)
 
     def extend(
         self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
@@ -83,8 +89,27 @@ class Block(nnx.Module):
         return x_BTD + self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0], cache
 
 
-Stack = Block | nnx.Dict[Block]
-"""All blocks of a model, [L, ...] by kind; without names of kinds where there is one."""
+def _make_attention(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules) -> Any:
+    if config.attention_class:
+        return make_own(config, "attention_class", rngs=rngs, rules=rules)
+    return (LatentAttention if config.latent_size else Attention)(config, rngs=rngs, rules=rules)
+
+
+def _make_mlp(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules) -> Any:
+    if config.mlp_class:
+        return make_own(config, "mlp_class", rngs=rngs, rules=rules)
+    return (MoE if config.num_experts else MLP)(config, rngs=rngs, rules=rules)
+
+
+def make_block(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Any:
+    """Return a `Block`, or a block of the class that the config names."""
+    if config.block:
+        return make_own(config, "block", rngs=rngs, rules=rules)
+    return Block(config, rngs=rngs, rules=rules)
+
+
+Stack = Any
+"""All blocks of a model, [L, ...] by kind: a `Block`, one of the user's, or an `nnx.Dict` of blocks by kind."""
 
 
 def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Stack:
@@ -97,7 +122,7 @@ def stack_blocks(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = 
         @nnx.split_rngs(splits=kind.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
         def make(layer_rngs: nnx.Rngs) -> Block:
-            return Block(kind.config, rngs=layer_rngs, rules=rules)
+            return make_block(kind.config, rngs=layer_rngs, rules=rules)
 
         return make(rngs)
 
@@ -132,7 +157,10 @@ def run_blocks(
     """
 
     def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
-        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT, places)
+        block = nnx.merge(graph, params)
+        if not isinstance(block, Block):
+            return run_alone(block, x_BTD, places)
+        y_BTD, stats = block.run(x_BTD, weights_BT, places)
         return y_BTD, stats.loss
 
     y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)

@@ -14,6 +14,7 @@ from ..meshes.errors import shown
 from .experts.check_config import check_experts
 from .latent.check_config import check_latents
 from .lora.check_config import check_lora
+from .own.check_config import check_own
 from .rope.check_config import check_rope
 
 LARGEST_FUSED_HEAD = 128
@@ -46,6 +47,13 @@ class ModelConfig:
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
     of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
     See `experts/`.
+
+    `block` names a class of the user's own in place of ours, "module:Class"; `mlp_class`, `norm_class` and
+    `attention_class` do so for a part of a block, and `dims` adds rules for names of dimensions, "inner=tensor". See
+    `own/`.
+
+    In training `dropout` is the share of the numbers of every branch, attention's and the feed-forward's, that are set
+    to zero, and `stochastic_depth` that of the branches of the last layer, see `dropout.py`.
 
     With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
     `lora/`.
@@ -100,6 +108,13 @@ class ModelConfig:
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"
+    block: str = ""
+    mlp_class: str = ""
+    norm_class: str = ""
+    attention_class: str = ""
+    dims: tuple[str, ...] = ()
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
@@ -130,6 +145,8 @@ class ModelConfig:
         check_latents(self)
         check_experts(self)
         check_lora(self)
+        check_own(self)
+        self._check_noise()
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:
@@ -138,6 +155,17 @@ class ModelConfig:
                 f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
             )
+
+    def _check_noise(self) -> None:
+        for name in ("dropout", "stochastic_depth"):
+            rate = getattr(self, name)
+            if not 0 <= rate < 1:
+                raise ModelError(f"{name}={rate} is no share below 1.", fix=f"set {name}=0.1, say, or 0 for none.")
+            if rate and self.block:
+                raise ModelError(
+                    f"{name}={rate} with block={self.block!r}: a block of your own has the branches that it has.",
+                    fix=f"leave {name} out; `layers.dropout` with info.keys() drops in a block.",
+                )
 
     def _check_sizes(self) -> None:
         for name, kind in ((field.name, field.type) for field in fields(self)):

@@ -14,6 +14,9 @@ from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
 from .lora.check_config import lora_targets
+from .own.check_config import has_own_classes
+from .own.counts import block_params, norm_params, own_flops
+from .own.trace import kept_bytes
 from .transformer import model_rules
 
 _SUM_BYTES = 4
@@ -132,6 +135,8 @@ def _magnitude_params(config: ModelConfig) -> int:
 
 def _block_params(config: ModelConfig) -> int:
     """Return the number of parameters of one block, with all its experts."""
+    if has_own_classes(config):
+        return block_params(config)
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if config.other_bias == "on":
         biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
@@ -142,6 +147,8 @@ def _block_params(config: ModelConfig) -> int:
 
 
 def _norm_params(config: ModelConfig) -> int:
+    if config.norm_class:
+        return norm_params(config)
     return config.hidden_size * (2 if config.norm == "layernorm" and config.other_bias == "on" else 1)
 
 
@@ -151,7 +158,8 @@ def flops_per_token(
     """Return the model flops of one token in a sequence of `num_tokens`.
 
     For short sequences `training` is near 6 flops per parameter (Kaplan et al. 2020, section 2.1); the scores add
-    12 x layers x heads x head size x tokens (Chowdhery et al. 2022, appendix B), or half of that when causal.
+    12 x layers x heads x head size x tokens (Chowdhery et al. 2022, appendix B), or half of that when causal. What
+    classes of the user's compute is part of `weights`, see `own/counts.py`.
 
     >>> config = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12, max_tokens=1024)
     >>> flops_per_token(config, num_tokens=1024).training
@@ -170,11 +178,14 @@ def flops_per_token(
     for kind in layer_kinds(config):
         weights += kind.num_layers * _block_weights(kind.config, experts=config.experts_per_token)
     full = 2 * num_tokens * (config.query_size + config.value_size) * config.num_layers
+    if config.block or config.attention_class:
+        full = 0
     window = min(config.attention_window or num_tokens, num_tokens)
     # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
     causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
     adapters, scores = _adapter_params(config), full if attention == "full" else causal
-    return FlopCounts(weights=2 * (weights + adapters), scores=scores, frozen=2 * weights if adapters else 0)
+    own = config.num_layers * own_flops(config, num_tokens=num_tokens)
+    return FlopCounts(weights=2 * (weights + adapters) + own, scores=scores, frozen=2 * weights if adapters else 0)
 
 
 def activation_bytes(
@@ -196,27 +207,34 @@ def activation_bytes(
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
     "none" keeps (N + K)H/t more where queries and keys are normalized. Both keep r for each adapter; with magnitudes
-    "none" keeps the features out of adapted layers once more, and "dots" D if down is one. A mixture of experts keeps
-    its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps what adapted layers give once more, and "dots" D if down is one. Experts keep shared features as F, and
+    2D + (1 to 3)F'/t a row; "none" is within 1% there. A class of the user's keeps what the jaxpr of its vjp does.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
-        tensor, sequence: size of the axis that splits heads and features; "on" where it splits x and norms by tokens.
+        tensor, sequence: size of the axis that splits heads and features, and whether it splits x by tokens too.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
     """
-    for name, count in {"num_sequences": num_sequences, "num_tokens": num_tokens, "tensor": tensor}.items():
-        check_count(name, count, error=ModelError)
-    check_choice("remat", remat, get_args(Remat), error=ModelError)
-    check_choice("sequence", sequence, ("off", "on"), error=ModelError)
+    _check_sizes(remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
     model_rules(config, {"tensor": tensor})
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     d = config.hidden_size // (tensor if sequence == "on" else 1)
+    if has_own_classes(config):
+        own = kept_bytes(config, num_tokens=num_tokens, tensor=tensor, sequence=sequence, remat=remat)
+        return ActivationBytes(boundary=numbers * d * item_bytes, layer=num_sequences * own)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
+
+
+def _check_sizes(remat: Remat, sequence: Literal["off", "on"], **counts: int) -> None:
+    check_choice("remat", remat, get_args(Remat), error=ModelError)
+    check_choice("sequence", sequence, ("off", "on"), error=ModelError)
+    for name, count in counts.items():
+        check_count(name, count, error=ModelError)
 
 
 def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:
@@ -262,12 +280,16 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
 def _block_weights(config: ModelConfig, *, experts: int) -> int:
     """Count the matmul weights of a block: query and output, key and value, and the feed-forward's two or three.
 
+    Those of classes of the user's are left out.
+
     Args:
         experts: of a mixture of experts, how many are counted: all, or those that a token uses.
     """
     d = config.hidden_size
     num_ffn = 3 if config.mlp == "swiglu" else 2
-    attention = attention_weights(config)
+    attention = 0 if config.block or config.attention_class else attention_weights(config)
+    if config.block or config.mlp_class:
+        return attention
     if not config.num_experts:
         return attention + num_ffn * d * config.ffn_size
     return attention + d * config.num_experts + num_ffn * d * (experts * config.expert_size + config.shared_size)

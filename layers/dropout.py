@@ -1,11 +1,12 @@
 """Dropout (Srivastava et al. 2014) whose masks do not depend on mesh, schedule or number of microbatches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
-from ..meshes import ModelError
+from ..meshes import ModelError, ShardingRules
 from ..meshes.arguments import check_number
 from ..meshes.device_axes import num_manual_blocks
 from .collectives import own_tokens
@@ -63,3 +64,34 @@ def threefry_keys(keys: jax.Array) -> jax.Array:
 
 def _is_typed(keys: jax.Array) -> bool:
     return jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BranchNoise:
+    """What training drops of a layer's branches, the terms that a block adds to x.
+
+    keys: a random key for each sequence, [B], of this layer.
+    dropout: share of the numbers of a branch that are set to zero.
+    left_out: share of sequences for which a branch is left out, [], in this layer.
+    """
+
+    keys: jax.Array
+    dropout: float = field(metadata={"static": True})
+    left_out: jax.Array
+
+    def drop(self, y_BTD: jax.Array, *, branch: int, rules: ShardingRules) -> jax.Array:
+        """Return a branch y[B@data, T, D] with what is dropped as zeros, and the rest scaled to the same mean.
+
+        Stochastic depth (Huang et al. 2016, section 3) leaves the branch of a whole sequence out.
+
+        Args:
+            branch: its number in the block, each of which draws other numbers.
+        """
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(threefry_keys(self.keys), branch)
+        of_depth, of_numbers = jax.vmap(jax.random.split, out_axes=1)(keys)
+        context = rules.axes("tokens")
+        y_BTD = dropout(y_BTD, rate=self.dropout, keys=of_numbers, tokens=rules.token_axes, context=context)
+        is_kept_B = jax.vmap(jax.random.bernoulli, in_axes=(0, None))(of_depth, 1 - self.left_out)
+        scale_B = jnp.where(is_kept_B, 1 / (1 - self.left_out), 0.0).astype(y_BTD.dtype)
+        return y_BTD * scale_B[:, None, None]

@@ -5,9 +5,10 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
+from .own.make import make_own
 from .partitioning import param_metadata
 
-Norm = nnx.LayerNorm | nnx.RMSNorm
+Norm = nnx.LayerNorm | nnx.RMSNorm | nnx.Module
 
 
 def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
@@ -15,6 +16,8 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEF
 
     Scale and bias are replicated over `tensor`: the features they act on are not split.
     """
+    if config.norm_class:
+        return make_own(config, "norm_class", rngs=rngs, rules=rules)
     shared = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
     named = param_metadata(("embed",), rules)
     if config.norm == "rmsnorm":

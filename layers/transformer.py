@@ -20,6 +20,7 @@ from .config import ModelConfig
 from .context.places import Places
 from .embedding import Embedding
 from .norms import apply_norm, make_norm
+from .own.make import add_dims
 from .partitioning import INIT_STD, make_param
 from .preference.dpo import PreferenceLoss, preference_loss
 from .projected_loss import TokenScores, projected_cross_entropy, projected_scores, sequence_losses
@@ -154,12 +155,13 @@ def model_rules(
         ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
     """
     rules.check_axes(sizes)
-    split = {"num_heads": "heads", "vocab_size": "vocab"}
+    rules = add_dims(rules, config)
+    split = {"vocab_size": "vocab"} if config.block else {"num_heads": "heads", "vocab_size": "vocab"}
     if config.num_experts:
         split |= {"num_experts": "experts", "expert_size": "ffn", "shared_size": "ffn"}
     else:
         _check_no_experts(rules, sizes)
-    if config.dense_layers or not config.num_experts:
+    if config.dense_layers or not (config.num_experts or config.block or config.mlp_class):
         split |= {"ffn_size": "ffn"}
     for field, dim in split.items():
         axis, parts = _parts(rules, dim, sizes)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..layers import ModelConfig
 from ..layers.context.choice import ContextAttention
+from ..layers.own.counts import split_features
 from ..meshes import Axis, MeshSpec
 from ..meshes.spec import Offload
 from ..schedules import Vocab
@@ -142,7 +143,12 @@ def _ways_to_attend(model: ModelConfig, *, tensor: int, context: int) -> list[Co
 
 
 def _features(model: ModelConfig) -> int:
-    """Return the features of a feed-forward that tensor splits; of experts those of one, and those that all use."""
+    """Return the features of a feed-forward that tensor splits; of experts those of one, and those that all use.
+
+    Of a class of the user's it is the common divisor of all sizes that tensor splits.
+    """
+    if model.block or model.mlp_class:
+        return split_features(model)
     if not model.num_experts:
         return model.ffn_size
     return math.gcd(model.expert_size, model.shared_size, model.ffn_size if model.dense_layers else 0)

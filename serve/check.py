@@ -5,6 +5,7 @@ from typing import get_args
 
 from ..layers import ModelConfig, model_rules
 from ..layers.cache import CacheDtype
+from ..layers.own.load import load_class
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
@@ -27,8 +28,8 @@ def check_model(
         MeshError: an axis with several devices has no role.
         ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, or an axis splits
-            experts or the tokens of a sequence.
+        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, an axis splits experts
+            or the tokens of a sequence, or a class of the user's has no cache.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
     check_experts_whole(sizes, axes=axes)
@@ -39,6 +40,7 @@ def check_model(
                 "each sequence's cache whole.",
                 fix=f"set {axis}=1, and give its devices to data, tensor or pipe.",
             )
+    _check_classes(config)
     model_rules(config, sizes, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=sizes[axes.pipe])
     if max_tokens > config.max_tokens:
@@ -46,6 +48,19 @@ def check_model(
             f"max_tokens={max_tokens} is more than the {config.max_tokens} tokens that the model can read.",
             fix=f"set max_tokens={config.max_tokens} or less.",
         )
+
+
+def _check_classes(config: ModelConfig) -> None:
+    """Raise unless a block or attention of the user's can read and write a cache."""
+    for key in ("block", "attention_class"):
+        path = getattr(config, key)
+        if path and not hasattr(own := load_class(path, key=key), "extend"):
+            raise ServeError(
+                f"model.{key}={path!r}: {own.__name__} has no method extend, by which a server computes new tokens "
+                "from a cache of the earlier ones.",
+                fix="write extend(self, x_BTD, *, cache, layer, new) that returns y_BTD and the cache: "
+                "Attention.extend does.",
+            )
 
 
 def check_request(request: Request, config: ModelConfig, *, max_tokens: int, max_stops: int = MAX_STOPS) -> None:

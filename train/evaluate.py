@@ -50,7 +50,7 @@ def evaluate(
         config = config_from_seal(seal, folder=run_saves(folder) / seal.step, say=say_on_stderr)
         if mesh is not None:
             # Tokens may not divide on another mesh than the run's own.
-            sequence = "off" if config.mesh.sequence == "off" else "auto"
+            sequence = "off" if config.sequence == "off" else "auto"
             sizes = mesh_sizes(mesh, axes=config.mesh.roles if axes is None else axes, sequence=sequence)
             config = config.model_copy(update={"mesh": sizes})
         setup = prepare(config) if mesh is None else Setup(config, mesh)

@@ -17,6 +17,7 @@ from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.frozen import keep_trained, trained_mask
 from ..pipeline.model.losses import LossFn, make_preference_loss, next_token_loss
+from ..pipeline.model.own_block import without_layer_losses
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
 from .offload import join_params, map_params, zero_moments
@@ -71,7 +72,7 @@ class Setup:
     @cached_property
     def sizes(self) -> MeshSpec:
         """The sizes of the mesh, with the roles that the config gives its axes."""
-        return mesh_sizes(self.mesh, axes=self.config.mesh.roles, sequence=self.config.mesh.sequence)
+        return mesh_sizes(self.mesh, axes=self.config.mesh.roles, sequence=self.config.sequence)
 
     @property
     def rules(self) -> ShardingRules:
@@ -87,6 +88,8 @@ class Setup:
     def model_without_router_losses(self) -> PipelinedModel:
         """The same for validation, whose loss is that of the text alone."""
         config = self.config.model
+        if config.block:
+            return replace(self.model, fns=without_layer_losses(self.model.fns))
         return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
 
     def _cut(self, config: ModelConfig) -> PipelinedModel:

@@ -17,6 +17,7 @@ from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
 from ..pipeline.model.losses import REWARDS
+from ..pipeline.model.own_block import LAYER_LOSS
 from ..plan.costs.device_params import block_matrices
 from .metrics.noise_scale import measure_noise
 from .offload import apply_update, update_by_parts
@@ -41,9 +42,10 @@ class StepMetrics:
     false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
     good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
     has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out. `preferences` has, of pairs of answers, the
-    means of `reward_margin` and `reward_accuracy` (`layers/preference/dpo.py`). `noise` has, with `train.noise_scale`,
-    `signal` and `spread` (`metrics/noise_scale.py`).
+    `dropped`, the share of pairs of tokens and experts that were left out. `block` has the metrics of a block of the
+    user's, with what it adds to the loss as `layer_loss`. `preferences` has, of pairs of answers, the means of
+    `reward_margin` and `reward_accuracy` (`layers/preference/dpo.py`). `noise` has, with `train.noise_scale`, `signal`
+    and `spread` (`metrics/noise_scale.py`).
     """
 
     loss: jax.Array
@@ -54,6 +56,7 @@ class StepMetrics:
     router: dict[str, jax.Array] = field(default_factory=dict)
     noise: dict[str, jax.Array] = field(default_factory=dict)
     preferences: dict[str, jax.Array] = field(default_factory=dict)
+    block: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -69,7 +72,8 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
     section = setup.config.train
 
     def step(state: TrainState, batch: Batch, peak_rate: jax.Array | None = None) -> tuple[TrainState, StepMetrics]:
-        given: dict[str, Any] = {"params": state.params, "batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
+        given: dict[str, Any] = {"params": state.params, "batch": batch, "mesh": setup.mesh}
+        given |= {"schedule": setup.schedule, "key": _key_of(setup, state.step)}
         waits = "residuals" if section.offload == "residuals" else "none"
         given |= {"overlap": setup.config.pipeline.overlap, "offload": waits, "shard_squares": section.noise_scale}
         out = pipeline_grads(setup.model.fns, **given)
@@ -83,12 +87,9 @@ def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics
         mean_loss = state.health.mean_loss
         health = next_health(state.health, good=good, loss=out.loss, section=section)
         state = TrainState(step=state.step + moves_on, params=params, opt_state=opt_state, health=health)
-        router = _router_metrics(out.metrics)
-        loss = out.loss - router["router_loss"] if router else out.loss
-        more = {"router": router, "noise": _noise_metrics(setup, out, batch, grad_norm=grad_norm)}
-        more["preferences"] = {name: out.metrics[name] for name in REWARDS if name in out.metrics}
-        measured: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **more}
-        return state, StepMetrics(**measured, taken=good, mean_loss=mean_loss)
+        measured = _layer_metrics(setup, out) | {"noise": _noise_metrics(setup, out, batch, grad_norm=grad_norm)}
+        metrics = StepMetrics(grad_norm=grad_norm, lr=lr, taken=good, mean_loss=mean_loss, **measured)
+        return state, metrics
 
     # Without out_shardings XLA may choose other shardings for the new state, and the next step would compile again.
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
@@ -115,6 +116,14 @@ def _update(
         return *update(optimizer, grads=grads, **held, good=good), lr
 
 
+def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
+    """Return the random key of a step, by the seed of the run and its number; None for a model that draws nothing."""
+    model = setup.config.model
+    if not (model.block or model.dropout or model.stochastic_depth):
+        return None
+    return jax.random.fold_in(jax.random.key(setup.config.run.seed), step)
+
+
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:
     """Return the parameters with the biases of routers moved, if routers have some."""
     model = setup.config.model
@@ -124,6 +133,16 @@ def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.
     (tokens,) = jax.tree.leaves(stats)
     stages = move_biases(params.stages, tokens, rate=model.router_bias_rate, is_good=good)
     return replace(params, stages=stages)
+
+
+def _layer_metrics(setup: Setup, out: LossAndGrads) -> dict[str, Any]:
+    """Return the loss of the model without those of its layers, and what layers of experts or of the user report."""
+    router = _router_metrics(out.metrics)
+    block = dict(out.metrics) if setup.config.model.block else {}
+    own = router.get("router_loss", block.get(LAYER_LOSS))
+    rewards = {name: out.metrics[name] for name in REWARDS if name in out.metrics}
+    loss = out.loss if own is None else out.loss - own
+    return {"loss": loss, "router": router, "block": block, "preferences": rewards}
 
 
 def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...configs.run_config import RunConfig
 from ...layers import param_counts
+from ...layers.own.counts import tell_counts
 from ...meshes import TrellaxError
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold, terminal_width
@@ -48,6 +49,7 @@ def describe_plans(config: RunConfig, answer: Answer, args: argparse.Namespace) 
     reasons += [f"All others: {ON_FRONT}"] if len(reasons) < len(plans) else []
     lines = [f"{one.severity}: {one.message} ({one.name}).\n  Fix: {one.fix}" for one in answer.diagnoses]
     told = [*reasons, "", evidence.text if evidence else "No published rows are near this: take times as estimates."]
+    told += [counts] if (counts := tell_counts(config.model)) else []
     told += ["", *lines] if lines else []
     head = fold(f"{_describe_work(config, args)}\n{machine}", width=width)
     return "\n".join([head, "", align_within(rows, width=width), "", fold("\n".join(told), width=width)])

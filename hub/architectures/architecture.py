@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig
+from ...layers.own.check_config import OWN_CLASSES
 from ...meshes.errors import shown
 from .tensor_names import TensorNames
 
@@ -77,6 +78,9 @@ class Architecture(ABC):
         for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
+        for field in OWN_CLASSES:
+            if path := getattr(config, field):
+                yield f"model.{field}={path!r}, a class of your own"
         for field in ("num_experts", "latent_size", "lora_rank"):
             if getattr(config, field) and field not in self.sizes:
                 yield f"model.{field}={getattr(config, field)}, not 0"

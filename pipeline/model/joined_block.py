@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from ...layers import Block, ModelConfig
+from ...layers.block import make_block
+from ...layers.own.call import join_layers
 from ...layers.quantized import Weights, quantize_layers
 from ...meshes import ShardingRules
 from .trees import on_mesh
@@ -36,14 +38,14 @@ class JoinedBlock:
     @classmethod
     def on(cls, mesh: Mesh, *, config: ModelConfig, rules: ShardingRules, weights: Weights = "plain") -> "JoinedBlock":
         """Return the structure on a mesh; nothing is computed."""
-        block = nnx.eval_shape(lambda: quantize_layers(Block(config, rngs=nnx.Rngs(0), rules=rules), weights))
+        block = nnx.eval_shape(lambda: quantize_layers(make_block(config, rngs=nnx.Rngs(0), rules=rules), weights))
         own, params = nnx.split(block, nnx.Param)
         own_specs, found = _specs_of(block), []
 
         # Joined layers know the widths of their parts, those of one device's blocks. So they are traced where they run.
         def region(params: Any) -> jax.Array:
             block: Block = nnx.merge(own, params)
-            block.join()
+            join_layers(block)
             found.append((nnx.split(block)[0], _specs_of(block)))
             return jax.numpy.zeros(())
 
@@ -55,7 +57,7 @@ class JoinedBlock:
     def join(self, params: Any) -> Any:
         """Return the parameters of a layer as `merge` takes them; for use inside `shard_map` over all axes."""
         block: Block = nnx.merge(self.own, params)
-        block.join()
+        join_layers(block)
         return nnx.to_pure_dict(nnx.state(block, nnx.Param))
 
     def merge(self, params: Any) -> Block:

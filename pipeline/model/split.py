@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...layers import Embedding, Head, ModelConfig, Remat, Transformer, param_dims
 from ...layers.block import rematerialize
-from ...layers.context.places import Places
+from ...layers.dropout import BranchNoise
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS, TRAINED
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
@@ -30,6 +30,7 @@ from ...schedules.placement import Shape
 from ...schedules.vocab import check_vocab
 from .joined_block import JoinedBlock
 from .losses import LossFn, next_token_loss
+from .own_block import own_layer, places_of
 from .param_specs import layer_specs, split_over_batch
 from .protocol import LayerInfo, Output
 from .stack import check_layers, stages_from_layers
@@ -205,12 +206,18 @@ def is_frozen(name: str) -> bool:
 
 def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
     """Return the function of a layer of one kind."""
+    if kind.config.block:
+        return own_layer(kind.config.block, block)
 
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
-        return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
+        return block.merge(params).run(x_BTD, places=places_of(microbatch))[0]
+
+    def noisy_layer(params: Any, x_BTD: jax.Array, microbatch: Any, info: LayerInfo) -> jax.Array:
+        return block.merge(params).run(x_BTD, places=places_of(microbatch), noise=_noise_of(kind.config, info))[0]
 
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
+        noise = _noise_of(kind.config, info)
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch), noise)
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
@@ -219,7 +226,21 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
-    return expert_layer if kind.config.num_experts else layer
+    if kind.config.num_experts:
+        return expert_layer
+    return noisy_layer if kind.config.dropout or kind.config.stochastic_depth else layer
+
+
+def _noise_of(config: ModelConfig, info: LayerInfo) -> BranchNoise | None:
+    """Return what a layer drops, None where nothing is: outside of training there is no random key.
+
+    The share of branches that are left out grows with depth in a line, up to that of the config in the last layer
+    (Huang et al. 2016, equation 4).
+    """
+    if info.key is None or not (config.dropout or config.stochastic_depth):
+        return None
+    left_out = config.stochastic_depth * (info.index + 1).astype("float32") / config.num_layers
+    return BranchNoise(keys=info.keys(), dropout=config.dropout, left_out=left_out)
 
 
 def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:
@@ -235,13 +256,6 @@ def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:
 def _batch_specs(rules: ShardingRules) -> PartitionSpec | None:
     """Return how leaves [M, B, T] lie on the mesh; None for the default, where no axis splits tokens."""
     return rules.spec(("microbatch", "batch", "tokens")) if rules.axes("tokens") else None
-
-
-def _places_of(microbatch: Mapping[str, jax.Array] | None) -> Places | None:
-    """Return where the tokens stand, in sequences of several documents."""
-    if not microbatch or "segments" not in microbatch:
-        return None
-    return Places(positions=microbatch["positions"], segments=microbatch["segments"])
 
 
 def _cast_kernels(dtype: str, params: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ...layers import ModelConfig, Remat, activation_bytes
 from ...layers.attention_counts import attention_widths
+from ...layers.own.check_config import has_own_classes
+from ...layers.own.trace import trace_products
 from .layout import Layout
 from .operations import item_bytes
 from .runtime import OnOff, Runtime
@@ -60,6 +62,8 @@ def split_backward_bytes(
     `split_backward.py`). With remat "full" everything that the input gradient recomputed is stored, as much as with
     "dots".
     """
+    if has_own_classes(model):
+        return num_sequences * _split_own_bytes(model, num_tokens=num_tokens, tensor=tensor, remat=remat)
     # Widths in elements per token on this device.
     t, d = tensor, model.hidden_size / (tensor if sequence == "on" else 1)
     own = attention_widths(model, tensor=t)
@@ -73,6 +77,14 @@ def split_backward_bytes(
         "full": inputs + gradients - d,
     }[remat]
     return num_sequences * num_tokens * width * item_bytes(model)
+
+
+def _split_own_bytes(model: ModelConfig, *, num_tokens: int, tensor: int, remat: Remat) -> float:
+    """Return at most the bytes for one sequence with classes of the user's: output gradients, and inputs if "full"."""
+    traced = trace_products(model, "", num_tokens=num_tokens, tensor=tensor)
+    weights = [own for own in traced.products if own.is_weight]
+    numbers = sum(own.count * own.batch * own.m * (own.n + (own.k if remat == "full" else 0)) for own in weights)
+    return numbers * item_bytes(model)
 
 
 def boundary_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from ...layers import ModelConfig, param_counts
 from ...layers.attention_counts import attention_norms, attention_weights
+from ...layers.own.check_config import has_own_classes
+from ...layers.own.counts import device_sizes
 from ...schedules import Placement
 from .held_layers import KindCounts
 from .layout import Layout
@@ -19,6 +21,8 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     Heads and features are split over `tensor`, experts over `expert`. Norms, output biases, routers, and key and value
     heads where there are fewer than `tensor` are whole on every device.
     """
+    if has_own_classes(model):
+        return device_sizes(model, {"tensor": tensor, "expert": expert})[1]
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
@@ -28,6 +32,8 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
 
 def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights in the kernels of one block on one device."""
+    if has_own_classes(model):
+        return device_sizes(model, {"tensor": tensor, "expert": expert})[0]
     features = (model.shared_size if model.num_experts else model.ffn_size) // tensor
     experts = expert_matrices(model, tensor=tensor, expert=expert)
     num_kernels = 3 if model.mlp == "swiglu" else 2

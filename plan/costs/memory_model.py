@@ -76,15 +76,15 @@ def step_memory(
     if is_one_program and not model.dense_layers:
         # Stages are padded to the largest. Layers of two kinds are always counted so.
         layers = (max(layers),) * len(layers)
+    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     in_flight = peak_in_flight(
         layout.schedule,
         num_ranks=layout.pipe,
         num_microbatches=layout.microbatches,
         num_chunks=layout.chunks,
         traits=runtime.order_traits,
-        terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
+        terms=terms,
     )
-    terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
     in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
@@ -99,14 +99,9 @@ def step_memory(
         for rank in range(layout.pipe)
     ]
     # Most ranks hold as much as others, and a search asks for ten thousand layouts.
-    uses = {
-        own: _rank_memory(
-            model, layout=layout, runtime=runtime, num_tokens=num_tokens, ends=own[0], layers=own[1], held=own[2]
-        )
-        for own in dict.fromkeys(held)
-    }
+    given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
+    uses = {own: _rank_memory(model, **given, ends=own[0], layers=own[1], held=own[2]) for own in dict.fromkeys(held)}
     if waiting:
-        given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
         host = {own: waiting.on_host * kept_bytes(own[1].room, **given) for own in uses}
         uses = {own: replace(use, host=host[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)

@@ -11,6 +11,8 @@ from typing import Literal
 
 from ...layers import ModelConfig
 from ...layers.attention_counts import attention_products, attention_widths
+from ...layers.own.counts import own_flops
+from ...layers.own.trace import trace_products
 from .device_params import block_matrices
 from .runtime import Runtime
 
@@ -82,8 +84,29 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
     whole = tokens * model.hidden_size / (t if runtime.sequence_parallel == "on" else 1)
-    own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
     yield _norm(whole, item)
+    if model.block or model.attention_class:
+        yield from _own_products(model, "block" if model.block else "attention_class", size=size)
+    else:
+        yield from _attention(model, size=size, runtime=runtime)
+    yield _residual(whole, item, runtime)
+    yield _norm(whole, item)
+    if model.num_experts:
+        yield from _experts(model, size=size)
+    if model.mlp_class:
+        yield from _own_products(model, "mlp_class", size=size)
+    elif features := 0 if model.block else model.shared_size if model.num_experts else model.ffn_size:
+        yield from _feed_forward(model, tokens=tokens, features=features / t)
+    yield _residual(whole, item, runtime)
+    # Microbatches add their weight gradients to one array.
+    is_apart = runtime.gradient_sums == "apart" and not runtime.adapter_rank
+    weights = block_matrices(model, tensor=t, expert=size.expert) if is_apart else 0
+    yield Stream(part="weights", forward_bytes=0, backward_bytes=runtime.sum_traffic_bytes * weights)
+
+
+def _attention(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
+    tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
+    own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
     for rows, columns in into:
         yield Product(part="weights", m=tokens, n=columns, k=rows, layers=("query", "key", "value"))
     if normed := own.latents + (own.query + own.key if model.qk_norm == "on" else 0):
@@ -93,17 +116,26 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
     yield from _core(model, size=size, runtime=runtime)
     yield Product(part="weights", m=tokens, n=out[1], k=out[0], layers=("out",))
-    yield _residual(whole, item, runtime)
-    yield _norm(whole, item)
-    if model.num_experts:
-        yield from _experts(model, size=size)
-    if features := model.shared_size if model.num_experts else model.ffn_size:
-        yield from _feed_forward(model, tokens=tokens, features=features / t)
-    yield _residual(whole, item, runtime)
-    # Microbatches add their weight gradients to one array.
-    is_apart = runtime.gradient_sums == "apart" and not runtime.adapter_rank
-    weights = block_matrices(model, tensor=t, expert=size.expert) if is_apart else 0
-    yield Stream(part="weights", forward_bytes=0, backward_bytes=runtime.sum_traffic_bytes * weights)
+
+
+def _own_products(model: ModelConfig, key: str, *, size: LayerSize) -> Iterator[Operation]:
+    """Yield the matrix products of a class of the user's, as its jaxpr has them for one sequence on one device.
+
+    One whose jaxpr does not tell them counts flops itself: they are taken for one product from the hidden size.
+    """
+    num_tokens, share = round(size.keys), size.sequences * size.queries / size.keys
+    traced = trace_products(model, key, num_tokens=num_tokens, tensor=size.tensor)
+    if traced.uncounted:
+        d = model.hidden_size
+        flops = own_flops(model, num_tokens=num_tokens) / size.tensor
+        yield Product(part="weights", m=size.sequences * size.queries, n=flops / (2 * d), k=d)
+        return
+    for own in traced.products:
+        batch = own.batch * own.count
+        if own.is_weight:
+            yield Product(part="weights", m=own.m * share, n=own.n, k=own.k, batch=batch)
+        else:
+            yield Product(part="core", m=own.m, n=own.n, k=own.k, batch=batch * share)
 
 
 def item_bytes(model: ModelConfig) -> int:

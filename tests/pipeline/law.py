@@ -202,12 +202,12 @@ def pipeline_step(
     context: Literal["gather", "ulysses"] = "gather",
     frozen: Callable[[str], bool] | None = None,
     loss: LossFn = next_token_loss,
+    key: jax.Array | None = None,
 ) -> Step:
     """Return the step that computes loss, gradients and their global norm on a mesh.
 
     Args:
-        mesh, whole: as data x tensor x pipe, or as `dp=2:batch,pp=4:pipe`; rules that keep dimensions whole.
-        batch: leaves [B, T], of `masked_batch` if left out.
+        mesh, whole, batch: as 2x2x2 or `dp=2:batch,pp=4:pipe`; rules that keep dimensions whole; leaves [B, T].
     """
     devices = _build(spec := _spec_of(mesh))
     rules = _rules_of(config, devices, spec, sequence=sequence, context=context).replace(**whole or {})
@@ -217,7 +217,7 @@ def pipeline_step(
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard, "loss": loss}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     fns = replace(model.fns, frozen=frozen or model.fns.frozen)
-    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles)
+    run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles, key=key)
     axes: dict[str, Any] = {"over": spec.roles.batch, "context": spec.roles.context, "mesh": devices}
     cut_batch = microbatches(batch or masked_batch(num_sequences), num_microbatches=num_microbatches, **axes)
     return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)

@@ -109,6 +109,7 @@ class StepRecorder:
                     **router,
                     "noise_scale": self._noise.sequences,
                     **rewards,
+                    **{f"block.{name}": float(value) for name, value in metrics.block.items()},
                     "skipped": None if is_taken else 1,
                 },
             )

@@ -8,6 +8,7 @@ import jax
 
 from ...layers import param_counts
 from ...layers.lora.check_config import lora_targets
+from ...layers.own.counts import tell_counts
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
 from ...meshes.host_memory import is_in_host_memory
@@ -61,7 +62,7 @@ def describe_run(setup: Setup, *, width: int | None = None) -> Report:
     timing = simulate(setup.schedule, stages=setup.stage_costs)
     return Report(
         mesh=_tell_mesh(setup),
-        parameters=f"{table.draw(width=width)}{_tell_adapters(setup)}",
+        parameters=f"{table.draw(width=width)}{_tell_adapters(setup)}{_tell_own(setup, width=width)}",
         stages=stages.draw(width=width) if stages else "",
         schedule=draw_schedule(setup.schedule, stages=setup.stage_costs, width=width),
         numbers={
@@ -110,6 +111,12 @@ def _tell_mesh(setup: Setup) -> str:
     if setup.config.train.offload == "residuals":
         found += "\n          residuals whose backward is far off in the memory of the host (train.offload)"
     return found
+
+
+def _tell_own(setup: Setup, *, width: int | None) -> str:
+    """Return what the counts of classes of the user's rest on, "" where there are none."""
+    told = tell_counts(setup.config.model)
+    return f"\n{fold(told, width=width)}" if told else ""
 
 
 def _tell_adapters(setup: Setup) -> str:
