@@ -1,6 +1,7 @@
-"""One pre-norm block, and a stack of them as one scan: program size does not grow with depth."""
+"""One residual block, and a stack of them as one scan: program size does not grow with depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,35 +29,52 @@ the outputs of weight matmuls and of flash attention ("dots")."""
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); by `norm_place` norm(attention(x)), or both norms.
 
     x[B@data, T, D] -> y[B@data, T, D]; two all-reduces over `tensor` forward and two backward. With `dense_layers` a
     block is one of those with experts; `layer_kinds` has the configs of both.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
-        self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
+        self.residual_scale = config.residual_scale
+        norm = partial(make_norm, config, rngs=rngs, rules=rules)
+        is_before, is_after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = norm() if is_before else nnx.data(None)
         of_latents = config.latent_size > 0
         self.attention: Attention | LatentAttention = (LatentAttention if of_latents else Attention)(
             config, rngs=rngs, rules=rules
         )
-        self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
+        self.mlp_norm = norm() if is_before else nnx.data(None)
         self.mlp: MLP | MoE = (MoE if config.num_experts else MLP)(config, rngs=rngs, rules=rules)
+        self.attention_out_norm = norm() if is_after else nnx.data(None)
+        self.mlp_out_norm = norm() if is_after else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
         return self.run(x_BTD)[0]
 
     def run(
-        self, x_BTD: jax.Array, weights_BT: jax.Array | None = None, places: Places | None = None
+        self,
+        x_BTD: jax.Array,
+        weights_BT: jax.Array | None = None,
+        places: Places | None = None,
+        layer: jax.Array | int | None = None,
     ) -> tuple[jax.Array, ExpertStats]:
         """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
 
         x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
+
+        Args:
+            layer: number of the layer in the model, if layers differ (`attention_pattern`).
         """
-        x_BTD = x_BTD + self.attention(normalize(self.attention_norm, x_BTD), places)
+        attended_BTD = self.attention(normalize(self.attention_norm, x_BTD), places, layer)
+        x_BTD = self._add(x_BTD, normalize(self.attention_out_norm, attended_BTD))
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
-        return x_BTD + y_BTD, stats
+        return self._add(x_BTD, normalize(self.mlp_out_norm, y_BTD)), stats
+
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """Add the output of a layer to the residual stream."""
+        return x_BTD + (y_BTD if self.residual_scale == 1 else y_BTD * self.residual_scale)
 
     def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
         if isinstance(self.mlp, MoE):
@@ -72,14 +90,25 @@ class Block(nnx.Module):
         self.mlp.join()
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
+        self,
+        x_BTD: jax.Array,
+        *,
+        cache: KVCache,
+        layer: jax.Array | int,
+        new: NewTokens,
+        number: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Return the block's output for new tokens, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
+        """Return the block's output for new tokens, and the cache with them: x[B@data, T, D] -> y[B@data, T, D].
+
+        Args:
+            layer: position of the layer in the cache; number: that in the model, if layers differ.
+        """
         attended_BTD, cache = self.attention.extend(
-            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
+            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new, number=number
         )
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0], cache
+        x_BTD = self._add(x_BTD, apply_norm(self.attention_out_norm, attended_BTD))
+        y_BTD = self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0]
+        return self._add(x_BTD, apply_norm(self.mlp_out_norm, y_BTD)), cache
 
 
 Stack = Block | nnx.Dict[Block]
@@ -116,6 +145,7 @@ def run_blocks(
     *,
     weights_BT: jax.Array | None = None,
     places: Places | None = None,
+    numbers_L: jax.Array | None = None,
     remat: Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Return x after all layers of one kind, run in order by one scan, and the sum of the losses of routers.
@@ -127,14 +157,16 @@ def run_blocks(
         params_L: its state as pure arrays, [layers, ...].
         weights_BT: weights of tokens in the loss; without them routers add none.
         places: where tokens stand, if a sequence holds several documents.
+        numbers_L: numbers of the layers in the model, int32 [L], if layers differ.
         remat: rematerialization policy.
     """
 
-    def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
-        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT, places)
+    def layer(x_BTD: jax.Array, own: tuple[Any, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        params, number = own
+        y_BTD, stats = nnx.merge(graph, params).run(x_BTD, weights_BT, places, number)
         return y_BTD, stats.loss
 
-    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)
+    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, (params_L, numbers_L))
     return y_BTD, jnp.zeros((), jnp.float32) if losses is None else losses.sum()
 
 

@@ -14,6 +14,7 @@ from ..meshes.errors import shown
 from .experts.check_config import check_experts
 from .latent.check_config import check_latents
 from .lora.check_config import check_lora
+from .options.check_config import check_options
 from .rope.check_config import check_rope
 
 LARGEST_FUSED_HEAD = 128
@@ -35,9 +36,13 @@ class ModelConfig:
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
-    `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
-    features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
-    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
+    `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` "on" is Qwen 3's, an RMSNorm over the
+    features of every query and key head; "whole" is OLMo 2's, over those of all heads. `norm_place` says whether
+    attention and feed-forward layers have a norm of their input, of their output (OLMo 2), or of both (Gemma 2).
+
+    `attention_window` is the number of tokens visible to a token, itself included; 0 is all. `attention_pattern` names
+    the kinds of attention of the layers, repeated, where they differ: "full", "window" or "unrotated", see
+    `options/by_layer.py`. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
     `rope/frequencies.py`. `rope_head_size` is the number of features of a head that are rotated; 0 is all.
 
     With `latent_size` keys and values of all heads are computed from one vector of that size, DeepSeek's; see
@@ -46,6 +51,10 @@ class ModelConfig:
     With `num_experts` every layer is a mixture of experts of `expert_size` features each, `ffn_size` if left out, and
     of `shared_size` features that all tokens use; but the first `dense_layers` are dense, of `ffn_size`.
     See `experts/`.
+
+    Granite multiplies rows of the embedding by `embedding_scale`, what layers add to the residual stream by
+    `residual_scale`, and logits by `logit_scale`; `attention_scale` is the factor of scores, 1 / sqrt(head_size) if it
+    is 0. Gemma 2 caps scores and logits, c tanh(s / c), by `attention_softcap` and `logit_softcap`. See `options/`.
 
     With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
     `lora/`.
@@ -66,6 +75,7 @@ class ModelConfig:
     mlp: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: float = 1e-5
+    norm_place: Literal["before", "after", "both"] = "before"
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -81,7 +91,10 @@ class ModelConfig:
     value_head_size: int = 0
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     attention_window: int = 0
-    qk_norm: Literal["on", "off"] = "off"
+    attention_pattern: tuple[str, ...] = ()
+    window_rope_theta: float = 0.0
+    attention_softcap: float = 0.0
+    qk_norm: Literal["on", "whole", "off"] = "off"
     bias: Literal["on", "qkv", "off"] = "on"
     num_experts: int = 0
     experts_per_token: int = 0
@@ -100,6 +113,11 @@ class ModelConfig:
     balance_loss: float = 0.0
     router_z_loss: float = 0.0
     embeddings: Literal["tied", "untied"] = "tied"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
@@ -129,12 +147,14 @@ class ModelConfig:
         check_latents(self)
         check_experts(self)
         check_lora(self)
+        check_options(self)
 
     def _check_attention(self) -> None:
         if self.attention == "cudnn" and not self.can_be_fused:
             raise ModelError(
                 f"attention='cudnn' with dtype={self.dtype!r} and head_size={self.head_size}: cuDNN's flash attention "
-                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
+                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}"
+                f"{', and no attention_softcap' if self.attention_softcap else ''}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
             )
 
@@ -202,12 +222,17 @@ class ModelConfig:
         return "on" if self.bias == "on" else "off"
 
     @property
+    def num_block_norms(self) -> int:
+        """Number of norms of a block's inputs and outputs."""
+        return 4 if self.norm_place == "both" else 2
+
+    @property
     def can_be_fused(self) -> bool:
         """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on.
 
-        jax offers it for values as wide as keys alone, which those from latents are not.
+        jax offers it for values as wide as keys alone, which those from latents are not, and without caps of scores.
         """
-        if self.dtype != "bfloat16" or self.latent_size:
+        if self.dtype != "bfloat16" or self.latent_size or self.attention_softcap:
             return False
         return self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
 

@@ -14,6 +14,7 @@ from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
 from .lora.check_config import lora_targets
+from .options.by_layer import windows_of_layers
 from .transformer import model_rules
 
 _SUM_BYTES = 4
@@ -128,7 +129,7 @@ def _block_params(config: ModelConfig) -> int:
         biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
     if config.router_bias == "on":
         biases += config.num_experts
-    norms = 2 * _norm_params(config) + attention_norms(config)
+    norms = config.num_block_norms * _norm_params(config) + attention_norms(config)
     return _block_weights(config, experts=config.num_experts) + biases + norms
 
 
@@ -161,9 +162,11 @@ def flops_per_token(
     for kind in layer_kinds(config):
         weights += kind.num_layers * _block_weights(kind.config, experts=config.experts_per_token)
     full = 2 * num_tokens * (config.query_size + config.value_size) * config.num_layers
-    window = min(config.attention_window or num_tokens, num_tokens)
-    # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
-    causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
+    causal = 0
+    for own in windows_of_layers(config):
+        window = min(own or num_tokens, num_tokens)
+        # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
+        causal += full // config.num_layers * window * (2 * num_tokens - window) // (2 * num_tokens**2)
     adapters, scores = _adapter_params(config), full if attention == "full" else causal
     return FlopCounts(weights=2 * (weights + adapters), scores=scores, frozen=2 * weights if adapters else 0)
 
@@ -186,7 +189,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. A mixture of experts keeps its shared features
+    "none" keeps (N + K)H/t more where queries and keys are normalized. With norms of outputs "dots" keeps D more, and
+    "none" 2D if there are norms of inputs too. A mixture of experts keeps its shared features
     as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
@@ -206,6 +210,9 @@ def activation_bytes(
     d = config.hidden_size // (tensor if sequence == "on" else 1)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
     sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
+    if config.qk_norm == "whole" and remat == "none":
+        # The mean squares of queries and keys.
+        sums += 2 * numbers * _SUM_BYTES
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
 
@@ -238,11 +245,21 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
     own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
-    normed_heads = own.query + own.key if config.qk_norm == "on" else 0
+    normed_heads = own.query + own.key if config.qk_norm != "off" else 0
+    # A norm keeps its input: where it follows the last product, that product's output.
+    num_outputs = 2 if config.norm_place == "before" else 3
+    num_whole = 2 + config.num_block_norms
     return {
         "full": d,
-        "dots": 2 * d + own.projected + own.mixed + latents + shared + num_up * f,
-        "none": 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads,
+        "dots": num_outputs * d + own.projected + own.mixed + latents + shared + num_up * f,
+        "none": num_whole * d
+        + own.query
+        + own.key
+        + own.value
+        + own.mixed
+        + 2 * latents
+        + (num_up + 1) * f
+        + normed_heads,
     }[remat]
 
 

@@ -41,12 +41,14 @@ def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules 
     )
 
 
-def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
-    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D].
+def normalize(norm: Norm | None, x_BTD: jax.Array) -> jax.Array:
+    """Return the normalized x, keeping only x for the backward: x[B@data, T, D] -> y[B@data, T, D]; x without a norm.
 
     Heads x[B@data, T, N@tensor, H] are normalized alike. Plain autodiff would keep four more arrays of that size to
     save a few operations on each number.
     """
+    if norm is None:
+        return x_BTD
     graph, state = nnx.split(norm)
 
     def apply(state: nnx.State, x_BTD: jax.Array) -> jax.Array:
@@ -55,7 +57,9 @@ def normalize(norm: Norm, x_BTD: jax.Array) -> jax.Array:
     return jax.checkpoint(apply, prevent_cse=False)(state, x_BTD)
 
 
-def apply_norm(norm: Norm, x_BTD: jax.Array) -> jax.Array:
+def apply_norm(norm: Norm | None, x_BTD: jax.Array) -> jax.Array:
     """Return the normalized x, also under strict dtype promotion: Flax multiplies float32 statistics with x."""
+    if norm is None:
+        return x_BTD
     with jax.numpy_dtype_promotion("standard"):
         return norm(x_BTD)

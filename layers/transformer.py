@@ -19,7 +19,9 @@ from .collectives import enter_split, gather_tokens
 from .config import ModelConfig
 from .context.places import Places
 from .embedding import Embedding
+from .experts.kinds import layer_kinds
 from .norms import apply_norm, make_norm
+from .options.logits import LogitShape
 from .partitioning import INIT_STD, make_param
 from .projected_loss import projected_cross_entropy
 
@@ -47,6 +49,7 @@ class Head(nnx.Module):
         x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.token_axes)
         x_BTD, table_VD = enter_split(x_BTD, table_VD, self.rules.axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = LogitShape.of(self.config).apply(logits_BTV)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 
     def loss(
@@ -58,7 +61,8 @@ class Head(nnx.Module):
         """
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
-        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
+        shape = LogitShape.of(self.config)
+        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules, shape=shape)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
         return embedding_VD if self.table is None else self.table[...]
@@ -113,9 +117,11 @@ class Transformer(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT, positions_BT=places.positions if places else None)
         of_routers = jnp.zeros((), jnp.float32)
-        for stack in stacks_of(self.blocks):
+        given: dict[str, Any] = {"weights_BT": weights_BT, "places": places, "remat": self.remat}
+        for stack, kind in zip(stacks_of(self.blocks), layer_kinds(self.config), strict=True):
             graph, params_L = nnx.split(stack)
-            x_BTD, own = run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
+            own_L = kind.first + jnp.arange(kind.num_layers) if self.config.attention_pattern else None
+            x_BTD, own = run_blocks(graph, params_L, x_BTD, numbers_L=own_L, **given)
             of_routers += own
         return x_BTD, of_routers
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig
+from ...layers.options.check_config import options_of
 from ...meshes.errors import shown
 from .tensor_names import TensorNames
 
@@ -33,6 +34,7 @@ class Architecture(ABC):
         counts: keys of whole numbers that may be 0.
         positive_numbers: keys of numbers above 0.
         supported: values that the architecture can have, by `ModelConfig` field, such as {"norm": ("rmsnorm",)}.
+        options: fields of `layers/options/` that the architecture can have at any value.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Architecture(ABC):
     counts: tuple[str, ...]
     positive_numbers: tuple[str, ...]
     supported: Mapping[str, tuple[str, ...]]
+    options: tuple[str, ...] = ()
 
     @abstractmethod
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
@@ -77,9 +80,17 @@ class Architecture(ABC):
         for field, choices in self.supported.items():
             if getattr(config, field) not in choices:
                 yield f"model.{field}={getattr(config, field)!r}, not {' or '.join(map(repr, choices))}"
+        for field, (value, default) in options_of(config).items():
+            if value != default and field not in (*self.supported, *self.options):
+                yield f"model.{field}={value!r}, not {default!r}"
         for field in ("num_experts", "latent_size", "lora_rank"):
             if getattr(config, field) and field not in self.sizes:
                 yield f"model.{field}={getattr(config, field)}, not 0"
+
+    def has_use(self, config: ModelConfig) -> bool:
+        """Return whether a model has one of the options of this architecture, if that has any; else others hold it."""
+        found = options_of(config)
+        return not self.options or any(found[name][0] != found[name][1] for name in self.options)
 
 
 def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any:

@@ -104,6 +104,7 @@ class LlamaFamily(Architecture):
         num_kv_heads: default of `num_key_value_heads`; 0 is the number of query heads.
         head_size: default of `head_dim`; 0 is hidden_size / num_heads.
         rope_theta: default of the base of rotary positions.
+        norm_epsilon: default of `rms_norm_eps`.
         rotated_part: default of `partial_rotary_factor`, the part of a head that is rotated; None if it is all of it.
         supported: as in `Architecture`, for fields that differ from Llama without biases.
         window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
@@ -112,6 +113,7 @@ class LlamaFamily(Architecture):
         read_more: returns more fields of the `ModelConfig`.
         write_more: returns more keys of config.json.
         refuse_more: yields a line for each more setting that trellax cannot compute.
+        refuse_layers: yields the same for settings of single layers; called only if all sizes are valid.
         warn_more: yields a line for each key that is ignored.
         find_more_unsupported: yields a line for each more field that the architecture cannot have.
     """
@@ -120,6 +122,7 @@ class LlamaFamily(Architecture):
     num_kv_heads: int = 0
     head_size: int = 0
     rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
     rotated_part: float | None = None
     tensors: TensorNames = LLAMA_TENSORS
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
@@ -127,11 +130,13 @@ class LlamaFamily(Architecture):
     counts: tuple[str, ...] = ("sliding_window", "max_window_layers")
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
     supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
     window_of_layer: Callable[[Values, int], int] | None = None
     resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing
     write_more: Callable[[ModelConfig], dict[str, Any]] = _write_nothing
     refuse_more: Callable[[Values], Iterator[str]] = _find_nothing
+    refuse_layers: Callable[[Values], Iterator[str]] = _find_nothing
     warn_more: Callable[[Values], Iterator[str]] = _find_nothing
     find_more_unsupported: Callable[[ModelConfig], Iterator[str]] = _find_no_fields
 
@@ -157,6 +162,7 @@ class LlamaFamily(Architecture):
         windows = {self._window(values, layer) for layer in range(values["num_hidden_layers"])}
         if len(windows) > 1:
             yield f"layers with attention windows of {sorted(windows)} (0 is none); all layers must have the same"
+        yield from self.refuse_layers(values)
 
     def read(self, values: Values) -> dict[str, Any]:
         """Return the fields of the family, and those of the member over them."""
@@ -171,7 +177,7 @@ class LlamaFamily(Architecture):
                 "head_size": values.get("head_dim") or self.head_size,
                 "mlp": "swiglu",
                 "norm": "rmsnorm",
-                "norm_epsilon": values.get("rms_norm_eps", 1e-6),
+                "norm_epsilon": values.get("rms_norm_eps", self.norm_epsilon),
                 "bias": "off",
                 "attention_window": self._window(values, 0),
                 "embeddings": "tied" if values.get("tie_word_embeddings", False) else "untied",

@@ -185,8 +185,12 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         return block.merge(params).run(x_BTD, places=_places_of(microbatch))[0]
 
+    def numbered_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Any:
+        return block.merge(params).run(x_BTD, places=_places_of(microbatch), layer=info.index)[0]
+
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch))
+        number = info.index if kind.config.attention_pattern else None
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], _places_of(microbatch), number)
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
@@ -195,7 +199,9 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
-    return expert_layer if kind.config.num_experts else layer
+    if kind.config.num_experts:
+        return expert_layer
+    return numbered_layer if kind.config.attention_pattern else layer
 
 
 def _prepare_fn(dtype: str, block: JoinedBlock) -> Callable[[Any], Any] | None:

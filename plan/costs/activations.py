@@ -61,7 +61,7 @@ def split_backward_bytes(
     up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
     inputs, gradients = 2 * d + own.mixed + up + whole, 2 * d + own.projected + up + whole
     width = {
-        "none": own.value if model.qk_norm == "on" else own.projected + whole,
+        "none": own.value if model.qk_norm != "off" else own.projected + whole,
         "dots": 2 * d + up,
         "full": inputs + gradients - d,
     }[remat]

@@ -20,10 +20,11 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     heads where there are fewer than `tensor` are whole on every device.
     """
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
-    norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
+    norms = model.num_block_norms * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
     router = model.num_experts * (d + (1 if model.router_bias == "on" else 0))
-    return block_matrices(model, tensor=tensor, expert=expert) + norms + attention_norms(model) + biases + router
+    norms += attention_norms(model, tensor=tensor)
+    return block_matrices(model, tensor=tensor, expert=expert) + norms + biases + router
 
 
 def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:

@@ -83,7 +83,7 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
     yield _norm(whole, item)
     for rows, columns in into:
         yield Product(part="weights", m=tokens, n=columns, k=rows)
-    if normed := own.latents + (own.query + own.key if model.qk_norm == "on" else 0):
+    if normed := own.latents + (own.query + own.key if model.qk_norm != "off" else 0):
         yield _norm(tokens * normed, item)
     if model.positions == "rotary":
         turned = tokens * (own.query + own.key)
@@ -97,6 +97,8 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
     if features := model.shared_size if model.num_experts else model.ffn_size:
         yield from _feed_forward(model, tokens=tokens, features=features / t)
     yield _residual(whole, item, runtime)
+    for _ in range(model.num_block_norms - 2):
+        yield _norm(whole, item)
     # Microbatches add their weight gradients to one array.
     is_apart = runtime.gradient_sums == "apart" and not runtime.adapter_rank
     weights = block_matrices(model, tensor=t, expert=size.expert) if is_apart else 0

@@ -80,10 +80,15 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"head_dim": 8, "rope_parameters": _YARN["rope_parameters"] | {"partial_rotary_factor": 0.5}}
     | _DENSE_THEN_EXPERTS,
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
+    | {"num_hidden_layers": 3},
+    "granite": {"model_type": "granite", "num_key_value_heads": 2, "tie_word_embeddings": True}
+    | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 3.0},
 }
 """The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
-MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
+MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2", "data=2,tensor=2")
 EXPERT_MESHES = ("expert=2", "tensor=2,expert=2", "pipe=2,expert=2")
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "dots1", "glm4_moe")
 

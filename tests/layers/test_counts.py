@@ -46,7 +46,8 @@ CONFIGS = st.builds(
     mlp=st.sampled_from(["gelu", "swiglu"]),
     norm=st.sampled_from(["layernorm", "rmsnorm"]),
     bias=st.sampled_from(["on", "qkv", "off"]),
-    qk_norm=st.sampled_from(["on", "off"]),
+    qk_norm=st.sampled_from(["on", "whole", "off"]),
+    norm_place=st.sampled_from(["before", "after", "both"]),
     embeddings=st.sampled_from(["tied", "untied"]),
 )
 
