@@ -15,6 +15,7 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
@@ -23,7 +24,7 @@ from .smollm3 import SMOLLM3
 _ALL: tuple[Architecture, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE),
     *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, GPT2),
-    *(OLMO2, GRANITE, SMOLLM3),
+    *(OLMO2, GRANITE, SMOLLM3, PHI3),
 )
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}

@@ -6,7 +6,7 @@ member is a value of `LlamaFamily`, in its own file, with functions for the keys
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 from ...layers import ModelConfig
 from ...meshes.errors import shown
@@ -131,6 +131,7 @@ class LlamaFamily(Architecture):
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
     supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    chosen: Literal["if it fits", "by name"] = "if it fits"
     window_of_layer: Callable[[Values, int], int] | None = None
     resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing

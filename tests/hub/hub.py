@@ -83,6 +83,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
     "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
     | {"num_hidden_layers": 3},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 5, "pad_token_id": 0}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "granite": {"model_type": "granite", "num_key_value_heads": 2, "tie_word_embeddings": True}
     | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 3.0},
 }
