@@ -36,6 +36,7 @@ class ModelConfig:
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
+    `mlp` "geglu" and `norm` "rmsnorm1p" are Gemma's: gelu(gate) x up, and an RMSNorm whose scale is stored minus one.
     `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` "on" is Qwen 3's, an RMSNorm over the
     features of every query and key head; "whole" is OLMo 2's, over those of all heads. `norm_place` says whether
     attention and feed-forward layers have a norm of their input, of their output (OLMo 2), or of both (Gemma 2).
@@ -72,8 +73,8 @@ class ModelConfig:
     head_size: int = 0
     ffn_size: int = 0
     max_tokens: int = 2048
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm1p"] = "layernorm"
     norm_epsilon: float = 1e-5
     norm_place: Literal["before", "after", "both"] = "before"
     positions: Literal["learned", "rotary"] = "learned"
@@ -220,6 +221,11 @@ class ModelConfig:
     def other_bias(self) -> Literal["on", "off"]:
         """Whether all other linear layers, and LayerNorms, have a bias."""
         return "on" if self.bias == "on" else "off"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward has a gate beside the layer up."""
+        return self.mlp != "gelu"
 
     @property
     def num_block_norms(self) -> int:

@@ -126,7 +126,7 @@ def _block_params(config: ModelConfig) -> int:
     """Return the number of parameters of one block, with all its experts."""
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if config.other_bias == "on":
-        biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
+        biases += 2 * config.hidden_size + (2 if config.is_gated else 1) * config.ffn_size
     if config.router_bias == "on":
         biases += config.num_experts
     norms = config.num_block_norms * _norm_params(config) + attention_norms(config)
@@ -226,7 +226,7 @@ def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int
     if not config.num_experts or remat == "full":
         return 0
     rows, f = config.num_experts * config.expert_rows(num_tokens), config.expert_size // tensor
-    num_up = 2 if config.mlp == "swiglu" else 1
+    num_up = 2 if config.is_gated else 1
     width = 2 * config.hidden_size + (num_up + (remat == "none")) * f
     # Logits of the router; without rematerialization also its scores' parts, and where each pair goes.
     numbers = own * config.num_experts
@@ -242,7 +242,7 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
         d: features of x for one token on this device, on average.
     """
     f = (config.shared_size if config.num_experts else config.ffn_size) // tensor
-    own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
+    own, num_up = attention_widths(config, tensor=tensor), 2 if config.is_gated else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
     normed_heads = own.query + own.key if config.qk_norm != "off" else 0
@@ -270,7 +270,7 @@ def _block_weights(config: ModelConfig, *, experts: int) -> int:
         experts: of a mixture of experts, how many are counted: all, or those that a token uses.
     """
     d = config.hidden_size
-    num_ffn = 3 if config.mlp == "swiglu" else 2
+    num_ffn = 3 if config.is_gated else 2
     attention = attention_weights(config)
     if not config.num_experts:
         return attention + num_ffn * d * config.ffn_size

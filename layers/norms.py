@@ -1,13 +1,14 @@
-"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019) from Flax, with annotated dimensions."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019), most from Flax, with annotated dimensions."""
 
 import jax
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
+from .options.shifted_norm import ShiftedNorm
 from .partitioning import param_metadata
 
-Norm = nnx.LayerNorm | nnx.RMSNorm
+Norm = nnx.LayerNorm | nnx.RMSNorm | ShiftedNorm
 
 
 def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
@@ -15,6 +16,8 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEF
 
     Scale and bias are replicated over `tensor`: the features they act on are not split.
     """
+    if config.norm == "rmsnorm1p":
+        return ShiftedNorm(config, size=config.hidden_size, rules=rules)
     shared = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
     named = param_metadata(("embed",), rules)
     if config.norm == "rmsnorm":
@@ -30,8 +33,10 @@ def make_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEF
     )
 
 
-def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> nnx.RMSNorm:
+def make_head_norm(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> Norm:
     """Return the RMSNorm over the features of each query or key head; its scale is replicated over `tensor`."""
+    if config.norm == "rmsnorm1p":
+        return ShiftedNorm(config, size=config.head_size, dim="head", rules=rules)
     return nnx.RMSNorm(
         config.head_size,
         epsilon=config.norm_epsilon,

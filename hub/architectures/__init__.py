@@ -8,6 +8,8 @@ from .architecture import Architecture
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .dots1 import DOTS1
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
 from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .granite import GRANITE
@@ -24,7 +26,7 @@ from .smollm3 import SMOLLM3
 _ALL: tuple[Architecture, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE),
     *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, GPT2),
-    *(OLMO2, GRANITE, SMOLLM3, PHI3),
+    *(OLMO2, GRANITE, SMOLLM3, PHI3, GEMMA2, GEMMA3),
 )
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}

@@ -78,6 +78,10 @@ def _find_nothing(_values: Values) -> Iterator[str]:
     return iter(())
 
 
+def _same(values: Values) -> Values:
+    return values
+
+
 def _resolve_nothing(_values: Values, _warnings: list[str]) -> dict[str, Any]:
     return {}
 
@@ -106,9 +110,11 @@ class LlamaFamily(Architecture):
         rope_theta: default of the base of rotary positions.
         norm_epsilon: default of `rms_norm_eps`.
         rotated_part: default of `partial_rotary_factor`, the part of a head that is rotated; None if it is all of it.
+        activation: key of the activation function, and the one value that is supported, also its default.
         supported: as in `Architecture`, for fields that differ from Llama without biases.
         window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
             architecture has no windows.
+        rope_keys: returns the keys with those of rotary positions as other architectures have them.
         resolve_more: returns one value for each more setting that several keys can give, as `resolve_keys` does.
         read_more: returns more fields of the `ModelConfig`.
         write_more: returns more keys of config.json.
@@ -124,6 +130,7 @@ class LlamaFamily(Architecture):
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     rotated_part: float | None = None
+    activation: tuple[str, str] = ("hidden_act", "silu")
     tensors: TensorNames = LLAMA_TENSORS
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     optional_sizes: Mapping[str, str] = field(default_factory=lambda: _OPTIONAL_SIZES)
@@ -133,6 +140,7 @@ class LlamaFamily(Architecture):
     options: tuple[str, ...] = ()
     chosen: Literal["if it fits", "by name"] = "if it fits"
     window_of_layer: Callable[[Values, int], int] | None = None
+    rope_keys: Callable[[Values], Values] = _same
     resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing
     write_more: Callable[[ModelConfig], dict[str, Any]] = _write_nothing
@@ -146,15 +154,18 @@ class LlamaFamily(Architecture):
 
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
         """Return one table of rotary positions, under the key `rope`, and the settings of the member."""
-        rope = resolve_rope(values, max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings)
+        rope = resolve_rope(
+            self.rope_keys(values), max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings
+        )
         rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", self.rotated_part or 1.0))
         warnings += self.warn_more(values)
         return {"rope": rope} | self.resolve_more(values, warnings)
 
     def find_unsupported_keys(self, values: Values) -> Iterator[str]:
         """Yield a line for each unsupported activation, rotary setting and key of the member."""
-        if values.get("hidden_act", "silu") != "silu":
-            yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
+        key, only = self.activation
+        if values.get(key, only) != only:
+            yield f"{key}={shown(values[key])}; only {only!r} is"
         yield from find_unsupported_rope(values, parts="whole" if self.rotated_part is None else "any")
         yield from self.refuse_more(values)
 
@@ -202,7 +213,7 @@ class LlamaFamily(Architecture):
         return (
             {key: getattr(config, own) for own, key in keys.items()}
             | {
-                "hidden_act": "silu",
+                self.activation[0]: self.activation[1],
                 "rms_norm_eps": config.norm_epsilon,
                 "tie_word_embeddings": config.embeddings == "tied",
                 "dtype": config.dtype,
@@ -214,7 +225,7 @@ class LlamaFamily(Architecture):
     def find_unsupported_fields(self, config: ModelConfig) -> Iterator[str]:
         """Yield a line for each unsupported choice, attention window and field of the member."""
         yield from super().find_unsupported_fields(config)
-        if config.attention_window and self.window_of_layer is None:
+        if config.attention_window and self.window_of_layer is None and "attention_pattern" not in self.options:
             yield f"model.attention_window={config.attention_window}, not 0"
         if config.rope_head_size and self.rotated_part is None and "rope_head_size" not in self.sizes:
             yield f"model.rope_head_size={config.rope_head_size}, not 0"

@@ -1,13 +1,12 @@
 """Describe Phi-3 and Phi-4: Llama whose files join query, key and value, and gate and up, with one attention window.
 
-    ours                          file, [out, in]
-    query, key, value.kernel      self_attn.qkv_proj    rows of N, K and K heads
-    gate, up.kernel               mlp.gate_up_proj      two equal parts
+ours                          file, [out, in]
+query, key, value.kernel      self_attn.qkv_proj    rows of N, K and K heads
+gate, up.kernel               mlp.gate_up_proj      two equal parts
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ...meshes.errors import shown
 from .architecture import Values

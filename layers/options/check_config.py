@@ -47,6 +47,10 @@ def check_options(config: Any) -> None:
                 f"{name}={value} with latent_size={config.latent_size}: attention from latents does not have it.",
                 fix=f"leave {name} out.",
             )
+    if config.mlp == "geglu" and config.num_experts:
+        raise ModelError(
+            f"mlp='geglu' with num_experts={config.num_experts}: experts have SwiGLU or GELU.", fix="set mlp='swiglu'."
+        )
     _check_pattern(config)
 
 

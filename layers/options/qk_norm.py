@@ -18,7 +18,7 @@ from ...meshes import DEFAULT_RULES, ShardingRules
 from ...meshes.device_axes import num_blocks, num_manual_blocks
 from ..collectives import own_columns, run_in_blocks, sum_blocks
 from ..config import ModelConfig
-from ..norms import make_head_norm, normalize
+from ..norms import Norm, make_head_norm, normalize
 from ..partitioning import param_metadata
 
 
@@ -28,7 +28,9 @@ class WholeNorm(nnx.Module):
     def __init__(self, config: ModelConfig, *, dim: Literal["heads", "kv_heads"], rules: ShardingRules) -> None:
         self.config, self.dim, self.rules = config, dim, rules
         size = config.query_size if dim == "heads" else config.kv_size
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), **param_metadata((dim,), rules))
+        # As in shifted_norm.py.
+        self.offset = 1.0 if config.norm == "rmsnorm1p" else 0.0
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32), **param_metadata((dim,), rules))
 
     def scale_of_heads(self) -> jax.Array:
         """Return the scale of the heads as queries meet them, [N@tensor, H].
@@ -36,14 +38,14 @@ class WholeNorm(nnx.Module):
         With fewer key/value heads than devices each device has the head that it uses, as in `Attention`.
         """
         axes, size = self.rules.axes("heads"), self.config.head_size
-        scale_F = self.scale[...]
+        scale_F = self.scale[...] + self.offset if self.offset else self.scale[...]
         if not self.rules.axes(self.dim) and num_blocks(axes) > 1:
             own = lambda whole_F: own_columns(whole_F, axes, unit=size)  # noqa: E731
             scale_F = run_in_blocks(own, rules=self.rules, in_dims=((self.dim,),), out_dims=("heads",))(scale_F)
         return scale_F.reshape(-1, size)
 
 
-QKNorm = nnx.RMSNorm | WholeNorm
+QKNorm = Norm | WholeNorm
 
 
 def make_qk_norm(

@@ -58,7 +58,7 @@ def split_backward_bytes(
     own = attention_widths(model, tensor=t)
     whole = (own.latents + own.shared) * d / model.hidden_size
     # The input of the last product is recomputed from the activation function's output and, for SwiGLU, its factor.
-    up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
+    up = (2 if model.is_gated else 1) * model.ffn_size / t
     inputs, gradients = 2 * d + own.mixed + up + whole, 2 * d + own.projected + up + whole
     width = {
         "none": own.value if model.qk_norm != "off" else own.projected + whole,
@@ -85,7 +85,7 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     mask = 1 if runtime.dropout == "on" else 0
     t, own = layout.tensor, attention_widths(model, tensor=layout.tensor)
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     if layout.remat == "dots":
         # The layer's input and the outputs of products and of attention, but the last one.
         split = own.projected + own.mixed + num_up * model.ffn_size / t

@@ -31,13 +31,13 @@ def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights in the kernels of one block on one device."""
     features = (model.shared_size if model.num_experts else model.ffn_size) // tensor
     experts = expert_matrices(model, tensor=tensor, expert=expert)
-    num_kernels = 3 if model.mlp == "swiglu" else 2
+    num_kernels = 3 if model.is_gated else 2
     return attention_weights(model, tensor=tensor) + num_kernels * model.hidden_size * features + experts
 
 
 def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights of the experts of one block on one device; 0 for a dense one."""
-    num_kernels = 3 if model.mlp == "swiglu" else 2
+    num_kernels = 3 if model.is_gated else 2
     return model.num_experts // expert * num_kernels * model.hidden_size * model.expert_size // tensor
 
 
@@ -49,7 +49,7 @@ def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime
     if not runtime.adapter_rank:
         return params
     num_layers = sum(count for _, count in layers)
-    t, num_up = layout.tensor, 2 if model.mlp == "swiglu" else 1
+    t, num_up = layout.tensor, 2 if model.is_gated else 1
     if runtime.adapted == "qkv":
         ends = model.hidden_size + (model.query_size + 2 * model.kv_size) / t
         return num_layers * runtime.adapter_rank * ends
@@ -60,7 +60,7 @@ def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     """Return the features of queries, keys and values on one device, and those of all column-parallel layers."""
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
     heads = model.query_size // tensor + 2 * model.kv_size // split_kv
     return heads, heads + num_up * (model.shared_size if model.num_experts else model.ffn_size) // tensor

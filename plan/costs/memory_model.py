@@ -303,7 +303,7 @@ def _layer_copies(model: ModelConfig, *, layout: Layout) -> tuple[float, float]:
         return 0.0, at_work
     # What reads latent vectors is not joined.
     columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
-    columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
+    columns += 2 * model.ffn_size / layout.tensor if model.is_gated else 0.0
     return _FLOAT32 * model.hidden_size * columns / parts, at_work
 
 
@@ -313,7 +313,7 @@ def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> flo
     Both are alive together with the logits in the first backward of a microbatch, as 14 peaks on B200 show
     (simumax_b200_a100.toml).
     """
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     features = model.ffn_size / layout.tensor
     gradients = tokens * item_bytes(model) * (num_up + 1) * features
     return gradients + _FLOAT32 * num_up * features * model.hidden_size

@@ -130,7 +130,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
 def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: int = 1) -> Iterator[Operation]:
     """Yield both products of the feed-forward part, and the activation function between them."""
     item, f = item_bytes(model), features
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch)
     moved = item * tokens * batch * f
     # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.

@@ -48,7 +48,11 @@ def norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def rms_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_epsilon) * params["scale"]
+    return (
+        x
+        / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_epsilon)
+        * (params["scale"] + (config.norm == "rmsnorm1p"))
+    )
 
 
 def rope_angles(config: ModelConfig, num_tokens: int) -> jax.Array:
@@ -117,6 +121,8 @@ def mlp(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     if config.mlp == "swiglu":
         gate = linear(params["gate"], x)
         return linear(params["down"], gate / (1 + jnp.exp(-gate)) * up)
+    if config.mlp == "geglu":
+        return linear(params["down"], jax.nn.gelu(linear(params["gate"], x)) * up)
     # GPT-2's GELU is the approximation by tanh (Hendrycks and Gimpel 2016, section 2).
     inner = jnp.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
     return linear(params["down"], 0.5 * up * (1 + inner))

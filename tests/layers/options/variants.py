@@ -8,5 +8,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smollm3": {"attention_pattern": ("full", "unrotated")},
     "windows": {"attention_pattern": ("window", "full"), "attention_window": 5, "window_rope_theta": 100.0}
     | {"rope_scaling": "linear", "rope_factor": 4.0, "attention_softcap": 1.5, "logit_softcap": 2.0},
-    "both norms": {"norm_place": "both", "qk_norm": "on"},
+    "gemma": {"norm_place": "both", "qk_norm": "on", "norm": "rmsnorm1p", "mlp": "geglu"},
+    "norm1p of all heads": {"qk_norm": "whole", "norm": "rmsnorm1p"},
 }
