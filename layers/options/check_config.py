@@ -38,9 +38,6 @@ def check_options(config: Any) -> None:
     for name in _FACTORS:
         if not getattr(config, name) > 0:
             raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out, for 1.")
-    for name in ("attention_scale", *_CAPS):
-        if getattr(config, name) < 0:
-            raise ModelError(f"{name}={getattr(config, name)} is negative.", fix=f"leave {name} out.")
     for name in ("attention_scale", "attention_softcap", "attention_pattern"):
         if config.latent_size and (value := getattr(config, name)):
             raise ModelError(
