@@ -1,6 +1,6 @@
-"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen 2 and 3, Mixtral.
+"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen, Phi, Gemma, others.
 
-All have RMSNorm, SwiGLU and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
+All have RMSNorm, a gated feed-forward and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
 member is a value of `LlamaFamily`, in its own file, with functions for the keys that the others do not have.
 """
 

@@ -17,12 +17,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "exchanged heads": {"mesh": "context=2,tensor=2,pipe=2", "context": "ulysses", "remat": "dots"},
 }
 CASES = [(name, how) for name in VARIANTS for how in STEPS]
-QUICK: list[tuple[str, str]] = []
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how"), CASES)
 def test_choices_equal_one_device(name: str, how: str) -> None:
     kv_heads: Attention = "gqa" if how == "exchanged heads" else "mqa"
     config = replace(small_model(style="llama", attention=kv_heads), num_layers=4, **VARIANTS[name])

@@ -13,11 +13,10 @@ from ..test_reference import TARGETS, TOKENS, TOLERANCE, WEIGHTS
 from ..test_transformer import Program
 from .variants import VARIANTS
 
-QUICK = ("windows",)
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in QUICK]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", [*QUICK, *REST])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_logits_loss_and_all_gradients_are_the_formula_in_float64(name: str) -> None:
     config = small_config("llama", num_kv_heads=4, **VARIANTS[name])
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
@@ -39,7 +38,6 @@ def test_logits_loss_and_all_gradients_are_the_formula_in_float64(name: str) -> 
         assert differing({"_": actual[part]}, {"_": expected[part]}, tolerance=TOLERANCE) == {}, part
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sequence", ["off", "on"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_and_gradients_under_jit_on_a_mesh_match_one_device(name: str, sequence: Any) -> None:
