@@ -1,4 +1,4 @@
-"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen, Phi, Gemma, others.
+"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen, Phi, Gemma.
 
 All have RMSNorm, a gated feed-forward and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
 member is a value of `LlamaFamily`, in its own file, with functions for the keys that the others do not have.
