@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .cache import KVCache, NewTokens, attend
+from .cache import CacheScoring, KVCache, NewTokens, attend
 from .check_inputs import check_hidden
 from .config import ModelConfig
 from .context.attend import attend_in_context
@@ -135,9 +135,9 @@ class Attention(nnx.Module):
         own = attention_of_layer(self.config, number)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT, own=own)
         cache = cache.append(layer, new, k_BTKH, v_BTKH)
-        how: dict[str, Any] = {"window": self.config.attention_window, "is_windowed": own.is_windowed}
-        how["cap"] = self.config.attention_softcap
-        mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, **how)
+        window, cap = self.config.attention_window, self.config.attention_softcap
+        scoring = CacheScoring(window=window, is_windowed=own.is_windowed, cap=cap)
+        mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, scoring=scoring)
         return self.combine(mixed_BTNH), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -105,18 +105,26 @@ class NewTokens:
         return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
+class CacheScoring(NamedTuple):
+    """How new tokens attend to cached ones.
+
+    window: number of visible tokens, the token itself included; 0 is all.
+    is_windowed: whether the window counts in this layer, bool []; it does if left out.
+    keys: what queries are multiplied with.
+    scale: what scores are multiplied with; 1 / sqrt(H) if left out.
+    cap: the soft cap of scores, 0 for none.
+    """
+
+    window: int = 0
+    is_windowed: jax.Array | None = None
+    keys: Keys = "keys"
+    scale: float | None = None
+    cap: float = 0.0
+
+
 @jax.named_scope("attend")
 def attend(
-    q_BTNH: jax.Array,
-    *,
-    cache: KVCache,
-    layer: jax.Array | int,
-    new: NewTokens,
-    window: int = 0,
-    is_windowed: jax.Array | None = None,
-    keys: Keys = "keys",
-    scale: float | None = None,
-    cap: float = 0.0,
+    q_BTNH: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens, scoring: CacheScoring
 ) -> jax.Array:
     """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 
@@ -126,28 +134,24 @@ def attend(
     It reads blocks of about `BLOCK` tokens, from the first that a window shows to the last that any row has filled:
     their number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that
     a row does not see adds exactly nothing: no row depends on the others. Unused places may hold anything.
-
-    Args:
-        window: number of visible tokens, the token itself included; 0 is all.
-        is_windowed: whether the window counts in this layer, bool []; it does if left out.
-        keys: what queries are multiplied with.
-        scale: what scores are multiplied with; by default 1 / sqrt(H).
-        cap: the soft cap of scores, 0 for none.
     """
     num_rows, num_tokens, num_heads, size = q_BTNH.shape
     num_pages = min(max(BLOCK // cache.page, 1), new.pages.shape[1])
     new = replace(new, pages=jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages))))
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
     q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, cache.keys.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
-    scale = size**-0.5 if scale is None else scale
+    scale = size**-0.5 if scoring.scale is None else scoring.scale
     # A window that does not count is longer than any sequence.
-    seen = window if is_windowed is None else jnp.where(is_windowed, window, _ENDLESS)
-    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": seen, "keys": keys}
+    window: Any = scoring.window
+    if scoring.is_windowed is not None:
+        window = jnp.where(scoring.is_windowed, window, _ENDLESS)
+    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": window, "keys": scoring.keys}
 
     def add_block(number: jax.Array, so_far: _Softmax) -> _Softmax:
-        return _add_block(so_far, q_BKGTH, _read_block(number, cache, layer, new, **how), scale=scale, cap=cap)
+        block = _read_block(number, cache, layer, new, **how)
+        return _add_block(so_far, q_BKGTH, block, scale=scale, cap=scoring.cap)
 
-    first, last = _blocks_in_use(new, size=num_pages * cache.page, window=seen)
+    first, last = _blocks_in_use(new, size=num_pages * cache.page, window=window)
     total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values))
     # The largest score adds 1 to the sum; rows that are not in use have seen nothing.
     mixed_BKGTU = (total.mixed / jnp.maximum(total.sum, 1.0)).astype(q_BTNH.dtype)

@@ -189,9 +189,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. With norms of outputs "dots" keeps D more, and
-    "none" 2D if there are norms of inputs too. A mixture of experts keeps its shared features
-    as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more where queries and keys are normalized; norms of outputs keep up to 2D more. Experts
+    keep shared features as F, and 2D + (1 to 3)F'/t for each of their rows; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -209,12 +208,15 @@ def activation_bytes(
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     d = config.hidden_size // (tensor if sequence == "on" else 1)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
-    sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
-    if config.qk_norm == "whole" and remat == "none":
-        # The mean squares of queries and keys.
-        sums += 2 * numbers * _SUM_BYTES
+    sums = numbers * _kept_sums(config, tensor=tensor, remat=remat) * _SUM_BYTES
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
+
+
+def _kept_sums(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
+    """Return the float32 numbers that a layer keeps for one token: of the softmax, and mean squares over all heads."""
+    squares = 2 if config.qk_norm == "whole" and remat == "none" else 0
+    return 0 if remat == "full" else config.num_heads // tensor + squares
 
 
 def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:

@@ -49,7 +49,7 @@ def projected_cross_entropy(
     rules: ShardingRules = DEFAULT_RULES,
     shape: LogitShape = PLAIN_LOGITS,
 ) -> jax.Array:
-    """Return `cross_entropy` of the logits x @ table^T, without ever holding the logits of all tokens.
+    """Return `cross_entropy` of the logits x @ table^T, of a `shape`, without ever holding the logits of all tokens.
 
     x[B@data, T, D] in the compute dtype, table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> []; where the
     rules split `stream_tokens`, inside `shard_map` x has this device's tokens, and targets and weights all.
@@ -61,9 +61,6 @@ def projected_cross_entropy(
     >>> x, table = jnp.ones((2, 16, 64)), jnp.ones((256, 64))
     >>> float(projected_cross_entropy(x, table, jnp.zeros((2, 16), int), jnp.full((2, 16), 1 / 32)))
     5.545...
-
-    Args:
-        shape: the function of each logit.
 
     Raises:
         ModelError: targets or weights are not one for each token, targets are not integers, or x and the table differ

@@ -8,20 +8,20 @@ from .architecture import Architecture
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .dots1 import DOTS1
-from .gemma2 import GEMMA2
-from .gemma3 import GEMMA3
 from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
-from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
-from .olmo2 import OLMO2
-from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
-from .smollm3 import SMOLLM3
+from .with_options.gemma2 import GEMMA2
+from .with_options.gemma3 import GEMMA3
+from .with_options.granite import GRANITE
+from .with_options.olmo2 import OLMO2
+from .with_options.phi3 import PHI3
+from .with_options.smollm3 import SMOLLM3
 
 _ALL: tuple[Architecture, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE),

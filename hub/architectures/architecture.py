@@ -10,7 +10,7 @@ Read `llama_family.py` and `gpt2.py` for the two implementations. Nothing here i
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ...layers import ModelConfig
 from ...layers.options.check_config import options_of
@@ -35,7 +35,6 @@ class Architecture(ABC):
         positive_numbers: keys of numbers above 0.
         supported: values that the architecture can have, by `ModelConfig` field, such as {"norm": ("rmsnorm",)}.
         options: fields of `layers/options/` that the architecture can have at any value.
-        chosen: whether a model is written so unasked, or only by name, since another architecture holds the same.
     """
 
     model_type: str
@@ -47,7 +46,6 @@ class Architecture(ABC):
     positive_numbers: tuple[str, ...]
     supported: Mapping[str, tuple[str, ...]]
     options: tuple[str, ...] = ()
-    chosen: Literal["if it fits", "by name"] = "if it fits"
 
     @abstractmethod
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
@@ -92,8 +90,6 @@ class Architecture(ABC):
     def has_use(self, config: ModelConfig) -> bool:
         """Return whether a model has one of the options of this architecture, if that has any; else others hold it."""
         found = options_of(config)
-        if self.chosen == "by name":
-            return False
         return not self.options or any(found[name][0] != found[name][1] for name in self.options)
 
 

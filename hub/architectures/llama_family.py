@@ -6,7 +6,7 @@ member is a value of `LlamaFamily`, in its own file, with functions for the keys
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, final
 
 from ...layers import ModelConfig
 from ...meshes.errors import shown
@@ -98,6 +98,10 @@ def _find_no_fields(_config: ModelConfig) -> Iterator[str]:
     return iter(())
 
 
+def _any_model(_config: ModelConfig) -> bool:
+    return True
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class LlamaFamily(Architecture):
@@ -122,6 +126,7 @@ class LlamaFamily(Architecture):
         refuse_layers: yields the same for settings of single layers; called only if all sizes are valid.
         warn_more: yields a line for each key that is ignored.
         find_more_unsupported: yields a line for each more field that the architecture cannot have.
+        is_told_by: whether a model that the architecture can hold is written so without being asked.
     """
 
     max_tokens: int
@@ -138,7 +143,6 @@ class LlamaFamily(Architecture):
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
     supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    chosen: Literal["if it fits", "by name"] = "if it fits"
     window_of_layer: Callable[[Values, int], int] | None = None
     rope_keys: Callable[[Values], Values] = _same
     resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
@@ -148,6 +152,7 @@ class LlamaFamily(Architecture):
     refuse_layers: Callable[[Values], Iterator[str]] = _find_nothing
     warn_more: Callable[[Values], Iterator[str]] = _find_nothing
     find_more_unsupported: Callable[[ModelConfig], Iterator[str]] = _find_no_fields
+    is_told_by: Callable[[ModelConfig], bool] = _any_model
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "supported", _SUPPORTED | dict(self.supported))
@@ -230,6 +235,10 @@ class LlamaFamily(Architecture):
         if config.rope_head_size and self.rotated_part is None and "rope_head_size" not in self.sizes:
             yield f"model.rope_head_size={config.rope_head_size}, not 0"
         yield from self.find_more_unsupported(config)
+
+    def has_use(self, config: ModelConfig) -> bool:
+        """Return whether a model has one of its options, if it has any, and is told by the rest."""
+        return super().has_use(config) and self.is_told_by(config)
 
     def _window(self, values: Values, layer: int) -> int:
         return 0 if self.window_of_layer is None else self.window_of_layer(values, layer)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...layers import ModelConfig
-from ...layers.options.check_config import FULL, UNROTATED, attention_kinds
-from ...meshes.errors import shown
-from .architecture import Values
+from ....layers import ModelConfig
+from ....layers.options.check_config import FULL, UNROTATED, attention_kinds
+from ....meshes.errors import shown
+from ..architecture import Values
+from ..llama import read_bias, refuse_biases, write_bias
+from ..llama_family import LlamaFamily
 from .layer_kinds import shorten_pattern
-from .llama import read_bias, refuse_biases, write_bias
-from .llama_family import LlamaFamily
 
 _INTERVAL = 4
 

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...layers import ModelConfig
-from ...layers.options.by_layer import windows_of_layers
-from ...layers.options.check_config import FULL, UNROTATED, WINDOW
-from ...meshes.errors import shown
-from .architecture import Values
+from ....layers import ModelConfig
+from ....layers.options.by_layer import windows_of_layers
+from ....layers.options.check_config import FULL, UNROTATED, WINDOW
+from ....meshes.errors import shown
+from ..architecture import Values
+from ..llama_family import BIASES, LLAMA_TENSORS
+from ..numbers import check_positive
+from ..tensor_names import TensorNames, TensorPlace
 from .layer_kinds import shorten_pattern
-from .llama_family import BIASES, LLAMA_TENSORS
-from .numbers import check_positive
-from .tensor_names import TensorNames, TensorPlace
 
 OPTIONS = ("embedding_scale", "attention_scale", "attention_pattern", "attention_softcap", "logit_softcap")
 SUPPORTED = {"mlp": ("geglu",), "norm": ("rmsnorm1p",), "norm_place": ("both",)}

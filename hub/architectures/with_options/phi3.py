@@ -8,10 +8,10 @@ gate, up.kernel               mlp.gate_up_proj      two equal parts
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...meshes.errors import shown
-from .architecture import Values
-from .llama_family import LLAMA_TENSORS, LlamaFamily
-from .tensor_names import TensorNames, TensorPlace
+from ....meshes.errors import shown
+from ..architecture import Values
+from ..llama_family import LLAMA_TENSORS, LlamaFamily
+from ..tensor_names import TensorNames, TensorPlace
 
 
 def _list_tensors() -> TensorNames:
@@ -44,7 +44,8 @@ PHI3 = LlamaFamily(
     rotated_part=1.0,
     tensors=_list_tensors(),
     supported={"rope_scaling": ("none",)},
-    chosen="by name",
+    # Llama and Mistral hold the same models.
+    is_told_by=lambda _config: False,
     window_of_layer=lambda values, _layer: values.get("sliding_window") or 0,
     write_more=lambda config: {"sliding_window": config.attention_window or None},
     refuse_more=_refuse,

@@ -7,10 +7,13 @@ with full attention, and `rope_local_base_freq` of those with windows.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...layers import ModelConfig
-from ...layers.options.check_config import WINDOW
-from ...meshes.errors import shown
-from .architecture import Values
+from ....layers import ModelConfig
+from ....layers.options.check_config import WINDOW
+from ....meshes.errors import shown
+from ..architecture import Values
+from ..llama_family import LlamaFamily
+from ..numbers import check_positive
+from ..rope import write_rope
 from .gemma import (
     ACTIVATION,
     HEAD_SIZE,
@@ -23,9 +26,6 @@ from .gemma import (
     refuse_layers,
     write_gemma,
 )
-from .llama_family import LlamaFamily
-from .numbers import check_positive
-from .rope import write_rope
 
 _LOCAL, _LOCAL_THETA, _EVERY = "rope_local_base_freq", 1e4, 6
 _NO_CAPS = {"attention_softcap": 0.0, "logit_softcap": 0.0}

@@ -1,5 +1,6 @@
 """Describe Gemma 2: windows in every other layer, and caps of scores and logits."""
 
+from ..llama_family import LlamaFamily
 from .gemma import (
     ACTIVATION,
     HEAD_SIZE,
@@ -12,7 +13,6 @@ from .gemma import (
     refuse_layers,
     write_gemma,
 )
-from .llama_family import LlamaFamily
 
 _CAPS = {"attention_softcap": 50.0, "logit_softcap": 30.0}
 

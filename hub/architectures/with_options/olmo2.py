@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .architecture import Values
-from .llama_family import BIASES, LLAMA_TENSORS, LlamaFamily
-from .tensor_names import TensorNames, TensorPlace
+from ..architecture import Values
+from ..llama_family import BIASES, LLAMA_TENSORS, LlamaFamily
+from ..tensor_names import TensorNames, TensorPlace
 
 
 def _list_tensors() -> TensorNames:

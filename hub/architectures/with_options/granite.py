@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...layers import ModelConfig
-from .architecture import Values
-from .llama import read_bias, refuse_biases, write_bias
-from .llama_family import LlamaFamily
-from .numbers import check_positive
+from ....layers import ModelConfig
+from ..architecture import Values
+from ..llama import read_bias, refuse_biases, write_bias
+from ..llama_family import LlamaFamily
+from ..numbers import check_positive
 
 _FACTORS = {
     "embedding_scale": "embedding_multiplier",
